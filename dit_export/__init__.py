@@ -1,0 +1,1 @@
+"""The toolchain: PyTorch Diffusion Transformer -> ONNX -> fused graphs -> verified bundle."""

@@ -1,0 +1,1 @@
+"""Plain PyTorch networks; the VAE decoder is diffusers' AutoencoderKL."""

@@ -1,0 +1,137 @@
+"""The Diffusion Transformer (Peebles & Xie, arXiv 2212.09748) in plain PyTorch, in either dialect of its weights."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_export.spec import ModelSpec
+
+FREQUENCIES = 256
+MAX_PERIOD = 10_000.0
+NORM_EPS = 1e-6
+
+
+class Modulation(NamedTuple):
+    shift: Tensor  # (N, 1, D), like the others
+    scale: Tensor
+    gate: Tensor
+
+
+def norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """LayerNorm without affine parameters: adaLN brings them."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def timestep_frequencies(timesteps: Tensor, shift: int) -> Tensor:
+    """cos(t f_i), then sin(t f_i), with f_i = 10000^(-i / (half - shift)); t stays float32."""
+    half = FREQUENCIES // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - shift)
+    angles = timesteps[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)  # (N, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
+
+
+def position_table(width: int, grid: int) -> Tensor:
+    """The fixed 2-D sin-cos table: a quarter of the channels each for sin x, cos x, sin y, cos y."""
+    omega = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (grid, D/4)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
+    columns = waves[None, :, :].expand(grid, grid, -1)
+    rows = waves[:, None, :].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width).float()  # (1, T, D)
+
+
+class Embedder(nn.Module):
+    """c = MLP(frequencies(t)) + table[y]; the table's last row is the null label of guidance."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.frequency_shift = spec.frequency_shift
+        self.time = nn.Sequential(nn.Linear(FREQUENCIES, spec.hidden), nn.SiLU(), nn.Linear(spec.hidden, spec.hidden))
+        self.label = nn.Embedding(spec.num_classes + 1, spec.hidden)
+
+    def forward(self, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return self.time(timestep_frequencies(timesteps, self.frequency_shift)) + self.label(labels)  # (N, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (N, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """adaLN-Zero: x += gate * Attn(modulate(LN(x))); x += gate * MLP(modulate(LN(x)))."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.norm2_eps = spec.norm2_eps
+        self.attn = Attention(spec.hidden, spec.heads)
+        self.mlp = MLP(spec.hidden, int(spec.mlp_ratio * spec.hidden))
+        self.modulation = nn.Linear(spec.hidden, 6 * spec.hidden)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        attn, mlp = Modulation(*parts[:3]), Modulation(*parts[3:])
+        x = x + attn.gate * self.attn(modulate(norm(x), attn.shift, attn.scale))
+        return x + mlp.gate * self.mlp(modulate(norm(x, self.norm2_eps), mlp.shift, mlp.scale))
+
+
+class Final(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(spec.hidden, 2 * spec.hidden)
+        self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.out_channels)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(norm(x), shift, scale))  # (N, T, p·p·C_out)
+
+
+class DiT(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.grid = spec.latent_size // spec.patch
+        self.patches = nn.Conv2d(spec.channels, spec.hidden, spec.patch, stride=spec.patch)
+        self.register_buffer("positions", position_table(spec.hidden, self.grid))
+        self.embedders = nn.ModuleList(Embedder(spec) for _ in range(spec.embedders))
+        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.final = Final(spec)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """(N, C, H, W), (N,), (N,) -> (N, C_out, H, W): the prediction's channels, then the variance's."""
+        conditions = [F.silu(embedder(timesteps, labels)) for embedder in self.embedders]  # (N, D) each
+        x = self.patches(latents).flatten(2).transpose(1, 2) + self.positions  # (N, T, D)
+        for index, block in enumerate(self.blocks):
+            x = block(x, conditions[index % len(conditions)])
+        return self.unpatchify(self.final(x, conditions[0]))
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        p = self.spec.patch
+        x = x.unflatten(2, (p, p, -1)).unflatten(1, (self.grid, self.grid))  # (N, h, w, p, q, C_out)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
