@@ -1,0 +1,1 @@
+"""Samples from a bundle with NumPy and one engine; no PyTorch."""

@@ -1,0 +1,1 @@
+"""One file a backend, imported only when it is asked for."""
