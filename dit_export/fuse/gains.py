@@ -1,0 +1,63 @@
+"""Gain folding: the 1 of `1 + scale` moves into the bias of the linear that makes the scale.
+
+    1 + (W c + b)[part] = (W c + b')[part],  b'[part] = b[part] + 1
+
+The conditioner then hands out gains and shifts, ready for LayerNormalization(x, gain, shift), and adds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+
+class Match(NamedTuple):
+    add: gs.Node
+    part: gs.Variable  # what the scalar is added to
+    gemm: gs.Node
+    columns: slice  # of the bias, that make the part
+    scalar: float
+
+
+def fold_gains(graph: gs.Graph) -> int:
+    """Folds every sum of a scalar and a part of a Gemm with a bias; returns how many."""
+    matches = [match for node in graph.nodes if node.op == "Add" and (match := _match(graph, node))]
+    for add, part, gemm, columns, scalar in matches:
+        bias = gemm.inputs[2]
+        values = np.array(bias.values)
+        values[columns] += scalar
+        gemm.inputs[2] = gs.Constant(bias.name, values)
+        (total,) = add.outputs
+        producer = part.inputs[0]
+        producer.outputs[producer.outputs.index(part)] = total  # the part takes the sum's place and name
+        add.outputs.clear()
+    graph.cleanup()
+    return len(matches)
+
+
+def _match(graph: gs.Graph, add: gs.Node) -> Match | None:
+    """Add(scalar, path from a Gemm through Unsqueeze and one Split of the columns), each tensor on it read once."""
+    scalars = [tensor for tensor in add.inputs if isinstance(tensor, gs.Constant) and tensor.values.size == 1]
+    parts = [tensor for tensor in add.inputs if isinstance(tensor, gs.Variable)]
+    if len(scalars) != 1 or len(parts) != 1:
+        return None
+    tensor, columns = parts[0], slice(None)
+    while len(tensor.outputs) == 1 and tensor not in graph.outputs and tensor.inputs:
+        (node,) = tensor.inputs
+        if node.op == "Gemm":
+            has_bias = len(node.inputs) == 3 and isinstance(node.inputs[2], gs.Constant)
+            if not has_bias or node.inputs[2].values.ndim != 1 or len(node.inputs[2].outputs) != 1:
+                return None
+            if node.attrs.get("beta", 1.0) != 1.0:
+                return None
+            return Match(add, parts[0], node, columns, float(scalars[0].values.item()))
+        if node.op == "Split" and columns == slice(None) and node.attrs.get("axis", 0) in (-1, len(tensor.shape) - 1):
+            widths = [output.shape[-1] for output in node.outputs]
+            first = sum(widths[: node.outputs.index(tensor)])
+            columns = slice(first, first + tensor.shape[-1])
+        elif node.op != "Unsqueeze" or tensor.shape[-1] != node.inputs[0].shape[-1]:
+            return None
+        tensor = node.inputs[0]
+    return None

@@ -1,0 +1,115 @@
+"""Classifier-free guidance inside the denoiser: one graph with it (G = 2) and without (G = 1).
+
+Rows stay B until the first op that mixes conditioning in: what stands before (patch embedding, first LayerNorm) is
+computed once and repeated to G·B rows there. At the end, over the guided channels,
+
+    guided = last + guidance · (first − last),  first = out[0], last = out[G − 1]
+
+and every other channel is that of `first`. With G = 1 this is the identity.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from dit_export.fuse.hoist import dependents
+from dit_runtime.errors import UsageError
+
+
+def share_rows(graph: gs.Graph, latents: str, conditioning: str) -> int:
+    """conditioning [R, K, D] becomes [G, B, K, D], R = G·B; returns how many tensors are repeated to R rows."""
+    given = next(tensor for tensor in graph.inputs if tensor.name == conditioning)
+    mixed = dependents(graph, [conditioning])
+    shared = dependents(graph, [latents]) - mixed
+    _refuse_fixed_rows(graph, mixed | shared)
+
+    body, graph.nodes = list(graph.nodes), []
+    rows = gs.Variable("conditioning_rows", dtype=given.dtype, shape=["rows", *given.shape[1:]])
+    for user in list(given.outputs):
+        user.inputs = [rows if tensor is given else tensor for tensor in user.inputs]
+    flat = np.array([-1, *given.shape[1:]], dtype=np.int64)
+    given.shape = ["groups", "batch", *given.shape[1:]]
+    _layer(graph, "Reshape", [given, flat], rows)
+    groups = _groups(graph, given)
+
+    repeated: dict[str, gs.Variable] = {}
+    for node in body:
+        if node.outputs[0].name in mixed:
+            for index, tensor in enumerate(node.inputs):
+                if tensor.name in shared:
+                    if tensor.name not in repeated:
+                        repeated[tensor.name] = _repeat(graph, tensor, groups)
+                    node.inputs[index] = repeated[tensor.name]
+        graph.nodes.append(node)
+    return len(repeated)
+
+
+def guide(graph: gs.Graph, conditioning: str, channels: int, guided: int) -> int:
+    """The one output [G·B, C or 2C, H, W] becomes `prediction` and, where it is learned, `variance`; returns 1."""
+    (out,) = graph.outputs
+    out.name = "output_rows"
+    total, height, width = out.shape[1:]
+    given = next(tensor for tensor in graph.inputs if tensor.name == conditioning)
+    guidance = gs.Variable("guidance", dtype=np.float32, shape=["batch"])
+    prediction, variance = (
+        gs.Variable(name, dtype=out.dtype, shape=["batch", channels, height, width])
+        for name in ("prediction", "variance")
+    )
+    shape = _layer(graph, "Concat", [_groups(graph, given), np.array([-1, total, height, width])], "out_shape", axis=0)
+    grouped = _layer(graph, "Reshape", [out, shape], "out_grouped")  # (G, B, C_out, H, W)
+    first = _layer(graph, "Gather", [grouped, np.array(0)], "out_first", axis=0)
+    last = _layer(graph, "Gather", [grouped, np.array(-1)], "out_last", axis=0)
+    moved = [_channels(graph, tensor, 0, guided) for tensor in (first, last)]
+    weight = _layer(graph, "Reshape", [guidance, np.array([-1, 1, 1, 1])], "guidance_weight")
+    change = _layer(graph, "Mul", [weight, _layer(graph, "Sub", moved, "guidance_direction")], "guidance_change")
+    if guided == channels:
+        _layer(graph, "Add", [moved[1], change], prediction)
+    else:
+        result = _layer(graph, "Add", [moved[1], change], "guided")
+        _layer(graph, "Concat", [result, _channels(graph, first, guided, channels)], prediction, axis=1)
+    graph.inputs.append(guidance)
+    graph.outputs = [prediction]
+    if total > channels:
+        _layer(graph, "Slice", [first, *_bounds(channels, total)], variance)
+        graph.outputs.append(variance)
+    return 1
+
+
+def _layer(graph: gs.Graph, op: str, inputs: list, output: str | gs.Variable, **attrs: int) -> gs.Variable:
+    """Appends one node; arrays among its inputs become constants named after the output."""
+    result = gs.Variable(output) if isinstance(output, str) else output
+    tensors = [
+        gs.Constant(f"{result.name}_{index}", value) if isinstance(value, np.ndarray) else value
+        for index, value in enumerate(inputs)
+    ]
+    graph.nodes.append(gs.Node(op, result.name, attrs, inputs=tensors, outputs=[result]))
+    return result
+
+
+def _groups(graph: gs.Graph, conditioning: gs.Variable) -> gs.Variable:
+    return _layer(graph, "Shape", [conditioning], f"groups_{len(graph.nodes)}", start=0, end=1)
+
+
+def _repeat(graph: gs.Graph, tensor: gs.Variable, groups: gs.Variable) -> gs.Variable:
+    """G copies of the rows of `tensor`, one group after another."""
+    ones = np.ones(len(tensor.shape) - 1, dtype=np.int64)
+    counts = _layer(graph, "Concat", [groups, ones], f"{tensor.name}_repeats", axis=0)
+    return _layer(graph, "Tile", [tensor, counts], f"{tensor.name}_rows")
+
+
+def _bounds(first: int, last: int) -> list[np.ndarray]:
+    return [np.array([value]) for value in (first, last, 1)]  # starts, ends, axes
+
+
+def _channels(graph: gs.Graph, tensor: gs.Variable, first: int, last: int) -> gs.Variable:
+    return _layer(graph, "Slice", [tensor, *_bounds(first, last)], f"{tensor.name}_{first}_{last}")
+
+
+def _refuse_fixed_rows(graph: gs.Graph, varying: set[str]) -> None:
+    """Rows change in mid-graph, so no shape may be computed from the batch or name it as a number."""
+    for node in graph.nodes:
+        if node.op == "Shape" and node.inputs[0].name in varying:
+            raise UsageError(f"{node.outputs[0].name!r} reads the batch size inside the loop; reshape with -1 instead")
+        if node.op == "Reshape" and node.outputs[0].name in varying and node.inputs[1].values[0] not in (-1, 0):
+            raise UsageError(f"{node.outputs[0].name!r} is reshaped to {node.inputs[1].values[0]} rows, expected -1")

@@ -1,0 +1,113 @@
+"""Loop-invariant code motion over ONNX: what does not depend on the loop's input leaves the loop.
+
+    f(x, c) = loop(x, invariant(c)),  frontier = the tensors of invariant(c) that loop reads
+
+A sampling loop calls f with a new x at every step; everything computed from the other inputs alone is split off into
+a graph of its own. The cut is found by data dependence, so no node, block or model name appears here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import onnx_graphsurgeon as gs
+
+from dit_runtime.errors import UsageError, nearest
+
+REPEAT = {"Expand", "Tile"}  # their input is the smaller cut
+LAYOUT = REPEAT | {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity"}
+VECTORS = 3  # the rank of rows × vectors × channels, the form in which the frontier is carried
+SHAPES = {"Shape", "Size"}
+
+
+class Hoisted(NamedTuple):
+    invariant: gs.Graph  # the other inputs -> frontier
+    loop: gs.Graph  # loop inputs, frontier -> outputs
+    frontier: tuple[str, ...]
+
+
+def dependents(graph: gs.Graph, names: Iterable[str]) -> set[str]:
+    """Names of all tensors that depend on the named ones, those included; nodes stand in topological order."""
+    found = set(names)
+    for node in graph.nodes:
+        if any(tensor.name in found for tensor in node.inputs):
+            found.update(tensor.name for tensor in node.outputs)
+    return found
+
+
+def hoist(graph: gs.Graph, loop_inputs: Collection[str]) -> Hoisted:
+    """Splits `graph` where tensors cross from invariant to loop-dependent nodes."""
+    rest = [tensor.name for tensor in graph.inputs if tensor.name not in loop_inputs]
+    _check(graph, loop_inputs, rest)
+    _take_row_counts_from_the_loop(graph, loop_inputs, rest)
+    dependent = dependents(graph, loop_inputs)
+    invariant = dependents(graph, rest) - dependent
+    shapes = dependents(graph, [node.outputs[0].name for node in graph.nodes if node.op in SHAPES]) & invariant
+
+    frontier: dict[str, None] = {}  # ordered: the loop's order of use
+    for node in graph.nodes:
+        if node.outputs[0].name in dependent:
+            for tensor in node.inputs:
+                if tensor.name in invariant:
+                    frontier[_moved_back(tensor, invariant).name] = None
+    for name in frontier:
+        if name in shapes:
+            raise UsageError(
+                f"{name!r}, a shape computed from {', '.join(rest)}, is read inside the loop; "
+                f"export the model with its batch size taken from {', '.join(loop_inputs)}"
+            )
+    if not frontier:
+        raise UsageError(f"nothing in the graph depends on {', '.join(rest)} alone, so nothing can be hoisted")
+
+    before, loop = graph.copy(), graph.copy()
+    tensors = before.tensors()
+    before.inputs = [tensor for tensor in before.inputs if tensor.name in rest]
+    before.outputs = [tensors[name] for name in frontier]
+    tensors = loop.tensors()
+    loop.inputs = [tensor for tensor in loop.inputs if tensor.name in loop_inputs] + [tensors[n] for n in frontier]
+    for name in frontier:
+        tensors[name].inputs.clear()
+    return Hoisted(before.cleanup(), loop.cleanup(), tuple(frontier))
+
+
+def _check(graph: gs.Graph, loop_inputs: Collection[str], rest: list[str]) -> None:
+    inputs = [tensor.name for tensor in graph.inputs]
+    for name in loop_inputs:
+        if name not in inputs:
+            raise UsageError(f"the graph has no input {name!r}{nearest(name, inputs)}; its inputs: {', '.join(inputs)}")
+    if not rest:
+        raise UsageError(f"every input ({', '.join(inputs)}) is a loop input, so nothing can be hoisted")
+    for node in graph.nodes:
+        if list(node.subgraphs()):
+            raise UsageError(f"node {node.name!r} ({node.op}) holds a subgraph; hoisting needs a graph without branches")
+    dependent = dependents(graph, loop_inputs)
+    for tensor in graph.outputs:
+        if tensor.name not in dependent:
+            raise UsageError(f"output {tensor.name!r} does not depend on {', '.join(loop_inputs)}")
+
+
+def _moved_back(tensor: gs.Variable, invariant: set[str]) -> gs.Variable:
+    """Moves the cut up through pure layout while that makes it smaller or brings it to rows × vectors × channels."""
+    while tensor.inputs and (node := tensor.inputs[0]).op in LAYOUT:
+        source, *others = node.inputs
+        carried = len(tensor.shape or ()) == VECTORS and node.op not in REPEAT
+        if carried or source.name not in invariant or not all(isinstance(other, gs.Constant) for other in others):
+            break
+        tensor = source
+    return tensor
+
+
+def _take_row_counts_from_the_loop(graph: gs.Graph, loop_inputs: Collection[str], rest: list[str]) -> None:
+    """Shape(c)[0] becomes Shape(x)[0] where both name the same dimension, so that no row count has to be carried."""
+    loop = next(tensor for tensor in graph.inputs if tensor.name in loop_inputs)
+    for node in graph.nodes:
+        if node.op != "Shape" or node.inputs[0].name not in rest:
+            continue
+        first_only = node.attrs.get("end") == 1 or all(
+            user.op == "Gather" and isinstance(user.inputs[1], gs.Constant) and not user.inputs[1].values.any()
+            for user in node.outputs[0].outputs
+        )
+        same = isinstance(loop.shape[0], str) and loop.shape[0] == node.inputs[0].shape[0]
+        if first_only and same:
+            node.inputs[0] = loop

@@ -1,0 +1,85 @@
+"""ONNX files in and out of onnx-graphsurgeon, weights memory-mapped on the way in and streamed on the way out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto
+from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+INLINE_BYTES = 1024  # smaller tensors (shapes, scalars) stay in the .onnx itself, where shape inference sees them
+ALIGNMENT = 64
+
+
+def load(path: Path) -> gs.Graph:
+    """Reads a graph; external weights become memory maps, so XL/2 costs no memory until it is computed with."""
+    model = onnx.load(path, load_external_data=False)
+    graph = gs.import_onnx(model)
+    for tensor in constants(graph):
+        lazy = tensor._values
+        if isinstance(lazy, LazyValues) and lazy.tensor.data_location == TensorProto.EXTERNAL:
+            tensor.values = _map_external(lazy.tensor, path.parent)
+            tensor.data_location = None
+    return graph
+
+
+def _map_external(tensor: TensorProto, folder: Path) -> np.ndarray:
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    file = folder / where["location"]
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{tensor.name}: external data in {where['location']!r} leaves the model's folder")
+    return np.memmap(
+        file,
+        dtype=tensor_dtype_to_np_dtype(tensor.data_type),
+        mode="r",
+        offset=int(where.get("offset", 0)),
+        shape=tuple(tensor.dims),
+    )
+
+
+def constants(graph: gs.Graph) -> list[gs.Constant]:
+    return [tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)]
+
+
+def save(graph: gs.Graph, path: Path) -> None:
+    """Writes graph and weights (path + ".data"), keeps no intermediate shapes, and checks the result by its path."""
+    graph.cleanup(remove_unused_graph_inputs=False)
+    data_path = path.with_name(path.name + ".data")
+    swapped: list[tuple[gs.Constant, np.ndarray]] = []
+    with data_path.open("wb") as data:
+        for tensor in constants(graph):
+            values = tensor.values
+            if values.nbytes < INLINE_BYTES:
+                continue
+            data.write(b"\0" * (-data.tell() % ALIGNMENT))
+            proto = TensorProto(
+                name=tensor.name,
+                data_type=np_dtype_to_tensor_dtype(values.dtype),
+                dims=values.shape,
+                data_location=TensorProto.EXTERNAL,
+            )
+            for key, value in (("location", data_path.name), ("offset", data.tell()), ("length", values.nbytes)):
+                proto.external_data.add(key=key, value=str(value))
+            np.ascontiguousarray(values).tofile(data)
+            swapped.append((tensor, values))
+            tensor.values = LazyValues(proto)
+    model = gs.export_onnx(graph)
+    for tensor, values in swapped:
+        tensor.values = values
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def census(graph: gs.Graph) -> dict[str, int]:
+    """How many nodes of each kind, most frequent first."""
+    return dict(Counter(node.op for node in graph.nodes).most_common())
+
+
+def weight_bytes(graph: gs.Graph) -> int:
+    return sum(tensor.values.nbytes for tensor in constants(graph))

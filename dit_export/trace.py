@@ -1,0 +1,69 @@
+"""PyTorch modules to ONNX files, through torch.export, with named inputs and outputs and a free batch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dit_export.models.dit import DiT
+
+OPSET = 23  # the first with Attention, so that a backend's passes choose its form
+
+
+def trace(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
+    """Exports `module` with axis 0 of every input and output free; the weights go beside it (no 2 GB limit)."""
+    rows = torch.export.Dim("rows", min=1, max=4096)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.export.export(
+            module, (), dict(inputs), dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
+        )
+        exported = torch.onnx.export(
+            program,
+            kwargs=dict(inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert exported is not None
+    exported.save(path, external_data=True)
+
+
+def trace_dit(model: DiT, path: Path) -> None:
+    """The plain graph anyone would export: `latents`, `timesteps`, `labels` -> `prediction` (with the variance)."""
+    spec = model.spec
+    inputs = {
+        "latents": torch.zeros(2, spec.channels, spec.latent_size, spec.latent_size),
+        "timesteps": torch.zeros(2),
+        "labels": torch.zeros(2, dtype=torch.int64),
+    }
+    trace(model, path, inputs, ["prediction"])
+
+
+class Decoder(nn.Module):
+    """images = clamp(VAE(latents / scaling + shift) / 2 + 1/2), in [0, 1]."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+        self.scaling = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.shift_factor or 0.0)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        latents = latents / self.scaling + self.shift  # (B, C, H, W)
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return (self.decoder(latents) / 2 + 0.5).clamp(0, 1)  # (B, 3, 8H, 8W)
+
+
+def trace_decoder(decoder: Decoder, latents_shape: Sequence[int], path: Path) -> None:
+    trace(decoder, path, {"latents": torch.zeros(2, *latents_shape)}, ["images"])
