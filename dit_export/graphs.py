@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from onnx import TensorProto
 from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-INLINE_BYTES = 1024  # smaller tensors (shapes, scalars) stay in the .onnx itself, where shape inference sees them
+from dit_runtime.manifest import TensorSpec
+
+INLINE_BYTES = 1024  # smaller tensors, and all integers (shape inference reads them), stay in the .onnx itself
 ALIGNMENT = 64
 
 
@@ -54,7 +57,7 @@ def save(graph: gs.Graph, path: Path) -> None:
     with data_path.open("wb") as data:
         for tensor in constants(graph):
             values = tensor.values
-            if values.nbytes < INLINE_BYTES:
+            if values.nbytes < INLINE_BYTES or values.dtype.kind in "iu":
                 continue
             data.write(b"\0" * (-data.tell() % ALIGNMENT))
             proto = TensorProto(
@@ -74,6 +77,18 @@ def save(graph: gs.Graph, path: Path) -> None:
     del model.graph.value_info[:]
     onnx.save(model, path)
     onnx.checker.check_model(path, full_check=True)
+
+
+def sign(graph: gs.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Gives inputs and outputs the names of their free dimensions, after checking that they are what is expected."""
+    for tensors, specs in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        if [tensor.name for tensor in tensors] != [spec.name for spec in specs]:
+            raise RuntimeError(f"the graph has {[t.name for t in tensors]}, expected {[spec.name for spec in specs]}")
+        for tensor, spec in zip(tensors, specs, strict=True):
+            fixed = [(got, want) for got, want in zip(tensor.shape, spec.shape, strict=True) if isinstance(want, int)]
+            if np.dtype(tensor.dtype).name != spec.dtype or any(got != want for got, want in fixed):
+                raise RuntimeError(f"{spec.name} is {tensor.dtype} {tensor.shape}, expected {spec.dtype} {spec.shape}")
+            tensor.shape = list(spec.shape)
 
 
 def census(graph: gs.Graph) -> dict[str, int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from dit_runtime.errors import UsageError, nearest
+from dit_runtime.manifest import TensorSpec
 
 CONDITIONINGS = ("adaln-zero",)
 
@@ -67,6 +69,37 @@ class ModelSpec:
     def gains(self) -> int:
         """How many of the K vectors are `1 + scale`."""
         return 2 * self.depth + 1
+
+
+class Signature(NamedTuple):
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def signatures(spec: ModelSpec) -> dict[str, Signature]:
+    """Inputs and outputs of the three graphs, once: ONNX axes, profiles and runtime checks all come from here."""
+    size = (spec.channels, spec.latent_size, spec.latent_size)
+    vectors = (spec.num_vectors, spec.hidden)
+    latents = TensorSpec("latents", "float32", ("batch", *size))
+    prediction = TensorSpec("prediction", "float32", ("batch", *size))
+    variance = TensorSpec("variance", "float32", ("batch", *size))
+    return {
+        "conditioner": Signature(
+            (TensorSpec("timesteps", "float32", ("pairs",)), TensorSpec("labels", "int64", ("pairs",))),
+            (TensorSpec("conditioning", "float32", ("pairs", *vectors)),),
+        ),
+        "denoiser": Signature(
+            (
+                latents,
+                TensorSpec("conditioning", "float32", ("groups", "batch", *vectors)),
+                TensorSpec("guidance", "float32", ("batch",)),
+            ),
+            (prediction, variance) if spec.learned_variance else (prediction,),
+        ),
+        "decoder": Signature(
+            (latents,), (TensorSpec("images", "float32", ("batch", 3, spec.resolution, spec.resolution)),)
+        ),
+    }
 
 
 SIZES = {  # depth, hidden, heads

@@ -10,7 +10,8 @@ from dit_export.fuse.gains import fold_gains
 from dit_export.fuse.guidance import guide, share_rows
 from dit_export.fuse.hoist import hoist
 from dit_export.fuse.pack import pack
-from dit_export.spec import ModelSpec
+from dit_export.graphs import sign
+from dit_export.spec import ModelSpec, signatures
 
 
 class Fused(NamedTuple):
@@ -36,7 +37,11 @@ def fuse(graph: gs.Graph, spec: ModelSpec) -> Fused:
         "guide": guide(denoiser, "conditioning", spec.channels, spec.guided_channels),
     }
     expected = expected_counts(spec)
-    wrong = [f"{name}: {counts[name]}, expected {expected[name]}" for name in expected if counts[name] != expected[name]]
+    wrong = [
+        f"{name}: {counts[name]}, expected {expected[name]}" for name in expected if counts[name] != expected[name]
+    ]
     if wrong:
         raise RuntimeError(f"the exporter's graph is not the one the passes know ({'; '.join(wrong)})")
+    sign(conditioner, *signatures(spec)["conditioner"])
+    sign(denoiser, *signatures(spec)["denoiser"])
     return Fused(conditioner, denoiser, counts)

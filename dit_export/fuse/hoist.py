@@ -80,7 +80,9 @@ def _check(graph: gs.Graph, loop_inputs: Collection[str], rest: list[str]) -> No
         raise UsageError(f"every input ({', '.join(inputs)}) is a loop input, so nothing can be hoisted")
     for node in graph.nodes:
         if list(node.subgraphs()):
-            raise UsageError(f"node {node.name!r} ({node.op}) holds a subgraph; hoisting needs a graph without branches")
+            raise UsageError(
+                f"node {node.name!r} ({node.op}) holds a subgraph; hoisting needs a graph without branches"
+            )
     dependent = dependents(graph, loop_inputs)
     for tensor in graph.outputs:
         if tensor.name not in dependent:

@@ -1,6 +1,6 @@
 """Packing: the frontier's tensors travel as one.
 
-    conditioning = concat(frontier, axis 1)  [N, K, D];   frontier = split(conditioning, axis 1)
+conditioning = concat(frontier, axis 1)  [N, K, D];   frontier = split(conditioning, axis 1)
 """
 
 from __future__ import annotations

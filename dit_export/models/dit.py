@@ -16,19 +16,9 @@ MAX_PERIOD = 10_000.0
 NORM_EPS = 1e-6
 
 
-class Modulation(NamedTuple):
-    shift: Tensor  # (N, 1, D), like the others
-    scale: Tensor
-    gate: Tensor
-
-
 def norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """LayerNorm without affine parameters: adaLN brings them."""
     return F.layer_norm(x, x.shape[-1:], eps=eps)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
 
 
 def timestep_frequencies(timesteps: Tensor, shift: int) -> Tensor:
@@ -84,9 +74,15 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Block(nn.Module):
-    """adaLN-Zero: x += gate * Attn(modulate(LN(x))); x += gate * MLP(modulate(LN(x)))."""
+class Modulated(NamedTuple):
+    """adaLN-Zero around one branch: x += gate · branch(gain · LN(x) + shift); vectors are (N, 1, D)."""
 
+    gain: Tensor  # 1 + scale
+    shift: Tensor
+    gate: Tensor
+
+
+class Block(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.norm2_eps = spec.norm2_eps
@@ -94,11 +90,15 @@ class Block(nn.Module):
         self.mlp = MLP(spec.hidden, int(spec.mlp_ratio * spec.hidden))
         self.modulation = nn.Linear(spec.hidden, 6 * spec.hidden)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def vectors(self, condition: Tensor) -> tuple[Modulated, Modulated]:
+        """For attention and MLP; the linear's columns are (shift, scale, gate) twice."""
         parts = self.modulation(condition)[:, None].chunk(6, dim=-1)
-        attn, mlp = Modulation(*parts[:3]), Modulation(*parts[3:])
-        x = x + attn.gate * self.attn(modulate(norm(x), attn.shift, attn.scale))
-        return x + mlp.gate * self.mlp(modulate(norm(x, self.norm2_eps), mlp.shift, mlp.scale))
+        return Modulated(1 + parts[1], parts[0], parts[2]), Modulated(1 + parts[4], parts[3], parts[5])
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        attn, mlp = self.vectors(condition)
+        x = x + attn.gate * self.attn(norm(x) * attn.gain + attn.shift)
+        return x + mlp.gate * self.mlp(norm(x, self.norm2_eps) * mlp.gain + mlp.shift)
 
 
 class Final(nn.Module):
@@ -107,9 +107,13 @@ class Final(nn.Module):
         self.modulation = nn.Linear(spec.hidden, 2 * spec.hidden)
         self.linear = nn.Linear(spec.hidden, spec.patch**2 * spec.out_channels)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def vectors(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(norm(x), shift, scale))  # (N, T, p·p·C_out)
+        return 1 + scale, shift
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        gain, shift = self.vectors(condition)
+        return self.linear(norm(x) * gain + shift)  # (N, T, p·p·C_out)
 
 
 class DiT(nn.Module):
@@ -125,11 +129,24 @@ class DiT(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """(N, C, H, W), (N,), (N,) -> (N, C_out, H, W): the prediction's channels, then the variance's."""
-        conditions = [F.silu(embedder(timesteps, labels)) for embedder in self.embedders]  # (N, D) each
+        conditions = self.conditions(timesteps, labels)
         x = self.patches(latents).flatten(2).transpose(1, 2) + self.positions  # (N, T, D)
-        for index, block in enumerate(self.blocks):
-            x = block(x, conditions[index % len(conditions)])
+        for block, condition in zip(self.blocks, conditions, strict=True):
+            x = block(x, condition)
         return self.unpatchify(self.final(x, conditions[0]))
+
+    def conditions(self, timesteps: Tensor, labels: Tensor) -> list[Tensor]:
+        """SiLU(c) for each block, (N, D) each; the final layer takes the first."""
+        embedded = [F.silu(embedder(timesteps, labels)) for embedder in self.embedders]
+        return embedded * (self.spec.depth // len(embedded))
+
+    def vectors(self, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """All K vectors that the blocks and the final layer read, in that order; (N, K, D)."""
+        conditions = self.conditions(timesteps, labels)
+        rows: list[Tensor] = []
+        for block, condition in zip(self.blocks, conditions, strict=True):
+            rows += [vector for modulated in block.vectors(condition) for vector in modulated]
+        return torch.cat(rows + list(self.final.vectors(conditions[0])), dim=1)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         p = self.spec.patch

@@ -1,0 +1,70 @@
+"""ONNX Runtime: opens the ONNX form itself, so there is nothing to compile ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_runtime.backends import Options
+from dit_runtime.errors import BundleError, UsageError
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def version() -> str | None:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(metadata.version(package))
+        except metadata.PackageNotFoundError:
+            continue
+    if len(found) > 1:
+        raise UsageError(f"{' and '.join(PACKAGES)} are both installed and overwrite each other: pip uninstall one")
+    return found[0] if found else None
+
+
+def compile(onnx: Path, folder: Path, options: Options) -> tuple[str, ...]:
+    """No files of its own: the session is made from the ONNX form when it is opened."""
+    return ()
+
+
+def open(files: Sequence[Path], options: Options) -> OrtEngine:
+    return OrtEngine(files[0], options)
+
+
+class OrtEngine:
+    def __init__(self, path: Path, options: Options) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError:
+            raise UsageError("onnxruntime is not installed: pip install 'dit-export[onnxruntime]'") from None
+
+        provider = PROVIDERS.get(options.provider or "cpu")
+        if provider is None or provider not in ort.get_available_providers():
+            here = [name for name, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+            raise UsageError(f"provider {options.provider!r} is not in this onnxruntime; here: {', '.join(here)}")
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        if options.threads:
+            settings.intra_op_num_threads = options.threads
+        try:
+            self._session: Any = ort.InferenceSession(path, settings, providers=[provider])
+        except Exception as error:  # its exceptions share no base class but this
+            raise BundleError(f"{path}: ONNX Runtime does not open it: {str(error).splitlines()[0]}") from None
+        self._outputs = tuple(tensor.name for tensor in self._session.get_outputs())
+        self._inputs = tuple(tensor.name for tensor in self._session.get_inputs())
+
+    @property
+    def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self._inputs, self._outputs
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
+
+    def close(self) -> None:
+        self._session = None

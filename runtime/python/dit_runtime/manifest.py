@@ -1,0 +1,190 @@
+"""The bundle's contract: manifest.json, what it may say, and the checks before anything it names is opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dit_runtime.errors import BundleError
+from dit_runtime.schedule import Diffusion
+
+FORMAT = 1
+NAME = "manifest.json"
+GRAPHS = ("conditioner", "denoiser", "decoder")
+DTYPES = ("float32", "int64")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output; a string in the shape is a free dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One network of the bundle: its ONNX form, and the files its backend opens."""
+
+    onnx: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch: int = 8  # rows it takes at a time
+    precision: str = "fp32"
+    backend: str = "onnxruntime"
+    engine: tuple[str, ...] = ()  # empty: the backend opens the ONNX form itself
+
+    @property
+    def onnx_files(self) -> tuple[str, ...]:
+        return (self.onnx, self.onnx + ".data")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.engine or self.onnx_files
+
+
+@dataclass(frozen=True)
+class File:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    model: Mapping[str, Any]  # the toolchain's ModelSpec, for people and for inspect
+    latent_shape: tuple[int, ...]  # (C, H, W)
+    latent_scale: float | None
+    num_classes: int
+    labels: tuple[str, ...]  # names by class; empty where none are known
+    guided_channels: int
+    unguided_up_to_one: bool
+    diffusion: Diffusion
+    graphs: Mapping[str, Graph]
+    files: Mapping[str, File] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    built_with: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def null_label(self) -> int:
+        return self.num_classes
+
+    def to_json(self) -> str:
+        table = asdict(self) | {"diffusion": self.diffusion.to_dict()}
+        return json.dumps({"format": table.pop("format"), **table}, indent=1, ensure_ascii=False) + "\n"
+
+
+def read(folder: Path) -> Manifest:
+    """Parses and checks the manifest, and that each file it names is there in its size; opens none of them."""
+    path = folder / NAME
+    if not path.is_file():
+        raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: not JSON: {error}") from None
+    if not isinstance(table, dict) or not isinstance(table.get("format"), int):
+        raise BundleError(f"{path}: no format number; expected {FORMAT}")
+    if table["format"] != FORMAT:
+        advice = "upgrade dit-export" if table["format"] > FORMAT else "rebuild it with `dit-export build`"
+        raise BundleError(f"{path}: format {table['format']}, expected {FORMAT}: {advice}")
+    try:
+        manifest = _parse(table)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path}: malformed: {type(error).__name__}: {error}") from None
+    for name, file in manifest.files.items():
+        location = inside(folder, name)
+        if not location.is_file():
+            raise BundleError(f"{folder}: {name} is missing; rebuild the bundle")
+        if location.stat().st_size != file.size:
+            raise BundleError(f"{folder}: {name} has {location.stat().st_size} bytes, expected {file.size}; rebuild it")
+    return manifest
+
+
+def _parse(table: dict[str, Any]) -> Manifest:
+    known = {f.name for f in fields(Manifest)}
+    if unknown := sorted(set(table) - known):
+        raise ValueError(f"unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    graphs = {name: _graph(graph) for name, graph in table["graphs"].items()}
+    if not {"conditioner", "denoiser"} <= set(graphs) <= set(GRAPHS):
+        raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (the decoder may lack)")
+    manifest = Manifest(
+        **table
+        | {
+            "latent_shape": tuple(int(size) for size in table["latent_shape"]),
+            "labels": tuple(str(name) for name in table["labels"]),
+            "diffusion": Diffusion.from_dict(table["diffusion"]),
+            "graphs": graphs,
+            "files": {name: File(int(file["size"]), str(file["sha256"])) for name, file in table["files"].items()},
+        }
+    )
+    for graph in graphs.values():
+        for name in graph.files:
+            if name not in manifest.files:
+                raise ValueError(f"{name} has no size and sha256 under files")
+    if manifest.labels and len(manifest.labels) != manifest.num_classes:
+        raise ValueError(f"{len(manifest.labels)} label names, expected {manifest.num_classes}")
+    if len(manifest.latent_shape) != 3 or min(manifest.latent_shape) < 1:
+        raise ValueError(f"latent_shape {list(manifest.latent_shape)}, expected [channels, height, width]")
+    if manifest.num_classes < 1 or any(graph.max_batch < 1 for graph in graphs.values()):
+        raise ValueError("num_classes or max_batch is below 1")
+    return manifest
+
+
+def _graph(table: dict[str, Any]) -> Graph:
+    def tensors(key: str) -> tuple[TensorSpec, ...]:
+        specs = tuple(TensorSpec(**tensor | {"shape": tuple(tensor["shape"])}) for tensor in table[key])
+        for spec in specs:
+            if spec.dtype not in DTYPES:
+                raise ValueError(f"{spec.name} has dtype {spec.dtype}; known: {', '.join(DTYPES)}")
+        return specs
+
+    return Graph(
+        **table | {"inputs": tensors("inputs"), "outputs": tensors("outputs"), "engine": tuple(table["engine"])}
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of the bundle; nothing may lead out of the folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in name or ":" in name:
+        raise BundleError(f"{folder}: file name {name!r} leaves the bundle; refused")
+    path = folder
+    for part in pure.parts:
+        path = path / part
+        if path.is_symlink():
+            raise BundleError(f"{folder}: {name!r} is a link; refused")
+    return path
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compares sha256 sums; engines are executable, so nothing is opened before."""
+    for name in names:
+        if name not in manifest.files:
+            raise BundleError(f"{folder}: {name} is not in the manifest")
+        if sha256(inside(folder, name)) != manifest.files[name].sha256:
+            raise BundleError(f"{folder}: {name} does not have the sha256 of its manifest; it is damaged: rebuild it")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, File]:
+    """Size and sha256 of everything in the folder but the manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    return {path.relative_to(folder).as_posix(): File(path.stat().st_size, sha256(path)) for path in paths}
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Replaces the manifest in one step."""
+    partial = folder / f"{NAME}.partial"
+    partial.write_text(manifest.to_json(), encoding="utf-8")
+    partial.replace(folder / NAME)

@@ -1,0 +1,197 @@
+"""From labels to pictures: the bundle's three graphs around a solver."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime import backends, images, manifest, noise
+from dit_runtime.backends import Engine, Options
+from dit_runtime.conditioning import Table
+from dit_runtime.errors import BundleError, UsageError, nearest
+from dit_runtime.manifest import Manifest
+from dit_runtime.solvers import plan, solve
+
+OnStep = Callable[[int, int, NDArray[np.float64]], Any]
+
+
+class Stopped(Exception):
+    """`on_step` asked to stop the run."""
+
+
+class EngineError(RuntimeError):
+    """An engine gave something that no sound engine gives."""
+
+
+class Pipeline:
+    def __init__(self, folder: Path, contract: Manifest, engines: dict[str, Engine]) -> None:
+        self.folder, self.manifest = folder, contract
+        self._engines = engines
+
+    @classmethod
+    def load(cls, folder: str | Path, *, threads: int | None = None, provider: str | None = None) -> Pipeline:
+        """Opens a bundle, after its manifest and the sha256 of each file that is opened have been checked."""
+        folder = Path(folder)
+        contract = manifest.read(folder)
+        options = Options(threads=threads, provider=provider)
+        engines: dict[str, Engine] = {}
+        for name, graph in contract.graphs.items():
+            manifest.check_files(folder, contract, graph.files)
+            module = backends.backend(backends.choose(graph.backend))
+            engine: Engine = module.open([manifest.inside(folder, file) for file in graph.files], options)
+            engines[name] = engine
+            expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
+            if engine.io != expected:
+                raise BundleError(f"{folder}: {name} has inputs and outputs {engine.io}, expected {expected}")
+        return cls(folder, contract, engines)
+
+    def sample(
+        self,
+        labels: str | int | Sequence[str | int],
+        *,
+        steps: int = 25,
+        guidance: float | Sequence[float] = 4.0,
+        seed: int | Sequence[int] = 0,
+        solver: str | None = None,
+        eta: float = 0.0,
+        spacing: str | None = None,
+        latents: NDArray[Any] | None = None,
+        output: str = "images",
+        on_step: OnStep | None = None,
+    ) -> NDArray[Any]:
+        """Pictures uint8 [N, H, W, 3], or final latents float32 [N, C, H, W]; one a label, the same for the same seed.
+
+        `on_step(step, steps, latents)` is called after each step; returning True raises Stopped.
+        """
+        if output not in ("images", "latents"):
+            raise UsageError(f"output {output!r} is not known; known: images, latents")
+        if output == "images":
+            self._require_decoder()
+        ids = self.label_ids([labels] if isinstance(labels, str | int) else labels)
+        weights = self._guidance(guidance, len(ids))
+        solver = solver or self.manifest.diffusion.sampler.solver
+        timesteps = plan(self.manifest.diffusion, solver, steps, spacing)
+        draw = noise.draw(seed, len(ids))
+        shape = (len(ids), *self.manifest.latent_shape)
+        x = draw(shape) if latents is None else self._latents(latents, shape)
+        run = solve(self.manifest.diffusion, solver, steps, x, draw, eta=eta, spacing=spacing)
+
+        table = self.table(timesteps, ids, guided=self.is_guided(weights))
+        state, t = next(run)
+        for step in range(len(timesteps)):
+            try:
+                state, t = run.send(self._denoise_all(step, t, state, table, weights))
+            except StopIteration as end:
+                state = end.value
+            if on_step is not None and on_step(step + 1, len(timesteps), state) is True:
+                raise Stopped(f"stopped after step {step + 1} of {len(timesteps)}")
+        if output == "latents":
+            return state.astype(np.float32)
+        return images.to_uint8(self.decode(state))
+
+    def table(self, timesteps: Sequence[float] | NDArray[Any], ids: Sequence[int], guided: bool) -> Table:
+        graph = self.manifest.graphs["conditioner"]
+        row_bytes = 4 * math.prod(int(size) for size in graph.outputs[0].shape[1:])
+        null_label = self.manifest.null_label if guided else None
+        return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch)
+
+    def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
+        """(N,), (N,) -> [N, K, D]."""
+        return self._engines["conditioner"].run({"timesteps": timesteps, "labels": labels})["conditioning"]
+
+    def denoise(
+        self, latents: NDArray[Any], conditioning: NDArray[Any], guidance: NDArray[np.float32]
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """[B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance, [B, C, H, W]."""
+        inputs = {"latents": latents.astype(np.float32), "conditioning": conditioning, "guidance": guidance}
+        outputs = self._engines["denoiser"].run(inputs)
+        return outputs["prediction"], outputs.get("variance")
+
+    def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
+        """[N, C, H, W] -> [N, 3, 8H, 8W] in [0, 1]."""
+        self._require_decoder()
+        engine, size = self._engines["decoder"], self.manifest.graphs["decoder"].max_batch
+        parts = []
+        for first in range(0, len(latents), size):
+            parts.append(engine.run({"latents": latents[first : first + size].astype(np.float32)})["images"])
+        pictures = np.concatenate(parts)
+        if not np.isfinite(pictures).all():
+            raise EngineError("the decoder's pictures hold values that are not finite")
+        return pictures
+
+    def _denoise_all(
+        self, step: int, t: float, x: NDArray[Any], table: Table, weights: NDArray[np.float32]
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """The whole batch at one step, split into what the engine takes at a time."""
+        parts = []
+        size = self.manifest.graphs["denoiser"].max_batch
+        for first in range(0, len(x), size):
+            rows = slice(first, first + size)
+            prediction, variance = self.denoise(x[rows], table(step, rows), weights[rows])
+            if not np.isfinite(prediction).all():
+                raise EngineError(f"step {step + 1} (t = {t:g}): the denoiser's prediction holds values not finite")
+            parts.append((prediction, variance))
+        predictions, variances = zip(*parts, strict=True)
+        return np.concatenate(predictions), None if variances[0] is None else np.concatenate(variances)
+
+    def label_ids(self, labels: Sequence[str | int]) -> list[int]:
+        """Class numbers of names ("golden retriever", one of its synonyms, or "207") and numbers."""
+        if not labels:
+            raise UsageError("no labels; pass at least one class name or number")
+        return [self._label_id(label) for label in labels]
+
+    def _label_id(self, label: str | int) -> int:
+        count = self.manifest.num_classes
+        if isinstance(label, str) and not label.lstrip("-").isdecimal():
+            names: dict[str, int] = {}
+            for number, name in enumerate(self.manifest.labels):
+                for synonym in (name, *name.split(",")):
+                    names.setdefault(synonym.strip().lower(), number)
+            if label.strip().lower() not in names:
+                known = nearest(label, names) if names else f": this bundle has no names, only 0 to {count - 1}"
+                raise UsageError(f"class {label!r} is not known{known}")
+            return names[label.strip().lower()]
+        number = int(label)
+        if not 0 <= number < count:
+            raise UsageError(f"label {number} is out of range; expected 0 to {count - 1}")
+        return number
+
+    def is_guided(self, weights: NDArray[np.float32]) -> bool:
+        """Whether the null rows are needed: not where they cannot change the result."""
+        alone = weights <= 1 if self.manifest.unguided_up_to_one else weights == 1
+        return not alone.all()
+
+    def _guidance(self, guidance: float | Sequence[float], count: int) -> NDArray[np.float32]:
+        weights = np.asarray(guidance, np.float32)
+        if weights.ndim > 1 or (weights.ndim == 1 and len(weights) != count):
+            raise UsageError(f"guidance has shape {weights.shape}; expected one number or {count}, one a label")
+        if not np.isfinite(weights).all():
+            raise UsageError(f"guidance is {guidance}; expected finite numbers")
+        return np.broadcast_to(weights, (count,)).copy()
+
+    def _latents(self, latents: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        if latents.shape != shape or not np.isfinite(latents).all():
+            raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
+        return latents
+
+    def _require_decoder(self) -> None:
+        if "decoder" not in self._engines:
+            raise UsageError('this bundle has no decoder (--latents-only); ask for output="latents"')
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,51 @@
+"""What a person sees of long work: a bar on a terminal, a plain line a stage elsewhere; always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+BAR = 24
+
+
+class Progress:
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        self._stream = stream or sys.stderr
+        self._quiet = quiet
+        self._terminal = self._stream.isatty()
+        self._start = time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Names a stage when it starts, and its seconds when it ends."""
+        began = time.monotonic()
+        if self._terminal:
+            self._write(f"\r\x1b[K{name} …")
+        yield
+        line = f"{name}: {time.monotonic() - began:.1f} s (at {_clock(time.monotonic() - self._start)})\n"
+        self._write(f"\r\x1b[K{line}" if self._terminal else line)
+
+    def step(self, done: int, total: int, name: str) -> None:
+        """Moves the bar; in a pipe there is none."""
+        if not self._terminal:
+            return
+        filled = BAR * done // total
+        elapsed = time.monotonic() - self._start
+        self._write(f"\r\x1b[K{name} [{'#' * filled}{'.' * (BAR - filled)}] {done}/{total} {_clock(elapsed)}")
+
+    def end(self) -> None:
+        """Clears the bar."""
+        if self._terminal:
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        if not self._quiet:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

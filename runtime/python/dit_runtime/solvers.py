@@ -1,0 +1,158 @@
+"""Solvers as generators: each yields (x, t), is sent (prediction, variance or None), and returns the final x.
+
+Written in ᾱ alone, α = √ᾱ and σ = √(1 - ᾱ); a prime marks the level after the step. Arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.errors import UsageError
+from dit_runtime.noise import Draw
+from dit_runtime.schedule import ORDERS, Diffusion, Schedule, log_snr, make_schedule, timesteps
+
+Array = NDArray[np.float64]
+Solver = Generator[tuple[Array, float], tuple[NDArray[Any], NDArray[Any] | None], Array]
+
+
+def plan(diffusion: Diffusion, solver: str, steps: int, spacing: str | None = None) -> Array:
+    """Every t that a run will ask for, in order; (N,)."""
+    return timesteps(diffusion, solver, steps, spacing).astype(np.float64)
+
+
+def solve(
+    diffusion: Diffusion,
+    solver: str,
+    steps: int,
+    x: NDArray[Any],
+    draw: Draw,
+    *,
+    eta: float = 0.0,
+    spacing: str | None = None,
+) -> Solver:
+    """A run from x_T that draws its noise with `draw(shape)`; eta belongs to DDIM."""
+    schedule = make_schedule(diffusion, solver, steps, spacing)
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
+    if eta and solver != "ddim":
+        raise UsageError(f"eta is {eta!r} with solver {solver}; only ddim takes it")
+    x = np.asarray(x, np.float64)
+    if solver == "ddpm":
+        return ddpm(diffusion, schedule, x, draw)
+    if solver == "ddim":
+        return ddim(diffusion, schedule, x, draw, eta)
+    return dpm(diffusion, schedule, x, ORDERS[solver])
+
+
+def ddpm(diffusion: Diffusion, schedule: Schedule, x: Array, draw: Draw) -> Solver:
+    """DDPM, Ho et al. 2020 (arXiv 2006.11239), algorithm 2, on the steps that are kept.
+
+    α = ᾱ / ᾱ',  β = 1 - α,  x' = √ᾱ' β / (1 - ᾱ) x₀ + √α (1 - ᾱ') / (1 - ᾱ) x + σ z, with z = 0 at t = 0.
+    """
+    for t, level, after in zip(*schedule, strict=True):
+        prediction, variance = yield x, float(t)
+        x0, _ = _denoised(diffusion, x, prediction, level)
+        x0 = _clipped(diffusion, x0)
+        alpha = level / after
+        x = math.sqrt(after) * (1 - alpha) / (1 - level) * x0 + math.sqrt(alpha) * (1 - after) / (1 - level) * x
+        if t > 0:
+            deviation = _deviation(diffusion.sampler.variance, variance, level, after)
+            x = x + deviation * draw(x.shape).astype(np.float64)
+    return x
+
+
+def ddim(diffusion: Diffusion, schedule: Schedule, x: Array, draw: Draw, eta: float) -> Solver:
+    """DDIM, Song et al. 2020 (arXiv 2010.02502), equations 12 and 16.
+
+    s = η √((1 - ᾱ') / (1 - ᾱ)) √(1 - ᾱ / ᾱ'),  x' = √ᾱ' x₀ + √(1 - ᾱ' - s²) ε + s z, with no draw where s = 0.
+    """
+    for t, level, after in zip(*schedule, strict=True):
+        prediction, _ = yield x, float(t)
+        x0, epsilon = _denoised(diffusion, x, prediction, level)
+        x0 = _clipped(diffusion, x0)
+        deviation = eta * math.sqrt((1 - after) / (1 - level) * (1 - level / after))
+        x = math.sqrt(after) * x0 + math.sqrt(1 - after - deviation**2) * epsilon
+        if deviation > 0:
+            x = x + deviation * draw(x.shape).astype(np.float64)
+    return x
+
+
+def dpm(diffusion: Diffusion, schedule: Schedule, x: Array, order: int) -> Solver:
+    """DPM-Solver++ multistep, Lu et al. 2022 (arXiv 2211.01095), algorithm 2, and its third-order sibling.
+
+    x' = σ'/σ x + α' (φ₁ D₀ + φ₂ D₁ + φ₃ D₂),  h = λ' - λ,  φ₁ = 1 - e⁻ʰ,  φ₂ = 1 - φ₁/h,  φ₃ = 1/2 - φ₂/h,
+    where D₀ is the predicted x₀ and D₁, D₂ its scaled differences over past steps; "midpoint" has φ₂ = φ₁/2 in
+    second-order steps.
+    """
+    sampler, count = diffusion.sampler, len(schedule.timesteps)
+    short = sampler.lower_order_final and count < 15
+    data: list[Array] = []  # predicted x₀, newest first
+    lambdas: list[float] = []
+    for index, (t, level, after) in enumerate(zip(*schedule, strict=True)):
+        prediction, _ = yield x, float(t)
+        data = [_denoised(diffusion, x, prediction, level)[0], *data[: order - 1]]
+        lambdas = [log_snr(level), *lambdas[: order - 1]]
+        now = len(data)
+        if index == count - 1 and (short or sampler.euler_at_final or after in (1, level)):
+            now = 1
+        elif index == count - 2 and short:
+            now = min(now, 2)
+        h = log_snr(after) - lambdas[0]
+        phi1 = -math.expm1(-h)
+        step = phi1 * data[0]
+        if now > 1:
+            first = (data[0] - data[1]) * (h / (lambdas[0] - lambdas[1]))
+            phi2 = 1 - phi1 / h
+        if now == 2:
+            step = step + (phi1 / 2 if sampler.solver_type == "midpoint" else phi2) * first
+        if now == 3:
+            second = (data[1] - data[2]) * (h / (lambdas[1] - lambdas[2]))
+            bend = (first - second) * (h / (lambdas[0] - lambdas[2]))
+            slope = first + bend * ((lambdas[0] - lambdas[1]) / h)
+            step = step + phi2 * slope + (0.5 - phi2 / h) * bend
+        x = math.sqrt((1 - after) / (1 - level)) * x + math.sqrt(after) * step
+    return x
+
+
+def _denoised(diffusion: Diffusion, x: Array, prediction: NDArray[Any], level: float) -> tuple[Array, Array]:
+    """x₀ and ε from what the network predicts: x = α x₀ + σ ε, v = α ε - σ x₀ (Salimans & Ho 2022)."""
+    alpha, sigma = math.sqrt(level), math.sqrt(1 - level)
+    output = np.asarray(prediction, np.float64)
+    if diffusion.prediction == "epsilon":
+        return (x - sigma * output) / alpha, output
+    if diffusion.prediction == "sample":
+        return output, (x - alpha * output) / sigma
+    return alpha * x - sigma * output, alpha * output + sigma * x
+
+
+def _clipped(diffusion: Diffusion, x0: Array) -> Array:
+    bound = diffusion.sampler.clip_sample_range
+    return np.clip(x0, -bound, bound) if diffusion.sampler.clip_sample else x0
+
+
+def _deviation(kind: str, variance: NDArray[Any] | None, level: float, after: float) -> float | Array:
+    """σ of a DDPM step, Nichol & Dhariwal 2021 (arXiv 2102.09672), equations 9, 10 and 15.
+
+    fixed_large: β;  fixed_small: β̃ = (1 - ᾱ') / (1 - ᾱ) β;  learned_range: log σ² = f log β + (1 - f) log β̃,
+    f = (v + 1) / 2.
+    """
+    large = 1 - level / after
+    small = max((1 - after) / (1 - level) * large, 1e-20)
+    if kind == "fixed_small":
+        return math.sqrt(small)
+    if kind == "fixed_large":
+        return math.sqrt(large)
+    if variance is None:
+        raise UsageError(
+            f"ddpm with {kind!r} variance needs a model that predicts its variance, and this one does not; take ddim"
+        )
+    output = np.asarray(variance, np.float64)
+    if kind == "learned":
+        return np.sqrt(output)
+    part = (output + 1) / 2
+    return np.exp(0.5 * (part * math.log(large) + (1 - part) * math.log(small)))
