@@ -18,7 +18,7 @@ OPSET = 23  # the first with Attention, so that a backend's passes choose its fo
 
 def trace(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
     """Exports `module` with axis 0 of every input and output free; the weights go beside it (no 2 GB limit)."""
-    rows = torch.export.Dim("rows", min=1, max=4096)
+    rows = torch.export.Dim.DYNAMIC  # a named Dim wants a range, and diffusers' upsampling branches at 64 rows
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

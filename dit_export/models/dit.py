@@ -145,6 +145,7 @@ class DiT(nn.Module):
         conditions = self.conditions(timesteps, labels)
         rows: list[Tensor] = []
         for block, condition in zip(self.blocks, conditions, strict=True):
+            assert isinstance(block, Block)
             rows += [vector for modulated in block.vectors(condition) for vector in modulated]
         return torch.cat(rows + list(self.final.vectors(conditions[0])), dim=1)
 

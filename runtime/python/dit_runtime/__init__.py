@@ -1,1 +1,6 @@
 """Samples from a bundle with NumPy and one engine; no PyTorch."""
+
+from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.pipeline import EngineError, Pipeline, Stopped
+
+__all__ = ["BundleError", "EngineError", "Pipeline", "Stopped", "UsageError"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -177,10 +177,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, File]:
-    """Size and sha256 of everything in the folder but the manifest."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
-    return {path.relative_to(folder).as_posix(): File(path.stat().st_size, sha256(path)) for path in paths}
+def describe_files(folder: Path, skip: Collection[str] = ()) -> dict[str, File]:
+    """Size and sha256 of everything in the folder but the manifest and what is skipped."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name: File(path.stat().st_size, sha256(path))
+        for name, path in files.items()
+        if name != NAME and name not in skip
+    }
 
 
 def write(folder: Path, manifest: Manifest) -> None:

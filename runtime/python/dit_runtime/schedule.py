@@ -99,8 +99,7 @@ class Diffusion:
     @property
     def alpha_bar(self) -> NDArray[np.float64]:
         """ᾱ_t = Π (1 - β_s) over s ≤ t."""
-        levels: NDArray[np.float64] = np.cumprod(1 - self.betas)
-        return levels
+        return np.cumprod(1 - self.betas, dtype=np.float64)
 
     def to_dict(self) -> dict[str, Any]:
         """As the manifest holds it."""

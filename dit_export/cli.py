@@ -1,0 +1,155 @@
+"""`dit-export`: from a checkpoint to a verified bundle; every command's work is in the room of its name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_export.spec import MODELS, PRECISIONS, Recipe
+from dit_runtime import backends, manifest
+from dit_runtime.cli import add_bundle, guarded, report
+from dit_runtime.errors import UsageError
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from dit_export.build import Built
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded("dit-export", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    result: int = options.command(options)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dit-export", description="Turn a PyTorch DiT into engines that ship.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="checkpoint -> verified bundle")
+    build.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
+    build.add_argument("--resolution", type=int, help="of the pictures; 256 unless the checkpoint says otherwise")
+    build.add_argument("--precision", help=", ".join(PRECISIONS))
+    build.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
+    build.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")
+    build.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
+    build.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
+    build.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
+    build.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="made-up weights")
+    build.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
+    build.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")
+    build.add_argument("-o", "--output", metavar="DIR", help="default: a folder in engines/build")
+    build.add_argument("--json", action="store_true", help="the checks, for machines, on standard output")
+    build.set_defaults(command=_build)
+
+    inspect = commands.add_parser("inspect", help="what a bundle or an ONNX file holds")
+    inspect.add_argument("path", type=Path)
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(command=_inspect)
+
+    verify = commands.add_parser("verify", help="a bundle against PyTorch, with the weights it was built from")
+    add_bundle(verify)
+    verify.set_defaults(command=_verify)
+
+    hoist = commands.add_parser("hoist", help="split any ONNX graph at what does not depend on a loop's input")
+    hoist.add_argument("path", type=Path, metavar="MODEL.onnx")
+    hoist.add_argument("--loop-input", nargs="+", required=True, metavar="NAME", help="what changes every step")
+    hoist.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-hoisted beside the model")
+    hoist.add_argument("--json", action="store_true")
+    hoist.set_defaults(command=_hoist)
+    return parser
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe file's fields, then the flags that were given."""
+    recipe, given = Recipe(), {field.name: getattr(options, field.name) for field in fields(Recipe)}
+    if options.model and options.model.endswith(".toml"):
+        recipe, given["model"] = Recipe.from_toml(Path(options.model)), None
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def _build(options: argparse.Namespace) -> int:
+    from dit_export.build import build
+
+    built = build(_recipe(options), Progress())
+    code = _report(built, options.json)
+    out = sys.stderr if options.json else sys.stdout
+    if code:
+        print(f"the bundle that failed: {built.folder}", file=out)
+    else:
+        contract = manifest.read(built.folder)
+        labels = f"--labels {contract.num_classes // 4} {3 * contract.num_classes // 4}"
+        to_file = "" if "decoder" in contract.graphs else " -o latents.npy"
+        print(f"bundle: {built.folder}\nsample: dit-run sample {built.folder} {labels}{to_file}", file=out)
+    return code
+
+
+def _report(built: Built, as_json: bool) -> int:
+    code = report(built.checks, as_json)
+    if not built.sensitive:
+        print(
+            "warning: these weights hardly react to label, guidance or timestep, so parity on them proves little "
+            f"(proof: insensitive in {built.folder}/parity.json)",
+            file=sys.stderr,
+        )
+    return code
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dit_export.build import check
+    from dit_export.trace import Decoder
+    from dit_export.weights import load
+
+    contract = manifest.read(options.bundle)
+    progress = Progress()
+    with progress.stage("weights"):
+        loaded = load(Recipe(**contract.source["recipe"]))
+    was = {key: value for key, value in contract.source.items() if key != "recipe"}
+    if was != loaded.source:
+        raise UsageError(f"the weights are not the ones of this bundle: got {loaded.source}, expected {was}")
+    decoder = None if loaded.vae is None else Decoder(loaded.vae).eval()
+    with Pipeline.load(options.bundle, threads=options.threads, provider=options.provider) as pipe:
+        return _report(check(pipe, loaded, decoder, progress), options.json)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from dit_export.inspection import describe, table
+
+    tables = describe(options.path)
+    print(json.dumps(tables, indent=1) if options.json else table(tables))
+    return 0
+
+
+def _hoist(options: argparse.Namespace) -> int:
+    from dit_export import graphs
+    from dit_export.fuse.hoist import hoist
+
+    if not options.path.is_file():
+        raise UsageError(f"{options.path}: no such file; expected an ONNX model")
+    folder = options.output or options.path.with_name(options.path.stem + "-hoisted")
+    hoisted = hoist(graphs.load(options.path), options.loop_input)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for name, graph in (("invariant", hoisted.invariant), ("loop", hoisted.loop)):
+        graphs.save(graph, folder / f"{name}.onnx")
+        weights[name] = graphs.weight_bytes(graph)
+    if options.json:
+        print(json.dumps({"folder": str(folder), "frontier": hoisted.frontier, "weight_bytes": weights}))
+        return 0
+    print(f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}")
+    for name, size in weights.items():
+        print(f"{name}: {size / 1e6:.1f} MB of weights ({size / sum(weights.values()):.0%})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""A bundle's engines against PyTorch itself, and the proof that this comparison can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from dit_export.models.dit import DiT
+from dit_export.trace import Decoder
+from dit_export.verify.reference import evaluate, guide
+from dit_runtime.images import psnr
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.verify import TOLERANCES, Check, Reference, relative_error
+
+PROOF_FACTOR = 10  # a wrong input must miss the tolerance by this much
+TIMESTEP_SHIFT = 0.05  # of the schedule
+DECODER_PSNR = {"fp32": 80.0}  # of float pictures in [0, 1]: measured 110 to 125 dB
+
+
+def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
+    """The fp32 parity check, asked about inputs that are not the reference's: each must miss by 10 x.
+
+    adaLN-Zero at initialisation predicts zero, and weak random weights hardly hear their label; parity on such
+    weights would say nothing.
+    """
+    step = len(reference.timesteps) // 2
+    t, guidance = float(reference.timesteps[step]), reference.guidance
+    classes = pipe.manifest.num_classes
+    labels = [int(label) for label in reference.labels]
+    moved = t + TIMESTEP_SHIFT * pipe.manifest.diffusion.train_steps * (1 if t < classes else -1)
+    others = [(label + 1) % classes if classes > 1 else pipe.manifest.null_label for label in labels]
+    limit = PROOF_FACTOR * TOLERANCES["fp32"].prediction
+    checks = []
+    for name, time, ids, weights in (
+        ("proof: another label", t, others, guidance),
+        ("proof: guidance x 2", t, labels, 2 * guidance),
+        ("proof: t moved by 5 %", moved, labels, guidance),
+    ):
+        rows = pipe.table([time], ids, guided=True)(0, slice(0, len(ids)))
+        prediction, _ = pipe.denoise(reference.latents[step], rows, weights)
+        error = relative_error(prediction, reference.prediction[step])
+        checks.append(Check(name, error, limit, at_least=True, where=f"t = {t:g}"))
+    return checks
+
+
+def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int = 0) -> Iterator[Check]:
+    """Each graph at its smallest, a middle and its largest batch; timesteps spread over the schedule, null included."""
+    spec, contract = model.spec, pipe.manifest
+    generator = torch.Generator().manual_seed(seed)
+    for batch in _batches(contract.graphs["denoiser"].max_batch):
+        latents = torch.randn(batch, spec.channels, spec.latent_size, spec.latent_size, generator=generator)
+        timesteps = torch.linspace(0, contract.diffusion.train_steps - 1, batch + 2)[1:-1]
+        labels = torch.randint(0, spec.num_classes, (batch,), generator=generator)
+        labels[-1] = spec.null_label if batch > 1 else labels[-1]
+        weights = torch.linspace(1.0, 4.0, batch).numpy()
+        out = evaluate(model, latents, timesteps, labels)
+        null = torch.full_like(labels, spec.null_label)
+        rows = [pipe.condition(timesteps.numpy(), ids.numpy()) for ids in (labels, null)]
+        prediction, variance = pipe.denoise(latents.numpy(), np.stack(rows), weights)
+        expected = guide(out.conditional, out.null, weights, spec.guided_channels)
+        limit = TOLERANCES[contract.graphs["denoiser"].precision].prediction
+        where = f"batch {batch}"
+        yield Check("denoiser graph, rel-L2", relative_error(prediction, expected), limit, where=where)
+        if variance is not None:
+            error = relative_error(variance, out.variance)
+            yield Check("variance graph, rel-L2", error, limit, where=where)
+    if decoder is None:
+        return
+    for batch in _batches(contract.graphs["decoder"].max_batch):
+        latents = torch.randn(batch, spec.channels, spec.latent_size, spec.latent_size, generator=generator)
+        with torch.no_grad():
+            images = decoder(latents).numpy()
+        ratio = psnr(pipe.decode(latents.numpy()), images, peak=1.0)
+        limit = DECODER_PSNR[contract.graphs["decoder"].precision]
+        yield Check("decoder graph, PSNR in dB", ratio, limit, at_least=True, where=f"batch {batch}")
+
+
+def _batches(largest: int) -> list[int]:
+    return sorted({1, max(1, largest // 4), largest})

@@ -1,0 +1,102 @@
+"""A folder that diffusers wrote: a whole pipeline, or its transformer alone."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from dit_runtime.errors import UsageError
+from dit_runtime.schedule import Diffusion
+
+from dit_export.models.dit import DiT
+from dit_export.spec import ModelSpec
+from dit_export.weights import keys
+from dit_export.weights.files import find_weights, read_json, read_weights
+from dit_export.weights.scheduler import read_scheduler_config
+
+# Fields with one supported value; the second half only the older class has.
+FIXED: dict[str, Any] = {
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "attention_type": "default",
+    "caption_channels": None,
+    "cross_attention_dim": None,
+    "num_vector_embeds": None,
+    "double_self_attention": False,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+}
+ABSENT = {"interpolation_scale": (None, 1, 1.0), "use_additional_conditions": (None, False)}
+NUMBERS = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "num_layers",
+    "sample_size",
+    "patch_size",
+    "num_embeds_ada_norm",
+)
+# Read by no forward pass in fp32: dropout, norm_num_groups, upcast_attention. The rest: out_channels, norm_eps.
+
+
+def read_config(folder: Path, *classes: str) -> dict[str, Any]:
+    """config.json with its class's defaults filled in; a class or a field that we do not know is refused."""
+    where = folder / "config.json"
+    given = read_json(where)
+    name = given.get("_class_name") if isinstance(given, dict) else None
+    if name not in classes:
+        raise UsageError(f"{where}: _class_name is {name!r}, expected {' or '.join(classes)}")
+    signature = inspect.signature(getattr(diffusers, name).__init__)
+    fields = {key: parameter.default for key, parameter in signature.parameters.items() if key != "self"}
+    given = {key: value for key, value in given.items() if not key.startswith("_")}
+    if unknown := sorted(given.keys() - fields.keys()):
+        raise UsageError(f"{where}: {name} has no field {', '.join(unknown)}; known: {', '.join(fields)}")
+    return fields | given
+
+
+def read_transformer(folder: Path) -> tuple[DiT, list[Path]]:
+    config = read_config(folder, "DiTTransformer2DModel", "Transformer2DModel")
+    where = f"{folder / 'config.json'}"
+    allowed = {key: (value,) for key, value in FIXED.items()} | ABSENT
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            raise UsageError(f"{where}: {key} is {config[key]!r}, expected {values[0]!r}")
+    for key in NUMBERS:
+        if type(config[key]) is not int or config[key] < 1:
+            raise UsageError(f"{where}: {key} is {config[key]!r}, expected a positive whole number")
+    if not isinstance(config["norm_eps"], float) or config["norm_eps"] <= 0:
+        raise UsageError(f"{where}: norm_eps is {config['norm_eps']!r}, expected a small positive number")
+    channels = config["in_channels"]
+    out_channels = channels if config["out_channels"] is None else config["out_channels"]
+    if out_channels not in (channels, 2 * channels):
+        raise UsageError(f"{where}: out_channels is {out_channels!r}, expected {channels} or {2 * channels}")
+    spec = ModelSpec(
+        depth=config["num_layers"],
+        hidden=config["num_attention_heads"] * config["attention_head_dim"],
+        heads=config["num_attention_heads"],
+        patch=config["patch_size"],
+        latent_size=config["sample_size"],
+        channels=channels,
+        num_classes=config["num_embeds_ada_norm"],
+        learned_variance=out_channels == 2 * channels,
+        frequency_shift=1,
+        norm2_eps=config["norm_eps"],
+        guided_channels=channels,
+        unguided_up_to_one=True,
+    )
+    files = find_weights(folder)
+    return keys.read(read_weights(files), keys.DIFFUSERS, spec, str(folder)), files
+
+
+def read_diffusion(folder: Path) -> Diffusion:
+    """The pipeline's scheduler; a transformer alone has none and gets Meta's constants."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if path.is_file():
+        return read_scheduler_config(read_json(path))
+    if (folder / "model_index.json").is_file():
+        raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
+    return read_scheduler_config(None)

@@ -1,0 +1,68 @@
+"""A bare file of weights (.pt, .bin, .safetensors) in either dialect: the shapes tell the network."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from dit_runtime.errors import UsageError
+
+from dit_export.models.dit import DiT
+from dit_export.spec import SIZES, ModelSpec, Recipe
+from dit_export.weights import keys
+from dit_export.weights.files import read_weights
+
+# Reading what diffusers wrote: its fixed choices, and its default where only a config.json could tell.
+DIFFUSERS_DIALECT = {"frequency_shift": 1, "norm2_eps": 1e-5, "unguided_up_to_one": True}
+
+
+def read_file(path: Path, recipe: Recipe) -> DiT:
+    where = str(path)
+    state = read_weights([path])
+    table = keys.dialect(state, where)
+    depth = keys.depth_of(state)
+    names = keys.expand(table, depth)
+
+    def shape(ours: str, rank: int) -> list[int]:
+        theirs = names.get(ours, [f"block 0's {ours}"])[0]
+        if theirs not in state or state[theirs].ndim != rank:
+            got = list(state[theirs].shape) if theirs in state else "nothing"
+            raise UsageError(f"{where}: {theirs} tells the network's shape: got {got}, expected {rank} dimensions")
+        return list(state[theirs].shape)
+
+    hidden, channels, patch, _ = shape("patches.weight", 4)
+    outputs = shape("final.linear.weight", 2)[0]
+    if outputs not in (channels * patch**2, 2 * channels * patch**2):
+        raise UsageError(
+            f"{where}: the final layer has {outputs} outputs, expected {channels * patch**2} (patch² x channels), "
+            "or twice as many with a learned variance"
+        )
+    if "positions" in names and names["positions"][0] in state:
+        side = patch * math.isqrt(shape("positions", 3)[1])
+    elif recipe.resolution:
+        side = recipe.resolution // 8
+    else:
+        raise UsageError(f"{where}: has no position table, so its resolution is unknown: pass --resolution")
+    spec = ModelSpec(
+        depth=depth,
+        hidden=hidden,
+        heads=recipe.heads or table_heads(depth, hidden, where),
+        patch=patch,
+        latent_size=side,
+        channels=channels,
+        num_classes=shape("embedders.0.label.weight", 2)[0] - 1,
+        mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
+        learned_variance=outputs == 2 * channels * patch**2,
+        **({"guided_channels": channels, **DIFFUSERS_DIALECT} if table is keys.DIFFUSERS else {}),
+    )
+    return keys.read(state, table, spec, where)
+
+
+def table_heads(depth: int, hidden: int, where: str) -> int:
+    for row in SIZES.values():
+        if row[:2] == (depth, hidden):
+            return row[2]
+    raise UsageError(
+        f"{where}: {depth} blocks of width {hidden} are none of the table's ({', '.join(SIZES)}), "
+        "and the weights do not tell the number of heads: pass --heads"
+    )

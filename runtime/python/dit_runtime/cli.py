@@ -1,0 +1,222 @@
+"""`dit-run`: sample, info, verify, compile and bench a bundle, with NumPy and one engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_runtime import backends, bench, images, manifest, verify
+from dit_runtime.backends import Options
+from dit_runtime.errors import UsageError
+from dit_runtime.manifest import Manifest
+from dit_runtime.pipeline import EngineError, Pipeline, Stopped
+from dit_runtime.progress import Progress
+from dit_runtime.schedule import SOLVERS, SPACINGS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded("dit-run", lambda: _main(arguments))
+
+
+def guarded(program: str, command: Callable[[], int]) -> int:
+    """Runs a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130."""
+    try:
+        return command()
+    except (UsageError, OSError) as error:
+        message = " ".join(str(error).split())
+        code = 2
+    except (EngineError, Stopped) as error:
+        message, code = str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sample = commands.add_parser("sample", help="pictures from class names or numbers")
+    add_bundle(sample)
+    sample.add_argument("--labels", nargs="+", required=True, metavar="CLASS", help="names or numbers, one a picture")
+    sample.add_argument("--steps", type=int, default=25)
+    sample.add_argument("--guidance", "--cfg-scale", type=float, nargs="+", default=[4.0], help="one, or one a picture")
+    sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
+    sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
+    sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
+    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)}; default: the bundle's")
+    sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
+    sample.add_argument(
+        "-o", "--output", type=Path, default=Path("sample.png"), help=".png (a grid), .npz or .npy (latents)"
+    )
+    sample.set_defaults(command=_sample)
+
+    info = commands.add_parser("info", help="what a bundle holds, and which backends are here")
+    info.add_argument("bundle", type=Path, nargs="?")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(command=_info)
+
+    check = commands.add_parser("verify", help="replay PyTorch's reference with the engines here")
+    add_bundle(check)
+    check.set_defaults(command=_verify)
+
+    compiling = commands.add_parser("compile", help="make engines from the bundle's ONNX on this machine, then verify")
+    add_bundle(compiling)
+    compiling.add_argument("--backend", default="auto", help=f"auto, {', '.join(backends.BACKENDS)}")
+    compiling.set_defaults(command=_compile)
+
+    timing = commands.add_parser("bench", help="time each graph and a whole picture")
+    add_bundle(timing)
+    timing.add_argument("--batch", type=int, default=1)
+    timing.add_argument("--steps", type=int, default=25)
+    timing.add_argument("--rounds", type=int, default=7)
+    timing.set_defaults(command=_bench)
+    return parser
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
+    parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
+    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
+    parser.add_argument("--json", action="store_true", help="for machines, on standard output")
+
+
+def _load(options: argparse.Namespace) -> Pipeline:
+    return Pipeline.load(options.bundle, threads=options.threads, provider=options.provider)
+
+
+def _sample(options: argparse.Namespace) -> int:
+    writers: dict[str, Callable[[Path, np.ndarray], None]] = {
+        ".png": _write_png,
+        ".npz": images.write_npz,
+        ".npy": np.save,
+    }
+    if options.output.suffix not in writers:
+        raise UsageError(f"output {options.output}: expected a name that ends in {', '.join(writers)}")
+    if not options.output.parent.is_dir():
+        raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
+    latents = _read_latents(options.latents) if options.latents else None
+    progress = Progress()
+    with _load(options) as pipe:
+        result = pipe.sample(
+            options.labels,
+            steps=options.steps,
+            guidance=options.guidance if len(options.guidance) > 1 else options.guidance[0],
+            seed=options.seed if len(options.seed) > 1 else options.seed[0],
+            solver=options.solver,
+            eta=options.eta,
+            spacing=options.spacing,
+            latents=latents,
+            output="latents" if options.output.suffix == ".npy" else "images",
+            on_step=lambda step, steps, _: progress.step(step, steps, "sample"),
+        )
+    progress.end()
+    writers[options.output.suffix](options.output, result)
+    if options.json:
+        print(json.dumps({"output": str(options.output), "shape": list(result.shape)}))
+    else:
+        print(options.output)
+    return 0
+
+
+def _write_png(path: Path, pictures: np.ndarray) -> None:
+    images.write_png(path, images.grid(pictures))
+
+
+def _read_latents(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{path}: not a .npy file of numbers: {error}") from None
+    return array
+
+
+def _info(options: argparse.Namespace) -> int:
+    table: dict[str, Any] = {"backends": backends.versions()}
+    if options.bundle:
+        table["bundle"] = json.loads(manifest.read(options.bundle).to_json())
+    if options.json:
+        print(json.dumps(table, indent=1, ensure_ascii=False))
+        return 0
+    if options.bundle:
+        print(summary(options.bundle, manifest.read(options.bundle)))
+    for name, version in table["backends"].items():
+        hint = f"not installed: pip install 'dit-export[{name}]'"
+        print(f"backend {name}: {version or hint}")
+    return 0
+
+
+def summary(folder: Path, contract: Manifest) -> str:
+    """A bundle in a few lines."""
+    model, sampler = contract.model, contract.diffusion.sampler
+    sizes = {name: sum(contract.files[file].size for file in graph.files) for name, graph in contract.graphs.items()}
+    lines = [
+        f"{folder}",
+        f"model      {model.get('name')} at {model.get('resolution')} px, {contract.num_classes} classes"
+        f"{'' if contract.labels else ' without names'}",
+        f"sampling   {sampler.solver}, guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
+    ]
+    for name, graph in contract.graphs.items():
+        lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
+    parity = contract.parity
+    lines.append(f"parity     {'passed' if parity.get('passed') else 'FAILED'}, proof: {parity.get('proof', 'none')}")
+    lines.append(f"weights    {json.dumps(contract.source, ensure_ascii=False)}")
+    return "\n".join(lines)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    progress = Progress()
+    with _load(options) as pipe:
+        checks = verify.verify(pipe, lambda done, total: progress.step(done, total, "verify"))
+    progress.end()
+    return report(checks, options.json)
+
+
+def report(checks: list[verify.Check], as_json: bool) -> int:
+    """Prints the table or JSON; the exit code is 1 when a gate failed."""
+    passed = all(check.passed for check in checks)
+    if as_json:
+        print(json.dumps({"passed": passed, "checks": [check.to_dict() for check in checks]}, indent=1))
+    else:
+        print(verify.table(checks))
+        print("verified" if passed else "FAILED: these engines do not draw PyTorch's pictures")
+    return 0 if passed else 1
+
+
+def _compile(options: argparse.Namespace) -> int:
+    name = backends.choose(options.backend)
+    module, folder = backends.backend(name), options.bundle
+    contract = manifest.read(folder)
+    graphs = {}
+    for graph_name, graph in contract.graphs.items():
+        manifest.check_files(folder, contract, graph.onnx_files)
+        engine = module.compile(manifest.inside(folder, graph.onnx), folder, Options(options.threads, options.provider))
+        graphs[graph_name] = replace(graph, backend=name, engine=engine)
+    files = manifest.describe_files(folder, skip=contract.files)
+    manifest.write(folder, replace(contract, graphs=graphs, files={**contract.files, **files}))
+    return _verify(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    with _load(options) as pipe:
+        rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress())
+    print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
