@@ -79,7 +79,7 @@ def _write_graphs(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, 
     traced = partial / "traced"
     traced.mkdir()
     with progress.stage("trace: DiT to ONNX"):
-        trace.trace_dit(loaded.model, traced / "dit.onnx")
+        trace.export_dit(loaded.model).save(traced / "dit.onnx", external_data=True)
     with progress.stage("fuse: hoist, fold gains, pack, guidance"):
         fused = fuse(graphs.load(traced / "dit.onnx"), spec)
         graphs.save(fused.conditioner, partial / "conditioner.onnx")
@@ -87,7 +87,7 @@ def _write_graphs(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, 
     if decoder is not None:
         with progress.stage("trace: VAE decoder to ONNX"):
             shape = (spec.channels, spec.latent_size, spec.latent_size)
-            trace.trace_decoder(decoder, shape, traced / "decoder.onnx")
+            trace.export_decoder(decoder, shape).save(traced / "decoder.onnx", external_data=True)
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
             graphs.save(graph, partial / "decoder.onnx")

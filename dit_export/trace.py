@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from dit_export.models.dit import DiT
 OPSET = 23  # the first with Attention, so that a backend's passes choose its form
 
 
-def trace(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> None:
-    """Exports `module` with axis 0 of every input and output free; the weights go beside it (no 2 GB limit)."""
+def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> torch.onnx.ONNXProgram:
+    """`module` as ONNX, axis 0 of every input and output free; `save(…, external_data=True)` has no 2 GB limit."""
     rows = torch.export.Dim.DYNAMIC  # a named Dim wants a range, and diffusers' upsampling branches at 64 rows
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -35,10 +34,10 @@ def trace(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], outputs: 
             verbose=False,
         )
     assert exported is not None
-    exported.save(path, external_data=True)
+    return exported
 
 
-def trace_dit(model: DiT, path: Path) -> None:
+def export_dit(model: DiT) -> torch.onnx.ONNXProgram:
     """The plain graph anyone would export: `latents`, `timesteps`, `labels` -> `prediction` (with the variance)."""
     spec = model.spec
     inputs = {
@@ -46,7 +45,7 @@ def trace_dit(model: DiT, path: Path) -> None:
         "timesteps": torch.zeros(2),
         "labels": torch.zeros(2, dtype=torch.int64),
     }
-    trace(model, path, inputs, ["prediction"])
+    return export(model, inputs, ["prediction"])
 
 
 class Decoder(nn.Module):
@@ -66,5 +65,5 @@ class Decoder(nn.Module):
         return (self.decoder(latents) / 2 + 0.5).clamp(0, 1)  # (B, 3, 8H, 8W)
 
 
-def trace_decoder(decoder: Decoder, latents_shape: Sequence[int], path: Path) -> None:
-    trace(decoder, path, {"latents": torch.zeros(2, *latents_shape)}, ["images"])
+def export_decoder(decoder: Decoder, latents_shape: Sequence[int]) -> torch.onnx.ONNXProgram:
+    return export(decoder, {"latents": torch.zeros(2, *latents_shape)}, ["images"])

@@ -21,12 +21,11 @@ def norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-def timestep_frequencies(timesteps: Tensor, shift: int) -> Tensor:
-    """cos(t f_i), then sin(t f_i), with f_i = 10000^(-i / (half - shift)); t stays float32."""
+def timestep_frequencies(shift: int) -> Tensor:
+    """f_i = 10000^(-i / (half - shift)) in float32, as the checkpoints' own code rounds it; (half,)."""
     half = FREQUENCIES // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - shift)
-    angles = timesteps[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)  # (N, half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
+    exponents = torch.arange(half, dtype=torch.float32, device="cpu") / (half - shift)
+    return torch.exp(-math.log(MAX_PERIOD) * exponents)
 
 
 def position_table(width: int, grid: int) -> Tensor:
@@ -44,12 +43,15 @@ class Embedder(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.frequency_shift = spec.frequency_shift
+        # A constant of the graph, not an op: one ulp of f, times t = 999, is 1e-4 of an angle.
+        self.frequencies = timestep_frequencies(spec.frequency_shift)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, spec.hidden), nn.SiLU(), nn.Linear(spec.hidden, spec.hidden))
         self.label = nn.Embedding(spec.num_classes + 1, spec.hidden)
 
     def forward(self, timesteps: Tensor, labels: Tensor) -> Tensor:
-        return self.time(timestep_frequencies(timesteps, self.frequency_shift)) + self.label(labels)  # (N, D)
+        angles = timesteps[:, None] * self.frequencies.to(timesteps.device)  # (N, half); t stays float32
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
+        return self.time(waves) + self.label(labels)  # (N, D)
 
 
 class Attention(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -16,6 +15,8 @@ class BundleError(UsageError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean "…"?)' where something known is close, else nothing."""
+    import difflib  # here, so that importing the runtime stays quick
+
     lowered = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), lowered, n=1)
     return f' (did you mean "{lowered[close[0]]}"?)' if close else ""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,9 @@ def grid(pictures: Pictures, columns: int | None = None) -> NDArray[np.uint8]:
 
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
     """(H, W, 3) as an 8-bit RGB PNG."""
+    import struct  # here, so that importing the runtime stays quick
+    import zlib
+
     height, width, _ = picture.shape
 
     def chunk(kind: bytes, body: bytes) -> bytes:

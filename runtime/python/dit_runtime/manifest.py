@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -173,6 +172,8 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def sha256(path: Path) -> str:
+    import hashlib  # here, so that importing the runtime stays quick
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

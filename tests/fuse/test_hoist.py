@@ -1,0 +1,117 @@
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from dit_export import graphs
+from dit_export.fuse.hoist import hoist
+from dit_export.models.dit import DiT
+from dit_runtime.errors import UsageError
+from tests.fuse.conftest import Run
+
+ROUNDING = 1e-6  # the two halves are the same fp32 ops in the same order; only kernels' blocking may differ
+
+
+def layer(
+    graph: gs.Graph, op: str, inputs: list, shape: list, dtype: type = np.float32, **attrs: object
+) -> gs.Variable:
+    """One node with one output; arrays become constants."""
+    tensors = [
+        gs.Constant(f"c{len(graph.nodes)}_{i}", t) if isinstance(t, np.ndarray) else t for i, t in enumerate(inputs)
+    ]
+    output = gs.Variable(f"{op.lower()}{len(graph.nodes)}", dtype=dtype, shape=shape)
+    graph.nodes.append(gs.Node(op, attrs=attrs, inputs=tensors, outputs=[output]))
+    return output
+
+
+def empty(**inputs: list) -> gs.Graph:
+    variables = [gs.Variable(name, dtype=np.float32, shape=shape) for name, shape in inputs.items()]
+    return gs.Graph(inputs=variables, opset=20, ir_version=10)
+
+
+def test_the_halves_together_are_the_whole(plain: gs.Graph, run: Run) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 4, 8, 8)).astype(np.float32)
+    conditions = {"timesteps": np.array([0, 400.5, 999], np.float32), "labels": np.array([0, 10, 3])}
+    (whole,) = run(plain, {"latents": x, **conditions})
+
+    hoisted = hoist(plain, ["latents"])
+    frontier = dict(zip(hoisted.frontier, run(hoisted.invariant, conditions), strict=True))
+    (again,) = run(hoisted.loop, {"latents": x, **frontier})
+    np.testing.assert_allclose(again, whole, rtol=0, atol=ROUNDING * np.abs(whole).max())
+
+    first = hoisted.frontier[0]  # teeth: one wrong vector shows
+    (broken,) = run(hoisted.loop, {"latents": x, **frontier, first: frontier[first] * 1.01})
+    assert np.abs(broken - whole).max() > 100 * ROUNDING * np.abs(whole).max()
+
+
+def test_it_takes_all_of_adaln_and_nothing_of_the_loop(plain: gs.Graph, small_dit: DiT) -> None:
+    gemms = graphs.census(plain)["Gemm"]  # embedders' and adaLN's: the linears on (N, D)
+    hoisted = hoist(plain, ["latents"])
+    before, loop = graphs.census(hoisted.invariant), graphs.census(hoisted.loop)
+    assert len(hoisted.frontier) == small_dit.spec.num_vectors == 14
+    assert before["Gemm"] == gemms
+    assert not {"Gemm", "Sin", "Cos", "Gather", "Sigmoid", "Unsqueeze"} & set(loop)
+    assert not {"MatMul", "Attention", "LayerNormalization", "Gelu", "Conv"} & set(before)
+    assert [tensor.name for tensor in hoisted.invariant.inputs] == ["timesteps", "labels"]
+    assert [tensor.name for tensor in hoisted.loop.inputs] == ["latents", *hoisted.frontier]
+
+
+def test_the_cut_moves_back_through_layout_and_repetition() -> None:
+    graph = empty(x=["n", 4, 8], c=["n", 4, 8])
+    x, c = graph.inputs
+    keys = layer(graph, "Tanh", [c], ["n", 4, 8])
+    heads = layer(graph, "Reshape", [keys, np.array([-1, 4, 2, 4])], ["n", 4, 2, 4])
+    turned = layer(graph, "Transpose", [heads], ["n", 2, 4, 4], perm=[0, 2, 3, 1])
+    queries = layer(graph, "Reshape", [x, np.array([-1, 2, 4, 4])], ["n", 2, 4, 4])
+    graph.outputs = [layer(graph, "MatMul", [queries, turned], ["n", 2, 4, 4])]
+    hoisted = hoist(graph, ["x"])
+    assert hoisted.frontier == (keys.name,)  # not the transposed heads
+    assert graphs.census(hoisted.loop) == {"Reshape": 2, "Transpose": 1, "MatMul": 1}
+
+    graph = empty(x=["n", 64, 8], c=["n", 1, 8])
+    x, c = graph.inputs
+    one = layer(graph, "Tanh", [c], ["n", 1, 8])
+    many = layer(graph, "Expand", [one, np.array([1, 64, 8])], ["n", 64, 8])
+    graph.outputs = [layer(graph, "Mul", [x, many], ["n", 64, 8])]
+    assert hoist(graph, ["x"]).frontier == (one.name,)  # 1 vector travels, not 64
+
+
+def test_near_misses_stay_in_the_loop() -> None:
+    graph = empty(x=["n", 1, 8], c=["n", 1, 8])
+    x, c = graph.inputs
+    mixed = layer(graph, "Add", [layer(graph, "Tanh", [c], ["n", 1, 8]), x], ["n", 1, 8])  # c, but with x in it
+    graph.outputs = [layer(graph, "Sigmoid", [mixed], ["n", 1, 8])]
+    hoisted = hoist(graph, ["x"])
+    assert graphs.census(hoisted.invariant) == {"Tanh": 1}
+    assert graphs.census(hoisted.loop) == {"Add": 1, "Sigmoid": 1}
+
+    graph = empty(x=["n", 1, 8], c=["n", 1, 8])
+    x, c = graph.inputs
+    graph.outputs = [layer(graph, "Sigmoid", [layer(graph, "Add", [c, x], ["n", 1, 8])], ["n", 1, 8])]
+    with_input = hoist(graph, ["x"])  # nothing to compute ahead: the input itself is the frontier
+    assert with_input.frontier == ("c",)
+
+
+def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
+    def reshaped_by(axis: int) -> gs.Graph:
+        graph = empty(x=["n", 2, 8], c=["n", 16])
+        x, c = graph.inputs
+        shape = layer(graph, "Shape", [c], [2], np.int64)
+        count = layer(graph, "Gather", [shape, np.array([axis])], [1], np.int64, axis=0)
+        target = layer(graph, "Concat", [count, np.array([-1])], [2], np.int64, axis=0)
+        rows = layer(graph, "Reshape", [x, target], ["n", "m"])
+        graph.outputs = [layer(graph, "Mul", [rows, layer(graph, "Tanh", [c], ["n", 16])], ["n", 16])]
+        return graph
+
+    hoisted = hoist(reshaped_by(0), ["x"])
+    assert graphs.census(hoisted.loop)["Shape"] == 1
+    assert len(hoisted.frontier) == 1
+    with pytest.raises(UsageError, match="a shape computed from c"):
+        hoist(reshaped_by(1), ["x"])
+
+
+def test_refusals_name_the_input(plain: gs.Graph) -> None:
+    with pytest.raises(UsageError, match=r"no input 'latent' \(did you mean \"latents\"\?\)"):
+        hoist(plain, ["latent"])
+    with pytest.raises(UsageError, match=r"every input .* is a loop input"):
+        hoist(plain, ["latents", "timesteps", "labels"])
