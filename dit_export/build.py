@@ -52,6 +52,10 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
+    if recipe.resolution is not None and (recipe.resolution < 8 or recipe.resolution % 8):
+        raise UsageError(f"resolution {recipe.resolution}; expected a multiple of 8, such as 256 or 512")
+    if recipe.output:
+        _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend)
     with progress.stage("weights"):
         loaded = load(recipe)
@@ -174,11 +178,15 @@ def _require_disk(partial: Path, loaded: Loaded) -> None:
         raise UsageError(f"{partial.parent}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for this build")
 
 
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / manifest.NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder}: exists and is no bundle; refusing to replace it: choose another -o")
+
+
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
     """A folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
-    if folder.exists() and not (folder / manifest.NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: exists and is no bundle; refusing to replace it: choose another -o")
+    _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     partial.mkdir()

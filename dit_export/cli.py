@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dit_export.spec import MODELS, PRECISIONS, Recipe
 from dit_runtime import backends, manifest
-from dit_runtime.cli import add_bundle, guarded, report
+from dit_runtime.cli import Parser, add_bundle, guarded, report
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -31,8 +31,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     return result
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dit-export", description="Turn a PyTorch DiT into engines that ship.")
+def _parser() -> Parser:
+    parser = Parser(prog="dit-export", description="Turn a PyTorch DiT into engines that ship.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="checkpoint -> verified bundle")

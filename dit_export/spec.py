@@ -154,8 +154,11 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: not a TOML recipe: {error}") from None
         known = [field.name for field in fields(cls)]
+        kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
         names = [key.replace("-", "_") for key in table]
         for key, name in zip(table, names, strict=True):
             if name not in known:
                 raise UsageError(f"{path}: unknown key {key!r}{nearest(name, known)}; known: {', '.join(known)}")
+            if type(table[key]).__name__ != kinds[name]:
+                raise UsageError(f"{path}: {key} is {table[key]!r}, expected {kinds[name]}")
         return cls(**dict(zip(names, table.values(), strict=True)))

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
-from dit_runtime.errors import UsageError
-from dit_runtime.schedule import Diffusion
 
 from dit_export import spec as specs
 from dit_export.models.dit import DiT
@@ -21,7 +19,12 @@ from dit_export.weights.meta import read_file
 from dit_export.weights.scheduler import read_scheduler_config
 from dit_export.weights.synthetic import synthetic_dit, synthetic_vae
 from dit_export.weights.vae import read_vae
+from dit_runtime.errors import UsageError
+from dit_runtime.schedule import Diffusion
 
+OTHERWISE = (
+    "pass --checkpoint PATH (make: CHECKPOINT=PATH), or --synthetic (make: SYNTHETIC=1) to build with made-up weights"
+)
 PUBLIC = {  # model, resolution -> the hub's checkpoint
     ("XL/2", 256): "facebook/DiT-XL-2-256",
     ("XL/2", 512): "facebook/DiT-XL-2-512",
@@ -46,16 +49,16 @@ def load(recipe: Recipe) -> Loaded:
         return load_synthetic(recipe)
     checkpoint = recipe.checkpoint or public_checkpoint(recipe)
     parts = ("", "transformer/") if recipe.latents_only or recipe.vae else ("", "transformer/", "vae/")
-    path = locate(checkpoint, parts, "pass --checkpoint PATH, or --synthetic to build with made-up weights")
+    path = locate(checkpoint, parts, OTHERWISE)
     source = named(checkpoint, path)
     if path.is_file():
         model, files = read_file(path, recipe), [path]
         labels: tuple[str, ...] = ()
-        diffusion = read_scheduler_config(None)
+        diffusion = read_scheduler_config(None, learned_variance=model.spec.learned_variance)
     else:
         model, files = read_transformer(transformer_folder(path))
         labels = () if recipe.labels else pipeline_labels(path, model.spec.num_classes)
-        diffusion = read_diffusion(path)
+        diffusion = read_diffusion(path, model.spec.learned_variance)
     agree(model.spec, recipe, checkpoint)
     source |= {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
     vae, vae_source = load_vae(recipe, path, model.spec)
@@ -72,7 +75,6 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     assert recipe.synthetic is not None
     spec = replace(specs.model(recipe.model), latent_size=(recipe.resolution or 256) // 8)
     agree(spec, recipe, "--synthetic")
-    model = synthetic_dit(spec, recipe.synthetic)
     labels = read_labels(Path(recipe.labels).expanduser(), spec.num_classes) if recipe.labels else ()
     source: dict[str, Any] = {"kind": "synthetic", "seed": recipe.synthetic}
     if recipe.vae or recipe.latents_only:
@@ -80,6 +82,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
         source |= vae_source
     else:
         vae = synthetic_vae(recipe.synthetic)
+    model = synthetic_dit(spec, recipe.synthetic)
     return Loaded(spec, model, vae, labels, read_scheduler_config(None), source)
 
 
@@ -106,10 +109,7 @@ def public_checkpoint(recipe: Recipe) -> str:
     specs.model(recipe.model)
     resolution = recipe.resolution or 256
     if (recipe.model, resolution) not in PUBLIC:
-        raise UsageError(
-            f"no public weights exist for {recipe.model} at {resolution} px: "
-            "pass --checkpoint PATH or HUB-ID, or --synthetic to build with made-up weights"
-        )
+        raise UsageError(f"no public weights exist for {recipe.model} at {resolution} px: {OTHERWISE}")
     return PUBLIC[recipe.model, resolution]
 
 
@@ -117,7 +117,9 @@ def transformer_folder(path: Path) -> Path:
     for folder in (path / "transformer", path):
         if (folder / "config.json").is_file():
             return folder
-    raise UsageError(f"{path}: holds neither transformer/config.json nor config.json: not a folder that diffusers wrote")
+    raise UsageError(
+        f"{path}: holds neither transformer/config.json nor config.json: not a folder that diffusers wrote"
+    )
 
 
 def named(name: str, path: Path) -> dict[str, Any]:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from dit_runtime.errors import UsageError
-from dit_runtime.schedule import Diffusion
 
 from dit_export.models.dit import DiT
 from dit_export.spec import ModelSpec
 from dit_export.weights import keys
 from dit_export.weights.files import find_weights, read_json, read_weights
 from dit_export.weights.scheduler import read_scheduler_config
+from dit_runtime.errors import UsageError
+from dit_runtime.schedule import Diffusion
 
-# Fields with one supported value; the second half only the older class has.
+# Fields with one supported value; the older class has those from attention_type on.
 FIXED: dict[str, Any] = {
     "norm_type": "ada_norm_zero",
     "activation_fn": "gelu-approximate",
@@ -92,11 +92,11 @@ def read_transformer(folder: Path) -> tuple[DiT, list[Path]]:
     return keys.read(read_weights(files), keys.DIFFUSERS, spec, str(folder)), files
 
 
-def read_diffusion(folder: Path) -> Diffusion:
+def read_diffusion(folder: Path, learned_variance: bool) -> Diffusion:
     """The pipeline's scheduler; a transformer alone has none and gets Meta's constants."""
     path = folder / "scheduler" / "scheduler_config.json"
     if path.is_file():
-        return read_scheduler_config(read_json(path))
+        return read_scheduler_config(read_json(path), learned_variance=learned_variance)
     if (folder / "model_index.json").is_file():
         raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
-    return read_scheduler_config(None)
+    return read_scheduler_config(None, learned_variance=learned_variance)

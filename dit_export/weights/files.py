@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dit_runtime.errors import UsageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from dit_runtime.errors import UsageError
 
 LISTED = 10  # problems named in one error
 

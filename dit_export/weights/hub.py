@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
-from dit_runtime.errors import UsageError
 
 from dit_export.weights.files import first_line
+from dit_runtime.errors import UsageError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHT_FILES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
@@ -39,8 +39,11 @@ def fetch(hub_id: str, parts: tuple[str, ...]) -> str:
     try:
         listing = huggingface_hub.HfApi().model_info(hub_id, timeout=TIMEOUT).siblings or []
     except Exception:
-        # What an earlier build fetched does; without it this raises, and the caller names the way on.
-        return huggingface_hub.snapshot_download(hub_id, allow_patterns=configs + weights, local_files_only=True)
+        try:  # what an earlier build fetched does
+            return huggingface_hub.snapshot_download(hub_id, allow_patterns=configs + weights, local_files_only=True)
+        except huggingface_hub.errors.LocalEntryNotFoundError:
+            pass
+        raise
     for part in parts:
         if not any(fnmatch(file.rfilename, f"{part}{STEM}*.safetensors") for file in listing):
             weights += [f"{part}{STEM}{end}" for end in (".bin*", "-*-of-*.bin")]

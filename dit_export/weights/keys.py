@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from dit_runtime.errors import UsageError
 from torch import Tensor
 
 from dit_export.models.dit import DiT, position_table
 from dit_export.spec import ModelSpec
 from dit_export.weights.files import check
+from dit_runtime.errors import UsageError
 
 # Ours -> theirs. N: every block; *: weight and bias; {q,k,v}: three tensors of theirs, stacked along our rows.
 META = {

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dit_runtime.errors import UsageError
-
 from dit_export.weights.files import read_json
+from dit_runtime.errors import UsageError
 
 
 def read_labels(path: Path, num_classes: int) -> tuple[str, ...]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from dit_runtime.errors import UsageError
-
 from dit_export.models.dit import DiT
 from dit_export.spec import SIZES, ModelSpec, Recipe
 from dit_export.weights import keys
 from dit_export.weights.files import read_weights
+from dit_runtime.errors import UsageError
 
 # Reading what diffusers wrote: its fixed choices, and its default where only a config.json could tell.
 DIFFUSERS_DIALECT = {"frequency_shift": 1, "norm2_eps": 1e-5, "unguided_up_to_one": True}

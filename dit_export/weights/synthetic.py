@@ -12,15 +12,18 @@ from torch import Generator, Tensor, nn
 from dit_export.models.dit import DiT, Embedder, position_table, timestep_frequencies
 from dit_export.spec import ModelSpec
 
-# The prediction is PASS·x + NOISE·(what the network adds), of deviation about 1. With eps = a·x, DDIM takes x_T to
-# 157^(1-a)·2^-a times itself: a near 1 keeps ten guided steps bounded, as a trained model's correlation with x does.
-LATENTS = 2.0
-CONSTANT = 4.0
-PASS = 1.05
-NOISE = 0.35
+# The prediction is PASS·x plus what the blocks add. With eps = a·x + n, DDIM's latents grow by n per e-fold of the
+# noise level and shrink by a - 1: a little over 1 keeps ten guided steps bounded, as a trained model's does.
+PASS = 1.2
+LABEL = 0.17  # relative distance of the predictions for two labels
+LATENTS = 1.25  # deviation of the latents in the residual stream
+SINK = 20.0  # the constant in an eighth of its channels: it rules LayerNorm's divisor, so that the rest is linear in x
+GAIN = 5.0  # mean of 1 + scale, which undoes that division
+LEAK = 0.6  # what the blocks write into the latents' own directions, in the same measure for every size
 VARIANCE = 0.4  # deviation of the learned-variance channels, which live in about [-1, 1]
-SMOOTH = 40.0  # timesteps over which the prediction changes
-PROBES = (40.0, 350.0, 900.0)  # timesteps at which the final layer's scale is measured
+SMOOTH = 30.0  # timesteps over which the prediction changes
+PROBES = (150.0, 750.0)  # timesteps at which the final layer's scale is measured
+OUTLIERS = 4  # channels a layer whose inputs are 8 to 20 times the others'; half of them the same in every block
 SD_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -40,23 +43,24 @@ def synthetic_dit(spec: ModelSpec, seed: int) -> DiT:
     model.to_empty(device="cpu").eval().requires_grad_(False)
     random = Generator().manual_seed(seed)
     model.positions.copy_(position_table(spec.hidden, model.grid))
-    basis = fill_patches(model, random)
+    sinks, others = torch.randperm(spec.hidden, generator=random).tensor_split([spec.hidden // 8])
+    basis = fill_patches(model, sinks, random)
     for embedder in model.embedders:
         fill_embedder(embedder, spec, random)
-    count = max(1, min(4, spec.hidden // 96))
-    shared = torch.randperm(spec.hidden, generator=random)[: count // 2]
+    output = min(0.5, LEAK * math.sqrt(spec.hidden / model.patches.weight[0].numel() / spec.depth))
     for block in model.blocks:
-        fill_modulation(block.modulation, (0.3, 0.25, 0.3), random)
+        fill_modulation(block.modulation, (0.5, 0.5, 0.4), sinks, random)
         fill(block.attn.qkv, 1.0, random)
         block.attn.qkv.weight[: 2 * spec.hidden] *= 1.5  # attention that selects: logits of deviation about 2
-        for linear in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
-            fill(linear, 1.0, random)
-        own = torch.randperm(spec.hidden, generator=random)
-        inputs, values = torch.cat([shared, own[: count - len(shared)]]), own[-max(1, count // 2) :]
-        outlying_inputs(block.modulation, 0, block.attn.qkv, inputs, random)
-        outlying_inputs(block.modulation, 3, block.mlp.fc1, inputs, random)
-        outlying_values(block.attn.qkv, block.attn.proj, values, random)
-    fill_modulation(model.final.modulation, (0.4, 0.2), random)
+        fill(block.mlp.fc1, 1.0, random)
+        for linear in (block.attn.proj, block.mlp.fc2):
+            fill(linear, output, random)
+        own = others[torch.randperm(len(others), generator=random)]
+        channels = torch.cat([others[: OUTLIERS // 2], own[: OUTLIERS // 2]]).unique()
+        outlying_inputs(block.modulation, 0, block.attn.qkv, channels, random)
+        outlying_inputs(block.modulation, 3, block.mlp.fc1, channels, random)
+        outlying_values(block.attn.qkv, block.attn.proj, own[-OUTLIERS // 2 :], random)
+    fill_modulation(model.final.modulation, (0.05, 0.25), sinks, random)
     fill_final(model, basis, random)
     return model
 
@@ -71,22 +75,28 @@ def fill(layer: nn.Linear | nn.Conv2d, gain: float, random: Generator) -> None:
 def fill_embedder(embedder: Embedder, spec: ModelSpec, random: Generator) -> None:
     first, second = embedder.time[0], embedder.time[2]
     fill(first, 1.0, random)
-    fill(second, 2.0, random)
+    fill(second, 3.0, random)
     # Fast frequencies are damped, so the prediction is smooth in t, and t + 50 is still another timestep.
-    frequencies = timestep_frequencies(torch.ones(1), spec.frequency_shift)[0, : first.in_features // 2].acos()  # (128,)
+    frequencies = timestep_frequencies(spec.frequency_shift)  # (128,)
     damping = 1 / (1 + SMOOTH * frequencies)
     damping *= math.sqrt(2 * len(damping)) / damping.norm()
     first.weight *= damping.repeat(2)
     embedder.label.weight.normal_(generator=random)
 
 
-def fill_modulation(linear: nn.Linear, deviations: tuple[float, ...], random: Generator) -> None:
-    """Rows of (shift, scale, gate) with these deviations, over and over; half of it depends on the condition."""
-    fill(linear, 1.0, random)
-    linear.bias *= 12
-    rows = torch.tensor(deviations).repeat(linear.out_features // linear.in_features // len(deviations))
-    linear.weight *= rows.repeat_interleave(linear.in_features)[:, None] * 0.6
-    linear.bias *= rows.repeat_interleave(linear.in_features)
+def fill_modulation(linear: nn.Linear, deviations: tuple[float, ...], sinks: Tensor, random: Generator) -> None:
+    """(shift, scale, gate) with these deviations, once or twice over; sink channels are muted: gain and shift 0."""
+    fill(linear, 0.6, random)
+    linear.bias.normal_(0, 0.6, generator=random)
+    chunks = zip(linear.weight.split(linear.in_features), linear.bias.split(linear.in_features), strict=True)
+    for index, (weight, bias) in enumerate(chunks):
+        kind = index % min(3, len(deviations))
+        weight *= deviations[kind]
+        bias *= deviations[kind]
+        if kind == 1:
+            bias += GAIN - 1
+        if kind < 2:
+            weight[sinks], bias[sinks] = 0, -float(kind)
 
 
 def outliers(channels: Tensor, random: Generator) -> Tensor:
@@ -113,16 +123,19 @@ def outlying_values(qkv: nn.Linear, proj: nn.Linear, channels: Tensor, random: G
     proj.weight[:, channels] /= s
 
 
-def fill_patches(model: DiT, random: Generator) -> Tensor:
-    """Latents, a constant and the positions in directions orthogonal to each other; returns these directions."""
+def fill_patches(model: DiT, sinks: Tensor, random: Generator) -> Tensor:
+    """Latents in directions orthogonal to the positions and to what centring removes; returns all of these."""
     width, grid = model.spec.hidden, model.grid
     columns, rows = model.positions[0].unflatten(0, (grid, grid))[0].clone(), model.positions[0, ::grid].clone()
     columns[:, width // 2 :], rows[:, : width // 2] = 0, 0
-    free = torch.randn(width, 1 + model.patches.weight[0].numel(), generator=random)
-    basis = torch.linalg.qr(torch.cat([torch.ones(width, 1), columns.T, rows.T, free], dim=1)).Q  # (D, 2 + 2·grid + C·p·p)
-    constant, latents = basis[:, 1 + 2 * grid], basis[:, 2 + 2 * grid :]
-    model.patches.bias.copy_(constant * CONSTANT * math.sqrt(width))
+    free = torch.randn(width, model.patches.weight[0].numel(), generator=random)
+    known = torch.cat([torch.ones(width, 1), columns.T, rows.T, free], dim=1)  # (D, 1 + 2·grid + C·p·p)
+    known[sinks] = 0
+    basis = torch.linalg.qr(known).Q
+    latents = basis[:, 1 + 2 * grid :]
     model.patches.weight.copy_((latents * LATENTS * math.sqrt(width / latents.shape[1])).view_as(model.patches.weight))
+    model.patches.bias.zero_()
+    model.patches.bias[sinks[::2]], model.patches.bias[sinks[1::2]] = SINK, -SINK
     return basis
 
 
@@ -134,19 +147,24 @@ def fill_final(model: DiT, basis: Tensor, random: Generator) -> None:
     linear.weight -= linear.weight @ basis @ basis.T  # hear the blocks alone
     inverse = torch.linalg.pinv(model.patches.weight.flatten(1)).unflatten(0, (spec.channels, spec.patch, spec.patch))
 
-    latents = torch.randn(len(PROBES), spec.channels, spec.latent_size, spec.latent_size, generator=random)
-    labels = torch.randint(spec.num_classes + 1, (len(PROBES),), generator=random)
+    shape = (len(PROBES), spec.channels, spec.latent_size, spec.latent_size)
+    latents = torch.randn(shape, generator=random).repeat(2, 1, 1, 1)
+    labels = torch.randperm(spec.num_classes, generator=random)[: len(latents)]  # the second half: other labels
     seen: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(latents, torch.tensor(PROBES), labels)
+    model(latents, torch.tensor(PROBES).repeat(2), labels)
     hook.remove()
     tokens = F.unfold(latents, spec.patch, stride=spec.patch).transpose(1, 2)  # (N, T, C·p·p)
     passed = seen[0] @ inverse.flatten(0, 2).T  # (N, T, C·p·p)
-    inverse *= PASS * (tokens * tokens).sum() / (passed * tokens).sum()
+    inverse *= PASS * tokens.square().sum() / (passed * tokens).sum()
+    change = torch.sub(*seen[0].chunk(2))  # what another label changes, (N/2, T, D)
+    heard, leaked = F.linear(change, linear.weight), change @ inverse.flatten(0, 2).T
     noise = F.linear(seen[0], linear.weight).std()
 
     rows = linear.weight.unflatten(0, (spec.patch, spec.patch, -1))  # (p, q, C_out, D)
-    rows[:, :, : spec.channels] *= NOISE / noise
+    rows[:, :, : spec.channels] *= (
+        ((LABEL * PASS) ** 2 - leaked.square().mean()).clamp(min=0) / heard.square().mean()
+    ).sqrt()
     rows[:, :, : spec.channels] += inverse.permute(1, 2, 0, 3)
     rows[:, :, spec.channels :] *= VARIANCE / noise
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from dit_runtime.errors import UsageError
 
 from dit_export.weights.diffusers import read_config
 from dit_export.weights.files import check, find_weights, read_weights
+from dit_runtime.errors import UsageError
 
 # Attention layers in files from before diffusers 0.16, as Stable Diffusion's VAEs on the hub still are.
 OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -42,7 +42,9 @@ def read_vae(folder: Path, channels: int) -> tuple[AutoencoderKL, list[Path]]:
 
     files = find_weights(folder)
     older = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(OLDER_NAMES)})(?=\.)")
-    state = {older.sub(lambda found: OLDER_NAMES[found[1]], name): tensor for name, tensor in read_weights(files).items()}
+    state = {
+        older.sub(lambda found: OLDER_NAMES[found[1]], name): tensor for name, tensor in read_weights(files).items()
+    }
     check(state, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}, str(folder))
     vae.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return vae.eval().requires_grad_(False), files

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -46,8 +46,15 @@ def _main(arguments: Sequence[str] | None) -> int:
     return command(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     sample = commands.add_parser("sample", help="pictures from class names or numbers")

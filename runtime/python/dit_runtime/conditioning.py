@@ -52,10 +52,12 @@ class Table:
         times = list(dict.fromkeys(self._time_of_step[step:]))[: self._window]
         pairs = [(time, label) for time in times for label in range(len(self._labels))]
         self._rows.clear()
-        parts = []
+        rows: NDArray[Any] = np.empty(0)
         for first in range(0, len(pairs), self._chunk):
             which = np.array(pairs[first : first + self._chunk])
-            parts.append(self._conditioner(self._times[which[:, 0]], self._labels[which[:, 1]]))
-        rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            part = self._conditioner(self._times[which[:, 0]], self._labels[which[:, 1]])
+            if not first:
+                rows = np.empty((len(pairs), *part.shape[1:]), part.dtype)
+            rows[first : first + len(part)] = part
         for index, time in enumerate(times):
             self._rows[int(time)] = rows[index * len(self._labels) : (index + 1) * len(self._labels)]

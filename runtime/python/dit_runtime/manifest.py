@@ -110,6 +110,9 @@ def _parse(table: dict[str, Any]) -> Manifest:
     known = {f.name for f in fields(Manifest)}
     if unknown := sorted(set(table) - known):
         raise ValueError(f"unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    for key in ("model", "source", "built_with", "parity"):
+        if not isinstance(table.get(key, {}), dict):
+            raise ValueError(f"{key} is {table[key]!r}, expected a table")
     graphs = {name: _graph(graph) for name, graph in table["graphs"].items()}
     if not {"conditioner", "denoiser"} <= set(graphs) <= set(GRAPHS):
         raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (the decoder may lack)")
@@ -131,6 +134,12 @@ def _parse(table: dict[str, Any]) -> Manifest:
         raise ValueError(f"{len(manifest.labels)} label names, expected {manifest.num_classes}")
     if len(manifest.latent_shape) != 3 or min(manifest.latent_shape) < 1:
         raise ValueError(f"latent_shape {list(manifest.latent_shape)}, expected [channels, height, width]")
+    for name, specs in (("denoiser", graphs["denoiser"].inputs[:1]), ("conditioner", graphs["conditioner"].outputs)):
+        fixed = specs[0].shape[1:] if specs else ()
+        if not fixed or not all(isinstance(size, int) for size in fixed):
+            raise ValueError(f"{name} has the shape {list(fixed)} a row, expected numbers")
+        if name == "denoiser" and fixed != manifest.latent_shape:
+            raise ValueError(f"latent_shape is {list(manifest.latent_shape)}, expected the denoiser's {list(fixed)}")
     if manifest.num_classes < 1 or any(graph.max_batch < 1 for graph in graphs.values()):
         raise ValueError("num_classes or max_batch is below 1")
     return manifest
@@ -144,9 +153,13 @@ def _graph(table: dict[str, Any]) -> Graph:
                 raise ValueError(f"{spec.name} has dtype {spec.dtype}; known: {', '.join(DTYPES)}")
         return specs
 
-    return Graph(
+    graph = Graph(
         **table | {"inputs": tensors("inputs"), "outputs": tensors("outputs"), "engine": tuple(table["engine"])}
     )
+    for key, kind in (("onnx", str), ("max_batch", int), ("precision", str), ("backend", str)):
+        if type(getattr(graph, key)) is not kind:
+            raise ValueError(f"{key} is {getattr(graph, key)!r}, expected {kind.__name__}")
+    return graph
 
 
 def inside(folder: Path, name: str) -> Path:

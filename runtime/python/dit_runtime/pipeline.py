@@ -16,6 +16,7 @@ from dit_runtime.backends import Engine, Options
 from dit_runtime.conditioning import Table
 from dit_runtime.errors import BundleError, UsageError, nearest
 from dit_runtime.manifest import Manifest
+from dit_runtime.schedule import is_integer
 from dit_runtime.solvers import plan, solve
 
 OnStep = Callable[[int, int, NDArray[np.float64]], Any]
@@ -73,7 +74,7 @@ class Pipeline:
             raise UsageError(f"output {output!r} is not known; known: images, latents")
         if output == "images":
             self._require_decoder()
-        ids = self.label_ids([labels] if isinstance(labels, str | int) else labels)
+        ids = self.label_ids([labels] if isinstance(labels, str | int) else list(labels))
         weights = self._guidance(guidance, len(ids))
         solver = solver or self.manifest.diffusion.sampler.solver
         timesteps = plan(self.manifest.diffusion, solver, steps, spacing)
@@ -148,7 +149,7 @@ class Pipeline:
 
     def _label_id(self, label: str | int) -> int:
         count = self.manifest.num_classes
-        if isinstance(label, str) and not label.lstrip("-").isdecimal():
+        if isinstance(label, str) and not label.removeprefix("-").isdecimal():
             names: dict[str, int] = {}
             for number, name in enumerate(self.manifest.labels):
                 for synonym in (name, *name.split(",")):
@@ -157,6 +158,8 @@ class Pipeline:
                 known = nearest(label, names) if names else f": this bundle has no names, only 0 to {count - 1}"
                 raise UsageError(f"class {label!r} is not known{known}")
             return names[label.strip().lower()]
+        if not isinstance(label, str) and not is_integer(label):
+            raise UsageError(f"label {label!r} is no class; expected a name, or a number from 0 to {count - 1}")
         number = int(label)
         if not 0 <= number < count:
             raise UsageError(f"label {number} is out of range; expected 0 to {count - 1}")
@@ -168,7 +171,8 @@ class Pipeline:
         return not alone.all()
 
     def _guidance(self, guidance: float | Sequence[float], count: int) -> NDArray[np.float32]:
-        weights = np.asarray(guidance, np.float32)
+        with np.errstate(over="ignore"):  # too big for float32 is inf, and refused as that
+            weights = np.asarray(guidance, np.float32)
         if weights.ndim > 1 or (weights.ndim == 1 and len(weights) != count):
             raise UsageError(f"guidance has shape {weights.shape}; expected one number or {count}, one a label")
         if not np.isfinite(weights).all():
@@ -182,7 +186,7 @@ class Pipeline:
 
     def _require_decoder(self) -> None:
         if "decoder" not in self._engines:
-            raise UsageError('this bundle has no decoder (--latents-only); ask for output="latents"')
+            raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
 
     def close(self) -> None:
         for engine in self._engines.values():

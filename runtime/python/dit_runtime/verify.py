@@ -101,11 +101,16 @@ def fingerprint(
 
 
 def load_reference(folder: Path) -> Reference:
-    with np.load(manifest.inside(folder, REFERENCE), allow_pickle=False) as arrays:
-        missing = set(Reference._fields) - set(arrays.files)
-        if missing:
-            raise BundleError(f"{folder}: {REFERENCE} lacks {', '.join(sorted(missing))}; rebuild the bundle")
-        return Reference(**{name: arrays[name] for name in Reference._fields})
+    import zipfile  # here, so that importing the runtime stays quick
+
+    try:
+        with np.load(manifest.inside(folder, REFERENCE), allow_pickle=False) as arrays:
+            missing = set(Reference._fields) - set(arrays.files)
+            if missing:
+                raise BundleError(f"{folder}: {REFERENCE} lacks {', '.join(sorted(missing))}; rebuild the bundle")
+            return Reference(**{name: arrays[name] for name in Reference._fields})
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{folder}: {REFERENCE} cannot be read: {error}; rebuild the bundle") from None
 
 
 def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) -> list[Check]:
@@ -124,6 +129,9 @@ def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) ->
 def _checks(pipe: Pipeline, reference: Reference) -> Iterator[Check]:
     contract, steps = pipe.manifest, len(reference.timesteps)
     solver = contract.diffusion.sampler.solver
+    for name, graph in contract.graphs.items():
+        if graph.precision not in TOLERANCES:
+            raise BundleError(f"{name} has precision {graph.precision!r}; known: {', '.join(TOLERANCES)}")
     limits = {name: TOLERANCES[graph.precision] for name, graph in contract.graphs.items()}
     betas = contract.diffusion.betas
     wrong = np.flatnonzero(betas != reference.betas) if betas.shape == reference.betas.shape else np.arange(len(betas))

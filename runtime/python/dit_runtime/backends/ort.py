@@ -44,6 +44,8 @@ class OrtEngine:
         except ImportError:
             raise UsageError("onnxruntime is not installed: pip install 'dit-export[onnxruntime]'") from None
 
+        if options.threads is not None and options.threads < 1:
+            raise UsageError(f"threads is {options.threads}; expected 1 or more")
         provider = PROVIDERS.get(options.provider or "cpu")
         if provider is None or provider not in ort.get_available_providers():
             here = [name for name, provider in PROVIDERS.items() if provider in ort.get_available_providers()]

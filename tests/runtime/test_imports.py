@@ -1,0 +1,112 @@
+"""The runtime needs NumPy alone: proved with an import blocker, and in an environment that holds nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "runtime" / "python" / "dit_runtime"
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+)
+FOREIGN = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "dit_export", "diffusers", "safetensors")
+
+# Nothing but the standard library, NumPy and the runtime itself may be imported.
+BLOCKER = """
+import sys
+allowed = sys.stdlib_module_names | {"numpy", "dit_runtime"}
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ModuleNotFoundError(f"blocked: {name}")
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code: str, folder: Path, **environment: str) -> str:
+    """What the code prints, run in a fresh interpreter."""
+    variables = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", **environment}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_the_blocker_blocks(tmp_path):
+    """Otherwise the tests below would prove nothing."""
+    code = BLOCKER + "try:\n    import onnxruntime\nexcept ModuleNotFoundError as error:\n    print(error)"
+    assert python(code, tmp_path) == "blocked: onnxruntime\n"
+
+
+def test_every_module_with_numpy_alone(tmp_path):
+    """Backends too: what they need they import when they open something."""
+    assert len(MODULES) > 12 and "dit_runtime.backends.ort" in MODULES
+    code = BLOCKER + f"import importlib, json\nfor name in {MODULES!r}: importlib.import_module(name)\n"
+    code += "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    loaded = json.loads(python(code, tmp_path))
+    assert not {*loaded} & {*FOREIGN}
+
+
+def test_the_front_door_loads_no_backend(tmp_path):
+    """Without the blocker, in an environment that has all of them: nothing is loaded because it happens to be there."""
+    code = "import sys, json, dit_runtime, dit_runtime.cli\nprint(json.dumps(list(sys.modules)))"
+    loaded = json.loads(python(code, tmp_path))
+    assert not {name.partition(".")[0] for name in loaded} & {*FOREIGN}
+    assert "dit_runtime.backends.ort" not in loaded
+
+
+def test_import_does_no_work(tmp_path):
+    """No file, no variable of the environment, no signal handler, no thread, nothing on the terminal."""
+    code = (
+        "import numpy, os, sys, json, signal, threading, warnings, logging\n"
+        "def state():\n"
+        "    handlers = [signal.getsignal(number) for number in signal.valid_signals()]\n"
+        "    logs = (logging.root.level, len(logging.root.handlers), len(warnings.filters))\n"
+        "    return dict(os.environ), os.getcwd(), handlers, threading.active_count(), logs, numpy.geterr()\n"
+        "before = state()\n"
+        f"import importlib\nfor name in {MODULES!r}: importlib.import_module(name)\n"
+        "assert state() == before\n"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    assert python(code, home, HOME=str(home), XDG_CACHE_HOME=str(home), TMPDIR=str(home)) == ""
+    assert not list(home.rglob("*"))
+
+
+def test_the_toolchains_table_needs_no_torch(tmp_path):
+    """dit_export -> dit_runtime, never back: the one import between them that a light part of the toolchain makes."""
+    code = BLOCKER.replace('"dit_runtime"}', '"dit_runtime", "dit_export"}') + "import dit_export.spec, dit_export.cli"
+    assert python(code, tmp_path) == ""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    """The bin folder of an environment that holds this project, onnxruntime and what that brings, and nothing else."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False)
+    install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+    constraints = str(ROOT / "constraints.txt")
+    for packages in (["numpy", "onnxruntime"], ["--no-deps", str(ROOT)]):
+        subprocess.run([*install, *packages], check=True, cwd=folder, env=os.environ | {"PIP_CONSTRAINT": constraints})
+    return folder / "bin"
+
+
+def test_verify_where_only_onnxruntime_is_installed(bare, meta, tmp_path):
+    """The promise to a target device, kept by the package as it is installed, not by this source tree."""
+    code = f"import importlib.util; print([name for name in {FOREIGN!r} if importlib.util.find_spec(name)])"
+    found = subprocess.run(
+        [bare / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    assert found.strip() == "['onnxruntime', 'dit_export']"
+    done = subprocess.run([bare / "dit-run", "verify", meta.bundle], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("verified\n")

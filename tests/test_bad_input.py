@@ -1,0 +1,261 @@
+"""The user's own mistakes: one line that says what, got and expected; exit code 2; nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from dit_export.cli import main as export
+from dit_runtime.cli import main as run
+
+pytestmark = pytest.mark.filterwarnings("error")  # a warning would be a second line on standard error
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch, listing):
+    """Runs a command in a folder of its own and checks all that every refusal has in common."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def check(main, *arguments: object, said: tuple[str, ...], watched: tuple[Path, ...] = ()) -> str:
+        folders = (tmp_path, *watched)
+        before = [listing(folder) for folder in folders]
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert code == 2, captured.err
+        assert len(lines) == 1 and ": error: " in lines[0], captured.err
+        assert captured.out == ""
+        for words in said:
+            assert words in lines[0], f"{words!r} is not in {lines[0]!r}"
+        assert [listing(folder) for folder in folders] == before, "something was written"
+        return lines[0]
+
+    return check
+
+
+BUILD = [
+    (["XL/3", "--synthetic"], ["'XL/3'", 'did you mean "XL/', "S/8"]),
+    (["xl/2", "--synthetic"], ['did you mean "XL/2"']),
+    (["S/8", "--synthetic", "--precision", "fp17"], ["precision 'fp17'", "fp32"]),
+    (["S/8", "--synthetic", "--backend", "onnxruntim"], ["backend 'onnxruntim'", 'did you mean "onnxruntime"']),
+    (["S/8", "--synthetic", "--max-batch", "0"], ["max-batch 0", "at least 1"]),
+    (["S/8", "--synthetic", "--resolution", "100"], ["100"]),
+    (["S/8", "--synthetic", "--resolution", "257"], ["257"]),
+    (["S/8", "--synthetic", "--resolution", "-256"], ["-256"]),
+    (["S/8", "--synthetic", "--resolution", "0"], ["resolution 0", "multiple of 8"]),
+    (["S/8", "--synthetic", "--heads", "5"], ["heads", "6", "5"]),
+    (["S/8", "--synthetic", "--checkpoint", "x.pt"], ["x.pt", "--synthetic", "one of them"]),
+    (["--synthetic"], ["model", "S/8"]),
+    ([], ["--checkpoint"]),
+    (["none.toml"], ["none.toml"]),
+    (["--checkpoint", "none.pt"], ["none.pt", "no such file"]),
+    (["--checkpoint", "."], ["config.json"]),
+    (["B/4"], ["no public weights", "B/4", "--checkpoint", "--synthetic"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BUILD, ids=lambda value: " ".join(value)[:40])
+def test_build(refused, arguments, said):
+    refused(export, "build", *arguments, "-o", "bundle", said=tuple(said))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('model = "S/8"\npreccision = "fp32"', ["'preccision'", 'did you mean "precision"']),
+        ('model = "S/8', ["not a TOML recipe"]),
+        ('model = "S/8"\nresolution = "big"', ["resolution is 'big'", "int"]),
+        ("model = 8\nsynthetic = 0", ["model is 8", "str"]),
+        ('model = "S/8"\nsynthetic = true', ["synthetic is True", "int"]),
+    ],
+)
+def test_recipe(refused, tmp_path, text, said):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(text)
+    refused(export, "build", recipe, said=("recipe.toml", *said))
+
+
+def test_an_output_folder_that_is_no_bundle(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    refused(export, "build", "S/8", "--synthetic", "-o", tmp_path / "mine", said=("mine", "no bundle", "-o"))
+
+
+def test_no_hub(refused, meta, monkeypatch):
+    """Without weights and without a network nothing falls back to made-up weights in silence."""
+
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    said = ("facebook/DiT-XL-2-256", "no route to host", "--checkpoint", "--synthetic")
+    assert refused(export, "build", "XL/2", said=said).startswith("dit-export: error: ")
+    refused(export, "build", "XL/2", "--resolution", 512, said=("facebook/DiT-XL-2-512", *said[1:]))
+    arguments = ["--checkpoint", meta.checkpoint, "--heads", 4, "--vae"]
+    refused(export, "build", *arguments, "some/vae", said=("some/vae", "no route", "--vae", "--latents-only"))
+    refused(export, "build", *arguments, "no/such/folder", said=("no/such/folder",))
+
+
+class Trap:
+    """Unpickled, it makes a file: the sign that code ran."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["torch.save", "pickle"])
+def test_code_in_a_checkpoint_does_not_run(refused, tmp_path, form):
+    file, marker = tmp_path / "evil.pt", tmp_path / "ran"
+    if form == "torch.save":
+        torch.save({"ema": {"x_embedder.proj.weight": torch.zeros(2)}, "extra": Trap(marker)}, file)
+    else:
+        file.write_bytes(pickle.dumps({"ema": {}, "extra": Trap(marker)}, protocol=2))
+    refused(export, "build", "--checkpoint", file, "--latents-only", said=("evil.pt", "code", "mkdir"))
+    assert not marker.exists()
+    torch.load(file, weights_only=False) if form == "torch.save" else pickle.loads(file.read_bytes())
+    assert marker.exists()  # the trap works
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint(refused, meta, tmp_path, kept):
+    whole = meta.checkpoint.read_bytes()
+    (tmp_path / "short.pt").write_bytes(whole[: int(kept * len(whole))])
+    refused(export, "build", "--checkpoint", tmp_path / "short.pt", "--heads", 4, "--latents-only", said=("short.pt",))
+
+
+def test_weights_that_do_not_fit(refused, meta, tmp_path):
+    """Missing, extra and misshapen keys: at most ten by name, the rest counted."""
+    state = torch.load(meta.checkpoint, weights_only=True)["ema"]
+    state["blocks.1.attn.qkv.bias"] = torch.zeros(7)
+    del state["final_layer.linear.bias"]
+    state |= {f"extra.{n}": torch.zeros(1) for n in range(20)}
+    torch.save(state, tmp_path / "odd.pt")
+    line = refused(export, "build", "--checkpoint", tmp_path / "odd.pt", "--heads", 4, "--latents-only", said=())
+    assert "final_layer.linear.bias is missing" in line and "12 more" in line
+    assert line.count("extra.") == 9
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(refused, meta, tmp_path, value):
+    state = torch.load(meta.checkpoint, weights_only=True)["ema"]
+    state["blocks.0.mlp.fc1.bias"][3] = value
+    torch.save(state, tmp_path / "nan.pt")
+    said = ("blocks.0.mlp.fc1.bias", "NaN or infinite")
+    refused(export, "build", "--checkpoint", tmp_path / "nan.pt", "--heads", 4, "--latents-only", said=said)
+
+
+def test_a_checkpoint_without_a_vae(refused, meta):
+    said = ("--vae", "--latents-only")
+    refused(export, "build", "--checkpoint", meta.checkpoint, "--heads", 4, said=said)
+
+
+def test_another_model_than_the_checkpoint(refused, meta):
+    said = ("S/8", "expected", "2x64/2")
+    refused(export, "build", "S/8", "--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", said=said)
+
+
+SAMPLE = [
+    (["--labels", "catt"], ["'catt'", 'did you mean "cat"']),
+    (["--labels", "Lynks"], ['did you mean "lynx"']),
+    (["--labels", "submarine"], ["'submarine'"]),
+    (["--labels", "12"], ["label 12", "0 to 11"]),
+    (["--labels", "-1"], ["label -1", "0 to 11"]),
+    (["--labels=--5"], ["'--5'"]),
+    (["--labels", "1.5"], ["'1.5'"]),
+    (["--labels", "1", "--steps", "0"], ["steps is 0", "1 to 1000"]),
+    (["--labels", "1", "--steps", "-3"], ["steps is -3"]),
+    (["--labels", "1", "--steps", "1001"], ["steps is 1001", "1 to 1000"]),
+    (["--labels", "1", "--steps", "999"], ["999"]),  # no whole stride: says which do
+    (["--labels", "1", "--guidance", "nan"], ["guidance is nan", "finite"]),
+    (["--labels", "1", "--guidance", "inf"], ["guidance is inf", "finite"]),
+    (["--labels", "1", "--guidance", "1e39"], ["guidance is 1e+39", "finite"]),  # inf in float32
+    (["--labels", "1", "2", "--guidance", "1", "2", "3"], ["guidance", "3", "2"]),
+    (["--labels", "1", "--solver", "ddimm"], ["solver 'ddimm'", 'did you mean "ddim"', "dpm++"]),
+    (["--labels", "1", "--spacing", "trailling"], ["spacing 'trailling'", 'did you mean "trailing"']),
+    (["--labels", "1", "--eta", "2"], ["eta is 2.0", "0", "1"]),
+    (["--labels", "1", "--eta", "nan"], ["eta is nan"]),
+    (["--labels", "1", "--eta", "0.5", "--solver", "dpm++"], ["eta", "dpm++", "ddim"]),
+    (["--labels", "1", "--seed", str(-(2**63) - 1)], ["seed is -9223372036854775809", "-2**63"]),
+    (["--labels", "1", "--seed", str(2**64)], ["seed is 18446744073709551616", "2**64 - 1"]),
+    (["--labels", "1", "--seed", "1", "2"], ["2 seeds", "1 samples"]),
+    (["--labels", "1", "--latents", "none.npy"], ["none.npy"]),
+    (["--labels", "1", "--provider", "tpu"], ["provider 'tpu'", "cpu"]),
+    (["--labels", "1", "--threads", "-1"], ["threads", "-1"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), SAMPLE, ids=lambda value: " ".join(value)[:40])
+def test_sample(refused, meta, arguments, said):
+    refused(run, "sample", meta.bundle, "-o", "x.npy", *arguments, said=tuple(said), watched=(meta.bundle,))
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("missing/x.npy", ["missing", "does not exist"]),
+        ("x.jpg", ["x.jpg", ".png", ".npz", ".npy"]),
+        ("x", [".png"]),
+        ("x.png", ["no decoder"]),
+        ("x.npz", ["no decoder"]),
+    ],
+)
+def test_sample_output(refused, meta, output, said):
+    refused(run, "sample", meta.bundle, "--labels", 1, "-o", output, said=tuple(said))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an array", pickle.dumps([1])], ids=["empty", "text", "pickle"])
+def test_latents_that_are_no_array(refused, meta, tmp_path, content):
+    file = tmp_path / "latents.npy"
+    file.write_bytes(content)
+    refused(run, "sample", meta.bundle, "--labels", 1, "-o", "x.npy", "--latents", file, said=("latents.npy",))
+
+
+@pytest.mark.parametrize("command", [["compile"], ["bench"], ["verify"], ["info"]])
+def test_no_bundle(refused, command):
+    refused(run, *command, "nothing-here", said=("nothing-here", "manifest.json"))
+
+
+def test_compile_for_an_unknown_backend(refused, meta):
+    said = ("backend 'tensorflow'", "onnxruntime")
+    refused(run, "compile", meta.bundle, "--backend", "tensorflow", said=said, watched=(meta.bundle,))
+
+
+@pytest.mark.parametrize("value", ["--batch", "--steps", "--rounds"])
+def test_bench(refused, meta, value):
+    refused(run, "bench", meta.bundle, value, "0", said=(value.strip("-"), "0"))
+
+
+@pytest.mark.parametrize("program", ["dit_export.cli", "dit_runtime.cli"])
+def test_as_a_program(tmp_path, meta, program):
+    """The same from a shell, with the exit code that a CI sees."""
+    command = (
+        ["build", "XL/3"]
+        if program == "dit_export.cli"
+        else ["sample", str(meta.bundle), "-o", "x.npy", "--labels", "catt"]
+    )
+    done = subprocess.run([sys.executable, "-m", program, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "did you mean" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_label_file_of_another_length(refused, meta, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps(["one", "two"]))
+    arguments = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--labels"]
+    refused(export, "build", *arguments, tmp_path / "names.json", said=("names.json", "2 names", "expected 12"))
+    refused(export, "build", *arguments, tmp_path / "none.txt", said=("none.txt",))
