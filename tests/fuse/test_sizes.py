@@ -24,7 +24,10 @@ def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
     """Weights of the right shapes, all zero, in a sparse file."""
     with torch.device("meta"):
         model = DiT(spec).eval().requires_grad_(False)
-    traced = trace.export_dit(model.to_empty(device="cpu")).model
+    model.to_empty(device="cpu")
+    for index, parameter in enumerate(model.parameters()):
+        parameter.view(-1)[0] = index  # else equal linears of equal inputs become one
+    traced = trace.export_dit(model).model
     largest = 0
     for value in traced.graph.initializers.values():
         tensor = value.const_value
