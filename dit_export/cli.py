@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -89,8 +91,14 @@ def _build(options: argparse.Namespace) -> int:
         contract = manifest.read(built.folder)
         labels = f"--labels {contract.num_classes // 4} {3 * contract.num_classes // 4}"
         to_file = "" if "decoder" in contract.graphs else " -o latents.npy"
-        print(f"bundle: {built.folder}\nsample: dit-run sample {built.folder} {labels}{to_file}", file=out)
+        print(f"bundle: {built.folder}\nsample: {_dit_run()} sample {built.folder} {labels}{to_file}", file=out)
     return code
+
+
+def _dit_run() -> str:
+    """As the user can type it: `make` runs us from an environment that is not activated."""
+    beside = Path(sys.executable).with_name("dit-run")
+    return "dit-run" if shutil.which("dit-run") else os.path.relpath(beside)
 
 
 def _report(built: Built, as_json: bool) -> int:

@@ -181,7 +181,8 @@ def summary(folder: Path, contract: Manifest) -> str:
         lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
     parity = contract.parity
     lines.append(f"parity     {'passed' if parity.get('passed') else 'FAILED'}, proof: {parity.get('proof', 'none')}")
-    lines.append(f"weights    {json.dumps(contract.source, ensure_ascii=False)}")
+    origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
+    lines.append(f"weights    {', '.join(origin)}")
     return "\n".join(lines)
 
 

@@ -117,16 +117,11 @@ def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) ->
     """All checks of a bundle against its reference; the caller decides on `passed`."""
     manifest.check_files(pipe.folder, pipe.manifest, [REFERENCE])
     reference = load_reference(pipe.folder)
-    total = 2 * len(reference.timesteps)
-    checks = []
-    for done, check in enumerate(_checks(pipe, reference)):
-        checks.append(check)
-        if on_step:
-            on_step(min(done, total), total)
-    return checks
+    steps = len(reference.timesteps)
+    return list(_checks(pipe, reference, lambda done: on_step(done, 2 * steps) if on_step else None))
 
 
-def _checks(pipe: Pipeline, reference: Reference) -> Iterator[Check]:
+def _checks(pipe: Pipeline, reference: Reference, tick: Callable[[int], None]) -> Iterator[Check]:
     contract, steps = pipe.manifest, len(reference.timesteps)
     solver = contract.diffusion.sampler.solver
     for name, graph in contract.graphs.items():
@@ -148,13 +143,18 @@ def _checks(pipe: Pipeline, reference: Reference) -> Iterator[Check]:
     worst = int(np.nan_to_num(errors, nan=np.inf).argmax())
     yield Check("conditioner, rel-L2", errors[worst], limits["conditioner"].conditioner, where=f"label {worst}")
 
-    yield from _teacher_forced(pipe, reference, limits["denoiser"].prediction)
+    yield from _teacher_forced(pipe, reference, limits["denoiser"].prediction, tick)
 
     ids = [int(label) for label in reference.labels]
     latents = None
     try:
         latents = pipe.sample(
-            ids, steps=steps, guidance=list(map(float, reference.guidance)), seed=seeds, output="latents"
+            ids,
+            steps=steps,
+            guidance=list(map(float, reference.guidance)),
+            seed=seeds,
+            output="latents",
+            on_step=lambda done, _, __: tick(steps + done),
         )
     except EngineError as error:
         yield Check("free run, rel-L2", math.nan, limits["denoiser"].latents, where=str(error))
@@ -165,12 +165,13 @@ def _checks(pipe: Pipeline, reference: Reference) -> Iterator[Check]:
             yield from _pictures(pipe, reference, latents, limits["decoder"].pictures)
 
 
-def _teacher_forced(pipe: Pipeline, reference: Reference, limit: float) -> Iterator[Check]:
+def _teacher_forced(pipe: Pipeline, reference: Reference, limit: float, tick: Callable[[int], None]) -> Iterator[Check]:
     ids = [int(label) for label in reference.labels]
     guided = pipe.table(reference.timesteps, ids, guided=True)
     nulls = pipe.table(reference.timesteps, [pipe.manifest.null_label] * len(ids), guided=False)
     everyone = slice(0, len(ids))
     for step, t in enumerate(reference.timesteps):
+        tick(step)
         where = f"step {step + 1} of {len(reference.timesteps)}, t = {t:g}"
         latents = reference.latents[step]
         rows = guided(step, everyone)
@@ -202,7 +203,7 @@ def _pictures(pipe: Pipeline, reference: Reference, latents: NDArray[Any], limit
 
 def table(checks: list[Check]) -> str:
     """What a person reads: each kind of check once, at its worst."""
-    lines = [f"{'check':<24} {'worst':>10}  {'limit':>10}  "]
+    lines = [f"{'check':<26} {'worst':>9}  {'limit':>10}"]
     for name in dict.fromkeys(check.name for check in checks):
         same = [check for check in checks if check.name == name]
         worst = next((check for check in same if not check.passed), None) or (min if same[0].at_least else max)(
@@ -210,5 +211,5 @@ def table(checks: list[Check]) -> str:
         )
         sign = ">=" if worst.at_least else "<="
         mark = "ok" if worst.passed else "FAILED"
-        lines.append(f"{name:<24} {worst.value:>10.3g}  {sign} {worst.limit:<7.3g}  {mark:<6}  {worst.where}".rstrip())
+        lines.append(f"{name:<26} {worst.value:>9.3g}  {sign} {worst.limit:<7.3g}  {mark:<6}  {worst.where}".rstrip())
     return "\n".join(lines)
