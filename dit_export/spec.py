@@ -36,8 +36,8 @@ class ModelSpec:
     unguided_up_to_one: bool = False  # guidance <= 1 (not only == 1) runs without the null rows
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise UsageError(f"hidden size {self.hidden} is not a multiple of {self.heads} heads")
+        if self.heads < 1 or self.hidden % self.heads:
+            raise UsageError(f"hidden size {self.hidden} does not divide into {self.heads} heads")
         if self.latent_size % self.patch:
             raise UsageError(f"latents of side {self.latent_size} do not divide into patches of {self.patch}")
         if self.conditioning not in CONDITIONINGS:

@@ -58,8 +58,7 @@ def dialect(names: Mapping[str, object], where: str) -> dict[str, str]:
 
 def depth_of(names: Mapping[str, object]) -> int:
     """How many blocks the names count, in either dialect."""
-    indices = [int(found[1]) for found in map(re.compile(r"(?:transformer_)?blocks\.(\d+)\.").match, names) if found]
-    return 1 + max(indices, default=-1)
+    return len({found[1] for found in map(re.compile(r"(?:transformer_)?blocks\.(\d+)\.").match, names) if found})
 
 
 def expand(table: dict[str, str], depth: int) -> dict[str, list[str]]:
@@ -83,7 +82,7 @@ def read(state: dict[str, Tensor], table: dict[str, str], spec: ModelSpec, where
     names = expand(table, spec.depth)
     if names.get("positions", [""])[0] not in state:
         names.pop("positions", None)
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for name, parts in names.items():
         rows, *rest = shapes[name]
         expected |= dict.fromkeys(parts, (rows // len(parts), *rest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from dit_export.models.dit import DiT
@@ -11,14 +12,13 @@ from dit_export.weights import keys
 from dit_export.weights.files import read_weights
 from dit_runtime.errors import UsageError
 
-# Reading what diffusers wrote: its fixed choices, and its default where only a config.json could tell.
-DIFFUSERS_DIALECT = {"frequency_shift": 1, "norm2_eps": 1e-5, "unguided_up_to_one": True}
-
 
 def read_file(path: Path, recipe: Recipe) -> DiT:
     where = str(path)
     state = read_weights([path])
     table = keys.dialect(state, where)
+    if table is keys.DIFFUSERS and (path.parent / "config.json").is_file():
+        raise UsageError(f"{where}: its config.json lies beside it and counts: pass the folder {path.parent}")
     depth = keys.depth_of(state)
     names = keys.expand(table, depth)
 
@@ -52,8 +52,9 @@ def read_file(path: Path, recipe: Recipe) -> DiT:
         num_classes=shape("embedders.0.label.weight", 2)[0] - 1,
         mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
         learned_variance=outputs == 2 * channels * patch**2,
-        **({"guided_channels": channels, **DIFFUSERS_DIALECT} if table is keys.DIFFUSERS else {}),
     )
+    if table is keys.DIFFUSERS:  # its fixed choices, and its default norm_eps, as there is no config.json
+        spec = replace(spec, frequency_shift=1, norm2_eps=1e-5, guided_channels=channels, unguided_up_to_one=True)
     return keys.read(state, table, spec, where)
 
 

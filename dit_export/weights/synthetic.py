@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 
-from dit_export.models.dit import DiT, Embedder, position_table, timestep_frequencies
+from dit_export.models.dit import Block, DiT, Embedder, position_table, timestep_frequencies
 from dit_export.spec import ModelSpec
 
 # The prediction is PASS·x plus what the blocks add. With eps = a·x + n, DDIM's latents grow by n per e-fold of the
@@ -42,13 +43,14 @@ def synthetic_dit(spec: ModelSpec, seed: int) -> DiT:
         model = DiT(spec)
     model.to_empty(device="cpu").eval().requires_grad_(False)
     random = Generator().manual_seed(seed)
-    model.positions.copy_(position_table(spec.hidden, model.grid))
+    positions = position_table(spec.hidden, model.grid)
+    model.load_state_dict({"positions": positions}, strict=False)
     sinks, others = torch.randperm(spec.hidden, generator=random).tensor_split([spec.hidden // 8])
-    basis = fill_patches(model, sinks, random)
-    for embedder in model.embedders:
+    basis = fill_patches(model.patches, positions, sinks, random)
+    for embedder in cast(list[Embedder], model.embedders):
         fill_embedder(embedder, spec, random)
     output = min(0.5, LEAK * math.sqrt(spec.hidden / model.patches.weight[0].numel() / spec.depth))
-    for block in model.blocks:
+    for block in cast(list[Block], model.blocks):
         fill_modulation(block.modulation, (0.5, 0.5, 0.4), sinks, random)
         fill(block.attn.qkv, 1.0, random)
         block.attn.qkv.weight[: 2 * spec.hidden] *= 1.5  # attention that selects: logits of deviation about 2
@@ -73,7 +75,7 @@ def fill(layer: nn.Linear | nn.Conv2d, gain: float, random: Generator) -> None:
 
 
 def fill_embedder(embedder: Embedder, spec: ModelSpec, random: Generator) -> None:
-    first, second = embedder.time[0], embedder.time[2]
+    first, _, second = cast(list[nn.Linear], embedder.time)
     fill(first, 1.0, random)
     fill(second, 3.0, random)
     # Fast frequencies are damped, so the prediction is smooth in t, and t + 50 is still another timestep.
@@ -123,24 +125,25 @@ def outlying_values(qkv: nn.Linear, proj: nn.Linear, channels: Tensor, random: G
     proj.weight[:, channels] /= s
 
 
-def fill_patches(model: DiT, sinks: Tensor, random: Generator) -> Tensor:
+def fill_patches(patches: nn.Conv2d, positions: Tensor, sinks: Tensor, random: Generator) -> Tensor:
     """Latents in directions orthogonal to the positions and to what centring removes; returns all of these."""
-    width, grid = model.spec.hidden, model.grid
-    columns, rows = model.positions[0].unflatten(0, (grid, grid))[0].clone(), model.positions[0, ::grid].clone()
+    width, grid = patches.out_channels, math.isqrt(positions.shape[1])
+    columns, rows = positions[0, :grid].clone(), positions[0, ::grid].clone()
     columns[:, width // 2 :], rows[:, : width // 2] = 0, 0
-    free = torch.randn(width, model.patches.weight[0].numel(), generator=random)
+    free = torch.randn(width, patches.weight[0].numel(), generator=random)
     known = torch.cat([torch.ones(width, 1), columns.T, rows.T, free], dim=1)  # (D, 1 + 2·grid + C·p·p)
     known[sinks] = 0
     basis = torch.linalg.qr(known).Q
-    latents = basis[:, 1 + 2 * grid :]
-    model.patches.weight.copy_((latents * LATENTS * math.sqrt(width / latents.shape[1])).view_as(model.patches.weight))
-    model.patches.bias.zero_()
-    model.patches.bias[sinks[::2]], model.patches.bias[sinks[1::2]] = SINK, -SINK
+    latents = basis[:, 1 + 2 * grid :]  # (D, C·p·p)
+    bias = torch.zeros(width)
+    bias[sinks[::2]], bias[sinks[1::2]] = SINK, -SINK
+    scale = LATENTS * math.sqrt(width / latents.shape[1])
+    patches.load_state_dict({"weight": (scale * latents).view_as(patches.weight), "bias": bias})
     return basis
 
 
 def fill_final(model: DiT, basis: Tensor, random: Generator) -> None:
-    """eps rows: the patch embedding's pseudo-inverse plus noise; variance rows: noise; scaled as measured on a probe."""
+    """Rows of eps: the patch embedding's inverse and noise; of the variance: noise; scaled as a probe measures."""
     spec, linear = model.spec, model.final.linear
     linear.bias.zero_()
     linear.weight.normal_(0, 1 / math.sqrt(spec.hidden), generator=random)
@@ -162,9 +165,8 @@ def fill_final(model: DiT, basis: Tensor, random: Generator) -> None:
     noise = F.linear(seen[0], linear.weight).std()
 
     rows = linear.weight.unflatten(0, (spec.patch, spec.patch, -1))  # (p, q, C_out, D)
-    rows[:, :, : spec.channels] *= (
-        ((LABEL * PASS) ** 2 - leaked.square().mean()).clamp(min=0) / heard.square().mean()
-    ).sqrt()
+    wanted = ((LABEL * PASS) ** 2 - leaked.square().mean()).clamp(min=0)
+    rows[:, :, : spec.channels] *= (wanted / heard.square().mean()).sqrt()
     rows[:, :, : spec.channels] += inverse.permute(1, 2, 0, 3)
     rows[:, :, spec.channels :] *= VARIANCE / noise
 
