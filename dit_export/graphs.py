@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from dit_runtime.errors import UsageError
 from dit_runtime.manifest import TensorSpec
 
 INLINE_BYTES = 1024  # smaller tensors, and all integers (shape inference reads them), stay in the .onnx itself
@@ -21,7 +23,10 @@ ALIGNMENT = 64
 
 def load(path: Path) -> gs.Graph:
     """Reads a graph; external weights become memory maps, so XL/2 costs no memory until it is computed with."""
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+    except DecodeError as error:
+        raise UsageError(f"{path}: not an ONNX model: {error}") from None
     graph = gs.import_onnx(model)
     for tensor in constants(graph):
         lazy = tensor._values
@@ -35,7 +40,7 @@ def _map_external(tensor: TensorProto, folder: Path) -> np.ndarray:
     where = {entry.key: entry.value for entry in tensor.external_data}
     file = folder / where["location"]
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{tensor.name}: external data in {where['location']!r} leaves the model's folder")
+        raise UsageError(f"{tensor.name}: external data in {where['location']!r} leaves the model's folder")
     return np.memmap(
         file,
         dtype=tensor_dtype_to_np_dtype(tensor.data_type),

@@ -6,8 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from dit_export import graphs
 from dit_runtime import manifest
 from dit_runtime.errors import UsageError
@@ -24,10 +22,7 @@ def describe(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    try:
-        graph = graphs.load(path)
-    except DecodeError as error:
-        raise UsageError(f"{path}: not an ONNX model: {error}") from None
+    graph = graphs.load(path)
     dtypes: Counter[str] = Counter()
     for tensor in graphs.constants(graph):
         dtypes[str(tensor.values.dtype)] += tensor.values.nbytes

@@ -1,0 +1,89 @@
+"""What a build leaves behind: a whole bundle or none, and the old one untouched when a gate fails."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dit_export.build
+import dit_runtime.verify
+from dit_export.cli import main
+from dit_export.spec import Recipe
+from dit_runtime import manifest
+from tests.conftest import HEADS, Built, meta_state
+
+
+@pytest.fixture
+def checkpoint(meta: Built, tmp_path: Path) -> list[str]:
+    """The arguments that build the small checkpoint, whose session's bundle must not be touched."""
+    return ["build", "--checkpoint", str(meta.checkpoint), "--heads", str(HEADS), "--latents-only"]
+
+
+def test_a_failed_gate_replaces_nothing(
+    meta_copy: Path, checkpoint: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (meta_copy / "manifest.json").read_bytes()
+    strict = replace(dit_runtime.verify.TOLERANCES["fp32"], latents=0.0)
+    monkeypatch.setitem(dit_runtime.verify.TOLERANCES, "fp32", strict)
+    assert main([*checkpoint, "-o", str(meta_copy)]) == 1
+
+    assert (meta_copy / "manifest.json").read_bytes() == before
+    failed = meta_copy.with_name(meta_copy.name + ".failed")
+    assert f"the bundle that failed: {failed}" in capsys.readouterr().out
+    parity = json.loads((failed / "parity.json").read_text())
+    assert [check["name"] for check in parity["checks"] if not check["passed"]] == ["free run, rel-L2"]
+    assert not manifest.read(failed).parity["passed"]
+    assert sorted(path.name for path in meta_copy.parent.iterdir()) == [meta_copy.name, failed.name]
+
+
+def test_a_build_that_breaks_off_leaves_nothing(
+    meta_copy: Path, checkpoint: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (meta_copy / "manifest.json").read_bytes()
+    monkeypatch.setattr(dit_export.build, "make_reference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([*checkpoint, "-o", str(meta_copy)]) == 130
+    assert (meta_copy / "manifest.json").read_bytes() == before
+    assert [path.name for path in meta_copy.parent.iterdir()] == [meta_copy.name]
+
+
+def test_weights_that_hear_nothing_are_reported(
+    tmp_path: Path, checkpoint: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = meta_state()
+    for name in state:  # adaLN-Zero as it is initialised: no block does anything, the prediction is zero
+        if "adaLN" in name or "final_layer.linear" in name:
+            state[name] = torch.randn(state[name].shape, generator=torch.Generator().manual_seed(1)) * 1e-6
+    torch.save(state, tmp_path / "deaf.pt")
+    checkpoint[2] = str(tmp_path / "deaf.pt")
+    assert main([*checkpoint, "-o", str(tmp_path / "bundle")]) == 0
+    assert "these weights hardly react" in capsys.readouterr().err
+    assert manifest.read(tmp_path / "bundle").parity["proof"] == "insensitive"
+
+
+def test_recipe_file_and_flags_give_the_same_recipe(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "S/8"\nresolution = 512\nlatents-only = true\nmax-batch = 2\nsynthetic = 7\n')
+    flags = ["S/8", "--resolution", "512", "--latents-only", "--max-batch", "2", "--synthetic", "7"]
+    from dit_export.cli import _parser, _recipe
+
+    expected = Recipe(model="S/8", resolution=512, latents_only=True, max_batch=2, synthetic=7)
+    assert Recipe.from_toml(recipe) == expected
+    assert _recipe(_parser().parse_args(["build", *flags])) == expected
+    assert _recipe(_parser().parse_args(["build", str(recipe), "--max-batch", "3"])) == replace(expected, max_batch=3)
+
+
+@pytest.mark.parametrize("path", sorted(Path("engines").glob("*.toml")), ids=lambda path: path.name)
+def test_committed_recipes_are_readable(path: Path) -> None:
+    assert Recipe.from_toml(path).model
+
+
+def test_two_builds_are_alike(meta: Built, checkpoint: list[str], tmp_path: Path) -> None:
+    options = ["--labels", str(meta.checkpoint.with_name("labels.txt")), "--max-batch", "4"]
+    assert main([*checkpoint, *options, "-o", str(tmp_path / "again")]) == 0
+    first, again = manifest.read(meta.bundle), manifest.read(tmp_path / "again")
+    for name in ("conditioner.onnx", "conditioner.onnx.data", "denoiser.onnx", "denoiser.onnx.data"):
+        assert first.files[name] == again.files[name], name
+    shutil.rmtree(tmp_path / "again")

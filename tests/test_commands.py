@@ -1,0 +1,118 @@
+"""The commands that look at bundles and graphs: what they print for people and for machines."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dit_export.cli
+import dit_runtime.cli
+from dit_runtime import manifest
+from tests.conftest import Built
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run_json(capsys: Capture, main, *arguments: str) -> dict:
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_info(meta: Built, capsys: Capture) -> None:
+    assert dit_runtime.cli.main(["info", str(meta.bundle)]) == 0
+    text = capsys.readouterr().out
+    assert "2x64/2 at 64 px, 12 classes" in text
+    assert f"backend onnxruntime: {onnxruntime.__version__}" in text
+    table = run_json(capsys, dit_runtime.cli.main, "info", str(meta.bundle))
+    assert table["bundle"]["labels"][3] == "dog"
+    assert run_json(capsys, dit_runtime.cli.main, "info").keys() == {"backends"}
+
+
+def test_compile_makes_engines_and_verifies(meta_copy: Path, capsys: Capture) -> None:
+    before = manifest.read(meta_copy)
+    assert run_json(capsys, dit_runtime.cli.main, "compile", str(meta_copy), "--backend", "onnxruntime")["passed"]
+    assert manifest.read(meta_copy) == before  # ONNX Runtime has no engine files of its own
+
+    weights = meta_copy / "denoiser.onnx.data"
+    damaged = bytearray(weights.read_bytes())
+    damaged[1000] ^= 64
+    weights.write_bytes(damaged)
+    assert dit_runtime.cli.main(["compile", str(meta_copy)]) == 2
+
+
+def test_bench_times_each_graph(meta: Built, capsys: Capture) -> None:
+    arguments = ["bench", str(meta.bundle), "--rounds", "2", "--steps", "2", "--batch", "3"]
+    capsys.readouterr()
+    assert dit_runtime.cli.main([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"denoiser, a guided step", "latents, 2 guided steps"} <= {row["name"] for row in rows}
+    assert all(0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"] for row in rows)
+
+
+def test_verify_against_pytorch_knows_its_weights(meta: Built, meta_copy: Path, capsys: Capture) -> None:
+    assert run_json(capsys, dit_export.cli.main, "verify", str(meta_copy))["passed"]
+    table = json.loads((meta_copy / "manifest.json").read_text())
+    table["source"]["sha256"] = dict.fromkeys(table["source"]["sha256"], "0" * 64)
+    (meta_copy / "manifest.json").write_text(json.dumps(table))
+    assert dit_export.cli.main(["verify", str(meta_copy)]) == 2
+    assert "not the ones of this bundle" in capsys.readouterr().err
+
+
+def test_inspect_counts_ops_and_weights(meta: Built, capsys: Capture) -> None:
+    table = run_json(capsys, dit_export.cli.main, "inspect", str(meta.bundle))
+    assert table.keys() == {"conditioner", "denoiser"}
+    assert table["denoiser"]["ops"]["Attention"] == 2
+    assert table["conditioner"]["outputs"] == {"conditioning": ["float32", "pairs", 14, 64]}
+    size = meta.bundle.joinpath("denoiser.onnx.data").stat().st_size
+    assert table["denoiser"]["weight_bytes"]["float32"] == pytest.approx(size, rel=0.02)
+    assert dit_export.cli.main(["inspect", str(meta.bundle / "denoiser.onnx")]) == 0
+    assert "LayerNormalization 5" in capsys.readouterr().out
+    assert dit_export.cli.main(["inspect", str(meta.bundle / "manifest.json")]) == 2
+
+
+class Foreign(nn.Module):
+    """Somebody else's loop body: convolutions, a GRU-like gate, conditioning by multiplication and concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(5, 24), nn.Tanh(), nn.Linear(24, 24))
+        self.stem = nn.Conv2d(3, 24, 3, padding=1)
+        self.join = nn.Conv2d(48, 3, 1)
+
+    def forward(self, sample: Tensor, condition: Tensor) -> Tensor:
+        vector = self.embed(condition)[:, :, None, None]
+        x = self.stem(sample) * (1 + vector).sigmoid()
+        return self.join(torch.cat([x, vector.expand(-1, -1, 8, 8)], dim=1))
+
+
+def test_hoist_splits_a_model_from_elsewhere(tmp_path: Path, capsys: Capture) -> None:
+    torch.manual_seed(0)
+    path, inputs = tmp_path / "model.onnx", (torch.randn(2, 3, 8, 8), torch.randn(2, 5))
+    torch.onnx.export(Foreign().eval(), inputs, dynamo=True, input_names=["sample", "condition"], verbose=False).save(
+        path
+    )
+    table = run_json(capsys, dit_export.cli.main, "hoist", str(path), "--loop-input", "sample")
+    folder = Path(table["folder"])
+    assert folder == tmp_path / "model-hoisted"
+
+    feeds = {"sample": inputs[0].numpy(), "condition": inputs[1].numpy()}
+    run = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("invariant", "loop")}
+    (whole,) = onnxruntime.InferenceSession(path).run(None, feeds)
+    frontier = run["invariant"].run(None, {"condition": feeds["condition"]})
+    feeds = {"sample": feeds["sample"]} | dict(zip(table["frontier"], frontier, strict=True))
+    np.testing.assert_allclose(run["loop"].run(None, feeds)[0], whole, rtol=0, atol=1e-6)  # the same ops, split
+
+    ops = {name: [node.op_type for node in onnx.load(folder / f"{name}.onnx").graph.node] for name in run}
+    assert not {"Gemm", "Tanh", "Sigmoid"} & set(ops["loop"])
+    assert ops["loop"].count("Conv") == 2
+    assert all(np.prod(tensor.shape) <= 2 * 24 for tensor in frontier)  # the vector travels, not its 8 × 8 copies
+
+    capsys.readouterr()
+    assert dit_export.cli.main(["hoist", str(path), "--loop-input", "smaple"]) == 2
+    assert 'did you mean "sample"?' in capsys.readouterr().err
