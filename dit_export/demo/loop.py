@@ -1,0 +1,129 @@
+"""One training loop for all three models: AdamW, warm-up and cosine, EMA, resumable to the bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from dit_runtime.errors import UsageError
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 100
+    ema: float = 0.999
+    decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    module: nn.Module  # with the averaged weights
+    seconds: float
+    loss: float  # mean of the last hundred steps
+
+
+def fit(module: nn.Module, loss: Loss, stage: Stage, seed: int, folder: Path, every: int = 200) -> Fitted:
+    """Train from the folder's checkpoint, or from the start; the randomness of a step depends on seed and step alone.
+
+    So a run that was interrupted anywhere ends in the same weights as one that was not.
+    """
+    path = folder / f"{stage.name}.pt"
+    settings = f"{stage} seed={seed} parameters={sum(p.numel() for p in module.parameters())}"
+    average = copy.deepcopy(module).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(module.parameters(), stage.rate, betas=(0.9, 0.99), weight_decay=stage.decay)
+    first, before, recent = 0, 0.0, 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        if state["settings"] != settings:
+            raise UsageError(
+                f"{path}: made with other settings\n  got      {state['settings']}\n  expected {settings}\n"
+                "go on with those settings, or start again with --no-resume"
+            )
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, before, recent = state["step"], state["seconds"], state["loss"]
+    start = time.monotonic()
+    progress = Progress(stage, first, before)
+    module.train()
+    for step in range(first, stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate * rate_at(step, stage)
+        value = loss(module, torch.Generator().manual_seed((seed << 32) + step))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), stage.clip)
+        optimizer.step()
+        weight = 1 - min(stage.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, current in zip(average.parameters(), module.parameters(), strict=True):
+                mean.lerp_(current, weight)
+        recent += (value.item() - recent) / min(step + 1, 100)
+        done = step + 1
+        if done % every == 0 or done == stage.steps:
+            state = {
+                "settings": settings,
+                "step": done,
+                "seconds": before + time.monotonic() - start,
+                "loss": recent,
+                "module": module.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            save(state, path)
+        progress(done, recent)
+    return Fitted(average, before + time.monotonic() - start, recent)
+
+
+def rate_at(step: int, stage: Stage) -> float:
+    """The learning rate's share at a step: a linear warm-up, then half a cosine down to zero."""
+    if step < stage.warmup:
+        return (step + 1) / stage.warmup
+    return (1 + math.cos(math.pi * (step - stage.warmup) / (stage.steps - stage.warmup))) / 2
+
+
+def save(state: dict[str, object], path: Path) -> None:
+    """Written beside its place and renamed, so an interruption leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+class Progress:
+    """One line that moves on a terminal; elsewhere a plain line every half minute."""
+
+    def __init__(self, stage: Stage, first: int, before: float) -> None:
+        self.stage, self.first, self.before = stage, first, before
+        self.start = self.shown = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, loss: float) -> None:
+        now, steps = time.monotonic(), self.stage.steps
+        if now - self.shown < (0.2 if self.terminal else 30) and done != steps:
+            return
+        self.shown = now
+        left = (now - self.start) / (done - self.first) * (steps - done)
+        line = f"{self.stage.name} {done}/{steps}  loss {loss:.4f}"
+        line += f"  elapsed {clock(self.before + now - self.start)}  remaining {clock(left)}"
+        end = "\n" if done == steps or not self.terminal else "\r"
+        print(line, file=sys.stderr, end=end, flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

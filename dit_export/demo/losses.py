@@ -1,0 +1,112 @@
+"""What the three models are trained for; every random number comes from the step's own generator."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from dit_export.demo.data import Samples
+from dit_export.demo.loop import Loss
+from dit_export.models.dit import DiT
+from dit_export.models.vit import ViT
+
+STEPS = 1000
+KL_WEIGHT = 5e-4  # per latent: small enough for sharp edges, large enough for a latent space without holes
+LABEL_DROPOUT = 0.1
+
+
+def alphas_bar() -> Tensor:
+    """The paper's schedule: 1000 linear betas from 1e-4 to 0.02; float64."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)
+
+
+def pictures(samples: Samples, indices: Tensor) -> Tensor:
+    """(N, 3, H, W) in [-1, 1]."""
+    images = torch.from_numpy(samples.images[indices.numpy()]).permute(0, 3, 1, 2)
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def choose(samples: Samples, count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(len(samples.labels), (count,), generator=generator)
+
+
+def autoencoder_loss(samples: Samples, count: int) -> Loss:
+    """Mean |error| + mean error² + KL to the unit Gaussian, per latent."""
+
+    def loss(vae: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(vae, AutoencoderKL)
+        images = pictures(samples, choose(samples, count, generator))
+        posterior = vae.encode(images).latent_dist
+        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        error = vae.decode(latents).sample - images
+        return error.abs().mean() + error.square().mean() + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
+
+    return loss
+
+
+def judge_loss(samples: Samples, count: int) -> Loss:
+    """Cross-entropy on pictures that are blurred, noisy and re-toned a little, as decoded ones are."""
+
+    def loss(judge: nn.Module, generator: torch.Generator) -> Tensor:
+        indices = choose(samples, count, generator)
+        images = pictures(samples, indices) / 2 + 0.5
+        blur, noise, gain, bias = torch.rand(4, count, 1, 1, 1, generator=generator)
+        images = torch.lerp(images, F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False), blur)
+        images = (images - 0.5) * (0.9 + 0.2 * gain) + 0.45 + 0.1 * bias
+        images = images + 0.06 * noise * torch.randn(images.shape, generator=generator)
+        assert isinstance(judge, ViT)
+        return F.cross_entropy(judge(images.clamp(0, 1)).logits, torch.from_numpy(samples.labels)[indices])
+
+    return loss
+
+
+def diffusion_loss(moments: Tensor, labels: Tensor, count: int) -> Loss:
+    """L_hybrid of Improved DDPM (Nichol & Dhariwal, arXiv 2102.09672, section 3.1).
+
+    Mean squared error of epsilon, plus one term of the variational bound, KL(q(x_{t-1} | x_t, x_0) || p), in nats a
+    latent; the bound moves the variance only, its mean is detached. At t = 0 the posterior's variance is that of t = 1,
+    so the same formula stands for the likelihood term.
+    """
+    bar = alphas_bar()
+    before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
+    beta = 1 - bar / before
+    posterior = beta * (1 - before) / (1 - bar)
+    posterior[0] = posterior[1]
+    # mean of p minus mean of q = (epsilon - prediction) * beta / sqrt(alpha (1 - bar))
+    mean_share = (beta / torch.sqrt((1 - beta) * (1 - bar))).float()
+    narrow, wide = posterior.log().float(), beta.log().float()
+    signal, spread = bar.sqrt().float(), (1 - bar).sqrt().float()
+
+    def at(table: Tensor, t: Tensor) -> Tensor:
+        return table[t][:, None, None, None]
+
+    def loss(dit: nn.Module, generator: torch.Generator) -> Tensor:
+        assert isinstance(dit, DiT)
+        indices = torch.randint(len(labels), (count,), generator=generator)
+        mean, std = moments[indices].chunk(2, dim=1)
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        t = torch.randint(STEPS, (count,), generator=generator)
+        epsilon = torch.randn(mean.shape, generator=generator)
+        dropped = torch.rand(count, generator=generator) < LABEL_DROPOUT
+        y = torch.where(dropped, dit.spec.null_label, labels[indices])
+        prediction, v = dit(at(signal, t) * latents + at(spread, t) * epsilon, t.float(), y).chunk(2, dim=1)
+        log_p = torch.lerp(at(narrow, t).expand_as(v), at(wide, t).expand_as(v), (v + 1) / 2)
+        gap = (epsilon - prediction.detach()) * at(mean_share, t)
+        log_q = at(narrow, t)
+        bound = 0.5 * (log_p - log_q - 1 + torch.exp(log_q - log_p) + gap.square() * torch.exp(-log_p))
+        return (epsilon - prediction).square().mean() + bound.mean()
+
+    return loss
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, samples: Samples) -> Tensor:
+    """Means and standard deviations of all samples' latents, (N, 2C, h, w), not yet scaled."""
+    rows = []
+    for chunk in torch.from_numpy(np.arange(len(samples.labels))).split(250):
+        posterior = vae.encode(pictures(samples, chunk)).latent_dist
+        rows.append(torch.cat([posterior.mean, posterior.std], dim=1).contiguous())
+    return torch.cat(rows)

@@ -1,0 +1,177 @@
+"""The demo model's folder: diffusers' layout, weights stored in float16 and read as float32."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dit_export.demo.data import CLASSES
+from dit_export.models.dit import DiT
+from dit_export.models.vit import ViT, ViTSpec
+from dit_export.spec import ModelSpec
+
+MODEL = Path(__file__).parent / "model"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "timestep_spacing": "linspace",
+}
+# Our names (regular expression) and diffusers', inside a block and outside.
+_BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "modulation": "norm1.linear",
+}
+_EMBEDDER = {
+    "time.0": "timestep_embedder.linear_1",
+    "time.2": "timestep_embedder.linear_2",
+    "label": "class_embedder.embedding_table",
+}
+_OUTER = {"patches": "pos_embed.proj", "final.modulation": "proj_out_1", "final.linear": "proj_out_2"}
+
+
+class Demo(NamedTuple):
+    dit: DiT
+    vae: AutoencoderKL
+    judge: ViT
+
+
+def demo_spec(depth: int, hidden: int, heads: int, patch: int) -> ModelSpec:
+    """diffusers' dialect, with the demo's classes and one embedder for all blocks."""
+    return ModelSpec(
+        depth,
+        hidden,
+        heads,
+        patch,
+        latent_size=8,
+        num_classes=len(CLASSES),
+        frequency_shift=1,
+        norm2_eps=1e-5,
+        guided_channels=4,
+        unguided_up_to_one=True,
+    )
+
+
+def to_diffusers(dit: DiT) -> dict[str, Tensor]:
+    """The weights under the keys of diffusers' DiTTransformer2DModel; the embedder is copied into every block."""
+    keys: dict[str, Tensor] = {}
+    for name, tensor in dit.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        if match := re.match(r"blocks\.(\d+)\.(.+)", layer):
+            index, part = match.groups()
+            if part == "attn.qkv":
+                for target, third in zip("qkv", tensor.chunk(3), strict=True):
+                    keys[f"transformer_blocks.{index}.attn1.to_{target}.{kind}"] = third
+            else:
+                keys[f"transformer_blocks.{index}.{_BLOCK[part]}.{kind}"] = tensor
+        elif match := re.match(r"embedders\.(\d+)\.(.+)", layer):
+            index, part = match.groups()
+            copies = range(dit.spec.depth) if dit.spec.embedders == 1 else [int(index)]
+            for block in copies:
+                keys[f"transformer_blocks.{block}.norm1.emb.{_EMBEDDER[part]}.{kind}"] = tensor
+        elif name != "positions":
+            keys[f"{_OUTER[layer]}.{kind}"] = tensor
+    return keys
+
+
+def save_transformer(dit: DiT, folder: Path) -> None:
+    spec = dit.spec
+    config = {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": spec.heads,
+        "attention_head_dim": spec.hidden // spec.heads,
+        "in_channels": spec.channels,
+        "out_channels": spec.out_channels,
+        "num_layers": spec.depth,
+        "sample_size": spec.latent_size,
+        "patch_size": spec.patch,
+        "num_embeds_ada_norm": spec.num_classes,
+        "norm_type": "ada_norm_zero",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_elementwise_affine": False,
+        "norm_eps": spec.norm2_eps,
+    }
+    _save(to_diffusers(dit), folder / "transformer" / WEIGHTS, config)
+
+
+def save_vae(vae: AutoencoderKL, folder: Path) -> None:
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    _save(vae.state_dict(), folder / "vae" / WEIGHTS, {"_class_name": "AutoencoderKL", **config})
+
+
+def save_judge(judge: ViT, folder: Path) -> None:
+    _save(judge.state_dict(), folder / "judge" / "model.safetensors", asdict(judge.spec))
+
+
+def save_index(folder: Path) -> None:
+    index = {
+        "_class_name": "DiTPipeline",
+        "id2label": {str(index): name for index, name in enumerate(CLASSES)},
+        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _write(index, folder / "model_index.json")
+    _write(SCHEDULER, folder / "scheduler" / "scheduler_config.json")
+
+
+def load(folder: Path = MODEL) -> Demo:
+    """The three models in float32, ready to run."""
+    return Demo(load_dit(folder), load_vae(folder), load_judge(folder))
+
+
+def load_dit(folder: Path = MODEL) -> DiT:
+    """Reads what `save_transformer` wrote; other diffusers folders are read by dit_export.weights."""
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    spec = demo_spec(config["num_layers"], heads * config["attention_head_dim"], heads, config["patch_size"])
+    dit = DiT(spec)
+    stored = load_file(folder / "transformer" / WEIGHTS)
+    with torch.no_grad():
+        for key, view in to_diffusers(dit).items():
+            view.copy_(stored[key])
+    return dit.eval()
+
+
+def load_vae(folder: Path = MODEL) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+
+
+def load_judge(folder: Path = MODEL) -> ViT:
+    spec = ViTSpec(**json.loads((folder / "judge" / "config.json").read_text(encoding="utf-8")))
+    judge = ViT(spec)
+    judge.load_state_dict(load_file(folder / "judge" / "model.safetensors"))
+    return judge.eval()
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _save(weights: Mapping[str, Tensor], path: Path, config: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().half().contiguous() for name, tensor in weights.items()}, path)
+    _write(config, path.parent / "config.json")
+
+
+def _write(value: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

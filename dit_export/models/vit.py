@@ -1,0 +1,57 @@
+"""The judge: a small Vision Transformer (Dosovitskiy et al., arXiv 2010.11929) that names a picture's class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from dit_export.models.dit import MLP, Attention, position_table
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    num_classes: int
+    image_size: int = 64
+    patch: int = 8
+    hidden: int = 96
+    depth: int = 4
+    heads: int = 3
+    mlp_ratio: float = 4.0
+
+
+class Judgement(NamedTuple):
+    logits: Tensor  # (N, classes)
+    features: Tensor  # (N, D)
+
+
+class Block(nn.Module):
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.hidden)
+        self.attn = Attention(spec.hidden, spec.heads)
+        self.norm2 = nn.LayerNorm(spec.hidden)
+        self.mlp = MLP(spec.hidden, int(spec.mlp_ratio * spec.hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.patches = nn.Conv2d(3, spec.hidden, spec.patch, stride=spec.patch)
+        positions = position_table(spec.hidden, spec.image_size // spec.patch)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.Sequential(*(Block(spec) for _ in range(spec.depth)))
+        self.norm = nn.LayerNorm(spec.hidden)
+        self.head = nn.Linear(spec.hidden, spec.num_classes)
+
+    def forward(self, images: Tensor) -> Judgement:
+        """(N, 3, H, W) in [0, 1], as the decoder gives them."""
+        x = self.patches(2 * images - 1).flatten(2).transpose(1, 2) + self.positions  # (N, T, D)
+        features = self.norm(self.blocks(x)).mean(dim=1)  # (N, D)
+        return Judgement(self.head(features), features)
