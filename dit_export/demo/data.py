@@ -38,12 +38,14 @@ class Samples(NamedTuple):
 
 def uniforms(seed: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float32]:
     """(N, count) numbers in [0, 1), each a hash (SplitMix64) of its seed, index and column alone."""
-    with np.errstate(over="ignore"):
-        counter = indices.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
-        z = (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
+    z = (indices[:, None] * count + np.arange(1, count + 1)).astype(np.uint64)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed * 0xD1342543DE82EF95 % (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return (z >> np.uint64(40)).astype(np.float32) / np.float32(1 << 24)
 
 
 def batch(seed: int, indices: ArrayLike) -> Samples:

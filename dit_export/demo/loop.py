@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from dit_runtime.errors import UsageError
 from torch import Tensor, nn
 
-Loss = Callable[[nn.Module, torch.Generator], Tensor]
+M = TypeVar("M", bound=nn.Module)
+Loss = Callable[[M, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,13 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    module: nn.Module  # with the averaged weights
+class Fitted(Generic[M]):
+    module: M  # with the averaged weights
     seconds: float
     loss: float  # mean of the last hundred steps
 
 
-def fit(module: nn.Module, loss: Loss, stage: Stage, seed: int, folder: Path, every: int = 200) -> Fitted:
+def fit(module: M, loss: Loss[M], stage: Stage, seed: int, folder: Path, every: int = 200) -> Fitted[M]:
     """Train from the folder's checkpoint, or from the start; the randomness of a step depends on seed and step alone.
 
     So a run that was interrupted anywhere ends in the same weights as one that was not.
@@ -63,7 +65,7 @@ def fit(module: nn.Module, loss: Loss, stage: Stage, seed: int, folder: Path, ev
     for step in range(first, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = stage.rate * rate_at(step, stage)
-        value = loss(module, torch.Generator().manual_seed((seed << 32) + step))
+        value = loss(module, torch.Generator().manual_seed(seed * 1_000_003 + step))
         optimizer.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(module.parameters(), stage.clip)

@@ -34,12 +34,12 @@ class Plan:
 
 
 PLAN = Plan(
-    pictures=60_000,
+    pictures=40_000,
     held_out=2_000,
     channels=(16, 32, 64, 64),
     spec=store.demo_spec(depth=7, hidden=160, heads=5, patch=2),
     vit=ViTSpec(len(data.CLASSES)),
-    autoencoder=Stage("autoencoder", steps=3_200, batch=16, rate=2e-3),
+    autoencoder=Stage("autoencoder", steps=4_500, batch=8, rate=2e-3),
     judge=Stage("judge", steps=900, batch=128, rate=1e-3, decay=0.05),
     dit=Stage("dit", steps=4_000, batch=256, rate=1e-3, warmup=300),
 )
@@ -126,7 +126,7 @@ def cached(path: Path, make: Callable[[], Tensor]) -> Tensor:
     return torch.load(path, weights_only=True)["tensor"]
 
 
-def stage_figures(fitted: Fitted, stage: Stage) -> dict[str, Any]:
+def stage_figures(fitted: Fitted[Any], stage: Stage) -> dict[str, Any]:
     return {
         "parameters": store.parameters(fitted.module),
         "steps": stage.steps,

@@ -1,0 +1,272 @@
+"""The demo: its data set, its training loop, its folder and its scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, DPMSolverMultistepScheduler
+from dit_runtime.errors import UsageError
+
+from dit_export.demo import data, losses, score, store, train
+from dit_export.demo.loop import Stage, fit
+from dit_export.models.dit import DiT
+from dit_export.models.vit import ViTSpec
+
+TINY = train.Plan(
+    pictures=40,
+    held_out=20,
+    channels=(8, 8, 8, 8),
+    spec=store.demo_spec(depth=2, hidden=32, heads=2, patch=2),
+    vit=ViTSpec(len(data.CLASSES), hidden=32, depth=1, heads=1),
+    autoencoder=Stage("autoencoder", steps=2, batch=4, rate=1e-3, warmup=1),
+    judge=Stage("judge", steps=2, batch=4, rate=1e-3, warmup=1),
+    dit=Stage("dit", steps=6, batch=8, rate=1e-3, warmup=2),
+)
+
+
+@pytest.fixture(scope="module")
+def demo() -> store.Demo:
+    return store.load()
+
+
+def random_dit() -> DiT:
+    """Random enough that every weight matters: adaLN-Zero's zeros would hide a mapping mistake."""
+    torch.manual_seed(0)
+    return DiT(TINY.spec).eval()
+
+
+def rounded(dit: DiT) -> DiT:
+    """With weights that float16 holds exactly, as a stored folder's are."""
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            parameter.copy_(parameter.half().float())
+    return dit
+
+
+# The data set
+
+
+def test_a_sample_depends_on_its_seed_and_index_alone() -> None:
+    alone = data.batch(3, [41]).images[0]
+    assert np.array_equal(alone, data.batch(3, [7, 41, 2]).images[1])
+    assert np.array_equal(alone, data.pool(3, 100).images[41])
+    assert not np.array_equal(alone, data.batch(4, [41]).images[0])
+    assert alone.shape == (64, 64, 3) and alone.dtype == np.uint8
+
+
+def test_classes_are_balanced_and_pictures_differ() -> None:
+    samples = data.pool(data.TRAIN, 400)
+    assert np.bincount(samples.labels).tolist() == [20] * len(data.CLASSES)
+    assert len({image.tobytes() for image in samples.images}) == 400
+
+
+def test_seeds_and_indices_draw_even_numbers() -> None:
+    u = data.uniforms(0, np.arange(4000), 8)
+    assert u.min() >= 0 and u.max() < 1
+    # the standard error of a mean is 0.29 / sqrt(4000) = 0.0046, of a correlation 1 / sqrt(4000) = 0.016: five of each
+    assert np.abs(u.mean(0) - 0.5).max() < 0.023
+    assert np.abs(np.corrcoef(u.T) - np.eye(8)).max() < 0.08
+
+
+def test_the_shape_has_its_colour() -> None:
+    samples = data.pool(data.HELD_OUT, 40)
+    for image, label in zip(samples.images.astype(float), samples.labels, strict=True):
+        colour = np.array(data.COLOURS[data.CLASSES[label].split()[0]])
+        near = (np.abs(image - colour).max(-1) < 30).mean()  # jitter is ±12 and shading ±10 %
+        assert near > 0.03, data.CLASSES[label]
+
+
+# Training
+
+
+def test_a_stage_resumes_to_the_bit(tmp_path: Path) -> None:
+    samples = torch.randn(64, 4)
+
+    def loss(module: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+        return module(samples[torch.randint(64, (8,), generator=generator)]).square().mean()
+
+    def fresh() -> torch.nn.Module:
+        torch.manual_seed(1)
+        return torch.nn.Linear(4, 4)
+
+    stage = Stage("line", steps=10, batch=8, rate=0.1, warmup=2)
+    whole = fit(fresh(), loss, stage, 0, tmp_path / "whole", every=3).module
+    calls = 0
+
+    def interrupted(module: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return loss(module, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(fresh(), interrupted, stage, 0, tmp_path / "parts", every=3)
+    resumed = fit(fresh(), loss, stage, 0, tmp_path / "parts", every=3).module
+    for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+    other = fit(fresh(), loss, stage, 1, tmp_path / "seed", every=3).module
+    assert not torch.equal(whole.weight, other.weight)
+    with pytest.raises(UsageError, match="other settings"):
+        fit(fresh(), loss, replace(stage, rate=0.2), 0, tmp_path / "whole")
+
+
+def test_training_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.train(tmp_path / "whole", plan=TINY, checkpoints=tmp_path / "a")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "diffusion_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(tmp_path / "parts", plan=TINY, checkpoints=tmp_path / "b")
+    train.train(tmp_path / "parts", plan=TINY, checkpoints=tmp_path / "b")
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+    assert len(names) == 3
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+def test_the_loss_is_that_of_improved_ddpm() -> None:
+    """Against the bound written out with q's and p's means, for one t, with a network that says something."""
+    dit, bar = random_dit(), losses.alphas_bar()
+    t, eps_generator = 400, torch.Generator().manual_seed(5)
+    moments = torch.cat([torch.randn(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)], dim=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randint", lambda high, size, generator: torch.full(size, t if high == 1000 else 0))
+        patch.setattr(torch, "rand", lambda count, generator: torch.ones(count))  # nothing dropped
+        value = losses.diffusion_loss(moments, torch.tensor([3]), 1)(dit, eps_generator)
+    again = torch.Generator().manual_seed(5)
+    torch.randn(1, 4, 8, 8, generator=again)
+    epsilon = torch.randn(1, 4, 8, 8, generator=again).double()
+    x0 = moments[:, :4].double()
+    xt = bar[t].sqrt() * x0 + (1 - bar[t]).sqrt() * epsilon
+    out = dit(xt.float(), torch.tensor([float(t)]), torch.tensor([3])).double()
+    prediction, v = out.chunk(2, dim=1)
+    alpha = bar[t] / bar[t - 1]
+    beta = 1 - alpha
+
+    def posterior_mean(x: torch.Tensor) -> torch.Tensor:
+        return (bar[t - 1].sqrt() * beta * x + alpha.sqrt() * (1 - bar[t - 1]) * xt) / (1 - bar[t])
+
+    guess = (xt - (1 - bar[t]).sqrt() * prediction) / bar[t].sqrt()
+    q_var = beta * (1 - bar[t - 1]) / (1 - bar[t])
+    p_var = torch.exp((v + 1) / 2 * beta.log() + (1 - v) / 2 * q_var.log())
+    gap = posterior_mean(x0) - posterior_mean(guess)
+    bound = 0.5 * (p_var.log() - q_var.log() + (q_var + gap**2) / p_var - 1).mean()
+    expected = (epsilon - prediction).square().mean() + bound
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)  # float32 tables: beta and 1 - bar lose digits
+
+
+def test_adaln_zero_starts_as_zero() -> None:
+    dit = train.zero_initialised(DiT(TINY.spec))
+    assert not dit(torch.randn(2, 4, 8, 8), torch.tensor([1.0, 900.0]), torch.tensor([0, 20])).any()
+
+
+# The folder
+
+
+def compare_with_diffusers(dit: DiT, folder: Path) -> float:
+    """Relative distance between our DiT and diffusers' own reading of the folder."""
+    theirs = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 431.5, 999.0]), torch.tensor([0, 7, 20])
+    with torch.no_grad():
+        ours, reference = dit(x, t, y), theirs(x, timestep=t, class_labels=y).sample
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def test_a_saved_transformer_is_the_same_in_diffusers(tmp_path: Path) -> None:
+    dit = rounded(random_dit())
+    store.save_transformer(dit, tmp_path)
+    assert compare_with_diffusers(dit, tmp_path) < 1e-5  # float32 rounding of two orders of summation
+    assert compare_with_diffusers(store.load_dit(tmp_path), tmp_path) < 1e-5
+    with torch.no_grad():
+        dit.blocks[1].mlp.fc2.weight *= 1.05
+    assert compare_with_diffusers(dit, tmp_path) > 1e-4
+
+
+def test_the_shipped_weights_are_the_same_in_diffusers(demo: store.Demo) -> None:
+    assert compare_with_diffusers(demo.dit, store.MODEL) < 1e-5
+
+
+def test_the_shipped_weights_are_small() -> None:
+    sizes = [path.stat().st_size for path in store.MODEL.rglob("*.safetensors")]
+    assert len(sizes) == 3 and sum(sizes) <= 12e6
+
+
+# The scores
+
+
+def test_wilson_by_hand() -> None:
+    value, low, high = score.wilson(10, 10)
+    assert (value, high) == (1.0, pytest.approx(1.0))
+    assert low == pytest.approx(10 / (10 + score.Z95**2))
+    value, low, high = score.wilson(50, 100)  # the textbook's [0.404, 0.596]
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+
+
+def gaussian(mean: list[float], cov: list[list[float]], seed: int) -> np.ndarray:
+    """Rows whose mean and covariance are exactly these."""
+    rows = np.random.default_rng(seed).standard_normal((50, len(mean)))
+    rows -= rows.mean(0)
+    rows @= np.linalg.inv(np.linalg.cholesky(np.cov(rows, rowvar=False))).T
+    return rows @ np.linalg.cholesky(np.array(cov)).T + mean
+
+
+def test_frechet_of_gaussians_known_in_closed_form() -> None:
+    a = gaussian([0, 0], [[4, 0], [0, 1]], 0)
+    b = gaussian([3, -1], [[1, 0], [0, 9]], 1)
+    assert score.frechet(a, b) == pytest.approx(10 + (2 - 1) ** 2 + (1 - 3) ** 2)
+    assert score.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    # Covariances that do not commute; for 2 x 2, tr (A B)^½ = sqrt(tr A B + 2 sqrt(det A B)).
+    cov_a, cov_b = np.array([[2, 1], [1, 2]]), np.array([[3, -1], [-1, 1]])
+    root = np.sqrt(np.trace(cov_a @ cov_b) + 2 * np.sqrt(np.linalg.det(cov_a @ cov_b)))
+    c, d = gaussian([0, 0], cov_a.tolist(), 2), gaussian([0, 0], cov_b.tolist(), 3)
+    assert score.frechet(c, d) == pytest.approx(np.trace(cov_a + cov_b) - 2 * root)
+    assert score.frechet(c, d) == pytest.approx(score.frechet(d, c))
+
+
+def test_frechet_interval_covers_what_more_samples_say() -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.standard_normal((5000, 4))
+    small = score.frechet_interval(rng.standard_normal((500, 4)) + 0.5, reference)
+    large = score.frechet(rng.standard_normal((50_000, 4)) + 0.5, reference)
+    assert small.low < large < small.high
+    assert small.high - small.low < large  # and says something
+
+
+def test_the_sampler_steps_as_diffusers_does() -> None:
+    demo = store.Demo(random_dit(), train.autoencoder(TINY.channels).eval(), None)  # type: ignore[arg-type]
+    demo.vae.register_to_config(scaling_factor=1.0)
+    labels = [3, 11]
+    (images,) = score.draw(demo, labels, steps=6, guidance=3.0, seed=9)
+    scheduler = DPMSolverMultistepScheduler.from_config(store.SCHEDULER)
+    scheduler.set_timesteps(6)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            epsilon = score.guided(demo, x, float(t), torch.tensor(labels), 3.0)
+        x = scheduler.step(epsilon, t, x).prev_sample
+    expected = score.decode(demo, x).astype(int)
+    assert np.abs(images - expected).max() <= 1  # one grey level: a rounding that fell the other way
+    assert np.abs(next(score.draw(demo, labels, steps=7, guidance=3.0, seed=9)) - expected).max() > 1
+
+
+def test_the_judge_names_held_out_pictures(demo: store.Demo) -> None:
+    samples = data.pool(data.HELD_OUT, 300)
+    named, _ = score.look(demo.judge, [samples.images])
+    assert (named == samples.labels).mean() >= 0.98
+
+
+def test_the_demo_draws_what_is_asked(demo: store.Demo) -> None:
+    labels = score.balanced_labels(100)
+    reference = score.reference_features(demo.judge, 1000)
+    result = score.score(score.draw(demo, labels, steps=12), labels, demo.judge, reference)
+    assert result.accuracy.value >= 0.9  # 100 pictures; the model card's figure is of 1,000
+    wrong = score.score(score.draw(demo, labels, steps=12), labels[::-1], demo.judge, reference)
+    assert wrong.accuracy.value < 0.1
