@@ -22,7 +22,7 @@ COLOURS = {
     "white": (244, 244, 244),
 }
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-TRAIN, VALIDATION, HELD_OUT = 0, 1, 2  # seeds: what is learned, what is watched while learning, what is only scored
+TRAIN, VALIDATION, HELD_OUT = 0, 1, 2  # seeds: to learn from, to compare with, to score against
 
 _OUTLINES = np.array(list(SHAPES.values()), np.float32)
 _COLOURS = np.array(list(COLOURS.values()), np.float32)

@@ -40,8 +40,8 @@ PLAN = Plan(
     spec=store.demo_spec(depth=7, hidden=160, heads=5, patch=2),
     vit=ViTSpec(len(data.CLASSES)),
     autoencoder=Stage("autoencoder", steps=4_500, batch=8, rate=2e-3),
-    judge=Stage("judge", steps=900, batch=128, rate=1e-3, decay=0.05),
-    dit=Stage("dit", steps=4_000, batch=256, rate=1e-3, warmup=300),
+    judge=Stage("judge", steps=1_600, batch=64, rate=1e-3, decay=0.05),
+    dit=Stage("dit", steps=5_600, batch=128, rate=1e-3, warmup=300),
 )
 
 
@@ -54,7 +54,7 @@ def train(
     say(f"drawing {plan.pictures} pictures")
     samples = data.pool(data.TRAIN, plan.pictures)
     unseen = data.pool(data.HELD_OUT, plan.held_out)
-    figures: dict[str, Any] = {"seed": seed, "pictures": plan.pictures}
+    figures: dict[str, Any] = {"seed": seed, "pictures": plan.pictures, "held_out": plan.held_out}
 
     torch.manual_seed(seed)
     vae = autoencoder(plan.channels)
@@ -131,6 +131,8 @@ def stage_figures(fitted: Fitted[Any], stage: Stage) -> dict[str, Any]:
         "parameters": store.parameters(fitted.module),
         "steps": stage.steps,
         "batch": stage.batch,
+        "rate": stage.rate,
+        "ema": stage.ema,
         "seconds": round(fitted.seconds),
         "loss": round(fitted.loss, 5),
     }
