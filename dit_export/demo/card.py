@@ -55,7 +55,7 @@ def write(folder: Path = store.MODEL, count: int = 1_000, command: str = "dit-ex
     """Measure the table and write MODEL_CARD.md beside the weights."""
     figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     demo = store.load(folder)
-    names = {"autoencoder": "AutoencoderKL", "judge": "ViT", "dit": "DiT"}
+    names = {"autoencoder": "AutoencoderKL", "decoder": "its decoder, again", "judge": "ViT", "dit": "DiT"}
     parts = [figures[part] for part in names]
     card = CARD.format(
         shapes=" or ".join([", ".join(list(data.SHAPES)[:-1]), list(data.SHAPES)[-1]]),

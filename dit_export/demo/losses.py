@@ -34,16 +34,38 @@ def choose(samples: Samples, count: int, generator: torch.Generator) -> Tensor:
 
 
 def autoencoder_loss(samples: Samples, count: int) -> Loss[AutoencoderKL]:
-    """Mean |error| for sharp edges, mean error² for the shape's colour early on, KL to the unit Gaussian per latent."""
+    """Mean |error| for sharp edges, mean error² for the shape's colour early on, KL to the unit Gaussian a latent."""
 
     def loss(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
         images = pictures(samples, choose(samples, count, generator))
         posterior = vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
-        error = vae.decode(latents).sample - images
-        return error.abs().mean() + 4 * error.square().mean() + KL_WEIGHT * posterior.kl().mean() / latents[0].numel()
+        kl = posterior.kl().mean() / latents[0].numel()
+        return picture_loss(vae.decode(latents).sample, images) + KL_WEIGHT * kl
 
     return loss
+
+
+def decoder_loss(samples: Samples, moments: Tensor, count: int) -> Loss[AutoencoderKL]:
+    """The decoder alone, on latents that are made already: what the encoder says, and so the DiT, stays as it is."""
+
+    def loss(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
+        indices = choose(samples, count, generator)
+        decoded = vae.decode(drawn(moments[indices], generator)).sample
+        return picture_loss(decoded, pictures(samples, indices))
+
+    return loss
+
+
+def picture_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    error = decoded - images
+    return error.abs().mean() + 4 * error.square().mean()
+
+
+def drawn(moments: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents from their means and deviations, (N, 2C, h, w)."""
+    mean, std = moments.chunk(2, dim=1)
+    return mean + std * torch.randn(mean.shape, generator=generator)
 
 
 def judge_loss(samples: Samples, count: int) -> Loss[ViT]:
@@ -83,10 +105,9 @@ def diffusion_loss(moments: Tensor, labels: Tensor, count: int) -> Loss[DiT]:
 
     def loss(dit: DiT, generator: torch.Generator) -> Tensor:
         indices = torch.randint(len(labels), (count,), generator=generator)
-        mean, std = moments[indices].chunk(2, dim=1)
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        latents = drawn(moments[indices], generator)
         t = torch.randint(STEPS, (count,), generator=generator)
-        epsilon = torch.randn(mean.shape, generator=generator)
+        epsilon = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(count, generator=generator) < LABEL_DROPOUT
         y = torch.where(dropped, dit.spec.null_label, labels[indices])
         prediction, v = dit(at(signal, t) * latents + at(spread, t) * epsilon, t.float(), y).chunk(2, dim=1)

@@ -29,6 +29,7 @@ class Plan:
     spec: ModelSpec
     vit: ViTSpec
     autoencoder: Stage
+    decoder: Stage
     judge: Stage
     dit: Stage
 
@@ -40,8 +41,9 @@ PLAN = Plan(
     spec=store.demo_spec(depth=7, hidden=160, heads=5, patch=2),
     vit=ViTSpec(len(data.CLASSES)),
     autoencoder=Stage("autoencoder", steps=4_500, batch=8, rate=2e-3),
-    judge=Stage("judge", steps=1_600, batch=64, rate=1e-3, decay=0.05),
-    dit=Stage("dit", steps=5_600, batch=128, rate=1e-3, warmup=300),
+    decoder=Stage("decoder", steps=3_000, batch=8, rate=1e-3),
+    judge=Stage("judge", steps=2_000, batch=64, rate=2e-3, decay=0.05),
+    dit=Stage("dit", steps=14_000, batch=128, rate=1e-3, warmup=300),
 )
 
 
@@ -54,32 +56,38 @@ def train(
     say(f"drawing {plan.pictures} pictures")
     samples = data.pool(data.TRAIN, plan.pictures)
     unseen = data.pool(data.HELD_OUT, plan.held_out)
-    figures: dict[str, Any] = {"seed": seed, "pictures": plan.pictures, "held_out": plan.held_out}
 
     torch.manual_seed(seed)
     vae = autoencoder(plan.channels)
-    fitted = fit(vae, losses.autoencoder_loss(samples, plan.autoencoder.batch), plan.autoencoder, seed, checkpoints)
-    store.save_vae(scaled(fitted.module, samples), output)
-    vae = store.load_vae(output)  # what ships, rounded to float16, is what the DiT learns to feed
-    figures["autoencoder"] = stage_figures(fitted, plan.autoencoder)
+    whole = fit(vae, losses.autoencoder_loss(samples, plan.autoencoder.batch), plan.autoencoder, seed, checkpoints)
+    store.save_vae(scaled(whole.module, samples), output)
+    vae = store.load_vae(output)  # what ships, rounded to float16, is what makes the latents
+    moments = cached(checkpoints / "latents.pt", lambda: losses.encode(vae, samples))
+    decoder = fit(vae, losses.decoder_loss(samples, moments, plan.decoder.batch), plan.decoder, seed, checkpoints)
+    store.save_vae(decoder.module, output)
 
     torch.manual_seed(seed)
-    fitted = fit(ViT(plan.vit), losses.judge_loss(samples, plan.judge.batch), plan.judge, seed, checkpoints)
-    store.save_judge(fitted.module, output)
-    judge = store.load_judge(output)
-    figures["judge"] = stage_figures(fitted, plan.judge)
-    figures["autoencoder"] |= reconstruction_figures(vae, judge, unseen)
-    figures["judge"] |= {"held_out_accuracy": accuracy(judge, unseen)}
-    say(json.dumps(figures))
+    judge = fit(ViT(plan.vit), losses.judge_loss(samples, plan.judge.batch), plan.judge, seed, checkpoints)
+    store.save_judge(judge.module, output)
 
-    moments = cached(checkpoints / "latents.pt", lambda: losses.encode(vae, samples) * vae.config.scaling_factor)
     torch.manual_seed(seed)
     dit = zero_initialised(DiT(plan.spec))
     labels = torch.from_numpy(samples.labels)
-    fitted = fit(dit, losses.diffusion_loss(moments, labels, plan.dit.batch), plan.dit, seed, checkpoints)
+    latents = moments * vae.config.scaling_factor
+    fitted = fit(dit, losses.diffusion_loss(latents, labels, plan.dit.batch), plan.dit, seed, checkpoints)
     store.save_transformer(fitted.module, output)
-    figures["dit"] = stage_figures(fitted, plan.dit)
     store.save_index(output)
+
+    demo = store.load(output)
+    figures = {
+        "seed": seed,
+        "pictures": plan.pictures,
+        "held_out": plan.held_out,
+        "autoencoder": stage_figures(whole, plan.autoencoder) | reconstruction_figures(demo, unseen),
+        "decoder": stage_figures(decoder, plan.decoder),
+        "judge": stage_figures(judge, plan.judge) | {"held_out_accuracy": accuracy(demo.judge, unseen)},
+        "dit": stage_figures(fitted, plan.dit),
+    }
     (output / "training.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     say(json.dumps(figures))
 
@@ -149,19 +157,19 @@ def accuracy(judge: ViT, samples: data.Samples) -> float:
 
 
 @torch.no_grad()
-def reconstruction_figures(vae: AutoencoderKL, judge: ViT, samples: data.Samples) -> dict[str, float]:
+def reconstruction_figures(demo: store.Demo, samples: data.Samples) -> dict[str, float]:
     """PSNR of held-out pictures through the autoencoder, and how many the judge still names rightly."""
     errors, hits = [], 0
     everything = torch.arange(len(samples.labels))
     for chunk in everything.split(250):
         images = losses.pictures(samples, chunk)
-        decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+        decoded = demo.vae.decode(demo.vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
         errors.append((decoded - images).square().mean().item() / 4)
-        named = judge(decoded / 2 + 0.5).logits.argmax(1).numpy()
+        named = demo.judge(decoded / 2 + 0.5).logits.argmax(1).numpy()
         hits += int((named == samples.labels[chunk.numpy()]).sum())
     psnr = -10 * torch.tensor(errors).mean().log10().item()
     return {
-        "scaling_factor": vae.config.scaling_factor,
+        "scaling_factor": demo.vae.config.scaling_factor,
         "held_out_psnr": round(psnr, 2),
         "judge_on_reconstructions": hits / len(everything),
     }

@@ -1,13 +1,12 @@
 """The judge: a small Vision Transformer (Dosovitskiy et al., arXiv 2010.11929) that names a picture's class.
 
-Its patches are made by three convolutions (Xiao et al., "Early convolutions help transformers see better",
+Its patches are made by four convolutions (Xiao et al., "Early convolutions help transformers see better",
 arXiv 2106.14881): one large one needs many more pictures before it sees a shape's outline.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -43,13 +42,18 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def stem(channels: int, out: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, out, 3, stride, padding=1), nn.GroupNorm(8, out), nn.GELU("tanh")
+
+
 class ViT(nn.Module):
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
         self.spec = spec
-        widths = (3, spec.hidden // 4, spec.hidden // 2, spec.hidden)
-        halvings = (nn.Conv2d(*pair, 3, stride=2, padding=1) for pair in pairwise(widths))
-        self.patches = nn.Sequential(*(layer for conv in halvings for layer in (conv, nn.GELU("tanh"))))
+        quarter, half, full = spec.hidden // 4, spec.hidden // 2, spec.hidden
+        self.patches = nn.Sequential(
+            *stem(3, quarter, stride=2), *stem(quarter, half, stride=2), *stem(half, half), *stem(half, full, stride=2)
+        )
         positions = position_table(spec.hidden, spec.image_size // 8)
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(*(Block(spec) for _ in range(spec.depth)))
