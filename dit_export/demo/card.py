@@ -24,7 +24,7 @@ a {shapes}, in {colours}, at a random place, size and angle on a muted backgroun
 It exists so that every claim of quality in this project can be checked on a model that was really trained; it is good
 for nothing else. There are no third-party data or weights in it. Licence: Apache-2.0, as the project's.
 
-Made by `{command}` (seed {seed}, {pictures} pictures), {minutes} minutes of computing in all, on {machine}.
+Made by `dit-export demo train` (seed {seed}, {pictures} pictures), {minutes} minutes of wall time in all, on {machine}.
 `training.json` has the same figures for machines.
 
 | part | network | parameters | steps × batch | minutes | last loss |
@@ -51,8 +51,8 @@ features, to {reference} held-out pictures, ± 1.96 bootstrap deviations; compar
 """
 
 
-def write(folder: Path = store.MODEL, count: int = 1_000, command: str = "dit-export demo train") -> None:
-    """Measure the table and write MODEL_CARD.md beside the weights."""
+def write(folder: Path = store.MODEL, count: int = 1_000, machine: str = "") -> None:
+    """Measure the table and write MODEL_CARD.md beside the weights; `machine` says what training ran on."""
     figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     demo = store.load(folder)
     names = {"autoencoder": "AutoencoderKL", "decoder": "its decoder, again", "judge": "ViT", "dit": "DiT"}
@@ -60,11 +60,10 @@ def write(folder: Path = store.MODEL, count: int = 1_000, command: str = "dit-ex
     card = CARD.format(
         shapes=" or ".join([", ".join(list(data.SHAPES)[:-1]), list(data.SHAPES)[-1]]),
         colours=" or ".join([", ".join(list(data.COLOURS)[:-1]), list(data.COLOURS)[-1]]),
-        command=command,
         seed=figures["seed"],
         pictures=figures["pictures"],
         minutes=round(sum(part["seconds"] for part in parts) / 60),
-        machine=f"{os.cpu_count()} CPU cores with PyTorch {torch.__version__}",
+        machine=machine or f"{os.cpu_count()} CPU cores with PyTorch {torch.__version__}",
         parts="\n".join(
             f"| {part} | {name} | {row['parameters']:,} | {row['steps']:,} × {row['batch']} "
             f"| {row['seconds'] / 60:.0f} | {row['loss']} |"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from dit_runtime.errors import UsageError
 from torch import Tensor, nn
+
+from dit_runtime.errors import UsageError
 
 M = TypeVar("M", bound=nn.Module)
 Loss = Callable[[M, torch.Generator], Tensor]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,6 +16,9 @@ from dit_export.demo.data import CLASSES
 from dit_export.models.dit import DiT
 from dit_export.models.vit import ViT, ViTSpec
 from dit_export.spec import ModelSpec
+from dit_export.weights import keys
+from dit_export.weights.diffusers import read_transformer
+from dit_export.weights.vae import read_vae
 
 MODEL = Path(__file__).parent / "model"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,19 +33,6 @@ SCHEDULER = {
     "solver_order": 2,
     "timestep_spacing": "linspace",
 }
-# Our names (regular expression) and diffusers', inside a block and outside.
-_BLOCK = {
-    "attn.proj": "attn1.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
-    "modulation": "norm1.linear",
-}
-_EMBEDDER = {
-    "time.0": "timestep_embedder.linear_1",
-    "time.2": "timestep_embedder.linear_2",
-    "label": "class_embedder.embedding_table",
-}
-_OUTER = {"patches": "pos_embed.proj", "final.modulation": "proj_out_1", "final.linear": "proj_out_2"}
 
 
 class Demo(NamedTuple):
@@ -69,28 +57,6 @@ def demo_spec(depth: int, hidden: int, heads: int, patch: int) -> ModelSpec:
     )
 
 
-def to_diffusers(dit: DiT) -> dict[str, Tensor]:
-    """The weights under the keys of diffusers' DiTTransformer2DModel; the embedder is copied into every block."""
-    keys: dict[str, Tensor] = {}
-    for name, tensor in dit.state_dict().items():
-        layer, _, kind = name.rpartition(".")
-        if match := re.match(r"blocks\.(\d+)\.(.+)", layer):
-            index, part = match.groups()
-            if part == "attn.qkv":
-                for target, third in zip("qkv", tensor.chunk(3), strict=True):
-                    keys[f"transformer_blocks.{index}.attn1.to_{target}.{kind}"] = third
-            else:
-                keys[f"transformer_blocks.{index}.{_BLOCK[part]}.{kind}"] = tensor
-        elif match := re.match(r"embedders\.(\d+)\.(.+)", layer):
-            index, part = match.groups()
-            copies = range(dit.spec.depth) if dit.spec.embedders == 1 else [int(index)]
-            for block in copies:
-                keys[f"transformer_blocks.{block}.norm1.emb.{_EMBEDDER[part]}.{kind}"] = tensor
-        elif name != "positions":
-            keys[f"{_OUTER[layer]}.{kind}"] = tensor
-    return keys
-
-
 def save_transformer(dit: DiT, folder: Path) -> None:
     spec = dit.spec
     config = {
@@ -109,7 +75,7 @@ def save_transformer(dit: DiT, folder: Path) -> None:
         "norm_elementwise_affine": False,
         "norm_eps": spec.norm2_eps,
     }
-    _save(to_diffusers(dit), folder / "transformer" / WEIGHTS, config)
+    _save(keys.write(dit, keys.DIFFUSERS), folder / "transformer" / WEIGHTS, config)
 
 
 def save_vae(vae: AutoencoderKL, folder: Path) -> None:
@@ -135,24 +101,9 @@ def save_index(folder: Path) -> None:
 
 def load(folder: Path = MODEL) -> Demo:
     """The three models in float32, ready to run."""
-    return Demo(load_dit(folder), load_vae(folder), load_judge(folder))
-
-
-def load_dit(folder: Path = MODEL) -> DiT:
-    """Reads what `save_transformer` wrote; other diffusers folders are read by dit_export.weights."""
-    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    heads = config["num_attention_heads"]
-    spec = demo_spec(config["num_layers"], heads * config["attention_head_dim"], heads, config["patch_size"])
-    dit = DiT(spec)
-    stored = load_file(folder / "transformer" / WEIGHTS)
-    with torch.no_grad():
-        for key, view in to_diffusers(dit).items():
-            view.copy_(stored[key])
-    return dit.eval()
-
-
-def load_vae(folder: Path = MODEL) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    dit, _ = read_transformer(folder / "transformer")
+    vae, _ = read_vae(folder, dit.spec.channels)
+    return Demo(dit, vae, load_judge(folder))
 
 
 def load_judge(folder: Path = MODEL) -> ViT:

@@ -19,6 +19,7 @@ from dit_export.demo.loop import Fitted, Stage, fit, save
 from dit_export.models.dit import DiT
 from dit_export.models.vit import ViT, ViTSpec
 from dit_export.spec import ModelSpec
+from dit_export.weights.vae import read_vae
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ def train(
     vae = autoencoder(plan.channels)
     whole = fit(vae, losses.autoencoder_loss(samples, plan.autoencoder.batch), plan.autoencoder, seed, checkpoints)
     store.save_vae(scaled(whole.module, samples), output)
-    vae = store.load_vae(output)  # what ships, rounded to float16, is what makes the latents
+    vae, _ = read_vae(output, plan.spec.channels)  # what ships, rounded to float16, is what makes the latents
     moments = cached(checkpoints / "latents.pt", lambda: losses.encode(vae, samples))
+    vae.requires_grad_(True)
     decoder = fit(vae, losses.decoder_loss(samples, moments, plan.decoder.batch), plan.decoder, seed, checkpoints)
     store.save_vae(decoder.module, output)
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, DPMSolverMultistepScheduler
-from dit_runtime.errors import UsageError
 
 from dit_export.demo import data, losses, score, store, train
 from dit_export.demo.loop import Stage, fit
 from dit_export.models.dit import DiT
 from dit_export.models.vit import ViTSpec
+from dit_export.weights.diffusers import read_diffusion, read_transformer
+from dit_export.weights.labels import pipeline_labels
+from dit_runtime.errors import UsageError
 
 TINY = train.Plan(
     pictures=40,
@@ -187,7 +189,7 @@ def test_a_saved_transformer_is_the_same_in_diffusers(tmp_path: Path) -> None:
     dit = rounded(random_dit())
     store.save_transformer(dit, tmp_path)
     assert compare_with_diffusers(dit, tmp_path) < 1e-5  # float32 rounding of two orders of summation
-    assert compare_with_diffusers(store.load_dit(tmp_path), tmp_path) < 1e-5
+    assert compare_with_diffusers(read_transformer(tmp_path / "transformer")[0], tmp_path) < 1e-5
     with torch.no_grad():
         dit.blocks[1].mlp.fc2.weight *= 1.05
     assert compare_with_diffusers(dit, tmp_path) > 1e-4
@@ -200,6 +202,16 @@ def test_the_shipped_weights_are_the_same_in_diffusers(demo: store.Demo) -> None
 def test_the_shipped_weights_are_small(demo: store.Demo) -> None:
     sizes = [path.stat().st_size for path in store.MODEL.rglob("*.safetensors")]
     assert len(sizes) == 3 and sum(sizes) <= 12e6
+
+
+def test_the_toolchain_reads_a_saved_folder(tmp_path: Path) -> None:
+    store.save_transformer(random_dit(), tmp_path)
+    store.save_index(tmp_path)
+    dit, _ = read_transformer(tmp_path / "transformer")
+    assert dit.spec == TINY.spec
+    assert pipeline_labels(tmp_path, 20) == data.CLASSES
+    diffusion = read_diffusion(tmp_path, learned_variance=True)
+    assert (diffusion.beta_start, diffusion.beta_end, diffusion.prediction) == (1e-4, 0.02, "epsilon")
 
 
 # The scores
