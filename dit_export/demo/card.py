@@ -51,7 +51,7 @@ features, to {reference} held-out pictures, ± 1.96 bootstrap deviations; compar
 """
 
 
-def write(folder: Path = store.MODEL, count: int = 1_000, machine: str = "") -> None:
+def write(folder: Path = store.MODEL, count: int = 1_000, reference: int = score.REFERENCE, machine: str = "") -> None:
     """Measure the table and write MODEL_CARD.md beside the weights; `machine` says what training ran on."""
     figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     demo = store.load(folder)
@@ -78,17 +78,18 @@ def write(folder: Path = store.MODEL, count: int = 1_000, machine: str = "") -> 
         ema=figures["dit"]["ema"],
         count=f"{count:,}",
         classes=len(data.CLASSES),
-        reference=f"{score.REFERENCE:,}",
+        reference=f"{reference:,}",
         scores="\n".join(
-            f"| {name} | {row.accuracy:.3f} | {row.frechet:.3f} |" for name, row in table(demo, count).items()
+            f"| {name} | {row.accuracy:.3f} | {row.frechet:.3f} |"
+            for name, row in table(demo, count, reference).items()
         ),
     )
     (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
 
 
-def table(demo: store.Demo, count: int) -> dict[str, score.Score]:
+def table(demo: store.Demo, count: int, reference: int) -> dict[str, score.Score]:
     """Scores of new data (the floor), of their reconstructions, and of samples by guidance and steps."""
-    reference = score.reference_features(demo.judge)
+    held_out = score.reference_features(demo.judge, reference)
     fresh = data.pool(data.VALIDATION, count)
     labels = score.balanced_labels(count)
     rows = {"data": [fresh.images], "reconstructions": reconstructions(demo, fresh)}
@@ -96,7 +97,7 @@ def table(demo: store.Demo, count: int) -> dict[str, score.Score]:
         f"guidance {guidance:g}, {steps} steps": score.draw(demo, labels, steps, guidance)
         for guidance, steps in SETTINGS
     }
-    return {name: score.score(pictures, labels, demo.judge, reference) for name, pictures in rows.items()}
+    return {name: score.score(pictures, labels, demo.judge, held_out) for name, pictures in rows.items()}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, DPMSolverMultistepScheduler
 
-from dit_export.demo import data, losses, score, store, train
+from dit_export.demo import card, data, losses, score, store, train
 from dit_export.demo.loop import Stage, fit
 from dit_export.models.dit import DiT
 from dit_export.models.vit import ViTSpec
@@ -135,6 +136,16 @@ def test_training_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(names) == 3
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+
+
+def test_the_model_card_says_what_was_measured(tmp_path: Path) -> None:
+    train.train(tmp_path / "model", plan=TINY, checkpoints=tmp_path / "checkpoints")
+    card.write(tmp_path / "model", count=20, reference=40)
+    figures = json.loads((tmp_path / "model" / "training.json").read_text(encoding="utf-8"))
+    text = (tmp_path / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"{figures['judge']['held_out_accuracy']:.2%} on 20 held-out pictures" in text
+    assert f"scaling factor {figures['autoencoder']['scaling_factor']} " in text
+    assert text.count(" steps | ") == len(card.SETTINGS)
 
 
 def test_the_loss_is_that_of_improved_ddpm() -> None:
