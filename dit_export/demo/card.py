@@ -55,7 +55,7 @@ def write(folder: Path = store.MODEL, count: int = 1_000, reference: int = score
     """Measure the table and write MODEL_CARD.md beside the weights; `machine` says what training ran on."""
     figures = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     demo = store.load(folder)
-    names = {"autoencoder": "AutoencoderKL", "decoder": "its decoder, again", "judge": "ViT", "dit": "DiT"}
+    names = {"autoencoder": "AutoencoderKL", "refined": "the same, after a warm restart", "judge": "ViT", "dit": "DiT"}
     parts = [figures[part] for part in names]
     card = CARD.format(
         shapes=" or ".join([", ".join(list(data.SHAPES)[:-1]), list(data.SHAPES)[-1]]),
@@ -70,9 +70,9 @@ def write(folder: Path = store.MODEL, count: int = 1_000, reference: int = score
             for (part, name), row in zip(names.items(), parts, strict=True)
         ),
         megabytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6,
-        scaling=figures["autoencoder"]["scaling_factor"],
-        psnr=figures["autoencoder"]["held_out_psnr"],
-        reconstructed=figures["autoencoder"]["judge_on_reconstructions"],
+        scaling=figures["refined"]["scaling_factor"],
+        psnr=figures["refined"]["held_out_psnr"],
+        reconstructed=figures["refined"]["judge_on_reconstructions"],
         judged=figures["judge"]["held_out_accuracy"],
         held_out=figures["held_out"],
         ema=figures["dit"]["ema"],

@@ -39,27 +39,12 @@ def autoencoder_loss(samples: Samples, count: int) -> Loss[AutoencoderKL]:
     def loss(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
         images = pictures(samples, choose(samples, count, generator))
         posterior = vae.encode(images).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        latents = drawn(torch.cat([posterior.mean, posterior.std], dim=1), generator)
+        error = vae.decode(latents).sample - images
         kl = posterior.kl().mean() / latents[0].numel()
-        return picture_loss(vae.decode(latents).sample, images) + KL_WEIGHT * kl
+        return error.abs().mean() + 4 * error.square().mean() + KL_WEIGHT * kl
 
     return loss
-
-
-def decoder_loss(samples: Samples, moments: Tensor, count: int) -> Loss[AutoencoderKL]:
-    """The decoder alone, on latents that are made already: what the encoder says, and so the DiT, stays as it is."""
-
-    def loss(vae: AutoencoderKL, generator: torch.Generator) -> Tensor:
-        indices = choose(samples, count, generator)
-        decoded = vae.decode(drawn(moments[indices], generator)).sample
-        return picture_loss(decoded, pictures(samples, indices))
-
-    return loss
-
-
-def picture_loss(decoded: Tensor, images: Tensor) -> Tensor:
-    error = decoded - images
-    return error.abs().mean() + 4 * error.square().mean()
 
 
 def drawn(moments: Tensor, generator: torch.Generator) -> Tensor:

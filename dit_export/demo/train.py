@@ -30,7 +30,7 @@ class Plan:
     spec: ModelSpec
     vit: ViTSpec
     autoencoder: Stage
-    decoder: Stage
+    refined: Stage  # the autoencoder once more
     judge: Stage
     dit: Stage
 
@@ -42,7 +42,7 @@ PLAN = Plan(
     spec=store.demo_spec(depth=7, hidden=160, heads=5, patch=2),
     vit=ViTSpec(len(data.CLASSES)),
     autoencoder=Stage("autoencoder", steps=4_500, batch=8, rate=2e-3),
-    decoder=Stage("decoder", steps=3_000, batch=8, rate=1e-3),
+    refined=Stage("refined", steps=4_500, batch=8, rate=1.5e-3),
     judge=Stage("judge", steps=2_000, batch=64, rate=2e-3, decay=0.05),
     dit=Stage("dit", steps=14_000, batch=128, rate=1e-3, warmup=300),
 )
@@ -60,22 +60,20 @@ def train(
 
     torch.manual_seed(seed)
     vae = autoencoder(plan.channels)
-    whole = fit(vae, losses.autoencoder_loss(samples, plan.autoencoder.batch), plan.autoencoder, seed, checkpoints)
-    store.save_vae(scaled(whole.module, samples), output)
+    first = fit(vae, losses.autoencoder_loss(samples, plan.autoencoder.batch), plan.autoencoder, seed, checkpoints)
+    vae = first.module.requires_grad_(True)  # from its averaged weights, with the rate up again: a warm restart
+    again = fit(vae, losses.autoencoder_loss(samples, plan.refined.batch), plan.refined, seed + 1, checkpoints)
+    store.save_vae(scaled(again.module, samples), output)
     vae, _ = read_vae(output, plan.spec.channels)  # what ships, rounded to float16, is what makes the latents
-    moments = cached(checkpoints / "latents.pt", lambda: losses.encode(vae, samples))
-    vae.requires_grad_(True)
-    decoder = fit(vae, losses.decoder_loss(samples, moments, plan.decoder.batch), plan.decoder, seed, checkpoints)
-    store.save_vae(decoder.module, output)
 
     torch.manual_seed(seed)
     judge = fit(ViT(plan.vit), losses.judge_loss(samples, plan.judge.batch), plan.judge, seed, checkpoints)
     store.save_judge(judge.module, output)
 
+    latents = cached(checkpoints / "latents.pt", lambda: losses.encode(vae, samples) * vae.config.scaling_factor)
     torch.manual_seed(seed)
     dit = zero_initialised(DiT(plan.spec))
     labels = torch.from_numpy(samples.labels)
-    latents = moments * vae.config.scaling_factor
     fitted = fit(dit, losses.diffusion_loss(latents, labels, plan.dit.batch), plan.dit, seed, checkpoints)
     store.save_transformer(fitted.module, output)
     store.save_index(output)
@@ -85,8 +83,8 @@ def train(
         "seed": seed,
         "pictures": plan.pictures,
         "held_out": plan.held_out,
-        "autoencoder": stage_figures(whole, plan.autoencoder) | reconstruction_figures(demo, unseen),
-        "decoder": stage_figures(decoder, plan.decoder),
+        "autoencoder": stage_figures(first, plan.autoencoder),
+        "refined": stage_figures(again, plan.refined) | reconstruction_figures(demo, unseen),
         "judge": stage_figures(judge, plan.judge) | {"held_out_accuracy": accuracy(demo.judge, unseen)},
         "dit": stage_figures(fitted, plan.dit),
     }

@@ -26,7 +26,7 @@ TINY = train.Plan(
     spec=store.demo_spec(depth=2, hidden=32, heads=2, patch=2),
     vit=ViTSpec(len(data.CLASSES), hidden=32, depth=1, heads=1),
     autoencoder=Stage("autoencoder", steps=2, batch=4, rate=1e-3, warmup=1),
-    decoder=Stage("decoder", steps=2, batch=4, rate=1e-3, warmup=1),
+    refined=Stage("refined", steps=2, batch=4, rate=1e-3, warmup=1),
     judge=Stage("judge", steps=2, batch=4, rate=1e-3, warmup=1),
     dit=Stage("dit", steps=6, batch=8, rate=1e-3, warmup=2),
 )
@@ -144,7 +144,7 @@ def test_the_model_card_says_what_was_measured(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "model" / "training.json").read_text(encoding="utf-8"))
     text = (tmp_path / "model" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert f"{figures['judge']['held_out_accuracy']:.2%} on 20 held-out pictures" in text
-    assert f"scaling factor {figures['autoencoder']['scaling_factor']} " in text
+    assert f"scaling factor {figures['refined']['scaling_factor']} " in text
     assert text.count(" steps | ") == len(card.SETTINGS)
 
 
