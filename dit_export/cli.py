@@ -68,6 +68,29 @@ def _parser() -> Parser:
     hoist.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-hoisted beside the model")
     hoist.add_argument("--json", action="store_true")
     hoist.set_defaults(command=_hoist)
+
+    demo = commands.add_parser("demo", help="a small DiT on shapes that it draws itself: train, build, score")
+    parts = demo.add_subparsers(required=True, metavar="PART")
+    train = parts.add_parser("train", help="autoencoder, judge and DiT from nothing, about two hours; resumes")
+    train.add_argument("output", type=Path, metavar="DIR", help="folder for the weights, as diffusers lays it out")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--no-resume", dest="resume", action="store_false", help="forget what an earlier run reached")
+    train.set_defaults(command=_demo_train)
+    show = parts.add_parser("show", help="build and verify its bundle, draw a grid, let the judge score it")
+    show.add_argument("weights", type=Path, metavar="DIR", help="what `demo train` wrote")
+    show.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: a folder in engines/build")
+    show.set_defaults(command=_demo_show)
+    score = parts.add_parser("score", help="a bundle of it and PyTorch before the judge")
+    score.add_argument("weights", type=Path, metavar="DIR")
+    score.add_argument("bundle", type=Path)
+    score.set_defaults(command=_demo_score)
+    for part in (show, score):
+        part.add_argument("--count", type=int, default=1000, help="pictures that the judge sees")
+        part.add_argument("--json", action="store_true")
+    judge = parts.add_parser("judge", help="the judge as ONNX, to score without PyTorch")
+    judge.add_argument("weights", type=Path, metavar="DIR")
+    judge.add_argument("output", type=Path, metavar="FILE.onnx")
+    judge.set_defaults(command=_demo_judge)
     return parser
 
 
@@ -156,6 +179,52 @@ def _hoist(options: argparse.Namespace) -> int:
     print(f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}")
     for name, size in weights.items():
         print(f"{name}: {size / 1e6:.1f} MB of weights ({size / sum(weights.values()):.0%})")
+    return 0
+
+
+def _demo_show(options: argparse.Namespace) -> int:
+    from dit_export.demo import run
+
+    shown = run.demo(options.weights, options.output or run.BUNDLE, _count(options), Progress())
+    scores = {"bundle": shown.score}
+    if options.json:
+        print(run.to_json(scores))
+        return int(not shown.built.passed)
+    code = _report(shown.built, as_json=False)
+    print(run.table(scores))
+    print(f"grid: {shown.grid}\nreport: {shown.built.folder}/parity.json")
+    print(f'sample: {_dit_run()} sample {shown.built.folder} --labels "red circle" "blue star"')
+    return code
+
+
+def _demo_score(options: argparse.Namespace) -> int:
+    from dit_export.demo import run
+
+    scores = run.compare(options.weights, options.bundle, _count(options), Progress())
+    print(run.to_json(scores) if options.json else run.table(scores))
+    return 0
+
+
+def _count(options: argparse.Namespace) -> int:
+    if options.count < 100:
+        raise UsageError(f"count {options.count}; expected at least 100, for a distance between distributions")
+    return int(options.count)
+
+
+def _demo_train(options: argparse.Namespace) -> int:
+    from dit_export.demo import card
+    from dit_export.demo.train import train
+
+    train(options.output, seed=options.seed, resume=options.resume)
+    card.write(options.output)
+    return 0
+
+
+def _demo_judge(options: argparse.Namespace) -> int:
+    from dit_export.demo.run import export_judge
+
+    export_judge(options.weights, options.output)
+    print(options.output)
     return 0
 
 

@@ -1,0 +1,99 @@
+"""`dit-export demo`: the demo's bundle, a grid of its samples, and the judge's verdict on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dit_export import trace
+from dit_export.build import Built, build
+from dit_export.demo import data, score, store
+from dit_export.demo.score import Score
+from dit_export.models.vit import ViT
+from dit_export.spec import Recipe
+from dit_runtime import images
+from dit_runtime.errors import UsageError
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.progress import Progress
+
+BUNDLE = Path("engines/build/demo-fp32-onnxruntime")
+COLUMNS = 8  # pictures of each class in the grid
+STEPS, GUIDANCE = 25, 4.0
+BATCH = 50
+REFERENCE = 2_000  # held-out pictures for the quick score; `demo score` takes score.REFERENCE
+
+
+@dataclass(frozen=True)
+class Shown:
+    built: Built
+    grid: Path
+    score: Score
+
+
+def demo(weights: Path, folder: Path, count: int, progress: Progress) -> Shown:
+    """Builds and verifies the bundle, draws a grid beside it, and scores `count` pictures."""
+    _require(weights)
+    built = build(Recipe(checkpoint=str(weights), max_batch=BATCH, output=str(folder)), progress)
+    grid = built.folder.with_name(f"{built.folder.name}-grid.png")
+    labels = [label for label in range(len(data.CLASSES)) for _ in range(COLUMNS)]
+    judge = store.load_judge(weights)
+    with Pipeline.load(built.folder) as pipe:
+        with progress.stage("demo: a grid, one row a class"):
+            images.write_png(grid, images.grid(sample(pipe, labels, seed=0), COLUMNS))
+        with progress.stage(f"demo: {count} pictures before the judge"):
+            result = score_bundle(pipe, judge, count, score.reference_features(judge, REFERENCE))
+    return Shown(built, grid, result)
+
+
+def sample(pipe: Pipeline, labels: Sequence[int], seed: int) -> NDArray[np.uint8]:
+    pictures: NDArray[np.uint8] = pipe.sample(labels, steps=STEPS, guidance=GUIDANCE, seed=seed)
+    return pictures
+
+
+def score_bundle(pipe: Pipeline, judge: ViT, count: int, reference: score.Floats) -> Score:
+    labels = score.balanced_labels(count)
+    return score.score([sample(pipe, labels, seed=1)], labels, judge, reference)
+
+
+def _require(weights: Path) -> None:
+    if not (weights / "model_index.json").is_file():
+        raise UsageError(f"{weights}: no demo weights here; make them with `dit-export demo train DIR`")
+
+
+def compare(weights: Path, folder: Path, count: int, progress: Progress) -> dict[str, Score]:
+    """The bundle's score, and PyTorch's of the same seeds, labels and solver."""
+    _require(weights)
+    models = store.load(weights)
+    reference = score.reference_features(models.judge)
+    labels = score.balanced_labels(count)
+    with Pipeline.load(folder) as pipe, progress.stage(f"score: {count} pictures by {folder.name}"):
+        ours = score_bundle(pipe, models.judge, count, reference)
+    with progress.stage(f"score: {count} pictures by PyTorch"):
+        theirs = score.score(
+            score.draw(models, labels, STEPS, GUIDANCE, seed=1, batch=BATCH), labels, models.judge, reference
+        )
+    return {"bundle": ours, "PyTorch": theirs}
+
+
+def export_judge(weights: Path, path: Path) -> None:
+    """The judge as ONNX, `images` in [0, 1] -> `logits`, `features`, for scoring without PyTorch."""
+    _require(weights)
+    judge = store.load_judge(weights)
+    side = judge.spec.image_size
+    trace.export(judge, {"images": torch.zeros(2, 3, side, side)}, ["logits", "features"]).save(path)
+
+
+def table(scores: dict[str, Score]) -> str:
+    lines = [f"{'':<10} {'agreement':<24} Fréchet distance"]
+    lines += [f"{name:<10} {row.accuracy:<24.3f} {row.frechet:.3f}" for name, row in scores.items()]
+    return "\n".join(lines)
+
+
+def to_json(scores: dict[str, Score]) -> str:
+    return json.dumps({name: asdict(row) for name, row in scores.items()}, indent=1)

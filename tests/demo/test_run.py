@@ -1,0 +1,54 @@
+"""`dit-export demo …` as a user runs it, on a model that has hardly been trained: the ways through, not the quality."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from dit_export.cli import main
+from dit_export.demo import data, store, train
+from dit_runtime import manifest
+from tests.demo.test_demo import TINY
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    train.train(folder / "model", plan=TINY, checkpoints=folder / "checkpoints")
+    return folder / "model"
+
+
+def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = tmp_path / "bundle"
+    assert main(["demo", "show", str(weights), "-o", str(bundle), "--count", "100"]) == 0
+    printed = capsys.readouterr().out
+    grid = tmp_path / "bundle-grid.png"
+    assert f"grid: {grid}\nreport: {bundle}/parity.json\nsample: " in printed
+    assert grid.read_bytes().startswith(b"\x89PNG")
+    assert manifest.read(bundle).labels == data.CLASSES
+
+    assert main(["demo", "score", str(weights), str(bundle), "--count", "100", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    # The same seed draws the same pictures, so the judge sees the same but for single grey levels.
+    assert scores["bundle"]["accuracy"] == scores["PyTorch"]["accuracy"]
+    assert scores["bundle"]["frechet"][0] == pytest.approx(scores["PyTorch"]["frechet"][0], rel=1e-2)
+
+
+def test_the_judge_runs_without_pytorch(weights: Path, tmp_path: Path) -> None:
+    assert main(["demo", "judge", str(weights), str(tmp_path / "judge.onnx")]) == 0
+    pictures = data.pool(data.HELD_OUT, 20).images
+    inputs = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255
+    outputs = onnxruntime.InferenceSession(tmp_path / "judge.onnx").run(None, {"images": inputs})
+    with torch.no_grad():
+        expected = store.load_judge(weights)(torch.from_numpy(inputs))
+    for got, want in zip(outputs, expected, strict=True):  # fp32 sums in another order; of the largest value
+        assert np.abs(got - want.numpy()).max() <= 1e-4 * np.abs(got).max()
+
+
+@pytest.mark.parametrize("arguments", [["show", "nowhere"], ["score", "nowhere", "x"], ["judge", "nowhere", "x.onnx"]])
+def test_without_weights_it_says_how_to_make_them(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", *arguments]) == 2
+    assert "dit-export demo train" in capsys.readouterr().err
