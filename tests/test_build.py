@@ -34,7 +34,7 @@ def test_a_failed_gate_replaces_nothing(
     failed = meta_copy.with_name(meta_copy.name + ".failed")
     assert f"the bundle that failed: {failed}" in capsys.readouterr().out
     parity = json.loads((failed / "parity.json").read_text())
-    assert [check["name"] for check in parity["checks"] if not check["passed"]] == ["free run, rel-L2"]
+    assert {check["name"] for check in parity["checks"] if not check["passed"]} == {"free run, rel-L2"}
     assert not manifest.read(failed).parity["passed"]
     assert sorted(path.name for path in meta_copy.parent.iterdir()) == [meta_copy.name, failed.name]
 

@@ -7,7 +7,7 @@ The reference holds one sampling run in fp32. Per step the engine is asked the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,24 +145,38 @@ def _checks(pipe: Pipeline, reference: Reference, tick: Callable[[int], None]) -
 
     yield from _teacher_forced(pipe, reference, limits["denoiser"].prediction, tick)
 
-    ids = [int(label) for label in reference.labels]
-    latents = None
+    latents = yield from _free_run(pipe, reference, limits["denoiser"].latents, tick)
+    if latents is not None and "decoder" in contract.graphs:
+        yield from _pictures(pipe, reference, latents, limits["decoder"].pictures)
+
+
+def _free_run(
+    pipe: Pipeline, reference: Reference, limit: float, tick: Callable[[int], None]
+) -> Generator[Check, None, NDArray[Any] | None]:
+    """The whole loop from the same noise, its latents compared after every step; returns the last."""
+    steps, drift = len(reference.timesteps), []
+
+    def compare(done: int, _: int, latents: NDArray[Any]) -> None:
+        drift.append(relative_error(latents, reference.latents[done]))
+        tick(steps + done)
+
+    name, failure, result = "free run, rel-L2", "", None
     try:
-        latents = pipe.sample(
-            ids,
+        result = pipe.sample(
+            [int(label) for label in reference.labels],
             steps=steps,
-            guidance=list(map(float, reference.guidance)),
-            seed=seeds,
+            guidance=[float(weight) for weight in reference.guidance],
+            seed=[int(seed) for seed in reference.seeds],
             output="latents",
-            on_step=lambda done, _, __: tick(steps + done),
+            on_step=compare,
         )
     except EngineError as error:
-        yield Check("free run, rel-L2", math.nan, limits["denoiser"].latents, where=str(error))
-    if latents is not None:
-        drift = relative_error(latents, reference.latents[-1])
-        yield Check("free run, rel-L2", drift, limits["denoiser"].latents, where=f"after {steps} steps of {solver}")
-        if "decoder" in contract.graphs:
-            yield from _pictures(pipe, reference, latents, limits["decoder"].pictures)
+        failure = str(error)
+    for step, distance in enumerate(drift):
+        yield Check(name, distance, limit, where=f"after step {step + 1} of {steps}")
+    if failure:
+        yield Check(name, math.nan, limit, where=failure)
+    return result
 
 
 def _teacher_forced(pipe: Pipeline, reference: Reference, limit: float, tick: Callable[[int], None]) -> Iterator[Check]:
