@@ -6,9 +6,11 @@ STAMP := $(VENV)/.installed
 
 MODEL ?=
 RECIPE ?=
-FLAGS = $(if $(RESOLUTION),--resolution $(RESOLUTION)) $(if $(PRECISION),--precision $(PRECISION)) \
-	$(if $(BACKEND),--backend $(BACKEND)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(if $(VAE),--vae $(VAE)) \
-	$(if $(LABELS),--labels $(LABELS)) $(if $(SYNTHETIC),--synthetic) $(if $(OUTPUT),-o $(OUTPUT))
+# Values are quoted: paths may hold spaces. SYNTHETIC=1 takes seed 0; SYNTHETIC=0 or nothing takes real weights.
+FLAGS = $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--precision '$(PRECISION)') \
+	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
+	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
+	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
 .PHONY: help setup engine test test-all lint format clean
 
@@ -27,7 +29,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 engine: $(STAMP)
-	@$(BIN)/dit-export build $(or $(RECIPE),$(MODEL)) $(FLAGS)
+	$(if $(and $(RECIPE),$(MODEL)),$(error RECIPE names its own model: pass RECIPE or MODEL))
+	@$(BIN)/dit-export build $(if $(RECIPE)$(MODEL),'$(or $(RECIPE),$(MODEL))') $(FLAGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

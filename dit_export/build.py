@@ -60,7 +60,9 @@ def build(recipe: Recipe, progress: Progress) -> Built:
     with progress.stage("weights"):
         loaded = load(recipe)
     spec = loaded.spec
-    folder = Path(recipe.output) if recipe.output else default_folder(spec, recipe, backend)
+    folder = Path(recipe.output).expanduser() if recipe.output else default_folder(spec, recipe, backend)
+    if folder.name in ("", ".."):
+        raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
     with _partial(folder) as partial:
         _require_disk(partial, loaded)
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
@@ -200,6 +202,7 @@ def _put_in_place(partial: Path, folder: Path, passed: bool) -> Path:
     """Renames; a bundle that failed goes to FOLDER.failed, to be looked at, and replaces nothing."""
     if not passed:
         folder = folder.with_name(folder.name + ".failed")
+        _refuse_foreign(folder)
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     if folder.exists():
         folder.rename(old)

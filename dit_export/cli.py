@@ -141,6 +141,8 @@ def _verify(options: argparse.Namespace) -> int:
     from dit_export.weights import load
 
     contract = manifest.read(options.bundle)
+    if not isinstance(contract.source.get("recipe"), dict):
+        raise UsageError(f"{options.bundle}: its manifest does not say what it was built from; try `dit-run verify`")
     progress = Progress()
     with progress.stage("weights"):
         loaded = load(Recipe(**contract.source["recipe"]))
@@ -167,7 +169,15 @@ def _hoist(options: argparse.Namespace) -> int:
     if not options.path.is_file():
         raise UsageError(f"{options.path}: no such file; expected an ONNX model")
     folder = options.output or options.path.with_name(options.path.stem + "-hoisted")
+    if folder.resolve() == options.path.parent.resolve():
+        raise UsageError(
+            f"output {folder}: the folder of the model itself, whose weights are read meanwhile; take another"
+        )
     hoisted = hoist(graphs.load(options.path), options.loop_input)
+    if unknown := [tensor.name for tensor in hoisted.invariant.outputs if tensor.dtype is None]:
+        raise UsageError(
+            f"{options.path}: {unknown[0]!r} has no known type; run onnx.shape_inference.infer_shapes_path on it first"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, graph in (("invariant", hoisted.invariant), ("loop", hoisted.loop)):
@@ -178,7 +188,7 @@ def _hoist(options: argparse.Namespace) -> int:
         return 0
     print(f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}")
     for name, size in weights.items():
-        print(f"{name}: {size / 1e6:.1f} MB of weights ({size / sum(weights.values()):.0%})")
+        print(f"{name}: {size / 1e6:.1f} MB of weights ({size / max(1, sum(weights.values())):.0%})")
     return 0
 
 

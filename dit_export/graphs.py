@@ -28,6 +28,9 @@ def load(path: Path) -> gs.Graph:
     except DecodeError as error:
         raise UsageError(f"{path}: not an ONNX model: {error}") from None
     graph = gs.import_onnx(model)
+    if not graph.nodes:
+        raise UsageError(f"{path}: holds no nodes; expected an ONNX model")
+    graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]  # IR 3 lists weights too
     for tensor in constants(graph):
         lazy = tensor._values
         if isinstance(lazy, LazyValues) and lazy.tensor.data_location == TensorProto.EXTERNAL:

@@ -38,6 +38,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.heads < 1 or self.hidden % self.heads:
             raise UsageError(f"hidden size {self.hidden} does not divide into {self.heads} heads")
+        if self.hidden % 4:
+            raise UsageError(f"hidden size {self.hidden} is not a multiple of 4, as the position table needs")
         if self.latent_size % self.patch:
             raise UsageError(f"latents of side {self.latent_size} do not divide into patches of {self.patch}")
         if self.conditioning not in CONDITIONINGS:

@@ -1,6 +1,8 @@
 """The commands that look at bundles and graphs: what they print for people and for machines."""
 
 import json
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import dit_export.cli
 import dit_runtime.cli
+import dit_runtime.verify
 from dit_runtime import manifest
 from tests.conftest import Built
 
@@ -44,6 +47,46 @@ def test_compile_makes_engines_and_verifies(meta_copy: Path, capsys: Capture) ->
     damaged[1000] ^= 64
     weights.write_bytes(damaged)
     assert dit_runtime.cli.main(["compile", str(meta_copy)]) == 2
+
+
+def test_compile_takes_no_stray_files_and_keeps_no_failure(
+    meta_copy: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (meta_copy / "manifest.json").read_bytes()
+    (meta_copy / "notes.txt").write_text("mine")
+    strict = replace(dit_runtime.verify.TOLERANCES["fp32"], latents=0.0)
+    with monkeypatch.context() as patch:
+        patch.setitem(dit_runtime.verify.TOLERANCES, "fp32", strict)
+        assert dit_runtime.cli.main(["compile", str(meta_copy)]) == 1
+    assert (meta_copy / "manifest.json").read_bytes() == before
+    assert dit_runtime.cli.main(["compile", str(meta_copy)]) == 0
+    (meta_copy / "notes.txt").unlink()
+    assert dit_runtime.cli.main(["info", str(meta_copy)]) == 0
+
+
+def test_writing_a_manifest_follows_no_link(meta_copy: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (meta_copy / "manifest.json.partial").symlink_to(victim)
+    manifest.write(meta_copy, manifest.read(meta_copy))
+    assert victim.read_text() == "precious"
+
+
+def test_hoist_leaves_its_own_input_alone(meta_copy: Path, capsys: Capture) -> None:
+    weights = meta_copy / "denoiser.onnx.data"
+    size = weights.stat().st_size
+    arguments = ["hoist", str(meta_copy / "denoiser.onnx"), "--loop-input", "latents", "-o", str(meta_copy)]
+    assert dit_export.cli.main(arguments) == 2
+    assert weights.stat().st_size == size
+
+
+def test_make_reads_its_variables() -> None:
+    def command(*variables: str) -> str:
+        return subprocess.run(["make", "-n", "engine", *variables], capture_output=True, text=True).stdout
+
+    assert "--synthetic" in command("MODEL=S/2", "SYNTHETIC=1")
+    assert "--synthetic" not in command("MODEL=S/2", "SYNTHETIC=0")
+    assert "--checkpoint '/my dir/x.pt'" in command("CHECKPOINT=/my dir/x.pt")
 
 
 def test_bench_times_each_graph(meta: Built, capsys: Capture) -> None:

@@ -32,7 +32,7 @@ def dependents(graph: gs.Graph, names: Iterable[str]) -> set[str]:
     found = set(names)
     for node in graph.nodes:
         if any(tensor.name in found for tensor in node.inputs):
-            found.update(tensor.name for tensor in node.outputs)
+            found.update(tensor.name for tensor in node.outputs if tensor.name)  # "" is an optional one left out
     return found
 
 
@@ -47,7 +47,7 @@ def hoist(graph: gs.Graph, loop_inputs: Collection[str]) -> Hoisted:
 
     frontier: dict[str, None] = {}  # ordered: the loop's order of use
     for node in graph.nodes:
-        if node.outputs[0].name in dependent:
+        if any(tensor.name in dependent for tensor in node.outputs):
             for tensor in node.inputs:
                 if tensor.name in invariant:
                     frontier[_moved_back(tensor, invariant).name] = None
@@ -106,10 +106,17 @@ def _take_row_counts_from_the_loop(graph: gs.Graph, loop_inputs: Collection[str]
     for node in graph.nodes:
         if node.op != "Shape" or node.inputs[0].name not in rest:
             continue
-        first_only = node.attrs.get("end") == 1 or all(
-            user.op == "Gather" and isinstance(user.inputs[1], gs.Constant) and not user.inputs[1].values.any()
-            for user in node.outputs[0].outputs
+        shape = node.outputs[0]
+        first_only = node.attrs.get("start", 0) == 0 and (
+            node.attrs.get("end") == 1 or all(_takes_first(user, shape) for user in shape.outputs)
         )
-        same = isinstance(loop.shape[0], str) and loop.shape[0] == node.inputs[0].shape[0]
-        if first_only and same:
+        sizes = [tensor.shape[0] for tensor in (loop, node.inputs[0]) if tensor.shape]
+        if first_only and len(sizes) == 2 and isinstance(sizes[0], str) and sizes[0] == sizes[1]:
             node.inputs[0] = loop
+
+
+def _takes_first(node: gs.Node, shape: gs.Variable) -> bool:
+    """Gather(shape, 0)."""
+    if node.op != "Gather" or node.inputs[0] is not shape:
+        return False
+    return isinstance(node.inputs[1], gs.Constant) and not node.inputs[1].values.any()

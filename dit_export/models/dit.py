@@ -89,7 +89,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm2_eps = spec.norm2_eps
         self.attn = Attention(spec.hidden, spec.heads)
-        self.mlp = MLP(spec.hidden, int(spec.mlp_ratio * spec.hidden))
+        self.mlp = MLP(spec.hidden, round(spec.mlp_ratio * spec.hidden))
         self.modulation = nn.Linear(spec.hidden, 6 * spec.hidden)
 
     def vectors(self, condition: Tensor) -> tuple[Modulated, Modulated]:

@@ -29,7 +29,8 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
     t, guidance = float(reference.timesteps[step]), reference.guidance
     classes = pipe.manifest.num_classes
     labels = [int(label) for label in reference.labels]
-    moved = t + TIMESTEP_SHIFT * pipe.manifest.diffusion.train_steps * (1 if t < classes else -1)
+    train_steps = pipe.manifest.diffusion.train_steps
+    moved = t + TIMESTEP_SHIFT * train_steps * (1 if t < train_steps / 2 else -1)
     others = [(label + 1) % classes if classes > 1 else pipe.manifest.null_label for label in labels]
     limit = PROOF_FACTOR * TOLERANCES["fp32"].prediction
     checks = []

@@ -45,6 +45,7 @@ def fetch(hub_id: str, parts: tuple[str, ...]) -> str:
             pass
         raise
     for part in parts:
-        if not any(fnmatch(file.rfilename, f"{part}{STEM}*.safetensors") for file in listing):
+        safe = (f"{part}{STEM}.safetensors", f"{part}{STEM}-*-of-*.safetensors")  # not .fp16.safetensors
+        if not any(fnmatch(file.rfilename, pattern) for file in listing for pattern in safe):
             weights += [f"{part}{STEM}{end}" for end in (".bin*", "-*-of-*.bin")]
     return huggingface_hub.snapshot_download(hub_id, allow_patterns=configs + weights, etag_timeout=TIMEOUT)

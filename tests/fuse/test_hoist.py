@@ -110,6 +110,33 @@ def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
         hoist(reshaped_by(1), ["x"])
 
 
+def test_other_sizes_are_not_taken_for_row_counts(run: Run) -> None:
+    """Shape(c, start=1)[0] is c's width: rewritten to x's it would be a wrong number."""
+    graph = empty(x=["n", 4], c=["n", 7])
+    x, c = graph.inputs
+    width = layer(graph, "Gather", [layer(graph, "Shape", [c], [1], np.int64, start=1), np.array([0])], [1], np.int64)
+    scale = layer(graph, "Cast", [width], [1], to=1)
+    graph.outputs = [layer(graph, "Mul", [x, scale], ["n", 4])]
+    with pytest.raises(UsageError, match="a shape computed from c"):
+        hoist(graph, ["x"])
+
+
+def test_optional_inputs_and_outputs_that_are_left_out() -> None:
+    graph = empty(x=["n", 8], c=["n", 8])
+    x, c = graph.inputs
+    limit = layer(graph, "ReduceMax", [c], [], keepdims=0)
+    capped = gs.Variable("capped", dtype=np.float32, shape=["n", 8])
+    graph.nodes.append(gs.Node("Clip", inputs=[x, gs.Variable.empty(), limit], outputs=[capped]))
+    graph.outputs = [capped]
+    normed = gs.Variable("normed", dtype=np.float32, shape=["n", 8])  # its first output is not wanted
+    graph.nodes.insert(0, gs.Node("Split", attrs={"num_outputs": 1}, inputs=[c], outputs=[normed]))
+    graph.nodes[0].outputs.insert(0, gs.Variable.empty())
+    graph.nodes[1].inputs[0] = normed
+    hoisted = hoist(graph, ["x"])
+    assert hoisted.frontier == (limit.name,)
+    assert graphs.census(hoisted.loop) == {"Clip": 1}
+
+
 def test_refusals_name_the_input(plain: gs.Graph) -> None:
     with pytest.raises(UsageError, match=r"no input 'latent' \(did you mean \"latents\"\?\)"):
         hoist(plain, ["latent"])

@@ -158,6 +158,14 @@ def test_guidance_per_sample(pipe):
     assert far(together[0], together[1]) > 0.1
 
 
+def test_guidance_below_one_is_none_in_a_batch_too(pipe):
+    """Where <= 1 means without guidance, a neighbour that is guided must not change that."""
+    contract = replace(pipe.manifest, unguided_up_to_one=True)
+    kin = Pipeline(pipe.folder, contract, pipe._engines)
+    together = latents(kin, [1, 2], guidance=[0.5, 4.0], seed=[7, 8])
+    assert far(together[0], latents(kin, [1], guidance=0.5, seed=[7])[0]) < SPLIT_RTOL
+
+
 @pytest.mark.parametrize(
     ("up_to_one", "guidance", "groups"),
     [

@@ -146,21 +146,24 @@ def _write_png(path: Path, pictures: np.ndarray) -> None:
 
 def _read_latents(path: Path) -> np.ndarray:
     try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UsageError(f"{path}: not a .npy file of numbers: {error}") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise UsageError(f"{path}: not a .npy file of numbers")
     return array
 
 
 def _info(options: argparse.Namespace) -> int:
     table: dict[str, Any] = {"backends": backends.versions()}
-    if options.bundle:
-        table["bundle"] = json.loads(manifest.read(options.bundle).to_json())
+    contract = manifest.read(options.bundle) if options.bundle else None
+    if contract:
+        table["bundle"] = json.loads(contract.to_json())
     if options.json:
         print(json.dumps(table, indent=1, ensure_ascii=False))
         return 0
-    if options.bundle:
-        print(summary(options.bundle, manifest.read(options.bundle)))
+    if contract:
+        print(summary(options.bundle, contract))
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-export[{name}]'"
         print(f"backend {name}: {version or hint}")
@@ -209,14 +212,20 @@ def _compile(options: argparse.Namespace) -> int:
     name = backends.choose(options.backend)
     module, folder = backends.backend(name), options.bundle
     contract = manifest.read(folder)
-    graphs = {}
+    graphs, files = {}, dict(contract.files)
     for graph_name, graph in contract.graphs.items():
         manifest.check_files(folder, contract, graph.onnx_files)
         engine = module.compile(manifest.inside(folder, graph.onnx), folder, Options(options.threads, options.provider))
         graphs[graph_name] = replace(graph, backend=name, engine=engine)
-    files = manifest.describe_files(folder, skip=contract.files)
-    manifest.write(folder, replace(contract, graphs=graphs, files={**contract.files, **files}))
-    return _verify(options)
+        files |= {made: manifest.describe(manifest.inside(folder, made)) for made in engine}
+    manifest.write(folder, replace(contract, graphs=graphs, files=files))
+    code = 1
+    try:
+        code = _verify(options)
+    finally:
+        if code:  # engines that fail do not stay in the contract
+            manifest.write(folder, contract)
+    return code
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -82,11 +82,11 @@ class Manifest:
 def read(folder: Path) -> Manifest:
     """Parses and checks the manifest, and that each file it names is there in its size; opens none of them."""
     path = folder / NAME
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not JSON: {error}") from None
     if not isinstance(table, dict) or not isinstance(table.get("format"), int):
         raise BundleError(f"{path}: no format number; expected {FORMAT}")
@@ -194,15 +194,17 @@ def sha256(path: Path) -> str:
 def describe_files(folder: Path, skip: Collection[str] = ()) -> dict[str, File]:
     """Size and sha256 of everything in the folder but the manifest and what is skipped."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name: File(path.stat().st_size, sha256(path))
-        for name, path in files.items()
-        if name != NAME and name not in skip
-    }
+    return {name: describe(path) for name, path in files.items() if name != NAME and name not in skip}
+
+
+def describe(path: Path) -> File:
+    return File(path.stat().st_size, sha256(path))
 
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Replaces the manifest in one step."""
     partial = folder / f"{NAME}.partial"
-    partial.write_text(manifest.to_json(), encoding="utf-8")
+    partial.unlink(missing_ok=True)  # "x" below follows no link that somebody left there
+    with partial.open("x", encoding="utf-8") as file:
+        file.write(manifest.to_json())
     partial.replace(folder / NAME)

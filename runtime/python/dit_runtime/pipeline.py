@@ -74,7 +74,7 @@ class Pipeline:
             raise UsageError(f"output {output!r} is not known; known: images, latents")
         if output == "images":
             self._require_decoder()
-        ids = self.label_ids([labels] if isinstance(labels, str | int) else list(labels))
+        ids = self.label_ids([labels] if isinstance(labels, str | int | np.integer) else list(labels))
         weights = self._guidance(guidance, len(ids))
         solver = solver or self.manifest.diffusion.sampler.solver
         timesteps = plan(self.manifest.diffusion, solver, steps, spacing)
@@ -151,8 +151,10 @@ class Pipeline:
         count = self.manifest.num_classes
         if isinstance(label, str) and not label.removeprefix("-").isdecimal():
             names: dict[str, int] = {}
+            for number, name in enumerate(self.manifest.labels):  # whole names win over synonyms of others
+                names.setdefault(name.strip().lower(), number)
             for number, name in enumerate(self.manifest.labels):
-                for synonym in (name, *name.split(",")):
+                for synonym in name.split(","):
                     names.setdefault(synonym.strip().lower(), number)
             if label.strip().lower() not in names:
                 known = nearest(label, names) if names else f": this bundle has no names, only 0 to {count - 1}"
@@ -171,12 +173,17 @@ class Pipeline:
         return not alone.all()
 
     def _guidance(self, guidance: float | Sequence[float], count: int) -> NDArray[np.float32]:
-        with np.errstate(over="ignore"):  # too big for float32 is inf, and refused as that
-            weights = np.asarray(guidance, np.float32)
+        try:
+            with np.errstate(over="ignore"):  # too big for float32 is inf, and refused as that
+                weights = np.asarray(guidance, np.float32)
+        except (TypeError, ValueError):
+            raise UsageError(f"guidance is {guidance!r}; expected one number, or one a label") from None
         if weights.ndim > 1 or (weights.ndim == 1 and len(weights) != count):
             raise UsageError(f"guidance has shape {weights.shape}; expected one number or {count}, one a label")
         if not np.isfinite(weights).all():
             raise UsageError(f"guidance is {guidance}; expected finite numbers")
+        if self.manifest.unguided_up_to_one:
+            weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
         return np.broadcast_to(weights, (count,)).copy()
 
     def _latents(self, latents: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -12,9 +12,8 @@ BAR = 24
 
 
 class Progress:
-    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._quiet = quiet
         self._terminal = self._stream.isatty()
         self._start = time.monotonic()
 
@@ -24,7 +23,11 @@ class Progress:
         began = time.monotonic()
         if self._terminal:
             self._write(f"\r\x1b[K{name} …")
-        yield
+        try:
+            yield
+        except BaseException:
+            self.end()
+            raise
         line = f"{name}: {time.monotonic() - began:.1f} s (at {_clock(time.monotonic() - self._start)})\n"
         self._write(f"\r\x1b[K{line}" if self._terminal else line)
 
@@ -42,9 +45,8 @@ class Progress:
             self._write("\r\x1b[K")
 
     def _write(self, text: str) -> None:
-        if not self._quiet:
-            self._stream.write(text)
-            self._stream.flush()
+        self._stream.write(text)
+        self._stream.flush()
 
 
 def _clock(seconds: float) -> str:

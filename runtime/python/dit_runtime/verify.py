@@ -76,8 +76,8 @@ class Check:
         return self.value >= self.limit if self.at_least else self.value <= self.limit  # False for NaN
 
     def to_dict(self) -> dict[str, Any]:
-        table = {key: value if value != math.inf else "inf" for key, value in asdict(self).items()}
-        return table | {"passed": self.passed}
+        value = self.value if math.isfinite(self.value) else str(self.value)  # JSON knows no NaN
+        return asdict(self) | {"value": value, "passed": self.passed}
 
 
 def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
@@ -139,6 +139,12 @@ def _checks(pipe: Pipeline, reference: Reference, tick: Callable[[int], None]) -
 
     middle = reference.timesteps[steps // 2]
     found = fingerprint(pipe.condition, contract.num_classes, middle, contract.graphs["conditioner"].max_batch)
+    if found.shape != reference.fingerprint.shape:
+        raise BundleError(
+            f"{pipe.folder}: {len(found) - 1} classes, its reference has {len(reference.fingerprint) - 1}"
+        )
+    if reference.images.size and "decoder" not in contract.graphs:
+        raise BundleError(f"{pipe.folder}: the decoder is gone, its reference has pictures")
     errors = [relative_error(*pair) for pair in zip(found, reference.fingerprint, strict=True)]
     worst = int(np.nan_to_num(errors, nan=np.inf).argmax())
     yield Check("conditioner, rel-L2", errors[worst], limits["conditioner"].conditioner, where=f"label {worst}")
@@ -216,7 +222,7 @@ def _pictures(pipe: Pipeline, reference: Reference, latents: NDArray[Any], limit
 
 
 def table(checks: list[Check]) -> str:
-    """What a person reads: each kind of check once, at its worst."""
+    """What a person reads: each kind of check once, at its first failure or at its worst."""
     lines = [f"{'check':<26} {'worst':>9}  {'limit':>10}"]
     for name in dict.fromkeys(check.name for check in checks):
         same = [check for check in checks if check.name == name]

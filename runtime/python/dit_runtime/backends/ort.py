@@ -58,6 +58,9 @@ class OrtEngine:
             self._session: Any = ort.InferenceSession(path, settings, providers=[provider])
         except Exception as error:  # its exceptions share no base class but this
             raise BundleError(f"{path}: ONNX Runtime does not open it: {str(error).splitlines()[0]}") from None
+        self._session.disable_fallback()
+        if provider not in self._session.get_providers():
+            raise UsageError(f"provider {options.provider!r} did not start here; ONNX Runtime offers only the CPU")
         self._outputs = tuple(tensor.name for tensor in self._session.get_outputs())
         self._inputs = tuple(tensor.name for tensor in self._session.get_inputs())
 
