@@ -1,4 +1,4 @@
-"""`dit-export demo`: the demo's bundle, a grid of its samples, and the judge's verdict on them."""
+"""`dit-export demo show | score | judge`: the bundle of trained weights, a grid of its samples, the judge's verdict."""
 
 from __future__ import annotations
 
