@@ -12,10 +12,11 @@ FLAGS = $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--pre
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
-.PHONY: help setup engine test test-all lint format clean
+.PHONY: help setup demo engine test test-all lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
+	@echo "make demo                      the small model that ships: its bundle, a grid of its pictures, a judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also RESOLUTION, PRECISION, BACKEND, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
@@ -25,8 +26,11 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[export,onnxruntime,dev]"
+		--editable ".[export,onnxruntime,openvino,dev]"
 	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/dit-export demo show
 
 engine: $(STAMP)
 	$(if $(and $(RECIPE),$(MODEL)),$(error RECIPE names its own model: pass RECIPE or MODEL))

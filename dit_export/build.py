@@ -104,7 +104,9 @@ def _write_graphs(
         fused = fuse(graphs.load(traced / "dit.onnx"), spec)
         graphs.save(fused.conditioner, partial / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
-        written["denoiser"] = _write(partial, "denoiser", fused.denoiser, precision, fused.counts, expected_counts(spec))
+        written["denoiser"] = _write(
+            partial, "denoiser", fused.denoiser, precision, fused.counts, expected_counts(spec)
+        )
     if decoder is not None:
         with progress.stage("trace and fuse: VAE decoder to ONNX"):
             shape = (spec.channels, spec.latent_size, spec.latent_size)
@@ -136,9 +138,7 @@ def _write(
     return Written(precision, engines, counts)
 
 
-def _describe(
-    partial: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]
-) -> Manifest:
+def _describe(partial: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
     spec = loaded.spec
     rows = {"conditioner": CONDITIONER_ROWS, "denoiser": recipe.max_batch, "decoder": DECODER_ROWS}
     described = {

@@ -77,20 +77,19 @@ def _parser() -> Parser:
     train.add_argument("--no-resume", dest="resume", action="store_false", help="forget what an earlier run reached")
     train.set_defaults(command=_demo_train)
     show = parts.add_parser("show", help="build and verify its bundle, draw a grid, let the judge score it")
-    show.add_argument("weights", type=Path, metavar="DIR", help="what `demo train` wrote")
     show.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: a folder in engines/build")
     show.set_defaults(command=_demo_show)
     score = parts.add_parser("score", help="a bundle of it and PyTorch before the judge")
-    score.add_argument("weights", type=Path, metavar="DIR")
     score.add_argument("bundle", type=Path)
     score.set_defaults(command=_demo_score)
-    for part in (show, score):
-        part.add_argument("--count", type=int, default=1000, help="pictures that the judge sees")
+    for part, count in ((show, 400), (score, 1000)):
+        part.add_argument("--count", type=int, default=count, help=f"pictures that the judge sees; default {count}")
         part.add_argument("--json", action="store_true")
     judge = parts.add_parser("judge", help="the judge as ONNX, to score without PyTorch")
-    judge.add_argument("weights", type=Path, metavar="DIR")
     judge.add_argument("output", type=Path, metavar="FILE.onnx")
     judge.set_defaults(command=_demo_judge)
+    for part in (show, score, judge):
+        part.add_argument("--weights", type=Path, metavar="DIR", help="what `demo train` wrote; default: what ships")
     return parser
 
 
@@ -202,7 +201,7 @@ def _demo_show(options: argparse.Namespace) -> int:
         return int(not shown.built.passed)
     code = _report(shown.built, as_json=False)
     print(run.table(scores))
-    print(f"grid: {shown.grid}\nreport: {shown.built.folder}/parity.json")
+    print(f"grid: {shown.grid}\nreport: {shown.report}")
     print(f'sample: {_dit_run()} sample {shown.built.folder} --labels "red circle" "blue star"')
     return code
 

@@ -66,8 +66,8 @@ def data_name(onnx_name: str) -> str:
 def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
     """Writes graph and weights, keeps no intermediate shapes, checks the result by its path; returns the files' names.
 
-    Afterwards the graph's weights are memory maps of what was written. A weight that is such a map already, of a file in
-    the same folder, is written by reference: so several forms of a graph share their weights.
+    Afterwards the graph's weights are memory maps of what was written. A weight that already is such a map, of another
+    file in the same folder, is written by reference: so several forms of a graph share their weights.
     """
     graph.cleanup(remove_unused_graph_inputs=False)
     data_path = path.with_name(data_name(path.name))

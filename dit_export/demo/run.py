@@ -17,28 +17,48 @@ from dit_export.demo import data, score, store
 from dit_export.demo.score import Score
 from dit_export.models.vit import ViT
 from dit_export.spec import Recipe
-from dit_runtime import images
+from dit_runtime import images, verify
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 
-BUNDLE = Path("engines/build/demo-fp32-onnxruntime")
+BUNDLE = Path("engines/build/demo-fp32")
 COLUMNS = 8  # pictures of each class in the grid
 STEPS, GUIDANCE = 25, 4.0
 BATCH = 50
 REFERENCE = 2_000  # held-out pictures for the quick score; `demo score` takes score.REFERENCE
+REPORT = """\
+# {name}
+
+![one row a class]({grid})
+
+{sampling}; from the top: {classes}.
+
+{count} pictures before the judge:
+
+```
+{score}
+```
+
+Against PyTorch:
+
+```
+{checks}
+```
+"""
 
 
 @dataclass(frozen=True)
 class Shown:
     built: Built
     grid: Path
+    report: Path
     score: Score
 
 
-def demo(weights: Path, folder: Path, count: int, progress: Progress) -> Shown:
-    """Builds and verifies the bundle, draws a grid beside it, and scores `count` pictures."""
-    _require(weights)
+def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> Shown:
+    """Builds and verifies the bundle, draws a grid and writes a report beside it, and scores `count` pictures."""
+    weights = _present(weights)
     built = build(Recipe(checkpoint=str(weights), max_batch=BATCH, output=str(folder)), progress)
     grid = built.folder.with_name(f"{built.folder.name}-grid.png")
     labels = [label for label in range(len(data.CLASSES)) for _ in range(COLUMNS)]
@@ -48,7 +68,18 @@ def demo(weights: Path, folder: Path, count: int, progress: Progress) -> Shown:
             images.write_png(grid, images.grid(sample(pipe, labels, seed=0), COLUMNS))
         with progress.stage(f"demo: {count} pictures before the judge"):
             result = score_bundle(pipe, judge, count, score.reference_features(judge, REFERENCE))
-    return Shown(built, grid, result)
+    report = built.folder.with_name(f"{built.folder.name}-report.md")
+    text = REPORT.format(
+        name=built.folder.name,
+        grid=grid.name,
+        classes=", ".join(data.CLASSES),
+        sampling=f"{STEPS} steps, guidance {GUIDANCE:g}",
+        count=count,
+        score=table({"bundle": result}),
+        checks=verify.table(built.checks),
+    )
+    report.write_text(text, encoding="utf-8")
+    return Shown(built, grid, report, result)
 
 
 def sample(pipe: Pipeline, labels: Sequence[int], seed: int) -> NDArray[np.uint8]:
@@ -61,15 +92,16 @@ def score_bundle(pipe: Pipeline, judge: ViT, count: int, reference: score.Floats
     return score.score([sample(pipe, labels, seed=1)], labels, judge, reference)
 
 
-def _require(weights: Path) -> None:
-    if not (weights / "model_index.json").is_file():
-        raise UsageError(f"{weights}: no demo weights here; make them with `dit-export demo train DIR`")
+def _present(weights: Path | None) -> Path:
+    folder = weights or store.MODEL
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(f"{folder}: no demo weights here; make them with `dit-export demo train DIR`")
+    return folder
 
 
-def compare(weights: Path, folder: Path, count: int, progress: Progress) -> dict[str, Score]:
+def compare(weights: Path | None, folder: Path, count: int, progress: Progress) -> dict[str, Score]:
     """The bundle's score, and PyTorch's of the same seeds, labels and solver."""
-    _require(weights)
-    models = store.load(weights)
+    models = store.load(_present(weights))
     reference = score.reference_features(models.judge)
     labels = score.balanced_labels(count)
     with Pipeline.load(folder) as pipe, progress.stage(f"score: {count} pictures by {folder.name}"):
@@ -81,10 +113,9 @@ def compare(weights: Path, folder: Path, count: int, progress: Progress) -> dict
     return {"bundle": ours, "PyTorch": theirs}
 
 
-def export_judge(weights: Path, path: Path) -> None:
+def export_judge(weights: Path | None, path: Path) -> None:
     """The judge as ONNX, `images` in [0, 1] -> `logits`, `features`, for scoring without PyTorch."""
-    _require(weights)
-    judge = store.load_judge(weights)
+    judge = store.load_judge(_present(weights))
     side = judge.spec.image_size
     trace.export(judge, {"images": torch.zeros(2, 3, side, side)}, ["logits", "features"]).save(path)
 

@@ -23,14 +23,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = tmp_path / "bundle"
-    assert main(["demo", "show", str(weights), "-o", str(bundle), "--count", "100"]) == 0
+    assert main(["demo", "show", "--weights", str(weights), "-o", str(bundle), "--count", "100"]) == 0
     printed = capsys.readouterr().out
     grid = tmp_path / "bundle-grid.png"
-    assert f"grid: {grid}\nreport: {bundle}/parity.json\nsample: " in printed
+    assert f"grid: {grid}\nreport: {tmp_path}/bundle-report.md\nsample: " in printed
     assert grid.read_bytes().startswith(b"\x89PNG")
     assert manifest.read(bundle).labels == data.CLASSES
 
-    assert main(["demo", "score", str(weights), str(bundle), "--count", "100", "--json"]) == 0
+    assert main(["demo", "score", str(bundle), "--weights", str(weights), "--count", "100", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     # The same seed draws the same pictures, so the judge sees the same but for single grey levels.
     assert scores["bundle"]["accuracy"] == scores["PyTorch"]["accuracy"]
@@ -38,7 +38,7 @@ def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_judge_runs_without_pytorch(weights: Path, tmp_path: Path) -> None:
-    assert main(["demo", "judge", str(weights), str(tmp_path / "judge.onnx")]) == 0
+    assert main(["demo", "judge", "--weights", str(weights), str(tmp_path / "judge.onnx")]) == 0
     pictures = data.pool(data.HELD_OUT, 20).images
     inputs = pictures.transpose(0, 3, 1, 2).astype(np.float32) / 255
     outputs = onnxruntime.InferenceSession(tmp_path / "judge.onnx").run(None, {"images": inputs})
@@ -48,7 +48,7 @@ def test_the_judge_runs_without_pytorch(weights: Path, tmp_path: Path) -> None:
         assert np.abs(got - want.numpy()).max() <= 1e-4 * np.abs(got).max()
 
 
-@pytest.mark.parametrize("arguments", [["show", "nowhere"], ["score", "nowhere", "x"], ["judge", "nowhere", "x.onnx"]])
+@pytest.mark.parametrize("arguments", [["show"], ["score", "x"], ["judge", "x.onnx"]])
 def test_without_weights_it_says_how_to_make_them(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", *arguments]) == 2
+    assert main(["demo", *arguments, "--weights", "nowhere"]) == 2
     assert "dit-export demo train" in capsys.readouterr().err

@@ -216,8 +216,8 @@ def _compile(options: argparse.Namespace) -> int:
     contract = manifest.read(folder)
     graphs, files = {}, dict(contract.files)
     for graph_name, graph in contract.graphs.items():
-        manifest.check_files(folder, contract, graph.onnx_files)
         name = backends.choose(options.backend, graph.precision)
+        manifest.check_files(folder, contract, sorted({*graph.onnx_files, *graph.engines.get(name, ())}))
         settings = Options(options.threads, options.provider, graph.precision)
         engine = backends.backend(name).compile(manifest.inside(folder, graph.onnx), folder, settings)
         engines = {**graph.engines, name: engine} if engine else graph.engines

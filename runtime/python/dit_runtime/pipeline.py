@@ -43,10 +43,10 @@ class EngineError(RuntimeError):
 
 class Pipeline:
     def __init__(
-        self, folder: Path, contract: Manifest, engines: Mapping[str, Engine], options: Options = Options()
+        self, folder: Path, contract: Manifest, engines: Mapping[str, Engine], options: Options | None = None
     ) -> None:
         self.folder, self.manifest = folder, contract
-        self._engines, self._options = dict(engines), options
+        self._engines, self._options = dict(engines), options or Options()
 
     @classmethod
     def load(

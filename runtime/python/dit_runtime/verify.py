@@ -31,17 +31,19 @@ class Tolerances:
     """Largest errors at one precision; relative L2 against the reference's norm unless said otherwise."""
 
     conditioner: float
-    prediction: float  # one teacher-forced evaluation
-    latents: float  # at the end of the free run
+    prediction: float  # one teacher-forced evaluation without guidance
+    guided: float  # the same with guidance: w eps_y - (w - 1) eps_null has up to 2 w - 1 times the error
+    latents: float  # after each step of the free run
     pictures: float  # least PSNR in dB of the uint8 pictures of the free run
 
 
 TOLERANCES = {
     # fp32 sums in another order: measured 2e-6 to 8e-6 an evaluation; the rest is room for other CPUs' kernels. The
     # free run adds a step's error to the next; one level of 255 everywhere would be 48 dB.
-    "fp32": Tolerances(conditioner=1e-4, prediction=1e-4, latents=1e-3, pictures=55.0),
-    "bf16": Tolerances(conditioner=1e-4, prediction=5e-2, latents=5e-2, pictures=25.0),
-    "fp16": Tolerances(conditioner=1e-4, prediction=5e-3, latents=1e-2, pictures=35.0),
+    "fp32": Tolerances(conditioner=1e-4, prediction=1e-4, guided=1e-4, latents=1e-3, pictures=55.0),
+    # 8 and 11 bits instead of 24: one rounding is off by up to 4e-3 and 5e-4; measured over 12 blocks 1.2e-2 and 7e-4.
+    "bf16": Tolerances(conditioner=1e-4, prediction=3e-2, guided=1.5e-1, latents=1.5e-1, pictures=25.0),
+    "fp16": Tolerances(conditioner=1e-4, prediction=5e-3, guided=1.5e-2, latents=3e-2, pictures=35.0),
 }
 NOISE_ATOL = 1e-5  # PyTorch's vector code differs from libm's by an ulp of values up to 5
 
@@ -151,7 +153,7 @@ def _checks(pipe: Pipeline, reference: Reference, tick: Callable[[int], None]) -
     worst = int(np.nan_to_num(errors, nan=np.inf).argmax())
     yield Check("conditioner, rel-L2", errors[worst], limits["conditioner"].conditioner, where=f"label {worst}")
 
-    yield from _teacher_forced(pipe, reference, limits["denoiser"].prediction, tick)
+    yield from _teacher_forced(pipe, reference, limits["denoiser"], tick)
 
     latents = yield from _free_run(pipe, reference, limits["denoiser"].latents, tick)
     if latents is not None and "decoder" in contract.graphs:
@@ -187,7 +189,9 @@ def _free_run(
     return result
 
 
-def _teacher_forced(pipe: Pipeline, reference: Reference, limit: float, tick: Callable[[int], None]) -> Iterator[Check]:
+def _teacher_forced(
+    pipe: Pipeline, reference: Reference, limits: Tolerances, tick: Callable[[int], None]
+) -> Iterator[Check]:
     ids = [int(label) for label in reference.labels]
     guided = pipe.table(reference.timesteps, ids, guided=True)
     nulls = pipe.table(reference.timesteps, [pipe.manifest.null_label] * len(ids), guided=False)
@@ -198,16 +202,19 @@ def _teacher_forced(pipe: Pipeline, reference: Reference, limit: float, tick: Ca
         latents = reference.latents[step]
         rows = guided(step, everyone)
         prediction, variance = pipe.denoise(latents, rows, reference.guidance)
-        yield Check("prediction, rel-L2", relative_error(prediction, reference.prediction[step]), limit, where=where)
+        error = relative_error(prediction, reference.prediction[step])
+        yield Check("prediction, rel-L2", error, limits.guided, where=where)
         if variance is not None:
-            yield Check("variance, rel-L2", relative_error(variance, reference.variance[step]), limit, where=where)
+            error = relative_error(variance, reference.variance[step])
+            yield Check("variance, rel-L2", error, limits.guided, where=where)
         if step in (0, len(reference.timesteps) // 2, len(reference.timesteps) - 1):
             for name, alone, expected in (
                 ("unguided", rows[:1], reference.conditional),
                 ("null label", nulls(step, everyone), reference.null),
             ):
                 prediction, _ = pipe.denoise(latents, alone, reference.guidance)
-                yield Check(f"{name}, rel-L2", relative_error(prediction, expected[step]), limit, where=where)
+                error = relative_error(prediction, expected[step])
+                yield Check(f"{name}, rel-L2", error, limits.prediction, where=where)
 
 
 def _pictures(pipe: Pipeline, reference: Reference, latents: NDArray[Any], limit: float) -> Iterator[Check]:

@@ -1,0 +1,154 @@
+"""Every backend behind the one protocol, on the same bundle; and what low memory keeps open."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+
+from dit_runtime import Pipeline, UsageError, backends, manifest
+from dit_runtime.backends import Options
+from dit_runtime.cli import main
+from dit_runtime.conditioning import Table
+
+BACKENDS = [*backends.BACKENDS]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "dit-run"
+
+
+def on(bundle: Path, backend: str) -> Path:
+    """The same bundle, run by another backend."""
+    contract = manifest.read(bundle)
+    graphs = {name: replace(graph, backend=backend) for name, graph in contract.graphs.items()}
+    manifest.write(bundle, replace(contract, graphs=graphs))
+    return bundle
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_picture_whatever_the_backend(own_embedders, tmp_path, backend) -> None:
+    import shutil
+
+    with Pipeline.load(own_embedders.bundle) as pipe:
+        expected = pipe.sample([207, 360, 1], steps=4, seed=[1, 2, 3])
+    copy = on(Path(shutil.copytree(own_embedders.bundle, tmp_path / "copy")), backend)
+    with Pipeline.load(copy, threads=1) as pipe:
+        for labels, seeds in (
+            ([207, 360, 1], [1, 2, 3]),
+            ([360], [2]),
+        ):  # two shapes: a model of its own, then a free one
+            pictures = pipe.sample(labels, steps=4, seed=seeds).astype(int)
+            for picture, seed in zip(pictures, seeds, strict=True):
+                difference = np.abs(picture - expected[seed - 1])
+                assert difference.max() <= 1 and (difference > 0).mean() < 1e-3  # fp32, rounded to 256 levels
+        alone = pipe.sample([360], steps=4, seed=2, guidance=1.0)
+        assert np.abs(alone.astype(int) - expected[1]).max() > 10  # another question has another answer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_form_of_its_own_is_what_the_backend_opens(own_embedders, backend) -> None:
+    contract = manifest.read(own_embedders.bundle)
+    graph = replace(contract.graphs["denoiser"], backend=backend)
+    assert graph.files == (f"denoiser.{backend}.onnx", "denoiser.onnx.data")
+    assert (own_embedders.bundle / graph.files[0]).stat().st_size < 100_000  # the weights are not there twice
+
+
+def test_compiled_models_are_kept_in_the_users_cache(meta_copy, cache) -> None:
+    on(meta_copy, "openvino")
+    before = sorted(path.name for path in meta_copy.iterdir())
+    with Pipeline.load(meta_copy) as pipe:
+        first = pipe.sample([1], steps=2, output="latents")
+    (folder,) = cache.iterdir()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")}
+    assert kept and sorted(path.name for path in meta_copy.iterdir()) == before
+    with Pipeline.load(meta_copy) as pipe:
+        again = pipe.sample([1], steps=2, output="latents")
+    np.testing.assert_array_equal(again, first)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")} == kept
+
+
+def test_auto_takes_the_first_that_can(monkeypatch) -> None:
+    assert backends.choose("auto") == "openvino"
+    assert backends.choose("auto", "fp16") == "onnxruntime"
+    assert backends.choose("onnxruntime") == "onnxruntime"
+    with pytest.raises(UsageError, match="has no bf16; it has fp32, fp16"):
+        backends.choose("onnxruntime", "bf16")
+    monkeypatch.setattr(backends.backend("openvino"), "version", lambda: None)
+    assert backends.choose("auto") == "onnxruntime"
+    with pytest.raises(UsageError, match=r"no backend for bf16 is installed: pip install 'dit-export\[openvino\]'"):
+        backends.choose("auto", "bf16")
+    with pytest.raises(UsageError, match=r"not installed: pip install 'dit-export\[openvino\]'"):
+        backends.choose("openvino")
+
+
+def test_info_says_what_is_here(capsys) -> None:
+    assert main(["info", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)["backends"]
+    assert table["onnxruntime"] == onnxruntime.__version__
+    assert openvino.__version__.startswith(table["openvino"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_engine_refuses(meta_copy, backend) -> None:
+    graph = manifest.read(on(meta_copy, backend)).graphs["denoiser"]
+    files = [meta_copy / name for name in graph.files]
+    module = backends.backend(backend)
+    with pytest.raises(UsageError, match="threads is 0"):
+        module.open(files, Options(threads=0))
+    with pytest.raises(UsageError, match="provider 'tpu'"):
+        module.open(files, Options(provider="tpu"))
+    files[0].write_bytes(b"\x00\x01 no graph")
+    with pytest.raises(UsageError, match=f"{files[0].name}: .* does not open it"):
+        module.open(files, Options())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_memory_keeps_one_graph_open(own_embedders, tmp_path, backend, monkeypatch) -> None:
+    import shutil
+
+    bundle = on(Path(shutil.copytree(own_embedders.bundle, tmp_path / "copy")), backend)
+    opened: list[str] = []
+    for name in BACKENDS:
+        module = backends.backend(name)
+        real = module.open
+
+        def recording(files, options, real=real, name=name):
+            opened.append(f"{files[0].name.partition('.')[0]} on {name}")
+            assert options.low_memory
+            return real(files, options)
+
+        monkeypatch.setattr(module, "open", recording)
+    with Pipeline.load(bundle, low_memory=True) as pipe:
+        assert opened == []
+        low = pipe.sample([5, 9], steps=3, seed=4)
+        assert [*pipe._engines] == ["decoder"]
+    assert opened == ["conditioner on onnxruntime", f"denoiser on {backend}", f"decoder on {backend}"]
+    monkeypatch.undo()
+    with Pipeline.load(bundle) as pipe:
+        assert np.abs(low.astype(int) - pipe.sample([5, 9], steps=3, seed=4)).max() <= 1
+
+
+def test_a_whole_table_over_budget_is_a_file(monkeypatch) -> None:
+    calls = []
+
+    def conditioner(timesteps, labels):
+        calls.append(len(labels))
+        return np.stack([timesteps, labels], 1)[:, :, None].astype(np.float32).repeat(3, 2)  # (N, K = 2, D = 3)
+
+    for budget, kind in ((10_000, np.ndarray), (100, np.memmap)):
+        calls.clear()
+        table = Table(conditioner, [30.0, 20.0, 10.0], [4, 7], 9, 24, 4, budget, whole=True)
+        rows = [table(step, slice(0, 2)) for step in range(3)]
+        assert sum(calls) == 9 and len(calls) == 3  # every pair once, before the second step
+        assert type(next(iter(table._rows.values()))) is kind
+        for step, t in enumerate((30, 20, 10)):
+            np.testing.assert_array_equal(rows[step][:, :, 0, 0], t)
+            np.testing.assert_array_equal(rows[step][:, :, 1, 0], [[4, 7], [9, 9]])

@@ -1,0 +1,57 @@
+"""bf16 and fp16 bundles: built, verified at their own tolerances, and red when something overflows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_export.cli import main
+from dit_runtime import manifest
+
+
+def build(checkpoint: Path, bundle: Path, *options: str) -> int:
+    return main(["build", "--checkpoint", str(checkpoint), "-o", str(bundle), "--max-batch", "2", *options])
+
+
+@pytest.mark.parametrize(("precision", "backend"), [("bf16", "openvino"), ("fp16", "onnxruntime")])
+def test_a_bundle_in_a_narrow_precision(shared_embedders, tmp_path, capsys, one_thread, precision, backend) -> None:
+    with one_thread():
+        assert build(shared_embedders.checkpoint, tmp_path / "bundle", "--precision", precision) == 0
+    contract = manifest.read(tmp_path / "bundle")
+    found = {name: (graph.precision, graph.backend) for name, graph in contract.graphs.items()}
+    assert found["denoiser"] == found["decoder"] == (precision, backend)
+    assert found["conditioner"][0] == "fp32"
+    checks = json.loads((tmp_path / "bundle" / "parity.json").read_text())["checks"]
+    twins = {check["name"] for check in checks if check["name"].startswith("twin: ")}
+    assert ("twin: prediction, rel-L2" in twins) == ("twin: pictures, PSNR in dB" in twins) == (precision == "fp16")
+    worst = max(check["value"] for check in checks if check["name"] == "unguided, rel-L2")
+    assert worst > 1e-5  # it is not fp32 under another name
+    assert main(["verify", str(tmp_path / "bundle")]) == 0
+
+
+def test_a_planted_overflow_turns_the_build_red(meta, tmp_path, capsys, one_thread) -> None:
+    """One channel of an MLP that fp32 carries and fp16 does not; the CPU's own fp16 arithmetic does not see it."""
+    import torch
+
+    state = torch.load(meta.checkpoint, weights_only=True)["ema"]
+    state["blocks.0.mlp.fc1.bias"][0] = 4e5
+    state["blocks.0.mlp.fc2.weight"][:, 0] *= 1e-6
+    torch.save({"ema": state}, tmp_path / "hot.pt")
+    options = ["--heads", "4", "--latents-only", "--backend", "onnxruntime"]
+    with one_thread():
+        assert build(tmp_path / "hot.pt", tmp_path / "wide", *options) == 0
+        assert build(tmp_path / "hot.pt", tmp_path / "narrow", *options, "--precision", "fp16") == 1
+    checks = json.loads((tmp_path / "narrow.failed" / "parity.json").read_text())["checks"]
+    failed = {check["name"] for check in checks if not check["passed"]}
+    assert "twin: prediction, rel-L2" in failed
+    assert not np.isfinite(float(next(c["value"] for c in checks if c["name"] == "twin: prediction, rel-L2")))
+
+
+def test_a_precision_without_a_backend(meta, tmp_path, capsys) -> None:
+    assert build(meta.checkpoint, tmp_path / "x", "--precision", "bf16", "--backend", "onnxruntime") == 2
+    assert "has no bf16" in capsys.readouterr().err
+    assert build(meta.checkpoint, tmp_path / "x", "--precision", "fp8") == 2
+    assert "known: fp32, bf16, fp16" in capsys.readouterr().err
