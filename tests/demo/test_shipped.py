@@ -1,0 +1,129 @@
+"""The weights that ship: what the model card claims, seen again on fewer pictures, and a score that can fall."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from dit_export.build import build
+from dit_export.demo import data, run, score, store
+from dit_export.demo.train import accuracy
+from dit_export.models.dit import DiT
+from dit_export.spec import Recipe
+from dit_export.weights import keys
+from dit_export.weights.meta import read_file
+from dit_runtime import manifest
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.progress import Progress
+from tests.demo.test_demo import compare_with_diffusers
+
+COUNT = 200  # pictures a score: with 95 % right, one in a hundred such scores falls below 90 %
+
+
+@pytest.fixture(scope="module")
+def shipped() -> store.Demo:
+    return store.load()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shipped") / "bundle"
+    built = build(
+        Recipe(checkpoint=str(store.MODEL), max_batch=50, backend="onnxruntime", output=str(folder)), Progress()
+    )
+    assert built.passed and built.sensitive
+    return built.folder
+
+
+@pytest.fixture(scope="module")
+def reference(shipped: store.Demo) -> score.Floats:
+    return score.reference_features(shipped.judge, 1_000)
+
+
+def score_of(bundle: Path, demo: store.Demo, reference: score.Floats) -> score.Score:
+    with Pipeline.load(bundle) as pipe:
+        return run.score_bundle(pipe, demo.judge, COUNT, reference)
+
+
+def test_they_are_small() -> None:
+    files = [path for path in store.MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".md"}
+
+
+def test_diffusers_reads_the_same_network(shipped: store.Demo) -> None:
+    assert compare_with_diffusers(shipped.dit, store.MODEL) < 1e-5  # float32 rounding of two orders of summation
+
+
+def test_metas_names_hold_the_same_network(shipped: store.Demo, tmp_path: Path) -> None:
+    torch.save(keys.write(shipped.dit, keys.META), tmp_path / "demo.pt")
+    again = read_file(tmp_path / "demo.pt", Recipe(heads=shipped.dit.spec.heads))
+    theirs, ours = dict(again.named_parameters()), dict(shipped.dit.named_parameters())
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    assert again.spec.frequency_shift != shipped.dit.spec.frequency_shift  # the same weights, another dialect
+
+
+def test_the_judge_knows_what_it_has_not_seen(shipped: store.Demo) -> None:
+    assert accuracy(shipped.judge, data.pool(data.HELD_OUT, 400)) >= 0.985
+
+
+def test_a_bundle_scores_as_pytorch_and_a_broken_one_worse(
+    shipped: store.Demo, bundle: Path, reference: score.Floats
+) -> None:
+    sound = score_of(bundle, shipped, reference)
+    labels = score.balanced_labels(COUNT)
+    pictures = score.draw(shipped, labels, run.STEPS, run.GUIDANCE, seed=1, batch=50)
+    theirs = score.score(pictures, labels, shipped.judge, reference)
+    assert sound.accuracy.low <= theirs.accuracy.value <= sound.accuracy.high
+    assert sound.frechet.low <= theirs.frechet.value <= sound.frechet.high
+    assert sound.accuracy.value >= 0.9
+
+    swap_gain_and_shift(bundle, block=3)
+    broken = score_of(bundle, shipped, reference)
+    assert broken.accuracy.high < sound.accuracy.low
+    assert broken.frechet.low > sound.frechet.high
+
+
+def swap_gain_and_shift(bundle: Path, block: int) -> None:
+    """In one block's attention, and sealed again: nothing but the pictures can tell."""
+    contract = manifest.read(bundle)
+    path = bundle / contract.graphs["denoiser"].files[0]
+    model = onnx.load(path, load_external_data=False)
+    (split,) = [node for node in model.graph.node if node.input[0] == "conditioning_rows"]
+    first = 6 * block
+    split.output[first], split.output[first + 1] = split.output[first + 1], split.output[first]
+    onnx.save(model, path)
+    manifest.write(bundle, replace(contract, files=manifest.describe_files(bundle)))
+
+
+def test_the_card_says_what_the_log_says() -> None:
+    card = (store.MODEL / "MODEL_CARD.md").read_text(encoding="utf-8")
+    figures = json.loads((store.MODEL / "training.json").read_text(encoding="utf-8"))
+    for part in ("autoencoder", "refined", "judge", "dit"):
+        assert f"{figures[part]['parameters']:,}" in card and f"{figures[part]['steps']:,}" in card
+    assert figures["judge"]["held_out_accuracy"] >= 0.99
+
+
+def test_unasked_and_asked_differ(shipped: store.Demo) -> None:
+    """Guidance moves the scores as theory says: more agreement, less variety than without it."""
+    reference = score.reference_features(shipped.judge, 1_000)
+    labels = score.balanced_labels(COUNT)
+    weak, strong = (
+        score.score(score.draw(shipped, labels, 10, guidance), labels, shipped.judge, reference)
+        for guidance in (1.0, run.GUIDANCE)
+    )
+    assert strong.accuracy.value > weak.accuracy.value
+    assert np.isfinite(weak.frechet.value)
+
+
+def test_a_dit_of_other_weights_is_told_apart(shipped: store.Demo, tmp_path: Path) -> None:
+    other = DiT(shipped.dit.spec).eval()
+    other.load_state_dict(shipped.dit.state_dict())
+    with torch.no_grad():
+        other.blocks[0].attn.proj.weight.mul_(1.01)
+    assert compare_with_diffusers(other, store.MODEL) > 1e-5
