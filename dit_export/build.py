@@ -66,7 +66,10 @@ def build(recipe: Recipe, progress: Progress) -> Built:
     with _partial(folder) as partial:
         _require_disk(partial, loaded)
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        counts = _write_graphs(partial, loaded, decoder, progress)
+        traced = partial / "traced"
+        trace_graphs(traced, loaded, decoder, progress)
+        counts = _fuse_graphs(traced, partial, spec, progress)
+        shutil.rmtree(traced)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
                 loaded.model, decoder, loaded.diffusion, lambda done, steps: progress.step(done, steps, "reference")
@@ -80,25 +83,38 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         return replace(built, folder=_put_in_place(partial, folder, built.passed))
 
 
-def _write_graphs(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> dict[str, int]:
+def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> None:
+    """The plain exports that a build starts from: dit.onnx and, where there is a VAE, decoder.onnx."""
     spec = loaded.spec
-    traced = partial / "traced"
-    traced.mkdir()
+    folder.mkdir()
     with progress.stage("trace: DiT to ONNX"):
-        trace.export_dit(loaded.model).save(traced / "dit.onnx", external_data=True)
-    with progress.stage("fuse: hoist, fold gains, pack, guidance"):
-        fused = fuse(graphs.load(traced / "dit.onnx"), spec)
-        graphs.save(fused.conditioner, partial / "conditioner.onnx")
-        graphs.save(fused.denoiser, partial / "denoiser.onnx")
+        trace.export_dit(loaded.model).save(folder / "dit.onnx", external_data=True)
     if decoder is not None:
         with progress.stage("trace: VAE decoder to ONNX"):
             shape = (spec.channels, spec.latent_size, spec.latent_size)
-            trace.export_decoder(decoder, shape).save(traced / "decoder.onnx", external_data=True)
+            trace.export_decoder(decoder, shape).save(folder / "decoder.onnx", external_data=True)
+
+
+def _fuse_graphs(traced: Path, folder: Path, spec: ModelSpec, progress: Progress) -> dict[str, int]:
+    with progress.stage("fuse: hoist, fold gains, pack, guidance"):
+        fused = fuse(graphs.load(traced / "dit.onnx"), spec)
+        graphs.save(fused.conditioner, folder / "conditioner.onnx")
+        graphs.save(fused.denoiser, folder / "denoiser.onnx")
+        if (traced / "decoder.onnx").is_file():
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
-            graphs.save(graph, partial / "decoder.onnx")
-    shutil.rmtree(traced)
+            graphs.save(graph, folder / "decoder.onnx")
     return fused.counts
+
+
+def unverified(folder: Path, traced: Path, loaded: Loaded, recipe: Recipe, progress: Progress) -> None:
+    """A bundle's graphs and manifest, and no proof that they are right: to measure and throw away, never to ship."""
+    if recipe.precision not in PRECISIONS:
+        raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
+    backend = backends.choose(recipe.backend)
+    folder.mkdir()
+    counts = _fuse_graphs(traced, folder, loaded.spec, progress)
+    manifest.write(folder, _describe(folder, loaded, recipe, backend, counts))
 
 
 def _describe(partial: Path, loaded: Loaded, recipe: Recipe, backend: str, counts: dict[str, int]) -> Manifest:
