@@ -37,7 +37,7 @@ engine: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/dit-export bench $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') \
 		$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
-		$(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
+		$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -20,6 +20,7 @@ from dit_export.spec import Recipe
 from dit_export.trace import Decoder
 from dit_export.weights import Loaded, keys
 from dit_export.weights.synthetic import SD_VAE, synthetic_dit, synthetic_vae
+from dit_runtime.cli import guarded
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
@@ -85,7 +86,10 @@ def _fix_rows(path: Path, rows: int) -> None:
     onnx.save(model, path)
 
 
+def main(folder: Path, names: Sequence[str]) -> int:
+    print(json.dumps(prepare(folder, Job.read(folder), choose(names), Progress())))
+    return 0
+
+
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    answer = prepare(place, Job.read(place), choose(sys.argv[2:]), Progress())
-    print(json.dumps(answer))
+    sys.exit(guarded("dit-export bench", lambda: main(Path(sys.argv[1]), sys.argv[2:])))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
-COLUMNS = ("", "step", "least–most", "×", "floor", "decode", "×", "image", "×", "open", "peak", "files", "off by")
+COLUMNS = ("", "step", "least–most", "×", "of floor", "decode", "×", "image", "×", "open", "peak", "files", "off by")
 
 
 def heading(result: dict[str, Any]) -> str:
@@ -18,19 +18,21 @@ def heading(result: dict[str, Any]) -> str:
     )
 
 
-def where(result: dict[str, Any]) -> str:
+def where(result: dict[str, Any]) -> tuple[str, str]:
+    """The machine; its system, the date and the command."""
     machine = result["machine"]
     flags = ", ".join(name.upper().replace("_", "-") for name in machine["instructions"])
     return (
         f"{machine['cpu']}, {machine['cores']} cores{f' ({flags})' if flags else ''}, "
-        f"{machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}; {result['date']}"
+        f"{machine['memory_bytes'] / 1e9:.0f} GB",
+        f"{machine['system']}, {result['date']}: {result['command']}",
     )
 
 
 def table(result: dict[str, Any]) -> str:
     cells = [COLUMNS, *(_cells(row, result["floors"]) for row in result["rows"])]
     widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    lines = [heading(result), where(result), ""]
+    lines = [heading(result), *where(result), ""]
     lines += [
         "  ".join(
             [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
@@ -47,7 +49,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What the figures mean."""
     settings, rows = result["settings"], result["rows"]
     lines = [
-        f"step: median of {settings['rounds']} interleaved rounds, ours with the conditioner's {settings['steps']}th; "
+        f"step: median of {settings['rounds']} interleaved rounds, ours with its share of the conditioner; "
         "×: times as fast as PyTorch eager fp32 in the same round, median"
     ]
     steps = f"{settings['steps']} steps + decode"

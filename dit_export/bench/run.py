@@ -76,7 +76,7 @@ def _prepare(folder: Path, chosen: Sequence[Competitor]) -> dict[str, str]:
     command = [sys.executable, "-m", "dit_export.bench.prepare", str(folder), *(one.name for one in chosen)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"the files for the benchmark could not be made: exit code {done.returncode}, see above")
+        raise UsageError(f"the files for the benchmark could not be made (exit code {done.returncode}), as said above")
     result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -106,11 +106,11 @@ class _Run:
         with ExitStack() as stack:
             yardstick = self._start(YARDSTICK.name, stack)
             if yardstick is None:
-                raise RuntimeError(f"{YARDSTICK.title}, the yardstick, does not run: {self.left_out[YARDSTICK.name]}")
-            gemms = [self._start(GEMM + library, stack) for library in LIBRARIES]
+                raise UsageError(f"{YARDSTICK.title}, the yardstick, does not run: {self.left_out[YARDSTICK.name]}")
+            gemms = [worker for library in LIBRARIES if (worker := self._start(GEMM + library, stack))]
             expected = np.array(yardstick.opened["prediction"])
             for number, group in enumerate(grouped, 1):
-                self._group(number, group, yardstick, [worker for worker in gemms if worker], expected)
+                self._group(number, group, yardstick, gemms, expected)
         floors = self._floors()
         return {
             "format": 1,
@@ -145,7 +145,7 @@ class _Run:
         return worker
 
     def _group(
-        self, number: int, group: Sequence[Competitor], yardstick: Worker, gemms: Sequence[Worker], expected: np.ndarray
+        self, number: int, group: Sequence[Competitor], yardstick: Worker, gemms: list[Worker], expected: np.ndarray
     ) -> None:
         with ExitStack() as stack:
             started = [(one, self._start(one.name, stack)) for one in group]
@@ -172,17 +172,23 @@ class _Run:
                 answer = worker.ask(task)
             except WorkerError as error:
                 if one is YARDSTICK:
-                    raise RuntimeError(f"{one.title}, the yardstick, failed: {error}") from None
+                    raise UsageError(f"{one.title}, the yardstick, failed: {error}") from None
                 self.left_out[one.name] = f"{task}: {error}"
                 del workers[one]
                 continue
             for name, seconds in (answer if isinstance(answer, dict) else {task: answer}).items():
                 samples[one].setdefault(name, []).append(seconds)
 
-    def _time_gemms(self, gemms: Sequence[Worker]) -> None:
-        for worker in gemms:
+    def _time_gemms(self, gemms: list[Worker]) -> None:
+        for worker in list(gemms):
             library = self.gemms.setdefault(worker.name.removeprefix(GEMM), {})
-            for precision, shapes in worker.ask("gemm").items():
+            try:
+                answer = worker.ask("gemm")
+            except WorkerError as error:
+                self.left_out[worker.name] = str(error)
+                gemms.remove(worker)
+                continue
+            for precision, shapes in answer.items():
                 for shape, seconds in shapes.items():
                     library.setdefault(precision, {}).setdefault(shape, []).append(seconds)
 

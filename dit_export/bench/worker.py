@@ -26,6 +26,7 @@ OPENERS = {  # kind -> module and class; the module is imported in the worker th
     "ours": ("engines", "Ours"),
 }
 GEMM = "gemm-"  # a worker named gemm-LIBRARY times matrix products alone
+GRACE = 5.0  # seconds
 PAUSE = 0.05  # seconds between two tasks, in which the threads of the last one stop to spin
 
 
@@ -81,8 +82,15 @@ class Worker:
         return value
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        """Asks it to end, so that it ends what it started itself (a compiler's helpers); then makes it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def open_competitor(name: str, job: Job, folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:

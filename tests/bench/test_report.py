@@ -60,13 +60,13 @@ def test_chart_is_well_formed_with_a_bar_a_row(result: Result) -> None:
     assert "Processor <& Sons>" not in svg(result)
 
 
-def test_chart_has_a_line_a_floor_where_the_bars_would_end(result: Result) -> None:
+def test_chart_marks_the_floor_of_each_bars_precision(result: Result) -> None:
     root = ET.fromstring(svg(result))
     bars, lines = of_class(root, "rect", "bar"), of_class(root, "line", "floor")
     left, scale = float(bars[0].get("x", "")), float(bars[0].get("width", "")) / 0.1
-    assert [float(line.get("x1", "")) for line in lines] == pytest.approx(
-        [left + 0.03 * scale, left + 0.06 * scale], abs=0.2
-    )
+    marks = [line for line in lines if line.get("x1") == line.get("x2")]
+    expected = [0.06, 0.06, 0.03, 0.03]  # fp32, fp32, bf16, bf16: seconds
+    assert [(float(mark.get("x1", "")) - left) / scale for mark in marks] == pytest.approx(expected, abs=1e-3)
 
 
 def test_chart_stands_alone_in_both_themes_and_inside_its_frame(result: Result) -> None:
