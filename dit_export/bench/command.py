@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--images", type=int, help="whole images of each; 0: derived; default: 1 where it is quick")
     parser.add_argument("--threads", type=int, help="of everyone; default: all cores")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='such as compile-bf16 or "ours-*"')
-    parser.add_argument("--memory", type=float, metavar="GB", help="for all together; default: 80 %% of what is free")
+    parser.add_argument("--memory", type=float, metavar="GB", help="for all together; default: 90 %% of what is free")
     parser.add_argument("--json", metavar="FILE", type=Path, help="everything that was measured")
     parser.add_argument("--svg", metavar="FILE", type=Path, help="a bar chart of the steps")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the models stand while it runs")

@@ -30,7 +30,7 @@ DECODES = 3  # rounds of the decoder alone, where no whole image is run
 WHOLE_IMAGES = 1e12  # FLOPs of a run, up to which whole images are run unless asked otherwise
 AGREE = {"fp32": 1e-3}  # relative distance from the yardstick's prediction; rounding explains no more than that
 AGREE_NARROW = 0.3
-SHARE = 0.8  # of the memory that is free
+SHARE = 0.9  # of the memory that is free
 
 
 @dataclass(frozen=True)
