@@ -12,13 +12,15 @@ FLAGS = $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--pre
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
-.PHONY: help setup demo engine test test-all lint format clean
+.PHONY: help setup demo engine bench test test-all lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
 	@echo "make demo                      the small model that ships: its bundle, a grid of its pictures, a judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also RESOLUTION, PRECISION, BACKEND, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
+	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
+	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
 
 setup: $(STAMP)
@@ -35,6 +37,11 @@ demo: $(STAMP)
 engine: $(STAMP)
 	$(if $(and $(RECIPE),$(MODEL)),$(error RECIPE names its own model: pass RECIPE or MODEL))
 	@$(BIN)/dit-export build $(if $(RECIPE)$(MODEL),'$(or $(RECIPE),$(MODEL))') $(FLAGS)
+
+bench: $(STAMP)
+	@$(BIN)/dit-export bench $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') \
+		$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
+		$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -5,35 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnx_graphsurgeon as gs
-
 import dit_runtime.verify
-from dit_export import graphs, trace
-from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
-from dit_export.fuse.subpixel import subpixel
-from dit_export.spec import PRECISIONS, ModelSpec, Recipe, signatures, table_name
+from dit_export import trace
+from dit_export.spec import PRECISIONS, ModelSpec, Recipe, table_name
 from dit_export.verify.parity import graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
+from dit_export.write import describe, fuse_graphs, trace_graphs
 from dit_runtime import backends, manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.verify import Check
 
 PARITY = "parity.json"
-_PACKAGES = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy", *backends.BACKENDS)
-CONDITIONER_ROWS = 64  # (t, label) pairs a call: of XL/2's 783 kB a pair 50 MB
-DECODER_ROWS = 2  # a 512 px picture's activations are hundreds of MB, and a batch gains nothing on a CPU
 
 
 @dataclass(frozen=True)
@@ -71,102 +63,21 @@ def build(recipe: Recipe, progress: Progress) -> Built:
     with _partial(folder) as partial:
         _require_disk(partial, loaded)
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        written = _write_graphs(partial, loaded, decoder, recipe.precision, progress)
+        traced = partial / "traced"
+        trace_graphs(traced, loaded, decoder, progress)
+        written = fuse_graphs(traced, partial, loaded, decoder, recipe.precision, progress)
+        shutil.rmtree(traced)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
                 loaded.model, decoder, loaded.diffusion, lambda done, steps: progress.step(done, steps, "reference")
             )
             save_reference(partial, reference)
-        contract = _describe(partial, loaded, recipe, backend, written)
+        contract = describe(partial, loaded, recipe, backend, written)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         manifest.write(partial, replace(contract, files=files, parity=_summary(built)))
         return replace(built, folder=_put_in_place(partial, folder, built.passed))
-
-
-@dataclass(frozen=True)
-class Written:
-    precision: str
-    engines: dict[str, tuple[str, ...]]  # by backend: the files of its own form
-    counts: dict[str, int]  # what each pass found
-
-
-def _write_graphs(
-    partial: Path, loaded: Loaded, decoder: trace.Decoder | None, precision: str, progress: Progress
-) -> dict[str, Written]:
-    spec = loaded.spec
-    traced = partial / "traced"
-    traced.mkdir()
-    with progress.stage("trace: DiT to ONNX"):
-        trace.export_dit(loaded.model).save(traced / "dit.onnx", external_data=True)
-    with progress.stage("fuse: hoist, fold gains, pack, guidance"):
-        fused = fuse(graphs.load(traced / "dit.onnx"), spec)
-        graphs.save(fused.conditioner, partial / "conditioner.onnx")
-        written = {"conditioner": Written("fp32", {}, {})}
-        written["denoiser"] = _write(
-            partial, "denoiser", fused.denoiser, precision, fused.counts, expected_counts(spec)
-        )
-    if decoder is not None:
-        with progress.stage("trace and fuse: VAE decoder to ONNX"):
-            shape = (spec.channels, spec.latent_size, spec.latent_size)
-            trace.export_decoder(decoder, shape).save(traced / "decoder.onnx", external_data=True)
-            graph = graphs.load(traced / "decoder.onnx")
-            graphs.sign(graph, *signatures(spec)["decoder"])
-            counts = {"subpixel": subpixel(graph)}
-            written["decoder"] = _write(partial, "decoder", graph, precision, counts, decoder.expected_counts())
-    shutil.rmtree(traced)
-    return written
-
-
-def _write(
-    partial: Path, name: str, graph: gs.Graph, precision: str, counts: dict[str, int], expected: dict[str, int]
-) -> Written:
-    """The portable graph in its precision, and beside it, with the same weights, the form of each backend."""
-    if precision in narrow.TYPES:
-        counts = counts | {"narrow": narrow.narrow(graph, precision)}
-    graphs.save(graph, partial / f"{name}.onnx")
-    engines = {}
-    for backend, passes in LOWERINGS.items():
-        if precision in backends.backend(backend).PRECISIONS:
-            form = graph.copy()
-            found = {rewrite.__name__: rewrite(form) for rewrite in passes}
-            counts = counts | found
-            if any(found.values()):
-                engines[backend] = graphs.save(form, partial / f"{name}.{backend}.onnx")
-    require(counts, expected)
-    return Written(precision, engines, counts)
-
-
-def _describe(partial: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
-    spec = loaded.spec
-    rows = {"conditioner": CONDITIONER_ROWS, "denoiser": recipe.max_batch, "decoder": DECODER_ROWS}
-    described = {
-        name: Graph(
-            f"{name}.onnx",
-            *signature,
-            max_batch=rows[name],
-            precision=written[name].precision,
-            backend=backends.choose(backend, written[name].precision),
-            engines=written[name].engines,
-        )
-        for name, signature in signatures(spec).items()
-        if name in written
-    }
-    return Manifest(
-        model={"name": table_name(spec), "resolution": spec.resolution, **asdict(spec)},
-        latent_shape=(spec.channels, spec.latent_size, spec.latent_size),
-        latent_scale=None if loaded.vae is None else float(loaded.vae.config.scaling_factor),
-        num_classes=spec.num_classes,
-        labels=loaded.labels,
-        guided_channels=spec.guided_channels,
-        unguided_up_to_one=spec.unguided_up_to_one,
-        diffusion=loaded.diffusion,
-        graphs=described,
-        files=manifest.describe_files(partial),
-        source={**loaded.source, "recipe": asdict(recipe)},
-        built_with={"passes": {name: graph.counts for name, graph in written.items()}, "versions": _versions()},
-    )
 
 
 def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:
@@ -208,16 +119,6 @@ def _summary(built: Built) -> dict[str, Any]:
         values = [check.value for check in built.checks if check.name == entry.name]
         worst[entry.name] = entry.to_dict()["value"] if len(values) == 1 else (min if entry.at_least else max)(values)
     return {"proof": _sensitivity(built), "passed": built.passed, "worst": worst}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _require_disk(partial: Path, loaded: Loaded) -> None:

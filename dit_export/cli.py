@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dit_export.bench import command as bench_command
 from dit_export.spec import MODELS, PRECISIONS, Recipe
 from dit_runtime import backends, manifest
 from dit_runtime.cli import Parser, add_bundle, guarded, report
@@ -68,6 +69,9 @@ def _parser() -> Parser:
     hoist.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-hoisted beside the model")
     hoist.add_argument("--json", action="store_true")
     hoist.set_defaults(command=_hoist)
+
+    bench = commands.add_parser("bench", help="a step and a picture, by us and by what people would use instead")
+    bench.set_defaults(command=bench_command.add_options(bench))
 
     demo = commands.add_parser("demo", help="a small DiT on shapes that it draws itself: train, build, score")
     parts = demo.add_subparsers(required=True, metavar="PART")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ VARIANCE = 0.4  # deviation of the learned-variance channels, which live in abou
 SMOOTH = 30.0  # timesteps over which the prediction changes
 PROBES = (150.0, 750.0)  # timesteps at which the final layer's scale is measured
 OUTLIERS = 4  # channels a layer whose inputs are 8 to 20 times the others'; half of them the same in every block
-SD_VAE = {
+SD_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512),
@@ -172,10 +173,10 @@ def fill_final(model: DiT, basis: Tensor, random: Generator) -> None:
 
 
 @torch.no_grad()
-def synthetic_vae(seed: int) -> AutoencoderKL:
-    """Stable Diffusion's KL-f8 with weights that decode latents to blotches of colour around grey."""
+def synthetic_vae(seed: int, config: Mapping[str, Any] = SD_VAE) -> AutoencoderKL:
+    """Stable Diffusion's KL-f8, or another, with weights that decode latents to blotches of colour around grey."""
     with torch.device("meta"):
-        vae = AutoencoderKL(**SD_VAE)
+        vae = AutoencoderKL(**config)
     vae.to_empty(device="cpu").eval().requires_grad_(False)
     random = Generator().manual_seed(seed)
     for module in vae.modules():
@@ -184,7 +185,7 @@ def synthetic_vae(seed: int) -> AutoencoderKL:
         elif isinstance(module, nn.GroupNorm):
             module.weight.fill_(1)
             module.bias.zero_()
-    latents = torch.randn(2, 4, 16, 16, generator=random) / vae.config.scaling_factor
+    latents = torch.randn(2, vae.config.latent_channels, 16, 16, generator=random) / vae.config.scaling_factor
     images = vae.decode(latents).sample  # (2, 3, 128, 128)
     last = vae.decoder.conv_out
     last.weight *= 0.5 / images.std()  # pictures are image / 2 + 0.5: deviation 0.25 around 0.5

@@ -1,0 +1,54 @@
+"""`dit-export bench`: its options, and where its results go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dit_export.bench import chart, report
+from dit_export.bench.run import Settings, bench, sized
+from dit_export.spec import MODELS
+from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
+
+
+def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
+    """Gives the parser its options, and the command that takes them."""
+    parser.add_argument("model", nargs="?", default="S/2", help=f"{', '.join(MODELS)}; default: S/2")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--steps", type=int, default=25, help="of an image")
+    parser.add_argument("--rounds", type=int, default=7, help="in which each is timed in turn")
+    parser.add_argument("--images", type=int, help="whole images of each; 0: derived; default: 1 where it is quick")
+    parser.add_argument("--threads", type=int, help="of everyone; default: all cores")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='such as compile-bf16 or "ours-*"')
+    parser.add_argument("--memory", type=float, metavar="GB", help="for all together; default: 90 %% of what is free")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="everything that was measured")
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="a bar chart of the steps")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the models stand while it runs")
+    return run
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code 1 where a floor is above a measurement, or a competitor computes something else."""
+    folders = [path.parent for path in (options.json, options.svg) if path] + [options.output or Path()]
+    for folder in folders:  # before the long work
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder")
+    settings = Settings(
+        spec=sized(options.model, options.resolution),
+        memory=None if options.memory is None else 1e9 * options.memory,
+        folder=options.output,
+        **{key: getattr(options, key) for key in ("batch", "steps", "rounds", "images", "threads", "only")},
+    )
+    result = {"command": shlex.join(["dit-export", *sys.argv[1:]]), **bench(settings, Progress())}
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.svg:
+        options.svg.write_text(chart.svg(result), encoding="utf-8")
+    print(report.table(result))
+    return int(bool(result["problems"]))

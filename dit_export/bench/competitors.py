@@ -1,0 +1,147 @@
+"""Who is compared, and what all of them are asked to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from dit_export.spec import ModelSpec
+from dit_runtime.errors import UsageError, nearest
+from dit_runtime.schedule import Diffusion
+
+JOB = "job.json"
+GIB = 1 << 30
+KINDS = {  # kind -> how a row of it is named
+    "eager": "PyTorch eager",
+    "compile": "torch.compile",
+    "diffusers": "diffusers DiTPipeline",
+    "plain": "plain export on",
+    "ours": "dit-export on",
+}
+LIBRARIES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+@dataclass(frozen=True)
+class Competitor:
+    kind: str
+    library: str
+    precision: str
+
+    @property
+    def engine(self) -> bool:
+        return self.library != "pytorch"
+
+    @property
+    def name(self) -> str:
+        """What `--only` takes: eager-bf16, ours-openvino-bf16."""
+        return "-".join([self.kind, *([self.library] if self.engine else []), self.precision])
+
+    @property
+    def title(self) -> str:
+        return " ".join([KINDS[self.kind], *([LIBRARIES[self.library]] if self.engine else []), self.precision])
+
+    @property
+    def folder(self) -> str:
+        """Where the files it opens stand; what stands there is its size on disk."""
+        return {"eager": "weights", "compile": "weights", "ours": self.name}.get(self.kind, self.kind)
+
+
+YARDSTICK = Competitor("eager", "pytorch", "fp32")
+# A pair of ours that cannot be built here, or a library that is not installed, is left out with the reason.
+COMPETITORS = (
+    YARDSTICK,
+    Competitor("eager", "pytorch", "bf16"),
+    Competitor("compile", "pytorch", "fp32"),
+    Competitor("compile", "pytorch", "bf16"),
+    Competitor("diffusers", "pytorch", "fp32"),
+    Competitor("diffusers", "pytorch", "bf16"),
+    Competitor("plain", "onnxruntime", "fp32"),
+    Competitor("ours", "onnxruntime", "fp32"),
+    Competitor("ours", "onnxruntime", "int8"),
+    Competitor("plain", "openvino", "fp32"),
+    Competitor("ours", "openvino", "fp32"),
+    Competitor("plain", "openvino", "bf16"),
+    Competitor("ours", "openvino", "bf16"),
+    Competitor("ours", "openvino", "int8"),
+)
+
+
+def choose(patterns: Sequence[str]) -> list[Competitor]:
+    """Those that a pattern names ("ours-*"), all without one; the yardstick always runs."""
+    names = [competitor.name for competitor in COMPETITORS]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise UsageError(f"competitor {pattern!r} is not known{nearest(pattern, names)}; known: {', '.join(names)}")
+    return [
+        competitor
+        for competitor in COMPETITORS
+        if competitor is YARDSTICK or not patterns or any(fnmatch(competitor.name, pattern) for pattern in patterns)
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The same for everyone; workers read it from their folder."""
+
+    spec: ModelSpec
+    diffusion: Diffusion
+    batch: int
+    steps: int
+    threads: int
+    precisions: tuple[str, ...]  # whose GEMMs are timed for the floor
+    vae: Mapping[str, Any]  # config of the AutoencoderKL; empty: Stable Diffusion's
+
+    def write(self, folder: Path) -> None:
+        table = asdict(self) | {"diffusion": self.diffusion.to_dict()}
+        (folder / JOB).write_text(json.dumps(table), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        table = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        parts = {
+            "spec": ModelSpec(**table["spec"]),
+            "diffusion": Diffusion.from_dict(table["diffusion"]),
+            "precisions": tuple(table["precisions"]),
+        }
+        return cls(**table | parts)
+
+
+# What a worker keeps: the libraries themselves, and their share of the fp32 weights (OpenVINO's is its peak at load).
+BASE = {"pytorch": 0.45 * GIB, "onnxruntime": 0.2 * GIB, "openvino": 0.2 * GIB}
+WEIGHTS = {"pytorch": 1.2, "onnxruntime": 1.3, "openvino": 2.2}
+COMPILER = 0.5 * GIB
+DECODER_WEIGHTS = 198e6
+DECODER_PIXEL = 10_000  # bytes of its activations; PyTorch gives them back, so they count once for all that run on it
+
+
+def activations(spec: ModelSpec, batch: int) -> float:
+    return DECODER_PIXEL * batch * spec.resolution**2
+
+
+def memory(competitor: Competitor, spec: ModelSpec, batch: int) -> float:
+    """An estimate, in bytes, on the safe side."""
+    weights = 4 * (18 * spec.depth * spec.hidden**2 + spec.num_classes * spec.hidden) + DECODER_WEIGHTS
+    kept = activations(spec, batch) if competitor.engine else 0.0
+    compiler = COMPILER if competitor.kind == "compile" else 0.0
+    return BASE[competitor.library] + compiler + WEIGHTS[competitor.library] * weights + kept
+
+
+def groups(competitors: Sequence[Competitor], spec: ModelSpec, batch: int, budget: float) -> list[list[Competitor]]:
+    """In their order, as many together as fit beside the yardstick, which stays through all groups."""
+    left = budget - memory(YARDSTICK, spec, batch) - activations(spec, batch)
+    made: list[list[Competitor]] = []
+    used = left
+    for competitor in competitors:
+        if competitor is YARDSTICK:
+            continue
+        need = memory(competitor, spec, batch)
+        if not made or used + need > left:
+            made.append([])
+            used = 0.0
+        made[-1].append(competitor)
+        used += need
+    return made or [[]]

@@ -1,0 +1,91 @@
+"""The competitors that run without PyTorch: a plain export, and ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_export.bench.competitors import Competitor, Job
+from dit_export.bench.subject import GUIDANCE, SEED, SOLVER, TIMESTEP, Subject, guided
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.solvers import plan
+
+Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+
+
+class Plain(Subject):
+    """What an export gives without our passes: guidance is a doubled batch, mixed in NumPy."""
+
+    def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
+        super().__init__(job)
+        open_file = {"onnxruntime": _onnxruntime, "openvino": _openvino}[competitor.library]
+        self._dit = open_file(folder / "dit.onnx", competitor.precision, job.threads)
+        self._decoder = open_file(folder / "decoder.onnx", competitor.precision, job.threads)
+
+    def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
+        timesteps, labels = self.rows(t)
+        rows = {"latents": np.concatenate([latents, latents]), "timesteps": timesteps, "labels": labels}
+        return guided(self._dit(rows), self.job.spec.channels)
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._decoder({"latents": latents})
+
+
+def _onnxruntime(path: Path, precision: str, threads: int) -> Run:
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, dict(inputs))[0]
+
+
+def _openvino(path: Path, precision: str, threads: int) -> Run:
+    import openvino
+
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
+    request = openvino.compile_model(path, "CPU", options).create_infer_request()
+    return lambda inputs: np.array(request.infer(dict(inputs), share_inputs=True)[0], np.float32)
+
+
+class Ours(Subject):
+    """A bundle of ours in its own runtime."""
+
+    def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
+        super().__init__(job)
+        self.pipe = Pipeline.load(folder, threads=job.threads)
+        self._times = plan(job.diffusion, SOLVER, job.steps)
+        self._ids: list[int] = self.labels.tolist()
+        self._rows = self._condition(np.array([TIMESTEP]))
+
+    def _condition(self, times: NDArray[np.float64]) -> NDArray[Any]:
+        """[G, B, K, D] of every step of a run, one after the other; the last one's."""
+        table = self.pipe.table(times, self._ids, guided=True)
+        for step in range(len(times)):
+            rows = table(step, slice(None))
+        return rows
+
+    def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
+        return self.pipe.denoise(latents, self._rows, np.full(len(latents), GUIDANCE, np.float32))[0]
+
+    def step(self) -> float:
+        """A step, and its share of the conditioner, which runs once for all steps."""
+        began = time.perf_counter()
+        self._condition(self._times)
+        conditioned = time.perf_counter()
+        self.denoise(self.latents, TIMESTEP)
+        return time.perf_counter() - conditioned + (conditioned - began) / self.job.steps
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.pipe.decode(latents)
+
+    def sample(self) -> NDArray[np.float32]:
+        options: dict[str, Any] = {"steps": self.job.steps, "guidance": GUIDANCE, "seed": SEED, "solver": SOLVER}
+        return self.pipe.sample(self._ids, **options, output="latents")

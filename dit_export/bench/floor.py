@@ -1,0 +1,169 @@
+"""The floor under a step: its FLOPs at the fastest rate that any of the libraries multiplies matrices here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dit_export.spec import ModelSpec
+
+Shape = tuple[int, int, int]  # (M, K) x (K, N)
+GEMMS = {"pytorch": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8}
+REPEATS = 3
+
+
+class Flops(NamedTuple):
+    """Of one row, a multiplication and an addition counted as two."""
+
+    blocks: int
+    ends: int  # patch embedding and the final linear
+    conditioning: int  # embedders and adaLN, which can be hoisted
+
+
+def flops(spec: ModelSpec) -> Flops:
+    """Matrix products alone, as the DiT paper counts its Gflops (which are multiply-adds: half of these)."""
+    t, d, mlp = spec.tokens, spec.hidden, round(spec.mlp_ratio * spec.hidden)
+    block = 4 * t * d * d + 2 * t * d * mlp + 2 * t * t * d  # qkv and proj, MLP, attention's two products
+    ends = t * spec.patch**2 * d * (spec.channels + spec.out_channels)
+    conditioning = spec.embedders * (256 * d + d * d) + (6 * spec.depth + 2) * d * d
+    return Flops(2 * spec.depth * block, 2 * ends, 2 * conditioning)
+
+
+def step_flops(spec: ModelSpec, batch: int) -> int:
+    """What no guided step can do without: the blocks for a row with the label and one with the null label, the ends
+    once (both rows have the same patches)."""
+    row = flops(spec)
+    return batch * (2 * row.blocks + row.ends)
+
+
+def gemm_shapes(spec: ModelSpec, batch: int) -> list[Shape]:
+    """The linears of a block, for a guided step: qkv, proj, and the MLP's two."""
+    m, d, mlp = 2 * batch * spec.tokens, spec.hidden, round(spec.mlp_ratio * spec.hidden)
+    return [(m, d, 3 * d), (m, d, d), (m, d, mlp), (m, mlp, d)]
+
+
+def rates(seconds: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> dict[str, tuple[float, str]]:
+    """library -> precision -> "MxKxN" -> seconds to precision -> (FLOP/s, library): the one fastest call of all.
+
+    A narrow precision may always be computed in a wider one, so it takes the wider one's rate where that is faster;
+    it has a floor only where something as narrow was timed.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    for library, precisions in seconds.items():
+        for precision, shapes in precisions.items():
+            for shape, times in shapes.items():
+                m, k, n = map(int, shape.split("x"))
+                found[precision] = max(found.get(precision, (0.0, "")), (2 * m * k * n / min(times), library))
+    fastest = {}
+    for precision, bits in BITS.items():
+        as_wide = [rate for other, rate in found.items() if BITS[other] >= bits]
+        if any(BITS[other] == bits for other in found):
+            fastest[precision] = max(as_wide)
+    return fastest
+
+
+class Gemms:
+    """The model's GEMMs in one library."""
+
+    def __init__(self, library: str, spec: ModelSpec, batch: int, threads: int, precisions: tuple[str, ...]) -> None:
+        open_gemm = {"pytorch": _pytorch, "onnxruntime": _onnxruntime, "openvino": _openvino}[library]
+        self._calls = {
+            precision: {"x".join(map(str, shape)): open_gemm(shape, precision, threads) for shape in shapes}
+            for shapes in [gemm_shapes(spec, batch)]
+            for precision in GEMMS[library]
+            if precision in precisions
+        }
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """The best of a few calls for each."""
+        return {
+            precision: {shape: min(_seconds(call) for _ in range(REPEATS)) for shape, call in calls.items()}
+            for precision, calls in self._calls.items()
+        }
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _operands(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    m, k, n = shape
+    random = np.random.default_rng(0)
+    return random.standard_normal((m, k), np.float32), random.standard_normal((k, n), np.float32)
+
+
+def _pytorch(shape: Shape, precision: str, threads: int) -> Callable[[], Any]:
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    x, w = (torch.from_numpy(operand).to(dtype) for operand in _operands(shape))
+    weight = w.T.contiguous()  # (N, K), as nn.Linear holds it
+    return lambda: torch.nn.functional.linear(x, weight)
+
+
+def _onnxruntime(shape: Shape, precision: str, threads: int) -> Callable[[], Any]:
+    import onnxruntime as ort
+
+    x, w = _operands(shape)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    if precision == "int8":
+        x, w = _int8(x, np.uint8), _int8(w, np.int8)
+        model = _model([("MatMulInteger", ["x", "w"], "y")], {"w": w}, x.dtype, np.int32, shape)
+    else:
+        model = _model([("MatMul", ["x", "w"], "y")], {"w": w}, x.dtype, np.float32, shape)
+    session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"x": x})
+
+
+def _openvino(shape: Shape, precision: str, threads: int) -> Callable[[], Any]:
+    import openvino
+
+    x, w = _operands(shape)
+    nodes = [("MatMul", ["x", "w"], "y")]
+    constants: dict[str, Any] = {"w": w}
+    if precision == "int8":  # Q/DQ around it, as quantized networks have
+        constants = {"q": _int8(w, np.int8), "s": np.float32(0.03), "z": np.int8(0)}
+        nodes = [
+            ("QuantizeLinear", ["x", "s", "z"], "xq"),
+            ("DequantizeLinear", ["xq", "s", "z"], "xd"),
+            ("DequantizeLinear", ["q", "s", "z"], "wd"),
+            ("MatMul", ["xd", "wd"], "y"),
+        ]
+    hint = "bf16" if precision == "bf16" else "f32"
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
+    model = openvino.Core().read_model(_model(nodes, constants, np.float32, np.float32, shape))
+    request = openvino.compile_model(model, "CPU", options).create_infer_request()
+    request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
+    return request.infer
+
+
+def _int8(values: np.ndarray, kind: Any) -> np.ndarray:
+    return (values / 0.03).round().clip(-127, 127).astype(np.int8).view(kind)
+
+
+def _model(
+    nodes: list[tuple[str, list[str], str]], constants: Mapping[str, Any], given: Any, made: Any, shape: Shape
+) -> bytes:
+    """A small ONNX graph from x (M, K) to y (M, N)."""
+    from onnx import helper, numpy_helper
+
+    m, k, n = shape
+    kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in (given, made)]
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, [output]) for op, inputs, output in nodes],
+        "gemm",
+        [helper.make_tensor_value_info("x", kinds[0], [m, k])],
+        [helper.make_tensor_value_info("y", kinds[1], [m, n])],
+        [numpy_helper.from_array(np.asarray(values), name) for name, values in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return bytes(model.SerializeToString())

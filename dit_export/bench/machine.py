@@ -1,0 +1,61 @@
+"""Where a benchmark ran: processor, memory, system, and the versions of what was compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm")
+PACKAGES = ("dit-export", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    cpu = _table(CPUINFO)
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    return {
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "memory_bytes": total_memory(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def usable_cores() -> int:
+    """Those that this process may use, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory() -> float:
+    """Bytes that can be had without swapping; half of all where the system does not say."""
+    table = _table(MEMINFO)
+    return 1024 * int(table["MemAvailable"].split()[0]) if "MemAvailable" in table else total_memory() / 2
+
+
+def _table(path: Path) -> dict[str, str]:
+    """The first value of each key."""
+    found: dict[str, str] = {}
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
+    return found

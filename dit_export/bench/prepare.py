@@ -1,0 +1,95 @@
+"""The files that competitors open, of one set of made-up weights; a process of its own, so its memory is nobody's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import save_file
+
+from dit_export.bench.competitors import Competitor, Job, choose
+from dit_export.models.dit import DiT
+from dit_export.spec import Recipe
+from dit_export.trace import Decoder
+from dit_export.weights import Loaded, keys
+from dit_export.weights.synthetic import SD_VAE, synthetic_dit, synthetic_vae
+from dit_export.write import trace_graphs, unverified
+from dit_runtime.cli import guarded
+from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
+
+WEIGHTS_SEED = 0
+
+
+def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress: Progress) -> dict[str, str]:
+    """Fills the competitors' folders; names those that cannot be built here, with the reason."""
+    torch.set_num_threads(job.threads)
+    with progress.stage("weights"):
+        model, vae = synthetic_dit(job.spec, WEIGHTS_SEED), synthetic_vae(WEIGHTS_SEED, job.vae or SD_VAE)
+    loaded = Loaded(job.spec, model, vae, (), job.diffusion, {"kind": "synthetic", "seed": WEIGHTS_SEED})
+    decoder = Decoder(vae).eval()
+    (folder / "weights").mkdir()
+    save_file(model.state_dict(), folder / "weights" / "dit.safetensors")
+    save_file(decoder.state_dict(), folder / "weights" / "decoder.safetensors")
+    kinds = {competitor.kind for competitor in competitors}
+    if "diffusers" in kinds:
+        with progress.stage("DiTPipeline's folder"):
+            _save_pipeline(folder / "diffusers", model, vae)
+    left_out = {}
+    if kinds & {"plain", "ours"}:
+        traced = folder / "plain"
+        trace_graphs(traced, loaded, decoder, progress)
+        for ours in (competitor for competitor in competitors if competitor.kind == "ours"):
+            recipe = Recipe(precision=ours.precision, backend=ours.library, max_batch=job.batch)
+            try:
+                unverified(folder / ours.folder, traced, loaded, recipe, progress)
+            except UsageError as error:
+                left_out[ours.name] = str(error)
+                shutil.rmtree(folder / ours.folder, ignore_errors=True)
+        _fix_rows(traced / "dit.onnx", 2 * job.batch)
+        _fix_rows(traced / "decoder.onnx", job.batch)
+    return left_out
+
+
+def _save_pipeline(folder: Path, model: DiT, vae: object) -> None:
+    spec = model.spec
+    with torch.device("meta"):
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=spec.heads,
+            attention_head_dim=spec.hidden // spec.heads,
+            in_channels=spec.channels,
+            out_channels=spec.out_channels,
+            num_layers=spec.depth,
+            sample_size=spec.latent_size,
+            patch_size=spec.patch,
+            num_embeds_ada_norm=spec.num_classes,
+            norm_eps=spec.norm2_eps,
+        )
+    state = keys.write(model, keys.DIFFUSERS) | {"pos_embed.pos_embed": model.positions}
+    missing, unknown = transformer.load_state_dict(state, strict=False, assign=True)
+    assert not {*missing} - {"pos_embed.pos_embed"} and {*unknown} <= {"pos_embed.pos_embed"}
+    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+
+
+def _fix_rows(path: Path, rows: int) -> None:
+    """Static shapes, for the backends that gain by them; the weights beside the graph stay as they are."""
+    model = onnx.load(path, load_external_data=False)
+    for tensor in [*model.graph.input, *model.graph.output]:
+        tensor.type.tensor_type.shape.dim[0].dim_value = rows
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+
+
+def main(folder: Path, names: Sequence[str]) -> int:
+    print(json.dumps(prepare(folder, Job.read(folder), choose(names), Progress())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("dit-export bench", lambda: main(Path(sys.argv[1]), sys.argv[2:])))

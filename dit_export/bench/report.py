@@ -1,0 +1,114 @@
+"""A run's result as a table for people; JSON is the result itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]
+COLUMNS = ("", "step", "least–most", "×", "of floor", "decode", "×", "image", "×", "open", "peak", "files", "off by")
+
+
+def heading(result: dict[str, Any]) -> str:
+    model, settings = result["model"], result["settings"]
+    plural = "" if settings["threads"] == 1 else "s"
+    return (
+        f"DiT {model['name']} at {model['resolution']} px, one guided step, batch {settings['batch']}, "
+        f"{settings['threads']} thread{plural}"
+    )
+
+
+def where(result: dict[str, Any]) -> tuple[str, str]:
+    """The machine; its system, the date and the command."""
+    machine = result["machine"]
+    flags = ", ".join(name.upper().replace("_", "-") for name in machine["instructions"])
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores{f' ({flags})' if flags else ''}, "
+        f"{machine['memory_bytes'] / 1e9:.0f} GB",
+        f"{machine['system']}, {result['date']}: {result['command']}",
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    cells = [COLUMNS, *(_cells(row, result["floors"]) for row in result["rows"])]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
+    lines = [heading(result), *where(result), ""]
+    lines += [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in cells
+    ]
+    lines += ["", *notes(result)]
+    lines += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
+    lines += [f"WRONG: {problem}" for problem in result["problems"]]
+    return "\n".join(lines)
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What the figures mean."""
+    settings, rows = result["settings"], result["rows"]
+    lines = [
+        f"step: median of {settings['rounds']} interleaved rounds, ours with its share of the conditioner; "
+        "×: times as fast as PyTorch eager fp32 in the same round, median"
+    ]
+    steps = f"{settings['steps']} steps + decode"
+    if any(row["image_derived"] for row in rows):
+        lines.append(f"image: {steps}, derived from the two (~)")
+    else:
+        lines.append(f"image: {steps}, measured as a whole, rounds: {settings['images']}")
+    lines.append(
+        "open: from the start of the process to its first step's answer, compilers' caches empty; peak: of resident "
+        "memory; off by: relative distance of the prediction from PyTorch eager fp32's"
+    )
+    for precision, floor in result["floors"].items():
+        lines.append(
+            f"floor {precision}: {time(floor['step'])} = {floor['flops'] / 1e9:.2f} GFLOP at "
+            f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s, the fastest matrix product of the run ({floor['library']})"
+        )
+    for row in rows:
+        if row["kind"] == "ours" and (plain := against_plain(row, rows)):
+            lines.append(f"{row['title']}: {plain:.2f}× the plain export on the same backend")
+    if result["groups"] > 1:
+        lines.append(
+            f"memory holds not all at once: {result['groups']} groups, PyTorch eager fp32 in each, so compare the "
+            "ratios (×) between groups and not the times"
+        )
+    return lines
+
+
+def against_plain(row: Row, rows: Sequence[Row]) -> float | None:
+    """How many times as fast as the export without our passes, on the same backend in the same precision."""
+    for other in rows:
+        if other["kind"] == "plain" and all(other[key] == row[key] for key in ("library", "precision")):
+            return float(row["step"]["times_faster"]["median"] / other["step"]["times_faster"]["median"])
+    return None
+
+
+def _cells(row: Row, floors: dict[str, Any]) -> tuple[str, ...]:
+    step = row["step"]
+    floor = floors.get(row["precision"])
+    about = "~" if row["image_derived"] else ""
+    timed = [
+        cell
+        for name, mark in (("decode", ""), ("image", about))
+        for cell in (mark + time(row[name]["median"]), f"{row[name]['times_faster']['median']:.2f}")
+    ]
+    return (
+        row["title"],
+        time(step["median"]),
+        f"{time(step['least'])}–{time(step['most'])}",
+        f"{step['times_faster']['median']:.2f}",
+        f"{floor['step'] / step['median']:.0%}" if floor else "",
+        *timed,
+        time(row["load_seconds"]),
+        f"{row['peak_bytes'] / 1e9:.2f} GB",
+        f"{row['file_bytes'] / 1e6:.0f} MB",
+        f"{row['error']:.0e}" if row["error"] else "0",
+    )
+
+
+def time(seconds: float) -> str:
+    """Three digits."""
+    value, unit = (seconds, "s") if seconds >= 1 else (1e3 * seconds, "ms")
+    return f"{value:#.3g}".rstrip(".") + f" {unit}"

@@ -1,0 +1,255 @@
+"""One run: files are made, workers started as memory allows, and asked in turn; only one works at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_export.bench import floor
+from dit_export.bench.competitors import LIBRARIES, YARDSTICK, Competitor, Job, choose, groups
+from dit_export.bench.machine import available_memory, describe, usable_cores, versions
+from dit_export.bench.worker import GEMM, Worker, WorkerError
+from dit_export.spec import ModelSpec, model, table_name
+from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
+from dit_runtime.schedule import Diffusion
+
+DECODES = 3  # rounds of the decoder alone, where no whole image is run
+WHOLE_IMAGES = 1e12  # FLOPs of a run, up to which whole images are run unless asked otherwise
+AGREE = {"fp32": 1e-3}  # relative distance from the yardstick's prediction; rounding explains no more than that
+AGREE_NARROW = 0.3
+SHARE = 0.9  # of the memory that is free
+
+
+@dataclass(frozen=True)
+class Settings:
+    spec: ModelSpec
+    batch: int = 1
+    steps: int = 25
+    rounds: int = 7
+    images: int | None = None  # whole images a competitor; 0: an image is steps × step + decode
+    threads: int | None = None
+    only: Sequence[str] = ()
+    memory: float | None = None  # bytes for all workers together
+    folder: Path | None = None  # where the files stand meanwhile
+    vae: dict[str, Any] = field(default_factory=dict)  # other than Stable Diffusion's, for tests
+
+
+def sized(name: str, resolution: int) -> ModelSpec:
+    if resolution < 8 or resolution % 8:
+        raise UsageError(f"resolution {resolution}; expected a multiple of 8, such as 256 or 512")
+    return replace(model(name), latent_size=resolution // 8)
+
+
+def bench(settings: Settings, progress: Progress) -> dict[str, Any]:
+    """Everything that was measured and seen, as JSON holds it."""
+    if min(settings.batch, settings.steps, settings.rounds, settings.threads or 1) < 1 or (settings.images or 0) < 0:
+        raise UsageError("batch, steps, rounds and threads are at least 1, images at least 0")
+    chosen = choose(settings.only)
+    threads = settings.threads or usable_cores()
+    # The dialect of diffusers, so that all compute the same.
+    spec = replace(settings.spec, frequency_shift=1, guided_channels=settings.spec.channels, unguided_up_to_one=True)
+    precisions = tuple(sorted({competitor.precision for competitor in chosen}))
+    job = Job(spec, Diffusion(), settings.batch, settings.steps, threads, precisions, settings.vae)
+    with tempfile.TemporaryDirectory(prefix="dit-bench-", dir=settings.folder) as temporary:
+        folder = Path(temporary)
+        _require_disk(folder, spec, chosen)
+        job.write(folder)
+        left_out = _prepare(folder, chosen)
+        able = [competitor for competitor in chosen if competitor.name not in left_out]
+        return _Run(settings, job, folder, left_out, progress).all(able)
+
+
+def _prepare(folder: Path, chosen: Sequence[Competitor]) -> dict[str, str]:
+    command = [sys.executable, "-m", "dit_export.bench.prepare", str(folder), *(one.name for one in chosen)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UsageError(f"the files for the benchmark could not be made (exit code {done.returncode}), as said above")
+    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _require_disk(folder: Path, spec: ModelSpec, chosen: Sequence[Competitor]) -> None:
+    folders = {competitor.folder for competitor in chosen}
+    needed = (len(folders) + 1) * (72 * spec.depth * spec.hidden**2 + (400 << 20))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(f"{folder.parent}: {free / 1e9:.0f} GB free, expected {needed / 1e9:.0f} GB; pass another -o")
+
+
+class _Run:
+    def __init__(
+        self, settings: Settings, job: Job, folder: Path, left_out: dict[str, str], progress: Progress
+    ) -> None:
+        self.settings, self.job, self.folder = settings, job, folder
+        self.left_out, self.progress = left_out, progress
+        run_flops = settings.steps * floor.step_flops(job.spec, job.batch)
+        self.images = settings.images if settings.images is not None else int(run_flops <= WHOLE_IMAGES)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.gemms: dict[str, dict[str, dict[str, list[float]]]] = {}
+
+    def all(self, able: Sequence[Competitor]) -> dict[str, Any]:
+        budget = self.settings.memory or SHARE * available_memory()
+        grouped = groups(able, self.job.spec, self.job.batch, budget)
+        with ExitStack() as stack:
+            yardstick = self._start(YARDSTICK.name, stack)
+            if yardstick is None:
+                raise UsageError(f"{YARDSTICK.title}, the yardstick, does not run: {self.left_out[YARDSTICK.name]}")
+            gemms = [worker for library in LIBRARIES if (worker := self._start(GEMM + library, stack))]
+            expected = np.array(yardstick.opened["prediction"])
+            for number, group in enumerate(grouped, 1):
+                self._group(number, group, yardstick, gemms, expected)
+        floors = self._floors()
+        return {
+            "format": 1,
+            "model": {
+                "name": table_name(self.job.spec),
+                "resolution": self.job.spec.resolution,
+                **asdict(self.job.spec),
+            },
+            "settings": {
+                **{key: getattr(self.job, key) for key in ("batch", "steps", "threads")},
+                **{"rounds": self.settings.rounds, "images": self.images, "memory_budget": budget},
+            },
+            "groups": len(grouped),
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": describe(),
+            "versions": versions(),
+            "rows": list(self.rows.values()),
+            "gemms": self.gemms,
+            "floors": floors,
+            "left_out": self.left_out,
+            "problems": problems(list(self.rows.values()), floors),
+        }
+
+    def _start(self, name: str, stack: ExitStack) -> Worker | None:
+        with self.progress.stage(f"open {name}"):
+            try:
+                worker = Worker(name, self.folder, self.job.threads)
+            except WorkerError as error:
+                self.left_out[name] = str(error)
+                return None
+        stack.callback(worker.close)
+        return worker
+
+    def _group(
+        self, number: int, group: Sequence[Competitor], yardstick: Worker, gemms: list[Worker], expected: np.ndarray
+    ) -> None:
+        with ExitStack() as stack:
+            started = [(one, self._start(one.name, stack)) for one in group]
+            workers = {YARDSTICK: yardstick, **{one: worker for one, worker in started if worker}}
+            phases = [("step", self.settings.rounds), ("image", self.images) if self.images else ("decode", DECODES)]
+            samples: dict[Competitor, dict[str, list[float]]] = {one: {} for one in workers}
+            self._round("decode", workers, {one: {} for one in workers})  # warms up; the first step did when it opened
+            for task, rounds in phases:
+                with self.progress.stage(f"{rounds} rounds of {task}, group {number}"):
+                    for index in range(rounds):
+                        self._round(task, workers, samples)
+                        if task == "step":
+                            self._time_gemms(gemms)
+                        self.progress.step(index + 1, rounds, task)
+            for one, worker in workers.items():
+                self._record(number, one, worker, samples[one], samples[YARDSTICK], expected)
+
+    def _round(
+        self, task: str, workers: dict[Competitor, Worker], samples: dict[Competitor, dict[str, list[float]]]
+    ) -> None:
+        """Each once; one that fails is left out from here on."""
+        for one, worker in list(workers.items()):
+            try:
+                answer = worker.ask(task)
+            except WorkerError as error:
+                if one is YARDSTICK:
+                    raise UsageError(f"{one.title}, the yardstick, failed: {error}") from None
+                self.left_out[one.name] = f"{task}: {error}"
+                del workers[one]
+                continue
+            for name, seconds in (answer if isinstance(answer, dict) else {task: answer}).items():
+                samples[one].setdefault(name, []).append(seconds)
+
+    def _time_gemms(self, gemms: list[Worker]) -> None:
+        for worker in list(gemms):
+            library = self.gemms.setdefault(worker.name.removeprefix(GEMM), {})
+            try:
+                answer = worker.ask("gemm")
+            except WorkerError as error:
+                self.left_out[worker.name] = str(error)
+                gemms.remove(worker)
+                continue
+            for precision, shapes in answer.items():
+                for shape, seconds in shapes.items():
+                    library.setdefault(precision, {}).setdefault(shape, []).append(seconds)
+
+    def _record(
+        self,
+        group: int,
+        one: Competitor,
+        worker: Worker,
+        samples: dict[str, list[float]],
+        yardstick: dict[str, list[float]],
+        expected: np.ndarray,
+    ) -> None:
+        """A row; the yardstick's is the one of the first group, with its other samples kept beside it."""
+        if not self.images:
+            for both in (samples, yardstick):
+                step, decode = statistics.median(both["step"]), statistics.median(both["decode"])
+                both["image"] = [self.job.steps * step + decode]
+        row = {"name": one.name, "title": one.title, **asdict(one), "group": group, "load_seconds": worker.load}
+        row |= {"peak_bytes": worker.ask("memory"), "file_bytes": worker.opened["file_bytes"]}
+        row["error"] = float(
+            np.linalg.norm(np.array(worker.opened["prediction"]) - expected) / np.linalg.norm(expected)
+        )
+        row["image_derived"] = not self.images
+        for name in ("step", "decode", "image"):
+            ratios = [theirs / ours for theirs, ours in zip(yardstick[name], samples[name], strict=True)]
+            row[name] = spread(samples[name]) | {"times_faster": spread(ratios)}
+        if one is YARDSTICK and one.name in self.rows:
+            self.rows[one.name].setdefault("later_groups", []).append({name: row[name] for name in ("step", "decode")})
+            self.rows[one.name]["peak_bytes"] = row["peak_bytes"]
+        else:
+            self.rows[one.name] = row
+
+    def _floors(self) -> dict[str, dict[str, Any]]:
+        flops = floor.step_flops(self.job.spec, self.job.batch)
+        return {
+            precision: {"step": flops / rate, "flops": flops, "flops_per_second": rate, "library": library}
+            for precision, (rate, library) in floor.rates(self.gemms).items()
+            if precision in self.job.precisions
+        }
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    least, most = min(samples), max(samples)
+    return {"median": statistics.median(samples), "least": least, "most": most, "samples": list(samples)}
+
+
+def problems(rows: Sequence[dict[str, Any]], floors: dict[str, dict[str, Any]]) -> list[str]:
+    """What makes this run worth nothing: a floor above a measurement, or a competitor that computes something else."""
+    found = []
+    for row in rows:
+        least = row["step"]["least"]
+        bound = floors.get(row["precision"], {"step": 0.0})["step"]
+        if least < bound:
+            found.append(
+                f"{row['name']}: a step of {1e3 * least:.2f} ms is below the floor of {1e3 * bound:.2f} ms: "
+                "the floor's FLOPs or rates are wrong"
+            )
+        limit = AGREE.get(row["precision"], AGREE_NARROW)
+        if not row["error"] <= limit:
+            found.append(
+                f"{row['name']}: its prediction is {row['error']:.1e} away from {YARDSTICK.title}'s, expected "
+                f"{limit:.0e} at most: it computes something else"
+            )
+    return found

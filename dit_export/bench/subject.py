@@ -1,0 +1,83 @@
+"""What a worker asks of a competitor: a guided step, a decoded picture, and a whole run of both, timed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_export.bench.competitors import Job
+from dit_runtime.images import to_uint8
+from dit_runtime.noise import Noise, draw
+from dit_runtime.solvers import solve
+
+GUIDANCE, SEED, SOLVER = 4.0, 0, "ddim"
+TIMESTEP = 500.0  # of the step that is timed alone
+
+
+class Subject:
+    """A competitor with its files open; a kind gives `denoise` and `decode`, and more where it has its own loop."""
+
+    def __init__(self, job: Job) -> None:
+        spec = job.spec
+        self.job = job
+        self.labels = np.arange(1, job.batch + 1, dtype=np.int64) * 207 % spec.num_classes
+        self.latents = Noise(SEED).normal((job.batch, spec.channels, spec.latent_size, spec.latent_size))
+
+    def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
+        """[B, C, H, W] -> the guided prediction, [B, C, H, W]."""
+        raise NotImplementedError
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[B, C, H, W] -> [B, 3, 8H, 8W] in [0, 1]."""
+        raise NotImplementedError
+
+    def prediction(self) -> NDArray[np.float32]:
+        return self.denoise(self.latents, TIMESTEP)
+
+    def step(self) -> float:
+        began = time.perf_counter()
+        self.prediction()
+        return time.perf_counter() - began
+
+    def decoding(self) -> float:
+        began = time.perf_counter()
+        to_uint8(self.decode(self.latents))
+        return time.perf_counter() - began
+
+    def image(self) -> dict[str, float]:
+        """Seconds of a whole run, and of its decoding."""
+        began = time.perf_counter()
+        latents = self.sample()
+        sampled = time.perf_counter()
+        to_uint8(self.decode(latents))
+        ended = time.perf_counter()
+        return {"image": ended - began, "decode": ended - sampled}
+
+    def sample(self) -> NDArray[np.float32]:
+        job = self.job
+        run = solve(job.diffusion, SOLVER, job.steps, self.latents, draw(SEED, job.batch))
+        state, t = next(run)
+        for _ in range(job.steps):
+            try:
+                state, t = run.send((self.denoise(state.astype(np.float32), t), None))
+            except StopIteration as end:
+                state = end.value
+        return state.astype(np.float32)
+
+    def rows(self, t: float) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Timesteps and labels of a doubled batch: the labels' rows, then the null label's."""
+        null = np.full_like(self.labels, self.job.spec.null_label)
+        return np.full(2 * len(null), t, np.float32), np.concatenate([self.labels, null])
+
+
+def guided(rows: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
+    """null + w (label − null), from a doubled batch of predictions."""
+    first, last = np.split(rows[:, :channels], 2)
+    return last + np.float32(GUIDANCE) * (first - last)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,129 @@
+"""Weights to the files of a bundle: trace, fuse, write each graph and its forms, and say so in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import onnx_graphsurgeon as gs
+
+from dit_export import graphs, trace
+from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
+from dit_export.fuse.subpixel import subpixel
+from dit_export.spec import Recipe, signatures, table_name
+from dit_export.weights import Loaded
+from dit_runtime import backends, manifest
+from dit_runtime.manifest import Graph, Manifest
+from dit_runtime.progress import Progress
+
+CONDITIONER_ROWS = 64  # (t, label) pairs a call: of XL/2's 783 kB a pair 50 MB
+DECODER_ROWS = 2  # a 512 px picture's activations are hundreds of MB, and a batch gains nothing on a CPU
+PACKAGES = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy", *backends.BACKENDS)
+
+
+@dataclass(frozen=True)
+class Written:
+    precision: str
+    engines: dict[str, tuple[str, ...]]  # by backend: the files of its own form
+    counts: dict[str, int]  # what each pass found
+
+
+def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> None:
+    """The plain exports that a build starts from: dit.onnx and, where there is a VAE, decoder.onnx."""
+    spec = loaded.spec
+    folder.mkdir()
+    with progress.stage("trace: DiT to ONNX"):
+        trace.export_dit(loaded.model).save(folder / "dit.onnx", external_data=True)
+    if decoder is not None:
+        with progress.stage("trace: VAE decoder to ONNX"):
+            shape = (spec.channels, spec.latent_size, spec.latent_size)
+            trace.export_decoder(decoder, shape).save(folder / "decoder.onnx", external_data=True)
+
+
+def fuse_graphs(
+    traced: Path, folder: Path, loaded: Loaded, decoder: trace.Decoder | None, precision: str, progress: Progress
+) -> dict[str, Written]:
+    """The bundle's graphs from the traced ones: fused, in their precision, with the forms of each backend."""
+    spec = loaded.spec
+    with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
+        fused = fuse(graphs.load(traced / "dit.onnx"), spec)
+        graphs.save(fused.conditioner, folder / "conditioner.onnx")
+        written = {"conditioner": Written("fp32", {}, {})}
+        written["denoiser"] = _write(folder, "denoiser", fused.denoiser, precision, fused.counts, expected_counts(spec))
+        if decoder is not None:
+            graph = graphs.load(traced / "decoder.onnx")
+            graphs.sign(graph, *signatures(spec)["decoder"])
+            counts = {"subpixel": subpixel(graph)}
+            written["decoder"] = _write(folder, "decoder", graph, precision, counts, decoder.expected_counts())
+    return written
+
+
+def _write(
+    folder: Path, name: str, graph: gs.Graph, precision: str, counts: dict[str, int], expected: dict[str, int]
+) -> Written:
+    """The portable graph in its precision, and beside it, with the same weights, the form of each backend."""
+    if precision in narrow.TYPES:
+        counts = counts | {"narrow": narrow.narrow(graph, precision)}
+    graphs.save(graph, folder / f"{name}.onnx")
+    engines = {}
+    for backend, passes in LOWERINGS.items():
+        if precision in backends.backend(backend).PRECISIONS:
+            form = graph.copy()
+            found = {rewrite.__name__: rewrite(form) for rewrite in passes}
+            counts = counts | found
+            if any(found.values()):
+                engines[backend] = graphs.save(form, folder / f"{name}.{backend}.onnx")
+    require(counts, expected)
+    return Written(precision, engines, counts)
+
+
+def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
+    spec = loaded.spec
+    rows = {"conditioner": CONDITIONER_ROWS, "denoiser": recipe.max_batch, "decoder": DECODER_ROWS}
+    described = {
+        name: Graph(
+            f"{name}.onnx",
+            *signature,
+            max_batch=rows[name],
+            precision=written[name].precision,
+            backend=backends.choose(backend, written[name].precision),
+            engines=written[name].engines,
+        )
+        for name, signature in signatures(spec).items()
+        if name in written
+    }
+    return Manifest(
+        model={"name": table_name(spec), "resolution": spec.resolution, **asdict(spec)},
+        latent_shape=(spec.channels, spec.latent_size, spec.latent_size),
+        latent_scale=None if loaded.vae is None else float(loaded.vae.config.scaling_factor),
+        num_classes=spec.num_classes,
+        labels=loaded.labels,
+        guided_channels=spec.guided_channels,
+        unguided_up_to_one=spec.unguided_up_to_one,
+        diffusion=loaded.diffusion,
+        graphs=described,
+        files=manifest.describe_files(folder),
+        source={**loaded.source, "recipe": asdict(recipe)},
+        built_with={"passes": {name: graph.counts for name, graph in written.items()}, "versions": _versions()},
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def unverified(folder: Path, traced: Path, loaded: Loaded, recipe: Recipe, progress: Progress) -> None:
+    """A bundle's graphs and manifest, and no proof that they are right: to measure and throw away, never to ship."""
+    backend = backends.choose(recipe.backend, recipe.precision)
+    decoder = None if loaded.vae is None else trace.Decoder(loaded.vae)
+    folder.mkdir()
+    written = fuse_graphs(traced, folder, loaded, decoder, recipe.precision, progress)
+    manifest.write(folder, describe(folder, loaded, recipe, backend, written))

@@ -1,0 +1,69 @@
+"""The floor: the paper's own figures, and the fastest rate of all that were timed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dit_export.bench.floor import GEMMS, Gemms, flops, gemm_shapes, rates, step_flops
+from dit_export.bench.run import problems
+from dit_export.spec import ModelSpec, model
+
+# Gflops of Peebles & Xie (arXiv 2212.09748), table 4: multiply-adds of one row at 256 px.
+PAPER = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64, "S/4": 1.41, "XL/8": 7.39, "B/8": 1.42, "L/4": 19.70}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_figures(name):
+    # The paper's come from a profiler that sees every linear and no bias; 1 % is one unit of its last digit at S/4.
+    assert sum(flops(model(name))) / 2e9 == pytest.approx(PAPER[name], rel=0.01)
+
+
+def test_the_papers_figure_at_512_pixels():
+    assert sum(flops(replace(model("XL/2"), latent_size=64))) / 2e9 == pytest.approx(524.60, rel=0.01)
+
+
+def test_a_guided_step_is_two_rows_a_picture_without_what_is_hoisted():
+    spec = model("S/2")
+    assert step_flops(spec, 3) == 3 * step_flops(spec, 1)
+    assert 2 * flops(spec).blocks < step_flops(spec, 1) < 2 * sum(flops(spec))
+    linears = sum(2 * m * k * n for m, k, n in gemm_shapes(spec, 1)) * spec.depth
+    attention = 2 * spec.depth * 4 * spec.tokens**2 * spec.hidden
+    assert linears + attention == 2 * flops(spec).blocks
+
+
+def test_rates_take_the_fastest_call_of_any_library_and_of_a_wider_precision():
+    seconds = {
+        "pytorch": {"fp32": {"10x10x10": [2e-6, 1e-6]}, "bf16": {"10x10x10": [4e-6]}},
+        "onnxruntime": {"fp32": {"10x10x10": [5e-6], "20x10x10": [1.6e-6, 9e-6]}},
+    }
+    found = rates(seconds)
+    assert found["fp32"] == (pytest.approx(4000 / 1.6e-6), "onnxruntime")
+    assert found["bf16"] == found["fp32"]  # bf16 in software is slower than fp32, and nobody must use it
+    assert found["fp16"] == found["bf16"]
+    assert "int8" not in found  # nothing as narrow was timed: no floor rather than a wrong one
+
+
+def test_a_floor_above_a_measurement_is_a_bug(result):
+    assert problems(result["rows"], result["floors"]) == []
+    result["floors"]["bf16"]["step"] = 0.0395  # the least is 98 % of 40 ms
+    (problem,) = problems(result["rows"], result["floors"])
+    assert problem.startswith("ours-openvino-bf16: a step of 39.20 ms is below the floor of 39.50 ms")
+
+
+@pytest.mark.parametrize("error", [0.4, float("nan")])
+def test_a_competitor_that_computes_something_else_is_named(result, error):
+    result["rows"][1]["error"] = error
+    (problem,) = problems(result["rows"], {})
+    assert problem.startswith("plain-openvino-bf16: its prediction is")
+
+
+@pytest.mark.parametrize("library", GEMMS)
+def test_each_library_times_each_shape(library):
+    pytest.importorskip({"pytorch": "torch"}.get(library, library))
+    spec = ModelSpec(depth=1, hidden=32, heads=2, patch=2, latent_size=4)
+    timed = Gemms(library, spec, batch=1, threads=1, precisions=("fp32", "bf16", "int8")).run()
+    assert tuple(timed) == GEMMS[library]
+    for shapes in timed.values():
+        assert list(shapes) == ["8x32x96", "8x32x32", "8x32x128", "8x128x32"]
+        assert np.isfinite(list(shapes.values())).all()

@@ -1,0 +1,119 @@
+"""A whole run with a tiny network, and what a user gets for a mistake."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+import dit_export.cli
+from dit_export.bench.chart import svg
+from dit_export.bench.competitors import COMPETITORS, YARDSTICK, choose, groups, memory
+from dit_export.bench.report import table
+from dit_export.bench.run import Settings, bench
+from dit_export.bench.worker import Worker, WorkerError
+from dit_export.spec import ModelSpec, model
+from dit_runtime.progress import Progress
+
+TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8)
+ONLY = ("eager-bf16", "diffusers-fp32", "plain-onnxruntime-fp32", "ours-onnxruntime-fp32")
+SMALL_VAE = {
+    "block_out_channels": [16, 16, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> tuple[dict, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    settings = Settings(
+        TINY, steps=2, rounds=2, images=1, threads=1, only=ONLY, memory=1.0, folder=folder, vae=SMALL_VAE
+    )
+    return bench(settings, Progress()), folder
+
+
+def test_everyone_is_measured_and_computes_the_same(ran):
+    result, _ = ran
+    assert [row["name"] for row in result["rows"]] == [YARDSTICK.name, *ONLY]
+    for row in result["rows"]:
+        assert len(row["step"]["samples"]) == 2 and len(row["image"]["samples"]) == len(row["decode"]["samples"]) == 1
+        assert row["image"]["median"] > row["decode"]["median"] > 0
+        assert row["load_seconds"] > 0 and row["peak_bytes"] > 10e6 and row["file_bytes"] > 1e5
+        # fp32 differs by rounding; bf16 has 8 bits: another network, label or guidance would be 1 and more away.
+        assert row["error"] < (1e-4 if row["precision"] == "fp32" else 0.2)
+    assert result["rows"][0]["error"] == 0 and result["rows"][1]["error"] > 1e-4
+    assert result["problems"] == []
+
+
+def test_groups_share_the_yardstick(ran):
+    """With no memory to spare everyone runs alone, beside the yardstick."""
+    result, _ = ran
+    assert result["groups"] == 4
+    yardstick, *others = result["rows"]
+    assert [row["group"] for row in others] == [1, 2, 3, 4]
+    assert len(yardstick["later_groups"]) == 3
+    assert yardstick["step"]["times_faster"]["samples"] == [1.0, 1.0]
+
+
+def test_the_floor_was_measured_in_the_same_run(ran):
+    result, _ = ran
+    assert {"fp32", "bf16"} == set(result["floors"])
+    shapes = result["gemms"]["pytorch"]["fp32"]
+    assert len(shapes) == 4 and all(len(times) == 2 * 4 for times in shapes.values())  # rounds × groups
+
+
+def test_nothing_is_left_behind(ran):
+    """No bundle that was never verified, no weights, no compiler's cache."""
+    assert list(ran[1].iterdir()) == []
+
+
+def test_the_result_is_json_and_draws(ran):
+    result, _ = ran
+    again = json.loads(json.dumps(result))
+    assert "2x64/2 at 64 px" in table(again)
+    ET.fromstring(svg(again))
+
+
+def test_a_worker_tells_why_it_does_not_start(tmp_path):
+    with pytest.raises(WorkerError, match=r"FileNotFoundError: .*job\.json"):
+        Worker(YARDSTICK.name, tmp_path, threads=1)
+
+
+def test_groups_fit_the_budget():
+    spec = model("XL/2")
+    needs = {one: memory(one, spec, 1) for one in COMPETITORS}
+    assert groups(COMPETITORS, spec, 1, 1e12) == [list(COMPETITORS[1:])]
+    made = groups(COMPETITORS, spec, 1, 20e9)
+    assert [one for group in made for one in group] == list(COMPETITORS[1:])
+    assert 1 < len(made) < len(COMPETITORS) - 1
+    assert all(needs[YARDSTICK] + sum(needs[one] for one in group) <= 20e9 for group in made)
+    assert groups([YARDSTICK], spec, 1, 20e9) == [[]]
+
+
+def test_only_takes_names_and_patterns():
+    assert choose(["ours-*-fp32"])[0] is YARDSTICK
+    assert {one.kind for one in choose(["ours-*-fp32"])[1:]} == {"ours"}
+    assert choose([]) == list(COMPETITORS)
+    assert len({one.name for one in COMPETITORS}) == len({one.title for one in COMPETITORS}) == len(COMPETITORS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["S/3"], "model 'S/3' is not known"),
+        (["--only", "eager-fp61"], 'did you mean "eager-fp32"?'),
+        (["--rounds", "0"], "rounds"),
+        (["--resolution", "100"], "expected a multiple of 8"),
+        (["--svg", "no/such/folder/bench.svg"], "no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, message):
+    assert dit_export.cli.main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
