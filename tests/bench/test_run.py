@@ -75,7 +75,7 @@ def test_nothing_is_left_behind(ran):
 
 def test_the_result_is_json_and_draws(ran):
     result, _ = ran
-    again = json.loads(json.dumps(result))
+    again = json.loads(json.dumps(result | {"command": "dit-export bench"}))
     assert "2x64/2 at 64 px" in table(again)
     ET.fromstring(svg(again))
 
