@@ -13,12 +13,13 @@ from typing import Any
 
 import dit_runtime.verify
 from dit_export import trace
+from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.spec import PRECISIONS, ModelSpec, Recipe, table_name
 from dit_export.verify.parity import graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
-from dit_export.write import describe, fuse_graphs, trace_graphs
+from dit_export.write import calibration_of, describe, fuse_graphs, precisions_of, trace_graphs
 from dit_runtime import backends, manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
@@ -65,19 +66,28 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
         traced = partial / "traced"
         trace_graphs(traced, loaded, decoder, progress)
-        written = fuse_graphs(traced, partial, loaded, decoder, recipe.precision, progress)
+        calibration = calibration_of(traced, loaded, recipe, CalibrationPlan(), progress)
+        precisions = precisions_of(recipe.precision, backend)
+        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, calibration, progress)
         shutil.rmtree(traced)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
-                loaded.model, decoder, loaded.diffusion, lambda done, steps: progress.step(done, steps, "reference")
+                loaded.model,
+                decoder,
+                loaded.diffusion,
+                lambda done, steps: progress.step(done, steps, "reference"),
+                fused.divisors,
             )
             save_reference(partial, reference)
-        contract = describe(partial, loaded, recipe, backend, written)
+        contract = describe(partial, loaded, recipe, backend, fused.graphs)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         manifest.write(partial, replace(contract, files=files, parity=_summary(built)))
-        return replace(built, folder=_put_in_place(partial, folder, built.passed))
+        built = replace(built, folder=_put_in_place(partial, folder, built.passed))
+    if calibration is not None and recipe.calibration is None:
+        calibration.save(folder.with_name(f"{folder.name}.calibration.npz"))
+    return built
 
 
 def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:

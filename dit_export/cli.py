@@ -47,6 +47,7 @@ def _parser() -> Parser:
     build.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
     build.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
     build.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
+    build.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
     build.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="made-up weights")
     build.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
     build.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")

@@ -18,7 +18,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import TensorSpec
 
-INLINE_BYTES = 1024  # smaller tensors, and all integers (shape inference reads them), stay in the .onnx itself
+INLINE_BYTES = 1024  # smaller tensors, and all int64 (shape inference reads them), stay in the .onnx itself
 ALIGNMENT = 64
 
 
@@ -77,7 +77,7 @@ def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
     with part.open("wb") as data:
         for tensor in constants(graph):
             values = tensor.values
-            if values.nbytes < INLINE_BYTES or values.dtype.kind in "iu":
+            if values.nbytes < INLINE_BYTES or values.dtype == np.int64:
                 continue
             place = _mapped_from(values, path.parent)
             if place is None or place[0] == data_path.name:
@@ -99,12 +99,16 @@ def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
         part.replace(data_path)
     else:
         part.unlink()
+    domains = {node.domain for node in graph.nodes if node.domain}
     model = gs.export_onnx(graph)
+    del model.opset_import[1:]
+    model.opset_import.extend(onnx.helper.make_opsetid(domain, 1) for domain in sorted(domains))
     for tensor, proto in external:
         tensor.values = _map_external(proto, path.parent)
     del model.graph.value_info[:]
     onnx.save(model, path)
-    onnx.checker.check_model(path, full_check=True)
+    if not domains:  # ONNX's checker knows its own ops only
+        onnx.checker.check_model(path, full_check=True)
     return (path.name, *used)
 
 

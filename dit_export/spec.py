@@ -11,7 +11,7 @@ from dit_runtime.errors import UsageError, nearest
 from dit_runtime.manifest import TensorSpec
 
 CONDITIONINGS = ("adaln-zero",)
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class Recipe:
     vae: str | None = None
     labels: str | None = None
     heads: int | None = None
+    calibration: str | None = None
     synthetic: int | None = None
     latents_only: bool = False
     max_batch: int = 8

@@ -78,6 +78,7 @@ class Decoder(nn.Module):
             "group_norm": count(nn.GroupNorm),
             "plain_attention": count(Attention),
             "split_qkv": 0,
+            "dynamic": 0,
             "narrow": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from dit_export import graphs, trace
 from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
 from dit_export.fuse.subpixel import subpixel
+from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
+from dit_export.quantize.calibrate import Plan as CalibrationPlan
+from dit_export.quantize.qdq import quantize
+from dit_export.quantize.smooth import smooth, vector_divisors
 from dit_export.spec import Recipe, signatures, table_name
 from dit_export.weights import Loaded
 from dit_runtime import backends, manifest
@@ -42,22 +49,63 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
             trace.export_decoder(decoder, shape).save(folder / "decoder.onnx", external_data=True)
 
 
+@dataclass(frozen=True)
+class Fused:
+    graphs: dict[str, Written]
+    divisors: NDArray[np.float32] | float = 1.0  # (K, D): what smoothing folded into the conditioner
+
+
 def fuse_graphs(
-    traced: Path, folder: Path, loaded: Loaded, decoder: trace.Decoder | None, precision: str, progress: Progress
-) -> dict[str, Written]:
+    traced: Path,
+    folder: Path,
+    loaded: Loaded,
+    decoder: trace.Decoder | None,
+    precisions: Mapping[str, str],
+    calibration: Calibration | None,
+    progress: Progress,
+) -> Fused:
     """The bundle's graphs from the traced ones: fused, in their precision, with the forms of each backend."""
-    spec = loaded.spec
+    spec, precision = loaded.spec, precisions["denoiser"]
+    divisors: NDArray[np.float32] | float = 1.0
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
-        fused = fuse(graphs.load(traced / "dit.onnx"), spec)
-        graphs.save(fused.conditioner, folder / "conditioner.onnx")
+        conditioner, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
+        if calibration is not None:
+            chosen = smooth(conditioner, denoiser, calibration)
+            divisors = vector_divisors(denoiser, chosen, spec.num_vectors, spec.hidden)
+            counts |= {"quantize": quantize(denoiser, chosen)}
+        graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
-        written["denoiser"] = _write(folder, "denoiser", fused.denoiser, precision, fused.counts, expected_counts(spec))
+        written["denoiser"] = _write(folder, "denoiser", denoiser, precision, counts, expected_counts(spec, precision))
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
             counts = {"subpixel": subpixel(graph)}
-            written["decoder"] = _write(folder, "decoder", graph, precision, counts, decoder.expected_counts())
-    return written
+            written["decoder"] = _write(
+                folder, "decoder", graph, precisions["decoder"], counts, decoder.expected_counts()
+            )
+    return Fused(written, divisors)
+
+
+def precisions_of(precision: str, backend: str) -> dict[str, str]:
+    """Of denoiser and decoder: convolutions stay float beside an int8 denoiser, bf16 where the backend has it."""
+    beside = "bf16" if "bf16" in backends.backend(backend).PRECISIONS else "fp32"
+    return {"denoiser": precision, "decoder": beside if precision == "int8" else precision}
+
+
+def calibration_of(
+    traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress
+) -> Calibration | None:
+    """What an int8 denoiser is quantized by: the recipe's file, or a look at the fp32 one at work."""
+    if recipe.precision != "int8":
+        return None
+    if recipe.calibration is not None:
+        return Calibration.load(Path(recipe.calibration))
+    folder = traced / "fp32"
+    unverified(folder, traced, replace(loaded, vae=None), Recipe(backend=BACKEND, max_batch=plan.batch), progress)
+    with progress.stage(f"calibrate: {plan.pictures} pictures, {plan.steps} steps"):
+        seen = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"))
+    shutil.rmtree(folder)
+    return seen
 
 
 def _write(
@@ -124,6 +172,8 @@ def unverified(folder: Path, traced: Path, loaded: Loaded, recipe: Recipe, progr
     """A bundle's graphs and manifest, and no proof that they are right: to measure and throw away, never to ship."""
     backend = backends.choose(recipe.backend, recipe.precision)
     decoder = None if loaded.vae is None else trace.Decoder(loaded.vae)
+    calibration = calibration_of(traced, loaded, recipe, CalibrationPlan(pictures=1, steps=4, batch=1), progress)
     folder.mkdir()
-    written = fuse_graphs(traced, folder, loaded, decoder, recipe.precision, progress)
-    manifest.write(folder, describe(folder, loaded, recipe, backend, written))
+    precisions = precisions_of(recipe.precision, backend)
+    fused = fuse_graphs(traced, folder, loaded, decoder, precisions, calibration, progress)
+    manifest.write(folder, describe(folder, loaded, recipe, backend, fused.graphs))

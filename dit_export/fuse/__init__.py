@@ -8,6 +8,7 @@ from typing import NamedTuple
 import onnx_graphsurgeon as gs
 
 from dit_export.fuse.attention import plain_attention
+from dit_export.fuse.dynamic import dynamic
 from dit_export.fuse.gains import fold_gains
 from dit_export.fuse.group_norm import group_norm
 from dit_export.fuse.guidance import guide, share_rows
@@ -26,22 +27,25 @@ class Fused(NamedTuple):
 
 # What was measured to be faster (ARCHITECTURE.md, "Fusions per backend"), on top of what the backend fuses by itself.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
-    "onnxruntime": (plain_attention, group_norm),
+    "onnxruntime": (plain_attention, group_norm, dynamic),
     "openvino": (split_qkv, group_norm),
 }
 
 
-def expected_counts(spec: ModelSpec) -> dict[str, int]:
+def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
+    quantized = 4 * spec.depth if precision == "int8" else 0  # qkv, proj, fc1, fc2
     return {
         "hoist": spec.num_vectors,
         "pack": spec.num_vectors,
         "fold_gains": spec.gains,
         "share_rows": 2,
         "guide": 1,
+        "quantize": quantized,
         "plain_attention": spec.depth,
-        "split_qkv": spec.depth,
+        "split_qkv": 0 if quantized else spec.depth,
         "group_norm": 0,
+        "dynamic": quantized,
         "narrow": 5 * spec.depth + 2,  # four linears and attention a block, the patches, the last linear
     }
 

@@ -39,21 +39,24 @@ def fold_gains(graph: gs.Graph) -> int:
 
 
 def _match(graph: gs.Graph, add: gs.Node) -> Match | None:
-    """Add(scalar, path from a Gemm through Unsqueeze and one Split of the columns), each tensor on it read once."""
+    """Add(scalar, part of a linear)."""
     scalars = [tensor for tensor in add.inputs if isinstance(tensor, gs.Constant) and tensor.values.size == 1]
     parts = [tensor for tensor in add.inputs if isinstance(tensor, gs.Variable)]
     if len(scalars) != 1 or len(parts) != 1:
         return None
-    tensor, columns = parts[0], slice(None)
+    linear = linear_columns(graph, parts[0])
+    return None if linear is None else Match(add, parts[0], *linear, float(scalars[0].values.item()))
+
+
+def linear_columns(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Node, slice] | None:
+    """The Gemm with a bias that makes `tensor`, and its columns: through Unsqueeze and one Split, each read once."""
+    columns = slice(None)
     while len(tensor.outputs) == 1 and tensor not in graph.outputs and tensor.inputs:
         (node,) = tensor.inputs
         if node.op == "Gemm":
             has_bias = len(node.inputs) == 3 and isinstance(node.inputs[2], gs.Constant)
-            if not has_bias or node.inputs[2].values.ndim != 1:
-                return None
-            if node.attrs.get("beta", 1.0) != 1.0:
-                return None
-            return Match(add, parts[0], node, columns, float(scalars[0].values.item()))
+            plain = has_bias and node.inputs[2].values.ndim == 1 and node.attrs.get("beta", 1.0) == 1.0
+            return (node, columns) if plain else None
         if node.op == "Split" and columns == slice(None) and node.attrs.get("axis", 0) in (-1, len(tensor.shape) - 1):
             widths = [output.shape[-1] for output in node.outputs]
             first = sum(widths[: node.outputs.index(tensor)])

@@ -24,9 +24,16 @@ MAX_BYTES = 7_500_000  # of steps and pictures; the fingerprint and the schedule
 
 
 def make_reference(
-    model: DiT, decoder: Decoder | None, diffusion: Diffusion, on_step: Callable[[int, int], None]
+    model: DiT,
+    decoder: Decoder | None,
+    diffusion: Diffusion,
+    on_step: Callable[[int, int], None],
+    divisors: np.ndarray | float = 1.0,
 ) -> Reference:
-    """The run of the bundle's default solver, with PyTorch as network and as source of noise."""
+    """The run of the bundle's default solver, with PyTorch as network and as source of noise.
+
+    `divisors` are those that smoothing folded into the conditioner, (K, D).
+    """
     spec = model.spec
     steps = _step_count(model, diffusion)
     solver = diffusion.sampler.solver
@@ -75,7 +82,7 @@ def make_reference(
         conditional=np.stack(conditional),
         null=np.stack(null),
         variance=np.stack(variances),
-        fingerprint=fingerprint(conditioner(model), spec.num_classes, timesteps[steps // 2], max_rows=16),
+        fingerprint=fingerprint(conditioner(model, divisors), spec.num_classes, timesteps[steps // 2], max_rows=16),
         images=pictures,
     )
 
@@ -120,12 +127,12 @@ def guide(conditional: np.ndarray, null: np.ndarray, weights: np.ndarray, guided
     return result
 
 
-def conditioner(model: DiT) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def conditioner(model: DiT, divisors: np.ndarray | float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """What the conditioner graph computes, by PyTorch."""
 
     def condition(timesteps: np.ndarray, labels: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return model.vectors(torch.from_numpy(timesteps), torch.from_numpy(labels)).numpy()
+            return model.vectors(torch.from_numpy(timesteps), torch.from_numpy(labels)).numpy() / divisors
 
     return condition
 

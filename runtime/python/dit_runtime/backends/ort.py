@@ -12,7 +12,7 @@ import numpy as np
 from dit_runtime.backends import Options
 from dit_runtime.errors import BundleError, UsageError
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 

@@ -12,8 +12,8 @@ import numpy as np
 from dit_runtime.backends import Options
 from dit_runtime.errors import BundleError, UsageError
 
-PRECISIONS = ("fp32", "bf16")
-HINTS = {"fp32": "f32", "bf16": "bf16"}  # the graph stays fp32; where bf16 is asked for, OpenVINO computes in it
+PRECISIONS = ("fp32", "bf16", "int8")
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what OpenVINO computes the fp32 of a graph in
 DEVICE = "CPU"
 
 

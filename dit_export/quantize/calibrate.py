@@ -1,0 +1,147 @@
+"""What the token GEMMs see while the sampler itself runs: solver, guidance, conditional and null rows, all timesteps.
+
+The denoiser is run with taps: each GEMM's input leaves it as its largest magnitude a channel, and as a few rows. So
+XL/2 keeps no activations in memory, only 112 vectors and a bounded sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from dit_export import graphs
+from dit_export.graphs import layer
+from dit_export.quantize.layers import find
+from dit_runtime import backends, manifest
+from dit_runtime.backends import Engine, Options
+from dit_runtime.errors import UsageError
+from dit_runtime.pipeline import Pipeline
+
+BACKEND = "onnxruntime"
+TOKENS = 8  # of a picture, from which a step's sample is drawn
+ROWS = 256  # of each layer's inputs that are kept in all: of XL/2's 115 MB
+LARGEST, SAMPLE = "/largest", "/sample"  # ends of the taps' names
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Seen:
+    largest: Floats  # (K,): magnitude a channel, over everything
+    sample: Floats  # (rows, K)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    layers: Mapping[str, Seen]  # by Layer.name
+    provenance: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        arrays: dict[str, Any] = {f"{name}{LARGEST}": seen.largest for name, seen in self.layers.items()}
+        arrays |= {f"{name}{SAMPLE}": seen.sample.astype(np.float16) for name, seen in self.layers.items()}
+        arrays["provenance"] = np.array(repr(dict(self.provenance)))
+        np.savez_compressed(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                names = [key.removesuffix(LARGEST) for key in arrays.files if key.endswith(LARGEST)]
+                layers = {
+                    name: Seen(arrays[f"{name}{LARGEST}"], arrays[f"{name}{SAMPLE}"].astype(np.float32))
+                    for name in names
+                }
+                return cls(layers, {"file": path.name, "made": str(arrays["provenance"])})
+        except (OSError, KeyError, ValueError) as error:
+            raise UsageError(f"{path}: not a calibration, as `dit-export quantize` writes it: {error}") from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    pictures: int = 16
+    steps: int = 25
+    guidance: float = 4.0
+    seed: int = 1000  # not one of the reference's
+    batch: int = 4
+
+
+def calibrate(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> Calibration:
+    """Runs the fp32 bundle in `folder` from noise to latents, and looks on."""
+    tapped = folder / "tapped.onnx"
+    rng = np.random.default_rng(plan.seed)
+    model = manifest.read(folder).model
+    names = tap(graph := graphs.load(folder / "denoiser.onnx"), (model["latent_size"] // model["patch"]) ** 2, rng)
+    files = graphs.save(graph, tapped)
+    with Pipeline.load(folder) as pipe:
+        classes, done, total = pipe.manifest.num_classes, 0, -(-plan.pictures // plan.batch) * plan.steps
+        denoiser: Engine = backends.backend(BACKEND).open([folder / file for file in files], Options())
+        watcher = Watcher(denoiser, names, max(1, ROWS // total), rng)
+        watched = Pipeline(folder, pipe.manifest, {**pipe._engines, "denoiser": watcher})
+        stride = max(1, classes // plan.pictures)  # spread over the classes
+        for first in range(0, plan.pictures, plan.batch):
+            labels = [index * stride % classes for index in range(first, min(first + plan.batch, plan.pictures))]
+
+            def tick(*_: object) -> None:
+                nonlocal done
+                done += 1
+                on_step(done, total)
+
+            watched.sample(
+                labels, steps=plan.steps, guidance=plan.guidance, seed=plan.seed + first, output="latents", on_step=tick
+            )
+        denoiser.close()
+    return Calibration(watcher.seen(), {"plan": str(plan), "source": str(pipe.manifest.source)})
+
+
+def tap(graph: gs.Graph, tokens: int, rng: np.random.Generator) -> list[str]:
+    """Adds the outputs that calibration reads; returns the layers' names."""
+    layers = find(graph)
+    for one in layers:
+        x = one.x
+        kept = np.sort(rng.choice(tokens, min(TOKENS, tokens), replace=False))
+        magnitude = layer(graph, "Abs", [x], f"{one.name}/abs")
+        largest = layer(graph, "ReduceMax", [magnitude, np.array([0, 1])], f"{one.name}{LARGEST}", keepdims=0)
+        sample = layer(graph, "Gather", [x, kept], f"{one.name}{SAMPLE}", axis=1)
+        for tensor, shape in ((largest, [x.shape[-1]]), (sample, ["rows", len(kept), x.shape[-1]])):
+            tensor.dtype, tensor.shape = np.dtype(np.float32), shape
+            graph.outputs.append(tensor)
+    return [one.name for one in layers]
+
+
+class Watcher:
+    """A tapped denoiser as an engine: its own outputs go on, of the taps' each call leaves a bounded share."""
+
+    def __init__(self, engine: Engine, names: list[str], rows_a_call: int, rng: np.random.Generator) -> None:
+        self._engine, self._names, self._rows, self._rng = engine, names, rows_a_call, rng
+        self._largest: dict[str, Floats] = {}
+        self._samples: dict[str, list[NDArray[np.float16]]] = {name: [] for name in names}
+
+    @property
+    def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        inputs, outputs = self._engine.io
+        return inputs, tuple(name for name in outputs if not name.endswith((LARGEST, SAMPLE)))
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._engine.run(inputs)
+        for name in self._names:
+            largest = outputs.pop(f"{name}{LARGEST}")
+            self._largest[name] = np.maximum(self._largest.get(name, largest), largest)
+            sample = outputs.pop(f"{name}{SAMPLE}")
+            rows = sample.reshape(-1, sample.shape[-1])  # conditional rows first, then null ones
+            kept = self._rng.choice(len(rows), min(self._rows, len(rows)), replace=False)
+            self._samples[name].append(rows[kept].astype(np.float16))
+        return outputs
+
+    def seen(self) -> dict[str, Seen]:
+        return {
+            name: Seen(self._largest[name], np.concatenate(self._samples[name]).astype(np.float32))
+            for name in self._names
+        }
+
+    def close(self) -> None:
+        self._engine.close()

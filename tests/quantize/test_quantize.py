@@ -1,0 +1,221 @@
+"""Int8: calibration along a real run, a fold that changes nothing, Q/DQ on the GEMMs, and what each part is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from dit_export import graphs, trace
+from dit_export.cli import main
+from dit_export.fuse.dynamic import dynamic
+from dit_export.quantize.calibrate import Calibration, Plan, Watcher, calibrate
+from dit_export.quantize.layers import find
+from dit_export.quantize.qdq import quantize
+from dit_export.quantize.smooth import choose, smooth, vector_divisors
+from dit_export.spec import ModelSpec, Recipe
+from dit_export.weights import Loaded
+from dit_export.weights.scheduler import read_scheduler_config
+from dit_export.weights.synthetic import synthetic_dit
+from dit_export.write import trace_graphs, unverified
+from dit_runtime import backends, manifest
+from dit_runtime.backends import Options
+from dit_runtime.errors import UsageError
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.progress import Progress
+
+SPEC = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classes=10)
+PLAN = Plan(pictures=4, steps=5, batch=2)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, one_thread) -> Path:
+    """Made-up weights with outlier channels, as large trained models have them."""
+    folder = tmp_path_factory.mktemp("int8")
+    with one_thread():
+        loaded = Loaded(SPEC, synthetic_dit(SPEC, 0), None, (), read_scheduler_config(None), {"kind": "synthetic"})
+        trace_graphs(folder / "traced", loaded, None, Progress())
+        unverified(folder / "bundle", folder / "traced", loaded, Recipe(backend="onnxruntime", max_batch=4), Progress())
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def calibration(bundle) -> Calibration:
+    return calibrate(bundle, PLAN, lambda done, total: None)
+
+
+def pair(bundle: Path) -> tuple[gs.Graph, gs.Graph]:
+    return graphs.load(bundle / "conditioner.onnx"), graphs.load(bundle / "denoiser.onnx")
+
+
+def predictions(
+    bundle: Path, conditioner: gs.Graph, denoiser: gs.Graph, folder: Path, backend="onnxruntime"
+) -> np.ndarray:
+    """Conditional and null rows over the schedule, before guidance."""
+    module, engines = backends.backend(backend), {}
+    for name, graph in (("conditioner", conditioner), ("denoiser", denoiser)):
+        files = graphs.save(graph, folder / f"{name}.onnx")
+        engines[name] = module.open([folder / file for file in files], Options(threads=1))
+    with Pipeline(bundle, manifest.read(bundle), engines) as pipe:
+        times = np.array([999, 700, 400, 100, 10], np.float32).repeat(2)
+        labels = np.array([3, SPEC.null_label] * 5)
+        noise = np.random.default_rng(7).normal(size=(10, 4, 8, 8)).astype(np.float32)
+        rows = pipe.condition(times, labels)
+        ones = np.ones(4, np.float32)
+        parts = [slice(0, 4), slice(4, 8), slice(8, 10)]
+        return np.concatenate([pipe.denoise(noise[p], rows[p][None], ones[: len(rows[p])])[0] for p in parts])
+
+
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def test_the_layers_are_found_by_structure(bundle) -> None:
+    names = [one.name for one in find(pair(bundle)[1])]
+    assert names == [f"block {n} {kind}" for n in range(3) for kind in ("qkv", "proj", "fc1", "fc2")]
+
+
+def test_calibration_looks_on_and_changes_nothing(bundle, calibration) -> None:
+    again = calibrate(bundle, PLAN, lambda done, total: None)
+    for name, seen in calibration.layers.items():
+        np.testing.assert_array_equal(seen.largest, again.layers[name].largest)  # seeded
+        np.testing.assert_array_equal(seen.sample, again.layers[name].sample)
+        assert (np.abs(seen.sample).max(axis=0) <= seen.largest * 1.001).all()  # the sample is kept in float16
+        assert 100 < len(seen.sample) <= 256
+    outlying = calibration.layers["block 1 fc1"].largest
+    assert outlying.max() > 5 * np.median(outlying)
+
+
+def test_both_halves_of_guidance_are_seen(bundle) -> None:
+    """A watcher on an engine that answers with what it was asked: rows of both groups reach the sample."""
+
+    class Echo:
+        io = (("conditioning",), ("prediction", "layer/largest", "layer/sample"))
+
+        def run(self, inputs):
+            rows = inputs["conditioning"].reshape(-1, 1, 1)
+            return {"prediction": rows, "layer/largest": rows.max(axis=(0, 1)), "layer/sample": rows}
+
+        def close(self) -> None: ...
+
+    watcher = Watcher(Echo(), ["layer"], 8, np.random.default_rng(0))
+    assert watcher.io[1] == ("prediction",)
+    groups = np.stack([np.full((4, 1, 1), 1.0), np.full((4, 1, 1), 2.0)])
+    assert watcher.run({"conditioning": groups}).keys() == {"prediction"}
+    assert sorted(set(watcher.seen()["layer"].sample.ravel().tolist())) == [1.0, 2.0]
+
+
+def test_the_fold_changes_no_answer_and_adds_no_op(bundle, calibration, tmp_path) -> None:
+    before = pair(bundle)
+    expected = predictions(bundle, *before, tmp_path)
+    conditioner, denoiser = pair(bundle)
+    census = [graphs.census(graph) for graph in (conditioner, denoiser)]
+    chosen = smooth(conditioner, denoiser, calibration)
+    assert [graphs.census(graph) for graph in (conditioner, denoiser)] == census
+    assert {name for name, choice in chosen.items() if choice.alpha == 0} == {f"block {n} fc2" for n in range(3)}
+    assert error(predictions(bundle, conditioner, denoiser, tmp_path), expected) <= 1e-5
+    # Teeth: the folded denoiser with the old conditioner is another function.
+    assert error(predictions(bundle, before[0], denoiser, tmp_path), expected) > 1e-2
+
+    table = vector_divisors(denoiser, chosen, SPEC.num_vectors, SPEC.hidden)
+    moved = np.flatnonzero((table != 1).any(axis=1))
+    assert moved.tolist() == sorted(6 * n + k for n in range(3) for k in (0, 1, 3, 4))  # gains and shifts, no gates
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_smoothing_is_what_makes_int8_good(bundle, calibration, tmp_path, backend) -> None:
+    expected = predictions(bundle, *pair(bundle), tmp_path)
+    errors = {}
+    for fold in (False, True):
+        conditioner, denoiser = pair(bundle)
+        assert quantize(denoiser, smooth(conditioner, denoiser, calibration, fold)) == 12
+        errors[fold] = error(predictions(bundle, conditioner, denoiser, tmp_path, backend), expected)
+    assert errors[True] <= 0.035 and errors[True] <= 0.65 * errors[False]
+
+
+def test_the_trajectory_is_what_calibration_is_for(bundle, calibration, tmp_path) -> None:
+    """Ranges seen at two timesteps for one class do not hold for all of them."""
+    short = calibrate(bundle, Plan(pictures=1, steps=2, batch=1), lambda done, total: None)
+    expected, errors = predictions(bundle, *pair(bundle), tmp_path), []
+    for seen in (short, calibration):
+        conditioner, denoiser = pair(bundle)
+        quantize(denoiser, smooth(conditioner, denoiser, seen))
+        errors.append(error(predictions(bundle, conditioner, denoiser, tmp_path), expected))
+    assert errors[1] < errors[0]
+
+
+def test_q_and_dq_stand_around_the_token_gemms_only(bundle, calibration, tmp_path) -> None:
+    conditioner, denoiser = pair(bundle)
+    plain, size = graphs.census(denoiser), graphs.weight_bytes(denoiser)
+    chosen = smooth(conditioner, denoiser, calibration)
+    assert quantize(denoiser, chosen, keep=["block 0 fc2", "block 2 qkv"]) == 10
+    census = graphs.census(denoiser)
+    assert (census["QuantizeLinear"], census["DequantizeLinear"]) == (10, 20)
+    assert {op: n for op, n in census.items() if "Linear" not in op} == plain
+    conditioner, denoiser = pair(bundle)
+    quantize(denoiser, smooth(conditioner, denoiser, calibration))
+    assert graphs.weight_bytes(denoiser) < 0.32 * size
+    files = graphs.save(denoiser, tmp_path / "a.onnx")
+    form = denoiser.copy()
+    assert dynamic(form) == 12 and "QuantizeLinear" not in graphs.census(form)
+    assert dynamic(pair(bundle)[1]) == 0
+    assert graphs.save(form, tmp_path / "b.onnx")[1:] == files[1:]  # the int8 weights are there once
+
+
+def test_choose_prefers_less_error() -> None:
+    rng = np.random.default_rng(0)
+    sample = rng.normal(size=(64, 32)).astype(np.float32)
+    sample[:, 3] *= 50
+    from dit_export.quantize.calibrate import Seen
+
+    seen = Seen(np.abs(sample).max(axis=0), sample)
+    weight = rng.normal(size=(32, 16)).astype(np.float32)
+    plain, smoothed = choose(seen, weight, smooth=False), choose(seen, weight, smooth=True)
+    assert smoothed.error < 0.5 * plain.error and smoothed.divisors[3] == smoothed.divisors.max()
+
+
+def test_a_calibration_is_kept_and_read_again(calibration, tmp_path) -> None:
+    calibration.save(tmp_path / "c.npz")
+    again = Calibration.load(tmp_path / "c.npz")
+    assert again.layers.keys() == calibration.layers.keys()
+    np.testing.assert_array_equal(again.layers["block 2 fc2"].sample, calibration.layers["block 2 fc2"].sample)
+    (tmp_path / "x.npz").write_bytes(b"no")
+    with pytest.raises(UsageError, match="not a calibration"):
+        Calibration.load(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_an_int8_bundle(shared_embedders, tmp_path, capsys, one_thread, backend) -> None:
+    options = ["--checkpoint", str(shared_embedders.checkpoint), "--precision", "int8", "--backend", backend]
+    with one_thread():
+        assert main(["build", *options, "-o", str(tmp_path / "first"), "--max-batch", "2"]) == 0
+    contract = manifest.read(tmp_path / "first")
+    decoder = "bf16" if backend == "openvino" else "fp32"
+    assert {name: graph.precision for name, graph in contract.graphs.items()} == {
+        "conditioner": "fp32",
+        "denoiser": "int8",
+        "decoder": decoder,
+    }
+    assert main(["verify", str(tmp_path / "first")]) == 0
+
+    seen = tmp_path / "first.calibration.npz"
+    with one_thread():
+        again = ["--calibration", str(seen), "-o", str(tmp_path / "again"), "--max-batch", "2"]
+        assert main(["build", *options, *again]) == 0
+    for name in ("conditioner.onnx", "denoiser.onnx"):
+        first, second = (
+            [t.values for t in graphs.constants(graphs.load(tmp_path / folder / name))] for folder in ("first", "again")
+        )
+        assert all(np.allclose(one, other, rtol=1e-3) for one, other in zip(first, second, strict=True))
+
+
+def test_a_calibration_of_another_network(meta, calibration, tmp_path, capsys) -> None:
+    calibration.save(tmp_path / "c.npz")
+    options = ["--heads", "4", "--latents-only", "--precision", "int8", "--calibration", str(tmp_path / "c.npz")]
+    assert main(["build", "--checkpoint", str(meta.checkpoint), "-o", str(tmp_path / "x"), *options]) == 2
+    assert "96 channels, expected 64" in capsys.readouterr().err
+    assert json.dumps([*tmp_path.iterdir()], default=str).count("partial") == 0
+    assert trace.OPSET >= 21  # int8 Q/DQ with an axis
