@@ -3,18 +3,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static int show(int step, int steps, const double *latents, size_t size, void *user) {
+static int show(int step, int steps, const double* latents, size_t size, void* user) {
     (void)latents, (void)size, (void)user;
     fprintf(stderr, "\rstep %d of %d", step, steps);
     return 0; /* anything else stops the run */
 }
 
-int main(int count, char **words) {
+int main(int count, char** words) {
     if (count != 4) return fprintf(stderr, "usage: %s BUNDLE LABEL FILE.ppm\n", words[0]), 2;
-    dit_pipeline *pipe = dit_new();
+    dit_pipeline* pipe = dit_new();
     dit_info info = DIT_INFO_INIT;
     dit_request request = DIT_REQUEST_INIT;
-    uint8_t *pixels = NULL;
+    uint8_t* pixels = NULL;
     int64_t label = 0;
     size_t size = 0;
     int failed = dit_open(pipe, words[1], NULL) || dit_get_info(pipe, &info) || dit_find_label(pipe, words[2], &label);
@@ -29,7 +29,7 @@ int main(int count, char **words) {
     if (failed) {
         fprintf(stderr, "%s\n", dit_message(pipe));
     } else {
-        FILE *file = fopen(words[3], "wb");
+        FILE* file = fopen(words[3], "wb");
         failed = !file || fprintf(file, "P6 %d %d 255\n", (int)info.image_shape[1], (int)info.image_shape[0]) < 0 ||
                  fwrite(pixels, 1, size, file) != size;
         if (file && fclose(file)) failed = 1;

@@ -91,12 +91,10 @@ Arguments parse_arguments(int count, char** words) {
               found.request.seeds.clear();
               for (const auto& word : v) found.request.seeds.push_back(seed(flag, word));
           }}},
-        {"--steps", {1, 1, [&](const std::string& flag, const Values& v) {
-                         found.request.steps = small_integer(flag, v[0]);
-                     }}},
-        {"--threads", {1, 1, [&](const std::string& flag, const Values& v) {
-                           found.open.threads = small_integer(flag, v[0]);
-                       }}},
+        {"--steps",
+         {1, 1, [&](const std::string& flag, const Values& v) { found.request.steps = small_integer(flag, v[0]); }}},
+        {"--threads",
+         {1, 1, [&](const std::string& flag, const Values& v) { found.open.threads = small_integer(flag, v[0]); }}},
         {"--eta", {1, 1, [&](const std::string& flag, const Values& v) { found.request.eta = number(flag, v[0]); }}},
         {"--solver", {1, 1, one(found.request.solver)}},
         {"--spacing", {1, 1, one(found.request.spacing)}},

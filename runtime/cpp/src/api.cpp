@@ -135,8 +135,8 @@ void require_room(std::size_t size, std::size_t count, const dit::Shape& row, co
     const std::size_t one = dit::count(row);
     if (count > SIZE_MAX / one) throw dit::UsageError(dit::text("count is ", count, "; no memory holds that many"));
     if (size < count * one)
-        throw TooSmall(dit::text("the buffer holds ", size, " ", unit, "; expected ", count * one, ", ", one, " for each of ",
-                                 count));
+        throw TooSmall(dit::text("the buffer holds ", size, " ", unit, "; expected ", count * one, ", ", one,
+                                 " for each of ", count));
 }
 
 }  // namespace
@@ -207,7 +207,8 @@ dit_status dit_generate(dit_pipeline* pipe, const dit_request* given, uint8_t* p
         require(given, "dit_request");
         require(pixels, "pixels");
         open.require_decoder();
-        require_room(size, known(given, dit_request DIT_REQUEST_INIT, "dit_request").count, open.image_shape(), "bytes");
+        require_room(size, known(given, dit_request DIT_REQUEST_INIT, "dit_request").count, open.image_shape(),
+                     "bytes");
         const std::vector<std::uint8_t> made = open.images(translate(open, given));
         std::copy(made.begin(), made.end(), pixels);
     });
@@ -244,9 +245,16 @@ const char* dit_message(const dit_pipeline* pipe) {
 }
 
 const char* dit_status_name(dit_status status) {
-    static const char* const names[] = {"DIT_OK",           "DIT_BAD_ARGUMENT",  "DIT_BAD_BUNDLE", "DIT_BUFFER_TOO_SMALL",
-                                        "DIT_ENGINE_FAILED", "DIT_STOPPED",       "DIT_NOT_VERIFIED",
-                                        "DIT_OUT_OF_MEMORY", "DIT_BUSY",          "DIT_INTERNAL"};
+    static const char* const names[] = {"DIT_OK",
+                                        "DIT_BAD_ARGUMENT",
+                                        "DIT_BAD_BUNDLE",
+                                        "DIT_BUFFER_TOO_SMALL",
+                                        "DIT_ENGINE_FAILED",
+                                        "DIT_STOPPED",
+                                        "DIT_NOT_VERIFIED",
+                                        "DIT_OUT_OF_MEMORY",
+                                        "DIT_BUSY",
+                                        "DIT_INTERNAL"};
     const int number = static_cast<int>(status);
     return number >= 0 && number <= DIT_INTERNAL ? names[number] : "unknown status";
 }

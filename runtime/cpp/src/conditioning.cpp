@@ -70,8 +70,8 @@ void Table::fill(std::size_t step) {
         }
         const std::vector<float> part = conditioner_(part_times, part_labels);
         if (part.size() != part_times.size() * row_size_)
-            throw EngineError(text("the conditioner gave ", part.size(), " numbers, expected ",
-                                   part_times.size() * row_size_));
+            throw EngineError(
+                text("the conditioner gave ", part.size(), " numbers, expected ", part_times.size() * row_size_));
         for (std::size_t row = 0; row < part_times.size(); ++row) {
             const auto from = part.begin() + static_cast<std::ptrdiff_t>(row * row_size_);
             std::vector<float>& to = rows_[times[(first + row) / labels_.size()]];

@@ -25,11 +25,13 @@ std::string choice(const std::string& name, const Json& value) {
 
 Sampler sampler_from_json(const Json& table) {
     Sampler sampler;
-    const std::map<std::string, std::string*> words = {
-        {"solver", &sampler.solver},           {"ddpm_spacing", &sampler.ddpm_spacing},
-        {"ddim_spacing", &sampler.ddim_spacing}, {"dpm_spacing", &sampler.dpm_spacing},
-        {"variance", &sampler.variance},       {"solver_type", &sampler.solver_type},
-        {"final_sigmas_type", &sampler.final_sigmas_type}};
+    const std::map<std::string, std::string*> words = {{"solver", &sampler.solver},
+                                                       {"ddpm_spacing", &sampler.ddpm_spacing},
+                                                       {"ddim_spacing", &sampler.ddim_spacing},
+                                                       {"dpm_spacing", &sampler.dpm_spacing},
+                                                       {"variance", &sampler.variance},
+                                                       {"solver_type", &sampler.solver_type},
+                                                       {"final_sigmas_type", &sampler.final_sigmas_type}};
     const std::map<std::string, bool*> flags = {{"clip_sample", &sampler.clip_sample},
                                                 {"set_alpha_to_one", &sampler.set_alpha_to_one},
                                                 {"lower_order_final", &sampler.lower_order_final},
@@ -85,8 +87,8 @@ Diffusion diffusion_from_json(const Json& table) {
         }
     });
     if (diffusion.trained_betas && diffusion.trained_betas->size() != static_cast<std::size_t>(diffusion.train_steps))
-        throw std::invalid_argument(text("trained_betas is ", diffusion.trained_betas->size(), " values; expected ",
-                                         diffusion.train_steps));
+        throw std::invalid_argument(
+            text("trained_betas is ", diffusion.trained_betas->size(), " values; expected ", diffusion.train_steps));
     return diffusion;
 }
 

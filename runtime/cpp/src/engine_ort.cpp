@@ -25,8 +25,8 @@ constexpr Provider PROVIDERS[] = {{"cpu", "CPUExecutionProvider"},
 const OrtApi& api() {
     static const OrtApi* const found = OrtGetApiBase()->GetApi(ORT_API_VERSION);
     if (!found)
-        throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.", ORT_API_VERSION,
-                              ", whose headers this library was built with; install a newer one"));
+        throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.",
+                              ORT_API_VERSION, ", whose headers this library was built with; install a newer one"));
     return *found;
 }
 
@@ -41,7 +41,7 @@ void check(OrtStatus* status) {
     throw OrtFailure(message);
 }
 
-template <typename T, void (*OrtApi::* release)(T*)>
+template <typename T, void (*OrtApi::*release)(T*)>
 struct Release {
     void operator()(T* pointer) const { (api().*release)(pointer); }
 };
@@ -96,8 +96,7 @@ class OrtEngine : public Engine {
             known = known || device == provider.device;
         }
         if (!known)
-            throw UsageError(
-                text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
+            throw UsageError(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
         OrtEnv* environment = nullptr;
         check(api().CreateEnv(ORT_LOGGING_LEVEL_ERROR, "dit", &environment));
         environment_.reset(environment);
@@ -133,7 +132,8 @@ class OrtEngine : public Engine {
         std::vector<const char*> in, out;
         std::vector<const OrtValue*> raw;
         for (const Input& input : given) {
-            const auto type = input.integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+            const auto type =
+                input.integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
             const std::size_t bytes = count(input.shape) * (input.integers ? sizeof(std::int64_t) : sizeof(float));
             OrtValue* value = nullptr;
             // Inputs are only read; the C API has no const for them.

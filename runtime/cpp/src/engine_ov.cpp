@@ -53,8 +53,8 @@ class OvEngine : public Engine {
             for (const auto& name : outputs) {
                 const ov::Tensor tensor = request_.get_tensor(name);
                 if (tensor.get_element_type() != ov::element::f32)
-                    throw EngineError(text("output ", name, " is ", tensor.get_element_type().to_string(),
-                                           ", expected float32"));
+                    throw EngineError(
+                        text("output ", name, " is ", tensor.get_element_type().to_string(), ", expected float32"));
                 const float* numbers = static_cast<const float*>(tensor.data());
                 const ov::Shape shape = tensor.get_shape();
                 named[name] = {Shape(shape.begin(), shape.end()),

@@ -62,8 +62,8 @@ inline const Json& table(const Json& value, const std::string& name) {
 inline void known_keys(const Json& value, const std::string& where, const std::vector<std::string>& known) {
     for (const auto& entry : table(value, where).items())
         if (std::find(known.begin(), known.end(), entry.key()) == known.end())
-            throw std::invalid_argument(
-                text(where, ": unknown key '", entry.key(), "'", nearest(entry.key(), known), "; known: ", join(known)));
+            throw std::invalid_argument(text(where, ": unknown key '", entry.key(), "'", nearest(entry.key(), known),
+                                             "; known: ", join(known)));
 }
 
 }  // namespace dit_runtime::json

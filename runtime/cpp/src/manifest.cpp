@@ -15,8 +15,8 @@ using json::Json;
 
 TensorSpec parse_tensor(const Json& table) {
     json::known_keys(table, "a tensor", {"name", "dtype", "shape"});
-    TensorSpec spec{json::string(json::need(table, "name"), "name"), json::string(json::need(table, "dtype"), "dtype"),
-                    {}};
+    TensorSpec spec{
+        json::string(json::need(table, "name"), "name"), json::string(json::need(table, "dtype"), "dtype"), {}};
     if (!contains({"float32", "int64"}, spec.dtype))
         throw std::invalid_argument(spec.name + " has dtype " + spec.dtype + "; known: float32, int64");
     for (const Json& size : json::list(json::need(table, "shape"), "shape")) {
@@ -35,8 +35,7 @@ std::vector<TensorSpec> parse_tensors(const Json& table, const std::string& key)
 }
 
 Graph parse_graph(const Json& table) {
-    json::known_keys(table, "a graph",
-                     {"onnx", "inputs", "outputs", "max_batch", "precision", "backend", "engine"});
+    json::known_keys(table, "a graph", {"onnx", "inputs", "outputs", "max_batch", "precision", "backend", "engine"});
     Graph graph;
     graph.onnx = json::string(json::need(table, "onnx"), "onnx");
     graph.inputs = parse_tensors(table, "inputs");
@@ -104,11 +103,9 @@ Manifest parse_table(const Json& table) {
     }
     for (const auto& [graph_name, graph] : manifest.graphs)
         for (const auto& name : graph.files())
-            if (!manifest.files.count(name))
-                throw std::invalid_argument(name + " has no size and sha256 under files");
+            if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
     if (!manifest.labels.empty() && manifest.labels.size() != static_cast<std::size_t>(manifest.num_classes))
-        throw std::invalid_argument(
-            text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
+        throw std::invalid_argument(text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
     if (manifest.latent_shape.size() != 3)
         throw std::invalid_argument("latent_shape, expected [channels, height, width]");
     if (fixed("denoiser", manifest.graphs["denoiser"].inputs) != manifest.latent_shape)
@@ -152,8 +149,8 @@ Manifest read(const Path& folder) {
     const Path path = folder / MANIFEST;
     std::error_code failure;
     if (!std::filesystem::is_regular_file(path, failure) || std::filesystem::is_symlink(path, failure))
-        throw BundleError(text(folder.string(), ": no ", MANIFEST,
-                               " here; expected a bundle, as `dit-export build` writes it"));
+        throw BundleError(
+            text(folder.string(), ": no ", MANIFEST, " here; expected a bundle, as `dit-export build` writes it"));
     const std::uintmax_t size = std::filesystem::file_size(path, failure);
     if (failure || size > MANIFEST_BYTES)
         throw BundleError(text(path.string(), ": cannot be read, or has more than ", MANIFEST_BYTES, " bytes"));
@@ -167,8 +164,8 @@ Manifest read(const Path& folder) {
             throw BundleError(text(folder.string(), ": ", name, " is missing; rebuild the bundle"));
         const std::uintmax_t found = std::filesystem::file_size(location, failure);
         if (failure || found != file.size)
-            throw BundleError(text(folder.string(), ": ", name, " has ", found, " bytes, expected ", file.size,
-                                   "; rebuild it"));
+            throw BundleError(
+                text(folder.string(), ": ", name, " has ", found, " bytes, expected ", file.size, "; rebuild it"));
     }
     return manifest;
 }

@@ -136,9 +136,9 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
     std::vector<float> pictures;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t batch = std::min(size, samples - first);
-        const Output part = run_engine(
-            "decoder", {{"latents", with_batch(batch, manifest.latent_shape), latents.data() + first * one}}, "images",
-            with_batch(batch, image_shape()));
+        const Output part =
+            run_engine("decoder", {{"latents", with_batch(batch, manifest.latent_shape), latents.data() + first * one}},
+                       "images", with_batch(batch, image_shape()));
         pictures.insert(pictures.end(), part.values.begin(), part.values.end());
     }
     if (!all_finite(pictures)) throw EngineError("the decoder's pictures hold values that are not finite");
@@ -221,9 +221,8 @@ void Pipeline::check_label(std::int64_t label) const {
 }
 
 bool Pipeline::is_guided(const std::vector<float>& weights) const {
-    return !std::all_of(weights.begin(), weights.end(), [this](float weight) {
-        return manifest.unguided_up_to_one ? weight <= 1 : weight == 1;
-    });
+    return !std::all_of(weights.begin(), weights.end(),
+                        [this](float weight) { return manifest.unguided_up_to_one ? weight <= 1 : weight == 1; });
 }
 
 std::vector<float> Pipeline::guidance(const std::vector<float>& given, std::size_t count) const {
@@ -242,8 +241,6 @@ void Pipeline::require_decoder() const {
         throw UsageError("this bundle has no decoder; ask for latents (dit-generate: -o FILE.npy)");
 }
 
-Shape Pipeline::image_shape() const {
-    return manifest.graphs.count("decoder") ? manifest.image_shape() : Shape();
-}
+Shape Pipeline::image_shape() const { return manifest.graphs.count("decoder") ? manifest.image_shape() : Shape(); }
 
 }  // namespace dit_runtime

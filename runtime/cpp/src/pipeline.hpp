@@ -20,9 +20,9 @@ using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
 struct Request {
     std::vector<std::int64_t> labels;
     std::int64_t steps = 25;
-    std::vector<float> guidance = {4.0f};      // one, or one a label
-    std::vector<std::uint64_t> seeds = {0};    // one, or one a label
-    std::string solver, spacing;               // empty: the bundle's
+    std::vector<float> guidance = {4.0f};    // one, or one a label
+    std::vector<std::uint64_t> seeds = {0};  // one, or one a label
+    std::string solver, spacing;             // empty: the bundle's
     double eta = 0.0;
     std::optional<std::vector<float>> latents;  // [N, C, H, W], instead of the seed's
     OnStep on_step;

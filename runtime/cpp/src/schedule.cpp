@@ -43,15 +43,14 @@ std::int64_t find_stride(std::int64_t total, std::int64_t steps) {
         if (count == steps) found = stride;
     }
     if (found) return found;
-    std::stable_sort(counts.begin(), counts.end(), [steps](std::int64_t a, std::int64_t b) {
-        return std::abs(a - steps) < std::abs(b - steps);
-    });
+    std::stable_sort(counts.begin(), counts.end(),
+                     [steps](std::int64_t a, std::int64_t b) { return std::abs(a - steps) < std::abs(b - steps); });
     counts.resize(std::min<std::size_t>(counts.size(), 2));
     std::sort(counts.begin(), counts.end());
     std::string near;
     for (const auto count : counts) near += (near.empty() ? "" : " and ") + std::to_string(count);
-    throw UsageError(text(steps, " steps have no integer stride in ", total, " training steps; the nearest that do: ",
-                          near, " (or take spacing 'respaced')"));
+    throw UsageError(text(steps, " steps have no integer stride in ", total,
+                          " training steps; the nearest that do: ", near, " (or take spacing 'respaced')"));
 }
 
 }  // namespace

@@ -71,8 +71,8 @@ __attribute__((target("sha,sse4.1,ssse3"))) void fast_blocks(std::uint32_t* stat
             if (i < 4) {
                 w[i] = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes) + i), swap);
             } else {
-                const __m128i sum = _mm_add_epi32(_mm_sha256msg1_epu32(w[i - 4], w[i - 3]),
-                                                  _mm_alignr_epi8(w[i - 1], w[i - 2], 4));
+                const __m128i sum =
+                    _mm_add_epi32(_mm_sha256msg1_epu32(w[i - 4], w[i - 3]), _mm_alignr_epi8(w[i - 1], w[i - 2], 4));
                 w[i] = _mm_sha256msg2_epu32(sum, w[i - 1]);
             }
             const __m128i words = _mm_add_epi32(w[i], _mm_load_si128(reinterpret_cast<const __m128i*>(K) + i));

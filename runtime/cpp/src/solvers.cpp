@@ -124,7 +124,7 @@ Array dpm(const Diffusion& diffusion, const Schedule& schedule, Array x, const D
     const Sampler& sampler = diffusion.sampler;
     const std::size_t count = schedule.timesteps.size();
     const bool few = sampler.lower_order_final && count < 15;
-    std::deque<Array> data;     // predicted x₀, newest first
+    std::deque<Array> data;  // predicted x₀, newest first
     std::deque<double> lambdas;
     for (std::size_t index = 0; index < count; ++index) {
         const double level = schedule.alpha_bar[index], after = schedule.alpha_bar_prev[index];

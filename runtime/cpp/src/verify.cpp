@@ -16,15 +16,15 @@ constexpr std::uint64_t FINGERPRINT_SEED = 0;
 
 // S steps of a run of B samples.
 struct Reference {
-    Array betas;                                         // (T,)
-    Array timesteps;                                     // (S,)
-    std::vector<std::int64_t> labels, seeds;             // (B,)
-    std::vector<float> guidance;                         // (B,)
-    std::vector<float> latents;                          // (S + 1, B, C, H, W)
-    std::vector<float> prediction, conditional, null;    // (S, B, C, H, W)
-    std::vector<float> variance;                         // (S, B, C, H, W), or empty where it is not learned
-    std::vector<float> fingerprint;                      // (classes + 1, FINGERPRINTS)
-    std::vector<std::uint8_t> images;                    // (B, 8H, 8W, 3), or empty without a decoder
+    Array betas;                                       // (T,)
+    Array timesteps;                                   // (S,)
+    std::vector<std::int64_t> labels, seeds;           // (B,)
+    std::vector<float> guidance;                       // (B,)
+    std::vector<float> latents;                        // (S + 1, B, C, H, W)
+    std::vector<float> prediction, conditional, null;  // (S, B, C, H, W)
+    std::vector<float> variance;                       // (S, B, C, H, W), or empty where it is not learned
+    std::vector<float> fingerprint;                    // (classes + 1, FINGERPRINTS)
+    std::vector<std::uint8_t> images;                  // (B, 8H, 8W, 3), or empty without a decoder
 };
 
 Reference load_reference(const Pipeline& pipe) {
@@ -37,12 +37,10 @@ Reference load_reference(const Pipeline& pipe) {
             if (!arrays.count(name)) missing.push_back(name);
         if (!missing.empty()) throw NpyError("it lacks " + join(missing));
         const Reference reference = {
-            arrays["betas"].as<double>(),          arrays["timesteps"].as<double>(),
-            arrays["labels"].as<std::int64_t>(),   arrays["seeds"].as<std::int64_t>(),
-            arrays["guidance"].as<float>(),        arrays["latents"].as<float>(),
-            arrays["prediction"].as<float>(),      arrays["conditional"].as<float>(),
-            arrays["null"].as<float>(),            arrays["variance"].as<float>(),
-            arrays["fingerprint"].as<float>(),     arrays["images"].as<std::uint8_t>()};
+            arrays["betas"].as<double>(),       arrays["timesteps"].as<double>(),  arrays["labels"].as<std::int64_t>(),
+            arrays["seeds"].as<std::int64_t>(), arrays["guidance"].as<float>(),    arrays["latents"].as<float>(),
+            arrays["prediction"].as<float>(),   arrays["conditional"].as<float>(), arrays["null"].as<float>(),
+            arrays["variance"].as<float>(),     arrays["fingerprint"].as<float>(), arrays["images"].as<std::uint8_t>()};
         const std::size_t steps = reference.timesteps.size(), batch = reference.labels.size();
         const std::size_t each = batch * count(pipe.manifest.latent_shape);
         const auto expect = [](const char* name, std::size_t found, std::size_t expected) {
@@ -60,8 +58,7 @@ Reference load_reference(const Pipeline& pipe) {
         if (!reference.variance.empty()) expect("variance", reference.variance.size(), steps * each);
         if (!reference.images.empty() && pipe.image_shape().empty())
             throw BundleError(folder + ": the decoder is gone, its reference has pictures");
-        if (!pipe.image_shape().empty())
-            expect("images", reference.images.size(), batch * count(pipe.image_shape()));
+        if (!pipe.image_shape().empty()) expect("images", reference.images.size(), batch * count(pipe.image_shape()));
         return reference;
     } catch (const NpyError& error) {
         throw BundleError(text(folder, ": ", REFERENCE, " cannot be read: ", error.what(), "; rebuild the bundle"));
@@ -132,7 +129,8 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, double limit, co
         on_check({"prediction, rel-L2", relative_error(both.prediction, &reference.prediction[step * each]), limit,
                   false, where});
         if (!both.variance.empty()) {
-            if (reference.variance.empty()) throw BundleError("the reference has no variance, but the denoiser gives one");
+            if (reference.variance.empty())
+                throw BundleError("the reference has no variance, but the denoiser gives one");
             on_check({"variance, rel-L2", relative_error(both.variance, &reference.variance[step * each]), limit, false,
                       where});
         }
@@ -142,8 +140,8 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, double limit, co
         on_check({"unguided, rel-L2", relative_error(alone.prediction, &reference.conditional[step * each]), limit,
                   false, where});
         const Prediction null = pipe.denoise(latents, nulls(step, 0, batch), reference.guidance);
-        on_check({"null label, rel-L2", relative_error(null.prediction, &reference.null[step * each]), limit, false,
-                  where});
+        on_check(
+            {"null label, rel-L2", relative_error(null.prediction, &reference.null[step * each]), limit, false, where});
     }
 }
 
@@ -207,7 +205,8 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
     std::map<std::string, Tolerances> limits;
     for (const auto& [name, graph] : pipe.manifest.graphs) {
         if (!TOLERANCES.count(graph.precision))
-            throw BundleError(text(name, " has precision '", graph.precision, "', for which this library has no limits"));
+            throw BundleError(
+                text(name, " has precision '", graph.precision, "', for which this library has no limits"));
         limits[name] = TOLERANCES.at(graph.precision);
     }
     const Array betas = diffusion.betas();

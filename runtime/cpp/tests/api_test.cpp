@@ -296,7 +296,8 @@ TEST_P(Api, BadBundles) {
     bad("leaves the bundle", [](const BundleCopy& copy) {
         copy.edit([](Json& table) {
             table["graphs"]["denoiser"]["onnx"] = "../d.onnx";
-            for (const char* name : {"../d.onnx", "../d.onnx.data"}) table["files"][name] = {{"size", 1}, {"sha256", ""}};
+            for (const char* name : {"../d.onnx", "../d.onnx.data"})
+                table["files"][name] = {{"size", 1}, {"sha256", ""}};
         });
     });
     const auto location = [](const BundleCopy& copy, const std::string& name) {
@@ -305,7 +306,8 @@ TEST_P(Api, BadBundles) {
                                    std::filesystem::copy_options::overwrite_existing);
         std::string content = copy.bytes("denoiser.onnx");
         const std::string own = "denoiser.onnx.data", other = "../" + name;
-        for (std::size_t at = 0; (at = content.find(own, at)) != std::string::npos;) content.replace(at, own.size(), other);
+        for (std::size_t at = 0; (at = content.find(own, at)) != std::string::npos;)
+            content.replace(at, own.size(), other);
         copy.write("denoiser.onnx", content);
     };
     bad("denoiser.onnx", [&](const BundleCopy& copy) {

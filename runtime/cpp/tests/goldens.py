@@ -61,7 +61,13 @@ def runs() -> list[dict[str, Any]]:
             continue  # these two show the spacings, the others the rest
         diffusion = Diffusion.from_dict(DIFFUSIONS[name])
         for eta in (0.0, 0.7) if solver == "ddim" else (0.0,):
-            entry: dict[str, Any] = {"diffusion": name, "solver": solver, "spacing": spacing, "steps": steps, "eta": eta}
+            entry: dict[str, Any] = {
+                "diffusion": name,
+                "solver": solver,
+                "spacing": spacing,
+                "steps": steps,
+                "eta": eta,
+            }
             found.append(entry)
             try:
                 schedule = make_schedule(diffusion, solver, steps, spacing or None)
@@ -102,7 +108,8 @@ def goldens() -> dict[str, Any]:
         "runs": runs(),
         "noise": noises(),
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
-        "tolerances": {name: asdict(limits) for name, limits in verify.TOLERANCES.items()} | {
+        "tolerances": {name: asdict(limits) for name, limits in verify.TOLERANCES.items()}
+        | {
             "noise": verify.NOISE_ATOL,
         },
         "sampler_fields": sorted(entry.name for entry in fields(full.sampler)),

@@ -53,7 +53,8 @@ TEST_F(ManifestTest, Format) {
 }
 
 TEST_F(ManifestTest, NotJson) {
-    for (const std::string content : {"", "{", "[]", "null", "\"a\"", "{\"format\": 1}", "\xef\xbb\xbf{}", "\xff\xfe\xfd"}) {
+    for (const std::string content :
+         {"", "{", "[]", "null", "\"a\"", "{\"format\": 1}", "\xef\xbb\xbf{}", "\xff\xfe\xfd"}) {
         copy.write("manifest.json", content);
         refused({"manifest.json"});
     }
@@ -75,7 +76,8 @@ TEST_F(ManifestTest, UnknownKeys) {
 }
 
 TEST_F(ManifestTest, PathsThatLeaveTheBundle) {
-    for (const std::string name : {"../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:outside", "", "."}) {
+    for (const std::string name :
+         {"../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:outside", "", "."}) {
         copy.restore();
         copy.edit([&](Json& table) { table["files"][name] = {{"size", 1}, {"sha256", ""}}; });
         refused({"leaves the bundle", "refused"});
@@ -87,7 +89,8 @@ TEST_F(ManifestTest, Links) {
     std::filesystem::create_symlink("moved", copy.folder / "denoiser.onnx.data");
     refused({"denoiser.onnx.data", "link", "refused"});
     std::filesystem::create_directory_symlink(copy.folder, copy.folder / "sub");
-    copy.edit([](Json& table) { table["files"]["a/../x"] = table["files"]["sub/moved"] = table["files"]["parity.json"]; });
+    copy.edit(
+        [](Json& table) { table["files"]["a/../x"] = table["files"]["sub/moved"] = table["files"]["parity.json"]; });
     EXPECT_THROW(inside(copy.folder, "sub/moved"), BundleError);
     std::filesystem::rename(copy.folder / "manifest.json", copy.folder / "there");
     std::filesystem::create_symlink("there", copy.folder / "manifest.json");
@@ -126,8 +129,9 @@ TEST_F(ManifestTest, NoChangeEndsInAnythingElse) {
     const Json good = Json::parse(copy.bytes("manifest.json"));
     std::vector<Json::json_pointer> places;
     each_place(good, Json::json_pointer(), places);
-    const std::vector<Json> odd = {nullptr, true,          -1, 0,  1.5, 1e30, INT64_MAX, UINT64_MAX,
-                                   "",      "x\xff\x00y", Json::array(), Json::object(), {nullptr}, {1, 2, 3}};
+    const std::vector<Json> odd = {nullptr,       true,           -1,         0,        1.5,
+                                   1e30,          INT64_MAX,      UINT64_MAX, "",       "x\xff\x00y",
+                                   Json::array(), Json::object(), {nullptr},  {1, 2, 3}};
     int refusals = 0, read_again = 0;
     for (const auto& place : places) {
         for (std::size_t index = 0; index <= odd.size(); ++index) {

@@ -19,7 +19,7 @@ struct Seen {
 
 // Rows that tell which (t, label) they are for.
 Seen run(std::size_t steps, const std::vector<std::int64_t>& labels, std::optional<std::int64_t> null,
-        std::size_t budget, std::size_t max_rows = 8) {
+         std::size_t budget, std::size_t max_rows = 8) {
     Seen seen;
     const Conditioner conditioner = [&](const std::vector<float>& times, const std::vector<std::int64_t>& ids) {
         std::vector<float> rows;
@@ -68,9 +68,7 @@ TEST(Table, AStepLargerThanTheBudgetIsStillMade) {
     EXPECT_EQ(seen.pairs.size(), 44u);
 }
 
-TEST(Table, EqualLabelsAreMadeOnce) {
-    EXPECT_EQ(run(6, {3, 3, 7, 3, 7, 99}, 99, 1000000).pairs.size(), 18u);
-}
+TEST(Table, EqualLabelsAreMadeOnce) { EXPECT_EQ(run(6, {3, 3, 7, 3, 7, 99}, 99, 1000000).pairs.size(), 18u); }
 
 TEST(Table, AConditionerOfAnotherSizeIsAnError) {
     const Conditioner few = [](const std::vector<float>&, const std::vector<std::int64_t>&) {

@@ -94,9 +94,8 @@ class Pipeline {
         images.pixels.resize(images.count * images.height * images.width * 3);
         std::uint8_t none = 0;
         std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
-        run(request, [&](const dit_request& given) {
-            return dit_generate(pipe_.get(), &given, pixels, images.pixels.size());
-        });
+        run(request,
+            [&](const dit_request& given) { return dit_generate(pipe_.get(), &given, pixels, images.pixels.size()); });
         return images;
     }
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The C++ tests under AddressSanitizer and UBSan, then the threads under ThreadSanitizer:
+# `sanitize.sh CONFIGURE FOLDER JOBS`, where CONFIGURE is the cmake command without its build folder.
+set -euo pipefail
+configure=$1 folder=$2 jobs=$3
+here=$(cd "$(dirname "$0")" && pwd)
+
+build() { # NAME SANITIZERS TARGETS…
+    eval "$configure -B '$folder/cpp-$1' -DDIT_TESTS=ON -DDIT_PROGRAMS=OFF -DDIT_SANITIZE=$2 -DCMAKE_BUILD_TYPE=RelWithDebInfo"
+    cmake --build "$folder/cpp-$1" --parallel "$jobs"
+}
+
+build asan address,undefined
+ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 LSAN_OPTIONS=suppressions=$here/lsan.txt:print_suppressions=0 \
+    UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir "$folder/cpp-asan" --output-on-failure
+
+build tsan thread
+ctest --test-dir "$folder/cpp-tsan" --output-on-failure -R '^bundle$'
+# The engines are not built with ThreadSanitizer; what they do among themselves it cannot judge.
+TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1 "$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*'
