@@ -22,7 +22,7 @@ CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BI
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup engine cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz goldens test test-all lint format clean
+.PHONY: help setup engine cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -64,12 +64,19 @@ cpp-sanitize: $(STAMP)
 	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
 
 cpp-fuzz: $(STAMP)
-	$(CPP_SETUP) clang
+	$(CPP_SETUP) clang libclang-rt-dev
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF
 	cmake --build build/cpp-fuzz --parallel $(JOBS) --target manifest-fuzzer
 	mkdir -p build/cpp-fuzz/corpus
 	build/cpp-fuzz/fuzz/manifest-fuzzer -max_total_time=$(or $(FUZZ_SECONDS),60) -max_len=8192 -timeout=10 \
 		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus runtime/cpp/fuzz/corpus
+
+# Whether the TensorRT engine compiles against the public headers, where they are at hand; it needs no GPU.
+cpp-tensorrt:
+	$(if $(TENSORRT_ROOT),,$(error pass TENSORRT_ROOT, a folder with include/NvInferRuntime.h))
+	c++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -DDIT_TENSORRT='"tensorrt"' -Iruntime/cpp/src \
+		-isystem '$(TENSORRT_ROOT)/include' -isystem '$(or $(CUDA_ROOT),/usr/local/cuda)/include' \
+		runtime/cpp/src/engine_trt.cpp
 
 # What Python computes, for the C++ tests to replay.
 goldens: $(STAMP)

@@ -132,7 +132,7 @@ Manifest parse(const std::string& content, const std::string& where) {
     if (!table.is_object() || !table.contains("format") || !table["format"].is_number_integer())
         throw BundleError(text(where, ": no format number; expected ", FORMAT));
     if (table["format"] != FORMAT) {
-        const bool newer = table["format"] > Json(FORMAT);
+        const bool newer = table["format"].is_number_unsigned() && table["format"].get<std::uint64_t>() > FORMAT;
         throw BundleError(text(where, ": format ", table["format"].dump(), ", expected ", FORMAT, ": ",
                                newer ? "upgrade dit-export" : "rebuild it with `dit-export build`"));
     }

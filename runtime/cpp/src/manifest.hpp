@@ -16,7 +16,7 @@ namespace dit_runtime {
 using Path = std::filesystem::path;
 using Shape = std::vector<std::int64_t>;
 
-inline constexpr std::int64_t FORMAT = 1;
+inline constexpr std::uint64_t FORMAT = 1;
 inline const char* const MANIFEST = "manifest.json";
 inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
 inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows, training steps, numbers a row

@@ -1,5 +1,6 @@
 // Times runs for tools/bench.py: `bench BUNDLE THREADS STEPS`, then one run for each line on standard input. A line of
-// the answer holds the milliseconds of each step but the first, a bar, and the whole run's and its engines' milliseconds.
+// the answer holds the milliseconds of each step but the first, a bar, and the whole run's and its engines'
+// milliseconds.
 #include <chrono>
 #include <iostream>
 #include <string>

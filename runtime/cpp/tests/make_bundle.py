@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,8 @@ def reference(folder: Path, contract: Manifest) -> None:
 
 
 def make(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # onnx appends to weights that are there
+    folder.mkdir(parents=True)
     for name, (graph, parts) in graphs().items():
         save(folder, name, graph, parts)
     contract = Manifest(

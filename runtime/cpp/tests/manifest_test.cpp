@@ -115,13 +115,14 @@ TEST_F(ManifestTest, AFlippedByte) {
     EXPECT_THROW(check_files(copy.folder, manifest, {"elsewhere"}), BundleError);
 }
 
+// Every key and index of a manifest.
 void each_place(const Json& value, const Json::json_pointer& here, std::vector<Json::json_pointer>& places) {
-    for (const auto& entry : value.flatten().items()) places.emplace_back(entry.key());
-    for (const auto& entry : value.items())
-        if (entry.value().is_structured()) {
-            const auto place = here / entry.key();
-            places.push_back(place);
-        }
+    std::size_t index = 0;
+    for (const auto& entry : value.items()) {
+        const Json::json_pointer place = value.is_array() ? here / index++ : here / entry.key();
+        places.push_back(place);
+        if (entry.value().is_structured()) each_place(entry.value(), place, places);
+    }
 }
 
 // Each value replaced by each of a few odd ones, and each key taken out: read, or a BundleError, but nothing else.
@@ -138,8 +139,10 @@ TEST_F(ManifestTest, NoChangeEndsInAnythingElse) {
             Json table = good;
             if (index < odd.size())
                 table[place] = odd[index];
+            else if (Json& parent = table[place.parent_pointer()]; parent.is_array())
+                parent.erase(std::stoul(place.back()));
             else
-                table[place.parent_pointer()].erase(table[place.parent_pointer()].is_array() ? "" : place.back());
+                parent.erase(place.back());
             try {
                 const Manifest manifest = parse(table.dump(-1, ' ', false, Json::error_handler_t::replace), "m");
                 manifest.diffusion.betas();

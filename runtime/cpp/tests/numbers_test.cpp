@@ -119,10 +119,10 @@ TEST(Solvers, Refusals) {
     const Denoise silent = [](const Array& x, double t) { return Prediction{respond(x, t).prediction, {}}; };
     EXPECT_THROW(solve(Diffusion(), "ddpm", 5, Array(SIZE), draw({0}, 1), silent), UsageError);
     try {
-        with("ddim", 7, 0, "stride");
+        with("ddim", 300, 0, "stride");
         FAIL();
     } catch (const UsageError& error) {
-        EXPECT_NE(std::string(error.what()).find("6 and 8"), std::string::npos) << error.what();
+        EXPECT_NE(std::string(error.what()).find("250 and 334"), std::string::npos) << error.what();
     }
 }
 
@@ -130,7 +130,7 @@ TEST(Solvers, Refusals) {
 TEST(Solvers, NothingUnclipped) {
     Diffusion clipped;
     clipped.sampler.lambda_min_clipped = 100;
-    for (const auto& spacing : {"leading", "trailing", "linspace"})
+    for (const auto& spacing : {"trailing", "linspace"})
         EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
 }
 
