@@ -49,8 +49,6 @@
 extern "C" {
 #endif
 
-/* ---- Handle and status ---------------------------------------------------------------------------------------- */
-
 typedef struct dit_pipeline dit_pipeline;
 
 typedef enum dit_status {
@@ -66,15 +64,14 @@ typedef enum dit_status {
     DIT_INTERNAL = 9 /* a bug of this library */
 } dit_status;
 
-/* ---- Options; start from the _INIT value, which sets struct_size ------------------------------------------------ */
+/* Options: start from the _INIT value, which sets struct_size. */
 
 typedef struct dit_open_options {
     size_t struct_size;
     const char* backend; /* "onnxruntime", "openvino", …, or "auto"; NULL: the one that the bundle was built for */
-    const char*
-        device;     /* ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, openvino; OpenVINO: CPU, GPU, …; NULL: CPU */
-    int threads;    /* of an engine; 0: its own choice */
-    int low_memory; /* 1: one engine in memory at a time, opened when a run comes to it; slower */
+    const char* device;  /* ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, openvino; OpenVINO: CPU, GPU; NULL: CPU */
+    int threads;         /* of an engine; 0: its own choice */
+    int low_memory;      /* 1: one engine in memory at a time, opened when a run comes to it; slower */
 } dit_open_options;
 
 #define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0}
@@ -118,8 +115,6 @@ typedef struct dit_request {
 } dit_request;
 
 #define DIT_REQUEST_INIT {sizeof(dit_request), NULL, 0, NULL, 0, NULL, 0, 0, NULL, NULL, 0.0, NULL, NULL, NULL}
-
-/* ---- Calls ------------------------------------------------------------------------------------------------------ */
 
 /* A pipeline without a bundle; NULL where memory is short. */
 DIT_API dit_pipeline* dit_new(void);
