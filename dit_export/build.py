@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import onnx_graphsurgeon as gs
+
 import dit_runtime.verify
 from dit_export import graphs, trace
-from dit_export.fuse import fuse
+from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
+from dit_export.fuse.subpixel import subpixel
 from dit_export.spec import PRECISIONS, ModelSpec, Recipe, signatures, table_name
 from dit_export.verify.parity import graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
+from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
 from dit_runtime import backends, manifest
 from dit_runtime.errors import UsageError
@@ -27,6 +31,7 @@ from dit_runtime.progress import Progress
 from dit_runtime.verify import Check
 
 PARITY = "parity.json"
+_PACKAGES = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy", *backends.BACKENDS)
 CONDITIONER_ROWS = 64  # (t, label) pairs a call: of XL/2's 783 kB a pair 50 MB
 DECODER_ROWS = 2  # a 512 px picture's activations are hundreds of MB, and a batch gains nothing on a CPU
 
@@ -56,7 +61,7 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         raise UsageError(f"resolution {recipe.resolution}; expected a multiple of 8, such as 256 or 512")
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
-    backend = backends.choose(recipe.backend)
+    backend = backends.choose(recipe.backend, recipe.precision)
     with progress.stage("weights"):
         loaded = load(recipe)
     spec = loaded.spec
@@ -66,13 +71,13 @@ def build(recipe: Recipe, progress: Progress) -> Built:
     with _partial(folder) as partial:
         _require_disk(partial, loaded)
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        counts = _write_graphs(partial, loaded, decoder, progress)
+        written = _write_graphs(partial, loaded, decoder, recipe.precision, progress)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
                 loaded.model, decoder, loaded.diffusion, lambda done, steps: progress.step(done, steps, "reference")
             )
             save_reference(partial, reference)
-        contract = _describe(partial, loaded, recipe, backend, counts)
+        contract = _describe(partial, loaded, recipe, backend, written)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
@@ -80,7 +85,16 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         return replace(built, folder=_put_in_place(partial, folder, built.passed))
 
 
-def _write_graphs(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> dict[str, int]:
+@dataclass(frozen=True)
+class Written:
+    precision: str
+    engines: dict[str, tuple[str, ...]]  # by backend: the files of its own form
+    counts: dict[str, int]  # what each pass found
+
+
+def _write_graphs(
+    partial: Path, loaded: Loaded, decoder: trace.Decoder | None, precision: str, progress: Progress
+) -> dict[str, Written]:
     spec = loaded.spec
     traced = partial / "traced"
     traced.mkdir()
@@ -89,25 +103,55 @@ def _write_graphs(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, 
     with progress.stage("fuse: hoist, fold gains, pack, guidance"):
         fused = fuse(graphs.load(traced / "dit.onnx"), spec)
         graphs.save(fused.conditioner, partial / "conditioner.onnx")
-        graphs.save(fused.denoiser, partial / "denoiser.onnx")
+        written = {"conditioner": Written("fp32", {}, {})}
+        written["denoiser"] = _write(partial, "denoiser", fused.denoiser, precision, fused.counts, expected_counts(spec))
     if decoder is not None:
-        with progress.stage("trace: VAE decoder to ONNX"):
+        with progress.stage("trace and fuse: VAE decoder to ONNX"):
             shape = (spec.channels, spec.latent_size, spec.latent_size)
             trace.export_decoder(decoder, shape).save(traced / "decoder.onnx", external_data=True)
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
-            graphs.save(graph, partial / "decoder.onnx")
+            counts = {"subpixel": subpixel(graph)}
+            written["decoder"] = _write(partial, "decoder", graph, precision, counts, decoder.expected_counts())
     shutil.rmtree(traced)
-    return fused.counts
+    return written
 
 
-def _describe(partial: Path, loaded: Loaded, recipe: Recipe, backend: str, counts: dict[str, int]) -> Manifest:
+def _write(
+    partial: Path, name: str, graph: gs.Graph, precision: str, counts: dict[str, int], expected: dict[str, int]
+) -> Written:
+    """The portable graph in its precision, and beside it, with the same weights, the form of each backend."""
+    if precision in narrow.TYPES:
+        counts = counts | {"narrow": narrow.narrow(graph, precision)}
+    graphs.save(graph, partial / f"{name}.onnx")
+    engines = {}
+    for backend, passes in LOWERINGS.items():
+        if precision in backends.backend(backend).PRECISIONS:
+            form = graph.copy()
+            found = {rewrite.__name__: rewrite(form) for rewrite in passes}
+            counts = counts | found
+            if any(found.values()):
+                engines[backend] = graphs.save(form, partial / f"{name}.{backend}.onnx")
+    require(counts, expected)
+    return Written(precision, engines, counts)
+
+
+def _describe(
+    partial: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]
+) -> Manifest:
     spec = loaded.spec
     rows = {"conditioner": CONDITIONER_ROWS, "denoiser": recipe.max_batch, "decoder": DECODER_ROWS}
     described = {
-        name: Graph(f"{name}.onnx", *signature, max_batch=rows[name], precision=recipe.precision, backend=backend)
+        name: Graph(
+            f"{name}.onnx",
+            *signature,
+            max_batch=rows[name],
+            precision=written[name].precision,
+            backend=backends.choose(backend, written[name].precision),
+            engines=written[name].engines,
+        )
         for name, signature in signatures(spec).items()
-        if (partial / f"{name}.onnx").is_file()
+        if name in written
     }
     return Manifest(
         model={"name": table_name(spec), "resolution": spec.resolution, **asdict(spec)},
@@ -121,7 +165,7 @@ def _describe(partial: Path, loaded: Loaded, recipe: Recipe, backend: str, count
         graphs=described,
         files=manifest.describe_files(partial),
         source={**loaded.source, "recipe": asdict(recipe)},
-        built_with={"passes": counts, "versions": _versions()},
+        built_with={"passes": {name: graph.counts for name, graph in written.items()}, "versions": _versions()},
     )
 
 
@@ -146,6 +190,11 @@ def check(pipe: Pipeline, loaded: Loaded, decoder: trace.Decoder | None, progres
         checks += graph_parity(pipe, loaded.model, decoder)
     with progress.stage("verify: replay of the reference"):
         checks += dit_runtime.verify.verify(pipe, lambda done, total: progress.step(done, total, "replay"))
+    with twins(pipe) as rounded:
+        if rounded is not None:
+            with progress.stage("verify: the rounding twins"):
+                again = [*graph_parity(rounded, loaded.model, decoder), *dit_runtime.verify.verify(rounded)]
+                checks += [replace(entry, name=f"twin: {entry.name}") for entry in again]
     return Built(pipe.folder, checks, sensitive)
 
 
@@ -163,7 +212,7 @@ def _summary(built: Built) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "onnxruntime", "numpy"):
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,12 @@ ALIGNMENT = 64
 
 
 def load(path: Path) -> gs.Graph:
-    """Reads a graph; external weights become memory maps, so XL/2 costs no memory until it is computed with."""
+    """Reads a graph, every tensor with its type and shape; external weights become memory maps, so XL/2 costs none."""
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise UsageError(f"{path}: not an ONNX model: {error}") from None
-    graph = gs.import_onnx(model)
+    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
     if not graph.nodes:
         raise UsageError(f"{path}: holds no nodes; expected an ONNX model")
     graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]  # IR 3 lists weights too
@@ -57,34 +58,74 @@ def constants(graph: gs.Graph) -> list[gs.Constant]:
     return [tensor for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)]
 
 
-def save(graph: gs.Graph, path: Path) -> None:
-    """Writes graph and weights (path + ".data"), keeps no intermediate shapes, and checks the result by its path."""
+def data_name(onnx_name: str) -> str:
+    """The file beside an ONNX file that holds its weights."""
+    return onnx_name + ".data"
+
+
+def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
+    """Writes graph and weights, keeps no intermediate shapes, checks the result by its path; returns the files' names.
+
+    Afterwards the graph's weights are memory maps of what was written. A weight that is such a map already, of a file in
+    the same folder, is written by reference: so several forms of a graph share their weights.
+    """
     graph.cleanup(remove_unused_graph_inputs=False)
-    data_path = path.with_name(path.name + ".data")
-    swapped: list[tuple[gs.Constant, np.ndarray]] = []
-    with data_path.open("wb") as data:
+    data_path = path.with_name(data_name(path.name))
+    part = data_path.with_name(data_path.name + ".part")  # renamed at the end: what is mapped from an old file stays
+    used: dict[str, None] = {}
+    external: list[tuple[gs.Constant, TensorProto]] = []
+    with part.open("wb") as data:
         for tensor in constants(graph):
             values = tensor.values
             if values.nbytes < INLINE_BYTES or values.dtype.kind in "iu":
                 continue
-            data.write(b"\0" * (-data.tell() % ALIGNMENT))
+            place = _mapped_from(values, path.parent)
+            if place is None or place[0] == data_path.name:
+                data.write(b"\0" * (-data.tell() % ALIGNMENT))
+                place = data_path.name, data.tell()
+                np.ascontiguousarray(values).tofile(data)
+            used[place[0]] = None
             proto = TensorProto(
                 name=tensor.name,
                 data_type=np_dtype_to_tensor_dtype(values.dtype),
                 dims=values.shape,
                 data_location=TensorProto.EXTERNAL,
             )
-            for key, value in (("location", data_path.name), ("offset", data.tell()), ("length", values.nbytes)):
+            for key, value in (("location", place[0]), ("offset", place[1]), ("length", values.nbytes)):
                 proto.external_data.add(key=key, value=str(value))
-            np.ascontiguousarray(values).tofile(data)
-            swapped.append((tensor, values))
+            external.append((tensor, proto))
             tensor.values = LazyValues(proto)
+    if data_path.name in used:
+        part.replace(data_path)
+    else:
+        part.unlink()
     model = gs.export_onnx(graph)
-    for tensor, values in swapped:
-        tensor.values = values
+    for tensor, proto in external:
+        tensor.values = _map_external(proto, path.parent)
     del model.graph.value_info[:]
     onnx.save(model, path)
     onnx.checker.check_model(path, full_check=True)
+    return (path.name, *used)
+
+
+def _mapped_from(values: np.ndarray, folder: Path) -> tuple[str, int] | None:
+    """File and offset of a whole memory map of a file in `folder`; a view of one has another place."""
+    if isinstance(values, np.memmap) and isinstance(values.base, mmap.mmap) and Path(values.filename).parent == folder:
+        return Path(values.filename).name, int(values.offset)
+    return None
+
+
+def layer(
+    graph: gs.Graph, op: str, inputs: Sequence[gs.Tensor | np.ndarray], output: str | gs.Variable, **attrs: object
+) -> gs.Variable:
+    """Appends one node; arrays among its inputs become constants named after the output."""
+    result = gs.Variable(output) if isinstance(output, str) else output
+    tensors = [
+        gs.Constant(f"{result.name}_{index}", value) if isinstance(value, np.ndarray) else value
+        for index, value in enumerate(inputs)
+    ]
+    graph.nodes.append(gs.Node(op, result.name, attrs, inputs=tensors, outputs=[result]))
+    return result
 
 
 def sign(graph: gs.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:

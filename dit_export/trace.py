@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from dit_export.models.dit import DiT
@@ -63,6 +65,21 @@ class Decoder(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return (self.decoder(latents) / 2 + 0.5).clamp(0, 1)  # (B, 3, 8H, 8W)
+
+    def expected_counts(self) -> dict[str, int]:
+        """What each pass must find in this decoder's graph."""
+
+        def count(*kinds: type[nn.Module]) -> int:
+            return sum(isinstance(module, kinds) for module in self.modules())
+
+        doubled = count(Upsample2D)  # their convolutions become four each
+        return {
+            "subpixel": doubled,
+            "group_norm": count(nn.GroupNorm),
+            "plain_attention": count(Attention),
+            "split_qkv": 0,
+            "narrow": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
+        }
 
 
 def export_decoder(decoder: Decoder, latents_shape: Sequence[int]) -> torch.onnx.ONNXProgram:

@@ -107,7 +107,8 @@ def build(folder: Path, checkpoint: str = "checkpoint", *options: str) -> Built:
     from dit_export.cli import main
 
     built = Built(folder / checkpoint, folder / "bundle")
-    assert main(["build", "--checkpoint", str(built.checkpoint), "-o", str(built.bundle), *options]) == 0
+    command = ["build", "--checkpoint", str(built.checkpoint), "--backend", "onnxruntime", "-o", str(built.bundle)]
+    assert main([*command, *options]) == 0
     return built
 
 

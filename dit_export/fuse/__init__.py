@@ -1,15 +1,19 @@
-"""Graph passes, one file a pass; `fuse` is the order in which they run."""
+"""Graph passes, one file a pass; `fuse` is the order in which they run, LOWERINGS what each backend gets besides."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
+from dit_export.fuse.attention import plain_attention
 from dit_export.fuse.gains import fold_gains
+from dit_export.fuse.group_norm import group_norm
 from dit_export.fuse.guidance import guide, share_rows
 from dit_export.fuse.hoist import hoist
 from dit_export.fuse.pack import pack
+from dit_export.fuse.qkv import split_qkv
 from dit_export.graphs import sign
 from dit_export.spec import ModelSpec, signatures
 
@@ -20,9 +24,33 @@ class Fused(NamedTuple):
     counts: dict[str, int]
 
 
+# What was measured to be faster (ARCHITECTURE.md, "Fusions per backend"), on top of what the backend fuses by itself.
+LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
+    "onnxruntime": (plain_attention, group_norm),
+    "openvino": (split_qkv, group_norm),
+}
+
+
 def expected_counts(spec: ModelSpec) -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    return {"hoist": spec.num_vectors, "pack": spec.num_vectors, "fold_gains": spec.gains, "share_rows": 2, "guide": 1}
+    return {
+        "hoist": spec.num_vectors,
+        "pack": spec.num_vectors,
+        "fold_gains": spec.gains,
+        "share_rows": 2,
+        "guide": 1,
+        "plain_attention": spec.depth,
+        "split_qkv": spec.depth,
+        "group_norm": 0,
+        "narrow": 5 * spec.depth + 2,  # four linears and attention a block, the patches, the last linear
+    }
+
+
+def require(counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    """Stops a build whose graph is not the one that the passes know."""
+    wrong = [f"{name}: {n}, expected {expected[name]}" for name, n in counts.items() if n != expected[name]]
+    if wrong:
+        raise RuntimeError(f"the exporter's graph is not the one the passes know ({'; '.join(wrong)})")
 
 
 def fuse(graph: gs.Graph, spec: ModelSpec) -> Fused:
@@ -36,12 +64,7 @@ def fuse(graph: gs.Graph, spec: ModelSpec) -> Fused:
         "share_rows": share_rows(denoiser, "latents", "conditioning"),
         "guide": guide(denoiser, "conditioning", spec.channels, spec.guided_channels),
     }
-    expected = expected_counts(spec)
-    wrong = [
-        f"{name}: {counts[name]}, expected {expected[name]}" for name in expected if counts[name] != expected[name]
-    ]
-    if wrong:
-        raise RuntimeError(f"the exporter's graph is not the one the passes know ({'; '.join(wrong)})")
+    require(counts, expected_counts(spec))
     sign(conditioner, *signatures(spec)["conditioner"])
     sign(denoiser, *signatures(spec)["denoiser"])
     return Fused(conditioner, denoiser, counts)

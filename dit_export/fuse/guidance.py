@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from dit_export.fuse.hoist import dependents
+from dit_export.graphs import layer
 from dit_runtime.errors import UsageError
 
 
@@ -30,7 +31,7 @@ def share_rows(graph: gs.Graph, latents: str, conditioning: str) -> int:
         user.inputs = [rows if tensor is given else tensor for tensor in user.inputs]
     flat = np.array([-1, *given.shape[1:]], dtype=np.int64)
     given.shape = ["groups", "batch", *given.shape[1:]]
-    _layer(graph, "Reshape", [given, flat], rows)
+    layer(graph, "Reshape", [given, flat], rows)
     groups = _groups(graph, given)
 
     repeated: dict[str, gs.Variable] = {}
@@ -56,46 +57,35 @@ def guide(graph: gs.Graph, conditioning: str, channels: int, guided: int) -> int
         gs.Variable(name, dtype=out.dtype, shape=["batch", channels, height, width])
         for name in ("prediction", "variance")
     )
-    shape = _layer(graph, "Concat", [_groups(graph, given), np.array([-1, total, height, width])], "out_shape", axis=0)
-    grouped = _layer(graph, "Reshape", [out, shape], "out_grouped")  # (G, B, C_out, H, W)
-    first = _layer(graph, "Gather", [grouped, np.array(0)], "out_first", axis=0)
-    last = _layer(graph, "Gather", [grouped, np.array(-1)], "out_last", axis=0)
+    shape = layer(graph, "Concat", [_groups(graph, given), np.array([-1, total, height, width])], "out_shape", axis=0)
+    grouped = layer(graph, "Reshape", [out, shape], "out_grouped")  # (G, B, C_out, H, W)
+    first = layer(graph, "Gather", [grouped, np.array(0)], "out_first", axis=0)
+    last = layer(graph, "Gather", [grouped, np.array(-1)], "out_last", axis=0)
     moved = [_channels(graph, tensor, 0, guided) for tensor in (first, last)]
-    weight = _layer(graph, "Reshape", [guidance, np.array([-1, 1, 1, 1])], "guidance_weight")
-    change = _layer(graph, "Mul", [weight, _layer(graph, "Sub", moved, "guidance_direction")], "guidance_change")
+    weight = layer(graph, "Reshape", [guidance, np.array([-1, 1, 1, 1])], "guidance_weight")
+    change = layer(graph, "Mul", [weight, layer(graph, "Sub", moved, "guidance_direction")], "guidance_change")
     if guided == channels:
-        _layer(graph, "Add", [moved[1], change], prediction)
+        layer(graph, "Add", [moved[1], change], prediction)
     else:
-        result = _layer(graph, "Add", [moved[1], change], "guided")
-        _layer(graph, "Concat", [result, _channels(graph, first, guided, channels)], prediction, axis=1)
+        result = layer(graph, "Add", [moved[1], change], "guided")
+        layer(graph, "Concat", [result, _channels(graph, first, guided, channels)], prediction, axis=1)
     graph.inputs.append(guidance)
     graph.outputs = [prediction]
     if total > channels:
-        _layer(graph, "Slice", [first, *_bounds(channels, total)], variance)
+        layer(graph, "Slice", [first, *_bounds(channels, total)], variance)
         graph.outputs.append(variance)
     return 1
 
 
-def _layer(graph: gs.Graph, op: str, inputs: list, output: str | gs.Variable, **attrs: int) -> gs.Variable:
-    """Appends one node; arrays among its inputs become constants named after the output."""
-    result = gs.Variable(output) if isinstance(output, str) else output
-    tensors = [
-        gs.Constant(f"{result.name}_{index}", value) if isinstance(value, np.ndarray) else value
-        for index, value in enumerate(inputs)
-    ]
-    graph.nodes.append(gs.Node(op, result.name, attrs, inputs=tensors, outputs=[result]))
-    return result
-
-
 def _groups(graph: gs.Graph, conditioning: gs.Variable) -> gs.Variable:
-    return _layer(graph, "Shape", [conditioning], f"groups_{len(graph.nodes)}", start=0, end=1)
+    return layer(graph, "Shape", [conditioning], f"groups_{len(graph.nodes)}", start=0, end=1)
 
 
 def _repeat(graph: gs.Graph, tensor: gs.Variable, groups: gs.Variable) -> gs.Variable:
     """G copies of the rows of `tensor`, one group after another."""
     ones = np.ones(len(tensor.shape) - 1, dtype=np.int64)
-    counts = _layer(graph, "Concat", [groups, ones], f"{tensor.name}_repeats", axis=0)
-    return _layer(graph, "Tile", [tensor, counts], f"{tensor.name}_rows")
+    counts = layer(graph, "Concat", [groups, ones], f"{tensor.name}_repeats", axis=0)
+    return layer(graph, "Tile", [tensor, counts], f"{tensor.name}_rows")
 
 
 def _bounds(first: int, last: int) -> list[np.ndarray]:
@@ -103,7 +93,7 @@ def _bounds(first: int, last: int) -> list[np.ndarray]:
 
 
 def _channels(graph: gs.Graph, tensor: gs.Variable, first: int, last: int) -> gs.Variable:
-    return _layer(graph, "Slice", [tensor, *_bounds(first, last)], f"{tensor.name}_{first}_{last}")
+    return layer(graph, "Slice", [tensor, *_bounds(first, last)], f"{tensor.name}_{first}_{last}")
 
 
 def _refuse_fixed_rows(graph: gs.Graph, varying: set[str]) -> None:

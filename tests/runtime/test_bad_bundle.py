@@ -19,10 +19,11 @@ from dit_runtime.cli import main, summary
 COMMANDS = {
     "sample": ["--labels", "1", "-o", "x.npy", "--steps", "2"],
     "verify": [],
-    "compile": [],
+    "compile": ["--backend", "onnxruntime"],
     "bench": ["--steps", "2", "--rounds", "1"],
     "info": [],
 }
+OPENED = "denoiser.onnxruntime.onnx"  # the form that this backend runs
 OPENING = ("sample", "verify", "compile", "bench")  # info opens no graph
 
 
@@ -67,7 +68,7 @@ def described(path: Path) -> dict:
     return {"size": path.stat().st_size, "sha256": sha256(path.read_bytes()).hexdigest()}
 
 
-@pytest.mark.parametrize("name", ["conditioner.onnx.data", "denoiser.onnx.data", "denoiser.onnx"])
+@pytest.mark.parametrize("name", ["conditioner.onnx.data", "denoiser.onnx.data", OPENED])
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
 def test_a_flipped_byte(refused, meta_copy, name, where):
     content = bytearray((meta_copy / name).read_bytes())
@@ -161,21 +162,21 @@ def test_a_linked_folder(refused, meta_copy):
 def test_a_graph_whose_weights_are_outside(refused, meta_copy, location):
     """The ONNX file itself names a path; its sum in the manifest is right."""
     outside = Path(shutil.copy(meta_copy / "denoiser.onnx.data", meta_copy.parent / "outside.data"))
-    path = meta_copy / "denoiser.onnx"
+    path = meta_copy / OPENED
     model = onnx.load(path, load_external_data=False)
     for weight in model.graph.initializer:
         for entry in weight.external_data:
             if entry.key == "location":
                 entry.value = str(outside) if location == "ABSOLUTE" else location
     onnx.save(model, path)
-    edit(meta_copy, files=files(meta_copy) | {"denoiser.onnx": described(path)})
-    refused("denoiser.onnx", commands=("sample", "verify", "bench"))
+    edit(meta_copy, files=files(meta_copy) | {OPENED: described(path)})
+    refused(OPENED, commands=("sample", "verify", "bench"))
 
 
 def test_a_graph_that_is_no_onnx(refused, meta_copy):
-    (meta_copy / "denoiser.onnx").write_bytes(b"not a graph\nat all")
-    edit(meta_copy, files=files(meta_copy) | {"denoiser.onnx": described(meta_copy / "denoiser.onnx")})
-    refused("denoiser.onnx", commands=("sample", "verify", "bench"))
+    (meta_copy / OPENED).write_bytes(b"not a graph\nat all")
+    edit(meta_copy, files=files(meta_copy) | {OPENED: described(meta_copy / OPENED)})
+    refused(OPENED, commands=("sample", "verify", "bench"))
 
 
 def test_a_graph_of_other_inputs(refused, meta_copy):
@@ -251,7 +252,7 @@ def test_odd_values_that_only_a_run_would_notice(meta_copy, capsys, tmp_path, mo
     good = json.loads((meta_copy / "manifest.json").read_text())
     denoiser = ("graphs", "denoiser")
     places = [("num_classes",), ("latent_shape",), ("labels",), ("unguided_up_to_one",)]
-    places += [(*denoiser, key) for key in ("max_batch", "precision", "backend", "onnx", "engine", "outputs")]
+    places += [(*denoiser, key) for key in ("max_batch", "precision", "backend", "onnx", "engines", "outputs")]
     places += [("graphs", "conditioner", "outputs", 0, "shape"), ("graphs", "conditioner", "max_batch")]
     crashed = []
     for place in places:

@@ -65,7 +65,7 @@ def test_a_slightly_wrong_label_embedding(meta_copy, verify):
 
 def test_gain_and_shift_swapped_in_the_denoiser(meta_copy, verify):
     """Two outputs of the Split change places: those that a block multiplies with and then adds."""
-    path = meta_copy / "denoiser.onnx"
+    path = meta_copy / "denoiser.onnxruntime.onnx"
     model = onnx.load(path, load_external_data=False)
     (split,) = [node for node in model.graph.node if node.op_type == "Split" and len(node.output) == VECTORS]
     vectors = [*split.output]
@@ -156,7 +156,7 @@ def test_a_denoiser_that_gives_nan(meta_copy, verify):
 
 def test_swapped_guidance(meta_copy, verify):
     """Own and null rows change places: right without guidance, wrong with it."""
-    path = meta_copy / "denoiser.onnx"
+    path = meta_copy / "denoiser.onnxruntime.onnx"
     model = onnx.load(path, load_external_data=False)
     subtractions = [node for node in model.graph.node if node.op_type == "Sub"]
     assert subtractions, "guidance is last + guidance * (first - last)"

@@ -99,11 +99,14 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
+    parser.add_argument("--low-memory", action="store_true", help="open one graph at a time, while it is needed")
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
 
 
 def _load(options: argparse.Namespace) -> Pipeline:
-    return Pipeline.load(options.bundle, threads=options.threads, provider=options.provider)
+    return Pipeline.load(
+        options.bundle, threads=options.threads, provider=options.provider, low_memory=options.low_memory
+    )
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -209,14 +212,16 @@ def report(checks: list[verify.Check], as_json: bool) -> int:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    name = backends.choose(options.backend)
-    module, folder = backends.backend(name), options.bundle
+    folder = options.bundle
     contract = manifest.read(folder)
     graphs, files = {}, dict(contract.files)
     for graph_name, graph in contract.graphs.items():
         manifest.check_files(folder, contract, graph.onnx_files)
-        engine = module.compile(manifest.inside(folder, graph.onnx), folder, Options(options.threads, options.provider))
-        graphs[graph_name] = replace(graph, backend=name, engine=engine)
+        name = backends.choose(options.backend, graph.precision)
+        settings = Options(options.threads, options.provider, graph.precision)
+        engine = backends.backend(name).compile(manifest.inside(folder, graph.onnx), folder, settings)
+        engines = {**graph.engines, name: engine} if engine else graph.engines
+        graphs[graph_name] = replace(graph, backend=name, engines=engines)
         files |= {made: manifest.describe(manifest.inside(folder, made)) for made in engine}
     manifest.write(folder, replace(contract, graphs=graphs, files=files))
     code = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +16,10 @@ TABLE_BYTES = 256 << 20  # of XL/2's 783 kB a (t, label) that is 342
 
 
 class Table:
-    """Rows for the run's steps in windows that stay below the budget, whatever the number of steps and labels."""
+    """Rows for the run's steps in windows that stay below the budget, whatever the number of steps and labels.
+
+    A `whole` table is filled once; over the budget it lives in a temporary file instead of in memory.
+    """
 
     def __init__(
         self,
@@ -25,6 +30,7 @@ class Table:
         row_bytes: int,
         max_rows: int,
         budget: int = TABLE_BYTES,
+        whole: bool = False,
     ) -> None:
         self._conditioner = conditioner
         self._times, self._time_of_step = np.unique(np.asarray(timesteps, np.float32), return_inverse=True)
@@ -32,7 +38,9 @@ class Table:
         self._labels, self._label_of_row = np.unique(np.asarray(wanted, np.int64), return_inverse=True)
         self._guided = null_label is not None
         self._chunk = max_rows
-        self._window = max(1, budget // (row_bytes * len(self._labels)))  # timesteps held at a time
+        self._budget, self._whole = budget, whole
+        fit = max(1, budget // (row_bytes * len(self._labels)))
+        self._window = len(self._times) if whole else fit  # timesteps held at a time
         self._rows: dict[int, NDArray[Any]] = {}  # by timestep: (labels, K, D)
 
     def __call__(self, step: int, samples: slice) -> NDArray[Any]:
@@ -57,7 +65,13 @@ class Table:
             which = np.array(pairs[first : first + self._chunk])
             part = self._conditioner(self._times[which[:, 0]], self._labels[which[:, 1]])
             if not first:
-                rows = np.empty((len(pairs), *part.shape[1:]), part.dtype)
+                rows = self._allocate((len(pairs), *part.shape[1:]), part.dtype)
             rows[first : first + len(part)] = part
         for index, time in enumerate(times):
             self._rows[int(time)] = rows[index * len(self._labels) : (index + 1) * len(self._labels)]
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        if not self._whole or math.prod(shape) * dtype.itemsize <= self._budget:
+            return np.empty(shape, dtype)
+        with tempfile.TemporaryFile() as file:  # its space is given back with the array
+            return np.memmap(file, dtype, "w+", shape=shape)

@@ -28,7 +28,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Graph:
-    """One network of the bundle: its ONNX form, and the files its backend opens."""
+    """One network of the bundle: its portable ONNX form, and the files that each backend opens instead of it."""
 
     onnx: str
     inputs: tuple[TensorSpec, ...]
@@ -36,7 +36,7 @@ class Graph:
     max_batch: int = 8  # rows it takes at a time
     precision: str = "fp32"
     backend: str = "onnxruntime"
-    engine: tuple[str, ...] = ()  # empty: the backend opens the ONNX form itself
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by backend
 
     @property
     def onnx_files(self) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ class Graph:
 
     @property
     def files(self) -> tuple[str, ...]:
-        return self.engine or self.onnx_files
+        return self.engines.get(self.backend, self.onnx_files)
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _parse(table: dict[str, Any]) -> Manifest:
         }
     )
     for graph in graphs.values():
-        for name in graph.files:
+        for name in dict.fromkeys((*graph.files, *(name for files in graph.engines.values() for name in files))):
             if name not in manifest.files:
                 raise ValueError(f"{name} has no size and sha256 under files")
     if manifest.labels and len(manifest.labels) != manifest.num_classes:
@@ -153,9 +153,10 @@ def _graph(table: dict[str, Any]) -> Graph:
                 raise ValueError(f"{spec.name} has dtype {spec.dtype}; known: {', '.join(DTYPES)}")
         return specs
 
-    graph = Graph(
-        **table | {"inputs": tensors("inputs"), "outputs": tensors("outputs"), "engine": tuple(table["engine"])}
-    )
+    engines = {str(backend): tuple(str(name) for name in files) for backend, files in table["engines"].items()}
+    if not all(engines.values()):
+        raise ValueError("an engine without files")
+    graph = Graph(**table | {"inputs": tensors("inputs"), "outputs": tensors("outputs"), "engines": engines})
     for key, kind in (("onnx", str), ("max_batch", int), ("precision", str), ("backend", str)):
         if type(getattr(graph, key)) is not kind:
             raise ValueError(f"{key} is {getattr(graph, key)!r}, expected {kind.__name__}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +24,15 @@ from dit_runtime.solvers import plan, solve
 OnStep = Callable[[int, int, NDArray[np.float64]], Any]
 
 
+def _cache(contract: Manifest) -> Path:
+    """Where backends keep what they compile of this bundle: in the user's cache, by what the bundle holds."""
+    import hashlib  # here, so that importing the runtime stays quick
+
+    content = "".join(f"{name} {file.sha256}\n" for name, file in sorted(contract.files.items()))
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "dit-run" / hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
 class Stopped(Exception):
     """`on_step` asked to stop the run."""
 
@@ -31,26 +42,51 @@ class EngineError(RuntimeError):
 
 
 class Pipeline:
-    def __init__(self, folder: Path, contract: Manifest, engines: dict[str, Engine]) -> None:
+    def __init__(
+        self, folder: Path, contract: Manifest, engines: Mapping[str, Engine], options: Options = Options()
+    ) -> None:
         self.folder, self.manifest = folder, contract
-        self._engines = engines
+        self._engines, self._options = dict(engines), options
 
     @classmethod
-    def load(cls, folder: str | Path, *, threads: int | None = None, provider: str | None = None) -> Pipeline:
-        """Opens a bundle, after its manifest and the sha256 of each file that is opened have been checked."""
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        provider: str | None = None,
+        low_memory: bool = False,
+    ) -> Pipeline:
+        """Opens a bundle, after its manifest and the sha256 of each file that is opened have been checked.
+
+        With `low_memory` only one graph is open at a time, and only while it is needed.
+        """
         folder = Path(folder)
         contract = manifest.read(folder)
-        options = Options(threads=threads, provider=provider)
-        engines: dict[str, Engine] = {}
-        for name, graph in contract.graphs.items():
+        for graph in contract.graphs.values():
             manifest.check_files(folder, contract, graph.files)
-            module = backends.backend(backends.choose(graph.backend))
-            engine: Engine = module.open([manifest.inside(folder, file) for file in graph.files], options)
-            engines[name] = engine
+        options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
+        pipe = cls(folder, contract, {}, options)
+        for name in () if low_memory else contract.graphs:
+            pipe._engine(name)
+        return pipe
+
+    def _engine(self, name: str) -> Engine:
+        """The graph's engine, opened where it is not; in low memory the others make room."""
+        if name not in self._engines:
+            graph = self.manifest.graphs[name]
+            if self._options.low_memory:
+                self.close()
+                if name == "conditioner" and backends.versions()[backends.LEANEST]:
+                    graph = replace(graph, backend=backends.LEANEST)
+            module = backends.backend(backends.choose(graph.backend, graph.precision))
+            files = [manifest.inside(self.folder, file) for file in graph.files]
+            engine: Engine = module.open(files, replace(self._options, precision=graph.precision))
             expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
             if engine.io != expected:
-                raise BundleError(f"{folder}: {name} has inputs and outputs {engine.io}, expected {expected}")
-        return cls(folder, contract, engines)
+                raise BundleError(f"{self.folder}: {name} has inputs and outputs {engine.io}, expected {expected}")
+            self._engines[name] = engine
+        return self._engines[name]
 
     def sample(
         self,
@@ -100,24 +136,25 @@ class Pipeline:
         graph = self.manifest.graphs["conditioner"]
         row_bytes = 4 * math.prod(int(size) for size in graph.outputs[0].shape[1:])
         null_label = self.manifest.null_label if guided else None
-        return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch)
+        whole = self._options.low_memory  # all of it at once, so that the conditioner can be closed
+        return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch, whole=whole)
 
     def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
         """(N,), (N,) -> [N, K, D]."""
-        return self._engines["conditioner"].run({"timesteps": timesteps, "labels": labels})["conditioning"]
+        return self._engine("conditioner").run({"timesteps": timesteps, "labels": labels})["conditioning"]
 
     def denoise(
         self, latents: NDArray[Any], conditioning: NDArray[Any], guidance: NDArray[np.float32]
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """[B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance, [B, C, H, W]."""
         inputs = {"latents": latents.astype(np.float32), "conditioning": conditioning, "guidance": guidance}
-        outputs = self._engines["denoiser"].run(inputs)
+        outputs = self._engine("denoiser").run(inputs)
         return outputs["prediction"], outputs.get("variance")
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
         """[N, C, H, W] -> [N, 3, 8H, 8W] in [0, 1]."""
         self._require_decoder()
-        engine, size = self._engines["decoder"], self.manifest.graphs["decoder"].max_batch
+        engine, size = self._engine("decoder"), self.manifest.graphs["decoder"].max_batch
         parts = []
         for first in range(0, len(latents), size):
             parts.append(engine.run({"latents": latents[first : first + size].astype(np.float32)})["images"])
@@ -192,12 +229,13 @@ class Pipeline:
         return latents
 
     def _require_decoder(self) -> None:
-        if "decoder" not in self._engines:
+        if "decoder" not in self.manifest.graphs:
             raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
 
     def close(self) -> None:
         for engine in self._engines.values():
             engine.close()
+        self._engines.clear()
 
     def __enter__(self) -> Pipeline:
         return self

@@ -12,6 +12,7 @@ import numpy as np
 from dit_runtime.backends import Options
 from dit_runtime.errors import BundleError, UsageError
 
+PRECISIONS = ("fp32", "fp16")
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -54,6 +55,8 @@ class OrtEngine:
         settings.log_severity_level = 3
         if options.threads:
             settings.intra_op_num_threads = options.threads
+        if options.low_memory:  # blocks go back to the system when they are free, not when the session ends
+            settings.enable_cpu_mem_arena = False
         try:
             self._session: Any = ort.InferenceSession(path, settings, providers=[provider])
         except Exception as error:  # its exceptions share no base class but this
