@@ -19,11 +19,14 @@ def build() -> Path:
 
 
 @pytest.fixture
-def dit_generate(build) -> Callable[..., subprocess.CompletedProcess[str]]:
+def dit_generate(build, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the program; one thread, so that the sums are in Python's order."""
+
+    cache = tmp_path_factory.getbasetemp() / "cache"  # of OpenVINO's compiled graphs
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(build / "programs/dit-generate"), *map(str, arguments), "--threads", "1"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"LC_ALL": "C"})
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
     return run

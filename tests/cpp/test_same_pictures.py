@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dit_runtime import Pipeline, manifest
+from dit_runtime import Pipeline, backends, manifest
+from dit_runtime.backends import Options
 
 ENGINES = ("onnxruntime", "openvino")
 SOLVERS = ("ddim", "ddpm", "dpm++")
@@ -18,31 +18,13 @@ LATENTS_RTOL = 1e-5  # of the norm; the engine, its threads and the order of sum
 LEVELS, SHARE = 1, 1e-3  # a uint8 value may round the other way where it falls on a half
 
 
-class OpenVino:
-    """The bundle's ONNX form in OpenVINO, compiled as the C++ library compiles it."""
-
-    def __init__(self, onnx: Path) -> None:
-        import openvino
-
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        self._compiled = openvino.Core().compile_model(onnx, "CPU", settings)
-        self.io = tuple(
-            tuple(port.get_any_name() for port in ports) for ports in (self._compiled.inputs, self._compiled.outputs)
-        )
-
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        return {port.get_any_name(): array.copy() for port, array in self._compiled(arrays).items()}
-
-    def close(self) -> None:
-        self._compiled = None
-
-
-def load(bundle: Path, engine: str) -> Pipeline:
-    if engine == "onnxruntime":
-        return Pipeline.load(bundle, threads=1)
-    contract = manifest.read(bundle)
-    return Pipeline(bundle, contract, {name: OpenVino(bundle / graph.onnx) for name, graph in contract.graphs.items()})
+def load(bundle: Path, name: str) -> Pipeline:
+    """Python on one thread and this engine, whatever the bundle was built for."""
+    contract, module, engines = manifest.read(bundle), backends.backend(name), {}
+    for graph_name, graph in contract.graphs.items():
+        files = [bundle / file for file in graph.engines.get(name, graph.onnx_files)]
+        engines[graph_name] = module.open(files, Options(threads=1, precision=graph.precision))
+    return Pipeline(bundle, contract, engines)
 
 
 def same_pictures(first: np.ndarray, second: np.ndarray) -> bool:

@@ -160,7 +160,7 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
             options.low_memory = from.low_memory != 0;
         }
         auto open = std::make_unique<dit::Pipeline>(bundle, options);
-        pipe->backend = dit::choose(open->manifest.graphs.at("denoiser"), options).name;
+        pipe->backend = open->backend("denoiser").name;
         pipe->open = std::move(open);
     });
 }

@@ -9,24 +9,28 @@ namespace dit_runtime {
 const std::vector<Backend>& backends() {
     static const std::vector<Backend> known = {
 #ifdef DIT_ONNXRUNTIME
-        {"onnxruntime", true, ort_version, open_ort},
+        {"onnxruntime", true, {"fp32", "fp16"}, ort_version, open_ort},
 #endif
 #ifdef DIT_OPENVINO
-        {"openvino", true, ov_version, open_ov},
+        {"openvino", true, {"fp32", "bf16"}, ov_version, open_ov},
 #endif
 #ifdef DIT_TENSORRT
-        {DIT_TENSORRT, false, trt_version, open_trt},
+        {DIT_TENSORRT, false, {"fp16", "bf16", "int8", "fp8"}, trt_version, open_trt},
 #endif
     };
     return known;
 }
 
 const Backend& choose(const Graph& graph, const Options& options) {
+    // `auto` is the bundle's own, or else the first here that can.
     const std::string& name = options.backend.empty() || options.backend == "auto" ? graph.backend : options.backend;
     std::vector<std::string> known;
     for (const Backend& backend : backends()) {
         if (backend.name == name) {
-            if (!backend.opens_onnx && graph.backend != name)
+            if (!contains(backend.precisions, graph.precision))
+                throw UsageError(
+                    text("backend '", name, "' has no ", graph.precision, "; it has ", join(backend.precisions)));
+            if (!backend.opens_onnx && !graph.engines.count(name))
                 throw UsageError("this bundle has no engines of " + name + ": run `dit-run compile --backend " + name +
                                  "` on it");
             return backend;
@@ -35,7 +39,7 @@ const Backend& choose(const Graph& graph, const Options& options) {
     }
     if (options.backend == "auto")
         for (const Backend& backend : backends())
-            if (backend.opens_onnx) return backend;
+            if (backend.opens_onnx && contains(backend.precisions, graph.precision)) return backend;
     throw UsageError(text("backend '", name, "' is not in this library", nearest(name, known),
                           "; it was built with: ", join(known)));
 }

@@ -15,6 +15,7 @@ struct Options {
     std::string device;       // empty: the CPU, or the one device an engine is for
     int threads = 0;          // 0: as many as the backend thinks right
     bool low_memory = false;  // one engine at a time, smaller buffers
+    Path cache;               // where a backend may keep what it compiled; empty: nowhere
 };
 
 // An array that goes in; it belongs to the caller.
@@ -43,12 +44,16 @@ class Engine {
 struct Backend {
     std::string name;
     bool opens_onnx;  // else it needs engine files of its own
+    std::vector<std::string> precisions;
     std::string (*version)();
     std::unique_ptr<Engine> (*open)(const std::vector<Path>& files, const Graph& graph, const Options& options);
 };
 
 // Those that this library was compiled with; the first is taken where the bundle's own is not here.
 const std::vector<Backend>& backends();
+
+// While it loads: about the weights' size, where OpenVINO takes twice that.
+inline const char* const LEANEST = "onnxruntime";
 
 // The backend that opens a graph, by the options' name or by the bundle's.
 const Backend& choose(const Graph& graph, const Options& options);

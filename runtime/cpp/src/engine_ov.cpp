@@ -18,40 +18,47 @@ std::shared_ptr<ov::Core> shared_core() {
     return core;
 }
 
+// The graph stays fp32; where bf16 is asked for, OpenVINO computes in it.
+const std::map<std::string, ov::element::Type> HINTS = {{"fp32", ov::element::f32}, {"bf16", ov::element::bf16}};
+
+// The first shape that runs gets a model of its own, which is faster; all others share one with free dimensions.
 class OvEngine : public Engine {
   public:
-    OvEngine(const Path& path, const Graph& graph, const Options& options) : core_(shared_core()) {
-        std::string device = options.device.empty() ? "CPU" : options.device;
-        for (char& letter : device) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+    OvEngine(const Path& path, const Graph& graph, const Options& options) : core_(shared_core()), path_(path) {
+        if (!options.device.empty()) device_ = options.device;
+        for (char& letter : device_) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
         const std::vector<std::string> here = core_->get_available_devices();
-        if (!contains(here, device.substr(0, device.find('.'))) && !contains(here, device))
+        if (!contains(here, device_.substr(0, device_.find('.'))) && !contains(here, device_))
             throw UsageError(text("device '", options.device, "' is not known to OpenVINO; here: ", join(here)));
-        ov::AnyMap properties = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
-        // What is fp32 in the bundle stays so; a CPU with bf16 would take that otherwise.
-        if (graph.precision == "fp32") properties.insert(ov::hint::inference_precision(ov::element::f32));
-        if (options.threads && device == "CPU") properties.insert(ov::inference_num_threads(options.threads));
-        try {
-            compiled_ = core_->compile_model(path.string(), device, properties);
-        } catch (const std::exception& error) {
-            throw BundleError(text(path.string(), ": OpenVINO does not compile it: ", reason(error.what())));
-        }
-        request_ = compiled_.create_infer_request();
-        for (const auto& port : compiled_.inputs()) inputs.push_back(port.get_any_name());
-        for (const auto& port : compiled_.outputs()) outputs.push_back(port.get_any_name());
+        settings_ = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
+                     ov::hint::inference_precision(HINTS.at(graph.precision))};
+        if (options.threads) settings_.insert(ov::inference_num_threads(options.threads));
+        if (!options.cache.empty()) settings_.insert(ov::cache_dir(options.cache.string()));
+        const auto model = read_model();
+        for (const auto& port : model->inputs()) inputs.push_back(port.get_any_name());
+        for (const auto& port : model->outputs()) outputs.push_back(port.get_any_name());
     }
 
     std::map<std::string, Output> run(const std::vector<Input>& given) override {
+        std::map<std::string, Shape> shapes;
+        for (const Input& input : given) shapes[input.name] = input.shape;
+        if (first_.empty()) {
+            fixed_ = request(&shapes);
+            first_ = shapes;
+        }
+        if (shapes != first_ && !free_) free_ = request(nullptr);
+        ov::InferRequest& request = shapes == first_ ? fixed_ : free_;
         std::map<std::string, Output> named;
         try {
             for (const Input& input : given) {
                 const ov::Shape shape(input.shape.begin(), input.shape.end());
                 // Inputs are only read.
-                request_.set_tensor(input.name, ov::Tensor(input.integers ? ov::element::i64 : ov::element::f32, shape,
-                                                           const_cast<void*>(input.data)));
+                request.set_tensor(input.name, ov::Tensor(input.integers ? ov::element::i64 : ov::element::f32, shape,
+                                                          const_cast<void*>(input.data)));
             }
-            request_.infer();
+            request.infer();
             for (const auto& name : outputs) {
-                const ov::Tensor tensor = request_.get_tensor(name);
+                const ov::Tensor tensor = request.get_tensor(name);
                 if (tensor.get_element_type() != ov::element::f32)
                     throw EngineError(
                         text("output ", name, " is ", tensor.get_element_type().to_string(), ", expected float32"));
@@ -67,6 +74,29 @@ class OvEngine : public Engine {
     }
 
   private:
+    std::shared_ptr<ov::Model> read_model() const {
+        try {
+            return core_->read_model(path_.string());
+        } catch (const std::exception& error) {
+            throw BundleError(text(path_.string(), ": OpenVINO does not open it: ", reason(error.what())));
+        }
+    }
+
+    ov::InferRequest request(const std::map<std::string, Shape>* shapes) const {
+        const auto model = read_model();
+        try {
+            if (shapes) {
+                std::map<std::string, ov::PartialShape> fixed;
+                for (const auto& [name, shape] : *shapes)
+                    fixed[name] = ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end()));
+                model->reshape(fixed);
+            }
+            return core_->compile_model(model, device_, settings_).create_infer_request();
+        } catch (const std::exception& error) {
+            throw BundleError(text(path_.string(), ": OpenVINO does not compile it: ", reason(error.what())));
+        }
+    }
+
     // OpenVINO's messages begin with its own source lines; the last line says what happened.
     static std::string reason(std::string message) {
         message = strip(message);
@@ -75,8 +105,11 @@ class OvEngine : public Engine {
     }
 
     std::shared_ptr<ov::Core> core_;
-    ov::CompiledModel compiled_;
-    ov::InferRequest request_;
+    const Path path_;
+    std::string device_ = "CPU";
+    ov::AnyMap settings_;
+    std::map<std::string, Shape> first_;
+    ov::InferRequest fixed_, free_;
 };
 
 }  // namespace

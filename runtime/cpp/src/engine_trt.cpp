@@ -150,9 +150,7 @@ class TrtEngine : public Engine {
 
 }  // namespace
 
-std::string trt_version() {
-    return text(NV_TENSORRT_MAJOR, ".", NV_TENSORRT_MINOR, ".", NV_TENSORRT_PATCH);
-}
+std::string trt_version() { return text(NV_TENSORRT_MAJOR, ".", NV_TENSORRT_MINOR, ".", NV_TENSORRT_PATCH); }
 
 std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph&, const Options& options) {
     try {

@@ -35,13 +35,16 @@ std::vector<TensorSpec> parse_tensors(const Json& table, const std::string& key)
 }
 
 Graph parse_graph(const Json& table) {
-    json::known_keys(table, "a graph", {"onnx", "inputs", "outputs", "max_batch", "precision", "backend", "engine"});
+    json::known_keys(table, "a graph", {"onnx", "inputs", "outputs", "max_batch", "precision", "backend", "engines"});
     Graph graph;
     graph.onnx = json::string(json::need(table, "onnx"), "onnx");
     graph.inputs = parse_tensors(table, "inputs");
     graph.outputs = parse_tensors(table, "outputs");
-    for (const Json& name : json::list(json::need(table, "engine"), "engine"))
-        graph.engine.push_back(json::string(name, "engine"));
+    for (const auto& entry : json::table(json::need(table, "engines"), "engines").items()) {
+        for (const Json& name : json::list(entry.value(), "engines"))
+            graph.engines[entry.key()].push_back(json::string(name, "a file of engines"));
+        if (entry.value().empty()) throw std::invalid_argument("an engine without files: " + entry.key());
+    }
     if (table.contains("max_batch")) graph.max_batch = json::integer(table["max_batch"], "max_batch", 1, MOST);
     if (table.contains("precision")) graph.precision = json::string(table["precision"], "precision");
     if (table.contains("backend")) graph.backend = json::string(table["backend"], "backend");
@@ -101,9 +104,12 @@ Manifest parse_table(const Json& table) {
         const std::string sum = json::string(json::need(entry.value(), "sha256"), "sha256 of " + entry.key());
         manifest.files[entry.key()] = {static_cast<std::uintmax_t>(size), sum};
     }
-    for (const auto& [graph_name, graph] : manifest.graphs)
-        for (const auto& name : graph.files())
+    for (const auto& [graph_name, graph] : manifest.graphs) {
+        std::vector<std::string> named = graph.files();
+        for (const auto& own : graph.engines) named.insert(named.end(), own.second.begin(), own.second.end());
+        for (const auto& name : named)
             if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
+    }
     if (!manifest.labels.empty() && manifest.labels.size() != static_cast<std::size_t>(manifest.num_classes))
         throw std::invalid_argument(text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
     if (manifest.latent_shape.size() != 3)

@@ -28,17 +28,21 @@ struct TensorSpec {
     std::vector<std::variant<std::int64_t, std::string>> shape;
 };
 
-// One network of the bundle: its ONNX form, and the files its backend opens.
+// One network of the bundle: its portable ONNX form, and the files that each backend opens instead of it.
 struct Graph {
     std::string onnx;
     std::vector<TensorSpec> inputs, outputs;
     std::int64_t max_batch = 8;  // rows it takes at a time
     std::string precision = "fp32";
     std::string backend = "onnxruntime";
-    std::vector<std::string> engine;  // empty: the backend opens the ONNX form itself
+    std::map<std::string, std::vector<std::string>> engines;  // by backend
 
     std::vector<std::string> onnx_files() const { return {onnx, onnx + ".data"}; }
-    std::vector<std::string> files() const { return engine.empty() ? onnx_files() : engine; }
+    std::vector<std::string> files(const std::string& name) const {
+        const auto own = engines.find(name);
+        return own == engines.end() ? onnx_files() : own->second;
+    }
+    std::vector<std::string> files() const { return files(backend); }
 };
 
 struct File {

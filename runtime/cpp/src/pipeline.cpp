@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 
 #include "errors.hpp"
 #include "images.hpp"
+#include "sha256.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -35,8 +37,37 @@ Shape with_batch(std::size_t batch, const Shape& row) {
 
 Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(where), manifest(read(where)), options_(options) {
+    options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
-    for (const auto& graph : manifest.graphs) engine(graph.first);
+    for (const auto& [name, graph] : manifest.graphs) check_files(folder, manifest, graph.files(backend(name).name));
+    if (!options_.low_memory)
+        for (const auto& graph : manifest.graphs) engine(graph.first);
+}
+
+// Where backends keep what they compile of this bundle: in the user's cache, by what the bundle holds; "" without one.
+Path Pipeline::cache() const {
+    std::string content;
+    for (const auto& [name, file] : manifest.files) content += name + " " + file.sha256 + "\n";
+    const char* home = std::getenv("XDG_CACHE_HOME");
+    const bool own = home && *home;
+    if (!own) home = std::getenv("HOME");
+    if (!home || !*home) return {};
+    Sha256 sum;
+    sum.update(reinterpret_cast<const unsigned char*>(content.data()), content.size());
+    const Path path = (own ? Path(home) : Path(home) / ".cache") / "dit-run" / sum.hex().substr(0, 32);
+    std::error_code failure;
+    std::filesystem::create_directories(path, failure);
+    std::filesystem::permissions(path, std::filesystem::perms::owner_all, failure);
+    return failure ? Path() : path;
+}
+
+// What the graph runs on here; in low memory the conditioner takes what loads in the least.
+const Backend& Pipeline::backend(const std::string& name) const {
+    Graph graph = manifest.graphs.at(name);
+    if (options_.low_memory && options_.backend.empty() && name == "conditioner")
+        for (const Backend& known : backends())
+            if (known.name == LEANEST) graph.backend = LEANEST;
+    return choose(graph, options_);
 }
 
 // The graph's engine, opened where it is not; with low memory, the others are closed first.
@@ -45,11 +76,9 @@ Engine& Pipeline::engine(const std::string& name) {
     if (found != engines_.end()) return *found->second;
     if (options_.low_memory) engines_.clear();
     const Graph& graph = manifest.graphs.at(name);
-    const Backend& backend = choose(graph, options_);
-    const std::vector<std::string> files = backend.opens_onnx ? graph.onnx_files() : graph.files();
-    check_files(folder, manifest, files);
+    const Backend& backend = this->backend(name);
     std::vector<Path> paths;
-    for (const auto& file : files) paths.push_back(inside(folder, file));
+    for (const auto& file : graph.files(backend.name)) paths.push_back(inside(folder, file));
     std::unique_ptr<Engine> opened = backend.open(paths, graph, options_);
     const auto inputs = names(graph.inputs), outputs = names(graph.outputs);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))

@@ -51,6 +51,7 @@ class Pipeline {
     // Whether the null rows are needed: not where they cannot change the result.
     bool is_guided(const std::vector<float>& weights) const;
     void require_decoder() const;
+    const Backend& backend(const std::string& name) const;
     Shape image_shape() const;  // (3, H, W); empty without a decoder
 
     const Path folder;
@@ -59,13 +60,14 @@ class Pipeline {
 
   private:
     Array run(const Request& request);
+    Path cache() const;
     Engine& engine(const std::string& name);
     Output run_engine(const std::string& name, const std::vector<Input>& inputs, const std::string& output,
                       const Shape& expected, std::vector<float>* variance = nullptr);
     Prediction denoise_all(std::size_t step, double t, const Array& x, Table& table, const std::vector<float>& weights);
     std::vector<float> guidance(const std::vector<float>& given, std::size_t count) const;
 
-    const Options options_;
+    Options options_;
     std::map<std::string, std::unique_ptr<Engine>> engines_;
 };
 

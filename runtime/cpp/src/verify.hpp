@@ -19,7 +19,8 @@ struct Tolerances {
 };
 
 // Their reasons stand in verify.py; a test compares the two.
-inline const std::map<std::string, Tolerances> TOLERANCES = {{"fp32", {1e-4, 1e-4, 1e-3, 55.0}}};
+inline const std::map<std::string, Tolerances> TOLERANCES = {
+    {"fp32", {1e-4, 1e-4, 1e-3, 55.0}}, {"bf16", {1e-4, 5e-2, 5e-2, 25.0}}, {"fp16", {1e-4, 5e-3, 1e-2, 35.0}}};
 inline constexpr double NOISE_ATOL = 1e-5;
 
 // One gate: what was measured where, and what it must keep to.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime import verify
+from dit_runtime import backends, verify
 from dit_runtime.errors import UsageError
 from dit_runtime.noise import Noise, draw
 from dit_runtime.schedule import SOLVERS, SPACINGS, Diffusion, make_schedule, timesteps
@@ -112,6 +112,7 @@ def goldens() -> dict[str, Any]:
         | {
             "noise": verify.NOISE_ATOL,
         },
+        "precisions": {name: list(backends.backend(name).PRECISIONS) for name in backends.BACKENDS},
         "sampler_fields": sorted(entry.name for entry in fields(full.sampler)),
     }
 

@@ -1,6 +1,7 @@
 // Schedule, solvers and noise against goldens.json, which Python wrote.
 #include <gtest/gtest.h>
 
+#include "engine.hpp"
 #include "errors.hpp"
 #include "goldens.hpp"
 #include "manifest.hpp"
@@ -167,6 +168,11 @@ TEST(Mirrors, Tolerances) {
     }
     EXPECT_EQ(NOISE_ATOL, goldens()["tolerances"]["noise"]);
     EXPECT_EQ(TOLERANCES.size() + 1, goldens()["tolerances"].size());
+}
+
+TEST(Mirrors, Precisions) {
+    for (const Backend& backend : backends())
+        EXPECT_EQ(Json(backend.precisions), goldens()["precisions"][backend.name]) << backend.name;
 }
 
 }  // namespace

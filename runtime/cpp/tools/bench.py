@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from dit_runtime import Pipeline
@@ -39,7 +40,7 @@ def main() -> None:
             answer, _, sums = cpp.stdout.readline().partition("|")
             whole, engines = map(float, sums.split())
             if number:
-                steps["python"] += [1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+                steps["python"] += [1e3 * (after - before) for before, after in pairwise(times)]
                 steps["cpp"] += [float(word) for word in answer.split()]
                 own.append((whole - engines) / options.steps)
         cpp.stdin.close()

@@ -6,7 +6,7 @@ configure=$1 folder=$2 jobs=$3
 here=$(cd "$(dirname "$0")" && pwd)
 
 build() { # NAME SANITIZERS TARGETS…
-    eval "$configure -B '$folder/cpp-$1' -DDIT_TESTS=ON -DDIT_PROGRAMS=OFF -DDIT_SANITIZE=$2 -DCMAKE_BUILD_TYPE=RelWithDebInfo"
+    eval "$configure -B '$folder/cpp-$1' -DDIT_TESTS=ON -DDIT_PROGRAMS=OFF -DDIT_SANITIZE=$2 -DCMAKE_BUILD_TYPE=Debug"
     cmake --build "$folder/cpp-$1" --parallel "$jobs"
 }
 

@@ -123,7 +123,7 @@ DIT_API dit_pipeline* dit_new(void);
 DIT_API void dit_free(dit_pipeline* pipe);
 
 /* Opens a bundle: its manifest and the sha256 of each file are checked before an engine sees them. A pipeline opens one
- * bundle; options may be NULL. */
+ * bundle; options may be NULL. What OpenVINO compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
 DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* options);
 
 DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
