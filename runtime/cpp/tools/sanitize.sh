@@ -11,7 +11,8 @@ build() { # NAME SANITIZERS TARGETS…
 }
 
 build asan address,undefined
-ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 LSAN_OPTIONS=suppressions=$here/lsan.txt:print_suppressions=0 \
+# TBB's plain dlopen: its usual one does not go with a sanitizer.
+TBB_ENABLE_SANITIZERS=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 LSAN_OPTIONS=suppressions=$here/lsan.txt:print_suppressions=0 \
     UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir "$folder/cpp-asan" --output-on-failure
 
 build tsan thread
