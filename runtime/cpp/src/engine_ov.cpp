@@ -1,4 +1,5 @@
 // OpenVINO through its C++ API: compiles the ONNX form when it is opened.
+#include <fstream>
 #include <mutex>
 #include <openvino/openvino.hpp>
 
@@ -27,9 +28,11 @@ class OvEngine : public Engine {
     OvEngine(const Path& path, const Graph& graph, const Options& options) : core_(shared_core()), path_(path) {
         if (!options.device.empty()) device_ = options.device;
         for (char& letter : device_) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
-        const std::vector<std::string> here = core_->get_available_devices();
-        if (!contains(here, device_.substr(0, device_.find('.'))) && !contains(here, device_))
-            throw UsageError(text("device '", options.device, "' is not known to OpenVINO; here: ", join(here)));
+        try {
+            core_->get_property(device_, ov::device::full_name);  // asks this device's plugin and no other
+        } catch (const std::exception& error) {
+            throw UsageError(text("device '", options.device, "' is not known to OpenVINO: ", reason(error.what())));
+        }
         settings_ = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
                      ov::hint::inference_precision(HINTS.at(graph.precision))};
         if (options.threads) settings_.insert(ov::inference_num_threads(options.threads));
@@ -75,6 +78,11 @@ class OvEngine : public Engine {
 
   private:
     std::shared_ptr<ov::Model> read_model() const {
+        // OpenVINO tries every format that it knows on what is no ONNX; a model begins with one of its fields' tags.
+        const int first = std::ifstream(path_, std::ios::binary).get();
+        if (first < 0 || std::string("\x08\x12\x1a\x22\x28\x32\x3a\x42\x72\xa2\xca").find(static_cast<char>(first)) ==
+                             std::string::npos)
+            throw BundleError(path_.string() + ": OpenVINO does not open it: it is no ONNX model");
         try {
             return core_->read_model(path_.string());
         } catch (const std::exception& error) {
