@@ -18,4 +18,5 @@ TBB_ENABLE_SANITIZERS=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 LSAN_
 build tsan thread
 ctest --test-dir "$folder/cpp-tsan" --output-on-failure -R '^bundle$'
 # The engines are not built with ThreadSanitizer; what they do among themselves it cannot judge.
-TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1 "$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*'
+# Their locks are not seen, so an unlock of theirs looks like one too many.
+TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1:report_mutex_bugs=0 "$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*'
