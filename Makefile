@@ -12,7 +12,17 @@ FLAGS = $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--pre
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
-.PHONY: help setup demo engine bench test test-all lint format clean
+# The C++ library's engines: the user's own come first, then those of the virtual environment.
+CPP := build/cpp
+CPP_ONNXRUNTIME = $(or $(ONNXRUNTIME_ROOT),$(CURDIR)/build/cpp-deps/onnxruntime)
+CPP_OPENVINO = $(or $(OpenVINO_DIR),$(shell ls -d $(CURDIR)/$(VENV)/lib/python3*/site-packages/openvino/cmake))
+CPP_SETUP = runtime/cpp/tools/setup.sh $(VENV) $(CURDIR)/build/cpp-deps
+CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BIN)/python \
+	-DONNXRUNTIME_ROOT='$(CPP_ONNXRUNTIME)' -DOpenVINO_DIR='$(CPP_OPENVINO)'
+CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
+JOBS ?= $(shell nproc)
+
+.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -21,6 +31,7 @@ help:
 	@echo "                               also RESOLUTION, PRECISION, BACKEND, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
 	@echo "                               THREADS, ONLY, JSON, SVG"
+	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
 	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
 
 setup: $(STAMP)
@@ -43,20 +54,61 @@ bench: $(STAMP)
 		$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
 		$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
 
-test: $(STAMP)
+cpp: $(STAMP)
+	$(CPP_SETUP)
+	$(CPP_CONFIGURE) -B $(CPP) -DDIT_PROGRAMS=ON
+	cmake --build $(CPP) --parallel $(JOBS)
+	@echo "$(CPP)/programs/dit-generate BUNDLE --labels 207 360 -o sample.png"
+
+# The library's own tests; those that compare it with Python are pytest's.
+cpp-unit: $(STAMP)
+	$(CPP_SETUP) libgtest-dev
+	$(CPP_CONFIGURE) -B $(CPP) -DDIT_PROGRAMS=ON -DDIT_TESTS=ON
+	cmake --build $(CPP) --parallel $(JOBS)
+	ctest --test-dir $(CPP) --output-on-failure
+
+cpp-test: cpp-unit
+	$(BIN)/python -m pytest tests/cpp
+
+cpp-sanitize: $(STAMP)
+	$(CPP_SETUP) libgtest-dev
+	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
+
+cpp-fuzz: $(STAMP)
+	$(CPP_SETUP) clang libclang-rt-dev
+	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF
+	cmake --build build/cpp-fuzz --parallel $(JOBS) --target manifest-fuzzer
+	mkdir -p build/cpp-fuzz/corpus
+	build/cpp-fuzz/fuzz/manifest-fuzzer -max_total_time=$(or $(FUZZ_SECONDS),60) -max_len=8192 -timeout=10 \
+		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus runtime/cpp/fuzz/corpus
+
+# Whether the TensorRT engine compiles against the public headers, where they are at hand; it needs no GPU.
+cpp-tensorrt:
+	$(if $(TENSORRT_ROOT),,$(error pass TENSORRT_ROOT, a folder with include/NvInferRuntime.h))
+	c++ -std=c++17 -Wall -Wextra -Wpedantic -Werror -fsyntax-only -DDIT_TENSORRT='"tensorrt"' -Iruntime/cpp/src \
+		-isystem '$(TENSORRT_ROOT)/include' -isystem '$(or $(CUDA_ROOT),/usr/local/cuda)/include' \
+		runtime/cpp/src/engine_trt.cpp
+
+# What Python computes, for the C++ tests to replay.
+goldens: $(STAMP)
+	$(BIN)/python runtime/cpp/tests/goldens.py
+
+test: cpp-unit
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP)
+test-all: cpp-unit cpp-sanitize cpp-fuzz
 	$(BIN)/python -m pytest -m ""
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 clean:
-	rm -rf $(VENV) engines/build
+	rm -rf $(VENV) engines/build build

@@ -1,0 +1,150 @@
+// A small service: keeps one pipeline, queues requests up to a bound, answers overload at once, stops on SIGTERM.
+//
+//     example-service BUNDLE SOCKET [QUEUE]
+//
+// A client connects to the Unix socket and sends one line, "LABEL SEED STEPS"; the answer is a line that begins with
+// "ok HEIGHT WIDTH", "busy" or "error", after "ok" followed by the pixels, uint8 [height, width, 3]. After SIGTERM
+// nothing new is taken, the picture that is being drawn stops after its step, and who waits hears "error".
+#include <poll.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <dit/dit.hpp>
+#include <iostream>
+#include <mutex>
+#include <sstream>
+#include <thread>
+
+namespace {
+
+std::atomic<bool> stopping{false};
+static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler may only touch what is lock-free");
+
+void answer(int client, const std::string& text) {
+    for (std::size_t sent = 0; sent < text.size();) {
+        const ssize_t part = send(client, text.data() + sent, text.size() - sent, MSG_NOSIGNAL);
+        if (part <= 0) break;  // the client is gone
+        sent += static_cast<std::size_t>(part);
+    }
+    close(client);
+}
+
+struct Job {
+    int client;
+    dit::Request request;
+};
+
+// The one thread that uses the pipeline, and the queue before it.
+class Worker {
+  public:
+    Worker(dit::Pipeline& pipe, std::size_t bound) : pipe_(pipe), bound_(bound), thread_([this] { work(); }) {}
+
+    ~Worker() {
+        wake_.notify_all();
+        thread_.join();
+        for (const Job& job : queue_) answer(job.client, "error the service stops\n");
+    }
+
+    bool offer(Job job) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (queue_.size() >= bound_) return false;
+        queue_.push_back(std::move(job));
+        wake_.notify_one();
+        return true;
+    }
+
+  private:
+    void work() {
+        while (!stopping) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            wake_.wait_for(lock, std::chrono::milliseconds(200), [this] { return stopping || !queue_.empty(); });
+            if (stopping || queue_.empty()) continue;
+            Job job = std::move(queue_.front());
+            queue_.pop_front();
+            lock.unlock();
+            job.request.on_step = [](int, int, const double*, std::size_t) { return stopping.load(); };
+            std::string reply;
+            try {
+                const dit::Images images = pipe_.generate(job.request);
+                reply = "ok " + std::to_string(images.height) + ' ' + std::to_string(images.width) + '\n';
+                reply.append(images.pixels.begin(), images.pixels.end());
+            } catch (const std::exception& error) {
+                reply = std::string("error ") + error.what() + '\n';
+            }
+            answer(job.client, reply);
+        }
+    }
+
+    dit::Pipeline& pipe_;
+    const std::size_t bound_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::deque<Job> queue_;
+    std::thread thread_;
+};
+
+// One line of at most 200 bytes, within a second: a client that says nothing must not hold up the others.
+bool read_line(int client, std::string& line) {
+    const timeval second = {1, 0};
+    setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &second, sizeof second);
+    char letter = 0;
+    while (line.size() < 200 && recv(client, &letter, 1, 0) == 1) {
+        if (letter == '\n') return true;
+        line += letter;
+    }
+    return false;
+}
+
+void take(int client, Worker& worker) {
+    std::string line;
+    Job job{client, {}};
+    std::int64_t label = 0;
+    std::uint64_t seed = 0;
+    if (!read_line(client, line) || !(std::istringstream(line) >> label >> seed >> job.request.steps))
+        return answer(client, "error expected LABEL SEED STEPS\n");
+    job.request.labels = {label};
+    job.request.seeds = {seed};
+    if (!worker.offer(std::move(job))) answer(client, "busy\n");
+}
+
+}  // namespace
+
+int main(int count, char** words) try {
+    if (count < 3) return std::cerr << "usage: " << words[0] << " BUNDLE SOCKET [QUEUE]\n", 2;
+    dit::Pipeline pipe(words[1]);
+    if (!pipe.info().image_shape[0]) throw std::runtime_error("this bundle has no decoder");
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    if (std::strlen(words[2]) >= sizeof address.sun_path) throw std::runtime_error("the socket's path is too long");
+    std::strcpy(address.sun_path, words[2]);
+    const int server = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (server < 0 || bind(server, reinterpret_cast<sockaddr*>(&address), sizeof address) || listen(server, 64))
+        throw std::runtime_error(std::string(words[2]) + ": " + std::strerror(errno));
+    struct sigaction action = {};
+    action.sa_handler = [](int) { stopping = true; };
+    sigaction(SIGTERM, &action, nullptr);
+    sigaction(SIGINT, &action, nullptr);
+    {
+        Worker worker(pipe, count > 3 ? std::stoul(words[3]) : 8);
+        std::cerr << "ready: " << words[2] << std::endl;
+        while (!stopping) {
+            pollfd waiting = {server, POLLIN, 0};
+            if (poll(&waiting, 1, 200) <= 0) continue;
+            const int client = accept(server, nullptr, nullptr);
+            if (client >= 0) take(client, worker);
+        }
+    }
+    close(server);
+    unlink(words[2]);
+    std::cerr << "stopped" << std::endl;
+    return 0;
+} catch (const std::exception& error) {
+    std::cerr << error.what() << '\n';
+    return 1;
+}

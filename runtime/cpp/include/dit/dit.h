@@ -1,0 +1,166 @@
+/* dit.h: draws pictures from a bundle of dit-export, with no Python and no PyTorch.
+ *
+ *     dit_pipeline *pipe = dit_new();
+ *     if (dit_open(pipe, "first-bundle", NULL) != DIT_OK) {
+ *         fprintf(stderr, "%s\n", dit_message(pipe));
+ *         ...
+ *     }
+ *     int64_t labels[2] = {207, 360};
+ *     dit_request request = DIT_REQUEST_INIT;
+ *     request.labels = labels;
+ *     request.count = 2;
+ *     if (dit_generate(pipe, &request, pixels, sizeof pixels) == DIT_OK) ...
+ *     dit_free(pipe);
+ *
+ * Threads: a pipeline is used by one thread at a time, whichever that is; a call that finds another one inside returns
+ * DIT_BUSY and does nothing. Different pipelines do not know of each other. dit_free must be the last call. Engines
+ * bring threads of their own; dit_open_options.threads bounds them.
+ *
+ * Ownership: what a function returns as `const char *` belongs to the pipeline (or to the library) and stays until the
+ * next fallible call on it or dit_free; everything that is passed in stays the caller's and is not kept after the call.
+ *
+ * Errors: each fallible call returns a dit_status. dit_message(pipe) then says in one sentence what, where, what was
+ * expected and what to do. A pipeline works on after any failure but that of dit_open.
+ *
+ * Versions: structs begin with their size, so a program that was compiled with an older dit.h runs with a newer
+ * library; a struct that is larger than the library knows is refused.
+ */
+#ifndef DIT_DIT_H
+#define DIT_DIT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define DIT_VERSION_MAJOR 0
+#define DIT_VERSION_MINOR 1
+#define DIT_VERSION_PATCH 0
+
+#if defined(_WIN32)
+#ifdef DIT_BUILD
+#define DIT_API __declspec(dllexport)
+#else
+#define DIT_API __declspec(dllimport)
+#endif
+#else
+#define DIT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct dit_pipeline dit_pipeline;
+
+typedef enum dit_status {
+    DIT_OK = 0,
+    DIT_BAD_ARGUMENT = 1,     /* a label, a number, a name, NULL, a struct of another version */
+    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, or it cannot run here */
+    DIT_BUFFER_TOO_SMALL = 3, /* the message says how much is needed */
+    DIT_ENGINE_FAILED = 4,    /* an engine gave no sound result */
+    DIT_STOPPED = 5,          /* the progress callback asked for it */
+    DIT_NOT_VERIFIED = 6,     /* dit_verify: these engines do not draw PyTorch's pictures */
+    DIT_OUT_OF_MEMORY = 7,
+    DIT_BUSY = 8,    /* another call on this pipeline has not returned */
+    DIT_INTERNAL = 9 /* a bug of this library */
+} dit_status;
+
+/* Options: start from the _INIT value, which sets struct_size. */
+
+typedef struct dit_open_options {
+    size_t struct_size;
+    const char* backend; /* "onnxruntime", "openvino", …, or "auto"; NULL: the one that the bundle was built for */
+    const char* device;  /* ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, openvino; OpenVINO: CPU, GPU; NULL: CPU */
+    int threads;         /* of an engine; 0: its own choice */
+    int low_memory;      /* 1: one engine in memory at a time, opened when a run comes to it; slower */
+} dit_open_options;
+
+#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0}
+
+typedef struct dit_info {
+    size_t struct_size;
+    int64_t num_classes;     /* labels are 0 to num_classes - 1 */
+    int has_labels;          /* whether classes have names */
+    int64_t latent_shape[3]; /* channels, height, width */
+    int64_t image_shape[3];  /* height, width, 3; all 0 without a decoder */
+    int64_t max_batch;       /* what the denoiser takes at a time; longer requests are split */
+    int64_t train_steps;     /* the most steps of a run */
+    const char* model;       /* its name, such as "XL/2" */
+    const char* solver;      /* the bundle's default */
+    const char* backend;     /* that the denoiser runs on here */
+    const char* precision;   /* of the denoiser */
+} dit_info;
+
+#define DIT_INFO_INIT {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL}
+
+/* Called after each step; what is not 0 stops the run. `latents` holds count · C · H · W numbers. It must not throw
+ * and must not call this pipeline. */
+typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
+
+typedef struct dit_request {
+    size_t struct_size;
+    const int64_t* labels;
+    size_t count;          /* of labels, and so of pictures */
+    const uint64_t* seeds; /* NULL: 0 */
+    size_t num_seeds;      /* 1: one stream of noise for all, as PyTorch draws; count: one each, so that a picture does
+                              not depend on its neighbours */
+    const float* guidance; /* NULL: 4 */
+    size_t num_guidance;   /* 1, or count */
+    int steps;             /* 0: 25 */
+    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; NULL: the bundle's */
+    const char* spacing;   /* stride, respaced, leading, trailing, linspace; NULL: the bundle's */
+    double eta;            /* noise of ddim, 0 to 1 */
+    const float* latents;  /* count · C · H · W numbers to start from; NULL: the seeds' noise */
+    dit_on_step on_step;   /* NULL: none */
+    void* user;            /* for on_step */
+} dit_request;
+
+#define DIT_REQUEST_INIT {sizeof(dit_request), NULL, 0, NULL, 0, NULL, 0, 0, NULL, NULL, 0.0, NULL, NULL, NULL}
+
+/* A pipeline without a bundle; NULL where memory is short. */
+DIT_API dit_pipeline* dit_new(void);
+
+/* NULL is fine. */
+DIT_API void dit_free(dit_pipeline* pipe);
+
+/* Opens a bundle: its manifest and the sha256 of each file are checked before an engine sees them. A pipeline opens one
+ * bundle; options may be NULL. What OpenVINO compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
+DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* options);
+
+DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
+
+/* The name of a class; NULL where there is none. */
+DIT_API const char* dit_label(const dit_pipeline* pipe, int64_t label);
+
+/* The class of a name, one of its synonyms, or a number as text. */
+DIT_API dit_status dit_find_label(dit_pipeline* pipe, const char* name, int64_t* label);
+
+/* Draws pictures, uint8 [count, height, width, 3]; `size` is in bytes. */
+DIT_API dit_status dit_generate(dit_pipeline* pipe, const dit_request* request, uint8_t* pixels, size_t size);
+
+/* Samples without decoding, float [count, channels, height, width]; `size` is in numbers. */
+DIT_API dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* request, float* latents, size_t size);
+
+/* One gate of dit_verify: the value, the limit that it keeps to, and where it was measured. */
+typedef void (*dit_on_check)(const char* name, double value, double limit, int passed, const char* where, void* user);
+
+/* Replays PyTorch's reference run with the engines here: DIT_OK, or DIT_NOT_VERIFIED with the first gate that failed.
+ * on_check may be NULL. */
+DIT_API dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user);
+
+/* Of the last fallible call; "" after success. */
+DIT_API const char* dit_message(const dit_pipeline* pipe);
+
+/* "DIT_OK" and so on. */
+DIT_API const char* dit_status_name(dit_status status);
+
+/* Of this library, "0.1.0". */
+DIT_API const char* dit_version(void);
+
+/* The engines this library was built with, "onnxruntime 1.31.0, openvino 2026.4". */
+DIT_API const char* dit_backends(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* DIT_DIT_H */

@@ -1,0 +1,186 @@
+// dit.hpp: the C++ face of dit.h; header only, so it works with any compiler that libdit's C ABI works with.
+//
+//     dit::Pipeline pipe("first-bundle");
+//     dit::Request request;
+//     request.labels = {207, pipe.find_label("otter")};
+//     const dit::Images images = pipe.generate(request);  // images.pixels: uint8 [2, height, width, 3]
+//
+// Failures are dit::Error with the status and the sentence of dit.h. Threads: as dit.h says.
+#ifndef DIT_DIT_HPP
+#define DIT_DIT_HPP
+
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dit/dit.h"
+
+namespace dit {
+
+class Error : public std::runtime_error {
+  public:
+    Error(dit_status status, const std::string& message) : std::runtime_error(message), status(status) {}
+    const dit_status status;
+};
+
+struct OpenOptions {
+    std::string backend;  // empty: the bundle's own
+    std::string device;   // empty: the CPU
+    int threads = 0;      // 0: the engine's own choice
+    bool low_memory = false;
+};
+
+struct Request {
+    std::vector<std::int64_t> labels;
+    std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
+    std::vector<float> guidance = {4.0f};    // one, or one a label
+    int steps = 25;
+    std::string solver, spacing;  // empty: the bundle's
+    double eta = 0.0;
+    std::vector<float> latents;  // to start from; empty: the seeds' noise
+    // Called after each step; true stops the run, and what it throws reaches the caller of generate.
+    std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;
+};
+
+struct Images {
+    std::vector<std::uint8_t> pixels;  // [count, height, width, 3]
+    std::size_t count = 0, height = 0, width = 0;
+};
+
+struct Check {
+    std::string name;
+    double value, limit;
+    bool passed;
+    std::string where;
+};
+
+class Pipeline {
+  public:
+    explicit Pipeline(const std::string& bundle, const OpenOptions& options = {}) : pipe_(dit_new()) {
+        if (!pipe_) throw Error(DIT_OUT_OF_MEMORY, "out of memory");
+        dit_open_options given = DIT_OPEN_OPTIONS_INIT;
+        if (!options.backend.empty()) given.backend = options.backend.c_str();
+        if (!options.device.empty()) given.device = options.device.c_str();
+        given.threads = options.threads;
+        given.low_memory = options.low_memory;
+        check(dit_open(pipe_.get(), bundle.c_str(), &given));
+        check(dit_get_info(pipe_.get(), &info_));
+    }
+
+    // Its strings live as long as the pipeline.
+    const dit_info& info() const { return info_; }
+
+    // The name of a class; empty where there is none.
+    std::string label(std::int64_t label) const {
+        const char* name = dit_label(pipe_.get(), label);
+        return name ? name : "";
+    }
+
+    std::int64_t find_label(const std::string& name) {
+        std::int64_t label = 0;
+        check(dit_find_label(pipe_.get(), name.c_str(), &label));
+        return label;
+    }
+
+    Images generate(const Request& request) {
+        Images images;
+        images.count = request.labels.size();
+        images.height = static_cast<std::size_t>(info_.image_shape[0]);
+        images.width = static_cast<std::size_t>(info_.image_shape[1]);
+        images.pixels.resize(images.count * images.height * images.width * 3);
+        std::uint8_t none = 0;
+        std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
+        run(request,
+            [&](const dit_request& given) { return dit_generate(pipe_.get(), &given, pixels, images.pixels.size()); });
+        return images;
+    }
+
+    // Without decoding: float [count, channels, height, width].
+    std::vector<float> generate_latents(const Request& request) {
+        std::vector<float> latents(request.labels.size() * row());
+        float none = 0;
+        float* numbers = latents.empty() ? &none : latents.data();
+        run(request, [&](const dit_request& given) {
+            return dit_generate_latents(pipe_.get(), &given, numbers, latents.size());
+        });
+        return latents;
+    }
+
+    // All checks against PyTorch's reference; true where all passed.
+    bool verify(const std::function<void(const Check&)>& on_check = {}) {
+        const auto call = [](const char* name, double value, double limit, int passed, const char* where, void* user) {
+            const auto& on_check = *static_cast<const std::function<void(const Check&)>*>(user);
+            if (on_check) on_check({name, value, limit, passed != 0, where});
+        };
+        const dit_status status =
+            dit_verify(pipe_.get(), call, const_cast<std::function<void(const Check&)>*>(&on_check));
+        if (status != DIT_NOT_VERIFIED) check(status);
+        return status == DIT_OK;
+    }
+
+    dit_pipeline* get() const { return pipe_.get(); }
+
+  private:
+    struct Free {
+        void operator()(dit_pipeline* pipe) const { dit_free(pipe); }
+    };
+
+    struct Step {
+        const Request& request;
+        std::exception_ptr thrown;
+    };
+
+    void check(dit_status status) const {
+        if (status != DIT_OK) throw Error(status, dit_message(pipe_.get()));
+    }
+
+    std::size_t row() const {
+        return static_cast<std::size_t>(info_.latent_shape[0] * info_.latent_shape[1] * info_.latent_shape[2]);
+    }
+
+    template <typename Call>
+    void run(const Request& request, const Call& call) {
+        if (!request.latents.empty() && request.latents.size() != request.labels.size() * row())
+            throw Error(DIT_BAD_ARGUMENT, "latents have " + std::to_string(request.latents.size()) +
+                                              " numbers; expected " + std::to_string(request.labels.size() * row()));
+        Step step{request, nullptr};
+        dit_request given = DIT_REQUEST_INIT;
+        given.labels = request.labels.data();
+        given.count = request.labels.size();
+        given.seeds = request.seeds.data();
+        given.num_seeds = request.seeds.size();
+        given.guidance = request.guidance.data();
+        given.num_guidance = request.guidance.size();
+        given.steps = request.steps;
+        if (!request.solver.empty()) given.solver = request.solver.c_str();
+        if (!request.spacing.empty()) given.spacing = request.spacing.c_str();
+        given.eta = request.eta;
+        if (!request.latents.empty()) given.latents = request.latents.data();
+        if (request.on_step) given.on_step = &Pipeline::on_step;
+        given.user = &step;
+        const dit_status status = call(given);
+        if (step.thrown) std::rethrow_exception(step.thrown);
+        check(status);
+    }
+
+    static int on_step(int number, int steps, const double* latents, std::size_t size, void* user) {
+        Step& step = *static_cast<Step*>(user);
+        try {
+            return step.request.on_step(number, steps, latents, size);
+        } catch (...) {  // nothing may pass through C
+            step.thrown = std::current_exception();
+            return 1;
+        }
+    }
+
+    std::unique_ptr<dit_pipeline, Free> pipe_;
+    dit_info info_ = DIT_INFO_INIT;
+};
+
+}  // namespace dit
+
+#endif  // DIT_DIT_HPP

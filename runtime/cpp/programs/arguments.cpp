@@ -1,0 +1,140 @@
+#include "arguments.hpp"
+
+#include <cerrno>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <stdexcept>
+
+const char* const USAGE =
+    R"(usage: dit-generate BUNDLE --labels CLASS … [-o FILE] [options]
+       dit-generate BUNDLE --verify
+
+Draws pictures from a bundle of dit-export.
+
+  --labels CLASS …      names or numbers, one a picture
+  --steps N             25
+  --guidance W …        one, or one a picture; 4 (also: --cfg-scale)
+  --seed N …            one for all, or one a picture; 0
+  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; default: the bundle's
+  --eta X               noise of ddim, 0 to 1
+  --spacing NAME        stride, respaced, leading, trailing, linspace; default: the bundle's
+  --latents FILE.npy    start from these instead of the seed's
+  -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
+  --verify              replay PyTorch's reference with the engines here, and draw nothing
+  --backend NAME        onnxruntime, openvino, auto; default: the bundle's
+  --provider NAME       device: of ONNX Runtime cpu, cuda, …; of OpenVINO CPU, GPU, … (also: --device)
+  --threads N           of the engine; default: its own choice
+  --low-memory          one engine in memory at a time
+  --json                for machines, on standard output
+  --version, --help
+)";
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& flag, const std::string& word, const char* expected) {
+    throw std::invalid_argument(flag + " is '" + word + "'; expected " + expected);
+}
+
+double number(const std::string& flag, const std::string& word) {
+    char* end = nullptr;
+    const double value = std::strtod(word.c_str(), &end);
+    if (word.empty() || *end) refuse(flag, word, "a number");
+    return value;
+}
+
+int small_integer(const std::string& flag, const std::string& word) {
+    char* end = nullptr;
+    const long value = std::strtol(word.c_str(), &end, 10);
+    if (word.empty() || *end || value < 1 || value > 1000000000) refuse(flag, word, "an integer of 1 or more");
+    return static_cast<int>(value);
+}
+
+// From -2**63 to 2**64 - 1, as Python's seeds.
+std::uint64_t seed(const std::string& flag, const std::string& word) {
+    char* end = nullptr;
+    errno = 0;
+    const bool negative = word[0] == '-';
+    const std::uint64_t value = negative ? static_cast<std::uint64_t>(std::strtoll(word.c_str(), &end, 10))
+                                         : std::strtoull(word.c_str(), &end, 10);
+    if (word.empty() || *end || errno) refuse(flag, word, "an integer from -2**63 to 2**64 - 1");
+    return value;
+}
+
+bool is_flag(const std::string& word) {
+    return word.size() > 1 && word[0] == '-' && word.find_first_of("0123456789.") != 1;
+}
+
+}  // namespace
+
+Arguments parse_arguments(int count, char** words) {
+    Arguments found;
+    using Values = std::vector<std::string>;
+    const auto one = [](std::string& place) { return [&place](const std::string&, const Values& v) { place = v[0]; }; };
+    const auto on = [](bool& place) { return [&place](const std::string&, const Values&) { place = true; }; };
+    struct Flag {
+        int least, most;  // words after it
+        std::function<void(const std::string&, const Values&)> take;
+    };
+    const int any = 1 << 30;
+    std::map<std::string, Flag> flags = {
+        {"--labels", {1, any, [&](const std::string&, const Values& v) { found.labels = v; }}},
+        {"--guidance",
+         {1, any,
+          [&](const std::string& flag, const Values& v) {
+              found.request.guidance.clear();
+              for (const auto& word : v) found.request.guidance.push_back(static_cast<float>(number(flag, word)));
+          }}},
+        {"--seed",
+         {1, any,
+          [&](const std::string& flag, const Values& v) {
+              found.request.seeds.clear();
+              for (const auto& word : v) found.request.seeds.push_back(seed(flag, word));
+          }}},
+        {"--steps",
+         {1, 1, [&](const std::string& flag, const Values& v) { found.request.steps = small_integer(flag, v[0]); }}},
+        {"--threads",
+         {1, 1, [&](const std::string& flag, const Values& v) { found.open.threads = small_integer(flag, v[0]); }}},
+        {"--eta", {1, 1, [&](const std::string& flag, const Values& v) { found.request.eta = number(flag, v[0]); }}},
+        {"--solver", {1, 1, one(found.request.solver)}},
+        {"--spacing", {1, 1, one(found.request.spacing)}},
+        {"--latents", {1, 1, one(found.latents)}},
+        {"--output", {1, 1, one(found.output)}},
+        {"--backend", {1, 1, one(found.open.backend)}},
+        {"--device", {1, 1, one(found.open.device)}},
+        {"--low-memory", {0, 0, on(found.open.low_memory)}},
+        {"--json", {0, 0, on(found.json)}},
+        {"--verify", {0, 0, on(found.verify)}},
+        {"--help", {0, 0, on(found.help)}},
+        {"--version", {0, 0, on(found.version)}},
+    };
+    flags["--cfg-scale"] = flags["--guidance"];
+    flags["--provider"] = flags["--device"];
+    flags["-o"] = flags["--output"];
+    flags["-h"] = flags["--help"];
+
+    for (int at = 1; at < count;) {
+        const std::string word = words[at++];
+        if (!is_flag(word)) {
+            if (!found.bundle.empty()) throw std::invalid_argument("'" + word + "' is too much; see --help");
+            found.bundle = word;
+            continue;
+        }
+        const std::size_t equals = word.find('=');
+        const std::string name = word.substr(0, equals);
+        if (!flags.count(name)) throw std::invalid_argument("unknown flag " + name + "; see --help");
+        const Flag& flag = flags.at(name);
+        Values values;
+        if (equals != std::string::npos) values.push_back(word.substr(equals + 1));
+        while (at < count && static_cast<int>(values.size()) < flag.most && equals == std::string::npos &&
+               !is_flag(words[at]))
+            values.push_back(words[at++]);
+        if (static_cast<int>(values.size()) < flag.least || static_cast<int>(values.size()) > flag.most)
+            throw std::invalid_argument(name + (flag.most ? " needs a value" : " takes no value") + "; see --help");
+        flag.take(name, values);
+    }
+    if (found.help || found.version) return found;
+    if (found.bundle.empty()) throw std::invalid_argument("no bundle; see --help");
+    if (found.labels.empty() && !found.verify) throw std::invalid_argument("no --labels; see --help");
+    return found;
+}

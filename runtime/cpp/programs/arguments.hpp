@@ -1,0 +1,23 @@
+// The command line of dit-generate: the flags of `dit-run sample`.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dit/dit.hpp"
+
+struct Arguments {
+    std::string bundle;
+    dit::OpenOptions open;
+    std::vector<std::string> labels;
+    dit::Request request;  // but for its labels and latents
+    std::string latents;   // a .npy file to start from
+    std::string output = "sample.png";
+    bool json = false, verify = false, help = false, version = false;
+};
+
+extern const char* const USAGE;
+
+// Throws std::invalid_argument with one sentence.
+Arguments parse_arguments(int count, char** words);

@@ -1,0 +1,123 @@
+// dit-generate: pictures from a bundle, as `dit-run sample` draws them.
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <iostream>
+#include <stdexcept>
+
+#include "arguments.hpp"
+#include "files.hpp"
+
+namespace {
+
+// A bar on a terminal, nothing in a pipe.
+class Progress {
+  public:
+    bool step(int done, int total) {
+        if (!terminal_) return false;
+        const auto elapsed = std::chrono::steady_clock::now() - start_;
+        const int seconds = static_cast<int>(std::chrono::duration_cast<std::chrono::seconds>(elapsed).count());
+        const std::string filled(static_cast<std::size_t>(24 * done / total), '#');
+        const std::string open(24 - filled.size(), '.');
+        std::fprintf(stderr, "\r\x1b[Ksample [%s%s] %d/%d %d:%02d", filled.c_str(), open.c_str(), done, total,
+                     seconds / 60, seconds % 60);
+        return false;
+    }
+    ~Progress() {
+        if (terminal_) std::fputs("\r\x1b[K", stderr);
+    }
+
+  private:
+    const bool terminal_ = isatty(STDERR_FILENO) != 0;
+    const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+std::string json_text(const std::string& text) {
+    std::string json = "\"";
+    for (const char letter : text) {
+        if (letter == '"' || letter == '\\') json += '\\';
+        if (static_cast<unsigned char>(letter) >= 0x20) json += letter;
+    }
+    return json + "\"";
+}
+
+int verify(dit::Pipeline& pipe, bool json) {
+    std::vector<dit::Check> checks;
+    const bool passed = pipe.verify([&](const dit::Check& check) { checks.push_back(check); });
+    if (json) std::printf("{\"passed\": %s, \"checks\": [", passed ? "true" : "false");
+    bool first = true;
+    for (const auto& check : checks) {
+        if (json)
+            std::printf("%s\n {\"name\": %s, \"value\": \"%g\", \"limit\": %g, \"passed\": %s, \"where\": %s}",
+                        first ? "" : ",", json_text(check.name).c_str(), check.value, check.limit,
+                        check.passed ? "true" : "false", json_text(check.where).c_str());
+        else
+            std::printf("%-26s %10.3g  limit %-8.3g %-6s  %s\n", check.name.c_str(), check.value, check.limit,
+                        check.passed ? "ok" : "FAILED", check.where.c_str());
+        first = false;
+    }
+    std::puts(json ? "]}" : passed ? "verified" : "FAILED: these engines do not draw PyTorch's pictures");
+    return passed ? 0 : 1;
+}
+
+std::string suffix(const std::string& path) {
+    const std::string found = std::filesystem::path(path).extension().string();
+    if (found != ".png" && found != ".npz" && found != ".npy")
+        throw std::invalid_argument("output " + path + ": expected a name that ends in .png, .npz, .npy");
+    const std::filesystem::path folder = std::filesystem::path(path).parent_path();
+    if (!folder.empty() && !std::filesystem::is_directory(folder))
+        throw std::invalid_argument("output " + path + ": the folder " + folder.string() + " does not exist");
+    return found;
+}
+
+int run(int count, char** words) {
+    Arguments arguments = parse_arguments(count, words);
+    if (arguments.help) return std::fputs(USAGE, stdout) < 0;
+    if (arguments.version) return std::printf("dit-generate %s (%s)\n", dit_version(), dit_backends()) < 0;
+    const std::string kind = suffix(arguments.output);
+    dit::Pipeline pipe(arguments.bundle, arguments.open);
+    if (arguments.verify) return verify(pipe, arguments.json);
+
+    dit::Request& request = arguments.request;
+    for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
+    const auto& row = pipe.info().latent_shape;
+    const std::int64_t samples = static_cast<std::int64_t>(request.labels.size());
+    std::vector<std::int64_t> shape = {samples, row[0], row[1], row[2]};
+    if (!arguments.latents.empty()) request.latents = read_latents(arguments.latents, shape);
+    {
+        Progress progress;
+        request.on_step = [&](int step, int steps, const double*, std::size_t) { return progress.step(step, steps); };
+        if (kind == ".npy") {
+            write_npy(arguments.output, pipe.generate_latents(request), shape);
+        } else {
+            const dit::Images images = pipe.generate(request);
+            (kind == ".png" ? write_png : write_npz)(arguments.output, images);
+            shape = {samples, pipe.info().image_shape[0], pipe.info().image_shape[1], 3};
+        }
+    }
+    if (!arguments.json) return std::puts(arguments.output.c_str()) < 0;
+    std::string sizes;
+    for (const auto size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    return std::printf("{\"output\": %s, \"shape\": [%s]}\n", json_text(arguments.output).c_str(), sizes.c_str()) < 0;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    std::string message;
+    int code = 2;
+    try {
+        return run(count, words);
+    } catch (const dit::Error& error) {
+        message = error.what();
+        if (error.status == DIT_ENGINE_FAILED || error.status == DIT_STOPPED) code = 1;
+    } catch (const std::exception& error) {
+        message = error.what();
+    }
+    std::replace(message.begin(), message.end(), '\n', ' ');
+    std::cerr << "dit-generate: error: " << message << '\n';
+    return code;
+}

@@ -1,0 +1,78 @@
+#include "files.hpp"
+
+#include <png.h>
+#include <zlib.h>
+
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <stdexcept>
+
+#include "npy.hpp"
+
+namespace {
+
+void write(const std::string& path, const std::string& bytes) {
+    std::ofstream file(path, std::ios::binary);
+    if (!file.write(bytes.data(), static_cast<std::streamsize>(bytes.size())).flush())
+        throw std::invalid_argument(path + ": cannot be written");
+}
+
+std::string little(std::uint64_t value, int width) {
+    std::string bytes;
+    for (int index = 0; index < width; ++index) bytes += static_cast<char>(value >> (8 * index));
+    return bytes;
+}
+
+}  // namespace
+
+void write_png(const std::string& path, const dit::Images& images) {
+    const std::size_t columns = static_cast<std::size_t>(std::ceil(std::sqrt(static_cast<double>(images.count))));
+    const std::size_t rows = (images.count + columns - 1) / columns, line = images.width * 3;
+    std::vector<std::uint8_t> sheet(rows * images.height * columns * line, 0);
+    for (std::size_t index = 0; index < images.count * images.height; ++index) {
+        const std::size_t picture = index / images.height, y = index % images.height;
+        const std::size_t place = (picture / columns * images.height + y) * columns + picture % columns;
+        std::memcpy(&sheet[place * line], &images.pixels[index * line], line);
+    }
+    png_image png;
+    std::memset(&png, 0, sizeof png);
+    png.version = PNG_IMAGE_VERSION;
+    png.width = static_cast<png_uint_32>(columns * images.width);
+    png.height = static_cast<png_uint_32>(rows * images.height);
+    png.format = PNG_FORMAT_RGB;
+    if (!png_image_write_to_file(&png, path.c_str(), 0, sheet.data(), 0, nullptr))
+        throw std::invalid_argument(path + ": cannot be written: " + png.message);
+}
+
+void write_npz(const std::string& path, const dit::Images& images) {
+    const std::string name = "arr_0.npy";
+    const auto size = [](std::size_t length) { return static_cast<std::int64_t>(length); };
+    const std::string body =
+        dit_runtime::npy_bytes("|u1", {size(images.count), size(images.height), size(images.width), 3},
+                               images.pixels.data(), images.pixels.size());
+    if (body.size() >= 0xFFFFFFFFu) throw std::invalid_argument(path + ": more than 4 GB do not fit into one .npz");
+    const auto sum = crc32_z(0, reinterpret_cast<const Bytef*>(body.data()), body.size());
+    // Version, flags, method, time, date, sum, sizes, length of the name and of what follows it.
+    const std::string common = little(20, 2) + little(0, 4) + little(0, 2) + little(0x21, 2) + little(sum, 4) +
+                               little(body.size(), 4) + little(body.size(), 4) + little(name.size(), 2) + little(0, 2);
+    const std::string local = little(0x04034b50, 4) + common + name + body;
+    const std::string entry = little(0x02014b50, 4) + little(20, 2) + common + little(0, 14) + name;
+    const std::string end = little(0x06054b50, 4) + little(0, 4) + little(1, 2) + little(1, 2) +
+                            little(entry.size(), 4) + little(local.size(), 4) + little(0, 2);
+    write(path, local + entry + end);
+}
+
+void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::int64_t>& shape) {
+    write(path, dit_runtime::npy_bytes("<f4", shape, values.data(), values.size() * sizeof(float)));
+}
+
+std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape) {
+    try {
+        const dit_runtime::NpyArray array = dit_runtime::parse_npy(dit_runtime::read_bytes(path));
+        if (array.shape != shape) throw dit_runtime::NpyError("it has another shape than labels and bundle ask for");
+        return array.as<float>();
+    } catch (const dit_runtime::NpyError& error) {
+        throw std::invalid_argument(path + ": not latents to start from: " + error.what());
+    }
+}

@@ -1,0 +1,61 @@
+#include "engine.hpp"
+
+#include <numeric>
+
+#include "errors.hpp"
+
+namespace dit_runtime {
+
+const std::vector<Backend>& backends() {
+    static const std::vector<Backend> known = {
+#ifdef DIT_ONNXRUNTIME
+        {"onnxruntime", true, {"fp32", "fp16"}, ort_version, open_ort},
+#endif
+#ifdef DIT_OPENVINO
+        {"openvino", true, {"fp32", "bf16"}, ov_version, open_ov},
+#endif
+#ifdef DIT_TENSORRT
+        {DIT_TENSORRT, false, {"fp16", "bf16", "int8", "fp8"}, trt_version, open_trt},
+#endif
+    };
+    return known;
+}
+
+const Backend& choose(const Graph& graph, const Options& options) {
+    // `auto` is the bundle's own, or else the first here that can.
+    const std::string& name = options.backend.empty() || options.backend == "auto" ? graph.backend : options.backend;
+    std::vector<std::string> known;
+    for (const Backend& backend : backends()) {
+        if (backend.name == name) {
+            if (!contains(backend.precisions, graph.precision))
+                throw UsageError(
+                    text("backend '", name, "' has no ", graph.precision, "; it has ", join(backend.precisions)));
+            if (!backend.opens_onnx && !graph.engines.count(name))
+                throw UsageError("this bundle has no engines of " + name + ": run `dit-run compile --backend " + name +
+                                 "` on it");
+            return backend;
+        }
+        known.push_back(backend.name);
+    }
+    if (options.backend == "auto")
+        for (const Backend& backend : backends())
+            if (backend.opens_onnx && contains(backend.precisions, graph.precision)) return backend;
+    throw UsageError(text("backend '", name, "' is not in this library", nearest(name, known),
+                          "; it was built with: ", join(known)));
+}
+
+std::size_t count(const Shape& shape) {
+    std::size_t product = 1;
+    for (const auto size : shape) product *= static_cast<std::size_t>(size);
+    return product;
+}
+
+std::string shown(const Shape& shape) {
+    std::vector<std::string> sizes;
+    for (const auto size : shape) sizes.push_back(std::to_string(size));
+    return "[" + join(sizes) + "]";
+}
+
+std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
+
+}  // namespace dit_runtime

@@ -1,0 +1,80 @@
+// One file a backend; what they share. Mirrors dit_runtime/backends.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "manifest.hpp"
+
+namespace dit_runtime {
+
+struct Options {
+    std::string backend;      // empty: the bundle's own
+    std::string device;       // empty: the CPU, or the one device an engine is for
+    int threads = 0;          // 0: as many as the backend thinks right
+    bool low_memory = false;  // one engine at a time, smaller buffers
+    Path cache;               // where a backend may keep what it compiled; empty: nowhere
+};
+
+// An array that goes in; it belongs to the caller.
+struct Input {
+    std::string name;
+    Shape shape;
+    const void* data;
+    bool integers = false;  // int64, else float32
+};
+
+// An array that comes out, float32.
+struct Output {
+    Shape shape;
+    std::vector<float> values;
+};
+
+// A network, ready to run; arrays go in and come out by name.
+class Engine {
+  public:
+    virtual ~Engine() = default;
+    virtual std::map<std::string, Output> run(const std::vector<Input>& inputs) = 0;
+
+    std::vector<std::string> inputs, outputs;  // names
+};
+
+struct Backend {
+    std::string name;
+    bool opens_onnx;  // else it needs engine files of its own
+    std::vector<std::string> precisions;
+    std::string (*version)();
+    std::unique_ptr<Engine> (*open)(const std::vector<Path>& files, const Graph& graph, const Options& options);
+};
+
+// Those that this library was compiled with; the first is taken where the bundle's own is not here.
+const std::vector<Backend>& backends();
+
+// While it loads: about the weights' size, where OpenVINO takes twice that.
+inline const char* const LEANEST = "onnxruntime";
+
+// The backend that opens a graph, by the options' name or by the bundle's.
+const Backend& choose(const Graph& graph, const Options& options);
+
+std::size_t count(const Shape& shape);
+std::string shown(const Shape& shape);
+
+// Up to the first line break: what an engine library says is long.
+std::string first_line(const std::string& message);
+
+#ifdef DIT_ONNXRUNTIME
+std::string ort_version();
+std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Graph& graph, const Options& options);
+#endif
+#ifdef DIT_OPENVINO
+std::string ov_version();
+std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Graph& graph, const Options& options);
+#endif
+#ifdef DIT_TENSORRT
+std::string trt_version();
+std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph& graph, const Options& options);
+#endif
+
+}  // namespace dit_runtime

@@ -1,0 +1,163 @@
+// TensorRT and TensorRT-RTX, whose runtimes have one API: opens an engine file that was made on or for this GPU.
+#include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
+
+#include "engine.hpp"
+#include "errors.hpp"
+#include "npy.hpp"
+
+namespace dit_runtime {
+namespace {
+
+void check(cudaError_t status) {
+    if (status != cudaSuccess) throw EngineError(text("CUDA: ", cudaGetErrorString(status)));
+}
+
+// Keeps the last error for our own message; the rest is not ours to print.
+class Logger : public nvinfer1::ILogger {
+  public:
+    void log(Severity severity, const char* message) noexcept override {
+        if (severity > Severity::kERROR) return;
+        try {
+            last = first_line(message);
+        } catch (...) {
+            last.clear();
+        }
+    }
+
+    std::string last;
+};
+
+// Memory of the device that grows as it is needed.
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() { cudaFree(data_); }
+
+    void* room(std::size_t bytes) {
+        if (bytes > size_) {
+            check(cudaFree(data_));
+            data_ = nullptr;
+            size_ = 0;
+            check(cudaMalloc(&data_, bytes));
+            size_ = bytes;
+        }
+        return data_;
+    }
+
+  private:
+    void* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+class Stream {
+  public:
+    Stream() { check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+    ~Stream() { cudaStreamDestroy(stream); }
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    cudaStream_t stream = nullptr;
+};
+
+// "cuda", "cuda:1" or nothing -> 0, 1, 0.
+int device_number(const std::string& device) {
+    const std::string name = lower(device);
+    if (name.empty() || name == "cuda") return 0;
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
+    for (int number = 0; number < count; ++number)
+        if (name == text("cuda:", number)) return number;
+    throw UsageError(text("device '", device, "' is not here; expected cuda:0 to cuda:", count - 1));
+}
+
+class TrtEngine : public Engine {
+  public:
+    TrtEngine(const Path& path, const Options& options) : device_(device_number(options.device)) {
+        check(cudaSetDevice(device_));
+        stream_ = std::make_unique<Stream>();
+        runtime_.reset(nvinfer1::createInferRuntime(logger_));
+        if (!runtime_) throw UsageError(text(DIT_TENSORRT, " does not start here: ", logger_.last));
+        const std::vector<unsigned char> content = read_bytes(path, UINTMAX_MAX);
+        engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
+        if (engine_) context_.reset(engine_->createExecutionContext());
+        if (!context_)
+            throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it (", logger_.last,
+                                   "); it is for another GPU or version: run `dit-run compile` here"));
+        for (std::int32_t index = 0; index < engine_->getNbIOTensors(); ++index) {
+            const std::string name = engine_->getIOTensorName(index);
+            const bool in = engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
+            (in ? inputs : outputs).push_back(name);
+        }
+    }
+
+    std::map<std::string, Output> run(const std::vector<Input>& given) override {
+        check(cudaSetDevice(device_));  // a pipeline may move between threads
+        for (const Input& input : given) {
+            const auto type = input.integers ? nvinfer1::DataType::kINT64 : nvinfer1::DataType::kFLOAT;
+            require_type(input.name, type);
+            nvinfer1::Dims dims{};
+            dims.nbDims = static_cast<std::int32_t>(input.shape.size());
+            for (std::size_t axis = 0; axis < input.shape.size(); ++axis) dims.d[axis] = input.shape[axis];
+            const std::size_t bytes = count(input.shape) * (input.integers ? sizeof(std::int64_t) : sizeof(float));
+            void* room = buffers_[input.name].room(bytes);
+            check(cudaMemcpyAsync(room, input.data, bytes, cudaMemcpyHostToDevice, stream_->stream));
+            require(context_->setInputShape(input.name.c_str(), dims), input.name);
+            require(context_->setTensorAddress(input.name.c_str(), room), input.name);
+        }
+        std::map<std::string, Output> named;
+        for (const auto& name : outputs) {
+            require_type(name, nvinfer1::DataType::kFLOAT);
+            const nvinfer1::Dims dims = context_->getTensorShape(name.c_str());
+            require(dims.nbDims >= 0, name);
+            Output& output = named[name];
+            for (std::int32_t axis = 0; axis < dims.nbDims; ++axis) {
+                require(dims.d[axis] >= 0, name);
+                output.shape.push_back(dims.d[axis]);
+            }
+            output.values.resize(count(output.shape));
+            void* room = buffers_[name].room(output.values.size() * sizeof(float));
+            require(context_->setTensorAddress(name.c_str(), room), name);
+        }
+        require(context_->enqueueV3(stream_->stream), "the run");
+        for (auto& [name, output] : named)
+            check(cudaMemcpyAsync(output.values.data(), buffers_[name].room(0), output.values.size() * sizeof(float),
+                                  cudaMemcpyDeviceToHost, stream_->stream));
+        check(cudaStreamSynchronize(stream_->stream));
+        return named;
+    }
+
+  private:
+    void require(bool fine, const std::string& what) const {
+        if (!fine) throw EngineError(text(DIT_TENSORRT, " refuses ", what, ": ", logger_.last));
+    }
+
+    void require_type(const std::string& name, nvinfer1::DataType type) const {
+        require(engine_->getTensorDataType(name.c_str()) == type, name + ", whose type is not the signature's");
+    }
+
+    const int device_;
+    // In the order of their needs: what is named first is destroyed last.
+    Logger logger_;
+    std::unique_ptr<Stream> stream_;
+    std::unique_ptr<nvinfer1::IRuntime> runtime_;
+    std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+    std::unique_ptr<nvinfer1::IExecutionContext> context_;
+    std::map<std::string, Buffer> buffers_;
+};
+
+}  // namespace
+
+std::string trt_version() { return text(NV_TENSORRT_MAJOR, ".", NV_TENSORRT_MINOR, ".", NV_TENSORRT_PATCH); }
+
+std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph&, const Options& options) {
+    try {
+        return std::make_unique<TrtEngine>(files.at(0), options);
+    } catch (const NpyError& error) {
+        throw BundleError(text(files.at(0).string(), ": ", error.what()));
+    }
+}
+
+}  // namespace dit_runtime

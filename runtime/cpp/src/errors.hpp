@@ -1,0 +1,53 @@
+// The user's own mistakes and an engine's failures: one sentence that says what, where, got and expected, what next.
+#pragma once
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace dit_runtime {
+
+// Bad usage or bad input.
+struct UsageError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// A bundle that is damaged, of another format, or cannot run here.
+struct BundleError : UsageError {
+    using UsageError::UsageError;
+};
+
+// An engine gave something that no sound engine gives.
+struct EngineError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// `on_step` asked to stop the run.
+struct Stopped : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// The parts as one text: text("steps is ", 0).
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+    std::ostringstream out;
+    (out << ... << parts);
+    return out.str();
+}
+
+inline bool contains(const std::vector<std::string>& known, const std::string& word) {
+    return std::find(known.begin(), known.end(), word) != known.end();
+}
+
+std::string join(const std::vector<std::string>& words, const std::string& separator = ", ");
+
+// ' (did you mean "…"?)' where something known is close, else nothing.
+std::string nearest(const std::string& word, const std::vector<std::string>& known);
+
+// As Python's str.lower and str.strip do for ASCII.
+std::string lower(std::string word);
+std::string strip(const std::string& word);
+
+}  // namespace dit_runtime

@@ -1,0 +1,84 @@
+// The bundle's contract: manifest.json, what it may say, and the checks before anything it names is opened.
+// Mirrors dit_runtime/manifest.py.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "schedule.hpp"
+
+namespace dit_runtime {
+
+using Path = std::filesystem::path;
+using Shape = std::vector<std::int64_t>;
+
+inline constexpr std::uint64_t FORMAT = 1;
+inline const char* const MANIFEST = "manifest.json";
+inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
+inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows, training steps, numbers a row
+
+// One input or output; a name in the shape is a free dimension.
+struct TensorSpec {
+    std::string name;
+    std::string dtype;
+    std::vector<std::variant<std::int64_t, std::string>> shape;
+};
+
+// One network of the bundle: its portable ONNX form, and the files that each backend opens instead of it.
+struct Graph {
+    std::string onnx;
+    std::vector<TensorSpec> inputs, outputs;
+    std::int64_t max_batch = 8;  // rows it takes at a time
+    std::string precision = "fp32";
+    std::string backend = "onnxruntime";
+    std::map<std::string, std::vector<std::string>> engines;  // by backend
+
+    std::vector<std::string> onnx_files() const { return {onnx, onnx + ".data"}; }
+    std::vector<std::string> files(const std::string& name) const {
+        const auto own = engines.find(name);
+        return own == engines.end() ? onnx_files() : own->second;
+    }
+    std::vector<std::string> files() const { return files(backend); }
+};
+
+struct File {
+    std::uintmax_t size;
+    std::string sha256;
+};
+
+struct Manifest {
+    std::string model_name;  // for people
+    Shape latent_shape;      // (C, H, W)
+    std::int64_t num_classes = 0;
+    std::vector<std::string> labels;  // names by class; empty where none are known
+    std::int64_t guided_channels = 0;
+    bool unguided_up_to_one = false;
+    Diffusion diffusion;
+    std::map<std::string, Graph> graphs;
+    std::map<std::string, File> files;
+
+    std::int64_t null_label() const { return num_classes; }
+    Shape conditioning_shape() const;  // (K, D)
+    Shape image_shape() const;         // (3, H, W), where there is a decoder
+};
+
+// Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
+Manifest read(const Path& folder);
+
+// The same for the text alone: what it says, and no file is looked for. `where` begins each message.
+Manifest parse(const std::string& content, const std::string& where);
+
+// The `diffusion` section alone, from JSON.
+Diffusion parse_diffusion(const std::string& content);
+
+// The file `name` of the bundle; nothing may lead out of the folder.
+Path inside(const Path& folder, const std::string& name);
+
+// Compares sha256 sums; engines are executable, so nothing is opened before.
+void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
+
+}  // namespace dit_runtime

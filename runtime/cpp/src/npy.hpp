@@ -1,0 +1,59 @@
+// NumPy's files: .npy, and .npz as np.savez writes it (stored, not compressed).
+#pragma once
+
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "manifest.hpp"
+
+namespace dit_runtime {
+
+// What is wrong with the file; the caller says which file it was.
+struct NpyError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct NpyArray {
+    Shape shape;
+    std::string kind;  // "f4", "f8", "i4", "i8" or "u1", little-endian
+    std::vector<unsigned char> bytes;
+
+    std::size_t size() const { return kind.empty() ? 0 : bytes.size() / static_cast<std::size_t>(kind[1] - '0'); }
+
+    // The numbers as T; where they are wider, rounded.
+    template <typename T>
+    std::vector<T> as() const {
+        if (kind == "f4") return cast<float, T>();
+        if (kind == "f8") return cast<double, T>();
+        if (kind == "i4") return cast<std::int32_t, T>();
+        if (kind == "i8") return cast<std::int64_t, T>();
+        return cast<std::uint8_t, T>();
+    }
+
+  private:
+    template <typename From, typename T>
+    std::vector<T> cast() const {
+        std::vector<T> values(size());
+        for (std::size_t index = 0; index < values.size(); ++index) {
+            From value;
+            std::memcpy(&value, &bytes[index * sizeof(From)], sizeof(From));
+            values[index] = static_cast<T>(value);
+        }
+        return values;
+    }
+};
+
+NpyArray parse_npy(const std::vector<unsigned char>& content);
+std::map<std::string, NpyArray> parse_npz(const std::vector<unsigned char>& content);
+
+// A whole file of at most `most` bytes.
+std::vector<unsigned char> read_bytes(const std::filesystem::path& path, std::uintmax_t most = 1u << 30);
+
+// The bytes of a .npy file of this dtype ("<f4", "|u1") and shape.
+std::string npy_bytes(const std::string& dtype, const Shape& shape, const void* data, std::size_t bytes);
+
+}  // namespace dit_runtime

@@ -1,0 +1,275 @@
+#include "pipeline.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+
+#include "errors.hpp"
+#include "images.hpp"
+#include "sha256.hpp"
+
+namespace dit_runtime {
+namespace {
+
+bool all_finite(const std::vector<float>& values) {
+    return std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); });
+}
+
+std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
+    std::vector<std::string> found;
+    for (const TensorSpec& spec : specs) found.push_back(spec.name);
+    return found;
+}
+
+std::vector<std::string> sorted(std::vector<std::string> words) {
+    std::sort(words.begin(), words.end());
+    return words;
+}
+
+Shape with_batch(std::size_t batch, const Shape& row) {
+    Shape shape = {static_cast<std::int64_t>(batch)};
+    shape.insert(shape.end(), row.begin(), row.end());
+    return shape;
+}
+
+}  // namespace
+
+Pipeline::Pipeline(const Path& where, const Options& options)
+    : folder(where), manifest(read(where)), options_(options) {
+    options_.cache = cache();
+    if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
+    for (const auto& [name, graph] : manifest.graphs) check_files(folder, manifest, graph.files(backend(name).name));
+    if (!options_.low_memory)
+        for (const auto& graph : manifest.graphs) engine(graph.first);
+}
+
+// Where backends keep what they compile of this bundle: in the user's cache, by what the bundle holds; "" without one.
+Path Pipeline::cache() const {
+    std::string content;
+    for (const auto& [name, file] : manifest.files) content += name + " " + file.sha256 + "\n";
+    const char* home = std::getenv("XDG_CACHE_HOME");
+    const bool own = home && *home;
+    if (!own) home = std::getenv("HOME");
+    if (!home || !*home) return {};
+    Sha256 sum;
+    sum.update(reinterpret_cast<const unsigned char*>(content.data()), content.size());
+    const Path path = (own ? Path(home) : Path(home) / ".cache") / "dit-run" / sum.hex().substr(0, 32);
+    std::error_code failure;
+    std::filesystem::create_directories(path, failure);
+    std::filesystem::permissions(path, std::filesystem::perms::owner_all, failure);
+    return failure ? Path() : path;
+}
+
+// What the graph runs on here; in low memory the conditioner takes what loads in the least.
+const Backend& Pipeline::backend(const std::string& name) const {
+    Graph graph = manifest.graphs.at(name);
+    if (options_.low_memory && options_.backend.empty() && name == "conditioner")
+        for (const Backend& known : backends())
+            if (known.name == LEANEST) graph.backend = LEANEST;
+    return choose(graph, options_);
+}
+
+// The graph's engine, opened where it is not; with low memory, the others are closed first.
+Engine& Pipeline::engine(const std::string& name) {
+    const auto found = engines_.find(name);
+    if (found != engines_.end()) return *found->second;
+    if (options_.low_memory) engines_.clear();
+    const Graph& graph = manifest.graphs.at(name);
+    const Backend& backend = this->backend(name);
+    std::vector<Path> paths;
+    for (const auto& file : graph.files(backend.name)) paths.push_back(inside(folder, file));
+    std::unique_ptr<Engine> opened = backend.open(paths, graph, options_);
+    const auto inputs = names(graph.inputs), outputs = names(graph.outputs);
+    if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
+        throw BundleError(text(folder.string(), ": ", name, " has inputs ", join(opened->inputs), " and outputs ",
+                               join(opened->outputs), ", expected ", join(inputs), " and ", join(outputs)));
+    return *(engines_[name] = std::move(opened));
+}
+
+std::vector<std::uint8_t> Pipeline::images(const Request& request) {
+    require_decoder();
+    const Array x = run(request);
+    const std::vector<float> pictures = decode({x.begin(), x.end()});
+    return to_uint8(pictures, with_batch(request.labels.size(), image_shape()));
+}
+
+std::vector<float> Pipeline::latents(const Request& request) {
+    const Array x = run(request);
+    return {x.begin(), x.end()};
+}
+
+Array Pipeline::run(const Request& request) {
+    if (request.labels.empty()) throw UsageError("no labels; pass at least one class name or number");
+    for (const std::int64_t label : request.labels) check_label(label);
+    const std::size_t batch = request.labels.size(), size = batch * count(manifest.latent_shape);
+    const std::vector<float> weights = guidance(request.guidance, batch);
+    const std::string& solver = request.solver.empty() ? manifest.diffusion.sampler.solver : request.solver;
+    const Array timesteps = plan(manifest.diffusion, solver, request.steps, request.spacing);
+    const Draw draw = dit_runtime::draw(request.seeds, batch);
+    if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))
+        throw UsageError(text("latents have ", request.latents->size(), " numbers; expected ", size, ", all finite"));
+    const std::vector<float> x = request.latents ? *request.latents : draw(size);
+
+    Table table = this->table(timesteps, request.labels, is_guided(weights));
+    const int steps = static_cast<int>(timesteps.size());
+    int step = 0;
+    const auto report = [&](const Array& state) {
+        if (request.on_step && request.on_step(step, steps, state))
+            throw Stopped(text("stopped after step ", step, " of ", steps));
+    };
+    const Denoise denoise = [&](const Array& state, double t) {
+        if (step) report(state);
+        return denoise_all(static_cast<std::size_t>(step++), t, state, table, weights);
+    };
+    Array last = solve(manifest.diffusion, solver, request.steps, {x.begin(), x.end()}, draw, denoise, request.eta,
+                       request.spacing);
+    report(last);
+    return last;
+}
+
+Table Pipeline::table(const Array& timesteps, const std::vector<std::int64_t>& ids, bool guided) {
+    const auto null_label = guided ? std::optional<std::int64_t>(manifest.null_label()) : std::nullopt;
+    const auto conditioner = [this](const std::vector<float>& times, const std::vector<std::int64_t>& labels) {
+        return condition(times, labels);
+    };
+    return Table(conditioner, timesteps, ids, null_label, count(manifest.conditioning_shape()),
+                 static_cast<std::size_t>(manifest.graphs.at("conditioner").max_batch));
+}
+
+std::vector<float> Pipeline::condition(const std::vector<float>& timesteps, const std::vector<std::int64_t>& labels) {
+    const Shape rows = {static_cast<std::int64_t>(labels.size())};
+    return run_engine("conditioner", {{"timesteps", rows, timesteps.data()}, {"labels", rows, labels.data(), true}},
+                      "conditioning", with_batch(labels.size(), manifest.conditioning_shape()))
+        .values;
+}
+
+Prediction Pipeline::denoise(const std::vector<float>& latents, const std::vector<float>& conditioning,
+                             const std::vector<float>& guidance) {
+    const std::size_t batch = guidance.size(), row = count(manifest.conditioning_shape());
+    const Shape shape = with_batch(batch, manifest.latent_shape);
+    const std::size_t groups = conditioning.size() / (batch * row);
+    const std::vector<Input> inputs = {
+        {"latents", shape, latents.data()},
+        {"conditioning", with_batch(groups, with_batch(batch, manifest.conditioning_shape())), conditioning.data()},
+        {"guidance", {static_cast<std::int64_t>(batch)}, guidance.data()}};
+    Prediction outputs;
+    outputs.prediction = run_engine("denoiser", inputs, "prediction", shape, &outputs.variance).values;
+    return outputs;
+}
+
+std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
+    require_decoder();
+    const std::size_t one = count(manifest.latent_shape), samples = latents.size() / one;
+    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("decoder").max_batch);
+    std::vector<float> pictures;
+    for (std::size_t first = 0; first < samples; first += size) {
+        const std::size_t batch = std::min(size, samples - first);
+        const Output part =
+            run_engine("decoder", {{"latents", with_batch(batch, manifest.latent_shape), latents.data() + first * one}},
+                       "images", with_batch(batch, image_shape()));
+        pictures.insert(pictures.end(), part.values.begin(), part.values.end());
+    }
+    if (!all_finite(pictures)) throw EngineError("the decoder's pictures hold values that are not finite");
+    return pictures;
+}
+
+// The whole batch at one step, split into what the engine takes at a time.
+Prediction Pipeline::denoise_all(std::size_t step, double t, const Array& x, Table& table,
+                                 const std::vector<float>& weights) {
+    const std::size_t one = count(manifest.latent_shape);
+    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("denoiser").max_batch);
+    Prediction whole;
+    for (std::size_t first = 0; first < weights.size(); first += size) {
+        const std::size_t last = std::min(first + size, weights.size());
+        const auto at = [one](const Array& values, std::size_t row) {
+            return values.begin() + static_cast<std::ptrdiff_t>(row * one);
+        };
+        const Prediction part = denoise({at(x, first), at(x, last)}, table(step, first, last),
+                                        {weights.data() + first, weights.data() + last});
+        if (!all_finite(part.prediction))
+            throw EngineError(
+                text("step ", step + 1, " (t = ", t, "): the denoiser's prediction holds values not finite"));
+        whole.prediction.insert(whole.prediction.end(), part.prediction.begin(), part.prediction.end());
+        whole.variance.insert(whole.variance.end(), part.variance.begin(), part.variance.end());
+    }
+    return whole;
+}
+
+// One output of an engine, of the shape that is expected; no other shape is ever read.
+Output Pipeline::run_engine(const std::string& name, const std::vector<Input>& inputs, const std::string& output,
+                            const Shape& expected, std::vector<float>* variance) {
+    Engine& opened = engine(name);
+    const auto start = std::chrono::steady_clock::now();
+    std::map<std::string, Output> outputs;
+    try {
+        outputs = opened.run(inputs);
+    } catch (const EngineError& error) {
+        throw EngineError(text("the ", name, " failed: ", error.what()));
+    }
+    engine_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const auto take = [&](const std::string& key) {
+        const auto found = outputs.find(key);
+        if (found == outputs.end()) throw BundleError(text(folder.string(), ": ", name, " has no output ", key));
+        if (found->second.shape != expected)
+            throw EngineError(text("the ", name, "'s ", key, " has shape ", shown(found->second.shape), ", expected ",
+                                   shown(expected)));
+        return std::move(found->second);
+    };
+    if (variance && outputs.count("variance")) *variance = take("variance").values;
+    return take(output);
+}
+
+std::int64_t Pipeline::label_id(const std::string& label) const {
+    const std::string digits = label.substr(label.rfind('-', 0) == 0 ? 1 : 0);
+    if (!digits.empty() && digits.find_first_not_of("0123456789") == std::string::npos) {
+        const std::int64_t number = digits.size() < 18 ? std::stoll(label) : INT64_MAX;
+        check_label(number);
+        return number;
+    }
+    const std::string wanted = lower(strip(label));
+    const auto& labels = manifest.labels;
+    for (std::size_t number = 0; number < labels.size(); ++number)  // whole names win over synonyms of others
+        if (lower(strip(labels[number])) == wanted) return static_cast<std::int64_t>(number);
+    std::vector<std::string> known = labels;
+    for (std::size_t number = 0; number < labels.size(); ++number) {
+        std::istringstream synonyms(labels[number]);
+        for (std::string synonym; std::getline(synonyms, synonym, ',');) {
+            if (lower(strip(synonym)) == wanted) return static_cast<std::int64_t>(number);
+            known.push_back(strip(synonym));
+        }
+    }
+    throw UsageError(text("class '", label, "' is not known",
+                          labels.empty() ? text(": this bundle has no names, only 0 to ", manifest.num_classes - 1)
+                                         : nearest(label, known)));
+}
+
+void Pipeline::check_label(std::int64_t label) const {
+    if (label < 0 || label >= manifest.num_classes)
+        throw UsageError(text("label ", label, " is out of range; expected 0 to ", manifest.num_classes - 1));
+}
+
+bool Pipeline::is_guided(const std::vector<float>& weights) const {
+    return !std::all_of(weights.begin(), weights.end(),
+                        [this](float weight) { return manifest.unguided_up_to_one ? weight <= 1 : weight == 1; });
+}
+
+std::vector<float> Pipeline::guidance(const std::vector<float>& given, std::size_t count) const {
+    if (given.size() != 1 && given.size() != count)
+        throw UsageError(text("guidance has ", given.size(), " numbers; expected one, or ", count, ", one a label"));
+    if (!all_finite(given)) throw UsageError("guidance holds what is no finite number");
+    std::vector<float> weights = given.size() == 1 ? std::vector<float>(count, given[0]) : given;
+    if (manifest.unguided_up_to_one)
+        // As it would be alone: a sample does not depend on its batch.
+        for (float& weight : weights) weight = std::max(weight, 1.0f);
+    return weights;
+}
+
+void Pipeline::require_decoder() const {
+    if (!manifest.graphs.count("decoder"))
+        throw UsageError("this bundle has no decoder; ask for latents (dit-generate: -o FILE.npy)");
+}
+
+Shape Pipeline::image_shape() const { return manifest.graphs.count("decoder") ? manifest.image_shape() : Shape(); }
+
+}  // namespace dit_runtime

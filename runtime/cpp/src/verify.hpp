@@ -1,0 +1,41 @@
+// Replays reference.npz, PyTorch's own answer, with the engines alone. Mirrors dit_runtime/verify.py.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+
+#include "npy.hpp"
+#include "pipeline.hpp"
+
+namespace dit_runtime {
+
+// Largest errors at one precision; relative L2 against the reference's norm unless said otherwise.
+struct Tolerances {
+    double conditioner;
+    double prediction;  // one teacher-forced evaluation
+    double latents;     // at the end of the free run
+    double pictures;    // least PSNR in dB of the uint8 pictures of the free run
+};
+
+// Their reasons stand in verify.py; a test compares the two.
+inline const std::map<std::string, Tolerances> TOLERANCES = {
+    {"fp32", {1e-4, 1e-4, 1e-3, 55.0}}, {"bf16", {1e-4, 5e-2, 5e-2, 25.0}}, {"fp16", {1e-4, 5e-3, 1e-2, 35.0}}};
+inline constexpr double NOISE_ATOL = 1e-5;
+
+// One gate: what was measured where, and what it must keep to.
+struct Check {
+    std::string name;
+    double value, limit;
+    bool at_least = false;  // the value must reach the limit, else stay below it
+    std::string where;
+
+    bool passed() const { return at_least ? value >= limit : value <= limit; }  // false for NaN
+};
+
+using OnCheck = std::function<void(const Check& check)>;
+
+// All checks of a bundle against its reference, one by one; the caller decides on `passed`.
+void verify(Pipeline& pipe, const OnCheck& on_check);
+
+}  // namespace dit_runtime

@@ -1,0 +1,135 @@
+"""Writes what Python computes to goldens.json, for the C++ tests to replay: `make goldens`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_runtime import backends, verify
+from dit_runtime.errors import UsageError
+from dit_runtime.noise import Noise, draw
+from dit_runtime.schedule import SOLVERS, SPACINGS, Diffusion, make_schedule, timesteps
+from dit_runtime.solvers import solve
+
+FILE = Path(__file__).with_name("goldens.json")
+SHAPE = (2, 1, 3, 4)  # of the solvers' runs: 24 numbers, so noise is drawn by blocks and redrawn at the end
+DIFFUSIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "v": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction": "v_prediction"},
+    "sample": {
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction": "sample",
+        "sampler": {"variance": "fixed_small", "clip_sample": True, "clip_sample_range": 1.5, "solver_type": "heun"},
+    },
+    "odd": {
+        "train_steps": 100,
+        "sampler": {
+            "steps_offset": 1,
+            "set_alpha_to_one": False,
+            "variance": "fixed_large",
+            "euler_at_final": True,
+            "lower_order_final": False,
+            "final_sigmas_type": "sigma_min",
+        },
+    },
+    "clipped": {
+        "beta_schedule": "squaredcos_cap_v2",
+        "sampler": {"lambda_min_clipped": -5.1, "variance": "learned"},
+    },
+    "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
+}
+
+
+def respond(x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
+    """A network of + and × alone, so that C++ gives the same bits."""
+    small = x.astype(np.float32)
+    prediction = small * np.float32(0.5) + np.float32(t * 2**-12)
+    return prediction, np.minimum(small * small * np.float32(0.0625), np.float32(1))
+
+
+def runs() -> list[dict[str, Any]]:
+    """Each solver with each diffusion, spacing and a few numbers of steps: the result, or that it is refused."""
+    found = []
+    for name, solver, spacing, steps in product(DIFFUSIONS, SOLVERS, ("", *SPACINGS), (1, 5, 20)):
+        if spacing and name not in ("defaults", "odd"):
+            continue  # these two show the spacings, the others the rest
+        diffusion = Diffusion.from_dict(DIFFUSIONS[name])
+        for eta in (0.0, 0.7) if solver == "ddim" else (0.0,):
+            entry: dict[str, Any] = {
+                "diffusion": name,
+                "solver": solver,
+                "spacing": spacing,
+                "steps": steps,
+                "eta": eta,
+            }
+            found.append(entry)
+            try:
+                schedule = make_schedule(diffusion, solver, steps, spacing or None)
+            except UsageError:
+                continue
+            if not eta:
+                entry |= {"timesteps": schedule.timesteps.tolist(), "alpha_bar_prev": schedule.alpha_bar_prev.tolist()}
+            noise = draw(3, SHAPE[0])
+            run = solve(diffusion, solver, steps, noise(SHAPE), noise, eta=eta, spacing=spacing or None)
+            x, t = next(run)
+            try:
+                while True:
+                    x, t = run.send(respond(x, t))
+            except StopIteration as end:
+                entry["x"] = end.value.reshape(-1)[:3].tolist() + end.value.reshape(-1)[-3:].tolist()
+    return found
+
+
+def noises() -> list[dict[str, Any]]:
+    found = []
+    for seed in (0, 42, 2**32 + 7, 2**64 - 1):
+        stream, draws = Noise(seed), []
+        for size in (1, 3, 15, 16, 17, 40, 2, 64):
+            draws.append({"size": size, "values": stream.normal((size,)).tolist()})
+        found.append({"seed": seed, "bits": Noise(seed).bits(4).tolist(), "draws": draws})
+    return found
+
+
+def goldens() -> dict[str, Any]:
+    full = Diffusion.from_dict(DIFFUSIONS["defaults"])
+    seeds = [5, 6, 7]
+    each = draw(seeds, 3)
+    return {
+        "diffusions": DIFFUSIONS,
+        "betas": {name: Diffusion.from_dict(table).betas[::7].tolist() for name, table in DIFFUSIONS.items()},
+        "alpha_bar": {name: Diffusion.from_dict(table).alpha_bar[::7].tolist() for name, table in DIFFUSIONS.items()},
+        "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
+        "runs": runs(),
+        "noise": noises(),
+        "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
+        "tolerances": {name: asdict(limits) for name, limits in verify.TOLERANCES.items()}
+        | {
+            "noise": verify.NOISE_ATOL,
+        },
+        "precisions": {name: list(backends.backend(name).PRECISIONS) for name in backends.BACKENDS},
+        "sampler_fields": sorted(entry.name for entry in fields(full.sampler)),
+    }
+
+
+def text() -> str:
+    """JSON with one entry a line, so that a change can be read."""
+    parts = []
+    for key, value in goldens().items():
+        if isinstance(value, dict):
+            lines = [f"{json.dumps(name)}: {json.dumps(inner)}" for name, inner in value.items()]
+        else:
+            lines = [json.dumps(inner) for inner in value]
+        opening, closing = "{}" if isinstance(value, dict) else "[]"
+        parts.append(f"{json.dumps(key)}: {opening}\n" + ",\n".join(lines) + f"\n{closing}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
+    sys.stdout.write(f"{FILE}: {FILE.stat().st_size} bytes\n")

@@ -1,0 +1,179 @@
+// Schedule, solvers and noise against goldens.json, which Python wrote.
+#include <gtest/gtest.h>
+
+#include "engine.hpp"
+#include "errors.hpp"
+#include "goldens.hpp"
+#include "manifest.hpp"
+#include "noise.hpp"
+#include "solvers.hpp"
+#include "verify.hpp"
+
+namespace dit_runtime {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr std::size_t SIZE = 24;  // numbers of a golden run, of two samples
+// Both compute in double, in the same order; exp, log, sin and cos may differ by an ulp between maths libraries, and a
+// run of 20 steps hands that on.
+constexpr double RTOL = 1e-12;
+// Noise is rounded to float: an ulp of values up to 5.
+constexpr double NOISE_RTOL = 1e-7;
+
+Diffusion diffusion(const std::string& name) { return parse_diffusion(goldens()["diffusions"][name].dump()); }
+
+// + and × alone, as in goldens.py.
+Prediction respond(const Array& x, double t) {
+    Prediction output;
+    for (const double value : x) {
+        const float small = static_cast<float>(value);
+        output.prediction.push_back(small * 0.5f + static_cast<float>(t * 0x1p-12));
+        output.variance.push_back(std::min(small * small * 0.0625f, 1.0f));
+    }
+    return output;
+}
+
+Array ends(const Array& x) { return {x[0], x[1], x[2], x[SIZE - 3], x[SIZE - 2], x[SIZE - 1]}; }
+
+Array run(const Json& golden, const Denoise& denoise) {
+    const Draw noise = draw({3}, 2);
+    const std::vector<float> start = noise(SIZE);
+    return ends(solve(diffusion(golden["diffusion"]), golden["solver"], golden["steps"].get<std::int64_t>(),
+                      {start.begin(), start.end()}, noise, denoise, golden["eta"], golden["spacing"]));
+}
+
+TEST(Schedule, Betas) {
+    for (const auto& entry : goldens()["diffusions"].items()) {
+        const Diffusion made = diffusion(entry.key());
+        const Array betas = made.betas(), levels = made.alpha_bar();
+        ASSERT_EQ(betas.size(), static_cast<std::size_t>(made.train_steps));
+        Array some_betas, some_levels;
+        for (std::size_t t = 0; t < betas.size(); t += 7)
+            some_betas.push_back(betas[t]), some_levels.push_back(levels[t]);
+        // Only the cosine schedule needs more than + - × ÷ √.
+        const double tolerance = made.beta_schedule == "squaredcos_cap_v2" ? RTOL : 0;
+        EXPECT_LE(apart(some_betas, goldens()["betas"][entry.key()].get<Array>()), tolerance) << entry.key();
+        EXPECT_LE(apart(some_levels, goldens()["alpha_bar"][entry.key()].get<Array>()), tolerance) << entry.key();
+    }
+}
+
+TEST(Schedule, EverySpacing) {
+    for (const auto& entry : goldens()["every_step"].items())
+        EXPECT_EQ(timesteps(diffusion("defaults"), "ddim", 250, entry.key()),
+                  entry.value().get<std::vector<std::int64_t>>())
+            << entry.key();
+}
+
+TEST(Solvers, EveryGoldenRun) {
+    int replayed = 0, refused = 0;
+    for (const Json& golden : goldens()["runs"]) {
+        SCOPED_TRACE(golden.dump());
+        if (!golden.contains("x")) {
+            EXPECT_THROW(run(golden, respond), UsageError);
+            ++refused;
+            continue;
+        }
+        if (golden.contains("timesteps")) {
+            const Schedule schedule = make_schedule(diffusion(golden["diffusion"]), golden["solver"],
+                                                    golden["steps"].get<std::int64_t>(), golden["spacing"]);
+            EXPECT_EQ(schedule.timesteps, golden["timesteps"].get<std::vector<std::int64_t>>());
+            EXPECT_LE(apart(schedule.alpha_bar_prev, golden["alpha_bar_prev"].get<Array>()), RTOL);
+        }
+        EXPECT_LE(apart(run(golden, respond), golden["x"].get<Array>()), RTOL);
+        ++replayed;
+    }
+    EXPECT_GT(replayed, 200);
+    EXPECT_GT(refused, 5);
+}
+
+// A prediction that is off by a millionth at one step must show in every solver: the tolerance has teeth.
+TEST(Solvers, APerturbationShows) {
+    int tried = 0;
+    for (const Json& golden : goldens()["runs"]) {
+        if (!golden.contains("x") || golden["diffusion"] != "defaults" || golden["steps"] == 1) continue;
+        int step = 0;
+        const Denoise wrong = [&](const Array& x, double t) {
+            Prediction output = respond(x, t);
+            if (++step == 2)
+                for (float& value : output.prediction) value *= 1.000001f;
+            return output;
+        };
+        EXPECT_GT(apart(run(golden, wrong), golden["x"].get<Array>()), 100 * RTOL) << golden.dump();
+        ++tried;
+    }
+    EXPECT_GT(tried, 20);
+}
+
+TEST(Solvers, Refusals) {
+    const auto with = [](const std::string& solver, std::int64_t steps, double eta, const std::string& spacing) {
+        return solve(Diffusion(), solver, steps, Array(SIZE), draw({0}, 1), respond, eta, spacing);
+    };
+    EXPECT_THROW(with("dpm+", 5, 0, ""), UsageError);
+    EXPECT_THROW(with("ddim", 0, 0, ""), UsageError);
+    EXPECT_THROW(with("ddim", -1, 0, ""), UsageError);
+    EXPECT_THROW(with("ddim", 1001, 0, ""), UsageError);
+    EXPECT_THROW(with("ddim", 5, 1.5, ""), UsageError);
+    EXPECT_THROW(with("ddim", 5, NAN, ""), UsageError);
+    EXPECT_THROW(with("ddpm", 5, 0.5, ""), UsageError);
+    EXPECT_THROW(with("ddim", 5, 0, "evenly"), UsageError);
+    const Denoise silent = [](const Array& x, double t) { return Prediction{respond(x, t).prediction, {}}; };
+    EXPECT_THROW(solve(Diffusion(), "ddpm", 5, Array(SIZE), draw({0}, 1), silent), UsageError);
+    try {
+        with("ddim", 300, 0, "stride");
+        FAIL();
+    } catch (const UsageError& error) {
+        EXPECT_NE(std::string(error.what()).find("250 and 334"), std::string::npos) << error.what();
+    }
+}
+
+// Every noise level is clipped away: nothing is left to visit.
+TEST(Solvers, NothingUnclipped) {
+    Diffusion clipped;
+    clipped.sampler.lambda_min_clipped = 100;
+    for (const auto& spacing : {"trailing", "linspace"})
+        EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
+}
+
+TEST(Noise, Streams) {
+    for (const Json& golden : goldens()["noise"]) {
+        Noise words(golden["seed"].get<std::uint64_t>());
+        for (const Json& word : golden["bits"]) EXPECT_EQ(words.bits(), word.get<std::uint32_t>());
+        Noise stream(golden["seed"].get<std::uint64_t>());
+        for (const Json& draw : golden["draws"])
+            EXPECT_LE(apart(stream.normal(draw["size"]), draw["values"].get<std::vector<float>>()), NOISE_RTOL);
+        Noise shifted(golden["seed"].get<std::uint64_t>());
+        shifted.bits();
+        EXPECT_GT(apart(shifted.normal(64), golden["draws"][7]["values"].get<std::vector<float>>()), 0.1);
+    }
+}
+
+TEST(Noise, OneSeedASample) {
+    const auto seeds = goldens()["seeds"]["seeds"].get<std::vector<std::uint64_t>>();
+    const Draw each = draw(seeds, seeds.size());
+    for (const Json& golden : goldens()["seeds"]["draws"])
+        EXPECT_LE(apart(each(golden.size()), golden.get<std::vector<float>>()), NOISE_RTOL);
+    EXPECT_THROW(draw({1, 2}, 3), UsageError);
+    EXPECT_THROW(draw({}, 3), UsageError);
+}
+
+// What stands in two languages must say the same.
+TEST(Mirrors, Tolerances) {
+    for (const auto& [name, limits] : TOLERANCES) {
+        const Json& golden = goldens()["tolerances"][name];
+        EXPECT_EQ(limits.conditioner, golden["conditioner"]) << name;
+        EXPECT_EQ(limits.prediction, golden["prediction"]) << name;
+        EXPECT_EQ(limits.latents, golden["latents"]) << name;
+        EXPECT_EQ(limits.pictures, golden["pictures"]) << name;
+    }
+    EXPECT_EQ(NOISE_ATOL, goldens()["tolerances"]["noise"]);
+    EXPECT_EQ(TOLERANCES.size() + 1, goldens()["tolerances"].size());
+}
+
+TEST(Mirrors, Precisions) {
+    for (const Backend& backend : backends())
+        EXPECT_EQ(Json(backend.precisions), goldens()["precisions"][backend.name]) << backend.name;
+}
+
+}  // namespace
+}  // namespace dit_runtime

@@ -1,0 +1,179 @@
+// What the C ABI refuses: a status and a sentence, and the pipeline works on afterwards.
+#include <cmath>
+
+#include "api.hpp"
+#include "sha256.hpp"
+
+namespace {
+
+INSTANTIATE_TEST_SUITE_P(Refusing, Api, ::testing::Values("onnxruntime", "openvino"));
+
+TEST_P(Api, BadRequests) {
+    const auto bad = [this](const char* words, const std::function<void()>& change) {
+        const dit_request kept = request;
+        change();
+        refused(generate(), DIT_BAD_ARGUMENT, words);
+        request = kept;
+    };
+    int64_t wrong[2] = {1, 5};
+    const uint64_t seeds[3] = {1, 2, 3};
+    float guidance[3] = {1, 2, INFINITY};
+    request.seeds = seeds;
+    request.guidance = guidance;
+    request.num_seeds = request.num_guidance = 1;
+    bad("label 5 is out of range; expected 0 to 4", [&] { request.labels = wrong; });
+    bad("label -1", [&] { wrong[1] = -1, request.labels = wrong; });
+    bad("no labels", [&] { request.count = 0; });
+    bad("labels is NULL", [&] { request.labels = nullptr; });
+    bad("3 seeds for 2 samples", [&] { request.num_seeds = 3; });
+    bad("0 seeds", [&] { request.num_seeds = 0; });
+    bad("seeds is NULL", [&] { request.seeds = nullptr; });
+    bad("guidance has 3", [&] { request.num_guidance = 3; });
+    bad("guidance is NULL", [&] { request.guidance = nullptr; });
+    bad("finite", [&] { request.guidance = guidance + 2; });
+    bad("steps is -1", [&] { request.steps = -1; });
+    bad("steps is 1001", [&] { request.steps = 1001; });
+    bad("solver 'eular' is not known", [&] { request.solver = "eular"; });
+    bad("spacing 'leding' is not known (did you mean \"leading\"?)", [&] { request.spacing = "leding"; });
+    bad("eta is 2", [&] { request.eta = 2; });
+    bad("eta is 0.5 with solver dpm++", [&] { request.eta = 0.5, request.solver = "dpm++"; });
+    bad("needs a newer libdit", [&] { request.struct_size = sizeof request + 8; });
+    bad("struct_size is 0", [&] { request.struct_size = 0; });
+    bad("struct_size is 9", [&] { request.struct_size = 9; });
+    refused(dit_generate_latents(pipe.get(), nullptr, numbers, 1), DIT_BAD_ARGUMENT, "dit_request is NULL");
+    refused(dit_generate_latents(pipe.get(), &request, nullptr, 1), DIT_BAD_ARGUMENT, "latents is NULL");
+    refused(dit_generate(pipe.get(), &request, nullptr, 1), DIT_BAD_ARGUMENT, "pixels is NULL");
+    refused(dit_generate(pipe.get(), &request, pixels, sizeof pixels - 1), DIT_BUFFER_TOO_SMALL, "expected 6144");
+    refused(dit_generate_latents(pipe.get(), &request, numbers, 63), DIT_BUFFER_TOO_SMALL, "expected 64");
+    request.count = SIZE_MAX;
+    refused(generate(), DIT_BAD_ARGUMENT, "no memory holds that many");
+    refused(dit_get_info(pipe.get(), nullptr), DIT_BAD_ARGUMENT, "dit_info is NULL");
+    dit_info info = DIT_INFO_INIT;
+    info.struct_size += 1;
+    refused(dit_get_info(pipe.get(), &info), DIT_BAD_ARGUMENT, "newer libdit");
+    refused(dit_find_label(pipe.get(), nullptr, wrong), DIT_BAD_ARGUMENT, "name is NULL");
+    refused(dit_find_label(pipe.get(), "ant", nullptr), DIT_BAD_ARGUMENT, "label is NULL");
+    refused(dit_open(pipe.get(), BUNDLE, nullptr), DIT_BAD_ARGUMENT, "has a bundle already");
+}
+
+TEST_P(Api, BadOptions) {
+    const auto bad = [](const char* words, dit_open_options options) {
+        const Handle fresh(dit_new());
+        EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &options), DIT_BAD_ARGUMENT);
+        EXPECT_NE(std::string(dit_message(fresh.get())).find(words), std::string::npos) << dit_message(fresh.get());
+        options = DIT_OPEN_OPTIONS_INIT;
+        EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &options), DIT_OK) << dit_message(fresh.get());  // a second try
+    };
+    bad("backend 'onyx' is not in this library", {sizeof options, "onyx", nullptr, 0, 0});
+    bad("device 'nowhere'", {sizeof options, GetParam(), "nowhere", 0, 0});
+    bad("threads is -1", {sizeof options, GetParam(), nullptr, -1, 0});
+    bad("struct_size is 4", {4, nullptr, nullptr, 0, 0});
+    bad("newer libdit", {sizeof options + 16, nullptr, nullptr, 0, 0});
+}
+
+// Each kind of damage on the whole way: a status and a sentence, nothing opened, and a sound bundle opens after it.
+TEST_P(Api, BadBundles) {
+    using Json = nlohmann::json;
+    const auto seal = [](const BundleCopy& copy) {
+        copy.edit([&](Json& table) {
+            for (auto& entry : table["files"].items()) {
+                const auto path = copy.folder / entry.key();
+                entry.value() = {{"size", std::filesystem::file_size(path)}, {"sha256", dit_runtime::sha256(path)}};
+            }
+        });
+    };
+    const auto bad = [&](const char* words, const std::function<void(const BundleCopy&)>& damage) {
+        const BundleCopy copy;
+        damage(copy);
+        const Handle fresh(dit_new());
+        EXPECT_EQ(dit_open(fresh.get(), copy.folder.c_str(), &options), DIT_BAD_BUNDLE) << words;
+        EXPECT_NE(std::string(dit_message(fresh.get())).find(words), std::string::npos) << dit_message(fresh.get());
+        dit_info info = DIT_INFO_INIT;
+        EXPECT_EQ(dit_get_info(fresh.get(), &info), DIT_BAD_ARGUMENT);
+        EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &options), DIT_OK) << dit_message(fresh.get());
+    };
+    bad("no manifest.json", [](const BundleCopy& copy) { std::filesystem::remove(copy.folder / "manifest.json"); });
+    bad("not JSON", [](const BundleCopy& copy) { copy.write("manifest.json", "{"); });
+    bad("sha256", [](const BundleCopy& copy) {
+        std::string content = copy.bytes("decoder.onnx");
+        content[content.size() - 1] ^= 1;
+        copy.write("decoder.onnx", content);
+    });
+    bad("does not", [&](const BundleCopy& copy) {
+        copy.write("denoiser.onnx", "not a graph\nat all");
+        seal(copy);
+    });
+    bad("conditioner has inputs", [](const BundleCopy& copy) {
+        copy.edit([](Json& table) { table["graphs"]["conditioner"]["onnx"] = "denoiser.onnx"; });
+    });
+    bad("leaves the bundle", [](const BundleCopy& copy) {
+        copy.edit([](Json& table) {
+            table["graphs"]["denoiser"]["onnx"] = "../d.onnx";
+            for (const char* name : {"../d.onnx", "../d.onnx.data"})
+                table["files"][name] = {{"size", 1}, {"sha256", ""}};
+        });
+    });
+    const auto location = [](const BundleCopy& copy, const std::string& name) {
+        // The graph names its weights by a path of the same length that leads out of the folder.
+        std::filesystem::copy_file(copy.folder / "denoiser.onnx.data", copy.folder.parent_path() / name,
+                                   std::filesystem::copy_options::overwrite_existing);
+        std::string content = copy.bytes("denoiser.onnx");
+        const std::string own = "denoiser.onnx.data", other = "../" + name;
+        for (std::size_t at = 0; (at = content.find(own, at)) != std::string::npos;)
+            content.replace(at, own.size(), other);
+        copy.write("denoiser.onnx", content);
+    };
+    bad("denoiser.onnx", [&](const BundleCopy& copy) {
+        location(copy, "dit-outside.dat");  // with "../", as long as denoiser.onnx.data
+        seal(copy);
+    });
+    std::filesystem::remove(std::filesystem::temp_directory_path() / "dit-outside.dat");
+}
+
+// Engines and manifests that disagree in shapes are caught before a number is read.
+TEST_P(Api, ShapesThatDisagree) {
+    const BundleCopy copy;
+    copy.edit([](nlohmann::json& table) { table["graphs"]["conditioner"]["outputs"][0]["shape"] = {"pairs", 2, 9}; });
+    const Handle fresh(dit_new());
+    ASSERT_EQ(dit_open(fresh.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(fresh.get());
+    EXPECT_EQ(dit_generate_latents(fresh.get(), &request, numbers, std::size(numbers)), DIT_ENGINE_FAILED);
+    EXPECT_NE(std::string(dit_message(fresh.get())).find("expected [3, 2, 9]"), std::string::npos)
+        << dit_message(fresh.get());
+}
+
+// One weight that is wrong: every sum is right, so only verification can notice.
+TEST_P(Api, AWrongWeightIsNotVerified) {
+    const BundleCopy copy;
+    std::string content = copy.bytes("conditioner.onnx.data");
+    content[4 * 16 * 2 + 3] ^= 0x40;  // of label 2, which the reference's run does not use
+    copy.write("conditioner.onnx.data", content);
+    copy.edit([&](nlohmann::json& table) {
+        table["files"]["conditioner.onnx.data"]["sha256"] = dit_runtime::sha256(copy.folder / "conditioner.onnx.data");
+    });
+    const Handle fresh(dit_new());
+    ASSERT_EQ(dit_open(fresh.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(fresh.get());
+    EXPECT_EQ(dit_verify(fresh.get(), nullptr, nullptr), DIT_NOT_VERIFIED);
+    EXPECT_NE(std::string(dit_message(fresh.get())).find("label 2"), std::string::npos) << dit_message(fresh.get());
+}
+
+TEST(Nothing, NullsAndEmptyHandles) {
+    dit_free(nullptr);
+    int64_t label = 0;
+    float number = 0;
+    const dit_request request = DIT_REQUEST_INIT;
+    EXPECT_EQ(dit_open(nullptr, BUNDLE, nullptr), DIT_BAD_ARGUMENT);
+    EXPECT_EQ(dit_find_label(nullptr, "ant", &label), DIT_BAD_ARGUMENT);
+    EXPECT_EQ(dit_verify(nullptr, nullptr, nullptr), DIT_BAD_ARGUMENT);
+    EXPECT_EQ(dit_label(nullptr, 0), nullptr);
+    EXPECT_STRNE(dit_message(nullptr), "");
+    const Handle empty(dit_new());
+    EXPECT_EQ(dit_generate_latents(empty.get(), &request, &number, 1), DIT_BAD_ARGUMENT);
+    EXPECT_NE(std::string(dit_message(empty.get())).find("call dit_open first"), std::string::npos);
+    EXPECT_EQ(dit_open(empty.get(), nullptr, nullptr), DIT_BAD_ARGUMENT);
+    EXPECT_EQ(dit_open(empty.get(), "/nowhere", nullptr), DIT_BAD_BUNDLE);
+    EXPECT_EQ(dit_label(empty.get(), 0), nullptr);
+    EXPECT_STREQ(dit_status_name(static_cast<dit_status>(99)), "unknown status");
+    EXPECT_EQ(std::string(dit_version()).find("0."), 0u);
+}
+
+}  // namespace

@@ -1,0 +1,32 @@
+"""The C++ library as `make cpp` builds it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(__file__).parents[2] / "build/cpp"
+
+
+@pytest.fixture(scope="session")
+def build() -> Path:
+    assert (BUILD / "programs/dit-generate").is_file(), f"no C++ library in {BUILD}; run: make cpp"
+    return BUILD
+
+
+@pytest.fixture
+def dit_generate(build, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the program; one thread, so that the sums are in Python's order."""
+
+    cache = tmp_path_factory.getbasetemp() / "cache"  # of OpenVINO's compiled graphs
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(build / "programs/dit-generate"), *map(str, arguments), "--threads", "1"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    return run

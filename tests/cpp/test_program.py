@@ -1,0 +1,216 @@
+"""dit-generate's mistakes, the examples, and the installed package from outside."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CPP = Path(__file__).parents[2] / "runtime/cpp"
+CONSUMER = Path(__file__).with_name("consumer")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The bundle of the C++ tests: 5 classes, 32 px, no time to draw."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    module("make_bundle").make(folder)
+    return folder
+
+
+def module(name: str):
+    spec = importlib.util.spec_from_file_location(name, CPP / f"tests/{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["BUNDLE"], "no --labels"),
+        ([], "no bundle"),
+        (["BUNDLE", "--labels"], "--labels needs a value"),
+        (["BUNDLE", "--labels", "1", "--step", "3"], "unknown flag --step"),
+        (["BUNDLE", "--labels", "1", "--steps", "x"], "--steps is 'x'; expected an integer"),
+        (["BUNDLE", "--labels", "1", "--steps", "0"], "--steps is '0'"),
+        (["BUNDLE", "--labels", "1", "--guidance", "nan"], "finite"),
+        (["BUNDLE", "--labels", "1", "--guidance", "1", "2"], "guidance has 2 numbers"),
+        (["BUNDLE", "--labels", "1", "--seed", str(2**64)], "2**64 - 1"),
+        (["BUNDLE", "--labels", "1", "--seed", "1", "2"], "2 seeds for 1 samples"),
+        (["BUNDLE", "--labels", "anz"], 'did you mean "ant"'),
+        (["BUNDLE", "--labels", "5"], "label 5 is out of range; expected 0 to 4"),
+        (["BUNDLE", "--labels", "-1"], "label -1 is out of range"),
+        (["BUNDLE", "--labels", "1", "--solver", "ddimm"], 'did you mean "ddim"'),
+        (["BUNDLE", "--labels", "1", "--eta", "0.5", "--solver", "dpm++"], "only ddim takes it"),
+        (["BUNDLE", "--labels", "1", "-o", "x.jpg"], ".png, .npz, .npy"),
+        (["BUNDLE", "--labels", "1", "-o", "nowhere/x.png"], "does not exist"),
+        (["BUNDLE", "--labels", "1", "--backend", "onyx"], "it was built with: onnxruntime"),
+        (["BUNDLE", "--labels", "1", "--provider", "cuda"], "device 'cuda'"),
+        (["BUNDLE", "--labels", "1", "--latents", "manifest.json"], "it is no .npy file"),
+        (["BUNDLE", "--labels", "1", "--latents", "nowhere.npy"], "nowhere.npy"),
+        (["BUNDLE", "BUNDLE", "--labels", "1"], "is too much"),
+        (["nowhere", "--labels", "1"], "no manifest.json"),
+    ],
+)
+def test_a_mistake_is_one_line(tiny, dit_generate, monkeypatch, listing, arguments, said):
+    monkeypatch.chdir(tiny)
+    before = listing(tiny)
+    done = dit_generate(*[tiny if word == "BUNDLE" else word for word in arguments])
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("dit-generate: error: ")
+    assert said in done.stderr
+    assert listing(tiny) == before
+
+
+def test_a_bundle_without_a_decoder(meta, dit_generate, tmp_path):
+    done = dit_generate(meta.bundle, "--labels", "ant", "-o", tmp_path / "x.png")
+    assert done.returncode == 2 and "no decoder" in done.stderr
+
+
+def test_json_and_words(tiny, dit_generate, tmp_path):
+    done = dit_generate(tiny, "--labels", "honey bee", "elk", "--steps", 2, "-o", tmp_path / "x.npy", "--json")
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "x.npy"), "shape": [2, 2, 4, 4]} and done.stderr == ""
+    assert np.load(tmp_path / "x.npy").dtype == np.float32
+    assert "onnxruntime" in dit_generate("--version").stdout
+    assert "--labels" in dit_generate("--help").stdout
+
+
+def test_goldens_are_what_python_computes_now():
+    """After a change of schedule, solvers, noise or tolerances: `make goldens`, and mirror it in C++."""
+    goldens = module("goldens")
+    numbers = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+    now, committed = goldens.text(), goldens.FILE.read_text(encoding="utf-8")
+    assert numbers.sub("", now) == numbers.sub("", committed), "run: make goldens"
+    found, expected = (np.array([float(word) for word in numbers.findall(text)]) for text in (now, committed))
+    # Another processor's exp and log differ by an ulp.
+    assert np.allclose(found, expected, rtol=1e-9, atol=1e-12), "run: make goldens"
+
+
+def test_only_the_c_abi_is_exported(build):
+    listed = subprocess.run(["nm", "-D", "--defined-only", build / "libdit.so"], capture_output=True, text=True)
+    symbols = {line.split()[-1] for line in listed.stdout.splitlines()}
+    declared = set(re.findall(r"^DIT_API .*?(dit_\w+)\(", (CPP / "include/dit/dit.h").read_text(), re.MULTILINE))
+    assert symbols == declared and len(declared) > 10
+
+
+def test_a_small_library(build, tmp_path):
+    subprocess.run(["strip", "-o", tmp_path / "libdit.so", build / "libdit.so"], check=True)
+    assert (tmp_path / "libdit.so").stat().st_size < 1 << 20
+
+
+@pytest.fixture(scope="module")
+def installed(build, tmp_path_factory) -> Path:
+    prefix = tmp_path_factory.mktemp("prefix")
+    subprocess.run(["cmake", "--install", build, "--prefix", prefix], check=True, capture_output=True)
+    return prefix
+
+
+@pytest.mark.parametrize("language", ["c", "cpp"])
+def test_an_outside_project_finds_the_package(installed, tiny, tmp_path, language):
+    """With CMake alone: the header as C11 and as C++17, warnings as errors."""
+    for command in (
+        ["cmake", "-S", CONSUMER, "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={installed}", f"-DLANGUAGE={language}"],
+        ["cmake", "--build", tmp_path],
+        [tmp_path / "consumer", tiny],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "drawn\n"
+
+
+def test_pkg_config(installed, tiny, tmp_path):
+    (folder,) = {path.parent for path in installed.rglob("dit.pc")}
+    found = subprocess.run(
+        ["pkg-config", "--cflags", "--libs", "dit"],
+        env=os.environ | {"PKG_CONFIG_PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    command = ["cc", "-std=c11", CONSUMER / "main.c", "-o", tmp_path / "consumer", *found]
+    subprocess.run([*command, f"-Wl,-rpath,{folder.parent}"], check=True)
+    assert subprocess.run([tmp_path / "consumer", tiny], capture_output=True, text=True).stdout == "drawn\n"
+
+
+def test_the_readme_compiles_and_runs(installed, shared_embedders, tmp_path):
+    (block,) = re.findall(r"^```cpp\n(.*?)^```$", (CPP.parents[1] / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "main.cpp").write_text(block)
+    shutil.copy(CONSUMER / "CMakeLists.txt", tmp_path)
+    (tmp_path / "first-bundle").symlink_to(shared_embedders.bundle)
+    for command in (
+        ["cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={installed}", "-DLANGUAGE=cpp"],
+        ["cmake", "--build", "build"],
+        ["build/consumer"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_examples(build, tiny, tmp_path):
+    for command in (["example-c", tiny, "ant", tmp_path / "0.ppm"], ["example-cpp", tiny, "ant", "elk"]):
+        done = subprocess.run(
+            [build / "examples" / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "1.ppm").read_bytes().startswith(b"P6 32 32 255\n")
+    done = subprocess.run([build / "examples/example-c", tiny, "emu", "x"], capture_output=True, text=True)
+    assert done.returncode == 1 and "emu" in done.stderr
+
+
+class Service:
+    def __init__(self, program: Path, bundle: Path, queue: int) -> None:
+        # In /tmp, as a Unix socket's path may have 107 bytes.
+        self.path = Path(f"/tmp/dit-service-{os.getpid()}-{time.monotonic_ns()}")
+        self.process = subprocess.Popen([program, bundle, self.path, str(queue)], stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr.readline().startswith("ready"), self.process.stderr.read()
+
+    def ask(self, line: str) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(60)
+        client.connect(str(self.path))
+        client.sendall(line.encode() + b"\n")
+        return client
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGTERM)
+        _, said = self.process.communicate(timeout=30)
+        return self.process.returncode, said
+
+
+def hear(client: socket.socket) -> bytes:
+    with client, client.makefile("rb") as file:
+        return file.read()
+
+
+def test_the_service(build, tiny):
+    service = Service(build / "examples/example-service", tiny, queue=2)
+    try:
+        answers = [hear(service.ask(line)) for line in ("1 7 4", "1 7 4", "9 7 4", "hello")]
+        assert answers[0].startswith(b"ok 32 32\n") and len(answers[0]) == 9 + 32 * 32 * 3
+        assert answers[1] == answers[0]
+        assert b"error label 9 is out of range" in answers[2] and answers[3].startswith(b"error expected")
+        # One is drawn for long and two wait: the others hear it at once, and all who wait hear the end.
+        waiting = [service.ask("1 7 1000") for _ in range(12)]
+        time.sleep(0.3)
+    finally:
+        code, said = service.stop()
+    heard = [hear(client) for client in waiting]
+    assert heard.count(b"busy\n") >= 6
+    assert all(text == b"busy\n" or text.startswith((b"ok", b"error")) for text in heard)
+    assert code == 0 and said == "stopped\n" and not service.path.exists()
+
+
+def test_the_examples_are_as_short_as_promised():
+    lines = {name: len((CPP / "examples" / name).read_text().splitlines()) for name in ("generate.c", "generate.cpp")}
+    assert lines["generate.c"] <= 50 and lines["generate.cpp"] <= 40

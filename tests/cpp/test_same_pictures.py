@@ -1,0 +1,113 @@
+"""C++ and Python draw the same pictures on the same engine."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_runtime import Pipeline, backends, manifest
+from dit_runtime.backends import Options
+
+ENGINES = ("onnxruntime", "openvino")
+SOLVERS = ("ddim", "ddpm", "dpm++")
+STEPS = 6
+LATENTS_RTOL = 1e-5  # of the norm; the engine, its threads and the order of sums are the same
+LEVELS, SHARE = 1, 1e-3  # a uint8 value may round the other way where it falls on a half
+
+
+def load(bundle: Path, name: str) -> Pipeline:
+    """Python on one thread and this engine, whatever the bundle was built for."""
+    contract, module, engines = manifest.read(bundle), backends.backend(name), {}
+    for graph_name, graph in contract.graphs.items():
+        files = [bundle / file for file in graph.engines.get(name, graph.onnx_files)]
+        engines[graph_name] = module.open(files, Options(threads=1, precision=graph.precision))
+    return Pipeline(bundle, contract, engines)
+
+
+def same_pictures(first: np.ndarray, second: np.ndarray) -> bool:
+    difference = np.abs(first.astype(int) - second)
+    return first.shape == second.shape and difference.max() <= LEVELS and (difference > 0).mean() <= SHARE
+
+
+def same_latents(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.shape == second.shape and np.linalg.norm(first - second) <= LATENTS_RTOL * np.linalg.norm(second)
+
+
+def flags(labels: list[int], guidance: float, solver: str, seed: object) -> list[object]:
+    seeds = seed if isinstance(seed, list) else [seed]
+    chosen: list[object] = ["--labels", *labels, "--guidance", guidance, "--solver", solver, "--seed", *seeds]
+    return [*chosen, "--steps", STEPS]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_latents(meta, dit_generate, tmp_path, engine):
+    """A model that predicts its variance, so DDPM draws noise with every step."""
+    with load(meta.bundle, engine) as pipe:
+        for solver, guidance, batch in product(SOLVERS, (1.0, 4.0), (1, 3)):
+            labels, file = [7, 2, 11][:batch], tmp_path / "x.npy"
+            done = dit_generate(
+                meta.bundle, *flags(labels, guidance, solver, 5), "--backend", engine, "-o", file, "--json"
+            )
+            assert done.returncode == 0, done.stderr
+            expected = pipe.sample(labels, steps=STEPS, guidance=guidance, solver=solver, seed=5, output="latents")
+            assert same_latents(np.load(file), expected), (solver, guidance, batch)
+            another = pipe.sample(
+                labels, steps=STEPS, guidance=guidance * 1.001, solver=solver, seed=5, output="latents"
+            )
+            assert not same_latents(np.load(file), another)  # a thousandth more guidance is seen
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_pictures(shared_embedders, dit_generate, tmp_path, engine):
+    """Names, one seed each, and the decoder; a batch of three."""
+    labels, seeds = [207, 360, 5], [2**32 + 1, -3, 8]
+    names = ["golden retriever", "river dog", "5"]
+    with load(shared_embedders.bundle, engine) as pipe:
+        for solver, guidance, batch in product(SOLVERS, (1.0, 4.0), (1, 3)):
+            file = tmp_path / "x.npz"
+            chosen = flags(labels[:batch], guidance, solver, seeds[:batch])
+            chosen[1 : 1 + batch] = names[:batch]
+            if solver == "ddpm":
+                chosen[chosen.index("ddpm")] = "ddim"
+                chosen += ["--eta", 0.5]  # this model predicts no variance for DDPM that learns it
+            done = dit_generate(shared_embedders.bundle, *chosen, "--backend", engine, "-o", file)
+            assert done.returncode == 0 and done.stdout == f"{file}\n", done.stderr
+            expected = pipe.sample(
+                labels[:batch],
+                steps=STEPS,
+                guidance=guidance,
+                solver="ddim" if solver == "ddpm" else solver,
+                eta=0.5 if solver == "ddpm" else 0.0,
+                seed=seeds[:batch],
+            )
+            assert same_pictures(np.load(file)["arr_0"], expected), (solver, guidance, batch)
+            assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_verify(meta, dit_generate, engine):
+    done = dit_generate(meta.bundle, "--verify", "--backend", engine)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "verified"
+
+
+def test_png_and_own_latents(shared_embedders, dit_generate, tmp_path):
+    from PIL import Image
+
+    own = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "own.npy", own)
+    for name in ("x.png", "x.npz"):
+        done = dit_generate(
+            shared_embedders.bundle, "--labels", 1, 2, 3, "--steps", 2, "--latents", tmp_path / "own.npy",
+            "-o", tmp_path / name, "--low-memory",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    pictures, sheet = np.load(tmp_path / "x.npz")["arr_0"], np.asarray(Image.open(tmp_path / "x.png"))
+    with load(shared_embedders.bundle, "onnxruntime") as pipe:
+        assert same_pictures(pictures, pipe.sample([1, 2, 3], steps=2, latents=own))
+    assert sheet.shape == (128, 128, 3) and not sheet[64:, 64:].any()
+    for number, (y, x) in enumerate(((0, 0), (0, 64), (64, 0))):
+        assert np.array_equal(sheet[y : y + 64, x : x + 64], pictures[number])
