@@ -19,8 +19,9 @@ std::shared_ptr<ov::Core> shared_core() {
     return core;
 }
 
-// The graph stays fp32; where bf16 is asked for, OpenVINO computes in it.
-const std::map<std::string, ov::element::Type> HINTS = {{"fp32", ov::element::f32}, {"bf16", ov::element::bf16}};
+// What OpenVINO computes the fp32 of a graph in.
+const std::map<std::string, ov::element::Type> HINTS = {
+    {"fp32", ov::element::f32}, {"bf16", ov::element::bf16}, {"int8", ov::element::bf16}};
 
 // The first shape that runs gets a model of its own, which is faster; all others share one with free dimensions.
 class OvEngine : public Engine {

@@ -115,7 +115,7 @@ void check_conditioner(Pipeline& pipe, const Reference& reference, double limit,
 }
 
 // Per step the engine is asked the same question as PyTorch was: its error is the engine's own.
-void teacher_forced(Pipeline& pipe, const Reference& reference, double limit, const OnCheck& on_check) {
+void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances& limits, const OnCheck& on_check) {
     const std::size_t steps = reference.timesteps.size(), batch = reference.labels.size();
     const std::size_t each = batch * count(pipe.manifest.latent_shape);
     const std::size_t row = batch * count(pipe.manifest.conditioning_shape());
@@ -126,22 +126,22 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, double limit, co
         const float* given = &reference.latents[step * each];
         const std::vector<float> latents(given, given + each), rows = guided(step, 0, batch);
         const Prediction both = pipe.denoise(latents, rows, reference.guidance);
-        on_check({"prediction, rel-L2", relative_error(both.prediction, &reference.prediction[step * each]), limit,
-                  false, where});
+        on_check({"prediction, rel-L2", relative_error(both.prediction, &reference.prediction[step * each]),
+                  limits.guided, false, where});
         if (!both.variance.empty()) {
             if (reference.variance.empty())
                 throw BundleError("the reference has no variance, but the denoiser gives one");
-            on_check({"variance, rel-L2", relative_error(both.variance, &reference.variance[step * each]), limit, false,
-                      where});
+            on_check({"variance, rel-L2", relative_error(both.variance, &reference.variance[step * each]),
+                      limits.guided, false, where});
         }
         if (step != 0 && step != steps / 2 && step != steps - 1) continue;
         const std::vector<float> own(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(row));
         const Prediction alone = pipe.denoise(latents, own, reference.guidance);
-        on_check({"unguided, rel-L2", relative_error(alone.prediction, &reference.conditional[step * each]), limit,
-                  false, where});
+        on_check({"unguided, rel-L2", relative_error(alone.prediction, &reference.conditional[step * each]),
+                  limits.prediction, false, where});
         const Prediction null = pipe.denoise(latents, nulls(step, 0, batch), reference.guidance);
-        on_check(
-            {"null label, rel-L2", relative_error(null.prediction, &reference.null[step * each]), limit, false, where});
+        on_check({"null label, rel-L2", relative_error(null.prediction, &reference.null[step * each]),
+                  limits.prediction, false, where});
     }
 }
 
@@ -230,10 +230,12 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
     }
     on_check({"noise, max abs error", apart, NOISE_ATOL, false, ""});
     check_conditioner(pipe, reference, limits.at("conditioner").conditioner, on_check);
-    teacher_forced(pipe, reference, limits.at("denoiser").prediction, on_check);
+    teacher_forced(pipe, reference, limits.at("denoiser"), on_check);
     const std::vector<float> latents = free_run(pipe, reference, limits.at("denoiser").latents, on_check);
-    if (!latents.empty() && limits.count("decoder"))
-        check_pictures(pipe, reference, latents, limits.at("decoder").pictures, on_check);
+    if (!latents.empty() && limits.count("decoder")) {
+        const double least = std::min(limits.at("denoiser").pictures, limits.at("decoder").pictures);
+        check_pictures(pipe, reference, latents, least, on_check);
+    }
 }
 
 }  // namespace dit_runtime

@@ -163,6 +163,7 @@ TEST(Mirrors, Tolerances) {
         const Json& golden = goldens()["tolerances"][name];
         EXPECT_EQ(limits.conditioner, golden["conditioner"]) << name;
         EXPECT_EQ(limits.prediction, golden["prediction"]) << name;
+        EXPECT_EQ(limits.guided, golden["guided"]) << name;
         EXPECT_EQ(limits.latents, golden["latents"]) << name;
         EXPECT_EQ(limits.pictures, golden["pictures"]) << name;
     }
