@@ -102,7 +102,6 @@ def _pytorch(shape: Shape, precision: str, threads: int) -> Callable[[], Any]:
     import torch
 
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     x, w = (torch.from_numpy(operand).to(dtype) for operand in _operands(shape))
     weight = w.T.contiguous()  # (N, K), as nn.Linear holds it

@@ -37,7 +37,7 @@ Shape with_batch(std::size_t batch, const Shape& row) {
 
 Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(where), manifest(read(where)), options_(options) {
-    options_.cache = cache();
+    if (!options_.low_memory) options_.cache = cache();  // to read what is kept takes more memory than to compile
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     for (const auto& [name, graph] : manifest.graphs) check_files(folder, manifest, graph.files(backend(name).name));
     if (!options_.low_memory)

@@ -65,7 +65,8 @@ class Pipeline:
         contract = manifest.read(folder)
         for graph in contract.graphs.values():
             manifest.check_files(folder, contract, graph.files)
-        options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
+        cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
+        options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
         pipe = cls(folder, contract, {}, options)
         for name in () if low_memory else contract.graphs:
             pipe._engine(name)
