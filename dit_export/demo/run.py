@@ -122,7 +122,7 @@ def export_judge(weights: Path | None, path: Path) -> None:
 
 def table(scores: dict[str, Score]) -> str:
     lines = [f"{'':<10} {'agreement':<24} Fréchet distance"]
-    lines += [f"{name:<10} {row.accuracy:<24.3f} {row.frechet:.3f}" for name, row in scores.items()]
+    lines += [f"{name:<10} {f'{row.accuracy:.3f}':<24} {row.frechet:.3f}" for name, row in scores.items()]
     return "\n".join(lines)
 
 
