@@ -46,10 +46,14 @@ class Metric:
     def key(self) -> tuple[str, str]:
         return self.graph, self.title
 
+    def number(self, value: float) -> str:
+        return f"{value:.6f}" if self.unit in ("cosine", "SSIM") else f"{value:.4g}"
+
     def __str__(self) -> str:
         sign = "at least" if self.at_least else "at most"
-        limit = "" if self.limit is None else f", expected {sign} {self.limit:.4g}"
-        return f"{self.graph}: {self.title}{', ' + self.where if self.where else ''}: {self.value:.4g}{limit}"
+        limit = "" if self.limit is None else f", expected {sign} {self.number(self.limit)}"
+        place = f", {self.where}" if self.where else ""
+        return f"{self.graph}: {self.title}{place}: {self.number(self.value)}{limit}"
 
     def to_dict(self) -> dict[str, Any]:
         value = self.value if math.isfinite(self.value) else str(self.value)  # JSON knows no NaN
@@ -162,9 +166,10 @@ def rows(metrics: Sequence[Metric]) -> list[Metric]:
 
 
 def table(metrics: Sequence[Metric]) -> str:
-    lines = [f"{'graph':<12} {'metric':<30} {'worst':>9}  {'limit':>10}"]
+    lines = [f"{'graph':<12} {'metric':<30} {'worst':>9}  {'limit':>11}"]
     for row in rows(metrics):
         sign, mark = ">=" if row.at_least else "<=", "ok" if row.passed else "FAILED"
-        limit, mark = (f"{'–':>10}", "–") if row.limit is None else (f"{sign} {row.limit:<7.3g}", mark)
-        lines.append(f"{row.graph:<12} {row.title:<30} {row.value:>9.4g}  {limit}  {mark:<6}  {row.where}".rstrip())
+        limit = "–" if row.limit is None else f"{sign} {row.number(row.limit)}"
+        value, mark = row.number(row.value), "–" if row.limit is None else mark
+        lines.append(f"{row.graph:<12} {row.title:<30} {value:>9}  {limit:>11}  {mark:<6}  {row.where}".rstrip())
     return "\n".join(lines)
