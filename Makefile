@@ -12,7 +12,7 @@ FLAGS = $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--pre
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
-.PHONY: help setup demo engine bench test test-all lint format clean
+.PHONY: help setup demo engine bench test test-all browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -43,11 +43,17 @@ bench: $(STAMP)
 		$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
 		$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
 
-test: $(STAMP)
+test: $(STAMP) browser
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP)
+test-all: $(STAMP) browser
 	$(BIN)/python -m pytest -m ""
+
+# The report is tested in a real browser: Debian's chromium, installed where it is missing and that is allowed.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| { echo "the tests of report.html need chromium: sudo apt-get install chromium" >&2; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         from dit_export.verify import report
 
-        report.write(options.report, options.bundle, report.of(result))
+        report.write(options.report, options.bundle, report.of(name, result))
     if options.json:
         print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
         return int(not result.passed)

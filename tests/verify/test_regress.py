@@ -204,11 +204,12 @@ def test_a_baseline_belongs_to_its_weights(later, baseline, regress, tmp_path):
 
 def test_a_baseline_holds_what_it_measured(meta, baseline, regress, tmp_path):
     """A limit below the figure, a metric that is gone, and another answer by PyTorch are failures."""
+    judged = {"graph": "run", "metric": "judge's agreement, share", "values": [1], "limits": [0.9]}
     for change, expected in (
         (lambda table: row(table, "prediction, rel-L2")["limits"].__setitem__(3, 1e-12), ("denoiser", 4)),
-        (lambda table: table["metrics"].append({"graph": "run", "metric": "judge's agreement, share", "values": [1], "limits": [0.9]}), ("run", None)),
+        (lambda table: table["metrics"].append(judged), ("run", None)),
         (lambda table: table["reference"].__setitem__(0, 9.0), ("reference", None)),
-    ):  # fmt: skip
+    ):
         table = json.loads(baseline.read_text())
         change(table)
         (tmp_path / "changed.json").write_text(json.dumps(table))

@@ -6,7 +6,7 @@ The measuring is replay.py's; here are the tolerances that its figures must keep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,8 +98,8 @@ def sampler(contract: Manifest, reference: Reference) -> Iterator[Check]:
 def _engines(contract: Manifest, reference: Reference, found: Replay) -> Iterator[Check]:
     limits, steps = tolerances(contract), len(reference.timesteps)
     errors = [relative_error(*pair) for pair in zip(found.fingerprint, reference.fingerprint, strict=True)]
-    worst = int(np.nan_to_num(errors, nan=np.inf).argmax())
-    yield Check("conditioner, rel-L2", errors[worst], limits["conditioner"].conditioner, where=f"label {worst}")
+    label = int(np.nan_to_num(errors, nan=np.inf).argmax())
+    yield Check("conditioner, rel-L2", errors[label], limits["conditioner"].conditioner, where=f"label {label}")
 
     denoiser = limits["denoiser"]
     for answer in found.answers:
@@ -122,21 +122,27 @@ def _pictures(reference: Reference, found: Replay, limit: float) -> Iterator[Che
         yield Check("pictures, PSNR in dB", math.nan, limit, at_least=True, where=found.failures["pictures"])
         return
     ratios = [images.psnr(*pair) for pair in zip(found.pictures, reference.images, strict=True)]
-    worst = int(np.argmin(ratios))
-    yield Check("pictures, PSNR in dB", ratios[worst], limit, at_least=True, where=f"sample {worst}")
+    least = int(np.argmin(ratios))
+    yield Check("pictures, PSNR in dB", ratios[least], limit, at_least=True, where=f"sample {least}")
     flat = [float(picture.astype(np.float64).std()) for picture in found.pictures]
     yield Check("pictures, contrast", min(flat), 1.0, at_least=True, where=f"sample {int(np.argmin(flat))}")
 
 
-def table(checks: list[Check]) -> str:
-    """What a person reads: each kind of check once, at its first failure or at its worst."""
-    lines = [f"{'check':<26} {'worst':>9}  {'limit':>10}"]
+def worst(checks: Sequence[Check]) -> list[Check]:
+    """Each kind of check once, at its first failure or at its worst."""
+    found = []
     for name in dict.fromkeys(check.name for check in checks):
         same = [check for check in checks if check.name == name]
-        worst = next((check for check in same if not check.passed), None) or (min if same[0].at_least else max)(
-            same, key=lambda check: check.value
-        )
-        sign = ">=" if worst.at_least else "<="
-        mark = "ok" if worst.passed else "FAILED"
-        lines.append(f"{name:<26} {worst.value:>9.3g}  {sign} {worst.limit:<7.3g}  {mark:<6}  {worst.where}".rstrip())
+        failed = next((check for check in same if not check.passed), None)
+        found.append(failed or (min if same[0].at_least else max)(same, key=lambda check: check.value))
+    return found
+
+
+def table(checks: Sequence[Check]) -> str:
+    """What a person reads."""
+    lines = [f"{'check':<26} {'worst':>9}  {'limit':>10}"]
+    for check in worst(checks):
+        sign, mark = ">=" if check.at_least else "<=", "ok" if check.passed else "FAILED"
+        line = f"{check.name:<26} {check.value:>9.3g}  {sign} {check.limit:<7.3g}  {mark:<6}  {check.where}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
