@@ -22,7 +22,7 @@ CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BI
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all lint format clean
+.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -67,7 +67,7 @@ cpp-unit: $(STAMP)
 	cmake --build $(CPP) --parallel $(JOBS)
 	ctest --test-dir $(CPP) --output-on-failure
 
-cpp-test: cpp-unit
+cpp-test: cpp-unit browser
 	$(BIN)/python -m pytest tests/cpp
 
 cpp-sanitize: $(STAMP)
@@ -93,11 +93,17 @@ cpp-tensorrt:
 goldens: $(STAMP)
 	$(BIN)/python runtime/cpp/tests/goldens.py
 
-test: cpp-unit
+test: cpp-unit browser
 	$(BIN)/python -m pytest
 
-test-all: cpp-unit cpp-sanitize cpp-fuzz
+test-all: cpp-unit cpp-sanitize cpp-fuzz browser
 	$(BIN)/python -m pytest -m ""
+
+# The report is tested in a real browser: Debian's chromium, installed where it is missing and that is allowed.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| { echo "the tests of report.html need chromium: sudo apt-get install chromium" >&2; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import dit_runtime.verify
 from dit_export import trace
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.spec import PRECISIONS, ModelSpec, Recipe, table_name
+from dit_export.verify import report
 from dit_export.verify.parity import graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
@@ -22,8 +23,10 @@ from dit_export.weights import Loaded, load
 from dit_export.write import calibration_of, describe, fuse_graphs, precisions_of, trace_graphs
 from dit_runtime import backends, manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from dit_runtime.replay import Reference, Replay, load_reference, replay
 from dit_runtime.verify import Check
 
 PARITY = "parity.json"
@@ -34,6 +37,8 @@ class Built:
     folder: Path
     checks: list[Check]
     sensitive: bool
+    reference: Reference
+    replay: Replay
 
     @property
     def passed(self) -> bool:
@@ -82,6 +87,7 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         contract = describe(partial, loaded, recipe, backend, fused.graphs)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
+        _report(partial, folder.name, contract, built)
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         manifest.write(partial, replace(contract, files=files, parity=_summary(built)))
         built = replace(built, folder=_put_in_place(partial, folder, built.passed))
@@ -99,9 +105,17 @@ def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progre
     return built
 
 
+def _report(partial: Path, name: str, contract: Manifest, built: Built) -> None:
+    """The page that a person reads, from what the checks have measured."""
+    failures = [f"{check.name}: {check.value:.4g}, {check.where}" for check in built.checks if not check.passed][:1]
+    rows = report.of_checks(built.checks)
+    page = report.Page(name, contract, built.reference, built.replay, rows, failures, built.passed)
+    (partial / report.NAME).write_text(report.html(partial, page), encoding="utf-8")
+
+
 def check(pipe: Pipeline, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:
     """All checks of a bundle; made-up weights must be sensitive, a user's may not be, and that is reported."""
-    reference = dit_runtime.verify.load_reference(pipe.folder)
+    reference = load_reference(pipe.folder)
     with progress.stage("verify: proof that the checks can fail"):
         checks = proof(pipe, reference)
     sensitive = all(check.passed for check in checks)
@@ -110,13 +124,14 @@ def check(pipe: Pipeline, loaded: Loaded, decoder: trace.Decoder | None, progres
     with progress.stage("verify: each graph against PyTorch"):
         checks += graph_parity(pipe, loaded.model, decoder)
     with progress.stage("verify: replay of the reference"):
-        checks += dit_runtime.verify.verify(pipe, lambda done, total: progress.step(done, total, "replay"))
+        answers = replay(pipe, reference, lambda done, total: progress.step(done, total, "replay"))
+        checks += dit_runtime.verify.judge(pipe.manifest, reference, answers)
     with twins(pipe) as rounded:
         if rounded is not None:
             with progress.stage("verify: the rounding twins"):
                 again = [*graph_parity(rounded, loaded.model, decoder), *dit_runtime.verify.verify(rounded)]
                 checks += [replace(entry, name=f"twin: {entry.name}") for entry in again]
-    return Built(pipe.folder, checks, sensitive)
+    return Built(pipe.folder, checks, sensitive, reference, answers)
 
 
 def _sensitivity(built: Built) -> str:

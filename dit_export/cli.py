@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from dit_export.bench import command as bench_command
 from dit_export.spec import MODELS, PRECISIONS, Recipe
+from dit_export.verify import command as regress_command
 from dit_runtime import backends, manifest
 from dit_runtime.cli import Parser, add_bundle, guarded, report
 from dit_runtime.errors import UsageError
@@ -63,6 +64,9 @@ def _parser() -> Parser:
     verify = commands.add_parser("verify", help="a bundle against PyTorch, with the weights it was built from")
     add_bundle(verify)
     verify.set_defaults(command=_verify)
+
+    regress = commands.add_parser("regress", help="a bundle's figures within the limits of a baseline, for CI")
+    regress.set_defaults(command=regress_command.add_options(regress))
 
     hoist = commands.add_parser("hoist", help="split any ONNX graph at what does not depend on a loop's input")
     hoist.add_argument("path", type=Path, metavar="MODEL.onnx")
@@ -142,17 +146,11 @@ def _report(built: Built, as_json: bool) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from dit_export.build import check
     from dit_export.trace import Decoder
-    from dit_export.weights import load
+    from dit_export.weights import load_source
 
-    contract = manifest.read(options.bundle)
-    if not isinstance(contract.source.get("recipe"), dict):
-        raise UsageError(f"{options.bundle}: its manifest does not say what it was built from; try `dit-run verify`")
-    progress = Progress()
+    contract, progress = manifest.read(options.bundle), Progress()
     with progress.stage("weights"):
-        loaded = load(Recipe(**contract.source["recipe"]))
-    was = {key: value for key, value in contract.source.items() if key != "recipe"}
-    if was != loaded.source:
-        raise UsageError(f"the weights are not the ones of this bundle: got {loaded.source}, expected {was}")
+        loaded = load_source(contract, options.bundle)
     decoder = None if loaded.vae is None else Decoder(loaded.vae).eval()
     with Pipeline.load(options.bundle, threads=options.threads, provider=options.provider) as pipe:
         return _report(check(pipe, loaded, decoder, progress), options.json)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,20 +14,9 @@ from dit_export.demo import data
 from dit_export.demo.losses import STEPS, alphas_bar
 from dit_export.demo.store import Demo
 from dit_export.models.vit import ViT
+from dit_export.verify.distribution import Floats, Interval, frechet_interval, wilson
 
-Z95 = 1.959964  # two-sided 95 % of a normal distribution
 REFERENCE = 5_000  # held-out pictures that a Fréchet distance is taken to
-
-Floats = NDArray[np.floating]
-
-
-class Interval(NamedTuple):
-    value: float
-    low: float
-    high: float
-
-    def __format__(self, form: str) -> str:
-        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -60,38 +48,6 @@ def reference_features(judge: ViT, count: int = REFERENCE) -> Floats:
     """Of held-out pictures, balanced over the classes."""
     images = data.pool(data.HELD_OUT, count).images
     return look(judge, np.split(images, range(250, count, 250)))[1]
-
-
-def wilson(hits: int, total: int) -> Interval:
-    """Wilson's 95 % interval of a share; unlike the normal one it stays inside [0, 1] and is right near 1."""
-    share, z2 = hits / total, Z95**2 / total
-    centre = (share + z2 / 2) / (1 + z2)
-    half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total)) / (1 + z2)
-    return Interval(share, centre - half, centre + half)
-
-
-def frechet(a: Floats, b: Floats) -> float:
-    """|mu_a - mu_b|² + tr(A + B - 2 (A B)^½), the distance of the Gaussians fitted to two sets of rows (N, D).
-
-    The trace of (A B)^½ is the sum of the roots of the eigenvalues of A^½ B A^½, which is symmetric.
-    """
-    gap = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
-
-
-def frechet_interval(features: Floats, reference: Floats, rounds: int = 100, seed: int = 0) -> Interval:
-    """The distance and 1.96 bootstrap deviations to both sides.
-
-    The deviation, not the percentiles: a resampled set has repeated rows, which lifts every resampled distance.
-    """
-    value, rng = frechet(features, reference), np.random.default_rng(seed)
-    again = [frechet(features[rng.integers(len(features), size=len(features))], reference) for _ in range(rounds)]
-    half = Z95 * float(np.std(again))
-    return Interval(value, value - half, value + half)
 
 
 def balanced_labels(count: int) -> list[int]:

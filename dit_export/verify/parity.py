@@ -12,7 +12,8 @@ from dit_export.trace import Decoder
 from dit_export.verify.reference import evaluate, guide
 from dit_runtime.images import psnr
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.verify import TOLERANCES, Check, Reference, relative_error
+from dit_runtime.replay import Reference, relative_error
+from dit_runtime.verify import TOLERANCES, Check
 
 PROOF_FACTOR = 10  # a wrong input must miss fp32's tolerance by this much
 NARROW_PROOF_FACTOR = 3  # and another label a wider tolerance

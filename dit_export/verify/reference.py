@@ -13,9 +13,9 @@ from dit_export.models.dit import DiT
 from dit_export.trace import Decoder
 from dit_runtime import images
 from dit_runtime.errors import UsageError
+from dit_runtime.replay import REFERENCE, Reference, fingerprint
 from dit_runtime.schedule import Diffusion
 from dit_runtime.solvers import plan, solve
-from dit_runtime.verify import REFERENCE, Reference, fingerprint
 
 SEEDS = (0, 1)
 GUIDANCE = (4.0, 1.5)  # what pictures are made with, and what FID is measured with

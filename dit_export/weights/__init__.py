@@ -20,6 +20,7 @@ from dit_export.weights.scheduler import read_scheduler_config
 from dit_export.weights.synthetic import synthetic_dit, synthetic_vae
 from dit_export.weights.vae import read_vae
 from dit_runtime.errors import UsageError
+from dit_runtime.manifest import Manifest
 from dit_runtime.schedule import Diffusion
 
 OTHERWISE = (
@@ -65,6 +66,17 @@ def load(recipe: Recipe) -> Loaded:
     if recipe.labels:
         labels = read_labels(Path(recipe.labels).expanduser(), model.spec.num_classes)
     return Loaded(model.spec, model, vae, labels, diffusion, source | vae_source)
+
+
+def load_source(contract: Manifest, folder: Path) -> Loaded:
+    """The weights that a bundle was built from, found again and known to be the same."""
+    if not isinstance(contract.source.get("recipe"), dict):
+        raise UsageError(f"{folder}: its manifest does not say what it was built from; try `dit-run verify`")
+    loaded = load(Recipe(**contract.source["recipe"]))
+    was = {key: value for key, value in contract.source.items() if key != "recipe"}
+    if was != loaded.source:
+        raise UsageError(f"the weights are not the ones of this bundle: got {loaded.source}, expected {was}")
+    return loaded
 
 
 def load_synthetic(recipe: Recipe) -> Loaded:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
 
 from dit_runtime.cli import main
+from tests.tamper import edit, seal, shapes, swap_vectors, weight
 
-HIDDEN, CLASSES, VECTORS = 64, 12, 14  # of the bundle that the fixture `meta` has built; K = 6 · 2 + 2
+HIDDEN, CLASSES = 64, 12  # of the bundle that the fixture `meta` has built
 REFERENCE_LABELS = {CLASSES // 4, 3 * CLASSES // 4}
 
 
@@ -24,7 +22,7 @@ def verify(capsys, meta_copy) -> Callable[[], tuple[int, dict[str, list[dict]]]]
     """`dit-run verify --json`: the exit code, and the checks that failed by name."""
 
     def run() -> tuple[int, dict[str, list[dict]]]:
-        _seal(meta_copy)
+        seal(meta_copy)
         capsys.readouterr()
         code = main(["verify", str(meta_copy), "--json", "--threads", "1"])
         captured = capsys.readouterr()
@@ -46,7 +44,7 @@ def test_the_untouched_copy_passes(verify):
 @pytest.mark.parametrize("pair", [(5, 6), (3, 4), (0, CLASSES)], ids=str)
 def test_two_swapped_label_embeddings(meta_copy, verify, pair):
     """Labels of the reference run or not, the null label too: a run of two labels would not hear the others."""
-    table = _weight(meta_copy, "conditioner", (CLASSES + 1, HIDDEN))
+    table = weight(meta_copy, "conditioner", (CLASSES + 1, HIDDEN))
     table[[*pair]] = table[[*reversed(pair)]]
     table.flush()
     code, failed = verify()
@@ -58,28 +56,14 @@ def test_two_swapped_label_embeddings(meta_copy, verify, pair):
 
 def test_a_slightly_wrong_label_embedding(meta_copy, verify):
     """One row that is off by one percent: what a careless quantization would do."""
-    _weight(meta_copy, "conditioner", (CLASSES + 1, HIDDEN))[8] *= 1.01
+    weight(meta_copy, "conditioner", (CLASSES + 1, HIDDEN))[8] *= 1.01
     code, failed = verify()
     assert (code, [*failed], failed["conditioner, rel-L2"][0]["where"]) == (1, ["conditioner, rel-L2"], "label 8")
 
 
 def test_gain_and_shift_swapped_in_the_denoiser(meta_copy, verify):
     """Two outputs of the Split change places: those that a block multiplies with and then adds."""
-    path = meta_copy / "denoiser.onnxruntime.onnx"
-    model = onnx.load(path, load_external_data=False)
-    (split,) = [node for node in model.graph.node if node.op_type == "Split" and len(node.output) == VECTORS]
-    vectors = [*split.output]
-    producer = {name: node for node in model.graph.node for name in node.output}
-    pairs = []
-    for add in (node for node in model.graph.node if node.op_type == "Add"):
-        shifts = [name for name in add.input if name in vectors]
-        products = [producer[name] for name in add.input if name in producer and producer[name].op_type == "Mul"]
-        gains = [name for product in products for name in product.input if name in vectors]
-        pairs += zip(gains, shifts, strict=False)
-    assert len(pairs) == 5, "two modulations a block and the final one"
-    gain, shift = (vectors.index(name) for name in pairs[2])  # the second block's first
-    split.output[gain], split.output[shift] = vectors[shift], vectors[gain]
-    onnx.save(model, path)
+    swap_vectors(meta_copy, 2)  # the second block's first
     code, failed = verify()
     assert code == 1 and {"prediction, rel-L2", "free run, rel-L2"} <= {*failed}
     assert "conditioner, rel-L2" not in failed
@@ -87,14 +71,14 @@ def test_gain_and_shift_swapped_in_the_denoiser(meta_copy, verify):
 
 def test_gain_and_shift_swapped_in_the_conditioner(meta_copy, verify):
     """The same mistake where the vectors are made: rows of one block's modulation, weights and biases."""
-    columns = [name for name, shape in _shapes(meta_copy, "conditioner") if sorted(shape) == [HIDDEN, 6 * HIDDEN]]
-    biases = [name for name, shape in _shapes(meta_copy, "conditioner") if shape == (6 * HIDDEN,)]
+    columns = [name for name, shape in shapes(meta_copy, "conditioner") if sorted(shape) == [HIDDEN, 6 * HIDDEN]]
+    biases = [name for name, shape in shapes(meta_copy, "conditioner") if shape == (6 * HIDDEN,)]
     assert len(columns) == len(biases) == 2
     shift, gain = slice(0, HIDDEN), slice(HIDDEN, 2 * HIDDEN)
     for name in (columns[0], biases[0]):
-        weight = _weight(meta_copy, "conditioner", name=name)
-        weight = weight.T if weight.shape[0] == HIDDEN else weight
-        weight[shift], weight[gain] = weight[gain].copy(), weight[shift].copy()
+        values = weight(meta_copy, "conditioner", name=name)
+        values = values.T if values.shape[0] == HIDDEN else values
+        values[shift], values[gain] = values[gain].copy(), values[shift].copy()
     code, failed = verify()
     assert code == 1 and {"conditioner, rel-L2", "prediction, rel-L2"} <= {*failed}
 
@@ -102,14 +86,14 @@ def test_gain_and_shift_swapped_in_the_conditioner(meta_copy, verify):
 @pytest.mark.parametrize("beta_end", [math.nextafter(0.02, 1), 0.03])
 def test_the_last_digit_of_a_beta(meta_copy, verify, beta_end):
     """0.020000000000000004 draws the same picture, so only a comparison of the betas themselves can see it."""
-    _edit(meta_copy, lambda table: table["diffusion"].update(beta_end=beta_end))
+    edit(meta_copy, lambda table: table["diffusion"].update(beta_end=beta_end))
     code, failed = verify()
     assert code == 1 and failed["betas that differ"][0]["value"] >= 1
     assert ("free run, rel-L2" in failed) == (beta_end == 0.03)
 
 
 def test_another_beta_start(meta_copy, verify):
-    _edit(meta_copy, lambda table: table["diffusion"].update(beta_start=math.nextafter(1e-4, 1)))
+    edit(meta_copy, lambda table: table["diffusion"].update(beta_start=math.nextafter(1e-4, 1)))
     code, failed = verify()
     assert (code, [*failed]) == (1, ["betas that differ"])
 
@@ -148,7 +132,7 @@ def test_each_part_of_the_reference_is_compared(meta_copy, verify, array, check)
 
 def test_a_denoiser_that_gives_nan(meta_copy, verify):
     """NaN compares false with everything: it must not slip through as an error that is not above the limit."""
-    _weight(meta_copy, "denoiser", (HIDDEN, 4, 2, 2))[0] = np.nan
+    weight(meta_copy, "denoiser", (HIDDEN, 4, 2, 2))[0] = np.nan
     code, failed = verify()
     assert code == 1 and {"prediction, rel-L2", "free run, rel-L2"} <= {*failed}
     assert "step 1" in failed["free run, rel-L2"][0]["where"]
@@ -167,36 +151,3 @@ def test_swapped_guidance(meta_copy, verify):
     code, failed = verify()
     assert code == 1 and "prediction, rel-L2" in failed
     assert "unguided, rel-L2" not in failed and "null label, rel-L2" not in failed
-
-
-def _edit(bundle: Path, change: Callable[[dict], None]) -> None:
-    path = bundle / "manifest.json"
-    table = json.loads(path.read_text())
-    change(table)
-    path.write_text(json.dumps(table))
-
-
-def _seal(bundle: Path) -> None:
-    """Writes the sizes and sums of the files as they now are into the manifest."""
-
-    def change(table: dict) -> None:
-        for name in table["files"]:
-            content = (bundle / name).read_bytes()
-            table["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
-
-    _edit(bundle, change)
-
-
-def _shapes(bundle: Path, graph: str) -> list[tuple[str, tuple[int, ...]]]:
-    model = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
-    return [(weight.name, tuple(weight.dims)) for weight in model.graph.initializer]
-
-
-def _weight(bundle: Path, graph: str, shape: tuple[int, ...] | None = None, name: str | None = None) -> np.memmap:
-    """The one float weight of this shape or name, to be changed in place in the .data file."""
-    model = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
-    (weight,) = [w for w in model.graph.initializer if w.name == name or (shape and tuple(w.dims) == shape)]
-    where = {entry.key: entry.value for entry in weight.external_data}
-    assert weight.data_type == TensorProto.FLOAT
-    offset, dims = int(where["offset"]), tuple(weight.dims)
-    return np.memmap(bundle / where["location"], dtype=np.float32, mode="r+", offset=offset, shape=dims)

@@ -1,0 +1,256 @@
+"""report.html: what a bundle is and how near it is to PyTorch, as one page that needs nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_export.verify import curves
+from dit_export.verify import metrics as figures
+from dit_export.verify.metrics import Metric
+from dit_runtime import images, manifest
+from dit_runtime.errors import UsageError
+from dit_runtime.manifest import Manifest
+from dit_runtime.replay import Reference, Replay, relative_error
+from dit_runtime.verify import Check, worst
+
+if TYPE_CHECKING:
+    from dit_export.verify.regress import Result
+
+NAME = "report.html"
+SENSITIVITY = "sensitivity.json"
+PAGE = Path(__file__).with_name("report.page.html")
+SIDE = 256  # larger pictures are shown at half, a third, … so that the page stays below 2 MB
+SMALL = 128  # pictures up to this size are shown with their pixels as squares
+BARS = 24  # layers that are always shown
+CURVES = ("prediction", "unguided", "null label", "variance")
+
+
+class Row(NamedTuple):
+    """One line of the table of gates."""
+
+    name: str
+    value: str
+    limit: str
+    passed: bool | None  # None: reported, no gate
+    where: str
+
+
+@dataclass(frozen=True)
+class Page:
+    name: str
+    contract: Manifest
+    reference: Reference
+    found: Replay
+    rows: list[Row]
+    failures: Sequence[str]  # in words, the first by cause first
+    passed: bool
+
+
+def of(name: str, result: Result) -> Page:
+    """The page of a run of the gate."""
+    failures = [] if result.first is None else [str(result.first), *result.located]
+    rows = of_metrics(result.metrics)
+    return Page(name, result.contract, result.reference, result.found, rows, failures, result.passed)
+
+
+def of_metrics(metrics: Sequence[Metric]) -> list[Row]:
+    return [
+        Row(
+            f"{row.graph}: {row.title}",
+            row.number(row.value),
+            "" if row.limit is None else f"{'≥' if row.at_least else '≤'} {row.number(row.limit)}",
+            None if row.limit is None else row.passed,
+            row.where,
+        )
+        for row in figures.rows(metrics)
+    ]
+
+
+def of_checks(checks: Sequence[Check]) -> list[Row]:
+    return [
+        Row(
+            check.name,
+            f"{check.value:.4g}",
+            f"{'≥' if check.at_least else '≤'} {check.limit:.4g}",
+            check.passed,
+            check.where,
+        )
+        for check in worst(checks)
+    ]
+
+
+def write(path: Path, bundle: Path, page: Page) -> None:
+    """Inside the bundle only as its report, whose size and sha256 the manifest then has."""
+    within = path.resolve().is_relative_to(bundle.resolve())
+    if within and path.resolve() != bundle.resolve() / NAME:
+        raise UsageError(f"{path}: inside the bundle, where only {NAME} may stand; choose another place")
+    path.write_text(html(bundle, page), encoding="utf-8")
+    if within:
+        contract = manifest.read(bundle) if NAME not in page.contract.files else page.contract
+        manifest.write(bundle, replace(contract, files={**contract.files, NAME: manifest.describe(path)}))
+
+
+def html(bundle: Path, page: Page) -> str:
+    contract = page.contract
+    denoiser, model = contract.graphs["denoiser"], contract.model
+    title = f"{model.get('name')} at {model.get('resolution')} px in {denoiser.precision} on {denoiser.backend}"
+    failures = "".join(f'<p class="failure">{escape(text)}</p>\n' for text in page.failures)
+    sections = [
+        _pictures(page),
+        _curves(page),
+        _sensitivity(bundle),
+        _sizes(page),
+        _gates(page.rows),
+        _origin(contract),
+    ]
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        subtitle=escape(f"{page.name}: how near these engines are to PyTorch in fp32"),
+        mood="good" if page.passed else "bad",
+        verdict="all gates passed" if page.passed else "a gate failed",
+        failures=failures,
+        sections="\n".join(section for section in sections if section),
+    )
+
+
+def _pictures(page: Page) -> str:
+    reference, found = page.reference, page.found.pictures
+    if found is None:
+        return ""
+    names = page.contract.labels
+    samples = []
+    for index, (ours, theirs) in enumerate(zip(found, reference.images, strict=True)):
+        label, gap = int(reference.labels[index]), np.abs(ours.astype(int) - theirs.astype(int))
+        gain = 1
+        while gap.max() and gap.max() * gain * 2 <= 255:
+            gain *= 2
+        largest = f"largest {gap.max()} of 255, shown × {gain}" if gap.max() else "none"
+        parts = (("PyTorch, fp32", theirs), ("engine", ours), (f"difference: {largest}", (gap * gain).astype(np.uint8)))
+        trio = "".join(
+            f'<figure><img {"class=small " if ours.shape[0] <= SMALL else ""}alt="{escape(text)}" '
+            f'src="{_data(picture)}"><figcaption>{escape(text)}</figcaption></figure>'
+            for text, picture in parts
+        )
+        name = f"{names[label]} ({label})" if names else f"label {label}"
+        psnr = images.psnr(ours, theirs)
+        near = "equal" if math.isinf(psnr) else f"{psnr:.1f} dB PSNR"
+        line = f"{name}, seed {reference.seeds[index]}, guidance {reference.guidance[index]:g}: {near}, "
+        line += f"SSIM {images.ssim(ours, theirs):.4f}"
+        samples.append(f'<div class="sample"><div class="trio">{trio}</div><p class="quiet">{escape(line)}</p></div>')
+    return "<h2>Pictures of the same seeds</h2>\n" + "\n".join(samples)
+
+
+def _data(picture: NDArray[np.uint8]) -> str:
+    factor = math.ceil(picture.shape[0] / SIDE)
+    if factor > 1:
+        side = picture.shape[0] // factor
+        cut = picture[: side * factor, : side * factor].astype(np.float64)
+        picture = np.rint(cut.reshape(side, factor, side, factor, 3).mean((1, 3))).astype(np.uint8)
+    return "data:image/png;base64," + base64.b64encode(images.png(picture)).decode("ascii")
+
+
+def _curves(page: Page) -> str:
+    reference, steps = page.reference, len(page.reference.timesteps)
+    lines: dict[str, dict[int, float]] = {}
+    for name in CURVES:
+        points = {answer.step + 1: answer.error for answer in page.found.answers if answer.name == name}
+        if points:
+            lines["prediction, guided" if name == "prediction" else name] = points
+    run = enumerate(page.found.latents)
+    lines["latents of the free run"] = {i + 1: relative_error(x, reference.latents[i + 1]) for i, x in run}
+    return (
+        "<h2>Error by step</h2>\n"
+        '<p class="quiet">Relative L2 beside PyTorch. Each step is asked what PyTorch was asked, so its error is its '
+        "own; only in the free run does one step's error go on to the next.</p>\n" + curves.svg(lines, steps)
+    )
+
+
+def _sensitivity(bundle: Path) -> str:
+    """Layers by the error that quantizing each one alone causes, as `sensitivity.json` has them."""
+    path = bundle / SENSITIVITY
+    if not path.is_file():
+        return ""
+    layers = sorted(json.loads(path.read_text(encoding="utf-8")), key=lambda layer: -float(layer["error"]))
+    if not layers:
+        return ""
+    most = float(layers[0]["error"]) or 1.0
+
+    def bar(layer: dict[str, Any]) -> str:
+        kept, why = bool(layer["kept"]), str(layer.get("why") or "")
+        reason = f' <span class="why">{escape(why)}</span>' if kept and why else ""
+        share = 100 * float(layer["error"]) / most
+        note = f"{float(layer['error']):.2e}" + (" · float" if kept else "")
+        return (
+            f'<div><span class="name">{escape(str(layer["layer"]))}{reason}</span><span class="track">'
+            f'<span class="bar{" kept" if kept else ""}" style="width:{share:.1f}%"></span></span>'
+            f'<span class="value">{note}</span></div>'
+        )
+
+    kept = sum(bool(layer["kept"]) for layer in layers)
+    text = f'<div class="bars">{"".join(map(bar, layers[:BARS]))}</div>'
+    if rest := layers[BARS:]:
+        more = "".join(map(bar, rest))
+        text += f'<details><summary>the other {len(rest)} layers</summary><div class="bars">{more}</div></details>'
+    line = f"The error that quantizing one layer alone causes. {kept} of {len(layers)} stay in float."
+    return f'<h2>Sensitivity of layers</h2>\n<p class="quiet">{line}</p>\n{text}'
+
+
+def _sizes(page: Page) -> str:
+    contract = page.contract
+    rows = []
+    for name, graph in contract.graphs.items():
+        size = sum(contract.files[file].size for file in graph.files)
+        rows.append([name, graph.precision, graph.backend, f"{size / 1e6:.1f} MB"])
+    size_table = _table(["graph", "precision", "backend", "size"], rows, numbers={3})
+    seconds = page.found.seconds[1:] or page.found.seconds
+    batch = len(page.reference.labels)
+    line = (
+        f"A guided step of {batch} pictures took {_time(statistics.median(seconds))}, the median of {len(seconds)} "
+        "timed here while the reference was replayed; <code>dit-run bench</code> measures with care."
+    )
+    return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>'
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def _gates(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        mark, mood = ("–", "") if row.passed is None else ("ok", "good") if row.passed else ("FAILED", "bad")
+        cells = f'<td class="{mood}">{mark}</td><td>{escape(row.name)}</td><td class="n">{escape(row.value)}</td>'
+        body.append(f'<tr>{cells}<td class="n">{escape(row.limit)}</td><td>{escape(row.where)}</td></tr>')
+    head = '<tr><th></th><th>gate, at its worst</th><th class="n">value</th><th class="n">limit</th><th>where</th></tr>'
+    return f'<h2>Gates</h2>\n<div class="scroll"><table>{head}{"".join(body)}</table></div>'
+
+
+def _origin(contract: Manifest) -> str:
+    source = contract.source
+    rows = [[key, str(source[key])] for key in ("kind", "path", "hub", "revision", "seed") if key in source]
+    sums = source.get("sha256") or {}
+    rows += [[f"sha256 of {name}", value] for name, value in sums.items()]
+    rows += [["solver", contract.diffusion.sampler.solver]]
+    rows += [[name, version] for name, version in contract.built_with.get("versions", {}).items()]
+    return "<h2>Made from, and with</h2>\n" + _table(["", ""], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: frozenset[int] | set[int] = frozenset()) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        marked = ((' class="n"' if index in numbers else "", cell) for index, cell in enumerate(cells))
+        return "<tr>" + "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in marked) + "</tr>"
+
+    top = line(head, "th") if any(head) else ""
+    return f'<div class="scroll"><table>{top}{"".join(line(row, "td") for row in rows)}</table></div>'

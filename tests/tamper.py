@@ -1,0 +1,75 @@
+"""Ways to break a bundle so that only verification can notice: every sha256 is made right again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+FORM = "denoiser.onnxruntime.onnx"
+
+
+def edit(bundle: Path, change: Callable[[dict], None]) -> None:
+    path = bundle / "manifest.json"
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+
+
+def seal(bundle: Path) -> None:
+    """Writes the sizes and sums of the files as they now are into the manifest."""
+
+    def change(table: dict) -> None:
+        for name in table["files"]:
+            content = (bundle / name).read_bytes()
+            table["files"][name] = {"size": len(content), "sha256": sha256(content).hexdigest()}
+
+    edit(bundle, change)
+
+
+def shapes(bundle: Path, graph: str) -> list[tuple[str, tuple[int, ...]]]:
+    model = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
+    return [(weight.name, tuple(weight.dims)) for weight in model.graph.initializer]
+
+
+def weight(bundle: Path, graph: str, shape: tuple[int, ...] | None = None, name: str | None = None) -> np.memmap:
+    """The one float weight of this shape or name, to be changed in place in the .data file."""
+    model = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
+    (weight,) = [w for w in model.graph.initializer if w.name == name or (shape and tuple(w.dims) == shape)]
+    where = {entry.key: entry.value for entry in weight.external_data}
+    assert weight.data_type == TensorProto.FLOAT
+    offset, dims = int(where["offset"]), tuple(weight.dims)
+    return np.memmap(bundle / where["location"], dtype=np.float32, mode="r+", offset=offset, shape=dims)
+
+
+def swap_vectors(bundle: Path, pair: int, form: str = FORM) -> None:
+    """A modulation's gain and shift change places in the denoiser: two a block, the final one last."""
+    path = bundle / form
+    model = onnx.load(path, load_external_data=False)
+    (split,) = [node for node in model.graph.node if node.op_type == "Split" and node.input[0] == "conditioning_rows"]
+    vectors = [*split.output]
+    producer = {name: node for node in model.graph.node for name in node.output}
+    pairs = []
+    for add in (node for node in model.graph.node if node.op_type == "Add"):
+        shifts = [name for name in add.input if name in vectors]
+        products = [producer[name] for name in add.input if name in producer and producer[name].op_type == "Mul"]
+        gains = [name for product in products for name in product.input if name in vectors]
+        pairs += zip(gains, shifts, strict=False)
+    assert len(pairs) % 2 == 1, "two modulations a block and the final one"
+    gain, shift = (vectors.index(name) for name in pairs[pair])
+    split.output[gain], split.output[shift] = vectors[shift], vectors[gain]
+    onnx.save(model, path)
+
+
+def linears(bundle: Path, rows: int, columns: int) -> list[str]:
+    """The names of the denoiser's linear weights of this shape, in the order of the blocks."""
+    graph = onnx.load(bundle / FORM, load_external_data=False).graph
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    return [
+        node.input[1] for node in graph.node if node.op_type == "MatMul" and sizes.get(node.input[1]) == (rows, columns)
+    ]

@@ -1,0 +1,282 @@
+"""The gate has teeth: each way to break an engine turns it red and is named, and identical engines pass."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from dit_export.cli import main
+from tests.conftest import DIFFUSERS_DEPTH, HEADS, HIDDEN, META_CLASSES, META_NAMES, Built, build, meta_state
+from tests.tamper import linears, seal, shapes, swap_vectors, weight
+
+REFERENCE_LABELS = [META_CLASSES // 4, 3 * META_CLASSES // 4]
+
+
+class Verdict(NamedTuple):
+    code: int
+    first: dict | None
+    located: list[str]
+    taps: dict[str, float]
+    failed: set[tuple[str, str]]
+
+
+@pytest.fixture
+def regress(capsys) -> Callable[..., Verdict]:
+    def run(bundle: Path, *options: str) -> Verdict:
+        capsys.readouterr()
+        code = main(["regress", str(bundle), "--threads", "1", "--json", *options])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        if code == 2:
+            return Verdict(code, None, [captured.err.splitlines()[-1]], {}, set())
+        table = json.loads(captured.out)
+        failed = {(metric["graph"], metric["metric"]) for metric in table["metrics"] if not metric["passed"]}
+        assert table["passed"] == (not failed) == (code == 0)
+        taps = {tap["name"]: tap["error"] for tap in table["taps"]}
+        return Verdict(code, table["first"], table["located"], taps, failed)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def baseline(meta, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("baseline") / "meta.json"
+    assert main(["regress", str(meta.bundle), "--threads", "1", "--baseline", str(path), "--update-baseline"]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def later(tmp_path_factory, one_thread) -> Built:
+    """The same network some training later: every weight a little elsewhere."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("later")
+    random = torch.Generator().manual_seed(7)
+    state = {
+        name: w * (1 + 0.02 * torch.randn(w.shape, generator=random)) if w.is_floating_point() else w
+        for name, w in meta_state().items()
+    }
+    torch.save({"ema": state}, folder / "checkpoint.pt")
+    (folder / "labels.txt").write_text("\n".join(META_NAMES))
+    options = ["--heads", str(HEADS), "--latents-only", "--labels", str(folder / "labels.txt"), "--max-batch", "4"]
+    with one_thread():
+        return build(folder, "checkpoint.pt", *options)
+
+
+def test_an_identical_engine_passes(meta, baseline, regress, tmp_path, one_thread):
+    """Built again from the same checkpoint, and the same one again."""
+    assert regress(meta.bundle, "--baseline", str(baseline)) == (0, None, [], {}, set())
+    with one_thread():
+        recipe = json.loads((meta.bundle / "manifest.json").read_text())["source"]["recipe"]
+        options = ["--heads", str(HEADS), "--latents-only", "--labels", recipe["labels"], "--max-batch", "4"]
+        again = ["build", "--checkpoint", str(meta.checkpoint), "--backend", "onnxruntime", *options]
+        assert main([*again, "-o", str(tmp_path / "again")]) == 0
+    assert regress(tmp_path / "again", "--baseline", str(baseline)).code == 0
+    assert regress(tmp_path / "again", "--against", str(meta.bundle)).code == 0
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_doubled_scale(meta, meta_copy, baseline, regress, block):
+    """Of an attention's last linear: that block's first sum moves, what stands before does not."""
+    weights = weight(meta_copy, "denoiser", name=linears(meta_copy, HIDDEN, HIDDEN)[block])
+    weights *= 2
+    weights.flush()
+    seal(meta_copy)
+    for truth in ([], ["--against", str(meta.bundle)]):  # PyTorch, and a bundle that is right
+        verdict = regress(meta_copy, "--baseline", str(baseline), *truth)
+        assert verdict.code == 1
+        assert (verdict.first["graph"], verdict.first["metric"]) == ("denoiser", "prediction, rel-L2")
+        assert verdict.first["where"].startswith("step 1 of ") and verdict.first["step"] == 1
+        (sentence,) = verdict.located
+        assert sentence.startswith(f"denoiser: first moved: block {block + 1} of 2 (blocks.{block}), attention")
+        errors = list(verdict.taps.values())
+        assert max(errors[: 2 * block + 1]) < 1e-5 and min(errors[2 * block + 1 :]) > 1e-3
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_zeroed_rows_of_one_layer(meta_copy, baseline, regress, block):
+    """A quarter of what an MLP's second linear reads."""
+    weight(meta_copy, "denoiser", name=linears(meta_copy, 4 * HIDDEN, HIDDEN)[block])[:HIDDEN] = 0
+    seal(meta_copy)
+    verdict = regress(meta_copy, "--baseline", str(baseline))
+    assert (verdict.code, verdict.first["graph"], verdict.first["step"]) == (1, "denoiser", 1)
+    assert verdict.located[0].startswith(f"denoiser: first moved: block {block + 1} of 2 (blocks.{block}), MLP")
+
+
+@pytest.mark.parametrize(
+    ("pair", "place"),
+    [(0, "block 1 of 2 (blocks.0), attention"), (3, "block 2 of 2 (blocks.1), MLP"), (4, "after the last block")],
+)
+def test_gain_and_shift_swapped(meta_copy, baseline, regress, pair, place):
+    swap_vectors(meta_copy, pair)
+    seal(meta_copy)
+    verdict = regress(meta_copy, "--baseline", str(baseline))
+    assert (verdict.code, verdict.first["graph"], verdict.first["step"]) == (1, "denoiser", 1)
+    assert verdict.located[0].startswith(f"denoiser: first moved: {place}") and len(verdict.located) == 1
+
+
+def test_a_wrong_null_row(meta, meta_copy, baseline, regress):
+    """That of a class: only guidance hears it."""
+    table = weight(meta_copy, "conditioner", (META_CLASSES + 1, HIDDEN))
+    table[META_CLASSES] = table[5]
+    table.flush()
+    seal(meta_copy)
+    for truth in ([], ["--against", str(meta.bundle)]):
+        verdict = regress(meta_copy, "--baseline", str(baseline), *truth)
+        assert (verdict.code, verdict.first["graph"]) == (1, "conditioner")
+        assert (verdict.first["metric"], verdict.first["where"]) == ("null label, rel-L2", f"row {META_CLASSES}")
+        assert verdict.located == [verdict.located[0]]  # the denoiser, asked with the right vectors, is right
+        assert verdict.located[0].startswith(f"conditioner: every vector, for the null label ({META_CLASSES})")
+        assert ("denoiser", "null label, rel-L2") in verdict.failed
+        assert ("denoiser", "unguided, rel-L2") not in verdict.failed
+
+
+def test_a_stale_conditioner(meta, meta_copy, later, baseline, regress):
+    """Its files are those of an earlier build, whole and well, but of other weights than the denoiser's."""
+    for name in ("conditioner.onnx", "conditioner.onnx.data"):
+        shutil.copyfile(later.bundle / name, meta_copy / name)
+    seal(meta_copy)
+    verdict = regress(meta_copy, "--baseline", str(baseline))
+    assert (verdict.code, verdict.first["graph"]) == (1, "conditioner")
+    assert verdict.first["where"] == "every label: stale, or of other weights"
+    assert len(verdict.located) == 1
+    assert verdict.located[0].startswith("conditioner: every vector, for every label asked")
+
+
+def test_one_block_of_the_conditioner(meta_copy, baseline, regress):
+    """A bias of one block's modulation: the vectors that it makes are named."""
+    names = [n for n, shape in shapes(meta_copy, "conditioner") if shape == (6 * HIDDEN,)]
+    weight(meta_copy, "conditioner", name=names[1])[:HIDDEN] += 0.5  # the first part is attention's shift
+    seal(meta_copy)
+    verdict = regress(meta_copy, "--baseline", str(baseline))
+    assert (verdict.code, verdict.first["graph"]) == (1, "conditioner")
+    assert verdict.located[0].startswith("conditioner: block 2 of 2 (blocks.1), attention shift, for every label asked")
+
+
+def test_both_at_once(meta_copy, baseline, regress):
+    """A broken conditioner does not hide a broken denoiser."""
+    table = weight(meta_copy, "conditioner", (META_CLASSES + 1, HIDDEN))
+    table[REFERENCE_LABELS[0]] *= 1.1
+    table.flush()
+    swap_vectors(meta_copy, 2)
+    seal(meta_copy)
+    verdict = regress(meta_copy, "--baseline", str(baseline))
+    assert verdict.first["where"] == f"label {REFERENCE_LABELS[0]}"
+    assert [sentence.partition(":")[0] for sentence in verdict.located] == ["conditioner", "denoiser"]
+
+
+def test_a_nan_is_no_small_error(meta_copy, baseline, regress):
+    weight(meta_copy, "denoiser", (HIDDEN, 4, 2, 2))[0] = np.nan
+    seal(meta_copy)
+    verdict = regress(meta_copy, "--baseline", str(baseline))
+    assert (verdict.code, verdict.first["graph"], verdict.first["value"]) == (1, "denoiser", "nan")
+    assert verdict.located[0].startswith("denoiser: first moved: before the first block")
+
+
+def test_where_nothing_right_is_at_hand(meta_copy, regress):
+    """Without the checkpoint the graph and the step are still named, and what would find the block."""
+    table = json.loads((meta_copy / "manifest.json").read_text())
+    table["source"]["recipe"]["checkpoint"] = "/nowhere/checkpoint.pt"
+    (meta_copy / "manifest.json").write_text(json.dumps(table))
+    swap_vectors(meta_copy, 2)
+    seal(meta_copy)
+    verdict = regress(meta_copy)
+    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
+    assert verdict.located[0].startswith("not localized: ") and "--against" in verdict.located[0]
+
+
+def test_a_baseline_belongs_to_its_weights(later, baseline, regress, tmp_path):
+    verdict = regress(later.bundle, "--baseline", str(baseline))
+    assert verdict.code == 2 and "of another weights" in verdict.located[0]
+    table = json.loads(baseline.read_text())
+    table["model"]["hidden"] = 128
+    (tmp_path / "other.json").write_text(json.dumps(table))
+    verdict = regress(later.bundle, "--baseline", str(tmp_path / "other.json"))
+    assert verdict.code == 2 and "of another model: hidden is 128 there and 64 in this bundle" in verdict.located[0]
+
+
+def test_a_baseline_holds_what_it_measured(meta, baseline, regress, tmp_path):
+    """A limit below the figure, a metric that is gone, and another answer by PyTorch are failures."""
+    judged = {"graph": "run", "metric": "judge's agreement, share", "values": [1], "limits": [0.9]}
+    for change, expected in (
+        (lambda table: row(table, "prediction, rel-L2")["limits"].__setitem__(3, 1e-12), ("denoiser", 4)),
+        (lambda table: table["metrics"].append(judged), ("run", None)),
+        (lambda table: table["reference"].__setitem__(0, 9.0), ("reference", None)),
+    ):
+        table = json.loads(baseline.read_text())
+        change(table)
+        (tmp_path / "changed.json").write_text(json.dumps(table))
+        verdict = regress(meta.bundle, "--baseline", str(tmp_path / "changed.json"))
+        assert (verdict.code, (verdict.first["graph"], verdict.first["step"])) == (1, expected)
+
+
+def row(table: dict, metric: str) -> dict:
+    return next(row for row in table["metrics"] if row["metric"] == metric)
+
+
+def test_a_bad_bundle_is_no_baseline(meta_copy, regress, tmp_path):
+    swap_vectors(meta_copy, 2)
+    seal(meta_copy)
+    verdict = regress(meta_copy, "--baseline", str(tmp_path / "bad.json"), "--update-baseline")
+    assert verdict.code == 2 and "this bundle fails already: denoiser: prediction" in verdict.located[0]
+    assert not (tmp_path / "bad.json").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"format": 9}', '{"format": 1}'])
+def test_what_is_no_baseline(meta, regress, tmp_path, content):
+    if content is not None:
+        (tmp_path / "b.json").write_text(content)
+    verdict = regress(meta.bundle, "--baseline", str(tmp_path / "b.json"))
+    assert (verdict.code == 2 and "--update-baseline" in verdict.located[0]) or "not a baseline" in verdict.located[0]
+
+
+def test_table_and_junit(meta_copy, baseline, tmp_path, capsys):
+    swap_vectors(meta_copy, 2)
+    seal(meta_copy)
+    junit = tmp_path / "junit.xml"
+    arguments = ["--threads", "1", "--baseline", str(baseline), "--junit", str(junit)]
+    assert main(["regress", str(meta_copy), *arguments]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("FAILED denoiser: prediction, rel-L2, step 1 of 10, t = 900: ")
+    assert lines[-1].startswith("denoiser: first moved: block 2 of 2 (blocks.1), attention")
+    root = ElementTree.parse(junit).getroot()
+    suites = {suite.get("name"): suite for suite in root}
+    assert list(suites) == ["reference", "sampler", "conditioner", "denoiser", "run"]
+    assert suites["conditioner"].get("failures") == "0" and int(suites["denoiser"].get("failures")) > 0
+    case = suites["denoiser"].find("testcase[@name='prediction, rel-L2, step 1']/failure")
+    assert "blocks.1" in case.text and "expected at most" in case.get("message")
+    assert len(root.findall(".//testcase")) == int(root.get("tests"))
+    assert len(root.findall(".//failure")) == int(root.get("failures"))
+
+
+def test_a_swap_in_a_narrow_precision(shared_embedders, tmp_path, regress, one_thread):
+    """bf16 on OpenVINO, where every block is a little off: beside the fp32 bundle the broken one stands out."""
+    bundle = tmp_path / "bf16"
+    command = ["build", "--checkpoint", str(shared_embedders.checkpoint), "--precision", "bf16", "-o", str(bundle)]
+    with one_thread():
+        assert main(command) == 0
+    assert regress(bundle, "--baseline", str(tmp_path / "b.json"), "--update-baseline").code == 0
+    assert regress(bundle, "--baseline", str(tmp_path / "b.json")).code == 0
+    swap_vectors(bundle, 2, "denoiser.openvino.onnx")
+    seal(bundle)
+    verdict = regress(bundle, "--baseline", str(tmp_path / "b.json"), "--against", str(shared_embedders.bundle))
+    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
+    place = f"block 2 of {DIFFUSERS_DEPTH} (blocks.1), attention"
+    assert verdict.located[0].startswith(f"denoiser: first moved: {place}")
+    assert ("decoder", "PyTorch's latents, PSNR in dB") not in verdict.failed
+
+
+def test_a_broken_decoder_is_not_the_denoisers_fault(shared_embedders, tmp_path, regress):
+    bundle = Path(shutil.copytree(shared_embedders.bundle, tmp_path / "bundle"))
+    np.memmap(bundle / "decoder.onnx.data", np.float32, "r+")[:4000] *= 3
+    seal(bundle)
+    verdict = regress(bundle)
+    assert (verdict.code, verdict.first["graph"], verdict.located) == (1, "decoder", [])
+    assert {graph for graph, _ in verdict.failed} == {"decoder", "run"}
