@@ -240,7 +240,7 @@ def _gates(rows: Sequence[Row]) -> str:
         cells = f'<td class="{mood}">{mark}</td><td>{escape(row.name)}</td><td class="n">{escape(row.value)}</td>'
         body.append(f'<tr>{cells}<td class="n">{escape(row.limit)}</td><td>{escape(row.where)}</td></tr>')
     head = '<tr><th></th><th>gate, at its worst</th><th class="n">value</th><th class="n">limit</th><th>where</th></tr>'
-    return f'<h2>Gates</h2>\n<div class="scroll"><table>{head}{"".join(body)}</table></div>'
+    return f'<h2>Gates</h2>\n<div class="scroll"><table class="gates">{head}{"".join(body)}</table></div>'
 
 
 def _origin(contract: Manifest) -> str:
