@@ -32,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
 
 
 def run(options: argparse.Namespace) -> int:
-    from dit_export.verify import junit
+    from dit_export.verify import junit, report
     from dit_export.verify.metrics import table
     from dit_export.verify.regress import Settings, regress
 
@@ -41,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     for path in (options.baseline, options.junit, options.report):  # before the long work
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    if options.report:
+        report.require_place(options.report, options.bundle)
     names = ("bundle", "baseline", "against", "features", "real", "samples", "count", "threads", "provider")
     settings = Settings(update=options.update_baseline, **{name: getattr(options, name) for name in names})
     progress = Progress()
@@ -50,8 +52,6 @@ def run(options: argparse.Namespace) -> int:
     if options.junit:
         options.junit.write_text(junit.xml(name, result.metrics, result.located), encoding="utf-8")
     if options.report:
-        from dit_export.verify import report
-
         report.write(options.report, options.bundle, report.of(name, result))
     if options.json:
         print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))

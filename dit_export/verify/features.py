@@ -228,7 +228,7 @@ def demo_judge() -> tuple[Judge, Gaussian]:
 
     from dit_export.demo import score, store
 
-    judge = store.load_judge()
+    judge = store.load_judge(store.MODEL)
 
     def look_at(pictures: NDArray[np.uint8]) -> Judged:
         with torch.no_grad():

@@ -81,13 +81,13 @@ def regress(settings: Settings, progress: Progress) -> Result:
         with progress.stage("regress: replay of the reference"):
             found = replay(pipe, reference, lambda done, all_: progress.step(done, all_, "replay"), thorough=True)
         metrics = of_replay(contract, reference, found)
-        metrics += _distribution(settings, pipe, other, table, progress)
+        judged, asked = _distribution(settings, pipe, other, (table or {}).get("measured", {}), progress)
+        metrics += judged
         if table is not None and settings.baseline is not None:
             metrics = baseline.apply(settings.baseline, table, reference, metrics)
         located, taps = _locate(settings, pipe, other, reference, found, metrics, progress)
     if settings.update and settings.baseline is not None:
-        count = {"count": settings.count} if settings.count else {}
-        baseline.write(settings.baseline, contract, reference, metrics, count)
+        baseline.write(settings.baseline, contract, reference, metrics, asked)
     return Result(contract, reference, found, metrics, located, taps)
 
 
@@ -104,21 +104,22 @@ def _require_alike(pipe: Pipeline, other: Pipeline) -> None:
 
 
 def _distribution(
-    settings: Settings, pipe: Pipeline, other: Pipeline | None, table: Mapping[str, Any] | None, progress: Progress
-) -> list[Metric]:
-    """What a judge says of many pictures, where one is asked."""
-    count = settings.count or (table or {}).get("measured", {}).get("count")
+    settings: Settings, pipe: Pipeline, other: Pipeline | None, measured: Mapping[str, Any], progress: Progress
+) -> tuple[list[Metric], dict[str, Any]]:
+    """What a judge says of many pictures, where one is asked, and how it was asked, as a baseline keeps it."""
+    count = settings.count or measured.get("count")
     if count is None and settings.features is None and settings.samples is None:
-        return []
+        return [], {}
     judge: features.Judge | None = None
-    real = None
+    real, name = None, "none"
     if settings.features is not None:
-        judge = OnnxJudge(settings.features, settings.threads)
+        judge, name = OnnxJudge(settings.features, settings.threads), manifest.sha256(settings.features)
     elif features.is_demo(pipe.manifest):
-        judge, real = features.demo_judge()
+        (judge, real), name = features.demo_judge(), "the demo's"
+    if measured.get("judge", name) != name:
+        raise UsageError(f"the baseline's judge is {measured['judge']}, this one {name}: pass its --features FILE.onnx")
     if settings.real is not None:
         real = features.read_real(settings.real, judge)
-    classes = pipe.manifest.num_classes
     if settings.samples is not None:
         seen, theirs = features.read_samples(settings.samples, judge), None
     elif judge is None:
@@ -128,9 +129,13 @@ def _distribution(
         if count < features.FEWEST:
             raise UsageError(f"count {count}; expected at least {features.FEWEST} for a distance between distributions")
         with progress.stage(f"regress: {count} pictures before the judge"):
-            step = lambda done, all_: progress.step(done, all_, "pictures")  # noqa: E731
+
+            def step(done: int, total: int) -> None:
+                progress.step(done, total, "pictures")
+
             seen, theirs = features.look(judge, pipe, count, other, step)
-    return features.metrics(seen, theirs, real, classes)
+    asked = {"judge": name} | ({"count": count} if settings.samples is None else {})
+    return features.metrics(seen, theirs, real, pipe.manifest.num_classes), asked
 
 
 def _locate(
@@ -146,8 +151,10 @@ def _locate(
     failed = [metric for metric in metrics if not metric.passed]
     if not any(metric.graph in ("conditioner", "denoiser") for metric in failed):
         return [], []
-    from dit_export.verify import localize  # here: it needs PyTorch, which a gate that passes does not
-
+    try:
+        from dit_export.verify import localize  # here: it needs PyTorch, which a gate that passes does not
+    except ImportError as error:
+        return [f"not localized: {error}: pip install 'dit-export[export]'"], []
     try:
         truth: localize.Truth | Pipeline = other or localize.OfPyTorch(_model(pipe, progress))
     except (UsageError, OSError) as error:

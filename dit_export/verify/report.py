@@ -91,15 +91,21 @@ def of_checks(checks: Sequence[Check]) -> list[Row]:
     ]
 
 
-def write(path: Path, bundle: Path, page: Page) -> None:
-    """Inside the bundle only as its report, whose size and sha256 the manifest then has."""
+def require_place(path: Path, bundle: Path) -> bool:
+    """Whether it is the bundle's own report; no other file of a bundle is written over."""
     within = path.resolve().is_relative_to(bundle.resolve())
     if within and path.resolve() != bundle.resolve() / NAME:
         raise UsageError(f"{path}: inside the bundle, where only {NAME} may stand; choose another place")
+    return within
+
+
+def write(path: Path, bundle: Path, page: Page) -> None:
+    """The bundle's own report goes into its manifest, with its size and sha256."""
+    within = require_place(path, bundle)
     path.write_text(html(bundle, page), encoding="utf-8")
     if within:
-        contract = manifest.read(bundle) if NAME not in page.contract.files else page.contract
-        manifest.write(bundle, replace(contract, files={**contract.files, NAME: manifest.describe(path)}))
+        files = {**page.contract.files, NAME: manifest.describe(path)}
+        manifest.write(bundle, replace(page.contract, files=files))
 
 
 def html(bundle: Path, page: Page) -> str:
@@ -234,7 +240,7 @@ def _gates(rows: Sequence[Row]) -> str:
         cells = f'<td class="{mood}">{mark}</td><td>{escape(row.name)}</td><td class="n">{escape(row.value)}</td>'
         body.append(f'<tr>{cells}<td class="n">{escape(row.limit)}</td><td>{escape(row.where)}</td></tr>')
     head = '<tr><th></th><th>gate, at its worst</th><th class="n">value</th><th class="n">limit</th><th>where</th></tr>'
-    return f'<h2>Gates</h2>\n<div class="scroll"><table>{head}{"".join(body)}</table></div>'
+    return f'<h2>Gates</h2>\n<div class="scroll"><table class="gates">{head}{"".join(body)}</table></div>'
 
 
 def _origin(contract: Manifest) -> str:

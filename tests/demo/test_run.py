@@ -21,7 +21,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_then_score(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = tmp_path / "bundle"
     assert main(["demo", "show", "--weights", str(weights), "-o", str(bundle), "--count", "100"]) == 0
     printed = capsys.readouterr().out
@@ -35,6 +37,12 @@ def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
     # The same seed draws the same pictures, so the judge sees the same but for single grey levels.
     assert scores["bundle"]["accuracy"] == scores["PyTorch"]["accuracy"]
     assert scores["bundle"]["frechet"][0] == pytest.approx(scores["PyTorch"]["frechet"][0], rel=1e-2)
+
+    # The gate takes the demo's judge by itself.
+    monkeypatch.setattr(store, "MODEL", weights)
+    assert main(["regress", str(bundle), "--count", "100", "--json"]) == 0
+    rows = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)["metrics"]}
+    assert 0 <= rows["judge's agreement, share"] <= 1 and rows["to real pictures, Fréchet distance"] > 0
 
 
 def test_the_judge_runs_without_pytorch(weights: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -254,6 +256,28 @@ def test_table_and_junit(meta_copy, baseline, tmp_path, capsys):
     assert "blocks.1" in case.text and "expected at most" in case.get("message")
     assert len(root.findall(".//testcase")) == int(root.get("tests"))
     assert len(root.findall(".//failure")) == int(root.get("failures"))
+
+
+def test_a_gate_that_passes_needs_no_pytorch(meta, meta_copy, baseline, tmp_path):
+    """Where it fails, it still names graph and step, and what it takes to name the block."""
+    swap_vectors(meta_copy, 2)
+    seal(meta_copy)
+    code = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnx_graphsurgeon", "diffusers", "scipy", "PIL"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Blocker())
+from dit_export.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    for bundle, expected in ((meta.bundle, 0), (meta_copy, 1)):
+        arguments = ["regress", str(bundle), "--baseline", str(baseline), "--report", str(tmp_path / "report.html")]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+    assert "FAILED denoiser: prediction, rel-L2, step 1 of 10" in done.stdout
+    assert "not localized: " in done.stdout and "pip install 'dit-export[export]'" in done.stdout.splitlines()[-1]
 
 
 def test_a_swap_in_a_narrow_precision(shared_embedders, tmp_path, regress, one_thread):

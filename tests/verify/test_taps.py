@@ -1,0 +1,66 @@
+"""Residual sums are found by structure, in every form a denoiser may have, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from dit_export import graphs
+from dit_export.fuse.narrow import narrow
+from dit_export.graphs import layer
+from dit_export.verify.taps import names, residual_sums
+from tests.conftest import HIDDEN, META_DEPTH
+
+
+@pytest.fixture(params=["portable", "onnxruntime", "openvino", "fp16", "dynamic int8"])
+def denoiser(request, meta, tmp_path) -> gs.Graph:
+    name = f"denoiser.{request.param}.onnx" if request.param in ("onnxruntime", "openvino") else "denoiser.onnx"
+    if request.param == "dynamic int8":
+        model = onnx.load(meta.bundle / name)
+        quantize_dynamic(model, tmp_path / "int8.onnx", weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+        graph = graphs.load(tmp_path / "int8.onnx")
+        assert graphs.census(graph)["MatMulInteger"] >= 4 * META_DEPTH
+        return graph
+    graph = graphs.load(meta.bundle / name)
+    if request.param == "fp16":
+        narrow(graph, "fp16")
+    return graph
+
+
+def test_two_sums_a_block(denoiser):
+    """The stream runs through all of them: each sum is the next one's x; the final modulation reads the last."""
+    sums = residual_sums(denoiser)
+    assert len(sums) == 2 * META_DEPTH
+    for (_, before), (x, _) in itertools.pairwise(sums):
+        assert x is before
+    last = sums[-1][1]
+    assert [node.op for node in last.outputs] == ["LayerNormalization"]
+
+
+def build(branch: str) -> gs.Graph:
+    """x + something that is no branch of x, and one that is."""
+    x = gs.Variable("x", np.float32, ["n", 4, HIDDEN])
+    y = gs.Variable("y", np.float32, ["n", 4, HIDDEN])
+    out = gs.Variable("out", np.float32, ["n", 4, HIDDEN])
+    graph = gs.Graph(inputs=[x, y], outputs=[out], opset=20)
+    op, factor = ("Mul", np.float32([3])) if branch == "twice" else ("MatMul", np.zeros((HIDDEN, HIDDEN), np.float32))
+    product = layer(graph, op, [y if branch == "other" else x, factor], "product")
+    first = layer(graph, "Tile", [x, np.array([2, 1, 1])], "copy") if branch == "copied" else x
+    layer(graph, "Add", [first, layer(graph, "Mul", [product, np.float32([2])], "gated")], out)
+    return graph
+
+
+@pytest.mark.parametrize(("branch", "found"), [("residual", 1), ("copied", 1), ("other", 0), ("twice", 0)])
+def test_what_is_a_residual_sum(branch, found):
+    """Not a sum of two inputs' ways, and not x + a · x, as modulation and guidance are."""
+    assert len(residual_sums(build(branch))) == found
+
+
+def test_names_of_blocks_and_of_other_networks():
+    assert names(4, 2)[0] == "before the first block" and names(4, 2)[3] == "block 2 of 2 (blocks.1), attention"
+    assert names(3, 2)[1:] == ["residual sum 1 of 3", "residual sum 2 of 3", "residual sum 3 of 3"]
