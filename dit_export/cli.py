@@ -204,7 +204,7 @@ def _demo_show(options: argparse.Namespace) -> int:
         return int(not shown.built.passed)
     code = _report(shown.built, as_json=False)
     print(run.table(scores))
-    print(f"grid: {shown.grid}\nreport: {shown.report}")
+    print(f"grid: {shown.grid}\nreport: {shown.built.folder}/report.html")
     print(f'sample: {_dit_run()} sample {shown.built.folder} --labels "red circle" "blue star"')
     return code
 

@@ -17,7 +17,7 @@ from dit_export.demo import data, score, store
 from dit_export.demo.score import Score
 from dit_export.models.vit import ViT
 from dit_export.spec import Recipe
-from dit_runtime import images, verify
+from dit_runtime import images
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -27,37 +27,17 @@ COLUMNS = 8  # pictures of each class in the grid
 STEPS, GUIDANCE = 25, 4.0
 BATCH = 50
 REFERENCE = 2_000  # held-out pictures for the quick score; `demo score` takes score.REFERENCE
-REPORT = """\
-# {name}
-
-![one row a class]({grid})
-
-{sampling}; from the top: {classes}.
-
-{count} pictures before the judge:
-
-```
-{score}
-```
-
-Against PyTorch:
-
-```
-{checks}
-```
-"""
 
 
 @dataclass(frozen=True)
 class Shown:
     built: Built
     grid: Path
-    report: Path
     score: Score
 
 
 def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> Shown:
-    """Builds and verifies the bundle, draws a grid and writes a report beside it, and scores `count` pictures."""
+    """Builds and verifies the bundle, draws a grid beside it, and scores `count` pictures."""
     weights = _present(weights)
     built = build(Recipe(checkpoint=str(weights), max_batch=BATCH, output=str(folder)), progress)
     grid = built.folder.with_name(f"{built.folder.name}-grid.png")
@@ -68,18 +48,7 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
             images.write_png(grid, images.grid(sample(pipe, labels, seed=0), COLUMNS))
         with progress.stage(f"demo: {count} pictures before the judge"):
             result = score_bundle(pipe, judge, count, score.reference_features(judge, REFERENCE))
-    report = built.folder.with_name(f"{built.folder.name}-report.md")
-    text = REPORT.format(
-        name=built.folder.name,
-        grid=grid.name,
-        classes=", ".join(data.CLASSES),
-        sampling=f"{STEPS} steps, guidance {GUIDANCE:g}",
-        count=count,
-        score=table({"bundle": result}),
-        checks=verify.table(built.checks),
-    )
-    report.write_text(text, encoding="utf-8")
-    return Shown(built, grid, report, result)
+    return Shown(built, grid, result)
 
 
 def sample(pipe: Pipeline, labels: Sequence[int], seed: int) -> NDArray[np.uint8]:

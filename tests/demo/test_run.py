@@ -28,7 +28,7 @@ def test_show_then_score(
     assert main(["demo", "show", "--weights", str(weights), "-o", str(bundle), "--count", "100"]) == 0
     printed = capsys.readouterr().out
     grid = tmp_path / "bundle-grid.png"
-    assert f"grid: {grid}\nreport: {tmp_path}/bundle-report.md\nsample: " in printed
+    assert f"grid: {grid}\nreport: {bundle}/report.html\nsample: " in printed
     assert grid.read_bytes().startswith(b"\x89PNG")
     assert manifest.read(bundle).labels == data.CLASSES
 
