@@ -20,11 +20,13 @@ CARD = """\
 # The demo model
 
 A class-conditional DiT with its autoencoder and a judge, trained from nothing on what `dit_export/demo/data.py` draws:
-a {shapes}, in {colours}, at a random place, size and angle on a muted background, 64×64 pixels.
+a {shapes}, in {colours},
+at a random place, size and angle on a muted background, 64×64 pixels.
 It exists so that every claim of quality in this project can be checked on a model that was really trained; it is good
 for nothing else. There are no third-party data or weights in it. Licence: Apache-2.0, as the project's.
 
-Made by `dit-export demo train` (seed {seed}, {pictures} pictures), {minutes} minutes of wall time in all, on {machine}.
+Made by `dit-export demo train` (seed {seed}, {pictures:,} pictures), {minutes} minutes of wall time in all,
+on {machine}.
 `training.json` has the same figures for machines.
 
 | part | network | parameters | steps × batch | minutes | last loss |
@@ -33,9 +35,9 @@ Made by `dit-export demo train` (seed {seed}, {pictures} pictures), {minutes} mi
 
 Files are float16 ({megabytes:.1f} MB in all) and are read as float32; every figure here is of the stored weights.
 
-* Autoencoder: scaling factor {scaling} (measured: 1 / deviation of the latents); {psnr} dB on {held_out} held-out
+* Autoencoder: scaling factor {scaling} (measured: 1 / deviation of the latents); {psnr} dB on {held_out:,} held-out
   pictures; the judge names {reconstructed:.1%} of the reconstructions rightly.
-* Judge: {judged:.2%} on {held_out} held-out pictures.
+* Judge: {judged:.2%} on {held_out:,} held-out pictures.
 * DiT: diffusers' dialect, adaLN-Zero, learned variance, linear 1000-step schedule, 10 % of labels dropped,
   L_hybrid of Improved DDPM, AdamW, averaged weights (EMA {ema}).
 

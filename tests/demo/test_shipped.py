@@ -21,7 +21,7 @@ from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from tests.demo.test_demo import compare_with_diffusers
 
-COUNT = 200  # pictures a score: with 95 % right, one in a hundred such scores falls below 90 %
+COUNT = 200  # pictures a score
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_bundle_scores_as_pytorch_and_a_broken_one_worse(
     theirs = score.score(pictures, labels, shipped.judge, reference)
     assert sound.accuracy.low <= theirs.accuracy.value <= sound.accuracy.high
     assert sound.frechet.low <= theirs.frechet.value <= sound.frechet.high
-    assert sound.accuracy.value >= 0.9
+    assert sound.accuracy.value >= 0.74  # the card's 1,000 pictures say 0.826; three deviations of 200 are 0.08
 
     swap_gain_and_shift(bundle, block=3)
     broken = score_of(bundle, shipped, reference)

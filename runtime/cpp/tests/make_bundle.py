@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dit_runtime import manifest, verify
+from dit_runtime import manifest, replay
 from dit_runtime.manifest import Graph, Manifest, TensorSpec
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.schedule import Diffusion, Sampler
@@ -119,10 +119,10 @@ def reference(folder: Path, contract: Manifest) -> None:
 
         pipe.denoise = record  # type: ignore[method-assign]
         images = pipe.sample(labels, steps=STEPS, seed=seeds, guidance=guidance)
-        prints = verify.fingerprint(pipe.condition, CLASSES, times[STEPS // 2], MAX_BATCH)
+        prints = replay.fingerprint(pipe.condition, CLASSES, times[STEPS // 2], MAX_BATCH)
     arrays = {name: np.stack(values) for name, values in run.items()}
     np.savez(
-        folder / verify.REFERENCE,
+        folder / replay.REFERENCE,
         betas=contract.diffusion.betas,
         timesteps=times,
         labels=np.array(labels),
