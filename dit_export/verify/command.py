@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     )
     parser.add_argument("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
     parser.add_argument("--samples", type=Path, metavar="FILE.npz", help="judge these pictures or features, draw none")
-    parser.add_argument("--count", type=int, metavar="N", help="pictures to draw for the judge; default with one: 1000")
+    parser.add_argument("--count", type=int, metavar="N", help="pictures to draw for the judge; default with one: 2000")
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="the figures as JUnit XML")
@@ -63,4 +63,6 @@ def run(options: argparse.Namespace) -> int:
     print(f"FAILED {result.first}")
     for sentence in result.located:
         print(sentence)
+    if options.update_baseline:
+        print(f"{options.baseline} is not written: what fails already is no baseline")
     return 1

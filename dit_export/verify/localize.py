@@ -20,6 +20,8 @@ from dit_runtime.verify import tolerances
 VECTORS = ("attention gain", "attention shift", "attention gate", "MLP gain", "MLP shift", "MLP gate")
 FINAL = ("final gain", "final shift")
 MANY = 4  # more names than this are counted
+SPREAD = 16  # labels that are asked besides the reference's
+SMOOTHED = {"int8"}  # precisions whose conditioner has divisors folded in
 
 
 class Question(NamedTuple):
@@ -91,21 +93,36 @@ def locate(
         reference.guidance,
     )
     limits = tolerances(pipe.manifest)
+    precisions = {pipe.manifest.graphs["denoiser"].precision}
     with ExitStack() as stack:
         if isinstance(truth, Pipeline):
+            precisions.add(truth.manifest.graphs["denoiser"].precision)
             truth = OfBundle(truth, *stack.enter_context(tapped(truth, threads)))
         engine, taps = stack.enter_context(tapped(pipe, threads))
         ours = OfBundle(pipe, engine, taps)
-        everyone = [*question.labels, *[pipe.manifest.null_label] * len(question.labels)]
-        asked = list(dict.fromkeys([*wrong[:8], *everyone]))
-        depth = int(pipe.manifest.model.get("depth", 0))
-        sentences = _vectors(ours, truth, question.t, asked, limits["conditioner"].conditioner, depth)
+        contract, smoothed = pipe.manifest, bool(precisions & SMOOTHED)
+        everyone = [*question.labels, *[contract.null_label] * len(question.labels)]
+        spread = np.linspace(0, contract.num_classes - 1, min(contract.num_classes, SPREAD)).astype(int).tolist()
+        asked = list(dict.fromkeys([*wrong[: SPREAD // 2], *everyone, *spread]))
+        depth = int(contract.model.get("depth", 0))
+        right = truth.vectors(question.t, asked)
+        given = ours.vectors(question.t, asked)
+        if right.shape != given.shape:
+            why = f"the conditioner gives {list(given.shape[1:])}, that of {truth.name} {list(right.shape[1:])}"
+            return Located([f"not localized: {why}"], [])
+        if smoothed:
+            right = right * _folded(given, right, depth)
+        wrong_vectors = ~(_errors(given, right) <= limits["conditioner"].conditioner)  # (labels, K)
+        sentences = _vectors(given, right, wrong_vectors, asked, contract.null_label, depth)
+        if smoothed and (wrong_vectors.mean(0) > 0.5).any():
+            why = "what smoothing has folded into the conditioner cannot be told from what is wrong with it"
+            return Located([*sentences, f"denoiser: not localized: {why}"], [])
 
-        rows = truth.vectors(question.t, everyone)
-        rows = rows.reshape(2, len(question.labels), *rows.shape[1:])
-        got, prediction = ours.stream(question, rows)
-        expected, right = truth.stream(question, rows)
-    error = relative_error(prediction, right)
+        order = [asked.index(label) for label in everyone]
+        shape = (2, len(question.labels), *right.shape[1:])
+        got, prediction = ours.stream(question, right[order].reshape(shape))
+        expected, answer = truth.stream(question, truth.vectors(question.t, everyone).reshape(shape))
+    error = relative_error(prediction, answer)
     limit = limits["denoiser"]
     if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
         sentences.append(f"not localized: the denoiser has {len(got)} taps, that of {truth.name} {len(expected)}")
@@ -127,18 +144,34 @@ def locate(
     return Located(sentences, found)
 
 
-def _vectors(ours: Truth, truth: Truth, t: float, labels: list[int], limit: float, depth: int) -> list[str]:
+def _folded(given: NDArray[Any], right: NDArray[Any], depth: int) -> NDArray[Any]:
+    """(K, D): by what smoothing has multiplied each channel: a branch's gain and shift alike, the same for every label.
+
+    The median over the labels, so that some wrong ones do not move it; 1 where gain and shift disagree.
+    """
+    folded = np.ones(given.shape[1:])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.nan_to_num(np.median(given / right, axis=0), nan=1.0, posinf=1.0, neginf=1.0)
+    for gain in range(0, len(VECTORS) * depth, len(VECTORS) // 2):
+        shift = gain + 1
+        if np.median(np.abs(ratio[gain] - ratio[shift])) < 1e-3 * np.median(np.abs(ratio[gain])):
+            folded[[gain, shift]] = np.where(ratio[gain] > 0, ratio[gain], 1)
+    return folded
+
+
+def _errors(given: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
+    """(labels, K)."""
+    pairs = zip(given, right, strict=True)
+    return np.array([[relative_error(*pair) for pair in zip(*rows, strict=True)] for rows in pairs])
+
+
+def _vectors(
+    given: NDArray[Any], right: NDArray[Any], wrong: NDArray[np.bool_], labels: list[int], null_label: int, depth: int
+) -> list[str]:
     """Which of the K vectors are off, of which labels."""
-    got, expected = ours.vectors(t, labels), truth.vectors(t, labels)
-    if got.shape != expected.shape:
-        return [f"conditioner: gives {list(got.shape[1:])}, {truth.name} {list(expected.shape[1:])}"]
-    errors = np.array(
-        [[relative_error(*pair) for pair in zip(*rows, strict=True)] for rows in zip(got, expected, strict=True)]
-    )
-    wrong = ~(errors <= limit)  # (labels, K)
     if not wrong.any():
         return []
-    count = errors.shape[1]
+    count = wrong.shape[1]
     if count == len(VECTORS) * depth + len(FINAL):
         each = [f"block {n + 1} of {depth} (blocks.{n}), {vector}" for n in range(depth) for vector in VECTORS]
         each += FINAL
@@ -152,6 +185,6 @@ def _vectors(ours: Truth, truth: Truth, t: float, labels: list[int], limit: floa
     else:
         what = "; ".join(each[k] for k in columns)
     who = "every label asked" if len(rows) == len(labels) else ", ".join(f"label {labels[n]}" for n in rows[:MANY])
-    if len(rows) == 1 and labels[rows[0]] == max(labels):
-        who = f"the null label ({max(labels)})"
-    return [f"conditioner: {what}, for {who}: rel-L2 {np.nanmax(errors):.3g}"]
+    if [labels[n] for n in rows] == [null_label]:
+        who = f"the null label ({null_label})"
+    return [f"conditioner: {what}, for {who}: rel-L2 {np.nanmax(_errors(given, right)):.3g}"]

@@ -6,70 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from dit_export.cli import main
-from tests.conftest import DIFFUSERS_DEPTH, HEADS, HIDDEN, META_CLASSES, META_NAMES, Built, build, meta_state
+from tests.conftest import HEADS, HIDDEN, META_CLASSES
 from tests.tamper import linears, seal, shapes, swap_vectors, weight
 
 REFERENCE_LABELS = [META_CLASSES // 4, 3 * META_CLASSES // 4]
-
-
-class Verdict(NamedTuple):
-    code: int
-    first: dict | None
-    located: list[str]
-    taps: dict[str, float]
-    failed: set[tuple[str, str]]
-
-
-@pytest.fixture
-def regress(capsys) -> Callable[..., Verdict]:
-    def run(bundle: Path, *options: str) -> Verdict:
-        capsys.readouterr()
-        code = main(["regress", str(bundle), "--threads", "1", "--json", *options])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        if code == 2:
-            return Verdict(code, None, [captured.err.splitlines()[-1]], {}, set())
-        table = json.loads(captured.out)
-        failed = {(metric["graph"], metric["metric"]) for metric in table["metrics"] if not metric["passed"]}
-        assert table["passed"] == (not failed) == (code == 0)
-        taps = {tap["name"]: tap["error"] for tap in table["taps"]}
-        return Verdict(code, table["first"], table["located"], taps, failed)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def baseline(meta, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("baseline") / "meta.json"
-    assert main(["regress", str(meta.bundle), "--threads", "1", "--baseline", str(path), "--update-baseline"]) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
-def later(tmp_path_factory, one_thread) -> Built:
-    """The same network some training later: every weight a little elsewhere."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("later")
-    random = torch.Generator().manual_seed(7)
-    state = {
-        name: w * (1 + 0.02 * torch.randn(w.shape, generator=random)) if w.is_floating_point() else w
-        for name, w in meta_state().items()
-    }
-    torch.save({"ema": state}, folder / "checkpoint.pt")
-    (folder / "labels.txt").write_text("\n".join(META_NAMES))
-    options = ["--heads", str(HEADS), "--latents-only", "--labels", str(folder / "labels.txt"), "--max-batch", "4"]
-    with one_thread():
-        return build(folder, "checkpoint.pt", *options)
 
 
 def test_an_identical_engine_passes(meta, baseline, regress, tmp_path, one_thread):
@@ -227,7 +174,7 @@ def test_a_bad_bundle_is_no_baseline(meta_copy, regress, tmp_path):
     swap_vectors(meta_copy, 2)
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(tmp_path / "bad.json"), "--update-baseline")
-    assert verdict.code == 2 and "this bundle fails already: denoiser: prediction" in verdict.located[0]
+    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
     assert not (tmp_path / "bad.json").exists()
 
 
@@ -278,23 +225,6 @@ sys.exit(main(sys.argv[1:]))
         assert done.returncode == expected, done.stderr
     assert "FAILED denoiser: prediction, rel-L2, step 1 of 10" in done.stdout
     assert "not localized: " in done.stdout and "pip install 'dit-export[export]'" in done.stdout.splitlines()[-1]
-
-
-def test_a_swap_in_a_narrow_precision(shared_embedders, tmp_path, regress, one_thread):
-    """bf16 on OpenVINO, where every block is a little off: beside the fp32 bundle the broken one stands out."""
-    bundle = tmp_path / "bf16"
-    command = ["build", "--checkpoint", str(shared_embedders.checkpoint), "--precision", "bf16", "-o", str(bundle)]
-    with one_thread():
-        assert main(command) == 0
-    assert regress(bundle, "--baseline", str(tmp_path / "b.json"), "--update-baseline").code == 0
-    assert regress(bundle, "--baseline", str(tmp_path / "b.json")).code == 0
-    swap_vectors(bundle, 2, "denoiser.openvino.onnx")
-    seal(bundle)
-    verdict = regress(bundle, "--baseline", str(tmp_path / "b.json"), "--against", str(shared_embedders.bundle))
-    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
-    place = f"block 2 of {DIFFUSERS_DEPTH} (blocks.1), attention"
-    assert verdict.located[0].startswith(f"denoiser: first moved: {place}")
-    assert ("decoder", "PyTorch's latents, PSNR in dB") not in verdict.failed
 
 
 def test_a_broken_decoder_is_not_the_denoisers_fault(shared_embedders, tmp_path, regress):

@@ -1,0 +1,79 @@
+"""The gate on bf16 and INT8, where a sound block is a little off too."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dit_export.cli import main
+from tests.conftest import DIFFUSERS_DEPTH, HEADS, HIDDEN, META_CLASSES
+from tests.tamper import double_scale, seal, swap_vectors, weight
+
+
+def test_a_swap_in_a_narrow_precision(shared_embedders, tmp_path, regress, one_thread):
+    """bf16 on OpenVINO, where every block is a little off: beside the fp32 bundle the broken one stands out."""
+    bundle = tmp_path / "bf16"
+    command = ["build", "--checkpoint", str(shared_embedders.checkpoint), "--precision", "bf16", "-o", str(bundle)]
+    with one_thread():
+        assert main(command) == 0
+    assert regress(bundle, "--baseline", str(tmp_path / "b.json"), "--update-baseline").code == 0
+    assert regress(bundle, "--baseline", str(tmp_path / "b.json")).code == 0
+    swap_vectors(bundle, 2, "denoiser.openvino.onnx")
+    seal(bundle)
+    verdict = regress(bundle, "--baseline", str(tmp_path / "b.json"), "--against", str(shared_embedders.bundle))
+    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
+    place = f"block 2 of {DIFFUSERS_DEPTH} (blocks.1), attention"
+    assert verdict.located[0].startswith(f"denoiser: first moved: {place}")
+    assert ("decoder", "PyTorch's latents, PSNR in dB") not in verdict.failed
+
+
+@pytest.fixture(scope="module")
+def int8(meta, tmp_path_factory, one_thread) -> Path:
+    """The small bundle in INT8: smoothing's divisors are in its conditioner, whose vectors so are not PyTorch's."""
+    folder = tmp_path_factory.mktemp("int8")
+    options = ["--heads", str(HEADS), "--latents-only", "--max-batch", "4", "--precision", "int8"]
+    with one_thread():
+        command = ["build", "--checkpoint", str(meta.checkpoint), "--backend", "openvino", *options]
+        assert main([*command, "-o", str(folder / "bundle")]) == 0
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize("truth", ["PyTorch", "fp32", "int8"])
+def test_int8_is_localized_through_its_smoothing(meta, int8, regress, tmp_path, truth):
+    """A scale of one layer's weights doubled in Q/DQ, a wrong null row, and nothing wrong at all."""
+    base, against = tmp_path / "int8.json", {"PyTorch": [], "fp32": ["--against", str(meta.bundle)]}
+    options = ["--baseline", str(base), *against.get(truth, ["--against", str(int8)])]
+    assert regress(int8, "--baseline", str(base), "--update-baseline").code == 0
+    assert regress(int8, *options).code == 0
+
+    bundle = Path(shutil.copytree(int8, tmp_path / "scale"))
+    double_scale(bundle, 3)  # qkv, proj, fc1 and then fc2 of the first block
+    seal(bundle)
+    verdict = regress(bundle, *options)
+    assert (verdict.code, verdict.first["graph"], verdict.first["step"]) == (1, "denoiser", 1)
+    (sentence,) = verdict.located
+    assert sentence.startswith("denoiser: first moved: block 1 of 2 (blocks.0), MLP")
+
+    bundle = Path(shutil.copytree(int8, tmp_path / "null"))
+    table = weight(bundle, "conditioner", (META_CLASSES + 1, HIDDEN))
+    table[META_CLASSES] = table[5]
+    table.flush()
+    seal(bundle)
+    verdict = regress(bundle, *options)
+    assert (verdict.code, verdict.first["graph"], verdict.first["metric"]) == (1, "conditioner", "null label, rel-L2")
+    (sentence,) = verdict.located
+    assert "for the null label (12)" in sentence
+
+
+def test_a_stale_conditioner_in_int8(int8, later, regress, tmp_path):
+    """Nothing right is left to ask the denoiser with, so it is not accused."""
+    bundle = Path(shutil.copytree(int8, tmp_path / "stale"))
+    for name in ("conditioner.onnx", "conditioner.onnx.data"):
+        shutil.copyfile(later.bundle / name, bundle / name)
+    seal(bundle)
+    verdict = regress(bundle)
+    assert (verdict.code, verdict.first["where"]) == (1, "every label: stale, or of other weights")
+    assert verdict.located[0].startswith("conditioner: ")
+    assert verdict.located[1].startswith("denoiser: not localized")
