@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ GUIDANCE, SEED, SOLVER = 4.0, 0, "ddim"
 TIMESTEP = 500.0  # of the step that is timed alone
 
 
-class Subject:
+class Subject(ABC):
     """A competitor with its files open; a kind gives `denoise` and `decode`, and more where it has its own loop."""
 
     def __init__(self, job: Job) -> None:
@@ -26,13 +27,13 @@ class Subject:
         self.labels = np.arange(1, job.batch + 1, dtype=np.int64) * 207 % spec.num_classes
         self.latents = Noise(SEED).normal((job.batch, spec.channels, spec.latent_size, spec.latent_size))
 
+    @abstractmethod
     def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
         """[B, C, H, W] -> the guided prediction, [B, C, H, W]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """[B, C, H, W] -> [B, 3, 8H, 8W] in [0, 1]."""
-        raise NotImplementedError
 
     def prediction(self) -> NDArray[np.float32]:
         return self.denoise(self.latents, TIMESTEP)

@@ -60,7 +60,6 @@ def test_a_competitor_that_computes_something_else_is_named(result, error):
 
 @pytest.mark.parametrize("library", GEMMS)
 def test_each_library_times_each_shape(library):
-    pytest.importorskip({"pytorch": "torch"}.get(library, library))
     spec = ModelSpec(depth=1, hidden=32, heads=2, patch=2, latent_size=4)
     timed = Gemms(library, spec, batch=1, threads=1, precisions=("fp32", "bf16", "int8")).run()
     assert tuple(timed) == GEMMS[library]
