@@ -14,7 +14,7 @@ from typing import Any
 import dit_runtime.verify
 from dit_export import trace
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
-from dit_export.spec import PRECISIONS, ModelSpec, Recipe, table_name
+from dit_export.spec import PRECISIONS, ModelSpec, Recipe, sides, table_name
 from dit_export.verify import report
 from dit_export.verify.parity import graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
@@ -47,7 +47,8 @@ class Built:
 
 def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
     size = table_name(spec).replace("/", "-").lower()
-    return Path("engines/build") / f"dit-{size}-{spec.resolution}-{recipe.precision}-{backend}"
+    way = "" if spec.conditioning == ModelSpec.conditioning else f"-{spec.conditioning}"
+    return Path("engines/build") / f"dit-{size}{way}-{spec.resolution}-{recipe.precision}-{backend}"
 
 
 def build(recipe: Recipe, progress: Progress) -> Built:
@@ -55,8 +56,8 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
-    if recipe.resolution is not None and (recipe.resolution < 8 or recipe.resolution % 8):
-        raise UsageError(f"resolution {recipe.resolution}; expected a multiple of 8, such as 256 or 512")
+    if recipe.resolution is not None:
+        sides(recipe.resolution)
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)

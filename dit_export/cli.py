@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_export.bench import command as bench_command
-from dit_export.spec import MODELS, PRECISIONS, Recipe
+from dit_export.spec import CONDITIONINGS, MODELS, PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
 from dit_runtime import backends, manifest
 from dit_runtime.cli import Parser, add_bundle, guarded, report
@@ -41,7 +41,10 @@ def _parser() -> Parser:
 
     build = commands.add_parser("build", help="checkpoint -> verified bundle")
     build.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
-    build.add_argument("--resolution", type=int, help="of the pictures; 256 unless the checkpoint says otherwise")
+    build.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint knows its own")
+    build.add_argument(
+        "--resolution", help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise"
+    )
     build.add_argument("--precision", help=", ".join(PRECISIONS))
     build.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
     build.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")

@@ -26,6 +26,7 @@ from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.progress import Progress
 
 CONDITIONER_ROWS = 64  # (t, label) pairs a call: of XL/2's 783 kB a pair 50 MB
+CONTEXT_ROWS = 8  # captions a call: of XL/2's 31 MB
 DECODER_ROWS = 2  # a 512 px picture's activations are hundreds of MB, and a batch gains nothing on a CPU
 PACKAGES = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy", *backends.BACKENDS)
 
@@ -45,14 +46,13 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
         trace.export_dit(loaded.model).save(folder / "dit.onnx", external_data=True)
     if decoder is not None:
         with progress.stage("trace: VAE decoder to ONNX"):
-            shape = (spec.channels, spec.latent_size, spec.latent_size)
-            trace.export_decoder(decoder, shape).save(folder / "decoder.onnx", external_data=True)
+            trace.export_decoder(decoder, spec.latent_shape).save(folder / "decoder.onnx", external_data=True)
 
 
 @dataclass(frozen=True)
 class Fused:
     graphs: dict[str, Written]
-    divisors: NDArray[np.float32] | float = 1.0  # (K, D): what smoothing folded into the conditioner
+    divisors: NDArray[np.float32] | float = 1.0  # (K + M, D): what smoothing folded into what leaves the loop
 
 
 def fuse_graphs(
@@ -68,13 +68,16 @@ def fuse_graphs(
     spec, precision = loaded.spec, precisions["denoiser"]
     divisors: NDArray[np.float32] | float = 1.0
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
-        conditioner, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
+        conditioner, context, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
         if calibration is not None:
-            chosen = smooth(conditioner, denoiser, calibration)
-            divisors = vector_divisors(denoiser, chosen, spec.num_vectors, spec.hidden)
+            chosen = smooth(conditioner, denoiser, calibration, context=context)
+            divisors = vector_divisors(denoiser, chosen, spec.hidden)
             counts |= {"quantize": quantize(denoiser, chosen)}
         graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
+        if context is not None:
+            graphs.save(context, folder / "context.onnx")
+            written["context"] = Written("fp32", {}, {})
         written["denoiser"] = _write(folder, "denoiser", denoiser, precision, counts, expected_counts(spec, precision))
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
@@ -129,7 +132,12 @@ def _write(
 
 def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
     spec = loaded.spec
-    rows = {"conditioner": CONDITIONER_ROWS, "denoiser": recipe.max_batch, "decoder": DECODER_ROWS}
+    rows = {
+        "conditioner": CONDITIONER_ROWS,
+        "context": CONTEXT_ROWS,
+        "denoiser": recipe.max_batch,
+        "decoder": DECODER_ROWS,
+    }
     described = {
         name: Graph(
             f"{name}.onnx",
@@ -144,7 +152,7 @@ def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written
     }
     return Manifest(
         model={"name": table_name(spec), "resolution": spec.resolution, **asdict(spec)},
-        latent_shape=(spec.channels, spec.latent_size, spec.latent_size),
+        latent_shape=spec.latent_shape,
         latent_scale=None if loaded.vae is None else float(loaded.vae.config.scaling_factor),
         num_classes=spec.num_classes,
         labels=loaded.labels,
