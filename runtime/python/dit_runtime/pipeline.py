@@ -63,8 +63,8 @@ class Pipeline:
         """
         folder = Path(folder)
         contract = manifest.read(folder)
-        for graph in contract.graphs.values():
-            manifest.check_files(folder, contract, graph.files)
+        files = {file: None for graph in contract.graphs.values() for file in graph.files}  # in order, each once
+        manifest.check_files(folder, contract, files)
         cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
         pipe = cls(folder, contract, {}, options)
