@@ -86,6 +86,20 @@ def meta(tmp_path_factory, one_thread) -> Built:
         return build(folder, "checkpoint.pt", *options)
 
 
+@pytest.fixture(scope="session")
+def velocity(tmp_path_factory, one_thread) -> Built:
+    """SiT's: the same names and shapes, a velocity of t in [0, 1], and as many channels again that nobody reads."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("velocity")
+    state = meta_state()
+    state["t_embedder.mlp.0.weight"][:, 128:] *= 10  # the sines of so small a t are small
+    torch.save({"ema": state}, folder / "checkpoint.pt")
+    options = ["--heads", str(HEADS), "--latents-only", "--prediction", "velocity", "--max-batch", "4"]
+    with one_thread():
+        return build(folder, "checkpoint.pt", *options)
+
+
 @pytest.fixture
 def meta_copy(meta, tmp_path) -> Path:
     """The small bundle, to be damaged."""
