@@ -6,6 +6,7 @@ classes, the names of Meta's keys), so that the tests which compare with them ar
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -70,6 +71,22 @@ def shared_embedders(tmp_path_factory, one_thread) -> Built:
     index.write_text(json.dumps(table))
     with one_thread():
         return build(folder)
+
+
+@pytest.fixture(scope="session")
+def narrow(shared_embedders, tmp_path_factory, one_thread) -> Callable[[str, str], Path]:
+    """The bundle of the shared embedders' checkpoint in a precision, for a backend; each is built once."""
+    folder = tmp_path_factory.mktemp("narrow")
+
+    @functools.cache
+    def bundle(precision: str, backend: str) -> Path:
+        built = folder / f"{precision}-{backend}"
+        options = ["--precision", precision, "--backend", backend, "--max-batch", "2", "-o", str(built)]
+        with one_thread():
+            build(shared_embedders.checkpoint.parent, "checkpoint", *options)
+        return built
+
+    return bundle
 
 
 @pytest.fixture(scope="session")

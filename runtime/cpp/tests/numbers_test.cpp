@@ -74,10 +74,11 @@ TEST(Solvers, EveryGoldenRun) {
             ++refused;
             continue;
         }
-        if (golden.contains("timesteps"))
-            EXPECT_EQ(plan(diffusion(golden["diffusion"]), golden["solver"], golden["steps"].get<std::int64_t>(),
-                           golden["spacing"]),
-                      golden["timesteps"].get<Array>());
+        if (golden.contains("timesteps")) {
+            const Array asked = plan(diffusion(golden["diffusion"]), golden["solver"],
+                                     golden["steps"].get<std::int64_t>(), golden["spacing"]);
+            EXPECT_EQ(asked, golden["timesteps"].get<Array>());
+        }
         if (golden.contains("alpha_bar_prev")) {
             const Schedule schedule = make_schedule(diffusion(golden["diffusion"]), golden["solver"],
                                                     golden["steps"].get<std::int64_t>(), golden["spacing"]);
@@ -155,8 +156,7 @@ TEST(Solvers, RefusalsOfAVelocity) {
 TEST(Solvers, NothingUnclipped) {
     Diffusion clipped;
     clipped.sampler.lambda_min_clipped = 100;
-    for (const auto& spacing : SPACINGS)
-        EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
+    for (const auto& spacing : SPACINGS) EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
 }
 
 TEST(Noise, Streams) {
