@@ -9,7 +9,7 @@ RECIPE ?=
 # Values are quoted: paths may hold spaces. SYNTHETIC=1 takes seed 0; SYNTHETIC=0 or nothing takes real weights.
 FLAGS = $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--precision '$(PRECISION)') \
 	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
-	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
+	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(PREDICTION),--prediction '$(PREDICTION)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
 # The C++ library's engines: the user's own come first, then those of the virtual environment.

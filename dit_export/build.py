@@ -47,7 +47,8 @@ class Built:
 
 def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
     size = table_name(spec).replace("/", "-").lower()
-    return Path("engines/build") / f"dit-{size}-{spec.resolution}-{recipe.precision}-{backend}"
+    parts = ("dit", size, str(spec.resolution), recipe.prediction, recipe.precision, backend)
+    return Path("engines/build") / "-".join(part for part in parts if part)
 
 
 def build(recipe: Recipe, progress: Progress) -> Built:

@@ -20,6 +20,7 @@ from dit_runtime.cli import Parser, add_bundle, guarded, report
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from dit_runtime.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
     from dit_export.build import Built
@@ -48,6 +49,9 @@ def _parser() -> Parser:
     build.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
     build.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
     build.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
+    build.add_argument(
+        "--prediction", help=f"what the network gives, where no scheduler says it: {', '.join(PREDICTIONS)}"
+    )
     build.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
     build.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="made-up weights")
     build.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")

@@ -144,6 +144,7 @@ class Recipe:
     vae: str | None = None
     labels: str | None = None
     heads: int | None = None
+    prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
     calibration: str | None = None
     synthetic: int | None = None
     latents_only: bool = False

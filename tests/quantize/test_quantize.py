@@ -188,26 +188,25 @@ def test_a_calibration_is_kept_and_read_again(calibration, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_an_int8_bundle(shared_embedders, tmp_path, capsys, one_thread, backend) -> None:
+def test_an_int8_bundle(shared_embedders, narrow, tmp_path, capsys, one_thread, backend) -> None:
     options = ["--checkpoint", str(shared_embedders.checkpoint), "--precision", "int8", "--backend", backend]
-    with one_thread():
-        assert main(["build", *options, "-o", str(tmp_path / "first"), "--max-batch", "2"]) == 0
-    contract = manifest.read(tmp_path / "first")
+    bundle = narrow("int8", backend)
+    contract = manifest.read(bundle)
     decoder = "bf16" if backend == "openvino" else "fp32"
     assert {name: graph.precision for name, graph in contract.graphs.items()} == {
         "conditioner": "fp32",
         "denoiser": "int8",
         "decoder": decoder,
     }
-    assert main(["verify", str(tmp_path / "first")]) == 0
+    assert main(["verify", str(bundle)]) == 0
 
-    seen = tmp_path / "first.calibration.npz"
+    seen = bundle.with_name(f"{bundle.name}.calibration.npz")
     with one_thread():
         again = ["--calibration", str(seen), "-o", str(tmp_path / "again"), "--max-batch", "2"]
         assert main(["build", *options, *again]) == 0
     for name in ("conditioner.onnx", "denoiser.onnx"):
         first, second = (
-            [t.values for t in graphs.constants(graphs.load(tmp_path / folder / name))] for folder in ("first", "again")
+            [t.values for t in graphs.constants(graphs.load(folder / name))] for folder in (bundle, tmp_path / "again")
         )
         assert all(np.allclose(one, other, rtol=1e-3) for one, other in zip(first, second, strict=True))
 
