@@ -49,8 +49,8 @@ def notes(result: dict[str, Any]) -> list[str]:
     """What the figures mean."""
     settings, rows = result["settings"], result["rows"]
     lines = [
-        f"step: median of {settings['rounds']} interleaved rounds, ours with its share of the conditioner; "
-        "×: times as fast as PyTorch eager fp32 in the same round, median"
+        f"step: of some in a row, median of {settings['rounds']} interleaved rounds, ours with its share of the "
+        "conditioner; ×: times as fast as PyTorch eager fp32 in the same round, median"
     ]
     steps = f"{settings['steps']} steps + decode"
     if any(row["image_derived"] for row in rows):

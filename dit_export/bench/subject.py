@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from dit_runtime.noise import Noise, draw
 from dit_runtime.solvers import solve
 
 GUIDANCE, SEED, SOLVER = 4.0, 0, "ddim"
-TIMESTEP = 500.0  # of the step that is timed alone
+TIMESTEP = 500.0  # of the steps that are timed alone
+FILL = 1.0  # seconds of steps in a row, at least, to a sample
 
 
 class Subject(ABC):
@@ -39,9 +41,13 @@ class Subject(ABC):
         return self.denoise(self.latents, TIMESTEP)
 
     def step(self) -> float:
-        began = time.perf_counter()
-        self.prediction()
-        return time.perf_counter() - began
+        """Seconds of a step among others, as in a run: the mean of some in a row, the first of them not counted."""
+        seconds: list[float] = []
+        while sum(seconds) < FILL:
+            began = time.perf_counter()
+            self.prediction()
+            seconds.append(time.perf_counter() - began)
+        return fmean(seconds[1:] or seconds)
 
     def decoding(self) -> float:
         began = time.perf_counter()
