@@ -26,7 +26,7 @@ JOBS ?= $(shell nproc)
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
-	@echo "make demo                      the small model that ships: its bundle, a grid of its pictures, a judge's verdict"
+	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also RESOLUTION, PRECISION, BACKEND, CALIBRATION, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
@@ -32,9 +32,9 @@ LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
 }
 
 
-def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
+def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    quantized = 4 * spec.depth if precision == "int8" else 0  # qkv, proj, fc1, fc2
+    quantized = 4 * spec.depth - len(kept) if precision == "int8" else 0  # qkv, proj, fc1, fc2
     return {
         "hoist": spec.num_vectors,
         "pack": spec.num_vectors,
@@ -43,7 +43,7 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
         "guide": 1,
         "quantize": quantized,
         "plain_attention": spec.depth,
-        "split_qkv": 0 if quantized else spec.depth,
+        "split_qkv": sum(name.endswith("qkv") for name in kept) if precision == "int8" else spec.depth,
         "group_norm": 0,
         "dynamic": quantized,
         "narrow": 5 * spec.depth + 2,  # four linears and attention a block, the patches, the last linear

@@ -16,35 +16,11 @@ from dit_export.quantize.calibrate import Calibration, Plan, Watcher, calibrate
 from dit_export.quantize.layers import find
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.smooth import choose, smooth, vector_divisors
-from dit_export.spec import ModelSpec, Recipe
-from dit_export.weights import Loaded
-from dit_export.weights.scheduler import read_scheduler_config
-from dit_export.weights.synthetic import synthetic_dit
-from dit_export.write import trace_graphs, unverified
 from dit_runtime import backends, manifest
 from dit_runtime.backends import Options
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.progress import Progress
-
-SPEC = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classes=10)
-PLAN = Plan(pictures=4, steps=5, batch=2)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, one_thread) -> Path:
-    """Made-up weights with outlier channels, as large trained models have them."""
-    folder = tmp_path_factory.mktemp("int8")
-    with one_thread():
-        loaded = Loaded(SPEC, synthetic_dit(SPEC, 0), None, (), read_scheduler_config(None), {"kind": "synthetic"})
-        trace_graphs(folder / "traced", loaded, None, Progress())
-        unverified(folder / "bundle", folder / "traced", loaded, Recipe(backend="onnxruntime", max_batch=4), Progress())
-    return folder / "bundle"
-
-
-@pytest.fixture(scope="module")
-def calibration(bundle) -> Calibration:
-    return calibrate(bundle, PLAN, lambda done, total: None)
+from tests.quantize.conftest import PLAN, SPEC
 
 
 def pair(bundle: Path) -> tuple[gs.Graph, gs.Graph]:
