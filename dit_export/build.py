@@ -14,13 +14,14 @@ from typing import Any
 import dit_runtime.verify
 from dit_export import trace
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
+from dit_export.quantize.search import Wish
 from dit_export.spec import PRECISIONS, ModelSpec, Recipe, sides, table_name
 from dit_export.verify import report
 from dit_export.verify.parity import graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
-from dit_export.write import calibration_of, describe, fuse_graphs, precisions_of, trace_graphs
+from dit_export.write import describe, fuse_graphs, int8_of, precisions_of, trace_graphs
 from dit_runtime import backends, manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Manifest
@@ -47,11 +48,16 @@ class Built:
 
 def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
     size = table_name(spec).replace("/", "-").lower()
-    way = "" if spec.conditioning == ModelSpec.conditioning else f"-{spec.conditioning}"
-    return Path("engines/build") / f"dit-{size}{way}-{spec.resolution}-{recipe.precision}-{backend}"
+    way = "" if spec.conditioning == ModelSpec.conditioning else spec.conditioning
+    parts = ("dit", size, way, str(spec.resolution), recipe.prediction, recipe.precision, backend)
+    return Path("engines/build") / "-".join(part for part in parts if part)
 
 
-def build(recipe: Recipe, progress: Progress) -> Built:
+def build(recipe: Recipe, progress: Progress, wish: Wish | None = None, traced: Path | None = None) -> Built:
+    """With a wish, an int8 build also finds out which layers stay float; the manifest's recipe then names them.
+
+    `traced` is a folder where the graphs of these weights were traced before, or are put now for the next build.
+    """
     if recipe.precision not in PRECISIONS:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
@@ -70,12 +76,18 @@ def build(recipe: Recipe, progress: Progress) -> Built:
     with _partial(folder) as partial:
         _require_disk(partial, loaded)
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        traced = partial / "traced"
-        trace_graphs(traced, loaded, decoder, progress)
-        calibration = calibration_of(traced, loaded, recipe, CalibrationPlan(), progress)
+        own = partial / "traced"
+        traced = traced or own
+        if not traced.exists():
+            trace_graphs(traced, loaded, decoder, progress)
+        int8 = int8_of(traced, loaded, recipe, CalibrationPlan(), progress, wish)
+        if int8 is not None and wish is not None:
+            recipe = replace(recipe, keep_float=int8.keep)
+            table = [entry._asdict() for entry in int8.table]
+            (partial / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         precisions = precisions_of(recipe.precision, backend)
-        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, calibration, progress)
-        shutil.rmtree(traced)
+        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, int8, progress)
+        shutil.rmtree(own, ignore_errors=True)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
                 loaded.model,
@@ -88,12 +100,13 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         contract = describe(partial, loaded, recipe, backend, fused.graphs)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
-        _report(partial, folder.name, contract, built)
+        text = report.html(partial, page(folder.name, contract, built))
+        (partial / report.NAME).write_text(text, encoding="utf-8")
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         manifest.write(partial, replace(contract, files=files, parity=_summary(built)))
         built = replace(built, folder=_put_in_place(partial, folder, built.passed))
-    if calibration is not None and recipe.calibration is None:
-        calibration.save(folder.with_name(f"{folder.name}.calibration.npz"))
+    if int8 is not None and recipe.calibration is None:
+        int8.calibration.save(folder.with_name(f"{folder.name}.calibration.npz"))
     return built
 
 
@@ -106,12 +119,11 @@ def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progre
     return built
 
 
-def _report(partial: Path, name: str, contract: Manifest, built: Built) -> None:
-    """The page that a person reads, from what the checks have measured."""
+def page(name: str, contract: Manifest, built: Built) -> report.Page:
+    """What a person reads, from what the checks have measured."""
     failures = [f"{check.name}: {check.value:.4g}, {check.where}" for check in built.checks if not check.passed][:1]
     rows = report.of_checks(built.checks)
-    page = report.Page(name, contract, built.reference, built.replay, rows, failures, built.passed)
-    (partial / report.NAME).write_text(report.html(partial, page), encoding="utf-8")
+    return report.Page(name, contract, built.reference, built.replay, rows, failures, built.passed)
 
 
 def check(pipe: Pipeline, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:

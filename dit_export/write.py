@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,11 +17,15 @@ from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
 from dit_export.fuse.subpixel import subpixel
 from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
+from dit_export.quantize.layers import find, named
 from dit_export.quantize.qdq import quantize
+from dit_export.quantize.search import Entry, Found, Search, Wish
 from dit_export.quantize.smooth import smooth, vector_divisors
 from dit_export.spec import Recipe, signatures, table_name
 from dit_export.weights import Loaded
 from dit_runtime import backends, manifest
+from dit_runtime.backends import Options
+from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.progress import Progress
 
@@ -50,6 +54,15 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
 
 
 @dataclass(frozen=True)
+class Int8:
+    """How the denoiser is quantized."""
+
+    calibration: Calibration
+    keep: list[str]  # what stays float, as a recipe says it
+    table: list[Entry] = field(default_factory=list)  # each layer by itself, where that was asked for
+
+
+@dataclass(frozen=True)
 class Fused:
     graphs: dict[str, Written]
     divisors: NDArray[np.float32] | float = 1.0  # (K + M, D): what smoothing folded into what leaves the loop
@@ -61,24 +74,27 @@ def fuse_graphs(
     loaded: Loaded,
     decoder: trace.Decoder | None,
     precisions: Mapping[str, str],
-    calibration: Calibration | None,
+    int8: Int8 | None,
     progress: Progress,
 ) -> Fused:
     """The bundle's graphs from the traced ones: fused, in their precision, with the forms of each backend."""
     spec, precision = loaded.spec, precisions["denoiser"]
     divisors: NDArray[np.float32] | float = 1.0
+    kept: list[str] = []
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
         conditioner, context, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
-        if calibration is not None:
-            chosen = smooth(conditioner, denoiser, calibration, context=context)
+        if int8 is not None:
+            kept = named(find(denoiser), int8.keep)
+            chosen = smooth(conditioner, denoiser, int8.calibration, context=context)
             divisors = vector_divisors(denoiser, chosen, spec.hidden)
-            counts |= {"quantize": quantize(denoiser, chosen)}
+            counts |= {"quantize": quantize(denoiser, chosen, kept)}
         graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
         if context is not None:
             graphs.save(context, folder / "context.onnx")
             written["context"] = Written("fp32", {}, {})
-        written["denoiser"] = _write(folder, "denoiser", denoiser, precision, counts, expected_counts(spec, precision))
+        expected = expected_counts(spec, precision, kept)
+        written["denoiser"] = _write(folder, "denoiser", denoiser, precision, counts, expected)
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
@@ -95,20 +111,39 @@ def precisions_of(precision: str, backend: str) -> dict[str, str]:
     return {"denoiser": precision, "decoder": beside if precision == "int8" else precision}
 
 
-def calibration_of(
-    traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress
-) -> Calibration | None:
-    """What an int8 denoiser is quantized by: the recipe's file, or a look at the fp32 one at work."""
+def int8_of(
+    traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress, wish: Wish | None = None
+) -> Int8 | None:
+    """How an int8 denoiser is quantized: by the recipe, and by what the fp32 one shows at work."""
+    keep = recipe.keep_float or []
     if recipe.precision != "int8":
+        if keep:
+            raise UsageError(f"keep-float {keep[0]!r} is for int8; this build is {recipe.precision}")
         return None
-    if recipe.calibration is not None:
-        return Calibration.load(Path(recipe.calibration))
+    if wish is not None:
+        wish.check(backends.choose(recipe.backend, recipe.precision), loaded.vae is not None)
+    calibration = None if recipe.calibration is None else Calibration.load(Path(recipe.calibration))
+    if calibration is not None and wish is None:
+        return Int8(calibration, keep)
     folder = traced / "fp32"
     unverified(folder, traced, replace(loaded, vae=None), Recipe(backend=BACKEND, max_batch=plan.batch), progress)
-    with progress.stage(f"calibrate: {plan.pictures} pictures, {plan.steps} steps"):
-        seen = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"))
+    named(find(graphs.load(folder / "denoiser.onnx")), keep)  # before the long work
+    if calibration is None:
+        with progress.stage(f"calibrate: {plan.pictures} pictures, {plan.steps} steps"):
+            calibration = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"))
+    found = Found(keep, [])
+    if wish is not None:
+        backend = backends.choose(recipe.backend, recipe.precision)
+        decoder = None if loaded.vae is None else backends.backend(BACKEND).open([traced / "decoder.onnx"], Options())
+
+        def tick(done: int, total: int) -> None:
+            progress.step(done, total, "layers")
+
+        with progress.stage("quantize: layers one by one"):
+            search = Search(folder, calibration, backend, decoder, tick)
+            found = search.run(wish, keep)
     shutil.rmtree(folder)
-    return seen
+    return Int8(calibration, found.keep, found.table)
 
 
 def _write(
@@ -180,8 +215,8 @@ def unverified(folder: Path, traced: Path, loaded: Loaded, recipe: Recipe, progr
     """A bundle's graphs and manifest, and no proof that they are right: to measure and throw away, never to ship."""
     backend = backends.choose(recipe.backend, recipe.precision)
     decoder = None if loaded.vae is None else trace.Decoder(loaded.vae)
-    calibration = calibration_of(traced, loaded, recipe, CalibrationPlan(pictures=1, steps=4, batch=1), progress)
+    int8 = int8_of(traced, loaded, recipe, CalibrationPlan(pictures=1, steps=4, batch=1), progress)
     folder.mkdir()
     precisions = precisions_of(recipe.precision, backend)
-    fused = fuse_graphs(traced, folder, loaded, decoder, precisions, calibration, progress)
+    fused = fuse_graphs(traced, folder, loaded, decoder, precisions, int8, progress)
     manifest.write(folder, describe(folder, loaded, recipe, backend, fused.graphs))

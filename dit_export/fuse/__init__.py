@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
@@ -33,12 +33,12 @@ LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
 }
 
 
-def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
+def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
     crossed, appended = spec.by.crossed, spec.by.appended
     linears = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
     attentions = (2 if crossed else 1) * spec.depth
-    quantized = linears if precision == "int8" else 0
+    quantized = linears - len(kept) if precision == "int8" else 0
     modulation = spec.by.modulation * spec.depth + 2 if spec.by.modulation else 0
     return {
         "hoist": modulation + appended + 2 * spec.depth * crossed + spec.by.captioned,  # vectors, tokens, K and V, mask
@@ -49,7 +49,7 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
         "guide": 1,
         "quantize": quantized,
         "plain_attention": attentions,
-        "split_qkv": 0 if quantized else spec.depth,
+        "split_qkv": sum(name.endswith("qkv") for name in kept) if precision == "int8" else spec.depth,
         "group_norm": 0,
         "dynamic": quantized,
         "narrow": linears + attentions + 2,  # the patches and the last linear besides

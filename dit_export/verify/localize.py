@@ -206,7 +206,7 @@ def _vectors(
     wrong: NDArray[np.bool_],
     labels: list[int],
     null_label: int,
-    each: Sequence[str],
+    each: list[str],
 ) -> list[str]:
     """Which vectors are off, of which labels."""
     if not wrong.any():

@@ -120,21 +120,21 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
     return keys.read(state, keys.PIXART, spec, str(folder)), files
 
 
-def read_diffusion(folder: Path, learned_variance: bool) -> Diffusion:
+def read_diffusion(folder: Path, learned_variance: bool, prediction: str | None = None) -> Diffusion:
     """The pipeline's scheduler; a transformer alone has none and gets Meta's constants."""
     path = folder / "scheduler" / "scheduler_config.json"
     if path.is_file():
-        return read_scheduler_config(read_json(path), learned_variance=learned_variance)
+        return read_scheduler_config(read_json(path), learned_variance=learned_variance, prediction=prediction)
     if (folder / "model_index.json").is_file():
         raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
-    return read_scheduler_config(None, learned_variance=learned_variance)
+    return read_scheduler_config(None, learned_variance=learned_variance, prediction=prediction)
 
 
 def caption_tokens(pipeline: Path) -> int:
     """How many tokens the pipeline around a transformer gives it; where there is none, what PixArt-alpha's does."""
     index = pipeline / "model_index.json"
     name = read_json(index).get("_class_name") if index.is_file() else None
-    return TOKENS.get(name, TOKENS["PixArtAlphaPipeline"])
+    return TOKENS.get(str(name), TOKENS["PixArtAlphaPipeline"])
 
 
 def fold_size(state: dict[str, Tensor], spec: ModelSpec, where: str) -> None:

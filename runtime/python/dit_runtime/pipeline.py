@@ -64,8 +64,8 @@ class Pipeline:
         """
         folder = Path(folder)
         contract = manifest.read(folder)
-        for graph in contract.graphs.values():
-            manifest.check_files(folder, contract, graph.files)
+        files = {file: None for graph in contract.graphs.values() for file in graph.files}  # in order, each once
+        manifest.check_files(folder, contract, files)
         cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
         pipe = cls(folder, contract, {}, options)
@@ -110,7 +110,8 @@ class Pipeline:
 
         A captioned bundle takes `captions` as its text encoder embedded them, (N, L, C), and with guidance `negative`,
         one for all or one each; labels are then the numbers of its example captions.
-        `on_step(step, steps, latents)` is called after each step; returning True raises Stopped.
+        `on_step(step, steps, latents)` is called after each evaluation of the network, of which Heun's method needs two
+        a step; returning True raises Stopped.
         """
         if output not in ("images", "latents"):
             raise UsageError(f"output {output!r} is not known; known: images, latents")
