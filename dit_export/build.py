@@ -63,6 +63,8 @@ def build(recipe: Recipe, progress: Progress, wish: Wish | None = None, traced: 
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
     if recipe.resolution is not None and (recipe.resolution < 8 or recipe.resolution % 8):
         raise UsageError(f"resolution {recipe.resolution}; expected a multiple of 8, such as 256 or 512")
+    if recipe.keep_float and recipe.precision != "int8":
+        raise UsageError(f"keep-float {recipe.keep_float[0]!r} is for int8, and this build is {recipe.precision}")
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dit_export import graphs, trace
 from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
 from dit_export.fuse.subpixel import subpixel
+from dit_export.quantize import attention
 from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.quantize.layers import find, named
@@ -25,7 +26,6 @@ from dit_export.spec import Recipe, signatures, table_name
 from dit_export.weights import Loaded
 from dit_runtime import backends, manifest
 from dit_runtime.backends import Options
-from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.progress import Progress
 
@@ -81,17 +81,20 @@ def fuse_graphs(
     spec, precision = loaded.spec, precisions["denoiser"]
     divisors: NDArray[np.float32] | float = 1.0
     kept: list[str] = []
+    lowerings = LOWERINGS
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
         conditioner, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
         if int8 is not None:
             kept = named(find(denoiser), int8.keep)
             chosen = smooth(conditioner, denoiser, int8.calibration)
+            grids = attention.steps(denoiser, int8.calibration, kept)
+            lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
             divisors = vector_divisors(denoiser, chosen, spec.num_vectors, spec.hidden)
             counts |= {"quantize": quantize(denoiser, chosen, kept)}
         graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
         expected = expected_counts(spec, precision, kept)
-        written["denoiser"] = _write(folder, "denoiser", denoiser, precision, counts, expected)
+        written["denoiser"] = _write(folder, "denoiser", denoiser, precision, counts, expected, lowerings)
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
@@ -112,13 +115,11 @@ def int8_of(
     traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress, wish: Wish | None = None
 ) -> Int8 | None:
     """How an int8 denoiser is quantized: by the recipe, and by what the fp32 one shows at work."""
-    keep = recipe.keep_float or []
     if recipe.precision != "int8":
-        if keep:
-            raise UsageError(f"keep-float {keep[0]!r} is for int8; this build is {recipe.precision}")
         return None
     if wish is not None:
         wish.check(backends.choose(recipe.backend, recipe.precision), loaded.vae is not None)
+    keep = recipe.keep_float or []
     calibration = None if recipe.calibration is None else Calibration.load(Path(recipe.calibration))
     if calibration is not None and wish is None:
         return Int8(calibration, keep)
@@ -144,14 +145,20 @@ def int8_of(
 
 
 def _write(
-    folder: Path, name: str, graph: gs.Graph, precision: str, counts: dict[str, int], expected: dict[str, int]
+    folder: Path,
+    name: str,
+    graph: gs.Graph,
+    precision: str,
+    counts: dict[str, int],
+    expected: dict[str, int],
+    lowerings: Mapping[str, Sequence[attention.Pass]] = LOWERINGS,
 ) -> Written:
     """The portable graph in its precision, and beside it, with the same weights, the form of each backend."""
     if precision in narrow.TYPES:
         counts = counts | {"narrow": narrow.narrow(graph, precision)}
     graphs.save(graph, folder / f"{name}.onnx")
     engines = {}
-    for backend, passes in LOWERINGS.items():
+    for backend, passes in lowerings.items():
         if precision in backends.backend(backend).PRECISIONS:
             form = graph.copy()
             found = {rewrite.__name__: rewrite(form) for rewrite in passes}

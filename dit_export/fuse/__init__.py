@@ -34,7 +34,8 @@ LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
 
 def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    quantized = 4 * spec.depth - len(kept) if precision == "int8" else 0  # qkv, proj, fc1, fc2
+    floats = sum(name.endswith("attention") for name in kept)
+    quantized = 4 * spec.depth - len(kept) + floats if precision == "int8" else 0  # qkv, proj, fc1, fc2
     return {
         "hoist": spec.num_vectors,
         "pack": spec.num_vectors,
@@ -43,7 +44,8 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[s
         "guide": 1,
         "quantize": quantized,
         "plain_attention": spec.depth,
-        "split_qkv": sum(name.endswith("qkv") for name in kept) if precision == "int8" else spec.depth,
+        "split_qkv": spec.depth,
+        "quantize_attention": spec.depth - floats,
         "group_norm": 0,
         "dynamic": quantized,
         "narrow": 5 * spec.depth + 2,  # four linears and attention a block, the patches, the last linear

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from dit_runtime.errors import UsageError, nearest
 
+ATTENTION = "attention"  # its scores, q kᵀ
 MOVERS = {"Reshape", "Transpose", "Identity", "Cast"}
 
 
@@ -25,6 +26,12 @@ class Layer:
     @property
     def x(self) -> gs.Variable:
         return self.gemm.inputs[0]
+
+    @property
+    def y(self) -> gs.Variable:
+        """With the bias."""
+        (add,) = self.gemm.outputs[0].outputs
+        return add.outputs[0]
 
     @property
     def weight(self) -> gs.Constant:
@@ -47,9 +54,14 @@ def find(graph: gs.Graph) -> list[Layer]:
     return layers
 
 
+def everything(layers: Sequence[Layer]) -> list[str]:
+    """All that int8 may touch: the GEMMs, and attention's own products, which follow each qkv."""
+    return [name for one in layers for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind == "qkv"))]
+
+
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
-    """The layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
-    meanings = {one.name: {one.name, f"block {one.block}", one.kind} for one in layers}
+    """What a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
+    meanings = {name: {name, *name.rsplit(" ", 1)} for name in everything(layers)}
     known = set().union(*meanings.values())
     if unknown := [entry for entry in entries if entry not in known]:
         raise UsageError(
@@ -66,12 +78,16 @@ def _kind(node: gs.Node) -> str | None:
     if len(product.outputs) != 1 or product.outputs[0].op != "Add":
         return None
     readers = {reader.op for reader in product.outputs[0].outputs[0].outputs}
-    source = node.inputs[0]
-    while source.inputs and source.inputs[0].op in MOVERS:
-        source = source.inputs[0].inputs[0]
-    maker = source.inputs[0].op if source.inputs else ""
     if readers == {"Split"}:
         return "qkv"
     if readers == {"Gelu"}:
         return "fc1"
-    return {"Gelu": "fc2", "Attention": "proj"}.get(maker)
+    made_by = maker(node.inputs[0])
+    return {"Gelu": "fc2", "Attention": "proj"}.get(made_by.op) if made_by else None
+
+
+def maker(tensor: gs.Tensor) -> gs.Node | None:
+    """The node whose result this is, behind what only moves it."""
+    while tensor.inputs and tensor.inputs[0].op in MOVERS:
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor.inputs[0] if tensor.inputs else None

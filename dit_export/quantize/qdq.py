@@ -27,9 +27,13 @@ def quantize(graph: gs.Graph, chosen: Mapping[str, Chosen], keep: Collection[str
         stored = layer(
             graph, "DequantizeLinear", [whole, steps, np.zeros(len(steps), np.int8)], f"{one.name} W", axis=1
         )
-        step = np.array(chosen[one.name].step, np.float32)
-        grid = layer(graph, "QuantizeLinear", [one.x, step, ZERO], f"{one.name} q")
-        x = layer(graph, "DequantizeLinear", [grid, step, ZERO], f"{one.name} x")
-        one.gemm.inputs = [x, stored]
+        one.gemm.inputs = [between(graph, one.x, chosen[one.name].step, one.name), stored]
     graph.cleanup().toposort()
     return len(layers)
+
+
+def between(graph: gs.Graph, x: gs.Tensor, step: float, name: str) -> gs.Variable:
+    """x on a grid of 8 bits: DQ(Q(x))."""
+    scale = np.array(step, np.float32)
+    grid = layer(graph, "QuantizeLinear", [x, scale, ZERO], f"{name} q")
+    return layer(graph, "DequantizeLinear", [grid, scale, ZERO], f"{name} x")
