@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from dit_export import trace
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.spec import PRECISIONS, ModelSpec, Recipe, table_name
 from dit_export.verify import report
-from dit_export.verify.parity import graph_parity, proof
+from dit_export.verify.parity import FINITE_LABELS, finite, graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
-from dit_export.write import calibration_of, describe, fuse_graphs, precisions_of, trace_graphs
+from dit_export.write import calibration_of, describe, fuse_graphs, precisions_of, trace_graphs, wide_of
 from dit_runtime import backends, manifest
+from dit_runtime.backends import Options, Tuning
+from dit_runtime.compiling import compile_graphs
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
@@ -50,7 +52,7 @@ def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
     return Path("engines/build") / f"dit-{size}-{spec.resolution}-{recipe.precision}-{backend}"
 
 
-def build(recipe: Recipe, progress: Progress) -> Built:
+def build(recipe: Recipe, progress: Progress, tuning: Tuning = Tuning()) -> Built:  # noqa: B008 (it is frozen)
     if recipe.precision not in PRECISIONS:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
@@ -60,6 +62,7 @@ def build(recipe: Recipe, progress: Progress) -> Built:
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)
+    backends.require(backend, recipe.precision, tuning)
     with progress.stage("weights"):
         loaded = load(recipe)
     spec = loaded.spec
@@ -73,7 +76,8 @@ def build(recipe: Recipe, progress: Progress) -> Built:
         trace_graphs(traced, loaded, decoder, progress)
         calibration = calibration_of(traced, loaded, recipe, CalibrationPlan(), progress)
         precisions = precisions_of(recipe.precision, backend)
-        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, calibration, progress)
+        wide = wide_of(traced, loaded, backend, recipe.precision, progress)
+        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, calibration, progress, backend, wide)
         shutil.rmtree(traced)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
@@ -85,6 +89,9 @@ def build(recipe: Recipe, progress: Progress) -> Built:
             )
             save_reference(partial, reference)
         contract = describe(partial, loaded, recipe, backend, fused.graphs)
+        if wide:
+            contract = replace(contract, built_with={**contract.built_with, "wide": wide})
+        contract = compile_graphs(partial, contract, backend, Options(tuning=tuning), progress)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
         _report(partial, folder.name, contract, built)
@@ -98,8 +105,7 @@ def build(recipe: Recipe, progress: Progress) -> Built:
 
 def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:
     """The proof, then each graph against PyTorch, then the replay that `dit-run verify` does."""
-    with Pipeline.load(partial) as pipe:
-        built = check(pipe, loaded, decoder, progress)
+    built = check(partial, loaded, decoder, progress)
     table = {"proof": _sensitivity(built), "passed": built.passed, "checks": [c.to_dict() for c in built.checks]}
     (partial / PARITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return built
@@ -113,25 +119,52 @@ def _report(partial: Path, name: str, contract: Manifest, built: Built) -> None:
     (partial / report.NAME).write_text(report.html(partial, page), encoding="utf-8")
 
 
-def check(pipe: Pipeline, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:
-    """All checks of a bundle; made-up weights must be sensitive, a user's may not be, and that is reported."""
-    reference = load_reference(pipe.folder)
-    with progress.stage("verify: proof that the checks can fail"):
-        checks = proof(pipe, reference)
-    sensitive = all(check.passed for check in checks)
-    if not sensitive and loaded.source["kind"] != "synthetic":
-        checks = []
-    with progress.stage("verify: each graph against PyTorch"):
-        checks += graph_parity(pipe, loaded.model, decoder)
-    with progress.stage("verify: replay of the reference"):
-        answers = replay(pipe, reference, lambda done, total: progress.step(done, total, "replay"))
-        checks += dit_runtime.verify.judge(pipe.manifest, reference, answers)
-    with twins(pipe) as rounded:
-        if rounded is not None:
-            with progress.stage("verify: the rounding twins"):
-                again = [*graph_parity(rounded, loaded.model, decoder), *dit_runtime.verify.verify(rounded)]
-                checks += [replace(entry, name=f"twin: {entry.name}") for entry in again]
-    return Built(pipe.folder, checks, sensitive, reference, answers)
+def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress, **options: Any) -> Built:
+    """All checks of a bundle: by its engines where they run here, and by the rounding twins of its typed graphs.
+
+    Made-up weights must be sensitive; a user's may not be, and that is reported.
+    """
+    contract, reference = manifest.read(folder), load_reference(folder)
+    with ExitStack() as opened:
+        pipes: dict[str, Pipeline] = {}
+        if not obstacle(contract):
+            pipes[""] = opened.enter_context(Pipeline.load(folder, **options))
+        if rounded := opened.enter_context(twins(folder, contract)):
+            pipes["twin: "] = rounded
+        if not pipes:
+            raise UsageError(
+                f"{folder}: cannot run here and has no typed graph to verify instead: {obstacle(contract)}"
+            )
+        with progress.stage("verify: proof that the checks can fail"):
+            checks = proof(next(iter(pipes.values())), reference)
+        sensitive = all(check.passed for check in checks)
+        if not sensitive and loaded.source["kind"] != "synthetic":
+            checks = []
+        answered = []
+        for name, pipe in pipes.items():
+            with progress.stage(f"verify: {name}each graph against PyTorch"):
+                found = [*graph_parity(pipe, loaded.model, decoder)]
+            with progress.stage(f"verify: {name}replay of the reference"):
+                tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731
+                answered.append(replay(pipe, reference, tick))
+            found += dit_runtime.verify.judge(contract, reference, answered[-1])
+            if name:
+                with progress.stage(f"verify: {name}{FINITE_LABELS} classes, every step finite"):
+                    found.append(finite(pipe, reference))
+            checks += [replace(entry, name=name + entry.name) for entry in found]
+    return Built(folder, checks, sensitive, reference, answered[0])
+
+
+def obstacle(contract: Manifest) -> str | None:
+    """Why this bundle's engines cannot run here."""
+    reasons = (backends.backend(graph.backend).obstacle() for graph in contract.graphs.values())
+    return next(filter(None, reasons), None)
+
+
+def gpus(contract: Manifest) -> str:
+    """What its denoiser was compiled for."""
+    built = contract.built_with["engines"][contract.graphs["denoiser"].backend]["denoiser"]
+    return f"GPU of compute capability {', '.join(built['compute_capabilities'])}"
 
 
 def _sensitivity(built: Built) -> str:

@@ -16,9 +16,8 @@ from dit_export.bench import command as bench_command
 from dit_export.spec import MODELS, PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
 from dit_runtime import backends, manifest
-from dit_runtime.cli import Parser, add_bundle, guarded, report
+from dit_runtime.cli import Parser, add_bundle, add_tuning, guarded, report, tuning
 from dit_runtime.errors import UsageError
-from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ def _parser() -> Parser:
     build.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")
     build.add_argument("-o", "--output", metavar="DIR", help="default: a folder in engines/build")
     build.add_argument("--json", action="store_true", help="the checks, for machines, on standard output")
+    add_tuning(build)
     build.set_defaults(command=_build)
 
     inspect = commands.add_parser("inspect", help="what a bundle or an ONNX file holds")
@@ -111,9 +111,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from dit_export.build import build
+    from dit_export.build import build, gpus, obstacle
 
-    built = build(_recipe(options), Progress())
+    built = build(_recipe(options), Progress(), tuning(options))
     code = _report(built, options.json)
     out = sys.stderr if options.json else sys.stdout
     if code:
@@ -123,6 +123,12 @@ def _build(options: argparse.Namespace) -> int:
         labels = f"--labels {contract.num_classes // 4} {3 * contract.num_classes // 4}"
         to_file = "" if "decoder" in contract.graphs else " -o latents.npy"
         print(f"bundle: {built.folder}\nsample: {_dit_run()} sample {built.folder} {labels}{to_file}", file=out)
+        if reason := obstacle(contract):
+            print(
+                f"verified through its rounding twins, for it does not run here: {reason}\n"
+                f"it runs on an NVIDIA {gpus(contract)}; there, prove it: {_dit_run()} verify {built.folder}",
+                file=out,
+            )
     return code
 
 
@@ -152,8 +158,8 @@ def _verify(options: argparse.Namespace) -> int:
     with progress.stage("weights"):
         loaded = load_source(contract, options.bundle)
     decoder = None if loaded.vae is None else Decoder(loaded.vae).eval()
-    with Pipeline.load(options.bundle, threads=options.threads, provider=options.provider) as pipe:
-        return _report(check(pipe, loaded, decoder, progress), options.json)
+    built = check(options.bundle, loaded, decoder, progress, threads=options.threads, provider=options.provider)
+    return _report(built, options.json)
 
 
 def _inspect(options: argparse.Namespace) -> int:

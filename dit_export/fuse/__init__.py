@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
-from dit_export.fuse.attention import plain_attention
+from dit_export.fuse.attention import plain_attention, wide_attention
 from dit_export.fuse.dynamic import dynamic
 from dit_export.fuse.gains import fold_gains
 from dit_export.fuse.group_norm import group_norm
@@ -17,6 +17,7 @@ from dit_export.fuse.pack import pack
 from dit_export.fuse.qkv import split_qkv
 from dit_export.graphs import sign
 from dit_export.spec import ModelSpec, signatures
+from dit_runtime.backends import QUANTIZED
 
 
 class Fused(NamedTuple):
@@ -25,16 +26,18 @@ class Fused(NamedTuple):
     counts: dict[str, int]
 
 
-# What was measured to be faster (ARCHITECTURE.md, "Fusions per backend"), on top of what the backend fuses by itself.
+# What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself;
+# for TensorRT what it could not compile otherwise. Its two flavours share a form.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
     "onnxruntime": (plain_attention, group_norm, dynamic),
     "openvino": (split_qkv, group_norm),
+    "tensorrt": (wide_attention,),
 }
 
 
 def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    quantized = 4 * spec.depth if precision == "int8" else 0  # qkv, proj, fc1, fc2
+    quantized = 4 * spec.depth if precision in QUANTIZED else 0  # qkv, proj, fc1, fc2
     return {
         "hoist": spec.num_vectors,
         "pack": spec.num_vectors,
@@ -43,6 +46,7 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
         "guide": 1,
         "quantize": quantized,
         "plain_attention": spec.depth,
+        "wide_attention": spec.depth,
         "split_qkv": 0 if quantized else spec.depth,
         "group_norm": 0,
         "dynamic": quantized,
