@@ -9,7 +9,7 @@ RECIPE ?=
 # Values are quoted: paths may hold spaces. SYNTHETIC=1 takes seed 0; SYNTHETIC=0 or nothing takes real weights.
 FLAGS = $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--precision '$(PRECISION)') \
 	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
-	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
+	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(PREDICTION),--prediction '$(PREDICTION)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
 # The C++ library's engines: the user's own come first, then those of the virtual environment.
@@ -22,17 +22,18 @@ CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BI
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all browser lint format clean
+.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
-	@echo "make demo                      the small model that ships: its bundle, a grid of its pictures, a judge's verdict"
+	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also RESOLUTION, PRECISION, BACKEND, CALIBRATION, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
 	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
 	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
+	@echo "make test-gpu                  the TensorRT engines where there is a GPU"
 
 setup: $(STAMP)
 
@@ -95,6 +96,10 @@ goldens: $(STAMP)
 
 test: cpp-unit browser
 	$(BIN)/python -m pytest
+
+# Skipped, with the reason, where there is no GPU that an installed TensorRT runs on.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu -rs
 
 test-all: cpp-unit cpp-sanitize cpp-fuzz browser
 	$(BIN)/python -m pytest -m ""

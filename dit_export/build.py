@@ -14,16 +14,17 @@ from typing import Any
 import dit_runtime.verify
 from dit_export import trace
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
+from dit_export.quantize.search import Wish
 from dit_export.spec import PRECISIONS, ModelSpec, Recipe, table_name
 from dit_export.verify import report
 from dit_export.verify.parity import FINITE_LABELS, finite, graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
-from dit_export.write import calibration_of, describe, fuse_graphs, precisions_of, trace_graphs, wide_of
+from dit_export.write import describe, fuse_graphs, int8_of, precisions_of, trace_graphs, wide_of
 from dit_runtime import backends, manifest
 from dit_runtime.backends import Options, Tuning
-from dit_runtime.compiling import compile_graphs
+from dit_runtime.compiling import compile_graphs, obstacle
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
@@ -49,10 +50,21 @@ class Built:
 
 def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
     size = table_name(spec).replace("/", "-").lower()
-    return Path("engines/build") / f"dit-{size}-{spec.resolution}-{recipe.precision}-{backend}"
+    parts = ("dit", size, str(spec.resolution), recipe.prediction, recipe.precision, backend)
+    return Path("engines/build") / "-".join(part for part in parts if part)
 
 
-def build(recipe: Recipe, progress: Progress, tuning: Tuning = Tuning()) -> Built:  # noqa: B008 (it is frozen)
+def build(
+    recipe: Recipe,
+    progress: Progress,
+    wish: Wish | None = None,
+    traced: Path | None = None,
+    tuning: Tuning = Tuning(),  # noqa: B008 (it is frozen)
+) -> Built:
+    """With a wish, an int8 build also finds out which layers stay float; the manifest's recipe then names them.
+
+    `traced` is a folder where the graphs of these weights were traced before, or are put now for the next build.
+    """
     if recipe.precision not in PRECISIONS:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
@@ -72,13 +84,19 @@ def build(recipe: Recipe, progress: Progress, tuning: Tuning = Tuning()) -> Buil
     with _partial(folder) as partial:
         _require_disk(partial, loaded)
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        traced = partial / "traced"
-        trace_graphs(traced, loaded, decoder, progress)
-        calibration = calibration_of(traced, loaded, recipe, CalibrationPlan(), progress)
+        own = partial / "traced"
+        traced = traced or own
+        if not traced.exists():
+            trace_graphs(traced, loaded, decoder, progress)
+        int8 = int8_of(traced, loaded, recipe, CalibrationPlan(), progress, wish)
+        if int8 is not None and wish is not None:
+            recipe = replace(recipe, keep_float=int8.keep)
+            table = [entry._asdict() for entry in int8.table]
+            (partial / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         precisions = precisions_of(recipe.precision, backend)
         wide = wide_of(traced, loaded, backend, recipe.precision, progress)
-        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, calibration, progress, backend, wide)
-        shutil.rmtree(traced)
+        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, int8, progress, backend, wide)
+        shutil.rmtree(own, ignore_errors=True)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
                 loaded.model,
@@ -94,12 +112,13 @@ def build(recipe: Recipe, progress: Progress, tuning: Tuning = Tuning()) -> Buil
         contract = compile_graphs(partial, contract, backend, Options(tuning=tuning), progress)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
-        _report(partial, folder.name, contract, built)
+        text = report.html(partial, page(folder.name, contract, built))
+        (partial / report.NAME).write_text(text, encoding="utf-8")
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         manifest.write(partial, replace(contract, files=files, parity=_summary(built)))
         built = replace(built, folder=_put_in_place(partial, folder, built.passed))
-    if calibration is not None and recipe.calibration is None:
-        calibration.save(folder.with_name(f"{folder.name}.calibration.npz"))
+    if int8 is not None and recipe.calibration is None:
+        int8.calibration.save(folder.with_name(f"{folder.name}.calibration.npz"))
     return built
 
 
@@ -111,12 +130,11 @@ def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progre
     return built
 
 
-def _report(partial: Path, name: str, contract: Manifest, built: Built) -> None:
-    """The page that a person reads, from what the checks have measured."""
+def page(name: str, contract: Manifest, built: Built) -> report.Page:
+    """What a person reads, from what the checks have measured."""
     failures = [f"{check.name}: {check.value:.4g}, {check.where}" for check in built.checks if not check.passed][:1]
     rows = report.of_checks(built.checks)
-    page = report.Page(name, contract, built.reference, built.replay, rows, failures, built.passed)
-    (partial / report.NAME).write_text(report.html(partial, page), encoding="utf-8")
+    return report.Page(name, contract, built.reference, built.replay, rows, failures, built.passed)
 
 
 def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress, **options: Any) -> Built:
@@ -129,12 +147,8 @@ def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress:
         pipes: dict[str, Pipeline] = {}
         if not obstacle(contract):
             pipes[""] = opened.enter_context(Pipeline.load(folder, **options))
-        if rounded := opened.enter_context(twins(folder, contract)):
+        if rounded := opened.enter_context(twins(folder, contract, always=not pipes)):
             pipes["twin: "] = rounded
-        if not pipes:
-            raise UsageError(
-                f"{folder}: cannot run here and has no typed graph to verify instead: {obstacle(contract)}"
-            )
         with progress.stage("verify: proof that the checks can fail"):
             checks = proof(next(iter(pipes.values())), reference)
         sensitive = all(check.passed for check in checks)
@@ -153,18 +167,6 @@ def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress:
                     found.append(finite(pipe, reference))
             checks += [replace(entry, name=name + entry.name) for entry in found]
     return Built(folder, checks, sensitive, reference, answered[0])
-
-
-def obstacle(contract: Manifest) -> str | None:
-    """Why this bundle's engines cannot run here."""
-    reasons = (backends.backend(graph.backend).obstacle() for graph in contract.graphs.values())
-    return next(filter(None, reasons), None)
-
-
-def gpus(contract: Manifest) -> str:
-    """What its denoiser was compiled for."""
-    built = contract.built_with["engines"][contract.graphs["denoiser"].backend]["denoiser"]
-    return f"GPU of compute capability {', '.join(built['compute_capabilities'])}"
 
 
 def _sensitivity(built: Built) -> str:

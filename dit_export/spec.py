@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,9 @@ class Recipe:
     vae: str | None = None
     labels: str | None = None
     heads: int | None = None
+    prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
     calibration: str | None = None
+    keep_float: list[str] | None = None  # of an int8 denoiser: "block 3 fc2", "block 0", or "fc2" in every block
     synthetic: int | None = None
     latents_only: bool = False
     max_batch: int = 8
@@ -157,11 +160,18 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: not a TOML recipe: {error}") from None
         known = [field.name for field in fields(cls)]
-        kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
+        kinds = {field.name: str(field.type).removesuffix(" | None").removesuffix("[str]") for field in fields(cls)}
         names = [key.replace("-", "_") for key in table]
         for key, name in zip(table, names, strict=True):
             if name not in known:
                 raise UsageError(f"{path}: unknown key {key!r}{nearest(name, known)}; known: {', '.join(known)}")
             if type(table[key]).__name__ != kinds[name]:
                 raise UsageError(f"{path}: {key} is {table[key]!r}, expected {kinds[name]}")
+            if kinds[name] == "list" and not all(isinstance(entry, str) for entry in table[key]):
+                raise UsageError(f"{path}: {key} is {table[key]!r}, expected strings")
         return cls(**dict(zip(names, table.values(), strict=True)))
+
+    def to_toml(self) -> str:
+        """What differs from the defaults, as `from_toml` reads it."""
+        given, default = asdict(self), asdict(Recipe())
+        return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in given.items() if v != default[k])

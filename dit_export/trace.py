@@ -77,7 +77,6 @@ class Decoder(nn.Module):
             "subpixel": doubled,
             "group_norm": count(nn.GroupNorm),
             "plain_attention": count(Attention),
-            "wide_attention": count(Attention),
             "split_qkv": 0,
             "dynamic": 0,
             "narrow": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +18,16 @@ from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
 from dit_export.fuse.subpixel import subpixel
 from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
+from dit_export.quantize.layers import find, named
 from dit_export.quantize.peaks import ENDS, PLAN, near_the_end, peaks
 from dit_export.quantize.qdq import quantize
+from dit_export.quantize.search import Entry, Found, Search, Wish
 from dit_export.quantize.smooth import smooth, vector_divisors
 from dit_export.spec import Recipe, signatures, table_name
 from dit_export.weights import Loaded
 from dit_runtime import backends, manifest
-from dit_runtime.backends import QUANTIZED
+from dit_runtime.backends import QUANTIZED, Options
+from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.progress import Progress
 
@@ -55,6 +58,15 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
 
 
 @dataclass(frozen=True)
+class Int8:
+    """How the denoiser is quantized."""
+
+    calibration: Calibration
+    keep: list[str]  # what stays float, as a recipe says it
+    table: list[Entry] = field(default_factory=list)  # each layer by itself, where that was asked for
+
+
+@dataclass(frozen=True)
 class Fused:
     graphs: dict[str, Written]
     divisors: NDArray[np.float32] | float = 1.0  # (K, D): what smoothing folded into the conditioner
@@ -66,7 +78,7 @@ def fuse_graphs(
     loaded: Loaded,
     decoder: trace.Decoder | None,
     precisions: Mapping[str, str],
-    calibration: Calibration | None,
+    int8: Int8 | None,
     progress: Progress,
     backend: str,
     wide: Mapping[str, Collection[str]] | None = None,
@@ -77,16 +89,19 @@ def fuse_graphs(
     """
     spec, precision = loaded.spec, precisions["denoiser"]
     divisors: NDArray[np.float32] | float = 1.0
+    kept: list[str] = []
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
         conditioner, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
-        if calibration is not None:
-            chosen = smooth(conditioner, denoiser, calibration)
+        if int8 is not None:
+            kept = named(find(denoiser), int8.keep)
+            chosen = smooth(conditioner, denoiser, int8.calibration)
             divisors = vector_divisors(denoiser, chosen, spec.num_vectors, spec.hidden)
-            counts |= {"quantize": quantize(denoiser, chosen, kind=precision)}
+            counts |= {"quantize": quantize(denoiser, chosen, kept, kind=precision)}
         graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
         target = Target(precision, backend, (wide or {}).get("denoiser", ()))
-        written["denoiser"] = _write(folder, "denoiser", denoiser, target, counts, expected_counts(spec, precision))
+        expected = expected_counts(spec, precision, kept)
+        written["denoiser"] = _write(folder, "denoiser", denoiser, target, counts, expected)
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
@@ -102,20 +117,39 @@ def precisions_of(precision: str, backend: str) -> dict[str, str]:
     return {"denoiser": precision, "decoder": around}
 
 
-def calibration_of(
-    traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress
-) -> Calibration | None:
-    """What an int8 or fp8 denoiser is quantized by: the recipe's file, or a look at the fp32 one at work."""
+def int8_of(
+    traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress, wish: Wish | None = None
+) -> Int8 | None:
+    """How an int8 or fp8 denoiser is quantized: by the recipe, and by what the fp32 one shows at work."""
+    keep = recipe.keep_float or []
     if recipe.precision not in QUANTIZED:
+        if keep:
+            raise UsageError(f"keep-float {keep[0]!r} is for int8 and fp8; this build is {recipe.precision}")
         return None
-    if recipe.calibration is not None:
-        return Calibration.load(Path(recipe.calibration))
+    if wish is not None:
+        wish.check(backends.choose(recipe.backend, recipe.precision), loaded.vae is not None)
+    calibration = None if recipe.calibration is None else Calibration.load(Path(recipe.calibration))
+    if calibration is not None and wish is None:
+        return Int8(calibration, keep)
     folder = traced / "fp32"
     unverified(folder, traced, replace(loaded, vae=None), Recipe(backend=BACKEND, max_batch=plan.batch), progress)
-    with progress.stage(f"calibrate: {plan.pictures} pictures, {plan.steps} steps"):
-        seen = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"))
+    named(find(graphs.load(folder / "denoiser.onnx")), keep)  # before the long work
+    if calibration is None:
+        with progress.stage(f"calibrate: {plan.pictures} pictures, {plan.steps} steps"):
+            calibration = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"))
+    found = Found(keep, [])
+    if wish is not None:
+        backend = backends.choose(recipe.backend, recipe.precision)
+        decoder = None if loaded.vae is None else backends.backend(BACKEND).open([traced / "decoder.onnx"], Options())
+
+        def tick(done: int, total: int) -> None:
+            progress.step(done, total, "layers")
+
+        with progress.stage("quantize: layers one by one"):
+            search = Search(folder, calibration, backend, decoder, tick)
+            found = search.run(wish, keep)
     shutil.rmtree(folder)
-    return seen
+    return Int8(calibration, found.keep, found.table)
 
 
 def wide_of(traced: Path, loaded: Loaded, backend: str, precision: str, progress: Progress) -> Wide:
@@ -145,23 +179,18 @@ def _write(
     islands = narrow.islands(graph, target.wide) if typed else []
     if typed:
         counts = counts | {"narrow": narrow.narrow(graph, typed, target.wide)}
-        attentions = sum(node.op == "Attention" for node in islands)
-        expected = expected | {"narrow": expected["narrow"] - len(islands), "wide_attention": attentions}
+        expected = expected | {"narrow": expected["narrow"] - len(islands)}
     graphs.save(graph, folder / f"{name}.onnx")
     engines = {}
     for backend, passes in LOWERINGS.items():
-        module = backends.backend(backend)
-        if precision in module.PRECISIONS and backends.typed(backend, precision) == typed:
+        if precision in backends.backend(backend).PRECISIONS and backends.typed(backend, precision) == typed:
             form = graph.copy()
             found = {rewrite.__name__: rewrite(form) for rewrite in passes}
             counts = counts | found
             if any(found.values()):
-                files = graphs.save(form, folder / f"{name}.{backend}.onnx")
-                if module.OPENS_ONNX:
-                    engines[backend] = files
+                engines[backend] = graphs.save(form, folder / f"{name}.{backend}.onnx")
     require(counts, expected)
-    names = (name for node in islands for name in (node.name, node.outputs[0].name))  # what Attention becomes has its
-    return Written(precision, engines, counts, tuple(names))  # output's
+    return Written(precision, engines, counts, tuple(node.name for node in islands))
 
 
 def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
@@ -213,8 +242,8 @@ def unverified(folder: Path, traced: Path, loaded: Loaded, recipe: Recipe, progr
     """A bundle's graphs and manifest, and no proof that they are right: to measure and throw away, never to ship."""
     backend = backends.choose(recipe.backend, recipe.precision)
     decoder = None if loaded.vae is None else trace.Decoder(loaded.vae)
-    calibration = calibration_of(traced, loaded, recipe, CalibrationPlan(pictures=1, steps=4, batch=1), progress)
+    int8 = int8_of(traced, loaded, recipe, CalibrationPlan(pictures=1, steps=4, batch=1), progress)
     folder.mkdir()
     precisions = precisions_of(recipe.precision, backend)
-    fused = fuse_graphs(traced, folder, loaded, decoder, precisions, calibration, progress, backend)
+    fused = fuse_graphs(traced, folder, loaded, decoder, precisions, int8, progress, backend)
     manifest.write(folder, describe(folder, loaded, recipe, backend, fused.graphs))

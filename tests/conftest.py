@@ -6,6 +6,7 @@ classes, the names of Meta's keys), so that the tests which compare with them ar
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -73,6 +74,22 @@ def shared_embedders(tmp_path_factory, one_thread) -> Built:
 
 
 @pytest.fixture(scope="session")
+def narrow(shared_embedders, tmp_path_factory, one_thread) -> Callable[[str, str], Path]:
+    """The bundle of the shared embedders' checkpoint in a precision, for a backend; each is built once."""
+    folder = tmp_path_factory.mktemp("narrow")
+
+    @functools.cache
+    def bundle(precision: str, backend: str) -> Path:
+        built = folder / f"{precision}-{backend}"
+        options = ["--precision", precision, "--backend", backend, "--max-batch", "2", "-o", str(built)]
+        with one_thread():
+            build(shared_embedders.checkpoint.parent, "checkpoint", *options)
+        return built
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
 def meta(tmp_path_factory, one_thread) -> Built:
     """A training checkpoint as Meta's code writes it, of a size in no table, and its bundle without a decoder."""
     import torch
@@ -82,6 +99,20 @@ def meta(tmp_path_factory, one_thread) -> Built:
     torch.save({"ema": meta_state(), "model": noise}, folder / "checkpoint.pt")
     (folder / "labels.txt").write_text("\n".join(META_NAMES))
     options = ["--heads", str(HEADS), "--latents-only", "--labels", str(folder / "labels.txt"), "--max-batch", "4"]
+    with one_thread():
+        return build(folder, "checkpoint.pt", *options)
+
+
+@pytest.fixture(scope="session")
+def velocity(tmp_path_factory, one_thread) -> Built:
+    """SiT's: the same names and shapes, a velocity of t in [0, 1], and as many channels again that nobody reads."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("velocity")
+    state = meta_state()
+    state["t_embedder.mlp.0.weight"][:, 128:] *= 10  # the sines of so small a t are small
+    torch.save({"ema": state}, folder / "checkpoint.pt")
+    options = ["--heads", str(HEADS), "--latents-only", "--prediction", "velocity", "--max-batch", "4"]
     with one_thread():
         return build(folder, "checkpoint.pt", *options)
 

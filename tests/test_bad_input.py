@@ -56,6 +56,7 @@ BUILD = [
     (["S/8", "--synthetic", "--resolution", "0"], ["resolution 0", "multiple of 8"]),
     (["S/8", "--synthetic", "--heads", "5"], ["heads", "6", "5"]),
     (["S/8", "--synthetic", "--checkpoint", "x.pt"], ["x.pt", "--synthetic", "one of them"]),
+    (["S/8", "--synthetic", "--prediction", "velocty"], ["prediction is 'velocty'", "epsilon", "velocity"]),
     (["--synthetic"], ["model", "S/8"]),
     ([], ["--checkpoint"]),
     (["none.toml"], ["none.toml"]),

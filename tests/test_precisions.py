@@ -18,19 +18,18 @@ def build(checkpoint: Path, bundle: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize(("precision", "backend"), [("bf16", "openvino"), ("fp16", "onnxruntime")])
-def test_a_bundle_in_a_narrow_precision(shared_embedders, tmp_path, capsys, one_thread, precision, backend) -> None:
-    with one_thread():
-        assert build(shared_embedders.checkpoint, tmp_path / "bundle", "--precision", precision) == 0
-    contract = manifest.read(tmp_path / "bundle")
+def test_a_bundle_in_a_narrow_precision(narrow, capsys, precision, backend) -> None:
+    bundle = narrow(precision, backend)
+    contract = manifest.read(bundle)
     found = {name: (graph.precision, graph.backend) for name, graph in contract.graphs.items()}
     assert found["denoiser"] == found["decoder"] == (precision, backend)
     assert found["conditioner"][0] == "fp32"
-    checks = json.loads((tmp_path / "bundle" / "parity.json").read_text())["checks"]
+    checks = json.loads((bundle / "parity.json").read_text())["checks"]
     twins = {check["name"] for check in checks if check["name"].startswith("twin: ")}
     assert ("twin: prediction, rel-L2" in twins) == ("twin: pictures, PSNR in dB" in twins) == (precision == "fp16")
     worst = max(check["value"] for check in checks if check["name"] == "unguided, rel-L2")
     assert worst > 1e-5  # it is not fp32 under another name
-    assert main(["verify", str(tmp_path / "bundle")]) == 0
+    assert main(["verify", str(bundle)]) == 0
 
 
 def test_a_tensor_near_the_end_of_fp16_stays_wide(meta, tmp_path, capsys, one_thread, monkeypatch) -> None:
@@ -47,6 +46,8 @@ def test_a_tensor_near_the_end_of_fp16_stays_wide(meta, tmp_path, capsys, one_th
         found = manifest.read(tmp_path / "wide").built_with
         (peak,) = {round(peak, -4) for peak in found["wide"]["denoiser"].values()}  # behind the bias, behind the GELU
         assert peak == 4e5 and found["passes"]["denoiser"]["narrow"] == 5 * 2 + 2 - 1 and found["islands"]["denoiser"]
+        name = next(iter(found["wide"]["denoiser"]))
+        assert name in (tmp_path / "wide" / "report.html").read_text()
         monkeypatch.setattr(dit_export.build, "wide_of", lambda *_: {})
         assert build(tmp_path / "hot.pt", tmp_path / "narrow", *options) == 1
     checks = json.loads((tmp_path / "narrow.failed" / "parity.json").read_text())["checks"]

@@ -141,7 +141,7 @@ def _openvino(shape: Shape, precision: str, threads: int) -> Callable[[], Any]:
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
     model = openvino.Core().read_model(_model(nodes, constants, np.float32, np.float32, shape))
     request = openvino.compile_model(model, "CPU", options).create_infer_request()
-    request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
+    request.set_input_tensor(openvino.Tensor(x))  # its own copy: a shared array must outlive the request
     return request.infer
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
-from dit_export.fuse.attention import plain_attention, wide_attention
+from dit_export.fuse.attention import plain_attention
 from dit_export.fuse.dynamic import dynamic
 from dit_export.fuse.gains import fold_gains
 from dit_export.fuse.group_norm import group_norm
@@ -26,18 +26,16 @@ class Fused(NamedTuple):
     counts: dict[str, int]
 
 
-# What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself;
-# for TensorRT what it could not compile otherwise. Its two flavours share a form.
+# What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
     "onnxruntime": (plain_attention, group_norm, dynamic),
     "openvino": (split_qkv, group_norm),
-    "tensorrt": (wide_attention,),
 }
 
 
-def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
+def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    quantized = 4 * spec.depth if precision in QUANTIZED else 0  # qkv, proj, fc1, fc2
+    quantized = 4 * spec.depth - len(kept) if precision in QUANTIZED else 0  # qkv, proj, fc1, fc2
     return {
         "hoist": spec.num_vectors,
         "pack": spec.num_vectors,
@@ -46,8 +44,7 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32") -> dict[str, int]:
         "guide": 1,
         "quantize": quantized,
         "plain_attention": spec.depth,
-        "wide_attention": spec.depth,
-        "split_qkv": 0 if quantized else spec.depth,
+        "split_qkv": sum(name.endswith("qkv") for name in kept) if precision in QUANTIZED else spec.depth,
         "group_norm": 0,
         "dynamic": quantized,
         "narrow": 5 * spec.depth + 2,  # four linears and attention a block, the patches, the last linear

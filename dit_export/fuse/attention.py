@@ -13,16 +13,7 @@ DEFAULTS = {"is_causal": 0, "softcap": 0.0, "softmax_precision": None}
 
 def plain_attention(graph: gs.Graph) -> int:
     """Rewrites every unmasked Attention over (B, heads, T, d) whose d is known; returns how many."""
-    return _rewrite(graph, [node for node in graph.nodes if node.op == "Attention" and _is_plain(node)])
-
-
-def wide_attention(graph: gs.Graph) -> int:
-    """The same for Attention in fp32, for which TensorRT has no kernel."""
     attentions = [node for node in graph.nodes if node.op == "Attention" and _is_plain(node)]
-    return _rewrite(graph, [node for node in attentions if node.outputs[0].dtype == np.float32])
-
-
-def _rewrite(graph: gs.Graph, attentions: list[gs.Node]) -> int:
     for attention in attentions:
         q, k, v = attention.inputs
         (out,) = attention.outputs

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
+
+from dit_runtime.errors import UsageError, nearest
 
 MOVERS = {"Reshape", "Transpose", "Identity", "Cast"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    name: str  # block 3 fc1
-    gemm: gs.Node  # MatMul(x, W) with a constant W [K, N]
+    block: int
     kind: str  # qkv, proj, fc1, fc2
+    gemm: gs.Node  # MatMul(x, W) with a constant W [K, N]
+
+    @property
+    def name(self) -> str:
+        return f"block {self.block} {self.kind}"
 
     @property
     def x(self) -> gs.Variable:
@@ -36,8 +43,20 @@ def find(graph: gs.Graph) -> list[Layer]:
         kind = _kind(node)
         if kind:
             block += kind == "qkv"
-            layers.append(Layer(f"block {block} {kind}", node, kind))
+            layers.append(Layer(block, kind, node))
     return layers
+
+
+def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
+    """The layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
+    meanings = {one.name: {one.name, f"block {one.block}", one.kind} for one in layers}
+    known = set().union(*meanings.values())
+    if unknown := [entry for entry in entries if entry not in known]:
+        raise UsageError(
+            f"layer {unknown[0]!r} is not in this network{nearest(unknown[0], known)}; "
+            'expected one such as "block 0 fc2", "block 0" or "fc2"'
+        )
+    return [name for name, meaning in meanings.items() if meaning & set(entries)]
 
 
 def _kind(node: gs.Node) -> str | None:

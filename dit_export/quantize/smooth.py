@@ -21,16 +21,9 @@ from dit_export.quantize.calibrate import Calibration, Seen
 from dit_export.quantize.layers import Layer, find
 from dit_runtime.errors import UsageError
 
-ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-SHRINKS = (
-    1.0,
-    0.95,
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-)  # of the largest magnitude: clipping a little may cost less than coarse steps
+ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the largest magnitude: to clip may cost less than coarse steps
+HEADROOM = 1.1  # other classes and seeds reach further; a value that is cut off costs more than a step 10 % coarser
 LEVELS = 127  # of symmetric int8
 Floats = NDArray[np.float32]
 
@@ -56,7 +49,7 @@ def choose(seen: Seen, weight: Floats, smooth: bool) -> Chosen:
         sample, scaled = seen.sample / divisors, fake_weight(weight * divisors[:, None])
         largest = float((seen.largest / divisors).max()) or 1.0
         for shrink in SHRINKS:
-            step = shrink * largest / LEVELS
+            step = HEADROOM * shrink * largest / LEVELS
             grid = np.clip(np.rint(sample / step), -LEVELS, LEVELS) * step
             error = float(np.linalg.norm(grid @ scaled - exact)) / scale
             if best is None or error < best.error:

@@ -34,8 +34,8 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
     t, guidance = float(reference.timesteps[step]), reference.guidance
     classes = pipe.manifest.num_classes
     labels = [int(label) for label in reference.labels]
-    train_steps = pipe.manifest.diffusion.train_steps
-    moved = t + TIMESTEP_SHIFT * train_steps * (1 if t < train_steps / 2 else -1)
+    span = pipe.manifest.diffusion.span
+    moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
     others = [(label + 1) % classes if classes > 1 else pipe.manifest.null_label for label in labels]
     limit = PROOF_FACTOR * TOLERANCES["fp32"].guided
     checks = []
@@ -64,7 +64,7 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
     generator = torch.Generator().manual_seed(seed)
     for batch in _batches(contract.graphs["denoiser"].max_batch):
         latents = torch.randn(batch, spec.channels, spec.latent_size, spec.latent_size, generator=generator)
-        timesteps = torch.linspace(0, contract.diffusion.train_steps - 1, batch + 2)[1:-1]
+        timesteps = torch.linspace(0, contract.diffusion.span, batch + 2)[1:-1]
         labels = torch.randint(0, spec.num_classes, (batch,), generator=generator)
         labels[-1] = spec.null_label if batch > 1 else labels[-1]
         weights = torch.linspace(1.0, 4.0, batch).numpy()

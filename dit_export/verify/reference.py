@@ -15,7 +15,7 @@ from dit_runtime import images
 from dit_runtime.errors import UsageError
 from dit_runtime.replay import REFERENCE, Reference, fingerprint
 from dit_runtime.schedule import Diffusion
-from dit_runtime.solvers import plan, solve
+from dit_runtime.solvers import EVALUATIONS, plan, solve
 
 SEEDS = (0, 1)
 GUIDANCE = (4.0, 1.5)  # what pictures are made with, and what FID is measured with
@@ -35,9 +35,10 @@ def make_reference(
     `divisors` are those that smoothing folded into the conditioner, (K, D).
     """
     spec = model.spec
-    steps = _step_count(model, diffusion)
     solver = diffusion.sampler.solver
+    steps = _step_count(model, diffusion)
     timesteps = plan(diffusion, solver, steps)
+    evaluations = len(timesteps)
     labels = torch.tensor([spec.num_classes // 4, (3 * spec.num_classes) // 4])
     weights = np.array(GUIDANCE, np.float32)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
@@ -50,7 +51,7 @@ def make_reference(
     run = solve(diffusion, solver, steps, noise, draw)
     seen, guided, conditional, null, variances = [], [], [], [], []
     state, t = next(run)
-    for step in range(steps):
+    for step in range(evaluations):
         x = state.astype(np.float32)
         out = evaluate(model, torch.from_numpy(x), torch.full((2,), float(t)), labels)
         mixed = guide(out.conditional, out.null, weights, spec.guided_channels)
@@ -59,7 +60,7 @@ def make_reference(
         conditional.append(out.conditional)
         null.append(out.null)
         variances.append(out.variance)
-        on_step(step + 1, steps)
+        on_step(step + 1, evaluations)
         try:
             state, t = run.send((mixed, out.variance if spec.learned_variance else None))
         except StopIteration as end:
@@ -82,7 +83,9 @@ def make_reference(
         conditional=np.stack(conditional),
         null=np.stack(null),
         variance=np.stack(variances),
-        fingerprint=fingerprint(conditioner(model, divisors), spec.num_classes, timesteps[steps // 2], max_rows=16),
+        fingerprint=fingerprint(
+            conditioner(model, divisors), spec.num_classes, timesteps[evaluations // 2], max_rows=16
+        ),
         images=pictures,
     )
 
@@ -92,13 +95,15 @@ def _step_count(model: DiT, diffusion: Diffusion) -> int:
     spec = model.spec
     bytes_a_step = len(SEEDS) * spec.channels * spec.latent_size**2 * 4 * 5
     pictures = len(SEEDS) * 3 * spec.resolution**2
-    for steps in range(max(1, min(MAX_STEPS, (MAX_BYTES - pictures) // bytes_a_step - 1)), 0, -1):
+    solver = diffusion.sampler.solver
+    most = max(1, min(MAX_STEPS, (MAX_BYTES - pictures) // bytes_a_step - 1) // EVALUATIONS[solver])
+    for steps in range(most, 0, -1):
         try:
-            plan(diffusion, diffusion.sampler.solver, steps)
+            plan(diffusion, solver, steps)
         except UsageError:
             continue
         return steps
-    raise UsageError(f"{diffusion.sampler.solver} has no run of up to {MAX_STEPS} steps with this schedule")
+    raise UsageError(f"{solver} has no run of up to {MAX_STEPS} steps with this schedule")
 
 
 class Evaluation:

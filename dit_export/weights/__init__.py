@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from dit_export import spec as specs
 from dit_export.models.dit import DiT
 from dit_export.spec import ModelSpec, Recipe
+from dit_export.weights import keys
 from dit_export.weights.diffusers import read_diffusion, read_transformer
 from dit_export.weights.files import sha256
 from dit_export.weights.hub import locate
@@ -55,11 +56,15 @@ def load(recipe: Recipe) -> Loaded:
     if path.is_file():
         model, files = read_file(path, recipe), [path]
         labels: tuple[str, ...] = ()
-        diffusion = read_scheduler_config(None, learned_variance=model.spec.learned_variance)
+        diffusion = read_scheduler_config(
+            None, learned_variance=model.spec.learned_variance, prediction=recipe.prediction
+        )
     else:
         model, files = read_transformer(transformer_folder(path))
         labels = () if recipe.labels else pipeline_labels(path, model.spec.num_classes)
-        diffusion = read_diffusion(path, model.spec.learned_variance)
+        diffusion = read_diffusion(path, model.spec.learned_variance, recipe.prediction)
+    if diffusion.prediction == "velocity":
+        model = keys.without_variance(model)
     agree(model.spec, recipe, checkpoint)
     source |= {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
     vae, vae_source = load_vae(recipe, path, model.spec)
@@ -85,7 +90,12 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     if recipe.model is None:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
-    spec = replace(specs.model(recipe.model), latent_size=(recipe.resolution or 256) // 8)
+    diffusion = read_scheduler_config(None, prediction=recipe.prediction)
+    spec = replace(
+        specs.model(recipe.model),
+        latent_size=(recipe.resolution or 256) // 8,
+        learned_variance=diffusion.prediction != "velocity",
+    )
     agree(spec, recipe, "--synthetic")
     labels = read_labels(Path(recipe.labels).expanduser(), spec.num_classes) if recipe.labels else ()
     source: dict[str, Any] = {"kind": "synthetic", "seed": recipe.synthetic}
@@ -94,8 +104,8 @@ def load_synthetic(recipe: Recipe) -> Loaded:
         source |= vae_source
     else:
         vae = synthetic_vae(recipe.synthetic)
-    model = synthetic_dit(spec, recipe.synthetic)
-    return Loaded(spec, model, vae, labels, read_scheduler_config(None), source)
+    model = synthetic_dit(spec, recipe.synthetic, diffusion.span)
+    return Loaded(spec, model, vae, labels, diffusion, source)
 
 
 def load_vae(recipe: Recipe, checkpoint: Path | None, spec: ModelSpec) -> tuple[AutoencoderKL | None, dict[str, Any]]:

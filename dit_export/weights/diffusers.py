@@ -92,11 +92,11 @@ def read_transformer(folder: Path) -> tuple[DiT, list[Path]]:
     return keys.read(read_weights(files), keys.DIFFUSERS, spec, str(folder)), files
 
 
-def read_diffusion(folder: Path, learned_variance: bool) -> Diffusion:
+def read_diffusion(folder: Path, learned_variance: bool, prediction: str | None = None) -> Diffusion:
     """The pipeline's scheduler; a transformer alone has none and gets Meta's constants."""
     path = folder / "scheduler" / "scheduler_config.json"
     if path.is_file():
-        return read_scheduler_config(read_json(path), learned_variance=learned_variance)
+        return read_scheduler_config(read_json(path), learned_variance=learned_variance, prediction=prediction)
     if (folder / "model_index.json").is_file():
         raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
-    return read_scheduler_config(None, learned_variance=learned_variance)
+    return read_scheduler_config(None, learned_variance=learned_variance, prediction=prediction)

@@ -100,10 +100,24 @@ def read(state: dict[str, Tensor], table: dict[str, str], spec: ModelSpec, where
         for name in copies:
             del ours[name]
 
+    return network(spec, ours)
+
+
+def network(spec: ModelSpec, state: Mapping[str, Tensor]) -> DiT:
     with torch.device("meta"):
         model = DiT(spec)
-    model.load_state_dict(ours, assign=True)
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def without_variance(model: DiT) -> DiT:
+    """The prediction alone: SiT's checkpoints have the channels of a variance that nothing trains or reads."""
+    if not model.spec.learned_variance:
+        return model
+    spec, state = replace(model.spec, learned_variance=False), model.state_dict()
+    for name in ("final.linear.weight", "final.linear.bias"):
+        state[name] = state[name].unflatten(0, (spec.patch**2, -1))[:, : spec.channels].flatten(0, 1)  # (p·p·C, …)
+    return network(spec, state)
 
 
 def write(model: DiT, table: dict[str, str]) -> dict[str, Tensor]:

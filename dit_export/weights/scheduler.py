@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.schedule import CHOICES, ORDERS, Diffusion, Sampler
+from dit_runtime.schedule import CHOICES, NOISE_SOLVERS, ORDERS, PREDICTIONS, Diffusion, Sampler
 
 CLASSES = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
 # Fields that the classes share, or that only one has; a config keeps another class's fields for a switch back.
@@ -54,14 +54,18 @@ IDLE = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_sh
 SPECIAL = ("trained_betas", "timestep_spacing", "variance_type", "solver_order", "lambda_min_clipped")
 
 
-def read_scheduler_config(config: Mapping[str, Any] | None, *, learned_variance: bool = True) -> Diffusion:
-    """The diffusion and its sampling defaults; without a config, those of Meta's code.
+def read_scheduler_config(
+    config: Mapping[str, Any] | None, *, learned_variance: bool = True, prediction: str | None = None
+) -> Diffusion:
+    """The diffusion and its sampling defaults; without a config, those of Meta's code, for DiT or for SiT.
 
     The config's class gives the solver. Another solver gets the fields that `OtherScheduler.from_config` would give
     it: those the config names, and the other class's own defaults for the rest.
     """
     if config is None:
-        return Diffusion(sampler=Sampler(variance="learned_range" if learned_variance else "fixed_large"))
+        solver = "euler" if prediction == "velocity" else "ddim"
+        variance = "learned_range" if learned_variance else "fixed_large"
+        return Diffusion(prediction=prediction or "epsilon", sampler=Sampler(solver=solver, variance=variance))
     name = config.get("_class_name")
     if name not in CLASSES:
         raise UsageError(
@@ -72,6 +76,10 @@ def read_scheduler_config(config: Mapping[str, Any] | None, *, learned_variance:
     given = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
     if problems := _problems(given, learned_variance):
         raise UsageError(f"scheduler config: {'; '.join(problems)}")
+
+    if prediction not in (None, given.get("prediction_type", "epsilon")):
+        said = given.get("prediction_type", "epsilon")
+        raise UsageError(f"prediction {prediction!r} was asked for, but the scheduler config says {said!r}")
 
     spacing = given.get("timestep_spacing")
     clipped = given.get("lambda_min_clipped")
@@ -106,6 +114,7 @@ def _problems(given: Mapping[str, Any], learned_variance: bool) -> list[str]:
     supported: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in ONLY.items()}
     supported |= {key: CHOICES[ours] for key, ours in DIFFUSION.items() if ours in CHOICES}
     supported |= {key: CHOICES[key] for key in SAMPLER if key in CHOICES}
+    supported["prediction_type"] = tuple(name for name, solvers in PREDICTIONS.items() if solvers == NOISE_SOLVERS)
     supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": tuple(ORDERS.values())}
     supported["variance_type"] = tuple(VARIANCES)
     if not learned_variance:

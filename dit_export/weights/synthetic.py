@@ -23,8 +23,9 @@ SINK = 20.0  # the constant in an eighth of its channels: it rules LayerNorm's d
 GAIN = 5.0  # mean of 1 + scale, which undoes that division
 LEAK = 0.6  # what the blocks write into the latents' own directions, in the same measure for every size
 VARIANCE = 0.4  # deviation of the learned-variance channels, which live in about [-1, 1]
-SMOOTH = 30.0  # timesteps over which the prediction changes
-PROBES = (150.0, 750.0)  # timesteps at which the final layer's scale is measured
+SMOOTH = 0.03  # of the range of t: over it the prediction changes
+SHORT = 10.0  # a range of t below this is made up for in the weights of its sines
+PROBES = (0.15, 0.75)  # of the range of t: where the final layer's scale is measured
 OUTLIERS = 4  # channels a layer whose inputs are 8 to 20 times the others'; half of them the same in every block
 SD_VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -38,8 +39,8 @@ SD_VAE: dict[str, Any] = {
 
 
 @torch.no_grad()
-def synthetic_dit(spec: ModelSpec, seed: int) -> DiT:
-    """The same weights for the same spec and seed; one copy in memory."""
+def synthetic_dit(spec: ModelSpec, seed: int, span: float = 1000.0) -> DiT:
+    """The same weights for the same spec, seed and range of t; one copy in memory."""
     with torch.device("meta"):
         model = DiT(spec)
     model.to_empty(device="cpu").eval().requires_grad_(False)
@@ -49,7 +50,7 @@ def synthetic_dit(spec: ModelSpec, seed: int) -> DiT:
     sinks, others = torch.randperm(spec.hidden, generator=random).tensor_split([spec.hidden // 8])
     basis = fill_patches(model.patches, positions, sinks, random)
     for embedder in cast(list[Embedder], model.embedders):
-        fill_embedder(embedder, spec, random)
+        fill_embedder(embedder, spec, span, random)
     output = min(0.5, LEAK * math.sqrt(spec.hidden / model.patches.weight[0].numel() / spec.depth))
     for block in cast(list[Block], model.blocks):
         fill_modulation(block.modulation, (0.5, 0.5, 0.4), sinks, random)
@@ -64,7 +65,7 @@ def synthetic_dit(spec: ModelSpec, seed: int) -> DiT:
         outlying_inputs(block.modulation, 3, block.mlp.fc1, channels, random)
         outlying_values(block.attn.qkv, block.attn.proj, own[-OUTLIERS // 2 :], random)
     fill_modulation(model.final.modulation, (0.05, 0.25), sinks, random)
-    fill_final(model, basis, random)
+    fill_final(model, basis, span, random)
     return model
 
 
@@ -75,15 +76,16 @@ def fill(layer: nn.Linear | nn.Conv2d, gain: float, random: Generator) -> None:
         layer.bias.normal_(0, 0.05 * gain, generator=random)
 
 
-def fill_embedder(embedder: Embedder, spec: ModelSpec, random: Generator) -> None:
+def fill_embedder(embedder: Embedder, spec: ModelSpec, span: float, random: Generator) -> None:
     first, _, second = cast(list[nn.Linear], embedder.time)
     fill(first, 1.0, random)
     fill(second, 3.0, random)
-    # Fast frequencies are damped, so the prediction is smooth in t, and t + 50 is still another timestep.
+    # Fast frequencies are damped, so the prediction is smooth in t, and 5 % of the range on it is still another one.
     frequencies = timestep_frequencies(spec.frequency_shift)  # (128,)
-    damping = 1 / (1 + SMOOTH * frequencies)
+    damping = 1 / (1 + SMOOTH * span * frequencies)
     damping *= math.sqrt(2 * len(damping)) / damping.norm()
     first.weight *= damping.repeat(2)
+    first.weight[:, len(damping) :] *= max(1.0, SHORT / span)
     embedder.label.weight.normal_(generator=random)
 
 
@@ -143,7 +145,7 @@ def fill_patches(patches: nn.Conv2d, positions: Tensor, sinks: Tensor, random: G
     return basis
 
 
-def fill_final(model: DiT, basis: Tensor, random: Generator) -> None:
+def fill_final(model: DiT, basis: Tensor, span: float, random: Generator) -> None:
     """Rows of eps: the patch embedding's inverse and noise; of the variance: noise; scaled as a probe measures."""
     spec, linear = model.spec, model.final.linear
     linear.bias.zero_()
@@ -156,7 +158,7 @@ def fill_final(model: DiT, basis: Tensor, random: Generator) -> None:
     labels = torch.randperm(spec.num_classes, generator=random)[: len(latents)]  # the second half: other labels
     seen: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(latents, torch.tensor(PROBES).repeat(2), labels)
+    model(latents, span * torch.tensor(PROBES).repeat(2), labels)
     hook.remove()
     tokens = F.unfold(latents, spec.patch, stride=spec.patch).transpose(1, 2)  # (N, T, C·p·p)
     passed = seen[0] @ inverse.flatten(0, 2).T  # (N, T, C·p·p)

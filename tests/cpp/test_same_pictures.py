@@ -10,8 +10,10 @@ import pytest
 
 from dit_runtime import Pipeline, backends, manifest
 from dit_runtime.backends import Options
+from dit_runtime.schedule import FLOW_SOLVERS
 
 ENGINES = ("onnxruntime", "openvino")
+FORMS = [*(("fp32", name) for name in ENGINES), *(("int8", name) for name in ENGINES), ("bf16", "openvino")]
 SOLVERS = ("ddim", "ddpm", "dpm++")
 STEPS = 6
 LATENTS_RTOL = 1e-5  # of the norm; the engine, its threads and the order of sums are the same
@@ -43,14 +45,14 @@ def flags(labels: list[int], guidance: float, solver: str, seed: object) -> list
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_latents(meta, dit_generate, tmp_path, engine):
-    """A model that predicts its variance, so DDPM draws noise with every step."""
-    with load(meta.bundle, engine) as pipe:
-        for solver, guidance, batch in product(SOLVERS, (1.0, 4.0), (1, 3)):
+@pytest.mark.parametrize(("network", "solvers"), [("meta", SOLVERS), ("velocity", FLOW_SOLVERS)])
+def test_the_same_latents(request, dit_generate, tmp_path, network, solvers, engine):
+    """A model that predicts its variance, so DDPM draws noise with every step; and one that predicts a velocity."""
+    bundle = request.getfixturevalue(network).bundle
+    with load(bundle, engine) as pipe:
+        for solver, guidance, batch in product(solvers, (1.0, 4.0), (1, 3)):
             labels, file = [7, 2, 11][:batch], tmp_path / "x.npy"
-            done = dit_generate(
-                meta.bundle, *flags(labels, guidance, solver, 5), "--backend", engine, "-o", file, "--json"
-            )
+            done = dit_generate(bundle, *flags(labels, guidance, solver, 5), "--backend", engine, "-o", file, "--json")
             assert done.returncode == 0, done.stderr
             expected = pipe.sample(labels, steps=STEPS, guidance=guidance, solver=solver, seed=5, output="latents")
             assert same_latents(np.load(file), expected), (solver, guidance, batch)
@@ -60,38 +62,39 @@ def test_the_same_latents(meta, dit_generate, tmp_path, engine):
             assert not same_latents(np.load(file), another)  # a thousandth more guidance is seen
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_pictures(shared_embedders, dit_generate, tmp_path, engine):
-    """Names, one seed each, and the decoder; a batch of three."""
+@pytest.mark.parametrize(("precision", "engine"), FORMS)
+def test_the_same_pictures(shared_embedders, narrow, dit_generate, tmp_path, precision, engine):
+    """Names, one seed each, and the decoder; a batch of three. DDPM's noise is of a fixed size here."""
     labels, seeds = [207, 360, 5], [2**32 + 1, -3, 8]
     names = ["golden retriever", "river dog", "5"]
-    with load(shared_embedders.bundle, engine) as pipe:
-        for solver, guidance, batch in product(SOLVERS, (1.0, 4.0), (1, 3)):
+    bundle = shared_embedders.bundle if precision == "fp32" else narrow(precision, engine)
+    cases = product([(solver, 0.0) for solver in SOLVERS] + [("ddim", 0.5)], (1.0, 4.0), (1, 3))
+    with load(bundle, engine) as pipe:
+        assert pipe.manifest.graphs["denoiser"].precision == precision
+        for (solver, eta), guidance, batch in cases if precision == "fp32" else [(("ddpm", 0.0), 4.0, 3)]:
             file = tmp_path / "x.npz"
             chosen = flags(labels[:batch], guidance, solver, seeds[:batch])
             chosen[1 : 1 + batch] = names[:batch]
-            if solver == "ddpm":
-                chosen[chosen.index("ddpm")] = "ddim"
-                chosen += ["--eta", 0.5]  # this model predicts no variance for DDPM that learns it
-            done = dit_generate(shared_embedders.bundle, *chosen, "--backend", engine, "-o", file)
+            done = dit_generate(bundle, *chosen, "--eta", eta, "--backend", engine, "-o", file)
             assert done.returncode == 0 and done.stdout == f"{file}\n", done.stderr
-            expected = pipe.sample(
-                labels[:batch],
-                steps=STEPS,
-                guidance=guidance,
-                solver="ddim" if solver == "ddpm" else solver,
-                eta=0.5 if solver == "ddpm" else 0.0,
-                seed=seeds[:batch],
-            )
-            assert same_pictures(np.load(file)["arr_0"], expected), (solver, guidance, batch)
+            asked = {"steps": STEPS, "guidance": guidance, "solver": solver, "eta": eta, "seed": seeds[:batch]}
+            expected = pipe.sample(labels[:batch], **asked)
+            assert same_pictures(np.load(file)["arr_0"], expected), (solver, eta, guidance, batch)
             assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_verify(meta, dit_generate, engine):
-    done = dit_generate(meta.bundle, "--verify", "--backend", engine)
+@pytest.mark.parametrize("network", ["meta", "velocity"])
+def test_verify(request, dit_generate, network, engine):
+    done = dit_generate(request.getfixturevalue(network).bundle, "--verify", "--backend", engine)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "verified"
+
+
+def test_a_solver_of_another_prediction(meta, velocity, dit_generate):
+    for bundle, solver, fit in ((meta.bundle, "heun", "ddpm, ddim"), (velocity.bundle, "ddim", "euler, heun, sde")):
+        done = dit_generate(bundle, "--labels", 1, "--solver", solver, "-o", "x.npy")
+        assert done.returncode == 2 and f"take one of {fit}" in done.stderr
 
 
 def test_png_and_own_latents(shared_embedders, dit_generate, tmp_path):

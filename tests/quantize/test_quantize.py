@@ -16,35 +16,11 @@ from dit_export.quantize.calibrate import Calibration, Plan, Watcher, calibrate
 from dit_export.quantize.layers import find
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.smooth import choose, smooth, vector_divisors
-from dit_export.spec import ModelSpec, Recipe
-from dit_export.weights import Loaded
-from dit_export.weights.scheduler import read_scheduler_config
-from dit_export.weights.synthetic import synthetic_dit
-from dit_export.write import trace_graphs, unverified
 from dit_runtime import backends, manifest
 from dit_runtime.backends import Options
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.progress import Progress
-
-SPEC = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classes=10)
-PLAN = Plan(pictures=4, steps=5, batch=2)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, one_thread) -> Path:
-    """Made-up weights with outlier channels, as large trained models have them."""
-    folder = tmp_path_factory.mktemp("int8")
-    with one_thread():
-        loaded = Loaded(SPEC, synthetic_dit(SPEC, 0), None, (), read_scheduler_config(None), {"kind": "synthetic"})
-        trace_graphs(folder / "traced", loaded, None, Progress())
-        unverified(folder / "bundle", folder / "traced", loaded, Recipe(backend="onnxruntime", max_batch=4), Progress())
-    return folder / "bundle"
-
-
-@pytest.fixture(scope="module")
-def calibration(bundle) -> Calibration:
-    return calibrate(bundle, PLAN, lambda done, total: None)
+from tests.quantize.conftest import PLAN, SPEC
 
 
 def pair(bundle: Path) -> tuple[gs.Graph, gs.Graph]:
@@ -188,26 +164,25 @@ def test_a_calibration_is_kept_and_read_again(calibration, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_an_int8_bundle(shared_embedders, tmp_path, capsys, one_thread, backend) -> None:
+def test_an_int8_bundle(shared_embedders, narrow, tmp_path, capsys, one_thread, backend) -> None:
     options = ["--checkpoint", str(shared_embedders.checkpoint), "--precision", "int8", "--backend", backend]
-    with one_thread():
-        assert main(["build", *options, "-o", str(tmp_path / "first"), "--max-batch", "2"]) == 0
-    contract = manifest.read(tmp_path / "first")
+    bundle = narrow("int8", backend)
+    contract = manifest.read(bundle)
     decoder = "bf16" if backend == "openvino" else "fp32"
     assert {name: graph.precision for name, graph in contract.graphs.items()} == {
         "conditioner": "fp32",
         "denoiser": "int8",
         "decoder": decoder,
     }
-    assert main(["verify", str(tmp_path / "first")]) == 0
+    assert main(["verify", str(bundle)]) == 0
 
-    seen = tmp_path / "first.calibration.npz"
+    seen = bundle.with_name(f"{bundle.name}.calibration.npz")
     with one_thread():
         again = ["--calibration", str(seen), "-o", str(tmp_path / "again"), "--max-batch", "2"]
         assert main(["build", *options, *again]) == 0
     for name in ("conditioner.onnx", "denoiser.onnx"):
         first, second = (
-            [t.values for t in graphs.constants(graphs.load(tmp_path / folder / name))] for folder in ("first", "again")
+            [t.values for t in graphs.constants(graphs.load(folder / name))] for folder in (bundle, tmp_path / "again")
         )
         assert all(np.allclose(one, other, rtol=1e-3) for one, other in zip(first, second, strict=True))
 

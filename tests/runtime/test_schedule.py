@@ -68,6 +68,17 @@ def test_clipped_lambdas_shorten_the_range(spacing):
     assert ours[0] < 800
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_range_that_is_clipped_away_is_refused(spacing, steps):
+    """diffusers would ask for t = -1, for t = 0 again and again, or for nothing."""
+    clipped = Diffusion(sampler=Sampler(lambda_min_clipped=100))
+    with pytest.raises(UsageError, match="lambda_min_clipped is 100: it leaves none of the 1000 timesteps"):
+        timesteps(clipped, "dpm++", steps, spacing)
+    almost = Diffusion(sampler=Sampler(lambda_min_clipped=4.6))  # log(α/σ) is 4.60 at t = 0
+    assert timesteps(almost, "dpm++", 1, spacing) == [0]
+
+
 def improved_ddpm(steps, strided, total=1000):
     """The set of kept steps, after Improved DDPM's space_timesteps for one section."""
     if strided:
@@ -146,7 +157,9 @@ def test_the_manifest_section_survives_json():
         ({"train_step": 10}, "diffusion: unknown key 'train_step' .*\"train_steps\".*known: train_steps, beta"),
         ({"sampler": {"solvr": 1}}, r"diffusion.sampler: unknown key 'solvr' \(did you mean \"solver\""),
         ({"sampler": 3}, "diffusion.sampler is 3"),
-        ({"sampler": {"solver": "euler"}}, "solver is 'euler'; expected one of ddpm, ddim"),
+        ({"sampler": {"solver": "eular"}}, "solver is 'eular'; expected one of ddpm, ddim"),
+        ({"sampler": {"solver": "euler"}}, "solver 'euler' does not fit a model that predicts epsilon; take .* ddim"),
+        ({"prediction": "velocity"}, "solver 'ddim' does not fit a model that predicts velocity; take one of euler"),
         ({"sampler": {"steps_offset": -1}}, "steps_offset is -1; expected 0 or more"),
         ({"sampler": {"clip_sample": "no"}}, "clip_sample is 'no'; expected true or false"),
         ({"sampler": {"lambda_min_clipped": float("-inf")}}, "lambda_min_clipped is -inf"),

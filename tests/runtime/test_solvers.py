@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from dit_runtime.errors import UsageError
 from dit_runtime.noise import Noise
-from dit_runtime.schedule import ORDERS, SOLVERS, Diffusion, Sampler, make_schedule
+from dit_runtime.schedule import NOISE_SOLVERS, ORDERS, Diffusion, Sampler, make_schedule
 from dit_runtime.solvers import plan, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
@@ -242,7 +242,7 @@ def test_noise_is_drawn_once_a_stochastic_step_and_not_at_the_end(solver, option
     assert all(x.dtype == np.float64 and np.isfinite(x).all() for _, x in states)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", NOISE_SOLVERS)
 @pytest.mark.parametrize("spacing", ["stride", "respaced", *SPACINGS])
 def test_every_solver_takes_every_spacing_up_to_the_last_step(solver, spacing):
     """Also where the last timestep is already at σ_min, so that nothing is left to integrate."""

@@ -55,6 +55,7 @@ def test_what_a_build_leaves(built) -> None:
     names = {check["name"] for check in checks}
     assert all(check["passed"] for check in checks) and "twin: runs that are not finite" in names
     assert {name.split(": ")[0] for name in names} == {"proof", "twin"}  # no engine ran, and none is said to have
+    assert "The engines do not run where this was built" in (built / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -94,23 +95,14 @@ def test_another_gpu(built, capsys, monkeypatch) -> None:
 
 
 def test_compiled_again_on_the_target(meta_copy, capsys) -> None:
-    """From the ONNX in a bundle that was built for another backend; its fp32 Attention has a form of its own."""
+    """From the ONNX in a bundle that was built for another backend."""
     code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
     assert code == 0 and told.startswith("compiled and not verified: ")
     contract = manifest.read(meta_copy)
     assert contract.graphs["denoiser"].files == ("denoiser.tensorrt-rtx.engine",)
-    assert (meta_copy / "denoiser.tensorrt.onnx").stat().st_size < 100_000  # its weights are the portable graph's
     built = contract.built_with["engines"]["tensorrt-rtx"]["denoiser"]
-    assert built["census"]["products"] == {"fp32": 6 * 2 + 2} and built["compute_capabilities"] == ["12.0"]
+    assert built["census"]["products"] == {"fp32": 5 * 2 + 2} and built["compute_capabilities"] == ["12.0"]
     assert run(capsys, "verify", str(meta_copy))[0] == 2
-
-
-def test_a_form_that_was_changed_is_not_compiled(meta_copy, capsys) -> None:
-    form = meta_copy / "denoiser.tensorrt.onnx"
-    form.write_bytes(form.read_bytes()[:-1] + b"\x00")
-    code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx")
-    assert code == 2 and "denoiser.tensorrt.onnx does not have the sha256" in told
-    assert not [*meta_copy.glob("*.engine")] or manifest.read(meta_copy).graphs["denoiser"].backend == "onnxruntime"
 
 
 def test_a_bundle_of_another_precision_is_not_compiled(meta_copy, capsys) -> None:
@@ -121,7 +113,7 @@ def test_a_bundle_of_another_precision_is_not_compiled(meta_copy, capsys) -> Non
 
     edit(meta_copy, change)
     code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx")
-    assert code == 1 and "denoiser: 14 of 14 products are not in bf16" in told
+    assert code == 1 and "denoiser: 12 of 12 products are not in bf16" in told
     assert manifest.read(meta_copy).graphs["denoiser"].backend == "onnxruntime"
 
 

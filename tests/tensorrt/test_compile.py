@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import torch
+from onnx.helper import np_dtype_to_tensor_dtype
 
 from dit_export import graphs, trace
 from dit_export.fuse import fuse
-from dit_export.fuse.attention import wide_attention
 from dit_export.fuse.narrow import islands, narrow
 from dit_export.graphs import layer
 from dit_export.models.dit import DiT
@@ -23,7 +24,7 @@ from dit_runtime.backends import Options, Tuning, backend, typed
 from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt_network import profiles
 from dit_runtime.errors import BundleError, GateError, UsageError
-from dit_runtime.manifest import Graph
+from dit_runtime.manifest import Graph, TensorSpec
 from dit_runtime.progress import Progress
 
 RTX = backend("tensorrt-rtx")
@@ -112,16 +113,38 @@ def test_a_graph_of_another_precision_is_refused(small, tmp_path, precision, ask
 
 
 def test_what_is_kept_wide_is_an_island(small, tmp_path) -> None:
-    """Attention in fp32 becomes its plain form, whose products are listed too."""
     plain = denoiser(small, SMALL, "fp32")
     attention = next(node for node in plain.nodes if node.op == "Attention")
     wide = (attention.inputs[0].name, attention.outputs[0].name)
-    kept = {name for node in islands(plain, wide) for name in (node.name, node.outputs[0].name)}
-    graph = denoiser(small, SMALL, "fp16", wide)
-    assert wide_attention(graph) == 1
-    contract = save(graph, tmp_path, SMALL, "fp16")
-    census = compile_(contract, tmp_path, islands=tuple(kept)).built["census"]
-    assert census["products"] == {"fp16": 6, "fp32": 2}  # attention's two
+    (kept,) = (node.name for node in islands(plain, wide))
+    contract = save(denoiser(small, SMALL, "fp16", wide), tmp_path, SMALL, "fp16")
+    with pytest.raises(GateError, match="1 of 7 products are not in fp16"):
+        compile_(contract, tmp_path)
+    census = compile_(contract, tmp_path, islands=(kept,)).built["census"]
+    assert census == {"of": "network", "products": {"fp16": 6, "fp32": 1}, "islands": [kept]}
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 72), ("fp16", 512)])
+def test_attention_without_a_kernel_is_decomposed(tmp_path, monkeypatch, precision, width) -> None:
+    """TensorRT refuses it unless it is told to: fp32, and the 512 channels of a VAE decoder's only head."""
+    dtype = np.dtype(np.float32 if precision == "fp32" else np.float16)
+    graph = gs.Graph(opset=23, ir_version=10)
+    x = gs.Variable("x", dtype=np.float32, shape=["batch", 1, 64, width])
+    graph.inputs = [x]
+    inside = layer(graph, "Cast", [x], "inside", to=np_dtype_to_tensor_dtype(dtype))
+    q, k, v = (layer(graph, "Mul", [inside, np.array(part, dtype)], f"part{part}") for part in (1, 2, 3))
+    product = layer(graph, "Attention", [q, k, v], "attention")
+    y = gs.Variable("y", dtype=np.float32, shape=["batch", 1, 64, width])
+    layer(graph, "Cast", [product], y, to=np_dtype_to_tensor_dtype(np.dtype(np.float32)))
+    graph.outputs = [y]
+    graphs.save(graph, tmp_path / "graph.onnx")
+    (tmp_path / "graph.onnx.data").touch()
+    spec = TensorSpec("x", "float32", ("batch", 1, 64, width))
+    contract = Graph("graph.onnx", (spec,), (replace(spec, name="y"),), max_batch=2, precision=precision)
+    assert compile_(contract, tmp_path).built["census"]["products"] == {precision: 1}
+    monkeypatch.setattr(trt_backend, "decompose_attention", lambda *_: None)
+    with pytest.raises(BundleError, match="Attention operation was not supported by a dedicated kernel"):
+        compile_(contract, tmp_path)
 
 
 def test_profiles_come_from_the_signature() -> None:

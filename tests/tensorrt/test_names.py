@@ -16,7 +16,7 @@ from dit_runtime.backends import trt, trt_engine, trt_network
 # What of TensorRT the sources hold in their hands, by the names that they give it.
 HELD = {"trt", "builder", "network", "parser", "config", "profile", "layer", "maker", "tensor", "logger", "context"}
 HELD |= {"refitter", "settings", "self._engine", "self._runtime", "self._runtime_cache", "trt.IProgressMonitor"}
-OURS = {"last", "stage", "step", "items"}
+OURS = {"last", "stage", "step", "items", "__class__"}
 # In TensorRT-RTX alone; used where the table of flavours says so.
 RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability", "CudaGraphStrategy"}
 RTX_ONLY |= {"WHOLE_GRAPH_CAPTURE", "cuda_graph_strategy", "create_runtime_cache", "set_runtime_cache", "deserialize"}

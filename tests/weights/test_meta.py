@@ -127,6 +127,22 @@ def test_write_is_the_reverse_of_read(tmp_path):
     assert written.keys() == state.keys() and all(torch.equal(written[name], state[name]) for name in state)
 
 
+def test_a_velocity_is_the_first_half_of_the_channels(tmp_path):
+    """SiT's checkpoints: the rows of the other half are gone, the rest is the same network."""
+    path = saved(meta_state(), tmp_path / "sit.pt")
+    whole, loaded = bare(path), bare(path, prediction="velocity")
+    assert whole.spec.learned_variance and not loaded.spec.learned_variance
+    assert loaded.model.final.linear.weight.shape == (P * P * 4, D)
+    # The same sums; a narrower product may take them in another order.
+    assert distance(loaded.model(*inputs()), whole.model(*inputs())[:, :4]) < 1e-6
+    assert distance(loaded.model(*inputs()), whole.model(*inputs())[:, 4:]) > 0.1
+    diffusion = loaded.diffusion
+    assert (diffusion.prediction, diffusion.sampler.solver, diffusion.span) == ("velocity", "euler", 1)
+    assert (whole.diffusion.prediction, whole.diffusion.span) == ("epsilon", 1000)
+    with pytest.raises(UsageError, match="prediction is 'speed'; expected one of epsilon, v_prediction, sample, velo"):
+        bare(path, prediction="speed")
+
+
 def test_without_a_position_table(tmp_path):
     state = meta_state()
     del state["pos_embed"]

@@ -113,6 +113,17 @@ def test_without_a_config_it_is_metas_way():
     assert read_scheduler_config(None, learned_variance=False).sampler.variance == "fixed_large"
 
 
+def test_a_prediction_that_is_asked_for_agrees_with_the_config():
+    given = config("DDIMScheduler", prediction_type="v_prediction")
+    assert read_scheduler_config(given, prediction="v_prediction").prediction == "v_prediction"
+    for asked, found, said in (("velocity", given, "v_prediction"), ("sample", config(), "epsilon")):
+        with pytest.raises(
+            UsageError, match=f"prediction '{asked}' was asked for, but the scheduler config says '{said}'"
+        ):
+            read_scheduler_config(found, prediction=asked)
+    assert read_scheduler_config(None, prediction="sample").prediction == "sample"
+
+
 def test_logarithmic_variances_are_the_plain_ones():
     for kind in ("fixed_small", "fixed_large"):
         given = config("DDPMScheduler", variance_type=f"{kind}_log")
@@ -141,6 +152,7 @@ def test_trained_betas_and_infinite_clip():
         ("use_dynamic_shifting", True),
         ("beta_schedule", "sigmoid"),
         ("prediction_type", "flow_prediction"),
+        ("prediction_type", "velocity"),
         ("timestep_spacing", "stride"),
         ("solver_type", "bh2"),
         ("solver_order", 4),

@@ -43,6 +43,19 @@ def test_every_input_is_heard(name, resolution):
         assert 0.8 < prediction.std() < 1.6 and 0.2 < variance.std() < 0.7 and variance.abs().max() < 3
 
 
+def test_every_input_of_a_velocity_is_heard():
+    """Its t runs from 0 to 1, where the sines and cosines of t hardly move."""
+    spec = replace(MODELS["S/8"], learned_variance=False)
+    model = synthetic.synthetic_dit(spec, seed=1, span=1.0)
+    x = latents(spec).expand(4, -1, -1, -1)
+    for t in (0.0, 0.4, 0.94):
+        here, label, later, null = model(
+            x, torch.tensor([t, t, t + 0.05, t]), torch.tensor([3, 700, 3, spec.null_label])
+        )
+        assert distance(label, here) > 0.1 and distance(null, here) > 0.1 and distance(later, here) > 0.01
+        assert 0.8 < here.std() < 1.6
+
+
 def test_every_block_is_heard(small):
     """A wrong block must show in the prediction by far more than rounding: each moves it by 1 % or more."""
     model, x = small.model, latents(small.spec)

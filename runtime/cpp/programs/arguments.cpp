@@ -16,7 +16,8 @@ Draws pictures from a bundle of dit-export.
   --steps N             25
   --guidance W …        one, or one a picture; 4 (also: --cfg-scale)
   --seed N …            one for all, or one a picture; 0
-  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; default: the bundle's
+  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity euler, heun, sde;
+                        default: the bundle's
   --eta X               noise of ddim, 0 to 1
   --spacing NAME        stride, respaced, leading, trailing, linspace; default: the bundle's
   --latents FILE.npy    start from these instead of the seed's

@@ -89,6 +89,11 @@ Diffusion diffusion_from_json(const Json& table) {
     if (diffusion.trained_betas && diffusion.trained_betas->size() != static_cast<std::size_t>(diffusion.train_steps))
         throw std::invalid_argument(
             text("trained_betas is ", diffusion.trained_betas->size(), " values; expected ", diffusion.train_steps));
+    try {
+        require_fit(diffusion, diffusion.sampler.solver);
+    } catch (const UsageError& error) {
+        throw std::invalid_argument(error.what());
+    }
     return diffusion;
 }
 

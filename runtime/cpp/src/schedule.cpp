@@ -55,8 +55,9 @@ std::int64_t find_stride(std::int64_t total, std::int64_t steps) {
 
 }  // namespace
 
-// Only + - × ÷ √ in double, cosine apart: so every machine gets the same bits.
+// Only + - × ÷ √ in double, cosine apart: so every machine gets the same bits. A velocity has none.
 Array Diffusion::betas() const {
+    if (prediction == "velocity") return {};
     if (trained_betas) return *trained_betas;
     if (beta_schedule == "linear") return linspace(beta_start, beta_end, train_steps);
     if (beta_schedule == "scaled_linear") {
@@ -84,20 +85,20 @@ Array Diffusion::alpha_bar() const {
 
 std::vector<std::int64_t> timesteps(const Diffusion& diffusion, const std::string& solver, std::int64_t steps,
                                     const std::string& asked) {
-    if (!contains(SOLVERS, solver))
-        throw UsageError(
-            text("solver '", solver, "' is not known", nearest(solver, SOLVERS), "; known: ", join(SOLVERS)));
+    require_fit(diffusion, solver);
+    require_steps(diffusion, steps);
     const std::int64_t total = diffusion.train_steps;
     const Sampler& sampler = diffusion.sampler;
     const std::string spacing = asked.empty() ? default_spacing(sampler, solver) : asked;
     if (!contains(SPACINGS, spacing))
         throw UsageError(
             text("spacing '", spacing, "' is not known", nearest(spacing, SPACINGS), "; known: ", join(SPACINGS)));
-    if (!(0 < steps && steps <= total))
-        throw UsageError(text("steps is ", steps, "; expected an integer from 1 to ", total, ", the training steps"));
 
     const bool multistep = ORDERS.count(solver) > 0;
     const std::int64_t end = multistep ? count_unclipped(diffusion) : total;
+    if (!end)
+        throw UsageError(
+            text("lambda_min_clipped is ", *sampler.lambda_min_clipped, ": it leaves none of the ", total, " timesteps"));
     const std::int64_t points = multistep ? steps + 1 : steps;
     Array chosen;  // ascending where a spacing counts from t = 0, and turned round then
     bool ascending = true;
@@ -129,7 +130,7 @@ std::vector<std::int64_t> timesteps(const Diffusion& diffusion, const std::strin
     if (chosen.size() > static_cast<std::size_t>(steps)) chosen.resize(static_cast<std::size_t>(steps));
     const bool falls = std::adjacent_find(chosen.begin(), chosen.end(),
                                           [](double t, double next) { return next >= t; }) == chosen.end();
-    if (chosen.empty() || chosen.front() >= static_cast<double>(total) || !falls || chosen.back() < 0)
+    if (chosen.empty() || chosen.front() >= static_cast<double>(total) || !falls)
         throw UsageError(text(steps, " steps of ", solver, " with '", spacing, "' spacing do not fit into ", total,
                               " training steps; take fewer"));
     return {chosen.begin(), chosen.end()};
@@ -158,6 +159,22 @@ Schedule make_schedule(const Diffusion& diffusion, const std::string& solver, st
                                                                : final);
     }
     return schedule;
+}
+
+void require_fit(const Diffusion& diffusion, const std::string& solver) {
+    if (!contains(SOLVERS, solver))
+        throw UsageError(
+            text("solver '", solver, "' is not known", nearest(solver, SOLVERS), "; known: ", join(SOLVERS)));
+    const auto& fit = PREDICTIONS.at(diffusion.prediction);
+    if (!contains(fit, solver))
+        throw UsageError(text("solver '", solver, "' does not fit a model that predicts ", diffusion.prediction,
+                              "; take one of ", join(fit)));
+}
+
+void require_steps(const Diffusion& diffusion, std::int64_t steps) {
+    if (!(0 < steps && steps <= diffusion.train_steps))
+        throw UsageError(text("steps is ", steps, "; expected an integer from 1 to ", diffusion.train_steps,
+                              ", the training steps"));
 }
 
 double log_snr(double alpha_bar) {

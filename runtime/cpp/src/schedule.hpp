@@ -13,11 +13,20 @@ namespace dit_runtime {
 using Array = std::vector<double>;
 
 inline const std::map<std::string, int> ORDERS = {{"dpm++1", 1}, {"dpm++", 2}, {"dpm++3", 3}};  // of DPM-Solver++
-inline const std::vector<std::string> SOLVERS = {"ddpm", "ddim", "dpm++1", "dpm++", "dpm++3"};
+inline const std::vector<std::string> NOISE_SOLVERS = {"ddpm", "ddim", "dpm++1", "dpm++", "dpm++3"};
+inline const std::vector<std::string> FLOW_SOLVERS = {"euler", "heun", "sde"};  // along a velocity, in continuous time
+inline const std::vector<std::string> SOLVERS = {"ddpm", "ddim", "dpm++1", "dpm++", "dpm++3", "euler", "heun", "sde"};
+inline const std::map<std::string, std::vector<std::string>> PREDICTIONS = {
+    // What a network may predict, and the solvers that fit.
+    {"epsilon", NOISE_SOLVERS},
+    {"v_prediction", NOISE_SOLVERS},
+    {"sample", NOISE_SOLVERS},
+    {"velocity", FLOW_SOLVERS},  // x₀ - ε on the straight line t x₀ + (1 - t) ε (SiT, Ma et al. 2024)
+};
 inline const std::vector<std::string> SPACINGS = {"stride", "respaced", "leading", "trailing", "linspace"};
 inline const std::map<std::string, std::vector<std::string>> CHOICES = {
     {"beta_schedule", {"linear", "scaled_linear", "squaredcos_cap_v2"}},
-    {"prediction", {"epsilon", "v_prediction", "sample"}},
+    {"prediction", {"epsilon", "v_prediction", "sample", "velocity"}},
     {"solver", SOLVERS},
     {"ddpm_spacing", SPACINGS},
     {"ddim_spacing", SPACINGS},
@@ -51,8 +60,8 @@ struct Sampler {
 
 // The forward process a model was trained with: the manifest's `diffusion` section.
 struct Diffusion {
-    std::int64_t train_steps = 1000;
-    std::string beta_schedule = "linear";
+    std::int64_t train_steps = 1000;       // also the most that a run may take
+    std::string beta_schedule = "linear";  // of the noise schedule, as the two below; a velocity has none
     double beta_start = 1e-4;
     double beta_end = 0.02;
     std::optional<Array> trained_betas;  // instead of the three fields above
@@ -86,6 +95,11 @@ std::vector<std::int64_t> timesteps(const Diffusion& diffusion, const std::strin
 // T // N training steps below, wherever the next timestep lies.
 Schedule make_schedule(const Diffusion& diffusion, const std::string& solver, std::int64_t steps,
                        const std::string& spacing = "");
+
+// Refuses a solver that is not known, or that wants another prediction than this model's.
+void require_fit(const Diffusion& diffusion, const std::string& solver);
+
+void require_steps(const Diffusion& diffusion, std::int64_t steps);
 
 // λ = log(α/σ), half the logarithm of the signal-to-noise ratio; ∞ without noise.
 double log_snr(double alpha_bar);

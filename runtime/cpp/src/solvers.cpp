@@ -65,17 +65,49 @@ Array deviation(const std::string& kind, const std::vector<float>& variance, dou
 }  // namespace
 
 Array plan(const Diffusion& diffusion, const std::string& solver, std::int64_t steps, const std::string& spacing) {
-    const auto chosen = timesteps(diffusion, solver, steps, spacing);
-    return {chosen.begin(), chosen.end()};
+    if (!contains(FLOW_SOLVERS, solver)) {
+        const auto chosen = timesteps(diffusion, solver, steps, spacing);
+        return {chosen.begin(), chosen.end()};
+    }
+    const Array times = flow_times(diffusion, solver, steps, spacing);
+    if (evaluations(solver) == 1) return {times.begin(), times.end() - 1};
+    Array asked;
+    for (std::size_t index = 0; index + 1 < times.size(); ++index)
+        asked.insert(asked.end(), {times[index], times[index + 1]});
+    return asked;
+}
+
+Array flow_times(const Diffusion& diffusion, const std::string& solver, std::int64_t steps,
+                 const std::string& spacing) {
+    require_fit(diffusion, solver);
+    require_steps(diffusion, steps);
+    if (!spacing.empty())
+        throw UsageError(text("spacing is '", spacing, "' with solver ", solver, "; its steps are even"));
+    if (solver == "sde" && steps < 2)
+        throw UsageError(text("steps is ", steps, " with solver ", solver,
+                              "; expected at least 2, for its last is one of ", LAST_STEP));
+    Array times;
+    for (std::int64_t index = 0; index < steps; ++index) {
+        const double at = static_cast<double>(index);
+        times.push_back(solver == "sde" ? at / static_cast<double>(steps - 1) * (1 - LAST_STEP)
+                                        : at / static_cast<double>(steps));
+    }
+    times.push_back(1);
+    return times;
 }
 
 Array solve(const Diffusion& diffusion, const std::string& solver, std::int64_t steps, Array x, const Draw& draw,
             const Denoise& denoise, double eta, const std::string& spacing) {
-    const Schedule schedule = make_schedule(diffusion, solver, steps, spacing);
     if (!(0 <= eta && eta <= 1))
         throw UsageError(text("eta is ", eta, "; expected a number from 0 (deterministic) to 1"));
     if (eta != 0 && solver != "ddim")
         throw UsageError(text("eta is ", eta, " with solver ", solver, "; only ddim takes it"));
+    if (contains(FLOW_SOLVERS, solver)) {
+        const Array times = flow_times(diffusion, solver, steps, spacing);
+        if (solver == "sde") return sde(times, std::move(x), draw, denoise);
+        return (solver == "euler" ? euler : heun)(times, std::move(x), denoise);
+    }
+    const Schedule schedule = make_schedule(diffusion, solver, steps, spacing);
     if (solver == "ddpm") return ddpm(diffusion, schedule, std::move(x), draw, denoise);
     if (solver == "ddim") return ddim(diffusion, schedule, std::move(x), draw, denoise, eta);
     return dpm(diffusion, schedule, std::move(x), denoise, ORDERS.at(solver));
@@ -152,6 +184,44 @@ Array dpm(const Diffusion& diffusion, const Schedule& schedule, Array x, const D
                 step = step + phi2 * slope + (0.5 - phi2 / h) * bend;
             }
             x[i] = kept * x[i] + own * step;
+        }
+    }
+    return x;
+}
+
+Array euler(const Array& times, Array x, const Denoise& denoise) {
+    for (std::size_t index = 0; index + 1 < times.size(); ++index) {
+        const double step = times[index + 1] - times[index];
+        const Prediction velocity = denoise(x, times[index]);
+        for (std::size_t i = 0; i < x.size(); ++i) x[i] = x[i] + step * static_cast<double>(velocity.prediction[i]);
+    }
+    return x;
+}
+
+Array heun(const Array& times, Array x, const Denoise& denoise) {
+    for (std::size_t index = 0; index + 1 < times.size(); ++index) {
+        const double step = times[index + 1] - times[index];
+        const Prediction velocity = denoise(x, times[index]);
+        const Array first(velocity.prediction.begin(), velocity.prediction.end());
+        Array ahead(x.size());
+        for (std::size_t i = 0; i < x.size(); ++i) ahead[i] = x[i] + step * first[i];
+        const Prediction second = denoise(ahead, times[index + 1]);
+        for (std::size_t i = 0; i < x.size(); ++i)
+            x[i] = x[i] + step / 2 * (first[i] + static_cast<double>(second.prediction[i]));
+    }
+    return x;
+}
+
+Array sde(const Array& times, Array x, const Draw& draw, const Denoise& denoise) {
+    for (std::size_t index = 0; index + 1 < times.size(); ++index) {
+        const double t = times[index], after = times[index + 1];
+        const Prediction velocity = denoise(x, t);
+        for (std::size_t i = 0; i < x.size(); ++i)
+            x[i] = x[i] + (after - t) * ((1 + t) * static_cast<double>(velocity.prediction[i]) - x[i]);
+        if (after < 1) {
+            const double deviation = std::sqrt(2 * (1 - t) * (after - t));
+            const std::vector<float> z = draw(x.size());
+            for (std::size_t i = 0; i < x.size(); ++i) x[i] = x[i] + deviation * static_cast<double>(z[i]);
         }
     }
     return x;

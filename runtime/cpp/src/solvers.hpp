@@ -1,6 +1,7 @@
 // Solvers: each asks for denoise(x, t) and returns the final x. Mirrors dit_runtime/solvers.py line by line.
 //
-// Written in ᾱ alone, α = √ᾱ and σ = √(1 - ᾱ); a prime marks the level after the step. Arithmetic is double.
+// Those of a noise schedule are written in ᾱ alone, α = √ᾱ and σ = √(1 - ᾱ); those of a velocity in t, from noise at 0
+// to data at 1. A prime marks what is after the step. Arithmetic is double.
 #pragma once
 
 #include <functional>
@@ -20,8 +21,17 @@ struct Prediction {
 
 using Denoise = std::function<Prediction(const Array& x, double t)>;
 
-// Every t that a run will ask for, in order; (N,).
+// Of the network, a step.
+inline std::int64_t evaluations(const std::string& solver) { return solver == "heun" ? 2 : 1; }
+
+inline constexpr double LAST_STEP = 0.04;  // of the SDE: its authors' value
+
+// Every t that a run will ask for, in order; (N,), or (2 N,) where a step asks twice.
 Array plan(const Diffusion& diffusion, const std::string& solver, std::int64_t steps, const std::string& spacing = "");
+
+// A step's t and the next one's, evenly from 0 to 1; where noise is added, a last step of LAST_STEP; (N + 1,).
+Array flow_times(const Diffusion& diffusion, const std::string& solver, std::int64_t steps,
+                 const std::string& spacing = "");
 
 // A run from x_T that draws its noise with `draw(size)`; eta belongs to DDIM.
 Array solve(const Diffusion& diffusion, const std::string& solver, std::int64_t steps, Array x, const Draw& draw,
@@ -44,5 +54,17 @@ Array ddim(const Diffusion& diffusion, const Schedule& schedule, Array x, const 
 // where D₀ is the predicted x₀ and D₁, D₂ its scaled differences over past steps; "midpoint" has φ₂ = φ₁/2 in
 // second-order steps. φ₃ is the authors' (and diffusers'), half of Taylor's: the observed order is 2 to 3.
 Array dpm(const Diffusion& diffusion, const Schedule& schedule, Array x, const Denoise& denoise, int order);
+
+// Euler's method on dx/dt = v, the flow from noise to data: x' = x + (t' - t) v.
+Array euler(const Array& times, Array x, const Denoise& denoise);
+
+// Heun's method on the same flow, of order 2: x' = x + (t' - t) (v(x, t) + v(x + (t' - t) v, t')) / 2.
+Array heun(const Array& times, Array x, const Denoise& denoise);
+
+// Euler-Maruyama on SiT's reverse SDE, Ma et al. 2024 (arXiv 2401.08740), with their default coefficient.
+//
+// dx = (v + w s) dt + √(2 w) dW,  w = 1 - t,  and the score s = -ε / (1 - t) = (t v - x) / (1 - t): so the drift is
+// (1 + t) v - x. The last step is the drift alone.
+Array sde(const Array& times, Array x, const Draw& draw, const Denoise& denoise);
 
 }  // namespace dit_runtime

@@ -152,7 +152,7 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, double l
     const std::size_t each = batch * count(pipe.manifest.latent_shape);
     Request request;
     request.labels = reference.labels;
-    request.steps = static_cast<std::int64_t>(steps);
+    request.steps = static_cast<std::int64_t>(steps) / evaluations(pipe.manifest.diffusion.sampler.solver);
     request.guidance = reference.guidance;
     request.seeds.assign(reference.seeds.begin(), reference.seeds.end());
     request.on_step = [&](int done, int, const Array& latents) {
@@ -215,7 +215,8 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
         wrong += betas[t] != reference.betas[t];
     on_check({"betas that differ", static_cast<double>(wrong), 0, false, ""});
     const std::size_t steps = reference.timesteps.size();
-    const Array times = plan(diffusion, diffusion.sampler.solver, static_cast<std::int64_t>(steps));
+    const std::string& solver = diffusion.sampler.solver;
+    const Array times = plan(diffusion, solver, static_cast<std::int64_t>(steps) / evaluations(solver));
     wrong = times.size() == steps ? 0 : steps;
     for (std::size_t step = 0; step < std::min(steps, times.size()); ++step)
         wrong += times[step] != reference.timesteps[step];

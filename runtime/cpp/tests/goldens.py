@@ -14,8 +14,8 @@ import numpy as np
 from dit_runtime import backends, verify
 from dit_runtime.errors import UsageError
 from dit_runtime.noise import Noise, draw
-from dit_runtime.schedule import SOLVERS, SPACINGS, Diffusion, make_schedule, timesteps
-from dit_runtime.solvers import solve
+from dit_runtime.schedule import NOISE_SOLVERS, PREDICTIONS, SOLVERS, SPACINGS, Diffusion, make_schedule, timesteps
+from dit_runtime.solvers import plan, solve
 
 FILE = Path(__file__).with_name("goldens.json")
 SHAPE = (2, 1, 3, 4)  # of the solvers' runs: 24 numbers, so noise is drawn by blocks and redrawn at the end
@@ -42,6 +42,7 @@ DIFFUSIONS: dict[str, dict[str, Any]] = {
         "beta_schedule": "squaredcos_cap_v2",
         "sampler": {"lambda_min_clipped": -5.1, "variance": "learned"},
     },
+    "velocity": {"prediction": "velocity", "sampler": {"solver": "euler"}},
     "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
 }
 
@@ -60,6 +61,8 @@ def runs() -> list[dict[str, Any]]:
         if spacing and name not in ("defaults", "odd"):
             continue  # these two show the spacings, the others the rest
         diffusion = Diffusion.from_dict(DIFFUSIONS[name])
+        if solver not in PREDICTIONS[diffusion.prediction]:
+            continue
         for eta in (0.0, 0.7) if solver == "ddim" else (0.0,):
             entry: dict[str, Any] = {
                 "diffusion": name,
@@ -70,11 +73,14 @@ def runs() -> list[dict[str, Any]]:
             }
             found.append(entry)
             try:
-                schedule = make_schedule(diffusion, solver, steps, spacing or None)
+                asked = plan(diffusion, solver, steps, spacing or None)
             except UsageError:
                 continue
-            if not eta:
+            if not eta and solver in NOISE_SOLVERS:
+                schedule = make_schedule(diffusion, solver, steps, spacing or None)
                 entry |= {"timesteps": schedule.timesteps.tolist(), "alpha_bar_prev": schedule.alpha_bar_prev.tolist()}
+            elif not eta:
+                entry["timesteps"] = asked.tolist()
             noise = draw(3, SHAPE[0])
             run = solve(diffusion, solver, steps, noise(SHAPE), noise, eta=eta, spacing=spacing or None)
             x, t = next(run)

@@ -125,6 +125,18 @@ void each_place(const Json& value, const Json::json_pointer& here, std::vector<J
     }
 }
 
+// The table with another value in this place, or without what is there.
+Json changed(const Json& good, const Json::json_pointer& place, const Json* value) {
+    Json table = good;
+    if (value)
+        table[place] = *value;
+    else if (Json& parent = table[place.parent_pointer()]; parent.is_array())
+        parent.erase(std::stoul(place.back()));
+    else
+        parent.erase(place.back());
+    return table;
+}
+
 // Each value replaced by each of a few odd ones, and each key taken out: read, or a BundleError, but nothing else.
 TEST_F(ManifestTest, NoChangeEndsInAnythingElse) {
     const Json good = Json::parse(copy.bytes("manifest.json"));
@@ -136,13 +148,7 @@ TEST_F(ManifestTest, NoChangeEndsInAnythingElse) {
     int refusals = 0, read_again = 0;
     for (const auto& place : places) {
         for (std::size_t index = 0; index <= odd.size(); ++index) {
-            Json table = good;
-            if (index < odd.size())
-                table[place] = odd[index];
-            else if (Json& parent = table[place.parent_pointer()]; parent.is_array())
-                parent.erase(std::stoul(place.back()));
-            else
-                parent.erase(place.back());
+            const Json table = changed(good, place, index < odd.size() ? &odd[index] : nullptr);
             try {
                 const Manifest manifest = parse(table.dump(-1, ' ', false, Json::error_handler_t::replace), "m");
                 manifest.diffusion.betas();
@@ -155,6 +161,19 @@ TEST_F(ManifestTest, NoChangeEndsInAnythingElse) {
     }
     EXPECT_GT(refusals, 500);
     EXPECT_GT(read_again, 20);
+}
+
+// refusals.py has asked Python about every place of this very manifest.
+TEST_F(ManifestTest, WhatPythonRefuses) {
+    std::ifstream file(REFUSED);
+    const Json good = Json::parse(copy.bytes("manifest.json")), changes = Json::parse(file);
+    for (const Json& change : changes) {
+        const auto value = change.find("value");
+        const Json::json_pointer place(change["place"].get<std::string>());
+        copy.write("manifest.json", changed(good, place, value == change.end() ? nullptr : &*value).dump());
+        EXPECT_THROW(read(copy.folder), BundleError) << change.dump();
+    }
+    EXPECT_GT(changes.size(), 1000u);
 }
 
 }  // namespace

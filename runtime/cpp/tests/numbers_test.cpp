@@ -47,7 +47,7 @@ TEST(Schedule, Betas) {
     for (const auto& entry : goldens()["diffusions"].items()) {
         const Diffusion made = diffusion(entry.key());
         const Array betas = made.betas(), levels = made.alpha_bar();
-        ASSERT_EQ(betas.size(), static_cast<std::size_t>(made.train_steps));
+        ASSERT_EQ(betas.size(), made.prediction == "velocity" ? 0 : static_cast<std::size_t>(made.train_steps));
         Array some_betas, some_levels;
         for (std::size_t t = 0; t < betas.size(); t += 7)
             some_betas.push_back(betas[t]), some_levels.push_back(levels[t]);
@@ -75,9 +75,13 @@ TEST(Solvers, EveryGoldenRun) {
             continue;
         }
         if (golden.contains("timesteps")) {
+            const Array asked = plan(diffusion(golden["diffusion"]), golden["solver"],
+                                     golden["steps"].get<std::int64_t>(), golden["spacing"]);
+            EXPECT_EQ(asked, golden["timesteps"].get<Array>());
+        }
+        if (golden.contains("alpha_bar_prev")) {
             const Schedule schedule = make_schedule(diffusion(golden["diffusion"]), golden["solver"],
                                                     golden["steps"].get<std::int64_t>(), golden["spacing"]);
-            EXPECT_EQ(schedule.timesteps, golden["timesteps"].get<std::vector<std::int64_t>>());
             EXPECT_LE(apart(schedule.alpha_bar_prev, golden["alpha_bar_prev"].get<Array>()), RTOL);
         }
         EXPECT_LE(apart(run(golden, respond), golden["x"].get<Array>()), RTOL);
@@ -91,7 +95,8 @@ TEST(Solvers, EveryGoldenRun) {
 TEST(Solvers, APerturbationShows) {
     int tried = 0;
     for (const Json& golden : goldens()["runs"]) {
-        if (!golden.contains("x") || golden["diffusion"] != "defaults" || golden["steps"] == 1) continue;
+        const bool taken = golden["diffusion"] == "defaults" || golden["diffusion"] == "velocity";
+        if (!golden.contains("x") || !taken || golden["steps"] == 1) continue;
         int step = 0;
         const Denoise wrong = [&](const Array& x, double t) {
             Prediction output = respond(x, t);
@@ -117,6 +122,7 @@ TEST(Solvers, Refusals) {
     EXPECT_THROW(with("ddim", 5, NAN, ""), UsageError);
     EXPECT_THROW(with("ddpm", 5, 0.5, ""), UsageError);
     EXPECT_THROW(with("ddim", 5, 0, "evenly"), UsageError);
+    EXPECT_THROW(with("euler", 5, 0, ""), UsageError);
     const Denoise silent = [](const Array& x, double t) { return Prediction{respond(x, t).prediction, {}}; };
     EXPECT_THROW(solve(Diffusion(), "ddpm", 5, Array(SIZE), draw({0}, 1), silent), UsageError);
     try {
@@ -127,12 +133,30 @@ TEST(Solvers, Refusals) {
     }
 }
 
+// A velocity takes the solvers of a flow alone, of even steps; the SDE's last step is one of its own.
+TEST(Solvers, RefusalsOfAVelocity) {
+    const auto refused = [](const std::string& solver, std::int64_t steps, double eta, const std::string& spacing) {
+        try {
+            solve(diffusion("velocity"), solver, steps, Array(SIZE), draw({0}, 1), respond, eta, spacing);
+        } catch (const UsageError& error) {
+            return std::string(error.what());
+        }
+        return std::string("nothing");
+    };
+    for (const auto& solver : NOISE_SOLVERS)
+        EXPECT_NE(refused(solver, 5, 0, "").find("velocity; take one of euler, heun, sde"), std::string::npos);
+    EXPECT_NE(refused("heun", 5, 0, "leading").find("its steps are even"), std::string::npos);
+    EXPECT_NE(refused("sde", 1, 0, "").find("at least 2"), std::string::npos);
+    EXPECT_NE(refused("euler", 1001, 0, "").find("1 to 1000"), std::string::npos);
+    EXPECT_NE(refused("sde", 5, 0.5, "").find("only ddim"), std::string::npos);
+    EXPECT_EQ(refused("sde", 2, 0, ""), "nothing");
+}
+
 // Every noise level is clipped away: nothing is left to visit.
 TEST(Solvers, NothingUnclipped) {
     Diffusion clipped;
     clipped.sampler.lambda_min_clipped = 100;
-    for (const auto& spacing : {"trailing", "linspace"})
-        EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
+    for (const auto& spacing : SPACINGS) EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
 }
 
 TEST(Noise, Streams) {

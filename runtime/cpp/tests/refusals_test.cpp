@@ -141,6 +141,40 @@ TEST_P(Api, ShapesThatDisagree) {
         << dit_message(fresh.get());
 }
 
+// A reference that is damaged, or of another bundle: a status and a sentence, and the pipeline draws on.
+TEST_P(Api, BadReferences) {
+    using Json = nlohmann::json;
+    const auto bad = [this](const char* words, const std::function<void(const BundleCopy&)>& damage, bool seal = true) {
+        const BundleCopy copy;
+        damage(copy);
+        const auto path = copy.folder / "reference.npz";
+        if (seal)
+            copy.edit([&](Json& table) {
+                table["files"]["reference.npz"] = {{"size", std::filesystem::file_size(path)},
+                                                   {"sha256", dit_runtime::sha256(path)}};
+            });
+        pipe.reset(dit_new());
+        ASSERT_EQ(dit_open(pipe.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(pipe.get());
+        refused(dit_verify(pipe.get(), nullptr, nullptr), DIT_BAD_BUNDLE, words);
+    };
+    const auto replace = [](const BundleCopy& copy, const std::string& from, const std::string& to) {
+        std::string content = copy.bytes("reference.npz");
+        for (std::size_t at = 0; (at = content.find(from, at)) != std::string::npos;)
+            content.replace(at, from.size(), to);
+        copy.write("reference.npz", content);
+    };
+    bad("sha256", [&](const BundleCopy& copy) { replace(copy, "variance", "varianse"); }, false);
+    bad("it lacks variance", [&](const BundleCopy& copy) { replace(copy, "variance", "varianse"); });
+    bad("cannot be read", [&](const BundleCopy& copy) { replace(copy, "'<i8'", "'|O8'"); });
+    for (const std::string content : {"", "PK\x03\x04", "hello"})
+        bad("reference.npz cannot be read", [&](const BundleCopy& copy) { copy.write("reference.npz", content); });
+    bad("fingerprint has 24 numbers, expected 20", [](const BundleCopy& copy) {
+        copy.edit([](Json& table) { table["num_classes"] = 4, table["labels"] = Json::array(); });
+    });
+    bad("the decoder is gone",
+        [](const BundleCopy& copy) { copy.edit([](Json& table) { table["graphs"].erase("decoder"); }); });
+}
+
 // One weight that is wrong: every sum is right, so only verification can notice.
 TEST_P(Api, AWrongWeightIsNotVerified) {
     const BundleCopy copy;

@@ -44,7 +44,7 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
     if not 1 <= batch <= largest or rounds < 1:
         raise UsageError(f"batch {batch}, rounds {rounds}; expected a batch of 1 to {largest} and at least one round")
     latents = Noise(0).normal((batch, *pipe.manifest.latent_shape))
-    timesteps, weights = np.full(batch, 500.0, np.float32), np.full(batch, 4.0, np.float32)
+    timesteps, weights = np.full(batch, pipe.manifest.diffusion.span / 2, np.float32), np.full(batch, 4.0, np.float32)
     ids = np.arange(batch) % pipe.manifest.num_classes
     rows = np.stack(
         [pipe.condition(timesteps, ids), pipe.condition(timesteps, np.full(batch, pipe.manifest.null_label))]

@@ -14,7 +14,7 @@ import numpy as np
 
 from dit_runtime import backends, bench, images, manifest, verify
 from dit_runtime.backends import Options, Tuning
-from dit_runtime.compiling import compile_graphs
+from dit_runtime.compiling import compile_graphs, obstacle
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import EngineError, Pipeline, Stopped
@@ -238,7 +238,7 @@ def _compile(options: argparse.Namespace) -> int:
     settings = Options(options.threads, options.provider, tuning=tuning(options))
     compiled = compile_graphs(folder, contract, options.backend, settings, Progress())
     manifest.write(folder, compiled)
-    if reason := next(filter(None, (backends.backend(g.backend).obstacle() for g in compiled.graphs.values())), None):
+    if reason := obstacle(compiled):
         print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
         return 0
     code = 1

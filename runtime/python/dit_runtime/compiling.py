@@ -17,13 +17,10 @@ def compile_graphs(folder: Path, contract: Manifest, backend: str, options: Opti
     engines = dict(contract.built_with.get("engines", {}))
     for graph_name, graph in contract.graphs.items():
         name = backends.choose(backend, graph.precision)
-        module = backends.backend(name)
-        form = f"{Path(graph.onnx).stem}.{getattr(module, 'FORM', name)}.onnx"
-        known = [file for file in (*graph.onnx_files, form, *graph.engines.get(name, ())) if file in contract.files]
-        manifest.check_files(folder, contract, known)
+        manifest.check_files(folder, contract, sorted({*graph.onnx_files, *graph.engines.get(name, ())}))
         islands = tuple(contract.built_with.get("islands", {}).get(graph_name, ()))
-        settings = replace(options, precision=graph.precision, form=form if form in known else None, islands=islands)
-        made, built = module.compile(folder, graph, settings, progress)
+        settings = replace(options, precision=graph.precision, islands=islands)
+        made, built = backends.backend(name).compile(folder, graph, settings, progress)
         if made:
             engines[name] = {**engines.get(name, {}), graph_name: built}
         graphs[graph_name] = replace(
@@ -32,3 +29,16 @@ def compile_graphs(folder: Path, contract: Manifest, backend: str, options: Opti
         files |= {file: manifest.describe(manifest.inside(folder, file)) for file in made}
     built_with = {**contract.built_with, **({"engines": engines} if engines else {})}
     return replace(contract, graphs=graphs, files=files, built_with=built_with)
+
+
+def obstacle(contract: Manifest) -> str | None:
+    """Why these engines cannot run here; None where they can."""
+    reasons = (backends.backend(graph.backend).obstacle() for graph in contract.graphs.values())
+    return next(filter(None, reasons), None)
+
+
+def targets(contract: Manifest) -> str:
+    """What its engines were compiled for, for people."""
+    graph = contract.graphs["denoiser"]
+    built = contract.built_with["engines"][graph.backend]["denoiser"]
+    return f"NVIDIA GPUs of compute capability {', '.join(built['compute_capabilities'])}"

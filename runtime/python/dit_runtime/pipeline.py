@@ -59,8 +59,8 @@ class Pipeline:
         """
         folder = Path(folder)
         contract = manifest.read(folder)
-        for graph in contract.graphs.values():
-            manifest.check_files(folder, contract, graph.files)
+        files = {file: None for graph in contract.graphs.values() for file in graph.files}  # in order, each once
+        manifest.check_files(folder, contract, files)
         cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
         pipe = cls(folder, contract, {}, options)
@@ -103,7 +103,8 @@ class Pipeline:
     ) -> NDArray[Any]:
         """Pictures uint8 [N, H, W, 3], or final latents float32 [N, C, H, W]; one a label, the same for the same seed.
 
-        `on_step(step, steps, latents)` is called after each step; returning True raises Stopped.
+        `on_step(step, steps, latents)` is called after each evaluation of the network, of which Heun's method needs two
+        a step; returning True raises Stopped.
         """
         if output not in ("images", "latents"):
             raise UsageError(f"output {output!r} is not known; known: images, latents")

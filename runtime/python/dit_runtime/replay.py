@@ -19,6 +19,7 @@ from dit_runtime import images, manifest
 from dit_runtime.errors import BundleError
 from dit_runtime.noise import Noise
 from dit_runtime.pipeline import EngineError, Pipeline
+from dit_runtime.solvers import EVALUATIONS
 
 REFERENCE = "reference.npz"
 FINGERPRINTS = 4  # numbers kept of each label's conditioning
@@ -26,7 +27,7 @@ FINGERPRINT_SEED = 0
 
 
 class Reference(NamedTuple):
-    """S steps of a run of B samples; every array is float32 unless said otherwise."""
+    """S steps (evaluations of the network) of a run of B samples; every array is float32 unless said otherwise."""
 
     betas: NDArray[np.float64]  # (T,)
     timesteps: NDArray[np.float64]  # (S,)
@@ -107,6 +108,7 @@ def replay(
 ) -> Replay:
     """All answers; a thorough replay asks without guidance at every step, not at three, and the decoder by itself."""
     contract, steps = pipe.manifest, len(reference.timesteps)
+    solver = contract.diffusion.sampler.solver
 
     def tick(done: int) -> None:
         if on_step is not None:
@@ -134,7 +136,7 @@ def replay(
     try:
         pipe.sample(
             [int(label) for label in reference.labels],
-            steps=steps,
+            steps=steps // EVALUATIONS[solver],
             guidance=[float(weight) for weight in reference.guidance],
             seed=[int(seed) for seed in reference.seeds],
             output="latents",

@@ -13,11 +13,19 @@ from numpy.typing import NDArray
 from dit_runtime.errors import BundleError, UsageError, nearest
 
 ORDERS = {"dpm++1": 1, "dpm++": 2, "dpm++3": 3}  # of the DPM-Solver++ family
-SOLVERS = ("ddpm", "ddim", *ORDERS)
+NOISE_SOLVERS = ("ddpm", "ddim", *ORDERS)  # from level to level of a noise schedule
+FLOW_SOLVERS = ("euler", "heun", "sde")  # along a velocity, in continuous time
+SOLVERS = (*NOISE_SOLVERS, *FLOW_SOLVERS)
+PREDICTIONS = {  # what a network may predict, and the solvers that fit
+    "epsilon": NOISE_SOLVERS,
+    "v_prediction": NOISE_SOLVERS,
+    "sample": NOISE_SOLVERS,
+    "velocity": FLOW_SOLVERS,  # x₀ - ε on the straight line t x₀ + (1 - t) ε (SiT, Ma et al. 2024)
+}
 SPACINGS = ("stride", "respaced", "leading", "trailing", "linspace")
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "prediction": ("epsilon", "v_prediction", "sample"),
+    "prediction": tuple(PREDICTIONS),
     "solver": SOLVERS,
     "ddpm_spacing": SPACINGS,
     "ddim_spacing": SPACINGS,
@@ -61,8 +69,8 @@ class Sampler:
 class Diffusion:
     """The forward process a model was trained with: the manifest's `diffusion` section."""
 
-    train_steps: int = 1000
-    beta_schedule: str = "linear"
+    train_steps: int = 1000  # also the most that a run may take
+    beta_schedule: str = "linear"  # of the noise schedule, as the two below; a velocity has none
     beta_start: float = 1e-4
     beta_end: float = 0.02
     trained_betas: tuple[float, ...] | None = None  # instead of the three fields above
@@ -79,13 +87,21 @@ class Diffusion:
             _require(count == self.train_steps, "trained_betas", f"{count} values", f"{self.train_steps}")
             for beta in self.trained_betas:
                 _require(_is_number(beta) and 0 < beta < 1, "trained_betas", beta, "numbers between 0 and 1")
+        require_fit(self, self.sampler.solver)
+
+    @property
+    def span(self) -> float:
+        """The range of the network's t, from 0."""
+        return 1.0 if self.prediction == "velocity" else float(self.train_steps)
 
     @property
     def betas(self) -> NDArray[np.float64]:
         """β of each training step: Ho et al. 2020 (linear), Rombach et al. 2022 (scaled), Nichol & Dhariwal 2021 (cos).
 
-        Only + - × ÷ √ in float64, cosine apart: so every machine gets the same bits.
+        Only + - × ÷ √ in float64, cosine apart: so every machine gets the same bits. A velocity has none.
         """
+        if self.prediction == "velocity":
+            return np.empty(0)
         if self.trained_betas is not None:
             return np.array(self.trained_betas, np.float64)
         if self.beta_schedule == "linear":
@@ -139,18 +155,18 @@ def timesteps(diffusion: Diffusion, solver: str, steps: int, spacing: str | None
     "linspace" are those of Lin et al. 2023, table 2. DPM-Solver++ divides the time into one interval a step, so
     its "leading" and "linspace" take N + 1 points and leave the last, t = 0, out.
     """
-    if solver not in SOLVERS:
-        raise UsageError(f"solver {solver!r} is not known{nearest(str(solver), SOLVERS)}; known: {', '.join(SOLVERS)}")
+    require_fit(diffusion, solver)
+    require_steps(diffusion, steps)
     total, sampler = diffusion.train_steps, diffusion.sampler
     spacing = spacing or _default_spacing(sampler, solver)
     if spacing not in SPACINGS:
         close = nearest(str(spacing), SPACINGS)
         raise UsageError(f"spacing {spacing!r} is not known{close}; known: {', '.join(SPACINGS)}")
-    if not is_integer(steps) or not 0 < steps <= total:
-        raise UsageError(f"steps is {steps!r}; expected an integer from 1 to {total}, the training steps")
 
     multistep = solver in ORDERS
     end = _count_unclipped(diffusion) if multistep else total
+    if not end:
+        raise UsageError(f"lambda_min_clipped is {sampler.lambda_min_clipped}: it leaves none of the {total} timesteps")
     points = steps + 1 if multistep else steps
     chosen: NDArray[Any]
     if spacing == "stride":
@@ -190,6 +206,23 @@ def make_schedule(diffusion: Diffusion, solver: str, steps: int, spacing: str | 
     if solver == "ddim" and (spacing or sampler.ddim_spacing) in ("leading", "trailing", "linspace"):
         previous = chosen - diffusion.train_steps // steps
     return Schedule(chosen, levels[chosen], np.where(previous >= 0, levels[previous], final))
+
+
+def require_fit(diffusion: Diffusion, solver: str) -> None:
+    """Refuses a solver that is not known, or that wants another prediction than this model's."""
+    if solver not in SOLVERS:
+        raise UsageError(f"solver {solver!r} is not known{nearest(str(solver), SOLVERS)}; known: {', '.join(SOLVERS)}")
+    if solver not in PREDICTIONS[diffusion.prediction]:
+        fit = ", ".join(PREDICTIONS[diffusion.prediction])
+        raise UsageError(
+            f"solver {solver!r} does not fit a model that predicts {diffusion.prediction}; take one of {fit}"
+        )
+
+
+def require_steps(diffusion: Diffusion, steps: int) -> None:
+    if not is_integer(steps) or not 0 < steps <= diffusion.train_steps:
+        most = diffusion.train_steps
+        raise UsageError(f"steps is {steps!r}; expected an integer from 1 to {most}, the training steps")
 
 
 def log_snr(alpha_bar: float) -> float:

@@ -1,12 +1,14 @@
 """Solvers as generators: each yields (x, t), is sent (prediction, variance or None), and returns the final x.
 
-Written in ᾱ alone, α = √ᾱ and σ = √(1 - ᾱ); a prime marks the level after the step. Arithmetic is float64.
+Those of a noise schedule are written in ᾱ alone, α = √ᾱ and σ = √(1 - ᾱ); those of a velocity in t, from noise at 0 to
+data at 1. A prime marks what is after the step. Arithmetic is float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,47 @@ from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError
 from dit_runtime.noise import Draw
-from dit_runtime.schedule import ORDERS, Diffusion, Schedule, log_snr, make_schedule, timesteps
+from dit_runtime.schedule import (
+    FLOW_SOLVERS,
+    ORDERS,
+    SOLVERS,
+    Diffusion,
+    Schedule,
+    log_snr,
+    make_schedule,
+    require_fit,
+    require_steps,
+    timesteps,
+)
 
 Array = NDArray[np.float64]
 Solver = Generator[tuple[Array, float], tuple[NDArray[Any], NDArray[Any] | None], Array]
 
+EVALUATIONS = {solver: 2 if solver == "heun" else 1 for solver in SOLVERS}  # of the network, a step
+LAST_STEP = 0.04  # of the SDE: its authors' value
+
 
 def plan(diffusion: Diffusion, solver: str, steps: int, spacing: str | None = None) -> Array:
-    """Every t that a run will ask for, in order; (N,)."""
-    return timesteps(diffusion, solver, steps, spacing).astype(np.float64)
+    """Every t that a run will ask for, in order; (N,), or (2 N,) where a step asks twice."""
+    if solver not in FLOW_SOLVERS:
+        return timesteps(diffusion, solver, steps, spacing).astype(np.float64)
+    times = flow_times(diffusion, solver, steps, spacing)
+    return times.repeat(2)[1:-1] if EVALUATIONS[solver] == 2 else times[:-1]
+
+
+def flow_times(diffusion: Diffusion, solver: str, steps: int, spacing: str | None = None) -> Array:
+    """A step's t and the next one's, evenly from 0 to 1; where noise is added, a last step of LAST_STEP; (N + 1,)."""
+    require_fit(diffusion, solver)
+    require_steps(diffusion, steps)
+    if spacing:
+        raise UsageError(f"spacing is {spacing!r} with solver {solver}; its steps are even")
+    if solver != "sde":
+        return np.arange(steps + 1) / steps
+    if steps < 2:
+        raise UsageError(
+            f"steps is {steps} with solver {solver}; expected at least 2, for its last is one of {LAST_STEP}"
+        )
+    return np.append(np.arange(steps) / (steps - 1) * (1 - LAST_STEP), 1.0)
 
 
 def solve(
@@ -36,12 +70,17 @@ def solve(
     spacing: str | None = None,
 ) -> Solver:
     """A run from x_T that draws its noise with `draw(shape)`; eta belongs to DDIM."""
-    schedule = make_schedule(diffusion, solver, steps, spacing)
     if not 0 <= eta <= 1:
         raise UsageError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
     if eta and solver != "ddim":
         raise UsageError(f"eta is {eta!r} with solver {solver}; only ddim takes it")
     x = np.asarray(x, np.float64)
+    if solver in FLOW_SOLVERS:
+        times = flow_times(diffusion, solver, steps, spacing)
+        if solver == "sde":
+            return sde(times, x, draw)
+        return euler(times, x) if solver == "euler" else heun(times, x)
+    schedule = make_schedule(diffusion, solver, steps, spacing)
     if solver == "ddpm":
         return ddpm(diffusion, schedule, x, draw)
     if solver == "ddim":
@@ -116,6 +155,38 @@ def dpm(diffusion: Diffusion, schedule: Schedule, x: Array, order: int) -> Solve
             slope = first + bend * ((lambdas[0] - lambdas[1]) / h)
             step = step + phi2 * slope + (0.5 - phi2 / h) * bend
         x = math.sqrt((1 - after) / (1 - level)) * x + math.sqrt(after) * step
+    return x
+
+
+def euler(times: Array, x: Array) -> Solver:
+    """Euler's method on dx/dt = v, the flow from noise to data: x' = x + (t' - t) v."""
+    for t, after in pairwise(times):
+        velocity, _ = yield x, float(t)
+        x = x + (after - t) * np.asarray(velocity, np.float64)
+    return x
+
+
+def heun(times: Array, x: Array) -> Solver:
+    """Heun's method on the same flow, of order 2: x' = x + (t' - t) (v(x, t) + v(x + (t' - t) v, t')) / 2."""
+    for t, after in pairwise(times):
+        velocity, _ = yield x, float(t)
+        first = np.asarray(velocity, np.float64)
+        velocity, _ = yield x + (after - t) * first, float(after)
+        x = x + (after - t) / 2 * (first + np.asarray(velocity, np.float64))
+    return x
+
+
+def sde(times: Array, x: Array, draw: Draw) -> Solver:
+    """Euler-Maruyama on SiT's reverse SDE, Ma et al. 2024 (arXiv 2401.08740), with their default coefficient.
+
+    dx = (v + w s) dt + √(2 w) dW,  w = 1 - t,  and the score s = -ε / (1 - t) = (t v - x) / (1 - t): so the drift is
+    (1 + t) v - x. The last step is the drift alone.
+    """
+    for t, after in pairwise(times):
+        velocity, _ = yield x, float(t)
+        x = x + (after - t) * ((1 + t) * np.asarray(velocity, np.float64) - x)
+        if after < 1:
+            x = x + math.sqrt(2 * (1 - t) * (after - t)) * draw(x.shape).astype(np.float64)
     return x
 
 

@@ -18,7 +18,7 @@ from dit_runtime.manifest import Manifest
 from dit_runtime.noise import draw
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.replay import REFERENCE, Reference, Replay, load_reference, relative_error, replay
-from dit_runtime.solvers import plan
+from dit_runtime.solvers import EVALUATIONS, plan
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def sampler(contract: Manifest, reference: Reference) -> Iterator[Check]:
     steps, betas = len(reference.timesteps), contract.diffusion.betas
     wrong = np.flatnonzero(betas != reference.betas) if betas.shape == reference.betas.shape else np.arange(len(betas))
     yield Check("betas that differ", len(wrong), 0, where=f"first at t = {wrong[0]}" if len(wrong) else "")
-    times = plan(contract.diffusion, contract.diffusion.sampler.solver, steps)
+    solver = contract.diffusion.sampler.solver
+    times = plan(contract.diffusion, solver, steps // EVALUATIONS[solver])
     yield Check("timesteps that differ", float(np.count_nonzero(times != reference.timesteps)), 0)
     seeds = [int(seed) for seed in reference.seeds]
     first = draw(seeds, len(seeds))(reference.latents[0].shape)

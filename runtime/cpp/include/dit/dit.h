@@ -106,7 +106,8 @@ typedef struct dit_request {
     const float* guidance; /* NULL: 4 */
     size_t num_guidance;   /* 1, or count */
     int steps;             /* 0: 25 */
-    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; NULL: the bundle's */
+    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity euler, heun, sde;
+                              NULL: the bundle's */
     const char* spacing;   /* stride, respaced, leading, trailing, linspace; NULL: the bundle's */
     double eta;            /* noise of ddim, 0 to 1 */
     const float* latents;  /* count · C · H · W numbers to start from; NULL: the seeds' noise */

@@ -1,8 +1,8 @@
 """One file a backend, imported only when it is asked for.
 
 A backend has
-* `PRECISIONS`; `OPENS_ONNX`, False where it needs engines made before; `AROUND`, the float type around int8 and fp8;
-  `TYPED`, the narrow types that it computes in where the graph holds them, and only there;
+* `PRECISIONS`; `AROUND`, the float type around int8 and fp8; `TYPED`, the narrow types that it computes in where the
+  graph holds them, and only there;
 * `version()`, None where it is not installed; `obstacle()`, why it cannot run here;
 * `compile(folder, graph, options, progress)`, which makes engine files of a bundle's graph;
 * `open(files, options)`, which gives an Engine.
@@ -49,7 +49,6 @@ class Options:
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
     tuning: Tuning = Tuning()
-    form: str | None = None  # the ONNX file to compile, where it is not the portable one
     islands: tuple[str, ...] = ()  # nodes of a typed graph that stay fp32
     built: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the engine that is opened
 

@@ -15,7 +15,6 @@ from dit_runtime.manifest import Graph
 from dit_runtime.progress import Progress
 
 PRECISIONS = ("fp32", "bf16", "int8")
-OPENS_ONNX = True
 AROUND = "bf16"
 TYPED: tuple[str, ...] = ()
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": AROUND}  # what OpenVINO computes the fp32 of a graph in

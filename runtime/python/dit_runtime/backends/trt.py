@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime.backends import Compiled, Engine, Options, Tuning, cuda
-from dit_runtime.backends.trt_network import census, gate, logger_of, monitor_of, profiles
+from dit_runtime.backends.trt_network import census, decompose_attention, gate, logger_of, monitor_of, profiles
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.manifest import Graph, inside
 from dit_runtime.progress import Progress
@@ -38,8 +38,6 @@ class Flavour:
     """A backend of this file; its fields are the table of differences."""
 
     PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-    OPENS_ONNX = False
-    FORM = "tensorrt"  # in the name of the ONNX form that both compile, where there is one
     AROUND = "fp16"
     TYPED = ("fp16", "bf16")
 
@@ -66,7 +64,7 @@ class Flavour:
 
     def compile(self, folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
         """NAME.BACKEND.engine from the bundle's ONNX; refused where the target, the disk or the memory cannot."""
-        trt, onnx = self.load(), inside(folder, options.form or graph.onnx)
+        trt, onnx = self.load(), inside(folder, graph.onnx)
         capabilities = self.targets(graph.precision, options.tuning)
         _preflight(folder, sum(inside(folder, file).stat().st_size for file in graph.onnx_files))
         stem = Path(graph.onnx).stem
@@ -81,6 +79,7 @@ class Flavour:
             if not parser.parse_from_file(str(onnx)) or not network.num_outputs:
                 reason = parser.get_error(0).desc() if parser.num_errors else logger.last or "it holds no network"
                 raise BundleError(f"{onnx}: {self.name} does not take it: {' '.join(reason.split())}")
+            decompose_attention(trt, network)
             found = census(trt, network)
             gate(stem, found, graph.precision, self.AROUND, options.islands)
             config = self._configure(trt, builder, network, graph, options.tuning, capabilities)

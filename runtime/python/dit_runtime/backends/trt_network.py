@@ -57,6 +57,15 @@ def census(trt: Any, network: Any) -> dict[str, str]:
     return found
 
 
+def decompose_attention(trt: Any, network: Any) -> None:
+    """Lets attention that has no kernel of its own (fp32, a VAE's head of 512) become products and a softmax."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = trt.IAttentionInputLayer  # as a layer is cast in its Python API
+            layer.attention.decomposable = True
+
+
 def gate(name: str, found: Mapping[str, str], precision: str, around: str, islands: Collection[str]) -> None:
     """Refuses a graph whose products are not in the asked precision, beyond the listed islands."""
     allowed = (precision, around) if precision in QUANTIZED else (precision,)
@@ -72,7 +81,7 @@ def gate(name: str, found: Mapping[str, str], precision: str, around: str, islan
 
 def _listed(name: str, islands: Collection[str]) -> bool:
     """A layer has its node's name, with an end where the node became several."""
-    return any(name.removesuffix(end) in islands for end in ("", "_AttentionInput", "_scores"))
+    return any(name.removesuffix(end) in islands for end in ("", "_AttentionInput"))
 
 
 def logger_of(trt: Any) -> Any:
