@@ -12,7 +12,7 @@ from dit_runtime.errors import UsageError, nearest
 from dit_runtime.manifest import TensorSpec
 
 CONDITIONINGS = ("adaln-zero",)
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dit_export.fuse.pack import pack
 from dit_export.fuse.qkv import split_qkv
 from dit_export.graphs import sign
 from dit_export.spec import ModelSpec, signatures
+from dit_runtime.backends import QUANTIZED
 
 
 class Fused(NamedTuple):
@@ -25,7 +26,7 @@ class Fused(NamedTuple):
     counts: dict[str, int]
 
 
-# What was measured to be faster (ARCHITECTURE.md, "Fusions per backend"), on top of what the backend fuses by itself.
+# What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
     "onnxruntime": (plain_attention, group_norm, dynamic),
     "openvino": (split_qkv, group_norm),
@@ -35,7 +36,7 @@ LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
 def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
     floats = sum(name.endswith("attention") for name in kept)
-    quantized = 4 * spec.depth - len(kept) + floats if precision == "int8" else 0  # qkv, proj, fc1, fc2
+    quantized = 4 * spec.depth - len(kept) + floats if precision in QUANTIZED else 0  # qkv, proj, fc1, fc2
     return {
         "hoist": spec.num_vectors,
         "pack": spec.num_vectors,

@@ -13,10 +13,11 @@ import pytest
 
 from dit_runtime import Pipeline, UsageError, backends, manifest
 from dit_runtime.backends import Options
+from dit_runtime.backends.trt import Flavour
 from dit_runtime.cli import main
 from dit_runtime.conditioning import Table
 
-BACKENDS = [*backends.BACKENDS]
+BACKENDS = ["openvino", "onnxruntime"]  # those of every CPU
 
 
 @pytest.fixture(autouse=True)
@@ -86,12 +87,15 @@ def test_products_do_not_saturate_where_there_is_no_vnni(meta_copy) -> None:
 def test_auto_takes_the_first_that_can(monkeypatch) -> None:
     assert backends.choose("auto") == "openvino"
     assert backends.choose("auto", "fp16") == "onnxruntime"
+    assert backends.choose("auto", "fp8") == "tensorrt-rtx"  # which compiles here and runs elsewhere
     assert backends.choose("onnxruntime") == "onnxruntime"
     with pytest.raises(UsageError, match="has no bf16; it has fp32, fp16"):
         backends.choose("onnxruntime", "bf16")
     monkeypatch.setattr(backends.backend("openvino"), "version", lambda: None)
     assert backends.choose("auto") == "onnxruntime"
-    with pytest.raises(UsageError, match=r"no backend for bf16 is installed: pip install 'dit-export\[openvino\]'"):
+    monkeypatch.setattr(Flavour, "version", lambda self: None)
+    extras = r"'dit-export\[tensorrt\]' or 'dit-export\[tensorrt-rtx\]' or 'dit-export\[openvino\]'"
+    with pytest.raises(UsageError, match=f"no backend for bf16 is installed: pip install {extras}"):
         backends.choose("auto", "bf16")
     with pytest.raises(UsageError, match=r"not installed: pip install 'dit-export\[openvino\]'"):
         backends.choose("openvino")

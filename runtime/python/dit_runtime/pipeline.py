@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dit_runtime import backends, images, manifest, noise
 from dit_runtime.backends import Engine, Options
 from dit_runtime.conditioning import Table
-from dit_runtime.errors import BundleError, UsageError, nearest
+from dit_runtime.errors import BundleError, EngineError, UsageError, nearest
 from dit_runtime.manifest import Manifest
 from dit_runtime.schedule import is_integer
 from dit_runtime.solvers import plan, solve
@@ -35,10 +35,6 @@ def _cache(contract: Manifest) -> Path:
 
 class Stopped(Exception):
     """`on_step` asked to stop the run."""
-
-
-class EngineError(RuntimeError):
-    """An engine gave something that no sound engine gives."""
 
 
 class Pipeline:
@@ -80,9 +76,11 @@ class Pipeline:
                 self.close()
                 if name == "conditioner" and backends.versions()[backends.LEANEST]:
                     graph = replace(graph, backend=backends.LEANEST)
+                    manifest.check_files(self.folder, self.manifest, graph.files)
             module = backends.backend(backends.choose(graph.backend, graph.precision))
             files = [manifest.inside(self.folder, file) for file in graph.files]
-            engine: Engine = module.open(files, replace(self._options, precision=graph.precision))
+            built = self.manifest.built_with.get("engines", {}).get(graph.backend, {}).get(name, {})
+            engine: Engine = module.open(files, replace(self._options, precision=graph.precision, built=built))
             expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
             if engine.io != expected:
                 raise BundleError(f"{self.folder}: {name} has inputs and outputs {engine.io}, expected {expected}")
