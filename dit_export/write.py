@@ -32,6 +32,7 @@ from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.progress import Progress
 
 CONDITIONER_ROWS = 64  # (t, label) pairs a call: of XL/2's 783 kB a pair 50 MB
+CONTEXT_ROWS = 8  # captions a call: of XL/2's 31 MB
 DECODER_ROWS = 2  # a 512 px picture's activations are hundreds of MB, and a batch gains nothing on a CPU
 Wide = dict[str, dict[str, float]]  # by graph and tensor, the largest magnitude that was seen
 TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
@@ -53,8 +54,7 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
         trace.export_dit(loaded.model).save(folder / "dit.onnx", external_data=True)
     if decoder is not None:
         with progress.stage("trace: VAE decoder to ONNX"):
-            shape = (spec.channels, spec.latent_size, spec.latent_size)
-            trace.export_decoder(decoder, shape).save(folder / "decoder.onnx", external_data=True)
+            trace.export_decoder(decoder, spec.latent_shape).save(folder / "decoder.onnx", external_data=True)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Int8:
 @dataclass(frozen=True)
 class Fused:
     graphs: dict[str, Written]
-    divisors: NDArray[np.float32] | float = 1.0  # (K, D): what smoothing folded into the conditioner
+    divisors: NDArray[np.float32] | float = 1.0  # (K + M, D): what smoothing folded into what leaves the loop
 
 
 def fuse_graphs(
@@ -92,16 +92,19 @@ def fuse_graphs(
     kept: list[str] = []
     lowerings = LOWERINGS
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
-        conditioner, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
+        conditioner, context, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
         if int8 is not None:
             kept = named(find(denoiser), int8.keep)
-            chosen = smooth(conditioner, denoiser, int8.calibration)
+            chosen = smooth(conditioner, denoiser, int8.calibration, context=context)
             grids = attention.steps(denoiser, int8.calibration, kept)
             lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
-            divisors = vector_divisors(denoiser, chosen, spec.num_vectors, spec.hidden)
+            divisors = vector_divisors(denoiser, chosen, spec.hidden)
             counts |= {"quantize": quantize(denoiser, chosen, kept, kind=precision)}
         graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
+        if context is not None:
+            graphs.save(context, folder / "context.onnx")
+            written["context"] = Written("fp32", {}, {})
         target = Target(precision, backend, (wide or {}).get("denoiser", ()))
         expected = expected_counts(spec, precision, kept)
         written["denoiser"] = _write(folder, "denoiser", denoiser, target, counts, expected, lowerings)
@@ -202,7 +205,12 @@ def _write(
 
 def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
     spec = loaded.spec
-    rows = {"conditioner": CONDITIONER_ROWS, "denoiser": recipe.max_batch, "decoder": DECODER_ROWS}
+    rows = {
+        "conditioner": CONDITIONER_ROWS,
+        "context": CONTEXT_ROWS,
+        "denoiser": recipe.max_batch,
+        "decoder": DECODER_ROWS,
+    }
     described = {
         name: Graph(
             f"{name}.onnx",
@@ -217,7 +225,7 @@ def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written
     }
     return Manifest(
         model={"name": table_name(spec), "resolution": spec.resolution, **asdict(spec)},
-        latent_shape=(spec.channels, spec.latent_size, spec.latent_size),
+        latent_shape=spec.latent_shape,
         latent_scale=None if loaded.vae is None else float(loaded.vae.config.scaling_factor),
         num_classes=spec.num_classes,
         labels=loaded.labels,

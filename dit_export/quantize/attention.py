@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from dit_export.fuse import LOWERINGS
 from dit_export.fuse.attention import decompose, is_plain
 from dit_export.quantize.calibrate import Calibration
-from dit_export.quantize.layers import ATTENTION, find, maker
+from dit_export.quantize.layers import ATTENTION, find, unmoved
 from dit_export.quantize.qdq import between
 from dit_export.quantize.smooth import HEADROOM, LEVELS
 from dit_runtime.errors import UsageError
@@ -35,9 +35,7 @@ def steps(denoiser: gs.Graph, calibration: Calibration, keep: Collection[str]) -
         if output is None:
             raise UsageError("the calibration does not know what qkv gives; calibrate anew")
         q, k, _ = np.split(output, 3)
-        attention = maker(proj.x)
-        assert attention is not None
-        found[attention.outputs[0].name] = [float(HEADROOM * part.max() / LEVELS) for part in (q, k)]
+        found[unmoved(proj.x).name] = [float(HEADROOM * part.max() / LEVELS) for part in (q, k)]
     return found
 
 

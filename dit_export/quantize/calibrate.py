@@ -6,6 +6,7 @@ XL/2 keeps no activations in memory, only 112 vectors and a bounded sample.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,9 @@ def calibrate(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> 
     """Runs the fp32 bundle in `folder` from noise to latents, and looks on."""
     tapped = folder / "tapped.onnx"
     rng = np.random.default_rng(plan.seed)
-    model = manifest.read(folder).model
-    names = add_taps(graph := graphs.load(folder / "denoiser.onnx"), (model["latent_size"] // model["patch"]) ** 2, rng)
+    contract = manifest.read(folder)
+    patches = math.prod(contract.latent_shape[1:]) // contract.model["patch"] ** 2
+    names = add_taps(graph := graphs.load(folder / "denoiser.onnx"), patches, rng)
     files = graphs.save(graph, tapped)
     with Pipeline.load(folder) as pipe:
         classes, done, total = pipe.manifest.num_classes, 0, -(-plan.pictures // plan.batch) * plan.steps

@@ -96,13 +96,17 @@ class Search:
         decoder: Engine | None,
         tick: Tick,
     ) -> None:
-        conditioner, self._denoiser = (graphs.load(folder / f"{name}.onnx") for name in ("conditioner", "denoiser"))
-        self._calibration, self._chosen = calibration, smooth(conditioner, self._denoiser, calibration)
+        self._calibration = calibration
         self._work, self._contract, self._decoder, self._tick = folder / "search", manifest.read(folder), decoder, tick
+        found = {name: graphs.load(folder / f"{name}.onnx") for name in self._contract.graphs if name != "decoder"}
+        self._denoiser = found.pop("denoiser")
+        self._chosen = smooth(found["conditioner"], self._denoiser, calibration, context=found.get("context"))
         self._work.mkdir()
-        files = graphs.save(conditioner, self._work / "conditioner.onnx")
         graphs.save(self._denoiser, self._work / "denoiser.onnx")
-        self._conditioner = backends.backend(BACKEND).open([self._work / file for file in files], Options())
+        self._once = {}  # the engines of what runs once an image
+        for name, graph in found.items():
+            files = graphs.save(graph, self._work / f"{name}.onnx")
+            self._once[name] = backends.backend(BACKEND).open([self._work / file for file in files], Options())
         self.layers = find(self._denoiser)
         in_int8 = backend in attention.BACKENDS
         self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
@@ -150,9 +154,10 @@ class Search:
     def _step(self, pipe: Pipeline) -> Callable[[], object]:
         label = self._labels[:1]
         rows = pipe.table([self._contract.diffusion.train_steps / 2], label, guided=True)(0, slice(0, 1))
+        context = pipe.examples(label, guided=True)(slice(None))
         noise = np.random.default_rng(SEED).normal(size=(1, *self._contract.latent_shape)).astype(np.float32)
         weights = np.full(1, GUIDANCE, np.float32)
-        return lambda: pipe.denoise(noise, rows, weights)
+        return lambda: pipe.denoise(noise, rows, weights, context)
 
     def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
         """The error of the prediction where one layer alone is int8, conditional and null rows."""
@@ -171,7 +176,8 @@ class Search:
             ids = np.array([self._labels[0], self._contract.null_label])
             rows = pipe.condition(np.full(len(ids), times[step], np.float32), ids)
             x = np.repeat(trajectory[step - 1][:1], len(ids), axis=0)  # after a step stands what the next one sees
-            answers.append(pipe.denoise(x, rows[None], np.ones(len(ids), np.float32))[0])
+            context = pipe.examples(ids.tolist(), guided=False)(slice(None))
+            answers.append(pipe.denoise(x, rows[None], np.ones(len(ids), np.float32), context)[0])
         return np.concatenate(answers)
 
     def _trajectory(self, pipe: Pipeline) -> list[Latents]:
@@ -235,7 +241,7 @@ class Search:
         files = graphs.save(graph, path)
         engine = backends.backend(backend).open([self._work / file for file in files], Options(precision=precision))
         try:
-            yield Pipeline(self._work, self._contract, {"conditioner": self._conditioner, "denoiser": engine})
+            yield Pipeline(self._work, self._contract, {**self._once, "denoiser": engine})
         finally:
             engine.close()
             for own in (path, path.with_name(graphs.data_name(path.name))):

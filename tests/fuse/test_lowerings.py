@@ -124,11 +124,26 @@ def test_plain_attention(run: Run, attrs: dict) -> None:
     assert np.abs(run(graph, inputs | {"k": inputs["v"]})[0] - expected).max() > 0.1
 
 
-def test_attention_with_a_mask_stays() -> None:
+def test_a_mask_is_added_to_the_scores(run: Run) -> None:
+    graph = attention()
+    mask = gs.Variable("mask", dtype=np.float32, shape=["n", 1, 5, 5])
+    graph.inputs.append(mask)
+    graph.nodes[0].inputs.append(mask)
+    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"} | {"mask": np.zeros((2, 1, 5, 5), np.float32)}
+    inputs["mask"][1, :, :, 3:] = -10_000
+    (expected,) = run(graph, inputs)
+    assert plain_attention(graph) == 1
+    assert graphs.census(graph) == {"MatMul": 2, "Transpose": 1, "Mul": 1, "Add": 1, "Softmax": 1}
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
+    inputs["mask"][1] = 0
+    assert np.abs(run(graph, inputs)[0] - expected).max() > 0.1
+
+
+def test_other_attention_stays() -> None:
     graph = attention(is_causal=1)
     assert plain_attention(graph) == 0
     graph = attention()
-    graph.nodes[0].inputs.append(gs.Variable("mask", dtype=np.float32, shape=[5, 5]))
+    graph.nodes[0].inputs.append(gs.Variable("mask", dtype=np.bool_, shape=[5, 5]))  # which scores count, not a sum
     assert plain_attention(graph) == 0
 
 
