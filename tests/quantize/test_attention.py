@@ -28,7 +28,9 @@ def prediction(graph: gs.Graph, folder: Path, name: str) -> np.ndarray:
         "guidance": np.ones(2, np.float32),
     }
     files = graphs.save(graph, folder / f"{name}.onnx")
-    engine = backends.backend("onnxruntime").open([folder / file for file in files], Options(threads=1))
+    engine = backends.backend("openvino").open(
+        [folder / file for file in files], Options(threads=1)
+    )  # computes in fp32
     return engine.run(inputs)["prediction"]
 
 
