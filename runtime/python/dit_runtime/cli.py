@@ -181,7 +181,8 @@ def summary(folder: Path, contract: Manifest) -> str:
         f"{folder}",
         f"model      {model.get('name')} at {model.get('resolution')} px, {contract.num_classes} classes"
         f"{'' if contract.labels else ' without names'}",
-        f"sampling   {sampler.solver}, guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
+        f"sampling   {sampler.solver} on {contract.diffusion.prediction}, "
+        f"guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
     ]
     for name, graph in contract.graphs.items():
         lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")

@@ -105,8 +105,8 @@ class Pipeline:
     ) -> NDArray[Any]:
         """Pictures uint8 [N, H, W, 3], or final latents float32 [N, C, H, W]; one a label, the same for the same seed.
 
-        `on_step(step, steps, latents)` is called after each evaluation of the network, of which Heun's method needs two
-        a step; returning True raises Stopped.
+        `on_step(step, steps, latents)` is called after each evaluation of the network, of which a step of Heun's method
+        needs two; returning True raises Stopped.
         """
         if output not in ("images", "latents"):
             raise UsageError(f"output {output!r} is not known; known: images, latents")
