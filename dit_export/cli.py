@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_export.bench import command as bench_command
-from dit_export.spec import MODELS, PRECISIONS, Recipe
+from dit_export.spec import CONDITIONINGS, MODELS, PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
 from dit_runtime import backends, manifest
-from dit_runtime.cli import Parser, add_bundle, guarded, report
+from dit_runtime.cli import Parser, add_bundle, add_tuning, guarded, report, tuning
+from dit_runtime.compiling import obstacle, targets
 from dit_runtime.errors import UsageError
-from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.schedule import PREDICTIONS
 
@@ -41,24 +41,16 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     build = commands.add_parser("build", help="checkpoint -> verified bundle")
-    build.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
-    build.add_argument("--resolution", type=int, help="of the pictures; 256 unless the checkpoint says otherwise")
-    build.add_argument("--precision", help=", ".join(PRECISIONS))
-    build.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
-    build.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")
-    build.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
-    build.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
-    build.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
-    build.add_argument(
-        "--prediction", help=f"what the network gives, where no scheduler says it: {', '.join(PREDICTIONS)}"
-    )
-    build.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
-    build.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="made-up weights")
-    build.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
-    build.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")
-    build.add_argument("-o", "--output", metavar="DIR", help="default: a folder in engines/build")
-    build.add_argument("--json", action="store_true", help="the checks, for machines, on standard output")
+    _add_recipe(build)
+    add_tuning(build)
     build.set_defaults(command=_build)
+
+    quantize = commands.add_parser("quantize", help="an int8 bundle whose layers were tried one by one, and its recipe")
+    _add_recipe(quantize)
+    quantize.add_argument("--budget", metavar="METRIC=N", help="PSNR=35 or latent-rel-l2=0.05, at the end of runs")
+    quantize.add_argument("--tune", action="store_true", help="leave in float what int8 makes no faster here")
+    quantize.add_argument("--recipe", type=Path, metavar="FILE.toml", help="default: BUNDLE.toml beside the bundle")
+    quantize.set_defaults(command=_quantize)
 
     inspect = commands.add_parser("inspect", help="what a bundle or an ONNX file holds")
     inspect.add_argument("path", type=Path)
@@ -89,8 +81,14 @@ def _parser() -> Parser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--no-resume", dest="resume", action="store_false", help="forget what an earlier run reached")
     train.set_defaults(command=_demo_train)
-    show = parts.add_parser("show", help="build and verify its bundle, draw a grid, let the judge score it")
-    show.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: a folder in engines/build")
+    show = parts.add_parser("show", help="build and verify it in fp32 and int8, draw grids, let the judge score them")
+    show.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="of the bundles demo-fp32 and demo-int8; default: engines/build",
+    )
     show.set_defaults(command=_demo_show)
     score = parts.add_parser("score", help="a bundle of it and PyTorch before the judge")
     score.add_argument("bundle", type=Path)
@@ -106,6 +104,30 @@ def _parser() -> Parser:
     return parser
 
 
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
+    parser.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint knows its own")
+    parser.add_argument(
+        "--resolution", help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise"
+    )
+    parser.add_argument("--precision", help=", ".join(PRECISIONS))
+    parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
+    parser.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")
+    parser.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
+    parser.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
+    parser.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
+    parser.add_argument(
+        "--prediction", help=f"what the network gives, where no scheduler says it: {', '.join(PREDICTIONS)}"
+    )
+    parser.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
+    parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", "block 0", fc2')
+    parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="made-up weights")
+    parser.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
+    parser.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")
+    parser.add_argument("-o", "--output", metavar="DIR", help="default: a folder in engines/build")
+    parser.add_argument("--json", action="store_true", help="the checks, for machines, on standard output")
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The recipe file's fields, then the flags that were given."""
     recipe, given = Recipe(), {field.name: getattr(options, field.name) for field in fields(Recipe)}
@@ -117,7 +139,32 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _build(options: argparse.Namespace) -> int:
     from dit_export.build import build
 
-    built = build(_recipe(options), Progress())
+    return _built(build(_recipe(options), Progress(), tuning=tuning(options)), options)
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from dit_export.build import build
+    from dit_export.quantize.search import Budget, Wish
+
+    recipe = _recipe(options)
+    if options.precision not in (None, "int8"):
+        raise UsageError(f"precision {options.precision!r}; expected int8, or nothing")
+    budget = Budget.parse(options.budget) if options.budget else None
+    if options.recipe and not options.recipe.parent.is_dir():
+        raise UsageError(f"{options.recipe}: the folder {options.recipe.parent} does not exist")
+    built = build(replace(recipe, precision="int8"), Progress(), Wish(budget, options.tune))
+    path = options.recipe or built.folder.with_name(f"{built.folder.name}.toml")
+    found = Recipe(**manifest.read(built.folder).source["recipe"])
+    path.write_text(found.to_toml(), encoding="utf-8")
+    code = _built(built, options)
+    print(
+        f"in float: {', '.join(found.keep_float or []) or 'no layer'}\nrecipe: {path}",
+        file=sys.stderr if options.json else sys.stdout,
+    )
+    return code
+
+
+def _built(built: Built, options: argparse.Namespace) -> int:
     code = _report(built, options.json)
     out = sys.stderr if options.json else sys.stdout
     if code:
@@ -127,6 +174,12 @@ def _build(options: argparse.Namespace) -> int:
         labels = f"--labels {contract.num_classes // 4} {3 * contract.num_classes // 4}"
         to_file = "" if "decoder" in contract.graphs else " -o latents.npy"
         print(f"bundle: {built.folder}\nsample: {_dit_run()} sample {built.folder} {labels}{to_file}", file=out)
+        if reason := obstacle(contract):
+            print(
+                f"verified through its rounding twins, for it does not run here: {reason}\n"
+                f"it runs on {targets(contract)}; there, prove it: {_dit_run()} verify {built.folder}",
+                file=out,
+            )
     return code
 
 
@@ -156,8 +209,8 @@ def _verify(options: argparse.Namespace) -> int:
     with progress.stage("weights"):
         loaded = load_source(contract, options.bundle)
     decoder = None if loaded.vae is None else Decoder(loaded.vae).eval()
-    with Pipeline.load(options.bundle, threads=options.threads, provider=options.provider) as pipe:
-        return _report(check(pipe, loaded, decoder, progress), options.json)
+    built = check(options.bundle, loaded, decoder, progress, threads=options.threads, provider=options.provider)
+    return _report(built, options.json)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -201,15 +254,19 @@ def _hoist(options: argparse.Namespace) -> int:
 def _demo_show(options: argparse.Namespace) -> int:
     from dit_export.demo import run
 
-    shown = run.demo(options.weights, options.output or run.BUNDLE, _count(options), Progress())
-    scores = {"bundle": shown.score}
+    shown = run.demo(options.weights, options.output or run.FOLDER, _count(options), Progress())
+    scores = {one.name: one.score for one in shown}
+    code = int(not all(one.built.passed for one in shown))
     if options.json:
         print(run.to_json(scores))
-        return int(not shown.built.passed)
-    code = _report(shown.built, as_json=False)
+        return code
+    for one in shown:
+        print(f"{one.name}:")
+        _report(one.built, as_json=False)
     print(run.table(scores))
-    print(f"grid: {shown.grid}\nreport: {shown.built.folder}/report.html")
-    print(f'sample: {_dit_run()} sample {shown.built.folder} --labels "red circle" "blue star"')
+    for one in shown:
+        print(f"{one.name}: grid {one.grid}, report {one.built.folder}/report.html")
+    print(f'sample: {_dit_run()} sample {shown[-1].built.folder} --labels "red circle" "blue star"')
     return code
 
 

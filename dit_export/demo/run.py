@@ -1,10 +1,11 @@
-"""`dit-export demo show | score | judge`: the bundle of trained weights, a grid of its samples, the judge's verdict."""
+"""`dit-export demo show | score | judge`: bundles of the trained weights, grids of samples, the judge's verdict."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,21 @@ from numpy.typing import NDArray
 
 from dit_export import trace
 from dit_export.build import Built, build
+from dit_export.build import page as report_page
 from dit_export.demo import data, score, store
 from dit_export.demo.score import Score
 from dit_export.models.vit import ViT
 from dit_export.spec import Recipe
-from dit_runtime import images
+from dit_export.verify import report
+from dit_runtime import images, manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 
-BUNDLE = Path("engines/build/demo-fp32")
+FOLDER = Path("engines/build")
+PRECISIONS = ("fp32", "int8")
 COLUMNS = 8  # pictures of each class in the grid
+SPARSE, SHEET = 4, 10  # in the report every fourth of them, ten in a row
 STEPS, GUIDANCE = 25, 4.0
 BATCH = 50
 REFERENCE = 2_000  # held-out pictures for the quick score; `demo score` takes score.REFERENCE
@@ -31,24 +36,41 @@ REFERENCE = 2_000  # held-out pictures for the quick score; `demo score` takes s
 
 @dataclass(frozen=True)
 class Shown:
+    name: str  # demo-int8
     built: Built
     grid: Path
     score: Score
 
 
-def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> Shown:
-    """Builds and verifies the bundle, draws a grid beside it, and scores `count` pictures."""
+def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> list[Shown]:
+    """Builds and verifies a bundle in each precision, draws a grid beside it, and scores `count` pictures."""
     weights = _present(weights)
-    built = build(Recipe(checkpoint=str(weights), max_batch=BATCH, output=str(folder)), progress)
-    grid = built.folder.with_name(f"{built.folder.name}-grid.png")
-    labels = [label for label in range(len(data.CLASSES)) for _ in range(COLUMNS)]
     judge = store.load_judge(weights)
-    with Pipeline.load(built.folder) as pipe:
-        with progress.stage("demo: a grid, one row a class"):
-            images.write_png(grid, images.grid(sample(pipe, labels, seed=0), COLUMNS))
-        with progress.stage(f"demo: {count} pictures before the judge"):
-            result = score_bundle(pipe, judge, count, score.reference_features(judge, REFERENCE))
-    return Shown(built, grid, result)
+    real = score.reference_features(judge, REFERENCE)
+    labels = [label for label in range(len(data.CLASSES)) for _ in range(COLUMNS)]
+    shown, sheets = [], []
+    with tempfile.TemporaryDirectory(prefix="dit-demo-") as temporary:
+        for precision in PRECISIONS:
+            name = f"demo-{precision}"
+            recipe = Recipe(checkpoint=str(weights), precision=precision, max_batch=BATCH, output=str(folder / name))
+            built = build(recipe, progress, traced=Path(temporary) / "traced")
+            grid = built.folder.with_name(f"{built.folder.name}-grid.png")
+            with Pipeline.load(built.folder) as pipe:
+                with progress.stage(f"{name}: a grid, one row a class"):
+                    pictures = sample(pipe, labels, seed=0)
+                    images.write_png(grid, images.grid(pictures, COLUMNS))
+                with progress.stage(f"{name}: {count} pictures before the judge"):
+                    result = score_bundle(pipe, judge, count, real)
+            shown.append(Shown(name, built, grid, result))
+            sheets.append(report.Exhibit(f"{name}: {_said(result)}", images.grid(pictures[::SPARSE], SHEET)))
+    for one in shown:
+        page = report_page(one.name, manifest.read(one.built.folder), one.built)
+        report.write(one.built.folder / report.NAME, one.built.folder, replace(page, exhibits=sheets))
+    return shown
+
+
+def _said(result: Score) -> str:
+    return f"the judge agrees with {result.accuracy.value:.1%} of {result.pictures}, Fréchet {result.frechet.value:.2f}"
 
 
 def sample(pipe: Pipeline, labels: Sequence[int], seed: int) -> NDArray[np.uint8]:

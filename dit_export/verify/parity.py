@@ -10,6 +10,7 @@ import torch
 from dit_export.models.dit import DiT
 from dit_export.trace import Decoder
 from dit_export.verify.reference import evaluate, guide
+from dit_runtime.errors import EngineError
 from dit_runtime.images import psnr
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.replay import Reference, relative_error
@@ -18,6 +19,8 @@ from dit_runtime.verify import TOLERANCES, Check
 PROOF_FACTOR = 10  # a wrong input must miss fp32's tolerance by this much
 NARROW_PROOF_FACTOR = 3  # and another label a wider tolerance
 TIMESTEP_SHIFT = 0.05  # of the schedule
+FINITE_LABELS = 16  # spread over the classes
+FINITE_SEED = 2000  # neither the reference's nor calibration's
 DECODER_PSNR = {"fp32": 80.0, "bf16": 40.0, "fp16": 55.0}  # of float pictures in [0, 1]: measured 110, 50 and 71 dB
 
 
@@ -30,7 +33,7 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
     step = len(reference.timesteps) // 2
     t, guidance = float(reference.timesteps[step]), reference.guidance
     classes = pipe.manifest.num_classes
-    labels = [int(label) for label in reference.labels]
+    labels, everyone = [int(label) for label in reference.labels], slice(0, len(reference.labels))
     span = pipe.manifest.diffusion.span
     moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
     others = [(label + 1) % classes if classes > 1 else pipe.manifest.null_label for label in labels]
@@ -41,14 +44,16 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
         ("proof: guidance x 2", t, labels, 2 * guidance),
         ("proof: t moved by 5 %", moved, labels, guidance),
     ):
-        rows = pipe.table([time], ids, guided=True)(0, slice(0, len(ids)))
-        prediction, _ = pipe.denoise(reference.latents[step], rows, weights)
+        rows = pipe.table([time], ids, guided=True)(0, everyone)
+        context = pipe.examples(ids, guided=True)(everyone)
+        prediction, _ = pipe.denoise(reference.latents[step], rows, weights, context)
         error = relative_error(prediction, reference.prediction[step])
         checks.append(Check(name, error, limit, at_least=True, where=f"t = {t:g}"))
     precision = pipe.manifest.graphs["denoiser"].precision
     if precision != "fp32":
-        rows = pipe.table([t], others, guided=False)(0, slice(0, len(others)))
-        prediction, _ = pipe.denoise(reference.latents[step], rows, guidance)
+        rows = pipe.table([t], others, guided=False)(0, everyone)
+        context = pipe.examples(others, guided=False)(everyone)
+        prediction, _ = pipe.denoise(reference.latents[step], rows, guidance, context)
         error, limit = relative_error(prediction, reference.conditional[step]), TOLERANCES[precision].prediction
         name = f"proof: another label in {precision}"
         checks.append(Check(name, error, NARROW_PROOF_FACTOR * limit, at_least=True, where=f"t = {t:g}"))
@@ -60,7 +65,7 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
     spec, contract = model.spec, pipe.manifest
     generator = torch.Generator().manual_seed(seed)
     for batch in _batches(contract.graphs["denoiser"].max_batch):
-        latents = torch.randn(batch, spec.channels, spec.latent_size, spec.latent_size, generator=generator)
+        latents = torch.randn(batch, *spec.latent_shape, generator=generator)
         timesteps = torch.linspace(0, contract.diffusion.span, batch + 2)[1:-1]
         labels = torch.randint(0, spec.num_classes, (batch,), generator=generator)
         labels[-1] = spec.null_label if batch > 1 else labels[-1]
@@ -68,7 +73,8 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
         out = evaluate(model, latents, timesteps, labels)
         null = torch.full_like(labels, spec.null_label)
         rows = [pipe.condition(timesteps.numpy(), ids.numpy()) for ids in (labels, null)]
-        prediction, variance = pipe.denoise(latents.numpy(), np.stack(rows), weights)
+        context = pipe.examples(labels.tolist(), guided=True)(slice(None))
+        prediction, variance = pipe.denoise(latents.numpy(), np.stack(rows), weights, context)
         expected = guide(out.conditional, out.null, weights, spec.guided_channels)
         limit = TOLERANCES[contract.graphs["denoiser"].precision].guided
         where = f"batch {batch}"
@@ -79,12 +85,24 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
     if decoder is None:
         return
     for batch in _batches(contract.graphs["decoder"].max_batch):
-        latents = torch.randn(batch, spec.channels, spec.latent_size, spec.latent_size, generator=generator)
+        latents = torch.randn(batch, *spec.latent_shape, generator=generator)
         with torch.no_grad():
             images = decoder(latents).numpy()
         ratio = psnr(pipe.decode(latents.numpy()), images, peak=1.0)
         limit = DECODER_PSNR[contract.graphs["decoder"].precision]
         yield Check("decoder graph, PSNR in dB", ratio, limit, at_least=True, where=f"batch {batch}")
+
+
+def finite(pipe: Pipeline, reference: Reference) -> Check:
+    """Whole runs of many classes, each with the null label beside it: an overflow of any step stops its run."""
+    classes = pipe.manifest.num_classes
+    labels = sorted({index * classes // FINITE_LABELS for index in range(FINITE_LABELS)})
+    guidance, steps = float(reference.guidance.max()), len(reference.timesteps)
+    try:
+        pipe.sample(labels, steps=steps, guidance=guidance, seed=FINITE_SEED, output="latents")
+    except EngineError as error:
+        return Check("runs that are not finite", 1, 0, where=str(error))
+    return Check("runs that are not finite", 0, 0)
 
 
 def _batches(largest: int) -> list[int]:

@@ -47,6 +47,13 @@ class Row(NamedTuple):
     where: str
 
 
+class Exhibit(NamedTuple):
+    """A sheet of samples, and what is said of it."""
+
+    caption: str
+    sheet: NDArray[np.uint8]
+
+
 @dataclass(frozen=True)
 class Page:
     name: str
@@ -56,6 +63,7 @@ class Page:
     rows: list[Row]
     failures: Sequence[str]  # in words, the first by cause first
     passed: bool
+    exhibits: Sequence[Exhibit] = ()  # of several bundles, to be looked at side by side
 
 
 def of(name: str, result: Result) -> Page:
@@ -115,6 +123,7 @@ def html(bundle: Path, page: Page) -> str:
     failures = "".join(f'<p class="failure">{escape(text)}</p>\n' for text in page.failures)
     sections = [
         _pictures(page),
+        _exhibits(page.exhibits),
         _curves(page),
         _sensitivity(bundle),
         _sizes(page),
@@ -158,12 +167,26 @@ def _pictures(page: Page) -> str:
     return "<h2>Pictures of the same seeds</h2>\n" + "\n".join(samples)
 
 
+def _exhibits(exhibits: Sequence[Exhibit]) -> str:
+    if not exhibits:
+        return ""
+    sheets = "".join(
+        f'<figure><img alt="{(text := escape(caption))}" src="{_png(sheet)}"><figcaption>{text}</figcaption></figure>'
+        for caption, sheet in exhibits
+    )
+    return f'<h2>Samples side by side</h2>\n<div class="sheets">{sheets}</div>'
+
+
 def _data(picture: NDArray[np.uint8]) -> str:
     factor = math.ceil(picture.shape[0] / SIDE)
     if factor > 1:
         side = picture.shape[0] // factor
         cut = picture[: side * factor, : side * factor].astype(np.float64)
         picture = np.rint(cut.reshape(side, factor, side, factor, 3).mean((1, 3))).astype(np.uint8)
+    return _png(picture)
+
+
+def _png(picture: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(images.png(picture)).decode("ascii")
 
 
@@ -226,7 +249,19 @@ def _sizes(page: Page) -> str:
         f"A guided step of {batch} pictures took {_time(statistics.median(seconds))}, the median of {len(seconds)} "
         "timed here while the reference was replayed; <code>dit-run bench</code> measures with care."
     )
-    return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>'
+    if all(row.name.startswith(("proof: ", "twin: ")) for row in page.rows):
+        line = "The engines do not run where this was built; their graphs were verified through their rounding twins."
+    return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>' + _wide(contract)
+
+
+def _wide(contract: Manifest) -> str:
+    """What a typed graph keeps in fp32 because of what it reached."""
+    found = contract.built_with.get("wide", {})
+    rows = [[graph, name, f"{peak:.4g}"] for graph, peaks in found.items() for name, peak in peaks.items()]
+    if not rows:
+        return ""
+    head = ["graph", "kept in fp32, for fp16 ends at 65504", "largest seen"]
+    return "\n" + _table(head, rows, numbers={2})
 
 
 def _time(seconds: float) -> str:

@@ -24,13 +24,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_show_then_score(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = tmp_path / "bundle"
-    assert main(["demo", "show", "--weights", str(weights), "-o", str(bundle), "--count", "100"]) == 0
+    assert main(["demo", "show", "--weights", str(weights), "-o", str(tmp_path), "--count", "100"]) == 0
     printed = capsys.readouterr().out
-    grid = tmp_path / "bundle-grid.png"
-    assert f"grid: {grid}\nreport: {bundle}/report.html\nsample: " in printed
-    assert grid.read_bytes().startswith(b"\x89PNG")
-    assert manifest.read(bundle).labels == data.CLASSES
+    for precision in ("fp32", "int8"):
+        folder, grid = tmp_path / f"demo-{precision}", tmp_path / f"demo-{precision}-grid.png"
+        assert f"demo-{precision}: grid {grid}, report {folder}/report.html\n" in printed
+        assert grid.read_bytes().startswith(b"\x89PNG")
+        contract = manifest.read(folder)
+        assert contract.labels == data.CLASSES and contract.graphs["denoiser"].precision == precision
+        manifest.check_files(folder, contract, ["report.html"])
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert page.count("<figcaption>demo-") == 2 and "demo-int8: the judge agrees with" in page
+    bundle = tmp_path / "demo-fp32"
 
     assert main(["demo", "score", str(bundle), "--weights", str(weights), "--count", "100", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)

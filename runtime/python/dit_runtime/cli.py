@@ -6,15 +6,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from dit_runtime import backends, bench, images, manifest, verify
-from dit_runtime.backends import Options
-from dit_runtime.errors import UsageError
+from dit_runtime.backends import Options, Tuning
+from dit_runtime.captions import Captions
+from dit_runtime.compiling import compile_graphs, obstacle
+from dit_runtime.errors import GateError, UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import EngineError, Pipeline, Stopped
 from dit_runtime.progress import Progress
@@ -32,7 +34,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
     except (UsageError, OSError) as error:
         message = " ".join(str(error).split())
         code = 2
-    except (EngineError, Stopped) as error:
+    except (EngineError, GateError, Stopped) as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
@@ -59,7 +61,13 @@ def _parser() -> Parser:
 
     sample = commands.add_parser("sample", help="pictures from class names or numbers")
     add_bundle(sample)
-    sample.add_argument("--labels", nargs="+", required=True, metavar="CLASS", help="names or numbers, one a picture")
+    sample.add_argument("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one a picture")
+    sample.add_argument("--captions", type=Path, metavar="FILE.npy", help="text embeddings (N, L, C) instead of labels")
+    sample.add_argument(
+        "--mask", type=Path, metavar="FILE.npy", help="which tokens captions have, (N, L); default: all"
+    )
+    sample.add_argument("--negative", type=Path, metavar="FILE.npy", help="of an empty text, for guidance")
+    sample.add_argument("--negative-mask", type=Path, metavar="FILE.npy")
     sample.add_argument("--steps", type=int, default=25)
     sample.add_argument("--guidance", "--cfg-scale", type=float, nargs="+", default=[4.0], help="one, or one a picture")
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
@@ -84,6 +92,7 @@ def _parser() -> Parser:
     compiling = commands.add_parser("compile", help="make engines from the bundle's ONNX on this machine, then verify")
     add_bundle(compiling)
     compiling.add_argument("--backend", default="auto", help=f"auto, {', '.join(backends.BACKENDS)}")
+    add_tuning(compiling)
     compiling.set_defaults(command=_compile)
 
     timing = commands.add_parser("bench", help="time each graph and a whole picture")
@@ -103,6 +112,25 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
 
 
+def add_tuning(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TensorRT", "how it builds, in its own words")
+    group.add_argument("--compute-capability", nargs="+", metavar="8.9", help="GPUs to compile for; default: all known")
+    group.add_argument("--builder-optimization-level", type=int, metavar="0-5")
+    group.add_argument("--pool-limit", nargs="+", metavar="workspace:4G")
+    group.add_argument("--version-compatible", action="store_true", default=None, help="opens in later versions too")
+    group.add_argument("--hardware-compatibility-level", metavar="ampere+", help="none, ampere+, sameComputeCapability")
+    group.add_argument("--weight-streaming", action="store_true", default=None, help="weights larger than GPU memory")
+    group.add_argument("--strip-plan", action="store_true", default=None, help="weights stay in the ONNX form")
+    group.add_argument("--refittable", action="store_true", default=None)
+    group.add_argument("--timing-cache", metavar="FILE", help="read, and written when done")
+
+
+def tuning(options: argparse.Namespace) -> Tuning:
+    given = {field.name: getattr(options, field.name) for field in fields(Tuning)}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(Tuning(), **{name: value for name, value in values.items() if value is not None})
+
+
 def _load(options: argparse.Namespace) -> Pipeline:
     return Pipeline.load(
         options.bundle, threads=options.threads, provider=options.provider, low_memory=options.low_memory
@@ -119,11 +147,17 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"output {options.output}: expected a name that ends in {', '.join(writers)}")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
-    latents = _read_latents(options.latents) if options.latents else None
+    latents = _read_array(options.latents) if options.latents else None
+    captions = _read_captions(options.captions, options.mask, "--captions")
+    negative = _read_captions(options.negative, options.negative_mask, "--negative")
+    if captions is not None and options.labels:
+        raise UsageError("got both --labels and --captions: pass one of them")
     progress = Progress()
     with _load(options) as pipe:
         result = pipe.sample(
             options.labels,
+            captions=captions,
+            negative=negative,
             steps=options.steps,
             guidance=options.guidance if len(options.guidance) > 1 else options.guidance[0],
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
@@ -147,7 +181,15 @@ def _write_png(path: Path, pictures: np.ndarray) -> None:
     images.write_png(path, images.grid(pictures))
 
 
-def _read_latents(path: Path) -> np.ndarray:
+def _read_captions(embeddings: Path | None, mask: Path | None, what: str) -> Captions | np.ndarray | None:
+    if embeddings is None:
+        if mask is not None:
+            raise UsageError(f"{mask}: a mask without {what}")
+        return None
+    return _read_array(embeddings) if mask is None else Captions(_read_array(embeddings), _read_array(mask))
+
+
+def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -179,8 +221,7 @@ def summary(folder: Path, contract: Manifest) -> str:
     sizes = {name: sum(contract.files[file].size for file in graph.files) for name, graph in contract.graphs.items()}
     lines = [
         f"{folder}",
-        f"model      {model.get('name')} at {model.get('resolution')} px, {contract.num_classes} classes"
-        f"{'' if contract.labels else ' without names'}",
+        f"model      {model.get('name')} at {model.get('resolution')} px, {_given(contract)}",
         f"sampling   {sampler.solver} on {contract.diffusion.prediction}, "
         f"guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
     ]
@@ -191,6 +232,13 @@ def summary(folder: Path, contract: Manifest) -> str:
     origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
     lines.append(f"weights    {', '.join(origin)}")
     return "\n".join(lines)
+
+
+def _given(contract: Manifest) -> str:
+    """What it draws by."""
+    if contract.caption_shape is not None:
+        return "captions of up to {} tokens x {}".format(*contract.caption_shape)
+    return f"{contract.num_classes} classes{'' if contract.labels else ' without names'}"
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -215,16 +263,12 @@ def report(checks: list[verify.Check], as_json: bool) -> int:
 def _compile(options: argparse.Namespace) -> int:
     folder = options.bundle
     contract = manifest.read(folder)
-    graphs, files = {}, dict(contract.files)
-    for graph_name, graph in contract.graphs.items():
-        name = backends.choose(options.backend, graph.precision)
-        manifest.check_files(folder, contract, sorted({*graph.onnx_files, *graph.engines.get(name, ())}))
-        settings = Options(options.threads, options.provider, graph.precision)
-        engine = backends.backend(name).compile(manifest.inside(folder, graph.onnx), folder, settings)
-        engines = {**graph.engines, name: engine} if engine else graph.engines
-        graphs[graph_name] = replace(graph, backend=name, engines=engines)
-        files |= {made: manifest.describe(manifest.inside(folder, made)) for made in engine}
-    manifest.write(folder, replace(contract, graphs=graphs, files=files))
+    settings = Options(options.threads, options.provider, tuning=tuning(options))
+    compiled = compile_graphs(folder, contract, options.backend, settings, Progress())
+    manifest.write(folder, compiled)
+    if reason := obstacle(compiled):
+        print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
+        return 0
     code = 1
     try:
         code = _verify(options)

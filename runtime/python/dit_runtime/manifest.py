@@ -13,7 +13,7 @@ from dit_runtime.schedule import Diffusion
 
 FORMAT = 1
 NAME = "manifest.json"
-GRAPHS = ("conditioner", "denoiser", "decoder")
+GRAPHS = ("conditioner", "context", "denoiser", "decoder")
 DTYPES = ("float32", "int64")
 
 
@@ -58,7 +58,7 @@ class Manifest:
     model: Mapping[str, Any]  # the toolchain's ModelSpec, for people and for inspect
     latent_shape: tuple[int, ...]  # (C, H, W)
     latent_scale: float | None
-    num_classes: int
+    num_classes: int  # where there are captions: the examples that verification has instead
     labels: tuple[str, ...]  # names by class; empty where none are known
     guided_channels: int
     unguided_up_to_one: bool
@@ -73,6 +73,14 @@ class Manifest:
     @property
     def null_label(self) -> int:
         return self.num_classes
+
+    @property
+    def caption_shape(self) -> tuple[int, int] | None:
+        """(L, C) of the captions that a bundle takes instead of labels."""
+        if "context" not in self.graphs:
+            return None
+        _, tokens, channels = self.graphs["context"].inputs[0].shape
+        return int(tokens), int(channels)
 
     def to_json(self) -> str:
         table = asdict(self) | {"diffusion": self.diffusion.to_dict()}
@@ -115,7 +123,7 @@ def _parse(table: dict[str, Any]) -> Manifest:
             raise ValueError(f"{key} is {table[key]!r}, expected a table")
     graphs = {name: _graph(graph) for name, graph in table["graphs"].items()}
     if not {"conditioner", "denoiser"} <= set(graphs) <= set(GRAPHS):
-        raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (the decoder may lack)")
+        raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (context and decoder may lack)")
     manifest = Manifest(
         **table
         | {
@@ -177,11 +185,16 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compares sha256 sums; engines are executable, so nothing is opened before."""
-    for name in names:
-        if name not in manifest.files:
-            raise BundleError(f"{folder}: {name} is not in the manifest")
-        if sha256(inside(folder, name)) != manifest.files[name].sha256:
+    """Compares sha256 sums, of large files at the same time; engines are executable, so nothing is opened before."""
+    from concurrent.futures import ThreadPoolExecutor  # here, so that importing the runtime stays quick
+
+    names = list(names)
+    if unknown := [name for name in names if name not in manifest.files]:
+        raise BundleError(f"{folder}: {unknown[0]} is not in the manifest")
+    with ThreadPoolExecutor() as pool:
+        sums = list(pool.map(sha256, [inside(folder, name) for name in names]))
+    for name, found in zip(names, sums, strict=True):
+        if found != manifest.files[name].sha256:
             raise BundleError(f"{folder}: {name} does not have the sha256 of its manifest; it is damaged: rebuild it")
 
 

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends import Options
+from dit_runtime.backends import Compiled, Options
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.manifest import Graph
+from dit_runtime.progress import Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
+AROUND = "fp32"
+TYPED = ("fp16",)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -29,9 +33,14 @@ def version() -> str | None:
     return found[0] if found else None
 
 
-def compile(onnx: Path, folder: Path, options: Options) -> tuple[str, ...]:
+def obstacle() -> str | None:
+    """Nothing: it runs on every CPU."""
+    return None
+
+
+def compile(folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
     """No files of its own: the session is made from the ONNX form when it is opened."""
-    return ()
+    return Compiled()
 
 
 def open(files: Sequence[Path], options: Options) -> OrtEngine:
@@ -53,6 +62,8 @@ class OrtEngine:
             raise UsageError(f"provider {options.provider!r} is not in this onnxruntime; here: {', '.join(here)}")
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
+        # u8 × s8 products saturate on x86 without VNNI; there, and only there, they become u8 × u8, slower and exact.
+        settings.add_session_config_entry("session.x64quantprecision", "1")
         if options.threads:
             settings.intra_op_num_threads = options.threads
         if options.low_memory:  # blocks go back to the system when they are free, not when the session ends
