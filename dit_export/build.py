@@ -15,7 +15,7 @@ import dit_runtime.verify
 from dit_export import trace
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.quantize.search import Wish
-from dit_export.spec import PRECISIONS, ModelSpec, Recipe, table_name
+from dit_export.spec import PRECISIONS, ModelSpec, Recipe, sides, table_name
 from dit_export.verify import report
 from dit_export.verify.parity import FINITE_LABELS, finite, graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
@@ -50,7 +50,8 @@ class Built:
 
 def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
     size = table_name(spec).replace("/", "-").lower()
-    parts = ("dit", size, str(spec.resolution), recipe.prediction, recipe.precision, backend)
+    way = "" if spec.conditioning == ModelSpec.conditioning else spec.conditioning
+    parts = ("dit", size, way, str(spec.resolution), recipe.prediction, recipe.precision, backend)
     return Path("engines/build") / "-".join(part for part in parts if part)
 
 
@@ -69,8 +70,10 @@ def build(
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
-    if recipe.resolution is not None and (recipe.resolution < 8 or recipe.resolution % 8):
-        raise UsageError(f"resolution {recipe.resolution}; expected a multiple of 8, such as 256 or 512")
+    if recipe.resolution is not None:
+        sides(recipe.resolution)
+    if recipe.keep_float and recipe.precision not in backends.QUANTIZED:
+        raise UsageError(f"keep-float {recipe.keep_float[0]!r} is for int8 and fp8; this build is {recipe.precision}")
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_export.bench import command as bench_command
-from dit_export.spec import MODELS, PRECISIONS, Recipe
+from dit_export.spec import CONDITIONINGS, MODELS, PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
 from dit_runtime import backends, manifest
 from dit_runtime.cli import Parser, add_bundle, add_tuning, guarded, report, tuning
@@ -106,7 +106,10 @@ def _parser() -> Parser:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
-    parser.add_argument("--resolution", type=int, help="of the pictures; 256 unless the checkpoint says otherwise")
+    parser.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint knows its own")
+    parser.add_argument(
+        "--resolution", help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise"
+    )
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
     parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
     parser.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")

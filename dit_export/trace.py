@@ -40,13 +40,15 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
 
 
 def export_dit(model: DiT) -> torch.onnx.ONNXProgram:
-    """The plain graph anyone would export: `latents`, `timesteps`, `labels` -> `prediction` (with the variance)."""
+    """The plain graph anyone would export: `latents`, `timesteps`, and `labels` or `captions` and `mask` ->
+    `prediction` (with the variance)."""
     spec = model.spec
-    inputs = {
-        "latents": torch.zeros(2, spec.channels, spec.latent_size, spec.latent_size),
-        "timesteps": torch.zeros(2),
-        "labels": torch.zeros(2, dtype=torch.int64),
-    }
+    inputs = {"latents": torch.zeros(2, *spec.latent_shape), "timesteps": torch.zeros(2)}
+    if spec.by.captioned:
+        inputs["captions"] = torch.zeros(2, spec.caption_tokens, spec.caption_channels)
+        inputs["mask"] = torch.ones(2, spec.caption_tokens)
+    else:
+        inputs["labels"] = torch.zeros(2, dtype=torch.int64)
     return export(model, inputs, ["prediction"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dit_export import graphs, trace
 from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
 from dit_export.fuse.subpixel import subpixel
+from dit_export.quantize import attention
 from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.quantize.layers import find, named
@@ -27,11 +28,11 @@ from dit_export.spec import Recipe, signatures, table_name
 from dit_export.weights import Loaded
 from dit_runtime import backends, manifest
 from dit_runtime.backends import QUANTIZED, Options
-from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.progress import Progress
 
 CONDITIONER_ROWS = 64  # (t, label) pairs a call: of XL/2's 783 kB a pair 50 MB
+CONTEXT_ROWS = 8  # captions a call: of XL/2's 31 MB
 DECODER_ROWS = 2  # a 512 px picture's activations are hundreds of MB, and a batch gains nothing on a CPU
 Wide = dict[str, dict[str, float]]  # by graph and tensor, the largest magnitude that was seen
 TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
@@ -53,8 +54,7 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
         trace.export_dit(loaded.model).save(folder / "dit.onnx", external_data=True)
     if decoder is not None:
         with progress.stage("trace: VAE decoder to ONNX"):
-            shape = (spec.channels, spec.latent_size, spec.latent_size)
-            trace.export_decoder(decoder, shape).save(folder / "decoder.onnx", external_data=True)
+            trace.export_decoder(decoder, spec.latent_shape).save(folder / "decoder.onnx", external_data=True)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Int8:
 @dataclass(frozen=True)
 class Fused:
     graphs: dict[str, Written]
-    divisors: NDArray[np.float32] | float = 1.0  # (K, D): what smoothing folded into the conditioner
+    divisors: NDArray[np.float32] | float = 1.0  # (K + M, D): what smoothing folded into what leaves the loop
 
 
 def fuse_graphs(
@@ -90,18 +90,24 @@ def fuse_graphs(
     spec, precision = loaded.spec, precisions["denoiser"]
     divisors: NDArray[np.float32] | float = 1.0
     kept: list[str] = []
+    lowerings = LOWERINGS
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
-        conditioner, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
+        conditioner, context, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
         if int8 is not None:
             kept = named(find(denoiser), int8.keep)
-            chosen = smooth(conditioner, denoiser, int8.calibration)
-            divisors = vector_divisors(denoiser, chosen, spec.num_vectors, spec.hidden)
+            chosen = smooth(conditioner, denoiser, int8.calibration, context=context)
+            grids = attention.steps(denoiser, int8.calibration, kept)
+            lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
+            divisors = vector_divisors(denoiser, chosen, spec.hidden)
             counts |= {"quantize": quantize(denoiser, chosen, kept, kind=precision)}
         graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
+        if context is not None:
+            graphs.save(context, folder / "context.onnx")
+            written["context"] = Written("fp32", {}, {})
         target = Target(precision, backend, (wide or {}).get("denoiser", ()))
         expected = expected_counts(spec, precision, kept)
-        written["denoiser"] = _write(folder, "denoiser", denoiser, target, counts, expected)
+        written["denoiser"] = _write(folder, "denoiser", denoiser, target, counts, expected, lowerings)
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
@@ -121,13 +127,11 @@ def int8_of(
     traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress, wish: Wish | None = None
 ) -> Int8 | None:
     """How an int8 or fp8 denoiser is quantized: by the recipe, and by what the fp32 one shows at work."""
-    keep = recipe.keep_float or []
     if recipe.precision not in QUANTIZED:
-        if keep:
-            raise UsageError(f"keep-float {keep[0]!r} is for int8 and fp8; this build is {recipe.precision}")
         return None
     if wish is not None:
         wish.check(backends.choose(recipe.backend, recipe.precision), loaded.vae is not None)
+    keep = recipe.keep_float or []
     calibration = None if recipe.calibration is None else Calibration.load(Path(recipe.calibration))
     if calibration is not None and wish is None:
         return Int8(calibration, keep)
@@ -172,7 +176,13 @@ class Target(NamedTuple):
 
 
 def _write(
-    folder: Path, name: str, graph: gs.Graph, target: Target, counts: dict[str, int], expected: dict[str, int]
+    folder: Path,
+    name: str,
+    graph: gs.Graph,
+    target: Target,
+    counts: dict[str, int],
+    expected: dict[str, int],
+    lowerings: Mapping[str, Sequence[attention.Pass]] = LOWERINGS,
 ) -> Written:
     """The portable graph in its precision, and beside it, with the same weights, the form of each backend."""
     precision, typed = target.precision, backends.typed(target.backend, target.precision)
@@ -182,7 +192,7 @@ def _write(
         expected = expected | {"narrow": expected["narrow"] - len(islands)}
     graphs.save(graph, folder / f"{name}.onnx")
     engines = {}
-    for backend, passes in LOWERINGS.items():
+    for backend, passes in lowerings.items():
         if precision in backends.backend(backend).PRECISIONS and backends.typed(backend, precision) == typed:
             form = graph.copy()
             found = {rewrite.__name__: rewrite(form) for rewrite in passes}
@@ -195,7 +205,12 @@ def _write(
 
 def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
     spec = loaded.spec
-    rows = {"conditioner": CONDITIONER_ROWS, "denoiser": recipe.max_batch, "decoder": DECODER_ROWS}
+    rows = {
+        "conditioner": CONDITIONER_ROWS,
+        "context": CONTEXT_ROWS,
+        "denoiser": recipe.max_batch,
+        "decoder": DECODER_ROWS,
+    }
     described = {
         name: Graph(
             f"{name}.onnx",
@@ -210,7 +225,7 @@ def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written
     }
     return Manifest(
         model={"name": table_name(spec), "resolution": spec.resolution, **asdict(spec)},
-        latent_shape=(spec.channels, spec.latent_size, spec.latent_size),
+        latent_shape=spec.latent_shape,
         latent_scale=None if loaded.vae is None else float(loaded.vae.config.scaling_factor),
         num_classes=spec.num_classes,
         labels=loaded.labels,

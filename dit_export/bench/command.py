@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dit_export.bench import chart, report
-from dit_export.bench.run import Settings, bench, sized
-from dit_export.spec import MODELS
+from dit_export.bench.run import Settings, bench
+from dit_export.spec import MODELS, model, sized
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
     settings = Settings(
-        spec=sized(options.model, options.resolution),
+        spec=sized(model(options.model), options.resolution),
         memory=None if options.memory is None else 1e9 * options.memory,
         folder=options.output,
         **{key: getattr(options, key) for key in ("batch", "steps", "rounds", "images", "threads", "only")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -119,7 +120,7 @@ DECODER_PIXEL = 10_000  # bytes of its activations; PyTorch gives them back, so 
 
 
 def activations(spec: ModelSpec, batch: int) -> float:
-    return DECODER_PIXEL * batch * spec.resolution**2
+    return DECODER_PIXEL * batch * 64 * math.prod(spec.latent_shape[1:])
 
 
 def memory(competitor: Competitor, spec: ModelSpec, batch: int) -> float:

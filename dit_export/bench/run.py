@@ -21,7 +21,7 @@ from dit_export.bench import floor
 from dit_export.bench.competitors import LIBRARIES, YARDSTICK, Competitor, Job, choose, groups
 from dit_export.bench.machine import available_memory, describe, usable_cores, versions
 from dit_export.bench.worker import GEMM, Worker, WorkerError
-from dit_export.spec import ModelSpec, model, table_name
+from dit_export.spec import ModelSpec, table_name
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 from dit_runtime.schedule import Diffusion
@@ -45,12 +45,6 @@ class Settings:
     memory: float | None = None  # bytes for all workers together
     folder: Path | None = None  # where the files stand meanwhile
     vae: dict[str, Any] = field(default_factory=dict)  # other than Stable Diffusion's, for tests
-
-
-def sized(name: str, resolution: int) -> ModelSpec:
-    if resolution < 8 or resolution % 8:
-        raise UsageError(f"resolution {resolution}; expected a multiple of 8, such as 256 or 512")
-    return replace(model(name), latent_size=resolution // 8)
 
 
 def bench(settings: Settings, progress: Progress) -> dict[str, Any]:

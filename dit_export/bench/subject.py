@@ -27,7 +27,7 @@ class Subject(ABC):
         spec = job.spec
         self.job = job
         self.labels = np.arange(1, job.batch + 1, dtype=np.int64) * 207 % spec.num_classes
-        self.latents = Noise(SEED).normal((job.batch, spec.channels, spec.latent_size, spec.latent_size))
+        self.latents = Noise(SEED).normal((job.batch, *spec.latent_shape))
 
     @abstractmethod
     def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:

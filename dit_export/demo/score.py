@@ -64,7 +64,7 @@ def draw(
     """
     spec = demo.dit.spec
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(labels), spec.channels, spec.latent_size, spec.latent_size, generator=generator)
+    noise = torch.randn(len(labels), *spec.latent_shape, generator=generator)
     times = np.linspace(0, STEPS - 1, steps + 1).round()[:0:-1]
     bar = alphas_bar()[times.astype(np.int64)].numpy()
     alpha, sigma = [*np.sqrt(bar), 1.0], [*np.sqrt(1 - bar), 0.0]

@@ -13,7 +13,7 @@ from dit_export.fuse.gains import fold_gains
 from dit_export.fuse.group_norm import group_norm
 from dit_export.fuse.guidance import guide, share_rows
 from dit_export.fuse.hoist import hoist
-from dit_export.fuse.pack import pack
+from dit_export.fuse.pack import group, pack, part
 from dit_export.fuse.qkv import split_qkv
 from dit_export.graphs import sign
 from dit_export.spec import ModelSpec, signatures
@@ -22,6 +22,7 @@ from dit_runtime.backends import QUANTIZED
 
 class Fused(NamedTuple):
     conditioner: gs.Graph  # timesteps [N], labels [N] -> conditioning [N, K, D]
+    context: gs.Graph | None  # captions [N, L, C], mask [N, L] -> context [N, M, D], context_mask [N, L]
     denoiser: gs.Graph  # latents, conditioning [G, B, K, D], guidance [B] -> prediction, variance
     counts: dict[str, int]
 
@@ -35,19 +36,26 @@ LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
 
 def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
     """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    quantized = 4 * spec.depth - len(kept) if precision in QUANTIZED else 0  # qkv, proj, fc1, fc2
+    crossed, appended = spec.by.crossed, spec.by.appended
+    linears = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
+    attentions = (2 if crossed else 1) * spec.depth
+    floats = sum(name.endswith("attention") for name in kept)
+    quantized = linears - len(kept) + floats if precision in QUANTIZED else 0
+    modulation = spec.by.modulation * spec.depth + 2 if spec.by.modulation else 0
     return {
-        "hoist": spec.num_vectors,
+        "hoist": modulation + appended + 2 * spec.depth * crossed + spec.by.captioned,  # vectors, tokens, K and V, mask
         "pack": spec.num_vectors,
+        "pack_context": spec.context_vectors,
         "fold_gains": spec.gains,
-        "share_rows": 2,
+        "share_rows": 1 if appended else 2,  # the residual stream, and what a branch makes of it before it is mixed
         "guide": 1,
         "quantize": quantized,
-        "plain_attention": spec.depth,
-        "split_qkv": sum(name.endswith("qkv") for name in kept) if precision in QUANTIZED else spec.depth,
+        "plain_attention": attentions,
+        "split_qkv": spec.depth,
+        "quantize_attention": spec.depth - floats,
         "group_norm": 0,
         "dynamic": quantized,
-        "narrow": 5 * spec.depth + 2,  # four linears and attention a block, the patches, the last linear
+        "narrow": linears + attentions + 2,  # the patches and the last linear besides
     }
 
 
@@ -61,15 +69,19 @@ def require(counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
 def fuse(graph: gs.Graph, spec: ModelSpec) -> Fused:
     """The plain traced graph (used up) to conditioner and denoiser, with what each pass found."""
     hoisted = hoist(graph, ["latents"])
-    conditioner, denoiser, frontier = hoisted
-    counts = {
-        "hoist": len(frontier),
-        "fold_gains": fold_gains(conditioner),
-        "pack": pack(hoisted, "conditioning"),
-        "share_rows": share_rows(denoiser, "latents", "conditioning"),
+    groups = group(hoisted, "timesteps")
+    counts = {"hoist": len(hoisted.frontier), "fold_gains": fold_gains(hoisted.invariant)}
+    vectors = {name: pack(hoisted, name, tensors) for name, tensors in groups.items()}
+    invariant, denoiser, _ = hoisted
+    counts |= {
+        "pack": vectors["conditioning"],
+        "pack_context": vectors.get("context", 0),
+        "share_rows": share_rows(denoiser, "latents", list(groups)),
         "guide": guide(denoiser, "conditioning", spec.channels, spec.guided_channels),
     }
     require(counts, expected_counts(spec))
-    sign(conditioner, *signatures(spec)["conditioner"])
-    sign(denoiser, *signatures(spec)["denoiser"])
-    return Fused(conditioner, denoiser, counts)
+    names = {"conditioner": ["conditioning"], "context": ["context", "context_mask"]}
+    graphs = {"denoiser": denoiser} | {name: part(invariant, names[name]) for name in signatures(spec) if name in names}
+    for name, found in graphs.items():
+        sign(found, *signatures(spec)[name])
+    return Fused(graphs["conditioner"], graphs.get("context"), denoiser, counts)

@@ -10,6 +10,8 @@ and every other channel is that of `first`. With G = 1 this is the identity.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -18,20 +20,21 @@ from dit_export.graphs import layer
 from dit_runtime.errors import UsageError
 
 
-def share_rows(graph: gs.Graph, latents: str, conditioning: str) -> int:
-    """conditioning [R, K, D] becomes [G, B, K, D], R = G·B; returns how many tensors are repeated to R rows."""
-    given = next(tensor for tensor in graph.inputs if tensor.name == conditioning)
-    mixed = dependents(graph, [conditioning])
+def share_rows(graph: gs.Graph, latents: str, conditions: Sequence[str]) -> int:
+    """conditioning [R, K, D] becomes [G, B, K, D], R = G·B, and whatever conditions besides likewise; returns how many
+    tensors are repeated to R rows."""
+    mixed = dependents(graph, conditions)
     shared = dependents(graph, [latents]) - mixed
     _refuse_fixed_rows(graph, mixed | shared)
 
     body, graph.nodes = list(graph.nodes), []
-    rows = gs.Variable("conditioning_rows", dtype=given.dtype, shape=["rows", *given.shape[1:]])
-    for user in list(given.outputs):
-        user.inputs = [rows if tensor is given else tensor for tensor in user.inputs]
-    flat = np.array([-1, *given.shape[1:]], dtype=np.int64)
-    given.shape = ["groups", "batch", *given.shape[1:]]
-    layer(graph, "Reshape", [given, flat], rows)
+    for given in [tensor for tensor in graph.inputs if tensor.name in conditions]:
+        rows = gs.Variable(f"{given.name}_rows", dtype=given.dtype, shape=["rows", *given.shape[1:]])
+        for user in list(given.outputs):
+            user.inputs = [rows if tensor is given else tensor for tensor in user.inputs]
+        flat = np.array([-1, *given.shape[1:]], dtype=np.int64)
+        given.shape = ["groups", "batch", *given.shape[1:]]
+        layer(graph, "Reshape", [given, flat], rows)
     groups = _groups(graph, given)
 
     repeated: dict[str, gs.Variable] = {}
@@ -85,7 +88,8 @@ def _repeat(graph: gs.Graph, tensor: gs.Variable, groups: gs.Variable) -> gs.Var
     """G copies of the rows of `tensor`, one group after another."""
     ones = np.ones(len(tensor.shape) - 1, dtype=np.int64)
     counts = layer(graph, "Concat", [groups, ones], f"{tensor.name}_repeats", axis=0)
-    return layer(graph, "Tile", [tensor, counts], f"{tensor.name}_rows")
+    rows = gs.Variable(f"{tensor.name}_rows", dtype=tensor.dtype, shape=["rows", *tensor.shape[1:]])
+    return layer(graph, "Tile", [tensor, counts], rows)
 
 
 def _bounds(first: int, last: int) -> list[np.ndarray]:

@@ -54,7 +54,7 @@ class ViT(nn.Module):
         self.patches = nn.Sequential(
             *stem(3, quarter, stride=2), *stem(quarter, half, stride=2), *stem(half, half), *stem(half, full, stride=2)
         )
-        positions = position_table(spec.hidden, spec.image_size // 8)
+        positions = position_table(spec.hidden, (spec.image_size // 8,) * 2)
         self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.Sequential(*(Block(spec) for _ in range(spec.depth)))
         self.norm = nn.LayerNorm(spec.hidden)

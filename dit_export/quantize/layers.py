@@ -9,13 +9,14 @@ import onnx_graphsurgeon as gs
 
 from dit_runtime.errors import UsageError, nearest
 
-MOVERS = {"Reshape", "Transpose", "Identity", "Cast"}
+ATTENTION = "attention"  # its scores, q kᵀ
+MOVERS = {"Reshape", "Transpose", "Identity", "Cast", "Tile"}
 
 
 @dataclass(frozen=True)
 class Layer:
     block: int
-    kind: str  # qkv, proj, fc1, fc2
+    kind: str  # qkv, proj, fc1, fc2; q and cross, a cross-attention's two
     gemm: gs.Node  # MatMul(x, W) with a constant W [K, N]
 
     @property
@@ -27,29 +28,44 @@ class Layer:
         return self.gemm.inputs[0]
 
     @property
+    def y(self) -> gs.Variable:
+        """With the bias."""
+        (add,) = self.gemm.outputs[0].outputs
+        return add.outputs[0]
+
+    @property
     def weight(self) -> gs.Constant:
         return self.gemm.inputs[1]
 
     @property
-    def bias(self) -> gs.Constant:
+    def add(self) -> gs.Node:
+        """Of the bias."""
         (add,) = self.gemm.outputs[0].outputs
-        return next(tensor for tensor in add.inputs if isinstance(tensor, gs.Constant))
+        return add
 
 
 def find(graph: gs.Graph) -> list[Layer]:
     """All of them, in the loop's order; the last linear and the patches are none (they are small, and the ends)."""
-    layers, block = [], -1
+    layers: list[Layer] = []
+    block = -1
     for node in graph.nodes:
         kind = _kind(node)
         if kind:
             block += kind == "qkv"
+            if kind == "proj" and layers[-1].kind == "q":
+                kind = "cross"
             layers.append(Layer(block, kind, node))
     return layers
 
 
+def everything(layers: Sequence[Layer]) -> list[str]:
+    """All that int8 may touch: the GEMMs, and attention's own products, which follow each qkv."""
+    return [name for one in layers for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind == "qkv"))]
+
+
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
-    """The layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
-    meanings = {one.name: {one.name, f"block {one.block}", one.kind} for one in layers}
+    """What a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
+    meanings = {name: {name, *name.rsplit(" ", 1)} for name in everything(layers)}
     known = set().union(*meanings.values())
     if unknown := [entry for entry in entries if entry not in known]:
         raise UsageError(
@@ -65,13 +81,18 @@ def _kind(node: gs.Node) -> str | None:
     (product,) = node.outputs
     if len(product.outputs) != 1 or product.outputs[0].op != "Add":
         return None
-    readers = {reader.op for reader in product.outputs[0].outputs[0].outputs}
-    source = node.inputs[0]
-    while source.inputs and source.inputs[0].op in MOVERS:
-        source = source.inputs[0].inputs[0]
-    maker = source.inputs[0].op if source.inputs else ""
-    if readers == {"Split"}:
-        return "qkv"
-    if readers == {"Gelu"}:
-        return "fc1"
-    return {"Gelu": "fc2", "Attention": "proj"}.get(maker)
+    source = unmoved(node.inputs[0])
+    made = {"Gelu": "fc2", "Attention": "proj"}.get(source.inputs[0].op if source.inputs else "")
+    result = product.outputs[0].outputs[0]
+    while len(result.outputs) == 1 and result.outputs[0].op in MOVERS:
+        (result,) = result.outputs[0].outputs
+    readers = {reader.op for reader in result.outputs}
+    read = {"Split": "qkv", "Gelu": "fc1", "Attention": "q"}.get(*readers) if len(readers) == 1 else None
+    return made or read
+
+
+def unmoved(tensor: gs.Tensor) -> gs.Tensor:
+    """What it was before anything moved it."""
+    while tensor.inputs and tensor.inputs[0].op in MOVERS:
+        tensor = tensor.inputs[0].inputs[0]
+    return tensor

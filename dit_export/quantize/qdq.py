@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import DTypeLike
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from dit_export.graphs import layer
@@ -33,7 +34,6 @@ GRIDS = {
 def quantize(graph: gs.Graph, chosen: Mapping[str, Chosen], keep: Collection[str] = (), kind: str = "int8") -> int:
     """Puts every token GEMM but those to `keep` between Q and DQ; returns how many."""
     layers, grid = [one for one in find(graph) if one.name not in keep], GRIDS[kind]
-    zero = np.zeros((), grid.dtype)
     for one in layers:
         weight = np.asarray(one.weight.values)
         steps = weight_steps(weight, grid.end)
@@ -42,12 +42,17 @@ def quantize(graph: gs.Graph, chosen: Mapping[str, Chosen], keep: Collection[str
             graph, "DequantizeLinear", [whole, steps, np.zeros(len(steps), grid.dtype)], f"{one.name} W", axis=1
         )
         choice = chosen[one.name]
-        step = np.array(choice.step if kind == "int8" else choice.largest / grid.end, np.float32)
-        quantized = layer(graph, "QuantizeLinear", [one.x, step, zero], f"{one.name} q")
-        x = layer(graph, "DequantizeLinear", [quantized, step, zero], f"{one.name} x")
-        one.gemm.inputs = [x, stored]
+        step = choice.step if kind == "int8" else choice.largest / grid.end
+        one.gemm.inputs = [between(graph, one.x, step, one.name, grid.dtype), stored]
     graph.cleanup().toposort()
     return len(layers)
+
+
+def between(graph: gs.Graph, x: gs.Tensor, step: float, name: str, dtype: DTypeLike = np.int8) -> gs.Variable:
+    """x on a grid of 8 bits: DQ(Q(x))."""
+    scale, zero = np.array(step, np.float32), np.zeros((), dtype)
+    grid = layer(graph, "QuantizeLinear", [x, scale, zero], f"{name} q")
+    return layer(graph, "DequantizeLinear", [grid, scale, zero], f"{name} x")
 
 
 def _rounded(values: np.ndarray, grid: Grid) -> np.ndarray:

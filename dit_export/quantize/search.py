@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export import graphs
-from dit_export.fuse import LOWERINGS
+from dit_export.quantize import attention
 from dit_export.quantize.calibrate import BACKEND, Calibration
-from dit_export.quantize.layers import find, named
+from dit_export.quantize.layers import ATTENTION, everything, find, named
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.smooth import smooth
 from dit_runtime import backends, images, manifest
@@ -96,14 +96,20 @@ class Search:
         decoder: Engine | None,
         tick: Tick,
     ) -> None:
-        conditioner, self._denoiser = (graphs.load(folder / f"{name}.onnx") for name in ("conditioner", "denoiser"))
-        self._chosen = smooth(conditioner, self._denoiser, calibration)
+        self._calibration = calibration
         self._work, self._contract, self._decoder, self._tick = folder / "search", manifest.read(folder), decoder, tick
+        found = {name: graphs.load(folder / f"{name}.onnx") for name in self._contract.graphs if name != "decoder"}
+        self._denoiser = found.pop("denoiser")
+        self._chosen = smooth(found["conditioner"], self._denoiser, calibration, context=found.get("context"))
         self._work.mkdir()
-        files = graphs.save(conditioner, self._work / "conditioner.onnx")
         graphs.save(self._denoiser, self._work / "denoiser.onnx")
-        self._conditioner = backends.backend(BACKEND).open([self._work / file for file in files], Options())
+        self._once = {}  # the engines of what runs once an image
+        for name, graph in found.items():
+            files = graphs.save(graph, self._work / f"{name}.onnx")
+            self._once[name] = backends.backend(BACKEND).open([self._work / file for file in files], Options())
         self.layers = find(self._denoiser)
+        in_int8 = backend in attention.BACKENDS
+        self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
         self._form, self._backend = backend, backend if backend in CPU else BACKEND
         self._count = 0  # of the forms that were tried
         labels = self._contract.num_classes
@@ -111,7 +117,7 @@ class Search:
 
     def run(self, wish: Wish, fixed: Sequence[str]) -> Found:
         """What stays float: `fixed`, what int8 does not speed up, and the worst until the budget holds."""
-        names, keep = [one.name for one in self.layers], list(fixed)
+        names, keep = self.names, list(fixed)
         why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
         if wish.tune:
             for kind, ratio in self.speed().items():
@@ -120,7 +126,7 @@ class Search:
                     why |= dict.fromkeys(
                         named(self.layers, [kind]), f"float {kind} is {ratio:.2f} times as fast a step"
                     )
-        with self._opened(names, BACKEND, "fp32") as exact:
+        with self._opened(names, self._backend, "fp32") as exact:
             trajectory = self._trajectory(exact)
             errors = self._rank(exact, trajectory)
         order = sorted((name for name in names if name not in why), key=lambda name: -errors[name])
@@ -137,7 +143,7 @@ class Search:
     def speed(self) -> dict[str, float]:
         """Of each kind of layer: how many times as fast a guided step is where all of that kind are float."""
         ratios = {}
-        kinds = list(dict.fromkeys(one.kind for one in self.layers))
+        kinds = list(dict.fromkeys(name.split()[-1] for name in self.names))
         with self._opened([], self._backend, "int8") as quantized:
             for done, kind in enumerate(kinds):
                 self._tick(done, len(kinds))
@@ -148,17 +154,18 @@ class Search:
     def _step(self, pipe: Pipeline) -> Callable[[], object]:
         label = self._labels[:1]
         rows = pipe.table([self._contract.diffusion.train_steps / 2], label, guided=True)(0, slice(0, 1))
+        context = pipe.examples(label, guided=True)(slice(None))
         noise = np.random.default_rng(SEED).normal(size=(1, *self._contract.latent_shape)).astype(np.float32)
         weights = np.full(1, GUIDANCE, np.float32)
-        return lambda: pipe.denoise(noise, rows, weights)
+        return lambda: pipe.denoise(noise, rows, weights, context)
 
     def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
         """The error of the prediction where one layer alone is int8, conditional and null rows."""
-        names = [one.name for one in self.layers]
+        names = self.names
         expected, errors = self._answers(exact, trajectory), {}
         for done, name in enumerate(names):
             self._tick(done, len(names))
-            with self._opened([other for other in names if other != name], BACKEND, "fp32") as pipe:
+            with self._opened([other for other in names if other != name], self._backend, "fp32") as pipe:
                 errors[name] = relative_error(self._answers(pipe, trajectory), expected)
         return errors
 
@@ -169,7 +176,8 @@ class Search:
             ids = np.array([self._labels[0], self._contract.null_label])
             rows = pipe.condition(np.full(len(ids), times[step], np.float32), ids)
             x = np.repeat(trajectory[step - 1][:1], len(ids), axis=0)  # after a step stands what the next one sees
-            answers.append(pipe.denoise(x, rows[None], np.ones(len(ids), np.float32))[0])
+            context = pipe.examples(ids.tolist(), guided=False)(slice(None))
+            answers.append(pipe.denoise(x, rows[None], np.ones(len(ids), np.float32), context)[0])
         return np.concatenate(answers)
 
     def _trajectory(self, pipe: Pipeline) -> list[Latents]:
@@ -224,15 +232,16 @@ class Search:
     def _opened(self, keep: Collection[str], backend: str, precision: str) -> Iterator[Pipeline]:
         """The denoiser with all layers int8 but those to keep, in the form that is built; `precision` around them."""
         graph = self._denoiser.copy()
+        grids = attention.steps(graph, self._calibration, keep)
         quantize(graph, self._chosen, keep)
-        for rewrite in LOWERINGS[backend] if backend == self._form else ():
+        for rewrite in attention.passes(backend, grids) if backend == self._form else ():
             rewrite(graph)
         path = self._work / f"tried-{self._count}.onnx"  # beside the weights that all of them share
         self._count += 1
         files = graphs.save(graph, path)
         engine = backends.backend(backend).open([self._work / file for file in files], Options(precision=precision))
         try:
-            yield Pipeline(self._work, self._contract, {"conditioner": self._conditioner, "denoiser": engine})
+            yield Pipeline(self._work, self._contract, {**self._once, "denoiser": engine})
         finally:
             engine.close()
             for own in (path, path.with_name(graphs.data_name(path.name))):

@@ -2,23 +2,25 @@
 
     x W = (x / s) (s W),  s_k = max|x_k|^alpha / max|W_k|^(1 − alpha)
 
-for each input channel k of a GEMM. The division folds into what makes x: the gain and the shift that the hoisted
-conditioner gives for qkv and fc1, the rows of W_v and b_v for proj (a convex mix of v's rows is proj's input). Between
-GELU and fc2 nothing can be folded. alpha is searched for each GEMM, as is the step of its activations' grid.
+for each input channel k of a GEMM. The division folds into what makes x: the gain and the shift of the norm before it,
+which are adaLN's, made by the conditioner, or the norm's own; the rows of W_v and b_v for proj (a convex mix of v's
+rows is proj's input), or for a cross-attention's proj the values that are made outside the loop. Between GELU and fc2,
+and where a cross-attention reads the residual stream as it is, nothing can be folded. alpha is searched for each GEMM,
+as is the step of its activations' grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from dit_export.fuse.gains import linear_columns
+from dit_export.graphs import layer
 from dit_export.quantize.calibrate import Calibration, Seen
-from dit_export.quantize.layers import Layer, find
+from dit_export.quantize.layers import MOVERS, Layer, find, unmoved
 from dit_runtime.errors import UsageError
 
 ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -77,75 +79,103 @@ def fake_weight(weight: Floats) -> Floats:
     return np.rint(weight / steps) * steps
 
 
-def smooth(conditioner: gs.Graph, denoiser: gs.Graph, calibration: Calibration, fold: bool = True) -> dict[str, Chosen]:
-    """Chooses for every token GEMM and folds the divisors into both graphs, whose function stays what it was."""
+def smooth(
+    conditioner: gs.Graph,
+    denoiser: gs.Graph,
+    calibration: Calibration,
+    fold: bool = True,
+    context: gs.Graph | None = None,
+) -> dict[str, Chosen]:
+    """Chooses for every token GEMM and folds the divisors into the graphs, whose function stays what it was."""
     layers = find(denoiser)
     if missing := [one.name for one in layers if one.name not in calibration.layers]:
         raise UsageError(f"the calibration has no {missing[0]}; it was made for another network")
-    chosen, qkv = {}, None
+    chosen, qkv = {}, layers[0]
     for one in layers:
         seen, weight = calibration.layers[one.name], np.array(one.weight.values)
         if seen.largest.shape != weight.shape[:1]:
             raise UsageError(f"the calibration's {one.name} has {len(seen.largest)} channels, expected {len(weight)}")
         if one.kind == "qkv":
             qkv = one
-        choice = choose(seen, weight, fold and one.kind != "fc2")
+        places = _makers(one, qkv)
+        choice = choose(seen, weight, fold and bool(places))
         chosen[one.name] = choice
         if (choice.divisors == 1).all():
             continue
-        one.weight.values = weight * choice.divisors[:, None]
-        if one.kind == "proj":
-            assert qkv is not None
-            _divide_values(qkv, choice.divisors)
-        else:
-            _divide_modulation(conditioner, denoiser, one, choice.divisors)
+        _set(one.gemm, 1, weight * choice.divisors[:, None])
+        for node, index in places:
+            tensor = node.inputs[index]
+            if isinstance(tensor, gs.Constant):
+                values = np.array(tensor.values)
+                values[..., -len(choice.divisors) :] /= choice.divisors
+                _set(node, index, values)
+            else:
+                _divide_vector([conditioner, *([context] if context else [])], tensor, choice.divisors)
     return chosen
 
 
-def _divide_values(qkv: Layer, divisors: Floats) -> None:
-    """The last third of qkv's columns makes v."""
-    width = len(divisors)
-    for constant in (qkv.weight, qkv.bias):
-        values = np.array(constant.values)
-        values[..., -width:] /= divisors
-        constant.values = values
+def _makers(one: Layer, qkv: Layer) -> list[tuple[gs.Node, int]]:
+    """Where the tensors are read that can be divided in a layer's place, as nodes and which of their inputs: vectors
+    from outside the loop, or parameters, of which it is the last columns. None where nothing linear makes the input."""
+    (node,) = one.x.inputs
+    if one.kind in ("proj", "cross"):
+        attention = unmoved(one.x).inputs[0]
+        values = attention.inputs[2].inputs[0]
+        while values.inputs[0].inputs[0].op in MOVERS:
+            values = values.inputs[0].inputs[0]
+        if _is_given(values.inputs[0]):
+            return [(values, 0)]
+        return [(qkv.gemm, 1), (qkv.add, _constant(qkv.add))]
+    if node.op == "LayerNormalization":
+        return [(node, 1), (node, 2)]
+    if node.op == "Add":  # LN · gain + shift
+        for index, tensor in enumerate(node.inputs):
+            product = node.inputs[1 - index].inputs
+            if _is_given(tensor) and product and product[0].op == "Mul":
+                gains = [n for n, factor in enumerate(product[0].inputs) if _is_given(factor)]
+                return [(product[0], n) for n in gains] + [(node, index)]
+    return []
 
 
-def _divide_modulation(conditioner: gs.Graph, denoiser: gs.Graph, layer: Layer, divisors: Floats) -> None:
-    """x = LN · gain + shift: both vectors' columns in the conditioner's linear, weight and bias."""
-    vectors = next(node for node in denoiser.nodes if node.op == "Split" and node.inputs[0].name == "conditioning_rows")
-    packed = next(node for node in conditioner.nodes if node.op == "Concat" and node.outputs[0] in conditioner.outputs)
-    for tensor in _modulators(layer.x):
-        made = packed.inputs[vectors.outputs.index(tensor)]
-        linear = linear_columns(conditioner, made)
-        if linear is None:
-            raise RuntimeError(f"{layer.name}: {made.name!r} is no part of a linear; its divisors cannot be folded")
-        gemm, columns = linear
-        if not gemm.attrs.get("transB", 0):
-            raise RuntimeError(f"{layer.name}: expected the conditioner's linear as [N, K]")
-        weight, bias = (np.array(tensor.values) for tensor in gemm.inputs[1:])
-        weight[columns] /= divisors[:, None]
-        bias[columns] /= divisors
-        gemm.inputs[1], gemm.inputs[2] = (
-            gs.Constant(f"{gemm.outputs[0].name}.{name}", values) for name, values in (("w", weight), ("b", bias))
-        )
+def _is_given(tensor: gs.Tensor) -> bool:
+    """Whether it is a part of a graph's input."""
+    if not tensor.inputs or tensor.inputs[0].op != "Split":
+        return False
+    return not unmoved(tensor.inputs[0].inputs[0]).inputs
 
 
-def _modulators(x: gs.Variable) -> list[gs.Variable]:
-    """Shift and gain in Add(Mul(LN, gain), shift)."""
-    add = x.inputs[0]
-    product = next(tensor for tensor in add.inputs if tensor.inputs and tensor.inputs[0].op == "Mul")
-    shift = next(tensor for tensor in add.inputs if tensor is not product)
-    gain = next(tensor for tensor in product.inputs[0].inputs if tensor.inputs and tensor.inputs[0].op == "Split")
-    return [shift, gain]
+def _constant(node: gs.Node) -> int:
+    return next(index for index, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant))
 
 
-def vector_divisors(denoiser: gs.Graph, chosen: Mapping[str, Chosen], vectors: int, width: int) -> Floats:
-    """(K, D): by what each conditioning vector was divided; for comparing with what PyTorch computes."""
-    table = np.ones((vectors, width), np.float32)
-    split = next(node for node in denoiser.nodes if node.op == "Split" and node.inputs[0].name == "conditioning_rows")
-    for one in find(denoiser):
-        if one.kind in ("qkv", "fc1"):
-            for tensor in _modulators(one.x):
-                table[split.outputs.index(tensor)] = chosen[one.name].divisors
-    return table
+def _set(node: gs.Node, index: int, values: Floats) -> None:
+    """A parameter of this node's own: the exporter lets equal ones share a tensor."""
+    node.inputs[index] = gs.Constant(f"{node.outputs[0].name}.{index}", values)
+
+
+def _divide_vector(graphs: Sequence[gs.Graph], vector: gs.Tensor, divisors: Floats) -> None:
+    """Where the vector is made, once an image, so that nothing is added inside the loop."""
+    (split,) = vector.inputs
+    name = unmoved(split.inputs[0]).name
+    graph, packed = next(
+        (graph, tensor.inputs[0]) for graph in graphs for tensor in graph.outputs if tensor.name == name
+    )
+    index = split.outputs.index(vector)
+    made = packed.inputs[index]
+    packed.inputs[index] = layer(graph, "Mul", [made, 1 / divisors], f"{made.name}_smoothed")
+    graph.toposort()
+
+
+def vector_divisors(denoiser: gs.Graph, chosen: Mapping[str, Chosen], width: int) -> Floats:
+    """(K + M, D): by what each vector of conditioning and context was divided; for comparing with PyTorch's."""
+    given = [tensor for tensor in denoiser.inputs if tensor.name in ("conditioning", "context")]
+    tables = {tensor.name: np.ones((tensor.shape[2], width), np.float32) for tensor in given}
+    layers = find(denoiser)
+    for one in layers:
+        for node, index in _makers(one, layers[0]):
+            vector = node.inputs[index]
+            if not isinstance(vector, gs.Constant):
+                (split,) = vector.inputs
+                rows = np.split(tables[unmoved(split.inputs[0]).name], np.cumsum(split.inputs[1].values)[:-1])
+                rows[split.outputs.index(vector)][:] = chosen[one.name].divisors
+    return np.concatenate(list(tables.values()))

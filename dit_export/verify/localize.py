@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
@@ -10,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.models.dit import DiT
-from dit_export.verify.reference import conditioner, guide
+from dit_export.spec import CONDITIONINGS, ModelSpec
+from dit_export.verify.reference import guide, hoisted
 from dit_export.verify.taps import names, pytorch_stream, tapped
+from dit_runtime import replay
 from dit_runtime.backends import Engine
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.replay import Reference, relative_error
 from dit_runtime.verify import tolerances
 
-VECTORS = ("attention gain", "attention shift", "attention gate", "MLP gain", "MLP shift", "MLP gate")
+OF_BRANCH = ("gain", "shift", "gate")
+TOKENS = ("of the timestep", "of the label")
 FINAL = ("final gain", "final shift")
 MANY = 4  # more names than this are counted
 SPREAD = 16  # labels that are asked besides the reference's
@@ -37,7 +41,7 @@ class Truth(Protocol):
     name: str
 
     def vectors(self, t: float, labels: Sequence[int]) -> NDArray[Any]:
-        """(N, K, D)."""
+        """(N, K + M, D)."""
 
     def stream(self, question: Question, rows: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
         """The residual stream, and the guided prediction."""
@@ -50,7 +54,7 @@ class OfPyTorch:
         self._model = model
 
     def vectors(self, t: float, labels: Sequence[int]) -> NDArray[Any]:
-        return conditioner(self._model)(np.full(len(labels), t, np.float32), np.array(labels, np.int64))
+        return hoisted(self._model)(np.full(len(labels), t, np.float32), np.array(labels, np.int64))
 
     def stream(self, question: Question, rows: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
         stream, out = pytorch_stream(self._model, question.latents, question.t, question.labels)
@@ -64,10 +68,14 @@ class OfBundle:
         self.name, self._pipe, self._engine, self._taps = str(pipe.folder), pipe, engine, taps
 
     def vectors(self, t: float, labels: Sequence[int]) -> NDArray[Any]:
-        return self._pipe.table([t], labels, guided=False)(0, slice(0, len(labels)))[0]
+        return replay.hoisted(self._pipe)(np.full(len(labels), t, np.float32), np.array(labels, np.int64))
 
     def stream(self, question: Question, rows: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-        inputs = {"latents": question.latents, "conditioning": rows, "guidance": question.guidance}
+        context = self._pipe.examples(question.labels, guided=True)(slice(None))
+        vectors = rows.shape[2] - (context["context"].shape[2] if context else 0)
+        inputs = {"latents": question.latents, "conditioning": rows[:, :, :vectors], "guidance": question.guidance}
+        if context:
+            inputs |= context | {"context": rows[:, :, vectors:]}
         out = self._engine.run(inputs)
         return [out[name] for name in self._taps], out["prediction"]
 
@@ -104,16 +112,16 @@ def locate(
         everyone = [*question.labels, *[contract.null_label] * len(question.labels)]
         spread = np.linspace(0, contract.num_classes - 1, min(contract.num_classes, SPREAD)).astype(int).tolist()
         asked = list(dict.fromkeys([*wrong[: SPREAD // 2], *everyone, *spread]))
-        depth = int(contract.model.get("depth", 0))
+        each = vector_names(contract.model)
         right = truth.vectors(question.t, asked)
         given = ours.vectors(question.t, asked)
         if right.shape != given.shape:
             why = f"the conditioner gives {list(given.shape[1:])}, that of {truth.name} {list(right.shape[1:])}"
             return Located([f"not localized: {why}"], [])
         if smoothed:
-            right = right * _folded(given, right, depth)
+            right = right * _folded(given, right, each)
         wrong_vectors = ~(_errors(given, right) <= limits["conditioner"].conditioner)  # (labels, K)
-        sentences = _vectors(given, right, wrong_vectors, asked, contract.null_label, depth)
+        sentences = _vectors(given, right, wrong_vectors, asked, contract.null_label, each)
         if smoothed and (wrong_vectors.mean(0) > 0.5).any():
             why = "what smoothing has folded into the conditioner cannot be told from what is wrong with it"
             return Located([*sentences, f"denoiser: not localized: {why}"], [])
@@ -124,10 +132,13 @@ def locate(
         expected, answer = truth.stream(question, truth.vectors(question.t, everyone).reshape(shape))
     error = relative_error(prediction, answer)
     limit = limits["denoiser"]
+    # What no conditioning has touched yet is there once, for both halves of guidance.
+    expected = [every[: len(rows)] for rows, every in zip(got, expected, strict=False)] + expected[len(got) :]
     if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
         sentences.append(f"not localized: the denoiser has {len(got)} taps, that of {truth.name} {len(expected)}")
         return Located(sentences, [])
-    found = [Tap(n, relative_error(*pair)) for n, *pair in zip(names(len(got) - 1, depth), got, expected, strict=True)]
+    places = names(len(got) - 1, int(contract.model.get("depth", 0)))
+    found = [Tap(name, relative_error(*pair)) for name, *pair in zip(places, got, expected, strict=True)]
     found.append(Tap("after the last block: final layer or guidance", error))
     bounds = [limit.prediction] * (len(found) - 1) + [limit.guided]
     moved = next((tap for tap, bound in zip(found, bounds, strict=True) if not tap.error <= bound), None)
@@ -144,18 +155,42 @@ def locate(
     return Located(sentences, found)
 
 
-def _folded(given: NDArray[Any], right: NDArray[Any], depth: int) -> NDArray[Any]:
-    """(K, D): by what smoothing has multiplied each channel: a branch's gain and shift alike, the same for every label.
+def vector_names(model: Mapping[str, Any]) -> list[str]:
+    """Of the K + M vectors that leave the loop, by what a manifest says about its network."""
+    depth, tokens = int(model.get("depth", 0)), int(model.get("caption_tokens", 0))
+    by = CONDITIONINGS[model.get("conditioning", ModelSpec.conditioning)]
 
-    The median over the labels, so that some wrong ones do not move it; 1 where gain and shift disagree.
+    def of_blocks(vectors: Sequence[str]) -> list[str]:
+        return [f"block {n + 1} of {depth} (blocks.{n}), {vector}" for n in range(depth) for vector in vectors]
+
+    modulated = OF_BRANCH[: by.modulation // 2]
+    read = [f"cross-attention {part} {token}" for part in ("key", "value") for token in TOKENS]
+    block = [f"attention {vector}" for vector in modulated]
+    block += read if by.crossed and not by.captioned else []
+    block += [f"MLP {vector}" for vector in modulated]
+    caption = [f"cross-attention {part} of the caption" for part in ("key", "value") for _ in range(tokens)]
+    each = [f"token {token}" for token in TOKENS] if by.appended else []
+    return each + of_blocks(block) + list(FINAL if modulated else ()) + of_blocks(caption if by.captioned else ())
+
+
+def _folded(given: NDArray[Any], right: NDArray[Any], each: Sequence[str]) -> NDArray[Any]:
+    """(K + M, D): by what smoothing has multiplied each channel: a branch's gain and shift alike, or the values of one
+    cross-attention, the same for every label.
+
+    The median over the labels, so that some wrong ones do not move it; 1 where those that go together disagree.
     """
+    together: dict[str, list[int]] = {}
+    for k, name in enumerate(each):
+        if name not in FINAL:
+            together.setdefault(re.sub(" (gain|shift)$| of the (timestep|label|caption)$", "", name), []).append(k)
     folded = np.ones(given.shape[1:])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.nan_to_num(np.median(given / right, axis=0), nan=1.0, posinf=1.0, neginf=1.0)
-    for gain in range(0, len(VECTORS) * depth, len(VECTORS) // 2):
-        shift = gain + 1
-        if np.median(np.abs(ratio[gain] - ratio[shift])) < 1e-3 * np.median(np.abs(ratio[gain])):
-            folded[[gain, shift]] = np.where(ratio[gain] > 0, ratio[gain], 1)
+    for rows in together.values():
+        first = ratio[rows[0]]
+        apart = max((np.median(np.abs(first - ratio[k])) for k in rows[1:]), default=np.inf)
+        if apart < 1e-3 * np.median(np.abs(first)):
+            folded[rows] = np.where(first > 0, first, 1)
     return folded
 
 
@@ -166,16 +201,18 @@ def _errors(given: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _vectors(
-    given: NDArray[Any], right: NDArray[Any], wrong: NDArray[np.bool_], labels: list[int], null_label: int, depth: int
+    given: NDArray[Any],
+    right: NDArray[Any],
+    wrong: NDArray[np.bool_],
+    labels: list[int],
+    null_label: int,
+    each: list[str],
 ) -> list[str]:
-    """Which of the K vectors are off, of which labels."""
+    """Which vectors are off, of which labels."""
     if not wrong.any():
         return []
     count = wrong.shape[1]
-    if count == len(VECTORS) * depth + len(FINAL):
-        each = [f"block {n + 1} of {depth} (blocks.{n}), {vector}" for n in range(depth) for vector in VECTORS]
-        each += FINAL
-    else:
+    if count != len(each):
         each = [f"vector {k + 1} of {count}" for k in range(count)]
     columns, rows = np.flatnonzero(wrong.any(0)), np.flatnonzero(wrong.any(1))
     if len(columns) == count:
@@ -183,7 +220,7 @@ def _vectors(
     elif len(columns) > MANY:
         what = f"{len(columns)} of {count} vectors, first {each[columns[0]]}"
     else:
-        what = "; ".join(each[k] for k in columns)
+        what = "; ".join(dict.fromkeys(each[k] for k in columns))
     who = "every label asked" if len(rows) == len(labels) else ", ".join(f"label {labels[n]}" for n in rows[:MANY])
     if [labels[n] for n in rows] == [null_label]:
         who = f"the null label ({null_label})"

@@ -33,7 +33,7 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
     step = len(reference.timesteps) // 2
     t, guidance = float(reference.timesteps[step]), reference.guidance
     classes = pipe.manifest.num_classes
-    labels = [int(label) for label in reference.labels]
+    labels, everyone = [int(label) for label in reference.labels], slice(0, len(reference.labels))
     span = pipe.manifest.diffusion.span
     moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
     others = [(label + 1) % classes if classes > 1 else pipe.manifest.null_label for label in labels]
@@ -44,14 +44,16 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
         ("proof: guidance x 2", t, labels, 2 * guidance),
         ("proof: t moved by 5 %", moved, labels, guidance),
     ):
-        rows = pipe.table([time], ids, guided=True)(0, slice(0, len(ids)))
-        prediction, _ = pipe.denoise(reference.latents[step], rows, weights)
+        rows = pipe.table([time], ids, guided=True)(0, everyone)
+        context = pipe.examples(ids, guided=True)(everyone)
+        prediction, _ = pipe.denoise(reference.latents[step], rows, weights, context)
         error = relative_error(prediction, reference.prediction[step])
         checks.append(Check(name, error, limit, at_least=True, where=f"t = {t:g}"))
     precision = pipe.manifest.graphs["denoiser"].precision
     if precision != "fp32":
-        rows = pipe.table([t], others, guided=False)(0, slice(0, len(others)))
-        prediction, _ = pipe.denoise(reference.latents[step], rows, guidance)
+        rows = pipe.table([t], others, guided=False)(0, everyone)
+        context = pipe.examples(others, guided=False)(everyone)
+        prediction, _ = pipe.denoise(reference.latents[step], rows, guidance, context)
         error, limit = relative_error(prediction, reference.conditional[step]), TOLERANCES[precision].prediction
         name = f"proof: another label in {precision}"
         checks.append(Check(name, error, NARROW_PROOF_FACTOR * limit, at_least=True, where=f"t = {t:g}"))
@@ -63,7 +65,7 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
     spec, contract = model.spec, pipe.manifest
     generator = torch.Generator().manual_seed(seed)
     for batch in _batches(contract.graphs["denoiser"].max_batch):
-        latents = torch.randn(batch, spec.channels, spec.latent_size, spec.latent_size, generator=generator)
+        latents = torch.randn(batch, *spec.latent_shape, generator=generator)
         timesteps = torch.linspace(0, contract.diffusion.span, batch + 2)[1:-1]
         labels = torch.randint(0, spec.num_classes, (batch,), generator=generator)
         labels[-1] = spec.null_label if batch > 1 else labels[-1]
@@ -71,7 +73,8 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
         out = evaluate(model, latents, timesteps, labels)
         null = torch.full_like(labels, spec.null_label)
         rows = [pipe.condition(timesteps.numpy(), ids.numpy()) for ids in (labels, null)]
-        prediction, variance = pipe.denoise(latents.numpy(), np.stack(rows), weights)
+        context = pipe.examples(labels.tolist(), guided=True)(slice(None))
+        prediction, variance = pipe.denoise(latents.numpy(), np.stack(rows), weights, context)
         expected = guide(out.conditional, out.null, weights, spec.guided_channels)
         limit = TOLERANCES[contract.graphs["denoiser"].precision].guided
         where = f"batch {batch}"
@@ -82,7 +85,7 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
     if decoder is None:
         return
     for batch in _batches(contract.graphs["decoder"].max_batch):
-        latents = torch.randn(batch, spec.channels, spec.latent_size, spec.latent_size, generator=generator)
+        latents = torch.randn(batch, *spec.latent_shape, generator=generator)
         with torch.no_grad():
             images = decoder(latents).numpy()
         ratio = psnr(pipe.decode(latents.numpy()), images, peak=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def make_reference(
 ) -> Reference:
     """The run of the bundle's default solver, with PyTorch as network and as source of noise.
 
-    `divisors` are those that smoothing folded into the conditioner, (K, D).
+    `divisors` are those that smoothing folded into what leaves the loop, (K + M, D).
     """
     spec = model.spec
     solver = diffusion.sampler.solver
@@ -42,7 +43,7 @@ def make_reference(
     labels = torch.tensor([spec.num_classes // 4, (3 * spec.num_classes) // 4])
     weights = np.array(GUIDANCE, np.float32)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
-    sample_shape = (1, spec.channels, spec.latent_size, spec.latent_size)
+    sample_shape = (1, *spec.latent_shape)
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
         return torch.cat([torch.randn(sample_shape, generator=generator) for generator in generators]).numpy()
@@ -83,9 +84,7 @@ def make_reference(
         conditional=np.stack(conditional),
         null=np.stack(null),
         variance=np.stack(variances),
-        fingerprint=fingerprint(
-            conditioner(model, divisors), spec.num_classes, timesteps[evaluations // 2], max_rows=16
-        ),
+        fingerprint=fingerprint(hoisted(model, divisors), spec.num_classes, timesteps[evaluations // 2], max_rows=16),
         images=pictures,
     )
 
@@ -93,8 +92,8 @@ def make_reference(
 def _step_count(model: DiT, diffusion: Diffusion) -> int:
     """As many as fit the size and the solver's spacing."""
     spec = model.spec
-    bytes_a_step = len(SEEDS) * spec.channels * spec.latent_size**2 * 4 * 5
-    pictures = len(SEEDS) * 3 * spec.resolution**2
+    bytes_a_step = len(SEEDS) * math.prod(spec.latent_shape) * 4 * 5
+    pictures = len(SEEDS) * 3 * 64 * math.prod(spec.latent_shape[1:])
     solver = diffusion.sampler.solver
     most = max(1, min(MAX_STEPS, (MAX_BYTES - pictures) // bytes_a_step - 1) // EVALUATIONS[solver])
     for steps in range(most, 0, -1):
@@ -120,7 +119,7 @@ def evaluate(model: DiT, latents: Tensor, timesteps: Tensor, labels: Tensor) -> 
     """PyTorch with B rows that have their labels and B that have the null label."""
     null = torch.full_like(labels, model.spec.null_label)
     with torch.no_grad():
-        rows = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([labels, null]))
+        rows = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), **model.told(torch.cat([labels, null])))
     return Evaluation(rows, model.spec.channels)
 
 
@@ -132,14 +131,18 @@ def guide(conditional: np.ndarray, null: np.ndarray, weights: np.ndarray, guided
     return result
 
 
-def conditioner(model: DiT, divisors: np.ndarray | float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What the conditioner graph computes, by PyTorch."""
+def hoisted(model: DiT, divisors: np.ndarray | float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """What the bundle computes outside the loop, [N, K, D], or [N, K + M, D] with captions, by PyTorch."""
 
-    def condition(timesteps: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            return model.vectors(torch.from_numpy(timesteps), torch.from_numpy(labels)).numpy() / divisors
+    @torch.no_grad()
+    def vectors(timesteps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        told = model.told(torch.from_numpy(numbers))
+        rows = model.vectors(torch.from_numpy(timesteps), told.get("labels"))
+        if "captions" in told:
+            rows = torch.cat([rows, model.context(**told)[0]], dim=1)
+        return rows.numpy() / divisors
 
-    return condition
+    return vectors
 
 
 def save_reference(folder: Path, reference: Reference) -> None:

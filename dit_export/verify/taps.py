@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from dit_export import graphs
-from dit_export.models.dit import DiT, Modulated
+from dit_export.models.dit import DiT
 from dit_runtime import backends, manifest
 from dit_runtime.backends import Engine, Options
 from dit_runtime.manifest import Graph
@@ -30,7 +30,7 @@ from dit_runtime.pipeline import Pipeline
 
 PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
 COPIES = {"Tile", "Expand", "Identity", "Cast"}  # x may be repeated for guidance after the branch has left it
-BRANCHES = ("attention", "MLP")
+BRANCHES = {2: ("attention", "MLP"), 3: ("attention", "cross-attention", "MLP")}  # by the sums of a block
 
 
 def residual_sums(graph: gs.Graph) -> list[tuple[gs.Variable, gs.Variable]]:
@@ -78,8 +78,8 @@ def _leads_through_a_product(x: gs.Variable, branch: gs.Variable) -> bool:
 
 def names(count: int, depth: int) -> list[str]:
     """Of the stream before the first sum and after each."""
-    if count == 2 * depth:
-        blocks = [f"block {n + 1} of {depth} (blocks.{n}), {branch}" for n in range(depth) for branch in BRANCHES]
+    if branches := BRANCHES.get(count // max(depth, 1) if count % max(depth, 1) == 0 else 0):
+        blocks = [f"block {n + 1} of {depth} (blocks.{n}), {branch}" for n in range(depth) for branch in branches]
     else:
         blocks = [f"residual sum {n + 1} of {count}" for n in range(count)]
     return ["before the first block", *blocks]
@@ -135,29 +135,21 @@ def pytorch_stream(
 ) -> tuple[list[NDArray[Any]], NDArray[Any]]:
     """The stream of rows that have the labels and of as many that have the null label, and what the network gives."""
     stream: list[NDArray[Any]] = []
-    branch: dict[str, torch.Tensor] = {}
 
-    def before(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if not stream:
-            stream.append(inputs[0].numpy())
+    def enters(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        stream.append(inputs[0].numpy())
 
-    def inner(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        branch["attention"] = output
-
-    def after(block: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        attention: Modulated = block.vectors(inputs[1])[0]
-        stream.append((inputs[0] + attention.gate * branch["attention"]).numpy())
+    def leaves(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         stream.append(output.numpy())
 
-    hooks = []
-    for block in model.blocks:
-        hooks.append(block.register_forward_pre_hook(before))
-        hooks.append(block.get_submodule("attn").register_forward_hook(inner))
-        hooks.append(block.register_forward_hook(after))
+    hooks = [model.blocks[0].register_forward_pre_hook(enters)]
+    for block in model.blocks:  # what follows a branch's sum is a norm, or the next block
+        hooks += [block.get_submodule(name).register_forward_pre_hook(enters) for name in ("norm_cross", "norm2")]
+        hooks.append(block.register_forward_hook(leaves))
     try:
         rows = torch.from_numpy(latents).repeat(2, 1, 1, 1)
         ids = torch.tensor([*labels, *[model.spec.null_label] * len(labels)])
-        out = model(rows, torch.full((len(ids),), t), ids)
+        out = model(rows, torch.full((len(ids),), t), **model.told(ids))
     finally:
         for hook in hooks:
             hook.remove()

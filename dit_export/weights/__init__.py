@@ -27,7 +27,7 @@ from dit_runtime.schedule import Diffusion
 OTHERWISE = (
     "pass --checkpoint PATH (make: CHECKPOINT=PATH), or --synthetic (make: SYNTHETIC=1) to build with made-up weights"
 )
-PUBLIC = {  # model, resolution -> the hub's checkpoint
+PUBLIC: dict[tuple[str, int | str], str] = {  # model, resolution -> the hub's checkpoint
     ("XL/2", 256): "facebook/DiT-XL-2-256",
     ("XL/2", 512): "facebook/DiT-XL-2-512",
 }
@@ -60,8 +60,8 @@ def load(recipe: Recipe) -> Loaded:
             None, learned_variance=model.spec.learned_variance, prediction=recipe.prediction
         )
     else:
-        model, files = read_transformer(transformer_folder(path))
-        labels = () if recipe.labels else pipeline_labels(path, model.spec.num_classes)
+        model, files = read_transformer(transformer_folder(path), recipe.resolution)
+        labels = () if recipe.labels or model.spec.by.captioned else pipeline_labels(path, model.spec.num_classes)
         diffusion = read_diffusion(path, model.spec.learned_variance, recipe.prediction)
     if diffusion.prediction == "velocity":
         model = keys.without_variance(model)
@@ -91,11 +91,10 @@ def load_synthetic(recipe: Recipe) -> Loaded:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
     diffusion = read_scheduler_config(None, prediction=recipe.prediction)
-    spec = replace(
-        specs.model(recipe.model),
-        latent_size=(recipe.resolution or 256) // 8,
-        learned_variance=diffusion.prediction != "velocity",
-    )
+    spec = specs.sized(specs.model(recipe.model), recipe.resolution)
+    if recipe.conditioning is not None:
+        spec = specs.conditioned(spec, recipe.conditioning)
+    spec = replace(spec, learned_variance=diffusion.prediction != "velocity")
     agree(spec, recipe, "--synthetic")
     labels = read_labels(Path(recipe.labels).expanduser(), spec.num_classes) if recipe.labels else ()
     source: dict[str, Any] = {"kind": "synthetic", "seed": recipe.synthetic}
@@ -128,10 +127,10 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, spec: ModelSpec) -> tuple[
 def public_checkpoint(recipe: Recipe) -> str:
     if recipe.model is None:
         raise UsageError("nothing to build: pass a model, --checkpoint PATH or HUB-ID, or both")
-    specs.model(recipe.model)
-    resolution = recipe.resolution or 256
-    if (recipe.model, resolution) not in PUBLIC:
-        raise UsageError(f"no public weights exist for {recipe.model} at {resolution} px: {OTHERWISE}")
+    resolution = specs.sized(specs.model(recipe.model), recipe.resolution).resolution
+    if (recipe.model, resolution) not in PUBLIC or recipe.conditioning not in (None, ModelSpec.conditioning):
+        way = f" with {recipe.conditioning}" if recipe.conditioning else ""
+        raise UsageError(f"no public weights exist for {recipe.model}{way} at {resolution} px: {OTHERWISE}")
     return PUBLIC[recipe.model, resolution]
 
 
@@ -151,7 +150,11 @@ def named(name: str, path: Path) -> dict[str, Any]:
 
 def agree(spec: ModelSpec, recipe: Recipe, where: str) -> None:
     """What the recipe says about the network must be what the checkpoint is."""
-    got: dict[str, Any] = {"model": specs.table_name(spec), "resolution": spec.resolution, "heads": spec.heads}
+    got: dict[str, Any] = {
+        "model": specs.table_name(spec),
+        "conditioning": spec.conditioning,
+        "heads": spec.heads,
+    }
     if recipe.model is not None:
         specs.model(recipe.model)
     for field, value in got.items():

@@ -14,7 +14,8 @@ from dit_export.spec import ModelSpec
 from dit_export.weights.files import check
 from dit_runtime.errors import UsageError
 
-# Ours -> theirs. N: every block; *: weight and bias; {q,k,v}: three tensors of theirs, stacked along our rows.
+# Ours -> theirs. N: every block; *: weight and bias; {q,k,v}: so many tensors of theirs, stacked along our rows. What a
+# network's conditioning does not have is left out.
 META = {
     "positions": "pos_embed",
     "patches.*": "x_embedder.proj.*",
@@ -22,11 +23,18 @@ META = {
     "embedders.0.time.2.*": "t_embedder.mlp.2.*",
     "embedders.0.label.weight": "y_embedder.embedding_table.weight",
     "blocks.N.modulation.*": "blocks.N.adaLN_modulation.1.*",
+    "blocks.N.norm1.*": "blocks.N.norm1.*",
     "blocks.N.attn.qkv.*": "blocks.N.attn.qkv.*",
     "blocks.N.attn.proj.*": "blocks.N.attn.proj.*",
+    "blocks.N.norm_cross.*": "blocks.N.norm_cross.*",
+    "blocks.N.cross.q.*": "blocks.N.cross_attn.q.*",
+    "blocks.N.cross.kv.*": "blocks.N.cross_attn.kv.*",
+    "blocks.N.cross.proj.*": "blocks.N.cross_attn.proj.*",
+    "blocks.N.norm2.*": "blocks.N.norm2.*",
     "blocks.N.mlp.fc1.*": "blocks.N.mlp.fc1.*",
     "blocks.N.mlp.fc2.*": "blocks.N.mlp.fc2.*",
     "final.modulation.*": "final_layer.adaLN_modulation.1.*",
+    "final.norm.*": "final_layer.norm_final.*",
     "final.linear.*": "final_layer.linear.*",
 }
 DIFFUSERS = {
@@ -41,6 +49,24 @@ DIFFUSERS = {
     "blocks.N.mlp.fc2.*": "transformer_blocks.N.ff.net.2.*",
     "final.modulation.*": "proj_out_1.*",
     "final.linear.*": "proj_out_2.*",
+}
+PIXART = {
+    "patches.*": "pos_embed.proj.*",
+    "embedders.0.time.0.*": "adaln_single.emb.timestep_embedder.linear_1.*",
+    "embedders.0.time.2.*": "adaln_single.emb.timestep_embedder.linear_2.*",
+    "shared.*": "adaln_single.linear.*",
+    "caption.fc1.*": "caption_projection.linear_1.*",
+    "caption.fc2.*": "caption_projection.linear_2.*",
+    "blocks.N.modulation.table": "transformer_blocks.N.scale_shift_table",
+    "blocks.N.attn.qkv.*": "transformer_blocks.N.attn1.to_{q,k,v}.*",
+    "blocks.N.attn.proj.*": "transformer_blocks.N.attn1.to_out.0.*",
+    "blocks.N.cross.q.*": "transformer_blocks.N.attn2.to_q.*",
+    "blocks.N.cross.kv.*": "transformer_blocks.N.attn2.to_{k,v}.*",
+    "blocks.N.cross.proj.*": "transformer_blocks.N.attn2.to_out.0.*",
+    "blocks.N.mlp.fc1.*": "transformer_blocks.N.ff.net.0.proj.*",
+    "blocks.N.mlp.fc2.*": "transformer_blocks.N.ff.net.2.*",
+    "final.modulation.table": "scale_shift_table",
+    "final.linear.*": "proj_out.*",
 }
 
 
@@ -62,13 +88,14 @@ def depth_of(names: Mapping[str, object]) -> int:
 
 
 def expand(table: dict[str, str], depth: int) -> dict[str, list[str]]:
-    """Our name -> theirs: one, or three to be stacked."""
+    """Our name -> theirs: one, or some to be stacked."""
     names = {}
     for ours, theirs in table.items():
         for n in range(depth) if ".N." in ours else [0]:
             for leaf in ("weight", "bias") if "*" in ours else [""]:
                 one = theirs.replace(".N.", f".{n}.").replace("*", leaf)
-                parts = [one.replace("{q,k,v}", part) for part in "qkv"] if "{q,k,v}" in one else [one]
+                several = re.search(r"\{(.+)\}", one)
+                parts = [one.replace(several[0], part) for part in several[1].split(",")] if several else [one]
                 names[ours.replace(".N.", f".{n}.").replace("*", leaf)] = parts
     return names
 
@@ -79,7 +106,7 @@ def read(state: dict[str, Tensor], table: dict[str, str], spec: ModelSpec, where
         spec = replace(spec, embedders=spec.depth)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in DiT(spec).state_dict().items()}
-    names = expand(table, spec.depth)
+    names = {name: parts for name, parts in expand(table, spec.depth).items() if name in shapes}
     if names.get("positions", [""])[0] not in state:
         names.pop("positions", None)
     expected: dict[str, tuple[int, ...]] = {}
@@ -93,7 +120,7 @@ def read(state: dict[str, Tensor], table: dict[str, str], spec: ModelSpec, where
         tensors = [state.pop(part).float() for part in parts]
         ours[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if "positions" not in ours:
-        ours["positions"] = position_table(spec.hidden, spec.latent_size // spec.patch)
+        ours["positions"] = position_table(spec.hidden, spec.grid, spec.position_span)
     copies = [name for name in ours if re.match(r"embedders\.(?!0\.)", name)]
     if all(torch.equal(ours[name], ours[re.sub(r"\d+", "0", name, count=1)]) for name in copies):
         spec = replace(spec, embedders=1)
@@ -126,7 +153,9 @@ def write(model: DiT, table: dict[str, str]) -> dict[str, Tensor]:
     theirs = {}
     for name, parts in expand(table, model.spec.depth).items():
         if name not in ours:  # a block's copy of the one embedder
-            name = re.sub(r"\d+", "0", name, count=1)
+            name = re.sub(r"^embedders\.\d+", "embedders.0", name)
+        if name not in ours:  # of another conditioning
+            continue
         for part, tensor in zip(parts, ours[name].chunk(len(parts)), strict=True):
             theirs[part] = tensor.clone()
     return theirs

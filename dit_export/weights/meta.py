@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from dit_export.models.dit import DiT
-from dit_export.spec import SIZES, ModelSpec, Recipe
+import torch
+from torch import Tensor
+
+from dit_export.models.dit import DiT, position_table
+from dit_export.spec import CONDITIONINGS, SIZES, ModelSpec, Recipe, sized
 from dit_export.weights import keys
 from dit_export.weights.files import read_weights
 from dit_runtime.errors import UsageError
@@ -36,26 +40,57 @@ def read_file(path: Path, recipe: Recipe) -> DiT:
             f"{where}: the final layer has {outputs} outputs, expected {channels * patch**2} (patch² x channels), "
             "or twice as many with a learned variance"
         )
-    if "positions" in names and names["positions"][0] in state:
-        side = patch * math.isqrt(shape("positions", 3)[1])
-    elif recipe.resolution:
-        side = recipe.resolution // 8
-    else:
-        raise UsageError(f"{where}: has no position table, so its resolution is unknown: pass --resolution")
     spec = ModelSpec(
         depth=depth,
         hidden=hidden,
         heads=recipe.heads or table_heads(depth, hidden, where),
         patch=patch,
-        latent_size=side,
+        latent_size=patch,  # until it is known
         channels=channels,
         num_classes=shape("embedders.0.label.weight", 2)[0] - 1,
         mlp_ratio=shape("blocks.0.mlp.fc1.weight", 2)[0] / hidden,
         learned_variance=outputs == 2 * channels * patch**2,
+        conditioning=conditioning_of(state, names, hidden, where),
     )
+    positions = names.get("positions", [""])[0]
+    if positions in state:
+        trained = replace(spec, latent_size=patch * math.isqrt(shape("positions", 3)[1]))
+        spec = sized(trained, recipe.resolution)
+        if spec != trained:
+            _require_formula(state.pop(positions), trained, spec, where)
+    elif recipe.resolution:
+        spec = sized(spec, recipe.resolution)
+    else:
+        raise UsageError(f"{where}: has no position table, so its resolution is unknown: pass --resolution")
     if table is keys.DIFFUSERS:  # its fixed choices, and its default norm_eps, as there is no config.json
         spec = replace(spec, frequency_shift=1, norm2_eps=1e-5, guided_channels=channels, unguided_up_to_one=True)
     return keys.read(state, table, spec, where)
+
+
+def conditioning_of(state: Mapping[str, Tensor], names: Mapping[str, list[str]], hidden: int, where: str) -> str:
+    """By what a block holds: adaLN's vectors, or a cross-attention, or neither."""
+
+    def rows(ours: str) -> int:
+        (theirs,) = names.get(ours, [""])
+        return state[theirs].shape[0] if theirs in state else 0
+
+    vectors, crossed = rows("blocks.0.modulation.weight") / hidden, rows("blocks.0.cross.q.weight") > 0
+    for name, by in CONDITIONINGS.items():
+        if (by.modulation, by.crossed, by.captioned) == (vectors, crossed, False):
+            return name
+    raise UsageError(
+        f"{where}: a block has {vectors:g} vectors of adaLN{' and a cross-attention' * crossed}; known: 4, 6"
+    )
+
+
+def _require_formula(table: Tensor, trained: ModelSpec, spec: ModelSpec, where: str) -> None:
+    """Another size needs other positions, and only a formula gives them."""
+    formula = position_table(trained.hidden, trained.grid)
+    if table.shape != formula.shape or not torch.allclose(table.float(), formula, rtol=0, atol=1e-3):
+        raise UsageError(
+            f"{where}: the weights' resolution is {trained.resolution}, expected {spec.resolution} as the recipe says, "
+            "and their position table is not the sin-cos formula's, so there is none for another size"
+        )
 
 
 def table_heads(depth: int, hidden: int, where: str) -> int:

@@ -124,11 +124,26 @@ def test_plain_attention(run: Run, attrs: dict) -> None:
     assert np.abs(run(graph, inputs | {"k": inputs["v"]})[0] - expected).max() > 0.1
 
 
-def test_attention_with_a_mask_stays() -> None:
+def test_a_mask_is_added_to_the_scores(run: Run) -> None:
+    graph = attention()
+    mask = gs.Variable("mask", dtype=np.float32, shape=["n", 1, 5, 5])
+    graph.inputs.append(mask)
+    graph.nodes[0].inputs.append(mask)
+    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"} | {"mask": np.zeros((2, 1, 5, 5), np.float32)}
+    inputs["mask"][1, :, :, 3:] = -10_000
+    (expected,) = run(graph, inputs)
+    assert plain_attention(graph) == 1
+    assert graphs.census(graph) == {"MatMul": 2, "Transpose": 1, "Mul": 1, "Add": 1, "Softmax": 1}
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
+    inputs["mask"][1] = 0
+    assert np.abs(run(graph, inputs)[0] - expected).max() > 0.1
+
+
+def test_other_attention_stays() -> None:
     graph = attention(is_causal=1)
     assert plain_attention(graph) == 0
     graph = attention()
-    graph.nodes[0].inputs.append(gs.Variable("mask", dtype=np.float32, shape=[5, 5]))
+    graph.nodes[0].inputs.append(gs.Variable("mask", dtype=np.bool_, shape=[5, 5]))  # which scores count, not a sum
     assert plain_attention(graph) == 0
 
 
@@ -152,6 +167,27 @@ def test_split_qkv(run: Run) -> None:
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
     assert np.abs(got[0] - got[1]).max() > 0.1
+
+
+def test_split_qkv_of_weights_in_8_bits(run: Run) -> None:
+    graph = projected()
+    product = graph.nodes[0]
+    stored = [RNG.integers(-127, 128, (8, 12)).astype(np.int8), normal(12) ** 2, np.zeros(12, np.int8)]
+    product.inputs[1] = layer(graph, "DequantizeLinear", stored, [8, 12], axis=1)
+    graph.toposort()
+    inputs = {"x": normal(2, 5, 8)}
+    expected, weights = run(graph, inputs), graphs.weight_bytes(graph)
+    assert split_qkv(graph) == 1
+    assert graphs.census(graph) == {"Split": 4, "DequantizeLinear": 3, "MatMul": 3, "Add": 3}
+    assert graphs.weight_bytes(graph) == weights  # the parts are no copies
+    for one, other in zip(run(graph, inputs), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)  # weights up to 127 times their step
+    # A step a row belongs to no column: it is left alone.
+    graph = projected()
+    graph.nodes[0].inputs[1] = layer(
+        graph, "DequantizeLinear", [stored[0], normal(8), np.zeros(8, np.int8)], [8, 12], axis=0
+    )
+    assert split_qkv(graph) == 0
 
 
 def test_split_qkv_leaves_other_splits_alone() -> None:

@@ -6,7 +6,7 @@ import torch
 from dit_export import graphs
 from dit_export.fuse import expected_counts, fuse
 from dit_export.fuse.guidance import share_rows
-from dit_export.fuse.hoist import Hoisted, hoist
+from dit_export.fuse.hoist import hoist
 from dit_export.fuse.pack import pack
 from dit_export.models.dit import DiT
 from dit_runtime.errors import UsageError
@@ -69,7 +69,7 @@ def test_packing_refuses_vectors_of_another_width() -> None:
     graph.outputs = [layer(graph, "Mul", [narrow, layer(graph, "Tanh", [d], ["n", 1, 4])], ["n", 2, 4])]
     hoisted = hoist(graph, ["x"])
     with pytest.raises(UsageError, match=r"cannot travel with .* expected .*8\]"):
-        pack(hoisted, "conditioning")
+        pack(hoisted, "conditioning", hoisted.invariant.outputs)
 
 
 def test_packing_keeps_the_loop(plain: gs.Graph, run: Run) -> None:
@@ -78,7 +78,7 @@ def test_packing_keeps_the_loop(plain: gs.Graph, run: Run) -> None:
     parts = run(hoisted.invariant, conditions)
     x = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
     (expected,) = run(hoisted.loop, {"latents": x, **dict(zip(hoisted.frontier, parts, strict=True))})
-    assert pack(Hoisted(*hoisted), "conditioning") == 14
+    assert pack(hoisted, "conditioning", hoisted.invariant.outputs) == 14
     (packed,) = run(hoisted.invariant, conditions)
     assert np.array_equal(packed, np.concatenate(parts, axis=1))
     (again,) = run(hoisted.loop, {"latents": x, "conditioning": packed})
@@ -91,7 +91,7 @@ def test_a_loop_that_names_its_rows_is_refused() -> None:
     rows = layer(graph, "Reshape", [x, np.array([2, 1, 8])], [2, 1, 8])
     graph.outputs = [layer(graph, "Mul", [rows, c], [2, 1, 8])]
     with pytest.raises(UsageError, match="reshaped to 2 rows, expected -1"):
-        share_rows(graph, "latents", "conditioning")
+        share_rows(graph, "latents", ["conditioning"])
 
 
 def test_a_changed_exporter_is_noticed(plain: gs.Graph, small_dit: DiT) -> None:

@@ -76,6 +76,14 @@ def test_compiled_models_are_kept_in_the_users_cache(meta_copy, cache) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")} == kept
 
 
+def test_products_do_not_saturate_where_there_is_no_vnni(meta_copy) -> None:
+    """ONNX Runtime acts on it on such CPUs alone, so that it is asked is all that shows here."""
+    graph = manifest.read(on(meta_copy, "onnxruntime")).graphs["denoiser"]
+    engine = backends.backend("onnxruntime").open([meta_copy / name for name in graph.files], Options())
+    settings = engine._session.get_session_options()
+    assert settings.get_session_config_entry("session.x64quantprecision") == "1"
+
+
 def test_auto_takes_the_first_that_can(monkeypatch) -> None:
     assert backends.choose("auto") == "openvino"
     assert backends.choose("auto", "fp16") == "onnxruntime"

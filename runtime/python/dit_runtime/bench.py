@@ -49,17 +49,17 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
     rows = np.stack(
         [pipe.condition(timesteps, ids), pipe.condition(timesteps, np.full(batch, pipe.manifest.null_label))]
     )
+    numbers = [int(number) for number in ids]
+    context, own = (pipe.examples(numbers, guided)(slice(None)) for guided in (True, False))
     engines = {name: _Instant(graph) for name, graph in pipe.manifest.graphs.items()}
     alone = Pipeline(pipe.folder, pipe.manifest, engines)
     whole = "images" if "decoder" in pipe.manifest.graphs else "latents"
     tasks: dict[str, Callable[[], object]] = {
         "conditioner, a pair": lambda: pipe.condition(timesteps[:1], ids[:1]),
-        "denoiser, a step without guidance": lambda: pipe.denoise(latents, rows[:1], weights),
-        "denoiser, a guided step": lambda: pipe.denoise(latents, rows, weights),
-        f"{whole}, {steps} guided steps": lambda: pipe.sample(list(map(int, ids)), steps=steps, output=whole),
-        f"the loop itself, {steps} guided steps": lambda: alone.sample(
-            list(map(int, ids)), steps=steps, output="latents"
-        ),
+        "denoiser, a step without guidance": lambda: pipe.denoise(latents, rows[:1], weights, own),
+        "denoiser, a guided step": lambda: pipe.denoise(latents, rows, weights, context),
+        f"{whole}, {steps} guided steps": lambda: pipe.sample(numbers, steps=steps, output=whole),
+        f"the loop itself, {steps} guided steps": lambda: alone.sample(numbers, steps=steps, output="latents"),
     }
     if whole == "images":
         tasks["decoder"] = lambda: pipe.decode(latents)

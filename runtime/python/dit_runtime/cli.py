@@ -14,6 +14,7 @@ import numpy as np
 
 from dit_runtime import backends, bench, images, manifest, verify
 from dit_runtime.backends import Options, Tuning
+from dit_runtime.captions import Captions
 from dit_runtime.compiling import compile_graphs, obstacle
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.manifest import Manifest
@@ -60,7 +61,13 @@ def _parser() -> Parser:
 
     sample = commands.add_parser("sample", help="pictures from class names or numbers")
     add_bundle(sample)
-    sample.add_argument("--labels", nargs="+", required=True, metavar="CLASS", help="names or numbers, one a picture")
+    sample.add_argument("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one a picture")
+    sample.add_argument("--captions", type=Path, metavar="FILE.npy", help="text embeddings (N, L, C) instead of labels")
+    sample.add_argument(
+        "--mask", type=Path, metavar="FILE.npy", help="which tokens captions have, (N, L); default: all"
+    )
+    sample.add_argument("--negative", type=Path, metavar="FILE.npy", help="of an empty text, for guidance")
+    sample.add_argument("--negative-mask", type=Path, metavar="FILE.npy")
     sample.add_argument("--steps", type=int, default=25)
     sample.add_argument("--guidance", "--cfg-scale", type=float, nargs="+", default=[4.0], help="one, or one a picture")
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
@@ -140,11 +147,17 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"output {options.output}: expected a name that ends in {', '.join(writers)}")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
-    latents = _read_latents(options.latents) if options.latents else None
+    latents = _read_array(options.latents) if options.latents else None
+    captions = _read_captions(options.captions, options.mask, "--captions")
+    negative = _read_captions(options.negative, options.negative_mask, "--negative")
+    if captions is not None and options.labels:
+        raise UsageError("got both --labels and --captions: pass one of them")
     progress = Progress()
     with _load(options) as pipe:
         result = pipe.sample(
             options.labels,
+            captions=captions,
+            negative=negative,
             steps=options.steps,
             guidance=options.guidance if len(options.guidance) > 1 else options.guidance[0],
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
@@ -168,7 +181,15 @@ def _write_png(path: Path, pictures: np.ndarray) -> None:
     images.write_png(path, images.grid(pictures))
 
 
-def _read_latents(path: Path) -> np.ndarray:
+def _read_captions(embeddings: Path | None, mask: Path | None, what: str) -> Captions | np.ndarray | None:
+    if embeddings is None:
+        if mask is not None:
+            raise UsageError(f"{mask}: a mask without {what}")
+        return None
+    return _read_array(embeddings) if mask is None else Captions(_read_array(embeddings), _read_array(mask))
+
+
+def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -200,9 +221,9 @@ def summary(folder: Path, contract: Manifest) -> str:
     sizes = {name: sum(contract.files[file].size for file in graph.files) for name, graph in contract.graphs.items()}
     lines = [
         f"{folder}",
-        f"model      {model.get('name')} at {model.get('resolution')} px, {contract.num_classes} classes"
-        f"{'' if contract.labels else ' without names'}",
-        f"sampling   {sampler.solver}, guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
+        f"model      {model.get('name')} at {model.get('resolution')} px, {_given(contract)}",
+        f"sampling   {sampler.solver} on {contract.diffusion.prediction}, "
+        f"guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
     ]
     for name, graph in contract.graphs.items():
         lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
@@ -211,6 +232,13 @@ def summary(folder: Path, contract: Manifest) -> str:
     origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
     lines.append(f"weights    {', '.join(origin)}")
     return "\n".join(lines)
+
+
+def _given(contract: Manifest) -> str:
+    """What it draws by."""
+    if contract.caption_shape is not None:
+        return "captions of up to {} tokens x {}".format(*contract.caption_shape)
+    return f"{contract.num_classes} classes{'' if contract.labels else ' without names'}"
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from dit_runtime.schedule import Diffusion
 
 FORMAT = 1
 NAME = "manifest.json"
-GRAPHS = ("conditioner", "denoiser", "decoder")
+GRAPHS = ("conditioner", "context", "denoiser", "decoder")
 DTYPES = ("float32", "int64")
 BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
 
@@ -59,7 +59,7 @@ class Manifest:
     model: Mapping[str, Any]  # the toolchain's ModelSpec, for people and for inspect
     latent_shape: tuple[int, ...]  # (C, H, W)
     latent_scale: float | None
-    num_classes: int
+    num_classes: int  # where there are captions: the examples that verification has instead
     labels: tuple[str, ...]  # names by class; empty where none are known
     guided_channels: int
     unguided_up_to_one: bool
@@ -74,6 +74,14 @@ class Manifest:
     @property
     def null_label(self) -> int:
         return self.num_classes
+
+    @property
+    def caption_shape(self) -> tuple[int, int] | None:
+        """(L, C) of the captions that a bundle takes instead of labels."""
+        if "context" not in self.graphs:
+            return None
+        _, tokens, channels = self.graphs["context"].inputs[0].shape
+        return int(tokens), int(channels)
 
     def to_json(self) -> str:
         table = asdict(self) | {"diffusion": self.diffusion.to_dict()}
@@ -116,7 +124,7 @@ def _parse(table: dict[str, Any]) -> Manifest:
             raise ValueError(f"{key} is {table[key]!r}, expected a table")
     graphs = {name: _graph(graph) for name, graph in table["graphs"].items()}
     if not {"conditioner", "denoiser"} <= set(graphs) <= set(GRAPHS):
-        raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (the decoder may lack)")
+        raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (context and decoder may lack)")
     manifest = Manifest(
         **table
         | {

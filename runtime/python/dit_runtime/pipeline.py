@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dit_runtime import backends, images, manifest, noise
 from dit_runtime.backends import Engine, Options
+from dit_runtime.captions import Captions, Context, Contexts, examples, fitting
 from dit_runtime.conditioning import Table
 from dit_runtime.errors import BundleError, EngineError, UsageError, nearest
 from dit_runtime.manifest import Manifest
@@ -89,8 +90,10 @@ class Pipeline:
 
     def sample(
         self,
-        labels: str | int | Sequence[str | int],
+        labels: str | int | Sequence[str | int] = (),
         *,
+        captions: Captions | NDArray[Any] | None = None,
+        negative: Captions | NDArray[Any] | None = None,
         steps: int = 25,
         guidance: float | Sequence[float] = 4.0,
         seed: int | Sequence[int] = 0,
@@ -103,14 +106,20 @@ class Pipeline:
     ) -> NDArray[Any]:
         """Pictures uint8 [N, H, W, 3], or final latents float32 [N, C, H, W]; one a label, the same for the same seed.
 
-        `on_step(step, steps, latents)` is called after each evaluation of the network, of which Heun's method needs two
-        a step; returning True raises Stopped.
+        A captioned bundle takes `captions` as its text encoder embedded them, (N, L, C), and with guidance `negative`,
+        one for all or one each; labels are then the numbers of its example captions.
+        `on_step(step, steps, latents)` is called after each evaluation of the network, of which a step of Heun's method
+        needs two; returning True raises Stopped.
         """
         if output not in ("images", "latents"):
             raise UsageError(f"output {output!r} is not known; known: images, latents")
         if output == "images":
             self._require_decoder()
-        ids = self.label_ids([labels] if isinstance(labels, str | int | np.integer) else list(labels))
+        if captions is None:
+            ids = self.label_ids([labels] if isinstance(labels, str | int | np.integer) else list(labels))
+        else:
+            captions = self._fitting(captions, "captions")
+            ids = [self.manifest.null_label] * len(captions.mask)
         weights = self._guidance(guidance, len(ids))
         solver = solver or self.manifest.diffusion.sampler.solver
         timesteps = plan(self.manifest.diffusion, solver, steps, spacing)
@@ -119,11 +128,13 @@ class Pipeline:
         x = draw(shape) if latents is None else self._latents(latents, shape)
         run = solve(self.manifest.diffusion, solver, steps, x, draw, eta=eta, spacing=spacing)
 
-        table = self.table(timesteps, ids, guided=self.is_guided(weights))
+        guided = self.is_guided(weights)
+        contexts = self.examples(ids, guided) if captions is None else self._contexts(captions, negative, guided)
+        table = self.table(timesteps, ids, guided)
         state, t = next(run)
         for step in range(len(timesteps)):
             try:
-                state, t = run.send(self._denoise_all(step, t, state, table, weights))
+                state, t = run.send(self._denoise_all(step, t, state, table, contexts, weights))
             except StopIteration as end:
                 state = end.value
             if on_step is not None and on_step(step + 1, len(timesteps), state) is True:
@@ -140,15 +151,38 @@ class Pipeline:
         return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch, whole=whole)
 
     def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
-        """(N,), (N,) -> [N, K, D]."""
-        return self._engine("conditioner").run({"timesteps": timesteps, "labels": labels})["conditioning"]
+        """(N,), (N,) -> [N, K, D]; where there are captions, labels change nothing."""
+        inputs = {"timesteps": timesteps} | ({} if self.manifest.caption_shape else {"labels": labels})
+        return self._engine("conditioner").run(inputs)["conditioning"]
+
+    def context(self, captions: Captions) -> Context:
+        """(N, L, C), (N, L) -> [N, M, D], [N, L]."""
+        engine, size = self._engine("context"), self.manifest.graphs["context"].max_batch
+        parts = []
+        for first in range(0, len(captions.mask), size):
+            embeddings, mask = (part[first : first + size] for part in captions)
+            found = engine.run({"captions": embeddings, "mask": mask})
+            parts.append((found["context"], found["context_mask"]))
+        return Context(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def examples(self, numbers: Sequence[int], guided: bool) -> Contexts:
+        """Of example captions; nothing where numbers are those of classes."""
+        shape = self.manifest.caption_shape
+        if shape is None:
+            return Contexts()
+        null = self.context(examples([self.manifest.null_label], *shape)) if guided else None
+        return Contexts(self.context(examples(numbers, *shape)), null)
 
     def denoise(
-        self, latents: NDArray[Any], conditioning: NDArray[Any], guidance: NDArray[np.float32]
+        self,
+        latents: NDArray[Any],
+        conditioning: NDArray[Any],
+        guidance: NDArray[np.float32],
+        context: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """[B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance, [B, C, H, W]."""
         inputs = {"latents": latents.astype(np.float32), "conditioning": conditioning, "guidance": guidance}
-        outputs = self._engine("denoiser").run(inputs)
+        outputs = self._engine("denoiser").run(inputs | dict(context or {}))
         return outputs["prediction"], outputs.get("variance")
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
@@ -164,24 +198,43 @@ class Pipeline:
         return pictures
 
     def _denoise_all(
-        self, step: int, t: float, x: NDArray[Any], table: Table, weights: NDArray[np.float32]
+        self, step: int, t: float, x: NDArray[Any], table: Table, contexts: Contexts, weights: NDArray[np.float32]
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """The whole batch at one step, split into what the engine takes at a time."""
         parts = []
         size = self.manifest.graphs["denoiser"].max_batch
         for first in range(0, len(x), size):
             rows = slice(first, first + size)
-            prediction, variance = self.denoise(x[rows], table(step, rows), weights[rows])
+            prediction, variance = self.denoise(x[rows], table(step, rows), weights[rows], contexts(rows))
             if not np.isfinite(prediction).all():
                 raise EngineError(f"step {step + 1} (t = {t:g}): the denoiser's prediction holds values not finite")
             parts.append((prediction, variance))
         predictions, variances = zip(*parts, strict=True)
         return np.concatenate(predictions), None if variances[0] is None else np.concatenate(variances)
 
+    def _fitting(self, captions: Captions | NDArray[Any], what: str) -> Captions:
+        shape = self.manifest.caption_shape
+        if shape is None:
+            raise UsageError(f"this bundle takes labels, 0 to {self.manifest.num_classes - 1}, and no {what}")
+        return fitting(captions, *shape, what)
+
+    def _contexts(self, captions: Captions, negative: Captions | NDArray[Any] | None, guided: bool) -> Contexts:
+        if not guided:
+            return Contexts(self.context(captions))
+        if negative is None:
+            raise UsageError("guidance needs negative=, the embedding of an empty text; or pass guidance 1")
+        null = self._fitting(negative, "negative captions")
+        if len(null.mask) not in (1, len(captions.mask)):
+            raise UsageError(
+                f"{len(null.mask)} negative captions; expected one, or one for each of {len(captions.mask)}"
+            )
+        return Contexts(self.context(captions), self.context(null))
+
     def label_ids(self, labels: Sequence[str | int]) -> list[int]:
         """Class numbers of names ("golden retriever", one of its synonyms, or "207") and numbers."""
         if not labels:
-            raise UsageError("no labels; pass at least one class name or number")
+            other = "; or captions" if self.manifest.caption_shape else ""
+            raise UsageError(f"no labels; pass at least one class name or number{other}")
         return [self._label_id(label) for label in labels]
 
     def _label_id(self, label: str | int) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime import images, manifest
+from dit_runtime.captions import examples
 from dit_runtime.errors import BundleError
 from dit_runtime.noise import Noise
 from dit_runtime.pipeline import EngineError, Pipeline
@@ -90,6 +91,19 @@ def fingerprint(
     return np.concatenate(rows).astype(np.float32)
 
 
+def hoisted(pipe: Pipeline) -> Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[Any]]:
+    """Everything that leaves the loop, by timestep and label, or example caption: [N, K, D], or [N, K + M, D]."""
+    shape = pipe.manifest.caption_shape
+
+    def vectors(timesteps: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[Any]:
+        rows = pipe.condition(timesteps, numbers)
+        if shape is None:
+            return rows
+        return np.concatenate([rows, pipe.context(examples(numbers, *shape)).vectors], axis=1)
+
+    return vectors
+
+
 def load_reference(folder: Path) -> Reference:
     import zipfile  # here, so that importing the runtime stays quick
 
@@ -115,7 +129,7 @@ def replay(
             on_step(done, 2 * steps)
 
     middle = reference.timesteps[steps // 2]
-    found = fingerprint(pipe.condition, contract.num_classes, middle, contract.graphs["conditioner"].max_batch)
+    found = fingerprint(hoisted(pipe), contract.num_classes, middle, contract.graphs["conditioner"].max_batch)
     if found.shape != reference.fingerprint.shape:
         raise BundleError(
             f"{pipe.folder}: {len(found) - 1} classes, its reference has {len(reference.fingerprint) - 1}"
@@ -162,6 +176,9 @@ def _teacher_forced(
     guided = pipe.table(reference.timesteps, ids, guided=True)
     nulls = pipe.table(reference.timesteps, [pipe.manifest.null_label] * len(ids), guided=False)
     everyone = slice(0, len(ids))
+    context = pipe.examples(ids, guided=True)(everyone)
+    own = pipe.examples(ids, guided=False)(everyone)
+    null = pipe.examples([pipe.manifest.null_label] * len(ids), guided=False)(everyone)
 
     def answer(name: str, step: int, got: NDArray[Any], expected: NDArray[Any]) -> Answer:
         return Answer(name, step, relative_error(got, expected), cosine(got, expected))
@@ -171,15 +188,15 @@ def _teacher_forced(
         latents = reference.latents[step]
         rows = guided(step, everyone)
         began = time.perf_counter()
-        prediction, variance = pipe.denoise(latents, rows, reference.guidance)
+        prediction, variance = pipe.denoise(latents, rows, reference.guidance, context)
         seconds.append(time.perf_counter() - began)
         yield answer("prediction", step, prediction, reference.prediction[step])
         if variance is not None:
             yield answer("variance", step, variance, reference.variance[step])
         if step in alone:
-            for name, own, expected in (
-                ("unguided", rows[:1], reference.conditional),
-                ("null label", nulls(step, everyone), reference.null),
+            for name, told, read, expected in (
+                ("unguided", rows[:1], own, reference.conditional),
+                ("null label", nulls(step, everyone), null, reference.null),
             ):
-                prediction, _ = pipe.denoise(latents, own, reference.guidance)
+                prediction, _ = pipe.denoise(latents, told, reference.guidance, read)
                 yield answer(name, step, prediction, expected[step])
