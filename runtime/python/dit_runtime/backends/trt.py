@@ -111,7 +111,7 @@ class Flavour:
         if path.suffix != ".engine":
             raise BundleError(f"{path.parent}: no engines of {self.name} here; make them on the target: {command}")
         if reason := self._refusal(options.built):
-            raise BundleError(f"{path}: cannot run here: {reason}; make it here: {command}")
+            raise BundleError(f"{path}: cannot run here: {reason}; on the target, make it with: {command}")
         from dit_runtime.backends.trt_engine import TrtEngine
 
         return TrtEngine(self, files, options, command)

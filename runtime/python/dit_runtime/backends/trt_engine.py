@@ -32,9 +32,8 @@ class TrtEngine:
         plan = files[0].read_bytes()
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan) if self._runtime else None
         if self._engine is None:
-            raise BundleError(
-                f"{files[0]}: {flavour.name} does not open it: {self._logger.last}; make it here: {command}"
-            )
+            reason = f"{flavour.name} does not open it: {self._logger.last}"
+            raise BundleError(f"{files[0]}: {reason}; on the target, make it with: {command}")
         if len(files) > 1:  # stripped: its weights are in the ONNX form
             refitter = trt.Refitter(self._engine, self._logger)
             fits = trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(files[1]))
