@@ -23,6 +23,7 @@ from dit_runtime.pipeline import Pipeline
 PLAN = Plan(pictures=4, steps=10, batch=4)
 MARGIN = 4
 ENDS = {"fp16": float(np.finfo(np.float16).max)}  # types that end before fp32 does
+TYPED = ("denoiser", "decoder")  # what is computed before the loop stays fp32
 TAP = "/peak"
 
 
@@ -35,7 +36,7 @@ def near_the_end(peaks: Mapping[str, float], precision: str) -> dict[str, float]
 def peaks(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> dict[str, dict[str, float]]:
     """By graph and tensor, from runs of the fp32 bundle in `folder`, every timestep of them."""
     contract = manifest.read(folder)
-    watchers = {name: Watcher(folder, name) for name in contract.graphs if name != "conditioner"}
+    watchers = {name: Watcher(folder, name) for name in TYPED if name in contract.graphs}
     with Pipeline.load(folder) as pipe, Pipeline(folder, contract, {**pipe._engines, **watchers}) as tapped:
         stride = max(1, contract.num_classes // plan.pictures)
         labels = [index * stride % contract.num_classes for index in range(plan.pictures)]

@@ -94,6 +94,16 @@ def test_another_gpu(built, capsys, monkeypatch) -> None:
     assert code == 2 and "compute capability 9.0 here, and the engine is for 8.6, 8.9" in told
 
 
+@pytest.mark.parametrize("wrong", [3, [], {"version": 3}, {"compute_capabilities": "8.9"}, {"tuning": None}], ids=str)
+def test_a_malformed_record_of_an_engine(bundle, capsys, wrong) -> None:
+    def change(table: dict) -> None:
+        table["built_with"]["engines"]["tensorrt-rtx"]["conditioner"] = wrong
+
+    edit(bundle, change)
+    code, told = run(capsys, "verify", str(bundle))
+    assert (code == 2 and "cannot run here" in told) or "built_with says" in told
+
+
 def test_compiled_again_on_the_target(meta_copy, capsys) -> None:
     """From the ONNX in a bundle that was built for another backend."""
     code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")

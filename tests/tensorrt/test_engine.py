@@ -134,6 +134,6 @@ def test_what_is_not_refused(device, trt, plan, capability, built) -> None:
 
 def test_an_engine_that_tensorrt_itself_refuses(device, trt, plan) -> None:
     trt.opens = False
-    with pytest.raises(BundleError, match="open it: the plan is of another GPU; make it here: dit-run compile"):
+    with pytest.raises(BundleError, match="open it: the plan is of another GPU; on the target, make it with: dit-run"):
         backend("tensorrt").open([plan], Options(built=BUILT))
     assert device.open == {}

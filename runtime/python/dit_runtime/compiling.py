@@ -33,12 +33,14 @@ def compile_graphs(folder: Path, contract: Manifest, backend: str, options: Opti
 
 def obstacle(contract: Manifest) -> str | None:
     """Why these engines cannot run here; None where they can."""
-    reasons = (backends.backend(graph.backend).obstacle() for graph in contract.graphs.values())
+    reasons = (
+        backends.backend(graph.backend).obstacle(manifest.built(contract, name))
+        for name, graph in contract.graphs.items()
+    )
     return next(filter(None, reasons), None)
 
 
 def targets(contract: Manifest) -> str:
     """What its engines were compiled for, for people."""
-    graph = contract.graphs["denoiser"]
-    built = contract.built_with["engines"][graph.backend]["denoiser"]
+    built = manifest.built(contract, "denoiser")
     return f"NVIDIA GPUs of compute capability {', '.join(built['compute_capabilities'])}"

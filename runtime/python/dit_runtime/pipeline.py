@@ -80,8 +80,8 @@ class Pipeline:
                     manifest.check_files(self.folder, self.manifest, graph.files)
             module = backends.backend(backends.choose(graph.backend, graph.precision))
             files = [manifest.inside(self.folder, file) for file in graph.files]
-            built = self.manifest.built_with.get("engines", {}).get(graph.backend, {}).get(name, {})
-            engine: Engine = module.open(files, replace(self._options, precision=graph.precision, built=built))
+            settings = replace(self._options, precision=graph.precision, built=manifest.built(self.manifest, name))
+            engine: Engine = module.open(files, settings)
             expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
             if engine.io != expected:
                 raise BundleError(f"{self.folder}: {name} has inputs and outputs {engine.io}, expected {expected}")

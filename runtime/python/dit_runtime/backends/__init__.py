@@ -3,7 +3,8 @@
 A backend has
 * `PRECISIONS`; `AROUND`, the float type around int8 and fp8; `TYPED`, the narrow types that it computes in where the
   graph holds them, and only there;
-* `version()`, None where it is not installed; `obstacle()`, why it cannot run here;
+* `version()`, None where it is not installed; `obstacle(built)`, why it cannot run here, or not the engine
+  of which the manifest says this;
 * `compile(folder, graph, options, progress)`, which makes engine files of a bundle's graph;
 * `open(files, options)`, which gives an Engine.
 """

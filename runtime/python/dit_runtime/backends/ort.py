@@ -33,7 +33,7 @@ def version() -> str | None:
     return found[0] if found else None
 
 
-def obstacle() -> str | None:
+def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
     """Nothing: it runs on every CPU."""
     return None
 

@@ -28,7 +28,7 @@ def version() -> str | None:
         return None
 
 
-def obstacle() -> str | None:
+def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
     """Nothing: it runs on every CPU."""
     return None
 

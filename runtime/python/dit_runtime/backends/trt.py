@@ -58,8 +58,10 @@ class Flavour:
                 continue
         return None
 
-    def obstacle(self) -> str | None:
-        """Why no engine of it can run here; None where one can."""
+    def obstacle(self, built: Mapping[str, Any] | None = None) -> str | None:
+        """Why no engine of it can run here, or not one that was built so; None where it can."""
+        if built:
+            return self._refusal(built)
         return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
 
     def compile(self, folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
@@ -108,20 +110,20 @@ class Flavour:
         path, command = files[0], f"dit-run compile {files[0].parent} --backend {self.name}"
         if path.suffix != ".engine":
             raise BundleError(f"{path.parent}: no engines of {self.name} here; make them on the target: {command}")
-        if reason := self.refusal(options.built):
-            raise BundleError(f"{path}: cannot run here: {reason}; make it here: {command}")
+        if reason := self._refusal(options.built):
+            raise BundleError(f"{path}: cannot run here: {reason}; on the target, make it with: {command}")
         from dit_runtime.backends.trt_engine import TrtEngine
 
         return TrtEngine(self, files, options, command)
 
-    def refusal(self, built: Mapping[str, Any]) -> str | None:
+    def _refusal(self, built: Mapping[str, Any]) -> str | None:
         """Why an engine that was built so cannot be opened here, from the manifest alone."""
         if (here := self.version()) is None:
             return f"{self.name} is not installed: pip install 'dit-export[{self.name}]'"
         if not _opens(here, str(built.get("version")), "version_compatible" in built.get("tuning", {})):
             return f"built by {self.name} {built.get('version')}, and here is {here}"
         return cuda.obstacle(int(built.get("cuda", 0))) or _outside(
-            cuda.capability(), tuple(built.get("compute_capabilities", ())), "the engine"
+            cuda.capability(), [*map(str, built.get("compute_capabilities", ()))], "the engine"
         )
 
     def load(self) -> Any:

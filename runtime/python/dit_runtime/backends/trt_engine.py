@@ -32,9 +32,8 @@ class TrtEngine:
         plan = files[0].read_bytes()
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan) if self._runtime else None
         if self._engine is None:
-            raise BundleError(
-                f"{files[0]}: {flavour.name} does not open it: {self._logger.last}; make it here: {command}"
-            )
+            reason = f"{flavour.name} does not open it: {self._logger.last}"
+            raise BundleError(f"{files[0]}: {reason}; on the target, make it with: {command}")
         if len(files) > 1:  # stripped: its weights are in the ONNX form
             refitter = trt.Refitter(self._engine, self._logger)
             fits = trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(files[1]))
@@ -50,6 +49,10 @@ class TrtEngine:
         self._kernels = options.cache / f"{files[0].stem}.{KERNELS}" if options.cache else None
         self._runtime_cache: Any = None
         self._contexts = [self._context(trt, index) for index in range(self._engine.num_optimization_profiles)]
+        self._bounds = [
+            [self._engine.get_tensor_profile_shape(name, index) for name in self._inputs]
+            for index in range(len(self._contexts))
+        ]
         self._buffers = self._allocate()
         self._records = not flavour.own_graphs
         self._recorded: dict[int, tuple[Shapes, Recording | None]] = {}  # by profile
@@ -75,8 +78,7 @@ class TrtEngine:
     def _fitting(self, shapes: Shapes) -> tuple[int, Any]:
         """The profile that takes these shapes, and its context."""
         for index, context in enumerate(self._contexts):
-            bounds = [self._engine.get_tensor_profile_shape(name, index) for name in self._inputs]
-            if all(_within(shape, bound) for shape, bound in zip(shapes, bounds, strict=True)):
+            if all(_within(shape, bound) for shape, bound in zip(shapes, self._bounds[index], strict=True)):
                 return index, context
         given = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self._inputs, shapes, strict=True))
         raise UsageError(f"no profile of this engine takes {given}; rebuild it with a larger --max-batch")
@@ -131,8 +133,8 @@ class TrtEngine:
         """Room for the largest shape of any profile, bound in every context."""
         largest: dict[str, tuple[int, ...]] = {}
         for index, context in enumerate(self._contexts):
-            for name in self._inputs:
-                shape = tuple(self._engine.get_tensor_profile_shape(name, index)[2])
+            for name, (_, _, most) in zip(self._inputs, self._bounds[index], strict=True):
+                shape = tuple(most)
                 context.set_input_shape(name, shape)
                 largest[name] = max(largest.get(name, ()), shape, key=_size)
             for name in self._outputs:
