@@ -22,7 +22,7 @@ CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BI
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all browser lint format clean
+.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -33,13 +33,14 @@ help:
 	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
 	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
+	@echo "make test-gpu                  the TensorRT engines where there is a GPU"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[export,onnxruntime,openvino,dev]"
+		--editable ".[export,onnxruntime,openvino,tensorrt-rtx,dev]"
 	@touch $@
 
 demo: $(STAMP)
@@ -95,6 +96,10 @@ goldens: $(STAMP)
 
 test: cpp-unit browser
 	$(BIN)/python -m pytest
+
+# Skipped, with the reason, where there is no GPU that an installed TensorRT runs on.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu -rs
 
 test-all: cpp-unit cpp-sanitize cpp-fuzz browser
 	$(BIN)/python -m pytest -m ""

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.quantize.search import Wish
 from dit_export.spec import PRECISIONS, ModelSpec, Recipe, sides, table_name
 from dit_export.verify import report
-from dit_export.verify.parity import graph_parity, proof
+from dit_export.verify.parity import FINITE_LABELS, finite, graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
-from dit_export.write import describe, fuse_graphs, int8_of, precisions_of, trace_graphs
+from dit_export.write import describe, fuse_graphs, int8_of, precisions_of, trace_graphs, wide_of
 from dit_runtime import backends, manifest
+from dit_runtime.backends import Options, Tuning
+from dit_runtime.compiling import compile_graphs, obstacle
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
@@ -53,7 +55,13 @@ def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
     return Path("engines/build") / "-".join(part for part in parts if part)
 
 
-def build(recipe: Recipe, progress: Progress, wish: Wish | None = None, traced: Path | None = None) -> Built:
+def build(
+    recipe: Recipe,
+    progress: Progress,
+    wish: Wish | None = None,
+    traced: Path | None = None,
+    tuning: Tuning = Tuning(),  # noqa: B008 (it is frozen)
+) -> Built:
     """With a wish, an int8 build also finds out which layers stay float; the manifest's recipe then names them.
 
     `traced` is a folder where the graphs of these weights were traced before, or are put now for the next build.
@@ -64,9 +72,12 @@ def build(recipe: Recipe, progress: Progress, wish: Wish | None = None, traced: 
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
     if recipe.resolution is not None:
         sides(recipe.resolution)
+    if recipe.keep_float and recipe.precision not in backends.QUANTIZED:
+        raise UsageError(f"keep-float {recipe.keep_float[0]!r} is for int8 and fp8; this build is {recipe.precision}")
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)
+    backends.require(backend, recipe.precision, tuning)
     with progress.stage("weights"):
         loaded = load(recipe)
     spec = loaded.spec
@@ -86,7 +97,8 @@ def build(recipe: Recipe, progress: Progress, wish: Wish | None = None, traced: 
             table = [entry._asdict() for entry in int8.table]
             (partial / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         precisions = precisions_of(recipe.precision, backend)
-        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, int8, progress)
+        wide = wide_of(traced, loaded, backend, recipe.precision, progress)
+        fused = fuse_graphs(traced, partial, loaded, decoder, precisions, int8, progress, backend, wide)
         shutil.rmtree(own, ignore_errors=True)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
@@ -98,6 +110,9 @@ def build(recipe: Recipe, progress: Progress, wish: Wish | None = None, traced: 
             )
             save_reference(partial, reference)
         contract = describe(partial, loaded, recipe, backend, fused.graphs)
+        if wide:
+            contract = replace(contract, built_with={**contract.built_with, "wide": wide})
+        contract = compile_graphs(partial, contract, backend, Options(tuning=tuning), progress)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
         text = report.html(partial, page(folder.name, contract, built))
@@ -112,8 +127,7 @@ def build(recipe: Recipe, progress: Progress, wish: Wish | None = None, traced: 
 
 def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:
     """The proof, then each graph against PyTorch, then the replay that `dit-run verify` does."""
-    with Pipeline.load(partial) as pipe:
-        built = check(pipe, loaded, decoder, progress)
+    built = check(partial, loaded, decoder, progress)
     table = {"proof": _sensitivity(built), "passed": built.passed, "checks": [c.to_dict() for c in built.checks]}
     (partial / PARITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return built
@@ -126,25 +140,36 @@ def page(name: str, contract: Manifest, built: Built) -> report.Page:
     return report.Page(name, contract, built.reference, built.replay, rows, failures, built.passed)
 
 
-def check(pipe: Pipeline, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:
-    """All checks of a bundle; made-up weights must be sensitive, a user's may not be, and that is reported."""
-    reference = load_reference(pipe.folder)
-    with progress.stage("verify: proof that the checks can fail"):
-        checks = proof(pipe, reference)
-    sensitive = all(check.passed for check in checks)
-    if not sensitive and loaded.source["kind"] != "synthetic":
-        checks = []
-    with progress.stage("verify: each graph against PyTorch"):
-        checks += graph_parity(pipe, loaded.model, decoder)
-    with progress.stage("verify: replay of the reference"):
-        answers = replay(pipe, reference, lambda done, total: progress.step(done, total, "replay"))
-        checks += dit_runtime.verify.judge(pipe.manifest, reference, answers)
-    with twins(pipe) as rounded:
-        if rounded is not None:
-            with progress.stage("verify: the rounding twins"):
-                again = [*graph_parity(rounded, loaded.model, decoder), *dit_runtime.verify.verify(rounded)]
-                checks += [replace(entry, name=f"twin: {entry.name}") for entry in again]
-    return Built(pipe.folder, checks, sensitive, reference, answers)
+def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress, **options: Any) -> Built:
+    """All checks of a bundle: by its engines where they run here, and by the rounding twins of its typed graphs.
+
+    Made-up weights must be sensitive; a user's may not be, and that is reported.
+    """
+    contract, reference = manifest.read(folder), load_reference(folder)
+    with ExitStack() as opened:
+        pipes: dict[str, Pipeline] = {}
+        if not obstacle(contract):
+            pipes[""] = opened.enter_context(Pipeline.load(folder, **options))
+        if rounded := opened.enter_context(twins(folder, contract, always=not pipes)):
+            pipes["twin: "] = rounded
+        with progress.stage("verify: proof that the checks can fail"):
+            checks = proof(next(iter(pipes.values())), reference)
+        sensitive = all(check.passed for check in checks)
+        if not sensitive and loaded.source["kind"] != "synthetic":
+            checks = []
+        answered = []
+        for name, pipe in pipes.items():
+            with progress.stage(f"verify: {name}each graph against PyTorch"):
+                found = [*graph_parity(pipe, loaded.model, decoder)]
+            with progress.stage(f"verify: {name}replay of the reference"):
+                tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731
+                answered.append(replay(pipe, reference, tick))
+            found += dit_runtime.verify.judge(contract, reference, answered[-1])
+            if name:
+                with progress.stage(f"verify: {name}{FINITE_LABELS} classes, every step finite"):
+                    found.append(finite(pipe, reference))
+            checks += [replace(entry, name=name + entry.name) for entry in found]
+    return Built(folder, checks, sensitive, reference, answered[0])
 
 
 def _sensitivity(built: Built) -> str:

@@ -16,9 +16,9 @@ from dit_export.bench import command as bench_command
 from dit_export.spec import CONDITIONINGS, MODELS, PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
 from dit_runtime import backends, manifest
-from dit_runtime.cli import Parser, add_bundle, guarded, report
+from dit_runtime.cli import Parser, add_bundle, add_tuning, guarded, report, tuning
+from dit_runtime.compiling import obstacle, targets
 from dit_runtime.errors import UsageError
-from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.schedule import PREDICTIONS
 
@@ -42,6 +42,7 @@ def _parser() -> Parser:
 
     build = commands.add_parser("build", help="checkpoint -> verified bundle")
     _add_recipe(build)
+    add_tuning(build)
     build.set_defaults(command=_build)
 
     quantize = commands.add_parser("quantize", help="an int8 bundle whose layers were tried one by one, and its recipe")
@@ -138,7 +139,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _build(options: argparse.Namespace) -> int:
     from dit_export.build import build
 
-    return _built(build(_recipe(options), Progress()), options)
+    return _built(build(_recipe(options), Progress(), tuning=tuning(options)), options)
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -173,6 +174,12 @@ def _built(built: Built, options: argparse.Namespace) -> int:
         labels = f"--labels {contract.num_classes // 4} {3 * contract.num_classes // 4}"
         to_file = "" if "decoder" in contract.graphs else " -o latents.npy"
         print(f"bundle: {built.folder}\nsample: {_dit_run()} sample {built.folder} {labels}{to_file}", file=out)
+        if reason := obstacle(contract):
+            print(
+                f"verified through its rounding twins, for it does not run here: {reason}\n"
+                f"it runs on {targets(contract)}; there, prove it: {_dit_run()} verify {built.folder}",
+                file=out,
+            )
     return code
 
 
@@ -202,8 +209,8 @@ def _verify(options: argparse.Namespace) -> int:
     with progress.stage("weights"):
         loaded = load_source(contract, options.bundle)
     decoder = None if loaded.vae is None else Decoder(loaded.vae).eval()
-    with Pipeline.load(options.bundle, threads=options.threads, provider=options.provider) as pipe:
-        return _report(check(pipe, loaded, decoder, progress), options.json)
+    built = check(options.bundle, loaded, decoder, progress, threads=options.threads, provider=options.provider)
+    return _report(built, options.json)
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError
 from onnx import TensorProto
 from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import TensorSpec
@@ -28,7 +30,8 @@ def load(path: Path) -> gs.Graph:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise UsageError(f"{path}: not an ONNX model: {error}") from None
-    graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
+    with _quiet():
+        graph = gs.import_onnx(onnx.shape_inference.infer_shapes(model))
     if not graph.nodes:
         raise UsageError(f"{path}: holds no nodes; expected an ONNX model")
     graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]  # IR 3 lists weights too
@@ -37,6 +40,11 @@ def load(path: Path) -> gs.Graph:
         if isinstance(lazy, LazyValues) and lazy.tensor.data_location == TensorProto.EXTERNAL:
             tensor.values = _map_external(lazy.tensor, path.parent)
             tensor.data_location = None
+        elif isinstance(lazy, LazyValues):
+            tensor.values = onnx.numpy_helper.to_array(lazy.tensor)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and isinstance(tensor.dtype, int):
+            tensor.dtype = tensor_dtype_to_np_dtype(tensor.dtype)
     return graph
 
 
@@ -52,6 +60,16 @@ def _map_external(tensor: TensorProto, folder: Path) -> np.ndarray:
         offset=int(where.get("offset", 0)),
         shape=tuple(tensor.dims),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """onnx-graphsurgeon warns of bf16 and fp8, which NumPy has not by itself; what it leaves undone is done here."""
+    before, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.ERROR
+    try:
+        yield
+    finally:
+        G_LOGGER.severity = before
 
 
 def constants(graph: gs.Graph) -> list[gs.Constant]:
@@ -94,7 +112,8 @@ def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
             for key, value in (("location", place[0]), ("offset", place[1]), ("length", values.nbytes)):
                 proto.external_data.add(key=key, value=str(value))
             external.append((tensor, proto))
-            tensor.values = LazyValues(proto)
+            with _quiet():
+                tensor.values = LazyValues(proto)
     if data_path.name in used:
         part.replace(data_path)
     else:

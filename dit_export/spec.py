@@ -30,7 +30,7 @@ CONDITIONINGS = {
     "cross-attention": Conditioning(crossed=True),
     "adaln-single": Conditioning(modulation=6, crossed=True, shared=True, captioned=True),
 }
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,24 +16,26 @@ from numpy.typing import NDArray
 from dit_export import graphs, trace
 from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
 from dit_export.fuse.subpixel import subpixel
+from dit_export.quantize import attention
 from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.quantize.layers import find, named
+from dit_export.quantize.peaks import ENDS, PLAN, near_the_end, peaks
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.search import Entry, Found, Search, Wish
 from dit_export.quantize.smooth import smooth, vector_divisors
 from dit_export.spec import Recipe, signatures, table_name
 from dit_export.weights import Loaded
 from dit_runtime import backends, manifest
-from dit_runtime.backends import Options
-from dit_runtime.errors import UsageError
+from dit_runtime.backends import QUANTIZED, Options
 from dit_runtime.manifest import Graph, Manifest
 from dit_runtime.progress import Progress
 
 CONDITIONER_ROWS = 64  # (t, label) pairs a call: of XL/2's 783 kB a pair 50 MB
 CONTEXT_ROWS = 8  # captions a call: of XL/2's 31 MB
 DECODER_ROWS = 2  # a 512 px picture's activations are hundreds of MB, and a batch gains nothing on a CPU
-PACKAGES = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy", *backends.BACKENDS)
+Wide = dict[str, dict[str, float]]  # by graph and tensor, the largest magnitude that was seen
+TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Written:
     precision: str
     engines: dict[str, tuple[str, ...]]  # by backend: the files of its own form
     counts: dict[str, int]  # what each pass found
+    islands: tuple[str, ...] = ()  # products of a typed graph that stay fp32
 
 
 def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> None:
@@ -76,52 +80,58 @@ def fuse_graphs(
     precisions: Mapping[str, str],
     int8: Int8 | None,
     progress: Progress,
+    backend: str,
+    wide: Mapping[str, Collection[str]] | None = None,
 ) -> Fused:
-    """The bundle's graphs from the traced ones: fused, in their precision, with the forms of each backend."""
+    """The bundle's graphs from the traced ones: fused, in their precision, with the forms of each backend.
+
+    Where the backend computes by the types of the graph, the graph is typed, but for what is `wide`.
+    """
     spec, precision = loaded.spec, precisions["denoiser"]
     divisors: NDArray[np.float32] | float = 1.0
     kept: list[str] = []
+    lowerings = LOWERINGS
     with progress.stage("fuse: hoist, fold gains, pack, guidance, sub-pixel"):
         conditioner, context, denoiser, counts = fuse(graphs.load(traced / "dit.onnx"), spec)
         if int8 is not None:
             kept = named(find(denoiser), int8.keep)
             chosen = smooth(conditioner, denoiser, int8.calibration, context=context)
+            grids = attention.steps(denoiser, int8.calibration, kept)
+            lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
             divisors = vector_divisors(denoiser, chosen, spec.hidden)
-            counts |= {"quantize": quantize(denoiser, chosen, kept)}
+            counts |= {"quantize": quantize(denoiser, chosen, kept, kind=precision)}
         graphs.save(conditioner, folder / "conditioner.onnx")
         written = {"conditioner": Written("fp32", {}, {})}
         if context is not None:
             graphs.save(context, folder / "context.onnx")
             written["context"] = Written("fp32", {}, {})
+        target = Target(precision, backend, (wide or {}).get("denoiser", ()))
         expected = expected_counts(spec, precision, kept)
-        written["denoiser"] = _write(folder, "denoiser", denoiser, precision, counts, expected)
+        written["denoiser"] = _write(folder, "denoiser", denoiser, target, counts, expected, lowerings)
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
             counts = {"subpixel": subpixel(graph)}
-            written["decoder"] = _write(
-                folder, "decoder", graph, precisions["decoder"], counts, decoder.expected_counts()
-            )
+            target = Target(precisions["decoder"], backend, (wide or {}).get("decoder", ()))
+            written["decoder"] = _write(folder, "decoder", graph, target, counts, decoder.expected_counts())
     return Fused(written, divisors)
 
 
 def precisions_of(precision: str, backend: str) -> dict[str, str]:
-    """Of denoiser and decoder: convolutions stay float beside an int8 denoiser, bf16 where the backend has it."""
-    beside = "bf16" if "bf16" in backends.backend(backend).PRECISIONS else "fp32"
-    return {"denoiser": precision, "decoder": beside if precision == "int8" else precision}
+    """Of denoiser and decoder: beside an int8 or fp8 denoiser, convolutions are as its float parts."""
+    around = backends.backend(backend).AROUND if precision in QUANTIZED else precision
+    return {"denoiser": precision, "decoder": around}
 
 
 def int8_of(
     traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress, wish: Wish | None = None
 ) -> Int8 | None:
-    """How an int8 denoiser is quantized: by the recipe, and by what the fp32 one shows at work."""
-    keep = recipe.keep_float or []
-    if recipe.precision != "int8":
-        if keep:
-            raise UsageError(f"keep-float {keep[0]!r} is for int8; this build is {recipe.precision}")
+    """How an int8 or fp8 denoiser is quantized: by the recipe, and by what the fp32 one shows at work."""
+    if recipe.precision not in QUANTIZED:
         return None
     if wish is not None:
         wish.check(backends.choose(recipe.backend, recipe.precision), loaded.vae is not None)
+    keep = recipe.keep_float or []
     calibration = None if recipe.calibration is None else Calibration.load(Path(recipe.calibration))
     if calibration is not None and wish is None:
         return Int8(calibration, keep)
@@ -146,23 +156,51 @@ def int8_of(
     return Int8(calibration, found.keep, found.table)
 
 
+def wide_of(traced: Path, loaded: Loaded, backend: str, precision: str, progress: Progress) -> Wide:
+    """By graph, what a typed one cannot hold in its narrow type; nothing where it ends no sooner than fp32."""
+    inner = backends.typed(backend, precision)
+    if inner not in ENDS:
+        return {}
+    folder = traced / "fp32"
+    unverified(folder, traced, loaded, Recipe(backend=BACKEND, max_batch=PLAN.batch), progress)
+    with progress.stage(f"peaks: {PLAN.pictures} pictures, {PLAN.steps} steps"):
+        seen = peaks(folder, PLAN, lambda done, total: progress.step(done, total, "peaks"))
+    shutil.rmtree(folder)
+    return {name: near_the_end(found, inner) for name, found in seen.items()}
+
+
+class Target(NamedTuple):
+    precision: str
+    backend: str
+    wide: Collection[str]
+
+
 def _write(
-    folder: Path, name: str, graph: gs.Graph, precision: str, counts: dict[str, int], expected: dict[str, int]
+    folder: Path,
+    name: str,
+    graph: gs.Graph,
+    target: Target,
+    counts: dict[str, int],
+    expected: dict[str, int],
+    lowerings: Mapping[str, Sequence[attention.Pass]] = LOWERINGS,
 ) -> Written:
     """The portable graph in its precision, and beside it, with the same weights, the form of each backend."""
-    if precision in narrow.TYPES:
-        counts = counts | {"narrow": narrow.narrow(graph, precision)}
+    precision, typed = target.precision, backends.typed(target.backend, target.precision)
+    islands = narrow.islands(graph, target.wide) if typed else []
+    if typed:
+        counts = counts | {"narrow": narrow.narrow(graph, typed, target.wide)}
+        expected = expected | {"narrow": expected["narrow"] - len(islands)}
     graphs.save(graph, folder / f"{name}.onnx")
     engines = {}
-    for backend, passes in LOWERINGS.items():
-        if precision in backends.backend(backend).PRECISIONS:
+    for backend, passes in lowerings.items():
+        if precision in backends.backend(backend).PRECISIONS and backends.typed(backend, precision) == typed:
             form = graph.copy()
             found = {rewrite.__name__: rewrite(form) for rewrite in passes}
             counts = counts | found
             if any(found.values()):
                 engines[backend] = graphs.save(form, folder / f"{name}.{backend}.onnx")
     require(counts, expected)
-    return Written(precision, engines, counts)
+    return Written(precision, engines, counts, tuple(node.name for node in islands))
 
 
 def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written: Mapping[str, Written]) -> Manifest:
@@ -197,13 +235,17 @@ def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written
         graphs=described,
         files=manifest.describe_files(folder),
         source={**loaded.source, "recipe": asdict(recipe)},
-        built_with={"passes": {name: graph.counts for name, graph in written.items()}, "versions": _versions()},
+        built_with={
+            "passes": {name: graph.counts for name, graph in written.items()},
+            "versions": _versions(),
+            "islands": {name: list(graph.islands) for name, graph in written.items() if graph.islands},
+        },
     )
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
+    found = {name: here for name, here in backends.versions().items() if here is not None}
+    for name in TOOLS:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -218,5 +260,5 @@ def unverified(folder: Path, traced: Path, loaded: Loaded, recipe: Recipe, progr
     int8 = int8_of(traced, loaded, recipe, CalibrationPlan(pictures=1, steps=4, batch=1), progress)
     folder.mkdir()
     precisions = precisions_of(recipe.precision, backend)
-    fused = fuse_graphs(traced, folder, loaded, decoder, precisions, int8, progress)
+    fused = fuse_graphs(traced, folder, loaded, decoder, precisions, int8, progress, backend)
     manifest.write(folder, describe(folder, loaded, recipe, backend, fused.graphs))

@@ -63,12 +63,24 @@ BUILD = [
     (["--checkpoint", "none.pt"], ["none.pt", "no such file"]),
     (["--checkpoint", "."], ["config.json"]),
     (["B/4"], ["no public weights", "B/4", "--checkpoint", "--synthetic"]),
+    (["S/8", "--synthetic", "--keep-float", "fc2"], ["keep-float 'fc2'", "int8", "fp32"]),
+]
+QUANTIZE = [
+    (["--budget", "psnr"], ["budget 'psnr'", "PSNR=DECIBELS", "latent-rel-l2=ERROR"]),
+    (["--budget", "PSNR=-1"], ["budget 'PSNR=-1'"]),
+    (["--precision", "fp16"], ["precision 'fp16'", "int8"]),
+    (["--recipe", "nowhere/x.toml"], ["nowhere/x.toml", "nowhere does not exist"]),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "said"), BUILD, ids=lambda value: " ".join(value)[:40])
 def test_build(refused, arguments, said):
     refused(export, "build", *arguments, "-o", "bundle", said=tuple(said))
+
+
+@pytest.mark.parametrize(("arguments", "said"), QUANTIZE, ids=lambda value: " ".join(value)[:40])
+def test_quantize(refused, arguments, said):
+    refused(export, "quantize", "S/8", "--synthetic", *arguments, "-o", "bundle", said=tuple(said))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +90,8 @@ def test_build(refused, arguments, said):
         ('model = "S/8', ["not a TOML recipe"]),
         ('model = "S/8"\nresolution = "big"', ["resolution is 'big'", "int"]),
         ("model = 8\nsynthetic = 0", ["model is 8", "str"]),
+        ('model = "S/8"\nkeep-float = "fc2"', ["keep-float is 'fc2'", "list"]),
+        ('model = "S/8"\nkeep-float = [2]', ["keep-float is [2]", "strings"]),
         ('model = "S/8"\nsynthetic = true', ["synthetic is True", "int"]),
     ],
 )

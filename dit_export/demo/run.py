@@ -28,7 +28,7 @@ from dit_runtime.progress import Progress
 FOLDER = Path("engines/build")
 PRECISIONS = ("fp32", "int8")
 COLUMNS = 8  # pictures of each class in the grid
-SPARSE, SHEET = 4, 10  # in the report every fourth of them, ten in a row
+SHEET, SHEET_COLUMNS = 40, 10  # pictures in the report: two of each class
 STEPS, GUIDANCE = 25, 4.0
 BATCH = 50
 REFERENCE = 2_000  # held-out pictures for the quick score; `demo score` takes score.REFERENCE
@@ -43,11 +43,13 @@ class Shown:
 
 
 def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> list[Shown]:
-    """Builds and verifies a bundle in each precision, draws a grid beside it, and scores `count` pictures."""
+    """Builds and verifies a bundle in each precision, scores `count` pictures, and puts a grid of some beside it."""
     weights = _present(weights)
     judge = store.load_judge(weights)
     real = score.reference_features(judge, REFERENCE)
-    labels = [label for label in range(len(data.CLASSES)) for _ in range(COLUMNS)]
+    labels, classes = score.balanced_labels(count), len(data.CLASSES)
+    columns = min(COLUMNS, count // classes)
+    by_class = [column * classes + label for label in range(classes) for column in range(columns)]
     shown, sheets = [], []
     with tempfile.TemporaryDirectory(prefix="dit-demo-") as temporary:
         for precision in PRECISIONS:
@@ -55,14 +57,12 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
             recipe = Recipe(checkpoint=str(weights), precision=precision, max_batch=BATCH, output=str(folder / name))
             built = build(recipe, progress, traced=Path(temporary) / "traced")
             grid = built.folder.with_name(f"{built.folder.name}-grid.png")
-            with Pipeline.load(built.folder) as pipe:
-                with progress.stage(f"{name}: a grid, one row a class"):
-                    pictures = sample(pipe, labels, seed=0)
-                    images.write_png(grid, images.grid(pictures, COLUMNS))
-                with progress.stage(f"{name}: {count} pictures before the judge"):
-                    result = score_bundle(pipe, judge, count, real)
+            with progress.stage(f"{name}: {count} pictures before the judge"), Pipeline.load(built.folder) as pipe:
+                pictures = sample(pipe, labels, seed=1)
+                result = score.score([pictures], labels, judge, real)
+            images.write_png(grid, images.grid(pictures[by_class], columns))
             shown.append(Shown(name, built, grid, result))
-            sheets.append(report.Exhibit(f"{name}: {_said(result)}", images.grid(pictures[::SPARSE], SHEET)))
+            sheets.append(report.Exhibit(f"{name}: {_said(result)}", images.grid(pictures[:SHEET], SHEET_COLUMNS)))
     for one in shown:
         page = report_page(one.name, manifest.read(one.built.folder), one.built)
         report.write(one.built.folder / report.NAME, one.built.folder, replace(page, exhibits=sheets))

@@ -17,6 +17,7 @@ from dit_export.fuse.pack import group, pack, part
 from dit_export.fuse.qkv import split_qkv
 from dit_export.graphs import sign
 from dit_export.spec import ModelSpec, signatures
+from dit_runtime.backends import QUANTIZED
 
 
 class Fused(NamedTuple):
@@ -26,7 +27,7 @@ class Fused(NamedTuple):
     counts: dict[str, int]
 
 
-# What was measured to be faster (ARCHITECTURE.md, "Fusions per backend"), on top of what the backend fuses by itself.
+# What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
     "onnxruntime": (plain_attention, group_norm, dynamic),
     "openvino": (split_qkv, group_norm),
@@ -38,7 +39,8 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[s
     crossed, appended = spec.by.crossed, spec.by.appended
     linears = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
     attentions = (2 if crossed else 1) * spec.depth
-    quantized = linears - len(kept) if precision == "int8" else 0
+    floats = sum(name.endswith("attention") for name in kept)
+    quantized = linears - len(kept) + floats if precision in QUANTIZED else 0
     modulation = spec.by.modulation * spec.depth + 2 if spec.by.modulation else 0
     return {
         "hoist": modulation + appended + 2 * spec.depth * crossed + spec.by.captioned,  # vectors, tokens, K and V, mask
@@ -49,7 +51,8 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[s
         "guide": 1,
         "quantize": quantized,
         "plain_attention": attentions,
-        "split_qkv": sum(name.endswith("qkv") for name in kept) if precision == "int8" else spec.depth,
+        "split_qkv": spec.depth,
+        "quantize_attention": spec.depth - floats,
         "group_norm": 0,
         "dynamic": quantized,
         "narrow": linears + attentions + 2,  # the patches and the last linear besides

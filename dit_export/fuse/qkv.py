@@ -17,19 +17,28 @@ def split_qkv(graph: gs.Graph) -> int:
     for split, x, weight, bias in matches:
         outputs = list(split.outputs)
         split.outputs.clear()
-        name = outputs[0].name
-        columns = [gs.Variable(f"{name}_w{i}") for i in range(len(outputs))]
-        shares = [gs.Variable(f"{name}_b{i}") for i in range(len(outputs))]
-        for constant, parts, axis in ((weight, columns, 1), (bias, shares, 0)):
-            attrs = {"axis": axis, "num_outputs": len(parts)}
-            graph.nodes.append(gs.Node("Split", parts[0].name, attrs, [constant], parts))
+        columns = _parts(graph, weight, outputs, "w")
+        shares = _parts(graph, bias, outputs, "b")
         for column, share, output in zip(columns, shares, outputs, strict=True):
             layer(graph, "Add", [layer(graph, "MatMul", [x, column], f"{output.name}_product"), share], output)
     graph.cleanup().toposort()
     return len(matches)
 
 
-def _match(graph: gs.Graph, split: gs.Node) -> tuple[gs.Node, gs.Tensor, gs.Constant, gs.Constant] | None:
+def _parts(graph: gs.Graph, tensor: gs.Tensor, outputs: list[gs.Variable], name: str) -> list[gs.Variable]:
+    """Of a constant, or of one that is stored in 8 bits."""
+    if not isinstance(tensor, gs.Constant):
+        stored = tensor.inputs[0]
+        columns = (_parts(graph, part, outputs, f"{name}{i}") for i, part in enumerate(stored.inputs))
+        pieces = zip(outputs, *columns, strict=True)
+        return [layer(graph, stored.op, piece, f"{output.name}_{name}", axis=1) for output, *piece in pieces]
+    parts = [gs.Variable(f"{output.name}_{name}") for output in outputs]
+    attrs = {"axis": tensor.values.ndim - 1, "num_outputs": len(parts)}
+    graph.nodes.append(gs.Node("Split", parts[0].name, attrs, [tensor], parts))
+    return parts
+
+
+def _match(graph: gs.Graph, split: gs.Node) -> tuple[gs.Node, gs.Tensor, gs.Tensor, gs.Constant] | None:
     """Split(Add(MatMul(x, W), b)) into equal parts, each tensor between them read once."""
     tensor = split.inputs[0]
     if len(split.inputs) != 1 or tensor.shape is None or split.attrs.get("axis", 0) not in (-1, len(tensor.shape) - 1):
@@ -41,6 +50,9 @@ def _match(graph: gs.Graph, split: gs.Node) -> tuple[gs.Node, gs.Tensor, gs.Cons
     if len(bias) != 1 or len(products) != 1 or bias[0].values.ndim != 1 or len(products[0].outputs) != 1:
         return None
     x, weight = products[0].inputs[0].inputs
-    if not isinstance(weight, gs.Constant) or weight.values.ndim != 2 or weight.values.shape[1] % len(split.outputs):
+    stored = weight
+    if weight.inputs and weight.inputs[0].op == "DequantizeLinear" and weight.inputs[0].attrs.get("axis", 1) == 1:
+        stored = weight.inputs[0].inputs[0]
+    if not isinstance(stored, gs.Constant) or stored.values.ndim != 2 or stored.values.shape[1] % len(split.outputs):
         return None
     return split, x, weight, bias[0]

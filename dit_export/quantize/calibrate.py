@@ -27,7 +27,7 @@ from dit_runtime.pipeline import Pipeline
 BACKEND = "onnxruntime"
 TOKENS = 8  # of a picture, from which a step's sample is drawn
 ROWS = 256  # of each layer's inputs that are kept in all: of XL/2's 115 MB
-LARGEST, SAMPLE = "/largest", "/sample"  # ends of the taps' names
+LARGEST, SAMPLE, OUTPUT = "/largest", "/sample", "/output"  # ends of the taps' names
 Floats = NDArray[np.float32]
 
 
@@ -35,6 +35,7 @@ Floats = NDArray[np.float32]
 class Seen:
     largest: Floats  # (K,): magnitude a channel, over everything
     sample: Floats  # (rows, K)
+    output: Floats | None = None  # (N,): magnitude a channel of what comes out; of qkv alone
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Calibration:
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {f"{name}{LARGEST}": seen.largest for name, seen in self.layers.items()}
         arrays |= {f"{name}{SAMPLE}": seen.sample.astype(np.float16) for name, seen in self.layers.items()}
+        arrays |= {f"{name}{OUTPUT}": seen.output for name, seen in self.layers.items() if seen.output is not None}
         arrays["provenance"] = np.array(repr(dict(self.provenance)))
         np.savez_compressed(path, **arrays)
 
@@ -54,7 +56,11 @@ class Calibration:
             with np.load(path, allow_pickle=False) as arrays:
                 names = [key.removesuffix(LARGEST) for key in arrays.files if key.endswith(LARGEST)]
                 layers = {
-                    name: Seen(arrays[f"{name}{LARGEST}"], arrays[f"{name}{SAMPLE}"].astype(np.float32))
+                    name: Seen(
+                        arrays[f"{name}{LARGEST}"],
+                        arrays[f"{name}{SAMPLE}"].astype(np.float32),
+                        arrays.get(f"{name}{OUTPUT}"),
+                    )
                     for name in names
                 }
                 return cls(layers, {"file": path.name, "made": str(arrays["provenance"])})
@@ -79,7 +85,7 @@ def calibrate(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> 
     rng = np.random.default_rng(plan.seed)
     contract = manifest.read(folder)
     patches = math.prod(contract.latent_shape[1:]) // contract.model["patch"] ** 2
-    names = tap(graph := graphs.load(folder / "denoiser.onnx"), patches, rng)
+    names = add_taps(graph := graphs.load(folder / "denoiser.onnx"), patches, rng)
     files = graphs.save(graph, tapped)
     with Pipeline.load(folder) as pipe:
         classes, done, total = pipe.manifest.num_classes, 0, -(-plan.pictures // plan.batch) * plan.steps
@@ -102,18 +108,20 @@ def calibrate(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> 
     return Calibration(watcher.seen(), {"plan": str(plan), "source": str(pipe.manifest.source)})
 
 
-def tap(graph: gs.Graph, tokens: int, rng: np.random.Generator) -> list[str]:
+def add_taps(graph: gs.Graph, tokens: int, rng: np.random.Generator) -> list[str]:
     """Adds the outputs that calibration reads; returns the layers' names."""
     layers = find(graph)
     for one in layers:
-        x = one.x
         kept = np.sort(rng.choice(tokens, min(TOKENS, tokens), replace=False))
-        magnitude = layer(graph, "Abs", [x], f"{one.name}/abs")
-        largest = layer(graph, "ReduceMax", [magnitude, np.array([0, 1])], f"{one.name}{LARGEST}", keepdims=0)
-        sample = layer(graph, "Gather", [x, kept], f"{one.name}{SAMPLE}", axis=1)
-        for tensor, shape in ((largest, [x.shape[-1]]), (sample, ["rows", len(kept), x.shape[-1]])):
-            tensor.dtype, tensor.shape = np.dtype(np.float32), shape
-            graph.outputs.append(tensor)
+        sample = layer(graph, "Gather", [one.x, kept], f"{one.name}{SAMPLE}", axis=1)
+        taps = [(sample, ["rows", len(kept), one.x.shape[-1]])]
+        for tensor, end in ((one.x, LARGEST), (one.y, OUTPUT)) if one.kind == "qkv" else ((one.x, LARGEST),):
+            magnitude = layer(graph, "Abs", [tensor], f"{one.name}{end}/abs")
+            largest = layer(graph, "ReduceMax", [magnitude, np.array([0, 1])], f"{one.name}{end}", keepdims=0)
+            taps.append((largest, [tensor.shape[-1]]))
+        for tap, shape in taps:
+            tap.dtype, tap.shape = np.dtype(np.float32), shape
+            graph.outputs.append(tap)
     return [one.name for one in layers]
 
 
@@ -122,19 +130,20 @@ class Watcher:
 
     def __init__(self, engine: Engine, names: list[str], rows_a_call: int, rng: np.random.Generator) -> None:
         self._engine, self._names, self._rows, self._rng = engine, names, rows_a_call, rng
-        self._largest: dict[str, Floats] = {}
+        self._largest: dict[str, Floats] = {}  # by the taps' whole names
         self._samples: dict[str, list[NDArray[np.float16]]] = {name: [] for name in names}
 
     @property
     def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         inputs, outputs = self._engine.io
-        return inputs, tuple(name for name in outputs if not name.endswith((LARGEST, SAMPLE)))
+        return inputs, tuple(name for name in outputs if not name.endswith((LARGEST, SAMPLE, OUTPUT)))
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = self._engine.run(inputs)
-        for name in self._names:
-            largest = outputs.pop(f"{name}{LARGEST}")
+        for name in [name for name in outputs if name.endswith((LARGEST, OUTPUT))]:
+            largest = outputs.pop(name)
             self._largest[name] = np.maximum(self._largest.get(name, largest), largest)
+        for name in self._names:
             sample = outputs.pop(f"{name}{SAMPLE}")
             rows = sample.reshape(-1, sample.shape[-1])  # conditional rows first, then null ones
             kept = self._rng.choice(len(rows), min(self._rows, len(rows)), replace=False)
@@ -143,7 +152,11 @@ class Watcher:
 
     def seen(self) -> dict[str, Seen]:
         return {
-            name: Seen(self._largest[name], np.concatenate(self._samples[name]).astype(np.float32))
+            name: Seen(
+                self._largest[f"{name}{LARGEST}"],
+                np.concatenate(self._samples[name]).astype(np.float32),
+                self._largest.get(f"{name}{OUTPUT}"),
+            )
             for name in self._names
         }
 

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from dit_runtime.errors import UsageError, nearest
 
+ATTENTION = "attention"  # its scores, q kᵀ
 MOVERS = {"Reshape", "Transpose", "Identity", "Cast", "Tile"}
 
 
@@ -25,6 +26,12 @@ class Layer:
     @property
     def x(self) -> gs.Variable:
         return self.gemm.inputs[0]
+
+    @property
+    def y(self) -> gs.Variable:
+        """With the bias."""
+        (add,) = self.gemm.outputs[0].outputs
+        return add.outputs[0]
 
     @property
     def weight(self) -> gs.Constant:
@@ -51,9 +58,14 @@ def find(graph: gs.Graph) -> list[Layer]:
     return layers
 
 
+def everything(layers: Sequence[Layer]) -> list[str]:
+    """All that int8 may touch: the GEMMs, and attention's own products, which follow each qkv."""
+    return [name for one in layers for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind == "qkv"))]
+
+
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
-    """The layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
-    meanings = {one.name: {one.name, f"block {one.block}", one.kind} for one in layers}
+    """What a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
+    meanings = {name: {name, *name.rsplit(" ", 1)} for name in everything(layers)}
     known = set().union(*meanings.values())
     if unknown := [entry for entry in entries if entry not in known]:
         raise UsageError(

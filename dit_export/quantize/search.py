@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export import graphs
-from dit_export.fuse import LOWERINGS
+from dit_export.quantize import attention
 from dit_export.quantize.calibrate import BACKEND, Calibration
-from dit_export.quantize.layers import find, named
+from dit_export.quantize.layers import ATTENTION, everything, find, named
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.smooth import smooth
 from dit_runtime import backends, images, manifest
@@ -96,6 +96,7 @@ class Search:
         decoder: Engine | None,
         tick: Tick,
     ) -> None:
+        self._calibration = calibration
         self._work, self._contract, self._decoder, self._tick = folder / "search", manifest.read(folder), decoder, tick
         found = {name: graphs.load(folder / f"{name}.onnx") for name in self._contract.graphs if name != "decoder"}
         self._denoiser = found.pop("denoiser")
@@ -107,6 +108,8 @@ class Search:
             files = graphs.save(graph, self._work / f"{name}.onnx")
             self._once[name] = backends.backend(BACKEND).open([self._work / file for file in files], Options())
         self.layers = find(self._denoiser)
+        in_int8 = backend in attention.BACKENDS
+        self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
         self._form, self._backend = backend, backend if backend in CPU else BACKEND
         self._count = 0  # of the forms that were tried
         labels = self._contract.num_classes
@@ -114,7 +117,7 @@ class Search:
 
     def run(self, wish: Wish, fixed: Sequence[str]) -> Found:
         """What stays float: `fixed`, what int8 does not speed up, and the worst until the budget holds."""
-        names, keep = [one.name for one in self.layers], list(fixed)
+        names, keep = self.names, list(fixed)
         why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
         if wish.tune:
             for kind, ratio in self.speed().items():
@@ -123,7 +126,7 @@ class Search:
                     why |= dict.fromkeys(
                         named(self.layers, [kind]), f"float {kind} is {ratio:.2f} times as fast a step"
                     )
-        with self._opened(names, BACKEND, "fp32") as exact:
+        with self._opened(names, self._backend, "fp32") as exact:
             trajectory = self._trajectory(exact)
             errors = self._rank(exact, trajectory)
         order = sorted((name for name in names if name not in why), key=lambda name: -errors[name])
@@ -140,7 +143,7 @@ class Search:
     def speed(self) -> dict[str, float]:
         """Of each kind of layer: how many times as fast a guided step is where all of that kind are float."""
         ratios = {}
-        kinds = list(dict.fromkeys(one.kind for one in self.layers))
+        kinds = list(dict.fromkeys(name.split()[-1] for name in self.names))
         with self._opened([], self._backend, "int8") as quantized:
             for done, kind in enumerate(kinds):
                 self._tick(done, len(kinds))
@@ -158,11 +161,11 @@ class Search:
 
     def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
         """The error of the prediction where one layer alone is int8, conditional and null rows."""
-        names = [one.name for one in self.layers]
+        names = self.names
         expected, errors = self._answers(exact, trajectory), {}
         for done, name in enumerate(names):
             self._tick(done, len(names))
-            with self._opened([other for other in names if other != name], BACKEND, "fp32") as pipe:
+            with self._opened([other for other in names if other != name], self._backend, "fp32") as pipe:
                 errors[name] = relative_error(self._answers(pipe, trajectory), expected)
         return errors
 
@@ -229,8 +232,9 @@ class Search:
     def _opened(self, keep: Collection[str], backend: str, precision: str) -> Iterator[Pipeline]:
         """The denoiser with all layers int8 but those to keep, in the form that is built; `precision` around them."""
         graph = self._denoiser.copy()
+        grids = attention.steps(graph, self._calibration, keep)
         quantize(graph, self._chosen, keep)
-        for rewrite in LOWERINGS[backend] if backend == self._form else ():
+        for rewrite in attention.passes(backend, grids) if backend == self._form else ():
             rewrite(graph)
         path = self._work / f"tried-{self._count}.onnx"  # beside the weights that all of them share
         self._count += 1

@@ -38,6 +38,7 @@ class Chosen:
     divisors: Floats  # (K,)
     step: float  # of the activations' grid, after the division
     error: float  # relative L2 of the GEMM's output on the calibration's rows
+    largest: float = 0.0  # magnitude of the input, after the division
 
 
 def choose(seen: Seen, weight: Floats, smooth: bool) -> Chosen:
@@ -54,7 +55,7 @@ def choose(seen: Seen, weight: Floats, smooth: bool) -> Chosen:
             grid = np.clip(np.rint(sample / step), -LEVELS, LEVELS) * step
             error = float(np.linalg.norm(grid @ scaled - exact)) / scale
             if best is None or error < best.error:
-                best = Chosen(alpha, divisors, step, error)
+                best = Chosen(alpha, divisors, step, error, largest)
     assert best is not None
     return best
 
@@ -68,9 +69,9 @@ def _divisors(largest: Floats, weight: Floats, alpha: float) -> Floats:
     return s.astype(np.float32)
 
 
-def weight_steps(weight: Floats) -> Floats:
-    """(N,): the grid of each output channel."""
-    return (np.maximum(np.abs(weight).max(axis=0), 1e-12) / LEVELS).astype(np.float32)
+def weight_steps(weight: Floats, end: float = LEVELS) -> Floats:
+    """(N,): the grid of each output channel, whose largest number is `end`."""
+    return (np.maximum(np.abs(weight).max(axis=0), 1e-12) / end).astype(np.float32)
 
 
 def fake_weight(weight: Floats) -> Floats:

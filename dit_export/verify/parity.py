@@ -10,6 +10,7 @@ import torch
 from dit_export.models.dit import DiT
 from dit_export.trace import Decoder
 from dit_export.verify.reference import evaluate, guide
+from dit_runtime.errors import EngineError
 from dit_runtime.images import psnr
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.replay import Reference, relative_error
@@ -18,6 +19,8 @@ from dit_runtime.verify import TOLERANCES, Check
 PROOF_FACTOR = 10  # a wrong input must miss fp32's tolerance by this much
 NARROW_PROOF_FACTOR = 3  # and another label a wider tolerance
 TIMESTEP_SHIFT = 0.05  # of the schedule
+FINITE_LABELS = 16  # spread over the classes
+FINITE_SEED = 2000  # neither the reference's nor calibration's
 DECODER_PSNR = {"fp32": 80.0, "bf16": 40.0, "fp16": 55.0}  # of float pictures in [0, 1]: measured 110, 50 and 71 dB
 
 
@@ -88,6 +91,18 @@ def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int 
         ratio = psnr(pipe.decode(latents.numpy()), images, peak=1.0)
         limit = DECODER_PSNR[contract.graphs["decoder"].precision]
         yield Check("decoder graph, PSNR in dB", ratio, limit, at_least=True, where=f"batch {batch}")
+
+
+def finite(pipe: Pipeline, reference: Reference) -> Check:
+    """Whole runs of many classes, each with the null label beside it: an overflow of any step stops its run."""
+    classes = pipe.manifest.num_classes
+    labels = sorted({index * classes // FINITE_LABELS for index in range(FINITE_LABELS)})
+    guidance, steps = float(reference.guidance.max()), len(reference.timesteps)
+    try:
+        pipe.sample(labels, steps=steps, guidance=guidance, seed=FINITE_SEED, output="latents")
+    except EngineError as error:
+        return Check("runs that are not finite", 1, 0, where=str(error))
+    return Check("runs that are not finite", 0, 0)
 
 
 def _batches(largest: int) -> list[int]:

@@ -249,7 +249,19 @@ def _sizes(page: Page) -> str:
         f"A guided step of {batch} pictures took {_time(statistics.median(seconds))}, the median of {len(seconds)} "
         "timed here while the reference was replayed; <code>dit-run bench</code> measures with care."
     )
-    return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>'
+    if all(row.name.startswith(("proof: ", "twin: ")) for row in page.rows):
+        line = "The engines do not run where this was built; their graphs were verified through their rounding twins."
+    return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>' + _wide(contract)
+
+
+def _wide(contract: Manifest) -> str:
+    """What a typed graph keeps in fp32 because of what it reached."""
+    found = contract.built_with.get("wide", {})
+    rows = [[graph, name, f"{peak:.4g}"] for graph, peaks in found.items() for name, peak in peaks.items()]
+    if not rows:
+        return ""
+    head = ["graph", "kept in fp32, for fp16 ends at 65504", "largest seen"]
+    return "\n" + _table(head, rows, numbers={2})
 
 
 def _time(seconds: float) -> str:

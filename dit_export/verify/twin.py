@@ -21,27 +21,31 @@ from dit_export import graphs
 from dit_export.fuse.narrow import TYPES
 from dit_export.graphs import constants, layer
 from dit_runtime import backends, manifest
-from dit_runtime.backends import Options
+from dit_runtime.backends import Engine, Options
+from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
 
 TWIN_BACKEND = "onnxruntime"  # keeps explicit casts, and they overflow
 
 
 @contextmanager
-def twins(pipe: Pipeline) -> Iterator[Pipeline | None]:
-    """The bundle with each typed graph's twin in its place; None where no graph is typed."""
-    typed = {name: graph for name, graph in pipe.manifest.graphs.items() if graph.precision in TYPES}
-    if not typed:
+def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pipeline | None]:
+    """The bundle's ONNX forms with each typed graph's twin in its place; None where none is typed, unless `always`."""
+    types = {name: backends.typed(graph.backend, graph.precision) for name, graph in contract.graphs.items()}
+    if not (always or any(types.values())):
         yield None
         return
-    module, engines = backends.backend(backends.choose(TWIN_BACKEND)), {}
-    with tempfile.TemporaryDirectory(prefix="dit-twin-") as folder:
-        for name, contract in typed.items():
-            graph = graphs.load(manifest.inside(pipe.folder, contract.onnx))
-            twin(graph, tensor_dtype_to_np_dtype(TYPES[contract.precision]))
-            files = graphs.save(graph, Path(folder) / f"{name}.onnx")
-            engines[name] = module.open([Path(folder) / file for file in files], Options())
-        with Pipeline(pipe.folder, pipe.manifest, engines) as rounded:
+    module = backends.backend(backends.choose(TWIN_BACKEND))
+    engines: dict[str, Engine] = {}
+    with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
+        for name, contracted in contract.graphs.items():
+            files = [manifest.inside(folder, file) for file in contracted.onnx_files]
+            if narrow := types[name]:
+                graph = graphs.load(files[0])
+                twin(graph, tensor_dtype_to_np_dtype(TYPES[narrow]))
+                files = [Path(temporary) / file for file in graphs.save(graph, Path(temporary) / f"{name}.onnx")]
+            engines[name] = module.open(files, Options())
+        with Pipeline(folder, contract, engines) as rounded:
             yield rounded
 
 

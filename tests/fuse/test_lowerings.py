@@ -169,6 +169,27 @@ def test_split_qkv(run: Run) -> None:
     assert np.abs(got[0] - got[1]).max() > 0.1
 
 
+def test_split_qkv_of_weights_in_8_bits(run: Run) -> None:
+    graph = projected()
+    product = graph.nodes[0]
+    stored = [RNG.integers(-127, 128, (8, 12)).astype(np.int8), normal(12) ** 2, np.zeros(12, np.int8)]
+    product.inputs[1] = layer(graph, "DequantizeLinear", stored, [8, 12], axis=1)
+    graph.toposort()
+    inputs = {"x": normal(2, 5, 8)}
+    expected, weights = run(graph, inputs), graphs.weight_bytes(graph)
+    assert split_qkv(graph) == 1
+    assert graphs.census(graph) == {"Split": 4, "DequantizeLinear": 3, "MatMul": 3, "Add": 3}
+    assert graphs.weight_bytes(graph) == weights  # the parts are no copies
+    for one, other in zip(run(graph, inputs), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)  # weights up to 127 times their step
+    # A step a row belongs to no column: it is left alone.
+    graph = projected()
+    graph.nodes[0].inputs[1] = layer(
+        graph, "DequantizeLinear", [stored[0], normal(8), np.zeros(8, np.int8)], [8, 12], axis=0
+    )
+    assert split_qkv(graph) == 0
+
+
 def test_split_qkv_leaves_other_splits_alone() -> None:
     assert split_qkv(projected(bias=normal(5, 12))) == 0  # no bias of columns
     graph = projected()

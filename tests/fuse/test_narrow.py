@@ -4,11 +4,15 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from onnx.helper import tensor_dtype_to_np_dtype
 
 from dit_export import graphs
 from dit_export.fuse import expected_counts, fuse
-from dit_export.fuse.narrow import narrow
+from dit_export.fuse.narrow import PRODUCTS, TYPES, islands, narrow, watched
 from dit_export.models.dit import DiT
+from dit_export.quantize.layers import find
+from dit_export.quantize.qdq import quantize
+from dit_export.quantize.smooth import Chosen
 from dit_export.verify.twin import twin
 from tests.fuse.conftest import Run
 
@@ -78,3 +82,66 @@ def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
     twin(graph, HALF)
     assert np.isinf(run(graph, inputs)[0]).all()
     assert np.isfinite(run(graph, {"x": inputs["x"] / 2})[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "low", "high"), [("bf16", None, 1e-3, 3e-2), ("fp16", "fp8", 5e-3, 1e-1)]
+)
+def test_other_types_in_the_twin(
+    plain_path, small_dit: DiT, run: Run, inputs: dict, precision, kind, low, high
+) -> None:
+    """bf16 has eight bits, fp8 four: off by as much, and by no more."""
+    denoiser = fuse(graphs.load(plain_path), small_dit.spec).denoiser
+    (expected, _) = run(denoiser.copy(), inputs)
+    if kind:
+        assert quantize(denoiser, chosen(denoiser), kind=kind) == 8
+    assert narrow(denoiser, precision) == 12
+    dtype = tensor_dtype_to_np_dtype(TYPES[precision])
+    assert {node.inputs[0].dtype for node in denoiser.nodes if node.op == "Attention"} == {dtype}
+    twin(denoiser, dtype)
+    (got, _) = run(denoiser, inputs)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert low < error < high
+
+
+def chosen(denoiser: gs.Graph) -> dict[str, Chosen]:
+    return {one.name: Chosen(0.0, np.ones(1, np.float32), 6 / 127, 0.0, 6.0) for one in find(denoiser)}
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_q_reads_what_there_is_and_dq_gives_the_product_its_type(plain: gs.Graph, small_dit: DiT, kind) -> None:
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    quantize(denoiser, chosen(denoiser), kind=kind)
+    narrow(denoiser, "fp16")
+    read = {node.name: node.inputs[1].dtype for node in denoiser.nodes if node.op == "QuantizeLinear"}
+    assert {name.split()[2]: dtype.name for name, dtype in read.items()} == {
+        "qkv": "float32",  # behind a LayerNorm's modulation, an island
+        "fc1": "float32",
+        "proj": "float16",
+        "fc2": "float16",
+    }
+    scales = {node.inputs[1].dtype for node in denoiser.nodes if node.op == "DequantizeLinear"}
+    assert scales == {HALF}
+
+
+def test_what_touches_a_wide_tensor_stays_fp32(typed: gs.Graph, plain_path, small_dit: DiT, run: Run, inputs) -> None:
+    denoiser = fuse(graphs.load(plain_path), small_dit.spec).denoiser
+    gelu = next(node for node in denoiser.nodes if node.op == "Gelu")
+    wide = [gelu.outputs[0].name]
+    (fc2,) = islands(denoiser, wide)
+    (expected, _) = run(denoiser.copy(), inputs)
+    assert narrow(denoiser, "fp16", wide) == 12 - 1
+    assert fc2.inputs[1].dtype == np.float32 and gelu.outputs[0].dtype == np.float32
+    twin(denoiser, HALF)
+    (got, _) = run(denoiser, inputs)
+    assert 1e-6 < np.linalg.norm(got - expected) / np.linalg.norm(expected) < 5e-3
+
+
+def test_everything_that_would_be_narrow_is_watched(plain: gs.Graph, small_dit: DiT) -> None:
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    seen = {tensor.name for tensor in watched(denoiser)}
+    for node in denoiser.nodes:
+        if node.op in PRODUCTS:
+            tensors = (*node.inputs, *node.outputs)
+            assert {tensor.name for tensor in tensors if isinstance(tensor, gs.Variable) and tensor.name} <= seen
+    assert all(node.outputs[0].name not in seen for node in denoiser.nodes if node.op == "LayerNormalization")

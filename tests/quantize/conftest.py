@@ -18,15 +18,18 @@ SPEC = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classe
 PLAN = Plan(pictures=16, steps=4)
 
 
+def unverified_bundle(folder: Path, spec: ModelSpec) -> Path:
+    loaded = Loaded(spec, synthetic_dit(spec, 0), None, (), read_scheduler_config(None), {"kind": "synthetic"})
+    trace_graphs(folder / "traced", loaded, None, Progress())
+    unverified(folder / "bundle", folder / "traced", loaded, Recipe(backend="onnxruntime", max_batch=4), Progress())
+    return folder / "bundle"
+
+
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory, one_thread) -> Path:
     """Made-up weights with outlier channels, as large trained models have them."""
-    folder = tmp_path_factory.mktemp("int8")
     with one_thread():
-        loaded = Loaded(SPEC, synthetic_dit(SPEC, 0), None, (), read_scheduler_config(None), {"kind": "synthetic"})
-        trace_graphs(folder / "traced", loaded, None, Progress())
-        unverified(folder / "bundle", folder / "traced", loaded, Recipe(backend="onnxruntime", max_batch=4), Progress())
-    return folder / "bundle"
+        return unverified_bundle(tmp_path_factory.mktemp("int8"), SPEC)
 
 
 @pytest.fixture(scope="session")

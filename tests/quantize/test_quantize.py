@@ -102,17 +102,6 @@ def test_the_fold_changes_no_answer_and_adds_no_op_to_the_loop(bundle, calibrati
     assert moved.tolist() == sorted(6 * n + k for n in range(3) for k in (0, 1, 3, 4))  # gains and shifts, no gates
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_smoothing_is_what_makes_int8_good(bundle, calibration, tmp_path, backend) -> None:
-    expected = predictions(bundle, *pair(bundle), tmp_path)
-    errors = {}
-    for fold in (False, True):
-        conditioner, denoiser = pair(bundle)
-        assert quantize(denoiser, smooth(conditioner, denoiser, calibration, fold)) == 12
-        errors[fold] = error(predictions(bundle, conditioner, denoiser, tmp_path, backend), expected)
-    assert errors[True] <= 0.035 and errors[True] <= 0.65 * errors[False]
-
-
 def test_the_trajectory_is_what_calibration_is_for(bundle, calibration, tmp_path) -> None:
     """Ranges seen at two timesteps for one class do not hold for all of them."""
     short = calibrate(bundle, Plan(pictures=1, steps=2, batch=1), lambda done, total: None)

@@ -13,10 +13,11 @@ import pytest
 
 from dit_runtime import Pipeline, UsageError, backends, manifest
 from dit_runtime.backends import Options
+from dit_runtime.backends.trt import Flavour
 from dit_runtime.cli import main
 from dit_runtime.conditioning import Table
 
-BACKENDS = [*backends.BACKENDS]
+BACKENDS = ["openvino", "onnxruntime"]  # those of every CPU
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +76,26 @@ def test_compiled_models_are_kept_in_the_users_cache(meta_copy, cache) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")} == kept
 
 
+def test_products_do_not_saturate_where_there_is_no_vnni(meta_copy) -> None:
+    """ONNX Runtime acts on it on such CPUs alone, so that it is asked is all that shows here."""
+    graph = manifest.read(on(meta_copy, "onnxruntime")).graphs["denoiser"]
+    engine = backends.backend("onnxruntime").open([meta_copy / name for name in graph.files], Options())
+    settings = engine._session.get_session_options()
+    assert settings.get_session_config_entry("session.x64quantprecision") == "1"
+
+
 def test_auto_takes_the_first_that_can(monkeypatch) -> None:
     assert backends.choose("auto") == "openvino"
     assert backends.choose("auto", "fp16") == "onnxruntime"
+    assert backends.choose("auto", "fp8") == "tensorrt-rtx"  # which compiles here and runs elsewhere
     assert backends.choose("onnxruntime") == "onnxruntime"
     with pytest.raises(UsageError, match="has no bf16; it has fp32, fp16"):
         backends.choose("onnxruntime", "bf16")
     monkeypatch.setattr(backends.backend("openvino"), "version", lambda: None)
     assert backends.choose("auto") == "onnxruntime"
-    with pytest.raises(UsageError, match=r"no backend for bf16 is installed: pip install 'dit-export\[openvino\]'"):
+    monkeypatch.setattr(Flavour, "version", lambda self: None)
+    extras = r"'dit-export\[tensorrt\]' or 'dit-export\[tensorrt-rtx\]' or 'dit-export\[openvino\]'"
+    with pytest.raises(UsageError, match=f"no backend for bf16 is installed: pip install {extras}"):
         backends.choose("auto", "bf16")
     with pytest.raises(UsageError, match=r"not installed: pip install 'dit-export\[openvino\]'"):
         backends.choose("openvino")

@@ -15,7 +15,7 @@ const std::vector<Backend>& backends() {
         {"openvino", true, {"fp32", "bf16", "int8"}, ov_version, open_ov},
 #endif
 #ifdef DIT_TENSORRT
-        {DIT_TENSORRT, false, {"fp16", "bf16", "int8", "fp8"}, trt_version, open_trt},
+        {DIT_TENSORRT, false, {"fp32", "fp16", "bf16", "int8", "fp8"}, trt_version, open_trt},
 #endif
     };
     return known;

@@ -82,8 +82,16 @@ class TrtEngine : public Engine {
         if (!runtime_) throw UsageError(text(DIT_TENSORRT, " does not start here: ", logger_.last));
         const std::vector<unsigned char> content = read_bytes(path, UINTMAX_MAX);
         engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
-        if (engine_) context_.reset(engine_->createExecutionContext());
-        if (!context_)
+        const std::int32_t profiles = engine_ ? engine_->getNbOptimizationProfiles() : 0;
+        for (std::int32_t profile = 0; profile < profiles; ++profile) {
+            contexts_.emplace_back(engine_->createExecutionContext());
+            if (!contexts_.back() || !contexts_.back()->setOptimizationProfileAsync(profile, stream_->stream)) {
+                contexts_.clear();
+                break;
+            }
+        }
+        check(cudaStreamSynchronize(stream_->stream));
+        if (contexts_.empty())
             throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it (", logger_.last,
                                    "); it is for another GPU or version: run `dit-run compile` here"));
         for (std::int32_t index = 0; index < engine_->getNbIOTensors(); ++index) {
@@ -95,33 +103,31 @@ class TrtEngine : public Engine {
 
     std::map<std::string, Output> run(const std::vector<Input>& given) override {
         check(cudaSetDevice(device_));  // a pipeline may move between threads
+        nvinfer1::IExecutionContext& context = fitting(given);
         for (const Input& input : given) {
             const auto type = input.integers ? nvinfer1::DataType::kINT64 : nvinfer1::DataType::kFLOAT;
             require_type(input.name, type);
-            nvinfer1::Dims dims{};
-            dims.nbDims = static_cast<std::int32_t>(input.shape.size());
-            for (std::size_t axis = 0; axis < input.shape.size(); ++axis) dims.d[axis] = input.shape[axis];
             const std::size_t bytes = count(input.shape) * (input.integers ? sizeof(std::int64_t) : sizeof(float));
             void* room = buffers_[input.name].room(bytes);
             check(cudaMemcpyAsync(room, input.data, bytes, cudaMemcpyHostToDevice, stream_->stream));
-            require(context_->setInputShape(input.name.c_str(), dims), input.name);
-            require(context_->setTensorAddress(input.name.c_str(), room), input.name);
+            require(context.setInputShape(input.name.c_str(), dims(input.shape)), input.name);
+            require(context.setTensorAddress(input.name.c_str(), room), input.name);
         }
         std::map<std::string, Output> named;
         for (const auto& name : outputs) {
             require_type(name, nvinfer1::DataType::kFLOAT);
-            const nvinfer1::Dims dims = context_->getTensorShape(name.c_str());
-            require(dims.nbDims >= 0, name);
+            const nvinfer1::Dims found = context.getTensorShape(name.c_str());
+            require(found.nbDims >= 0, name);
             Output& output = named[name];
-            for (std::int32_t axis = 0; axis < dims.nbDims; ++axis) {
-                require(dims.d[axis] >= 0, name);
-                output.shape.push_back(dims.d[axis]);
+            for (std::int32_t axis = 0; axis < found.nbDims; ++axis) {
+                require(found.d[axis] >= 0, name);
+                output.shape.push_back(found.d[axis]);
             }
             output.values.resize(count(output.shape));
             void* room = buffers_[name].room(output.values.size() * sizeof(float));
-            require(context_->setTensorAddress(name.c_str(), room), name);
+            require(context.setTensorAddress(name.c_str(), room), name);
         }
-        require(context_->enqueueV3(stream_->stream), "the run");
+        require(context.enqueueV3(stream_->stream), "the run");
         for (auto& [name, output] : named)
             check(cudaMemcpyAsync(output.values.data(), buffers_[name].room(0), output.values.size() * sizeof(float),
                                   cudaMemcpyDeviceToHost, stream_->stream));
@@ -130,6 +136,33 @@ class TrtEngine : public Engine {
     }
 
   private:
+    // The context of the profile that takes these shapes: one with guidance, one without.
+    nvinfer1::IExecutionContext& fitting(const std::vector<Input>& given) const {
+        using nvinfer1::OptProfileSelector;
+        for (std::size_t profile = 0; profile < contexts_.size(); ++profile) {
+            bool fits = true;
+            for (const Input& input : given) {
+                const auto bound = [&](OptProfileSelector end) {
+                    return engine_->getProfileShape(input.name.c_str(), static_cast<std::int32_t>(profile), end);
+                };
+                const nvinfer1::Dims least = bound(OptProfileSelector::kMIN), most = bound(OptProfileSelector::kMAX);
+                fits = fits && least.nbDims == static_cast<std::int32_t>(input.shape.size());
+                for (std::size_t axis = 0; fits && axis < input.shape.size(); ++axis)
+                    fits = least.d[axis] <= input.shape[axis] && input.shape[axis] <= most.d[axis];
+            }
+            if (fits) return *contexts_[profile];
+        }
+        throw EngineError(text("no profile of this engine takes ", given.empty() ? "" : shown(given[0].shape),
+                               "; rebuild it with a larger --max-batch"));
+    }
+
+    static nvinfer1::Dims dims(const Shape& shape) {
+        nvinfer1::Dims found{};
+        found.nbDims = static_cast<std::int32_t>(shape.size());
+        for (std::size_t axis = 0; axis < shape.size(); ++axis) found.d[axis] = shape[axis];
+        return found;
+    }
+
     void require(bool fine, const std::string& what) const {
         if (!fine) throw EngineError(text(DIT_TENSORRT, " refuses ", what, ": ", logger_.last));
     }
@@ -144,7 +177,7 @@ class TrtEngine : public Engine {
     std::unique_ptr<Stream> stream_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
-    std::unique_ptr<nvinfer1::IExecutionContext> context_;
+    std::vector<std::unique_ptr<nvinfer1::IExecutionContext>> contexts_;  // by profile
     std::map<std::string, Buffer> buffers_;
 };
 

@@ -97,8 +97,8 @@ std::vector<std::int64_t> timesteps(const Diffusion& diffusion, const std::strin
     const bool multistep = ORDERS.count(solver) > 0;
     const std::int64_t end = multistep ? count_unclipped(diffusion) : total;
     if (!end)
-        throw UsageError(
-            text("lambda_min_clipped is ", *sampler.lambda_min_clipped, ": it leaves none of the ", total, " timesteps"));
+        throw UsageError(text("lambda_min_clipped is ", *sampler.lambda_min_clipped, ": it leaves none of the ", total,
+                              " timesteps"));
     const std::int64_t points = multistep ? steps + 1 : steps;
     Array chosen;  // ascending where a spacing counts from t = 0, and turned round then
     bool ascending = true;

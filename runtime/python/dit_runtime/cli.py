@@ -6,16 +6,17 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from dit_runtime import backends, bench, images, manifest, verify
-from dit_runtime.backends import Options
+from dit_runtime.backends import Options, Tuning
 from dit_runtime.captions import Captions
-from dit_runtime.errors import UsageError
+from dit_runtime.compiling import compile_graphs, obstacle
+from dit_runtime.errors import GateError, UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import EngineError, Pipeline, Stopped
 from dit_runtime.progress import Progress
@@ -33,7 +34,7 @@ def guarded(program: str, command: Callable[[], int]) -> int:
     except (UsageError, OSError) as error:
         message = " ".join(str(error).split())
         code = 2
-    except (EngineError, Stopped) as error:
+    except (EngineError, GateError, Stopped) as error:
         message, code = str(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
@@ -91,6 +92,7 @@ def _parser() -> Parser:
     compiling = commands.add_parser("compile", help="make engines from the bundle's ONNX on this machine, then verify")
     add_bundle(compiling)
     compiling.add_argument("--backend", default="auto", help=f"auto, {', '.join(backends.BACKENDS)}")
+    add_tuning(compiling)
     compiling.set_defaults(command=_compile)
 
     timing = commands.add_parser("bench", help="time each graph and a whole picture")
@@ -108,6 +110,25 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
     parser.add_argument("--low-memory", action="store_true", help="open one graph at a time, while it is needed")
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
+
+
+def add_tuning(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("TensorRT", "how it builds, in its own words")
+    group.add_argument("--compute-capability", nargs="+", metavar="8.9", help="GPUs to compile for; default: all known")
+    group.add_argument("--builder-optimization-level", type=int, metavar="0-5")
+    group.add_argument("--pool-limit", nargs="+", metavar="workspace:4G")
+    group.add_argument("--version-compatible", action="store_true", default=None, help="opens in later versions too")
+    group.add_argument("--hardware-compatibility-level", metavar="ampere+", help="none, ampere+, sameComputeCapability")
+    group.add_argument("--weight-streaming", action="store_true", default=None, help="weights larger than GPU memory")
+    group.add_argument("--strip-plan", action="store_true", default=None, help="weights stay in the ONNX form")
+    group.add_argument("--refittable", action="store_true", default=None)
+    group.add_argument("--timing-cache", metavar="FILE", help="read, and written when done")
+
+
+def tuning(options: argparse.Namespace) -> Tuning:
+    given = {field.name: getattr(options, field.name) for field in fields(Tuning)}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return replace(Tuning(), **{name: value for name, value in values.items() if value is not None})
 
 
 def _load(options: argparse.Namespace) -> Pipeline:
@@ -201,7 +222,8 @@ def summary(folder: Path, contract: Manifest) -> str:
     lines = [
         f"{folder}",
         f"model      {model.get('name')} at {model.get('resolution')} px, {_given(contract)}",
-        f"sampling   {sampler.solver}, guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
+        f"sampling   {sampler.solver} on {contract.diffusion.prediction}, "
+        f"guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
     ]
     for name, graph in contract.graphs.items():
         lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
@@ -241,16 +263,12 @@ def report(checks: list[verify.Check], as_json: bool) -> int:
 def _compile(options: argparse.Namespace) -> int:
     folder = options.bundle
     contract = manifest.read(folder)
-    graphs, files = {}, dict(contract.files)
-    for graph_name, graph in contract.graphs.items():
-        name = backends.choose(options.backend, graph.precision)
-        manifest.check_files(folder, contract, sorted({*graph.onnx_files, *graph.engines.get(name, ())}))
-        settings = Options(options.threads, options.provider, graph.precision)
-        engine = backends.backend(name).compile(manifest.inside(folder, graph.onnx), folder, settings)
-        engines = {**graph.engines, name: engine} if engine else graph.engines
-        graphs[graph_name] = replace(graph, backend=name, engines=engines)
-        files |= {made: manifest.describe(manifest.inside(folder, made)) for made in engine}
-    manifest.write(folder, replace(contract, graphs=graphs, files=files))
+    settings = Options(options.threads, options.provider, tuning=tuning(options))
+    compiled = compile_graphs(folder, contract, options.backend, settings, Progress())
+    manifest.write(folder, compiled)
+    if reason := obstacle(compiled):
+        print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
+        return 0
     code = 1
     try:
         code = _verify(options)

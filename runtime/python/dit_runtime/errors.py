@@ -13,6 +13,14 @@ class BundleError(UsageError):
     """A bundle that is damaged, of another format, or cannot run here."""
 
 
+class EngineError(RuntimeError):
+    """An engine gave something that no sound engine gives."""
+
+
+class GateError(Exception):
+    """Something was made and is not what was asked for; the command lines exit with 1."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean "…"?)' where something known is close, else nothing."""
     import difflib  # here, so that importing the runtime stays quick

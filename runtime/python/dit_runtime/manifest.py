@@ -15,6 +15,7 @@ FORMAT = 1
 NAME = "manifest.json"
 GRAPHS = ("conditioner", "context", "denoiser", "decoder")
 DTYPES = ("float32", "int64")
+BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,16 @@ def _graph(table: dict[str, Any]) -> Graph:
         if type(getattr(graph, key)) is not kind:
             raise ValueError(f"{key} is {getattr(graph, key)!r}, expected {kind.__name__}")
     return graph
+
+
+def built(manifest: Manifest, graph: str) -> Mapping[str, Any]:
+    """With what and for what a graph's engine was built; empty where the backend opens the ONNX form."""
+    table: Any = manifest.built_with
+    for key in ("engines", manifest.graphs[graph].backend, graph):
+        table = table.get(key, {}) if isinstance(table, Mapping) else None
+    if not isinstance(table, Mapping) or any(type(table[key]) is not BUILT[key] for key in table.keys() & BUILT):
+        raise BundleError(f"{NAME}: built_with says {table!r} of {graph}'s engine; expected {', '.join(BUILT)}")
+    return table
 
 
 def inside(folder: Path, name: str) -> Path:

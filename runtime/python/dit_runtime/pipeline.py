@@ -17,7 +17,7 @@ from dit_runtime import backends, images, manifest, noise
 from dit_runtime.backends import Engine, Options
 from dit_runtime.captions import Captions, Context, Contexts, examples, fitting
 from dit_runtime.conditioning import Table
-from dit_runtime.errors import BundleError, UsageError, nearest
+from dit_runtime.errors import BundleError, EngineError, UsageError, nearest
 from dit_runtime.manifest import Manifest
 from dit_runtime.schedule import is_integer
 from dit_runtime.solvers import plan, solve
@@ -36,10 +36,6 @@ def _cache(contract: Manifest) -> Path:
 
 class Stopped(Exception):
     """`on_step` asked to stop the run."""
-
-
-class EngineError(RuntimeError):
-    """An engine gave something that no sound engine gives."""
 
 
 class Pipeline:
@@ -81,9 +77,11 @@ class Pipeline:
                 self.close()
                 if name == "conditioner" and backends.versions()[backends.LEANEST]:
                     graph = replace(graph, backend=backends.LEANEST)
+                    manifest.check_files(self.folder, self.manifest, graph.files)
             module = backends.backend(backends.choose(graph.backend, graph.precision))
             files = [manifest.inside(self.folder, file) for file in graph.files]
-            engine: Engine = module.open(files, replace(self._options, precision=graph.precision))
+            settings = replace(self._options, precision=graph.precision, built=manifest.built(self.manifest, name))
+            engine: Engine = module.open(files, settings)
             expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
             if engine.io != expected:
                 raise BundleError(f"{self.folder}: {name} has inputs and outputs {engine.io}, expected {expected}")
@@ -110,8 +108,8 @@ class Pipeline:
 
         A captioned bundle takes `captions` as its text encoder embedded them, (N, L, C), and with guidance `negative`,
         one for all or one each; labels are then the numbers of its example captions.
-        `on_step(step, steps, latents)` is called after each evaluation of the network, of which Heun's method needs two
-        a step; returning True raises Stopped.
+        `on_step(step, steps, latents)` is called after each evaluation of the network, of which a step of Heun's method
+        needs two; returning True raises Stopped.
         """
         if output not in ("images", "latents"):
             raise UsageError(f"output {output!r} is not known; known: images, latents")

@@ -92,8 +92,8 @@ typedef struct dit_info {
 
 #define DIT_INFO_INIT {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL}
 
-/* Called after each step; what is not 0 stops the run. `latents` holds count · C · H · W numbers. It must not throw
- * and must not call this pipeline. */
+/* Called after each evaluation of the network, of which a step of solver heun needs two; what is not 0 stops the run.
+ * `latents` holds count · C · H · W numbers. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
 typedef struct dit_request {

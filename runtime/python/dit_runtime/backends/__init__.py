@@ -1,24 +1,45 @@
 """One file a backend, imported only when it is asked for.
 
-A backend's module has `PRECISIONS`, `version()` (None where it is not installed), `compile(onnx, folder, options)`,
-which makes engine files of an ONNX graph, and `open(files, options)`, which gives an Engine.
+A backend has
+* `PRECISIONS`; `AROUND`, the float type around int8 and fp8; `TYPED`, the narrow types that it computes in where the
+  graph holds them, and only there;
+* `version()`, None where it is not installed; `obstacle(built)`, why it cannot run here, or not the engine
+  of which the manifest says this;
+* `compile(folder, graph, options, progress)`, which makes engine files of a bundle's graph;
+* `open(files, options)`, which gives an Engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dit_runtime.errors import UsageError, nearest
 
-BACKENDS = {"openvino": "ov", "onnxruntime": "ort"}  # name -> module; `auto` takes the first that is installed
+# Name -> module, or what in it; the fastest first.
+BACKENDS = {"tensorrt": "trt:TENSORRT", "tensorrt-rtx": "trt:RTX", "openvino": "ov", "onnxruntime": "ort"}
 LEANEST = "onnxruntime"  # while it loads: about the weights' size, where OpenVINO takes twice that
+QUANTIZED = ("int8", "fp8")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How TensorRT builds; the names are its own."""
+
+    compute_capability: tuple[str, ...] = ()  # empty: all that can
+    builder_optimization_level: int | None = None
+    pool_limit: tuple[str, ...] = ()  # workspace:4G
+    version_compatible: bool = False
+    hardware_compatibility_level: str = "none"
+    weight_streaming: bool = False
+    strip_plan: bool = False
+    refittable: bool = False
+    timing_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,14 @@ class Options:
     precision: str = "fp32"  # of the graph
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
+    tuning: Tuning = Tuning()
+    islands: tuple[str, ...] = ()  # nodes of a typed graph that stay fp32
+    built: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the engine that is opened
+
+
+class Compiled(NamedTuple):
+    files: tuple[str, ...] = ()  # none: the backend opens the ONNX form itself
+    built: Mapping[str, Any] = {}  # with what and for what, for the manifest
 
 
 class Engine(Protocol):
@@ -42,10 +71,27 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def backend(name: str) -> ModuleType:
+def backend(name: str) -> Any:
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known{nearest(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
-    return import_module(f"{__name__}.{BACKENDS[name]}")
+    module, _, member = BACKENDS[name].partition(":")
+    found = import_module(f"{__name__}.{module}")
+    return getattr(found, member) if member else found
+
+
+def typed(name: str, precision: str) -> str | None:
+    """The narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
+    inner = backend(name).AROUND if precision in QUANTIZED else precision
+    return inner if inner in backend(name).TYPED else None
+
+
+def require(name: str, precision: str, tuning: Tuning) -> None:
+    """Refuses, before any work, what a backend cannot build."""
+    targets = getattr(backend(name), "targets", None)
+    if targets is not None:
+        targets(precision, tuning)
+    elif tuning != Tuning():
+        raise UsageError(f"the options of TensorRT were given, and this builds for {name}")
 
 
 def versions() -> dict[str, str | None]:
@@ -54,11 +100,12 @@ def versions() -> dict[str, str | None]:
 
 
 def choose(name: str, precision: str = "fp32") -> str:
-    """`auto` is the first backend that is installed and has the precision; any other name is itself, if it does."""
+    """`auto` is the fastest that has the precision and runs here, or else compiles here; other names are themselves."""
     found = versions()
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":
-        name = next((known for known in able if found[known]), "")
+        here = [known for known in able if found[known]]
+        name = next((known for known in here if backend(known).obstacle() is None), here[0] if here else "")
         if not name:
             extras = " or ".join(f"'dit-export[{known}]'" for known in able)
             raise UsageError(f"no backend for {precision} is installed: pip install {extras}")

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends import Options
+from dit_runtime.backends import Compiled, Options
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.manifest import Graph
+from dit_runtime.progress import Progress
 
 PRECISIONS = ("fp32", "fp16", "int8")
+AROUND = "fp32"
+TYPED = ("fp16",)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -29,9 +33,14 @@ def version() -> str | None:
     return found[0] if found else None
 
 
-def compile(onnx: Path, folder: Path, options: Options) -> tuple[str, ...]:
+def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
+    """Nothing: it runs on every CPU."""
+    return None
+
+
+def compile(folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
     """No files of its own: the session is made from the ONNX form when it is opened."""
-    return ()
+    return Compiled()
 
 
 def open(files: Sequence[Path], options: Options) -> OrtEngine:

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends import Options
+from dit_runtime.backends import Compiled, Options
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.manifest import Graph
+from dit_runtime.progress import Progress
 
 PRECISIONS = ("fp32", "bf16", "int8")
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # what OpenVINO computes the fp32 of a graph in
+AROUND = "bf16"
+TYPED: tuple[str, ...] = ()
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": AROUND}  # what OpenVINO computes the fp32 of a graph in
 DEVICE = "CPU"
 
 
@@ -24,9 +28,14 @@ def version() -> str | None:
         return None
 
 
-def compile(onnx: Path, folder: Path, options: Options) -> tuple[str, ...]:
+def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
+    """Nothing: it runs on every CPU."""
+    return None
+
+
+def compile(folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
     """No files of its own in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
-    return ()
+    return Compiled()
 
 
 def open(files: Sequence[Path], options: Options) -> OvEngine:

@@ -1,0 +1,123 @@
+"""The few calls of CUDA's runtime that an engine needs, through cuda-bindings; importing this asks for no driver."""
+
+from __future__ import annotations
+
+import ctypes
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.errors import UsageError
+
+
+class CudaError(RuntimeError):
+    """A call that failed; its message is CUDA's own name for why."""
+
+
+def runtime() -> Any:
+    try:
+        from cuda.bindings import runtime as cudart
+    except ImportError:
+        raise UsageError("cuda-bindings is not installed: pip install cuda-bindings") from None
+    return cudart
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Calls a function of the runtime; its result, or CudaError."""
+    status, *results = getattr(runtime(), name)(*arguments)
+    if int(status):
+        raise CudaError(f"{name}: {status.name}")
+    return results[0] if results else None
+
+
+def obstacle(major: int = 0) -> str | None:
+    """Why no GPU can be used here; `major` is the version of CUDA that the driver must have."""
+    try:
+        driver = call("cudaDriverGetVersion")
+        if not driver:
+            return "no NVIDIA driver"
+        if driver // 1000 < major:
+            return f"the NVIDIA driver has CUDA {driver // 1000}, expected {major} or later"
+        return None if call("cudaGetDeviceCount") else "no NVIDIA GPU"
+    except (CudaError, UsageError) as error:
+        return str(error)
+
+
+def capability() -> str:
+    """Of the current GPU, "8.9"."""
+    device, kinds = call("cudaGetDevice"), runtime().cudaDeviceAttr
+    parts = (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor)
+    return ".".join(str(call("cudaDeviceGetAttribute", part, device)) for part in parts)
+
+
+class Stream:
+    """A stream of our own."""
+
+    def __init__(self) -> None:
+        self.handle = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)
+
+    def __int__(self) -> int:
+        return int(self.handle)
+
+    def wait(self) -> None:
+        call("cudaStreamSynchronize", self.handle)
+
+    def close(self) -> None:
+        call("cudaStreamDestroy", self.handle)
+
+
+class Buffer:
+    """Memory of the device, and pinned memory of the host that it is filled from and read into."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.dtype, self._size = dtype, int(np.prod(shape)) * dtype.itemsize
+        self.device = int(call("cudaMalloc", self._size))
+        self._host = int(call("cudaMallocHost", self._size))
+        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self._size).from_address(self._host))
+
+    def upload(self, values: NDArray[Any], stream: Stream) -> None:
+        """The values to the device; they may change as soon as this returns."""
+        self._view(values.shape)[...] = values
+        kind = runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
+        call("cudaMemcpyAsync", self.device, self._host, values.size * self.dtype.itemsize, kind, stream.handle)
+
+    def download(self, shape: tuple[int, ...], stream: Stream) -> NDArray[Any]:
+        """A view of the pinned memory, to be copied when the stream is done."""
+        kind, view = runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost, self._view(shape)
+        call("cudaMemcpyAsync", self._host, self.device, view.nbytes, kind, stream.handle)
+        return view
+
+    def _view(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        return self._bytes[: int(np.prod(shape)) * self.dtype.itemsize].view(self.dtype).reshape(shape)
+
+    def close(self) -> None:
+        call("cudaFree", self.device)
+        call("cudaFreeHost", self._host)
+
+
+class Recording:
+    """Work of a stream as a CUDA graph: `with Recording(stream) as graph: …`, then `graph.launch()`."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self._graph = stream, None
+
+    def __enter__(self) -> Recording:
+        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", self._stream.handle, mode)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        graph = call("cudaStreamEndCapture", self._stream.handle)
+        if kind is None:
+            self._graph = call("cudaGraphInstantiate", graph, 0)
+        call("cudaGraphDestroy", graph)
+
+    def launch(self) -> None:
+        call("cudaGraphLaunch", self._graph, self._stream.handle)
+
+    def close(self) -> None:
+        call("cudaGraphExecDestroy", self._graph)

@@ -1,0 +1,289 @@
+"""TensorRT and TensorRT-RTX: one file compiles for both, and FLAVOURS below is all in which they differ.
+
+Both are strongly typed: an engine computes in the types and Q/DQ nodes of its graph. So the census of the parsed
+network says what the engine will do, also where no GPU can open it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from dit_runtime.backends import Compiled, Engine, Options, Tuning, cuda
+from dit_runtime.backends.trt_network import census, decompose_attention, gate, logger_of, monitor_of, profiles
+from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.manifest import Graph, inside
+from dit_runtime.progress import Progress
+
+LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need
+MEMORY_FACTOR, DISK_FACTOR = 4, 1.5  # of a graph's bytes: XL/2 in fp16 took 3.2 GB for its 0.9, S/2's engine 1.35
+RESERVE = 512 << 20
+UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}
+FLAGS = {  # of Tuning: BuilderFlag
+    "version_compatible": "VERSION_COMPATIBLE",
+    "weight_streaming": "WEIGHT_STREAMING",
+    "strip_plan": "STRIP_PLAN",
+    "refittable": "REFIT",
+}
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A backend of this file; its fields are the table of differences."""
+
+    PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+    AROUND = "fp16"
+    TYPED = ("fp16", "bf16")
+
+    name: str
+    module: str
+    packages: tuple[str, ...]
+    oldest: tuple[int, ...]  # version that is strongly typed in what we use
+    capabilities: tuple[str, ...]  # named ahead of time, with no GPU; empty: it compiles for the GPU that is here
+    tuning: tuple[str, ...]  # what of Tuning it takes
+    own_graphs: bool  # replays CUDA graphs by itself, else we capture them
+    keeps_kernels: bool  # has a runtime cache of what it compiles on the target
+
+    def version(self) -> str | None:
+        for package in self.packages:
+            try:
+                return metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        return None
+
+    def obstacle(self, built: Mapping[str, Any] | None = None) -> str | None:
+        """Why no engine of it can run here, or not one that was built so; None where it can."""
+        if built:
+            return self._refusal(built)
+        return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
+
+    def compile(self, folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
+        """NAME.BACKEND.engine from the bundle's ONNX; refused where the target, the disk or the memory cannot."""
+        trt, onnx = self.load(), inside(folder, graph.onnx)
+        capabilities = self.targets(graph.precision, options.tuning)
+        _preflight(folder, sum(inside(folder, file).stat().st_size for file in graph.onnx_files))
+        stem = Path(graph.onnx).stem
+        name = f"{stem}.{self.name}.engine"
+        logger = logger_of(trt)
+        builder = trt.Builder(logger)
+        if builder is None:
+            raise UsageError(f"{self.name} does not start here: {logger.last}")
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        with progress.stage(f"compile: {stem} for {self.name}"):
+            if not parser.parse_from_file(str(onnx)) or not network.num_outputs:
+                reason = parser.get_error(0).desc() if parser.num_errors else logger.last or "it holds no network"
+                raise BundleError(f"{onnx}: {self.name} does not take it: {' '.join(reason.split())}")
+            decompose_attention(trt, network)
+            found = census(trt, network)
+            gate(stem, found, graph.precision, self.AROUND, options.islands)
+            config = self._configure(trt, builder, network, graph, options.tuning, capabilities)
+            config.progress_monitor = monitor = monitor_of(trt, progress, stem)
+            plan = builder.build_serialized_network(network, config)
+            if plan is None:
+                raise BundleError(f"{onnx}: {self.name} does not compile it: {logger.last}")
+            (folder / name).write_bytes(plan)
+            del monitor
+        if options.tuning.timing_cache:
+            Path(options.tuning.timing_cache).write_bytes(config.get_timing_cache().serialize())
+        ampere_plus = options.tuning.hardware_compatibility_level == "ampere+"
+        built = {
+            "version": self.version(),
+            "cuda": self._cuda(),
+            "compute_capabilities": ["8.0+"] if ampere_plus else list(capabilities),
+            "tuning": _given(options.tuning),
+            "census": {"of": "network", "products": dict(Counter(found.values())), "islands": list(options.islands)},
+        }
+        refit = graph.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
+        return Compiled((name, *refit), built)
+
+    def open(self, files: Sequence[Path], options: Options) -> Engine:
+        if options.threads is not None or options.provider:
+            raise UsageError(f"threads and provider are options of the CPU's backends; this graph runs on {self.name}")
+        path, command = files[0], f"dit-run compile {files[0].parent} --backend {self.name}"
+        if path.suffix != ".engine":
+            raise BundleError(f"{path.parent}: no engines of {self.name} here; make them on the target: {command}")
+        if reason := self._refusal(options.built):
+            raise BundleError(f"{path}: cannot run here: {reason}; on the target, make it with: {command}")
+        from dit_runtime.backends.trt_engine import TrtEngine
+
+        return TrtEngine(self, files, options, command)
+
+    def _refusal(self, built: Mapping[str, Any]) -> str | None:
+        """Why an engine that was built so cannot be opened here, from the manifest alone."""
+        if (here := self.version()) is None:
+            return f"{self.name} is not installed: pip install 'dit-export[{self.name}]'"
+        if not _opens(here, str(built.get("version")), "version_compatible" in built.get("tuning", {})):
+            return f"built by {self.name} {built.get('version')}, and here is {here}"
+        return cuda.obstacle(int(built.get("cuda", 0))) or _outside(
+            cuda.capability(), [*map(str, built.get("compute_capabilities", ()))], "the engine"
+        )
+
+    def load(self) -> Any:
+        """The flavour's module, recent enough."""
+        version = self.version()
+        try:
+            trt = import_module(self.module)
+        except ImportError:
+            raise UsageError(f"{self.name} is not installed: pip install 'dit-export[{self.name}]'") from None
+        if _numbers(version or trt.__version__) < self.oldest:
+            least = ".".join(map(str, self.oldest))
+            raise UsageError(f"{self.name} {version} is too old; expected {least} or later")
+        return trt
+
+    def _cuda(self) -> int:
+        """The major version of CUDA that its package is for, which the driver must have."""
+        found = next((name for name in self.packages if self.version() and "-cu" in name and _installed(name)), "")
+        return int(found.rpartition("-cu")[2] or 0)
+
+    def targets(self, precision: str, tuning: Tuning) -> tuple[str, ...]:
+        """The compute capabilities to compile for; refuses what cannot be before any work."""
+        if tuning.hardware_compatibility_level not in HARDWARE:
+            level = tuning.hardware_compatibility_level
+            raise UsageError(f"hardware-compatibility-level {level!r} is not known; known: {', '.join(HARDWARE)}")
+        for field in _given(tuning):
+            if field not in self.tuning:
+                flags = ", ".join("--" + name.replace("_", "-") for name in self.tuning)
+                raise UsageError(f"{self.name} has no --{field.replace('_', '-')}; it has {flags}")
+        least = LEAST_CAPABILITY.get(precision, "0.0")
+        if not self.capabilities:
+            if reason := cuda.obstacle():
+                raise UsageError(f"{self.name} compiles on its target alone, and not here: {reason}")
+            targets: tuple[str, ...] = (cuda.capability(),)
+        else:
+            able = tuple(known for known in self.capabilities if _numbers(known) >= max((8, 0), _numbers(least)))
+            targets = tuning.compute_capability or able
+        for target in targets:
+            if self.capabilities and target not in self.capabilities:
+                raise UsageError(
+                    f"compute capability {target!r} is none that {self.name} names: {', '.join(self.capabilities)}"
+                )
+            if _numbers(target) < _numbers(least):
+                raise UsageError(f"compute capability {target} has no {precision}; it needs {least} or later")
+        return targets
+
+    def _configure(
+        self, trt: Any, builder: Any, network: Any, graph: Graph, tuning: Tuning, capabilities: Sequence[str]
+    ) -> Any:
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32: TF32 has ten bits
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the census of the engine
+        for shapes in profiles(graph):
+            profile = builder.create_optimization_profile()
+            for name, sizes in shapes.items():
+                profile.set_shape(name, *sizes)
+            config.add_optimization_profile(profile)
+        if self.capabilities:
+            config.num_compute_capabilities = len(capabilities)
+            for index, target in enumerate(capabilities):
+                config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + target.replace(".", "")), index)
+        if tuning.builder_optimization_level is not None:
+            config.builder_optimization_level = tuning.builder_optimization_level
+        for pool in tuning.pool_limit:
+            kind, size = _pool(trt, pool)
+            config.set_memory_pool_limit(kind, size)
+        for field, flag in FLAGS.items():
+            if getattr(tuning, field):
+                config.set_flag(getattr(trt.BuilderFlag, flag))
+        level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[tuning.hardware_compatibility_level])
+        if level != trt.HardwareCompatibilityLevel.NONE:
+            config.hardware_compatibility_level = level
+        if tuning.timing_cache:
+            path = Path(tuning.timing_cache)
+            cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
+        return config
+
+
+TENSORRT = Flavour(
+    name="tensorrt",
+    module="tensorrt",
+    packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
+    oldest=(10, 12),
+    capabilities=(),
+    tuning=tuple(field for field in asdict(Tuning()) if field != "compute_capability"),
+    own_graphs=False,
+    keeps_kernels=False,
+)
+RTX = Flavour(
+    name="tensorrt-rtx",
+    module="tensorrt_rtx",
+    packages=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+    oldest=(1, 7),
+    capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+    # 1.7 ships no lean runtime for version-compatible, asks for a GPU to refit or strip, has no timing cache.
+    tuning=("compute_capability", "builder_optimization_level", "pool_limit", "weight_streaming"),
+    own_graphs=True,
+    keeps_kernels=True,
+)
+FLAVOURS = (TENSORRT, RTX)
+
+
+def _given(tuning: Tuning) -> dict[str, Any]:
+    """What was asked for beyond the defaults."""
+    return {key: value for key, value in asdict(tuning).items() if value != asdict(Tuning())[key]}
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+
+
+def _opens(here: str, built: str, version_compatible: bool) -> bool:
+    """Plans are for one version; a version-compatible one also for later ones of the same major version."""
+    mine, its = _numbers(here), _numbers(built)
+    return mine == its or (version_compatible and mine[:1] == its[:1] and mine >= its)
+
+
+def _outside(capability: str, known: Sequence[str], whose: str) -> str | None:
+    """Why a GPU is none of those known ("8.0+" is 8.0 and later); no list: any."""
+    fits = (_numbers(capability) >= _numbers(one[:-1]) if one.endswith("+") else capability == one for one in known)
+    if not known or any(fits):
+        return None
+    return f"compute capability {capability} here, and {whose} is for {', '.join(known)}"
+
+
+def _pool(trt: Any, text: str) -> tuple[Any, int]:
+    """ "workspace:4G" -> its MemoryPoolType and bytes."""
+    name, _, size = text.partition(":")
+    kind = getattr(trt.MemoryPoolType, name.upper(), None)
+    unit = size[-1:].upper() if size[-1:].isalpha() else ""
+    number = size.removesuffix(size[-1:]) if unit else size
+    if kind is None or not number.isdecimal() or unit not in UNITS:
+        raise UsageError(f"pool-limit {text!r}; expected a memory pool of TensorRT and a size, such as workspace:4G")
+    return kind, int(number) << UNITS[unit]
+
+
+def _preflight(folder: Path, size: int) -> None:
+    """Memory and disk for a graph of `size` bytes, before the work."""
+    needs = {
+        "disk": (int(DISK_FACTOR * size), shutil.disk_usage(folder).free),
+        "memory": (MEMORY_FACTOR * size + RESERVE, _available_memory()),
+    }
+    for what, (needed, free) in needs.items():
+        if free is not None and free < needed:
+            raise UsageError(
+                f"{folder}: {free / 1e9:.1f} GB of {what} free, expected {needed / 1e9:.1f} GB to compile this graph"
+            )
+
+
+def _available_memory() -> int | None:
+    """What Linux could give to us now, its caches included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,122 @@
+"""What TensorRT makes of an ONNX graph: its profiles, the census of its precisions, and the gate on that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dit_runtime.backends import QUANTIZED
+from dit_runtime.errors import GateError
+from dit_runtime.manifest import Graph
+from dit_runtime.progress import Progress
+
+PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ATTENTION_INPUT")
+MOVERS = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE")  # what a parser puts between a weight and its product
+TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}  # TensorRT's DataType: ours
+WIDTH = ("fp32", "bf16", "fp16", "int8", "fp8")  # a product computes in the widest of its two operands
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # smallest, usual, largest
+
+
+def profiles(graph: Graph) -> list[Shapes]:
+    """One for each number of groups (with guidance and without); rows from one to the graph's most."""
+    symbols = {size for spec in graph.inputs for size in spec.shape if isinstance(size, str)}
+    rows = (1, max(1, graph.max_batch // 4), graph.max_batch)
+
+    def shapes(groups: int) -> Shapes:
+        found: Shapes = {}
+        for spec in graph.inputs:
+            smallest, usual, largest = (
+                tuple(size if isinstance(size, int) else groups if size == "groups" else count for size in spec.shape)
+                for count in rows
+            )
+            found[spec.name] = smallest, usual, largest
+        return found
+
+    return [shapes(groups) for groups in ((1, 2) if "groups" in symbols else (1,))]
+
+
+def census(trt: Any, network: Any) -> dict[str, str]:
+    """By layer, the type that each product of a parsed network computes in: of what it reads, Q/DQ looked through."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    makers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+
+    def computed(tensor: Any) -> str:
+        maker = makers.get(tensor.name)
+        while maker is not None and maker.type.name in MOVERS:
+            maker = makers.get(maker.get_input(0).name)
+        if maker is not None and maker.type.name == "DEQUANTIZE":
+            tensor = maker.get_input(0)
+        return TYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
+
+    found = {}
+    for layer in layers:
+        if layer.type.name in PRODUCTS:
+            operands = [layer.get_input(index) for index in range(min(2, layer.num_inputs))]
+            found[layer.name] = min((computed(tensor) for tensor in operands if tensor is not None), key=WIDTH.index)
+    return found
+
+
+def decompose_attention(trt: Any, network: Any) -> None:
+    """Lets attention that has no kernel of its own (fp32, a VAE's head of 512) become products and a softmax."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = trt.IAttentionInputLayer  # as a layer is cast in its Python API
+            layer.attention.decomposable = True
+
+
+def gate(name: str, found: Mapping[str, str], precision: str, around: str, islands: Collection[str]) -> None:
+    """Refuses a graph whose products are not in the asked precision, beyond the listed islands."""
+    allowed = (precision, around) if precision in QUANTIZED else (precision,)
+    wrong = [layer for layer, kind in found.items() if kind not in allowed and not _listed(layer, islands)]
+    if wrong:
+        raise GateError(
+            f"{name}: {len(wrong)} of {len(found)} products are not in {' or '.join(allowed)} and no listed island: "
+            f"{wrong[0]!r} is {found[wrong[0]]}"
+        )
+    if precision not in found.values():
+        raise GateError(f"{name}: no product is in {precision}; found {dict(Counter(found.values()))}")
+
+
+def _listed(name: str, islands: Collection[str]) -> bool:
+    """A layer has its node's name, with an end where the node became several."""
+    return any(name.removesuffix(end) in islands for end in ("", "_AttentionInput"))
+
+
+def logger_of(trt: Any) -> Any:
+    """Keeps the last error for our own message; the rest is not ours to print."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.last = message.splitlines()[0]
+
+    return Logger()
+
+
+def monitor_of(trt: Any, progress: Progress, name: str) -> Any:
+    """Moves the bar with the builder's outermost phase."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            super().__init__()
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self._steps:
+                progress.step(step + 1, self._steps[phase], f"compile {name}")
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self._steps.pop(phase, None)
+
+    return Monitor()

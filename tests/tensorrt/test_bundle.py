@@ -1,0 +1,138 @@
+"""A bundle for TensorRT-RTX, built and compiled on a machine with no GPU, and refused there in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import dit_runtime.cli
+from dit_export.cli import main
+from dit_runtime import manifest
+from dit_runtime.backends import cuda
+from tests.conftest import HEADS
+from tests.tamper import edit
+from tests.tensorrt.fakes import Cuda
+
+
+def run(capsys, *command: str) -> tuple[int, str]:
+    capsys.readouterr()
+    code = dit_runtime.cli.main([*command])
+    captured = capsys.readouterr()
+    assert captured.err.count("error:") <= 1 and "Traceback" not in captured.err
+    return code, captured.err if code else captured.out
+
+
+@pytest.fixture(scope="module")
+def built(meta, tmp_path_factory, one_thread) -> Path:
+    """With its own compute capabilities, so that there are others to refuse."""
+    bundle = tmp_path_factory.mktemp("tensorrt") / "bundle"
+    options = ["--heads", str(HEADS), "--latents-only", "--max-batch", "2", "--compute-capability", "8.6", "8.9"]
+    command = ["build", "--checkpoint", str(meta.checkpoint), "--backend", "tensorrt-rtx", "--precision", "fp16"]
+    with one_thread():
+        assert main([*command, *options, "-o", str(bundle)]) == 0
+    return bundle
+
+
+@pytest.fixture
+def bundle(built, tmp_path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def test_what_a_build_leaves(built) -> None:
+    contract = manifest.read(built)
+    assert {(name, graph.precision, graph.backend) for name, graph in contract.graphs.items()} == {
+        ("conditioner", "fp32", "tensorrt-rtx"),
+        ("denoiser", "fp16", "tensorrt-rtx"),
+    }
+    assert contract.graphs["denoiser"].files == ("denoiser.tensorrt-rtx.engine",)
+    engines = contract.built_with["engines"]["tensorrt-rtx"]
+    assert engines["denoiser"]["compute_capabilities"] == ["8.6", "8.9"]
+    assert engines["denoiser"]["census"] == {"of": "network", "products": {"fp16": 5 * 2 + 2}, "islands": []}
+    checks = json.loads((built / "parity.json").read_text())["checks"]
+    names = {check["name"] for check in checks}
+    assert all(check["passed"] for check in checks) and "twin: runs that are not finite" in names
+    assert {name.split(": ")[0] for name in names} == {"proof", "twin"}  # no engine ran, and none is said to have
+    assert "The engines do not run where this was built" in (built / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "command", [["verify"], ["sample", "--labels", "1", "-o", "x.npy"], ["bench"]], ids=lambda c: c[0]
+)
+def test_without_a_driver(built, capsys, command) -> None:
+    code, told = run(capsys, command[0], str(built), *command[1:])
+    assert code == 2 and "conditioner.tensorrt-rtx.engine: cannot run here: " in told
+    assert f"dit-run compile {built} --backend tensorrt-rtx" in told and told.count("\n") == 1
+
+
+def test_a_flipped_byte_is_seen_first(bundle, capsys) -> None:
+    path = bundle / "denoiser.tensorrt-rtx.engine"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    code, told = run(capsys, "verify", str(bundle))
+    assert code == 2 and "denoiser.tensorrt-rtx.engine does not have the sha256 of its manifest" in told
+
+
+@pytest.mark.parametrize("version", ["1.6.0", "2.0"])
+def test_another_version(bundle, capsys, monkeypatch, version) -> None:
+    monkeypatch.setattr(cuda, "runtime", Cuda)
+
+    def change(table: dict) -> None:
+        table["built_with"]["engines"]["tensorrt-rtx"]["conditioner"]["version"] = version
+
+    edit(bundle, change)
+    code, told = run(capsys, "verify", str(bundle))
+    assert code == 2 and f"built by tensorrt-rtx {version}, and here is 1.7" in told
+
+
+def test_another_gpu(built, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "runtime", lambda: Cuda("9.0"))
+    code, told = run(capsys, "verify", str(built))
+    assert code == 2 and "compute capability 9.0 here, and the engine is for 8.6, 8.9" in told
+
+
+@pytest.mark.parametrize("wrong", [3, [], {"version": 3}, {"compute_capabilities": "8.9"}, {"tuning": None}], ids=str)
+def test_a_malformed_record_of_an_engine(bundle, capsys, wrong) -> None:
+    def change(table: dict) -> None:
+        table["built_with"]["engines"]["tensorrt-rtx"]["conditioner"] = wrong
+
+    edit(bundle, change)
+    code, told = run(capsys, "verify", str(bundle))
+    assert (code == 2 and "cannot run here" in told) or "built_with says" in told
+
+
+def test_compiled_again_on_the_target(meta_copy, capsys) -> None:
+    """From the ONNX in a bundle that was built for another backend."""
+    code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
+    assert code == 0 and told.startswith("compiled and not verified: ")
+    contract = manifest.read(meta_copy)
+    assert contract.graphs["denoiser"].files == ("denoiser.tensorrt-rtx.engine",)
+    built = contract.built_with["engines"]["tensorrt-rtx"]["denoiser"]
+    assert built["census"]["products"] == {"fp32": 5 * 2 + 2} and built["compute_capabilities"] == ["12.0"]
+    assert run(capsys, "verify", str(meta_copy))[0] == 2
+
+
+def test_a_bundle_of_another_precision_is_not_compiled(meta_copy, capsys) -> None:
+    """What OpenVINO computes in bf16 is an fp32 graph."""
+
+    def change(table: dict) -> None:
+        table["graphs"]["denoiser"]["precision"] = "bf16"
+
+    edit(meta_copy, change)
+    code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx")
+    assert code == 1 and "denoiser: 12 of 12 products are not in bf16" in told
+    assert manifest.read(meta_copy).graphs["denoiser"].backend == "onnxruntime"
+
+
+def test_the_options_are_refused_before_the_work(meta, tmp_path, capsys) -> None:
+    command = ["build", "--checkpoint", str(meta.checkpoint), "--precision", "fp8", "-o", str(tmp_path / "x")]
+    for options, told in (
+        (["--backend", "tensorrt-rtx", "--compute-capability", "8.6"], "compute capability 8.6 has no fp8"),
+        (["--backend", "tensorrt-rtx", "--version-compatible"], "tensorrt-rtx has no --version-compatible"),
+        (["--backend", "onnxruntime", "--precision", "fp16", "--refittable"], "options of TensorRT were given"),
+    ):
+        assert main([*command, *options]) == 2
+        assert told in capsys.readouterr().err

@@ -1,0 +1,222 @@
+"""TensorRT-RTX compiles for real, on a machine with no GPU: every precision, the gate, and what is refused at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+from onnx.helper import np_dtype_to_tensor_dtype
+
+from dit_export import graphs, trace
+from dit_export.fuse import fuse
+from dit_export.fuse.narrow import islands, narrow
+from dit_export.graphs import layer
+from dit_export.models.dit import DiT
+from dit_export.quantize.layers import find
+from dit_export.quantize.qdq import quantize
+from dit_export.quantize.smooth import Chosen
+from dit_export.spec import MODELS, ModelSpec, signatures
+from dit_runtime.backends import Options, Tuning, backend, typed
+from dit_runtime.backends import trt as trt_backend
+from dit_runtime.backends.trt_network import profiles
+from dit_runtime.errors import BundleError, GateError, UsageError
+from dit_runtime.manifest import Graph, TensorSpec
+from dit_runtime.progress import Progress
+
+RTX = backend("tensorrt-rtx")
+SMALL = ModelSpec(depth=1, hidden=64, heads=2, patch=2, latent_size=8, num_classes=10)
+
+
+def traced(spec: ModelSpec, folder: Path) -> Path:
+    torch.manual_seed(0)
+    trace.export_dit(DiT(spec).eval()).save(folder / "dit.onnx", external_data=True)
+    return folder / "dit.onnx"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return traced(SMALL, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def s2(tmp_path_factory) -> Path:
+    return traced(MODELS["S/2"], tmp_path_factory.mktemp("s2"))
+
+
+def denoiser(path: Path, spec: ModelSpec, precision: str, wide: tuple[str, ...] = ()) -> gs.Graph:
+    """Fused and typed, its activations' grids made up."""
+    graph = fuse(graphs.load(path), spec).denoiser
+    if precision in ("int8", "fp8"):
+        chosen = {one.name: Chosen(0.0, np.ones(1, np.float32), 4 / 127, 0.0, 4.0) for one in find(graph)}
+        quantize(graph, chosen, kind=precision)
+    if inner := typed("tensorrt-rtx", precision):
+        narrow(graph, inner, wide)
+    return graph
+
+
+def save(graph: gs.Graph, folder: Path, spec: ModelSpec, precision: str) -> Graph:
+    graphs.save(graph, folder / "denoiser.onnx")
+    return Graph("denoiser.onnx", *signatures(spec)["denoiser"], max_batch=2, precision=precision)
+
+
+def compile_(graph: Graph, folder: Path, **options) -> trt_backend.Compiled:
+    return RTX.compile(folder, graph, Options(precision=graph.precision, **options), Progress())
+
+
+@pytest.mark.parametrize(
+    ("precision", "products"),
+    [
+        ("fp16", {"fp16": 62}),
+        ("bf16", {"bf16": 62}),
+        ("int8", {"int8": 48, "fp16": 14}),  # patches, attention and the last linear stay fp16
+        ("fp8", {"fp8": 48, "fp16": 14}),
+    ],
+)
+def test_every_precision(s2, tmp_path, precision, products) -> None:
+    graph = save(denoiser(s2, MODELS["S/2"], precision), tmp_path, MODELS["S/2"], precision)
+    made, built = compile_(graph, tmp_path)
+    assert made == ("denoiser.tensorrt-rtx.engine",)
+    weights = 2 if precision in ("fp16", "bf16") else 1  # bytes
+    assert (tmp_path / made[0]).stat().st_size > 21e6 * weights  # its 21M weights are in it
+    assert built["census"] == {"of": "network", "products": products, "islands": []}
+    assert built["version"] == RTX.version() and built["cuda"] == 13
+    least = {"fp8": "8.9"}.get(precision, "8.0")
+    assert built["compute_capabilities"][0] == least and "7.5" not in built["compute_capabilities"]
+
+
+def test_a_planted_fp32_product_is_refused(small, tmp_path) -> None:
+    graph = denoiser(small, SMALL, "fp16")
+    where = next(node for node in graph.nodes if node.op == "LayerNormalization")
+    (x,) = where.outputs
+    readers = list(x.outputs)
+    planted = layer(graph, "MatMul", [x, np.eye(64, dtype=np.float32)], "planted")
+    for reader in readers:
+        reader.inputs[reader.inputs.index(x)] = planted
+    graph.toposort()
+    contract = save(graph, tmp_path, SMALL, "fp16")
+    with pytest.raises(GateError, match="1 of 8 products are not in fp16 and no listed island: 'planted' is fp32"):
+        compile_(contract, tmp_path)
+    assert not [*tmp_path.glob("*.engine")]
+    assert compile_(contract, tmp_path, islands=("planted",)).built["census"]["products"] == {"fp16": 7, "fp32": 1}
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked"), [("fp16", "bf16"), ("fp32", "fp16"), ("fp16", "int8"), ("int8", "fp8")]
+)
+def test_a_graph_of_another_precision_is_refused(small, tmp_path, precision, asked) -> None:
+    with pytest.raises(GateError, match=asked):
+        compile_(save(denoiser(small, SMALL, precision), tmp_path, SMALL, asked), tmp_path)
+
+
+def test_what_is_kept_wide_is_an_island(small, tmp_path) -> None:
+    plain = denoiser(small, SMALL, "fp32")
+    attention = next(node for node in plain.nodes if node.op == "Attention")
+    wide = (attention.inputs[0].name, attention.outputs[0].name)
+    (kept,) = (node.name for node in islands(plain, wide))
+    contract = save(denoiser(small, SMALL, "fp16", wide), tmp_path, SMALL, "fp16")
+    with pytest.raises(GateError, match="1 of 7 products are not in fp16"):
+        compile_(contract, tmp_path)
+    census = compile_(contract, tmp_path, islands=(kept,)).built["census"]
+    assert census == {"of": "network", "products": {"fp16": 6, "fp32": 1}, "islands": [kept]}
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 72), ("fp16", 512)])
+def test_attention_without_a_kernel_is_decomposed(tmp_path, monkeypatch, precision, width) -> None:
+    """TensorRT refuses it unless it is told to: fp32, and the 512 channels of a VAE decoder's only head."""
+    dtype = np.dtype(np.float32 if precision == "fp32" else np.float16)
+    graph = gs.Graph(opset=23, ir_version=10)
+    x = gs.Variable("x", dtype=np.float32, shape=["batch", 1, 64, width])
+    graph.inputs = [x]
+    inside = layer(graph, "Cast", [x], "inside", to=np_dtype_to_tensor_dtype(dtype))
+    q, k, v = (layer(graph, "Mul", [inside, np.array(part, dtype)], f"part{part}") for part in (1, 2, 3))
+    product = layer(graph, "Attention", [q, k, v], "attention")
+    y = gs.Variable("y", dtype=np.float32, shape=["batch", 1, 64, width])
+    layer(graph, "Cast", [product], y, to=np_dtype_to_tensor_dtype(np.dtype(np.float32)))
+    graph.outputs = [y]
+    graphs.save(graph, tmp_path / "graph.onnx")
+    (tmp_path / "graph.onnx.data").touch()
+    spec = TensorSpec("x", "float32", ("batch", 1, 64, width))
+    contract = Graph("graph.onnx", (spec,), (replace(spec, name="y"),), max_batch=2, precision=precision)
+    assert compile_(contract, tmp_path).built["census"]["products"] == {precision: 1}
+    monkeypatch.setattr(trt_backend, "decompose_attention", lambda *_: None)
+    with pytest.raises(BundleError, match="Attention operation was not supported by a dedicated kernel"):
+        compile_(contract, tmp_path)
+
+
+def test_profiles_come_from_the_signature() -> None:
+    graph = Graph("denoiser.onnx", *signatures(SMALL)["denoiser"], max_batch=8)
+    without, guided = profiles(graph)
+    assert without["conditioning"] == ((1, 1, 8, 64), (1, 2, 8, 64), (1, 8, 8, 64))
+    assert guided["conditioning"] == ((2, 1, 8, 64), (2, 2, 8, 64), (2, 8, 8, 64))
+    assert guided["guidance"] == ((1,), (2,), (8,))
+    (only,) = profiles(Graph("conditioner.onnx", *signatures(SMALL)["conditioner"], max_batch=64))
+    assert only["labels"] == ((1,), (16,), (64,))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tuning", "reason"),
+    [
+        (
+            "tensorrt-rtx",
+            "fp8",
+            {"compute_capability": ("8.9", "8.6")},
+            "capability 8.6 has no fp8; it needs 8.9",
+        ),
+        ("tensorrt-rtx", "bf16", {"compute_capability": ("7.5",)}, "compute capability 7.5 has no bf16"),
+        ("tensorrt-rtx", "fp16", {"compute_capability": ("9.0",)}, "'9.0' is none that tensorrt-rtx names: 7.5, 8.0"),
+        (
+            "tensorrt-rtx",
+            "fp16",
+            {"timing_cache": "x"},
+            "tensorrt-rtx has no --timing-cache; it has --compute",
+        ),
+        (
+            "tensorrt-rtx",
+            "fp16",
+            {"hardware_compatibility_level": "turing"},
+            "'turing' is not known; known: none",
+        ),
+        ("tensorrt", "fp16", {"compute_capability": ("8.9",)}, "tensorrt has no --compute-capability"),
+        ("tensorrt", "fp16", {"strip_plan": True}, "compiles on its target alone, and not here"),
+    ],
+)
+def test_refused_at_once(name, precision, tuning, reason) -> None:
+    with pytest.raises(UsageError, match=reason):
+        backend(name).targets(precision, Tuning(**tuning))
+
+
+@pytest.mark.parametrize("pool", ["workspace", "workspace:4Q", "kitchen:4G", "workspace:-1G", "workspace:4.5G"])
+def test_pools_that_are_none(small, tmp_path, pool) -> None:
+    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, SMALL, "fp16")
+    with pytest.raises(UsageError, match=f"pool-limit '{pool}'; expected"):
+        compile_(graph, tmp_path, tuning=Tuning(pool_limit=(pool,)))
+
+
+def test_its_own_words_are_passed_on(small, tmp_path) -> None:
+    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, SMALL, "fp16")
+    tuning = Tuning(
+        compute_capability=("8.9",), builder_optimization_level=1, pool_limit=("workspace:256M",), weight_streaming=True
+    )
+    built = compile_(graph, tmp_path, tuning=tuning).built
+    assert built["compute_capabilities"] == ["8.9"]
+    assert built["tuning"]["weight_streaming"] is True and built["tuning"]["pool_limit"] == ("workspace:256M",)
+
+
+@pytest.mark.parametrize(("what", "name"), [("memory", "MEMORY_FACTOR"), ("disk", "DISK_FACTOR")])
+def test_too_little_room_is_seen_before_the_work(small, tmp_path, monkeypatch, what, name) -> None:
+    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, SMALL, "fp16")
+    monkeypatch.setattr(trt_backend, name, 1e9)
+    with pytest.raises(UsageError, match=f"GB of {what} free, expected .* to compile this graph"):
+        compile_(graph, tmp_path)
+
+
+def test_what_is_no_graph(tmp_path) -> None:
+    (tmp_path / "denoiser.onnx").write_bytes(b"\x00\x01 no graph")
+    (tmp_path / "denoiser.onnx.data").write_bytes(b"")
+    graph = Graph("denoiser.onnx", *signatures(SMALL)["denoiser"], precision="fp16")
+    with pytest.raises(BundleError, match=r"denoiser\.onnx: tensorrt-rtx does not take it: "):
+        compile_(graph, tmp_path)

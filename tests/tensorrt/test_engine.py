@@ -1,0 +1,139 @@
+"""The engine at work and what it refuses, with a driver, a GPU and a TensorRT that are fakes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_runtime import UsageError
+from dit_runtime.backends import Options, backend, cuda
+from dit_runtime.backends.trt import Flavour
+from dit_runtime.errors import BundleError
+from tests.tensorrt.fakes import Cuda, TensorRT
+
+BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
+
+
+@pytest.fixture
+def device(monkeypatch) -> Cuda:
+    fake = Cuda()
+    monkeypatch.setattr(cuda, "runtime", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def trt(device, monkeypatch) -> TensorRT:
+    fake = TensorRT(device)
+    monkeypatch.setattr(Flavour, "load", lambda self: fake)
+    monkeypatch.setattr(Flavour, "version", lambda self: "1.7.1")
+    return fake
+
+
+@pytest.fixture
+def plan(tmp_path) -> Path:
+    (tmp_path / "denoiser.tensorrt.engine").write_bytes(b"plan")
+    return tmp_path / "denoiser.tensorrt.engine"
+
+
+def rows(count: int) -> np.ndarray:
+    return np.arange(3 * count, dtype=np.float32).reshape(count, 3)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_every_shape_of_both_profiles(device, trt, plan, name) -> None:
+    engine = backend(name).open([plan], Options(built=BUILT))
+    assert engine.io == (("x",), ("y",))
+    held = set(device.open)
+    kept = []
+    for count in (1, 3, 4, 5, 8, 8, 8, 1, 8):
+        kept.append((count, engine.run({"x": rows(count)})["y"]))
+    for count, y in kept:  # what came out is not overwritten by what comes later
+        np.testing.assert_array_equal(y, 2 * rows(count))
+    if name == "tensorrt-rtx":
+        assert set(device.open) == held  # no memory is taken in a run, only before
+    with pytest.raises(UsageError, match=r"no profile of this engine takes x \[9, 3\].*--max-batch"):
+        engine.run({"x": rows(9)})
+    engine.close()
+    engine.close()
+    assert device.open == {}
+
+
+def test_a_shape_that_stays_is_replayed(device, trt, plan) -> None:
+    engine = backend("tensorrt").open([plan], Options(built=BUILT))
+    for count in (2, 2, 2, 2):  # set up, recorded, replayed, replayed
+        np.testing.assert_array_equal(engine.run({"x": rows(count)})["y"], 2 * rows(count))
+    assert device.launches == 2 and trt.runs == 4
+    engine.run({"x": rows(3)})
+    engine.run({"x": rows(2)})
+    assert device.launches == 2  # another shape of the profile may have moved its memory: recorded anew
+    engine.close()
+    assert device.open == {}
+
+
+def test_without_cuda_graphs_it_runs_and_says_so_once(device, trt, plan, capsys) -> None:
+    device.captures = False
+    engine = backend("tensorrt").open([plan], Options(built=BUILT))
+    for _ in range(4):
+        np.testing.assert_array_equal(engine.run({"x": rows(2)})["y"], 2 * rows(2))
+    error = capsys.readouterr().err
+    assert error.count("no CUDA graph") == 1 and "cudaErrorStreamCaptureUnsupported" in error and device.launches == 0
+
+
+def test_kernels_are_kept_for_the_next_time(device, trt, plan, tmp_path) -> None:
+    cache = tmp_path / "cache"
+    for seen in ([], [b"kernels"]):
+        engine = backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=cache))
+        engine.close()
+        assert trt.kernels == seen
+    assert [path.name for path in cache.iterdir()] == ["denoiser.tensorrt.kernels.bin"]
+
+
+@pytest.mark.parametrize(
+    ("change", "built", "reason"),
+    [
+        ({"driver": 0}, {}, "no NVIDIA driver"),
+        ({"devices": 0}, {}, "no NVIDIA GPU"),
+        ({"driver": 12080}, {}, "the NVIDIA driver has CUDA 12, expected 13"),
+        ({"capability": "9.0"}, {}, "compute capability 9.0 here, and the engine is for 8.6, 8.9"),
+        (
+            {"capability": "7.5"},
+            {"compute_capabilities": ["8.0+"]},
+            "compute capability 7.5 here, and the engine is for",
+        ),
+        ({}, {"version": "1.7.0"}, "built by tensorrt-rtx 1.7.0, and here is 1.7.1"),
+        ({}, {"version": "1.8.0", "tuning": {"version_compatible": True}}, "built by tensorrt-rtx 1.8.0"),
+        ({}, {"version": "0.9", "tuning": {"version_compatible": True}}, "built by tensorrt-rtx 0.9"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_before_it_is_deserialized(device, trt, plan, change, built, reason) -> None:
+    vars(device).update(change)
+    trt.Runtime = None  # which would be called
+    with pytest.raises(
+        BundleError, match=f"cannot run here: {re.escape(reason)}.*dit-run compile .* --backend tensorrt-rtx"
+    ) as told:
+        backend("tensorrt-rtx").open([plan], Options(built={**BUILT, **built}))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("capability", "built"),
+    [
+        ("8.6", {}),
+        ("12.0", {"compute_capabilities": ["8.0+"]}),
+        ("8.9", {"version": "1.6", "tuning": {"version_compatible": True}}),
+    ],
+)
+def test_what_is_not_refused(device, trt, plan, capability, built) -> None:
+    device.capability = capability
+    backend("tensorrt-rtx").open([plan], Options(built={**BUILT, **built})).close()
+
+
+def test_an_engine_that_tensorrt_itself_refuses(device, trt, plan) -> None:
+    trt.opens = False
+    with pytest.raises(BundleError, match="open it: the plan is of another GPU; on the target, make it with: dit-run"):
+        backend("tensorrt").open([plan], Options(built=BUILT))
+    assert device.open == {}

@@ -1,0 +1,47 @@
+"""XL/2 in full: compiled on a machine with no GPU, in bounded memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_export import graphs, trace
+from dit_export.fuse import fuse
+from dit_export.fuse.narrow import narrow
+from dit_export.models.dit import DiT
+from dit_export.spec import MODELS
+
+COMPILE = """
+import sys
+from pathlib import Path
+from dit_export.spec import MODELS, signatures
+from dit_runtime.backends import Options, backend
+from dit_runtime.manifest import Graph
+from dit_runtime.progress import Progress
+graph = Graph("denoiser.onnx", *signatures(MODELS["XL/2"])["denoiser"], precision="fp16")
+print(backend("tensorrt-rtx").compile(Path(sys.argv[1]), graph, Options(precision="fp16"), Progress()).built["census"])
+"""
+
+
+@pytest.mark.slow
+def test_xl_2_in_fp16(tmp_path: Path) -> None:
+    spec = MODELS["XL/2"]
+    with torch.device("meta"):
+        model = DiT(spec)
+    model = model.to_empty(device="cpu").eval()
+    for parameter in (*model.parameters(), *model.buffers()):
+        parameter.data.normal_(std=0.02)  # equal weights would be stored once
+    trace.export_dit(model).save(tmp_path / "dit.onnx", external_data=True)
+    denoiser = fuse(graphs.load(tmp_path / "dit.onnx"), spec).denoiser
+    assert narrow(denoiser, "fp16") == 5 * 28 + 2
+    graphs.save(denoiser, tmp_path / "denoiser.onnx")
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "{'fp16': 142}" in done.stdout
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= 8 << 30  # measured 3.2 GB
+    assert 0.9e9 < (tmp_path / "denoiser.tensorrt-rtx.engine").stat().st_size < 1.3e9
