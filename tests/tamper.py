@@ -75,13 +75,11 @@ def linears(bundle: Path, rows: int, columns: int) -> list[str]:
     ]
 
 
-def double_scale(bundle: Path, number: int) -> None:
-    """The grid of one quantized weight, counted in the order of the graph, is twice as coarse as its integers say."""
-    path = bundle / "denoiser.onnx"
+def double_scale(bundle: Path, layer: str, form: str = FORM) -> None:
+    """The grid of one quantized weight is twice as coarse as its integers say."""
+    path = bundle / form
     model = onnx.load(path, load_external_data=False)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    dequantized = [node.input for node in model.graph.node if node.op_type == "DequantizeLinear"]
-    scales = [scale for values, scale, *_ in dequantized if values in weights]
-    scale = weights[scales[number]]
-    scale.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(scale), scale.name))
+    (name,) = [node.input[1] for node in model.graph.node if node.output[0] == f"{layer} W"]
+    (scale,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
+    scale.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(scale), name))
     onnx.save(model, path)

@@ -51,6 +51,7 @@ BUILD = [
     (["S/8", "--synthetic", "--backend", "onnxruntim"], ["backend 'onnxruntim'", 'did you mean "onnxruntime"']),
     (["S/8", "--synthetic", "--max-batch", "0"], ["max-batch 0", "at least 1"]),
     (["S/8", "--synthetic", "--resolution", "100"], ["100"]),
+    (["S/8", "--synthetic", "--resolution", "big"], ["resolution big", "512x256"]),
     (["S/8", "--synthetic", "--resolution", "257"], ["257"]),
     (["S/8", "--synthetic", "--resolution", "-256"], ["-256"]),
     (["S/8", "--synthetic", "--resolution", "0"], ["resolution 0", "multiple of 8"]),
@@ -88,7 +89,7 @@ def test_quantize(refused, arguments, said):
     [
         ('model = "S/8"\npreccision = "fp32"', ["'preccision'", 'did you mean "precision"']),
         ('model = "S/8', ["not a TOML recipe"]),
-        ('model = "S/8"\nresolution = "big"', ["resolution is 'big'", "int"]),
+        ('model = "S/8"\nresolution = 25.6', ["resolution is 25.6", "int"]),
         ("model = 8\nsynthetic = 0", ["model is 8", "str"]),
         ('model = "S/8"\nkeep-float = "fc2"', ["keep-float is 'fc2'", "list"]),
         ('model = "S/8"\nkeep-float = [2]', ["keep-float is [2]", "strings"]),
