@@ -14,7 +14,7 @@ from dit_export.spec import CONDITIONINGS, ModelSpec, conditioned
 from dit_export.weights import keys
 from dit_export.weights.synthetic import synthetic_dit
 
-CLASSES = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classes=10)
+CLASSES = ModelSpec(depth=3, hidden=192, heads=3, patch=2, latent_size=8, num_classes=10)
 CAPTIONS = replace(CLASSES, guided_channels=4, unguided_up_to_one=True, position_span=4.0, caption_channels=32)
 WAYS = tuple(CONDITIONINGS)
 

@@ -71,9 +71,9 @@ def test_a_bundle_of_every_conditioning(bundles, way: str) -> None:
     counts = contract.built_with["passes"]["denoiser"]
     assert counts == {name: expected_counts(spec)[name] for name in counts}
     vectors = {"adaln-zero": 6 * 3 + 2, "adaln": 4 * 3 + 2, "in-context": 2, "cross-attention": 4 * 3}
-    assert contract.graphs["conditioner"].outputs[0].shape == ("pairs", vectors.get(way, 6 * 3 + 2), 96)
+    assert contract.graphs["conditioner"].outputs[0].shape == ("pairs", vectors.get(way, 6 * 3 + 2), 192)
     if spec.by.captioned:
-        assert contract.graphs["context"].outputs[0].shape == ("captions", 2 * 3 * 120, 96)
+        assert contract.graphs["context"].outputs[0].shape == ("captions", 2 * 3 * 120, 192)
         assert [tensor.name for tensor in contract.graphs["conditioner"].inputs] == ["timesteps"]
     with Pipeline.load(folder) as pipe:
         for batch in (1, 3):
@@ -147,7 +147,7 @@ def test_a_checkpoint_knows_its_conditioning(bundles, tmp_path, capsys) -> None:
     assert build(*options, "--conditioning", "adaln-zero", "-o", tmp_path / "x") == 2
     assert "the weights' conditioning is adaln, expected adaln-zero as the recipe says" in capsys.readouterr().err
     assert build("S/8", "--synthetic", "--conditioning", "adalm", "-o", tmp_path / "x") == 2
-    assert "did you mean 'adaln'" in capsys.readouterr().err
+    assert 'did you mean "adaln"' in capsys.readouterr().err
     assert build("XL/2", "--conditioning", "in-context", "-o", tmp_path / "x") == 2
     assert "no public weights exist for XL/2 with in-context at 256 px" in capsys.readouterr().err
 
@@ -200,7 +200,10 @@ def test_captions_of_the_users_own(bundles) -> None:
             ({"captions": captions[..., :5], "guidance": 1}, r"expected \(captions, up to 120, 32\)"),
             ({"captions": Captions(captions, mask[:, :3]), "guidance": 1}, "the mask has shape"),
             ({"captions": np.full_like(captions, np.nan), "guidance": 1}, "not finite"),
-            ({"captions": captions, "negative": np.repeat(empty, 3, 0)}, "3 negative captions; expected one, or 2"),
+            (
+                {"captions": captions, "negative": np.repeat(empty, 3, 0)},
+                "3 negative captions; expected one, or one for each of 2",
+            ),
             ({}, "no labels.*or captions"),
         ):
             with pytest.raises(UsageError, match=said):

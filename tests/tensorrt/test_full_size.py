@@ -44,4 +44,4 @@ def test_xl_2_in_fp16(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "{'fp16': 142}" in done.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= 8 << 30  # measured 3.2 GB
-    assert 0.9e9 < (tmp_path / "denoiser.tensorrt-rtx.engine").stat().st_size < 1.3e9
+    assert 0.85e9 < (tmp_path / "denoiser.tensorrt-rtx.engine").stat().st_size < 1.3e9

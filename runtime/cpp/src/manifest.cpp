@@ -94,6 +94,8 @@ Manifest parse_table(const Json& table) {
         names.insert(entry.key());
         manifest.graphs[entry.key()] = parse_graph(entry.value());
     }
+    if (names.count("context"))
+        throw std::invalid_argument("it draws by captions, and this library by labels; sample from it with dit-run");
     if (names != std::set<std::string>{"conditioner", "denoiser"} &&
         names != std::set<std::string>{"conditioner", "denoiser", "decoder"})
         throw std::invalid_argument("graphs " + join({names.begin(), names.end()}) +
