@@ -85,7 +85,7 @@ def build(
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
     with _partial(folder) as partial:
-        _require_disk(partial, loaded)
+        _require_disk(partial, loaded, 4 if backends.typed(backend, recipe.precision) else 2)
         decoder = trace.Decoder(loaded.vae).eval() if loaded.vae is not None else None
         own = partial / "traced"
         traced = traced or own
@@ -184,11 +184,11 @@ def _summary(built: Built) -> dict[str, Any]:
     return {"proof": _sensitivity(built), "passed": built.passed, "worst": worst}
 
 
-def _require_disk(partial: Path, loaded: Loaded) -> None:
-    """The traced graph and the bundle's own are on disk at the same time."""
+def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
+    """The traced graph and the bundle's own are on disk at one time; a typed one's fp32 form and engine besides."""
     modules = [loaded.model] + ([loaded.vae.decoder] if loaded.vae is not None else [])
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    needed, free = 2 * weights + (64 << 20), shutil.disk_usage(partial).free
+    needed, free = copies * weights + (64 << 20), shutil.disk_usage(partial).free
     if free < needed:
         raise UsageError(f"{partial.parent}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for this build")
 

@@ -30,8 +30,7 @@ class Layer:
     @property
     def y(self) -> gs.Variable:
         """With the bias."""
-        (add,) = self.gemm.outputs[0].outputs
-        return add.outputs[0]
+        return self.add.outputs[0]
 
     @property
     def weight(self) -> gs.Constant:

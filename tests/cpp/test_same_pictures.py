@@ -68,19 +68,21 @@ def test_the_same_pictures(shared_embedders, narrow, dit_generate, tmp_path, pre
     labels, seeds = [207, 360, 5], [2**32 + 1, -3, 8]
     names = ["golden retriever", "river dog", "5"]
     bundle = shared_embedders.bundle if precision == "fp32" else narrow(precision, engine)
-    cases = product([(solver, 0.0) for solver in SOLVERS] + [("ddim", 0.5)], (1.0, 4.0), (1, 3))
-    with load(bundle, engine) as pipe:
-        assert pipe.manifest.graphs["denoiser"].precision == precision
-        for (solver, eta), guidance, batch in cases if precision == "fp32" else [(("ddpm", 0.0), 4.0, 3)]:
-            file = tmp_path / "x.npz"
-            chosen = flags(labels[:batch], guidance, solver, seeds[:batch])
-            chosen[1 : 1 + batch] = names[:batch]
-            done = dit_generate(bundle, *chosen, "--eta", eta, "--backend", engine, "-o", file)
-            assert done.returncode == 0 and done.stdout == f"{file}\n", done.stderr
-            asked = {"steps": STEPS, "guidance": guidance, "solver": solver, "eta": eta, "seed": seeds[:batch]}
+    cases = [("ddpm", 0.0, 4.0, 3), ("ddim", 0.5, 1.0, 3)]
+    if precision == "fp32":
+        cases = [*product(SOLVERS, (0.0,), (1.0, 4.0), (1, 3)), cases[-1]]
+    for solver, eta, guidance, batch in cases:
+        file = tmp_path / "x.npz"
+        chosen = flags(labels[:batch], guidance, solver, seeds[:batch])
+        chosen[1 : 1 + batch] = names[:batch]
+        done = dit_generate(bundle, *chosen, "--eta", eta, "--backend", engine, "-o", file)
+        assert done.returncode == 0 and done.stdout == f"{file}\n", done.stderr
+        asked = {"steps": STEPS, "guidance": guidance, "solver": solver, "eta": eta, "seed": seeds[:batch]}
+        with load(bundle, engine) as pipe:  # as new as the program: OpenVINO makes the first shape a model of its own
+            assert pipe.manifest.graphs["denoiser"].precision == precision
             expected = pipe.sample(labels[:batch], **asked)
-            assert same_pictures(np.load(file)["arr_0"], expected), (solver, eta, guidance, batch)
-            assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))
+        assert same_pictures(np.load(file)["arr_0"], expected), (solver, eta, guidance, batch)
+        assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

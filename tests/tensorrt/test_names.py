@@ -6,12 +6,13 @@ The full TensorRT's library cannot be installed everywhere, but its public bindi
 from __future__ import annotations
 
 import ast
+import re
 from importlib.metadata import files, version
 from pathlib import Path
 
 import pytest
 
-from dit_runtime.backends import trt, trt_engine, trt_network
+from dit_runtime.backends import cuda, trt, trt_engine, trt_network
 
 # What of TensorRT the sources hold in their hands, by the names that they give it.
 HELD = {"trt", "builder", "network", "parser", "config", "profile", "layer", "maker", "tensor", "logger", "context"}
@@ -59,6 +60,14 @@ def test_the_full_tensorrt_has_every_name_but_those_of_rtx() -> None:
     content = Path(str(binary.locate())).read_bytes()
     missing = {name for name in used() if f"{name}\0".encode() not in content}
     assert missing == RTX_ONLY
+
+
+def test_cuda_bindings_has_every_name() -> None:
+    from cuda.bindings import runtime
+
+    names = set(re.findall(r"\bcuda[A-Z]\w+", Path(cuda.__file__).read_text()))
+    known = set(dir(runtime)) | {*dir(runtime.cudaMemcpyKind), *dir(runtime.cudaStreamCaptureMode)}
+    assert len(names) > 20 and names - known - {*dir(runtime.cudaDeviceAttr)} == set()
 
 
 @pytest.mark.parametrize("name", ["set_flags", "BF17", "execute_async_v4"])

@@ -108,7 +108,7 @@ def reference(folder: Path, contract: Manifest) -> None:
         states: list[np.ndarray] = []
         denoise = pipe.denoise
 
-        def record(latents, conditioning, weights):
+        def record(latents, conditioning, weights, _context):
             states.append(latents.astype(np.float32))
             result = denoise(latents, conditioning, weights)
             run["prediction"].append(result[0])

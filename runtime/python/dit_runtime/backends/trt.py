@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: one file compiles for both, and FLAVOURS below is all in which they differ.
+"""TensorRT and TensorRT-RTX: one file compiles for both, and its two Flavours are all in which they differ.
 
 Both are strongly typed: an engine computes in the types and Q/DQ nodes of its graph. So the census of the parsed
 network says what the engine will do, also where no GPU can open it.
@@ -50,13 +50,17 @@ class Flavour:
     own_graphs: bool  # replays CUDA graphs by itself, else we capture them
     keeps_kernels: bool  # has a runtime cache of what it compiles on the target
 
-    def version(self) -> str | None:
-        for package in self.packages:
+    def _package(self) -> tuple[str, str] | None:
+        """The installed one's name and version."""
+        for name in self.packages:
             try:
-                return metadata.version(package)
+                return name, metadata.version(name)
             except metadata.PackageNotFoundError:
                 continue
         return None
+
+    def version(self) -> str | None:
+        return (self._package() or ("", None))[1]
 
     def obstacle(self, built: Mapping[str, Any] | None = None) -> str | None:
         """Why no engine of it can run here, or not one that was built so; None where it can."""
@@ -96,7 +100,7 @@ class Flavour:
         ampere_plus = options.tuning.hardware_compatibility_level == "ampere+"
         built = {
             "version": self.version(),
-            "cuda": self._cuda(),
+            "cuda": int((self._package() or ("",))[0].rpartition("-cu")[2] or 0),  # which the driver must have
             "compute_capabilities": ["8.0+"] if ampere_plus else list(capabilities),
             "tuning": _given(options.tuning),
             "census": {"of": "network", "products": dict(Counter(found.values())), "islands": list(options.islands)},
@@ -137,11 +141,6 @@ class Flavour:
             least = ".".join(map(str, self.oldest))
             raise UsageError(f"{self.name} {version} is too old; expected {least} or later")
         return trt
-
-    def _cuda(self) -> int:
-        """The major version of CUDA that its package is for, which the driver must have."""
-        found = next((name for name in self.packages if self.version() and "-cu" in name and _installed(name)), "")
-        return int(found.rpartition("-cu")[2] or 0)
 
     def targets(self, precision: str, tuning: Tuning) -> tuple[str, ...]:
         """The compute capabilities to compile for; refuses what cannot be before any work."""
@@ -223,19 +222,11 @@ RTX = Flavour(
     own_graphs=True,
     keeps_kernels=True,
 )
-FLAVOURS = (TENSORRT, RTX)
 
 
 def _given(tuning: Tuning) -> dict[str, Any]:
     """What was asked for beyond the defaults."""
     return {key: value for key, value in asdict(tuning).items() if value != asdict(Tuning())[key]}
-
-
-def _installed(package: str) -> bool:
-    try:
-        return bool(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return False
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -30,6 +30,8 @@ class TrtEngine:
         self._logger = logger_of(trt)
         self._runtime: Any = trt.Runtime(self._logger)
         plan = files[0].read_bytes()
+        if self._runtime and "version_compatible" in options.built.get("tuning", {}):
+            self._runtime.engine_host_code_allowed = True  # such a plan brings its runtime; its sha256 has been checked
         self._engine: Any = self._runtime.deserialize_cuda_engine(plan) if self._runtime else None
         if self._engine is None:
             reason = f"{flavour.name} does not open it: {self._logger.last}"
