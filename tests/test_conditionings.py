@@ -94,7 +94,7 @@ def test_every_conditioning_in_int8(bundles, way: str, backend: str, tmp_path, o
     folder = tmp_path / ("bundle.failed" if code else "bundle")
     checks = json.loads((folder / "parity.json").read_text())["checks"]
     failed = {check["name"] for check in checks if not check["passed"]}
-    # Three blocks of made-up weights with captions multiply a step's error of 1 % by 20 in the free run: 0.2, the limit.
+    # With captions, three blocks of made-up weights multiply an error of 1 % by 20 in the free run: to the limit, 0.2.
     assert failed <= ({"free run, rel-L2"} if CONDITIONINGS[way].captioned else set())
     assert max(check["value"] for check in checks if check["name"] == "free run, rel-L2") < 0.25
     contract = manifest.read(folder)
