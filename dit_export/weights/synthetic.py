@@ -114,7 +114,7 @@ def fill_block(
     fill(block.cross.q, 1.5, random)
     block.cross.q.weight[:, sinks] = 0  # which the residual stream itself still has
     fill(block.cross.kv, 1.5, random)
-    fill(block.cross.proj, 0.6 * ungated, random)
+    fill(block.cross.proj, 0.4 * ungated, random)
     outlying_values(block.cross.kv, block.cross.proj, own[-OUTLIERS // 2 :], random)
 
 
