@@ -88,7 +88,7 @@ def test_quantize(refused, arguments, said):
     [
         ('model = "S/8"\npreccision = "fp32"', ["'preccision'", 'did you mean "precision"']),
         ('model = "S/8', ["not a TOML recipe"]),
-        ('model = "S/8"\nresolution = "big"', ["resolution is 'big'", "int"]),
+        ('model = "S/8"\nresolution = true', ["resolution is True", "int"]),
         ("model = 8\nsynthetic = 0", ["model is 8", "str"]),
         ('model = "S/8"\nkeep-float = "fc2"', ["keep-float is 'fc2'", "list"]),
         ('model = "S/8"\nkeep-float = [2]', ["keep-float is [2]", "strings"]),
