@@ -108,7 +108,9 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
     parser.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint knows its own")
     parser.add_argument(
-        "--resolution", help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise"
+        "--resolution",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise",
     )
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
     parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")

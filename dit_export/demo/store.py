@@ -21,6 +21,7 @@ from dit_export.weights.diffusers import read_transformer
 from dit_export.weights.vae import read_vae
 
 MODEL = Path(__file__).parent / "model"
+LATENT_SIZE = 8
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
@@ -48,12 +49,13 @@ def demo_spec(depth: int, hidden: int, heads: int, patch: int) -> ModelSpec:
         hidden,
         heads,
         patch,
-        latent_size=8,
+        latent_size=LATENT_SIZE,
         num_classes=len(CLASSES),
         frequency_shift=1,
         norm2_eps=1e-5,
         guided_channels=4,
         unguided_up_to_one=True,
+        position_span=LATENT_SIZE // patch,
     )
 
 

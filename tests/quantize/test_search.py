@@ -76,7 +76,8 @@ def test_the_worst_are_kept_and_no_more_than_needed(calibration, searched) -> No
     fixed = ("block 0 proj",)
     free = searched(calibration, "onnxruntime", Wish(Budget("latent-rel-l2", 10.0)), fixed)
     assert free.keep == [*fixed]
-    found = searched(calibration, "onnxruntime", Wish(Budget("latent-rel-l2", 0.9 * values(free)[0])), fixed)
+    # Far below: on busy machines the same run differs by a tenth, for one rounding that falls otherwise moves the rest.
+    found = searched(calibration, "onnxruntime", Wish(Budget("latent-rel-l2", 0.7 * values(free)[0])), fixed)
     assert found.keep[0] == "block 0 proj" and 2 <= len(found.keep) < len(found.table)
     by_error = sorted(found.table, key=lambda entry: -entry.error)
     worst = [entry.layer for entry in by_error if entry.layer != "block 0 proj"]
