@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dit_runtime import images
 from dit_runtime.manifest import Manifest
 from dit_runtime.replay import Reference, Replay, relative_error
-from dit_runtime.verify import sampler, tolerances
+from dit_runtime.verify import sampler, tolerances, worst
 
 AT_LEAST = {"cosine", "PSNR in dB", "SSIM", "contrast", "share", "score"}  # units where more is better
 
@@ -156,13 +156,7 @@ def _pictures(
 
 
 def rows(metrics: Sequence[Metric]) -> list[Metric]:
-    """Each kind of metric once: its first failure, or its worst."""
-    found = []
-    for key in dict.fromkeys(metric.key for metric in metrics):
-        same = [metric for metric in metrics if metric.key == key]
-        failed = next((metric for metric in same if not metric.passed), None)
-        found.append(failed or (min if same[0].at_least else max)(same, key=lambda metric: metric.value))
-    return found
+    return worst(metrics, "key")
 
 
 def table(metrics: Sequence[Metric]) -> str:

@@ -164,3 +164,10 @@ def test_a_whole_table_over_budget_is_a_file(monkeypatch) -> None:
         for step, t in enumerate((30, 20, 10)):
             np.testing.assert_array_equal(rows[step][:, :, 0, 0], t)
             np.testing.assert_array_equal(rows[step][:, :, 1, 0], [[4, 7], [9, 9]])
+
+
+def test_info_says_why_an_installed_backend_cannot_run(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Flavour, "version", lambda _: "1.7")
+    monkeypatch.setattr(Flavour, "obstacle", lambda _: "no NVIDIA driver")
+    assert main(["info"]) == 0
+    assert "backend tensorrt-rtx: 1.7, and cannot run here: no NVIDIA driver\n" in capsys.readouterr().out

@@ -211,7 +211,9 @@ def _info(options: argparse.Namespace) -> int:
         print(summary(options.bundle, contract))
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-export[{name}]'"
-        print(f"backend {name}: {version or hint}")
+        reason = backends.backend(name).obstacle() if version else None
+        found = f"{version}, and cannot run here: {reason}" if reason else version
+        print(f"backend {name}: {found or hint}")
     return 0
 
 

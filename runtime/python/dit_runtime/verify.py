@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from dit_runtime.noise import draw
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.replay import REFERENCE, Reference, Replay, load_reference, relative_error, replay
 from dit_runtime.solvers import EVALUATIONS, plan
+
+F = TypeVar("F", bound=Any)  # what has a value, and passes or not
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,16 @@ def _pictures(reference: Reference, found: Replay, limit: float) -> Iterator[Che
     yield Check("pictures, contrast", min(flat), 1.0, at_least=True, where=f"sample {int(np.argmin(flat))}")
 
 
-def worst(checks: Sequence[Check]) -> list[Check]:
-    """Each kind of check once, at its first failure or at its worst."""
-    found = []
-    for name in dict.fromkeys(check.name for check in checks):
-        same = [check for check in checks if check.name == name]
-        failed = next((check for check in same if not check.passed), None)
-        found.append(failed or (min if same[0].at_least else max)(same, key=lambda check: check.value))
-    return found
+def worst(figures: Sequence[F], kind: str = "name") -> list[F]:
+    """Each kind of check, or of what else has a value and passes or not, once: at its first failure or its worst."""
+    found: dict[object, list[F]] = {}
+    for figure in figures:
+        found.setdefault(getattr(figure, kind), []).append(figure)
+    return [
+        next((figure for figure in same if not figure.passed), None)
+        or (min if same[0].at_least else max)(same, key=lambda figure: figure.value)
+        for same in found.values()
+    ]
 
 
 def table(checks: Sequence[Check]) -> str:
