@@ -139,8 +139,11 @@ def signatures(spec: ModelSpec) -> dict[str, Signature]:
     def floats(name: str, *shape: int | str) -> TensorSpec:
         return TensorSpec(name, "float32", shape)
 
+    def states(*names: str) -> tuple[TensorSpec, ...]:
+        return tuple(floats(name, "batch", *spec.latent_shape) for name in names)
+
     _, height, width = spec.latent_shape
-    latents = floats("latents", "batch", *spec.latent_shape)
+    (latents,) = states("latents")
     outputs = ("prediction", "variance") if spec.learned_variance else ("prediction",)
     pairs = [floats("timesteps", "pairs")]
     given = [floats("conditioning", "groups", "batch", *vectors)]
@@ -157,7 +160,10 @@ def signatures(spec: ModelSpec) -> dict[str, Signature]:
         **found,
         "denoiser": Signature(
             (latents, *given, floats("guidance", "batch")),
-            tuple(floats(name, "batch", *spec.latent_shape) for name in outputs),
+            states(*outputs),
+        ),
+        "update": Signature(
+            (*states("latents", "prediction", "previous"), floats("coefficients", 2, 3)), states("kept", "next")
         ),
         "decoder": Signature((latents,), (floats("images", "batch", 3, 8 * height, 8 * width),)),
     }

@@ -46,11 +46,13 @@ def test_what_a_build_leaves(built) -> None:
     assert {(name, graph.precision, graph.backend) for name, graph in contract.graphs.items()} == {
         ("conditioner", "fp32", "tensorrt-rtx"),
         ("denoiser", "fp16", "tensorrt-rtx"),
+        ("update", "fp32", "tensorrt-rtx"),
     }
     assert contract.graphs["denoiser"].files == ("denoiser.tensorrt-rtx.engine",)
     engines = contract.built_with["engines"]["tensorrt-rtx"]
     assert engines["denoiser"]["compute_capabilities"] == ["8.6", "8.9"]
     assert engines["denoiser"]["census"] == {"of": "network", "products": {"fp16": 5 * 2 + 2}, "islands": []}
+    assert engines["update"]["census"]["products"] == {"fp32": 1}
     checks = json.loads((built / "parity.json").read_text())["checks"]
     names = {check["name"] for check in checks}
     assert all(check["passed"] for check in checks) and "twin: runs that are not finite" in names

@@ -89,11 +89,12 @@ Manifest parse_table(const Json& table) {
     manifest.unguided_up_to_one = json::boolean(json::need(table, "unguided_up_to_one"), "unguided_up_to_one");
     manifest.diffusion = diffusion_from_json(json::need(table, "diffusion"));
 
-    std::set<std::string> names;
+    std::set<std::string> names;  // but for the update's, which this library does not run: its solvers step on the host
     for (const auto& entry : json::table(json::need(table, "graphs"), "graphs").items()) {
         names.insert(entry.key());
         manifest.graphs[entry.key()] = parse_graph(entry.value());
     }
+    names.erase("update");
     if (names.count("context"))
         throw std::invalid_argument("it draws by captions, and this library by labels; sample from it with dit-run");
     if (names != std::set<std::string>{"conditioner", "denoiser"} &&
@@ -112,6 +113,7 @@ Manifest parse_table(const Json& table) {
         for (const auto& name : named)
             if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
     }
+    manifest.graphs.erase("update");
     if (!manifest.labels.empty() && manifest.labels.size() != static_cast<std::size_t>(manifest.num_classes))
         throw std::invalid_argument(text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
     if (manifest.latent_shape.size() != 3)
