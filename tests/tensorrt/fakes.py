@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
@@ -120,6 +121,7 @@ class TensorRT:
     """The module of either flavour, with one engine: float32 x [rows, 3] in two profiles -> y = 2 x."""
 
     TensorIOMode = SimpleNamespace(INPUT=0, OUTPUT=1)
+    LayerInformationFormat = SimpleNamespace(JSON=1)
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
 
     class ILogger:
@@ -128,6 +130,7 @@ class TensorRT:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda, self.runs, self.opens = cuda, 0, True
         self.kernels: list[bytes] = []  # runtime caches that were read
+        self.layers: list[object] = []  # what an inspector says of an engine
 
     def Runtime(self, logger):
         def deserialize(plan):
@@ -145,6 +148,9 @@ class Engine:
 
     def __init__(self, trt: TensorRT) -> None:
         self.trt = trt
+
+    def create_engine_inspector(self):
+        return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": self.trt.layers}))
 
     def get_tensor_name(self, index):
         return ("x", "y")[index]

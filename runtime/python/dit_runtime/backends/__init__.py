@@ -41,6 +41,10 @@ class Tuning:
     refittable: bool = False
     timing_cache: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("compute_capability", "pool_limit"):  # JSON and TOML have lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Options:
