@@ -85,18 +85,18 @@ def test_the_shape_has_its_colour() -> None:
 def test_a_stage_resumes_to_the_bit(tmp_path: Path) -> None:
     samples = torch.randn(64, 4)
 
-    def loss(module: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
-        return module(samples[torch.randint(64, (8,), generator=generator)]).square().mean()
+    def loss(module: torch.nn.ModuleDict, generator: torch.Generator) -> torch.Tensor:
+        return module["blocks"](samples[torch.randint(64, (8,), generator=generator)]).square().mean()
 
-    def fresh() -> torch.nn.Module:
+    def fresh() -> torch.nn.ModuleDict:
         torch.manual_seed(1)
-        return torch.nn.Linear(4, 4)
+        return torch.nn.ModuleDict({"blocks": torch.nn.Linear(4, 4)})
 
-    stage = Stage("line", steps=10, batch=8, rate=0.1, warmup=2)
+    stage = Stage("line", steps=10, batch=8, rate=0.1, warmup=2, muon=True)  # the weight's; the bias is AdamW's
     whole = fit(fresh(), loss, stage, 0, tmp_path / "whole", every=3).module
     calls = 0
 
-    def interrupted(module: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+    def interrupted(module: torch.nn.ModuleDict, generator: torch.Generator) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 8:
@@ -109,7 +109,7 @@ def test_a_stage_resumes_to_the_bit(tmp_path: Path) -> None:
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
     other = fit(fresh(), loss, stage, 1, tmp_path / "seed", every=3).module
-    assert not torch.equal(whole.weight, other.weight)
+    assert not torch.equal(whole["blocks"].weight, other["blocks"].weight)
     with pytest.raises(UsageError, match="other settings"):
         fit(fresh(), loss, replace(stage, rate=0.2), 0, tmp_path / "whole")
 
