@@ -88,6 +88,16 @@ class Pipeline:
             self._engines[name] = engine
         return self._engines[name]
 
+    def _run(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        engine = self._engine(name)
+        try:
+            return engine.run(inputs)
+        except (UsageError, EngineError):
+            raise
+        except Exception as error:  # each backend has exceptions of its own; memory that ran out is one of them
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise EngineError(f"the {name}'s engine failed: {reason}") from error
+
     def sample(
         self,
         labels: str | int | Sequence[str | int] = (),
@@ -153,15 +163,15 @@ class Pipeline:
     def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
         """(N,), (N,) -> [N, K, D]; where there are captions, labels change nothing."""
         inputs = {"timesteps": timesteps} | ({} if self.manifest.caption_shape else {"labels": labels})
-        return self._engine("conditioner").run(inputs)["conditioning"]
+        return self._run("conditioner", inputs)["conditioning"]
 
     def context(self, captions: Captions) -> Context:
         """(N, L, C), (N, L) -> [N, M, D], [N, L]."""
-        engine, size = self._engine("context"), self.manifest.graphs["context"].max_batch
+        size = self.manifest.graphs["context"].max_batch
         parts = []
         for first in range(0, len(captions.mask), size):
             embeddings, mask = (part[first : first + size] for part in captions)
-            found = engine.run({"captions": embeddings, "mask": mask})
+            found = self._run("context", {"captions": embeddings, "mask": mask})
             parts.append((found["context"], found["context_mask"]))
         return Context(*map(np.concatenate, zip(*parts, strict=True)))
 
@@ -182,16 +192,16 @@ class Pipeline:
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """[B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance, [B, C, H, W]."""
         inputs = {"latents": latents.astype(np.float32), "conditioning": conditioning, "guidance": guidance}
-        outputs = self._engine("denoiser").run(inputs | dict(context or {}))
+        outputs = self._run("denoiser", inputs | dict(context or {}))
         return outputs["prediction"], outputs.get("variance")
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
         """[N, C, H, W] -> [N, 3, 8H, 8W] in [0, 1]."""
         self._require_decoder()
-        engine, size = self._engine("decoder"), self.manifest.graphs["decoder"].max_batch
+        size = self.manifest.graphs["decoder"].max_batch
         parts = []
         for first in range(0, len(latents), size):
-            parts.append(engine.run({"latents": latents[first : first + size].astype(np.float32)})["images"])
+            parts.append(self._run("decoder", {"latents": latents[first : first + size].astype(np.float32)})["images"])
         pictures = np.concatenate(parts)
         if not np.isfinite(pictures).all():
             raise EngineError("the decoder's pictures hold values that are not finite")
