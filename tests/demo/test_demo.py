@@ -147,7 +147,8 @@ def test_the_loss_is_that_of_improved_ddpm() -> None:
     t, eps_generator = 400, torch.Generator().manual_seed(5)
     moments = torch.cat([torch.randn(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)], dim=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randint", lambda high, size, generator: torch.full(size, t if high == 1000 else 0))
+        patch.setattr(losses, "timesteps", lambda count, generator: torch.full((count,), t))
+        patch.setattr(torch, "randint", lambda high, size, generator: torch.zeros(size, dtype=torch.long))
         patch.setattr(torch, "rand", lambda count, generator: torch.ones(count))  # nothing dropped
         value = losses.diffusion_loss(moments, torch.tensor([3]), 1)(dit, eps_generator)
     again = torch.Generator().manual_seed(5)
@@ -170,6 +171,14 @@ def test_the_loss_is_that_of_improved_ddpm() -> None:
     bound = 0.5 * (p_var.log() - q_var.log() + (q_var + gap**2) / p_var - 1).mean()
     expected = (epsilon - prediction).square().mean() + bound
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)  # float32 tables: beta and 1 - bar lose digits
+
+
+def test_timesteps_are_spread_around_those_that_decide_shapes() -> None:
+    t = losses.timesteps(20_000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() < losses.STEPS
+    assert 380 < t.float().median() < 420  # 1000 / (1 + exp(0.4)) is 401
+    assert 0.85 < ((t >= 100) & (t < 800)).float().mean() < 0.88  # of the normal: 0.865
+    assert (t < 20).any() and (t > 980).any()
 
 
 def test_adaln_zero_starts_as_zero() -> None:
