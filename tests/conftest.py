@@ -117,6 +117,16 @@ def velocity(tmp_path_factory, one_thread) -> Built:
         return build(folder, "checkpoint.pt", *options)
 
 
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory) -> Path:
+    """The C++ tests' bundle of hand-made graphs that draws by captions of up to 5 tokens x 3: no time to draw."""
+    from tests.handmade import module
+
+    folder = tmp_path_factory.mktemp("captioned") / "bundle"
+    module("make_bundle").make(folder, captioned=True)
+    return folder
+
+
 @pytest.fixture
 def meta_copy(meta, tmp_path) -> Path:
     """The small bundle, to be damaged."""
