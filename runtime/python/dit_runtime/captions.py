@@ -64,7 +64,7 @@ def fitting(captions: Captions | NDArray[Any], tokens: int, channels: int, what:
     """Captions as a bundle takes them: (N, L, C), shorter ones filled up; without a mask every token counts."""
     embeddings = np.asarray(captions.embeddings if isinstance(captions, Captions) else captions)
     mask = np.asarray(captions.mask) if isinstance(captions, Captions) else np.ones(embeddings.shape[:2])
-    if embeddings.ndim != 3 or embeddings.shape[2] != channels or not 1 <= embeddings.shape[1] <= tokens:
+    if embeddings.ndim != 3 or not embeddings.size or embeddings.shape[2] != channels or embeddings.shape[1] > tokens:
         raise UsageError(f"{what} have shape {embeddings.shape}; expected (captions, up to {tokens}, {channels})")
     if mask.shape != embeddings.shape[:2] or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
         raise UsageError(
