@@ -18,6 +18,7 @@ import numpy as np
 from dit_export.bench.competitors import BASE, WEIGHTS
 from dit_export.bench.floor import flops
 from dit_export.bench.machine import available_memory
+from dit_export.bench.report import time
 from dit_export.bench.subject import GUIDANCE, in_a_row
 from dit_export.spec import CONDITIONINGS, ModelSpec, Recipe, conditioned, model
 from dit_export.weights import Loaded
@@ -106,7 +107,7 @@ def table(costs: Mapping[str, Mapping[str, Cost]]) -> str:
     lines.append("|---" * (1 + 3 * len(sizes)) + "|")
     for way in dict.fromkeys(way for size in sizes for way in costs[size]):
         cells = [
-            f"{cost.gmac:.2f} | {cost.in_loop:.2f} | {1e3 * cost.seconds:.1f} ms"
+            f"{cost.gmac:.2f} | {cost.in_loop:.2f} | {time(cost.seconds)}"
             for size in sizes
             for cost in [costs[size][way]]
         ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from dit_export.bench import conditionings, subject
+from dit_export.bench import conditionings
 from dit_export.bench.conditionings import Cost, main, measure, table
 from dit_export.spec import ModelSpec, conditioned
 from dit_runtime.errors import UsageError
@@ -17,7 +17,6 @@ SPEC = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classe
 
 
 def test_the_conditionings_are_timed_in_turn(tmp_path, monkeypatch, one_thread) -> None:
-    monkeypatch.setattr(subject, "FILL", 0.0)
     asked = []
     monkeypatch.setattr(conditionings, "in_a_row", lambda step: asked.append(step()) or float(len(asked)))
     specs = {way: conditioned(SPEC, way) for way in ("in-context", "adaln-single")}
@@ -41,8 +40,8 @@ def test_what_memory_does_not_hold_is_not_begun(tmp_path, monkeypatch) -> None:
 
 def test_the_table(monkeypatch) -> None:
     costs = {"S/8": {"adaln": Cost(0.4, 0.36, 0.00312)}, "XL/2": {"adaln": Cost(118.5, 118.4, 2.3)}}
-    assert table(costs).splitlines()[2:] == ["| `adaln` | 0.40 | 0.36 | 3.1 ms | 118.50 | 118.40 | 2300.0 ms |"]
+    assert table(costs).splitlines()[2:] == ["| `adaln` | 0.40 | 0.36 | 3.12 ms | 118.50 | 118.40 | 2.30 s |"]
     assert len({line.count("|") for line in table(costs).splitlines()}) == 1
     monkeypatch.setattr("sys.argv", ["x", "XL/3"])
-    with pytest.raises(UsageError, match='did you mean "XL/2"'):
+    with pytest.raises(UsageError, match="model 'XL/3' is not known"):
         main()

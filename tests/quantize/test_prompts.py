@@ -30,8 +30,9 @@ def test_what_captions_reach_is_seen(captioned, tmp_path) -> None:
     """The input of a cross-attention's proj is a mean of the caption's values: as large as the caption is."""
 
     def reached(size: float | None) -> np.ndarray:
-        np.save(tmp_path / "c.npy", np.random.default_rng(1).standard_normal((5, 3, CHANNELS)) * (size or 0))
-        prompts = None if size is None else read(tmp_path / "c.npy", CAPTIONED)
+        own = np.random.default_rng(1).standard_normal((5, 3, CHANNELS)) * (size or 0)
+        np.savez(tmp_path / "own.npz", captions=own, negative=own[:1])
+        prompts = None if size is None else read(tmp_path / "own.npz", CAPTIONED)
         layers = calibrate(captioned, Plan(pictures=8, steps=2), lambda done, total: None, prompts).layers
         return np.array([layers[f"block {n} cross"].largest.max() for n in range(CAPTIONED.depth)])
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dit_runtime import Captions, Pipeline
+from dit_runtime import BundleError, Captions, Pipeline, manifest
 from dit_runtime.captions import Contexts
 
 STEPS, MAX_BATCH = 4, 3  # of the fixture's bundle
@@ -63,3 +66,15 @@ def test_a_larger_run_stacks_each_part_as_it_comes(captioned, stacks) -> None:
         whole = draw(larger, 2 * MAX_BATCH, output="latents")
     np.testing.assert_allclose(together, whole, rtol=0, atol=1e-5)  # of values up to 10; kernels sum in another order
     assert np.abs(whole[0] - whole[MAX_BATCH]).max() > 1e-2  # parts that are mixed up would show
+
+
+@pytest.mark.parametrize("end", ["inputs", "outputs"])
+@pytest.mark.parametrize("shape", [["n", 5], ["n", "l", 3], ["n"], []])
+def test_what_reads_captions_has_a_shape(captioned, tmp_path, end, shape) -> None:
+    bundle = Path(shutil.copytree(captioned, tmp_path / "bundle"))
+    assert manifest.read(bundle).caption_shape == (5, 3)
+    table = json.loads((bundle / manifest.NAME).read_text())
+    table["graphs"]["context"][end][0]["shape"] = shape
+    (bundle / manifest.NAME).write_text(json.dumps(table))
+    with pytest.raises(BundleError, match=r"context has the shape .* a row, expected 2 numbers"):
+        manifest.read(bundle)
