@@ -126,6 +126,8 @@ class Pipeline:
         if output == "images":
             self._require_decoder()
         if captions is None:
+            if negative is not None:
+                raise UsageError("negative captions without captions; pass both, or labels alone")
             ids = self.label_ids([labels] if isinstance(labels, str | int | np.integer) else list(labels))
         else:
             captions = self._fitting(captions, "captions")
