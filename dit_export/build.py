@@ -73,6 +73,8 @@ def build(
         sides(recipe.resolution)
     if recipe.keep_float and recipe.precision not in backends.QUANTIZED:
         raise UsageError(f"keep-float {recipe.keep_float[0]!r} is for int8 and fp8; this build is {recipe.precision}")
+    if recipe.captions and recipe.precision not in backends.QUANTIZED:
+        raise UsageError(f"captions {recipe.captions} calibrate int8 and fp8; this build is {recipe.precision}")
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)

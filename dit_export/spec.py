@@ -236,6 +236,7 @@ class Recipe(Tuning):
     heads: int | None = None
     prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
     calibration: str | None = None
+    captions: str | None = None  # to calibrate with: an .npy or .npz of what a text encoder made of some texts
     keep_float: list[str] | None = None  # of an int8 denoiser: "block 3 fc2", "block 0", or "fc2" in every block
     synthetic: int | None = None
     latents_only: bool = False

@@ -22,6 +22,7 @@ from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.quantize.layers import find, named
 from dit_export.quantize.peaks import ENDS, PLAN, near_the_end, peaks
+from dit_export.quantize.prompts import read
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.search import Entry, Found, Search, Wish
 from dit_export.quantize.smooth import smooth, vector_divisors
@@ -139,12 +140,15 @@ def int8_of(
     calibration = None if recipe.calibration is None else Calibration.load(Path(recipe.calibration))
     if calibration is not None and wish is None:
         return Int8(calibration, keep)
+    prompts = None
+    if recipe.captions is not None and calibration is None:
+        prompts = read(Path(recipe.captions), loaded.spec)
     folder = traced / "fp32"
     unverified(folder, traced, replace(loaded, vae=None), Recipe(backend=BACKEND, max_batch=plan.batch), progress)
     named(find(graphs.load(folder / "denoiser.onnx")), keep)  # before the long work
     if calibration is None:
         with progress.stage(f"calibrate: {plan.pictures} pictures, {plan.steps} steps"):
-            calibration = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"))
+            calibration = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"), prompts)
     found = Found(keep, [])
     if wish is not None:
         backend = backends.choose(recipe.backend, recipe.precision)

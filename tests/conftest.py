@@ -117,6 +117,30 @@ def velocity(tmp_path_factory, one_thread) -> Built:
         return build(folder, "checkpoint.pt", *options)
 
 
+@pytest.fixture(scope="session")
+def pixart(tmp_path_factory, one_thread) -> Built:
+    """PixArt-alpha without its text encoder, and its bundle for captions of up to 120 tokens x 32."""
+    from tests.pixart import build as build_pixart
+    from tests.pixart import save
+
+    folder = tmp_path_factory.mktemp("pixart")
+    built = Built(folder / "checkpoint", folder / "bundle")
+    with one_thread():
+        save(built.checkpoint)
+        assert build_pixart(*built) == 0
+    return built
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory) -> Path:
+    """The C++ tests' bundle of hand-made graphs that draws by captions of up to 5 tokens x 3: no time to draw."""
+    from tests.handmade import module
+
+    folder = tmp_path_factory.mktemp("captioned") / "bundle"
+    module("make_bundle").make(folder, captioned=True)
+    return folder
+
+
 @pytest.fixture
 def meta_copy(meta, tmp_path) -> Path:
     """The small bundle, to be damaged."""

@@ -209,6 +209,8 @@ def test_captions_of_the_users_own(bundles) -> None:
                 {"captions": captions, "negative": np.repeat(empty, 3, 0)},
                 "3 negative captions; expected one, or one for each of 2",
             ),
+            ({"captions": captions[:0], "guidance": 1}, r"captions have shape \(0, 7, 32\)"),
+            ({"labels": [0], "negative": empty}, "negative captions without captions"),
             ({}, "no labels.*or captions"),
         ):
             with pytest.raises(UsageError, match=said):

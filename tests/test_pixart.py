@@ -11,50 +11,12 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from dit_export.cli import main
 from dit_runtime import Captions, Pipeline
 from dit_runtime.cli import main as run
 from dit_runtime.images import psnr, to_uint8
+from tests.pixart import CHANNELS, SIDE, TOKENS, WIDTH, build, save
 
 TOLERANCE = 1e-4  # of the largest value: fp32 sums in another order; measured 1e-6
-WIDTH, HEADS, SIDE, CHANNELS, TOKENS = 96, 4, 16, 32, 120
-
-
-def save(folder: Path, **config: object) -> PixArtTransformer2DModel:
-    """A pipeline without its text encoder, random weights to which every input matters."""
-    torch.manual_seed(0)
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=HEADS,
-        attention_head_dim=WIDTH // HEADS,
-        num_layers=3,
-        cross_attention_dim=WIDTH,
-        caption_channels=CHANNELS,
-        **{"sample_size": SIDE} | config,
-    ).eval()
-    basis = torch.linalg.qr(torch.randn(WIDTH, 16))[0]
-    with torch.no_grad():
-        transformer.pos_embed.proj.weight.copy_(4 * basis.view(WIDTH, 4, 2, 2))
-        transformer.adaln_single.linear.weight.normal_(std=0.03)
-        transformer.proj_out.weight.normal_(std=0.02)
-        latents = 0.15 * basis.view(WIDTH, 4, 2, 2).permute(2, 3, 1, 0)
-        transformer.proj_out.weight.view(2, 2, 8, WIDTH)[:, :, :4] += latents
-        for block in transformer.transformer_blocks:
-            block.attn2.to_out[0].weight *= 4
-    transformer.save_pretrained(folder / "transformer")
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-    )
-    with torch.no_grad():
-        vae.decoder.conv_out.weight *= 2
-    vae.save_pretrained(folder / "vae")
-    DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
-    return transformer
 
 
 def captions(count: int, seed: int) -> tuple[Captions, dict[str, torch.Tensor]]:
@@ -74,17 +36,8 @@ def told(height: int, width: int, rows: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def pixart(tmp_path_factory, one_thread) -> tuple[PixArtTransformer2DModel, Path, Path]:
-    folder = tmp_path_factory.mktemp("pixart")
-    with one_thread():
-        transformer = save(folder / "checkpoint")
-        assert build(folder / "checkpoint", folder / "bundle") == 0
-    return transformer, folder / "checkpoint", folder / "bundle"
-
-
-def build(checkpoint: Path, bundle: Path, *options: str) -> int:
-    command = ["build", "--checkpoint", str(checkpoint), "--backend", "onnxruntime", "--max-batch", "2"]
-    return main([*command, "-o", str(bundle), *options])
+def transformer(pixart) -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel.from_pretrained(pixart.checkpoint / "transformer").eval()
 
 
 @torch.no_grad()
@@ -103,8 +56,8 @@ def compare(transformer: PixArtTransformer2DModel, bundle: Path, height: int, wi
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def test_the_transformer_is_diffusers(pixart) -> None:
-    transformer, _, bundle = pixart
+def test_the_transformer_is_diffusers(pixart, transformer) -> None:
+    _, bundle = pixart
     assert compare(transformer, bundle, 8 * SIDE, 8 * SIDE, sized=False) <= TOLERANCE
     for part in (
         transformer.transformer_blocks[1].attn2.to_v.bias,
@@ -117,9 +70,9 @@ def test_the_transformer_is_diffusers(pixart) -> None:
         part.data.copy_(kept)
 
 
-def test_a_run_is_diffusers(pixart) -> None:
+def test_a_run_is_diffusers(pixart, transformer) -> None:
     """The same latents, embeddings and scheduler, guidance as its pipeline mixes it, and the decoder."""
-    transformer, checkpoint, bundle = pixart
+    checkpoint, bundle = pixart
     ours, theirs = captions(2, 4)
     empty, negative = captions(1, 5)
     x = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
@@ -151,7 +104,7 @@ def test_a_caption_is_read_once_an_image(pixart) -> None:
     """Neither the projection of captions nor a key or value of theirs is left in the loop."""
     from dit_export import graphs
 
-    _, _, bundle = pixart
+    _, bundle = pixart
     shapes = [tensor.values.shape for tensor in graphs.constants(graphs.load(bundle / "denoiser.onnx"))]
     assert not [shape for shape in shapes if shape in ((CHANNELS, WIDTH), (WIDTH, 2 * WIDTH), (WIDTH, 6 * WIDTH))]
     context = graphs.load(bundle / "context.onnx")
@@ -160,8 +113,8 @@ def test_a_caption_is_read_once_an_image(pixart) -> None:
     assert [tensor.name for tensor in graphs.load(bundle / "conditioner.onnx").inputs] == ["timesteps"]
 
 
-def test_other_sizes_spread_the_positions(pixart, tmp_path, one_thread) -> None:
-    transformer, checkpoint, _ = pixart
+def test_other_sizes_spread_the_positions(pixart, transformer, tmp_path, one_thread) -> None:
+    checkpoint, _ = pixart
     with one_thread():
         assert build(checkpoint, tmp_path / "wide", "--latents-only", "--resolution", "96x192") == 0
     assert compare(transformer, tmp_path / "wide", 96, 192, sized=False) <= TOLERANCE
@@ -193,7 +146,7 @@ def test_a_network_that_is_told_its_size(tmp_path, one_thread) -> None:
 def test_what_is_not_supported_is_said(pixart, tmp_path, capsys, config: dict, said: str) -> None:
     folder = tmp_path / "transformer"
     folder.mkdir()
-    source = pixart[1] / "transformer"
+    source = pixart.checkpoint / "transformer"
     table = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(table | config))
     (folder / "diffusion_pytorch_model.safetensors").symlink_to(source / "diffusion_pytorch_model.safetensors")
@@ -202,7 +155,7 @@ def test_what_is_not_supported_is_said(pixart, tmp_path, capsys, config: dict, s
 
 
 def test_embeddings_from_files(pixart, tmp_path, capsys) -> None:
-    _, _, bundle = pixart
+    _, bundle = pixart
     ours, _ = captions(2, 7)
     empty, _ = captions(1, 8)
     for name, array in (("c", ours.embeddings), ("m", ours.mask), ("n", empty.embeddings), ("k", empty.mask)):

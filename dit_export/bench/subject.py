@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -41,13 +42,7 @@ class Subject(ABC):
         return self.denoise(self.latents, TIMESTEP)
 
     def step(self) -> float:
-        """Seconds of a step among others, as in a run: the mean of some in a row, the first of them not counted."""
-        seconds: list[float] = []
-        while sum(seconds) < FILL:
-            began = time.perf_counter()
-            self.prediction()
-            seconds.append(time.perf_counter() - began)
-        return fmean(seconds[1:] or seconds)
+        return in_a_row(self.prediction)
 
     def decoding(self) -> float:
         began = time.perf_counter()
@@ -78,6 +73,16 @@ class Subject(ABC):
         """Timesteps and labels of a doubled batch: the labels' rows, then the null label's."""
         null = np.full_like(self.labels, self.job.spec.null_label)
         return np.full(2 * len(null), t, np.float32), np.concatenate([self.labels, null])
+
+
+def in_a_row(step: Callable[[], object]) -> float:
+    """Seconds of a step among others, as in a run: the mean of some in a row, the first of them not counted."""
+    seconds: list[float] = []
+    while sum(seconds) < FILL:
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return fmean(seconds[1:] or seconds)
 
 
 def guided(rows: NDArray[np.float32], channels: int) -> NDArray[np.float32]:

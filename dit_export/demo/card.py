@@ -39,7 +39,8 @@ Files are float16 ({megabytes:.1f} MB in all) and are read as float32; every fig
   pictures; the judge names {reconstructed:.1%} of the reconstructions rightly.
 * Judge: {judged:.2%} on {held_out:,} held-out pictures.
 * DiT: diffusers' dialect, adaLN-Zero, learned variance, linear 1000-step schedule, 10 % of labels dropped,
-  L_hybrid of Improved DDPM, AdamW, averaged weights (EMA {ema}).
+  L_hybrid of Improved DDPM on timesteps whose logit is normal around t = 400, Muon for the blocks' matrices and AdamW
+  for the rest, averaged weights (EMA {ema}).
 
 ## Scores
 

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 SIDE = 64
-SHAPES = {  # points, radius of the corners between them over the points' radius, size: a polygon has cos(pi / points)
-    "circle": (60, np.cos(np.pi / 60), 0.86),
-    "square": (4, np.cos(np.pi / 4), 1.05),
-    "triangle": (3, np.cos(np.pi / 3), 1.15),
-    "star": (5, 0.42, 1.2),
+SHAPES = {  # over the points' radius: of the corners between them (a polygon has cos(pi / points)), of the hole; size
+    "circle": (60, np.cos(np.pi / 60), 0.0, 0.86),
+    "ring": (60, np.cos(np.pi / 60), 0.5, 0.95),
+    "diamond": (2, 0.5, 0.0, 1.2),
+    "star": (5, 0.42, 0.0, 1.2),
 }
 COLOURS = {
     "red": (222, 44, 44),
@@ -73,7 +73,7 @@ def _shape(shape: NDArray[np.int64], u: NDArray[np.float32]) -> tuple[NDArray[np
     The angle is folded onto half a point, where every outline is one line from the tip (R, 0) to the inner corner
     (rho R cos(pi / n), rho R sin(pi / n)); coverage is half a pixel minus the distance to it.
     """
-    points, rho, size = _OUTLINES[shape].T
+    points, rho, hole, size = _OUTLINES[shape].T
     radius = size * (13.5 + 6.5 * u[:, 0])
     margin = radius * 0.95 + 1
     x = _AXIS[None, None, :] - (margin + (SIDE - 2 * margin) * u[:, 1])[:, None, None]
@@ -88,6 +88,8 @@ def _shape(shape: NDArray[np.int64], u: NDArray[np.float32]) -> tuple[NDArray[np
     distance = np.hypot(x, y)
     outside = distance * (np.cos(folded) * normal_x + np.sin(folded) * normal_y) - radius[:, None, None] * normal_x
     height = np.clip(y / radius[:, None, None], -1, 1)
+    cut = (hole * radius)[:, None, None]
+    outside = np.where(cut > 0, np.maximum(outside, cut - distance), outside)
     return np.broadcast_to(height, outside.shape), np.clip(0.5 - outside, 0, 1)
 
 

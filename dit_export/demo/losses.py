@@ -68,6 +68,11 @@ def judge_loss(samples: Samples, count: int) -> Loss[ViT]:
     return loss
 
 
+def timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Their logit is normal, most between 100 and 800: shapes are decided there, and below is the encoder's noise."""
+    return (STEPS * torch.sigmoid(1.2 * torch.randn(count, generator=generator) - 0.4)).long()
+
+
 def diffusion_loss(moments: Tensor, labels: Tensor, count: int) -> Loss[DiT]:
     """L_hybrid of Improved DDPM (Nichol & Dhariwal, arXiv 2102.09672, section 3.1).
 
@@ -91,7 +96,7 @@ def diffusion_loss(moments: Tensor, labels: Tensor, count: int) -> Loss[DiT]:
     def loss(dit: DiT, generator: torch.Generator) -> Tensor:
         indices = torch.randint(len(labels), (count,), generator=generator)
         latents = drawn(moments[indices], generator)
-        t = torch.randint(STEPS, (count,), generator=generator)
+        t = timesteps(count, generator)
         epsilon = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(count, generator=generator) < LABEL_DROPOUT
         y = torch.where(dropped, dit.spec.null_label, labels[indices])

@@ -41,10 +41,10 @@ PLAN = Plan(
     channels=(16, 32, 64, 64),
     spec=store.demo_spec(depth=7, hidden=160, heads=5, patch=2),
     vit=ViTSpec(len(data.CLASSES)),
-    autoencoder=Stage("autoencoder", steps=4_500, batch=8, rate=2e-3),
-    refined=Stage("refined", steps=4_500, batch=8, rate=1.5e-3),
-    judge=Stage("judge", steps=2_000, batch=64, rate=2e-3, decay=0.05),
-    dit=Stage("dit", steps=14_000, batch=128, rate=1e-3, warmup=300),
+    autoencoder=Stage("autoencoder", steps=3_500, batch=8, rate=2e-3),
+    refined=Stage("refined", steps=3_500, batch=8, rate=1.5e-3),
+    judge=Stage("judge", steps=1_200, batch=64, rate=2e-3, decay=0.05),
+    dit=Stage("dit", steps=14_000, batch=64, rate=2e-3, warmup=300, muon=True),
 )
 
 

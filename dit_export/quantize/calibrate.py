@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from dit_export import graphs
 from dit_export.graphs import layer
 from dit_export.quantize.layers import find
+from dit_export.quantize.prompts import Prompts
 from dit_runtime import backends, manifest
 from dit_runtime.backends import Engine, Options
+from dit_runtime.captions import Captions
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 
@@ -79,8 +81,14 @@ class Plan:
     batch: int = 4
 
 
-def calibrate(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> Calibration:
-    """Runs the fp32 bundle in `folder` from noise to latents, and looks on."""
+def calibrate(
+    folder: Path, plan: Plan, on_step: Callable[[int, int], None], prompts: Prompts | None = None
+) -> Calibration:
+    """Runs the fp32 bundle in `folder` from noise to latents, and looks on.
+
+    Pictures are of classes or, with `prompts`, of the user's own captions; the last few then of the made-up ones, for
+    those are what the gates ask.
+    """
     tapped = folder / "tapped.onnx"
     rng = np.random.default_rng(plan.seed)
     contract = manifest.read(folder)
@@ -93,17 +101,20 @@ def calibrate(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> 
         watcher = Watcher(denoiser, names, max(1, ROWS // total), rng)
         watched = Pipeline(folder, pipe.manifest, {**pipe._engines, "denoiser": watcher})
         stride = max(1, classes // plan.pictures)  # spread over the classes
+        options = {"steps": plan.steps, "guidance": plan.guidance, "output": "latents"}
         for first in range(0, plan.pictures, plan.batch):
-            labels = [index * stride % classes for index in range(first, min(first + plan.batch, plan.pictures))]
+            last = min(first + plan.batch, plan.pictures)
+            chosen: dict[str, Any] = {"labels": [index * stride % classes for index in range(first, last)]}
+            if prompts is not None and last < plan.pictures:
+                own = [index * len(prompts.captions.mask) // plan.pictures for index in range(first, last)]
+                chosen = {"captions": Captions(*(part[own] for part in prompts.captions)), "negative": prompts.negative}
 
             def tick(*_: object) -> None:
                 nonlocal done
                 done += 1
                 on_step(done, total)
 
-            watched.sample(
-                labels, steps=plan.steps, guidance=plan.guidance, seed=plan.seed + first, output="latents", on_step=tick
-            )
+            watched.sample(**chosen, **options, seed=plan.seed + first, on_step=tick)
         denoiser.close()
     return Calibration(watcher.seen(), {"plan": str(plan), "source": str(pipe.manifest.source)})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.handmade import module
+
 CPP = Path(__file__).parents[2] / "runtime/cpp"
 CONSUMER = Path(__file__).with_name("consumer")
 
@@ -26,13 +27,6 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "bundle"
     module("make_bundle").make(folder)
     return folder
-
-
-def module(name: str):
-    spec = importlib.util.spec_from_file_location(name, CPP / f"tests/{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 @pytest.mark.parametrize(

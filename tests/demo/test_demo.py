@@ -85,18 +85,18 @@ def test_the_shape_has_its_colour() -> None:
 def test_a_stage_resumes_to_the_bit(tmp_path: Path) -> None:
     samples = torch.randn(64, 4)
 
-    def loss(module: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
-        return module(samples[torch.randint(64, (8,), generator=generator)]).square().mean()
+    def loss(module: torch.nn.ModuleDict, generator: torch.Generator) -> torch.Tensor:
+        return module["blocks"](samples[torch.randint(64, (8,), generator=generator)]).square().mean()
 
-    def fresh() -> torch.nn.Module:
+    def fresh() -> torch.nn.ModuleDict:
         torch.manual_seed(1)
-        return torch.nn.Linear(4, 4)
+        return torch.nn.ModuleDict({"blocks": torch.nn.Linear(4, 4)})
 
-    stage = Stage("line", steps=10, batch=8, rate=0.1, warmup=2)
+    stage = Stage("line", steps=10, batch=8, rate=0.1, warmup=2, muon=True)  # the weight's; the bias is AdamW's
     whole = fit(fresh(), loss, stage, 0, tmp_path / "whole", every=3).module
     calls = 0
 
-    def interrupted(module: torch.nn.Module, generator: torch.Generator) -> torch.Tensor:
+    def interrupted(module: torch.nn.ModuleDict, generator: torch.Generator) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 8:
@@ -109,7 +109,7 @@ def test_a_stage_resumes_to_the_bit(tmp_path: Path) -> None:
     for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
     other = fit(fresh(), loss, stage, 1, tmp_path / "seed", every=3).module
-    assert not torch.equal(whole.weight, other.weight)
+    assert not torch.equal(whole["blocks"].weight, other["blocks"].weight)
     with pytest.raises(UsageError, match="other settings"):
         fit(fresh(), loss, replace(stage, rate=0.2), 0, tmp_path / "whole")
 
@@ -147,7 +147,8 @@ def test_the_loss_is_that_of_improved_ddpm() -> None:
     t, eps_generator = 400, torch.Generator().manual_seed(5)
     moments = torch.cat([torch.randn(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)], dim=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "randint", lambda high, size, generator: torch.full(size, t if high == 1000 else 0))
+        patch.setattr(losses, "timesteps", lambda count, generator: torch.full((count,), t))
+        patch.setattr(torch, "randint", lambda high, size, generator: torch.zeros(size, dtype=torch.long))
         patch.setattr(torch, "rand", lambda count, generator: torch.ones(count))  # nothing dropped
         value = losses.diffusion_loss(moments, torch.tensor([3]), 1)(dit, eps_generator)
     again = torch.Generator().manual_seed(5)
@@ -170,6 +171,14 @@ def test_the_loss_is_that_of_improved_ddpm() -> None:
     bound = 0.5 * (p_var.log() - q_var.log() + (q_var + gap**2) / p_var - 1).mean()
     expected = (epsilon - prediction).square().mean() + bound
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)  # float32 tables: beta and 1 - bar lose digits
+
+
+def test_timesteps_are_spread_around_those_that_decide_shapes() -> None:
+    t = losses.timesteps(20_000, torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() < losses.STEPS
+    assert 380 < t.float().median() < 420  # 1000 / (1 + exp(0.4)) is 401
+    assert 0.85 < ((t >= 100) & (t < 800)).float().mean() < 0.88  # of the normal: 0.865
+    assert (t < 20).any() and (t > 980).any()
 
 
 def test_adaln_zero_starts_as_zero() -> None:

@@ -254,6 +254,16 @@ def test_a_prediction_that_is_not_finite_names_the_step(pipe, value, step):
     assert len(calls) == step
 
 
+def test_an_engine_that_fails_is_named(pipe):
+    def fail(inputs):
+        raise RuntimeError("out of memory\nand where in its source")
+
+    engine = _Engine(pipe._engines["denoiser"], fail)
+    broken = Pipeline(pipe.folder, pipe.manifest, pipe._engines | {"denoiser": engine})
+    with pytest.raises(EngineError, match=r"^the denoiser's engine failed: out of memory$"):
+        latents(broken, [1])
+
+
 class _Engine:
     """An engine with an eye on what goes in and a hand on what comes out."""
 

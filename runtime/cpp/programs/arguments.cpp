@@ -8,11 +8,16 @@
 
 const char* const USAGE =
     R"(usage: dit-generate BUNDLE --labels CLASS … [-o FILE] [options]
+       dit-generate BUNDLE --captions FILE.npy [--negative FILE.npy] [-o FILE] [options]
        dit-generate BUNDLE --verify
 
 Draws pictures from a bundle of dit-export.
 
   --labels CLASS …      names or numbers, one a picture
+  --captions FILE.npy   text embeddings (N, L, C) instead of labels
+  --mask FILE.npy       which tokens captions have, (N, L); default: all
+  --negative FILE.npy   of an empty text, for guidance
+  --negative-mask FILE.npy
   --steps N             25
   --guidance W …        one, or one a picture; 4 (also: --cfg-scale)
   --seed N …            one for all, or one a picture; 0
@@ -100,6 +105,10 @@ Arguments parse_arguments(int count, char** words) {
         {"--solver", {1, 1, one(found.request.solver)}},
         {"--spacing", {1, 1, one(found.request.spacing)}},
         {"--latents", {1, 1, one(found.latents)}},
+        {"--captions", {1, 1, one(found.captions)}},
+        {"--mask", {1, 1, one(found.mask)}},
+        {"--negative", {1, 1, one(found.negative)}},
+        {"--negative-mask", {1, 1, one(found.negative_mask)}},
         {"--output", {1, 1, one(found.output)}},
         {"--backend", {1, 1, one(found.open.backend)}},
         {"--device", {1, 1, one(found.open.device)}},
@@ -136,6 +145,9 @@ Arguments parse_arguments(int count, char** words) {
     }
     if (found.help || found.version) return found;
     if (found.bundle.empty()) throw std::invalid_argument("no bundle; see --help");
-    if (found.labels.empty() && !found.verify) throw std::invalid_argument("no --labels; see --help");
+    if (found.labels.empty() && found.captions.empty() && !found.verify)
+        throw std::invalid_argument("no --labels and no --captions; see --help");
+    if (!found.labels.empty() && !found.captions.empty())
+        throw std::invalid_argument("got both --labels and --captions: pass one of them");
     return found;
 }

@@ -84,7 +84,9 @@ int run(int count, char** words) {
     dit::Request& request = arguments.request;
     for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
     const auto& row = pipe.info().latent_shape;
-    const std::int64_t samples = static_cast<std::int64_t>(request.labels.size());
+    request.captions = read_captions(arguments.captions, arguments.mask, "--captions");
+    request.negative = read_captions(arguments.negative, arguments.negative_mask, "--negative");
+    const std::int64_t samples = static_cast<std::int64_t>(request.count());
     std::vector<std::int64_t> shape = {samples, row[0], row[1], row[2]};
     if (!arguments.latents.empty()) request.latents = read_latents(arguments.latents, shape);
     {

@@ -18,6 +18,14 @@ void write(const std::string& path, const std::string& bytes) {
         throw std::invalid_argument(path + ": cannot be written");
 }
 
+dit_runtime::NpyArray read(const std::string& path, const std::string& what) {
+    try {
+        return dit_runtime::parse_npy(dit_runtime::read_bytes(path));
+    } catch (const dit_runtime::NpyError& error) {
+        throw std::invalid_argument(path + ": not " + what + ": " + error.what());
+    }
+}
+
 std::string little(std::uint64_t value, int width) {
     std::string bytes;
     for (int index = 0; index < width; ++index) bytes += static_cast<char>(value >> (8 * index));
@@ -67,12 +75,31 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
     write(path, dit_runtime::npy_bytes("<f4", shape, values.data(), values.size() * sizeof(float)));
 }
 
-std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape) {
-    try {
-        const dit_runtime::NpyArray array = dit_runtime::parse_npy(dit_runtime::read_bytes(path));
-        if (array.shape != shape) throw dit_runtime::NpyError("it has another shape than labels and bundle ask for");
-        return array.as<float>();
-    } catch (const dit_runtime::NpyError& error) {
-        throw std::invalid_argument(path + ": not latents to start from: " + error.what());
+dit::Captions read_captions(const std::string& path, const std::string& mask, const char* flag) {
+    dit::Captions captions;
+    if (path.empty()) {
+        if (!mask.empty()) throw std::invalid_argument(mask + ": a mask without " + flag);
+        return captions;
     }
+    const dit_runtime::NpyArray array = read(path, "text embeddings");
+    if (array.shape.size() != 3 || !array.size())
+        throw std::invalid_argument(path + ": not text embeddings: expected the shape (captions, tokens, channels)");
+    captions.count = static_cast<std::size_t>(array.shape[0]);
+    captions.tokens = static_cast<std::size_t>(array.shape[1]);
+    captions.embeddings = array.as<float>();
+    if (mask.empty()) return captions;
+    const dit_runtime::NpyArray tokens = read(mask, "a mask");
+    if (tokens.shape != dit_runtime::Shape{array.shape[0], array.shape[1]})
+        throw std::invalid_argument(mask + ": not the mask of " + path +
+                                    ": it has another shape than (captions, tokens)");
+    captions.mask = tokens.as<float>();
+    return captions;
+}
+
+std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape) {
+    const dit_runtime::NpyArray array = read(path, "latents to start from");
+    if (array.shape != shape)
+        throw std::invalid_argument(path +
+                                    ": not latents to start from: it has another shape than labels and bundle ask for");
+    return array.as<float>();
 }

@@ -15,5 +15,8 @@ void write_npz(const std::string& path, const dit::Images& images);
 
 void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::int64_t>& shape);
 
+// Text embeddings, [N, L, C], and which tokens they have, [N, L]; nothing without a path.
+dit::Captions read_captions(const std::string& path, const std::string& mask, const char* flag);
+
 // The numbers of a .npy file of this shape.
 std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape);

@@ -1,5 +1,6 @@
 // The C ABI: checks what comes in, and is the one place where exceptions end.
 #include <atomic>
+#include <cstddef>
 #include <cstring>
 #include <new>
 
@@ -94,12 +95,20 @@ dit::Pipeline& opened(dit_pipeline* pipe) {
     return *pipe->open;
 }
 
-// The caller's struct on top of our defaults, as far as its version of it goes; today there is one version.
+// What the structs began as; what came later is at their ends.
 template <typename Struct>
-Struct known(const Struct* given, Struct defaults, const char* name, std::size_t first_version = sizeof(Struct)) {
+constexpr std::size_t first_version = sizeof(Struct);
+template <>
+constexpr std::size_t first_version<dit_info> = offsetof(dit_info, caption_shape);
+template <>
+constexpr std::size_t first_version<dit_request> = offsetof(dit_request, captions);
+
+// The caller's struct on top of our defaults, as far as its version of it goes.
+template <typename Struct>
+Struct known(const Struct* given, Struct defaults, const char* name) {
     require(given, name);
     const std::size_t size = given->struct_size;
-    if (size < first_version)
+    if (size < first_version<Struct>)
         throw dit::UsageError(dit::text(name, ".struct_size is ", size, "; start from the _INIT value of dit.h"));
     if (size > sizeof(Struct))
         throw dit::UsageError(dit::text(name, ".struct_size is ", size, ", but libdit ", dit_version(), " knows ",
@@ -108,11 +117,31 @@ Struct known(const Struct* given, Struct defaults, const char* name, std::size_t
     return defaults;
 }
 
+dit::Given translate(const dit_captions* given) {
+    const dit_captions from = known(given, dit_captions DIT_CAPTIONS_INIT, "dit_captions");
+    if (from.count) require(from.embeddings, "embeddings");
+    return {from.count, from.tokens, from.embeddings, from.mask};
+}
+
+// The caller's request, with the number of its pictures in `count`.
+dit_request counted(const dit_request* given) {
+    dit_request request = known(given, dit_request DIT_REQUEST_INIT, "dit_request");
+    if (!request.captions) return request;
+    const std::size_t count = translate(request.captions).count;
+    if (request.labels) throw dit::UsageError("got both labels and captions: pass one of them");
+    if (request.count && request.count != count)
+        throw dit::UsageError(dit::text("count is ", request.count, ", of captions ", count));
+    request.count = count;
+    return request;
+}
+
 dit::Request translate(const dit::Pipeline& pipe, const dit_request* given) {
-    const dit_request from = known(given, dit_request DIT_REQUEST_INIT, "dit_request");
+    const dit_request from = counted(given);
     dit::Request request;
-    if (from.count) require(from.labels, "labels");
-    request.labels.assign(from.labels, from.labels + from.count);
+    if (from.captions) request.captions = translate(from.captions);
+    if (from.negative) request.negative = translate(from.negative);
+    if (from.count && !from.captions) require(from.labels, "labels");
+    if (from.labels) request.labels.assign(from.labels, from.labels + from.count);
     if (from.num_seeds) require(from.seeds, "seeds");
     if (from.seeds) request.seeds.assign(from.seeds, from.seeds + from.num_seeds);
     if (from.num_guidance) require(from.guidance, "guidance");
@@ -176,6 +205,8 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
             told.latent_shape[axis] = manifest.latent_shape[axis];
             told.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
         }
+        const dit::Shape caption = manifest.caption_shape();
+        for (std::size_t axis = 0; axis < caption.size(); ++axis) told.caption_shape[axis] = caption[axis];
         told.max_batch = manifest.graphs.at("denoiser").max_batch;
         told.train_steps = manifest.diffusion.train_steps;
         told.model = manifest.model_name.c_str();
@@ -207,8 +238,7 @@ dit_status dit_generate(dit_pipeline* pipe, const dit_request* given, uint8_t* p
         require(given, "dit_request");
         require(pixels, "pixels");
         open.require_decoder();
-        require_room(size, known(given, dit_request DIT_REQUEST_INIT, "dit_request").count, open.image_shape(),
-                     "bytes");
+        require_room(size, counted(given).count, open.image_shape(), "bytes");
         const std::vector<std::uint8_t> made = open.images(translate(open, given));
         std::copy(made.begin(), made.end(), pixels);
     });
@@ -219,8 +249,7 @@ dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* given, fl
         dit::Pipeline& open = opened(pipe);
         require(given, "dit_request");
         require(latents, "latents");
-        require_room(size, known(given, dit_request DIT_REQUEST_INIT, "dit_request").count, open.manifest.latent_shape,
-                     "numbers");
+        require_room(size, counted(given).count, open.manifest.latent_shape, "numbers");
         const std::vector<float> made = open.latents(translate(open, given));
         std::copy(made.begin(), made.end(), latents);
     });

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -40,6 +41,11 @@ std::string text(const Parts&... parts) {
 inline bool contains(const std::vector<std::string>& known, const std::string& word) {
     return std::find(known.begin(), known.end(), word) != known.end();
 }
+
+inline bool all_finite(const float* values, std::size_t count) {
+    return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
+}
+inline bool all_finite(const std::vector<float>& values) { return all_finite(values.data(), values.size()); }
 
 std::string join(const std::vector<std::string>& words, const std::string& separator = ", ");
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <fstream>
 #include <numeric>
-#include <set>
 
 #include "diffusion.hpp"
 #include "sha256.hpp"
@@ -12,6 +11,8 @@ namespace dit_runtime {
 namespace {
 
 using json::Json;
+
+const std::vector<std::string> GRAPHS = {"conditioner", "context", "denoiser", "update", "decoder"};
 
 TensorSpec parse_tensor(const Json& table) {
     json::known_keys(table, "a tensor", {"name", "dtype", "shape"});
@@ -62,11 +63,11 @@ Shape fixed(const std::string& name, const std::vector<TensorSpec>& specs) {
                 break;
             }
             sizes.push_back(std::get<std::int64_t>(*size));
-            product = std::min(product * sizes.back(), MOST + 1);
+            product = std::min(product * sizes.back(), ROW_MOST + 1);
         }
-    if (sizes.empty() || product > MOST)
+    if (sizes.empty() || product > ROW_MOST)
         throw std::invalid_argument(
-            text(name, " has no shape a row of numbers, or one of more than ", MOST, " numbers"));
+            text(name, " has no shape a row of numbers, or one of more than ", ROW_MOST, " numbers"));
     return sizes;
 }
 
@@ -89,18 +90,16 @@ Manifest parse_table(const Json& table) {
     manifest.unguided_up_to_one = json::boolean(json::need(table, "unguided_up_to_one"), "unguided_up_to_one");
     manifest.diffusion = diffusion_from_json(json::need(table, "diffusion"));
 
-    std::set<std::string> names;  // but for the update's, which this library does not run: its solvers step on the host
+    std::vector<std::string> names;
     for (const auto& entry : json::table(json::need(table, "graphs"), "graphs").items()) {
-        names.insert(entry.key());
+        names.push_back(entry.key());
         manifest.graphs[entry.key()] = parse_graph(entry.value());
     }
-    names.erase("update");
-    if (names.count("context"))
-        throw std::invalid_argument("it draws by captions, and this library by labels; sample from it with dit-run");
-    if (names != std::set<std::string>{"conditioner", "denoiser"} &&
-        names != std::set<std::string>{"conditioner", "denoiser", "decoder"})
-        throw std::invalid_argument("graphs " + join({names.begin(), names.end()}) +
-                                    "; expected conditioner, denoiser, decoder (the decoder may lack)");
+    const auto known = [](const std::string& name) { return contains(GRAPHS, name); };
+    if (!contains(names, "conditioner") || !contains(names, "denoiser") ||
+        !std::all_of(names.begin(), names.end(), known))
+        throw std::invalid_argument("graphs " + join(names) + "; expected " + join(GRAPHS) +
+                                    " (conditioner and denoiser always)");
     for (const auto& entry : json::table(json::need(table, "files"), "files").items()) {
         const std::string where = "size of " + entry.key();
         const std::int64_t size = json::integer(json::need(entry.value(), "size"), where, 0, INT64_MAX);
@@ -113,14 +112,18 @@ Manifest parse_table(const Json& table) {
         for (const auto& name : named)
             if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
     }
-    manifest.graphs.erase("update");
+    manifest.graphs.erase("update");  // solvers step on the host here
     if (!manifest.labels.empty() && manifest.labels.size() != static_cast<std::size_t>(manifest.num_classes))
         throw std::invalid_argument(text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
     if (manifest.latent_shape.size() != 3)
         throw std::invalid_argument("latent_shape, expected [channels, height, width]");
     if (fixed("denoiser", manifest.graphs["denoiser"].inputs) != manifest.latent_shape)
         throw std::invalid_argument("latent_shape is not the denoiser's");
-    manifest.conditioning_shape();
+    if (manifest.conditioning_shape().size() != 2)
+        throw std::invalid_argument("the conditioner does not give [vectors, channels] a row");
+    if (manifest.graphs.count("context") &&
+        (manifest.caption_shape().size() != 2 || manifest.context_shape().size() != 2))
+        throw std::invalid_argument("context does not take [tokens, channels] a row and give [vectors, channels]");
     if (manifest.graphs.count("decoder") && (manifest.image_shape().size() != 3 || manifest.image_shape()[0] != 3))
         throw std::invalid_argument("the decoder's pictures are not [3, height, width] a row");
     return manifest;
@@ -129,6 +132,12 @@ Manifest parse_table(const Json& table) {
 }  // namespace
 
 Shape Manifest::conditioning_shape() const { return fixed("conditioner", graphs.at("conditioner").outputs); }
+
+Shape Manifest::context_shape() const { return fixed("context", graphs.at("context").outputs); }
+
+Shape Manifest::caption_shape() const {
+    return graphs.count("context") ? fixed("context", graphs.at("context").inputs) : Shape();
+}
 
 Shape Manifest::image_shape() const { return fixed("decoder", graphs.at("decoder").outputs); }
 

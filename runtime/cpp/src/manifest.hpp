@@ -19,7 +19,8 @@ using Shape = std::vector<std::int64_t>;
 inline constexpr std::uint64_t FORMAT = 1;
 inline const char* const MANIFEST = "manifest.json";
 inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
-inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows, training steps, numbers a row
+inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows, training steps
+inline constexpr std::int64_t ROW_MOST = 1 << 26;  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
 
 // One input or output; a name in the shape is a free dimension.
 struct TensorSpec {
@@ -51,9 +52,9 @@ struct File {
 };
 
 struct Manifest {
-    std::string model_name;  // for people
-    Shape latent_shape;      // (C, H, W)
-    std::int64_t num_classes = 0;
+    std::string model_name;           // for people
+    Shape latent_shape;               // (C, H, W)
+    std::int64_t num_classes = 0;     // where there are captions: the examples that verification has instead
     std::vector<std::string> labels;  // names by class; empty where none are known
     std::int64_t guided_channels = 0;
     bool unguided_up_to_one = false;
@@ -63,7 +64,10 @@ struct Manifest {
 
     std::int64_t null_label() const { return num_classes; }
     Shape conditioning_shape() const;  // (K, D)
-    Shape image_shape() const;         // (3, H, W), where there is a decoder
+    Shape context_shape() const;       // (M, D), where there are captions
+    // (L, C) of the captions that a bundle takes instead of labels; empty where it takes labels.
+    Shape caption_shape() const;
+    Shape image_shape() const;  // (3, H, W), where there is a decoder
 };
 
 // Parses and checks the manifest, and that each file it names is there in its size; opens none of them.

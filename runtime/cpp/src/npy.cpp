@@ -47,10 +47,10 @@ NpyArray parse_array(const Bytes& file) {
     NpyArray array;
     const std::string descr = entry(header, "descr");
     array.kind = descr.size() > 4 ? descr.substr(2, 2) : "";
-    const bool known = contains({"f4", "f8", "i4", "i8", "u1"}, array.kind) && descr[0] == '\'' && descr[4] == '\'' &&
-                       (descr[1] == '<' || array.kind == "u1");
+    const bool known = contains({"f2", "f4", "f8", "i4", "i8", "u1"}, array.kind) && descr[0] == '\'' &&
+                       descr[4] == '\'' && (descr[1] == '<' || array.kind == "u1");
     if (!known)
-        throw NpyError("its dtype is " + descr.substr(0, descr.find(',')) + "; expected <f4, <f8, <i4, <i8, |u1");
+        throw NpyError("its dtype is " + descr.substr(0, descr.find(',')) + "; expected <f2, <f4, <f8, <i4, <i8, |u1");
     if (entry(header, "fortran_order").rfind("False", 0) != 0)
         throw NpyError("it is in Fortran's order; expected C's: np.ascontiguousarray");
     const std::string shape = entry(header, "shape");

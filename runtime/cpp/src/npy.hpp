@@ -1,6 +1,8 @@
 // NumPy's files: .npy, and .npz as np.savez writes it (stored, not compressed).
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <map>
@@ -17,9 +19,22 @@ struct NpyError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// IEEE 754's binary16: 5 bits of exponent, 10 of fraction.
+struct Half {
+    std::uint16_t bits;
+    operator float() const {
+        const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+        const float size = exponent < 31 ? std::ldexp(static_cast<float>(exponent ? 1024 + fraction : fraction),
+                                                      std::max(exponent, 1) - 25)
+                           : fraction    ? NAN
+                                         : INFINITY;
+        return bits >> 15 ? -size : size;
+    }
+};
+
 struct NpyArray {
     Shape shape;
-    std::string kind;  // "f4", "f8", "i4", "i8" or "u1", little-endian
+    std::string kind;  // "f2", "f4", "f8", "i4", "i8" or "u1", little-endian
     std::vector<unsigned char> bytes;
 
     std::size_t size() const { return kind.empty() ? 0 : bytes.size() / static_cast<std::size_t>(kind[1] - '0'); }
@@ -27,6 +42,7 @@ struct NpyArray {
     // The numbers as T; where they are wider, rounded.
     template <typename T>
     std::vector<T> as() const {
+        if (kind == "f2") return cast<Half, T>();
         if (kind == "f4") return cast<float, T>();
         if (kind == "f8") return cast<double, T>();
         if (kind == "i4") return cast<std::int32_t, T>();

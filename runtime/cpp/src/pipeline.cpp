@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdlib>
 
 #include "errors.hpp"
@@ -11,10 +10,6 @@
 
 namespace dit_runtime {
 namespace {
-
-bool all_finite(const std::vector<float>& values) {
-    return std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); });
-}
 
 std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
     std::vector<std::string> found;
@@ -91,7 +86,7 @@ std::vector<std::uint8_t> Pipeline::images(const Request& request) {
     require_decoder();
     const Array x = run(request);
     const std::vector<float> pictures = decode({x.begin(), x.end()});
-    return to_uint8(pictures, with_batch(request.labels.size(), image_shape()));
+    return to_uint8(pictures, with_batch(x.size() / count(manifest.latent_shape), image_shape()));
 }
 
 std::vector<float> Pipeline::latents(const Request& request) {
@@ -100,9 +95,12 @@ std::vector<float> Pipeline::latents(const Request& request) {
 }
 
 Array Pipeline::run(const Request& request) {
-    if (request.labels.empty()) throw UsageError("no labels; pass at least one class name or number");
-    for (const std::int64_t label : request.labels) check_label(label);
-    const std::size_t batch = request.labels.size(), size = batch * count(manifest.latent_shape);
+    std::optional<Captions> captions;
+    if (request.captions) captions = fitting(*request.captions, "captions");
+    const std::vector<std::int64_t> ids =
+        captions ? std::vector<std::int64_t>(captions->count, manifest.null_label()) : request.labels;
+    if (!captions) check_labels(request);
+    const std::size_t batch = ids.size(), size = batch * count(manifest.latent_shape);
     const std::vector<float> weights = guidance(request.guidance, batch);
     const std::string& solver = request.solver.empty() ? manifest.diffusion.sampler.solver : request.solver;
     const Array timesteps = plan(manifest.diffusion, solver, request.steps, request.spacing);
@@ -111,7 +109,9 @@ Array Pipeline::run(const Request& request) {
         throw UsageError(text("latents have ", request.latents->size(), " numbers; expected ", size, ", all finite"));
     const std::vector<float> x = request.latents ? *request.latents : draw(size);
 
-    Table table = this->table(timesteps, request.labels, is_guided(weights));
+    const bool guided = is_guided(weights);
+    Contexts contexts = captions ? this->contexts(*captions, request.negative, guided) : examples(ids, guided);
+    Table table = this->table(timesteps, ids, guided);
     const int steps = static_cast<int>(timesteps.size());
     int step = 0;
     const auto report = [&](const Array& state) {
@@ -120,7 +120,7 @@ Array Pipeline::run(const Request& request) {
     };
     const Denoise denoise = [&](const Array& state, double t) {
         if (step) report(state);
-        return denoise_all(static_cast<std::size_t>(step++), t, state, table, weights);
+        return denoise_all(static_cast<std::size_t>(step++), t, state, table, contexts, weights);
     };
     Array last = solve(manifest.diffusion, solver, request.steps, {x.begin(), x.end()}, draw, denoise, request.eta,
                        request.spacing);
@@ -139,23 +139,59 @@ Table Pipeline::table(const Array& timesteps, const std::vector<std::int64_t>& i
 
 std::vector<float> Pipeline::condition(const std::vector<float>& timesteps, const std::vector<std::int64_t>& labels) {
     const Shape rows = {static_cast<std::int64_t>(labels.size())};
-    return run_engine("conditioner", {{"timesteps", rows, timesteps.data()}, {"labels", rows, labels.data(), true}},
-                      "conditioning", with_batch(labels.size(), manifest.conditioning_shape()))
-        .values;
+    std::vector<Input> inputs = {{"timesteps", rows, timesteps.data()}};
+    if (manifest.caption_shape().empty()) inputs.push_back({"labels", rows, labels.data(), true});
+    return run_engine("conditioner", inputs,
+                      {{"conditioning", with_batch(labels.size(), manifest.conditioning_shape())}})
+        .at("conditioning");
+}
+
+Context Pipeline::context(const Captions& captions) {
+    const Shape one = manifest.caption_shape(), row = {one[0]};
+    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("context").max_batch);
+    Context found{captions.count, {}, {}};
+    for (std::size_t first = 0; first < captions.count; first += size) {
+        const std::size_t batch = std::min(size, captions.count - first);
+        const auto part = run_engine(
+            "context",
+            {{"captions", with_batch(batch, one), captions.embeddings.data() + first * count(one)},
+             {"mask", with_batch(batch, row), captions.mask.data() + first * count(row)}},
+            {{"context", with_batch(batch, manifest.context_shape())}, {"context_mask", with_batch(batch, row)}});
+        const auto append = [](std::vector<float>& to, const std::vector<float>& values) {
+            to.insert(to.end(), values.begin(), values.end());
+        };
+        append(found.vectors, part.at("context"));
+        append(found.mask, part.at("context_mask"));
+    }
+    return found;
+}
+
+Contexts Pipeline::examples(const std::vector<std::int64_t>& numbers, bool guided) {
+    const Shape shape = manifest.caption_shape();
+    if (shape.empty()) return Contexts();
+    const auto read = [&](const std::vector<std::int64_t>& some) {
+        return context(dit_runtime::examples(some, shape));
+    };
+    return Contexts(read(numbers), guided ? read({manifest.null_label()}) : Context());
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& latents, const std::vector<float>& conditioning,
-                             const std::vector<float>& guidance) {
+                             const std::vector<float>& guidance, const Context& context) {
     const std::size_t batch = guidance.size(), row = count(manifest.conditioning_shape());
     const Shape shape = with_batch(batch, manifest.latent_shape);
     const std::size_t groups = conditioning.size() / (batch * row);
-    const std::vector<Input> inputs = {
-        {"latents", shape, latents.data()},
-        {"conditioning", with_batch(groups, with_batch(batch, manifest.conditioning_shape())), conditioning.data()},
-        {"guidance", {static_cast<std::int64_t>(batch)}, guidance.data()}};
-    Prediction outputs;
-    outputs.prediction = run_engine("denoiser", inputs, "prediction", shape, &outputs.variance).values;
-    return outputs;
+    const auto grouped = [&](const Shape& each) { return with_batch(groups, with_batch(batch, each)); };
+    std::vector<Input> inputs = {{"latents", shape, latents.data()},
+                                 {"conditioning", grouped(manifest.conditioning_shape()), conditioning.data()},
+                                 {"guidance", {static_cast<std::int64_t>(batch)}, guidance.data()}};
+    if (context.count) {
+        inputs.push_back({"context", grouped(manifest.context_shape()), context.vectors.data()});
+        inputs.push_back({"context_mask", grouped({manifest.caption_shape()[0]}), context.mask.data()});
+    }
+    std::map<std::string, Shape> expected = {{"prediction", shape}};
+    if (contains(names(manifest.graphs.at("denoiser").outputs), "variance")) expected["variance"] = shape;
+    auto outputs = run_engine("denoiser", inputs, expected);
+    return {std::move(outputs["prediction"]), std::move(outputs["variance"])};
 }
 
 std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
@@ -165,17 +201,18 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
     std::vector<float> pictures;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t batch = std::min(size, samples - first);
-        const Output part =
-            run_engine("decoder", {{"latents", with_batch(batch, manifest.latent_shape), latents.data() + first * one}},
-                       "images", with_batch(batch, image_shape()));
-        pictures.insert(pictures.end(), part.values.begin(), part.values.end());
+        const Shape shape = with_batch(batch, manifest.latent_shape);
+        const std::vector<float> part = run_engine("decoder", {{"latents", shape, latents.data() + first * one}},
+                                                   {{"images", with_batch(batch, image_shape())}})
+                                            .at("images");
+        pictures.insert(pictures.end(), part.begin(), part.end());
     }
     if (!all_finite(pictures)) throw EngineError("the decoder's pictures hold values that are not finite");
     return pictures;
 }
 
 // The whole batch at one step, split into what the engine takes at a time.
-Prediction Pipeline::denoise_all(std::size_t step, double t, const Array& x, Table& table,
+Prediction Pipeline::denoise_all(std::size_t step, double t, const Array& x, Table& table, Contexts& contexts,
                                  const std::vector<float>& weights) {
     const std::size_t one = count(manifest.latent_shape);
     const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("denoiser").max_batch);
@@ -186,7 +223,7 @@ Prediction Pipeline::denoise_all(std::size_t step, double t, const Array& x, Tab
             return values.begin() + static_cast<std::ptrdiff_t>(row * one);
         };
         const Prediction part = denoise({at(x, first), at(x, last)}, table(step, first, last),
-                                        {weights.data() + first, weights.data() + last});
+                                        {weights.data() + first, weights.data() + last}, contexts(first, last));
         if (!all_finite(part.prediction))
             throw EngineError(
                 text("step ", step + 1, " (t = ", t, "): the denoiser's prediction holds values not finite"));
@@ -196,9 +233,10 @@ Prediction Pipeline::denoise_all(std::size_t step, double t, const Array& x, Tab
     return whole;
 }
 
-// One output of an engine, of the shape that is expected; no other shape is ever read.
-Output Pipeline::run_engine(const std::string& name, const std::vector<Input>& inputs, const std::string& output,
-                            const Shape& expected, std::vector<float>* variance) {
+// Outputs of an engine, of the shapes that are expected; no other shape is ever read.
+std::map<std::string, std::vector<float>> Pipeline::run_engine(const std::string& name,
+                                                               const std::vector<Input>& inputs,
+                                                               const std::map<std::string, Shape>& expected) {
     Engine& opened = engine(name);
     const auto start = std::chrono::steady_clock::now();
     std::map<std::string, Output> outputs;
@@ -208,61 +246,26 @@ Output Pipeline::run_engine(const std::string& name, const std::vector<Input>& i
         throw EngineError(text("the ", name, " failed: ", error.what()));
     }
     engine_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const auto take = [&](const std::string& key) {
+    std::map<std::string, std::vector<float>> taken;
+    for (const auto& [key, shape] : expected) {
         const auto found = outputs.find(key);
         if (found == outputs.end()) throw BundleError(text(folder.string(), ": ", name, " has no output ", key));
-        if (found->second.shape != expected)
-            throw EngineError(text("the ", name, "'s ", key, " has shape ", shown(found->second.shape), ", expected ",
-                                   shown(expected)));
-        return std::move(found->second);
-    };
-    if (variance && outputs.count("variance")) *variance = take("variance").values;
-    return take(output);
-}
-
-std::int64_t Pipeline::label_id(const std::string& label) const {
-    const std::string digits = label.substr(label.rfind('-', 0) == 0 ? 1 : 0);
-    if (!digits.empty() && digits.find_first_not_of("0123456789") == std::string::npos) {
-        const std::int64_t number = digits.size() < 18 ? std::stoll(label) : INT64_MAX;
-        check_label(number);
-        return number;
+        if (found->second.shape != shape)
+            throw EngineError(
+                text("the ", name, "'s ", key, " has shape ", shown(found->second.shape), ", expected ", shown(shape)));
+        taken[key] = std::move(found->second.values);
     }
-    const std::string wanted = lower(strip(label));
-    const auto& labels = manifest.labels;
-    for (std::size_t number = 0; number < labels.size(); ++number)  // whole names win over synonyms of others
-        if (lower(strip(labels[number])) == wanted) return static_cast<std::int64_t>(number);
-    std::vector<std::string> known = labels;
-    for (std::size_t number = 0; number < labels.size(); ++number) {
-        std::istringstream synonyms(labels[number]);
-        for (std::string synonym; std::getline(synonyms, synonym, ',');) {
-            if (lower(strip(synonym)) == wanted) return static_cast<std::int64_t>(number);
-            known.push_back(strip(synonym));
-        }
-    }
-    throw UsageError(text("class '", label, "' is not known",
-                          labels.empty() ? text(": this bundle has no names, only 0 to ", manifest.num_classes - 1)
-                                         : nearest(label, known)));
+    return taken;
 }
 
-void Pipeline::check_label(std::int64_t label) const {
-    if (label < 0 || label >= manifest.num_classes)
-        throw UsageError(text("label ", label, " is out of range; expected 0 to ", manifest.num_classes - 1));
-}
-
-bool Pipeline::is_guided(const std::vector<float>& weights) const {
-    return !std::all_of(weights.begin(), weights.end(),
-                        [this](float weight) { return manifest.unguided_up_to_one ? weight <= 1 : weight == 1; });
-}
-
-std::vector<float> Pipeline::guidance(const std::vector<float>& given, std::size_t count) const {
-    if (given.size() != 1 && given.size() != count)
-        throw UsageError(text("guidance has ", given.size(), " numbers; expected one, or ", count, ", one a label"));
-    if (!all_finite(given)) throw UsageError("guidance holds what is no finite number");
-    std::vector<float> weights = given.size() == 1 ? std::vector<float>(count, given[0]) : given;
-    if (manifest.unguided_up_to_one)
-        // As it would be alone: a sample does not depend on its batch.
-        for (float& weight : weights) weight = std::max(weight, 1.0f);
-    return weights;
+Contexts Pipeline::contexts(const Captions& captions, const std::optional<Given>& negative, bool guided) {
+    if (!guided) return Contexts(context(captions));
+    if (!negative) throw UsageError("guidance needs negative captions, the embedding of an empty text; or guidance 1");
+    if (negative->count != 1 && negative->count != captions.count)
+        throw UsageError(
+            text(negative->count, " negative captions; expected one, or one for each of ", captions.count));
+    const Captions null = fitting(*negative, "negative captions");
+    return Contexts(context(captions), context(null));
 }
 
 void Pipeline::require_decoder() const {

@@ -1,4 +1,4 @@
-// From labels to pictures: the bundle's three graphs around a solver. Mirrors dit_runtime/pipeline.py.
+// From labels or captions to pictures: the bundle's graphs around a solver. Mirrors dit_runtime/pipeline.py.
 #pragma once
 
 #include <functional>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "captions.hpp"
 #include "conditioning.hpp"
 #include "engine.hpp"
 #include "solvers.hpp"
@@ -25,6 +26,8 @@ struct Request {
     std::string solver, spacing;             // empty: the bundle's
     double eta = 0.0;
     std::optional<std::vector<float>> latents;  // [N, C, H, W], instead of the seed's
+    std::optional<Given> captions;              // instead of labels
+    std::optional<Given> negative;              // one for all, or one each; needed with guidance
     OnStep on_step;
 };
 
@@ -37,17 +40,22 @@ class Pipeline {
     std::vector<float> latents(const Request& request);        // [N, C, H, W]
 
     Table table(const Array& timesteps, const std::vector<std::int64_t>& ids, bool guided);
-    // (N,), (N,) -> [N, K, D].
+    // (N,), (N,) -> [N, K, D]; where there are captions, labels change nothing.
     std::vector<float> condition(const std::vector<float>& timesteps, const std::vector<std::int64_t>& labels);
+    // (N, L, C), (N, L) -> [N, M, D], [N, L].
+    Context context(const Captions& captions);
+    // Of example captions; nothing where numbers are those of classes.
+    Contexts examples(const std::vector<std::int64_t>& numbers, bool guided);
     // [B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance.
     Prediction denoise(const std::vector<float>& latents, const std::vector<float>& conditioning,
-                       const std::vector<float>& guidance);
+                       const std::vector<float>& guidance, const Context& context);
     // [N, C, H, W] -> [N, 3, 8H, 8W] in [0, 1].
     std::vector<float> decode(const std::vector<float>& latents);
 
     // The class number of a name ("golden retriever", one of its synonyms, or "207").
     std::int64_t label_id(const std::string& label) const;
     void check_label(std::int64_t label) const;
+    void check_labels(const Request& request) const;
     // Whether the null rows are needed: not where they cannot change the result.
     bool is_guided(const std::vector<float>& weights) const;
     void require_decoder() const;
@@ -62,9 +70,12 @@ class Pipeline {
     Array run(const Request& request);
     Path cache() const;
     Engine& engine(const std::string& name);
-    Output run_engine(const std::string& name, const std::vector<Input>& inputs, const std::string& output,
-                      const Shape& expected, std::vector<float>* variance = nullptr);
-    Prediction denoise_all(std::size_t step, double t, const Array& x, Table& table, const std::vector<float>& weights);
+    std::map<std::string, std::vector<float>> run_engine(const std::string& name, const std::vector<Input>& inputs,
+                                                         const std::map<std::string, Shape>& expected);
+    Prediction denoise_all(std::size_t step, double t, const Array& x, Table& table, Contexts& contexts,
+                           const std::vector<float>& weights);
+    Captions fitting(const Given& captions, const std::string& what) const;
+    Contexts contexts(const Captions& captions, const std::optional<Given>& negative, bool guided);
     std::vector<float> guidance(const std::vector<float>& given, std::size_t count) const;
 
     Options options_;

@@ -76,9 +76,27 @@ double relative_error(const std::vector<float>& value, const float* reference) {
     return std::sqrt(difference) / std::max(std::sqrt(norm), 1e-30);
 }
 
+// Everything that leaves the loop, by timestep and label, or example caption: [N, K, D], or [N, K + M, D].
+std::vector<float> hoisted(Pipeline& pipe, const std::vector<float>& times, const std::vector<std::int64_t>& numbers) {
+    const std::vector<float> vectors = pipe.condition(times, numbers);
+    const Shape shape = pipe.manifest.caption_shape();
+    if (shape.empty()) return vectors;
+    const Context read = pipe.context(examples(numbers, shape));
+    std::vector<float> rows;
+    for (std::size_t index = 0; index < numbers.size(); ++index)
+        for (const std::vector<float>* part : {&vectors, &read.vectors}) {
+            const auto size = static_cast<std::ptrdiff_t>(part->size() / numbers.size());
+            const auto row = part->begin() + static_cast<std::ptrdiff_t>(index) * size;
+            rows.insert(rows.end(), row, row + size);
+        }
+    return rows;
+}
+
 // Every label's conditioning at one timestep, projected onto a few seeded random directions.
 std::vector<float> fingerprint(Pipeline& pipe, double timestep) {
-    const std::size_t row = count(pipe.manifest.conditioning_shape());
+    const bool captioned = !pipe.manifest.caption_shape().empty();
+    const std::size_t row =
+        count(pipe.manifest.conditioning_shape()) + (captioned ? count(pipe.manifest.context_shape()) : 0);
     const std::int64_t classes = pipe.manifest.num_classes;
     const std::int64_t max_rows = pipe.manifest.graphs.at("conditioner").max_batch;
     const std::vector<float> directions = Noise(FINGERPRINT_SEED).normal(row * FINGERPRINTS);
@@ -88,7 +106,7 @@ std::vector<float> fingerprint(Pipeline& pipe, double timestep) {
         for (std::int64_t label = first; label < std::min(first + max_rows, classes + 1); ++label)
             labels.push_back(label);
         const std::vector<float> times(labels.size(), static_cast<float>(timestep));
-        const std::vector<float> vectors = pipe.condition(times, labels);
+        const std::vector<float> vectors = hoisted(pipe, times, labels);
         for (std::size_t index = 0; index < labels.size() * FINGERPRINTS; ++index) {
             const float* vector = &vectors[index / FINGERPRINTS * row];
             double sum = 0;
@@ -120,12 +138,15 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
     const std::size_t each = batch * count(pipe.manifest.latent_shape);
     const std::size_t row = batch * count(pipe.manifest.conditioning_shape());
     Table guided = pipe.table(reference.timesteps, reference.labels, true);
-    Table nulls = pipe.table(reference.timesteps, std::vector<std::int64_t>(batch, pipe.manifest.null_label()), false);
+    const std::vector<std::int64_t> null_labels(batch, pipe.manifest.null_label());
+    Table nulls = pipe.table(reference.timesteps, null_labels, false);
+    Contexts both_contexts = pipe.examples(reference.labels, true),
+             own_context = pipe.examples(reference.labels, false), null_context = pipe.examples(null_labels, false);
     for (std::size_t step = 0; step < steps; ++step) {
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);
         const float* given = &reference.latents[step * each];
         const std::vector<float> latents(given, given + each), rows = guided(step, 0, batch);
-        const Prediction both = pipe.denoise(latents, rows, reference.guidance);
+        const Prediction both = pipe.denoise(latents, rows, reference.guidance, both_contexts(0, batch));
         on_check({"prediction, rel-L2", relative_error(both.prediction, &reference.prediction[step * each]),
                   limits.guided, false, where});
         if (!both.variance.empty()) {
@@ -136,10 +157,11 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
         }
         if (step != 0 && step != steps / 2 && step != steps - 1) continue;
         const std::vector<float> own(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(row));
-        const Prediction alone = pipe.denoise(latents, own, reference.guidance);
+        const Prediction alone = pipe.denoise(latents, own, reference.guidance, own_context(0, batch));
         on_check({"unguided, rel-L2", relative_error(alone.prediction, &reference.conditional[step * each]),
                   limits.prediction, false, where});
-        const Prediction null = pipe.denoise(latents, nulls(step, 0, batch), reference.guidance);
+        const Prediction null =
+            pipe.denoise(latents, nulls(step, 0, batch), reference.guidance, null_context(0, batch));
         on_check({"null label, rel-L2", relative_error(null.prediction, &reference.null[step * each]),
                   limits.prediction, false, where});
     }

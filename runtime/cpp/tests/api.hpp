@@ -20,13 +20,15 @@ using Handle = std::unique_ptr<dit_pipeline, Free>;
 // Both engines, as far as this library has them.
 class Api : public ::testing::TestWithParam<const char*> {
   protected:
+    explicit Api(const char* path = BUNDLE) : bundle(path) {}
+
     void SetUp() override {
         if (std::string(dit_backends()).find(GetParam()) == std::string::npos)
             GTEST_SKIP() << GetParam() << " was not found when the library was built";
         options.backend = GetParam();
         options.threads = 1;
         pipe.reset(dit_new());
-        ASSERT_EQ(dit_open(pipe.get(), BUNDLE, &options), DIT_OK) << dit_message(pipe.get());
+        ASSERT_EQ(dit_open(pipe.get(), bundle, &options), DIT_OK) << dit_message(pipe.get());
         request.labels = labels;
         request.count = 2;
         request.steps = 4;
@@ -55,6 +57,7 @@ class Api : public ::testing::TestWithParam<const char*> {
 
     dit_status generate() { return dit_generate_latents(pipe.get(), &request, numbers, std::size(numbers)); }
 
+    const char* const bundle;
     dit_open_options options = DIT_OPEN_OPTIONS_INIT;
     dit_request request = DIT_REQUEST_INIT;
     Handle pipe;

@@ -56,6 +56,14 @@ TEST(Npy, ThereAndBack) {
     EXPECT_EQ(parse_npy(bytes(npy_bytes("<f4", {0, 3}, "", 0))).size(), 0u);
 }
 
+TEST(Npy, Halves) {
+    const std::uint16_t bits[] = {0x3C00, 0xC000, 0x0001, 0x83FF, 0x7BFF, 0x3555, 0xFC00, 0x7E00};
+    const auto values = parse_npy(bytes(npy_bytes("<f2", {8}, bits, sizeof bits))).as<double>();
+    const std::vector<double> expected = {1, -2, 0x1p-24, -1023 * 0x1p-24, 65504, 1365 * 0x1p-12, -INFINITY};
+    EXPECT_EQ(std::vector<double>(values.begin(), values.end() - 1), expected);
+    EXPECT_TRUE(std::isnan(values.back()));
+}
+
 TEST(Npy, Refusals) {
     for (const auto& [dtype, shape] : std::vector<std::pair<std::string, Shape>>{
              {"<f4", {7}}, {"<f4", {1 << 20, 1 << 20, 1 << 20}}, {"|O", {3}}, {">f4", {3}}, {"<c8", {1}}, {"", {}}})

@@ -1,4 +1,7 @@
-"""Writes a bundle of three tiny hand-made graphs, whole in every respect, without PyTorch: `make_bundle.py FOLDER`."""
+"""Writes a bundle of hand-made graphs, whole in every respect, without PyTorch: `make_bundle.py FOLDER [captioned]`.
+
+Captioned, the vectors of a label are the mean of what a caption's tokens say.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dit_runtime import manifest, replay
+from dit_runtime.captions import EXAMPLES
 from dit_runtime.manifest import Graph, Manifest, TensorSpec
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.schedule import Diffusion, Sampler
@@ -19,11 +23,12 @@ from dit_runtime.solvers import plan
 
 CLASSES, VECTORS, WIDTH = 5, 2, 8
 LATENT = (2, 4, 4)
+TOKENS, CHANNELS = 5, 3  # of a caption
 LABELS = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
 STEPS, BATCH, MAX_BATCH = 4, 2, 3
 
 
-def graphs() -> dict[str, tuple[Graph, list]]:
+def graphs(captioned: bool) -> dict[str, tuple[Graph, list]]:
     """Each graph's contract and its nodes: (op, inputs, outputs, attributes) or (name, weight)."""
     random = np.random.default_rng(0)
     latents = TensorSpec("latents", "float32", ("batch", *LATENT))
@@ -32,18 +37,34 @@ def graphs() -> dict[str, tuple[Graph, list]]:
         ("table", random.standard_normal((CLASSES + 1, VECTORS, WIDTH)).astype(np.float32)),
         ("direction", (0.001 * random.standard_normal((VECTORS, WIDTH))).astype(np.float32)),
         ("axes", np.array([1, 2])),
-        ("Gather", ["table", "labels"], ["rows"], {"axis": 0}),
+        ("null", np.array([CLASSES])),
+        ("Gather", ["table", "null" if captioned else "labels"], ["rows"], {"axis": 0}),
         ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
         ("Mul", ["times", "direction"], ["moved"], {}),
         ("Add", ["rows", "moved"], ["conditioning"], {}),
+    ]
+    context = [
+        ("words", random.standard_normal((CHANNELS, WIDTH)).astype(np.float32)),
+        ("nothing", np.array(1e4, np.float32)),
+        ("MatMul", ["captions", "words"], ["context"], {}),
+        ("Mul", ["mask", "nothing"], ["present"], {}),
+        ("Sub", ["present", "nothing"], ["context_mask"], {}),
+    ]
+    said_by_captions = [
+        ("row", np.array([2])),
+        ("Softmax", ["context_mask"], ["shares"], {"axis": -1}),
+        ("Unsqueeze", ["shares", "row"], ["weights"], {}),
+        ("MatMul", ["weights", "context"], ["mean"], {}),
+        ("Add", ["conditioning", "mean"], ["told"], {}),
     ]
     denoiser = [
         ("mixed", (random.standard_normal((WIDTH, int(np.prod(LATENT)))) / 3).astype(np.float32)),
         ("shape", np.array([0, 0, *LATENT])),
         ("wide", np.array([1, 2, 3])),
         *((name, np.array(value)) for name, value in (("zero", 0), ("one", 1), ("minus", -1))),
-        ("Gather", ["conditioning", "zero"], ["gains"], {"axis": 2}),
-        ("Gather", ["conditioning", "one"], ["shifts"], {"axis": 2}),
+        *(said_by_captions if captioned else []),
+        ("Gather", ["told" if captioned else "conditioning", "zero"], ["gains"], {"axis": 2}),
+        ("Gather", ["told" if captioned else "conditioning", "one"], ["shifts"], {"axis": 2}),
         ("MatMul", ["gains", "mixed"], ["gain"], {}),
         ("MatMul", ["shifts", "mixed"], ["shift"], {}),
         ("Reshape", ["gain", "shape"], ["gain_map"], {}),
@@ -66,15 +87,23 @@ def graphs() -> dict[str, tuple[Graph, list]]:
         ("Sigmoid", ["small"], ["levels"], {}),
         ("Resize", ["levels", "", "scales"], ["images"], {"mode": "nearest"}),
     ]
+    captions = (("captions", (TOKENS, CHANNELS)), ("mask", (TOKENS,)))
+    read = (("context", (TOKENS, WIDTH)), ("context_mask", (TOKENS,))) if captioned else ()
     pairs = (TensorSpec("timesteps", "float32", ("pairs",)), TensorSpec("labels", "int64", ("pairs",)))
     rest = (
         TensorSpec("conditioning", "float32", ("groups", "batch", VECTORS, WIDTH)),
+        *(TensorSpec(name, "float32", ("groups", "batch", *row)) for name, row in read),
         TensorSpec("guidance", "float32", ("batch",)),
     )
     said = tuple(TensorSpec(name, "float32", latents.shape) for name in ("prediction", "variance"))
     pictures = TensorSpec("images", "float32", ("batch", 3, 8 * LATENT[1], 8 * LATENT[2]))
+    of_captions = [tuple(TensorSpec(name, "float32", ("n", *row)) for name, row in ends) for ends in (captions, read)]
     return {
-        "conditioner": (Graph("conditioner.onnx", pairs, (conditioning,), MAX_BATCH), conditioner),
+        "conditioner": (
+            Graph("conditioner.onnx", pairs[: 1 if captioned else 2], (conditioning,), MAX_BATCH),
+            conditioner,
+        ),
+        **({"context": (Graph("context.onnx", *of_captions, MAX_BATCH), context)} if captioned else {}),
         "denoiser": (Graph("denoiser.onnx", (latents, *rest), said, MAX_BATCH), denoiser),
         "decoder": (Graph("decoder.onnx", (latents,), (pictures,), MAX_BATCH), decoder),
     }
@@ -108,18 +137,19 @@ def reference(folder: Path, contract: Manifest) -> None:
         states: list[np.ndarray] = []
         denoise = pipe.denoise
 
-        def record(latents, conditioning, weights, _context):
+        def record(latents, conditioning, weights, context):
+            own, null = ({name: part[rows] for name, part in context.items()} for rows in (slice(1), slice(1, 2)))
             states.append(latents.astype(np.float32))
-            result = denoise(latents, conditioning, weights)
+            result = denoise(latents, conditioning, weights, context)
             run["prediction"].append(result[0])
             run["variance"].append(result[1])
-            run["conditional"].append(denoise(latents, conditioning[:1], weights)[0])
-            run["null"].append(denoise(latents, conditioning[1:], weights)[0])
+            run["conditional"].append(denoise(latents, conditioning[:1], weights, own)[0])
+            run["null"].append(denoise(latents, conditioning[1:], weights, null)[0])
             return result
 
         pipe.denoise = record  # type: ignore[method-assign]
         images = pipe.sample(labels, steps=STEPS, seed=seeds, guidance=guidance)
-        prints = replay.fingerprint(pipe.condition, CLASSES, times[STEPS // 2], MAX_BATCH)
+        prints = replay.fingerprint(replay.hoisted(pipe), contract.num_classes, times[STEPS // 2], MAX_BATCH)
     arrays = {name: np.stack(values) for name, values in run.items()}
     np.savez(
         folder / replay.REFERENCE,
@@ -135,21 +165,22 @@ def reference(folder: Path, contract: Manifest) -> None:
     )
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, captioned: bool = False) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # onnx appends to weights that are there
     folder.mkdir(parents=True)
-    for name, (graph, parts) in graphs().items():
+    made = graphs(captioned)
+    for name, (graph, parts) in made.items():
         save(folder, name, graph, parts)
     contract = Manifest(
         model={"name": "tiny", "resolution": 8 * LATENT[1]},
         latent_shape=LATENT,
         latent_scale=1.0,
-        num_classes=CLASSES,
-        labels=LABELS,
+        num_classes=EXAMPLES if captioned else CLASSES,
+        labels=() if captioned else LABELS,
         guided_channels=LATENT[0],
         unguided_up_to_one=False,
         diffusion=Diffusion(sampler=Sampler(solver="ddim")),
-        graphs={name: graph for name, (graph, _) in graphs().items()},
+        graphs={name: graph for name, (graph, _) in made.items()},
     )
     manifest.write(folder, replace(contract, files=manifest.describe_files(folder)))
     reference(folder, contract)
@@ -157,4 +188,4 @@ def make(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    make(Path(sys.argv[1]), sys.argv[2:] == ["captioned"])

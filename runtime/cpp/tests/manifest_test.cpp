@@ -75,6 +75,25 @@ TEST_F(ManifestTest, UnknownKeys) {
     refused({"diffusion.sampler", "unknown key 'clip'"});
 }
 
+TEST_F(ManifestTest, Captions) {
+    const auto read_again = [](const std::function<void(Json&)>& change) {
+        Json table = Json::parse(std::ifstream(std::string(CAPTIONED) + "/manifest.json"));
+        change(table);
+        return parse(table.dump(), "captioned");
+    };
+    const Manifest manifest = read_again([](Json&) {});
+    EXPECT_EQ(manifest.caption_shape(), (Shape{5, 3}));
+    EXPECT_EQ(manifest.context_shape(), (Shape{5, 8}));
+    EXPECT_EQ(read(copy.folder).caption_shape(), Shape());
+    for (const char* end : {"inputs", "outputs"})
+        for (const char* shape : {"[\"n\", 5]", "[\"n\", \"l\", 3]", "[\"n\"]", "[\"n\", 5, 16777216]", "[]", "null"})
+            EXPECT_THROW(
+                read_again([&](Json& table) { table["graphs"]["context"][end][0]["shape"] = Json::parse(shape); }),
+                BundleError)
+                << end << shape;
+    EXPECT_THROW(read_again([](Json& table) { table["graphs"]["contxt"] = table["graphs"]["context"]; }), BundleError);
+}
+
 TEST_F(ManifestTest, PathsThatLeaveTheBundle) {
     for (const std::string name :
          {"../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:outside", "", "."}) {

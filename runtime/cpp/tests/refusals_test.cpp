@@ -6,8 +6,6 @@
 
 namespace {
 
-INSTANTIATE_TEST_SUITE_P(Refusing, Api, ::testing::Values("onnxruntime", "openvino"));
-
 TEST_P(Api, BadRequests) {
     const auto bad = [this](const char* words, const std::function<void()>& change) {
         const dit_request kept = request;

@@ -40,16 +40,21 @@ class Contexts:
     def __init__(self, own: Context | None = None, null: Context | None = None, put: Put = np.asarray) -> None:
         """`null` is what guidance leads away from: one for all, or one a sample; None without guidance."""
         self._own, self._null, self._put = own, null, put
-        self._held: tuple[slice | None, dict[str, Any]] = None, {}
+        self._samples: slice | None = None
+        self._stacked: dict[str, Any] = {}
 
     def __call__(self, samples: slice) -> dict[str, Any]:
-        """`context` [G, B, M, D] and `context_mask` [G, B, L] for some of the samples: their own first."""
-        if self._own is not None and self._held[0] != samples:
-            self._held = samples, {}  # before there are others
-            self._held = samples, {name: self._put(part) for name, part in self._groups(self._own, samples).items()}
-        return self._held[1]
+        """`context` [G, B, M, D] and `context_mask` [G, B, L] for some of the samples: their own first.
 
-    def _groups(self, own: Context, samples: slice) -> dict[str, NDArray[np.float32]]:
+        Those of the last call are kept, XL/2's 62 MB a sample: a run that fits the engine always asks for the same.
+        """
+        if self._own is not None and samples != self._samples:
+            stacked = self._stack(self._own, samples)
+            self._samples, self._stacked = samples, {}  # before there are others on a device
+            self._stacked = {name: self._put(part) for name, part in stacked.items()}
+        return self._stacked
+
+    def _stack(self, own: Context, samples: slice) -> dict[str, NDArray[np.float32]]:
         groups = [Context(*(part[samples] for part in own))]
         if self._null is not None:
             null = self._null if len(self._null.mask) == 1 else Context(*(part[samples] for part in self._null))
@@ -62,7 +67,7 @@ def fitting(captions: Captions | NDArray[Any], tokens: int, channels: int, what:
     """Captions as a bundle takes them: (N, L, C), shorter ones filled up; without a mask every token counts."""
     embeddings = np.asarray(captions.embeddings if isinstance(captions, Captions) else captions)
     mask = np.asarray(captions.mask) if isinstance(captions, Captions) else np.ones(embeddings.shape[:2])
-    if embeddings.ndim != 3 or embeddings.shape[2] != channels or not 1 <= embeddings.shape[1] <= tokens:
+    if embeddings.ndim != 3 or not embeddings.size or embeddings.shape[2] != channels or embeddings.shape[1] > tokens:
         raise UsageError(f"{what} have shape {embeddings.shape}; expected (captions, up to {tokens}, {channels})")
     if mask.shape != embeddings.shape[:2] or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
         raise UsageError(

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.backends import Resident
+from dit_runtime.conditioning import Put
 from dit_runtime.errors import EngineError
 from dit_runtime.solvers import Array, Solver
 
 Home = Callable[[], Array]
 Denoise = Callable[[Mapping[str, Any]], Mapping[str, NDArray[Any]]]
+Into = Callable[
+    [Mapping[str, Any], Mapping[str, Any]], object
+]  # what an engine makes of the first goes into the second
 Given = Callable[[int, slice], Mapping[str, Any]]  # step, samples -> the denoiser's inputs but the latents
 
 
@@ -38,14 +41,14 @@ def with_solver(run: Solver, timesteps: Array, denoise: Denoise, given: Given, s
 
 
 def with_matrices(
-    matrices: Array, denoiser: Resident, update: Resident, x: NDArray[Any], given: Given, size: int
+    matrices: Array, put: Put, denoise: Into, update: Into, x: NDArray[Any], given: Given, size: int
 ) -> Iterator[Home]:
     """The host queues each step and waits for none that nobody looks at."""
     chunks = _chunks(len(x), size)
-    latents = [denoiser.put(x[samples].astype(np.float32)) for samples in chunks]
+    latents = [put(x[samples].astype(np.float32)) for samples in chunks]
     zeros = [np.zeros(part.shape, np.float32) for part in latents]
-    kept, predictions = ([denoiser.put(part) for part in zeros] for _ in range(2))
-    coefficients = denoiser.put(matrices.astype(np.float32))
+    kept, predictions = ([put(part) for part in zeros] for _ in range(2))
+    coefficients = put(matrices.astype(np.float32))
 
     def home() -> Array:
         found = np.concatenate([np.asarray(part) for part in latents]).astype(np.float64)
@@ -55,9 +58,9 @@ def with_matrices(
 
     for step in range(len(matrices)):
         for samples, state, before, prediction in zip(chunks, latents, kept, predictions, strict=True):
-            denoiser.run({"latents": state, **given(step, samples)}, {"prediction": prediction})
+            denoise({"latents": state, **given(step, samples)}, {"prediction": prediction})
             states = {"latents": state, "prediction": prediction, "previous": before}
-            update.run(states | {"coefficients": coefficients[step]}, {"kept": before, "next": state})
+            update(states | {"coefficients": coefficients[step]}, {"kept": before, "next": state})
         yield home
 
 

@@ -143,10 +143,13 @@ def _parse(table: dict[str, Any]) -> Manifest:
         raise ValueError(f"{len(manifest.labels)} label names, expected {manifest.num_classes}")
     if len(manifest.latent_shape) != 3 or min(manifest.latent_shape) < 1:
         raise ValueError(f"latent_shape {list(manifest.latent_shape)}, expected [channels, height, width]")
-    for name, specs in (("denoiser", graphs["denoiser"].inputs[:1]), ("conditioner", graphs["conditioner"].outputs)):
+    rows = [(graphs["denoiser"].inputs, "denoiser", 3), (graphs["conditioner"].outputs, "conditioner", 2)]
+    if "context" in graphs:
+        rows += [(graphs["context"].inputs, "context", 2), (graphs["context"].outputs, "context", 2)]
+    for specs, name, axes in rows:
         fixed = specs[0].shape[1:] if specs else ()
-        if not fixed or not all(isinstance(size, int) for size in fixed):
-            raise ValueError(f"{name} has the shape {list(fixed)} a row, expected numbers")
+        if len(fixed) != axes or not all(isinstance(size, int) for size in fixed):
+            raise ValueError(f"{name} has the shape {list(fixed)} a row, expected {axes} numbers")
         if name == "denoiser" and fixed != manifest.latent_shape:
             raise ValueError(f"latent_shape is {list(manifest.latent_shape)}, expected the denoiser's {list(fixed)}")
     if manifest.num_classes < 1 or any(graph.max_batch < 1 for graph in graphs.values()):

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,9 +18,9 @@ from dit_runtime import backends, images, loops, manifest, noise
 from dit_runtime.backends import Engine, Options, Resident
 from dit_runtime.captions import Captions, Context, Contexts, examples, fitting
 from dit_runtime.conditioning import Table
-from dit_runtime.errors import BundleError, EngineError, UsageError, nearest
+from dit_runtime.errors import BundleError, EngineError, UsageError
+from dit_runtime.labels import class_number
 from dit_runtime.manifest import Manifest
-from dit_runtime.schedule import is_integer
 from dit_runtime.solvers import linear, plan, solve
 
 OnStep = Callable[[int, int, NDArray[np.float64]], Any]
@@ -91,6 +92,17 @@ class Pipeline:
             self._engines[name] = engine
         return self._engines[name]
 
+    def _run(self, name: str, inputs: Mapping[str, Any], *into: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """The engine's answer; with `into`, it goes there and stays with the engine."""
+        engine = self._engine(name)
+        try:
+            return engine.run(inputs, *into)
+        except (UsageError, EngineError):
+            raise
+        except Exception as error:  # each backend has exceptions of its own; memory that ran out is one of them
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise EngineError(f"the {name}'s engine failed: {reason}") from error
+
     def sample(
         self,
         labels: str | int | Sequence[str | int] = (),
@@ -119,6 +131,8 @@ class Pipeline:
         if output == "images":
             self._require_decoder()
         if captions is None:
+            if negative is not None:
+                raise UsageError("negative captions without captions; pass both, or labels alone")
             ids = self.label_ids([labels] if isinstance(labels, str | int | np.integer) else list(labels))
         else:
             captions = self._fitting(captions, "captions")
@@ -142,9 +156,10 @@ class Pipeline:
         denoiser, update = self._residents()
         matrices = None if update is None else linear(self.manifest.diffusion, solver, steps, eta=eta, spacing=spacing)
         if denoiser is None or update is None or matrices is None:
-            done = loops.with_solver(run, timesteps, lambda inputs: self._engine("denoiser").run(inputs), given, size)
+            done = loops.with_solver(run, timesteps, partial(self._run, "denoiser"), given, size)
         else:
-            done = loops.with_matrices(matrices, denoiser, update, x, given, size)
+            engines = denoiser.put, partial(self._run, "denoiser"), partial(self._run, "update")
+            done = loops.with_matrices(matrices, *engines, x, given, size)
         for step, home in enumerate(done):
             if on_step is not None and on_step(step + 1, len(timesteps), home()) is True:
                 raise Stopped(f"stopped after step {step + 1} of {len(timesteps)}")
@@ -164,15 +179,15 @@ class Pipeline:
     def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
         """(N,), (N,) -> [N, K, D]; where there are captions, labels change nothing."""
         inputs = {"timesteps": timesteps} | ({} if self.manifest.caption_shape else {"labels": labels})
-        return self._engine("conditioner").run(inputs)["conditioning"]
+        return self._run("conditioner", inputs)["conditioning"]
 
     def context(self, captions: Captions) -> Context:
         """(N, L, C), (N, L) -> [N, M, D], [N, L]."""
-        engine, size = self._engine("context"), self.manifest.graphs["context"].max_batch
+        size = self.manifest.graphs["context"].max_batch
         parts = []
         for first in range(0, len(captions.mask), size):
             embeddings, mask = (part[first : first + size] for part in captions)
-            found = engine.run({"captions": embeddings, "mask": mask})
+            found = self._run("context", {"captions": embeddings, "mask": mask})
             parts.append((found["context"], found["context_mask"]))
         return Context(*map(np.concatenate, zip(*parts, strict=True)))
 
@@ -193,16 +208,16 @@ class Pipeline:
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """[B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance, [B, C, H, W]."""
         inputs = {"latents": latents.astype(np.float32), "conditioning": conditioning, "guidance": guidance}
-        outputs = self._engine("denoiser").run(inputs | dict(context or {}))
+        outputs = self._run("denoiser", inputs | dict(context or {}))
         return outputs["prediction"], outputs.get("variance")
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
         """[N, C, H, W] -> [N, 3, 8H, 8W] in [0, 1]."""
         self._require_decoder()
-        engine, size = self._engine("decoder"), self.manifest.graphs["decoder"].max_batch
+        size = self.manifest.graphs["decoder"].max_batch
         parts = []
         for first in range(0, len(latents), size):
-            parts.append(engine.run({"latents": latents[first : first + size].astype(np.float32)})["images"])
+            parts.append(self._run("decoder", {"latents": latents[first : first + size].astype(np.float32)})["images"])
         pictures = np.concatenate(parts)
         if not np.isfinite(pictures).all():
             raise EngineError("the decoder's pictures hold values that are not finite")
@@ -243,27 +258,7 @@ class Pipeline:
         if not labels:
             other = "; or captions" if self.manifest.caption_shape else ""
             raise UsageError(f"no labels; pass at least one class name or number{other}")
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: str | int) -> int:
-        count = self.manifest.num_classes
-        if isinstance(label, str) and not label.removeprefix("-").isdecimal():
-            names: dict[str, int] = {}
-            for number, name in enumerate(self.manifest.labels):  # whole names win over synonyms of others
-                names.setdefault(name.strip().lower(), number)
-            for number, name in enumerate(self.manifest.labels):
-                for synonym in name.split(","):
-                    names.setdefault(synonym.strip().lower(), number)
-            if label.strip().lower() not in names:
-                known = nearest(label, names) if names else f": this bundle has no names, only 0 to {count - 1}"
-                raise UsageError(f"class {label!r} is not known{known}")
-            return names[label.strip().lower()]
-        if not isinstance(label, str) and not is_integer(label):
-            raise UsageError(f"label {label!r} is no class; expected a name, or a number from 0 to {count - 1}")
-        number = int(label)
-        if not 0 <= number < count:
-            raise UsageError(f"label {number} is out of range; expected 0 to {count - 1}")
-        return number
+        return [class_number(label, self.manifest.labels, self.manifest.num_classes) for label in labels]
 
     def is_guided(self, weights: NDArray[np.float32]) -> bool:
         """Whether the null rows are needed: not where they cannot change the result."""

@@ -78,23 +78,35 @@ typedef struct dit_open_options {
 
 typedef struct dit_info {
     size_t struct_size;
-    int64_t num_classes;     /* labels are 0 to num_classes - 1 */
-    int has_labels;          /* whether classes have names */
-    int64_t latent_shape[3]; /* channels, height, width */
-    int64_t image_shape[3];  /* height, width, 3; all 0 without a decoder */
-    int64_t max_batch;       /* what the denoiser takes at a time; longer requests are split */
-    int64_t train_steps;     /* the most steps of a run */
-    const char* model;       /* its name, such as "XL/2" */
-    const char* solver;      /* the bundle's default */
-    const char* backend;     /* that the denoiser runs on here */
-    const char* precision;   /* of the denoiser */
+    int64_t num_classes;      /* labels are 0 to num_classes - 1; with captions, those of made-up ones */
+    int has_labels;           /* whether classes have names */
+    int64_t latent_shape[3];  /* channels, height, width */
+    int64_t image_shape[3];   /* height, width, 3; all 0 without a decoder */
+    int64_t max_batch;        /* what the denoiser takes at a time; longer requests are split */
+    int64_t train_steps;      /* the most steps of a run */
+    const char* model;        /* its name, such as "XL/2" */
+    const char* solver;       /* the bundle's default */
+    const char* backend;      /* that the denoiser runs on here */
+    const char* precision;    /* of the denoiser */
+    int64_t caption_shape[2]; /* the most tokens of a caption, and numbers a token; both 0 where there are none */
 } dit_info;
 
-#define DIT_INFO_INIT {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL}
+#define DIT_INFO_INIT {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}}
 
 /* Called after each evaluation of the network, of which a step of solver heun needs two; what is not 0 stops the run.
  * `latents` holds count · C · H · W numbers. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
+
+/* What a text encoder made of some texts, for a bundle that draws by captions. */
+typedef struct dit_captions {
+    size_t struct_size;
+    size_t count;            /* of texts */
+    size_t tokens;           /* of each, up to dit_info.caption_shape[0]; shorter ones have a mask */
+    const float* embeddings; /* count · tokens · caption_shape[1] numbers */
+    const float* mask;       /* count · tokens: 1 where a text has a token, else 0; NULL: all are tokens */
+} dit_captions;
+
+#define DIT_CAPTIONS_INIT {sizeof(dit_captions), 0, 0, NULL, NULL}
 
 typedef struct dit_request {
     size_t struct_size;
@@ -113,9 +125,12 @@ typedef struct dit_request {
     const float* latents;  /* count · C · H · W numbers to start from; NULL: the seeds' noise */
     dit_on_step on_step;   /* NULL: none */
     void* user;            /* for on_step */
+    const dit_captions* captions; /* instead of labels; count is then 0 or theirs */
+    const dit_captions* negative; /* of an empty text, which guidance leads away from: one, or one a caption */
 } dit_request;
 
-#define DIT_REQUEST_INIT {sizeof(dit_request), NULL, 0, NULL, 0, NULL, 0, 0, NULL, NULL, 0.0, NULL, NULL, NULL}
+#define DIT_REQUEST_INIT \
+    {sizeof(dit_request), NULL, 0, NULL, 0, NULL, 0, 0, NULL, NULL, 0.0, NULL, NULL, NULL, NULL, NULL}
 
 /* A pipeline without a bundle; NULL where memory is short. */
 DIT_API dit_pipeline* dit_new(void);

@@ -34,6 +34,13 @@ struct OpenOptions {
     bool low_memory = false;
 };
 
+// What a text encoder made of some texts.
+struct Captions {
+    std::size_t count = 0, tokens = 0;
+    std::vector<float> embeddings;  // [count, tokens, numbers a token]
+    std::vector<float> mask;        // [count, tokens]: 1 where a caption has a token, else 0; empty: all are tokens
+};
+
 struct Request {
     std::vector<std::int64_t> labels;
     std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
@@ -44,6 +51,10 @@ struct Request {
     std::vector<float> latents;  // to start from; empty: the seeds' noise
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
     std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;
+    Captions captions;  // instead of labels
+    Captions negative;  // of an empty text, for guidance: one for all, or one a caption
+
+    std::size_t count() const { return captions.count ? captions.count : labels.size(); }
 };
 
 struct Images {
@@ -88,7 +99,7 @@ class Pipeline {
 
     Images generate(const Request& request) {
         Images images;
-        images.count = request.labels.size();
+        images.count = request.count();
         images.height = static_cast<std::size_t>(info_.image_shape[0]);
         images.width = static_cast<std::size_t>(info_.image_shape[1]);
         images.pixels.resize(images.count * images.height * images.width * 3);
@@ -101,7 +112,7 @@ class Pipeline {
 
     // Without decoding: float [count, channels, height, width].
     std::vector<float> generate_latents(const Request& request) {
-        std::vector<float> latents(request.labels.size() * row());
+        std::vector<float> latents(request.count() * row());
         float none = 0;
         float* numbers = latents.empty() ? &none : latents.data();
         run(request, [&](const dit_request& given) {
@@ -138,19 +149,40 @@ class Pipeline {
         if (status != DIT_OK) throw Error(status, dit_message(pipe_.get()));
     }
 
+    static void require(const std::string& name, std::size_t found, std::size_t expected) {
+        if (found != expected)
+            throw Error(DIT_BAD_ARGUMENT,
+                        name + ": " + std::to_string(found) + " numbers; expected " + std::to_string(expected));
+    }
+
+    dit_captions to_c(const std::string& name, const Captions& from) const {
+        dit_captions captions = DIT_CAPTIONS_INIT;
+        captions.count = from.count;
+        captions.tokens = from.tokens;
+        captions.embeddings = from.embeddings.data();
+        const std::size_t tokens = from.count * from.tokens;
+        if (info_.caption_shape[1])  // else the library refuses them
+            require(name, from.embeddings.size(), tokens * static_cast<std::size_t>(info_.caption_shape[1]));
+        if (from.mask.empty()) return captions;
+        require("the mask of " + name, from.mask.size(), tokens);
+        captions.mask = from.mask.data();
+        return captions;
+    }
+
     std::size_t row() const {
         return static_cast<std::size_t>(info_.latent_shape[0] * info_.latent_shape[1] * info_.latent_shape[2]);
     }
 
     template <typename Call>
     void run(const Request& request, const Call& call) {
-        if (!request.latents.empty() && request.latents.size() != request.labels.size() * row())
-            throw Error(DIT_BAD_ARGUMENT, "latents have " + std::to_string(request.latents.size()) +
-                                              " numbers; expected " + std::to_string(request.labels.size() * row()));
+        if (!request.latents.empty()) require("latents", request.latents.size(), request.count() * row());
         Step step{request, nullptr};
         dit_request given = DIT_REQUEST_INIT;
-        given.labels = request.labels.data();
-        given.count = request.labels.size();
+        if (!request.labels.empty()) given.labels = request.labels.data();
+        given.count = request.count();
+        const dit_captions captions = to_c("captions", request.captions), negative = to_c("negative", request.negative);
+        if (captions.count) given.captions = &captions;
+        if (negative.count) given.negative = &negative;
         given.seeds = request.seeds.data();
         given.num_seeds = request.seeds.size();
         given.guidance = request.guidance.data();

@@ -18,6 +18,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 AROUND = "fp32"
 TYPED = ("fp16",)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+CPU = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -36,6 +37,15 @@ def version() -> str | None:
 def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
     """Nothing: it runs on every CPU."""
     return None
+
+
+def _saturates() -> bool:
+    """Whether u8 × s8 products overflow 16 bits here: on x86 without VNNI; on trust where the system does not say."""
+    try:
+        flags = CPU.read_text()
+    except OSError:
+        return True
+    return "sse2" in flags and "vnni" not in flags
 
 
 def compile(folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
@@ -62,8 +72,8 @@ class OrtEngine:
             raise UsageError(f"provider {options.provider!r} is not in this onnxruntime; here: {', '.join(here)}")
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
-        # u8 × s8 products saturate on x86 without VNNI; there, and only there, they become u8 × u8, slower and exact.
-        settings.add_session_config_entry("session.x64quantprecision", "1")
+        if _saturates():  # then as u8 × u8, exact, and at 0.4 of the speed also where it would not be needed
+            settings.add_session_config_entry("session.x64quantprecision", "1")
         if options.threads:
             settings.intra_op_num_threads = options.threads
         if options.low_memory:  # blocks go back to the system when they are free, not when the session ends

@@ -1,0 +1,137 @@
+"""What each conditioning costs: GMAC beside the measured time of a guided step, of made-up weights in fp32.
+
+`python -m dit_export.bench.conditionings S/8 B/4 XL/2` prints README's table. All conditionings of a size are open
+together and asked in turn, so that what else the machine does hits all of them; a time is the least of the rounds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dit_export.bench.competitors import BASE, WEIGHTS
+from dit_export.bench.floor import flops
+from dit_export.bench.machine import available_memory
+from dit_export.bench.report import time
+from dit_export.bench.subject import GUIDANCE, in_a_row
+from dit_export.spec import CONDITIONINGS, ModelSpec, Recipe, conditioned, model
+from dit_export.weights import Loaded
+from dit_export.weights.synthetic import synthetic_dit
+from dit_export.write import trace_graphs, unverified
+from dit_runtime import backends, manifest
+from dit_runtime.backends import Engine, Options
+from dit_runtime.cli import Parser, guarded
+from dit_runtime.errors import UsageError
+from dit_runtime.manifest import Graph
+from dit_runtime.progress import Progress
+from dit_runtime.schedule import Diffusion
+
+
+class Cost(NamedTuple):
+    gmac: float  # of a row, and of that
+    in_loop: float
+    seconds: float  # of a guided step
+
+
+def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) -> Graph:
+    """A bundle of made-up weights, of which only the denoiser's files are kept."""
+    loaded = Loaded(spec, synthetic_dit(spec, 0), None, (), Diffusion(), {"kind": "synthetic", "seed": 0})
+    traced = folder.with_name(f"{folder.name}.traced")
+    trace_graphs(traced, loaded, None, progress)
+    unverified(folder, traced, loaded, Recipe(backend=backend, max_batch=1), progress)
+    shutil.rmtree(traced)
+    graph = manifest.read(folder).graphs["denoiser"]
+    for file in folder.iterdir():
+        if not file.name.startswith("denoiser."):
+            file.unlink()
+    return graph
+
+
+def inputs(graph: Graph) -> dict[str, np.ndarray]:
+    """Noise of the shapes of one guided picture: the time of a step does not depend on what is in them."""
+    random, free = np.random.default_rng(0), {"groups": 2, "batch": 1}
+    found = {}
+    for tensor in graph.inputs:
+        shape = [free[size] if isinstance(size, str) else size for size in tensor.shape]
+        found[tensor.name] = random.standard_normal(shape, np.float32)
+    if "context_mask" in found:
+        found["context_mask"][:] = 0  # every token counts
+    return found | {"guidance": np.full(1, GUIDANCE, np.float32)}
+
+
+def measure(
+    specs: Mapping[str, ModelSpec], backend: str, rounds: int, threads: int | None, folder: Path, progress: Progress
+) -> dict[str, Cost]:
+    """Of each of the specs, all of which are in memory at a time."""
+    if min(rounds, threads or 1) < 1:
+        raise UsageError("rounds and threads are at least 1")
+    weights = sum(4 * (12 + 2 * spec.by.crossed) * spec.depth * spec.hidden**2 for spec in specs.values())
+    if (needed := BASE[backend] + WEIGHTS[backend] * weights) > available_memory():
+        raise UsageError(
+            f"{len(specs)} denoisers on {backend} take {needed / 1e9:.0f} GB, {available_memory() / 1e9:.0f} GB are "
+            "free; pass fewer --conditionings, or --backend onnxruntime"
+        )
+    made = {name: denoiser(spec, folder / name, backend, progress) for name, spec in specs.items()}
+    ready: dict[str, tuple[Engine, dict[str, np.ndarray]]] = {}
+    for name, graph in made.items():
+        files = [folder / name / file for file in graph.files]
+        ready[name] = backends.backend(backend).open(files, Options(threads=threads)), inputs(graph)
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    with progress.stage(f"{rounds} rounds of {', '.join(ready)}"):
+        for number in range(rounds + 1):
+            for name, (engine, given) in ready.items():
+                if number:
+                    seconds[name].append(in_a_row(lambda engine=engine, given=given: engine.run(given)))
+                else:
+                    engine.run(given)  # compiles, or touches the weights
+            progress.step(number, rounds, "step")
+    for engine, _ in ready.values():
+        engine.close()
+    costs = {}
+    for name, spec in specs.items():
+        row = flops(spec)
+        costs[name] = Cost(sum(row) / 2e9, (row.blocks + row.ends) / 2e9, min(seconds[name]))
+    return costs
+
+
+def table(costs: Mapping[str, Mapping[str, Cost]]) -> str:
+    """Markdown: a line a conditioning, and for each size GMAC a row, of which in the loop, and the step."""
+    sizes = list(costs)
+    lines = ["| | " + " | ".join(f"{size}: GMAC a row | in the loop | a guided step" for size in sizes) + " |"]
+    lines.append("|---" * (1 + 3 * len(sizes)) + "|")
+    for way in dict.fromkeys(way for size in sizes for way in costs[size]):
+        cells = [
+            f"{cost.gmac:.2f} | {cost.in_loop:.2f} | {time(cost.seconds)}"
+            for size in sizes
+            for cost in [costs[size][way]]
+        ]
+        lines.append(f"| `{way}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = Parser(prog="python -m dit_export.bench.conditionings", description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--conditionings", nargs="+", default=list(CONDITIONINGS), choices=list(CONDITIONINGS))
+    parser.add_argument("--backend", default="onnxruntime", choices=list(WEIGHTS)[1:])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="default: the engine's own choice")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the files stand meanwhile")
+    options = parser.parse_args()
+    specs = {name: {way: conditioned(model(name), way) for way in options.conditionings} for name in options.models}
+    costs = {}
+    for name, ways in specs.items():
+        with tempfile.TemporaryDirectory(prefix="dit-bench-", dir=options.output) as folder:
+            costs[name] = measure(ways, options.backend, options.rounds, options.threads, Path(folder), Progress())
+    print(table(costs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded("dit-export bench", main))
