@@ -12,7 +12,7 @@ namespace {
 
 using json::Json;
 
-const std::vector<std::string> GRAPHS = {"conditioner", "context", "denoiser", "decoder"};
+const std::vector<std::string> GRAPHS = {"conditioner", "context", "denoiser", "update", "decoder"};
 
 TensorSpec parse_tensor(const Json& table) {
     json::known_keys(table, "a tensor", {"name", "dtype", "shape"});
@@ -99,7 +99,7 @@ Manifest parse_table(const Json& table) {
     if (!contains(names, "conditioner") || !contains(names, "denoiser") ||
         !std::all_of(names.begin(), names.end(), known))
         throw std::invalid_argument("graphs " + join(names) + "; expected " + join(GRAPHS) +
-                                    " (context and decoder may lack)");
+                                    " (conditioner and denoiser always)");
     for (const auto& entry : json::table(json::need(table, "files"), "files").items()) {
         const std::string where = "size of " + entry.key();
         const std::int64_t size = json::integer(json::need(entry.value(), "size"), where, 0, INT64_MAX);
@@ -112,6 +112,7 @@ Manifest parse_table(const Json& table) {
         for (const auto& name : named)
             if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
     }
+    manifest.graphs.erase("update");
     if (!manifest.labels.empty() && manifest.labels.size() != static_cast<std::size_t>(manifest.num_classes))
         throw std::invalid_argument(text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
     if (manifest.latent_shape.size() != 3)

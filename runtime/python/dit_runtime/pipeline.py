@@ -1,4 +1,4 @@
-"""From labels to pictures: the bundle's three graphs around a solver."""
+"""From labels to pictures: the bundle's graphs around a solver."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import backends, images, manifest, noise
-from dit_runtime.backends import Engine, Options
+from dit_runtime import backends, images, loops, manifest, noise
+from dit_runtime.backends import Engine, Options, Resident
 from dit_runtime.captions import Captions, Context, Contexts, examples, fitting
 from dit_runtime.conditioning import Table
 from dit_runtime.errors import BundleError, EngineError, UsageError, nearest
 from dit_runtime.manifest import Manifest
 from dit_runtime.schedule import is_integer
-from dit_runtime.solvers import plan, solve
+from dit_runtime.solvers import linear, plan, solve
 
 OnStep = Callable[[int, int, NDArray[np.float64]], Any]
 
@@ -66,7 +66,8 @@ class Pipeline:
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
         pipe = cls(folder, contract, {}, options)
         for name in () if low_memory else contract.graphs:
-            pipe._engine(name)
+            if name != "update":  # which is opened where it is needed
+                pipe._engine(name)
         return pipe
 
     def _engine(self, name: str) -> Engine:
@@ -81,6 +82,8 @@ class Pipeline:
             module = backends.backend(backends.choose(graph.backend, graph.precision))
             files = [manifest.inside(self.folder, file) for file in graph.files]
             settings = replace(self._options, precision=graph.precision, built=manifest.built(self.manifest, name))
+            if name == "update":
+                settings = replace(settings, beside=self._engines["denoiser"])
             engine: Engine = module.open(files, settings)
             expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
             if engine.io != expected:
@@ -88,7 +91,7 @@ class Pipeline:
             self._engines[name] = engine
         return self._engines[name]
 
-    def _run(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _run(self, name: str, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         engine = self._engine(name)
         try:
             return engine.run(inputs)
@@ -143,14 +146,21 @@ class Pipeline:
         guided = self.is_guided(weights)
         contexts = self.examples(ids, guided) if captions is None else self._contexts(captions, negative, guided)
         table = self.table(timesteps, ids, guided)
-        state, t = next(run)
-        for step in range(len(timesteps)):
-            try:
-                state, t = run.send(self._denoise_all(step, t, state, table, contexts, weights))
-            except StopIteration as end:
-                state = end.value
-            if on_step is not None and on_step(step + 1, len(timesteps), state) is True:
+        size, weights = self.manifest.graphs["denoiser"].max_batch, self._put(weights)
+
+        def given(step: int, samples: slice) -> dict[str, Any]:
+            return {"conditioning": table(step, samples), "guidance": weights[samples], **contexts(samples)}
+
+        denoiser, update = self._residents()
+        matrices = None if update is None else linear(self.manifest.diffusion, solver, steps, eta=eta, spacing=spacing)
+        if denoiser is None or update is None or matrices is None:
+            done = loops.with_solver(run, timesteps, lambda inputs: self._run("denoiser", inputs), given, size)
+        else:
+            done = loops.with_matrices(matrices, denoiser, update, x, given, size)
+        for step, home in enumerate(done):
+            if on_step is not None and on_step(step + 1, len(timesteps), home()) is True:
                 raise Stopped(f"stopped after step {step + 1} of {len(timesteps)}")
+        state = home()
         if output == "latents":
             return state.astype(np.float32)
         return images.to_uint8(self.decode(state))
@@ -159,8 +169,9 @@ class Pipeline:
         graph = self.manifest.graphs["conditioner"]
         row_bytes = 4 * math.prod(int(size) for size in graph.outputs[0].shape[1:])
         null_label = self.manifest.null_label if guided else None
-        whole = self._options.low_memory  # all of it at once, so that the conditioner can be closed
-        return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch, whole=whole)
+        # In low memory all of it at once, so that the conditioner can be closed.
+        how: dict[str, Any] = {"whole": self._options.low_memory, "put": self._put}
+        return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch, **how)
 
     def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
         """(N,), (N,) -> [N, K, D]; where there are captions, labels change nothing."""
@@ -183,7 +194,7 @@ class Pipeline:
         if shape is None:
             return Contexts()
         null = self.context(examples([self.manifest.null_label], *shape)) if guided else None
-        return Contexts(self.context(examples(numbers, *shape)), null)
+        return Contexts(self.context(examples(numbers, *shape)), null, self._put)
 
     def denoise(
         self,
@@ -209,20 +220,17 @@ class Pipeline:
             raise EngineError("the decoder's pictures hold values that are not finite")
         return pictures
 
-    def _denoise_all(
-        self, step: int, t: float, x: NDArray[Any], table: Table, contexts: Contexts, weights: NDArray[np.float32]
-    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """The whole batch at one step, split into what the engine takes at a time."""
-        parts = []
-        size = self.manifest.graphs["denoiser"].max_batch
-        for first in range(0, len(x), size):
-            rows = slice(first, first + size)
-            prediction, variance = self.denoise(x[rows], table(step, rows), weights[rows], contexts(rows))
-            if not np.isfinite(prediction).all():
-                raise EngineError(f"step {step + 1} (t = {t:g}): the denoiser's prediction holds values not finite")
-            parts.append((prediction, variance))
-        predictions, variances = zip(*parts, strict=True)
-        return np.concatenate(predictions), None if variances[0] is None else np.concatenate(variances)
+    def _residents(self) -> tuple[Resident | None, Resident | None]:
+        """The denoiser's and the update's engines, where arrays can stay with them."""
+        if self._options.low_memory or not isinstance(denoiser := self._engine("denoiser"), Resident):
+            return None, None
+        update = self._engine("update") if "update" in self.manifest.graphs else None
+        return denoiser, update if isinstance(update, Resident) else None
+
+    def _put(self, values: NDArray[Any]) -> Any:
+        """What every step reads, to where it is read."""
+        denoiser, _ = self._residents()
+        return np.asarray(values) if denoiser is None else denoiser.put(values)
 
     def _fitting(self, captions: Captions | NDArray[Any], what: str) -> Captions:
         shape = self.manifest.caption_shape
@@ -232,7 +240,7 @@ class Pipeline:
 
     def _contexts(self, captions: Captions, negative: Captions | NDArray[Any] | None, guided: bool) -> Contexts:
         if not guided:
-            return Contexts(self.context(captions))
+            return Contexts(self.context(captions), put=self._put)
         if negative is None:
             raise UsageError("guidance needs negative=, the embedding of an empty text; or pass guidance 1")
         null = self._fitting(negative, "negative captions")
@@ -240,7 +248,7 @@ class Pipeline:
             raise UsageError(
                 f"{len(null.mask)} negative captions; expected one, or one for each of {len(captions.mask)}"
             )
-        return Contexts(self.context(captions), self.context(null))
+        return Contexts(self.context(captions), self.context(null), self._put)
 
     def label_ids(self, labels: Sequence[str | int]) -> list[int]:
         """Class numbers of names ("golden retriever", one of its synonyms, or "207") and numbers."""
@@ -298,7 +306,7 @@ class Pipeline:
             raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
 
     def close(self) -> None:
-        for engine in self._engines.values():
+        for engine in reversed(self._engines.values()):  # the update's works in the denoiser's stream
             engine.close()
         self._engines.clear()
 
