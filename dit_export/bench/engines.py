@@ -66,7 +66,7 @@ class Ours(Subject):
 
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(job)
-        on_cpu = {"threads": job.threads} if competitor.library in CPU_LIBRARIES else {}
+        on_cpu: dict[str, Any] = {"threads": job.threads} if competitor.library in CPU_LIBRARIES else {}
         provider = job.device if competitor.library == "onnxruntime" else None
         self.pipe = Pipeline.load(folder, provider=provider, **on_cpu)
         self._times = plan(job.diffusion, SOLVER, job.steps)

@@ -12,7 +12,7 @@ import numpy as np
 from dit_export.spec import ModelSpec
 
 Shape = tuple[int, int, int]  # (M, K) x (K, N)
-GEMMS = {  # by device
+GEMMS: dict[str, dict[str, tuple[str, ...]]] = {  # by device
     "cpu": {"pytorch": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")},
     "cuda": {"pytorch": ("fp32", "fp16", "bf16", "int8", "fp8")},
 }

@@ -13,8 +13,11 @@ from dit_runtime.backends.trt import RTX, TENSORRT
 
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm")
-PACKAGES = ("dit-export", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
-PACKAGES += (*TENSORRT.packages, *RTX.packages)
+PACKAGES = (
+    *("dit-export", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),
+    *TENSORRT.packages,
+    *RTX.packages,
+)
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

@@ -112,7 +112,7 @@ Manifest parse_table(const Json& table) {
         for (const auto& name : named)
             if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
     }
-    manifest.graphs.erase("update");  // solvers step on the host here
+    manifest.graphs.erase("update");  // which is for engines on a device: here solvers step on the host
     if (!manifest.labels.empty() && manifest.labels.size() != static_cast<std::size_t>(manifest.num_classes))
         throw std::invalid_argument(text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
     if (manifest.latent_shape.size() != 3)

@@ -40,21 +40,19 @@ class Contexts:
     def __init__(self, own: Context | None = None, null: Context | None = None, put: Put = np.asarray) -> None:
         """`null` is what guidance leads away from: one for all, or one a sample; None without guidance."""
         self._own, self._null, self._put = own, null, put
-        self._samples: slice | None = None
-        self._stacked: dict[str, Any] = {}
+        self._held: tuple[slice | None, dict[str, Any]] = None, {}
 
     def __call__(self, samples: slice) -> dict[str, Any]:
         """`context` [G, B, M, D] and `context_mask` [G, B, L] for some of the samples: their own first.
 
         Those of the last call are kept, XL/2's 62 MB a sample: a run that fits the engine always asks for the same.
         """
-        if self._own is not None and samples != self._samples:
-            stacked = self._stack(self._own, samples)
-            self._samples, self._stacked = samples, {}  # before there are others on a device
-            self._stacked = {name: self._put(part) for name, part in stacked.items()}
-        return self._stacked
+        if self._own is not None and self._held[0] != samples:
+            self._held = samples, {}  # before there are others
+            self._held = samples, {name: self._put(part) for name, part in self._groups(self._own, samples).items()}
+        return self._held[1]
 
-    def _stack(self, own: Context, samples: slice) -> dict[str, NDArray[np.float32]]:
+    def _groups(self, own: Context, samples: slice) -> dict[str, NDArray[np.float32]]:
         groups = [Context(*(part[samples] for part in own))]
         if self._null is not None:
             null = self._null if len(self._null.mask) == 1 else Context(*(part[samples] for part in self._null))
