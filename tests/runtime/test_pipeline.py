@@ -260,7 +260,7 @@ def test_an_engine_that_fails_is_named(pipe):
 
     engine = _Engine(pipe._engines["denoiser"], fail)
     broken = Pipeline(pipe.folder, pipe.manifest, pipe._engines | {"denoiser": engine})
-    with pytest.raises(EngineError, match="^the denoiser's engine failed: out of memory$"):
+    with pytest.raises(EngineError, match=r"^the denoiser's engine failed: out of memory$"):
         latents(broken, [1])
 
 
