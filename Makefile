@@ -22,7 +22,7 @@ CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BI
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo engine bench cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all test-gpu browser lint format clean
+.PHONY: help setup demo engine bench bench-gpu cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -31,6 +31,7 @@ help:
 	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CAPTIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
 	@echo "                               THREADS, ONLY, JSON, SVG"
+	@echo "make bench-gpu MODEL=XL/2      the same on an NVIDIA GPU"
 	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
 	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
 	@echo "make test-gpu                  the TensorRT engines where there is a GPU"
@@ -50,10 +51,15 @@ engine: $(STAMP)
 	$(if $(and $(RECIPE),$(MODEL)),$(error RECIPE names its own model: pass RECIPE or MODEL))
 	@$(BIN)/dit-export build $(if $(RECIPE)$(MODEL),'$(or $(RECIPE),$(MODEL))') $(FLAGS)
 
+BENCH = $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') \
+	$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
+	$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
+
 bench: $(STAMP)
-	@$(BIN)/dit-export bench $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') \
-		$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
-		$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
+	@$(BIN)/dit-export bench $(BENCH)
+
+bench-gpu: $(STAMP)
+	@$(BIN)/dit-export bench --device cuda $(BENCH)
 
 cpp: $(STAMP)
 	$(CPP_SETUP)

@@ -23,7 +23,7 @@ from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
 from dit_export.write import describe, fuse_graphs, int8_of, precisions_of, trace_graphs, wide_of
 from dit_runtime import backends, manifest
-from dit_runtime.backends import Options, Tuning
+from dit_runtime.backends import Options
 from dit_runtime.compiling import compile_graphs, obstacle
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Manifest
@@ -60,7 +60,6 @@ def build(
     progress: Progress,
     wish: Wish | None = None,
     traced: Path | None = None,
-    tuning: Tuning = Tuning(),  # noqa: B008 (it is frozen)
 ) -> Built:
     """With a wish, an int8 build also finds out which layers stay float; the manifest's recipe then names them.
 
@@ -79,7 +78,7 @@ def build(
     if recipe.output:
         _refuse_foreign(Path(recipe.output))  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)
-    backends.require(backend, recipe.precision, tuning)
+    backends.require(backend, recipe.precision, recipe.tuning)
     with progress.stage("weights"):
         loaded = load(recipe)
     spec = loaded.spec
@@ -114,7 +113,7 @@ def build(
         contract = describe(partial, loaded, recipe, backend, fused.graphs)
         if wide:
             contract = replace(contract, built_with={**contract.built_with, "wide": wide})
-        contract = compile_graphs(partial, contract, backend, Options(tuning=tuning), progress)
+        contract = compile_graphs(partial, contract, backend, Options(tuning=recipe.tuning), progress)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
         text = report.html(partial, page(folder.name, contract, built))

@@ -16,7 +16,7 @@ from dit_export.bench import command as bench_command
 from dit_export.spec import CONDITIONINGS, MODELS, PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
 from dit_runtime import backends, manifest
-from dit_runtime.cli import Parser, add_bundle, add_tuning, guarded, report, tuning
+from dit_runtime.cli import Parser, add_bundle, add_tuning, guarded, report
 from dit_runtime.compiling import obstacle, targets
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
@@ -42,7 +42,6 @@ def _parser() -> Parser:
 
     build = commands.add_parser("build", help="checkpoint -> verified bundle")
     _add_recipe(build)
-    add_tuning(build)
     build.set_defaults(command=_build)
 
     quantize = commands.add_parser("quantize", help="an int8 bundle whose layers were tried one by one, and its recipe")
@@ -129,6 +128,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")
     parser.add_argument("-o", "--output", metavar="DIR", help="default: a folder in engines/build")
     parser.add_argument("--json", action="store_true", help="the checks, for machines, on standard output")
+    add_tuning(parser)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -142,7 +142,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 def _build(options: argparse.Namespace) -> int:
     from dit_export.build import build
 
-    return _built(build(_recipe(options), Progress(), tuning=tuning(options)), options)
+    return _built(build(_recipe(options), Progress()), options)
 
 
 def _quantize(options: argparse.Namespace) -> int:

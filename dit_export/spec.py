@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from dit_runtime.backends import Tuning
 from dit_runtime.captions import EXAMPLES
 from dit_runtime.errors import UsageError, nearest
 from dit_runtime.manifest import TensorSpec
@@ -139,8 +140,11 @@ def signatures(spec: ModelSpec) -> dict[str, Signature]:
     def floats(name: str, *shape: int | str) -> TensorSpec:
         return TensorSpec(name, "float32", shape)
 
+    def states(*names: str) -> tuple[TensorSpec, ...]:
+        return tuple(floats(name, "batch", *spec.latent_shape) for name in names)
+
     _, height, width = spec.latent_shape
-    latents = floats("latents", "batch", *spec.latent_shape)
+    (latents,) = states("latents")
     outputs = ("prediction", "variance") if spec.learned_variance else ("prediction",)
     pairs = [floats("timesteps", "pairs")]
     given = [floats("conditioning", "groups", "batch", *vectors)]
@@ -157,7 +161,10 @@ def signatures(spec: ModelSpec) -> dict[str, Signature]:
         **found,
         "denoiser": Signature(
             (latents, *given, floats("guidance", "batch")),
-            tuple(floats(name, "batch", *spec.latent_shape) for name in outputs),
+            states(*outputs),
+        ),
+        "update": Signature(
+            (*states("latents", "prediction", "previous"), floats("coefficients", 2, 3)), states("kept", "next")
         ),
         "decoder": Signature((latents,), (floats("images", "batch", 3, 8 * height, 8 * width),)),
     }
@@ -215,7 +222,7 @@ def table_name(spec: ModelSpec) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Tuning):
     """Everything a build needs to know; a TOML file in engines/ and the flags of `build` both give one."""
 
     model: str | None = None
@@ -243,7 +250,8 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: not a TOML recipe: {error}") from None
         known = [field.name for field in fields(cls)]
-        kinds = {field.name: str(field.type).removesuffix(" | None").removesuffix("[str]") for field in fields(cls)}
+        kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
+        kinds = {name: "list" if kind in ("list[str]", "tuple[str, ...]") else kind for name, kind in kinds.items()}
         names = [key.replace("-", "_") for key in table]
         for key, name in zip(table, names, strict=True):
             if name not in known:
@@ -253,6 +261,10 @@ class Recipe:
             if kinds[name] == "list" and not all(isinstance(entry, str) for entry in table[key]):
                 raise UsageError(f"{path}: {key} is {table[key]!r}, expected strings")
         return cls(**dict(zip(names, table.values(), strict=True)))
+
+    @property
+    def tuning(self) -> Tuning:
+        return Tuning(**{field.name: getattr(self, field.name) for field in fields(Tuning)})
 
     def to_toml(self) -> str:
         """What differs from the defaults, as `from_toml` reads it."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dit_export import graphs, trace
 from dit_export.fuse import LOWERINGS, expected_counts, fuse, narrow, require
 from dit_export.fuse.subpixel import subpixel
+from dit_export.fuse.update import update
 from dit_export.quantize import attention
 from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
@@ -109,6 +110,9 @@ def fuse_graphs(
         target = Target(precision, backend, (wide or {}).get("denoiser", ()))
         expected = expected_counts(spec, precision, kept)
         written["denoiser"] = _write(folder, "denoiser", denoiser, target, counts, expected, lowerings)
+        graphs.save(update(signatures(spec)["update"]), folder / "update.onnx")
+        (folder / graphs.data_name("update.onnx")).touch()  # a graph is two files, with weights or without
+        written["update"] = Written("fp32", {}, {})
         if decoder is not None:
             graph = graphs.load(traced / "decoder.onnx")
             graphs.sign(graph, *signatures(spec)["decoder"])
@@ -213,6 +217,7 @@ def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written
         "conditioner": CONDITIONER_ROWS,
         "context": CONTEXT_ROWS,
         "denoiser": recipe.max_batch,
+        "update": recipe.max_batch,
         "decoder": DECODER_ROWS,
     }
     described = {

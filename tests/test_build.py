@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ import dit_export.build
 import dit_runtime.verify
 from dit_export.cli import main
 from dit_export.spec import Recipe
-from dit_runtime import manifest
+from dit_runtime import UsageError, manifest
+from dit_runtime.backends import Tuning
 from tests.conftest import HEADS, Built, meta_state
 
 
@@ -65,14 +66,26 @@ def test_weights_that_hear_nothing_are_reported(
 
 def test_recipe_file_and_flags_give_the_same_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('model = "S/8"\nresolution = 512\nlatents-only = true\nmax-batch = 2\nsynthetic = 7\n')
+    recipe.write_text(
+        'model = "S/8"\nresolution = 512\nlatents-only = true\nmax-batch = 2\nsynthetic = 7\n'
+        'compute-capability = ["8.6", "8.9"]\npool-limit = ["workspace:4G"]\nrefittable = true\n'
+    )
     flags = ["S/8", "--resolution", "512", "--latents-only", "--max-batch", "2", "--synthetic", "7"]
+    flags += ["--compute-capability", "8.6", "8.9", "--pool-limit", "workspace:4G", "--refittable"]
     from dit_export.cli import _parser, _recipe
 
-    expected = Recipe(model="S/8", resolution=512, latents_only=True, max_batch=2, synthetic=7)
+    tuning = Tuning(compute_capability=("8.6", "8.9"), pool_limit=("workspace:4G",), refittable=True)
+    expected = Recipe(model="S/8", resolution=512, latents_only=True, max_batch=2, synthetic=7, **vars(tuning))
+    assert expected.tuning == tuning
     assert Recipe.from_toml(recipe) == expected
     assert _recipe(_parser().parse_args(["build", *flags])) == expected
     assert _recipe(_parser().parse_args(["build", str(recipe), "--max-batch", "3"])) == replace(expected, max_batch=3)
+    recipe.write_text(expected.to_toml())
+    assert Recipe.from_toml(recipe) == expected == Recipe(**json.loads(json.dumps(asdict(expected))))
+    assert "timing" not in expected.to_toml()  # what is as by default is not said
+    recipe.write_text("compute-capability = 8.9\n")
+    with pytest.raises(UsageError, match=r"compute-capability is 8\.9, expected list"):
+        Recipe.from_toml(recipe)
 
 
 @pytest.mark.parametrize("path", sorted(Path("engines").glob("*.toml")), ids=lambda path: path.name)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dit_export.bench import chart, report
+from dit_export.bench.competitors import COMPETITORS
 from dit_export.bench.run import Settings, bench
 from dit_export.spec import MODELS, model, sized
 from dit_runtime.errors import UsageError
@@ -19,6 +20,7 @@ from dit_runtime.progress import Progress
 def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Gives the parser its options, and the command that takes them."""
     parser.add_argument("model", nargs="?", default="S/2", help=f"{', '.join(MODELS)}; default: S/2")
+    parser.add_argument("--device", default="cpu", help=f"{', '.join(COMPETITORS)}: where, and so by whom")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--steps", type=int, default=25, help="of an image")
@@ -43,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         spec=sized(model(options.model), options.resolution),
         memory=None if options.memory is None else 1e9 * options.memory,
         folder=options.output,
-        **{key: getattr(options, key) for key in ("batch", "steps", "rounds", "images", "threads", "only")},
+        **{key: getattr(options, key) for key in ("device", "batch", "steps", "rounds", "images", "threads", "only")},
     )
     result = {"command": shlex.join(["dit-export", *sys.argv[1:]]), **bench(settings, Progress())}
     if options.json:

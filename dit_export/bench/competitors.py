@@ -23,7 +23,13 @@ KINDS = {  # kind -> how a row of it is named
     "plain": "plain export on",
     "ours": "dit-export on",
 }
-LIBRARIES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+LIBRARIES = {
+    "pytorch": "PyTorch",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Competitor:
 
 YARDSTICK = Competitor("eager", "pytorch", "fp32")
 # A pair of ours that cannot be built here, or a library that is not installed, is left out with the reason.
-COMPETITORS = (
+CPU = (
     YARDSTICK,
     Competitor("eager", "pytorch", "bf16"),
     Competitor("compile", "pytorch", "fp32"),
@@ -69,17 +75,29 @@ COMPETITORS = (
     Competitor("ours", "openvino", "bf16"),
     Competitor("ours", "openvino", "int8"),
 )
+CUDA = (
+    YARDSTICK,
+    *(Competitor(kind, "pytorch", precision) for kind in ("eager", "compile") for precision in ("fp16", "bf16")),
+    Competitor("plain", "onnxruntime", "fp32"),
+    *(Competitor("ours", "onnxruntime", precision) for precision in ("fp32", "fp16")),
+    *(
+        Competitor("ours", backend, precision)
+        for backend in ("tensorrt", "tensorrt-rtx")
+        for precision in ("fp16", "bf16", "int8", "fp8")
+    ),
+)
+COMPETITORS = {"cpu": CPU, "cuda": CUDA}  # by device
 
 
-def choose(patterns: Sequence[str]) -> list[Competitor]:
+def choose(patterns: Sequence[str], device: str = "cpu") -> list[Competitor]:
     """Those that a pattern names ("ours-*"), all without one; the yardstick always runs."""
-    names = [competitor.name for competitor in COMPETITORS]
+    names = [competitor.name for competitor in COMPETITORS[device]]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise UsageError(f"competitor {pattern!r} is not known{nearest(pattern, names)}; known: {', '.join(names)}")
     return [
         competitor
-        for competitor in COMPETITORS
+        for competitor in COMPETITORS[device]
         if competitor is YARDSTICK or not patterns or any(fnmatch(competitor.name, pattern) for pattern in patterns)
     ]
 
@@ -95,6 +113,7 @@ class Job:
     threads: int
     precisions: tuple[str, ...]  # whose GEMMs are timed for the floor
     vae: Mapping[str, Any]  # config of the AutoencoderKL; empty: Stable Diffusion's
+    device: str = "cpu"
 
     def write(self, folder: Path) -> None:
         table = asdict(self) | {"diffusion": self.diffusion.to_dict()}
@@ -112,8 +131,8 @@ class Job:
 
 
 # What a worker keeps: the libraries themselves, and their share of the fp32 weights (OpenVINO's is its peak at load).
-BASE = {"pytorch": 0.45 * GIB, "onnxruntime": 0.2 * GIB, "openvino": 0.2 * GIB}
-WEIGHTS = {"pytorch": 1.2, "onnxruntime": 1.3, "openvino": 2.2}
+BASE = {"pytorch": 0.45 * GIB} | dict.fromkeys(("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"), 0.2 * GIB)
+WEIGHTS = {"pytorch": 1.2, "onnxruntime": 1.3, "openvino": 2.2, "tensorrt": 1.3, "tensorrt-rtx": 1.3}
 COMPILER = 0.5 * GIB
 DECODER_WEIGHTS = 198e6
 DECODER_PIXEL = 10_000  # bytes of its activations; PyTorch gives them back, so they count once for all that run on it

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def measure(
         for number in range(rounds + 1):
             for name, (engine, given) in ready.items():
                 if number:
-                    seconds[name].append(in_a_row(lambda engine=engine, given=given: engine.run(given)))
+                    seconds[name].append(in_a_row(partial(engine.run, given)))
                 else:
                     engine.run(given)  # compiles, or touches the weights
             progress.step(number, rounds, "step")

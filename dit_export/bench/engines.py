@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from dit_export.bench.competitors import Competitor, Job
 from dit_export.bench.subject import GUIDANCE, SEED, SOLVER, TIMESTEP, Subject, guided
+from dit_runtime.backends.ort import PROVIDERS
+from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.solvers import plan
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+CPU_LIBRARIES = ("onnxruntime", "openvino")  # whose threads are ours to set
 
 
 class Plain(Subject):
@@ -24,8 +27,9 @@ class Plain(Subject):
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(job)
         open_file = {"onnxruntime": _onnxruntime, "openvino": _openvino}[competitor.library]
-        self._dit = open_file(folder / "dit.onnx", competitor.precision, job.threads)
-        self._decoder = open_file(folder / "decoder.onnx", competitor.precision, job.threads)
+        self._dit, self._decoder = (
+            open_file(folder / name, competitor.precision, job) for name in ("dit.onnx", "decoder.onnx")
+        )
 
     def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
         timesteps, labels = self.rows(t)
@@ -36,21 +40,23 @@ class Plain(Subject):
         return self._decoder({"latents": latents})
 
 
-def _onnxruntime(path: Path, precision: str, threads: int) -> Run:
+def _onnxruntime(path: Path, precision: str, job: Job) -> Run:
     import onnxruntime as ort
 
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    settings.intra_op_num_threads = threads
-    session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    settings.intra_op_num_threads = job.threads
+    session = ort.InferenceSession(path, settings, providers=[PROVIDERS[job.device]])
+    if PROVIDERS[job.device] not in session.get_providers():
+        raise UsageError(f"ONNX Runtime's provider for {job.device} does not start here")
     return lambda inputs: session.run(None, dict(inputs))[0]
 
 
-def _openvino(path: Path, precision: str, threads: int) -> Run:
+def _openvino(path: Path, precision: str, job: Job) -> Run:
     import openvino
 
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job.threads, "INFERENCE_PRECISION_HINT": hint}
     request = openvino.compile_model(path, "CPU", options).create_infer_request()
     return lambda inputs: np.array(request.infer(dict(inputs), share_inputs=True)[0], np.float32)
 
@@ -60,7 +66,9 @@ class Ours(Subject):
 
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(job)
-        self.pipe = Pipeline.load(folder, threads=job.threads)
+        on_cpu: dict[str, Any] = {"threads": job.threads} if competitor.library in CPU_LIBRARIES else {}
+        provider = job.device if competitor.library == "onnxruntime" else None
+        self.pipe = Pipeline.load(folder, provider=provider, **on_cpu)
         self._times = plan(job.diffusion, SOLVER, job.steps)
         self._ids: list[int] = self.labels.tolist()
         self._rows = self._condition(np.array([TIMESTEP]))

@@ -1,4 +1,5 @@
-"""The floor under a step: its FLOPs at the fastest rate that any of the libraries multiplies matrices here."""
+"""The floor under a step: its FLOPs at the fastest rate that any of the libraries multiplies matrices here, or on a
+GPU its weights at the rate that memory is copied."""
 
 from __future__ import annotations
 
@@ -11,9 +12,14 @@ import numpy as np
 from dit_export.spec import ModelSpec
 
 Shape = tuple[int, int, int]  # (M, K) x (K, N)
-GEMMS = {"pytorch": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")}
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8}
+GEMMS: dict[str, dict[str, tuple[str, ...]]] = {  # by device
+    "cpu": {"pytorch": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8"), "openvino": ("fp32", "bf16", "int8")},
+    "cuda": {"pytorch": ("fp32", "fp16", "bf16", "int8", "fp8")},
+}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8}
 REPEATS = 3
+LAUNCHES = 20  # on a GPU, that one waits for: a launch alone would take as long as a small product
+COPIED = 1 << 30  # bytes, more than any cache holds
 
 
 class Flops(NamedTuple):
@@ -51,6 +57,25 @@ def step_flops(spec: ModelSpec, batch: int) -> int:
     return batch * (2 * row.blocks + row.ends)
 
 
+def step_bytes(spec: ModelSpec, precision: str) -> float:
+    """The weights that every step reads once, whatever the batch: of the linears in the loop."""
+    d, mlp = spec.hidden, round(spec.mlp_ratio * spec.hidden)
+    block = 4 * d * d + 2 * d * mlp + 2 * d * d * spec.by.crossed
+    ends = spec.patch**2 * d * (spec.channels + spec.out_channels)
+    return (spec.depth * block + ends) * BITS[precision] / 8
+
+
+def floor(
+    spec: ModelSpec, batch: int, precision: str, rate: float, library: str, bandwidth: float | None
+) -> dict[str, Any]:
+    """Seconds of a step, and what they come from."""
+    work, size = step_flops(spec, batch), step_bytes(spec, precision)
+    found = {"step": work / rate, "flops": work, "flops_per_second": rate, "library": library}
+    if bandwidth is None:
+        return found
+    return found | {"step": max(work / rate, size / bandwidth), "bytes": size, "bytes_per_second": bandwidth}
+
+
 def gemm_shapes(spec: ModelSpec, batch: int) -> list[Shape]:
     """The linears of a block, for a guided step: qkv, proj, and the MLP's two."""
     m, d, mlp = 2 * batch * spec.tokens, spec.hidden, round(spec.mlp_ratio * spec.hidden)
@@ -80,19 +105,25 @@ def rates(seconds: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> dic
 class Gemms:
     """The model's GEMMs in one library."""
 
-    def __init__(self, library: str, spec: ModelSpec, batch: int, threads: int, precisions: tuple[str, ...]) -> None:
-        open_gemm = {"pytorch": _pytorch, "onnxruntime": _onnxruntime, "openvino": _openvino}[library]
+    def __init__(
+        self, library: str, spec: ModelSpec, batch: int, threads: int, precisions: tuple[str, ...], device: str = "cpu"
+    ) -> None:
+        on_cpu = {"pytorch": _pytorch, "onnxruntime": _onnxruntime, "openvino": _openvino}
+        open_gemm = on_cpu[library] if device == "cpu" else _cuda
+        self._products = 1 if device == "cpu" else LAUNCHES  # a call
         self._calls = {
             precision: {"x".join(map(str, shape)): open_gemm(shape, precision, threads) for shape in shapes}
             for shapes in [gemm_shapes(spec, batch)]
-            for precision in GEMMS[library]
-            if precision in precisions
+            for precision in GEMMS[device][library]
+            if precision in precisions and (device == "cpu" or _has(precision))
         }
 
     def run(self) -> dict[str, dict[str, float]]:
         """The best of a few calls for each."""
         return {
-            precision: {shape: min(_seconds(call) for _ in range(REPEATS)) for shape, call in calls.items()}
+            precision: {
+                shape: min(_seconds(call) for _ in range(REPEATS)) / self._products for shape, call in calls.items()
+            }
             for precision, calls in self._calls.items()
         }
 
@@ -117,6 +148,55 @@ def _pytorch(shape: Shape, precision: str, threads: int) -> Callable[[], Any]:
     x, w = (torch.from_numpy(operand).to(dtype) for operand in _operands(shape))
     weight = w.T.contiguous()  # (N, K), as nn.Linear holds it
     return lambda: torch.nn.functional.linear(x, weight)
+
+
+def _cuda(shape: Shape, precision: str, threads: int) -> Callable[[], None]:
+    """Some products in a row, and the wait for the last."""
+    import torch
+
+    x, w = (torch.from_numpy(operand).cuda() for operand in _operands(shape))
+    weight = w.T.contiguous()  # (N, K)
+    if precision == "int8":
+        a, b = x.to(torch.int8), weight.to(torch.int8)
+        multiply: Callable[[], Any] = lambda: torch._int_mm(a, b.T)  # noqa: E731
+    elif precision == "fp8":
+        one = torch.ones((), device="cuda")
+        a, b = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+        multiply = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+    else:
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        a, b = x.to(dtype), weight.to(dtype)
+        multiply = lambda: torch.nn.functional.linear(a, b)  # noqa: E731
+
+    def launch() -> None:
+        for _ in range(LAUNCHES):
+            multiply()
+        torch.cuda.synchronize()
+
+    return launch
+
+
+def _has(precision: str) -> bool:
+    import torch
+
+    return precision != "fp8" or torch.cuda.get_device_capability() >= (8, 9)
+
+
+def bandwidth(device: str) -> float | None:
+    """Bytes a second of a GPU's memory, read and written by a copy; of a CPU's nothing, for caches blur it."""
+    if device == "cpu":
+        return None
+    import torch
+
+    source, target = (torch.zeros(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def copy() -> None:
+        for _ in range(LAUNCHES):
+            target.copy_(source)
+        torch.cuda.synchronize()
+
+    copy()
+    return 2 * COPIED * LAUNCHES / min(_seconds(copy) for _ in range(REPEATS))
 
 
 def _onnxruntime(shape: Shape, precision: str, threads: int) -> Callable[[], Any]:

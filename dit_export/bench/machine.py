@@ -8,12 +8,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dit_runtime.backends import cuda
+from dit_runtime.backends.trt import RTX, TENSORRT
+
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm")
-PACKAGES = ("dit-export", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy")
+PACKAGES = (
+    *("dit-export", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),
+    *TENSORRT.packages,
+    *RTX.packages,
+)
 
 
-def describe() -> dict[str, Any]:
+def describe(device: str = "cpu") -> dict[str, Any]:
     cpu = _table(CPUINFO)
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
     return {
@@ -23,6 +30,17 @@ def describe() -> dict[str, Any]:
         "memory_bytes": total_memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
+        **({"gpu": _gpu()} if device == "cuda" else {}),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    properties = cuda.call("cudaGetDeviceProperties", cuda.call("cudaGetDevice"))
+    return {
+        "name": properties.name.decode(),
+        "memory_bytes": int(properties.totalGlobalMem),
+        "compute_capability": cuda.capability(),
+        "driver_cuda": cuda.call("cudaDriverGetVersion"),
     }
 
 

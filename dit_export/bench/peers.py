@@ -20,7 +20,7 @@ from dit_export.trace import Decoder
 from dit_export.weights.synthetic import SD_VAE
 
 Network = TypeVar("Network", bound=nn.Module)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Guided(nn.Module):
@@ -45,23 +45,26 @@ class Eager(Subject):
         self.dtype = DTYPES[competitor.precision]
         with torch.device("meta"):
             model, vae = DiT(job.spec), AutoencoderKL(**(job.vae or SD_VAE))
-        self.network: Any = Guided(filled(model, folder / "dit.safetensors", self.dtype), self.dtype)
-        self.decoder: Any = filled(Decoder(vae), folder / "decoder.safetensors", self.dtype)
+        network = Guided(filled(model, folder / "dit.safetensors", self.dtype), self.dtype)
+        self.network: Any = network.to(job.device)
+        self.decoder: Any = filled(Decoder(vae), folder / "decoder.safetensors", self.dtype).to(job.device)
 
     def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
         timesteps, labels = self.rows(t)
-        inputs = (torch.from_numpy(array) for array in (latents, timesteps, labels))
-        return np.asarray(self.network(*inputs).numpy())
+        inputs = (torch.from_numpy(array).to(self.job.device) for array in (latents, timesteps, labels))
+        return np.asarray(self.network(*inputs).cpu().numpy())
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.asarray(self.decoder(torch.from_numpy(latents).to(self.dtype)).float().numpy())
+        inputs = torch.from_numpy(latents).to(self.job.device, self.dtype)
+        return np.asarray(self.decoder(inputs).float().cpu().numpy())
 
 
 class Compiled(Eager):
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(competitor, job, folder)
-        self.network = torch.compile(self.network, dynamic=False)
-        self.decoder = torch.compile(self.decoder, dynamic=False)
+        mode = "default" if job.device == "cpu" else "max-autotune"  # which tunes and records for GPUs
+        self.network = torch.compile(self.network, dynamic=False, mode=mode)
+        self.decoder = torch.compile(self.decoder, dynamic=False, mode=mode)
 
 
 class Diffusers(Subject):

@@ -20,8 +20,11 @@ from dit_export.trace import Decoder
 from dit_export.weights import Loaded, keys
 from dit_export.weights.synthetic import SD_VAE, synthetic_dit, synthetic_vae
 from dit_export.write import trace_graphs, unverified
+from dit_runtime import manifest
+from dit_runtime.backends import Options
 from dit_runtime.cli import guarded
-from dit_runtime.errors import UsageError
+from dit_runtime.compiling import compile_graphs
+from dit_runtime.errors import GateError, UsageError
 from dit_runtime.progress import Progress
 
 WEIGHTS_SEED = 0
@@ -49,7 +52,10 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
             recipe = Recipe(precision=ours.precision, backend=ours.library, max_batch=job.batch)
             try:
                 unverified(folder / ours.folder, traced, loaded, recipe, progress)
-            except UsageError as error:
+                contract = manifest.read(folder / ours.folder)
+                contract = compile_graphs(folder / ours.folder, contract, ours.library, Options(), progress)
+                manifest.write(folder / ours.folder, contract)
+            except (UsageError, GateError) as error:
                 left_out[ours.name] = str(error)
                 shutil.rmtree(folder / ours.folder, ignore_errors=True)
         _fix_rows(traced / "dit.onnx", 2 * job.batch)
@@ -87,7 +93,8 @@ def _fix_rows(path: Path, rows: int) -> None:
 
 
 def main(folder: Path, names: Sequence[str]) -> int:
-    print(json.dumps(prepare(folder, Job.read(folder), choose(names), Progress())))
+    job = Job.read(folder)
+    print(json.dumps(prepare(folder, job, choose(names, job.device), Progress())))
     return 0
 
 

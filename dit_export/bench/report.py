@@ -22,8 +22,10 @@ def where(result: dict[str, Any]) -> tuple[str, str]:
     """The machine; its system, the date and the command."""
     machine = result["machine"]
     flags = ", ".join(name.upper().replace("_", "-") for name in machine["instructions"])
+    gpu = machine.get("gpu")
+    on = f"{gpu['name']} ({gpu['compute_capability']}), {gpu['memory_bytes'] / 1e9:.0f} GB; " if gpu else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores{f' ({flags})' if flags else ''}, "
+        f"{on}{machine['cpu']}, {machine['cores']} cores{f' ({flags})' if flags else ''}, "
         f"{machine['memory_bytes'] / 1e9:.0f} GB",
         f"{machine['system']}, {result['date']}: {result['command']}",
     )
@@ -65,6 +67,7 @@ def notes(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"floor {precision}: {time(floor['step'])} = {floor['flops'] / 1e9:.2f} GFLOP at "
             f"{floor['flops_per_second'] / 1e9:.0f} GFLOP/s, the fastest matrix product of the run ({floor['library']})"
+            + _reading(floor)
         )
     for row in rows:
         if row["kind"] == "ours" and (plain := against_plain(row, rows)):
@@ -75,6 +78,14 @@ def notes(result: dict[str, Any]) -> list[str]:
             "ratios (×) between groups and not the times"
         )
     return lines
+
+
+def _reading(floor: dict[str, Any]) -> str:
+    """What the weights alone take, where bytes were counted; the floor is the larger of the two."""
+    if "bytes" not in floor:
+        return ""
+    size, rate = floor["bytes"], floor["bytes_per_second"]
+    return f", or {time(size / rate)} to read its {size / 1e6:.0f} MB of weights at {rate / 1e9:.0f} GB/s, if longer"
 
 
 def against_plain(row: Row, rows: Sequence[Row]) -> float | None:

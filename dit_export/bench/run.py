@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from dit_export.bench import floor
-from dit_export.bench.competitors import LIBRARIES, YARDSTICK, Competitor, Job, choose, groups
+from dit_export.bench.competitors import COMPETITORS, YARDSTICK, Competitor, Job, choose, groups
 from dit_export.bench.machine import available_memory, describe, usable_cores, versions
 from dit_export.bench.worker import GEMM, Worker, WorkerError
 from dit_export.spec import ModelSpec, table_name
+from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 from dit_runtime.schedule import Diffusion
@@ -36,6 +37,7 @@ SHARE = 0.9  # of the memory that is free
 @dataclass(frozen=True)
 class Settings:
     spec: ModelSpec
+    device: str = "cpu"
     batch: int = 1
     steps: int = 25
     rounds: int = 7
@@ -51,12 +53,14 @@ def bench(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Everything that was measured and seen, as JSON holds it."""
     if min(settings.batch, settings.steps, settings.rounds, settings.threads or 1) < 1 or (settings.images or 0) < 0:
         raise UsageError("batch, steps, rounds and threads are at least 1, images at least 0")
-    chosen = choose(settings.only)
+    _require_device(settings.device)
+    chosen = choose(settings.only, settings.device)
     threads = settings.threads or usable_cores()
     # The dialect of diffusers, so that all compute the same.
     spec = replace(settings.spec, frequency_shift=1, guided_channels=settings.spec.channels, unguided_up_to_one=True)
     precisions = tuple(sorted({competitor.precision for competitor in chosen}))
-    job = Job(spec, Diffusion(), settings.batch, settings.steps, threads, precisions, settings.vae)
+    sizes = settings.batch, settings.steps, threads
+    job = Job(spec, Diffusion(), *sizes, precisions, settings.vae, settings.device)
     with tempfile.TemporaryDirectory(prefix="dit-bench-", dir=settings.folder) as temporary:
         folder = Path(temporary)
         _require_disk(folder, spec, chosen)
@@ -64,6 +68,20 @@ def bench(settings: Settings, progress: Progress) -> dict[str, Any]:
         left_out = _prepare(folder, chosen)
         able = [competitor for competitor in chosen if competitor.name not in left_out]
         return _Run(settings, job, folder, left_out, progress).all(able)
+
+
+def _require_device(device: str) -> None:
+    """Refuses, before any work, a device that is not here."""
+    if device not in COMPETITORS:
+        raise UsageError(f"device {device!r} is not known; known: {', '.join(COMPETITORS)}")
+    if device == "cuda" and (reason := cuda.obstacle() or _without_cuda()):
+        raise UsageError(f"no benchmark on a GPU here: {reason}")
+
+
+def _without_cuda() -> str | None:
+    import torch  # here, so that a benchmark of the CPU has no PyTorch beside it
+
+    return None if torch.cuda.is_available() else f"PyTorch {torch.__version__} has no CUDA"
 
 
 def _prepare(folder: Path, chosen: Sequence[Competitor]) -> dict[str, str]:
@@ -93,6 +111,7 @@ class _Run:
         self.images = settings.images if settings.images is not None else int(run_flops <= WHOLE_IMAGES)
         self.rows: dict[str, dict[str, Any]] = {}
         self.gemms: dict[str, dict[str, dict[str, list[float]]]] = {}
+        self.bandwidth: float | None = None  # bytes a second, where it is measured
 
     def all(self, able: Sequence[Competitor]) -> dict[str, Any]:
         budget = self.settings.memory or SHARE * available_memory()
@@ -101,7 +120,9 @@ class _Run:
             yardstick = self._start(YARDSTICK.name, stack)
             if yardstick is None:
                 raise UsageError(f"{YARDSTICK.title}, the yardstick, does not run: {self.left_out[YARDSTICK.name]}")
-            gemms = [worker for library in LIBRARIES if (worker := self._start(GEMM + library, stack))]
+            libraries = floor.GEMMS[self.job.device]
+            gemms = [worker for library in libraries if (worker := self._start(GEMM + library, stack))]
+            self.bandwidth = max((worker.opened["bandwidth"] or 0 for worker in gemms), default=0) or None
             expected = np.array(yardstick.opened["prediction"])
             for number, group in enumerate(grouped, 1):
                 self._group(number, group, yardstick, gemms, expected)
@@ -114,12 +135,12 @@ class _Run:
                 **asdict(self.job.spec),
             },
             "settings": {
-                **{key: getattr(self.job, key) for key in ("batch", "steps", "threads")},
+                **{key: getattr(self.job, key) for key in ("device", "batch", "steps", "threads")},
                 **{"rounds": self.settings.rounds, "images": self.images, "memory_budget": budget},
             },
             "groups": len(grouped),
             "date": datetime.now(UTC).date().isoformat(),
-            "machine": describe(),
+            "machine": describe(self.job.device),
             "versions": versions(),
             "rows": list(self.rows.values()),
             "gemms": self.gemms,
@@ -216,10 +237,10 @@ class _Run:
             self.rows[one.name] = row
 
     def _floors(self) -> dict[str, dict[str, Any]]:
-        flops = floor.step_flops(self.job.spec, self.job.batch)
+        rates = floor.rates(self.gemms)
         return {
-            precision: {"step": flops / rate, "flops": flops, "flops_per_second": rate, "library": library}
-            for precision, (rate, library) in floor.rates(self.gemms).items()
+            precision: floor.floor(self.job.spec, self.job.batch, precision, *rates[precision], self.bandwidth)
+            for precision in rates
             if precision in self.job.precisions
         }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dit_export.bench.competitors import COMPETITORS, Job
-from dit_export.bench.floor import Gemms
+from dit_export.bench.floor import Gemms, bandwidth
 from dit_export.bench.subject import Subject, size
 
 OPENERS = {  # kind -> module and class; the module is imported in the worker that asks for it, and in no other
@@ -95,7 +95,7 @@ class Worker:
 
 def open_competitor(name: str, job: Job, folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """What it can be asked, and what it says when it is open: its first prediction and the size of its files."""
-    competitor = next(competitor for competitor in COMPETITORS if competitor.name == name)
+    competitor = next(competitor for competitor in COMPETITORS[job.device] if competitor.name == name)
     module, kind = OPENERS[competitor.kind]
     subject: Subject = getattr(import_module(f"dit_export.bench.{module}"), kind)(
         competitor, job, folder / competitor.folder
@@ -105,8 +105,8 @@ def open_competitor(name: str, job: Job, folder: Path) -> tuple[dict[str, Callab
 
 
 def open_gemms(library: str, job: Job) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
-    gemms = Gemms(library, job.spec, job.batch, job.threads, job.precisions)
-    return {"gemm": gemms.run}, {"warm": gemms.run()}
+    gemms = Gemms(library, job.spec, job.batch, job.threads, job.precisions, job.device)
+    return {"gemm": gemms.run}, {"warm": gemms.run(), "bandwidth": bandwidth(job.device)}
 
 
 def peak_memory() -> int:

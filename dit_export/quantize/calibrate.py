@@ -101,7 +101,7 @@ def calibrate(
         watcher = Watcher(denoiser, names, max(1, ROWS // total), rng)
         watched = Pipeline(folder, pipe.manifest, {**pipe._engines, "denoiser": watcher})
         stride = max(1, classes // plan.pictures)  # spread over the classes
-        options = {"steps": plan.steps, "guidance": plan.guidance, "output": "latents"}
+        options: dict[str, Any] = {"steps": plan.steps, "guidance": plan.guidance, "output": "latents"}
         for first in range(0, plan.pictures, plan.batch):
             last = min(first + plan.batch, plan.pictures)
             chosen: dict[str, Any] = {"labels": [index * stride % classes for index in range(first, last)]}

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from dit_export.bench.floor import GEMMS, Gemms, flops, gemm_shapes, rates, step_flops
+from dit_export.bench.floor import BITS, GEMMS, Gemms, floor, flops, gemm_shapes, rates, step_bytes, step_flops
 from dit_export.bench.run import problems
-from dit_export.spec import ModelSpec, model
+from dit_export.models.dit import DiT
+from dit_export.spec import CONDITIONINGS, ModelSpec, conditioned, model
 
 # Gflops of Peebles & Xie (arXiv 2212.09748), table 4: multiply-adds of one row at 256 px.
 PAPER = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64, "S/4": 1.41, "XL/8": 7.39, "B/8": 1.42, "L/4": 19.70}
@@ -44,6 +46,37 @@ def test_rates_take_the_fastest_call_of_any_library_and_of_a_wider_precision():
     assert "int8" not in found  # nothing as narrow was timed: no floor rather than a wrong one
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_step_reads_the_weights_of_its_linears_once(conditioning):
+    spec = conditioned(model("S/2"), conditioning)
+    with torch.device("meta"):
+        network = DiT(spec)
+    hoisted = ("embedders.", "shared.", "caption.", "modulation.", "cross.kv.")
+    weights = sum(
+        weight.numel()
+        for name, weight in network.named_parameters()
+        if weight.ndim in (2, 4) and not any(part in name for part in hoisted)
+    )
+    assert step_bytes(spec, "fp32") == 4 * weights
+    assert step_bytes(spec, "fp8") == step_bytes(spec, "int8") == weights
+
+
+def test_the_floor_is_the_larger_of_work_and_bytes():
+    spec = model("S/2")
+    work, size = step_flops(spec, 1), step_bytes(spec, "fp16")
+    compute = floor(spec, 1, "fp16", work / 2.0, "pytorch", size / 1.0)
+    assert compute["step"] == pytest.approx(2.0) and compute["bytes"] == size
+    assert floor(spec, 1, "fp16", work / 2.0, "pytorch", size / 3.0)["step"] == pytest.approx(3.0)
+    assert floor(spec, 2, "fp16", work / 2.0, "pytorch", size / 3.0)["step"] == pytest.approx(4.0)  # bytes stay
+    on_cpu = floor(spec, 1, "fp16", work / 2.0, "pytorch", None)
+    assert on_cpu["step"] == pytest.approx(2.0) and "bytes" not in on_cpu
+
+
+def test_every_precision_of_a_gpu_has_a_size():
+    assert {*GEMMS["cuda"]["pytorch"]} == {*BITS}
+    assert rates({"pytorch": {"fp16": {"1x1x1": [1.0]}, "fp8": {"1x1x1": [2.0]}}})["fp8"] == (2.0, "pytorch")
+
+
 def test_a_floor_above_a_measurement_is_a_bug(result):
     assert problems(result["rows"], result["floors"]) == []
     result["floors"]["bf16"]["step"] = 0.0395  # the least is 98 % of 40 ms
@@ -58,11 +91,11 @@ def test_a_competitor_that_computes_something_else_is_named(result, error):
     assert problem.startswith("plain-openvino-bf16: its prediction is")
 
 
-@pytest.mark.parametrize("library", GEMMS)
+@pytest.mark.parametrize("library", GEMMS["cpu"])
 def test_each_library_times_each_shape(library):
     spec = ModelSpec(depth=1, hidden=32, heads=2, patch=2, latent_size=4)
     timed = Gemms(library, spec, batch=1, threads=1, precisions=("fp32", "bf16", "int8")).run()
-    assert tuple(timed) == GEMMS[library]
+    assert tuple(timed) == GEMMS["cpu"][library]
     for shapes in timed.values():
         assert list(shapes) == ["8x32x96", "8x32x32", "8x32x128", "8x128x32"]
         assert np.isfinite(list(shapes.values())).all()

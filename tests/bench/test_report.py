@@ -35,6 +35,14 @@ def test_table(result: Result) -> None:
     assert "groups" not in text and "WRONG" not in text and "~" not in text
 
 
+def test_table_of_a_gpu(result: Result) -> None:
+    result["machine"]["gpu"] = {"name": "GPU of a test", "compute_capability": "8.9", "memory_bytes": 24e9}
+    result["floors"]["bf16"] |= {"bytes": 9e8, "bytes_per_second": 1e12}
+    text = table(result)
+    assert "GPU of a test (8.9), 24 GB; Processor" in text
+    assert ", or 900 ms to read" not in text and ", or 0.900 ms to read its 900 MB of weights at 1000 GB/s" in text
+
+
 def test_table_tells_what_a_reader_must_know(result: Result) -> None:
     result |= {"groups": 3, "problems": ["a floor is above a measurement"]}
     for row in result["rows"]:

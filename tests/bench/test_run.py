@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import dit_export.cli
 from dit_export.bench.chart import svg
-from dit_export.bench.competitors import COMPETITORS, YARDSTICK, choose, groups, memory
+from dit_export.bench.competitors import COMPETITORS, CPU, CUDA, YARDSTICK, choose, groups, memory
+from dit_export.bench.machine import describe
 from dit_export.bench.report import table
 from dit_export.bench.run import Settings, bench
 from dit_export.bench.worker import Worker, WorkerError
 from dit_export.spec import ModelSpec, model
+from dit_runtime.backends import cuda
+from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
+from tests.tensorrt.fakes import Cuda
 
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8)
 ONLY = ("eager-bf16", "diffusers-fp32", "plain-onnxruntime-fp32", "ours-onnxruntime-fp32")
@@ -87,11 +92,11 @@ def test_a_worker_tells_why_it_does_not_start(tmp_path):
 
 def test_groups_fit_the_budget():
     spec = model("XL/2")
-    needs = {one: memory(one, spec, 1) for one in COMPETITORS}
-    assert groups(COMPETITORS, spec, 1, 1e12) == [list(COMPETITORS[1:])]
-    made = groups(COMPETITORS, spec, 1, 20e9)
-    assert [one for group in made for one in group] == list(COMPETITORS[1:])
-    assert 1 < len(made) < len(COMPETITORS) - 1
+    needs = {one: memory(one, spec, 1) for one in CPU}
+    assert groups(CPU, spec, 1, 1e12) == [list(CPU[1:])]
+    made = groups(CPU, spec, 1, 20e9)
+    assert [one for group in made for one in group] == list(CPU[1:])
+    assert 1 < len(made) < len(CPU) - 1
     assert all(needs[YARDSTICK] + sum(needs[one] for one in group) <= 20e9 for group in made)
     assert groups([YARDSTICK], spec, 1, 20e9) == [[]]
 
@@ -99,8 +104,51 @@ def test_groups_fit_the_budget():
 def test_only_takes_names_and_patterns():
     assert choose(["ours-*-fp32"])[0] is YARDSTICK
     assert {one.kind for one in choose(["ours-*-fp32"])[1:]} == {"ours"}
-    assert choose([]) == list(COMPETITORS)
-    assert len({one.name for one in COMPETITORS}) == len({one.title for one in COMPETITORS}) == len(COMPETITORS)
+    assert choose([]) == list(CPU)
+    for everyone in COMPETITORS.values():
+        assert len({one.name for one in everyone}) == len({one.title for one in everyone}) == len(everyone)
+
+
+def test_a_gpu_has_competitors_of_its_own():
+    assert choose([], "cuda") == list(CUDA) and choose([], "cuda")[0] is YARDSTICK
+    names = {one.name for one in choose(["ours-tensorrt*", "compile-*"], "cuda")}
+    assert names == {YARDSTICK.name, "compile-fp16", "compile-bf16"} | {
+        f"ours-{backend}-{precision}"
+        for backend in ("tensorrt", "tensorrt-rtx")
+        for precision in ("fp16", "bf16", "int8", "fp8")
+    }
+    assert all(memory(one, model("S/2"), 1) > 0 for one in CUDA)
+    with pytest.raises(UsageError, match="competitor 'diffusers-fp32' is not known"):
+        choose(["diffusers-fp32"], "cuda")
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [(Cuda(driver=0), "no NVIDIA driver"), (Cuda(devices=0), "no NVIDIA GPU"), (Cuda(), "no CUDA")],
+)
+def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch, driver, reason):
+    monkeypatch.setattr(cuda, "runtime", lambda: driver)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("dit_export.bench.run._prepare", None)  # which would be called
+    assert dit_export.cli.main(["bench", "S/2", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert "no benchmark on a GPU here: " in error and reason in error and error.count("\n") == 1
+
+
+def test_a_gpu_is_described(monkeypatch):
+    class Known(Cuda):
+        def cudaGetDeviceProperties(self, device):
+            return 0, SimpleNamespace(name=b"GPU of a test", totalGlobalMem=24 << 30)
+
+    monkeypatch.setattr(cuda, "runtime", Known)
+    assert "gpu" not in describe()
+    found = describe("cuda")["gpu"]
+    assert found == {
+        "name": "GPU of a test",
+        "memory_bytes": 24 << 30,
+        "compute_capability": "8.9",
+        "driver_cuda": 13020,
+    }
 
 
 @pytest.mark.parametrize(
@@ -111,6 +159,7 @@ def test_only_takes_names_and_patterns():
         (["--rounds", "0"], "rounds"),
         (["--resolution", "100"], "expected a multiple of 8"),
         (["--svg", "no/such/folder/bench.svg"], "no such folder"),
+        (["--device", "tpu"], "device 'tpu' is not known; known: cpu, cuda"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):

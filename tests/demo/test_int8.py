@@ -70,6 +70,6 @@ def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         print(f"{backend} {name}: agreement {row.agreement:.2%}, Fréchet {row.frechet:.3f}, PSNR {row.psnr:.1f} dB")
     fp32, ours = table["fp32"], table["int8"]
     assert ours.agreement >= fp32.agreement - 0.005
-    assert ours.frechet <= 1.03 * fp32.frechet
+    assert ours.frechet <= 1.03 * fp32.frechet + 0.02  # near to zero, 3 % are less than a tenth of what 2,000 scatter
     if backend == "openvino":  # ONNX Runtime measures activations as they come; calibration only smooths there
         assert ours.psnr > table["calibrated at two timesteps"].psnr

@@ -162,6 +162,7 @@ def test_an_int8_bundle(shared_embedders, narrow, tmp_path, capsys, one_thread, 
     assert {name: graph.precision for name, graph in contract.graphs.items()} == {
         "conditioner": "fp32",
         "denoiser": "int8",
+        "update": "fp32",
         "decoder": decoder,
     }
     assert main(["verify", str(bundle)]) == 0

@@ -20,13 +20,13 @@ STEPS, MAX_BATCH = 4, 3  # of the fixture's bundle
 def stacks(monkeypatch) -> list[slice]:
     """The slices whose rows were stacked."""
     found: list[slice] = []
-    stack = Contexts._stack
+    stack = Contexts._groups
 
     def counted(self, own, samples):
         found.append(samples)
         return stack(self, own, samples)
 
-    monkeypatch.setattr(Contexts, "_stack", counted)
+    monkeypatch.setattr(Contexts, "_groups", counted)
     return found
 
 
@@ -46,7 +46,7 @@ def test_a_run_that_fits_the_engine_stacks_once(captioned, stacks, monkeypatch, 
         call = Contexts.__call__
 
         def forgetful(self, samples):
-            self._samples = None
+            self._held = None, {}
             return call(self, samples)
 
         monkeypatch.setattr(Contexts, "__call__", forgetful)

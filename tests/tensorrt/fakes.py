@@ -1,9 +1,17 @@
-"""A driver, a GPU and a TensorRT that are not here: memory of the device is the host's, an engine is y = 2 x."""
+"""A driver, a GPU and a TensorRT that are not here: memory is the host's, and work waits until it must be done.
+
+An engine is y = 2 x, or an ONNX file, whose path is then its plan, on ONNX Runtime.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
 from enum import IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,24 +28,38 @@ class Cuda:
     """cuda.bindings.runtime, as far as it is used; counts what is open and what was launched."""
 
     cudaStreamNonBlocking = 1
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1)
 
     def __init__(self, capability: str = "8.9", driver: int = 13020, devices: int = 1, captures: bool = True) -> None:
         self.capability, self.driver, self.devices, self.captures = capability, driver, devices, captures
         self.open: dict[int, object] = {}
+        self.numbers = itertools.count(1)
         self.recorded: list | None = None
+        self.queued: list[Callable[[], None]] = []
+        self.pinned: set[int] = set()
         self.launches = 0
+        self.copied: Counter[tuple[int, int]] = Counter()  # by kind and size
 
     def _add(self, thing: object, address: int | None = None) -> int:
-        key = address or len(self.open) + 1
+        key = address or next(self.numbers)
         self.open[key] = thing
         return key
 
     def _remove(self, key: int) -> tuple[Status]:
+        self.finish()
         del self.open[key]  # twice, or what never was, is an error
         return (Status.cudaSuccess,)
+
+    def later(self, work: Callable[[], None]) -> None:
+        (self.queued if self.recorded is None else self.recorded).append(work)
+
+    def finish(self) -> None:
+        assert self.recorded is None, "no waiting while work is recorded"
+        for work in self.queued:
+            work()
+        self.queued.clear()
 
     def cudaDriverGetVersion(self):
         return Status.cudaSuccess, self.driver
@@ -55,17 +77,23 @@ class Cuda:
         return Status.cudaSuccess, self._add("stream")
 
     def cudaStreamSynchronize(self, stream):
-        assert self.recorded is None, "no waiting while work is recorded"
+        self.finish()
         return (Status.cudaSuccess,)
 
     def cudaMalloc(self, size):
         memory = ctypes.create_string_buffer(size)
         return Status.cudaSuccess, self._add(memory, ctypes.addressof(memory))
 
-    cudaMallocHost = cudaMalloc
+    def cudaMallocHost(self, size):
+        status, address = self.cudaMalloc(size)
+        self.pinned.add(address)
+        return status, address
 
     def cudaMemcpyAsync(self, into, source, size, kind, stream):
-        ctypes.memmove(into, source, size)
+        self.copied[kind, size] += 1
+        self.later(lambda: ctypes.memmove(into, source, size))
+        if kind < 3 and not {into, source} & self.pinned:
+            self.finish()
         return (Status.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream, mode):
@@ -83,8 +111,7 @@ class Cuda:
 
     def cudaGraphLaunch(self, graph, stream):
         self.launches += 1
-        for work in self.open[graph]:
-            work()
+        self.queued.extend(self.open[graph])
         return (Status.cudaSuccess,)
 
     cudaStreamDestroy = cudaFree = cudaFreeHost = cudaGraphDestroy = cudaGraphExecDestroy = _remove
@@ -94,6 +121,7 @@ class TensorRT:
     """The module of either flavour, with one engine: float32 x [rows, 3] in two profiles -> y = 2 x."""
 
     TensorIOMode = SimpleNamespace(INPUT=0, OUTPUT=1)
+    LayerInformationFormat = SimpleNamespace(JSON=1)
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
 
     class ILogger:
@@ -102,12 +130,15 @@ class TensorRT:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda, self.runs, self.opens = cuda, 0, True
         self.kernels: list[bytes] = []  # runtime caches that were read
+        self.layers: list[object] = []  # what an inspector says of an engine
 
     def Runtime(self, logger):
         def deserialize(plan):
             if not self.opens:
                 logger.log(1, "the plan is of another GPU\nand more")
-            return Engine(self) if self.opens else None
+            if not self.opens:
+                return None
+            return Engine(self) if plan == b"plan" else OnnxEngine(self, Path(plan.decode()))
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
@@ -117,6 +148,9 @@ class Engine:
 
     def __init__(self, trt: TensorRT) -> None:
         self.trt = trt
+
+    def create_engine_inspector(self):
+        return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": self.trt.layers}))
 
     def get_tensor_name(self, index):
         return ("x", "y")[index]
@@ -167,8 +201,77 @@ class Context:
             for index in range(size):
                 y[index] = 2 * x[index]
 
-        if self.trt.cuda.recorded is None:
-            work()
-        else:
-            self.trt.cuda.recorded.append(work)
+        self.trt.cuda.later(work)
+        return True
+
+
+class OnnxEngine(Engine):
+    """A graph of a bundle: two profiles where it has groups; up to four rows at a time, of the conditioner's 64."""
+
+    def __init__(self, trt: TensorRT, path: Path) -> None:
+        import onnxruntime as ort
+
+        super().__init__(trt)
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = 1
+        self.session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
+        self.outputs = {tensor.name: tensor for tensor in self.session.get_outputs()}
+        self.num_io_tensors = len(self.inputs) + len(self.outputs)
+        self.num_optimization_profiles = 2 if "conditioning" in self.inputs else 1
+
+    def get_tensor_name(self, index):
+        return [*self.inputs, *self.outputs][index]
+
+    def get_tensor_mode(self, name):
+        return int(name in self.outputs)
+
+    def get_tensor_dtype(self, name):
+        kind = {**self.inputs, **self.outputs}[name].type
+        return SimpleNamespace(name="INT64" if kind == "tensor(int64)" else "FLOAT")
+
+    def get_tensor_profile_shape(self, name, profile):
+        def shape(rows):
+            sizes = {"groups": profile + 1}
+            return tuple(sizes.get(size, rows) if isinstance(size, str) else size for size in self.inputs[name].shape)
+
+        return [shape(1), shape(1), shape(64 if "timesteps" in self.inputs else 4)]
+
+    def create_execution_context(self, settings=None):
+        return OnnxContext(self)
+
+
+class OnnxContext(Context):
+    def __init__(self, engine: OnnxEngine) -> None:
+        super().__init__(engine.trt)
+        self.engine, self.shapes = engine, {}
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def get_tensor_shape(self, name):
+        known = {
+            symbol: size
+            for given, shape in self.shapes.items()
+            for symbol, size in zip(self.engine.inputs[given].shape, shape, strict=True)
+        }
+        return tuple(known.get(size, size) for size in self.engine.outputs[name].shape)
+
+    def execute_async_v3(self, stream):
+        def array(name, shape):
+            dtype = np.int64 if self.engine.get_tensor_dtype(name).name == "INT64" else np.float32
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            return np.frombuffer((ctypes.c_char * size).from_address(self.addresses[name]), dtype).reshape(shape)
+
+        inputs = {name: array(name, self.shapes[name]) for name in self.engine.inputs}
+        outputs = {name: array(name, self.get_tensor_shape(name)) for name in self.engine.outputs}
+
+        def work():
+            self.trt.runs += 1
+            made = self.engine.session.run(list(outputs), inputs)
+            for name, values in zip(outputs, made, strict=True):
+                outputs[name][...] = values
+
+        self.trt.cuda.later(work)
         return True

@@ -10,8 +10,9 @@ import pytest
 
 import dit_runtime.cli
 from dit_export.cli import main
+from dit_export.spec import Recipe
 from dit_runtime import manifest
-from dit_runtime.backends import cuda
+from dit_runtime.backends import Tuning, cuda
 from tests.conftest import HEADS
 from tests.tamper import edit
 from tests.tensorrt.fakes import Cuda
@@ -46,11 +47,16 @@ def test_what_a_build_leaves(built) -> None:
     assert {(name, graph.precision, graph.backend) for name, graph in contract.graphs.items()} == {
         ("conditioner", "fp32", "tensorrt-rtx"),
         ("denoiser", "fp16", "tensorrt-rtx"),
+        ("update", "fp32", "tensorrt-rtx"),
     }
     assert contract.graphs["denoiser"].files == ("denoiser.tensorrt-rtx.engine",)
     engines = contract.built_with["engines"]["tensorrt-rtx"]
     assert engines["denoiser"]["compute_capabilities"] == ["8.6", "8.9"]
     assert engines["denoiser"]["census"] == {"of": "network", "products": {"fp16": 5 * 2 + 2}, "islands": []}
+    assert engines["update"]["census"]["products"] == {"fp32": 1}
+    recipe = Recipe(**contract.source["recipe"])  # with which the engines can be made again
+    assert recipe.tuning == Tuning(compute_capability=("8.6", "8.9")) and recipe.precision == "fp16"
+    assert 'compute_capability = ["8.6", "8.9"]' in recipe.to_toml()
     checks = json.loads((built / "parity.json").read_text())["checks"]
     names = {check["name"] for check in checks}
     assert all(check["passed"] for check in checks) and "twin: runs that are not finite" in names

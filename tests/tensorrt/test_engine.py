@@ -11,6 +11,7 @@ import pytest
 from dit_runtime import UsageError
 from dit_runtime.backends import Options, backend, cuda
 from dit_runtime.backends.trt import Flavour
+from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.errors import BundleError
 from tests.tensorrt.fakes import Cuda, TensorRT
 
@@ -130,6 +131,32 @@ def test_refused_before_it_is_deserialized(device, trt, plan, change, built, rea
 def test_what_is_not_refused(device, trt, plan, capability, built) -> None:
     device.capability = capability
     backend("tensorrt-rtx").open([plan], Options(built={**BUILT, **built})).close()
+
+
+def made(datatype: str, *nodes: str) -> dict:
+    metadata = "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes)
+    return {"Name": "x", "Outputs": [{"Name": "y", "Format/Datatype": datatype}], "Metadata": metadata}
+
+
+def test_an_engine_is_inspected_where_it_can_be_opened(device, trt) -> None:
+    """In the words of several versions; a layer without details is told by its name alone."""
+    trt.layers = [
+        made("Half", "qkv", "bias"),
+        made("Row major linear FP16 format", "proj"),
+        made("Float"),
+        made("BFloat16"),
+        made("Row major linear INT8 format", "fc1", "quantize"),
+        made("FP8"),
+        made("Int64"),
+        {"Name": "no output"},
+        "only a name",
+    ]
+    rtx, logger = backend("tensorrt-rtx"), logger_of(trt)
+    found = rtx._inspected(trt, logger, b"plan", ("8.6", "8.9"))
+    assert found == {"layers": {"fp16": 2, "fp32": 1, "bf16": 1, "int8": 1, "fp8": 1, "other": 1}, "fused": 2}
+    assert rtx._inspected(trt, logger, b"plan", ("12.0",)) == {}
+    device.devices = 0
+    assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
 
 
 def test_an_engine_that_tensorrt_itself_refuses(device, trt, plan) -> None:

@@ -1,6 +1,7 @@
 #include "engine.hpp"
 
 #include <numeric>
+#include <sstream>
 
 #include "errors.hpp"
 
@@ -42,6 +43,45 @@ const Backend& choose(const Graph& graph, const Options& options) {
             if (backend.opens_onnx && contains(backend.precisions, graph.precision)) return backend;
     throw UsageError(text("backend '", name, "' is not in this library", nearest(name, known),
                           "; it was built with: ", join(known)));
+}
+
+namespace {
+
+// "8.9" -> {8, 9}
+std::vector<int> numbers(const std::string& version, std::size_t most = SIZE_MAX) {
+    std::vector<int> found;
+    std::istringstream parts(version);
+    for (std::string part; found.size() < most && std::getline(parts, part, '.');)
+        if (!part.empty() && part.size() < 9 && part.find_first_not_of("0123456789") == std::string::npos)
+            found.push_back(std::stoi(part));
+    return found;
+}
+
+// Plans are for one version; a version-compatible one also for later ones of the same major version.
+bool opens(const std::string& here, const Built& built) {
+    const std::vector<int> mine = numbers(here, 3), its = numbers(built.version, 3);  // packages add a fourth
+    return !its.empty() && (mine == its || (built.version_compatible && mine.at(0) == its[0] && mine >= its));
+}
+
+}  // namespace
+
+std::string refusal(const std::string& backend, const Built& built, const Gpu& here) {
+    if (!opens(here.version, built))
+        return text("built by ", backend, " ", built.version.empty() ? "of no known version" : built.version,
+                    ", and here is ", here.version);
+    if (!here.driver) return "no NVIDIA driver";
+    if (here.driver / 1000 < built.cuda)
+        return text("the NVIDIA driver has CUDA ", here.driver / 1000, ", expected ", built.cuda, " or later");
+    if (here.capability.empty()) return "no NVIDIA GPU";
+    for (const std::string& known : built.compute_capabilities) {
+        const bool later = !known.empty() && known.back() == '+';
+        if (known == here.capability ||
+            (later && numbers(here.capability) >= numbers(known.substr(0, known.size() - 1))))
+            return "";
+    }
+    if (built.compute_capabilities.empty()) return "";
+    return text("compute capability ", here.capability, " here, and the engine is for ",
+                join(built.compute_capabilities));
 }
 
 std::size_t count(const Shape& shape) {

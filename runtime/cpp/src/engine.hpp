@@ -52,6 +52,16 @@ struct Backend {
 // Those that this library was compiled with; the first is taken where the bundle's own is not here.
 const std::vector<Backend>& backends();
 
+// What there is to run an engine for one kind of GPU.
+struct Gpu {
+    std::string version;     // of the backend
+    int driver = 0;          // 1000 times its CUDA; 0: no driver
+    std::string capability;  // "8.9"; empty: no GPU
+};
+
+// Why an engine that was built so cannot be opened here, from the manifest alone; empty where it can.
+std::string refusal(const std::string& backend, const Built& built, const Gpu& here);
+
 // While it loads: about the weights' size, where OpenVINO takes twice that.
 inline const char* const LEANEST = "onnxruntime";
 

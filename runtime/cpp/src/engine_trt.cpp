@@ -73,9 +73,28 @@ int device_number(const std::string& device) {
     throw UsageError(text("device '", device, "' is not here; expected cuda:0 to cuda:", count - 1));
 }
 
+// What there is here; a call that fails says that there is none.
+Gpu gpu(int device) {
+    Gpu here;
+    here.version = trt_version();
+    if (cudaDriverGetVersion(&here.driver) != cudaSuccess) here.driver = 0;
+    int count = 0, major = 0, minor = 0;
+    if (here.driver && cudaGetDeviceCount(&count) == cudaSuccess && device < count &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
+        here.capability = text(major, ".", minor);
+    return here;
+}
+
 class TrtEngine : public Engine {
   public:
-    TrtEngine(const Path& path, const Options& options) : device_(device_number(options.device)) {
+    TrtEngine(const Path& path, const Graph& graph, const Options& options) : device_(device_number(options.device)) {
+        const auto own = graph.built.find(DIT_TENSORRT);
+        const std::string reason =
+            refusal(DIT_TENSORRT, own == graph.built.end() ? Built{} : own->second, gpu(device_));
+        const std::string command = text("; on the target, make it with: dit-run compile ", path.parent_path().string(),
+                                         " --backend ", DIT_TENSORRT);
+        if (!reason.empty()) throw BundleError(text(path.string(), ": cannot run here: ", reason, command));
         check(cudaSetDevice(device_));
         stream_ = std::make_unique<Stream>();
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
@@ -92,8 +111,7 @@ class TrtEngine : public Engine {
         }
         check(cudaStreamSynchronize(stream_->stream));
         if (contexts_.empty())
-            throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it (", logger_.last,
-                                   "); it is for another GPU or version: run `dit-run compile` here"));
+            throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger_.last, command));
         for (std::int32_t index = 0; index < engine_->getNbIOTensors(); ++index) {
             const std::string name = engine_->getIOTensorName(index);
             const bool in = engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
@@ -185,9 +203,9 @@ class TrtEngine : public Engine {
 
 std::string trt_version() { return text(NV_TENSORRT_MAJOR, ".", NV_TENSORRT_MINOR, ".", NV_TENSORRT_PATCH); }
 
-std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph&, const Options& options) {
+std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph& graph, const Options& options) {
     try {
-        return std::make_unique<TrtEngine>(files.at(0), options);
+        return std::make_unique<TrtEngine>(files.at(0), graph, options);
     } catch (const NpyError& error) {
         throw BundleError(text(files.at(0).string(), ": ", error.what()));
     }

@@ -12,7 +12,7 @@ namespace {
 
 using json::Json;
 
-const std::vector<std::string> GRAPHS = {"conditioner", "context", "denoiser", "decoder"};
+const std::vector<std::string> GRAPHS = {"conditioner", "context", "denoiser", "update", "decoder"};
 
 TensorSpec parse_tensor(const Json& table) {
     json::known_keys(table, "a tensor", {"name", "dtype", "shape"});
@@ -71,6 +71,18 @@ Shape fixed(const std::string& name, const std::vector<TensorSpec>& specs) {
     return sizes;
 }
 
+Built parse_built(const Json& table) {
+    Built built;
+    if (json::table(table, "an engine").contains("version")) built.version = json::string(table["version"], "version");
+    if (table.contains("cuda")) built.cuda = json::integer(table["cuda"], "cuda", 0, MOST);
+    if (table.contains("compute_capabilities"))
+        for (const Json& one : json::list(table["compute_capabilities"], "compute_capabilities"))
+            built.compute_capabilities.push_back(json::string(one, "a compute capability"));
+    if (table.contains("tuning"))
+        built.version_compatible = json::table(table["tuning"], "tuning").contains("version_compatible");
+    return built;
+}
+
 Manifest parse_table(const Json& table) {
     json::known_keys(table, "the manifest",
                      {"format", "model", "latent_shape", "latent_scale", "num_classes", "labels", "guided_channels",
@@ -99,7 +111,7 @@ Manifest parse_table(const Json& table) {
     if (!contains(names, "conditioner") || !contains(names, "denoiser") ||
         !std::all_of(names.begin(), names.end(), known))
         throw std::invalid_argument("graphs " + join(names) + "; expected " + join(GRAPHS) +
-                                    " (context and decoder may lack)");
+                                    " (conditioner and denoiser always)");
     for (const auto& entry : json::table(json::need(table, "files"), "files").items()) {
         const std::string where = "size of " + entry.key();
         const std::int64_t size = json::integer(json::need(entry.value(), "size"), where, 0, INT64_MAX);
@@ -112,6 +124,12 @@ Manifest parse_table(const Json& table) {
         for (const auto& name : named)
             if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
     }
+    if (table.contains("built_with") && table["built_with"].contains("engines"))
+        for (const auto& backend : json::table(table["built_with"]["engines"], "engines").items())
+            for (const auto& engine : json::table(backend.value(), backend.key()).items())
+                if (manifest.graphs.count(engine.key()))
+                    manifest.graphs[engine.key()].built[backend.key()] = parse_built(engine.value());
+    manifest.graphs.erase("update");  // which is for engines on a device: here solvers step on the host
     if (!manifest.labels.empty() && manifest.labels.size() != static_cast<std::size_t>(manifest.num_classes))
         throw std::invalid_argument(text(manifest.labels.size(), " label names, expected ", manifest.num_classes));
     if (manifest.latent_shape.size() != 3)

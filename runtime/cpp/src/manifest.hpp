@@ -29,6 +29,14 @@ struct TensorSpec {
     std::vector<std::variant<std::int64_t, std::string>> shape;
 };
 
+// With what and for what an engine was built; it is opened nowhere else.
+struct Built {
+    std::string version;                            // of the backend
+    std::int64_t cuda = 0;                          // that the driver must have
+    std::vector<std::string> compute_capabilities;  // "8.9", or "8.0+" and later; none: any
+    bool version_compatible = false;                // opens in later versions too
+};
+
 // One network of the bundle: its portable ONNX form, and the files that each backend opens instead of it.
 struct Graph {
     std::string onnx;
@@ -37,6 +45,7 @@ struct Graph {
     std::string precision = "fp32";
     std::string backend = "onnxruntime";
     std::map<std::string, std::vector<std::string>> engines;  // by backend
+    std::map<std::string, Built> built;                       // by backend, where the engines are for one kind of GPU
 
     std::vector<std::string> onnx_files() const { return {onnx, onnx + ".data"}; }
     std::vector<std::string> files(const std::string& name) const {

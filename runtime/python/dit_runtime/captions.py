@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime.conditioning import Put
 from dit_runtime.errors import UsageError
 from dit_runtime.noise import Noise
 
@@ -36,22 +37,22 @@ class Context(NamedTuple):
 class Contexts:
     """The denoiser's inputs that do not change from step to step; none where there are classes."""
 
-    def __init__(self, own: Context | None = None, null: Context | None = None) -> None:
+    def __init__(self, own: Context | None = None, null: Context | None = None, put: Put = np.asarray) -> None:
         """`null` is what guidance leads away from: one for all, or one a sample; None without guidance."""
-        self._own, self._null = own, null
-        self._samples: slice | None = None
-        self._stacked: dict[str, NDArray[np.float32]] = {}
+        self._own, self._null, self._put = own, null, put
+        self._held: tuple[slice | None, dict[str, Any]] = None, {}
 
-    def __call__(self, samples: slice) -> dict[str, NDArray[np.float32]]:
+    def __call__(self, samples: slice) -> dict[str, Any]:
         """`context` [G, B, M, D] and `context_mask` [G, B, L] for some of the samples: their own first.
 
         Those of the last call are kept, XL/2's 62 MB a sample: a run that fits the engine always asks for the same.
         """
-        if self._own is not None and samples != self._samples:
-            self._samples, self._stacked = samples, self._stack(self._own, samples)
-        return self._stacked
+        if self._own is not None and self._held[0] != samples:
+            self._held = samples, {}  # before there are others
+            self._held = samples, {name: self._put(part) for name, part in self._groups(self._own, samples).items()}
+        return self._held[1]
 
-    def _stack(self, own: Context, samples: slice) -> dict[str, NDArray[np.float32]]:
+    def _groups(self, own: Context, samples: slice) -> dict[str, NDArray[np.float32]]:
         groups = [Context(*(part[samples] for part in own))]
         if self._null is not None:
             null = self._null if len(self._null.mask) == 1 else Context(*(part[samples] for part in self._null))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Conditioner = Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[Any]]
+Put = Callable[[NDArray[Any]], Any]  # to where the network reads it
 
 TABLE_BYTES = 256 << 20  # of XL/2's 783 kB a (t, label) that is 342
 
@@ -31,8 +32,9 @@ class Table:
         max_rows: int,
         budget: int = TABLE_BYTES,
         whole: bool = False,
+        put: Put = np.asarray,
     ) -> None:
-        self._conditioner = conditioner
+        self._conditioner, self._put = conditioner, put
         self._times, self._time_of_step = np.unique(np.asarray(timesteps, np.float32), return_inverse=True)
         wanted = list(labels) + ([] if null_label is None else [null_label])
         self._labels, self._label_of_row = np.unique(np.asarray(wanted, np.int64), return_inverse=True)
@@ -41,25 +43,23 @@ class Table:
         self._budget, self._whole = budget, whole
         fit = max(1, budget // (row_bytes * len(self._labels)))
         self._window = len(self._times) if whole else fit  # timesteps held at a time
-        self._rows: dict[int, NDArray[Any]] = {}  # by timestep: (labels, K, D)
+        self._first: dict[int, int] = {}  # by timestep: its first row
+        self._rows: Any = None  # (timesteps * labels, K, D)
 
-    def __call__(self, step: int, samples: slice) -> NDArray[Any]:
+    def __call__(self, step: int, samples: slice) -> Any:
         """[G, B, K, D] for some of the samples at a step: their labels first, then the null label."""
         time = int(self._time_of_step[step])
-        if time not in self._rows:
+        if time not in self._first:
             self._fill(step)
-        rows = self._rows[time]
-        own = rows[self._label_of_row[: len(self._label_of_row) - self._guided][samples]]
-        if not self._guided:
-            return own[None]
-        null = np.broadcast_to(rows[self._label_of_row[-1]], own.shape)
-        return np.stack([own, null])
+        own = self._label_of_row[: len(self._label_of_row) - self._guided][samples]
+        groups = [own, np.full_like(own, self._label_of_row[-1])] if self._guided else [own]
+        return self._rows[self._first[time] + np.stack(groups)]
 
     def _fill(self, step: int) -> None:
         """Replaces the window by the timesteps from `step` on."""
         times = list(dict.fromkeys(self._time_of_step[step:]))[: self._window]
         pairs = [(time, label) for time in times for label in range(len(self._labels))]
-        self._rows.clear()
+        self._rows = None  # before there is another
         rows: NDArray[Any] = np.empty(0)
         for first in range(0, len(pairs), self._chunk):
             which = np.array(pairs[first : first + self._chunk])
@@ -67,8 +67,8 @@ class Table:
             if not first:
                 rows = self._allocate((len(pairs), *part.shape[1:]), part.dtype)
             rows[first : first + len(part)] = part
-        for index, time in enumerate(times):
-            self._rows[int(time)] = rows[index * len(self._labels) : (index + 1) * len(self._labels)]
+        self._first = {int(time): index * len(self._labels) for index, time in enumerate(times)}
+        self._rows = self._put(rows)
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         if not self._whole or math.prod(shape) * dtype.itemsize <= self._budget:

@@ -13,7 +13,7 @@ from dit_runtime.schedule import Diffusion
 
 FORMAT = 1
 NAME = "manifest.json"
-GRAPHS = ("conditioner", "context", "denoiser", "decoder")
+GRAPHS = ("conditioner", "context", "denoiser", "update", "decoder")
 DTYPES = ("float32", "int64")
 BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
 
@@ -124,7 +124,7 @@ def _parse(table: dict[str, Any]) -> Manifest:
             raise ValueError(f"{key} is {table[key]!r}, expected a table")
     graphs = {name: _graph(graph) for name, graph in table["graphs"].items()}
     if not {"conditioner", "denoiser"} <= set(graphs) <= set(GRAPHS):
-        raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (context and decoder may lack)")
+        raise ValueError(f"graphs {', '.join(graphs)}; expected {', '.join(GRAPHS)} (conditioner and denoiser always)")
     manifest = Manifest(
         **table
         | {

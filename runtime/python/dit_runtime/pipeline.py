@@ -1,4 +1,4 @@
-"""From labels to pictures: the bundle's three graphs around a solver."""
+"""From labels to pictures: the bundle's graphs around a solver."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import backends, images, manifest, noise
-from dit_runtime.backends import Engine, Options
+from dit_runtime import backends, images, loops, manifest, noise
+from dit_runtime.backends import Engine, Options, Resident
 from dit_runtime.captions import Captions, Context, Contexts, examples, fitting
 from dit_runtime.conditioning import Table
-from dit_runtime.errors import BundleError, EngineError, UsageError, nearest
+from dit_runtime.errors import BundleError, EngineError, UsageError
+from dit_runtime.labels import class_number
 from dit_runtime.manifest import Manifest
-from dit_runtime.schedule import is_integer
-from dit_runtime.solvers import plan, solve
+from dit_runtime.solvers import linear, plan, solve
 
 OnStep = Callable[[int, int, NDArray[np.float64]], Any]
 
@@ -66,7 +67,8 @@ class Pipeline:
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
         pipe = cls(folder, contract, {}, options)
         for name in () if low_memory else contract.graphs:
-            pipe._engine(name)
+            if name != "update":  # which is opened where it is needed
+                pipe._engine(name)
         return pipe
 
     def _engine(self, name: str) -> Engine:
@@ -81,6 +83,8 @@ class Pipeline:
             module = backends.backend(backends.choose(graph.backend, graph.precision))
             files = [manifest.inside(self.folder, file) for file in graph.files]
             settings = replace(self._options, precision=graph.precision, built=manifest.built(self.manifest, name))
+            if name == "update":
+                settings = replace(settings, beside=self._engines["denoiser"])
             engine: Engine = module.open(files, settings)
             expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
             if engine.io != expected:
@@ -88,10 +92,11 @@ class Pipeline:
             self._engines[name] = engine
         return self._engines[name]
 
-    def _run(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _run(self, name: str, inputs: Mapping[str, Any], *into: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """The engine's answer; with `into`, it goes there and stays with the engine."""
         engine = self._engine(name)
         try:
-            return engine.run(inputs)
+            return engine.run(inputs, *into)
         except (UsageError, EngineError):
             raise
         except Exception as error:  # each backend has exceptions of its own; memory that ran out is one of them
@@ -143,14 +148,22 @@ class Pipeline:
         guided = self.is_guided(weights)
         contexts = self.examples(ids, guided) if captions is None else self._contexts(captions, negative, guided)
         table = self.table(timesteps, ids, guided)
-        state, t = next(run)
-        for step in range(len(timesteps)):
-            try:
-                state, t = run.send(self._denoise_all(step, t, state, table, contexts, weights))
-            except StopIteration as end:
-                state = end.value
-            if on_step is not None and on_step(step + 1, len(timesteps), state) is True:
+        size, weights = self.manifest.graphs["denoiser"].max_batch, self._put(weights)
+
+        def given(step: int, samples: slice) -> dict[str, Any]:
+            return {"conditioning": table(step, samples), "guidance": weights[samples], **contexts(samples)}
+
+        denoiser, update = self._residents()
+        matrices = None if update is None else linear(self.manifest.diffusion, solver, steps, eta=eta, spacing=spacing)
+        if denoiser is None or update is None or matrices is None:
+            done = loops.with_solver(run, timesteps, partial(self._run, "denoiser"), given, size)
+        else:
+            engines = denoiser.put, partial(self._run, "denoiser"), partial(self._run, "update")
+            done = loops.with_matrices(matrices, *engines, x, given, size)
+        for step, home in enumerate(done):
+            if on_step is not None and on_step(step + 1, len(timesteps), home()) is True:
                 raise Stopped(f"stopped after step {step + 1} of {len(timesteps)}")
+        state = home()
         if output == "latents":
             return state.astype(np.float32)
         return images.to_uint8(self.decode(state))
@@ -159,8 +172,9 @@ class Pipeline:
         graph = self.manifest.graphs["conditioner"]
         row_bytes = 4 * math.prod(int(size) for size in graph.outputs[0].shape[1:])
         null_label = self.manifest.null_label if guided else None
-        whole = self._options.low_memory  # all of it at once, so that the conditioner can be closed
-        return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch, whole=whole)
+        # In low memory all of it at once, so that the conditioner can be closed.
+        how: dict[str, Any] = {"whole": self._options.low_memory, "put": self._put}
+        return Table(self.condition, list(timesteps), ids, null_label, row_bytes, graph.max_batch, **how)
 
     def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
         """(N,), (N,) -> [N, K, D]; where there are captions, labels change nothing."""
@@ -183,7 +197,7 @@ class Pipeline:
         if shape is None:
             return Contexts()
         null = self.context(examples([self.manifest.null_label], *shape)) if guided else None
-        return Contexts(self.context(examples(numbers, *shape)), null)
+        return Contexts(self.context(examples(numbers, *shape)), null, self._put)
 
     def denoise(
         self,
@@ -209,20 +223,17 @@ class Pipeline:
             raise EngineError("the decoder's pictures hold values that are not finite")
         return pictures
 
-    def _denoise_all(
-        self, step: int, t: float, x: NDArray[Any], table: Table, contexts: Contexts, weights: NDArray[np.float32]
-    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """The whole batch at one step, split into what the engine takes at a time."""
-        parts = []
-        size = self.manifest.graphs["denoiser"].max_batch
-        for first in range(0, len(x), size):
-            rows = slice(first, first + size)
-            prediction, variance = self.denoise(x[rows], table(step, rows), weights[rows], contexts(rows))
-            if not np.isfinite(prediction).all():
-                raise EngineError(f"step {step + 1} (t = {t:g}): the denoiser's prediction holds values not finite")
-            parts.append((prediction, variance))
-        predictions, variances = zip(*parts, strict=True)
-        return np.concatenate(predictions), None if variances[0] is None else np.concatenate(variances)
+    def _residents(self) -> tuple[Resident | None, Resident | None]:
+        """The denoiser's and the update's engines, where arrays can stay with them."""
+        if self._options.low_memory or not isinstance(denoiser := self._engine("denoiser"), Resident):
+            return None, None
+        update = self._engine("update") if "update" in self.manifest.graphs else None
+        return denoiser, update if isinstance(update, Resident) else None
+
+    def _put(self, values: NDArray[Any]) -> Any:
+        """What every step reads, to where it is read."""
+        denoiser, _ = self._residents()
+        return np.asarray(values) if denoiser is None else denoiser.put(values)
 
     def _fitting(self, captions: Captions | NDArray[Any], what: str) -> Captions:
         shape = self.manifest.caption_shape
@@ -232,7 +243,7 @@ class Pipeline:
 
     def _contexts(self, captions: Captions, negative: Captions | NDArray[Any] | None, guided: bool) -> Contexts:
         if not guided:
-            return Contexts(self.context(captions))
+            return Contexts(self.context(captions), put=self._put)
         if negative is None:
             raise UsageError("guidance needs negative=, the embedding of an empty text; or pass guidance 1")
         null = self._fitting(negative, "negative captions")
@@ -240,34 +251,14 @@ class Pipeline:
             raise UsageError(
                 f"{len(null.mask)} negative captions; expected one, or one for each of {len(captions.mask)}"
             )
-        return Contexts(self.context(captions), self.context(null))
+        return Contexts(self.context(captions), self.context(null), self._put)
 
     def label_ids(self, labels: Sequence[str | int]) -> list[int]:
         """Class numbers of names ("golden retriever", one of its synonyms, or "207") and numbers."""
         if not labels:
             other = "; or captions" if self.manifest.caption_shape else ""
             raise UsageError(f"no labels; pass at least one class name or number{other}")
-        return [self._label_id(label) for label in labels]
-
-    def _label_id(self, label: str | int) -> int:
-        count = self.manifest.num_classes
-        if isinstance(label, str) and not label.removeprefix("-").isdecimal():
-            names: dict[str, int] = {}
-            for number, name in enumerate(self.manifest.labels):  # whole names win over synonyms of others
-                names.setdefault(name.strip().lower(), number)
-            for number, name in enumerate(self.manifest.labels):
-                for synonym in name.split(","):
-                    names.setdefault(synonym.strip().lower(), number)
-            if label.strip().lower() not in names:
-                known = nearest(label, names) if names else f": this bundle has no names, only 0 to {count - 1}"
-                raise UsageError(f"class {label!r} is not known{known}")
-            return names[label.strip().lower()]
-        if not isinstance(label, str) and not is_integer(label):
-            raise UsageError(f"label {label!r} is no class; expected a name, or a number from 0 to {count - 1}")
-        number = int(label)
-        if not 0 <= number < count:
-            raise UsageError(f"label {number} is out of range; expected 0 to {count - 1}")
-        return number
+        return [class_number(label, self.manifest.labels, self.manifest.num_classes) for label in labels]
 
     def is_guided(self, weights: NDArray[np.float32]) -> bool:
         """Whether the null rows are needed: not where they cannot change the result."""
@@ -298,7 +289,7 @@ class Pipeline:
             raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
 
     def close(self) -> None:
-        for engine in self._engines.values():
+        for engine in reversed(self._engines.values()):  # the update's works in the denoiser's stream
             engine.close()
         self._engines.clear()
 

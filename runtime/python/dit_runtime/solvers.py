@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError
-from dit_runtime.noise import Draw
+from dit_runtime.noise import Draw, Noise
 from dit_runtime.schedule import (
     FLOW_SOLVERS,
     ORDERS,
@@ -34,6 +34,7 @@ Solver = Generator[tuple[Array, float], tuple[NDArray[Any], NDArray[Any] | None]
 
 EVALUATIONS = {solver: 2 if solver == "heun" else 1 for solver in SOLVERS}  # of the network, a step
 LAST_STEP = 0.04  # of the SDE: its authors' value
+LARGE = 1e6  # what clips at all clips at this
 
 
 def plan(diffusion: Diffusion, solver: str, steps: int, spacing: str | None = None) -> Array:
@@ -86,6 +87,48 @@ def solve(
     if solver == "ddim":
         return ddim(diffusion, schedule, x, draw, eta)
     return dpm(diffusion, schedule, x, ORDERS[solver])
+
+
+def linear(
+    diffusion: Diffusion, solver: str, steps: int, *, eta: float = 0.0, spacing: str | None = None
+) -> Array | None:
+    """A run as a matrix M an evaluation, (kept, x') = M (x, prediction, what was kept before); (N, 2, 3).
+
+    Kept is x₀, or the velocity itself. Whether there are such matrices, and which, comes from the solver alone: it
+    steps a few numbers, and where three coefficients do not explain all that it makes of them (it clips, draws noise
+    or looks further back), None is the answer.
+    """
+
+    def draw(shape: tuple[int, ...]) -> NDArray[Any]:
+        raise _Draws
+
+    times = plan(diffusion, solver, steps, spacing)
+    levels = None if solver in FLOW_SOLVERS else make_schedule(diffusion, solver, steps, spacing).alpha_bar
+    start, *numbers = LARGE * Noise(0).normal((len(times) + 1, 8)).astype(np.float64)
+    run = solve(diffusion, solver, steps, start, draw, eta=eta, spacing=spacing)
+    x, _ = next(run)
+    kept, matrices = np.zeros_like(x), []
+    for index, prediction in enumerate(numbers):
+        known = np.stack([x, prediction, kept], axis=1)
+        try:
+            after, _ = run.send((prediction, np.zeros_like(x)))
+        except StopIteration as end:
+            after = end.value
+        except _Draws:
+            return None
+        found = np.linalg.lstsq(known / LARGE, after / LARGE)[0]
+        if np.linalg.norm(known @ found - after) > 1e-9 * np.linalg.norm(after):
+            return None
+        keeping = np.array([0.0, 1.0])
+        if levels is not None:
+            keeping, _ = _denoised(diffusion, np.array([1.0, 0.0]), np.array([0.0, 1.0]), levels[index])
+        matrices.append([[*keeping, 0.0], found])
+        x, kept = after, known[:, :2] @ keeping
+    return np.array(matrices)
+
+
+class _Draws(Exception):
+    """A solver asked for noise."""
 
 
 def ddpm(diffusion: Diffusion, schedule: Schedule, x: Array, draw: Draw) -> Solver:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,6 +41,10 @@ class Tuning:
     refittable: bool = False
     timing_cache: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("compute_capability", "pool_limit"):  # JSON and TOML have lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Options:
@@ -52,6 +56,7 @@ class Options:
     tuning: Tuning = Tuning()
     islands: tuple[str, ...] = ()  # nodes of a typed graph that stay fp32
     built: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the engine that is opened
+    beside: Any = None  # an open engine of the same backend, to work in order with
 
 
 class Compiled(NamedTuple):
@@ -69,6 +74,17 @@ class Engine(Protocol):
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Resident(Engine, Protocol):
+    """An engine whose arrays may stay where it computes, from run to run."""
+
+    def put(self, values: np.ndarray) -> Any:
+        """The array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
+
+    def run(self, inputs: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+        """With `into`, arrays of `put` by the names of outputs, these go there, none comes home, and nobody waits."""
 
 
 def backend(name: str) -> Any:

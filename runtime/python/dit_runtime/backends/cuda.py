@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -64,8 +66,66 @@ class Stream:
     def wait(self) -> None:
         call("cudaStreamSynchronize", self.handle)
 
+    def copy(self, target: int, source: int, size: int, kind: str) -> None:
+        """What is copied from or to memory of the host that is not pinned has been read or written on return."""
+        kinds = runtime().cudaMemcpyKind
+        call("cudaMemcpyAsync", target, source, size, getattr(kinds, f"cudaMemcpy{kind}"), self.handle)
+
     def close(self) -> None:
         call("cudaStreamDestroy", self.handle)
+
+
+class Rows:
+    """Rows of an array in memory of the device; which, an index says, as NumPy's would. np.asarray brings them home."""
+
+    def __init__(self, memory: Memory, row: tuple[int, ...], dtype: np.dtype[Any], index: NDArray[np.int64]) -> None:
+        self._memory, self._row, self.dtype, self._index = memory, row, dtype, index
+
+    @classmethod
+    def put(cls, values: NDArray[Any], stream: Stream) -> Rows:
+        values = np.ascontiguousarray(values)
+        rows = cls(Memory(values.nbytes, stream), values.shape[1:], values.dtype, np.arange(len(values)))
+        rows.fill(values.ctypes.data, "HostToDevice")
+        return rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self._index.shape, *self._row)
+
+    def __getitem__(self, which: Any) -> Rows:
+        return Rows(self._memory, self._row, self.dtype, np.asarray(self._index[which]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        values = np.empty(self.shape, self.dtype)
+        self.read(values.ctypes.data, "DeviceToHost")
+        self._memory.stream.wait()
+        return values if dtype is None else values.astype(dtype)
+
+    def read(self, target: int, kind: str = "DeviceToDevice") -> None:
+        """These rows, one after the other, to an address."""
+        for place, address, size in self._stretches():
+            self._memory.stream.copy(target + place, address, size, kind)
+
+    def fill(self, source: int, kind: str = "DeviceToDevice") -> None:
+        """These rows from an address."""
+        for place, address, size in self._stretches():
+            self._memory.stream.copy(address, source + place, size, kind)
+
+    def _stretches(self) -> Iterator[tuple[int, int, int]]:
+        """Of rows that lie side by side: their place among these, their address, and bytes."""
+        rows, size = self._index.reshape(-1), int(np.prod(self._row)) * self.dtype.itemsize
+        first = 0
+        for last in (*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)):
+            yield first * size, self._memory.address + int(rows[first]) * size, (last - first) * size
+            first = last
+
+
+class Memory:
+    """Of the device, given back when nobody has it any more."""
+
+    def __init__(self, size: int, stream: Stream) -> None:
+        self.stream, self.address = stream, int(call("cudaMalloc", size))
+        weakref.finalize(self, call, "cudaFree", self.address).atexit = False  # it waits for what is queued
 
 
 class Buffer:
@@ -77,16 +137,19 @@ class Buffer:
         self._host = int(call("cudaMallocHost", self._size))
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self._size).from_address(self._host))
 
-    def upload(self, values: NDArray[Any], stream: Stream) -> None:
-        """The values to the device; they may change as soon as this returns."""
+    def upload(self, values: NDArray[Any] | Rows, stream: Stream) -> None:
+        """The values to here; they may change as soon as this returns."""
+        if isinstance(values, Rows):
+            values.read(self.device)
+            return
+        stream.wait()  # for an earlier upload that is still queued
         self._view(values.shape)[...] = values
-        kind = runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
-        call("cudaMemcpyAsync", self.device, self._host, values.size * self.dtype.itemsize, kind, stream.handle)
+        stream.copy(self.device, self._host, values.size * self.dtype.itemsize, "HostToDevice")
 
     def download(self, shape: tuple[int, ...], stream: Stream) -> NDArray[Any]:
         """A view of the pinned memory, to be copied when the stream is done."""
-        kind, view = runtime().cudaMemcpyKind.cudaMemcpyDeviceToHost, self._view(shape)
-        call("cudaMemcpyAsync", self._host, self.device, view.nbytes, kind, stream.handle)
+        view = self._view(shape)
+        stream.copy(self._host, self.device, view.nbytes, "DeviceToHost")
         return view
 
     def _view(self, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime.backends import Compiled, Engine, Options, Tuning, cuda
-from dit_runtime.backends.trt_network import census, decompose_attention, gate, logger_of, monitor_of, profiles
+from dit_runtime.backends.trt_network import (
+    census,
+    decompose_attention,
+    gate,
+    inspected,
+    logger_of,
+    monitor_of,
+    profiles,
+)
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.manifest import Graph, inside
 from dit_runtime.progress import Progress
@@ -95,6 +103,7 @@ class Flavour:
                 raise BundleError(f"{onnx}: {self.name} does not compile it: {logger.last}")
             (folder / name).write_bytes(plan)
             del monitor
+            engine = self._inspected(trt, logger, plan, capabilities)
         if options.tuning.timing_cache:
             Path(options.tuning.timing_cache).write_bytes(config.get_timing_cache().serialize())
         ampere_plus = options.tuning.hardware_compatibility_level == "ampere+"
@@ -103,10 +112,23 @@ class Flavour:
             "cuda": int((self._package() or ("",))[0].rpartition("-cu")[2] or 0),  # which the driver must have
             "compute_capabilities": ["8.0+"] if ampere_plus else list(capabilities),
             "tuning": _given(options.tuning),
-            "census": {"of": "network", "products": dict(Counter(found.values())), "islands": list(options.islands)},
+            "census": {
+                "of": "engine" if engine else "network",
+                "products": dict(Counter(found.values())),
+                "islands": list(options.islands),
+                **engine,
+            },
         }
         refit = graph.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
         return Compiled((name, *refit), built)
+
+    def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
+        """What an engine that was just built says of itself, where it can be opened."""
+        if cuda.obstacle() or _outside(cuda.capability(), capabilities, self.name):
+            return {}
+        runtime = trt.Runtime(logger)
+        engine = runtime.deserialize_cuda_engine(plan)
+        return inspected(trt, engine) if engine else {}
 
     def open(self, files: Sequence[Path], options: Options) -> Engine:
         if options.threads is not None or options.provider:

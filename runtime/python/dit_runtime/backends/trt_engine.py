@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_runtime.backends import Options
-from dit_runtime.backends.cuda import Buffer, CudaError, Recording, Stream
+from dit_runtime.backends.cuda import Buffer, CudaError, Recording, Rows, Stream
 from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.errors import BundleError, EngineError, UsageError
 
@@ -47,7 +47,8 @@ class TrtEngine:
         into = {name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self._inputs = tuple(name for name in names if name in into)
         self._outputs = tuple(name for name in names if name not in into)
-        self._stream = Stream()
+        self._beside: TrtEngine | None = options.beside
+        self._stream: Stream = self._beside._stream if self._beside else Stream()
         self._kernels = options.cache / f"{files[0].stem}.{KERNELS}" if options.cache else None
         self._runtime_cache: Any = None
         self._contexts = [self._context(trt, index) for index in range(self._engine.num_optimization_profiles)]
@@ -63,13 +64,20 @@ class TrtEngine:
     def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return self._inputs, self._outputs
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def put(self, values: np.ndarray) -> Rows:
+        return Rows.put(values, self._stream)
+
+    def run(self, inputs: Mapping[str, Any], into: Mapping[str, Rows] | None = None) -> dict[str, np.ndarray]:
         shapes = tuple(inputs[name].shape for name in self._inputs)
         profile, context = self._fitting(shapes)
         for name in self._inputs:
             context.set_input_shape(name, inputs[name].shape)
             self._buffers[name].upload(inputs[name], self._stream)
         self._enqueue(profile, context, shapes)
+        if into is not None:
+            for name, rows in into.items():
+                rows.fill(self._buffers[name].device)
+            return {}
         views = {
             name: self._buffers[name].download(tuple(context.get_tensor_shape(name)), self._stream)
             for name in self._outputs
@@ -171,7 +179,8 @@ class TrtEngine:
         for buffer in self._buffers.values():
             buffer.close()
         self._buffers.clear()
-        self._stream.close()
+        if self._beside is None:
+            self._stream.close()
         self._runtime_cache = self._engine = self._runtime = None
 
 

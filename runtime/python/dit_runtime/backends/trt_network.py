@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,6 +16,7 @@ from dit_runtime.progress import Progress
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ATTENTION_INPUT")
 MOVERS = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE")  # what a parser puts between a weight and its product
 TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}  # TensorRT's DataType: ours
+WORDS = {"BF16|BFloat16": "bf16", "FP16|Half": "fp16", "FP8|E4M3": "fp8", "INT8|Int8": "int8", "FP32|Float": "fp32"}
 WIDTH = ("fp32", "bf16", "fp16", "int8", "fp8")  # a product computes in the widest of its two operands
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # smallest, usual, largest
 
@@ -55,6 +58,20 @@ def census(trt: Any, network: Any) -> dict[str, str]:
             operands = [layer.get_input(index) for index in range(min(2, layer.num_inputs))]
             found[layer.name] = min((computed(tensor) for tensor in operands if tensor is not None), key=WIDTH.index)
     return found
+
+
+def inspected(trt: Any, engine: Any) -> dict[str, Any]:
+    """Of an engine itself: its layers by the type that each makes, and how many of them are several nodes in one."""
+    inspector = engine.create_engine_inspector()
+    told = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    layers = [layer for layer in told["Layers"] if isinstance(layer, dict)]
+    made = Counter(
+        next((kind for words, kind in WORDS.items() if re.search(words, output["Format/Datatype"])), "other")
+        for layer in layers
+        for output in layer.get("Outputs", [])[:1]
+    )
+    fused = sum(layer.get("Metadata", "").count("[ONNX Layer:") > 1 for layer in layers)
+    return {"layers": dict(made), "fused": fused}
 
 
 def decompose_attention(trt: Any, network: Any) -> None:

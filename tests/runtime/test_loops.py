@@ -1,0 +1,192 @@
+"""The loop of matrices beside the loop of the solver: as numbers, and as the bundle's update graph on ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dit_runtime import EngineError, Pipeline
+from dit_runtime.backends import ort
+from dit_runtime.errors import UsageError
+from dit_runtime.noise import Noise
+from dit_runtime.schedule import NOISE_SOLVERS, Diffusion, Sampler
+from dit_runtime.solvers import linear, solve
+
+STEPWISE = 1e-6  # a step's coefficients, state and sum in float32, 6e-8 each; with α = 0.006 x₀ is a difference of 156s
+WHOLE = 1e-4  # 25 of them, each through the network; measured 4e-7
+LINEAR = [("epsilon", solver) for solver in ("ddim", "dpm++1", "dpm++")]
+LINEAR += [("v_prediction", "ddim"), ("sample", "dpm++"), ("velocity", "euler"), ("velocity", "heun")]
+
+
+class Host(ort.OrtEngine):
+    """An engine whose arrays stay with it, which for a CPU is where they are."""
+
+    uploads = 0
+
+    def put(self, values):
+        Host.uploads += 1
+        return np.array(values)
+
+    def run(self, inputs, into=None):
+        made = super().run(inputs)
+        for name, target in (into or {}).items():
+            target[...] = made[name]
+        return made if into is None else {}
+
+
+@pytest.fixture
+def stays(monkeypatch):
+    """Arrays stay with the engines of pipelines that are opened from here on."""
+
+    def use() -> None:
+        monkeypatch.setattr(ort, "OrtEngine", Host)
+        monkeypatch.setattr(Host, "uploads", 0)
+
+    return use
+
+
+def no_noise(shape):
+    raise AssertionError("a solver without noise drew some")
+
+
+def states(diffusion, solver, steps, **options):
+    """What the solver makes, step by step, of predictions that bend the state: x, prediction, x'."""
+    waves = Noise(1).normal((2 * steps, 64))
+    run = solve(diffusion, solver, steps, Noise(0).normal((64,)), no_noise, **options)
+    x, _ = next(run)
+    for wave in waves:
+        prediction = np.tanh(x) + 0.1 * wave
+        try:
+            after, _ = run.send((prediction, None))
+        except StopIteration as end:
+            yield x, prediction, end.value
+            return
+        yield x, prediction, after
+        x = after
+
+
+@pytest.mark.parametrize(("prediction", "solver"), LINEAR)
+@pytest.mark.parametrize("steps", [2, 10, 25, 250])
+def test_the_matrices_are_the_solver(prediction, solver, steps) -> None:
+    for kind in ("midpoint", "heun"):
+        diffusion = Diffusion(prediction=prediction, sampler=Sampler(solver=solver, solver_type=kind))
+        matrices = linear(diffusion, solver, steps)
+        kept = np.zeros(64)
+        asked = 0
+        for matrix, (x, output, after) in zip(matrices, states(diffusion, solver, steps), strict=True):
+            kept, made = matrix @ np.stack([x, output, kept])
+            # Both in float64; what is kept at α = 0.006 is a difference of numbers 156 times as large. Measured 4e-14.
+            assert np.linalg.norm(made - after) <= 1e-11 * np.linalg.norm(after)
+            asked += 1
+        assert asked == len(matrices) == (2 * steps if solver == "heun" else steps)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_spacings_have_matrices_of_their_own(spacing) -> None:
+    diffusion = Diffusion()
+    usual, other = linear(diffusion, "dpm++", 10, spacing="respaced"), linear(diffusion, "dpm++", 10, spacing=spacing)
+    assert np.abs(usual - other).max() > 1e-3
+
+
+def test_ddim_is_the_first_order_solver() -> None:
+    """A fact of the papers that no code of ours knows: equal spacings give equal matrices, and look back at nothing."""
+    diffusion = Diffusion()
+    ddim, first = (linear(diffusion, solver, 10, spacing="leading") for solver in ("ddim", "dpm++1"))
+    shifted = linear(replace(diffusion, sampler=Sampler(steps_offset=0)), "dpm++", 10, spacing="leading")
+    assert np.abs(first[:, :, 2]).max() < 1e-12 < 0.01 < np.abs(shifted[:, 1, 2]).max()
+    assert ddim.shape == first.shape == (10, 2, 3)
+    assert np.abs(ddim[:, :, 2]).max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "sampler"),
+    [
+        ("ddpm", {}, {}),
+        ("ddpm", {}, {"variance": "fixed_small"}),
+        ("ddim", {"eta": 0.5}, {}),
+        ("ddim", {}, {"clip_sample": True}),
+        ("ddim", {}, {"clip_sample": True, "clip_sample_range": 100.0}),
+        ("dpm++3", {}, {}),
+    ],
+)
+def test_what_has_no_matrices(solver, options, sampler) -> None:
+    assert linear(Diffusion(sampler=Sampler(**sampler)), solver, 10, **options) is None
+
+
+def test_noise_along_a_velocity_has_no_matrices() -> None:
+    assert linear(Diffusion(prediction="velocity", sampler=Sampler(solver="euler")), "sde", 10) is None
+
+
+def test_what_the_solver_refuses_is_refused() -> None:
+    with pytest.raises(UsageError, match="only ddim takes it"):
+        linear(Diffusion(), "dpm++", 10, eta=0.5)
+    assert {solver for _, solver in LINEAR} - {"euler", "heun"} <= set(NOISE_SOLVERS)
+
+
+@pytest.mark.parametrize(("name", "solver"), [("meta", "ddim"), ("meta", "dpm++"), ("velocity", "heun")])
+def test_both_loops_draw_the_same(request, stays, name, solver) -> None:
+    """25 steps from one noise, each compared; more samples than a batch, with a last one that is smaller."""
+    bundle = request.getfixturevalue(name).bundle
+    seen: dict[str, list[np.ndarray]] = {}
+    for kind in ("solver", "matrices"):
+        if kind == "matrices":
+            stays()
+        seen[kind] = steps = []
+        with Pipeline.load(bundle, threads=1) as pipe:
+            options = {"steps": 25, "guidance": [3.0, 1.0, 2.0, 4.0, 5.0], "solver": solver, "seed": 2}
+            watch = lambda step, total, x, steps=steps: steps.append(x)  # noqa: E731
+            final = pipe.sample([1, 5, 0, 11, 5], **options, output="latents", on_step=watch)
+        np.testing.assert_array_equal(final, steps[-1].astype(np.float32))
+    assert len(seen["solver"]) == len(seen["matrices"]) == (50 if solver == "heun" else 25) and Host.uploads > 0
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in zip(seen["solver"], seen["matrices"], strict=True)]
+    assert errors[0] <= STEPWISE and max(errors) <= WHOLE and max(errors) > 0  # not the same loop twice
+
+
+def test_each_step_alone(meta, stays) -> None:
+    """From the solver's own state, and with the graph that ships; a matrix of another step is seen."""
+    from dit_runtime import manifest
+    from dit_runtime.backends import Options
+
+    contract = manifest.read(meta.bundle)
+    update = ort.open([meta.bundle / name for name in contract.graphs["update"].files], Options(threads=1))
+    shape = (4, *contract.latent_shape)
+    matrices = linear(contract.diffusion, "dpm++", 25)
+    run = solve(contract.diffusion, "dpm++", 25, Noise(0).normal(shape), no_noise)
+    x, _ = next(run)
+    kept = np.zeros(shape, np.float32)
+    missed = []
+    for index, wave in enumerate(Noise(1).normal((25, *shape))):
+        prediction = (0.8 * x + 0.3 * wave).astype(np.float32)
+        states = {"latents": x.astype(np.float32), "prediction": prediction, "previous": kept}
+        try:
+            after, _ = run.send((prediction, None))
+        except StopIteration as end:
+            after = end.value
+        made, other = (
+            update.run(states | {"coefficients": matrices[i].astype(np.float32)}) for i in (index, index - 1)
+        )
+        assert np.linalg.norm(made["next"] - after) <= STEPWISE * np.linalg.norm(after)
+        missed.append(np.linalg.norm(other["next"] - after) / np.linalg.norm(after))
+        x, kept = after, made["kept"]
+    assert min(missed) > 100 * STEPWISE
+
+
+def test_what_draws_noise_takes_the_solver(meta, stays) -> None:
+    options = {"steps": 5, "solver": "ddim", "eta": 0.5, "seed": 1, "output": "latents"}
+    with Pipeline.load(meta.bundle, threads=1) as pipe:
+        expected = pipe.sample([3, 4], **options)
+    stays()
+    with Pipeline.load(meta.bundle, threads=1) as pipe:
+        np.testing.assert_array_equal(pipe.sample([3, 4], **options), expected)
+
+
+def test_a_step_that_is_not_finite_is_named(meta, stays) -> None:
+    stays()
+    options = {"steps": 5, "guidance": 3e38, "output": "latents"}
+    with Pipeline.load(meta.bundle, threads=1) as pipe:
+        with pytest.raises(EngineError, match="step 1 or one before: the latents hold values not finite"):
+            pipe.sample([3], **options, on_step=lambda *_: None)
+        with pytest.raises(EngineError, match="step 5 or one before"):
+            pipe.sample([3], **options)

@@ -1,0 +1,145 @@
+"""A whole bundle on a GPU and a TensorRT that are fakes: what stays on the device, what crosses, what is given back."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_runtime import Pipeline, loops
+from dit_runtime import pipeline as pipeline_module
+from dit_runtime.backends import cuda
+from dit_runtime.backends.trt import Flavour
+from tests.tamper import edit, seal
+from tests.tensorrt.fakes import Cuda, TensorRT
+
+BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.9"], "tuning": {}}
+LABELS = [1, 5, 0, 11, 5]  # more than the four rows that an engine takes
+OPTIONS = {"steps": 25, "guidance": 3.0, "seed": 2, "output": "latents"}
+UP, HOME, WITHIN = 1, 2, 3
+FREE_RUN = 1e-4  # the same networks on the same CPU, the latents in float32; measured 4e-7
+
+
+@pytest.fixture
+def device(monkeypatch) -> Cuda:
+    fake = Cuda()
+    monkeypatch.setattr(cuda, "runtime", lambda: fake)
+    monkeypatch.setattr(Flavour, "load", lambda self: TensorRT(fake))
+    monkeypatch.setattr(Flavour, "version", lambda self: "1.7.1")
+    return fake
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def pipe(request, meta, device, tmp_path):
+    bundle = Path(shutil.copytree(meta.bundle, tmp_path / "bundle"))
+
+    def change(table: dict) -> None:
+        table["built_with"]["engines"] = {request.param: {}}
+        for name, graph in table["graphs"].items():
+            engine = f"{name}.{request.param}.engine"
+            (bundle / engine).write_text(str(bundle / graph["onnx"]))
+            graph |= {"backend": request.param, "engines": {request.param: [engine]}}
+            table["files"][engine] = {}
+            table["built_with"]["engines"][request.param][name] = BUILT
+
+    edit(bundle, change)
+    seal(bundle)
+    with Pipeline.load(bundle) as opened:
+        yield opened
+
+
+def far(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.linalg.norm(first - second) / np.linalg.norm(second))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++"])
+def test_the_pictures_of_the_cpu(meta, pipe, solver) -> None:
+    with Pipeline.load(meta.bundle, threads=1) as other:
+        expected = other.sample(LABELS, **OPTIONS, solver=solver)
+    assert 0 < far(pipe.sample(LABELS, **OPTIONS, solver=solver), expected) <= FREE_RUN
+
+
+def test_a_matrix_that_forgets_is_seen(meta, pipe, monkeypatch) -> None:
+    with Pipeline.load(meta.bundle, threads=1) as other:
+        expected = other.sample(LABELS, **OPTIONS, solver="dpm++")
+    linear = pipeline_module.linear
+    monkeypatch.setattr(pipeline_module, "linear", lambda *given, **how: linear(*given, **how) * [1, 1, 0])
+    assert far(pipe.sample(LABELS, **OPTIONS, solver="dpm++"), expected) > 100 * FREE_RUN
+
+
+def crossed(pipe, device, kind: int, **options) -> int:
+    before = sum(count for (which, _), count in device.copied.items() if which == kind)
+    pipe.sample(LABELS[:3], **OPTIONS | options)
+    return sum(count for (which, _), count in device.copied.items() if which == kind) - before
+
+
+def test_nothing_crosses_in_a_step(pipe, device) -> None:
+    """However many steps: what goes up goes before the first, and only the last latents come home."""
+    (up, home), (more_up, more_home) = (
+        [crossed(pipe, device, kind, steps=steps) for kind in (UP, HOME)] for steps in (2, 10)
+    )
+    assert (up, home) == (more_up, more_home)
+    watched = crossed(pipe, device, HOME, steps=10, on_step=lambda *_: None)
+    assert watched == home + 10
+    # Told to draw noise, it is the solver's loop: latents go up and predictions and variances come home.
+    assert crossed(pipe, device, UP, steps=10, eta=0.5) == crossed(pipe, device, UP, steps=2, eta=0.5) + 8
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_the_conditioning_goes_up_once_a_run(pipe, device, eta) -> None:
+    device.copied.clear()
+    pipe.sample(LABELS[:3], **OPTIONS | {"eta": eta})
+    _, vectors, width = pipe.manifest.graphs["conditioner"].outputs[0].shape
+    row = 4 * vectors * width
+    large = {size: count for (kind, size), count in device.copied.items() if kind == UP and size >= row}
+    assert large == {25 * 4 * row: 1}  # steps x (three labels and the null label)
+    chosen = {size: count for (kind, size), count in device.copied.items() if kind == WITHIN and size % row == 0}
+    assert sum(size * count for size, count in chosen.items()) == 25 * 2 * 3 * row
+
+
+def test_what_is_queued_is_not_overtaken(pipe, monkeypatch) -> None:
+    """Without its wait, an upload would change what an earlier one has not taken yet: the fake's queue shows it."""
+    rows = {"latents": np.ones((1, *pipe.manifest.latent_shape), np.float32)}
+    rows |= {"prediction": rows["latents"], "previous": rows["latents"]}
+    denoiser, update = pipe._residents()
+    for expected in (True, False):
+        targets = [denoiser.put(np.zeros_like(rows["latents"])) for _ in range(2)]
+        for number, target in enumerate(targets, 1):
+            update.run(rows | {"coefficients": np.full((2, 3), number, np.float32)}, {"next": target})
+        found = [float(np.asarray(target).mean()) for target in targets]
+        assert (found == [3.0, 6.0]) is expected
+        monkeypatch.setattr(cuda.Stream, "wait", lambda self: None)
+
+
+def test_everything_is_given_back(pipe, device) -> None:
+    open_before = set(device.open)
+    pipe.sample(LABELS, **OPTIONS)
+    gc.collect()
+    assert len(device.open) <= len(open_before) + 40  # the update's engine: its buffers are made once
+    after = len(device.open)
+    pipe.sample(LABELS, **OPTIONS)
+    pipe.sample(LABELS, **OPTIONS | {"eta": 0.5})
+    gc.collect()
+    assert len(device.open) == after
+    pipe.close()
+    assert device.open == {}
+
+
+def test_low_memory_keeps_nothing(pipe, device) -> None:
+    pipe.close()
+    pipe._options = pipe._options.__class__(low_memory=True)
+    assert crossed(pipe, device, UP, steps=10) > crossed(pipe, device, UP, steps=2)
+
+
+def test_rows_are_numpys(device) -> None:
+    stream = cuda.Stream()
+    values = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
+    rows = cuda.Rows.put(values, stream)
+    for which in (slice(1, 4), 3, np.array([5, 0, 1, 2]), np.array([[1, 1], [0, 5]])):
+        np.testing.assert_array_equal(np.asarray(rows[which]), values[which])
+        assert rows[which].shape == values[which].shape
+    assert np.asarray(rows[1:5][::2][:, None]).shape == (2, 1, 2, 2)
+    assert loops._chunks(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 6)]
