@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -135,19 +136,19 @@ def reference(folder: Path, contract: Manifest) -> None:
         seen = [pipe.sample(labels, steps=STEPS, seed=seeds, guidance=guidance, output="latents")]
         run = {"prediction": [], "variance": [], "conditional": [], "null": []}
         states: list[np.ndarray] = []
-        denoise = pipe.denoise
+        engine = pipe._engines["denoiser"]
 
-        def record(latents, conditioning, weights, context):
-            own, null = ({name: part[rows] for name, part in context.items()} for rows in (slice(1), slice(1, 2)))
-            states.append(latents.astype(np.float32))
-            result = denoise(latents, conditioning, weights, context)
-            run["prediction"].append(result[0])
-            run["variance"].append(result[1])
-            run["conditional"].append(denoise(latents, conditioning[:1], weights, own)[0])
-            run["null"].append(denoise(latents, conditioning[1:], weights, null)[0])
-            return result
+        def record(inputs):
+            answer = engine.run(inputs)
+            states.append(inputs["latents"])
+            for name in ("prediction", "variance"):
+                run[name].append(answer[name])
+            for name, rows in (("conditional", slice(1)), ("null", slice(1, 2))):
+                some = {part: inputs[part][rows] for part in inputs if part.startswith("con")}  # conditioning, context
+                run[name].append(engine.run({**inputs, **some})["prediction"])
+            return answer
 
-        pipe.denoise = record  # type: ignore[method-assign]
+        pipe._engines["denoiser"] = SimpleNamespace(run=record, close=engine.close)
         images = pipe.sample(labels, steps=STEPS, seed=seeds, guidance=guidance)
         prints = replay.fingerprint(replay.hoisted(pipe), contract.num_classes, times[STEPS // 2], MAX_BATCH)
     arrays = {name: np.stack(values) for name, values in run.items()}
