@@ -111,7 +111,7 @@ def test_verify_against_pytorch_knows_its_weights(meta: Built, meta_copy: Path, 
 
 def test_inspect_counts_ops_and_weights(meta: Built, capsys: Capture) -> None:
     table = run_json(capsys, dit_export.cli.main, "inspect", str(meta.bundle))
-    assert table.keys() == {"conditioner", "denoiser"}
+    assert table.keys() == {"conditioner", "denoiser", "update"}
     assert table["denoiser"]["ops"]["Attention"] == 2
     assert table["conditioner"]["outputs"] == {"conditioning": ["float32", "pairs", 14, 64]}
     size = meta.bundle.joinpath("denoiser.onnx.data").stat().st_size
