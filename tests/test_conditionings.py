@@ -89,13 +89,11 @@ def test_a_bundle_of_every_conditioning(bundles, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS[1:])  # the first has its own tests
 def test_every_conditioning_in_int8(bundles, way: str, backend: str, tmp_path, one_thread, capsys) -> None:
     options = [*bundles[way][1], "--precision", "int8", "--backend", backend, "--max-batch", 4]
+    folder = tmp_path / "bundle"
     with one_thread():
-        code = build(*options, "-o", tmp_path / "bundle")
-    folder = tmp_path / ("bundle.failed" if code else "bundle")
+        assert build(*options, "-o", folder) == 0
     checks = json.loads((folder / "parity.json").read_text())["checks"]
-    failed = {check["name"] for check in checks if not check["passed"]}
-    # With captions, three blocks of made-up weights multiply an error of 1 % by 20 in the free run: to the limit, 0.2.
-    assert failed <= ({"free run, rel-L2"} if CONDITIONINGS[way].captioned else set())
+    # With captions, three blocks of made-up weights multiply an error of 1 % by 20; of the others none comes near.
     assert max(check["value"] for check in checks if check["name"] == "free run, rel-L2") < 0.25
     contract = manifest.read(folder)
     assert contract.graphs["denoiser"].precision == "int8"
