@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_export.bench.competitors import BASE, WEIGHTS
-from dit_export.bench.floor import flops
+from dit_export.bench.engines import CPU_LIBRARIES
+from dit_export.bench.floor import flops, step_bytes
 from dit_export.bench.machine import available_memory
 from dit_export.bench.report import time
 from dit_export.bench.subject import GUIDANCE, in_a_row
@@ -72,7 +73,7 @@ def measure(
     """Of each of the specs, all of which are in memory at a time."""
     if min(rounds, threads or 1) < 1:
         raise UsageError("rounds and threads are at least 1")
-    weights = sum(4 * (12 + 2 * spec.by.crossed) * spec.depth * spec.hidden**2 for spec in specs.values())
+    weights = sum(step_bytes(spec, "fp32") for spec in specs.values())
     if (needed := BASE[backend] + WEIGHTS[backend] * weights) > available_memory():
         raise UsageError(
             f"{len(specs)} denoisers on {backend} take {needed / 1e9:.0f} GB, {available_memory() / 1e9:.0f} GB are "
@@ -120,7 +121,7 @@ def main() -> int:
     parser = Parser(prog="python -m dit_export.bench.conditionings", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--conditionings", nargs="+", default=list(CONDITIONINGS), choices=list(CONDITIONINGS))
-    parser.add_argument("--backend", default="onnxruntime", choices=list(WEIGHTS)[1:])
+    parser.add_argument("--backend", default="onnxruntime", choices=CPU_LIBRARIES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: the engine's own choice")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the files stand meanwhile")
