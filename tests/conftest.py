@@ -169,7 +169,9 @@ def build(folder: Path, checkpoint: str = "checkpoint", *options: str) -> Built:
 
 def save_pipeline(folder: Path, scheduler, shared: bool) -> None:
     import torch
-    from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    from tests.pixart import small_vae
 
     torch.manual_seed(1 + shared)
     transformer = DiTTransformer2DModel(
@@ -194,17 +196,7 @@ def save_pipeline(folder: Path, scheduler, shared: bool) -> None:
                 block.norm1.emb.load_state_dict(transformer.transformer_blocks[0].norm1.emb.state_dict())
         transformer.proj_out_1.weight.normal_(std=0.3 * MODULATION)
         transformer.proj_out_2.weight.copy_(_readout(basis))
-    vae = AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=CHANNELS,
-        sample_size=8 * LATENT,
-    )
-    with torch.no_grad():
-        vae.decoder.conv_out.weight *= 2  # pictures that use a good part of 0 to 255
+    vae = small_vae(sample_size=8 * LATENT)
     DiTPipeline(transformer, vae, scheduler).save_pretrained(folder)
 
 

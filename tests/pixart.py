@@ -34,6 +34,13 @@ def save(folder: Path, **config: object) -> PixArtTransformer2DModel:
         for block in transformer.transformer_blocks:
             block.attn2.to_out[0].weight *= 4
     transformer.save_pretrained(folder / "transformer")
+    small_vae().save_pretrained(folder / "vae")
+    DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
+    return transformer
+
+
+def small_vae(**config: object) -> AutoencoderKL:
     vae = AutoencoderKL(
         block_out_channels=(16, 16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -41,13 +48,11 @@ def save(folder: Path, **config: object) -> PixArtTransformer2DModel:
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,
+        **config,
     )
     with torch.no_grad():
-        vae.decoder.conv_out.weight *= 2
-    vae.save_pretrained(folder / "vae")
-    DPMSolverMultistepScheduler().save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
-    return transformer
+        vae.decoder.conv_out.weight *= 2  # pictures that use a good part of 0 to 255
+    return vae
 
 
 def build(checkpoint: Path, bundle: Path, *options: str) -> int:
