@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from dit_runtime.manifest import TensorSpec
 
 INLINE_BYTES = 1024  # smaller tensors, and all int64 (shape inference reads them), stay in the .onnx itself
 ALIGNMENT = 64
+NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
 def load(path: Path) -> gs.Graph:
@@ -35,6 +37,7 @@ def load(path: Path) -> gs.Graph:
     if not graph.nodes:
         raise UsageError(f"{path}: holds no nodes; expected an ONNX model")
     graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, gs.Constant)]  # IR 3 lists weights too
+    _lower_constants(graph)
     for tensor in constants(graph):
         lazy = tensor._values
         if isinstance(lazy, LazyValues) and lazy.tensor.data_location == TensorProto.EXTERNAL:
@@ -48,18 +51,26 @@ def load(path: Path) -> gs.Graph:
     return graph
 
 
+def _lower_constants(graph: gs.Graph) -> None:
+    """Constant nodes, which some exporters write, become what the passes look for."""
+    for node in [node for node in graph.nodes if node.op == "Constant"]:
+        ((kind, value),) = node.attrs.items()
+        if kind == "value" or kind in NUMBERS:
+            node.outputs[0].to_constant(value._values if kind == "value" else np.array(value, NUMBERS[kind]))
+            node.outputs.clear()
+            graph.nodes.remove(node)
+
+
 def _map_external(tensor: TensorProto, folder: Path) -> np.ndarray:
     where = {entry.key: entry.value for entry in tensor.external_data}
     file = folder / where["location"]
     if not file.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{tensor.name}: external data in {where['location']!r} leaves the model's folder")
-    return np.memmap(
-        file,
-        dtype=tensor_dtype_to_np_dtype(tensor.data_type),
-        mode="r",
-        offset=int(where.get("offset", 0)),
-        shape=tuple(tensor.dims),
-    )
+    dtype, offset = tensor_dtype_to_np_dtype(tensor.data_type), int(where.get("offset", 0))
+    size, expected = file.stat().st_size, offset + math.prod(tensor.dims) * dtype.itemsize
+    if size < expected:
+        raise UsageError(f"{file}: {size} bytes, expected at least {expected}: a copy that broke off? copy it again")
+    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=tuple(tensor.dims))
 
 
 @contextmanager
@@ -120,8 +131,9 @@ def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
         part.unlink()
     domains = {node.domain for node in graph.nodes if node.domain}
     model = gs.export_onnx(graph)
-    del model.opset_import[1:]
-    model.opset_import.extend(onnx.helper.make_opsetid(domain, 1) for domain in sorted(domains))
+    opsets = [opset for opset in model.opset_import if opset.domain in {"", "ai.onnx", *domains}]
+    del model.opset_import[:]
+    model.opset_import.extend(sorted(opsets, key=lambda opset: opset.domain))
     for tensor, proto in external:
         tensor.values = _map_external(proto, path.parent)
     del model.graph.value_info[:]
@@ -133,8 +145,10 @@ def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
 
 def _mapped_from(values: np.ndarray, folder: Path) -> tuple[str, int] | None:
     """File and offset of a whole memory map of a file in `folder`; a view of one has another place."""
-    if isinstance(values, np.memmap) and isinstance(values.base, mmap.mmap) and Path(values.filename).parent == folder:
-        return Path(values.filename).name, int(values.offset)
+    if isinstance(values, np.memmap) and isinstance(values.base, mmap.mmap):
+        file = Path(values.filename)  # resolved by NumPy
+        if file.parent == folder.resolve():
+            return file.name, int(values.offset)
     return None
 
 

@@ -27,12 +27,14 @@ class Hoisted(NamedTuple):
     frontier: tuple[str, ...]
 
 
-def dependents(graph: gs.Graph, names: Iterable[str]) -> set[str]:
-    """Names of all tensors that depend on the named ones, those included; nodes stand in topological order."""
+def dependents(graph: gs.Graph, names: Iterable[str], without: Collection[str] = ()) -> set[str]:
+    """Names of all tensors that depend on the named ones, those included, by a way that leads through none of
+    `without`; nodes stand in topological order."""
     found = set(names)
     for node in graph.nodes:
         if any(tensor.name in found for tensor in node.inputs):
-            found.update(tensor.name for tensor in node.outputs if tensor.name)  # "" is an optional one left out
+            outputs = [tensor.name for tensor in node.outputs if tensor.name]  # "" is an optional one left out
+            found.update(name for name in outputs if name not in without)
     return found
 
 
@@ -40,10 +42,13 @@ def hoist(graph: gs.Graph, loop_inputs: Collection[str]) -> Hoisted:
     """Splits `graph` where tensors cross from invariant to loop-dependent nodes."""
     rest = [tensor.name for tensor in graph.inputs if tensor.name not in loop_inputs]
     _check(graph, loop_inputs, rest)
-    _take_row_counts_from_the_loop(graph, loop_inputs, rest)
-    dependent = dependents(graph, loop_inputs)
-    invariant = dependents(graph, rest) - dependent
-    shapes = dependents(graph, [node.outputs[0].name for node in graph.nodes if node.op in SHAPES]) & invariant
+    shared = _first_dimensions(graph, loop_inputs).keys() & _first_dimensions(graph, rest).keys()
+    counts = _row_counts(graph, shared)
+    dependent = dependents(graph, loop_inputs, counts)
+    invariant = dependents(graph, rest, counts) - dependent
+    sized = [node.outputs[0].name for node in graph.nodes if node.op in SHAPES]
+    data = {name for name, tensor in graph.tensors().items() if tensor.shape is None or len(tensor.shape) > 1}
+    shapes = dependents(graph, sized, data)  # what has got such a shape is none itself
 
     frontier: dict[str, None] = {}  # ordered: the loop's order of use
     for node in graph.nodes:
@@ -61,6 +66,8 @@ def hoist(graph: gs.Graph, loop_inputs: Collection[str]) -> Hoisted:
         raise UsageError(f"nothing in the graph depends on {', '.join(rest)} alone, so nothing can be hoisted")
 
     before, loop = graph.copy(), graph.copy()
+    _count_own_rows(before, rest, shared)
+    _count_own_rows(loop, loop_inputs, shared)
     tensors = before.tensors()
     before.inputs = [tensor for tensor in before.inputs if tensor.name in rest]
     before.outputs = [tensors[name] for name in frontier]
@@ -100,19 +107,30 @@ def _moved_back(tensor: gs.Variable, invariant: set[str]) -> gs.Variable:
     return tensor
 
 
-def _take_row_counts_from_the_loop(graph: gs.Graph, loop_inputs: Collection[str], rest: list[str]) -> None:
-    """Shape(c)[0] becomes Shape(x)[0] where both name the same dimension, so that no row count has to be carried."""
-    loop = next(tensor for tensor in graph.inputs if tensor.name in loop_inputs)
+def _first_dimensions(graph: gs.Graph, names: Collection[str]) -> dict[str, gs.Variable]:
+    """The named dimensions that these inputs' rows have, each with an input that has it."""
+    found = [tensor for tensor in graph.inputs if tensor.name in names and tensor.shape]
+    return {tensor.shape[0]: tensor for tensor in found if isinstance(tensor.shape[0], str)}
+
+
+def _row_counts(graph: gs.Graph, shared: Collection[str]) -> set[str]:
+    """Names of what follows from row counts that both halves know; either computes it, so it never crosses and binds
+    nothing to one of them."""
+    found: set[str] = set()
     for node in graph.nodes:
-        if node.op != "Shape" or node.inputs[0].name not in rest:
-            continue
-        shape = node.outputs[0]
-        first_only = node.attrs.get("start", 0) == 0 and (
-            node.attrs.get("end") == 1 or all(_takes_first(user, shape) for user in shape.outputs)
-        )
-        sizes = [tensor.shape[0] for tensor in (loop, node.inputs[0]) if tensor.shape]
-        if first_only and len(sizes) == 2 and isinstance(sizes[0], str) and sizes[0] == sizes[1]:
-            node.inputs[0] = loop
+        given = [tensor.name for tensor in node.inputs if isinstance(tensor, gs.Variable) and tensor.name]
+        if _counts_rows(node, shared) or (given and found.issuperset(given)):
+            found.update(tensor.name for tensor in node.outputs)
+    return found
+
+
+def _counts_rows(node: gs.Node, shared: Collection[str]) -> bool:
+    """Shape(tensor)[0] where the tensor's rows are a dimension that both halves know."""
+    if node.op != "Shape" or not node.inputs[0].shape or node.inputs[0].shape[0] not in shared:
+        return False
+    (shape,) = node.outputs
+    first = node.attrs.get("end") == 1 or (shape.outputs and all(_takes_first(user, shape) for user in shape.outputs))
+    return node.attrs.get("start", 0) == 0 and bool(first)
 
 
 def _takes_first(node: gs.Node, shape: gs.Variable) -> bool:
@@ -120,3 +138,10 @@ def _takes_first(node: gs.Node, shape: gs.Variable) -> bool:
     if node.op != "Gather" or node.inputs[0] is not shape:
         return False
     return isinstance(node.inputs[1], gs.Constant) and not node.inputs[1].values.any()
+
+
+def _count_own_rows(half: gs.Graph, names: Collection[str], shared: Collection[str]) -> None:
+    own = _first_dimensions(half, names)
+    for node in half.nodes:
+        if _counts_rows(node, shared):
+            node.inputs[0] = own[node.inputs[0].shape[0]]

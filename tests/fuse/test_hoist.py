@@ -110,6 +110,42 @@ def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
         hoist(reshaped_by(1), ["x"])
 
 
+@pytest.mark.parametrize("counted", ["c", "tanh", "x"])
+def test_row_counts_bind_no_work_to_the_loop(run: Run, counted: str) -> None:
+    """One count of rows, of whichever tensor, shapes what is invariant and what is not."""
+    graph = empty(x=["n", 16], c=["n", 16])
+    x, c = graph.inputs
+    tanh = layer(graph, "Tanh", [c], ["n", 16])
+    shape = layer(graph, "Shape", [{"c": c, "tanh": tanh, "x": x}[counted]], [2], np.int64)
+    count = layer(graph, "Gather", [shape, np.array([0])], [1], np.int64, axis=0)
+    target = layer(graph, "Concat", [count, np.array([4, 4])], [3], np.int64, axis=0)
+    keys, queries = (layer(graph, "Reshape", [tensor, target], ["n", 4, 4]) for tensor in (tanh, x))
+    weight = np.arange(16, dtype=np.float32).reshape(4, 4)
+    product = layer(graph, "MatMul", [keys, weight], ["n", 4, 4])
+    graph.outputs = [layer(graph, "Mul", [queries, product], ["n", 4, 4])]
+    given = {name: np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32) for name in ("x", "c")}
+    (whole,) = run(graph, given)
+
+    hoisted = hoist(graph, ["x"])
+    assert hoisted.frontier == (product.name,)
+    assert not {"MatMul", "Tanh"} & set(graphs.census(hoisted.loop))
+    (crossed,) = run(hoisted.invariant, {"c": given["c"]})
+    (again,) = run(hoisted.loop, {"x": given["x"], product.name: crossed})
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_what_has_a_computed_shape_is_no_shape() -> None:
+    graph = empty(x=["n", 4, 4], captions=["n", "tokens", 4])
+    x, captions = graph.inputs
+    tokens = layer(graph, "Shape", [captions], [1], np.int64, start=1, end=2)
+    target = layer(graph, "Concat", [np.array([-1]), tokens, np.array([2, 2])], [4], np.int64, axis=0)
+    keys = layer(graph, "MatMul", [captions, np.ones((4, 4), np.float32)], ["n", "tokens", 4])
+    heads = layer(graph, "Reshape", [keys, target], ["n", "tokens", 2, 2])
+    means = layer(graph, "ReduceMean", [heads, np.array([1, 2])], ["n", 1, 1, 2])
+    graph.outputs = [layer(graph, "Mul", [layer(graph, "Reshape", [x, np.array([-1, 8, 2, 1])], [8]), means], [8])]
+    assert hoist(graph, ["x"]).frontier == (means.name,)
+
+
 def test_other_sizes_are_not_taken_for_row_counts(run: Run) -> None:
     """Shape(c, start=1)[0] is c's width: rewritten to x's it would be a wrong number."""
     graph = empty(x=["n", 4], c=["n", 7])

@@ -1,5 +1,7 @@
 """Passes of single backends, and the decoder's sub-pixel convolution: count, census, numerics, near misses."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
@@ -216,7 +218,15 @@ def test_every_form_of_a_denoiser_is_the_same_function(plain: gs.Graph, small_di
             assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max(), backend  # as the fused pair's tolerance
 
 
-def test_forms_share_their_weights(plain: gs.Graph, small_dit: DiT, tmp_path) -> None:
+@pytest.mark.parametrize("place", ["absolute", "relative", "link"])
+def test_forms_share_their_weights(plain: gs.Graph, small_dit: DiT, tmp_path, monkeypatch, place: str) -> None:
+    if place == "relative":
+        monkeypatch.chdir(tmp_path)
+        tmp_path = Path()
+    elif place == "link":
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        tmp_path = tmp_path / "link"
     denoiser = fuse(plain, small_dit.spec).denoiser
     assert graphs.save(denoiser, tmp_path / "a.onnx") == ("a.onnx", "a.onnx.data")
     form = denoiser.copy()

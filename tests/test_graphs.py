@@ -1,0 +1,45 @@
+"""ONNX files of others, read and written again."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from dit_export import graphs
+
+FLOATS = np.array([0.5, 2.0], np.float32)
+
+
+def test_constant_nodes_become_constants(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["factor"], value=onnx.numpy_helper.from_array(FLOATS)),
+        helper.make_node("Constant", [], ["step"], value_float=0.25),
+        helper.make_node("Constant", [], ["shape"], value_ints=[2, 1]),
+        helper.make_node("Mul", ["x", "factor"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "step"], ["moved"]),
+        helper.make_node("Reshape", ["moved", "shape"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 1])]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs)), tmp_path / "model.onnx")
+
+    graph = graphs.load(tmp_path / "model.onnx")
+    assert graphs.census(graph) == {"Mul": 1, "Add": 1, "Reshape": 1}
+    found = {tensor.name: tensor.values for tensor in graphs.constants(graph)}
+    for name, values in {"factor": FLOATS, "step": np.float32(0.25), "shape": np.array([2, 1])}.items():
+        np.testing.assert_array_equal(found[name], values)
+        assert found[name].dtype == values.dtype
+    graphs.save(graph, tmp_path / "again.onnx")  # the checker takes it
+
+
+def test_opsets_are_kept(tmp_path: Path) -> None:
+    """In whatever order they stand; a domain that no node is of is left out."""
+    nodes = [helper.make_node("Gelu", ["x"], ["h"], domain="com.microsoft"), helper.make_node("Tanh", ["h"], ["y"])]
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, [2])] for name in "xy")
+    opsets = [helper.make_opsetid(*entry) for entry in (("com.microsoft", 2), ("unused", 3), ("", 17))]
+    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=opsets)
+    onnx.save(model, tmp_path / "model.onnx")
+    graphs.save(graphs.load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
+    written = onnx.load(tmp_path / "again.onnx").opset_import
+    assert {entry.domain: entry.version for entry in written} == {"com.microsoft": 2, "": 17}
