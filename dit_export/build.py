@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +21,7 @@ from dit_export.verify.parity import FINITE_LABELS, finite, graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference
 from dit_export.verify.twin import twins
 from dit_export.weights import Loaded, load
-from dit_export.write import describe, fuse_graphs, int8_of, precisions_of, trace_graphs, wide_of
+from dit_export.write import describe, fuse_graphs, int8_of, precisions_of, read_given, trace_graphs, wide_of
 from dit_runtime import backends, manifest
 from dit_runtime.backends import Options
 from dit_runtime.compiling import compile_graphs, obstacle
@@ -38,14 +38,18 @@ PARITY = "parity.json"
 @dataclass(frozen=True)
 class Built:
     folder: Path
-    checks: list[Check]
-    sensitive: bool
+    proof: list[Check]
+    checks: list[Check]  # the gates; the proof is one of them unless the weights are a user's and fail it
     reference: Reference
     replay: Replay
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    @property
+    def sensitive(self) -> bool:
+        return all(check.passed for check in self.proof)
 
 
 def default_folder(spec: ModelSpec, recipe: Recipe, backend: str) -> Path:
@@ -71,18 +75,24 @@ def build(
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
     if recipe.resolution is not None:
         sides(recipe.resolution)
-    if recipe.keep_float and recipe.precision not in backends.QUANTIZED:
-        raise UsageError(f"keep-float {recipe.keep_float[0]!r} is for int8 and fp8; this build is {recipe.precision}")
-    if recipe.captions and recipe.precision not in backends.QUANTIZED:
-        raise UsageError(f"captions {recipe.captions} calibrate int8 and fp8; this build is {recipe.precision}")
-    if recipe.output:
-        _refuse_foreign(Path(recipe.output))  # before the long work
+    for name in ("keep_float", "calibration", "captions") if recipe.precision not in backends.QUANTIZED else ():
+        if value := getattr(recipe, name):
+            option = name.replace("_", "-")
+            raise UsageError(f"{option} {value} is for int8 and fp8; this build is {recipe.precision}")
+    if recipe.calibration and recipe.captions:
+        both = f"a calibration ({recipe.calibration}) and captions to calibrate with ({recipe.captions})"
+        raise UsageError(f"got both {both}: pass one of them")
+    output = Path(recipe.output).expanduser() if recipe.output else None
+    if output is not None:
+        _refuse_foreign(output)  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)
     backends.require(backend, recipe.precision, recipe.tuning)
     with progress.stage("weights"):
         loaded = load(recipe)
-    spec = loaded.spec
-    folder = Path(recipe.output).expanduser() if recipe.output else default_folder(spec, recipe, backend)
+        given = read_given(recipe, loaded.spec)
+        if wish is not None:
+            wish.check(backend, loaded.vae is not None)
+    folder = output or default_folder(loaded.spec, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
     with _partial(folder) as partial:
@@ -92,7 +102,7 @@ def build(
         traced = traced or own
         if not traced.exists():
             trace_graphs(traced, loaded, decoder, progress)
-        int8 = int8_of(traced, loaded, recipe, CalibrationPlan(), progress, wish)
+        int8 = int8_of(traced, loaded, recipe, backend, given, CalibrationPlan(), progress, wish)
         if int8 is not None and wish is not None:
             recipe = replace(recipe, keep_float=int8.keep)
             table = [entry._asdict() for entry in int8.table]
@@ -129,7 +139,8 @@ def build(
 def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Built:
     """The proof, then each graph against PyTorch, then the replay that `dit-run verify` does."""
     built = check(partial, loaded, decoder, progress)
-    table = {"proof": _sensitivity(built), "passed": built.passed, "checks": [c.to_dict() for c in built.checks]}
+    figures = {"proof_figures": built.proof, "checks": built.checks}
+    table = _verdict(built) | {name: [entry.to_dict() for entry in found] for name, found in figures.items()}
     (partial / PARITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return built
 
@@ -154,10 +165,9 @@ def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress:
         if rounded := opened.enter_context(twins(folder, contract, always=not pipes)):
             pipes["twin: "] = rounded
         with progress.stage("verify: proof that the checks can fail"):
-            checks = proof(next(iter(pipes.values())), reference)
-        sensitive = all(check.passed for check in checks)
-        if not sensitive and loaded.source["kind"] != "synthetic":
-            checks = []
+            proven = proof(next(iter(pipes.values())), reference)
+        required = loaded.source["kind"] == "synthetic" or all(check.passed for check in proven)
+        checks = list(proven) if required else []
         answered = []
         for name, pipe in pipes.items():
             with progress.stage(f"verify: {name}each graph against PyTorch"):
@@ -170,19 +180,15 @@ def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress:
                 with progress.stage(f"verify: {name}{FINITE_LABELS} classes, every step finite"):
                     found.append(finite(pipe, reference))
             checks += [replace(entry, name=name + entry.name) for entry in found]
-    return Built(folder, checks, sensitive, reference, answered[0])
+    return Built(folder, proven, checks, reference, answered[0])
 
 
-def _sensitivity(built: Built) -> str:
-    return "sensitive" if built.sensitive else "insensitive"
+def _verdict(built: Built) -> dict[str, Any]:
+    return {"proof": "sensitive" if built.sensitive else "insensitive", "passed": built.passed}
 
 
 def _summary(built: Built) -> dict[str, Any]:
-    worst: dict[str, float | str] = {}
-    for entry in built.checks:
-        values = [check.value for check in built.checks if check.name == entry.name]
-        worst[entry.name] = entry.to_dict()["value"] if len(values) == 1 else (min if entry.at_least else max)(values)
-    return {"proof": _sensitivity(built), "passed": built.passed, "worst": worst}
+    return _verdict(built) | {"worst": {c.name: c.to_dict()["value"] for c in dit_runtime.verify.worst(built.checks)}}
 
 
 def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
@@ -204,8 +210,8 @@ def _partial(folder: Path) -> Iterator[Path]:
     """A folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
     _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    partial.mkdir()
+    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    partial.mkdir()  # no pid in its name: a killed build's stays, and in containers pids return
     try:
         yield partial
     finally:
@@ -217,7 +223,7 @@ def _put_in_place(partial: Path, folder: Path, passed: bool) -> Path:
     if not passed:
         folder = folder.with_name(folder.name + ".failed")
         _refuse_foreign(folder)
-    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)

@@ -150,8 +150,8 @@ def _quantize(options: argparse.Namespace) -> int:
     from dit_export.quantize.search import Budget, Wish
 
     recipe = _recipe(options)
-    if options.precision not in (None, "int8"):
-        raise UsageError(f"precision {options.precision!r}; expected int8, or nothing")
+    if options.precision == "fp32" or recipe.precision not in ("fp32", "int8"):
+        raise UsageError(f"precision {recipe.precision!r}; expected int8, or nothing")
     budget = Budget.parse(options.budget) if options.budget else None
     if options.recipe and not options.recipe.parent.is_dir():
         raise UsageError(f"{options.recipe}: the folder {options.recipe.parent} does not exist")
@@ -195,9 +195,10 @@ def _dit_run() -> str:
 def _report(built: Built, as_json: bool) -> int:
     code = report(built.checks, as_json)
     if not built.sensitive:
+        figures = "; ".join(f"{check.name}: {check.value:.2g}, expected {check.limit:.2g}" for check in built.proof)
         print(
             "warning: these weights hardly react to label, guidance or timestep, so parity on them proves little "
-            f"(proof: insensitive in {built.folder}/parity.json)",
+            f"(insensitive in {built.folder}/parity.json; {figures})",
             file=sys.stderr,
         )
     return code
@@ -212,7 +213,8 @@ def _verify(options: argparse.Namespace) -> int:
     with progress.stage("weights"):
         loaded = load_source(contract, options.bundle)
     decoder = None if loaded.vae is None else Decoder(loaded.vae).eval()
-    built = check(options.bundle, loaded, decoder, progress, threads=options.threads, provider=options.provider)
+    how = {name: getattr(options, name) for name in ("threads", "provider", "low_memory")}
+    built = check(options.bundle, loaded, decoder, progress, **how)
     return _report(built, options.json)
 
 

@@ -109,12 +109,15 @@ class ModelSpec:
         return self.num_classes
 
     @property
+    def modulations(self) -> int:
+        """adaLN's vectors: of each block, and two for the final layer."""
+        return self.by.modulation * self.depth + 2 if self.by.modulation else 0
+
+    @property
     def num_vectors(self) -> int:
-        """K: conditioning vectors a step: adaLN's of each block and two for the final layer; the two tokens; the keys
-        and values of two tokens for each block."""
-        modulation = self.by.modulation * self.depth + 2 if self.by.modulation else 0
+        """K: conditioning vectors a step: adaLN's; the two tokens; the keys and values of two tokens for each block."""
         keys_and_values = 4 * self.depth if self.by.crossed and not self.by.captioned else 0
-        return modulation + 2 * self.by.appended + keys_and_values
+        return self.modulations + 2 * self.by.appended + keys_and_values
 
     @property
     def context_vectors(self) -> int:

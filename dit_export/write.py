@@ -22,11 +22,11 @@ from dit_export.quantize.calibrate import BACKEND, Calibration, calibrate
 from dit_export.quantize.calibrate import Plan as CalibrationPlan
 from dit_export.quantize.layers import find, named
 from dit_export.quantize.peaks import ENDS, PLAN, near_the_end, peaks
-from dit_export.quantize.prompts import read
+from dit_export.quantize.prompts import Prompts, read
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.search import Entry, Found, Search, Wish
 from dit_export.quantize.smooth import smooth, vector_divisors
-from dit_export.spec import Recipe, signatures, table_name
+from dit_export.spec import ModelSpec, Recipe, signatures, table_name
 from dit_export.weights import Loaded
 from dit_runtime import backends, manifest
 from dit_runtime.backends import QUANTIZED, Options
@@ -68,8 +68,15 @@ class Int8:
     table: list[Entry] = field(default_factory=list)  # each layer by itself, where that was asked for
 
 
+class Given(NamedTuple):
+    """What a recipe brings along for int8 and fp8."""
+
+    calibration: Calibration | None
+    prompts: Prompts | None
+
+
 @dataclass(frozen=True)
-class Fused:
+class Bundled:
     graphs: dict[str, Written]
     divisors: NDArray[np.float32] | float = 1.0  # (K + M, D): what smoothing folded into what leaves the loop
 
@@ -84,7 +91,7 @@ def fuse_graphs(
     progress: Progress,
     backend: str,
     wide: Mapping[str, Collection[str]] | None = None,
-) -> Fused:
+) -> Bundled:
     """The bundle's graphs from the traced ones: fused, in their precision, with the forms of each backend.
 
     Where the backend computes by the types of the graph, the graph is typed, but for what is `wide`.
@@ -119,7 +126,7 @@ def fuse_graphs(
             counts = {"subpixel": subpixel(graph)}
             target = Target(precisions["decoder"], backend, (wide or {}).get("decoder", ()))
             written["decoder"] = _write(folder, "decoder", graph, target, counts, decoder.expected_counts())
-    return Fused(written, divisors)
+    return Bundled(written, divisors)
 
 
 def precisions_of(precision: str, backend: str) -> dict[str, str]:
@@ -128,21 +135,29 @@ def precisions_of(precision: str, backend: str) -> dict[str, str]:
     return {"denoiser": precision, "decoder": around}
 
 
+def read_given(recipe: Recipe, spec: ModelSpec) -> Given:
+    return Given(
+        Calibration.load(Path(recipe.calibration).expanduser()) if recipe.calibration else None,
+        read(Path(recipe.captions).expanduser(), spec) if recipe.captions else None,
+    )
+
+
 def int8_of(
-    traced: Path, loaded: Loaded, recipe: Recipe, plan: CalibrationPlan, progress: Progress, wish: Wish | None = None
+    traced: Path,
+    loaded: Loaded,
+    recipe: Recipe,
+    backend: str,
+    given: Given,
+    plan: CalibrationPlan,
+    progress: Progress,
+    wish: Wish | None = None,
 ) -> Int8 | None:
     """How an int8 or fp8 denoiser is quantized: by the recipe, and by what the fp32 one shows at work."""
     if recipe.precision not in QUANTIZED:
         return None
-    if wish is not None:
-        wish.check(backends.choose(recipe.backend, recipe.precision), loaded.vae is not None)
-    keep = recipe.keep_float or []
-    calibration = None if recipe.calibration is None else Calibration.load(Path(recipe.calibration))
+    keep, (calibration, prompts) = recipe.keep_float or [], given
     if calibration is not None and wish is None:
         return Int8(calibration, keep)
-    prompts = None
-    if recipe.captions is not None and calibration is None:
-        prompts = read(Path(recipe.captions), loaded.spec)
     folder = traced / "fp32"
     unverified(folder, traced, replace(loaded, vae=None), Recipe(backend=BACKEND, max_batch=plan.batch), progress)
     named(find(graphs.load(folder / "denoiser.onnx")), keep)  # before the long work
@@ -151,7 +166,6 @@ def int8_of(
             calibration = calibrate(folder, plan, lambda done, total: progress.step(done, total, "calibrate"), prompts)
     found = Found(keep, [])
     if wish is not None:
-        backend = backends.choose(recipe.backend, recipe.precision)
         decoder = None if loaded.vae is None else backends.backend(BACKEND).open([traced / "decoder.onnx"], Options())
 
         def tick(done: int, total: int) -> None:
@@ -266,7 +280,8 @@ def unverified(folder: Path, traced: Path, loaded: Loaded, recipe: Recipe, progr
     """A bundle's graphs and manifest, and no proof that they are right: to measure and throw away, never to ship."""
     backend = backends.choose(recipe.backend, recipe.precision)
     decoder = None if loaded.vae is None else trace.Decoder(loaded.vae)
-    int8 = int8_of(traced, loaded, recipe, CalibrationPlan(pictures=1, steps=4, batch=1), progress)
+    plan = CalibrationPlan(pictures=1, steps=4, batch=1)
+    int8 = int8_of(traced, loaded, recipe, backend, read_given(recipe, loaded.spec), plan, progress)
     folder.mkdir()
     precisions = precisions_of(recipe.precision, backend)
     fused = fuse_graphs(traced, folder, loaded, decoder, precisions, int8, progress, backend)

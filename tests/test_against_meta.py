@@ -30,8 +30,8 @@ class Detail:
     guided = 3
 
 
-def prediction(w: dict, x: torch.Tensor, t: float, labels: torch.Tensor, detail: type = Detail) -> torch.Tensor:
-    """DiT with adaLN-Zero; the first C channels of its output."""
+def forward(w: dict, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, detail: type = Detail) -> torch.Tensor:
+    """DiT with adaLN-Zero, and the variance's channels."""
 
     def linear(name: str, value: torch.Tensor) -> torch.Tensor:
         return F.linear(value, w[f"{name}.weight"], w[f"{name}.bias"])
@@ -39,8 +39,8 @@ def prediction(w: dict, x: torch.Tensor, t: float, labels: torch.Tensor, detail:
     def modulated(value: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(value, (HIDDEN,), eps=detail.eps) * (1 + scale[:, None]) + shift[:, None]
 
-    angles = t * torch.exp(-math.log(10000) * torch.arange(128) / detail.frequencies)
-    embedded = torch.cat([angles.cos(), angles.sin()])[None]
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / detail.frequencies)
+    embedded = torch.cat([angles.cos(), angles.sin()], dim=1)
     c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", embedded)))
     c = F.silu(c + w["y_embedder.embedding_table.weight"][labels])
     h = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=PATCH)
@@ -58,7 +58,11 @@ def prediction(w: dict, x: torch.Tensor, t: float, labels: torch.Tensor, detail:
     out = linear("final_layer.linear", modulated(h, shift, scale))
     side = LATENT // PATCH
     out = out.reshape(len(x), side, side, PATCH, PATCH, 2 * CHANNELS)
-    return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), 2 * CHANNELS, LATENT, LATENT)[:, :CHANNELS]
+    return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), 2 * CHANNELS, LATENT, LATENT)
+
+
+def prediction(w: dict, x: torch.Tensor, t: float, labels: torch.Tensor, detail: type = Detail) -> torch.Tensor:
+    return forward(w, x, torch.tensor([float(t)]), labels, detail)[:, :CHANNELS]
 
 
 @torch.no_grad()

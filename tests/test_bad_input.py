@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import subprocess
@@ -12,9 +11,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dit_export.cli import main as export
 from dit_runtime.cli import main as run
+from tests.conftest import meta_state
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning would be a second line on standard error
 
@@ -64,12 +65,19 @@ BUILD = [
     (["--checkpoint", "none.pt"], ["none.pt", "no such file"]),
     (["--checkpoint", "."], ["config.json"]),
     (["B/4"], ["no public weights", "B/4", "--checkpoint", "--synthetic"]),
-    (["S/8", "--synthetic", "--keep-float", "fc2"], ["keep-float 'fc2'", "int8", "fp32"]),
+    (["S/8", "--synthetic", "--keep-float", "fc2"], ["keep-float ['fc2']", "int8", "fp32"]),
+    (["S/8", "--synthetic", "--calibration", "c.npz"], ["calibration c.npz", "int8", "fp32"]),
+    (
+        ["S/8", "--precision", "int8", "--calibration", "c.npz", "--captions", "c.npy"],
+        ["c.npz", "c.npy", "one of them"],
+    ),
+    (["S/8", "--synthetic", "--latents-only", "--vae", "x"], ["a VAE (x)", "--latents-only", "one of them"]),
 ]
 QUANTIZE = [
     (["--budget", "psnr"], ["budget 'psnr'", "PSNR=DECIBELS", "latent-rel-l2=ERROR"]),
     (["--budget", "PSNR=-1"], ["budget 'PSNR=-1'"]),
     (["--precision", "fp16"], ["precision 'fp16'", "int8"]),
+    (["--precision", "fp32"], ["precision 'fp32'", "int8"]),
     (["--recipe", "nowhere/x.toml"], ["nowhere/x.toml", "nowhere does not exist"]),
 ]
 
@@ -102,10 +110,36 @@ def test_recipe(refused, tmp_path, text, said):
     refused(export, "build", recipe, said=("recipe.toml", *said))
 
 
-def test_an_output_folder_that_is_no_bundle(refused, tmp_path):
+def test_quantize_makes_no_other_precision_of_a_recipe(refused, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('model = "S/8"\nsynthetic = 0\nprecision = "fp8"')
+    refused(export, "quantize", recipe, said=("precision 'fp8'", "int8"))
+
+
+def test_what_an_int8_build_needs_is_asked_before_it_starts(refused, meta, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--precision", "int8"]
+    refused(export, "quantize", *given, "--budget", "PSNR=30", said=("PSNR=30", "no decoder"))
+    refused(export, "build", *given, "--captions", "c.npy", said=("c.npy", "labels"))
+    refused(export, "build", *given, "--calibration", "~/c.npz", said=(str(tmp_path / "c.npz"), "not a calibration"))
+
+
+def test_an_output_folder_that_is_no_bundle(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     refused(export, "build", "S/8", "--synthetic", "-o", tmp_path / "mine", said=("mine", "no bundle", "-o"))
+    refused(export, "build", "S/8", "--synthetic", "-o", "~/mine", said=(str(tmp_path / "mine"), "no bundle", "-o"))
+
+
+def test_weights_of_a_graph_that_were_cut_short(refused, meta_copy):
+    file = meta_copy / "denoiser.onnx"
+    weights = meta_copy / "denoiser.onnx.data"
+    for size in (weights.stat().st_size // 2, 0):
+        os.truncate(weights, size)
+        said = (f"{weights}: {size} bytes, expected at least",)
+        refused(export, "inspect", file, said=said)
+        refused(export, "hoist", file, "--loop-input", "latents", said=said)
 
 
 def test_no_hub(refused, meta, monkeypatch):
@@ -119,6 +153,7 @@ def test_no_hub(refused, meta, monkeypatch):
     said = ("facebook/DiT-XL-2-256", "no route to host", "--checkpoint", "--synthetic")
     assert refused(export, "build", "XL/2", said=said).startswith("dit-export: error: ")
     refused(export, "build", "XL/2", "--resolution", 512, said=("facebook/DiT-XL-2-512", *said[1:]))
+    refused(export, "build", "--checkpoint", "someone/dit", said=("someone/dit", *said[1:]))
     arguments = ["--checkpoint", meta.checkpoint, "--heads", 4, "--vae"]
     refused(export, "build", *arguments, "some/vae", said=("some/vae", "no route", "--vae", "--latents-only"))
     refused(export, "build", *arguments, "no/such/folder", said=("no/such/folder",))
@@ -147,28 +182,31 @@ def test_code_in_a_checkpoint_does_not_run(refused, tmp_path, form):
     assert marker.exists()  # the trap works
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint(refused, meta, tmp_path, kept):
-    whole = meta.checkpoint.read_bytes()
-    (tmp_path / "short.pt").write_bytes(whole[: int(kept * len(whole))])
-    refused(export, "build", "--checkpoint", tmp_path / "short.pt", "--heads", 4, "--latents-only", said=("short.pt",))
+def test_a_truncated_checkpoint(refused, tmp_path, suffix, kept):
+    file = tmp_path / f"short{suffix}"
+    save_file(meta_state(), file) if suffix == ".safetensors" else torch.save(meta_state(), file)
+    os.truncate(file, int(kept * file.stat().st_size))
+    said = (f"short{suffix}: damaged, or not a",)
+    refused(export, "build", "--checkpoint", file, "--heads", 4, "--latents-only", said=said)
 
 
-def test_weights_that_do_not_fit(refused, meta, tmp_path):
+def test_weights_that_do_not_fit(refused, tmp_path):
     """Missing, extra and misshapen keys: at most ten by name, the rest counted."""
-    state = torch.load(meta.checkpoint, weights_only=True)["ema"]
-    state["blocks.1.attn.qkv.bias"] = torch.zeros(7)
+    given = ["--checkpoint", tmp_path / "odd.pt", "--heads", 4, "--latents-only"]
+    state = meta_state() | {"blocks.1.attn.qkv.bias": torch.zeros(7)}
     del state["final_layer.linear.bias"]
-    state |= {f"extra.{n}": torch.zeros(1) for n in range(20)}
     torch.save(state, tmp_path / "odd.pt")
-    line = refused(export, "build", "--checkpoint", tmp_path / "odd.pt", "--heads", 4, "--latents-only", said=())
-    assert "final_layer.linear.bias is missing" in line and "12 more" in line
-    assert line.count("extra.") == 9
+    said = ("final_layer.linear.bias is missing", "blocks.1.attn.qkv.bias is [7], expected [192]")
+    refused(export, "build", *given, said=said)
+    torch.save(state | {f"extra.{n}": torch.zeros(1) for n in range(20)}, tmp_path / "odd.pt")
+    assert refused(export, "build", *given, said=(said[0], "12 more")).count("extra.") == 9
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(refused, meta, tmp_path, value):
-    state = torch.load(meta.checkpoint, weights_only=True)["ema"]
+def test_weights_that_are_not_finite(refused, tmp_path, value):
+    state = meta_state()
     state["blocks.0.mlp.fc1.bias"][3] = value
     torch.save(state, tmp_path / "nan.pt")
     said = ("blocks.0.mlp.fc1.bias", "NaN or infinite")
@@ -178,11 +216,6 @@ def test_weights_that_are_not_finite(refused, meta, tmp_path, value):
 def test_a_checkpoint_without_a_vae(refused, meta):
     said = ("--vae", "--latents-only")
     refused(export, "build", "--checkpoint", meta.checkpoint, "--heads", 4, said=said)
-
-
-def test_another_model_than_the_checkpoint(refused, meta):
-    said = ("S/8", "expected", "2x64/2")
-    refused(export, "build", "S/8", "--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", said=said)
 
 
 SAMPLE = [
@@ -270,8 +303,6 @@ def test_as_a_program(tmp_path, meta, program):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_label_file_of_another_length(refused, meta, tmp_path):
-    (tmp_path / "names.json").write_text(json.dumps(["one", "two"]))
-    arguments = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--labels"]
-    refused(export, "build", *arguments, tmp_path / "names.json", said=("names.json", "2 names", "expected 12"))
-    refused(export, "build", *arguments, tmp_path / "none.txt", said=("none.txt",))
+def test_no_label_file(refused, meta):
+    given = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--labels", "none.txt"]
+    refused(export, "build", *given, said=("none.txt",))

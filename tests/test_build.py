@@ -1,6 +1,8 @@
 """What a build leaves behind: a whole bundle or none, and the old one untouched when a gate fails."""
 
 import json
+import math
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,15 +12,18 @@ import torch
 
 import dit_export.build
 import dit_runtime.verify
+from dit_export.build import Built
 from dit_export.cli import main
 from dit_export.spec import Recipe
 from dit_runtime import UsageError, manifest
 from dit_runtime.backends import Tuning
-from tests.conftest import HEADS, Built, meta_state
+from dit_runtime.verify import Check
+from tests import conftest
+from tests.conftest import HEADS, meta_state
 
 
 @pytest.fixture
-def checkpoint(meta: Built, tmp_path: Path) -> list[str]:
+def checkpoint(meta: conftest.Built, tmp_path: Path) -> list[str]:
     """The arguments that build the small checkpoint, whose session's bundle must not be touched."""
     return ["build", "--checkpoint", str(meta.checkpoint), "--heads", str(HEADS), "--latents-only"]
 
@@ -44,10 +49,12 @@ def test_a_build_that_breaks_off_leaves_nothing(
     meta_copy: Path, checkpoint: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (meta_copy / "manifest.json").read_bytes()
+    killed = meta_copy.with_name(f".{meta_copy.name}.partial-{os.getpid()}")  # in a container pids return
+    killed.mkdir()
     monkeypatch.setattr(dit_export.build, "make_reference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*checkpoint, "-o", str(meta_copy)]) == 130
     assert (meta_copy / "manifest.json").read_bytes() == before
-    assert [path.name for path in meta_copy.parent.iterdir()] == [meta_copy.name]
+    assert sorted(path.name for path in meta_copy.parent.iterdir()) == [killed.name, meta_copy.name]
 
 
 def test_weights_that_hear_nothing_are_reported(
@@ -55,13 +62,22 @@ def test_weights_that_hear_nothing_are_reported(
 ) -> None:
     state = meta_state()
     for name in state:  # adaLN-Zero as it is initialised: no block does anything, the prediction is zero
-        if "adaLN" in name or "final_layer.linear" in name:
-            state[name] = torch.randn(state[name].shape, generator=torch.Generator().manual_seed(1)) * 1e-6
+        if "adaLN" in name or "final_layer.linear" in name or name.endswith(".bias"):
+            state[name] = torch.zeros_like(state[name])
     torch.save(state, tmp_path / "deaf.pt")
     checkpoint[2] = str(tmp_path / "deaf.pt")
     assert main([*checkpoint, "-o", str(tmp_path / "bundle")]) == 0
-    assert "these weights hardly react" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert "these weights hardly react" in warning and "proof: another label: 0, expected 0.001" in warning
     assert manifest.read(tmp_path / "bundle").parity["proof"] == "insensitive"
+    parity = json.loads((tmp_path / "bundle" / "parity.json").read_text())
+    assert [figure["passed"] for figure in parity["proof_figures"]] == [False] * 3
+    assert all(check["passed"] and "proof" not in check["name"] for check in parity["checks"])
+
+
+def test_the_summary_hides_no_nan() -> None:
+    checks = [Check("a", 0.1, 1), Check("a", math.nan, 1), Check("b", 0.1, 1), Check("b", 0.2, 1)]
+    assert dit_export.build._summary(Built(Path(), [], checks, None, None))["worst"] == {"a": "nan", "b": 0.2}
 
 
 def test_recipe_file_and_flags_give_the_same_recipe(tmp_path: Path) -> None:
@@ -93,7 +109,7 @@ def test_committed_recipes_are_readable(path: Path) -> None:
     assert Recipe.from_toml(path).model
 
 
-def test_two_builds_are_alike(meta: Built, checkpoint: list[str], tmp_path: Path) -> None:
+def test_two_builds_are_alike(meta: conftest.Built, checkpoint: list[str], tmp_path: Path) -> None:
     options = ["--labels", str(meta.checkpoint.with_name("labels.txt")), "--max-batch", "4"]
     assert main([*checkpoint, *options, "-o", str(tmp_path / "again")]) == 0
     first, again = manifest.read(meta.bundle), manifest.read(tmp_path / "again")

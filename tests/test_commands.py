@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dit_export.cli
 import dit_runtime.cli
 import dit_runtime.verify
-from dit_runtime import manifest
+from dit_runtime import Pipeline, manifest
 from tests.conftest import Built
 
 Capture = pytest.CaptureFixture[str]
@@ -100,13 +100,25 @@ def test_bench_times_each_graph(meta: Built, capsys: Capture) -> None:
     assert all(0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"] for row in rows)
 
 
-def test_verify_against_pytorch_knows_its_weights(meta: Built, meta_copy: Path, capsys: Capture) -> None:
-    assert run_json(capsys, dit_export.cli.main, "verify", str(meta_copy))["passed"]
+def test_verify_against_pytorch_knows_its_weights(
+    meta_copy: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, load = [], Pipeline.load
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **how: opened.append(how) or load(*_, **how))
+    assert run_json(capsys, dit_export.cli.main, "verify", str(meta_copy), "--low-memory", "--threads", "1")["passed"]
+    assert opened == [{"threads": 1, "provider": None, "low_memory": True}]
     table = json.loads((meta_copy / "manifest.json").read_text())
-    table["source"]["sha256"] = dict.fromkeys(table["source"]["sha256"], "0" * 64)
-    (meta_copy / "manifest.json").write_text(json.dumps(table))
-    assert dit_export.cli.main(["verify", str(meta_copy)]) == 2
-    assert "not the ones of this bundle" in capsys.readouterr().err
+    digests = dict.fromkeys(table["source"]["sha256"], "0" * 64)
+    for change, said in (
+        ({"sha256": digests}, "not the ones of this bundle"),
+        (
+            {"recipe": table["source"]["recipe"] | {"flavour": 1}},
+            "has 'flavour', which this version does not know; rebuild",
+        ),
+    ):
+        (meta_copy / "manifest.json").write_text(json.dumps(table | {"source": table["source"] | change}))
+        assert dit_export.cli.main(["verify", str(meta_copy)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_inspect_counts_ops_and_weights(meta: Built, capsys: Capture) -> None:

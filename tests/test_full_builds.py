@@ -23,7 +23,7 @@ def test_a_size_in_full(model: str, depth: int, tmp_path: Path) -> None:
     contract = manifest.read(tmp_path / "bundle")
     assert contract.parity["passed"]
     assert contract.parity["proof"] == "sensitive"
-    assert contract.built_with["passes"]["hoist"] == 6 * depth + 2
+    assert contract.built_with["passes"]["denoiser"]["hoist"] == 6 * depth + 2
     denoiser = onnx.load(tmp_path / "bundle" / "denoiser.onnx", load_external_data=False)
     assert not [node for node in denoiser.graph.node if node.op_type == "Gemm"]  # adaLN's and the embedders' linears
     if model == "XL/2":

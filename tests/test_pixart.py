@@ -41,12 +41,14 @@ def transformer(pixart) -> PixArtTransformer2DModel:
 
 
 @torch.no_grad()
-def compare(transformer: PixArtTransformer2DModel, bundle: Path, height: int, width: int, sized: bool) -> float:
-    """Largest error of an unguided evaluation, over the largest value."""
+def compare(
+    transformer: PixArtTransformer2DModel, bundle: Path, height: int, width: int, size: tuple[int, int] | None = None
+) -> float:
+    """Largest error of an unguided evaluation, over the largest value; diffusers' is told `size`."""
     ours, theirs = captions(2, 3)
     x = torch.randn(2, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(1))
     times = torch.tensor([60.0, 801.0])
-    added = told(height, width, 2) if sized else {"resolution": None, "aspect_ratio": None}
+    added = told(*size, 2) if size else {"resolution": None, "aspect_ratio": None}
     expected = transformer(x, timestep=times, added_cond_kwargs=added, **theirs).sample.numpy()
     with Pipeline.load(bundle) as pipe:
         rows = pipe.condition(times.numpy(), np.zeros(2, np.int64))[None]
@@ -58,7 +60,7 @@ def compare(transformer: PixArtTransformer2DModel, bundle: Path, height: int, wi
 
 def test_the_transformer_is_diffusers(pixart, transformer) -> None:
     _, bundle = pixart
-    assert compare(transformer, bundle, 8 * SIDE, 8 * SIDE, sized=False) <= TOLERANCE
+    assert compare(transformer, bundle, 8 * SIDE, 8 * SIDE) <= TOLERANCE
     for part in (
         transformer.transformer_blocks[1].attn2.to_v.bias,
         transformer.transformer_blocks[2].scale_shift_table,
@@ -66,7 +68,7 @@ def test_the_transformer_is_diffusers(pixart, transformer) -> None:
         kept = part.detach().clone()
         with torch.no_grad():
             part.view(-1)[7] += 3
-        assert compare(transformer, bundle, 8 * SIDE, 8 * SIDE, sized=False) > 10 * TOLERANCE
+        assert compare(transformer, bundle, 8 * SIDE, 8 * SIDE) > 10 * TOLERANCE
         part.data.copy_(kept)
 
 
@@ -117,21 +119,21 @@ def test_other_sizes_spread_the_positions(pixart, transformer, tmp_path, one_thr
     checkpoint, _ = pixart
     with one_thread():
         assert build(checkpoint, tmp_path / "wide", "--latents-only", "--resolution", "96x192") == 0
-    assert compare(transformer, tmp_path / "wide", 96, 192, sized=False) <= TOLERANCE
+    assert compare(transformer, tmp_path / "wide", 96, 192) <= TOLERANCE
 
 
-def test_a_network_that_is_told_its_size(tmp_path, one_thread) -> None:
+def test_a_network_that_is_told_its_size(tmp_path, one_thread, capsys) -> None:
     with one_thread():
         transformer = save(tmp_path / "checkpoint", use_additional_conditions=True, interpolation_scale=2)
         assert build(tmp_path / "checkpoint", tmp_path / "bundle", "--latents-only", "--resolution", "128x64") == 0
-    assert compare(transformer, tmp_path / "bundle", 128, 64, sized=True) <= TOLERANCE
-    wrong = told(64, 128, 2)
-    assert not torch.equal(wrong["aspect_ratio"], told(128, 64, 2)["aspect_ratio"])
+    assert compare(transformer, tmp_path / "bundle", 128, 64, size=(128, 64)) <= TOLERANCE
+    assert compare(transformer, tmp_path / "bundle", 128, 64, size=(64, 128)) > 10 * TOLERANCE
     path = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     del state["adaln_single.emb.aspect_ratio_embedder.linear_2.bias"]
     save_file(state, path)
     assert build(tmp_path / "checkpoint", tmp_path / "x", "--latents-only") == 2
+    assert "adaln_single.emb.aspect_ratio_embedder.linear_2 is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,8 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[s
     attentions = (2 if crossed else 1) * spec.depth
     floats = sum(name.endswith("attention") for name in kept)
     quantized = linears - len(kept) + floats if precision in QUANTIZED else 0
-    modulation = spec.by.modulation * spec.depth + 2 if spec.by.modulation else 0
     return {
-        "hoist": modulation + appended + 2 * spec.depth * crossed + spec.by.captioned,  # vectors, tokens, K and V, mask
+        "hoist": spec.modulations + appended + 2 * spec.depth * crossed + spec.by.captioned,  # tokens, K and V, mask
         "pack": spec.num_vectors,
         "pack_context": spec.context_vectors,
         "fold_gains": spec.gains,

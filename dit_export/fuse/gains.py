@@ -28,6 +28,8 @@ def fold_gains(graph: gs.Graph) -> int:
     """Folds every sum of a scalar and a part of something that has a bias; returns how many."""
     matches = [match for node in graph.nodes if node.op == "Add" and (match := _match(graph, node))]
     for add, part, node, bias, columns, scalar in matches:
+        if bias == len(node.inputs):  # the exporter leaves out a bias of zeros, as adaLN-Zero starts with
+            node.inputs.append(gs.Constant("", np.zeros(node.outputs[0].shape[-1], node.outputs[0].dtype)))
         values = np.array(node.inputs[bias].values)
         values[columns] += scalar
         # The exporter lets equal biases share one tensor; what is folded is this node's own.
@@ -57,7 +59,8 @@ def _biased(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Node, int, slice] 
         (node,) = tensor.inputs
         biases = [n for n, given in enumerate(node.inputs) if isinstance(given, gs.Constant) and given.values.ndim == 1]
         if node.op == "Gemm":
-            return (node, 2, columns) if 2 in biases and node.attrs.get("beta", 1.0) == 1.0 else None
+            foldable = (len(node.inputs) == 2 or 2 in biases) and node.attrs.get("beta", 1.0) == 1.0
+            return (node, 2, columns) if foldable else None
         if node.op == "Add":
             return (node, biases[0], columns) if len(biases) == 1 else None
         if node.op == "Split" and columns == slice(None) and node.attrs.get("axis", 0) in (-1, len(tensor.shape) - 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Loaded:
 
 def load(recipe: Recipe) -> Loaded:
     """Weights from the recipe's checkpoint, from the public one of its model, or made up when it says so."""
+    if recipe.latents_only and recipe.vae:
+        raise UsageError(f"got both a VAE ({recipe.vae}) and --latents-only: pass one of them")
     if recipe.synthetic is not None:
         return load_synthetic(recipe)
     checkpoint = recipe.checkpoint or public_checkpoint(recipe)
@@ -77,6 +79,10 @@ def load_source(contract: Manifest, folder: Path) -> Loaded:
     """The weights that a bundle was built from, found again and known to be the same."""
     if not isinstance(contract.source.get("recipe"), dict):
         raise UsageError(f"{folder}: its manifest does not say what it was built from; try `dit-run verify`")
+    known = {field.name for field in fields(Recipe)}
+    if unknown := sorted(contract.source["recipe"].keys() - known):
+        what = f"{folder}: the recipe in its manifest has {unknown[0]!r}, which this version does not know"
+        raise UsageError(f"{what}; rebuild it with `dit-export build`")
     loaded = load(Recipe(**contract.source["recipe"]))
     was = {key: value for key, value in contract.source.items() if key != "recipe"}
     if was != loaded.source:

@@ -58,12 +58,19 @@ def test_equal_biases_that_share_a_tensor_fold_apart(run: Run) -> None:
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("miss", ["read twice", "no bias", "a vector", "scaled bias", "not a linear", "an output"])
+def test_a_bias_that_was_left_out_folds(run: Run) -> None:
+    graph = empty(c=["n", 8])
+    graph.outputs = [layer(graph, "Add", [linear(graph), ONE], ["n", 8])]
+    inputs = {"c": np.ones((2, 8), np.float32)}
+    expected = run(graph, inputs)
+    assert fold_gains(graph) == 1 and graphs.census(graph) == {"Gemm": 1}
+    np.testing.assert_allclose(run(graph, inputs), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("miss", ["read twice", "a vector", "scaled bias", "not a linear", "an output"])
 def test_near_misses_do_not_fold(miss: str) -> None:
     graph = empty(c=["n", 8])
-    if miss == "no bias":
-        scale = linear(graph)
-    elif miss == "scaled bias":
+    if miss == "scaled bias":
         scale = linear(graph, BIAS, beta=0.5)
     elif miss == "not a linear":
         scale = layer(graph, "Tanh", [graph.inputs[0]], ["n", 8])

@@ -76,4 +76,4 @@ def test_a_file_of_captions(tmp_path) -> None:
 def test_captions_are_for_int8(tmp_path, capsys) -> None:
     built = ["build", "S/8", "--synthetic", "--conditioning", "adaln-single", "-o", str(tmp_path / "x")]
     assert main([*built, "--captions", "c.npy"]) == 2
-    assert "captions c.npy calibrate int8 and fp8; this build is fp32" in capsys.readouterr().err
+    assert "captions c.npy is for int8 and fp8; this build is fp32" in capsys.readouterr().err

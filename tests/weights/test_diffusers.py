@@ -15,6 +15,7 @@ from dit_export.spec import Recipe
 from dit_export.weights import keys, load
 from dit_export.weights.diffusers import ABSENT, CAPTIONED, CLASSES, FIXED, NUMBERS, OF_CLASSES
 from dit_runtime.errors import UsageError
+from tests.pixart import small_vae
 
 CONFIG = {
     "num_attention_heads": 4,
@@ -60,11 +61,6 @@ def distance(got, expected) -> float:
 
 def read(path, **fields):
     return load(Recipe(checkpoint=str(path), latents_only=True, **fields))
-
-
-def small_vae(**changes) -> AutoencoderKL:
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(block_out_channels=(8,) * 4, latent_channels=4, norm_num_groups=4, **kinds | changes).eval()
 
 
 def rewrite(path, **changes):
@@ -128,21 +124,25 @@ def test_older_class(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("activation_fn", "geglu", "expected 'gelu-approximate'"),
-        ("attention_bias", False, "expected True"),
-        ("norm_elementwise_affine", True, "expected False"),
-        ("out_channels", 5, "expected 4 or 8"),
-        ("num_layers", "3", "expected a positive whole number"),
-        ("norm_eps", 0, "expected a small positive number"),
+        ("activation_fn", "geglu", "activation_fn is 'geglu', expected 'gelu-approximate'"),
+        ("attention_bias", False, "attention_bias is False, expected True"),
+        ("norm_elementwise_affine", True, "norm_elementwise_affine is True, expected False"),
+        ("out_channels", 5, "out_channels is 5, expected 4 or 8"),
+        ("num_layers", "3", "num_layers is '3', expected a positive whole number"),
+        ("norm_eps", 0, "norm_eps is 0, expected a small positive number"),
         ("qk_norm", "rms", "has no field qk_norm"),
-        ("_class_name", "SanaTransformer2DModel", "expected DiTTransformer2DModel"),
+        (
+            "_class_name",
+            "SanaTransformer2DModel",
+            "_class_name is 'SanaTransformer2DModel', expected DiTTransformer2DModel",
+        ),
         ("num_embeds_ada_norm", 12, r"embedding_table.weight is \[11, 64\], expected \[13, 64\]"),
     ],
 )
 def test_config_fields_are_refused(tmp_path, field, value, said):
     transformer(shared=True).save_pretrained(tmp_path)
     rewrite(tmp_path / "config.json", **{field: value})
-    with pytest.raises(UsageError, match=f"{field}.*{said}|{said}"):
+    with pytest.raises(UsageError, match=said):
         read(tmp_path)
 
 
