@@ -93,8 +93,8 @@ def test_near_misses_stay_in_the_loop() -> None:
 
 
 def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
-    def reshaped_by(axis: int) -> gs.Graph:
-        graph = empty(x=["n", 2, 8], c=["n", 16])
+    def reshaped_by(axis: int, rows: str = "n") -> gs.Graph:
+        graph = empty(x=["n", 2, 8], c=[rows, 16])
         x, c = graph.inputs
         shape = layer(graph, "Shape", [c], [2], np.int64)
         count = layer(graph, "Gather", [shape, np.array([axis])], [1], np.int64, axis=0)
@@ -106,8 +106,9 @@ def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
     hoisted = hoist(reshaped_by(0), ["x"])
     assert graphs.census(hoisted.loop)["Shape"] == 1
     assert len(hoisted.frontier) == 1
-    with pytest.raises(UsageError, match="a shape computed from c"):
-        hoist(reshaped_by(1), ["x"])
+    for other in (reshaped_by(1), reshaped_by(0, rows="m")):  # a width, and rows that x does not have
+        with pytest.raises(UsageError, match="a shape computed from c"):
+            hoist(other, ["x"])
 
 
 @pytest.mark.parametrize("counted", ["c", "tanh", "x"])
