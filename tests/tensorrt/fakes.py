@@ -132,6 +132,7 @@ class TensorRT:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda, self.runs, self.opens, self.starts = cuda, 0, True, True
         self.refuses = ""  # the call of a context that says no
+        self.refitted: list[str] = []
         self.kernels: list[bytes] = []  # runtime caches that were read
         self.layers: object = []  # what an inspector says of an engine
         self.settings: list[SimpleNamespace] = []  # of contexts that were made
@@ -151,19 +152,31 @@ class TensorRT:
                 logger.log(1, "the plan is of another GPU\nand more")
             if not self.opens:
                 return None
-            return Engine(self) if plan == b"plan" else OnnxEngine(self, Path(plan.decode()))
+            self.engine = Engine(self) if plan == b"plan" else OnnxEngine(self, Path(plan.decode()))
+            return self.engine
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+        self.runtime = SimpleNamespace(deserialize_cuda_engine=deserialize, engine_host_code_allowed=False)
+        return self.runtime
+
+    def Refitter(self, engine, logger):
+        return SimpleNamespace(refit_cuda_engine=lambda: not self.refuse("refit_cuda_engine"))
+
+    def OnnxParserRefitter(self, refitter, logger):
+        return SimpleNamespace(refit_from_file=lambda path: self.refitted.append(path) or path.endswith(".onnx"))
 
 
 class Engine:
-    num_io_tensors, num_optimization_profiles, streamable_weights_size = 2, 2, 0
+    num_io_tensors, num_optimization_profiles, streamable_weights_size = 2, 2, 100
+    weight_streaming_budget_v2 = None
 
     def __init__(self, trt: TensorRT) -> None:
         self.trt = trt
 
     def create_engine_inspector(self):
         return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": self.trt.layers}))
+
+    def get_weight_streaming_automatic_budget(self):
+        return 60
 
     def get_tensor_name(self, index):
         return ("x", "y")[index]

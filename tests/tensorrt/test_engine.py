@@ -5,15 +5,18 @@ from __future__ import annotations
 import gc
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from dit_runtime import UsageError
-from dit_runtime.backends import Options, backend, cuda
+from dit_runtime.backends import Options, Tuning, backend, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.errors import BundleError, EngineError
+from dit_runtime.manifest import Graph, TensorSpec
 from tests.tensorrt.fakes import Cuda, TensorRT
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
@@ -133,6 +136,43 @@ def test_a_context_that_says_no(device, trt, plan, call, told) -> None:
         backend("tensorrt").open([plan], Options(built=BUILT)).run({"x": rows(2)})
     gc.collect()
     assert device.open == {}
+
+
+def test_what_a_plan_was_built_with_is_done_for_it(device, trt, plan) -> None:
+    for tuning, host_code, budget in (
+        ({}, False, None),
+        ({"version_compatible": True, "weight_streaming": True}, True, 60),
+    ):
+        backend("tensorrt").open([plan], Options(built={**BUILT, "tuning": tuning})).close()
+        assert trt.runtime.engine_host_code_allowed is host_code
+        assert trt.engine.weight_streaming_budget_v2 == budget
+
+
+def test_a_stripped_plan_takes_its_weights_from_the_onnx_form(device, trt, plan) -> None:
+    backend("tensorrt").open([plan, Path("denoiser.onnx"), Path("denoiser.onnx.data")], Options(built=BUILT)).close()
+    assert trt.refitted == ["denoiser.onnx"]
+    with pytest.raises(BundleError, match=r"its weights are not those of other\.data"):
+        backend("tensorrt").open([plan, Path("other.data")], Options(built=BUILT))
+    trt.refuses = "refit_cuda_engine"
+    with pytest.raises(BundleError, match=r"not those of denoiser\.onnx: refit_cuda_engine is not today's"):
+        backend("tensorrt").open([plan, Path("denoiser.onnx")], Options(built=BUILT))
+
+
+@pytest.mark.parametrize(("made", "taken"), [(None, True), ("cache", False), ("cache", True)])
+def test_a_timing_cache_that_does_not_fit_is_refused(made, taken) -> None:
+    spec = TensorSpec("x", "float32", ("batch", 3))
+    graph, builder = Graph("denoiser.onnx", (spec,), (spec,)), MagicMock()
+    config = builder.create_builder_config.return_value
+    config.create_timing_cache.return_value, config.set_timing_cache.return_value = made, taken
+
+    def configure() -> Any:
+        return backend("tensorrt")._configure(MagicMock(), builder, None, graph, Tuning(timing_cache="of-another"), ())
+
+    if made and taken:
+        assert configure() is config
+    else:
+        with pytest.raises(UsageError, match="timing-cache of-another: tensorrt does not take it"):
+            configure()
 
 
 def test_a_runtime_that_does_not_start(device, trt, plan) -> None:

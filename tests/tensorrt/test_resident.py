@@ -13,6 +13,7 @@ from dit_runtime import EngineError, Pipeline, loops, verify
 from dit_runtime import pipeline as pipeline_module
 from dit_runtime.backends import cuda
 from dit_runtime.backends.trt import Flavour
+from dit_runtime.backends.trt_engine import TrtEngine
 from tests.tamper import edit, seal
 from tests.tensorrt.fakes import Cuda, TensorRT
 
@@ -142,11 +143,17 @@ def test_low_memory_keeps_nothing(pipe, device) -> None:
     assert device.open == {}
 
 
-def test_a_pipeline_that_does_not_open_keeps_nothing(bundle, device) -> None:
+def test_a_pipeline_that_does_not_open_keeps_nothing(bundle, device, monkeypatch) -> None:
     Pipeline.load(bundle).close()
-    for device.room in (0, 3, 7):  # the conditioner has 3 inputs and outputs, the denoiser 5
+    closed = []
+    close = TrtEngine.close
+    monkeypatch.setattr(TrtEngine, "close", lambda self: (closed.append(self), close(self)))
+    for device.room, opened in ((0, 0), (3, 1), (7, 1)):  # the conditioner has 3 inputs and outputs, the denoiser 5
+        closed.clear()
         with pytest.raises(EngineError, match="cudaMalloc: cudaErrorMemoryAllocation"):
             Pipeline.load(bundle)
+        assert len(closed) == opened  # at once, for a notebook keeps what was raised
+        closed.clear()
         gc.collect()
         assert device.open == {}
 
