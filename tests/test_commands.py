@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dit_export.cli
 import dit_runtime.cli
 import dit_runtime.verify
-from dit_runtime import manifest
+from dit_runtime import Pipeline, manifest
 from tests.conftest import Built
 
 Capture = pytest.CaptureFixture[str]
@@ -100,6 +100,16 @@ def test_bench_times_each_graph(meta: Built, capsys: Capture) -> None:
         row["name"] for row in rows
     }
     assert all(0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"] for row in rows)
+
+
+def test_no_step_is_waited_for_where_nobody_watches(
+    meta: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, sample = [], Pipeline.sample
+    monkeypatch.setattr(Pipeline, "sample", lambda *a, on_step, **k: seen.append(on_step) or sample(*a, **k))
+    arguments = ["--labels", "1", "--steps", "2", "-o", str(tmp_path / "x.npy")]
+    assert dit_runtime.cli.main(["sample", str(meta.bundle), *arguments]) == 0
+    assert seen == [None]
 
 
 def test_verify_against_pytorch_knows_its_weights(meta: Built, meta_copy: Path, capsys: Capture) -> None:

@@ -128,8 +128,9 @@ class TrtEngine:
             settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             if self._runtime_cache is None:
                 self._runtime_cache = settings.create_runtime_cache()
-                if self._kernels is not None and self._kernels.is_file():
-                    self._runtime_cache.deserialize(self._kernels.read_bytes())  # one of another driver is not taken
+                if self._kernels is not None:
+                    with suppress(OSError):  # there are none, or they cannot be read; another driver's are not taken
+                        self._runtime_cache.deserialize(self._kernels.read_bytes())
             settings.set_runtime_cache(self._runtime_cache)
             context = self._engine.create_execution_context(settings)
         else:
