@@ -76,6 +76,21 @@ def test_compiled_models_are_kept_in_the_users_cache(meta_copy, cache) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")} == kept
 
 
+@pytest.mark.parametrize("why", ["a file in its place", "no home"])
+def test_a_cache_that_cannot_be_is_done_without(meta_copy, tmp_path, monkeypatch, why) -> None:
+    if why == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        (tmp_path / "cache").write_text("")
+    with Pipeline.load(on(meta_copy, "openvino")) as pipe:
+        assert np.isfinite(pipe.sample([1], steps=2, output="latents")).all()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")  # as pathlib's, of a user id without an entry
+
+
 @pytest.mark.parametrize(
     "flags, exact", [("sse2 avx2 avx512f", True), ("sse2 avx2 avx_vnni", False), ("asimd i8mm", False), (None, True)]
 )
