@@ -158,7 +158,8 @@ def test_embeddings_from_files(pixart, tmp_path, capsys) -> None:
     _, bundle = pixart
     ours, _ = captions(2, 7)
     empty, _ = captions(1, 8)
-    for name, array in (("c", ours.embeddings), ("m", ours.mask), ("n", empty.embeddings), ("k", empty.mask)):
+    mask = ours.mask.astype(bool)
+    for name, array in (("c", ours.embeddings), ("m", mask), ("n", empty.embeddings), ("k", empty.mask)):
         np.save(tmp_path / f"{name}.npy", array)
     files = {name: str(tmp_path / f"{name}.npy") for name in "cmnk"}
     out = tmp_path / "latents.npy"

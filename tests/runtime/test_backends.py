@@ -163,8 +163,10 @@ def test_low_memory_keeps_one_graph_open(own_embedders, tmp_path, backend, monke
             return real(files, options)
 
         monkeypatch.setattr(module, "open", recording)
-    with Pipeline.load(bundle, low_memory=True) as pipe:
+    monkeypatch.chdir(bundle.parent)
+    with Pipeline.load(bundle.name, low_memory=True) as pipe:
         assert opened == []
+        monkeypatch.chdir("/")  # as a daemon does
         low = pipe.sample([5, 9], steps=3, seed=4)
         assert [*pipe._engines] == ["decoder"]
     assert opened == ["conditioner on onnxruntime", f"denoiser on {backend}", f"decoder on {backend}"]

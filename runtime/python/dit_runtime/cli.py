@@ -192,7 +192,7 @@ def _read_array(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UsageError(f"{path}: not a .npy file of numbers: {error}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise UsageError(f"{path}: not a .npy file of numbers")
     return array
 

@@ -69,7 +69,7 @@ class Pipeline:
         manifest.check_files(folder, contract, files)
         cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
-        pipe = cls(folder, contract, {}, options)
+        pipe = cls(folder.absolute(), contract, {}, options)  # graphs may be opened later, from another directory
         with ExitStack() as undo:
             undo.callback(pipe.close)
             for name in () if low_memory else contract.graphs:
