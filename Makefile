@@ -18,7 +18,8 @@ CPP_ONNXRUNTIME = $(or $(ONNXRUNTIME_ROOT),$(CURDIR)/build/cpp-deps/onnxruntime)
 CPP_OPENVINO = $(or $(OpenVINO_DIR),$(shell ls -d $(CURDIR)/$(VENV)/lib/python3*/site-packages/openvino/cmake))
 CPP_SETUP = runtime/cpp/tools/setup.sh $(VENV) $(CURDIR)/build/cpp-deps
 CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BIN)/python \
-	-DONNXRUNTIME_ROOT='$(CPP_ONNXRUNTIME)' -DOpenVINO_DIR='$(CPP_OPENVINO)'
+	-DONNXRUNTIME_ROOT='$(CPP_ONNXRUNTIME)' -DOpenVINO_DIR='$(CPP_OPENVINO)' \
+	$(if $(TENSORRT_ROOT),-DTENSORRT_ROOT='$(TENSORRT_ROOT)')
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 

@@ -160,7 +160,8 @@ def test_embeddings_from_files(pixart, tmp_path, capsys) -> None:
     _, bundle = pixart
     ours, _ = captions(2, 7)
     empty, _ = captions(1, 8)
-    for name, array in (("c", ours.embeddings), ("m", ours.mask), ("n", empty.embeddings), ("k", empty.mask)):
+    mask = ours.mask.astype(bool)
+    for name, array in (("c", ours.embeddings), ("m", mask), ("n", empty.embeddings), ("k", empty.mask)):
         np.save(tmp_path / f"{name}.npy", array)
     files = {name: str(tmp_path / f"{name}.npy") for name in "cmnk"}
     out = tmp_path / "latents.npy"
@@ -171,7 +172,7 @@ def test_embeddings_from_files(pixart, tmp_path, capsys) -> None:
     np.testing.assert_array_equal(np.load(out), expected)
     capsys.readouterr()
     assert run(["sample", str(bundle), "--captions", files["c"], "--labels", "0", "-o", str(out)]) == 2
-    assert "both --labels and --captions" in capsys.readouterr().err
+    assert "both labels and captions" in capsys.readouterr().err
     assert run(["sample", str(bundle), "--mask", files["m"], "-o", str(out)]) == 2
     assert "a mask without --captions" in capsys.readouterr().err
     assert run(["info", str(bundle)]) == 0

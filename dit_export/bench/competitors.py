@@ -143,7 +143,7 @@ def activations(spec: ModelSpec, batch: int) -> float:
 
 
 def memory(competitor: Competitor, spec: ModelSpec, batch: int) -> float:
-    """An estimate, in bytes, on the safe side."""
+    """An estimate, in bytes; resident memory peaks higher by mapped files, which the system can take back."""
     weights = 4 * (18 * spec.depth * spec.hidden**2 + spec.num_classes * spec.hidden) + DECODER_WEIGHTS
     kept = activations(spec, batch) if competitor.engine else 0.0
     compiler = COMPILER if competitor.kind == "compile" else 0.0

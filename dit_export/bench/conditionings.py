@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_export.bench.competitors import BASE, WEIGHTS
-from dit_export.bench.engines import CPU_LIBRARIES
 from dit_export.bench.floor import flops, step_bytes
 from dit_export.bench.machine import available_memory
 from dit_export.bench.report import time
@@ -71,7 +70,7 @@ def measure(
     specs: Mapping[str, ModelSpec], backend: str, rounds: int, threads: int | None, folder: Path, progress: Progress
 ) -> dict[str, Cost]:
     """Of each of the specs, all of which are in memory at a time."""
-    if min(rounds, threads or 1) < 1:
+    if min(rounds, 1 if threads is None else threads) < 1:
         raise UsageError("rounds and threads are at least 1")
     weights = sum(step_bytes(spec, "fp32") for spec in specs.values())
     if (needed := BASE[backend] + WEIGHTS[backend] * weights) > available_memory():
@@ -121,7 +120,7 @@ def main() -> int:
     parser = Parser(prog="python -m dit_export.bench.conditionings", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--conditionings", nargs="+", default=list(CONDITIONINGS), choices=list(CONDITIONINGS))
-    parser.add_argument("--backend", default="onnxruntime", choices=CPU_LIBRARIES)
+    parser.add_argument("--backend", default="onnxruntime", choices=backends.CPU)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: the engine's own choice")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the files stand meanwhile")

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from dit_export.bench.competitors import Competitor, Job
 from dit_export.bench.subject import GUIDANCE, SEED, SOLVER, TIMESTEP, Subject, guided
+from dit_runtime.backends import CPU
 from dit_runtime.backends.ort import PROVIDERS
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.solvers import plan
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
-CPU_LIBRARIES = ("onnxruntime", "openvino")  # whose threads are ours to set
 
 
 class Plain(Subject):
@@ -66,7 +66,7 @@ class Ours(Subject):
 
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(job)
-        on_cpu: dict[str, Any] = {"threads": job.threads} if competitor.library in CPU_LIBRARIES else {}
+        on_cpu: dict[str, Any] = {"threads": job.threads} if competitor.library in CPU else {}
         provider = job.device if competitor.library == "onnxruntime" else None
         self.pipe = Pipeline.load(folder, provider=provider, **on_cpu)
         self._times = plan(job.diffusion, SOLVER, job.steps)

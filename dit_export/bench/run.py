@@ -51,11 +51,11 @@ class Settings:
 
 def bench(settings: Settings, progress: Progress) -> dict[str, Any]:
     """Everything that was measured and seen, as JSON holds it."""
-    if min(settings.batch, settings.steps, settings.rounds, settings.threads or 1) < 1 or (settings.images or 0) < 0:
+    threads = usable_cores() if settings.threads is None else settings.threads
+    if min(settings.batch, settings.steps, settings.rounds, threads) < 1 or (settings.images or 0) < 0:
         raise UsageError("batch, steps, rounds and threads are at least 1, images at least 0")
     _require_device(settings.device)
     chosen = choose(settings.only, settings.device)
-    threads = settings.threads or usable_cores()
     # The dialect of diffusers, so that all compute the same.
     spec = replace(settings.spec, frequency_shift=1, guided_channels=settings.spec.channels, unguided_up_to_one=True)
     precisions = tuple(sorted({competitor.precision for competitor in chosen}))
@@ -114,7 +114,7 @@ class _Run:
         self.bandwidth: float | None = None  # bytes a second, where it is measured
 
     def all(self, able: Sequence[Competitor]) -> dict[str, Any]:
-        budget = self.settings.memory or SHARE * available_memory()
+        budget = SHARE * available_memory() if self.settings.memory is None else self.settings.memory
         grouped = groups(able, self.job.spec, self.job.batch, budget)
         with ExitStack() as stack:
             yardstick = self._start(YARDSTICK.name, stack)
@@ -175,6 +175,7 @@ class _Run:
                         if task == "step":
                             self._time_gemms(gemms)
                         self.progress.step(index + 1, rounds, task)
+            self._round("memory", workers, samples)
             for one, worker in workers.items():
                 self._record(number, one, worker, samples[one], samples[YARDSTICK], expected)
 
@@ -222,7 +223,7 @@ class _Run:
                 step, decode = statistics.median(both["step"]), statistics.median(both["decode"])
                 both["image"] = [self.job.steps * step + decode]
         row = {"name": one.name, "title": one.title, **asdict(one), "group": group, "load_seconds": worker.load}
-        row |= {"peak_bytes": worker.ask("memory"), "file_bytes": worker.opened["file_bytes"]}
+        row |= {"peak_bytes": samples["memory"][-1], "file_bytes": worker.opened["file_bytes"]}
         row["error"] = float(
             np.linalg.norm(np.array(worker.opened["prediction"]) - expected) / np.linalg.norm(expected)
         )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,9 @@ class Worker:
     def ask(self, task: str) -> Any:
         time.sleep(PAUSE)
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # the answer says why
             self._process.stdin.write(task + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer below says why
         return self._answer()
 
     def _answer(self) -> Any:
@@ -85,7 +84,8 @@ class Worker:
         """Asks it to end, so that it ends what it started itself (a compiler's helpers); then makes it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # one that has died leaves unread what it was asked
+                    pipe.close()
         try:
             self._process.wait(GRACE)
         except subprocess.TimeoutExpired:

@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from dit_export import graphs
+from dit_export.arrays import read_arrays
 from dit_export.graphs import layer
 from dit_export.quantize.layers import find
 from dit_export.quantize.prompts import Prompts
@@ -28,7 +29,8 @@ from dit_runtime.pipeline import Pipeline
 
 BACKEND = "onnxruntime"
 TOKENS = 8  # of a picture, from which a step's sample is drawn
-ROWS = 256  # of each layer's inputs that are kept in all: of XL/2's 115 MB
+ROWS = 256  # of each layer's inputs that are kept in all: of XL/2's 115 MB, as float16
+END = float(np.finfo(np.float16).max)
 LARGEST, SAMPLE, OUTPUT = "/largest", "/sample", "/output"  # ends of the taps' names
 Floats = NDArray[np.float32]
 
@@ -54,20 +56,21 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
+        what = "a calibration, as `dit-export quantize` writes it"
+        arrays = read_arrays(path, what)
+        names = [key.removesuffix(LARGEST) for key in arrays if key.endswith(LARGEST)]
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                names = [key.removesuffix(LARGEST) for key in arrays.files if key.endswith(LARGEST)]
-                layers = {
-                    name: Seen(
-                        arrays[f"{name}{LARGEST}"],
-                        arrays[f"{name}{SAMPLE}"].astype(np.float32),
-                        arrays.get(f"{name}{OUTPUT}"),
-                    )
-                    for name in names
-                }
-                return cls(layers, {"file": path.name, "made": str(arrays["provenance"])})
-        except (OSError, KeyError, ValueError) as error:
-            raise UsageError(f"{path}: not a calibration, as `dit-export quantize` writes it: {error}") from None
+            layers = {
+                name: Seen(
+                    arrays[f"{name}{LARGEST}"],
+                    arrays[f"{name}{SAMPLE}"].astype(np.float32),
+                    arrays.get(f"{name}{OUTPUT}"),
+                )
+                for name in names
+            }
+            return cls(layers, {"file": path.name, "made": str(arrays["provenance"])})
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"{path}: not {what}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,20 @@ def calibrate(
     patches = math.prod(contract.latent_shape[1:]) // contract.model["patch"] ** 2
     names = add_taps(graph := graphs.load(folder / "denoiser.onnx"), patches, rng)
     files = graphs.save(graph, tapped)
-    with Pipeline.load(folder) as pipe:
-        classes, done, total = pipe.manifest.num_classes, 0, -(-plan.pictures // plan.batch) * plan.steps
-        denoiser: Engine = backends.backend(BACKEND).open([folder / file for file in files], Options())
-        watcher = Watcher(denoiser, names, max(1, ROWS // total), rng)
-        watched = Pipeline(folder, pipe.manifest, {**pipe._engines, "denoiser": watcher})
+    classes, done, total = contract.num_classes, 0, -(-plan.pictures // plan.batch) * plan.steps
+    own = (plan.pictures - 1) // plan.batch * plan.batch  # the pictures of all batches but the last
+    denoiser: Engine = backends.backend(BACKEND).open([folder / file for file in files], Options())
+    watcher = Watcher(denoiser, names, max(1, ROWS // total), rng)
+    with Pipeline(folder, contract, {"denoiser": watcher}) as watched:
         stride = max(1, classes // plan.pictures)  # spread over the classes
         options: dict[str, Any] = {"steps": plan.steps, "guidance": plan.guidance, "output": "latents"}
         for first in range(0, plan.pictures, plan.batch):
             last = min(first + plan.batch, plan.pictures)
             chosen: dict[str, Any] = {"labels": [index * stride % classes for index in range(first, last)]}
-            if prompts is not None and last < plan.pictures:
-                own = [index * len(prompts.captions.mask) // plan.pictures for index in range(first, last)]
-                chosen = {"captions": Captions(*(part[own] for part in prompts.captions)), "negative": prompts.negative}
+            if prompts is not None and last <= own:
+                which = [index * len(prompts.captions.mask) // own for index in range(first, last)]
+                captions = Captions(*(part[which] for part in prompts.captions))
+                chosen = {"captions": captions, "negative": prompts.negative}
 
             def tick(*_: object) -> None:
                 nonlocal done
@@ -115,8 +119,7 @@ def calibrate(
                 on_step(done, total)
 
             watched.sample(**chosen, **options, seed=plan.seed + first, on_step=tick)
-        denoiser.close()
-    return Calibration(watcher.seen(), {"plan": str(plan), "source": str(pipe.manifest.source)})
+    return Calibration(watcher.seen(), {"plan": str(plan), "source": str(contract.source)})
 
 
 def add_taps(graph: gs.Graph, tokens: int, rng: np.random.Generator) -> list[str]:
@@ -158,7 +161,7 @@ class Watcher:
             sample = outputs.pop(f"{name}{SAMPLE}")
             rows = sample.reshape(-1, sample.shape[-1])  # conditional rows first, then null ones
             kept = self._rng.choice(len(rows), min(self._rows, len(rows)), replace=False)
-            self._samples[name].append(rows[kept].astype(np.float16))
+            self._samples[name].append(np.clip(rows[kept], -END, END).astype(np.float16))
         return outputs
 
     def seen(self) -> dict[str, Seen]:

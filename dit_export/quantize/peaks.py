@@ -37,7 +37,7 @@ def peaks(folder: Path, plan: Plan, on_step: Callable[[int, int], None]) -> dict
     """By graph and tensor, from runs of the fp32 bundle in `folder`, every timestep of them."""
     contract = manifest.read(folder)
     watchers = {name: Watcher(folder, name) for name in TYPED if name in contract.graphs}
-    with Pipeline.load(folder) as pipe, Pipeline(folder, contract, {**pipe._engines, **watchers}) as tapped:
+    with Pipeline(folder, contract, watchers) as tapped:
         stride = max(1, contract.num_classes // plan.pictures)
         labels = [index * stride % contract.num_classes for index in range(plan.pictures)]
         tapped.sample(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from dit_export.arrays import read_arrays
 from dit_export.spec import ModelSpec
 from dit_runtime.captions import EXAMPLES, Captions, examples, fitting
 from dit_runtime.errors import UsageError
@@ -24,15 +23,13 @@ def read(path: Path, spec: ModelSpec) -> Prompts:
     if not spec.by.captioned:
         raise UsageError(f"captions {path}: this network takes labels; leave them out")
     shape = spec.caption_tokens, spec.caption_channels
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {"captions": loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded}
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{path}: not captions as .npy or .npz: {error}") from None
+    arrays = {name or "captions": array for name, array in read_arrays(path, "captions as .npy or .npz").items()}
     if unknown := [name for name in arrays if name not in NAMES]:
         raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(NAMES)}")
     if "captions" not in arrays:
         raise UsageError(f"{path}: no captions in it; got {', '.join(arrays) or 'nothing'}")
+    if "negative_mask" in arrays and "negative" not in arrays:
+        raise UsageError(f"{path}: negative_mask without negative")
 
     def fitted(name: str, mask: str) -> Captions:
         given = Captions(arrays[name], arrays[mask]) if mask in arrays else arrays[name]

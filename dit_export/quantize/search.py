@@ -27,7 +27,6 @@ from dit_runtime.solvers import plan
 
 STEPS, GUIDANCE, SEED, SAMPLES = 10, 4.0, 2000, 2  # of the runs that are compared; the seed is no calibration's
 ASKED = (1, 5, 9)  # of these steps, where each layer is tried alone: in noise, in between, nearly done
-CPU = ("onnxruntime", "openvino")  # backends whose engines run where they are built; of others the portable graph does
 ROUNDS = 9  # of each pair that is timed
 FASTER = 1.02  # less may be one measurement's difference from the next
 Latents = NDArray[np.float32]
@@ -67,8 +66,8 @@ class Wish(NamedTuple):
     def check(self, backend: str, has_decoder: bool) -> None:
         if self.budget is not None and self.budget.metric == "PSNR" and not has_decoder:
             raise UsageError(f"budget {self.budget} needs pictures, and there is no decoder; expected latent-rel-l2=…")
-        if self.tune and backend not in CPU:
-            raise UsageError(f"--tune cannot time {backend} where it is built; expected {' or '.join(CPU)}")
+        if self.tune and backend not in backends.CPU:
+            raise UsageError(f"--tune cannot time {backend} where it is built; expected {' or '.join(backends.CPU)}")
 
 
 class Entry(NamedTuple):
@@ -110,7 +109,8 @@ class Search:
         self.layers = find(self._denoiser)
         in_int8 = backend in attention.BACKENDS
         self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
-        self._form, self._backend = backend, backend if backend in CPU else BACKEND
+        # Engines of other backends do not run where they are built; the portable graph does.
+        self._form, self._backend = backend, backend if backend in backends.CPU else BACKEND
         self._count = 0  # of the forms that were tried
         labels = self._contract.num_classes
         self._labels = [labels // (SAMPLES + 1) * (index + 1) for index in range(SAMPLES)]
@@ -153,7 +153,7 @@ class Search:
 
     def _step(self, pipe: Pipeline) -> Callable[[], object]:
         label = self._labels[:1]
-        rows = pipe.table([self._contract.diffusion.train_steps / 2], label, guided=True)(0, slice(0, 1))
+        rows = pipe.table([self._contract.diffusion.span / 2], label, guided=True)(0, slice(0, 1))
         context = pipe.examples(label, guided=True)(slice(None))
         noise = np.random.default_rng(SEED).normal(size=(1, *self._contract.latent_shape)).astype(np.float32)
         weights = np.full(1, GUIDANCE, np.float32)

@@ -11,27 +11,31 @@ from typing import Any
 
 import numpy as np
 
-from dit_export.verify.metrics import Metric
+from dit_export.verify.metrics import Metric, jsonable
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.noise import Noise
 from dit_runtime.replay import Reference, relative_error
+from dit_runtime.verify import TOLERANCES
 
 FORMAT = 1
 MARGIN = 1.25  # how much larger an error may become
-REFERENCE_TOLERANCE = 1e-3  # PyTorch on another CPU, after a run in fp32; as for the engines' own free run
 PROJECTIONS = 4
+FP32 = TOLERANCES["fp32"]
+REFERENCE_TOLERANCE = FP32.latents  # PyTorch on another CPU, after a run in fp32; as for the engines' own free run
+FLOORS = {"conditioner": FP32.conditioner, "denoiser": FP32.prediction, "run": FP32.latents}  # of rel-L2, by graph
 
-# By unit: the limit that a measured value sets. Floors are fp32's tolerances: kernels of other CPUs differ by less.
-LIMITS: dict[str, Callable[[float], float]] = {
-    "rel-L2": lambda value: max(MARGIN * value, 1e-4),
-    "cosine": lambda value: 1 - max(MARGIN**2 * (1 - value), 1e-8),  # 1 - cosine grows with the square of rel-L2
-    "PSNR in dB": lambda value: min(value - 20 * math.log10(MARGIN), 55.0),
-    "SSIM": lambda value: 1 - max(MARGIN**2 * (1 - value), 1e-4),
-    "contrast": lambda value: max(value / 2, 1.0),
-    "share": lambda value: value - 0.005,  # the judge's agreement: half a point
-    "Fréchet distance": lambda value: 1.03 * value,
-    "score": lambda value: value / 1.03,  # Inception Score
+# By unit: the limit that a measured figure sets. Floors are fp32's tolerances: kernels of other CPUs differ by less.
+LIMITS: dict[str, Callable[[Metric], float]] = {
+    "rel-L2": lambda found: max(MARGIN * found.value, FLOORS[found.graph]),
+    # 1 - cosine grows with the square of rel-L2.
+    "cosine": lambda found: 1 - max(MARGIN**2 * (1 - found.value), FLOORS[found.graph] ** 2),
+    "PSNR in dB": lambda found: min(found.value - 20 * math.log10(MARGIN), FP32.pictures),
+    "SSIM": lambda found: 1 - max(MARGIN**2 * (1 - found.value), 1e-4),
+    "contrast": lambda found: max(found.value / 2, 1.0),
+    "share": lambda found: found.value - 0.005,  # the judge's agreement: half a point
+    "Fréchet distance": lambda found: 1.03 * found.value,
+    "score": lambda found: found.value / 1.03,  # Inception Score
 }
 
 
@@ -78,7 +82,7 @@ def write(
             "graph": graph,
             "metric": title,
             "values": [_rounded(metric.value, metric) for metric in same],
-            "limits": [_rounded(LIMITS[metric.unit](metric.value), metric) for metric in same],
+            "limits": [_rounded(LIMITS[metric.unit](metric), metric) for metric in same],
         }
         lines.append("  " + json.dumps(entry, ensure_ascii=False))
     measured = {
@@ -99,10 +103,8 @@ def write(
 
 
 def _rounded(value: float, metric: Metric) -> float | str:
-    """Four digits; those of a cosine and of SSIM are of their distance from 1. JSON knows no ∞."""
-    if not math.isfinite(value):
-        return str(value)
-    return round(value, 10) if metric.unit in ("cosine", "SSIM") else float(f"{value:.4g}")
+    """Four digits; those of a cosine and of SSIM are of their distance from 1."""
+    return jsonable(round(value, 10) if metric.unit in ("cosine", "SSIM") else float(f"{value:.4g}"))
 
 
 def read(path: Path) -> dict[str, Any]:

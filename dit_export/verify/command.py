@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         report.write(options.report, options.bundle, report.of(name, result))
     if options.json:
-        print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
+        print(json.dumps(result.to_dict(), indent=1, ensure_ascii=False, allow_nan=False))
         return int(not result.passed)
     print(table(result.metrics))
     if result.first is None:

@@ -6,21 +6,17 @@ a protocol wants of its input (another size, another range) stands inside it, so
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_export.verify.distribution import (
-    Floats,
-    Gaussian,
-    fit,
-    gaussian_distance,
-    inception_score,
-)
+from dit_export.arrays import read_arrays
+from dit_export.verify.baseline import LIMITS
+from dit_export.verify.distribution import Floats, Gaussian, fit, gaussian_distance, inception_score
 from dit_export.verify.metrics import Metric
 from dit_runtime import images
 from dit_runtime.errors import UsageError
@@ -30,7 +26,7 @@ from dit_runtime.pipeline import Pipeline
 STEPS, GUIDANCE = 25, 4.0  # as `dit-run sample` draws
 CHUNK = 64  # pictures at a time
 FEWEST = 100  # for a distance between distributions
-SAME_ACCURACY, SAME_DISTANCE = 0.005, 1.03  # beside another bundle: half a point, three percent
+FILE = "an .npz of features or pictures"
 
 
 class Judged(NamedTuple):
@@ -144,25 +140,20 @@ def _joined(parts: list[Judged]) -> Judged:
 
 def metrics(seen: Seen, other: Judged | None, real: Gaussian | None, classes: int) -> list[Metric]:
     """Agreement, Fréchet distance and Inception Score; beside another bundle they must keep to its figures."""
-    found, count = [], len(seen.judged.features)
-    where = f"{count} pictures"
+    where = f"{len(seen.judged.features)} pictures"
 
-    def agreement(judged: Judged) -> float | None:
-        if judged.logits is None or seen.labels is None or judged.logits.shape[1] != classes:
-            return None
-        return float((judged.logits.argmax(1) == seen.labels).mean())
+    def of(judged: Judged) -> Iterator[Metric]:
+        logits, labels = judged.logits, seen.labels
+        if logits is not None and labels is not None and logits.shape[1] == classes:
+            yield Metric("run", "judge's agreement", "share", float((logits.argmax(1) == labels).mean()), where)
+        if real is not None:
+            distance = gaussian_distance(fit(judged.features), real)
+            yield Metric("run", "to real pictures", "Fréchet distance", distance, where)
+        if logits is not None:
+            yield Metric("run", "Inception", "score", inception_score(logits), where)
 
-    accuracy = agreement(seen.judged)
-    if accuracy is not None:
-        same = agreement(other) if other is not None else None
-        limit = None if same is None else same - SAME_ACCURACY
-        found.append(Metric("run", "judge's agreement", "share", accuracy, where, limit=limit))
-    if real is not None:
-        distance = gaussian_distance(fit(seen.judged.features), real)
-        limit = None if other is None else SAME_DISTANCE * gaussian_distance(fit(other.features), real)
-        found.append(Metric("run", "to real pictures", "Fréchet distance", distance, where, limit=limit))
-    if seen.judged.logits is not None:
-        found.append(Metric("run", "Inception", "score", inception_score(seen.judged.logits), where))
+    limits = {} if other is None else {same.key: LIMITS[same.unit](same) for same in of(other)}
+    found = [replace(metric, limit=limits.get(metric.key)) for metric in of(seen.judged)]
     if seen.psnr:
         finite = np.minimum(seen.psnr, 100.0)  # equal pictures are ∞ dB
         found.append(Metric("run", "same seed, mean", "PSNR in dB", float(finite.mean()), where))
@@ -172,30 +163,33 @@ def metrics(seen: Seen, other: Judged | None, real: Gaussian | None, classes: in
 
 def read_real(path: Path, judge: Judge | None) -> Gaussian:
     """From an .npz: `mu` and `sigma` as ADM's references have them, `features` (N, D), or `arr_0`, pictures."""
-    arrays = _arrays(path)
+    arrays = read_arrays(path, FILE, alone={"mu", "sigma"})  # ADM's references hold thousands of pictures besides
     if {"mu", "sigma"} <= set(arrays):
-        return Gaussian(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+        mean, covariance = arrays["mu"], arrays["sigma"]
+        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+            raise UsageError(
+                f"{path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; expected [D], [D, D]"
+            )
+        return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
     return fit(_judged(path, arrays, judge).features)
 
 
 def read_samples(path: Path, judge: Judge | None) -> Seen:
     """From an .npz: `features` and, if there, `logits`; or `arr_0`, pictures, and, if there, `arr_1`, their labels."""
-    arrays = _arrays(path)
+    arrays = read_arrays(path, FILE)
     judged, labels = _judged(path, arrays, judge), arrays.get("arr_1", arrays.get("labels"))
     if labels is not None and labels.shape != (len(judged.features),):
         raise UsageError(f"{path}: labels have shape {list(labels.shape)}; expected [{len(judged.features)}]")
     return Seen(judged, labels, [], [])
 
 
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            both = {"mu", "sigma"}  # ADM's references hold thousands of pictures besides
-            return {name: file[name] for name in (both if both <= set(file.files) else file.files)}
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; expected an .npz of features or pictures") from None
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: not an .npz of arrays: {error}") from None
+def require_width(judged: Judged, real: Gaussian | None) -> None:
+    """Refuses real pictures' statistics that are of other features."""
+    if real is not None and real.mean.shape != judged.features.shape[1:]:
+        raise UsageError(
+            f"{len(real.mean)} features a picture in --real, {judged.features.shape[1]} in what is compared with it; "
+            "expected those of one network"
+        )
 
 
 def _judged(path: Path, arrays: dict[str, NDArray[Any]], judge: Judge | None) -> Judged:
@@ -217,9 +211,15 @@ def _judged(path: Path, arrays: dict[str, NDArray[Any]], judge: Judge | None) ->
 
 def is_demo(contract: Manifest) -> bool:
     """Whether the demo's judge, which ships, knows these classes."""
-    from dit_export.demo import data, store
+    from dit_export.demo import data
 
-    return contract.labels == data.CLASSES and (store.MODEL / "judge").is_dir()
+    if contract.labels != data.CLASSES:
+        return False
+    try:
+        from dit_export.demo import store
+    except ImportError:  # it needs PyTorch
+        return False
+    return (store.MODEL / "judge").is_dir()
 
 
 def demo_judge() -> tuple[Judge, Gaussian]:

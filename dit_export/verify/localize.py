@@ -15,7 +15,7 @@ from dit_export.spec import CONDITIONINGS, ModelSpec
 from dit_export.verify.reference import guide, hoisted
 from dit_export.verify.taps import names, pytorch_stream, tapped
 from dit_runtime import replay
-from dit_runtime.backends import Engine
+from dit_runtime.backends import QUANTIZED, Engine, Options
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.replay import Reference, relative_error
 from dit_runtime.verify import tolerances
@@ -25,7 +25,6 @@ TOKENS = ("of the timestep", "of the label")
 FINAL = ("final gain", "final shift")
 MANY = 4  # more names than this are counted
 SPREAD = 16  # labels that are asked besides the reference's
-SMOOTHED = {"int8"}  # precisions whose conditioner has divisors folded in
 
 
 class Question(NamedTuple):
@@ -91,7 +90,7 @@ class Located(NamedTuple):
 
 
 def locate(
-    pipe: Pipeline, reference: Reference, truth: Truth | Pipeline, step: int, wrong: Sequence[int], threads: int | None
+    pipe: Pipeline, reference: Reference, truth: Truth | Pipeline, step: int, wrong: Sequence[int], options: Options
 ) -> Located:
     """At one step of the reference run (from 0); `wrong` are labels whose conditioning is known to be off."""
     question = Question(
@@ -105,10 +104,10 @@ def locate(
     with ExitStack() as stack:
         if isinstance(truth, Pipeline):
             precisions.add(truth.manifest.graphs["denoiser"].precision)
-            truth = OfBundle(truth, *stack.enter_context(tapped(truth, threads)))
-        engine, taps = stack.enter_context(tapped(pipe, threads))
+            truth = OfBundle(truth, *stack.enter_context(tapped(truth, options)))
+        engine, taps = stack.enter_context(tapped(pipe, options))
         ours = OfBundle(pipe, engine, taps)
-        contract, smoothed = pipe.manifest, bool(precisions & SMOOTHED)
+        contract, smoothed = pipe.manifest, not precisions.isdisjoint(QUANTIZED)
         everyone = [*question.labels, *[contract.null_label] * len(question.labels)]
         spread = np.linspace(0, contract.num_classes - 1, min(contract.num_classes, SPREAD)).astype(int).tolist()
         asked = list(dict.fromkeys([*wrong[: SPREAD // 2], *everyone, *spread]))

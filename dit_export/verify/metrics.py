@@ -18,6 +18,11 @@ from dit_runtime.verify import sampler, tolerances, worst
 AT_LEAST = {"cosine", "PSNR in dB", "SSIM", "contrast", "share", "score"}  # units where more is better
 
 
+def jsonable(value: float) -> float | str:
+    """JSON knows no NaN and no ∞."""
+    return value if math.isfinite(value) else str(value)
+
+
 @dataclass(frozen=True)
 class Metric:
     graph: str  # conditioner, denoiser, decoder; sampler, run and pictures are of all together
@@ -56,14 +61,13 @@ class Metric:
         return f"{self.graph}: {self.title}{place}: {self.number(self.value)}{limit}"
 
     def to_dict(self) -> dict[str, Any]:
-        value = self.value if math.isfinite(self.value) else str(self.value)  # JSON knows no NaN
         return {
             "graph": self.graph,
             "metric": self.title,
             "step": self.step,
             "where": self.where,
-            "value": value,
-            "limit": self.limit,
+            "value": jsonable(self.value),
+            "limit": None if self.limit is None else jsonable(self.limit),
             "at_least": self.at_least,
             "passed": self.passed,
         }

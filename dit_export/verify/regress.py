@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dit_export.verify import baseline, features
 from dit_export.verify.features import OnnxJudge
-from dit_export.verify.metrics import Metric, of_replay, wrong_labels
+from dit_export.verify.metrics import Metric, jsonable, of_replay, wrong_labels
 from dit_runtime import manifest
+from dit_runtime.backends import Options
 from dit_runtime.errors import UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
@@ -59,7 +62,7 @@ class Result:
             "passed": self.passed,
             "first": None if self.first is None else self.first.to_dict(),
             "located": self.located,
-            "taps": [{"name": name, "error": error} for name, error in self.taps],
+            "taps": [{"name": name, "error": jsonable(error)} for name, error in self.taps],
             "metrics": [metric.to_dict() for metric in self.metrics],
         }
 
@@ -108,9 +111,10 @@ def _distribution(
     settings: Settings, pipe: Pipeline, other: Pipeline | None, measured: Mapping[str, Any], progress: Progress
 ) -> tuple[list[Metric], dict[str, Any]]:
     """What a judge says of many pictures, where one is asked, and how it was asked, as a baseline keeps it."""
-    count = settings.count or measured.get("count")
-    if count is None and settings.features is None and settings.samples is None:
+    count = measured.get("count") if settings.count is None else settings.count
+    if count is None and settings.features is None and settings.samples is None and settings.real is None:
         return [], {}
+    count = COUNT if count is None else count
     judge: features.Judge | None = None
     real, name = None, "none"
     if settings.features is not None:
@@ -123,12 +127,14 @@ def _distribution(
         real = features.read_real(settings.real, judge)
     if settings.samples is not None:
         seen, theirs = features.read_samples(settings.samples, judge), None
+        features.require_width(seen.judged, real)
     elif judge is None:
         raise UsageError(f"{count} pictures need a network that looks at them: pass --features FILE.onnx")
     else:
-        count = count or COUNT
         if count < features.FEWEST:
             raise UsageError(f"count {count}; expected at least {features.FEWEST} for a distance between distributions")
+        height, width = (8 * side for side in pipe.manifest.latent_shape[1:])
+        features.require_width(judge(np.zeros((1, height, width, 3), np.uint8)), real)  # before the long work
         with progress.stage(f"regress: {count} pictures before the judge"):
 
             def step(done: int, total: int) -> None:
@@ -165,9 +171,10 @@ def _locate(
     at = len(reference.timesteps) // 2 if step is None else step - 1
     limit = tolerances(pipe.manifest)["conditioner"].conditioner
     wrong = [int(label) for label in wrong_labels(reference, found, limit)]
+    options = Options(threads=settings.threads, provider=settings.provider)
     try:
         with progress.stage(f"regress: blocks beside {'PyTorch' if other is None else other.folder}"):
-            result = localize.locate(pipe, reference, truth, at, wrong, settings.threads)
+            result = localize.locate(pipe, reference, truth, at, wrong, options)
     except UsageError as error:
         return [f"not localized: {' '.join(str(error).split())}"], []
     return result.sentences, [(tap.name, tap.error) for tap in result.taps]

@@ -154,7 +154,7 @@ def _pictures(page: Page) -> str:
         largest = f"largest {gap.max()} of 255, shown × {gain}" if gap.max() else "none"
         parts = (("PyTorch, fp32", theirs), ("engine", ours), (f"difference: {largest}", (gap * gain).astype(np.uint8)))
         trio = "".join(
-            f'<figure><img {"class=small " if ours.shape[0] <= SMALL else ""}alt="{escape(text)}" '
+            f'<figure><img {"class=small " if max(ours.shape[:2]) <= SMALL else ""}alt="{escape(text)}" '
             f'src="{_data(picture)}"><figcaption>{escape(text)}</figcaption></figure>'
             for text, picture in parts
         )
@@ -178,11 +178,11 @@ def _exhibits(exhibits: Sequence[Exhibit]) -> str:
 
 
 def _data(picture: NDArray[np.uint8]) -> str:
-    factor = math.ceil(picture.shape[0] / SIDE)
+    factor = math.ceil(max(picture.shape[:2]) / SIDE)
     if factor > 1:
-        side = picture.shape[0] // factor
-        cut = picture[: side * factor, : side * factor].astype(np.float64)
-        picture = np.rint(cut.reshape(side, factor, side, factor, 3).mean((1, 3))).astype(np.uint8)
+        rows, columns = (side // factor for side in picture.shape[:2])
+        cut = picture[: rows * factor, : columns * factor].astype(np.float64)
+        picture = np.rint(cut.reshape(rows, factor, columns, factor, 3).mean((1, 3))).astype(np.uint8)
     return _png(picture)
 
 

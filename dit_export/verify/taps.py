@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def names(count: int, depth: int) -> list[str]:
 
 
 @contextmanager
-def tapped(pipe: Pipeline, threads: int | None) -> Iterator[tuple[Engine, list[str]]]:
+def tapped(pipe: Pipeline, options: Options) -> Iterator[tuple[Engine, list[str]]]:
     """The denoiser in the very form and on the very backend that the bundle runs, giving its stream besides."""
     contract = pipe.manifest.graphs["denoiser"]
     form = _form(contract)
@@ -103,7 +104,7 @@ def tapped(pipe: Pipeline, threads: int | None) -> Iterator[tuple[Engine, list[s
             _share(manifest.inside(pipe.folder, name), Path(folder) / name)
         backend = contract.backend if form in contract.files else "onnxruntime"
         module = backends.backend(backends.choose(backend))
-        engine: Engine = module.open([Path(folder) / form], Options(threads=threads, precision=contract.precision))
+        engine: Engine = module.open([Path(folder) / form], replace(options, precision=contract.precision))
         try:
             yield engine, [tensor.name for tensor in stream]
         finally:

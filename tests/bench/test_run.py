@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +92,17 @@ def test_a_worker_tells_why_it_does_not_start(tmp_path):
         Worker(YARDSTICK.name, tmp_path, threads=1)
 
 
+def test_a_worker_that_dies_while_it_waits_is_left_out(tmp_path, monkeypatch):
+    """It says so when it is asked, and is closed like any other."""
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **pipes: start([sys.executable, "-c", "print({})"], **pipes))
+    worker = Worker("short-lived", tmp_path, threads=1)
+    worker._process.wait()
+    with pytest.raises(WorkerError, match="the process ended with 0"):
+        worker.ask("memory")
+    worker.close()
+
+
 def test_groups_fit_the_budget():
     spec = model("XL/2")
     needs = {one: memory(one, spec, 1) for one in CPU}
@@ -157,6 +170,7 @@ def test_a_gpu_is_described(monkeypatch):
         (["S/3"], "model 'S/3' is not known"),
         (["--only", "eager-fp61"], 'did you mean "eager-fp32"?'),
         (["--rounds", "0"], "rounds"),
+        (["--threads", "0"], "threads are at least 1"),
         (["--resolution", "100"], "expected a multiple of 8"),
         (["--svg", "no/such/folder/bench.svg"], "no such folder"),
         (["--device", "tpu"], "device 'tpu' is not known; known: cpu, cuda"),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.handmade import module
+
 BUILD = Path(__file__).parents[2] / "build/cpp"
 
 
@@ -16,6 +18,14 @@ BUILD = Path(__file__).parents[2] / "build/cpp"
 def build() -> Path:
     assert (BUILD / "programs/dit-generate").is_file(), f"no C++ library in {BUILD}; run: make cpp"
     return BUILD
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The bundle of the C++ tests: 5 classes, 32 px, no time to draw."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    module("make_bundle").make(folder)
+    return folder
 
 
 @pytest.fixture

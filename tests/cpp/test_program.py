@@ -6,27 +6,20 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+from dit_runtime import Pipeline, manifest, verify
 from tests.handmade import module
 
 CPP = Path(__file__).parents[2] / "runtime/cpp"
 CONSUMER = Path(__file__).with_name("consumer")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """The bundle of the C++ tests: 5 classes, 32 px, no time to draw."""
-    folder = tmp_path_factory.mktemp("tiny") / "bundle"
-    module("make_bundle").make(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -80,6 +73,57 @@ def test_json_and_words(tiny, dit_generate, tmp_path):
     assert "--labels" in dit_generate("--help").stdout
 
 
+def changed(bundle: Path, folder: Path, change: Callable[[Path], None], max_batch: int) -> Path:
+    """A copy whose files are other ones, and its manifest right."""
+    shutil.copytree(bundle, folder)
+    change(folder)
+    contract = manifest.read(bundle)
+    denoiser = replace(contract.graphs["denoiser"], max_batch=max_batch)
+    graphs, files = {**contract.graphs, "denoiser": denoiser}, manifest.describe_files(folder)
+    manifest.write(folder, replace(contract, graphs=graphs, files=files))
+    return folder
+
+
+def test_verify_says_what_python_says(tiny, dit_generate, tmp_path):
+    """The same gates in the same JSON, for an engine that gives NaN for one label."""
+
+    def spoil(folder: Path) -> None:
+        weights = np.fromfile(folder / "conditioner.onnx.data", np.float32)
+        weights[2 * 16] = np.nan
+        weights.tofile(folder / "conditioner.onnx.data")
+
+    bundle = changed(tiny, tmp_path / "bundle", spoil, max_batch=3)
+    with Pipeline.load(bundle, threads=1) as pipe:
+        expected = [check.to_dict() for check in verify.verify(pipe)]
+    done = dit_generate(bundle, "--verify", "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == 1 and said["passed"] is False
+    for found, check in zip(said["checks"], expected, strict=True):
+        assert list(found) == list(check)
+        value, wanted = found.pop("value"), check.pop("value")
+        assert found == check
+        # Sums in another order: errors are some 1e-7.
+        assert value == wanted if isinstance(wanted, str) else value == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert {str(check["name"]) for check in said["checks"] if not check["passed"]} == {"conditioner, rel-L2"}
+
+
+@pytest.mark.parametrize("kind", ["tiny", "captioned"])
+def test_verify_asks_no_more_than_a_batch(request, dit_generate, tmp_path, kind):
+    """A denoiser of one sample at a time; the reference has two."""
+
+    def fix(folder: Path) -> None:
+        network = onnx.load(folder / "denoiser.onnx", load_external_data=False)
+        for value in network.graph.input:
+            if value.name in ("latents", "guidance"):
+                value.type.tensor_type.shape.dim[0].dim_value = 1
+        onnx.save(network, folder / "denoiser.onnx")
+
+    bundle = changed(request.getfixturevalue(kind), tmp_path / "right", fix, max_batch=1)
+    assert dit_generate(bundle, "--verify").returncode == 0
+    bundle = changed(request.getfixturevalue(kind), tmp_path / "wrong", fix, max_batch=2)
+    assert "the denoiser failed" in dit_generate(bundle, "--verify").stderr  # it is asked for what the manifest says
+
+
 def test_goldens_are_what_python_computes_now():
     """After a change of schedule, solvers, noise or tolerances: `make goldens`, and mirror it in C++."""
     goldens = module("goldens")
@@ -108,6 +152,14 @@ def installed(build, tmp_path_factory) -> Path:
     prefix = tmp_path_factory.mktemp("prefix")
     subprocess.run(["cmake", "--install", build, "--prefix", prefix], check=True, capture_output=True)
     return prefix
+
+
+def test_the_installed_program_runs_where_it_is(installed, tmp_path):
+    shutil.copytree(installed, tmp_path / "moved", symlinks=True)
+    environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
+    command = [tmp_path / "moved/bin/dit-generate", "--version"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "onnxruntime" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("language", ["c", "cpp"])
@@ -160,49 +212,6 @@ def test_the_examples(build, tiny, tmp_path):
     assert (tmp_path / "1.ppm").read_bytes().startswith(b"P6 32 32 255\n")
     done = subprocess.run([build / "examples/example-c", tiny, "emu", "x"], capture_output=True, text=True)
     assert done.returncode == 1 and "emu" in done.stderr
-
-
-class Service:
-    def __init__(self, program: Path, bundle: Path, queue: int) -> None:
-        # In /tmp, as a Unix socket's path may have 107 bytes.
-        self.path = Path(f"/tmp/dit-service-{os.getpid()}-{time.monotonic_ns()}")
-        self.process = subprocess.Popen([program, bundle, self.path, str(queue)], stderr=subprocess.PIPE, text=True)
-        assert self.process.stderr.readline().startswith("ready"), self.process.stderr.read()
-
-    def ask(self, line: str) -> socket.socket:
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(60)
-        client.connect(str(self.path))
-        client.sendall(line.encode() + b"\n")
-        return client
-
-    def stop(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGTERM)
-        _, said = self.process.communicate(timeout=30)
-        return self.process.returncode, said
-
-
-def hear(client: socket.socket) -> bytes:
-    with client, client.makefile("rb") as file:
-        return file.read()
-
-
-def test_the_service(build, tiny):
-    service = Service(build / "examples/example-service", tiny, queue=2)
-    try:
-        answers = [hear(service.ask(line)) for line in ("1 7 4", "1 7 4", "9 7 4", "hello")]
-        assert answers[0].startswith(b"ok 32 32\n") and len(answers[0]) == 9 + 32 * 32 * 3
-        assert answers[1] == answers[0]
-        assert b"error label 9 is out of range" in answers[2] and answers[3].startswith(b"error expected")
-        # One is drawn for long and two wait: the others hear it at once, and all who wait hear the end.
-        waiting = [service.ask("1 7 1000") for _ in range(12)]
-        time.sleep(0.3)
-    finally:
-        code, said = service.stop()
-    heard = [hear(client) for client in waiting]
-    assert heard.count(b"busy\n") >= 6
-    assert all(text == b"busy\n" or text.startswith((b"ok", b"error")) for text in heard)
-    assert code == 0 and said == "stopped\n" and not service.path.exists()
 
 
 def test_the_examples_are_as_short_as_promised():

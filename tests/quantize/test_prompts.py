@@ -42,6 +42,18 @@ def test_what_captions_reach_is_seen(captioned, tmp_path) -> None:
     assert (reached(0.01) > 0.5 * usual).all()
 
 
+def test_all_captions_are_seen(captioned, tmp_path) -> None:
+    """The last of five is the large one."""
+    own = np.random.default_rng(1).standard_normal((5, 3, CHANNELS))
+    largest = []
+    for size in (1, 20):
+        np.savez(tmp_path / "own.npz", captions=np.append(own[:4], size * own[4:], axis=0))
+        prompts = read(tmp_path / "own.npz", CAPTIONED)
+        layers = calibrate(captioned, Plan(pictures=12, steps=2), lambda done, total: None, prompts).layers
+        largest.append(layers["block 0 cross"].largest.max())
+    assert largest[1] > 3 * largest[0]
+
+
 def test_a_file_of_captions(tmp_path) -> None:
     rng = np.random.default_rng(0)
     own, mask, empty = rng.standard_normal((2, 7, CHANNELS)), np.tri(2, 7, 4), rng.standard_normal((1, 3, CHANNELS))
@@ -59,14 +71,17 @@ def test_a_file_of_captions(tmp_path) -> None:
         ({"mask": mask}, "no captions in it; got mask"),
         ({"captions": own[..., :5]}, r"captions have shape \(2, 7, 5\); expected \(captions, up to 20, 16\)"),
         ({"captions": own, "negative": own}, "2 negative captions; expected one"),
+        ({"captions": own, "negative_mask": np.tri(1, 3)}, "negative_mask without negative"),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(UsageError, match=said):
             read(tmp_path / "bad.npz", CAPTIONED)
     (tmp_path / "text.npy").write_text("a red circle")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "all.npz").read_bytes()[:1000])
     for path, spec, said in (
         (tmp_path / "text.npy", CAPTIONED, "not captions as .npy or .npz"),
-        (tmp_path / "nowhere.npy", CAPTIONED, "nowhere.npy: not captions"),
+        (tmp_path / "half.npz", CAPTIONED, "not captions as .npy or .npz"),
+        (tmp_path / "nowhere.npy", CAPTIONED, "nowhere.npy: no such file; expected captions"),
         (tmp_path / "some.npz", SPEC, "this network takes labels; leave them out"),
     ):
         with pytest.raises(UsageError, match=said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def test_calibration_looks_on_and_changes_nothing(bundle, calibration) -> None:
     assert outlying.max() > 5 * np.median(outlying)
 
 
-def test_both_halves_of_guidance_are_seen(bundle) -> None:
-    """A watcher on an engine that answers with what it was asked: rows of both groups reach the sample."""
+def test_both_halves_of_guidance_are_seen() -> None:
+    """A watcher on an engine that echoes what it was asked: both groups reach the sample, and are finite there."""
 
     class Echo:
         io = (("conditioning",), ("prediction", "layer/largest", "layer/sample"))
@@ -79,9 +80,9 @@ def test_both_halves_of_guidance_are_seen(bundle) -> None:
 
     watcher = Watcher(Echo(), ["layer"], 8, np.random.default_rng(0))
     assert watcher.io[1] == ("prediction",)
-    groups = np.stack([np.full((4, 1, 1), 1.0), np.full((4, 1, 1), 2.0)])
+    groups = np.stack([np.full((4, 1, 1), 1.0), np.full((4, 1, 1), 1e6)])
     assert watcher.run({"conditioning": groups}).keys() == {"prediction"}
-    assert sorted(set(watcher.seen()["layer"].sample.ravel().tolist())) == [1.0, 2.0]
+    assert sorted(set(watcher.seen()["layer"].sample.ravel().tolist())) == [1.0, 65504.0]  # float16's end
 
 
 def test_the_fold_changes_no_answer_and_adds_no_op_to_the_loop(bundle, calibration, tmp_path) -> None:
@@ -148,9 +149,12 @@ def test_a_calibration_is_kept_and_read_again(calibration, tmp_path) -> None:
     again = Calibration.load(tmp_path / "c.npz")
     assert again.layers.keys() == calibration.layers.keys()
     np.testing.assert_array_equal(again.layers["block 2 fc2"].sample, calibration.layers["block 2 fc2"].sample)
-    (tmp_path / "x.npz").write_bytes(b"no")
-    with pytest.raises(UsageError, match="not a calibration"):
-        Calibration.load(tmp_path / "x.npz")
+    whole, array = (tmp_path / "c.npz").read_bytes(), io.BytesIO()
+    np.save(array, np.zeros(3))
+    for content in (b"no", b"", whole[: len(whole) // 2], whole[:200] + bytes(50) + whole[250:], array.getvalue()):
+        (tmp_path / "x.npz").write_bytes(content)
+        with pytest.raises(UsageError, match="not a calibration"):
+            Calibration.load(tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -76,6 +76,21 @@ def test_compiled_models_are_kept_in_the_users_cache(meta_copy, cache) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")} == kept
 
 
+@pytest.mark.parametrize("why", ["a file in its place", "no home"])
+def test_a_cache_that_cannot_be_is_done_without(meta_copy, tmp_path, monkeypatch, why) -> None:
+    if why == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        (tmp_path / "cache").write_text("")
+    with Pipeline.load(on(meta_copy, "openvino")) as pipe:
+        assert np.isfinite(pipe.sample([1], steps=2, output="latents")).all()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")  # as pathlib's, of a user id without an entry
+
+
 @pytest.mark.parametrize(
     "flags, exact", [("sse2 avx2 avx512f", True), ("sse2 avx2 avx_vnni", False), ("asimd i8mm", False), (None, True)]
 )
@@ -148,8 +163,10 @@ def test_low_memory_keeps_one_graph_open(own_embedders, tmp_path, backend, monke
             return real(files, options)
 
         monkeypatch.setattr(module, "open", recording)
-    with Pipeline.load(bundle, low_memory=True) as pipe:
+    monkeypatch.chdir(bundle.parent)
+    with Pipeline.load(bundle.name, low_memory=True) as pipe:
         assert opened == []
+        monkeypatch.chdir("/")  # as a daemon does
         low = pipe.sample([5, 9], steps=3, seed=4)
         assert [*pipe._engines] == ["decoder"]
     assert opened == ["conditioner on onnxruntime", f"denoiser on {backend}", f"decoder on {backend}"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_runtime import BundleError, Captions, Pipeline, manifest
+from dit_runtime import BundleError, Captions, Pipeline, UsageError, manifest
 from dit_runtime.captions import Contexts
 
 STEPS, MAX_BATCH = 4, 3  # of the fixture's bundle
@@ -35,6 +35,11 @@ def draw(pipe: Pipeline, count: int, **options: object) -> np.ndarray:
     captions = Captions(rng.standard_normal((count, 4, 3)), np.tri(count, 4, 1))
     negative = rng.standard_normal((1, 2, 3))
     return pipe.sample(captions=captions, negative=negative, steps=STEPS, seed=[*range(count)], **options)
+
+
+def test_labels_beside_captions_are_refused(captioned) -> None:
+    with Pipeline.load(captioned) as pipe, pytest.raises(UsageError, match="both labels and captions"):
+        pipe.sample(0, captions=np.zeros((1, 4, 3)), guidance=1.0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

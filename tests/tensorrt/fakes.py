@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
@@ -21,6 +21,7 @@ ROWS = ((1, 4), (5, 8))  # the two profiles: fewest and most rows
 
 class Status(IntEnum):
     cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
     cudaErrorStreamCaptureUnsupported = 900
 
 
@@ -37,8 +38,8 @@ class Cuda:
         self.open: dict[int, object] = {}
         self.numbers = itertools.count(1)
         self.recorded: list | None = None
-        self.queued: list[Callable[[], None]] = []
-        self.pinned: set[int] = set()
+        self.queued: dict[int, list[Callable[[], None]]] = defaultdict(list)  # by stream: each goes its own way
+        self.room: int | None = None  # for so many allocations more; None: any number
         self.launches = 0
         self.copied: Counter[tuple[int, int]] = Counter()  # by kind and size
 
@@ -48,18 +49,18 @@ class Cuda:
         return key
 
     def _remove(self, key: int) -> tuple[Status]:
-        self.finish()
+        for stream in [*self.queued]:
+            self.finish(stream)
         del self.open[key]  # twice, or what never was, is an error
         return (Status.cudaSuccess,)
 
-    def later(self, work: Callable[[], None]) -> None:
-        (self.queued if self.recorded is None else self.recorded).append(work)
+    def later(self, work: Callable[[], None], stream: int) -> None:
+        (self.queued[stream] if self.recorded is None else self.recorded).append(work)
 
-    def finish(self) -> None:
+    def finish(self, stream: int) -> None:
         assert self.recorded is None, "no waiting while work is recorded"
-        for work in self.queued:
+        for work in self.queued.pop(stream, ()):
             work()
-        self.queued.clear()
 
     def cudaDriverGetVersion(self):
         return Status.cudaSuccess, self.driver
@@ -77,23 +78,23 @@ class Cuda:
         return Status.cudaSuccess, self._add("stream")
 
     def cudaStreamSynchronize(self, stream):
-        self.finish()
+        self.finish(stream)
         return (Status.cudaSuccess,)
 
     def cudaMalloc(self, size):
+        if self.room is not None:
+            self.room -= 1
+            if self.room < 0:
+                return (Status.cudaErrorMemoryAllocation, None)
         memory = ctypes.create_string_buffer(size)
         return Status.cudaSuccess, self._add(memory, ctypes.addressof(memory))
 
     def cudaMallocHost(self, size):
-        status, address = self.cudaMalloc(size)
-        self.pinned.add(address)
-        return status, address
+        return self.cudaMalloc(size)
 
     def cudaMemcpyAsync(self, into, source, size, kind, stream):
         self.copied[kind, size] += 1
-        self.later(lambda: ctypes.memmove(into, source, size))
-        if kind < 3 and not {into, source} & self.pinned:
-            self.finish()
+        self.later(lambda: ctypes.memmove(into, source, size), stream)
         return (Status.cudaSuccess,)
 
     def cudaStreamBeginCapture(self, stream, mode):
@@ -111,7 +112,7 @@ class Cuda:
 
     def cudaGraphLaunch(self, graph, stream):
         self.launches += 1
-        self.queued.extend(self.open[graph])
+        self.queued[stream].extend(self.open[graph])
         return (Status.cudaSuccess,)
 
     cudaStreamDestroy = cudaFree = cudaFreeHost = cudaGraphDestroy = cudaGraphExecDestroy = _remove
@@ -123,34 +124,59 @@ class TensorRT:
     TensorIOMode = SimpleNamespace(INPUT=0, OUTPUT=1)
     LayerInformationFormat = SimpleNamespace(JSON=1)
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
 
     class ILogger:
         ERROR = 1
 
     def __init__(self, cuda: Cuda) -> None:
-        self.cuda, self.runs, self.opens = cuda, 0, True
+        self.cuda, self.runs, self.opens, self.starts = cuda, 0, True, True
+        self.refuses = ""  # the call of a context that says no
+        self.refitted: list[str] = []
         self.kernels: list[bytes] = []  # runtime caches that were read
-        self.layers: list[object] = []  # what an inspector says of an engine
+        self.layers: object = []  # what an inspector says of an engine
+        self.settings: list[SimpleNamespace] = []  # of contexts that were made
+
+    def refuse(self, call: str) -> bool:
+        if call == self.refuses:
+            self.logger.log(1, f"{call} is not today's")
+        return call == self.refuses
 
     def Runtime(self, logger):
+        self.logger = logger
+        if not self.starts:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
         def deserialize(plan):
             if not self.opens:
                 logger.log(1, "the plan is of another GPU\nand more")
             if not self.opens:
                 return None
-            return Engine(self) if plan == b"plan" else OnnxEngine(self, Path(plan.decode()))
+            self.engine = Engine(self) if plan == b"plan" else OnnxEngine(self, Path(plan.decode()))
+            return self.engine
 
-        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+        self.runtime = SimpleNamespace(deserialize_cuda_engine=deserialize, engine_host_code_allowed=False)
+        return self.runtime
+
+    def Refitter(self, engine, logger):
+        return SimpleNamespace(refit_cuda_engine=lambda: not self.refuse("refit_cuda_engine"))
+
+    def OnnxParserRefitter(self, refitter, logger):
+        return SimpleNamespace(refit_from_file=lambda path: self.refitted.append(path) or path.endswith(".onnx"))
 
 
 class Engine:
-    num_io_tensors, num_optimization_profiles, streamable_weights_size = 2, 2, 0
+    num_io_tensors, num_optimization_profiles, streamable_weights_size = 2, 2, 100
+    weight_streaming_budget_v2 = None
 
     def __init__(self, trt: TensorRT) -> None:
         self.trt = trt
 
     def create_engine_inspector(self):
         return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": self.trt.layers}))
+
+    def get_weight_streaming_automatic_budget(self):
+        return 60
 
     def get_tensor_name(self, index):
         return ("x", "y")[index]
@@ -167,10 +193,13 @@ class Engine:
 
     def create_runtime_config(self):
         cache = SimpleNamespace(deserialize=self.trt.kernels.append, serialize=lambda: b"kernels")
-        return SimpleNamespace(create_runtime_cache=lambda: cache, set_runtime_cache=lambda cache: True)
+        self.trt.settings.append(
+            SimpleNamespace(create_runtime_cache=lambda: cache, set_runtime_cache=lambda cache: True)
+        )
+        return self.trt.settings[-1]
 
     def create_execution_context(self, settings=None):
-        return Context(self.trt)
+        return None if self.trt.refuse("create_execution_context") else Context(self.trt)
 
 
 class Context:
@@ -178,11 +207,11 @@ class Context:
         self.trt, self.addresses = trt, {}
 
     def set_optimization_profile_async(self, profile, stream):
-        return True
+        return not self.trt.refuse("set_optimization_profile_async")
 
     def set_input_shape(self, name, shape):
         self.shape = tuple(shape)
-        return True
+        return not self.trt.refuse("set_input_shape")
 
     def get_tensor_shape(self, name):
         return self.shape
@@ -192,6 +221,8 @@ class Context:
         return True
 
     def execute_async_v3(self, stream):
+        if self.trt.refuse("execute_async_v3"):
+            return False
         shape = self.shape
 
         def work():
@@ -201,12 +232,12 @@ class Context:
             for index in range(size):
                 y[index] = 2 * x[index]
 
-        self.trt.cuda.later(work)
+        self.trt.cuda.later(work, stream)
         return True
 
 
 class OnnxEngine(Engine):
-    """A graph of a bundle: two profiles where it has groups; up to four rows at a time, of the conditioner's 64."""
+    """A graph of a bundle: two profiles where it has groups; inputs and outputs in an order of its own."""
 
     def __init__(self, trt: TensorRT, path: Path) -> None:
         import onnxruntime as ort
@@ -217,11 +248,13 @@ class OnnxEngine(Engine):
         self.session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
         self.outputs = {tensor.name: tensor for tensor in self.session.get_outputs()}
+        graphs = json.loads(path.with_name("manifest.json").read_text())["graphs"]
+        self.most = next(graph["max_batch"] for graph in graphs.values() if graph["onnx"] == path.name)
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
         self.num_optimization_profiles = 2 if "conditioning" in self.inputs else 1
 
     def get_tensor_name(self, index):
-        return [*self.inputs, *self.outputs][index]
+        return [*self.inputs, *self.outputs][-1 - index]
 
     def get_tensor_mode(self, name):
         return int(name in self.outputs)
@@ -235,7 +268,7 @@ class OnnxEngine(Engine):
             sizes = {"groups": profile + 1}
             return tuple(sizes.get(size, rows) if isinstance(size, str) else size for size in self.inputs[name].shape)
 
-        return [shape(1), shape(1), shape(64 if "timesteps" in self.inputs else 4)]
+        return [shape(1), shape(1), shape(self.most)]
 
     def create_execution_context(self, settings=None):
         return OnnxContext(self)
@@ -273,5 +306,5 @@ class OnnxContext(Context):
             for name, values in zip(outputs, made, strict=True):
                 outputs[name][...] = values
 
-        self.trt.cuda.later(work)
+        self.trt.cuda.later(work, stream)
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from dit_export.cli import main
 from dit_export.spec import Recipe
 from dit_runtime import manifest
 from dit_runtime.backends import Tuning, cuda
+from dit_runtime.backends.trt import Flavour
+from dit_runtime.errors import BundleError
+from dit_runtime.verify import Check
 from tests.conftest import HEADS
 from tests.tamper import edit
 from tests.tensorrt.fakes import Cuda
@@ -119,6 +123,77 @@ def test_compiled_again_on_the_target(meta_copy, capsys) -> None:
     built = contract.built_with["engines"]["tensorrt-rtx"]["denoiser"]
     assert built["census"]["products"] == {"fp32": 5 * 2 + 2} and built["compute_capabilities"] == ["12.0"]
     assert run(capsys, "verify", str(meta_copy))[0] == 2
+
+
+def files(bundle: Path) -> dict[str, tuple[int, int]]:
+    """Of everything in it: the inode and the time of the last change."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in bundle.iterdir()}
+
+
+def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
+    """Damaged engines are no obstacle, links are not followed, and only what was verified replaces."""
+    victim = bundle.with_name("victim")
+    victim.write_text("precious")
+    for name in ("denoiser.tensorrt-rtx.again.engine", "update.tensorrt-rtx.again.engine.partial"):
+        (bundle / name).symlink_to(victim)
+    (bundle / "conditioner.tensorrt-rtx.engine").write_bytes(b"half of it")
+    command = ["compile", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "12.0"]
+    before, contract = files(bundle), manifest.read(bundle, engines=False)
+
+    monkeypatch.setattr(dit_runtime.cli, "obstacle", lambda contract: None)
+    wrong = [Check("prediction, rel-L2", 1.0, 1e-4)]
+    monkeypatch.setattr(dit_runtime.cli, "_checks", lambda options: wrong)
+    assert run(capsys, *command)[0] == 1
+    after = files(bundle)
+    assert manifest.read(bundle, engines=False) == contract and victim.read_text() == "precious"
+    kept = {name for name in before if not name.endswith((".again.engine", ".partial"))} - {"manifest.json"}
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert kept | {"manifest.json"} == after.keys()  # nor are engines left that failed
+
+    monkeypatch.setattr(dit_runtime.cli, "_checks", lambda options: [replace(wrong[0], value=1e-5)])
+    for turn, name in (("again", "denoiser.tensorrt-rtx.again.engine"), ("back", "denoiser.tensorrt-rtx.engine")):
+        assert run(capsys, *command)[0] == 0, turn
+        contract = manifest.read(bundle)
+        assert contract.graphs["denoiser"].files == (name,)
+        assert [path.name for path in bundle.glob("denoiser*.engine")] == [name]
+        assert contract.parity == {"proof": "sensitive", "passed": True, "worst": {"prediction, rel-L2": 1e-5}}
+
+
+def test_a_graph_that_does_not_compile_leaves_the_rest_as_it_was(bundle, capsys, monkeypatch) -> None:
+    compile_ = Flavour.compile
+
+    def failing(self, folder, graph, *options):
+        if graph.onnx == "update.onnx":
+            raise BundleError("no room for the last")
+        return compile_(self, folder, graph, *options)
+
+    monkeypatch.setattr(Flavour, "compile", failing)
+    before = files(bundle)
+    assert "no room for the last" in run(capsys, "compile", str(bundle), "--backend", "tensorrt-rtx")[1]
+    assert files(bundle) == before
+
+
+def test_what_was_not_verified_does_not_say_that_it_was(meta_copy, capsys) -> None:
+    command = ["compile", str(meta_copy), "--backend", "tensorrt-rtx", "--json"]
+    code, told = run(capsys, *command)
+    assert code == 0 and json.loads(told)["passed"] is None
+    assert manifest.read(meta_copy).parity == {}
+    assert "parity     not verified" in run(capsys, "info", str(meta_copy))[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["openvino", "--compute-capability", "8.9", "--strip-plan"], "the options of TensorRT were given"),
+        (["tensorrt-rtx", "--threads", "4"], "threads and provider are options of the CPU's backends"),
+        (["tensorrt-rtx", "--timing-cache", "x"], "tensorrt-rtx has no --timing-cache"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_options_of_another_backend_are_refused(meta_copy, capsys, options, told) -> None:
+    before = files(meta_copy)
+    code, error = run(capsys, "compile", str(meta_copy), "--backend", *options)
+    assert code == 2 and told in error and files(meta_copy) == before
 
 
 def test_a_bundle_of_another_precision_is_not_compiled(meta_copy, capsys) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from dit_runtime import UsageError
-from dit_runtime.backends import Options, backend, cuda
+from dit_runtime.backends import Options, Tuning, backend, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
-from dit_runtime.errors import BundleError
+from dit_runtime.errors import BundleError, EngineError
+from dit_runtime.manifest import Graph, TensorSpec
 from tests.tensorrt.fakes import Cuda, TensorRT
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
@@ -47,6 +51,7 @@ def rows(count: int) -> np.ndarray:
 def test_every_shape_of_both_profiles(device, trt, plan, name) -> None:
     engine = backend(name).open([plan], Options(built=BUILT))
     assert engine.io == (("x",), ("y",))
+    engine.run({"x": rows(1)})  # which takes the host's memory
     held = set(device.open)
     kept = []
     for count in (1, 3, 4, 5, 8, 8, 8, 1, 8):
@@ -92,6 +97,90 @@ def test_kernels_are_kept_for_the_next_time(device, trt, plan, tmp_path) -> None
     assert [path.name for path in cache.iterdir()] == ["denoiser.tensorrt.kernels.bin"]
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(device, trt, plan) -> None:
+    engine = backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=plan / "cache"))
+    np.testing.assert_array_equal(engine.run({"x": rows(2)})["y"], 2 * rows(2))
+    engine.close()
+    assert device.open == {}
+
+
+def test_kernels_of_a_shape_are_its_own_from_the_first_run_on(device, trt, plan) -> None:
+    backend("tensorrt-rtx").open([plan], Options(built=BUILT)).close()
+    eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert [made.dynamic_shapes_kernel_specialization_strategy for made in trt.settings] == [eager, eager]
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_memory_that_runs_out_is_one_line_and_given_back(device, trt, plan, name) -> None:
+    for device.room in range(4):  # x and y: on the device when it is opened, the host's when it runs
+        with pytest.raises(EngineError, match=r"^cudaMalloc.*: cudaErrorMemoryAllocation$"):
+            backend(name).open([plan], Options(built=BUILT)).run({"x": rows(2)})
+        gc.collect()
+        assert device.open == {}
+    device.room = 4
+    backend(name).open([plan], Options(built=BUILT)).run({"x": rows(2)})
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("create_execution_context", "has no memory for this engine"),
+        ("set_optimization_profile_async", "does not set profile 0"),
+        ("set_input_shape", r"does not take x \[4, 3\]"),
+        ("execute_async_v3", "does not run"),
+    ],
+)
+def test_a_context_that_says_no(device, trt, plan, call, told) -> None:
+    trt.refuses = call
+    with pytest.raises((EngineError, UsageError), match=f"^tensorrt {told}: {call} is not today's$"):
+        backend("tensorrt").open([plan], Options(built=BUILT)).run({"x": rows(2)})
+    gc.collect()
+    assert device.open == {}
+
+
+def test_what_a_plan_was_built_with_is_done_for_it(device, trt, plan) -> None:
+    for tuning, host_code, budget in (
+        ({}, False, None),
+        ({"version_compatible": True, "weight_streaming": True}, True, 60),
+    ):
+        backend("tensorrt").open([plan], Options(built={**BUILT, "tuning": tuning})).close()
+        assert trt.runtime.engine_host_code_allowed is host_code
+        assert trt.engine.weight_streaming_budget_v2 == budget
+
+
+def test_a_stripped_plan_takes_its_weights_from_the_onnx_form(device, trt, plan) -> None:
+    backend("tensorrt").open([plan, Path("denoiser.onnx"), Path("denoiser.onnx.data")], Options(built=BUILT)).close()
+    assert trt.refitted == ["denoiser.onnx"]
+    with pytest.raises(BundleError, match=r"its weights are not those of other\.data"):
+        backend("tensorrt").open([plan, Path("other.data")], Options(built=BUILT))
+    trt.refuses = "refit_cuda_engine"
+    with pytest.raises(BundleError, match=r"not those of denoiser\.onnx: refit_cuda_engine is not today's"):
+        backend("tensorrt").open([plan, Path("denoiser.onnx")], Options(built=BUILT))
+
+
+@pytest.mark.parametrize(("made", "taken"), [(None, True), ("cache", False), ("cache", True)])
+def test_a_timing_cache_that_does_not_fit_is_refused(made, taken) -> None:
+    spec = TensorSpec("x", "float32", ("batch", 3))
+    graph, builder = Graph("denoiser.onnx", (spec,), (spec,)), MagicMock()
+    config = builder.create_builder_config.return_value
+    config.create_timing_cache.return_value, config.set_timing_cache.return_value = made, taken
+
+    def configure() -> Any:
+        return backend("tensorrt")._configure(MagicMock(), builder, None, graph, Tuning(timing_cache="of-another"), ())
+
+    if made and taken:
+        assert configure() is config
+    else:
+        with pytest.raises(UsageError, match="timing-cache of-another: tensorrt does not take it"):
+            configure()
+
+
+def test_a_runtime_that_does_not_start(device, trt, plan) -> None:
+    trt.starts = False
+    with pytest.raises(UsageError, match=r"tensorrt does not start here: .*returned nullptr"):
+        backend("tensorrt").open([plan], Options(built=BUILT))
+
+
 @pytest.mark.parametrize(
     ("change", "built", "reason"),
     [
@@ -133,9 +222,9 @@ def test_what_is_not_refused(device, trt, plan, capability, built) -> None:
     backend("tensorrt-rtx").open([plan], Options(built={**BUILT, **built})).close()
 
 
-def made(datatype: str, *nodes: str) -> dict:
+def made(datatype: str, *nodes: str, key: str = "Format/Datatype") -> dict:
     metadata = "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes)
-    return {"Name": "x", "Outputs": [{"Name": "y", "Format/Datatype": datatype}], "Metadata": metadata}
+    return {"Name": "x", "Outputs": [{"Name": "y", "Format": "N/A", key: datatype}], "Metadata": metadata}
 
 
 def test_an_engine_is_inspected_where_it_can_be_opened(device, trt) -> None:
@@ -148,13 +237,19 @@ def test_an_engine_is_inspected_where_it_can_be_opened(device, trt) -> None:
         made("Row major linear INT8 format", "fc1", "quantize"),
         made("FP8"),
         made("Int64"),
+        made("Half", "fc2", key="DataType"),  # of TensorRT 11
+        made("Half", key="of another version"),
         {"Name": "no output"},
         "only a name",
     ]
     rtx, logger = backend("tensorrt-rtx"), logger_of(trt)
     found = rtx._inspected(trt, logger, b"plan", ("8.6", "8.9"))
-    assert found == {"layers": {"fp16": 2, "fp32": 1, "bf16": 1, "int8": 1, "fp8": 1, "other": 1}, "fused": 2}
+    assert found == {"layers": {"fp16": 3, "fp32": 1, "bf16": 1, "int8": 1, "fp8": 1, "other": 2}, "fused": 2}
     assert rtx._inspected(trt, logger, b"plan", ("12.0",)) == {}
+    for trt.layers in (None, [{"Outputs": "none"}], [{"Metadata": None}]):  # words of a version to come
+        assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
+    trt.opens = False
+    assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
     device.devices = 0
     assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
 

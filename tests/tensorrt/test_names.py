@@ -21,6 +21,7 @@ HELD |= {"self._engine", "self._runtime", "self._runtime_cache"}
 OURS = {"last", "stage", "step", "items", "__class__"}
 # In TensorRT-RTX alone; used where the table of flavours says so.
 RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability", "CudaGraphStrategy"}
+RTX_ONLY |= {"DynamicShapesKernelSpecializationStrategy", "dynamic_shapes_kernel_specialization_strategy", "EAGER"}
 RTX_ONLY |= {"WHOLE_GRAPH_CAPTURE", "cuda_graph_strategy", "create_runtime_cache", "set_runtime_cache", "deserialize"}
 BY_NAME = {*trt.FLAGS.values(), *trt.HARDWARE.values(), *trt_network.PRODUCTS, *trt_network.MOVERS, *trt_network.TYPES}
 BY_NAME |= {"DEQUANTIZE", "WORKSPACE", *trt_engine.DTYPES}

@@ -30,7 +30,7 @@ def regress(capsys) -> Callable[..., Verdict]:
         assert "Traceback" not in captured.err
         if code == 2:
             return Verdict(code, None, [captured.err.splitlines()[-1]], {}, set())
-        table = json.loads(captured.out)
+        table = json.loads(captured.out, parse_constant=pytest.fail)  # JSON knows no NaN
         failed = {(metric["graph"], metric["metric"]) for metric in table["metrics"] if not metric["passed"]}
         assert table["passed"] == (not failed) == (code == 0)
         taps = {tap["name"]: tap["error"] for tap in table["taps"]}

@@ -164,6 +164,11 @@ def test_samples_from_files(meta, tmp_path, capsys):
     ("options", "message"),
     [
         (["--count", "100"], "pass --features FILE.onnx"),
+        (["--real", "other-width.npz"], "2000 pictures need a network .* pass --features FILE.onnx"),
+        (["--features", "judge.onnx", "--count", "0"], "at least 100"),
+        (["--features", "judge.onnx", "--real", "other-width.npz"], "7 features a picture in --real, 48 in what"),
+        (["--samples", "narrow.npz", "--real", "other-width.npz"], "7 features a picture in --real, 5 in what"),
+        (["--samples", "narrow.npz", "--real", "no-square.npz"], "mu is \\[7\\] and sigma \\[7\\]"),
         (["--samples", "pictures.npz"], "pass --features FILE.onnx"),
         (["--samples", "nothing.npz"], "no such file"),
         (["--samples", "text.npz"], "not an .npz"),
@@ -180,6 +185,9 @@ def test_bad_input(meta, tmp_path, capsys, monkeypatch, options, message):
     np.savez("floats.npz", arr_0=np.zeros((3, 64, 64, 3)))
     np.savez("other.npz", other=np.zeros(3))
     np.savez("flat.npz", features=np.zeros(3))
+    np.savez("narrow.npz", features=np.zeros((9, 5)))
+    np.savez("other-width.npz", mu=np.zeros(7), sigma=np.eye(7))
+    np.savez("no-square.npz", mu=np.zeros(7), sigma=np.ones(7))
     Path("text.npz").write_text("no")
     assert main(["regress", str(meta.bundle), "--threads", "1", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dit_export.cli import main
+from dit_runtime.verify import TOLERANCES
 from tests.conftest import HEADS, HIDDEN, META_CLASSES
 from tests.tamper import linears, seal, shapes, swap_vectors, weight
 
@@ -29,6 +30,15 @@ def test_an_identical_engine_passes(meta, baseline, regress, tmp_path, one_threa
         assert main([*again, "-o", str(tmp_path / "again")]) == 0
     assert regress(tmp_path / "again", "--baseline", str(baseline)).code == 0
     assert regress(tmp_path / "again", "--against", str(meta.bundle)).code == 0
+
+
+def test_no_limit_is_tighter_than_that_of_fp32(baseline):
+    table, fp32 = json.loads(baseline.read_text()), TOLERANCES["fp32"]
+    least = {"labels": fp32.conditioner, "null label": fp32.prediction, "unguided": fp32.prediction}
+    least |= {"prediction": fp32.guided, "variance": fp32.guided, "latents": fp32.latents}
+    limits = [(entry["metric"].split(", "), entry["limits"]) for entry in table["metrics"]]
+    found = {name: min(values) for (name, unit), values in limits if unit == "rel-L2"}
+    assert found == least  # what was measured is far below
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -207,6 +217,8 @@ def test_table_and_junit(meta_copy, baseline, tmp_path, capsys):
 
 def test_a_gate_that_passes_needs_no_pytorch(meta, meta_copy, baseline, tmp_path):
     """Where it fails, it still names graph and step, and what it takes to name the block."""
+    samples = tmp_path / "features.npz"
+    np.savez(samples, features=np.random.default_rng(0).standard_normal((9, 2)))
     swap_vectors(meta_copy, 2)
     seal(meta_copy)
     code = """
@@ -221,6 +233,7 @@ sys.exit(main(sys.argv[1:]))
 """
     for bundle, expected in ((meta.bundle, 0), (meta_copy, 1)):
         arguments = ["regress", str(bundle), "--baseline", str(baseline), "--report", str(tmp_path / "report.html")]
+        arguments += ["--samples", str(samples), "--real", str(samples)]
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == expected, done.stderr
     assert "FAILED denoiser: prediction, rel-L2, step 1 of 10" in done.stdout

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from dit_export.cli import main
+from dit_export.verify.parity import proof
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.replay import load_reference
 from tests.conftest import DIFFUSERS_DEPTH, HEADS, HIDDEN, META_CLASSES
 from tests.tamper import double_scale, seal, swap_vectors, weight
 
@@ -65,6 +68,18 @@ def test_int8_is_localized_through_its_smoothing(meta, int8, regress, tmp_path, 
     assert (verdict.code, verdict.first["graph"], verdict.first["metric"]) == (1, "conditioner", "null label, rel-L2")
     (sentence,) = verdict.located
     assert "for the null label (12)" in sentence
+
+
+def test_the_proof_is_not_met_by_rounding(int8, tmp_path):
+    """int8 alone is further from PyTorch than the proof asks for; what hears no timestep still fails it."""
+    bundle = Path(shutil.copytree(int8, tmp_path / "deaf"))
+    weight(bundle, "conditioner", (HIDDEN, HIDDEN))[:] = 0  # the last linear of the timestep's embedder
+    seal(bundle)
+    with Pipeline.load(bundle, threads=1) as pipe:
+        checks = {check.name: check for check in proof(pipe, load_reference(bundle))}
+    moved = checks.pop("proof: t moved by 5 %")
+    assert moved.value == 0 and not moved.passed
+    assert len(checks) == 3 and all(check.passed for check in checks.values())
 
 
 def test_a_stale_conditioner_in_int8(int8, later, regress, tmp_path):

@@ -171,6 +171,8 @@ def test_large_pictures_are_bounded():
     flat = np.full((512, 512, 3), 7, np.uint8)
     flat[::2] = 9
     assert report._data(flat) == report._data(np.full((256, 256, 3), 8, np.uint8))
+    assert report._data(flat[:, :256]) == report._data(np.full((256, 128, 3), 8, np.uint8))
+    assert report._data(flat[:256]) == report._data(np.full((128, 256, 3), 8, np.uint8))
 
 
 def test_curves_of_strange_errors():

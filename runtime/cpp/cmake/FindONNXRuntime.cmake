@@ -1,10 +1,10 @@
-# Finds ONNX Runtime under ONNXRUNTIME_ROOT (a variable or in the environment) or where the system keeps libraries:
+# Finds ONNX Runtime under ONNXRUNTIME_ROOT or where the system keeps libraries:
 # the target ONNXRuntime::ONNXRuntime.
 find_path(ONNXRuntime_INCLUDE_DIR onnxruntime_c_api.h
-  HINTS "${ONNXRUNTIME_ROOT}" "$ENV{ONNXRUNTIME_ROOT}"
+  HINTS "${ONNXRUNTIME_ROOT}"
   PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session)
 find_library(ONNXRuntime_LIBRARY onnxruntime
-  HINTS "${ONNXRUNTIME_ROOT}" "$ENV{ONNXRUNTIME_ROOT}"
+  HINTS "${ONNXRUNTIME_ROOT}"
   PATH_SUFFIXES lib lib64)
 
 include(FindPackageHandleStandardArgs)

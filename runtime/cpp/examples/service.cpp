@@ -12,10 +12,13 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <dit/dit.hpp>
+#include <filesystem>
 #include <iostream>
 #include <mutex>
 #include <sstream>
@@ -26,9 +29,23 @@ namespace {
 std::atomic<bool> stopping{false};
 static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler may only touch what is lock-free");
 
+using Clock = std::chrono::steady_clock;
+
+// Whether the client can be read from, or written to, before the deadline: none may hold up the others.
+bool ready(int client, short event, Clock::time_point deadline) {
+    for (;;) {
+        const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+        pollfd waiting = {client, event, 0};
+        const int found = left > 0 ? poll(&waiting, 1, static_cast<int>(left)) : 0;
+        if (found >= 0 || errno != EINTR) return found > 0;
+    }
+}
+
+// The client has 5 seconds to take it.
 void answer(int client, const std::string& text) {
-    for (std::size_t sent = 0; sent < text.size();) {
-        const ssize_t part = send(client, text.data() + sent, text.size() - sent, MSG_NOSIGNAL);
+    const Clock::time_point deadline = Clock::now() + std::chrono::seconds(5);
+    for (std::size_t sent = 0; sent < text.size() && ready(client, POLLOUT, deadline);) {
+        const ssize_t part = send(client, text.data() + sent, text.size() - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (part <= 0) break;  // the client is gone
         sent += static_cast<std::size_t>(part);
     }
@@ -89,12 +106,11 @@ class Worker {
     std::thread thread_;
 };
 
-// One line of at most 200 bytes, within a second: a client that says nothing must not hold up the others.
+// One line of at most 200 bytes, within a second.
 bool read_line(int client, std::string& line) {
-    const timeval second = {1, 0};
-    setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &second, sizeof second);
+    const Clock::time_point deadline = Clock::now() + std::chrono::seconds(1);
     char letter = 0;
-    while (line.size() < 200 && recv(client, &letter, 1, 0) == 1) {
+    while (line.size() < 200 && ready(client, POLLIN, deadline) && recv(client, &letter, 1, MSG_DONTWAIT) == 1) {
         if (letter == '\n') return true;
         line += letter;
     }
@@ -113,10 +129,17 @@ void take(int client, Worker& worker) {
     if (!worker.offer(std::move(job))) answer(client, "busy\n");
 }
 
+std::size_t queue_size(const std::string& word) {
+    if (word.empty() || word.size() > 6 || word.find_first_not_of("0123456789") != std::string::npos)
+        throw std::runtime_error("QUEUE is '" + word + "'; expected a number");
+    return std::stoul(word);
+}
+
 }  // namespace
 
 int main(int count, char** words) try {
     if (count < 3) return std::cerr << "usage: " << words[0] << " BUNDLE SOCKET [QUEUE]\n", 2;
+    const std::size_t queue = queue_size(count > 3 ? words[3] : "8");
     dit::Pipeline pipe(words[1]);
     if (!pipe.info().image_shape[0]) throw std::runtime_error("this bundle has no decoder");
     sockaddr_un address = {};
@@ -124,14 +147,18 @@ int main(int count, char** words) try {
     if (std::strlen(words[2]) >= sizeof address.sun_path) throw std::runtime_error("the socket's path is too long");
     std::strcpy(address.sun_path, words[2]);
     const int server = socket(AF_UNIX, SOCK_STREAM, 0);
-    if (server < 0 || bind(server, reinterpret_cast<sockaddr*>(&address), sizeof address) || listen(server, 64))
+    const sockaddr* const place = reinterpret_cast<const sockaddr*>(&address);
+    // A socket that nobody answers on was left by a service that could not remove it.
+    if (std::filesystem::is_socket(words[2]) && connect(server, place, sizeof address) && errno == ECONNREFUSED)
+        unlink(words[2]);
+    if (server < 0 || bind(server, place, sizeof address) || listen(server, 64))
         throw std::runtime_error(std::string(words[2]) + ": " + std::strerror(errno));
     struct sigaction action = {};
     action.sa_handler = [](int) { stopping = true; };
     sigaction(SIGTERM, &action, nullptr);
     sigaction(SIGINT, &action, nullptr);
     {
-        Worker worker(pipe, count > 3 ? std::stoul(words[3]) : 8);
+        Worker worker(pipe, queue);
         std::cerr << "ready: " << words[2] << std::endl;
         while (!stopping) {
             pollfd waiting = {server, POLLIN, 0};

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <iostream>
@@ -44,6 +45,14 @@ std::string json_text(const std::string& text) {
     return json + "\"";
 }
 
+// As `dit-run verify --json` says it: JSON knows no NaN.
+std::string json_number(double number) {
+    if (std::isnan(number)) return "\"nan\"";
+    char digits[32];
+    std::snprintf(digits, sizeof digits, std::isfinite(number) ? "%.17g" : "\"%g\"", number);
+    return digits;
+}
+
 int verify(dit::Pipeline& pipe, bool json) {
     std::vector<dit::Check> checks;
     const bool passed = pipe.verify([&](const dit::Check& check) { checks.push_back(check); });
@@ -51,12 +60,14 @@ int verify(dit::Pipeline& pipe, bool json) {
     bool first = true;
     for (const auto& check : checks) {
         if (json)
-            std::printf("%s\n {\"name\": %s, \"value\": \"%g\", \"limit\": %g, \"passed\": %s, \"where\": %s}",
-                        first ? "" : ",", json_text(check.name).c_str(), check.value, check.limit,
-                        check.passed ? "true" : "false", json_text(check.where).c_str());
+            std::printf(
+                "%s\n {\"name\": %s, \"value\": %s, \"limit\": %s, \"at_least\": %s, \"where\": %s, \"passed\": %s}",
+                first ? "" : ",", json_text(check.name).c_str(), json_number(check.value).c_str(),
+                json_number(check.limit).c_str(), check.at_least ? "true" : "false", json_text(check.where).c_str(),
+                check.passed ? "true" : "false");
         else
-            std::printf("%-26s %10.3g  limit %-8.3g %-6s  %s\n", check.name.c_str(), check.value, check.limit,
-                        check.passed ? "ok" : "FAILED", check.where.c_str());
+            std::printf("%-26s %10.3g  %s %-8.3g %-6s  %s\n", check.name.c_str(), check.value,
+                        check.at_least ? ">=" : "<=", check.limit, check.passed ? "ok" : "FAILED", check.where.c_str());
         first = false;
     }
     std::puts(json ? "]}" : passed ? "verified" : "FAILED: these engines do not draw PyTorch's pictures");

@@ -263,7 +263,8 @@ dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user) {
                 failure = dit::text(check.name, " is ", check.value, " ", check.where, ", expected ",
                                     check.at_least ? ">= " : "<= ", check.limit);
             if (on_check)
-                on_check(check.name.c_str(), check.value, check.limit, check.passed(), check.where.c_str(), user);
+                on_check(check.name.c_str(), check.value, check.limit, check.at_least, check.passed(),
+                         check.where.c_str(), user);
         });
         if (!failure.empty()) throw NotVerified(failure);
     });

@@ -16,6 +16,9 @@ namespace dit_runtime {
 using Conditioner =
     std::function<std::vector<float>(const std::vector<float>& timesteps, const std::vector<std::int64_t>& labels)>;
 
+// A step's rows, [G, B, K, D], for the samples from `first` to before `last`.
+using Rows = std::function<std::vector<float>(std::size_t first, std::size_t last)>;
+
 inline constexpr std::size_t TABLE_BYTES = 256u << 20;  // of XL/2's 783 kB a (t, label) that is 342
 
 // Rows for the run's steps in windows that stay below the budget, whatever the number of steps and labels.

@@ -2,6 +2,8 @@
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
+#include <mutex>
+
 #include "engine.hpp"
 #include "errors.hpp"
 #include "npy.hpp"
@@ -19,14 +21,27 @@ class Logger : public nvinfer1::ILogger {
     void log(Severity severity, const char* message) noexcept override {
         if (severity > Severity::kERROR) return;
         try {
-            last = first_line(message);
-        } catch (...) {
-            last.clear();
+            const std::lock_guard<std::mutex> lock(mutex_);
+            last_ = first_line(message);
+        } catch (...) {  // no memory for it: the one before stays
         }
     }
 
-    std::string last;
+    std::string last() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return last_;
+    }
+
+  private:
+    mutable std::mutex mutex_;
+    std::string last_;
 };
+
+// TensorRT keeps the first logger that a process gives it: one for all engines, never destroyed.
+Logger& logger() {
+    static Logger* const one = new Logger;
+    return *one;
+}
 
 // Memory of the device that grows as it is needed.
 class Buffer {
@@ -88,19 +103,29 @@ Gpu gpu(int device) {
 
 class TrtEngine : public Engine {
   public:
-    TrtEngine(const Path& path, const Graph& graph, const Options& options) : device_(device_number(options.device)) {
+    TrtEngine(const std::vector<Path>& files, const Graph& graph, const Options& options)
+        : device_(device_number(options.device)) {
+        const Path& path = files.at(0);
+        if (options.threads)
+            throw UsageError(text("threads is an option of the CPU's backends; this graph runs on ", DIT_TENSORRT));
         const auto own = graph.built.find(DIT_TENSORRT);
-        const std::string reason =
-            refusal(DIT_TENSORRT, own == graph.built.end() ? Built{} : own->second, gpu(device_));
+        const Built built = own == graph.built.end() ? Built{} : own->second;
+        const std::string reason = refusal(DIT_TENSORRT, built, gpu(device_));
         const std::string command = text("; on the target, make it with: dit-run compile ", path.parent_path().string(),
                                          " --backend ", DIT_TENSORRT);
         if (!reason.empty()) throw BundleError(text(path.string(), ": cannot run here: ", reason, command));
+        if (files.size() > 1)  // its weights are in the ONNX form
+            throw BundleError(text(path.string(), ": built with --strip-plan, which libdit does not refit", command));
         check(cudaSetDevice(device_));
         stream_ = std::make_unique<Stream>();
-        runtime_.reset(nvinfer1::createInferRuntime(logger_));
-        if (!runtime_) throw UsageError(text(DIT_TENSORRT, " does not start here: ", logger_.last));
+        runtime_.reset(nvinfer1::createInferRuntime(logger()));
+        if (!runtime_) throw UsageError(text(DIT_TENSORRT, " does not start here: ", logger().last()));
+        if (built.version_compatible)
+            runtime_->setEngineHostCodeAllowed(true);  // such a plan brings its runtime; its sha256 has been checked
         const std::vector<unsigned char> content = read_bytes(path, UINTMAX_MAX);
         engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
+        if (engine_ && built.weight_streaming && engine_->getStreamableWeightsSize() > 0)
+            engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget());
         const std::int32_t profiles = engine_ ? engine_->getNbOptimizationProfiles() : 0;
         for (std::int32_t profile = 0; profile < profiles; ++profile) {
             contexts_.emplace_back(engine_->createExecutionContext());
@@ -111,7 +136,7 @@ class TrtEngine : public Engine {
         }
         check(cudaStreamSynchronize(stream_->stream));
         if (contexts_.empty())
-            throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger_.last, command));
+            throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger().last(), command));
         for (std::int32_t index = 0; index < engine_->getNbIOTensors(); ++index) {
             const std::string name = engine_->getIOTensorName(index);
             const bool in = engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
@@ -182,7 +207,7 @@ class TrtEngine : public Engine {
     }
 
     void require(bool fine, const std::string& what) const {
-        if (!fine) throw EngineError(text(DIT_TENSORRT, " refuses ", what, ": ", logger_.last));
+        if (!fine) throw EngineError(text(DIT_TENSORRT, " refuses ", what, ": ", logger().last()));
     }
 
     void require_type(const std::string& name, nvinfer1::DataType type) const {
@@ -191,7 +216,6 @@ class TrtEngine : public Engine {
 
     const int device_;
     // In the order of their needs: what is named first is destroyed last.
-    Logger logger_;
     std::unique_ptr<Stream> stream_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
@@ -201,11 +225,14 @@ class TrtEngine : public Engine {
 
 }  // namespace
 
-std::string trt_version() { return text(NV_TENSORRT_MAJOR, ".", NV_TENSORRT_MINOR, ".", NV_TENSORRT_PATCH); }
+// Of the library that was loaded, which may be newer than the headers.
+std::string trt_version() {
+    return text(getInferLibMajorVersion(), ".", getInferLibMinorVersion(), ".", getInferLibPatchVersion());
+}
 
 std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph& graph, const Options& options) {
     try {
-        return std::make_unique<TrtEngine>(files.at(0), graph, options);
+        return std::make_unique<TrtEngine>(files, graph, options);
     } catch (const NpyError& error) {
         throw BundleError(text(files.at(0).string(), ": ", error.what()));
     }

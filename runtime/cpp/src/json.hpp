@@ -14,7 +14,10 @@ namespace dit_runtime::json {
 using Json = nlohmann::json;
 
 [[noreturn]] inline void refuse(const std::string& name, const Json& value, const std::string& expected) {
-    std::string shown = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+    // dump() calls itself for what is inside, however deep a file nests that.
+    std::string shown = value.is_array()    ? "a list"
+                        : value.is_object() ? "a table"
+                                            : value.dump(-1, ' ', true, Json::error_handler_t::replace);
     if (shown.size() > 60) shown = shown.substr(0, 57) + "...";
     throw std::invalid_argument(name + " is " + shown + ", expected " + expected);
 }

@@ -78,8 +78,11 @@ Built parse_built(const Json& table) {
     if (table.contains("compute_capabilities"))
         for (const Json& one : json::list(table["compute_capabilities"], "compute_capabilities"))
             built.compute_capabilities.push_back(json::string(one, "a compute capability"));
-    if (table.contains("tuning"))
-        built.version_compatible = json::table(table["tuning"], "tuning").contains("version_compatible");
+    if (table.contains("tuning")) {
+        const Json& tuning = json::table(table["tuning"], "tuning");
+        built.version_compatible = tuning.contains("version_compatible");
+        built.weight_streaming = tuning.contains("weight_streaming");
+    }
     return built;
 }
 

@@ -35,6 +35,7 @@ struct Built {
     std::int64_t cuda = 0;                          // that the driver must have
     std::vector<std::string> compute_capabilities;  // "8.9", or "8.0+" and later; none: any
     bool version_compatible = false;                // opens in later versions too
+    bool weight_streaming = false;                  // its weights may be larger than the GPU's memory
 };
 
 // One network of the bundle: its portable ONNX form, and the files that each backend opens instead of it.

@@ -47,10 +47,11 @@ NpyArray parse_array(const Bytes& file) {
     NpyArray array;
     const std::string descr = entry(header, "descr");
     array.kind = descr.size() > 4 ? descr.substr(2, 2) : "";
-    const bool known = contains({"f2", "f4", "f8", "i4", "i8", "u1"}, array.kind) && descr[0] == '\'' &&
-                       descr[4] == '\'' && (descr[1] == '<' || array.kind == "u1");
+    const bool known = contains({"f2", "f4", "f8", "i4", "i8", "u1", "b1"}, array.kind) && descr[0] == '\'' &&
+                       descr[4] == '\'' && (descr[1] == '<' || array.kind[1] == '1');
     if (!known)
-        throw NpyError("its dtype is " + descr.substr(0, descr.find(',')) + "; expected <f2, <f4, <f8, <i4, <i8, |u1");
+        throw NpyError(
+            text("its dtype is ", descr.substr(0, descr.find(',')), "; expected <f2, <f4, <f8, <i4, <i8, |u1, |b1"));
     if (entry(header, "fortran_order").rfind("False", 0) != 0)
         throw NpyError("it is in Fortran's order; expected C's: np.ascontiguousarray");
     const std::string shape = entry(header, "shape");
@@ -60,9 +61,10 @@ NpyArray parse_array(const Bytes& file) {
     for (std::size_t at = 1; at < shape.size() && shape[at] != ')';) {
         const std::size_t end = shape.find_first_not_of("0123456789", at);
         if (end == at || end == std::string::npos || end - at > 12) throw NpyError("its shape is not understood");
-        array.shape.push_back(std::stoll(shape.substr(at, end - at)));
-        bytes *= static_cast<std::uint64_t>(array.shape.back());
-        if (bytes > file.size()) throw NpyError("it ends too early");
+        const std::uint64_t size = std::stoull(shape.substr(at, end - at));
+        if (size && bytes > file.size() / size) throw NpyError("it ends too early");
+        bytes *= size;
+        array.shape.push_back(static_cast<std::int64_t>(size));
         at = shape.find_first_not_of(", ", end);
         if (at == std::string::npos) throw NpyError("its shape is not understood");
     }

@@ -34,7 +34,7 @@ struct Half {
 
 struct NpyArray {
     Shape shape;
-    std::string kind;  // "f2", "f4", "f8", "i4", "i8" or "u1", little-endian
+    std::string kind;  // "f2", "f4", "f8", "i4", "i8", "u1" or "b1", little-endian
     std::vector<unsigned char> bytes;
 
     std::size_t size() const { return kind.empty() ? 0 : bytes.size() / static_cast<std::size_t>(kind[1] - '0'); }

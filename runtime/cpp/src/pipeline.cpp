@@ -28,10 +28,14 @@ Shape with_batch(std::size_t batch, const Shape& row) {
     return shape;
 }
 
+void append(std::vector<float>& to, const std::vector<float>& values) {
+    to.insert(to.end(), values.begin(), values.end());
+}
+
 }  // namespace
 
 Pipeline::Pipeline(const Path& where, const Options& options)
-    : folder(where), manifest(read(where)), options_(options) {
+    : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
     if (!options_.low_memory) options_.cache = cache();  // to read what is kept takes more memory than to compile
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     for (const auto& [name, graph] : manifest.graphs) check_files(folder, manifest, graph.files(backend(name).name));
@@ -56,10 +60,11 @@ Path Pipeline::cache() const {
     return failure ? Path() : path;
 }
 
-// What the graph runs on here; in low memory the conditioner takes what loads in the least.
+// What the graph runs on here; in low memory the conditioner takes what loads in the least, if the choice is ours: a
+// device is one of its backend.
 const Backend& Pipeline::backend(const std::string& name) const {
     Graph graph = manifest.graphs.at(name);
-    if (options_.low_memory && options_.backend.empty() && name == "conditioner")
+    if (options_.low_memory && options_.backend.empty() && options_.device.empty() && name == "conditioner")
         for (const Backend& known : backends())
             if (known.name == LEANEST) graph.backend = LEANEST;
     return choose(graph, options_);
@@ -120,7 +125,14 @@ Array Pipeline::run(const Request& request) {
     };
     const Denoise denoise = [&](const Array& state, double t) {
         if (step) report(state);
-        return denoise_all(static_cast<std::size_t>(step++), t, state, table, contexts, weights);
+        const auto rows = [&](std::size_t first, std::size_t last) {
+            return table(static_cast<std::size_t>(step), first, last);
+        };
+        Prediction found = this->denoise({state.begin(), state.end()}, rows, weights, contexts);
+        ++step;
+        if (!all_finite(found.prediction))
+            throw EngineError(text("step ", step, " (t = ", t, "): the denoiser's prediction holds values not finite"));
+        return found;
     };
     Array last = solve(manifest.diffusion, solver, request.steps, {x.begin(), x.end()}, draw, denoise, request.eta,
                        request.spacing);
@@ -157,9 +169,6 @@ Context Pipeline::context(const Captions& captions) {
             {{"captions", with_batch(batch, one), captions.embeddings.data() + first * count(one)},
              {"mask", with_batch(batch, row), captions.mask.data() + first * count(row)}},
             {{"context", with_batch(batch, manifest.context_shape())}, {"context_mask", with_batch(batch, row)}});
-        const auto append = [](std::vector<float>& to, const std::vector<float>& values) {
-            to.insert(to.end(), values.begin(), values.end());
-        };
         append(found.vectors, part.at("context"));
         append(found.mask, part.at("context_mask"));
     }
@@ -175,23 +184,33 @@ Contexts Pipeline::examples(const std::vector<std::int64_t>& numbers, bool guide
     return Contexts(read(numbers), guided ? read({manifest.null_label()}) : Context());
 }
 
-Prediction Pipeline::denoise(const std::vector<float>& latents, const std::vector<float>& conditioning,
-                             const std::vector<float>& guidance, const Context& context) {
-    const std::size_t batch = guidance.size(), row = count(manifest.conditioning_shape());
-    const Shape shape = with_batch(batch, manifest.latent_shape);
-    const std::size_t groups = conditioning.size() / (batch * row);
-    const auto grouped = [&](const Shape& each) { return with_batch(groups, with_batch(batch, each)); };
-    std::vector<Input> inputs = {{"latents", shape, latents.data()},
-                                 {"conditioning", grouped(manifest.conditioning_shape()), conditioning.data()},
-                                 {"guidance", {static_cast<std::int64_t>(batch)}, guidance.data()}};
-    if (context.count) {
-        inputs.push_back({"context", grouped(manifest.context_shape()), context.vectors.data()});
-        inputs.push_back({"context_mask", grouped({manifest.caption_shape()[0]}), context.mask.data()});
+Prediction Pipeline::denoise(const std::vector<float>& latents, const Rows& conditioning,
+                             const std::vector<float>& guidance, Contexts& contexts) {
+    const std::size_t samples = guidance.size(), one = count(manifest.latent_shape);
+    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("denoiser").max_batch);
+    const bool varies = contains(names(manifest.graphs.at("denoiser").outputs), "variance");
+    Prediction whole;
+    for (std::size_t first = 0; first < samples; first += size) {
+        const std::size_t last = std::min(first + size, samples), batch = last - first;
+        const std::vector<float> rows = conditioning(first, last);
+        const std::size_t groups = rows.size() / (batch * count(manifest.conditioning_shape()));
+        const auto grouped = [&](const Shape& each) { return with_batch(groups, with_batch(batch, each)); };
+        const Shape shape = with_batch(batch, manifest.latent_shape);
+        std::vector<Input> inputs = {{"latents", shape, latents.data() + first * one},
+                                     {"conditioning", grouped(manifest.conditioning_shape()), rows.data()},
+                                     {"guidance", {static_cast<std::int64_t>(batch)}, guidance.data() + first}};
+        const Context& context = contexts(first, last);
+        if (context.count) {
+            inputs.push_back({"context", grouped(manifest.context_shape()), context.vectors.data()});
+            inputs.push_back({"context_mask", grouped({manifest.caption_shape()[0]}), context.mask.data()});
+        }
+        std::map<std::string, Shape> expected = {{"prediction", shape}};
+        if (varies) expected["variance"] = shape;
+        auto part = run_engine("denoiser", inputs, expected);
+        append(whole.prediction, part["prediction"]);
+        append(whole.variance, part["variance"]);
     }
-    std::map<std::string, Shape> expected = {{"prediction", shape}};
-    if (contains(names(manifest.graphs.at("denoiser").outputs), "variance")) expected["variance"] = shape;
-    auto outputs = run_engine("denoiser", inputs, expected);
-    return {std::move(outputs["prediction"]), std::move(outputs["variance"])};
+    return whole;
 }
 
 std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
@@ -205,32 +224,10 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
         const std::vector<float> part = run_engine("decoder", {{"latents", shape, latents.data() + first * one}},
                                                    {{"images", with_batch(batch, image_shape())}})
                                             .at("images");
-        pictures.insert(pictures.end(), part.begin(), part.end());
+        append(pictures, part);
     }
     if (!all_finite(pictures)) throw EngineError("the decoder's pictures hold values that are not finite");
     return pictures;
-}
-
-// The whole batch at one step, split into what the engine takes at a time.
-Prediction Pipeline::denoise_all(std::size_t step, double t, const Array& x, Table& table, Contexts& contexts,
-                                 const std::vector<float>& weights) {
-    const std::size_t one = count(manifest.latent_shape);
-    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("denoiser").max_batch);
-    Prediction whole;
-    for (std::size_t first = 0; first < weights.size(); first += size) {
-        const std::size_t last = std::min(first + size, weights.size());
-        const auto at = [one](const Array& values, std::size_t row) {
-            return values.begin() + static_cast<std::ptrdiff_t>(row * one);
-        };
-        const Prediction part = denoise({at(x, first), at(x, last)}, table(step, first, last),
-                                        {weights.data() + first, weights.data() + last}, contexts(first, last));
-        if (!all_finite(part.prediction))
-            throw EngineError(
-                text("step ", step + 1, " (t = ", t, "): the denoiser's prediction holds values not finite"));
-        whole.prediction.insert(whole.prediction.end(), part.prediction.begin(), part.prediction.end());
-        whole.variance.insert(whole.variance.end(), part.variance.begin(), part.variance.end());
-    }
-    return whole;
 }
 
 // Outputs of an engine, of the shapes that are expected; no other shape is ever read.

@@ -46,9 +46,10 @@ class Pipeline {
     Context context(const Captions& captions);
     // Of example captions; nothing where numbers are those of classes.
     Contexts examples(const std::vector<std::int64_t>& numbers, bool guided);
-    // [B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance.
-    Prediction denoise(const std::vector<float>& latents, const std::vector<float>& conditioning,
-                       const std::vector<float>& guidance, const Context& context);
+    // [B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance; split into what the
+    // engine takes at a time.
+    Prediction denoise(const std::vector<float>& latents, const Rows& conditioning, const std::vector<float>& guidance,
+                       Contexts& contexts);
     // [N, C, H, W] -> [N, 3, 8H, 8W] in [0, 1].
     std::vector<float> decode(const std::vector<float>& latents);
 
@@ -72,8 +73,6 @@ class Pipeline {
     Engine& engine(const std::string& name);
     std::map<std::string, std::vector<float>> run_engine(const std::string& name, const std::vector<Input>& inputs,
                                                          const std::map<std::string, Shape>& expected);
-    Prediction denoise_all(std::size_t step, double t, const Array& x, Table& table, Contexts& contexts,
-                           const std::vector<float>& weights);
     Captions fitting(const Given& captions, const std::string& what) const;
     Contexts contexts(const Captions& captions, const std::optional<Given>& negative, bool guided);
     std::vector<float> guidance(const std::vector<float>& given, std::size_t count) const;

@@ -136,17 +136,17 @@ void check_conditioner(Pipeline& pipe, const Reference& reference, double limit,
 void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances& limits, const OnCheck& on_check) {
     const std::size_t steps = reference.timesteps.size(), batch = reference.labels.size();
     const std::size_t each = batch * count(pipe.manifest.latent_shape);
-    const std::size_t row = batch * count(pipe.manifest.conditioning_shape());
     Table guided = pipe.table(reference.timesteps, reference.labels, true);
     const std::vector<std::int64_t> null_labels(batch, pipe.manifest.null_label());
     Table nulls = pipe.table(reference.timesteps, null_labels, false);
-    Contexts both_contexts = pipe.examples(reference.labels, true),
-             own_context = pipe.examples(reference.labels, false), null_context = pipe.examples(null_labels, false);
+    Contexts contexts = pipe.examples(reference.labels, true), own_contexts = pipe.examples(reference.labels, false),
+             null_contexts = pipe.examples(null_labels, false);
     for (std::size_t step = 0; step < steps; ++step) {
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);
         const float* given = &reference.latents[step * each];
-        const std::vector<float> latents(given, given + each), rows = guided(step, 0, batch);
-        const Prediction both = pipe.denoise(latents, rows, reference.guidance, both_contexts(0, batch));
+        const std::vector<float> latents(given, given + each);
+        const auto rows = [&](std::size_t first, std::size_t last) { return guided(step, first, last); };
+        const Prediction both = pipe.denoise(latents, rows, reference.guidance, contexts);
         on_check({"prediction, rel-L2", relative_error(both.prediction, &reference.prediction[step * each]),
                   limits.guided, false, where});
         if (!both.variance.empty()) {
@@ -156,12 +156,16 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
                       limits.guided, false, where});
         }
         if (step != 0 && step != steps / 2 && step != steps - 1) continue;
-        const std::vector<float> own(rows.begin(), rows.begin() + static_cast<std::ptrdiff_t>(row));
-        const Prediction alone = pipe.denoise(latents, own, reference.guidance, own_context(0, batch));
+        const auto own = [&](std::size_t first, std::size_t last) {
+            std::vector<float> both_groups = guided(step, first, last);
+            both_groups.resize(both_groups.size() / 2);
+            return both_groups;
+        };
+        const Prediction alone = pipe.denoise(latents, own, reference.guidance, own_contexts);
         on_check({"unguided, rel-L2", relative_error(alone.prediction, &reference.conditional[step * each]),
                   limits.prediction, false, where});
-        const Prediction null =
-            pipe.denoise(latents, nulls(step, 0, batch), reference.guidance, null_context(0, batch));
+        const auto null_rows = [&](std::size_t first, std::size_t last) { return nulls(step, first, last); };
+        const Prediction null = pipe.denoise(latents, null_rows, reference.guidance, null_contexts);
         on_check({"null label, rel-L2", relative_error(null.prediction, &reference.null[step * each]),
                   limits.prediction, false, where});
     }

@@ -1,5 +1,7 @@
 // The C ABI and its C++ face on a whole bundle: what they draw.
 #include <cmath>
+#include <filesystem>
+#include <future>
 #include <thread>
 
 #include "api.hpp"
@@ -46,7 +48,7 @@ TEST_P(Api, Verify) {
     struct Seen {
         int checks = 0, failed = 0;
     } seen;
-    const auto on_check = [](const char*, double, double, int passed, const char*, void* user) {
+    const auto on_check = [](const char*, double, double, int, int passed, const char*, void* user) {
         static_cast<Seen*>(user)->checks++;
         static_cast<Seen*>(user)->failed += !passed;
     };
@@ -160,8 +162,44 @@ TEST(Face, ExceptionsOfTheCallerReachTheCaller) {
     request.labels.clear();
     EXPECT_THROW(pipe.generate(request), dit::Error);
     EXPECT_THROW(dit::Pipeline("/nowhere"), dit::Error);
+    int checks = 0;
+    EXPECT_THROW(pipe.verify([&](const dit::Check&) { throw std::out_of_range(std::to_string(++checks)); }),
+                 std::out_of_range);
+    EXPECT_EQ(checks, 1);
     EXPECT_TRUE(pipe.verify());
     EXPECT_EQ(pipe.label(0), "ant");
+}
+
+TEST(Face, TheFolderMayBeLeft) {
+    const std::filesystem::path here = std::filesystem::current_path(), bundle = BUNDLE;
+    std::filesystem::current_path(bundle.parent_path());
+    dit::OpenOptions options;
+    options.low_memory = true;  // engines are opened when a run comes to them
+    dit::Pipeline pipe(bundle.filename().string(), options);
+    std::filesystem::current_path("/");
+    dit::Request request;
+    request.labels = {1};
+    request.steps = 2;
+    EXPECT_EQ(pipe.generate(request).pixels.size(), PIXELS);
+    std::filesystem::current_path(here);
+}
+
+// A device that only OpenVINO has: in low memory too, no graph is moved to another backend.
+TEST(Face, ADeviceIsOfItsBackend) {
+    if (std::string(dit_backends()).find("openvino") == std::string::npos)
+        GTEST_SKIP() << "no OpenVINO in this library";
+    const BundleCopy copy;
+    copy.edit([](nlohmann::json& table) {
+        for (auto& graph : table["graphs"]) graph["backend"] = "openvino";
+    });
+    dit::OpenOptions options;
+    options.low_memory = true;
+    options.device = "AUTO";
+    dit::Pipeline pipe(copy.folder.string(), options);
+    dit::Request request;
+    request.labels = {1};
+    request.steps = 2;
+    EXPECT_EQ(pipe.generate(request).pixels.size(), PIXELS);
 }
 
 // Two threads with a pipeline each give what one gives; ThreadSanitizer watches in `make test-all`.
@@ -183,6 +221,35 @@ TEST(Threads, APipelineEach) {
     second.join();
     EXPECT_EQ(alone[0], together[0]);
     EXPECT_EQ(alone[1], together[1]);
+}
+
+// The message is the call's that runs: who finds the pipeline busy does not read it.
+TEST(Threads, ABusyPipelineSaysSo) {
+    dit::OpenOptions options;
+    options.threads = 1;
+    dit::Pipeline pipe(BUNDLE, options);
+    std::promise<void> inside, seen;
+    std::thread first([&] {
+        dit::Request request;
+        request.labels = {1};
+        request.steps = 2;
+        request.on_step = [&](int step, int, const double*, std::size_t) {
+            if (step == 1) inside.set_value(), seen.get_future().wait();
+            return false;
+        };
+        pipe.generate_latents(request);
+    });
+    inside.get_future().wait();
+    try {
+        pipe.find_label("ant");
+        ADD_FAILURE() << "not busy";
+    } catch (const dit::Error& error) {
+        EXPECT_EQ(error.status, DIT_BUSY);
+        EXPECT_STREQ(error.what(), "another call on this pipeline has not returned");
+    }
+    seen.set_value();
+    first.join();
+    EXPECT_EQ(pipe.find_label("ant"), 0);
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ TEST(Refusal, TheManifestSaysHowAnEngineWasBuilt) {
         table["built_with"]["engines"]["tensorrt"]["denoiser"] = {{"version", "11.4.0"},
                                                                   {"cuda", 13},
                                                                   {"compute_capabilities", Json::array({"8.9"})},
-                                                                  {"tuning", Json::object()}};
+                                                                  {"tuning", {{"weight_streaming", true}}}};
         table["built_with"]["engines"]["tensorrt"]["update"] = {{"version", "11.4.0"}};
     });
     const Manifest manifest = read(copy.folder);
@@ -69,6 +69,7 @@ TEST(Refusal, TheManifestSaysHowAnEngineWasBuilt) {
     EXPECT_EQ(built.cuda, 13);
     EXPECT_EQ(built.compute_capabilities, (std::vector<std::string>{"8.9"}));
     EXPECT_FALSE(built.version_compatible);
+    EXPECT_TRUE(built.weight_streaming);
     EXPECT_TRUE(manifest.graphs.at("conditioner").built.empty());
     for (const Json& odd :
          {Json(3), Json(Json::array()), Json{{"version", 3}}, Json{{"compute_capabilities", "8.9"}}}) {

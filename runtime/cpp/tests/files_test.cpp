@@ -54,6 +54,7 @@ TEST(Npy, ThereAndBack) {
     EXPECT_EQ(array.as<double>()[1], 2.5);
     EXPECT_EQ(parse_npy(bytes(npy_bytes("|u1", {3}, "abc", 3))).as<std::uint8_t>()[2], 'c');
     EXPECT_EQ(parse_npy(bytes(npy_bytes("<f4", {0, 3}, "", 0))).size(), 0u);
+    EXPECT_EQ(parse_npy(bytes(npy_bytes("|b1", {3}, "\1\0\1", 3))).as<float>(), (std::vector<float>{1, 0, 1}));
 }
 
 TEST(Npy, Halves) {
@@ -68,6 +69,9 @@ TEST(Npy, Refusals) {
     for (const auto& [dtype, shape] : std::vector<std::pair<std::string, Shape>>{
              {"<f4", {7}}, {"<f4", {1 << 20, 1 << 20, 1 << 20}}, {"|O", {3}}, {">f4", {3}}, {"<c8", {1}}, {"", {}}})
         EXPECT_THROW(parse_npy(bytes(npy_bytes(dtype, shape, "123456789012", 12))), NpyError) << dtype;
+    const std::string large(1 << 25, ' ');  // 2**25 bytes, 2**39 times: 2**64 is 0
+    EXPECT_THROW(parse_npy(bytes(npy_bytes("<f4", {1 << 23, std::int64_t{1} << 39}, large.data(), large.size()))),
+                 NpyError);
     const std::string good = npy_bytes("<f4", {3}, "123456789012", 12);
     for (std::size_t length = 0; length < good.size(); ++length)
         EXPECT_THROW(parse_npy(bytes(good.substr(0, length))), NpyError) << length;

@@ -12,6 +12,7 @@ fail() {
 
 missing=()
 for package in cmake g++ make pkg-config nlohmann-json3-dev libpng-dev "$@"; do
+    command -v dpkg-query >/dev/null || break # no Debian: CMake says what is missing
     dpkg-query -W -f '${Status}\n' "$package" 2>/dev/null | grep -q '^install ok' || missing+=("$package")
 done
 if ((${#missing[@]})); then
@@ -25,7 +26,7 @@ fi
 # The user's own ONNX Runtime comes first; CMake reads the same variable.
 [ -z "${ONNXRUNTIME_ROOT:-}" ] || exit 0
 root=$folder/onnxruntime
-library=$(ls "$venv"/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.* 2>/dev/null | head -n 1)
+library=$(ls "$venv"/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.* 2>/dev/null | head -n 1 || true)
 [ -n "$library" ] || fail "no ONNX Runtime in $venv; run: make setup"
 mkdir -p "$root/lib"
 # The wheel's library calls itself libonnxruntime.so.1 but is stored under its full version.

@@ -46,10 +46,8 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
     latents = Noise(0).normal((batch, *pipe.manifest.latent_shape))
     timesteps, weights = np.full(batch, pipe.manifest.diffusion.span / 2, np.float32), np.full(batch, 4.0, np.float32)
     ids = np.arange(batch) % pipe.manifest.num_classes
-    rows = np.stack(
-        [pipe.condition(timesteps, ids), pipe.condition(timesteps, np.full(batch, pipe.manifest.null_label))]
-    )
     numbers = [int(number) for number in ids]
+    rows, weights = pipe.table(timesteps[:1], numbers, guided=True)(0, slice(None)), pipe._put(weights)
     context, own = (pipe.examples(numbers, guided)(slice(None)) for guided in (True, False))
     engines = {name: _Instant(graph) for name, graph in pipe.manifest.graphs.items()}
     alone = Pipeline(pipe.folder, pipe.manifest, engines)
@@ -59,7 +57,7 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
         "denoiser, a step without guidance": lambda: pipe.denoise(latents, rows[:1], weights, own),
         "denoiser, a guided step": lambda: pipe.denoise(latents, rows, weights, context),
         f"{whole}, {steps} guided steps": lambda: pipe.sample(numbers, steps=steps, output=whole),
-        f"the loop itself, {steps} guided steps": lambda: alone.sample(numbers, steps=steps, output="latents"),
+        f"the host's loop itself, {steps} guided steps": lambda: alone.sample(numbers, steps=steps, output="latents"),
     }
     if whole == "images":
         tasks["decoder"] = lambda: pipe.decode(latents)

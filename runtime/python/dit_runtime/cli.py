@@ -15,7 +15,7 @@ import numpy as np
 from dit_runtime import backends, bench, images, manifest, verify
 from dit_runtime.backends import Options, Tuning
 from dit_runtime.captions import Captions
-from dit_runtime.compiling import compile_graphs, obstacle
+from dit_runtime.compiling import compile_graphs, obstacle, remove
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import EngineError, Pipeline, Stopped
@@ -150,8 +150,6 @@ def _sample(options: argparse.Namespace) -> int:
     latents = _read_array(options.latents) if options.latents else None
     captions = _read_captions(options.captions, options.mask, "--captions")
     negative = _read_captions(options.negative, options.negative_mask, "--negative")
-    if captions is not None and options.labels:
-        raise UsageError("got both --labels and --captions: pass one of them")
     progress = Progress()
     with _load(options) as pipe:
         result = pipe.sample(
@@ -166,7 +164,7 @@ def _sample(options: argparse.Namespace) -> int:
             spacing=options.spacing,
             latents=latents,
             output="latents" if options.output.suffix == ".npy" else "images",
-            on_step=lambda step, steps, _: progress.step(step, steps, "sample"),
+            on_step=(lambda step, steps, _: progress.step(step, steps, "sample")) if progress.shown else None,
         )
     progress.end()
     writers[options.output.suffix](options.output, result)
@@ -194,7 +192,7 @@ def _read_array(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UsageError(f"{path}: not a .npy file of numbers: {error}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise UsageError(f"{path}: not a .npy file of numbers")
     return array
 
@@ -230,7 +228,8 @@ def summary(folder: Path, contract: Manifest) -> str:
     for name, graph in contract.graphs.items():
         lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
     parity = contract.parity
-    lines.append(f"parity     {'passed' if parity.get('passed') else 'FAILED'}, proof: {parity.get('proof', 'none')}")
+    outcome = ("passed" if parity.get("passed") else "FAILED") if parity else "not verified"
+    lines.append(f"parity     {outcome}, proof: {parity.get('proof', 'none')}")
     origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
     lines.append(f"weights    {', '.join(origin)}")
     return "\n".join(lines)
@@ -244,11 +243,15 @@ def _given(contract: Manifest) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    return report(_checks(options), options.json)
+
+
+def _checks(options: argparse.Namespace) -> list[verify.Check]:
     progress = Progress()
     with _load(options) as pipe:
         checks = verify.verify(pipe, lambda done, total: progress.step(done, total, "verify"))
     progress.end()
-    return report(checks, options.json)
+    return checks
 
 
 def report(checks: list[verify.Check], as_json: bool) -> int:
@@ -264,19 +267,28 @@ def report(checks: list[verify.Check], as_json: bool) -> int:
 
 def _compile(options: argparse.Namespace) -> int:
     folder = options.bundle
-    contract = manifest.read(folder)
+    contract = manifest.read(folder, engines=False)
     settings = Options(options.threads, options.provider, tuning=tuning(options))
     compiled = compile_graphs(folder, contract, options.backend, settings, Progress())
     manifest.write(folder, compiled)
-    if reason := obstacle(compiled):
-        print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
-        return 0
     code = 1
     try:
-        code = _verify(options)
-    finally:
-        if code:  # engines that fail do not stay in the contract
-            manifest.write(folder, contract)
+        if reason := obstacle(compiled):
+            code = 0
+            if options.json:
+                print(json.dumps({"passed": None, "reason": reason}))
+            else:
+                print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
+        else:
+            checks = _checks(options)
+            code = report(checks, options.json)
+            worst = {check.name: check.to_dict()["value"] for check in verify.worst(checks)}
+            parity = {"proof": contract.parity.get("proof", "none"), "passed": not code, "worst": worst}
+            compiled = replace(compiled, parity=parity)
+    finally:  # engines that fail do not stay, and only those that do not are put in the place of others
+        stays, goes = (contract, compiled) if code else (compiled, contract)
+        manifest.write(folder, stays)
+        remove(folder, goes.files.keys() - stays.files.keys())
     return code
 
 

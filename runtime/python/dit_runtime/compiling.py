@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,23 +14,41 @@ from dit_runtime.progress import Progress
 
 
 def compile_graphs(folder: Path, contract: Manifest, backend: str, options: Options, progress: Progress) -> Manifest:
-    """The contract with this backend for every graph, and with the engines that it made; writes no manifest."""
+    """The contract with this backend for every graph, and with the engines that it made; writes no manifest.
+
+    What the new engines replace is named no more, and still there; nothing was verified yet.
+    """
+    names = {graph: backends.choose(backend, contract.graphs[graph].precision) for graph in contract.graphs}
+    for graph_name, name in names.items():
+        backends.require(name, contract.graphs[graph_name].precision, options.tuning)
     graphs, files = {}, dict(contract.files)
     engines = dict(contract.built_with.get("engines", {}))
-    for graph_name, graph in contract.graphs.items():
-        name = backends.choose(backend, graph.precision)
-        manifest.check_files(folder, contract, sorted({*graph.onnx_files, *graph.engines.get(name, ())}))
-        islands = tuple(contract.built_with.get("islands", {}).get(graph_name, ()))
-        settings = replace(options, precision=graph.precision, islands=islands)
-        made, built = backends.backend(name).compile(folder, graph, settings, progress)
-        if made:
-            engines[name] = {**engines.get(name, {}), graph_name: built}
-        graphs[graph_name] = replace(
-            graph, backend=name, engines={**graph.engines, name: made} if made else graph.engines
-        )
-        files |= {file: manifest.describe(manifest.inside(folder, file)) for file in made}
+    with ExitStack() as undo:
+        for graph_name, graph in contract.graphs.items():
+            name = names[graph_name]
+            manifest.check_files(folder, contract, graph.onnx_files)
+            islands = tuple(contract.built_with.get("islands", {}).get(graph_name, ()))
+            settings = replace(options, precision=graph.precision, islands=islands)
+            made, built = backends.backend(name).compile(folder, graph, settings, progress)
+            if made:
+                for file in graph.engines.get(name, ()):
+                    if file.endswith(manifest.ENGINE):
+                        files.pop(file, None)
+                engines[name] = {**engines.get(name, {}), graph_name: built}
+                graph = replace(graph, engines={**graph.engines, name: made})
+            else:
+                manifest.check_files(folder, contract, graph.engines.get(name, ()))
+            graphs[graph_name] = replace(graph, backend=name)
+            undo.callback(remove, folder, {*made} - {*contract.files})
+            files |= {file: manifest.describe(manifest.inside(folder, file)) for file in made}
+        undo.pop_all()
     built_with = {**contract.built_with, **({"engines": engines} if engines else {})}
-    return replace(contract, graphs=graphs, files=files, built_with=built_with)
+    return replace(contract, graphs=graphs, files=files, built_with=built_with, parity={})
+
+
+def remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        manifest.inside(folder, name).unlink(missing_ok=True)
 
 
 def obstacle(contract: Manifest) -> str | None:

@@ -13,6 +13,7 @@ from dit_runtime.schedule import Diffusion
 
 FORMAT = 1
 NAME = "manifest.json"
+ENGINE = ".engine"  # what a file that a backend has compiled ends in
 GRAPHS = ("conditioner", "context", "denoiser", "update", "decoder")
 DTYPES = ("float32", "int64")
 BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
@@ -88,8 +89,11 @@ class Manifest:
         return json.dumps({"format": table.pop("format"), **table}, indent=1, ensure_ascii=False) + "\n"
 
 
-def read(folder: Path) -> Manifest:
-    """Parses and checks the manifest, and that each file it names is there in its size; opens none of them."""
+def read(folder: Path, engines: bool = True) -> Manifest:
+    """Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
+
+    Without `engines`, those may be missing or damaged: they are to be made again.
+    """
     path = folder / NAME
     if not path.is_file() or path.is_symlink():
         raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
@@ -106,13 +110,19 @@ def read(folder: Path) -> Manifest:
         manifest = _parse(table)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{path}: malformed: {type(error).__name__}: {error}") from None
-    for name, file in manifest.files.items():
-        location = inside(folder, name)
+    for name in manifest.files:
+        inside(folder, name)
+    _require(folder, manifest, [name for name in manifest.files if engines or not name.endswith(ENGINE)])
+    return manifest
+
+
+def _require(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    for name in names:
+        location, size = inside(folder, name), manifest.files[name].size
         if not location.is_file():
             raise BundleError(f"{folder}: {name} is missing; rebuild the bundle")
-        if location.stat().st_size != file.size:
-            raise BundleError(f"{folder}: {name} has {location.stat().st_size} bytes, expected {file.size}; rebuild it")
-    return manifest
+        if location.stat().st_size != size:
+            raise BundleError(f"{folder}: {name} has {location.stat().st_size} bytes, expected {size}; rebuild it")
 
 
 def _parse(table: dict[str, Any]) -> Manifest:
@@ -205,6 +215,7 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     names = list(names)
     if unknown := [name for name in names if name not in manifest.files]:
         raise BundleError(f"{folder}: {unknown[0]} is not in the manifest")
+    _require(folder, manifest, names)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(sha256, [inside(folder, name) for name in names]))
     for name, found in zip(names, sums, strict=True):
@@ -231,8 +242,13 @@ def describe(path: Path) -> File:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Replaces the manifest in one step."""
-    partial = folder / f"{NAME}.partial"
-    partial.unlink(missing_ok=True)  # "x" below follows no link that somebody left there
-    with partial.open("x", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-    partial.replace(folder / NAME)
+    write_file(folder, NAME, manifest.to_json().encode())
+
+
+def write_file(folder: Path, name: str, content: bytes) -> None:
+    """Puts a file into the bundle in one step, and follows no link that somebody left there."""
+    partial = folder / f"{name}.partial"
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
+        file.write(content)
+    partial.replace(folder / name)

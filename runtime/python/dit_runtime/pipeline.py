@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,15 @@ from dit_runtime.solvers import linear, plan, solve
 OnStep = Callable[[int, int, NDArray[np.float64]], Any]
 
 
-def _cache(contract: Manifest) -> Path:
+def _cache(contract: Manifest) -> Path | None:
     """Where backends keep what they compile of this bundle: in the user's cache, by what the bundle holds."""
     import hashlib  # here, so that importing the runtime stays quick
 
     content = "".join(f"{name} {file.sha256}\n" for name, file in sorted(contract.files.items()))
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
     return Path(home) / "dit-run" / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -65,10 +69,13 @@ class Pipeline:
         manifest.check_files(folder, contract, files)
         cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
-        pipe = cls(folder, contract, {}, options)
-        for name in () if low_memory else contract.graphs:
-            if name != "update":  # which is opened where it is needed
-                pipe._engine(name)
+        pipe = cls(folder.absolute(), contract, {}, options)  # graphs may be opened later, from another directory
+        with ExitStack() as undo:
+            undo.callback(pipe.close)
+            for name in () if low_memory else contract.graphs:
+                if name != "update":  # which is opened where it is needed
+                    pipe._engine(name)
+            undo.pop_all()
         return pipe
 
     def _engine(self, name: str) -> Engine:
@@ -86,9 +93,10 @@ class Pipeline:
             if name == "update":
                 settings = replace(settings, beside=self._engines["denoiser"])
             engine: Engine = module.open(files, settings)
-            expected = tuple(tuple(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs))
-            if engine.io != expected:
-                raise BundleError(f"{self.folder}: {name} has inputs and outputs {engine.io}, expected {expected}")
+            expected = [sorted(spec.name for spec in specs) for specs in (graph.inputs, graph.outputs)]
+            if (found := [sorted(names) for names in engine.io]) != expected:
+                engine.close()
+                raise BundleError(f"{self.folder}: {name} has inputs and outputs {found}, expected {expected}")
             self._engines[name] = engine
         return self._engines[name]
 
@@ -130,11 +138,14 @@ class Pipeline:
             raise UsageError(f"output {output!r} is not known; known: images, latents")
         if output == "images":
             self._require_decoder()
+        named = [labels] if isinstance(labels, str | int | np.integer) else list(labels)
         if captions is None:
             if negative is not None:
                 raise UsageError("negative captions without captions; pass both, or labels alone")
-            ids = self.label_ids([labels] if isinstance(labels, str | int | np.integer) else list(labels))
+            ids = self.label_ids(named)
         else:
+            if named:
+                raise UsageError("got both labels and captions: pass one of them")
             captions = self._fitting(captions, "captions")
             ids = [self.manifest.null_label] * len(captions.mask)
         weights = self._guidance(guidance, len(ids))
@@ -207,9 +218,15 @@ class Pipeline:
         context: Mapping[str, NDArray[Any]] | None = None,
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """[B, C, H, W], [G, B, K, D], [B] -> guided prediction and, where it is learned, variance, [B, C, H, W]."""
-        inputs = {"latents": latents.astype(np.float32), "conditioning": conditioning, "guidance": guidance}
-        outputs = self._run("denoiser", inputs | dict(context or {}))
-        return outputs["prediction"], outputs.get("variance")
+        size = self.manifest.graphs["denoiser"].max_batch
+        grouped = {"conditioning": conditioning, **(context or {})}  # (G, B, ...)
+        parts = []
+        for first in range(0, len(latents), size):
+            samples = slice(first, first + size)
+            inputs = {"latents": latents[samples].astype(np.float32), "guidance": guidance[samples]}
+            parts.append(self._run("denoiser", inputs | {name: rows[:, samples] for name, rows in grouped.items()}))
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return whole["prediction"], whole.get("variance")
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
         """[N, C, H, W] -> [N, 3, 8H, 8W] in [0, 1]."""
@@ -289,9 +306,10 @@ class Pipeline:
             raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
 
     def close(self) -> None:
-        for engine in reversed(self._engines.values()):  # the update's works in the denoiser's stream
-            engine.close()
-        self._engines.clear()
+        with ExitStack() as stack:  # every engine, whichever fails; the update's, which works in the denoiser's stream,
+            for engine in self._engines.values():  # is opened last and closed first
+                stack.callback(engine.close)
+            self._engines.clear()
 
     def __enter__(self) -> Pipeline:
         return self

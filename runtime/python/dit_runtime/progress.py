@@ -14,14 +14,14 @@ BAR = 24
 class Progress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        self.shown = self._stream.isatty()  # whether there is a bar
         self._start = time.monotonic()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Names a stage when it starts, and its seconds when it ends."""
         began = time.monotonic()
-        if self._terminal:
+        if self.shown:
             self._write(f"\r\x1b[K{name} …")
         try:
             yield
@@ -29,11 +29,11 @@ class Progress:
             self.end()
             raise
         line = f"{name}: {time.monotonic() - began:.1f} s (at {_clock(time.monotonic() - self._start)})\n"
-        self._write(f"\r\x1b[K{line}" if self._terminal else line)
+        self._write(f"\r\x1b[K{line}" if self.shown else line)
 
     def step(self, done: int, total: int, name: str) -> None:
         """Moves the bar; in a pipe there is none."""
-        if not self._terminal:
+        if not self.shown:
             return
         filled = BAR * done // total
         elapsed = time.monotonic() - self._start
@@ -41,7 +41,7 @@ class Progress:
 
     def end(self) -> None:
         """Clears the bar."""
-        if self._terminal:
+        if self.shown:
             self._write("\r\x1b[K")
 
     def _write(self, text: str) -> None:

@@ -20,7 +20,8 @@
  * next fallible call on it or dit_free; everything that is passed in stays the caller's and is not kept after the call.
  *
  * Errors: each fallible call returns a dit_status. dit_message(pipe) then says in one sentence what, where, what was
- * expected and what to do. A pipeline works on after any failure but that of dit_open.
+ * expected and what to do; DIT_BUSY has no message, and the other call's must not be read while it runs. A pipeline
+ * works on after any failure but that of dit_open.
  *
  * Versions: structs begin with their size, so a program that was compiled with an older dit.h runs with a newer
  * library; a struct that is larger than the library knows is refused.
@@ -69,8 +70,9 @@ typedef enum dit_status {
 typedef struct dit_open_options {
     size_t struct_size;
     const char* backend; /* "onnxruntime", "openvino", …, or "auto"; NULL: the one that the bundle was built for */
-    const char* device;  /* ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, openvino; OpenVINO: CPU, GPU; NULL: CPU */
-    int threads;         /* of an engine; 0: its own choice */
+    const char* device;  /* ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, openvino; OpenVINO: CPU, GPU; TensorRT:
+                            cuda, cuda:1; NULL: CPU, or the first GPU */
+    int threads;         /* of an engine on the CPU; 0: its own choice */
     int low_memory;      /* 1: one engine in memory at a time, opened when a run comes to it; slower */
 } dit_open_options;
 
@@ -138,7 +140,8 @@ DIT_API dit_pipeline* dit_new(void);
 /* NULL is fine. */
 DIT_API void dit_free(dit_pipeline* pipe);
 
-/* Opens a bundle: its manifest and the sha256 of each file are checked before an engine sees them. A pipeline opens one
+/* Opens a bundle: its manifest and the sha256 of each file are checked before an engine sees them. That is done once:
+ * an engine that is opened later, as all are with low_memory, takes its files as they are then. A pipeline opens one
  * bundle; options may be NULL. What OpenVINO compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
 DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* options);
 
@@ -156,8 +159,10 @@ DIT_API dit_status dit_generate(dit_pipeline* pipe, const dit_request* request, 
 /* Samples without decoding, float [count, channels, height, width]; `size` is in numbers. */
 DIT_API dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* request, float* latents, size_t size);
 
-/* One gate of dit_verify: the value, the limit that it keeps to, and where it was measured. */
-typedef void (*dit_on_check)(const char* name, double value, double limit, int passed, const char* where, void* user);
+/* One gate of dit_verify: the value, the limit that it must not exceed, or reach where at_least is 1, and where it was
+ * measured. It must not throw and must not call this pipeline. */
+typedef void (*dit_on_check)(const char* name, double value, double limit, int at_least, int passed, const char* where,
+                             void* user);
 
 /* Replays PyTorch's reference run with the engines here: DIT_OK, or DIT_NOT_VERIFIED with the first gate that failed.
  * on_check may be NULL. */

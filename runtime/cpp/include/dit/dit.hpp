@@ -65,6 +65,7 @@ struct Images {
 struct Check {
     std::string name;
     double value, limit;
+    bool at_least;  // the value must reach the limit, else not exceed it
     bool passed;
     std::string where;
 };
@@ -121,14 +122,12 @@ class Pipeline {
         return latents;
     }
 
-    // All checks against PyTorch's reference; true where all passed.
+    // All checks against PyTorch's reference; true where all passed. What on_check throws is thrown once they
+    // are done.
     bool verify(const std::function<void(const Check&)>& on_check = {}) {
-        const auto call = [](const char* name, double value, double limit, int passed, const char* where, void* user) {
-            const auto& on_check = *static_cast<const std::function<void(const Check&)>*>(user);
-            if (on_check) on_check({name, value, limit, passed != 0, where});
-        };
-        const dit_status status =
-            dit_verify(pipe_.get(), call, const_cast<std::function<void(const Check&)>*>(&on_check));
+        OnCheck call{on_check, nullptr};
+        const dit_status status = dit_verify(pipe_.get(), on_check ? &Pipeline::on_check : nullptr, &call);
+        if (call.thrown) std::rethrow_exception(call.thrown);
         if (status != DIT_NOT_VERIFIED) check(status);
         return status == DIT_OK;
     }
@@ -140,12 +139,17 @@ class Pipeline {
         void operator()(dit_pipeline* pipe) const { dit_free(pipe); }
     };
 
-    struct Step {
-        const Request& request;
+    // The caller's function, and what it threw: nothing may pass through C.
+    template <typename Function>
+    struct Call {
+        const Function& function;
         std::exception_ptr thrown;
     };
+    using OnStep = Call<decltype(Request::on_step)>;
+    using OnCheck = Call<std::function<void(const Check&)>>;
 
     void check(dit_status status) const {
+        if (status == DIT_BUSY) throw Error(status, "another call on this pipeline has not returned");
         if (status != DIT_OK) throw Error(status, dit_message(pipe_.get()));
     }
 
@@ -173,10 +177,10 @@ class Pipeline {
         return static_cast<std::size_t>(info_.latent_shape[0] * info_.latent_shape[1] * info_.latent_shape[2]);
     }
 
-    template <typename Call>
-    void run(const Request& request, const Call& call) {
+    template <typename Generate>
+    void run(const Request& request, const Generate& generate) {
         if (!request.latents.empty()) require("latents", request.latents.size(), request.count() * row());
-        Step step{request, nullptr};
+        OnStep step{request.on_step, nullptr};
         dit_request given = DIT_REQUEST_INIT;
         if (!request.labels.empty()) given.labels = request.labels.data();
         given.count = request.count();
@@ -194,18 +198,28 @@ class Pipeline {
         if (!request.latents.empty()) given.latents = request.latents.data();
         if (request.on_step) given.on_step = &Pipeline::on_step;
         given.user = &step;
-        const dit_status status = call(given);
+        const dit_status status = generate(given);
         if (step.thrown) std::rethrow_exception(step.thrown);
         check(status);
     }
 
     static int on_step(int number, int steps, const double* latents, std::size_t size, void* user) {
-        Step& step = *static_cast<Step*>(user);
+        OnStep& call = *static_cast<OnStep*>(user);
         try {
-            return step.request.on_step(number, steps, latents, size);
-        } catch (...) {  // nothing may pass through C
-            step.thrown = std::current_exception();
+            return call.function(number, steps, latents, size);
+        } catch (...) {
+            call.thrown = std::current_exception();
             return 1;
+        }
+    }
+
+    static void on_check(const char* name, double value, double limit, int at_least, int passed, const char* where,
+                         void* user) {
+        OnCheck& call = *static_cast<OnCheck*>(user);
+        try {
+            if (!call.thrown) call.function({name, value, limit, at_least != 0, passed != 0, where});
+        } catch (...) {
+            call.thrown = std::current_exception();
         }
     }
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.errors import UsageError
+from dit_runtime.errors import EngineError, UsageError
 
 
-class CudaError(RuntimeError):
+class CudaError(EngineError):
     """A call that failed; its message is CUDA's own name for why."""
 
 
@@ -32,6 +32,12 @@ def call(name: str, *arguments: Any) -> Any:
     if int(status):
         raise CudaError(f"{name}: {status.name}")
     return results[0] if results else None
+
+
+def _lend(owner: object, handle: Any, name: str) -> Any:
+    """The handle, given back by the function `name` when nobody has its owner any more."""
+    weakref.finalize(owner, getattr(runtime(), name), handle).atexit = False
+    return handle
 
 
 def obstacle(major: int = 0) -> str | None:
@@ -55,10 +61,12 @@ def capability() -> str:
 
 
 class Stream:
-    """A stream of our own."""
+    """A stream of our own, given back when nobody works in it any more."""
 
     def __init__(self) -> None:
-        self.handle = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)
+        self.handle = _lend(
+            self, call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking), "cudaStreamDestroy"
+        )
 
     def __int__(self) -> int:
         return int(self.handle)
@@ -67,12 +75,9 @@ class Stream:
         call("cudaStreamSynchronize", self.handle)
 
     def copy(self, target: int, source: int, size: int, kind: str) -> None:
-        """What is copied from or to memory of the host that is not pinned has been read or written on return."""
+        """Queues a copy; memory of the host may be read or written until `wait` returns, pinned or not."""
         kinds = runtime().cudaMemcpyKind
         call("cudaMemcpyAsync", target, source, size, getattr(kinds, f"cudaMemcpy{kind}"), self.handle)
-
-    def close(self) -> None:
-        call("cudaStreamDestroy", self.handle)
 
 
 class Rows:
@@ -86,6 +91,7 @@ class Rows:
         values = np.ascontiguousarray(values)
         rows = cls(Memory(values.nbytes, stream), values.shape[1:], values.dtype, np.arange(len(values)))
         rows.fill(values.ctypes.data, "HostToDevice")
+        stream.wait()  # for the values, which are the caller's
         return rows
 
     @property
@@ -124,18 +130,17 @@ class Memory:
     """Of the device, given back when nobody has it any more."""
 
     def __init__(self, size: int, stream: Stream) -> None:
-        self.stream, self.address = stream, int(call("cudaMalloc", size))
-        weakref.finalize(self, call, "cudaFree", self.address).atexit = False  # it waits for what is queued
+        self.stream = stream
+        self.address = int(_lend(self, call("cudaMalloc", size), "cudaFree"))  # which waits for what is queued
 
 
 class Buffer:
-    """Memory of the device, and pinned memory of the host that it is filled from and read into."""
+    """Memory of the device, and pinned memory of the host once it is filled from there or read into it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.dtype, self._size = dtype, int(np.prod(shape)) * dtype.itemsize
-        self.device = int(call("cudaMalloc", self._size))
-        self._host = int(call("cudaMallocHost", self._size))
-        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self._size).from_address(self._host))
+        self.device = int(_lend(self, call("cudaMalloc", self._size), "cudaFree"))
+        self._host: NDArray[np.uint8] | None = None
 
     def upload(self, values: NDArray[Any] | Rows, stream: Stream) -> None:
         """The values to here; they may change as soon as this returns."""
@@ -143,21 +148,21 @@ class Buffer:
             values.read(self.device)
             return
         stream.wait()  # for an earlier upload that is still queued
-        self._view(values.shape)[...] = values
-        stream.copy(self.device, self._host, values.size * self.dtype.itemsize, "HostToDevice")
+        view = self._view(values.shape)
+        view[...] = values
+        stream.copy(self.device, view.ctypes.data, view.nbytes, "HostToDevice")
 
     def download(self, shape: tuple[int, ...], stream: Stream) -> NDArray[Any]:
         """A view of the pinned memory, to be copied when the stream is done."""
         view = self._view(shape)
-        stream.copy(self._host, self.device, view.nbytes, "DeviceToHost")
+        stream.copy(view.ctypes.data, self.device, view.nbytes, "DeviceToHost")
         return view
 
     def _view(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        return self._bytes[: int(np.prod(shape)) * self.dtype.itemsize].view(self.dtype).reshape(shape)
-
-    def close(self) -> None:
-        call("cudaFree", self.device)
-        call("cudaFreeHost", self._host)
+        if self._host is None:
+            address = int(_lend(self, call("cudaMallocHost", self._size), "cudaFreeHost"))
+            self._host = np.ctypeslib.as_array((ctypes.c_uint8 * self._size).from_address(address))
+        return self._host[: int(np.prod(shape)) * self.dtype.itemsize].view(self.dtype).reshape(shape)
 
 
 class Recording:
@@ -176,11 +181,8 @@ class Recording:
     ) -> None:
         graph = call("cudaStreamEndCapture", self._stream.handle)
         if kind is None:
-            self._graph = call("cudaGraphInstantiate", graph, 0)
+            self._graph = _lend(self, call("cudaGraphInstantiate", graph, 0), "cudaGraphExecDestroy")
         call("cudaGraphDestroy", graph)
 
     def launch(self) -> None:
         call("cudaGraphLaunch", self._graph, self._stream.handle)
-
-    def close(self) -> None:
-        call("cudaGraphExecDestroy", self._graph)

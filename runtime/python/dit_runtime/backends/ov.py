@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,8 +66,10 @@ class OvEngine:
         if options.threads:
             self._settings["INFERENCE_NUM_THREADS"] = options.threads
         if options.cache is not None:
-            options.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._settings["CACHE_DIR"] = str(options.cache)
+            with suppress(OSError):  # it only saves time
+                options.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if os.access(options.cache, os.W_OK):
+                    self._settings["CACHE_DIR"] = str(options.cache)
         model = self._read()
         self._inputs = tuple(port.any_name for port in model.inputs)
         self._outputs = tuple(port.any_name for port in model.outputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from dit_runtime.backends.trt_network import (
     logger_of,
     monitor_of,
     profiles,
+    started,
 )
 from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.manifest import Graph, inside
+from dit_runtime.manifest import ENGINE, Graph, inside, write_file
 from dit_runtime.progress import Progress
 
 LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need
@@ -78,15 +79,15 @@ class Flavour:
 
     def compile(self, folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
         """NAME.BACKEND.engine from the bundle's ONNX; refused where the target, the disk or the memory cannot."""
+        self._require_own(options)
         trt, onnx = self.load(), inside(folder, graph.onnx)
         capabilities = self.targets(graph.precision, options.tuning)
         _preflight(folder, sum(inside(folder, file).stat().st_size for file in graph.onnx_files))
         stem = Path(graph.onnx).stem
-        name = f"{stem}.{self.name}.engine"
+        first, other = (f"{stem}.{self.name}{turn}{ENGINE}" for turn in ("", ".again"))
+        name = other if first in graph.engines.get(self.name, ()) else first  # beside the one that works until it does
         logger = logger_of(trt)
-        builder = trt.Builder(logger)
-        if builder is None:
-            raise UsageError(f"{self.name} does not start here: {logger.last}")
+        builder = started(self.name, trt.Builder, logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, logger)
         with progress.stage(f"compile: {stem} for {self.name}"):
@@ -101,17 +102,18 @@ class Flavour:
             plan = builder.build_serialized_network(network, config)
             if plan is None:
                 raise BundleError(f"{onnx}: {self.name} does not compile it: {logger.last}")
-            (folder / name).write_bytes(plan)
+            write_file(folder, name, plan)
             del monitor
             engine = self._inspected(trt, logger, plan, capabilities)
         if options.tuning.timing_cache:
             Path(options.tuning.timing_cache).write_bytes(config.get_timing_cache().serialize())
+        major = (self._package() or ("",))[0].partition("-cu")[2]
         ampere_plus = options.tuning.hardware_compatibility_level == "ampere+"
         built = {
             "version": self.version(),
-            "cuda": int((self._package() or ("",))[0].rpartition("-cu")[2] or 0),  # which the driver must have
+            "cuda": int(major) if major.isdecimal() else 0,  # which the driver must have
             "compute_capabilities": ["8.0+"] if ampere_plus else list(capabilities),
-            "tuning": _given(options.tuning),
+            "tuning": _given(replace(options.tuning, timing_cache=None)),  # a path of this machine, of no use elsewhere
             "census": {
                 "of": "engine" if engine else "network",
                 "products": dict(Counter(found.values())),
@@ -126,21 +128,26 @@ class Flavour:
         """What an engine that was just built says of itself, where it can be opened."""
         if cuda.obstacle() or _outside(cuda.capability(), capabilities, self.name):
             return {}
-        runtime = trt.Runtime(logger)
-        engine = runtime.deserialize_cuda_engine(plan)
-        return inspected(trt, engine) if engine else {}
+        try:
+            runtime = trt.Runtime(logger)
+            return inspected(trt, runtime.deserialize_cuda_engine(plan))
+        except (AttributeError, KeyError, TypeError, ValueError):  # not opened, or in words of another version
+            return {}
 
     def open(self, files: Sequence[Path], options: Options) -> Engine:
-        if options.threads is not None or options.provider:
-            raise UsageError(f"threads and provider are options of the CPU's backends; this graph runs on {self.name}")
+        self._require_own(options)
         path, command = files[0], f"dit-run compile {files[0].parent} --backend {self.name}"
-        if path.suffix != ".engine":
+        if path.suffix != ENGINE:
             raise BundleError(f"{path.parent}: no engines of {self.name} here; make them on the target: {command}")
         if reason := self._refusal(options.built):
             raise BundleError(f"{path}: cannot run here: {reason}; on the target, make it with: {command}")
         from dit_runtime.backends.trt_engine import TrtEngine
 
         return TrtEngine(self, files, options, command)
+
+    def _require_own(self, options: Options) -> None:
+        if options.threads is not None or options.provider:
+            raise UsageError(f"threads and provider are options of the CPU's backends; this graph runs on {self.name}")
 
     def _refusal(self, built: Mapping[str, Any]) -> str | None:
         """Why an engine that was built so cannot be opened here, from the manifest alone."""
@@ -219,7 +226,8 @@ class Flavour:
         if tuning.timing_cache:
             path = Path(tuning.timing_cache)
             cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-            config.set_timing_cache(cache, ignore_mismatch=False)
+            if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+                raise UsageError(f"timing-cache {path}: {self.name} does not take it; it is of another version or GPU")
         return config
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dit_runtime.backends import Options
 from dit_runtime.backends.cuda import Buffer, CudaError, Recording, Rows, Stream
-from dit_runtime.backends.trt_network import logger_of
+from dit_runtime.backends.trt_network import logger_of, started
 from dit_runtime.errors import BundleError, EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -28,11 +30,10 @@ class TrtEngine:
     def __init__(self, flavour: Flavour, files: Sequence[Path], options: Options, command: str) -> None:
         self._flavour, trt = flavour, flavour.load()
         self._logger = logger_of(trt)
-        self._runtime: Any = trt.Runtime(self._logger)
-        plan = files[0].read_bytes()
-        if self._runtime and "version_compatible" in options.built.get("tuning", {}):
+        self._runtime = started(flavour.name, trt.Runtime, self._logger)
+        if "version_compatible" in options.built.get("tuning", {}):
             self._runtime.engine_host_code_allowed = True  # such a plan brings its runtime; its sha256 has been checked
-        self._engine: Any = self._runtime.deserialize_cuda_engine(plan) if self._runtime else None
+        self._engine: Any = self._runtime.deserialize_cuda_engine(files[0].read_bytes())
         if self._engine is None:
             reason = f"{flavour.name} does not open it: {self._logger.last}"
             raise BundleError(f"{files[0]}: {reason}; on the target, make it with: {command}")
@@ -47,8 +48,7 @@ class TrtEngine:
         into = {name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         self._inputs = tuple(name for name in names if name in into)
         self._outputs = tuple(name for name in names if name not in into)
-        self._beside: TrtEngine | None = options.beside
-        self._stream: Stream = self._beside._stream if self._beside else Stream()
+        self._stream: Stream = options.beside._stream if options.beside else Stream()
         self._kernels = options.cache / f"{files[0].stem}.{KERNELS}" if options.cache else None
         self._runtime_cache: Any = None
         self._contexts = [self._context(trt, index) for index in range(self._engine.num_optimization_profiles)]
@@ -71,7 +71,7 @@ class TrtEngine:
         shapes = tuple(inputs[name].shape for name in self._inputs)
         profile, context = self._fitting(shapes)
         for name in self._inputs:
-            context.set_input_shape(name, inputs[name].shape)
+            self._shape(context, name, inputs[name].shape)
             self._buffers[name].upload(inputs[name], self._stream)
         self._enqueue(profile, context, shapes)
         if into is not None:
@@ -105,7 +105,6 @@ class TrtEngine:
             return
         if recording is not None:  # a context has one recording: another shape may move its memory
             self._stream.wait()
-            recording.close()
         self._recorded[profile] = shapes, self._record(context) if before == shapes else None
 
     def _record(self, context: Any) -> Recording | None:
@@ -125,19 +124,27 @@ class TrtEngine:
         if self._flavour.keeps_kernels:
             settings = self._engine.create_runtime_config()
             settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            # Lazily, a shape's first runs would go by other kernels than its later ones, to other bits.
+            settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             if self._runtime_cache is None:
                 self._runtime_cache = settings.create_runtime_cache()
-                if self._kernels is not None and self._kernels.is_file():
-                    self._runtime_cache.deserialize(self._kernels.read_bytes())  # one of another driver is not taken
+                if self._kernels is not None:
+                    with suppress(OSError):  # there are none, or they cannot be read; another driver's are not taken
+                        self._runtime_cache.deserialize(self._kernels.read_bytes())
             settings.set_runtime_cache(self._runtime_cache)
             context = self._engine.create_execution_context(settings)
         else:
             context = self._engine.create_execution_context()
         if context is None:
             raise UsageError(f"{self._flavour.name} has no memory for this engine: {self._logger.last}")
-        context.set_optimization_profile_async(profile, int(self._stream))
+        if not context.set_optimization_profile_async(profile, int(self._stream)):
+            raise EngineError(f"{self._flavour.name} does not set profile {profile}: {self._logger.last}")
         self._stream.wait()
         return context
+
+    def _shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
+        if not context.set_input_shape(name, shape):
+            raise EngineError(f"{self._flavour.name} does not take {name} {list(shape)}: {self._logger.last}")
 
     def _allocate(self) -> dict[str, Buffer]:
         """Room for the largest shape of any profile, bound in every context."""
@@ -145,7 +152,7 @@ class TrtEngine:
         for index, context in enumerate(self._contexts):
             for name, (_, _, most) in zip(self._inputs, self._bounds[index], strict=True):
                 shape = tuple(most)
-                context.set_input_shape(name, shape)
+                self._shape(context, name, shape)
                 largest[name] = max(largest.get(name, ()), shape, key=_size)
             for name in self._outputs:
                 largest[name] = max(largest.get(name, ()), tuple(context.get_tensor_shape(name)), key=_size)
@@ -165,23 +172,23 @@ class TrtEngine:
         """Gives everything back, in the order of needs; the kernels that were compiled here are kept for the next."""
         if self._engine is None:
             return
-        self._stream.wait()
-        if self._runtime_cache is not None and self._kernels is not None:
-            self._kernels.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            part = self._kernels.with_suffix(".part")
-            part.write_bytes(bytes(self._runtime_cache.serialize()))
-            part.replace(self._kernels)
-        for _, recording in self._recorded.values():
-            if recording is not None:
-                recording.close()
-        self._recorded.clear()
-        self._contexts.clear()
-        for buffer in self._buffers.values():
-            buffer.close()
-        self._buffers.clear()
-        if self._beside is None:
-            self._stream.close()
-        self._runtime_cache = self._engine = self._runtime = None
+        kernels = b""
+        try:
+            self._stream.wait()
+            if self._runtime_cache is not None:
+                kernels = bytes(self._runtime_cache.serialize())
+        finally:
+            self._recorded.clear()
+            self._contexts.clear()
+            self._buffers.clear()
+            del self._stream
+            self._runtime_cache = self._engine = self._runtime = None
+        if kernels and self._kernels is not None:
+            with suppress(OSError):  # it only saves time
+                self._kernels.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with NamedTemporaryFile(dir=self._kernels.parent, prefix=self._kernels.stem, delete=False) as part:
+                    part.write(kernels)
+                Path(part.name).replace(self._kernels)
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import cache
 from typing import Any
 
 from dit_runtime.backends import QUANTIZED
-from dit_runtime.errors import GateError
+from dit_runtime.errors import GateError, UsageError
 from dit_runtime.manifest import Graph
 from dit_runtime.progress import Progress
 
@@ -66,12 +67,17 @@ def inspected(trt: Any, engine: Any) -> dict[str, Any]:
     told = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     layers = [layer for layer in told["Layers"] if isinstance(layer, dict)]
     made = Counter(
-        next((kind for words, kind in WORDS.items() if re.search(words, output["Format/Datatype"])), "other")
+        next((kind for words, kind in WORDS.items() if re.search(words, _datatype(output))), "other")
         for layer in layers
         for output in layer.get("Outputs", [])[:1]
     )
     fused = sum(layer.get("Metadata", "").count("[ONNX Layer:") > 1 for layer in layers)
     return {"layers": dict(made), "fused": fused}
+
+
+def _datatype(output: Mapping[str, Any]) -> str:
+    """TensorRT 10 says Format/Datatype, 11 has DataType beside Format."""
+    return next((str(value) for key, value in output.items() if "datatype" in key.lower()), "")
 
 
 def decompose_attention(trt: Any, network: Any) -> None:
@@ -101,7 +107,23 @@ def _listed(name: str, islands: Collection[str]) -> bool:
     return any(name.removesuffix(end) in islands for end in ("", "_AttentionInput"))
 
 
+def started(name: str, kind: Callable[[Any], Any], logger: Any) -> Any:
+    """A builder or a runtime of TensorRT, whose Python raises TypeError where its C++ gives none."""
+    try:
+        return kind(logger)
+    except TypeError as error:
+        raise UsageError(f"{name} does not start here: {logger.last or error}") from None
+
+
 def logger_of(trt: Any) -> Any:
+    """The process's one logger, for TensorRT takes no second; it holds no message yet."""
+    logger = _logger(trt)
+    logger.last = ""
+    return logger
+
+
+@cache
+def _logger(trt: Any) -> Any:
     """Keeps the last error for our own message; the rest is not ours to print."""
 
     class Logger(trt.ILogger):
@@ -111,7 +133,7 @@ def logger_of(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self.last = message.splitlines()[0]
+                self.last = message.partition("\n")[0]
 
     return Logger()
 
