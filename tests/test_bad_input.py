@@ -121,7 +121,7 @@ def test_what_an_int8_build_needs_is_asked_before_it_starts(refused, meta, tmp_p
     given = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--precision", "int8"]
     refused(export, "quantize", *given, "--budget", "PSNR=30", said=("PSNR=30", "no decoder"))
     refused(export, "build", *given, "--captions", "c.npy", said=("c.npy", "labels"))
-    refused(export, "build", *given, "--calibration", "~/c.npz", said=(str(tmp_path / "c.npz"), "not a calibration"))
+    refused(export, "build", *given, "--calibration", "~/c.npz", said=(str(tmp_path / "c.npz"), "calibration"))
 
 
 def test_an_output_folder_that_is_no_bundle(refused, tmp_path, monkeypatch):
