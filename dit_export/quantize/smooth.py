@@ -24,8 +24,8 @@ from dit_export.quantize.layers import MOVERS, Layer, find, unmoved
 from dit_runtime.errors import UsageError
 
 ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the largest magnitude: to clip may cost less than coarse steps
-HEADROOM = 1.1  # other classes and seeds reach further; a value that is cut off costs more than a step 10 % coarser
+HEADROOM = 1.1  # of the largest magnitude that was seen: other classes and seeds reach further
+SHRINKS = (1.0, 0.95, 0.9)  # of that; to cut off more looks cheap on the kept rows, and the rare ones pay for it
 LEVELS = 127  # of symmetric int8
 Floats = NDArray[np.float32]
 
