@@ -93,8 +93,8 @@ def test_every_conditioning_in_int8(bundles, way: str, backend: str, tmp_path, o
     with one_thread():
         assert build(*options, "-o", folder) == 0
     checks = json.loads((folder / "parity.json").read_text())["checks"]
-    # With captions, three blocks of made-up weights multiply an error of 1 % by 20; of the others none comes near.
-    assert max(check["value"] for check in checks if check["name"] == "free run, rel-L2") < 0.25
+    # Measured 0.007 to 0.027. The free run is the gate's: with captions it multiplies these by 15 to 25, by chance.
+    assert max(check["value"] for check in checks if check["name"] in ("unguided, rel-L2", "null label, rel-L2")) < 0.03
     contract = manifest.read(folder)
     assert contract.graphs["denoiser"].precision == "int8"
     linears = 6 if CONDITIONINGS[way].crossed else 4
