@@ -125,8 +125,8 @@ def calibrate(
 def add_taps(graph: gs.Graph, tokens: int, rng: np.random.Generator) -> list[str]:
     """Adds the outputs that calibration reads; returns the layers' names."""
     layers = find(graph)
-    for one in layers:
-        kept = np.sort(rng.choice(tokens, min(TOKENS, tokens), replace=False))
+    places = [np.sort(rng.choice(tokens, min(TOKENS, tokens), replace=False)) for _ in layers]
+    for one, kept in reversed(list(zip(layers, places, strict=True))):  # as `peaks.tap` does, and for its reason
         sample = layer(graph, "Gather", [one.x, kept], f"{one.name}{SAMPLE}", axis=1)
         taps = [(sample, ["rows", len(kept), one.x.shape[-1]])]
         for tensor, end in ((one.x, LARGEST), (one.y, OUTPUT)) if one.kind == "qkv" else ((one.x, LARGEST),):

@@ -78,7 +78,7 @@ class Watcher:
 def tap(graph: gs.Graph) -> list[gs.Variable]:
     """Adds an output for each tensor that a typed graph would hold in its narrow type."""
     tensors = watched(graph)
-    for tensor in tensors:
+    for tensor in reversed(tensors):  # ONNX Runtime runs first what stands last, so no tensor waits for its tap
         magnitude = layer(graph, "Abs", [tensor], f"{tensor.name}/magnitude")
         peak = layer(graph, "ReduceMax", [magnitude], tensor.name + TAP, keepdims=0)
         peak.dtype, peak.shape = np.dtype(np.float32), []
