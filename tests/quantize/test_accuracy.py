@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dit_export import graphs
-from dit_export.fuse import LOWERINGS
+from dit_export.quantize import attention
 from dit_export.quantize.calibrate import Calibration, Plan, calibrate
 from dit_export.quantize.qdq import quantize
 from dit_export.quantize.smooth import smooth
@@ -68,8 +68,10 @@ def answers(pipe: Pipeline, asked: Sequence[Question]) -> list[tuple[np.ndarray,
 
 def errors(bundle: Path, calibration: Calibration, folder: Path, backend: str, smoothing: bool) -> Errors:
     conditioner, denoiser = (graphs.load(bundle / f"{name}.onnx") for name in ("conditioner", "denoiser"))
-    quantize(denoiser, smooth(conditioner, denoiser, calibration, smoothing))
-    for rewrite in LOWERINGS[backend]:
+    chosen = smooth(conditioner, denoiser, calibration, smoothing)
+    grids = attention.steps(denoiser, calibration, ())
+    quantize(denoiser, chosen)
+    for rewrite in attention.passes(backend, grids):
         rewrite(denoiser)
     with ExitStack() as stack:
         exact = stack.enter_context(Pipeline.load(bundle))
