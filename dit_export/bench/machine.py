@@ -23,12 +23,13 @@ PACKAGES = (
 def describe(device: str = "cpu") -> dict[str, Any]:
     cpu = _table(CPUINFO)
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()
+    release = ".".join(platform.release().partition("-")[0].split(".")[:2])  # which build it is changes no figure
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "memory_bytes": total_memory(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {release} {platform.machine()}",
         "python": platform.python_version(),
         **({"gpu": _gpu()} if device == "cuda" else {}),
     }

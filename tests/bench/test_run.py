@@ -164,6 +164,12 @@ def test_a_gpu_is_described(monkeypatch):
     }
 
 
+@pytest.mark.parametrize("release", ["6.18.44-cloud-9-amd64", "6.18", "6.18-rc3"])
+def test_a_kernel_is_said_without_its_build(monkeypatch, release):
+    monkeypatch.setattr("platform.release", lambda: release)
+    assert describe()["system"].split()[1] == "6.18"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

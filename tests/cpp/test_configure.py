@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from shutil import which
+
+import pytest
 
 CPP = Path(__file__).parents[2] / "runtime/cpp"
 CUDA = "set(CUDAToolkit_FOUND TRUE)\nadd_library(CUDA::cudart INTERFACE IMPORTED)\n"
@@ -18,29 +23,61 @@ def files(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_roots_that_come_later(tmp_path):
-    """Of a build that was configured before; a flavour of TensorRT is in its library's name, not in its folder's."""
-    headers = "include/onnxruntime_c_api.h", "include/NvInferRuntime.h"
-    first = files(tmp_path / "rtx", *headers, "lib/libonnxruntime.so", "lib/libnvinfer.so")
-    second = files(tmp_path / "b", *headers, "lib/libonnxruntime.so", "lib/libtensorrt_rtx.so")
-    third = files(tmp_path / "c", *headers, "lib/libonnxruntime.so", "lib/libnvinfer.so")
+HEADERS = "include/onnxruntime_c_api.h", "include/NvInferRuntime.h"
+Configure = Callable[..., str]
+
+
+@pytest.fixture
+def configure(tmp_path) -> Configure:
+    """Configures one build again and again, from beside the roots, and tells its engines; CUDA is always there."""
     modules = files(tmp_path / "modules", "FindCUDAToolkit.cmake")
     (modules / "FindCUDAToolkit.cmake").write_text(CUDA)
     options = ["-DDIT_OPENVINO=OFF", "-DDIT_PROGRAMS=OFF", f"-DCMAKE_MODULE_PATH={modules}"]
-    options += [f"-DCMAKE_SYSTEM_LIBRARY_PATH={first}/lib"]  # where the system keeps libraries: after the root
 
-    def configure(root: Path, flavour: str) -> None:
-        given = [f"-DONNXRUNTIME_ROOT={root}", f"-DTENSORRT_ROOT={root}"]
+    def run(*given: str, **environment: str) -> str:
         command = ["cmake", "-S", CPP, "-B", tmp_path / "build", *options, *given]
-        done = subprocess.run(command, capture_output=True, text=True)
+        clean = {name: value for name, value in os.environ.items() if not name.endswith("_ROOT")}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean | environment)
         assert done.returncode == 0, done.stderr
-        assert f"Engines: onnxruntime;{flavour}\n" in done.stdout
-        cache = (tmp_path / "build/CMakeCache.txt").read_text()
-        assert f"ONNXRuntime_LIBRARY:FILEPATH={root}/lib/libonnxruntime.so\n" in cache
-        assert f"TensorRT_INCLUDE_DIR:PATH={root}/include\n" in cache
+        return re.search("Engines: (.*)\n", done.stdout)[1]
 
+    return run
+
+
+def cached(folder: Path, name: str) -> str:
+    return re.search(f"^{name}:\\w+=(.*)$", (folder / "build/CMakeCache.txt").read_text(), re.MULTILINE)[1]
+
+
+def test_roots_that_come_later(tmp_path, configure):
+    """Of a build that was configured before; a flavour of TensorRT is in its library's name, not in its folder's."""
+    first = files(tmp_path / "rtx", *HEADERS, "lib/libonnxruntime.so", "lib/libnvinfer.so")
+    second = files(tmp_path / "b", *HEADERS, "lib/libonnxruntime.so", "lib/libtensorrt_rtx.so")
+    third = files(tmp_path / "c", *HEADERS, "lib/libonnxruntime.so", "lib/libnvinfer.so")
+    system = f"-DCMAKE_SYSTEM_LIBRARY_PATH={first}/lib"  # where the system keeps libraries: after the root
     for root, flavour in ((first, "tensorrt"), (second, "tensorrt-rtx"), (third, "tensorrt")):
-        configure(root, flavour)
+        engines = configure(system, f"-DONNXRUNTIME_ROOT={root}", f"-DTENSORRT_ROOT={root}")
+        assert engines == f"onnxruntime;{flavour}"
+        assert cached(tmp_path, "ONNXRuntime_LIBRARY") == f"{root}/lib/libonnxruntime.so"
+        assert cached(tmp_path, "TensorRT_INCLUDE_DIR") == f"{root}/include"
+
+
+def test_a_relative_root(tmp_path, configure):
+    """Is one of where CMake was called, as `make cpp TENSORRT_ROOT=…` calls it."""
+    root = files(tmp_path / "a", *HEADERS, "lib/libonnxruntime.so", "lib/libnvinfer.so")
+    assert configure("-DONNXRUNTIME_ROOT=a", "-DTENSORRT_ROOT=a") == "onnxruntime;tensorrt"
+    assert cached(tmp_path, "ONNXRuntime_LIBRARY") == f"{root}/lib/libonnxruntime.so"
+    assert cached(tmp_path, "TensorRT_LIBRARY") == f"{root}/lib/libnvinfer.so"
+
+
+def test_roots_of_the_environment(tmp_path, configure):
+    """May come later, and what is given comes before them, also nothing."""
+    first = files(tmp_path / "a", *HEADERS, "lib/libonnxruntime.so", "lib/libnvinfer.so")
+    second = files(tmp_path / "b", *HEADERS, "lib/libtensorrt_rtx.so")
+    assert configure(f"-DONNXRUNTIME_ROOT={first}") == "onnxruntime"
+    assert configure(TENSORRT_ROOT=str(first)) == "onnxruntime;tensorrt"
+    assert configure("-DTENSORRT_ROOT=b", TENSORRT_ROOT=str(first)) == "onnxruntime;tensorrt-rtx"
+    assert cached(tmp_path, "TensorRT_LIBRARY") == f"{second}/lib/libtensorrt_rtx.so"
+    assert configure("-DTENSORRT_ROOT=", TENSORRT_ROOT=str(first)) == "onnxruntime"
 
 
 def test_setup_without_debian(tmp_path):

@@ -28,8 +28,9 @@ Draws pictures from a bundle of dit-export.
   --latents FILE.npy    start from these instead of the seed's
   -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
   --verify              replay PyTorch's reference with the engines here, and draw nothing
-  --backend NAME        onnxruntime, openvino, auto; default: the bundle's
-  --provider NAME       device: of ONNX Runtime cpu, cuda, …; of OpenVINO CPU, GPU, … (also: --device)
+  --backend NAME        onnxruntime, openvino, tensorrt, tensorrt-rtx, auto; default: the bundle's
+  --provider NAME       device: of ONNX Runtime cpu, cuda, …; of OpenVINO CPU, GPU, …; of both TensorRTs cuda, cuda:1, …
+                        (also: --device)
   --threads N           of the engine; default: its own choice
   --low-memory          one engine in memory at a time
   --json                for machines, on standard output

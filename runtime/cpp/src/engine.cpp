@@ -65,6 +65,15 @@ bool opens(const std::string& here, const Built& built) {
 
 }  // namespace
 
+int gpu_number(const std::string& device) {
+    const std::string name = lower(device);
+    if (name.empty() || name == "cuda") return 0;
+    if (name.rfind("cuda:", 0) == 0)
+        for (const int number : numbers(name.substr(5), 1))
+            if (name == text("cuda:", number)) return number;
+    throw UsageError(text("device '", device, "' is no NVIDIA GPU; expected cuda, cuda:0, cuda:1, …"));
+}
+
 std::string refusal(const std::string& backend, const Built& built, const Gpu& here) {
     if (!opens(here.version, built))
         return text("built by ", backend, " ", built.version.empty() ? "of no known version" : built.version,

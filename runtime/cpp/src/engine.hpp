@@ -52,6 +52,9 @@ struct Backend {
 // Those that this library was compiled with; the first is taken where the bundle's own is not here.
 const std::vector<Backend>& backends();
 
+// "cuda:1" -> 1; "cuda" and nothing are the first.
+int gpu_number(const std::string& device);
+
 // What there is to run an engine for one kind of GPU.
 struct Gpu {
     std::string version;     // of the backend

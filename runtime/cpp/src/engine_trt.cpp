@@ -29,7 +29,12 @@ class Logger : public nvinfer1::ILogger {
 
     std::string last() const {
         const std::lock_guard<std::mutex> lock(mutex_);
-        return last_;
+        return last_.empty() ? "it does not say why" : last_;
+    }
+
+    void clear() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        last_.clear();
     }
 
   private:
@@ -77,25 +82,16 @@ class Stream {
     cudaStream_t stream = nullptr;
 };
 
-// "cuda", "cuda:1" or nothing -> 0, 1, 0.
-int device_number(const std::string& device) {
-    const std::string name = lower(device);
-    if (name.empty() || name == "cuda") return 0;
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;
-    for (int number = 0; number < count; ++number)
-        if (name == text("cuda:", number)) return number;
-    throw UsageError(text("device '", device, "' is not here; expected cuda:0 to cuda:", count - 1));
-}
-
-// What there is here; a call that fails says that there is none.
+// What there is here; a call that fails says that there is none, and then `refusal` says why.
 Gpu gpu(int device) {
     Gpu here;
     here.version = trt_version();
     if (cudaDriverGetVersion(&here.driver) != cudaSuccess) here.driver = 0;
     int count = 0, major = 0, minor = 0;
-    if (here.driver && cudaGetDeviceCount(&count) == cudaSuccess && device < count &&
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+    if (!here.driver || cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return here;
+    if (device >= count)
+        throw UsageError(text("device 'cuda:", device, "' is not here; expected cuda:0 to cuda:", count - 1));
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
         here.capability = text(major, ".", minor);
     return here;
@@ -104,7 +100,8 @@ Gpu gpu(int device) {
 class TrtEngine : public Engine {
   public:
     TrtEngine(const std::vector<Path>& files, const Graph& graph, const Options& options)
-        : device_(device_number(options.device)) {
+        : device_(gpu_number(options.device)) {
+        logger().clear();  // what another engine did is not why this one fails
         const Path& path = files.at(0);
         if (options.threads)
             throw UsageError(text("threads is an option of the CPU's backends; this graph runs on ", DIT_TENSORRT));
@@ -211,7 +208,8 @@ class TrtEngine : public Engine {
     }
 
     void require_type(const std::string& name, nvinfer1::DataType type) const {
-        require(engine_->getTensorDataType(name.c_str()) == type, name + ", whose type is not the signature's");
+        if (engine_->getTensorDataType(name.c_str()) != type)
+            throw EngineError(text(name, " has another type in this engine than in the bundle's signature"));
     }
 
     const int device_;

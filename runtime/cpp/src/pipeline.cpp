@@ -150,12 +150,18 @@ Table Pipeline::table(const Array& timesteps, const std::vector<std::int64_t>& i
 }
 
 std::vector<float> Pipeline::condition(const std::vector<float>& timesteps, const std::vector<std::int64_t>& labels) {
-    const Shape rows = {static_cast<std::int64_t>(labels.size())};
-    std::vector<Input> inputs = {{"timesteps", rows, timesteps.data()}};
-    if (manifest.caption_shape().empty()) inputs.push_back({"labels", rows, labels.data(), true});
-    return run_engine("conditioner", inputs,
-                      {{"conditioning", with_batch(labels.size(), manifest.conditioning_shape())}})
-        .at("conditioning");
+    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("conditioner").max_batch);
+    std::vector<float> found;
+    for (std::size_t first = 0; first < labels.size(); first += size) {
+        const std::size_t batch = std::min(size, labels.size() - first);
+        const Shape rows = {static_cast<std::int64_t>(batch)};
+        std::vector<Input> inputs = {{"timesteps", rows, timesteps.data() + first}};
+        if (manifest.caption_shape().empty()) inputs.push_back({"labels", rows, labels.data() + first, true});
+        const auto part =
+            run_engine("conditioner", inputs, {{"conditioning", with_batch(batch, manifest.conditioning_shape())}});
+        append(found, part.at("conditioning"));
+    }
+    return found;
 }
 
 Context Pipeline::context(const Captions& captions) {

@@ -53,6 +53,14 @@ TEST(Refusal, AnotherDriverOrGpu) {
               "compute capability 7.5 here, and the engine is for 8.0+");
 }
 
+TEST(Refusal, ADeviceIsANumber) {
+    for (const auto& [device, number] :
+         std::map<std::string, int>{{"", 0}, {"cuda", 0}, {"CUDA", 0}, {"cuda:0", 0}, {"Cuda:12", 12}})
+        EXPECT_EQ(gpu_number(device), number) << device;
+    for (const char* const device : {"cpu", "0", "cuda:", "cuda:-1", "cuda:1.5", "cuda:1x", "cuda:99999999999", "a:1"})
+        EXPECT_THROW(gpu_number(device), UsageError) << device;
+}
+
 TEST(Refusal, TheManifestSaysHowAnEngineWasBuilt) {
     using Json = nlohmann::json;
     const BundleCopy copy;

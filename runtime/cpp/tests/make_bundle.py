@@ -39,10 +39,16 @@ def graphs(captioned: bool) -> dict[str, tuple[Graph, list]]:
         ("direction", (0.001 * random.standard_normal((VECTORS, WIDTH))).astype(np.float32)),
         ("axes", np.array([1, 2])),
         ("null", np.array([CLASSES])),
+        ("one", np.array(1)),
+        ("room", np.zeros(MAX_BATCH, np.float32)),  # for so many rows: ONNX Runtime refuses more
+        ("Size", ["timesteps"], ["count"], {}),
+        ("Sub", ["count", "one"], ["last"], {}),
+        ("Gather", ["room", "last"], ["nothing"], {"axis": 0}),
         ("Gather", ["table", "null" if captioned else "labels"], ["rows"], {"axis": 0}),
         ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
         ("Mul", ["times", "direction"], ["moved"], {}),
-        ("Add", ["rows", "moved"], ["conditioning"], {}),
+        ("Add", ["rows", "moved"], ["all"], {}),
+        ("Add", ["all", "nothing"], ["conditioning"], {}),
     ]
     context = [
         ("words", random.standard_normal((CHANNELS, WIDTH)).astype(np.float32)),

@@ -1,10 +1,11 @@
-// The conditioning table and its budget.
+// The conditioning table and its budget, and the conditioner that fills it.
 #include <gtest/gtest.h>
 
 #include <set>
 
 #include "conditioning.hpp"
 #include "errors.hpp"
+#include "pipeline.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -76,6 +77,16 @@ TEST(Table, AConditionerOfAnotherSizeIsAnError) {
     };
     Table table(few, {1}, {0}, std::nullopt, ROW, 8);
     EXPECT_THROW(table(0, 0, 1), EngineError);
+}
+
+TEST(Conditioner, GetsNoMoreThanItTakes) {
+    Pipeline pipe(BUNDLE, Options());  // 3 rows at a time, more are refused
+    const std::vector<float> times = {900, 700, 500, 300, 100, 50, 1};
+    const std::vector<std::int64_t> labels = {0, 1, 2, 3, 4, 5, 0};
+    std::vector<float> one_by_one;
+    for (std::size_t row = 0; row < times.size(); ++row)
+        for (const float value : pipe.condition({times[row]}, {labels[row]})) one_by_one.push_back(value);
+    EXPECT_EQ(pipe.condition(times, labels), one_by_one);  // no sums, so to the bit
 }
 
 }  // namespace
