@@ -53,12 +53,14 @@ def load(path: Path) -> gs.Graph:
 
 def _lower_constants(graph: gs.Graph) -> None:
     """Constant nodes, which some exporters write, become what the passes look for."""
+    lowered = set()  # by id: taking a node out of the list compares it with all before it
     for node in [node for node in graph.nodes if node.op == "Constant"]:
         ((kind, value),) = node.attrs.items()
         if kind == "value" or kind in NUMBERS:
             node.outputs[0].to_constant(value._values if kind == "value" else np.array(value, NUMBERS[kind]))
             node.outputs.clear()
-            graph.nodes.remove(node)
+            lowered.add(id(node))
+    graph.nodes = [node for node in graph.nodes if id(node) not in lowered]
 
 
 def _map_external(tensor: TensorProto, folder: Path) -> np.ndarray:

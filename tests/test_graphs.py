@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
+import pytest
 from onnx import TensorProto, helper
 
 from dit_export import graphs
@@ -11,20 +13,22 @@ from dit_export import graphs
 FLOATS = np.array([0.5, 2.0], np.float32)
 
 
-def test_constant_nodes_become_constants(tmp_path: Path) -> None:
+def test_constant_nodes_become_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [
         helper.make_node("Constant", [], ["factor"], value=onnx.numpy_helper.from_array(FLOATS)),
-        helper.make_node("Constant", [], ["step"], value_float=0.25),
-        helper.make_node("Constant", [], ["shape"], value_ints=[2, 1]),
         helper.make_node("Mul", ["x", "factor"], ["scaled"]),
+        helper.make_node("Constant", [], ["step"], value_float=0.25),
         helper.make_node("Add", ["scaled", "step"], ["moved"]),
+        helper.make_node("Constant", [], ["shape"], value_ints=[2, 1]),
         helper.make_node("Reshape", ["moved", "shape"], ["y"]),
     ]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 1])]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs)), tmp_path / "model.onnx")
 
-    graph = graphs.load(tmp_path / "model.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(gs.Node, "__eq__", None)  # nodes are never compared: of thousands, each with each takes minutes
+        graph = graphs.load(tmp_path / "model.onnx")
     assert graphs.census(graph) == {"Mul": 1, "Add": 1, "Reshape": 1}
     found = {tensor.name: tensor.values for tensor in graphs.constants(graph)}
     for name, values in {"factor": FLOATS, "step": np.float32(0.25), "shape": np.array([2, 1])}.items():
