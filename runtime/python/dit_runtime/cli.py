@@ -228,7 +228,7 @@ def summary(folder: Path, contract: Manifest) -> str:
     for name, graph in contract.graphs.items():
         lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
     parity = contract.parity
-    outcome = ("passed" if parity.get("passed") else "FAILED") if parity else "not verified"
+    outcome = ("passed" if parity["passed"] else "FAILED") if "passed" in parity else "not verified"
     lines.append(f"parity     {outcome}, proof: {parity.get('proof', 'none')}")
     origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
     lines.append(f"weights    {', '.join(origin)}")

@@ -92,7 +92,7 @@ class Manifest:
 def read(folder: Path, engines: bool = True) -> Manifest:
     """Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
 
-    Without `engines`, those may be missing or damaged: they are to be made again.
+    Without `engines`, those may be missing or damaged: they are to be made again, or given up (`lost_engines`).
     """
     path = folder / NAME
     if not path.is_file() or path.is_symlink():
@@ -123,6 +123,16 @@ def _require(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
             raise BundleError(f"{folder}: {name} is missing; rebuild the bundle")
         if location.stat().st_size != size:
             raise BundleError(f"{folder}: {name} has {location.stat().st_size} bytes, expected {size}; rebuild it")
+
+
+def lost_engines(folder: Path, manifest: Manifest) -> set[str]:
+    """Those that are missing, or not of their size."""
+    engines = {name: inside(folder, name) for name in manifest.files if name.endswith(ENGINE)}
+    return {
+        name
+        for name, path in engines.items()
+        if not path.is_file() or path.stat().st_size != manifest.files[name].size
+    }
 
 
 def _parse(table: dict[str, Any]) -> Manifest:
