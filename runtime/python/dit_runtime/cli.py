@@ -282,8 +282,7 @@ def _compile(options: argparse.Namespace) -> int:
         else:
             checks = _checks(options)
             code = report(checks, options.json)
-            worst = {check.name: check.to_dict()["value"] for check in verify.worst(checks)}
-            parity = {"proof": contract.parity.get("proof", "none"), "passed": not code, "worst": worst}
+            parity = verify.summary(contract.parity.get("proof", "none"), checks)
             compiled = replace(compiled, parity=parity)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)

@@ -129,9 +129,7 @@ def lost_engines(folder: Path, manifest: Manifest) -> set[str]:
     """Those that are missing, or not of their size."""
     engines = {name: inside(folder, name) for name in manifest.files if name.endswith(ENGINE)}
     return {
-        name
-        for name, path in engines.items()
-        if not path.is_file() or path.stat().st_size != manifest.files[name].size
+        name for name, path in engines.items() if not path.is_file() or path.stat().st_size != manifest.files[name].size
     }
 
 
