@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -47,3 +48,25 @@ def test_opsets_are_kept(tmp_path: Path) -> None:
     graphs.save(graphs.load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
     written = onnx.load(tmp_path / "again.onnx").opset_import
     assert {entry.domain: entry.version for entry in written} == {"com.microsoft": 2, "": 17}
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float4_e2m1fn"])
+@pytest.mark.parametrize("external", [True, False])
+def test_weights_of_which_a_byte_holds_several(tmp_path: Path, dtype: str, external: bool) -> None:
+    """In whichever file they are, and more of them than stay in the .onnx; an odd number fills no byte."""
+    values = np.random.default_rng(0).integers(0, 7, (2049,)).astype(getattr(ml_dtypes, dtype))
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, [2049])] for name in "xy")
+    nodes = [
+        helper.make_node("Cast", ["w"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["x", "floats"], ["y"]),
+    ]
+    weights = [onnx.numpy_helper.from_array(values, "w")]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, outputs, weights),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=11,
+    )
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=external, location="w", size_threshold=0)
+    graphs.save(graphs.load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
+    (written,) = onnx.load(tmp_path / "again.onnx").graph.initializer
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(written), values)
