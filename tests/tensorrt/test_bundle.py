@@ -173,6 +173,19 @@ def test_a_graph_that_does_not_compile_leaves_the_rest_as_it_was(bundle, capsys,
     assert files(bundle) == before
 
 
+def test_a_disk_that_is_full_at_the_end(bundle, capsys, monkeypatch) -> None:
+    """The manifest that would name the new engines cannot be written: they go."""
+    before = files(bundle)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(manifest, "write", full)
+    code, told = run(capsys, "compile", str(bundle), "--backend", "tensorrt-rtx")
+    assert code == 2 and "No space left" in told
+    assert files(bundle) == before
+
+
 def test_what_was_not_verified_does_not_say_that_it_was(meta_copy, capsys) -> None:
     command = ["compile", str(meta_copy), "--backend", "tensorrt-rtx", "--json"]
     code, told = run(capsys, *command)

@@ -270,9 +270,9 @@ def _compile(options: argparse.Namespace) -> int:
     contract = manifest.read(folder, engines=False)
     settings = Options(options.threads, options.provider, tuning=tuning(options))
     compiled = compile_graphs(folder, contract, options.backend, settings, Progress())
-    manifest.write(folder, compiled)
     code = 1
     try:
+        manifest.write(folder, compiled)
         if reason := obstacle(compiled):
             code = 0
             if options.json:
@@ -286,8 +286,10 @@ def _compile(options: argparse.Namespace) -> int:
             compiled = replace(compiled, parity=parity)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)
-        manifest.write(folder, stays)
-        remove(folder, goes.files.keys() - stays.files.keys())
+        try:
+            manifest.write(folder, stays)
+        finally:  # on a full disk too
+            remove(folder, goes.files.keys() - stays.files.keys())
     return code
 
 

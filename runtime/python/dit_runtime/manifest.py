@@ -257,6 +257,10 @@ def write_file(folder: Path, name: str, content: bytes) -> None:
     """Puts a file into the bundle in one step, and follows no link that somebody left there."""
     partial = folder / f"{name}.partial"
     partial.unlink(missing_ok=True)
-    with partial.open("xb") as file:
-        file.write(content)
-    partial.replace(folder / name)
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+        partial.replace(folder / name)
+    except BaseException:  # a full disk, or ctrl-c
+        partial.unlink(missing_ok=True)
+        raise
