@@ -23,7 +23,7 @@ from dit_runtime.manifest import TensorSpec
 
 INLINE_BYTES = 1024  # smaller tensors, and all int64 (shape inference reads them), stay in the .onnx itself
 ALIGNMENT = 64
-PACKED = {  # values a byte of ONNX's raw data, where NumPy has one a byte
+PACKED: dict[int, int] = {  # values a byte of ONNX's raw data, where NumPy has one a byte
     TensorProto.INT4: 2,
     TensorProto.UINT4: 2,
     TensorProto.FLOAT4E2M1: 2,
