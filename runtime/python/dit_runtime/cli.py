@@ -190,7 +190,9 @@ def _read_captions(embeddings: Path | None, mask: Path | None, what: str) -> Cap
 def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file raises shares no base class but this
         raise UsageError(f"{path}: not a .npy file of numbers: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise UsageError(f"{path}: not a .npy file of numbers")
