@@ -140,7 +140,7 @@ def _verify(partial: Path, loaded: Loaded, decoder: trace.Decoder | None, progre
     """The proof, then each graph against PyTorch, then the replay that `dit-run verify` does."""
     built = check(partial, loaded, decoder, progress)
     figures = {"proof_figures": built.proof, "checks": built.checks}
-    table = _verdict(built) | {name: [entry.to_dict() for entry in found] for name, found in figures.items()}
+    table = _summary(built) | {name: [entry.to_dict() for entry in found] for name, found in figures.items()}
     (partial / PARITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return built
 
@@ -183,12 +183,8 @@ def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress:
     return Built(folder, proven, checks, reference, answered[0])
 
 
-def _verdict(built: Built) -> dict[str, Any]:
-    return {"proof": "sensitive" if built.sensitive else "insensitive", "passed": built.passed}
-
-
 def _summary(built: Built) -> dict[str, Any]:
-    return _verdict(built) | {"worst": {c.name: c.to_dict()["value"] for c in dit_runtime.verify.worst(built.checks)}}
+    return dit_runtime.verify.summary("sensitive" if built.sensitive else "insensitive", built.checks)
 
 
 def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:

@@ -121,7 +121,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--prediction", help=f"what the network gives, where no scheduler says it: {', '.join(PREDICTIONS)}"
     )
     parser.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
-    parser.add_argument("--captions", metavar="FILE", help="text embeddings to calibrate int8 with, .npy or .npz")
+    parser.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="text embeddings to calibrate int8 with, .npy or .npz; of more than 20, 20 spread evenly",
+    )
     parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", "block 0", fc2')
     parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="made-up weights")
     parser.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")

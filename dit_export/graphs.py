@@ -23,6 +23,13 @@ from dit_runtime.manifest import TensorSpec
 
 INLINE_BYTES = 1024  # smaller tensors, and all int64 (shape inference reads them), stay in the .onnx itself
 ALIGNMENT = 64
+PACKED: dict[int, int] = {  # values a byte of ONNX's raw data, where NumPy has one a byte
+    TensorProto.INT4: 2,
+    TensorProto.UINT4: 2,
+    TensorProto.FLOAT4E2M1: 2,
+    TensorProto.INT2: 4,
+    TensorProto.UINT2: 4,
+}
 NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
@@ -53,12 +60,14 @@ def load(path: Path) -> gs.Graph:
 
 def _lower_constants(graph: gs.Graph) -> None:
     """Constant nodes, which some exporters write, become what the passes look for."""
+    lowered = set()  # by id: taking a node out of the list compares it with all before it
     for node in [node for node in graph.nodes if node.op == "Constant"]:
         ((kind, value),) = node.attrs.items()
         if kind == "value" or kind in NUMBERS:
             node.outputs[0].to_constant(value._values if kind == "value" else np.array(value, NUMBERS[kind]))
             node.outputs.clear()
-            graph.nodes.remove(node)
+            lowered.add(id(node))
+    graph.nodes = [node for node in graph.nodes if id(node) not in lowered]
 
 
 def _map_external(tensor: TensorProto, folder: Path) -> np.ndarray:
@@ -67,9 +76,13 @@ def _map_external(tensor: TensorProto, folder: Path) -> np.ndarray:
     if not file.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{tensor.name}: external data in {where['location']!r} leaves the model's folder")
     dtype, offset = tensor_dtype_to_np_dtype(tensor.data_type), int(where.get("offset", 0))
-    size, expected = file.stat().st_size, offset + math.prod(tensor.dims) * dtype.itemsize
+    length = -(-math.prod(tensor.dims) // PACKED.get(tensor.data_type, 1)) * dtype.itemsize
+    size, expected = file.stat().st_size, offset + length
     if size < expected:
         raise UsageError(f"{file}: {size} bytes, expected at least {expected}: a copy that broke off? copy it again")
+    if tensor.data_type in PACKED:
+        packed = np.fromfile(file, np.uint8, length, offset=offset).tobytes()
+        return onnx.numpy_helper.to_array(TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=packed))
     return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=tuple(tensor.dims))
 
 
@@ -108,19 +121,17 @@ def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
             values = tensor.values
             if values.nbytes < INLINE_BYTES or values.dtype == np.int64:
                 continue
+            kind, content = np_dtype_to_tensor_dtype(values.dtype), np.ascontiguousarray(values)
+            if kind in PACKED:
+                content = np.frombuffer(onnx.numpy_helper.from_array(values).raw_data, np.uint8)
             place = _mapped_from(values, path.parent)
             if place is None or place[0] == data_path.name:
                 data.write(b"\0" * (-data.tell() % ALIGNMENT))
                 place = data_path.name, data.tell()
-                np.ascontiguousarray(values).tofile(data)
+                content.tofile(data)
             used[place[0]] = None
-            proto = TensorProto(
-                name=tensor.name,
-                data_type=np_dtype_to_tensor_dtype(values.dtype),
-                dims=values.shape,
-                data_location=TensorProto.EXTERNAL,
-            )
-            for key, value in (("location", place[0]), ("offset", place[1]), ("length", values.nbytes)):
+            proto = TensorProto(name=tensor.name, data_type=kind, dims=values.shape, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", place[0]), ("offset", place[1]), ("length", content.nbytes)):
                 proto.external_data.add(key=key, value=str(value))
             external.append((tensor, proto))
             with _quiet():

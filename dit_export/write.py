@@ -257,7 +257,7 @@ def describe(folder: Path, loaded: Loaded, recipe: Recipe, backend: str, written
         diffusion=loaded.diffusion,
         graphs=described,
         files=manifest.describe_files(folder),
-        source={**loaded.source, "recipe": asdict(recipe)},
+        source={**loaded.source, "recipe": asdict(replace(recipe, timing_cache=None))},  # a file of this machine alone
         built_with={
             "passes": {name: graph.counts for name, graph in written.items()},
             "versions": _versions(),

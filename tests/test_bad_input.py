@@ -267,7 +267,11 @@ def test_sample_output(refused, meta, output, said):
     refused(run, "sample", meta.bundle, "--labels", 1, "-o", output, said=tuple(said))
 
 
-@pytest.mark.parametrize("content", [b"", b"not an array", pickle.dumps([1])], ids=["empty", "text", "pickle"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not an array", pickle.dumps([1]), b"\x93NUMPY\x01\x00\x01\x00{"],
+    ids=["empty", "text", "pickle", "half a header"],
+)
 def test_latents_that_are_no_array(refused, meta, tmp_path, content):
     file = tmp_path / "latents.npy"
     file.write_bytes(content)

@@ -74,6 +74,13 @@ def test_writing_a_manifest_follows_no_link(meta_copy: Path, tmp_path: Path) -> 
     assert victim.read_text() == "precious"
 
 
+def test_what_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "x.engine").mkdir()  # which no file takes the place of
+    with pytest.raises(OSError, match="directory"):
+        manifest.write_file(tmp_path, "x.engine", b"plan")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.engine"]
+
+
 def test_hoist_leaves_its_own_input_alone(meta_copy: Path, capsys: Capture) -> None:
     weights = meta_copy / "denoiser.onnx.data"
     size = weights.stat().st_size

@@ -89,8 +89,8 @@ def calibrate(
 ) -> Calibration:
     """Runs the fp32 bundle in `folder` from noise to latents, and looks on.
 
-    Pictures are of classes or, with `prompts`, of the user's own captions; the last few then of the made-up ones, for
-    those are what the gates ask.
+    Pictures are of classes or, with `prompts`, of the user's own captions, as many as there are pictures and spread
+    evenly; the last few then of the made-up ones, for those are what the gates ask.
     """
     tapped = folder / "tapped.onnx"
     rng = np.random.default_rng(plan.seed)

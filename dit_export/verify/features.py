@@ -27,6 +27,7 @@ STEPS, GUIDANCE = 25, 4.0  # as `dit-run sample` draws
 CHUNK = 64  # pictures at a time
 FEWEST = 100  # for a distance between distributions
 FILE = "an .npz of features or pictures"
+NUMBERS = "fiu"  # NumPy's kinds
 
 
 class Judged(NamedTuple):
@@ -92,11 +93,18 @@ class OnnxJudge:
             some = pictures[first : first + batch].transpose(0, 3, 1, 2).astype(np.float32) / 255
             count = len(some)
             some = np.concatenate([some, np.repeat(some[-1:], batch - count, 0)]) if count < batch else some
-            parts.append([array[:count] for array in self._session.run(names, {self._input.name: some})])
+            try:
+                found = self._session.run(names, {self._input.name: some})
+            except Exception as error:  # a size that something inside does not take
+                (height, width), reason = pictures.shape[1:3], str(error).splitlines()[0]
+                raise UsageError(f"{self._path}: fails on pictures of {height} × {width}: {reason}") from None
+            parts.append([np.atleast_1d(array)[:count] for array in found])
         features, *logits = (np.concatenate(part) for part in zip(*parts, strict=True))
-        if features.size != len(pictures) * features.shape[1]:
+        if features.ndim < 2 or features.size != len(pictures) * features.shape[1]:
             raise UsageError(f"{self._path}: features have shape {list(features.shape)}; expected [N, D]: pool them")
-        return Judged(features.reshape(len(pictures), -1), logits[0] if logits else None)
+        judged = Judged(features.reshape(len(pictures), -1), logits[0] if logits else None)
+        _require_tables(self._path, judged)
+        return judged
 
 
 def balanced_labels(count: int, classes: int) -> NDArray[np.int64]:
@@ -166,9 +174,10 @@ def read_real(path: Path, judge: Judge | None) -> Gaussian:
     arrays = read_arrays(path, FILE, alone={"mu", "sigma"})  # ADM's references hold thousands of pictures besides
     if {"mu", "sigma"} <= set(arrays):
         mean, covariance = arrays["mu"], arrays["sigma"]
-        if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        numbers = {mean.dtype.kind, covariance.dtype.kind} <= {*NUMBERS}
+        if not numbers or mean.ndim != 1 or covariance.shape != 2 * mean.shape:
             raise UsageError(
-                f"{path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; expected [D], [D, D]"
+                f"{path}: mu is {list(mean.shape)} and sigma {list(covariance.shape)}; expected [D], [D, D] of numbers"
             )
         return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
     return fit(_judged(path, arrays, judge).features)
@@ -178,8 +187,9 @@ def read_samples(path: Path, judge: Judge | None) -> Seen:
     """From an .npz: `features` and, if there, `logits`; or `arr_0`, pictures, and, if there, `arr_1`, their labels."""
     arrays = read_arrays(path, FILE)
     judged, labels = _judged(path, arrays, judge), arrays.get("arr_1", arrays.get("labels"))
-    if labels is not None and labels.shape != (len(judged.features),):
-        raise UsageError(f"{path}: labels have shape {list(labels.shape)}; expected [{len(judged.features)}]")
+    if labels is not None and (labels.shape != (len(judged.features),) or labels.dtype.kind not in NUMBERS):
+        expected = f"[{len(judged.features)}] of numbers"
+        raise UsageError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; expected {expected}")
     return Seen(judged, labels, [], [])
 
 
@@ -195,18 +205,34 @@ def require_width(judged: Judged, real: Gaussian | None) -> None:
 def _judged(path: Path, arrays: dict[str, NDArray[Any]], judge: Judge | None) -> Judged:
     if "features" in arrays:
         judged = Judged(arrays["features"], arrays.get("logits"))
+    elif "" in arrays:
+        raise UsageError(f"{path}: one array without a name; expected {FILE}")
     elif "arr_0" not in arrays:
         raise UsageError(f"{path}: holds {', '.join(arrays)}; expected features, arr_0 (pictures), or mu and sigma")
     elif judge is None:
         raise UsageError(f"{path}: holds pictures, so a network must look at them: pass --features FILE.onnx")
     else:
         pictures = arrays["arr_0"]
-        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
+        if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3 or not len(pictures):
             raise UsageError(f"{path}: arr_0 is {pictures.dtype} {list(pictures.shape)}; expected uint8 [N, H, W, 3]")
         judged = _joined([judge(pictures[first : first + CHUNK]) for first in range(0, len(pictures), CHUNK)])
-    if judged.features.ndim != 2 or len(judged.features) < 2:
+    _require_tables(path, judged)
+    if len(judged.features) < 2:
         raise UsageError(f"{path}: features have shape {list(judged.features.shape)}; expected [N, D], N at least 2")
     return judged
+
+
+def _require_tables(path: Path, judged: Judged) -> None:
+    """Refuses features and logits that are not numbers, a row a picture."""
+    for name, array in judged._asdict().items():
+        if array is None:
+            continue
+        if array.ndim != 2 or array.dtype.kind not in NUMBERS:
+            raise UsageError(f"{path}: {name} are {array.dtype} {list(array.shape)}; expected [N, D] of numbers")
+        if len(array) != len(judged.features):
+            raise UsageError(
+                f"{path}: {len(array)} rows of {name}, {len(judged.features)} of features; expected as many"
+            )
 
 
 def is_demo(contract: Manifest) -> bool:

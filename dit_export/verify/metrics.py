@@ -13,14 +13,9 @@ from numpy.typing import NDArray
 from dit_runtime import images
 from dit_runtime.manifest import Manifest
 from dit_runtime.replay import Reference, Replay, relative_error
-from dit_runtime.verify import sampler, tolerances, worst
+from dit_runtime.verify import jsonable, sampler, tolerances, worst
 
 AT_LEAST = {"cosine", "PSNR in dB", "SSIM", "contrast", "share", "score"}  # units where more is better
-
-
-def jsonable(value: float) -> float | str:
-    """JSON knows no NaN and no ∞."""
-    return value if math.isfinite(value) else str(value)
 
 
 @dataclass(frozen=True)

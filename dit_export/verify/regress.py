@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_export.verify import baseline, features
 from dit_export.verify.features import OnnxJudge
-from dit_export.verify.metrics import Metric, jsonable, of_replay, wrong_labels
+from dit_export.verify.metrics import Metric, of_replay, wrong_labels
 from dit_runtime import manifest
 from dit_runtime.backends import Options
 from dit_runtime.errors import UsageError
@@ -20,7 +20,7 @@ from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.replay import REFERENCE, Reference, Replay, load_reference, replay
-from dit_runtime.verify import tolerances
+from dit_runtime.verify import jsonable, tolerances
 
 COUNT = 2_000  # pictures before a judge, where one is named: half a point of agreement is ten of them
 

@@ -70,6 +70,7 @@ def test_a_file_of_captions(tmp_path) -> None:
         ({"captions": own, "masks": mask}, "unknown array 'masks'; known: captions, mask, negative, negative_mask"),
         ({"mask": mask}, "no captions in it; got mask"),
         ({"captions": own[..., :5]}, r"captions have shape \(2, 7, 5\); expected \(captions, up to 20, 16\)"),
+        ({"captions": own.astype(str)}, "captions are <U32; expected numbers"),
         ({"captions": own, "negative": own}, "2 negative captions; expected one"),
         ({"captions": own, "negative_mask": np.tri(1, 3)}, "negative_mask without negative"),
     ):
@@ -77,10 +78,16 @@ def test_a_file_of_captions(tmp_path) -> None:
         with pytest.raises(UsageError, match=said):
             read(tmp_path / "bad.npz", CAPTIONED)
     (tmp_path / "text.npy").write_text("a red circle")
-    (tmp_path / "half.npz").write_bytes((tmp_path / "all.npz").read_bytes()[:1000])
+    whole = (tmp_path / "all.npz").read_bytes()
+    directory = whole.rindex(b"PK\x01\x02")  # the last entry of its directory
+    (tmp_path / "half.npz").write_bytes(whole[:1000])
+    (tmp_path / "zip.npz").write_bytes(whole[: directory + 6] + b"\x63" + whole[directory + 7 :])  # asks for zip 9.9
+    (tmp_path / "locked.npz").write_bytes(whole[: directory + 8] + b"\x01" + whole[directory + 9 :])
     for path, spec, said in (
         (tmp_path / "text.npy", CAPTIONED, "not captions as .npy or .npz"),
         (tmp_path / "half.npz", CAPTIONED, "not captions as .npy or .npz"),
+        (tmp_path / "zip.npz", CAPTIONED, "not captions as .npy or .npz: zip file version 9.9"),
+        (tmp_path / "locked.npz", CAPTIONED, "not captions as .npy or .npz: .* is encrypted"),
         (tmp_path / "nowhere.npy", CAPTIONED, "nowhere.npy: no such file; expected captions"),
         (tmp_path / "some.npz", SPEC, "this network takes labels; leave them out"),
     ):

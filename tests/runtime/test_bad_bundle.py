@@ -118,6 +118,12 @@ def test_malformed_json(refused, meta_copy, text):
     refused("manifest.json")
 
 
+def test_a_byte_order_mark_is_none_of_its_text(meta_copy):
+    before, path = manifest.read(meta_copy), meta_copy / "manifest.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert manifest.read(meta_copy) == before
+
+
 def test_bytes_that_are_no_text(refused, meta_copy):
     (meta_copy / "manifest.json").write_bytes(b"\xff\xfe\xfd")
     refused("manifest.json", "not JSON")

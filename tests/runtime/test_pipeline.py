@@ -129,6 +129,18 @@ def test_more_labels_than_a_batch_one_stream(pipe):
     assert far(split[2], split[3]) > 0.1  # equal labels, but each its own noise
 
 
+def test_the_conditioner_gets_no_more_than_it_takes(pipe):
+    """Whoever asks, a profile of TensorRT ends at max_batch."""
+    sizes = []
+    engine = _Engine(pipe._engines["conditioner"], lambda inputs: sizes.append(len(inputs["labels"])))
+    table = {**pipe.manifest.graphs, "conditioner": replace(pipe.manifest.graphs["conditioner"], max_batch=4)}
+    narrow = Pipeline(pipe.folder, replace(pipe.manifest, graphs=table), {"conditioner": engine})
+    times, labels = np.linspace(1, 900, len(LABELS), dtype=np.float32), np.array(LABELS)
+    split = narrow.condition(times, labels)
+    assert sizes == [4, 4, 1]
+    assert far(split, pipe.condition(times, labels)) < SPLIT_RTOL
+
+
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
 def test_a_list_of_seeds_is_one_run_a_sample(pipe, solver):
     """A sample with its own seed does not depend on its batch, even where every step draws noise."""

@@ -173,12 +173,40 @@ def test_a_graph_that_does_not_compile_leaves_the_rest_as_it_was(bundle, capsys,
     assert files(bundle) == before
 
 
+def test_a_disk_that_is_full_at_the_end(bundle, capsys, monkeypatch) -> None:
+    """The manifest that would name the new engines cannot be written: they go."""
+    before = files(bundle)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(manifest, "write", full)
+    code, told = run(capsys, "compile", str(bundle), "--backend", "tensorrt-rtx")
+    assert code == 2 and "No space left" in told
+    assert files(bundle) == before
+
+
 def test_what_was_not_verified_does_not_say_that_it_was(meta_copy, capsys) -> None:
     command = ["compile", str(meta_copy), "--backend", "tensorrt-rtx", "--json"]
     code, told = run(capsys, *command)
     assert code == 0 and json.loads(told)["passed"] is None
-    assert manifest.read(meta_copy).parity == {}
-    assert "parity     not verified" in run(capsys, "info", str(meta_copy))[1]
+    assert manifest.read(meta_copy).parity == {"proof": "sensitive"}  # of the weights, which are the same
+    assert "parity     not verified, proof: sensitive" in run(capsys, "info", str(meta_copy))[1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_an_engine_of_another_backend_is_no_obstacle(meta_copy, capsys, damage) -> None:
+    """A bundle that came without its large engines runs on what is here, and names them no more."""
+    assert run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx")[0] == 0
+    engine = meta_copy / "denoiser.tensorrt-rtx.engine"
+    engine.unlink() if damage == "missing" else engine.write_bytes(b"half of it")
+    assert run(capsys, "compile", str(meta_copy), "--backend", "onnxruntime")[0] == 0
+    contract = manifest.read(meta_copy)
+    assert engine.name not in contract.files and not engine.exists()
+    assert contract.graphs["denoiser"].engines.keys() == {"onnxruntime", "openvino"}
+    assert contract.built_with["engines"]["tensorrt-rtx"].keys() == {"conditioner", "update"}
+    assert contract.graphs["update"].engines == {"tensorrt-rtx": ("update.tensorrt-rtx.engine",)}  # which is whole
+    assert contract.parity["passed"] and contract.parity["proof"] == "sensitive"
 
 
 @pytest.mark.parametrize(

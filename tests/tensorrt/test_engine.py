@@ -104,6 +104,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(device, trt, plan) -> No
     assert device.open == {}
 
 
+def test_kernels_that_cannot_be_kept_leave_nothing(device, trt, plan, tmp_path) -> None:
+    kept = tmp_path / "cache" / "denoiser.tensorrt.kernels.bin"
+    kept.mkdir(parents=True)  # which no file takes the place of
+    backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=kept.parent)).close()
+    assert [*kept.parent.iterdir()] == [kept]
+
+
 def test_kernels_of_a_shape_are_its_own_from_the_first_run_on(device, trt, plan) -> None:
     backend("tensorrt-rtx").open([plan], Options(built=BUILT)).close()
     eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -173,6 +180,13 @@ def test_a_timing_cache_that_does_not_fit_is_refused(made, taken) -> None:
     else:
         with pytest.raises(UsageError, match="timing-cache of-another: tensorrt does not take it"):
             configure()
+
+
+def test_a_timing_cache_needs_a_folder_before_the_work(device, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert backend("tensorrt").targets("fp16", Tuning(timing_cache="~/trt.cache")) == ("8.9",)
+    with pytest.raises(UsageError, match=f"the folder {tmp_path}/nowhere does not exist"):
+        backend("tensorrt").targets("fp16", Tuning(timing_cache="~/nowhere/trt.cache"))
 
 
 def test_a_runtime_that_does_not_start(device, trt, plan) -> None:

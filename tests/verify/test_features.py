@@ -75,6 +75,29 @@ def test_a_network_that_does_not_fit(tmp_path, outputs, shape, message):
         OnnxJudge(network(tmp_path / "judge.onnx", outputs, shape), 1)(pictures(0, 2))
 
 
+@pytest.mark.parametrize(
+    ("pooled", "side", "message"),
+    [
+        ("features", 64, "features have shape \\[4\\]; expected \\[N, D\\]"),
+        ("logits", 64, "logits are float32 \\[4\\]; expected \\[N, D\\]"),
+        (None, 40, "judge.onnx: fails on pictures of 40 × 40: "),
+    ],
+)
+def test_a_network_whose_answer_does_not_fit(tmp_path, pooled, side, message):
+    model = onnx.load(network(tmp_path / "judge.onnx"))
+    for node in model.graph.node:
+        if pooled in node.output:
+            node.output[0] = "unpooled"
+            mean = helper.make_node("ReduceMean", ["unpooled", "axis"], [pooled], keepdims=0)
+            model.graph.node.append(mean)
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "axis"))
+    if pooled == "features":
+        del model.graph.output[1], model.graph.node[2]
+    onnx.save(model, tmp_path / "judge.onnx")
+    with pytest.raises(UsageError, match=message):
+        OnnxJudge(tmp_path / "judge.onnx", 1)(pictures(0, 4)[:, :side, :side])
+
+
 def test_what_is_no_network(tmp_path):
     (tmp_path / "x.onnx").write_text("no")
     for path in (tmp_path / "x.onnx", tmp_path / "nothing.onnx"):
@@ -173,9 +196,14 @@ def test_samples_from_files(meta, tmp_path, capsys):
         (["--samples", "nothing.npz"], "no such file"),
         (["--samples", "text.npz"], "not an .npz"),
         (["--samples", "other.npz"], "holds other; expected features"),
+        (["--samples", "array.npy"], "array.npy: one array without a name; expected an .npz of features or pictures"),
         (["--features", "judge.onnx", "--count", "50"], "at least 100"),
         (["--features", "judge.onnx", "--samples", "floats.npz"], "expected uint8"),
         (["--samples", "flat.npz"], "expected \\[N, D\\]"),
+        (["--samples", "short-logits.npz"], "8 rows of logits, 9 of features"),
+        (["--samples", "flat-logits.npz"], "logits are float64 \\[9\\]; expected \\[N, D\\] of numbers"),
+        (["--samples", "words.npz"], "features are <U1 \\[9, 5\\]; expected"),
+        (["--samples", "narrow.npz", "--real", "words-real.npz"], "mu is \\[7\\] .* of numbers"),
     ],
 )
 def test_bad_input(meta, tmp_path, capsys, monkeypatch, options, message):
@@ -184,8 +212,13 @@ def test_bad_input(meta, tmp_path, capsys, monkeypatch, options, message):
     np.savez("pictures.npz", arr_0=pictures(0, 3))
     np.savez("floats.npz", arr_0=np.zeros((3, 64, 64, 3)))
     np.savez("other.npz", other=np.zeros(3))
+    np.save("array.npy", np.zeros((9, 5)))
     np.savez("flat.npz", features=np.zeros(3))
     np.savez("narrow.npz", features=np.zeros((9, 5)))
+    np.savez("short-logits.npz", features=np.zeros((9, 5)), logits=np.zeros((8, 3)))
+    np.savez("flat-logits.npz", features=np.zeros((9, 5)), logits=np.zeros(9))
+    np.savez("words.npz", features=np.full((9, 5), "a"))
+    np.savez("words-real.npz", mu=np.full(7, "a"), sigma=np.eye(7))
     np.savez("other-width.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez("no-square.npz", mu=np.zeros(7), sigma=np.ones(7))
     Path("text.npz").write_text("no")

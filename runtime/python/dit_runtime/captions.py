@@ -71,6 +71,8 @@ def fitting(captions: Captions | NDArray[Any], tokens: int, channels: int, what:
         raise UsageError(
             f"{what}: the mask has shape {mask.shape}; expected {embeddings.shape[:2]} of 0 and 1, a 1 in every row"
         )
+    if embeddings.dtype.kind not in "fiub":
+        raise UsageError(f"{what} are {embeddings.dtype}; expected numbers")
     if not np.isfinite(embeddings).all():
         raise UsageError(f"{what} hold values that are not finite")
     missing = tokens - mask.shape[1]

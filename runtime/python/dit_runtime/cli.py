@@ -190,7 +190,9 @@ def _read_captions(embeddings: Path | None, mask: Path | None, what: str) -> Cap
 def _read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what a damaged file raises shares no base class but this
         raise UsageError(f"{path}: not a .npy file of numbers: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise UsageError(f"{path}: not a .npy file of numbers")
@@ -228,7 +230,7 @@ def summary(folder: Path, contract: Manifest) -> str:
     for name, graph in contract.graphs.items():
         lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
     parity = contract.parity
-    outcome = ("passed" if parity.get("passed") else "FAILED") if parity else "not verified"
+    outcome = ("passed" if parity["passed"] else "FAILED") if "passed" in parity else "not verified"
     lines.append(f"parity     {outcome}, proof: {parity.get('proof', 'none')}")
     origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
     lines.append(f"weights    {', '.join(origin)}")
@@ -270,9 +272,9 @@ def _compile(options: argparse.Namespace) -> int:
     contract = manifest.read(folder, engines=False)
     settings = Options(options.threads, options.provider, tuning=tuning(options))
     compiled = compile_graphs(folder, contract, options.backend, settings, Progress())
-    manifest.write(folder, compiled)
     code = 1
     try:
+        manifest.write(folder, compiled)
         if reason := obstacle(compiled):
             code = 0
             if options.json:
@@ -282,13 +284,14 @@ def _compile(options: argparse.Namespace) -> int:
         else:
             checks = _checks(options)
             code = report(checks, options.json)
-            worst = {check.name: check.to_dict()["value"] for check in verify.worst(checks)}
-            parity = {"proof": contract.parity.get("proof", "none"), "passed": not code, "worst": worst}
+            parity = verify.summary(contract.parity.get("proof", "none"), checks)
             compiled = replace(compiled, parity=parity)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)
-        manifest.write(folder, stays)
-        remove(folder, goes.files.keys() - stays.files.keys())
+        try:
+            manifest.write(folder, stays)
+        finally:  # on a full disk too
+            remove(folder, goes.files.keys() - stays.files.keys())
     return code
 
 

@@ -92,13 +92,13 @@ class Manifest:
 def read(folder: Path, engines: bool = True) -> Manifest:
     """Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
 
-    Without `engines`, those may be missing or damaged: they are to be made again.
+    Without `engines`, those may be missing or damaged: they are to be made again, or given up (`lost_engines`).
     """
     path = folder / NAME
     if not path.is_file() or path.is_symlink():
         raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not JSON: {error}") from None
     if not isinstance(table, dict) or not isinstance(table.get("format"), int):
@@ -123,6 +123,14 @@ def _require(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
             raise BundleError(f"{folder}: {name} is missing; rebuild the bundle")
         if location.stat().st_size != size:
             raise BundleError(f"{folder}: {name} has {location.stat().st_size} bytes, expected {size}; rebuild it")
+
+
+def lost_engines(folder: Path, manifest: Manifest) -> set[str]:
+    """Those that are missing, or not of their size."""
+    engines = {name: inside(folder, name) for name in manifest.files if name.endswith(ENGINE)}
+    return {
+        name for name, path in engines.items() if not path.is_file() or path.stat().st_size != manifest.files[name].size
+    }
 
 
 def _parse(table: dict[str, Any]) -> Manifest:
@@ -249,6 +257,10 @@ def write_file(folder: Path, name: str, content: bytes) -> None:
     """Puts a file into the bundle in one step, and follows no link that somebody left there."""
     partial = folder / f"{name}.partial"
     partial.unlink(missing_ok=True)
-    with partial.open("xb") as file:
-        file.write(content)
-    partial.replace(folder / name)
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+        partial.replace(folder / name)
+    except BaseException:  # a full disk, or ctrl-c
+        partial.unlink(missing_ok=True)
+        raise

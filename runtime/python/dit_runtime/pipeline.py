@@ -189,8 +189,13 @@ class Pipeline:
 
     def condition(self, timesteps: NDArray[np.float32], labels: NDArray[np.int64]) -> NDArray[Any]:
         """(N,), (N,) -> [N, K, D]; where there are captions, labels change nothing."""
+        size = self.manifest.graphs["conditioner"].max_batch
         inputs = {"timesteps": timesteps} | ({} if self.manifest.caption_shape else {"labels": labels})
-        return self._run("conditioner", inputs)["conditioning"]
+        parts = []
+        for first in range(0, len(timesteps), size):
+            some = {name: rows[first : first + size] for name, rows in inputs.items()}
+            parts.append(self._run("conditioner", some)["conditioning"])
+        return np.concatenate(parts)
 
     def context(self, captions: Captions) -> Context:
         """(N, L, C), (N, L) -> [N, M, D], [N, L]."""

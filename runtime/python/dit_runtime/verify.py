@@ -66,8 +66,12 @@ class Check:
         return self.value >= self.limit if self.at_least else self.value <= self.limit  # False for NaN
 
     def to_dict(self) -> dict[str, Any]:
-        value = self.value if math.isfinite(self.value) else str(self.value)  # JSON knows no NaN
-        return asdict(self) | {"value": value, "passed": self.passed}
+        return asdict(self) | {"value": jsonable(self.value), "passed": self.passed}
+
+
+def jsonable(value: float) -> float | str:
+    """JSON knows no NaN and no ∞."""
+    return value if math.isfinite(value) else str(value)
 
 
 def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) -> list[Check]:
@@ -147,6 +151,12 @@ def worst(figures: Sequence[F], kind: str = "name") -> list[F]:
         or (min if same[0].at_least else max)(same, key=lambda figure: figure.value)
         for same in found.values()
     ]
+
+
+def summary(proof: str, checks: Sequence[Check]) -> dict[str, Any]:
+    """What the manifest keeps of them, beside what the build's proof said."""
+    found = {check.name: jsonable(check.value) for check in worst(checks)}
+    return {"proof": proof, "passed": all(check.passed for check in checks), "worst": found}
 
 
 def table(checks: Sequence[Check]) -> str:

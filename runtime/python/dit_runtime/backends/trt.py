@@ -102,11 +102,10 @@ class Flavour:
             plan = builder.build_serialized_network(network, config)
             if plan is None:
                 raise BundleError(f"{onnx}: {self.name} does not compile it: {logger.last}")
-            write_file(folder, name, plan)
             del monitor
             engine = self._inspected(trt, logger, plan, capabilities)
-        if options.tuning.timing_cache:
-            Path(options.tuning.timing_cache).write_bytes(config.get_timing_cache().serialize())
+        if cache := _timing_cache(options.tuning):
+            cache.write_bytes(config.get_timing_cache().serialize())
         major = (self._package() or ("",))[0].partition("-cu")[2]
         ampere_plus = options.tuning.hardware_compatibility_level == "ampere+"
         built = {
@@ -122,6 +121,7 @@ class Flavour:
             },
         }
         refit = graph.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
+        write_file(folder, name, plan)  # last: what fails before leaves no engine
         return Compiled((name, *refit), built)
 
     def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
@@ -180,6 +180,8 @@ class Flavour:
             if field not in self.tuning:
                 flags = ", ".join("--" + name.replace("_", "-") for name in self.tuning)
                 raise UsageError(f"{self.name} has no --{field.replace('_', '-')}; it has {flags}")
+        if (cache := _timing_cache(tuning)) and not cache.parent.is_dir():
+            raise UsageError(f"timing-cache {cache}: the folder {cache.parent} does not exist")
         least = LEAST_CAPABILITY.get(precision, "0.0")
         if not self.capabilities:
             if reason := cuda.obstacle():
@@ -223,8 +225,7 @@ class Flavour:
         level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[tuning.hardware_compatibility_level])
         if level != trt.HardwareCompatibilityLevel.NONE:
             config.hardware_compatibility_level = level
-        if tuning.timing_cache:
-            path = Path(tuning.timing_cache)
+        if path := _timing_cache(tuning):
             cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
             if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
                 raise UsageError(f"timing-cache {path}: {self.name} does not take it; it is of another version or GPU")
@@ -257,6 +258,10 @@ RTX = Flavour(
 def _given(tuning: Tuning) -> dict[str, Any]:
     """What was asked for beyond the defaults."""
     return {key: value for key, value in asdict(tuning).items() if value != asdict(Tuning())[key]}
+
+
+def _timing_cache(tuning: Tuning) -> Path | None:
+    return Path(tuning.timing_cache).expanduser() if tuning.timing_cache else None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -187,8 +187,13 @@ class TrtEngine:
             with suppress(OSError):  # it only saves time
                 self._kernels.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 with NamedTemporaryFile(dir=self._kernels.parent, prefix=self._kernels.stem, delete=False) as part:
-                    part.write(kernels)
-                Path(part.name).replace(self._kernels)
+                    try:
+                        part.write(kernels)
+                        part.flush()
+                        Path(part.name).replace(self._kernels)
+                    except BaseException:
+                        Path(part.name).unlink(missing_ok=True)
+                        raise
 
 
 def _size(shape: Sequence[int]) -> int:
