@@ -56,7 +56,7 @@ class OnnxJudge:
         if not path.is_file():
             raise UsageError(f"{path}: no such file; expected an ONNX network with an image input")
         settings = ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # what fails is said by us
         if threads:
             settings.intra_op_num_threads = threads
         try:

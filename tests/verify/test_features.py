@@ -85,7 +85,7 @@ def test_a_network_that_does_not_fit(tmp_path, outputs, shape, message):
 )
 def test_a_network_whose_answer_does_not_fit(tmp_path, pooled, side, message):
     model = onnx.load(network(tmp_path / "judge.onnx"))
-    for node in model.graph.node:
+    for node in [*model.graph.node]:
         if pooled in node.output:
             node.output[0] = "unpooled"
             mean = helper.make_node("ReduceMean", ["unpooled", "axis"], [pooled], keepdims=0)
