@@ -30,13 +30,13 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def dit_generate(build, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the program; one thread, so that the sums are in Python's order."""
+    """Runs the program."""
 
     cache = tmp_path_factory.getbasetemp() / "cache"  # of OpenVINO's compiled graphs
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [str(build / "programs/dit-generate"), *map(str, arguments), "--threads", "1"]
+    def run(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess[str]:
+        command = [str(build / "programs/dit-generate"), *map(str, arguments), "--threads", str(threads)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
     return run

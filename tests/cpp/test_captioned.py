@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_runtime import Captions
-from tests.cpp.test_same_pictures import ENGINES, load, same_latents, same_pictures
+from tests.cpp.test_same_pictures import ENGINES, WAYS, load, same_latents, same_pictures
 
 STEPS = 4
 SHAPES = {1: (1, 120), 3: (3, 7)}  # captions and their tokens
@@ -30,20 +30,20 @@ def flags(own: list[object], null: list[object]) -> list[object]:
     return [word for pair in zip(names, [*own, *null], strict=True) for word in pair]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_the_same_pictures(pixart, written, dit_generate, tmp_path, engine) -> None:
+@pytest.mark.parametrize(("engine", "threads"), WAYS)
+def test_the_same_pictures(pixart, written, dit_generate, tmp_path, engine, threads) -> None:
     """More captions than a batch; one negative for all or one each; with and without guidance."""
     for count, guidance, nulls in ((1, 4.0, 1), (3, 4.0, 1), (3, 4.0, 3), (3, 1.0, 1)):
         (own, own_files), (null, null_files) = written[count], written[nulls]
         asked = {"captions": own, "negative": null, "steps": STEPS, "guidance": guidance, "seed": 5}
         given = [*flags(own_files, null_files), "--steps", STEPS, "--guidance", guidance, "--seed", 5]
-        with load(pixart.bundle, engine) as pipe:  # as new as the program, for each of its two runs
+        with load(pixart.bundle, engine, threads) as pipe:  # as new as the program, for each of its two runs
             latents = pipe.sample(**asked, output="latents")
             other = pipe.sample(**{**asked, "captions": own.embeddings}, output="latents")
-        with load(pixart.bundle, engine) as pipe:
+        with load(pixart.bundle, engine, threads) as pipe:
             pictures = pipe.sample(**asked)
         for name in ("x.npy", "x.npz"):
-            done = dit_generate(pixart.bundle, *given, "--backend", engine, "-o", tmp_path / name)
+            done = dit_generate(pixart.bundle, *given, "--backend", engine, "-o", tmp_path / name, threads=threads)
             assert done.returncode == 0, done.stderr
         assert same_latents(np.load(tmp_path / "x.npy"), latents), (count, guidance, nulls)
         assert not same_latents(np.load(tmp_path / "x.npy"), other)  # the mask is read

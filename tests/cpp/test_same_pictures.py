@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dit_runtime import Pipeline, backends, manifest
+from dit_runtime import Pipeline, manifest
 from dit_runtime.backends import Options
 from dit_runtime.schedule import FLOW_SOLVERS
 
 ENGINES = ("onnxruntime", "openvino")
+WAYS = [*((name, 1) for name in ENGINES), ("openvino", 2)]  # on two threads its two rows run at once
 FORMS = [*(("fp32", name) for name in ENGINES), *(("int8", name) for name in ENGINES), ("bf16", "openvino")]
 SOLVERS = ("ddim", "ddpm", "dpm++")
 STEPS = 6
@@ -20,13 +22,11 @@ LATENTS_RTOL = 1e-5  # of the norm; the engine, its threads and the order of sum
 LEVELS, SHARE = 1, 1e-3  # a uint8 value may round the other way where it falls on a half
 
 
-def load(bundle: Path, name: str) -> Pipeline:
-    """Python on one thread and this engine, whatever the bundle was built for."""
-    contract, module, engines = manifest.read(bundle), backends.backend(name), {}
-    for graph_name, graph in contract.graphs.items():
-        files = [bundle / file for file in graph.engines.get(name, graph.onnx_files)]
-        engines[graph_name] = module.open(files, Options(threads=1, precision=graph.precision))
-    return Pipeline(bundle, contract, engines)
+def load(bundle: Path, name: str, threads: int = 1) -> Pipeline:
+    """Python on this engine, whatever the bundle was built for."""
+    contract = manifest.read(bundle)
+    graphs = {graph_name: replace(graph, backend=name) for graph_name, graph in contract.graphs.items()}
+    return Pipeline(bundle, replace(contract, graphs=graphs), {}, Options(threads=threads))
 
 
 def same_pictures(first: np.ndarray, second: np.ndarray) -> bool:
@@ -44,15 +44,16 @@ def flags(labels: list[int], guidance: float, solver: str, seed: object) -> list
     return [*chosen, "--steps", STEPS]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "threads"), WAYS)
 @pytest.mark.parametrize(("network", "solvers"), [("meta", SOLVERS), ("velocity", FLOW_SOLVERS)])
-def test_the_same_latents(request, dit_generate, tmp_path, network, solvers, engine):
+def test_the_same_latents(request, dit_generate, tmp_path, network, solvers, engine, threads):
     """A model that predicts its variance, so DDPM draws noise with every step; and one that predicts a velocity."""
     bundle = request.getfixturevalue(network).bundle
-    with load(bundle, engine) as pipe:
+    with load(bundle, engine, threads) as pipe:
         for solver, guidance, batch in product(solvers, (1.0, 4.0), (1, 3)):
             labels, file = [7, 2, 11][:batch], tmp_path / "x.npy"
-            done = dit_generate(bundle, *flags(labels, guidance, solver, 5), "--backend", engine, "-o", file, "--json")
+            given = [*flags(labels, guidance, solver, 5), "--backend", engine, "-o", file, "--json"]
+            done = dit_generate(bundle, *given, threads=threads)
             assert done.returncode == 0, done.stderr
             expected = pipe.sample(labels, steps=STEPS, guidance=guidance, solver=solver, seed=5, output="latents")
             assert same_latents(np.load(file), expected), (solver, guidance, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,36 @@ def test_products_do_not_saturate_where_there_is_no_vnni(meta_copy, tmp_path, mo
     else:
         with pytest.raises(RuntimeError, match="x64quantprecision"):
             settings.get_session_config_entry("session.x64quantprecision")
+
+
+def test_rows_at_once_are_rows_in_one_batch(meta_copy, tmp_path, monkeypatch) -> None:
+    """OpenVINO runs the row with the label and the one with the null label each on half of an even number of threads,
+    where cores are alike; guidance moves three channels of four, and each sample has a weight of its own."""
+    on(meta_copy, "openvino")
+    module = backends.backend("openvino")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(module, "UNLIKE", tmp_path / "cpu_atom")
+    noise = np.random.default_rng(3).normal(size=(3, *manifest.read(meta_copy).latent_shape))
+
+    def answers(threads: int) -> tuple[type, list[np.ndarray]]:
+        found = []
+        with Pipeline.load(meta_copy, threads=threads) as pipe:
+            for batch in (1, 3, 1):  # its own shape, another, and back
+                x, labels = noise[:batch], [2, 5, 7][:batch]
+                times, ids = np.full(batch, 300, np.float32), (labels, [12] * batch)
+                rows = [pipe.condition(times, np.array(some)) for some in ids]
+                found += pipe.denoise(x, np.stack(rows), np.array([4, 1.5, 7], np.float32)[:batch])
+                found += pipe.denoise(x, rows[0][None], np.ones(batch, np.float32))  # without guidance
+            return type(pipe._engines["denoiser"]), found
+
+    kind, stacked = answers(1)
+    assert kind is module.OvEngine and answers(3)[0] is module.OvEngine
+    kind, halves = answers(2)
+    assert kind is module.Halves
+    for one, other in zip(halves, stacked, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
+    (tmp_path / "cpu_atom").mkdir()
+    assert answers(2)[0] is module.OvEngine
 
 
 def test_auto_takes_the_first_that_can(monkeypatch) -> None:

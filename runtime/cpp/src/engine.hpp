@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,8 @@ struct Options {
     int threads = 0;          // 0: as many as the backend thinks right
     bool low_memory = false;  // one engine at a time, smaller buffers
     Path cache;               // where a backend may keep what it compiled; empty: nowhere
+    // Of a denoiser: the leading channels that guidance moves.
+    std::optional<std::size_t> guided_channels = std::nullopt;
 };
 
 // An array that goes in; it belongs to the caller.

@@ -79,7 +79,9 @@ Engine& Pipeline::engine(const std::string& name) {
     const Backend& backend = this->backend(name);
     std::vector<Path> paths;
     for (const auto& file : graph.files(backend.name)) paths.push_back(inside(folder, file));
-    std::unique_ptr<Engine> opened = backend.open(paths, graph, options_);
+    Options options = options_;
+    if (name == "denoiser") options.guided_channels = static_cast<std::size_t>(manifest.guided_channels);
+    std::unique_ptr<Engine> opened = backend.open(paths, graph, options);
     const auto inputs = names(graph.inputs), outputs = names(graph.outputs);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
         throw BundleError(text(folder.string(), ": ", name, " has inputs ", join(opened->inputs), " and outputs ",

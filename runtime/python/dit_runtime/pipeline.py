@@ -90,6 +90,8 @@ class Pipeline:
             module = backends.backend(backends.choose(graph.backend, graph.precision))
             files = [manifest.inside(self.folder, file) for file in graph.files]
             settings = replace(self._options, precision=graph.precision, built=manifest.built(self.manifest, name))
+            if name == "denoiser":
+                settings = replace(settings, guided_channels=self.manifest.guided_channels)
             if name == "update":
                 settings = replace(settings, beside=self._engines["denoiser"])
             engine: Engine = module.open(files, settings)

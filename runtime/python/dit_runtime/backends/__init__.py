@@ -54,6 +54,7 @@ class Options:
     precision: str = "fp32"  # of the graph
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
+    guided_channels: int | None = None  # of a denoiser: the leading channels that guidance moves
     tuning: Tuning = Tuning()
     islands: tuple[str, ...] = ()  # nodes of a typed graph that stay fp32
     built: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the engine that is opened
