@@ -71,6 +71,7 @@ class Ours(Subject):
         self.pipe = Pipeline.load(folder, provider=provider, **on_cpu)
         self._times = plan(job.diffusion, SOLVER, job.steps)
         self._ids: list[int] = self.labels.tolist()
+        self._condition(self._times)  # as runs ask for it: what is compiled for a shape is compiled for this one
         self._rows = self._condition(np.array([TIMESTEP]))
 
     def _condition(self, times: NDArray[np.float64]) -> NDArray[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import truediv
+from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
@@ -89,10 +91,14 @@ def _reading(floor: dict[str, Any]) -> str:
 
 
 def against_plain(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times as fast as the export without our passes, on the same backend in the same precision."""
+    """How many times as fast as the export without our passes, on the same backend in the same precision: in the same
+    round where both ran together, else by how each stood to PyTorch eager beside it; medians."""
     for other in rows:
         if other["kind"] == "plain" and all(other[key] == row[key] for key in ("library", "precision")):
-            return float(row["step"]["times_faster"]["median"] / other["step"]["times_faster"]["median"])
+            ours, plain = row["step"], other["step"]
+            if row["group"] == other["group"]:
+                return median(map(truediv, plain["samples"], ours["samples"]))
+            return float(ours["times_faster"]["median"] / plain["times_faster"]["median"])
     return None
 
 

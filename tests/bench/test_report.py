@@ -29,6 +29,9 @@ def test_table(result: Result) -> None:
     assert fields[1:5] == ["40.0 ms", "39.2 ms–44.0 ms", "2.50", "75%"]
     assert fields[-4:] == ["2.50 s", "1.23 GB", "330 MB", "2e-06"]
     assert "dit-export on OpenVINO bf16: 1.25× the plain export" in text
+    slower = {**result["rows"][1]["step"], "times_faster": {"median": 1.5}}  # in a group of its own, where all are
+    result["rows"][1] |= {"group": 2, "step": slower}
+    assert "dit-export on OpenVINO bf16: 1.67× the plain export" in table(result)
     assert "dit-export on ONNX Runtime fp32: " not in text  # no plain export of that precision ran
     assert "floor fp32: 60.0 ms = 12.00 GFLOP at 200 GFLOP/s" in text
     assert "left out: gemm-openvino: ModuleNotFoundError" in text

@@ -1,10 +1,11 @@
-"""The demo's int8 before the judge, 2,000 pictures beside fp32's, and what smoothing and calibration are for.
+"""The demo's int8 before the judge, 5 × 2,000 pictures beside fp32's, and what smoothing and calibration are for.
 
 `pytest -s -m slow tests/demo/test_int8.py` prints the table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,13 @@ from dit_runtime import images
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 
-COUNT = 2_000
+COUNT, SEEDS = 2_000, (1, 2, 3, 4, 5)  # so near to zero, the distance of 2,000 scatters by more than 3 %
 SHORT = Plan(pictures=1, steps=2, batch=1)  # no trajectory: two timesteps of one class
 
 
 class Seen(NamedTuple):
+    """Means over the seeds."""
+
     agreement: float
     frechet: float
     psnr: float  # mean over the pictures of the same seeds
@@ -40,36 +43,38 @@ def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     judge, labels = store.load_judge(), score.balanced_labels(COUNT)
     real = score.reference_features(judge)
 
-    def drawn(name: str, **changes: object) -> np.ndarray:
+    def drawn(name: str, seeds: Sequence[int], **changes: object) -> list[np.ndarray]:
         recipe = Recipe(**{**vars(base), **changes})
         write.unverified(tmp_path / name, traced, loaded, recipe, progress)
         with Pipeline.load(tmp_path / name) as pipe:
-            return run.sample(pipe, labels, seed=1)
+            return [run.sample(pipe, labels, seed=seed) for seed in seeds]
 
-    def seen(pictures: np.ndarray, theirs: np.ndarray) -> Seen:
-        result = score.score(np.split(pictures, range(250, COUNT, 250)), labels, judge, real)
-        ratios = [min(images.psnr(*pair), 100.0) for pair in zip(pictures, theirs, strict=True)]
-        return Seen(result.accuracy.value, result.frechet.value, float(np.mean(ratios)))
+    def seen(runs: list[np.ndarray]) -> Seen:
+        rows = []
+        for pictures, theirs in zip(runs, exact, strict=False):
+            result = score.score(np.split(pictures, range(250, COUNT, 250)), labels, judge, real)
+            ratios = [min(images.psnr(*pair), 100.0) for pair in zip(pictures, theirs, strict=True)]
+            rows.append((result.accuracy.value, result.frechet.value, np.mean(ratios)))
+        return Seen(*np.mean(rows, axis=0).tolist())
 
-    exact = drawn("fp32")
+    exact = drawn("fp32", SEEDS)
     looked = tmp_path / "looked"
     write.unverified(looked, traced, loaded, Recipe(**{**vars(base), "backend": "onnxruntime"}), progress)
     calibrate(looked, Plan(), lambda done, total: None).save(tmp_path / "whole.npz")
     (looked / "tapped.onnx").unlink()
     calibrate(looked, SHORT, lambda done, total: None).save(tmp_path / "short.npz")
 
-    def int8(name: str, calibration: str) -> Seen:
-        pictures = drawn(name, precision="int8", calibration=str(tmp_path / calibration))
-        return seen(pictures, exact)
+    def int8(name: str, calibration: str, seeds: Sequence[int] = SEEDS[:1]) -> Seen:
+        return seen(drawn(name, seeds, precision="int8", calibration=str(tmp_path / calibration)))
 
-    table = {"fp32": seen(exact, exact), "int8": int8("int8", "whole.npz")}
-    table["calibrated at two timesteps"] = int8("short", "short.npz")
+    table = {"fp32": seen(exact), "int8": int8("int8", "whole.npz", SEEDS)}
+    table["calibrated at two timesteps, first seed"] = int8("short", "short.npz")
     monkeypatch.setattr(write, "smooth", lambda *graphs, **more: smooth(*graphs, **more, fold=False))
-    table["not smoothed"] = int8("plain", "whole.npz")
+    table["not smoothed, first seed"] = int8("plain", "whole.npz")
     for name, row in table.items():
-        print(f"{backend} {name}: agreement {row.agreement:.2%}, Fréchet {row.frechet:.3f}, PSNR {row.psnr:.1f} dB")
+        print(f"{backend} {name}: agreement {row.agreement:.2%}, Fréchet {row.frechet:.4f}, PSNR {row.psnr:.1f} dB")
     fp32, ours = table["fp32"], table["int8"]
     assert ours.agreement >= fp32.agreement - 0.005
-    assert ours.frechet <= 1.03 * fp32.frechet + 0.02  # near to zero, 3 % are less than a tenth of what 2,000 scatter
+    assert ours.frechet <= 1.03 * fp32.frechet
     if backend == "openvino":  # ONNX Runtime measures activations as they come; calibration only smooths there
-        assert ours.psnr > table["calibrated at two timesteps"].psnr
+        assert ours.psnr > table["calibrated at two timesteps, first seed"].psnr

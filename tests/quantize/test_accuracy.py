@@ -94,7 +94,7 @@ def test_int8_of_a_small_network(bundle, calibration, tmp_path, backend) -> None
 
 @pytest.mark.slow
 def test_int8_of_xl_2(tmp_path, capsys) -> None:
-    """15 minutes and 10 GB; `pytest -s -m slow tests/quantize/test_accuracy.py` prints the figures."""
+    """20 minutes and 16 GB; `pytest -s -m slow tests/quantize/test_accuracy.py` prints the figures."""
     bundle = unverified_bundle(tmp_path, model("XL/2"))
     calibration = calibrate(bundle, Plan(), lambda done, total: None)
     for backend in ("onnxruntime", "openvino"):
