@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 from dit_export.bench import command as bench_command
 from dit_export.spec import CONDITIONINGS, MODELS, PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
-from dit_runtime import backends, manifest
+from dit_runtime import backends
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.compiling import obstacle, targets
 from dit_runtime.cli import Parser, add_bundle, add_tuning, guarded, report
-from dit_runtime.compiling import obstacle, targets
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
-from dit_runtime.schedule import PREDICTIONS
+from dit_runtime.sampling.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
-    from dit_export.build import Built
+    from dit_export.bundle.build import Built
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,14 +145,14 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from dit_export.build import build
+    from dit_export.bundle.build import build
 
     return _built(build(_recipe(options), Progress()), options)
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    from dit_export.build import build
-    from dit_export.quantize.search import Budget, Wish
+    from dit_export.bundle.build import build
+    from dit_export.precision.search import Budget, Wish
 
     recipe = _recipe(options)
     if options.precision == "fp32" or recipe.precision not in ("fp32", "int8"):
@@ -209,9 +210,9 @@ def _report(built: Built, as_json: bool) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from dit_export.build import check
-    from dit_export.trace import Decoder
-    from dit_export.weights import load_source
+    from dit_export.bundle.build import check
+    from dit_export.checkpoints import load_source
+    from dit_export.graph.trace import Decoder
 
     contract, progress = manifest.read(options.bundle), Progress()
     with progress.stage("weights"):
@@ -223,7 +224,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from dit_export.inspection import describe, table
+    from dit_export.graph.inspection import describe, table
 
     tables = describe(options.path)
     print(json.dumps(tables, indent=1) if options.json else table(tables))
@@ -231,8 +232,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _hoist(options: argparse.Namespace) -> int:
-    from dit_export import graphs
-    from dit_export.fuse.hoist import hoist
+    from dit_export.graph import onnxfile
+    from dit_export.passes.hoist import hoist
 
     if not options.path.is_file():
         raise UsageError(f"{options.path}: no such file; expected an ONNX model")
@@ -241,7 +242,7 @@ def _hoist(options: argparse.Namespace) -> int:
         raise UsageError(
             f"output {folder}: the folder of the model itself, whose weights are read meanwhile; take another"
         )
-    hoisted = hoist(graphs.load(options.path), options.loop_input)
+    hoisted = hoist(onnxfile.load(options.path), options.loop_input)
     if unknown := [tensor.name for tensor in hoisted.invariant.outputs if tensor.dtype is None]:
         raise UsageError(
             f"{options.path}: {unknown[0]!r} has no known type; run onnx.shape_inference.infer_shapes_path on it first"
@@ -249,8 +250,8 @@ def _hoist(options: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, graph in (("invariant", hoisted.invariant), ("loop", hoisted.loop)):
-        graphs.save(graph, folder / f"{name}.onnx")
-        weights[name] = graphs.weight_bytes(graph)
+        onnxfile.save(graph, folder / f"{name}.onnx")
+        weights[name] = onnxfile.weight_bytes(graph)
     if options.json:
         print(json.dumps({"folder": str(folder), "frontier": hoisted.frontier, "weight_bytes": weights}))
         return 0

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_runtime.backends import Tuning
+from dit_runtime.bundle.manifest import TensorSpec
 from dit_runtime.captions import EXAMPLES
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.manifest import TensorSpec
 
 
 class Conditioning(NamedTuple):

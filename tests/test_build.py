@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import dit_export.build
+import dit_export.bundle.build
 import dit_runtime.verify
-from dit_export.build import Built
+from dit_export.bundle.build import Built
 from dit_export.cli import main
 from dit_export.spec import Recipe
-from dit_runtime import UsageError, manifest
+from dit_runtime import UsageError
 from dit_runtime.backends import Tuning
+from dit_runtime.bundle import manifest
 from dit_runtime.verify import Check
 from tests import conftest
 from tests.conftest import HEADS, meta_state
@@ -51,7 +52,7 @@ def test_a_build_that_breaks_off_leaves_nothing(
     before = (meta_copy / "manifest.json").read_bytes()
     killed = meta_copy.with_name(f".{meta_copy.name}.partial-{os.getpid()}")  # in a container pids return
     killed.mkdir()
-    monkeypatch.setattr(dit_export.build, "make_reference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(dit_export.bundle.build, "make_reference", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*checkpoint, "-o", str(meta_copy)]) == 130
     assert (meta_copy / "manifest.json").read_bytes() == before
     assert sorted(path.name for path in meta_copy.parent.iterdir()) == [killed.name, meta_copy.name]
@@ -77,7 +78,7 @@ def test_weights_that_hear_nothing_are_reported(
 
 def test_the_summary_hides_no_nan() -> None:
     checks = [Check("a", 0.1, 1), Check("a", math.nan, 1), Check("b", 0.1, 1), Check("b", 0.2, 1)]
-    assert dit_export.build._summary(Built(Path(), [], checks, None, None))["worst"] == {"a": "nan", "b": 0.2}
+    assert dit_export.bundle.build._summary(Built(Path(), [], checks, None, None))["worst"] == {"a": "nan", "b": 0.2}
 
 
 def test_recipe_file_and_flags_give_the_same_recipe(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import dit_export.cli
 import dit_runtime.cli
 import dit_runtime.verify
-from dit_runtime import Pipeline, manifest
+from dit_runtime import Pipeline
+from dit_runtime.bundle import manifest
 from tests.conftest import Built
 
 Capture = pytest.CaptureFixture[str]

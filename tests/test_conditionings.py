@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from dit_export.bench.floor import flops
+from dit_export.checkpoints import load
 from dit_export.cli import main
-from dit_export.fuse import expected_counts
+from dit_export.passes import expected_counts
 from dit_export.spec import CONDITIONINGS, MODELS, Recipe, conditioned
 from dit_export.verify.parity import graph_parity
 from dit_export.verify.reference import guide
-from dit_export.weights import load
-from dit_runtime import manifest
+from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from tests.conditionings import WAYS, save, spec_of

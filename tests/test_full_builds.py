@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from dit_runtime import manifest
+from dit_runtime.bundle import manifest
 
 GIB = 1 << 30
 

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper
 
-from dit_export import graphs
+from dit_export.graph import onnxfile
 
 FLOATS = np.array([0.5, 2.0], np.float32)
 
@@ -29,13 +29,13 @@ def test_constant_nodes_become_constants(tmp_path: Path, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(gs.Node, "__eq__", None)  # nodes are never compared: of thousands, each with each takes minutes
-        graph = graphs.load(tmp_path / "model.onnx")
-    assert graphs.census(graph) == {"Mul": 1, "Add": 1, "Reshape": 1}
-    found = {tensor.name: tensor.values for tensor in graphs.constants(graph)}
+        graph = onnxfile.load(tmp_path / "model.onnx")
+    assert onnxfile.census(graph) == {"Mul": 1, "Add": 1, "Reshape": 1}
+    found = {tensor.name: tensor.values for tensor in onnxfile.constants(graph)}
     for name, values in {"factor": FLOATS, "step": np.float32(0.25), "shape": np.array([2, 1])}.items():
         np.testing.assert_array_equal(found[name], values)
         assert found[name].dtype == values.dtype
-    graphs.save(graph, tmp_path / "again.onnx")  # the checker takes it
+    onnxfile.save(graph, tmp_path / "again.onnx")  # the checker takes it
 
 
 def test_opsets_are_kept(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_opsets_are_kept(tmp_path: Path) -> None:
     opsets = [helper.make_opsetid(*entry) for entry in (("com.microsoft", 2), ("unused", 3), ("", 17))]
     model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs), opset_imports=opsets)
     onnx.save(model, tmp_path / "model.onnx")
-    graphs.save(graphs.load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
+    onnxfile.save(onnxfile.load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
     written = onnx.load(tmp_path / "again.onnx").opset_import
     assert {entry.domain: entry.version for entry in written} == {"com.microsoft": 2, "": 17}
 
@@ -67,6 +67,6 @@ def test_weights_of_which_a_byte_holds_several(tmp_path: Path, dtype: str, exter
         ir_version=11,
     )
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=external, location="w", size_threshold=0)
-    graphs.save(graphs.load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
+    onnxfile.save(onnxfile.load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
     (written,) = onnx.load(tmp_path / "again.onnx").graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(written), values)

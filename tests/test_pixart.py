@@ -104,15 +104,15 @@ def test_a_run_is_diffusers(pixart, transformer) -> None:
 
 def test_a_caption_is_read_once_an_image(pixart) -> None:
     """Neither the projection of captions nor a key or value of theirs is left in the loop."""
-    from dit_export import graphs
+    from dit_export.graph import onnxfile
 
     _, bundle = pixart
-    shapes = [tensor.values.shape for tensor in graphs.constants(graphs.load(bundle / "denoiser.onnx"))]
+    shapes = [tensor.values.shape for tensor in onnxfile.constants(onnxfile.load(bundle / "denoiser.onnx"))]
     assert not [shape for shape in shapes if shape in ((CHANNELS, WIDTH), (WIDTH, 2 * WIDTH), (WIDTH, 6 * WIDTH))]
-    context = graphs.load(bundle / "context.onnx")
-    assert graphs.weight_bytes(context) >= 4 * (CHANNELS * WIDTH + WIDTH**2 + 3 * 2 * WIDTH**2)
+    context = onnxfile.load(bundle / "context.onnx")
+    assert onnxfile.weight_bytes(context) >= 4 * (CHANNELS * WIDTH + WIDTH**2 + 3 * 2 * WIDTH**2)
     assert [list(tensor.shape)[1:] for tensor in context.outputs] == [[2 * 3 * TOKENS, WIDTH], [TOKENS]]
-    assert [tensor.name for tensor in graphs.load(bundle / "conditioner.onnx").inputs] == ["timesteps"]
+    assert [tensor.name for tensor in onnxfile.load(bundle / "conditioner.onnx").inputs] == ["timesteps"]
 
 
 def test_other_sizes_spread_the_positions(pixart, transformer, tmp_path, one_thread) -> None:

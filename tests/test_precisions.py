@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import dit_export.build
+import dit_export.bundle.build
 from dit_export.cli import main
-from dit_runtime import manifest
+from dit_runtime.bundle import manifest
 
 
 def build(checkpoint: Path, bundle: Path, *options: str) -> int:
@@ -48,7 +48,7 @@ def test_a_tensor_near_the_end_of_fp16_stays_wide(meta, tmp_path, capsys, one_th
         assert peak == 4e5 and found["passes"]["denoiser"]["narrow"] == 5 * 2 + 2 - 1 and found["islands"]["denoiser"]
         name = next(iter(found["wide"]["denoiser"]))
         assert name in (tmp_path / "wide" / "report.html").read_text()
-        monkeypatch.setattr(dit_export.build, "wide_of", lambda *_: {})
+        monkeypatch.setattr(dit_export.bundle.build, "wide_of", lambda *_: {})
         assert build(tmp_path / "hot.pt", tmp_path / "narrow", *options) == 1
     checks = json.loads((tmp_path / "narrow.failed" / "parity.json").read_text())["checks"]
     failed = {check["name"]: check for check in checks if not check["passed"]}

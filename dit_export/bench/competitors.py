@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_export.spec import ModelSpec
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.schedule import Diffusion
+from dit_runtime.sampling.schedule import Diffusion
 
 JOB = "job.json"
 GIB = 1 << 30

@@ -22,17 +22,18 @@ from dit_export.bench.floor import flops, step_bytes
 from dit_export.bench.machine import available_memory
 from dit_export.bench.report import time
 from dit_export.bench.subject import GUIDANCE, in_a_row
+from dit_export.bundle.write import trace_graphs, unverified
+from dit_export.checkpoints import Loaded
+from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.spec import CONDITIONINGS, ModelSpec, Recipe, conditioned, model
-from dit_export.weights import Loaded
-from dit_export.weights.synthetic import synthetic_dit
-from dit_export.write import trace_graphs, unverified
-from dit_runtime import backends, manifest
+from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Graph
 from dit_runtime.cli import Parser, guarded
 from dit_runtime.errors import UsageError
-from dit_runtime.manifest import Graph
 from dit_runtime.progress import Progress
-from dit_runtime.schedule import Diffusion
+from dit_runtime.sampling.schedule import Diffusion
 
 
 class Cost(NamedTuple):

@@ -16,7 +16,7 @@ from dit_runtime.backends import CPU
 from dit_runtime.backends.ort import PROVIDERS
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.solvers import plan
+from dit_runtime.sampling.solvers import plan
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dit_export.bench.competitors import Competitor, Job
 from dit_export.bench.subject import GUIDANCE, SEED, Subject
-from dit_export.models.dit import DiT
-from dit_export.trace import Decoder
-from dit_export.weights.synthetic import SD_VAE
+from dit_export.checkpoints.synthetic import SD_VAE
+from dit_export.graph.trace import Decoder
+from dit_export.networks.dit import DiT
 
 Network = TypeVar("Network", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -14,16 +14,16 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import save_file
 
 from dit_export.bench.competitors import Competitor, Job, choose
-from dit_export.models.dit import DiT
+from dit_export.bundle.write import trace_graphs, unverified
+from dit_export.checkpoints import Loaded, keys
+from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
+from dit_export.graph.trace import Decoder
+from dit_export.networks.dit import DiT
 from dit_export.spec import Recipe
-from dit_export.trace import Decoder
-from dit_export.weights import Loaded, keys
-from dit_export.weights.synthetic import SD_VAE, synthetic_dit, synthetic_vae
-from dit_export.write import trace_graphs, unverified
-from dit_runtime import manifest
 from dit_runtime.backends import Options
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.compiling import compile_graphs
 from dit_runtime.cli import guarded
-from dit_runtime.compiling import compile_graphs
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.progress import Progress
 

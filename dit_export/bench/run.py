@@ -25,7 +25,7 @@ from dit_export.spec import ModelSpec, table_name
 from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
-from dit_runtime.schedule import Diffusion
+from dit_runtime.sampling.schedule import Diffusion
 
 DECODES = 3  # rounds of the decoder alone, where no whole image is run
 WHOLE_IMAGES = 1e12  # FLOPs of a run, up to which whole images are run unless asked otherwise

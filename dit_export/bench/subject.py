@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from dit_export.bench.competitors import Job
 from dit_runtime.images import to_uint8
-from dit_runtime.noise import Noise, draw
-from dit_runtime.solvers import solve
+from dit_runtime.sampling.noise import Noise, draw
+from dit_runtime.sampling.solvers import solve
 
 GUIDANCE, SEED, SOLVER = 4.0, 0, "ddim"
 TIMESTEP = 500.0  # of the steps that are timed alone

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dit_export.demo.data import Samples
 from dit_export.demo.loop import Loss
-from dit_export.models.dit import DiT
-from dit_export.models.vit import ViT
+from dit_export.demo.vit import ViT
+from dit_export.networks.dit import DiT
 
 STEPS = 1000
 KL_WEIGHT = 5e-4  # per latent: small enough for sharp edges, large enough for a latent space without holes

@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_export import trace
-from dit_export.build import Built, build
-from dit_export.build import page as report_page
+from dit_export.bundle.build import Built, build
+from dit_export.bundle.build import page as report_page
 from dit_export.demo import data, score, store
 from dit_export.demo.score import Score
-from dit_export.models.vit import ViT
+from dit_export.demo.vit import ViT
+from dit_export.graph import trace
 from dit_export.spec import Recipe
 from dit_export.verify import report
-from dit_runtime import images, manifest
+from dit_runtime import images
+from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dit_export.demo import data
 from dit_export.demo.losses import STEPS, alphas_bar
 from dit_export.demo.store import Demo
-from dit_export.models.vit import ViT
+from dit_export.demo.vit import ViT
 from dit_export.verify import features
 from dit_export.verify.distribution import Floats, Interval, frechet_interval, wilson
 

@@ -12,13 +12,13 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dit_export.checkpoints import keys
+from dit_export.checkpoints.diffusers import read_transformer
+from dit_export.checkpoints.vae import read_vae
 from dit_export.demo.data import CLASSES
-from dit_export.models.dit import DiT
-from dit_export.models.vit import ViT, ViTSpec
+from dit_export.demo.vit import ViT, ViTSpec
+from dit_export.networks.dit import DiT
 from dit_export.spec import ModelSpec
-from dit_export.weights import keys
-from dit_export.weights.diffusers import read_transformer
-from dit_export.weights.vae import read_vae
 
 MODEL = Path(__file__).parent / "model"
 LATENT_SIZE = 8

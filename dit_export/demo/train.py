@@ -14,12 +14,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from dit_export.checkpoints.vae import read_vae
 from dit_export.demo import data, losses, store
 from dit_export.demo.loop import Fitted, Stage, fit, save
-from dit_export.models.dit import DiT
-from dit_export.models.vit import ViT, ViTSpec
+from dit_export.demo.vit import ViT, ViTSpec
+from dit_export.networks.dit import DiT
 from dit_export.spec import ModelSpec
-from dit_export.weights.vae import read_vae
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dit_export.verify.metrics import Metric
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.manifest import Manifest
-from dit_runtime.noise import Noise
 from dit_runtime.replay import Reference, relative_error
+from dit_runtime.sampling.noise import Noise
 from dit_runtime.verify import TOLERANCES, jsonable
 
 FORMAT = 1

@@ -19,8 +19,8 @@ from dit_export.verify.baseline import LIMITS
 from dit_export.verify.distribution import Floats, Gaussian, fit, gaussian_distance, inception_score
 from dit_export.verify.metrics import Metric
 from dit_runtime import images
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
 
 STEPS, GUIDANCE = 25, 4.0  # as `dit-run sample` draws

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_export.models.dit import DiT
+from dit_export.networks.dit import DiT
 from dit_export.spec import CONDITIONINGS, ModelSpec
 from dit_export.verify.reference import guide, hoisted
 from dit_export.verify.taps import names, pytorch_stream, tapped

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime import images
-from dit_runtime.manifest import Manifest
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.replay import Reference, Replay, relative_error
 from dit_runtime.verify import jsonable, sampler, tolerances, worst
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_export.models.dit import DiT
-from dit_export.trace import Decoder
+from dit_export.graph.trace import Decoder
+from dit_export.networks.dit import DiT
 from dit_export.verify.reference import evaluate, guide
 from dit_runtime.errors import EngineError
 from dit_runtime.images import psnr

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_export.models.dit import DiT
+from dit_export.graph.trace import Decoder
+from dit_export.networks.dit import DiT
 from dit_export.spec import ModelSpec
-from dit_export.trace import Decoder
 from dit_runtime import images
 from dit_runtime.errors import UsageError
 from dit_runtime.replay import REFERENCE, Reference, fingerprint
-from dit_runtime.schedule import Diffusion
-from dit_runtime.solvers import EVALUATIONS, plan, solve
+from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.solvers import EVALUATIONS, plan, solve
 
 SEEDS = (0, 1)
 GUIDANCE = (4.0, 1.5)  # what pictures are made with, and what FID is measured with

@@ -13,10 +13,10 @@ import numpy as np
 from dit_export.verify import baseline, features
 from dit_export.verify.features import OnnxJudge
 from dit_export.verify.metrics import Metric, of_replay, wrong_labels
-from dit_runtime import manifest
 from dit_runtime.backends import Options
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.replay import REFERENCE, Reference, Replay, load_reference, replay
@@ -182,7 +182,7 @@ def _locate(
 
 def _model(pipe: Pipeline, progress: Progress) -> Any:
     """PyTorch's network with the weights that the bundle was built from."""
-    from dit_export.weights import load_source
+    from dit_export.checkpoints import load_source
 
     with progress.stage("regress: weights"):
         return load_source(pipe.manifest, pipe.folder).model

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from dit_export.verify import curves
 from dit_export.verify import metrics as figures
 from dit_export.verify.metrics import Metric
-from dit_runtime import images, manifest
+from dit_runtime import images
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.manifest import Manifest
 from dit_runtime.replay import Reference, Replay, relative_error
 from dit_runtime.verify import Check, worst
 

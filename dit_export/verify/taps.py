@@ -22,11 +22,12 @@ import torch
 from numpy.typing import NDArray
 from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
-from dit_export import graphs
-from dit_export.models.dit import DiT
-from dit_runtime import backends, manifest
+from dit_export.graph import onnxfile
+from dit_export.networks.dit import DiT
+from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
-from dit_runtime.manifest import Graph
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Graph
 from dit_runtime.pipeline import Pipeline
 
 PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
@@ -91,7 +92,7 @@ def tapped(pipe: Pipeline, options: Options) -> Iterator[tuple[Engine, list[str]
     """The denoiser in the very form and on the very backend that the bundle runs, giving its stream besides."""
     contract = pipe.manifest.graphs["denoiser"]
     form = _form(contract)
-    graph = graphs.load(manifest.inside(pipe.folder, form))
+    graph = onnxfile.load(manifest.inside(pipe.folder, form))
     sums = residual_sums(graph)
     stream = [sums[0][0], *(total for _, total in sums)] if sums else []
     model = onnx.load(manifest.inside(pipe.folder, form), load_external_data=False)

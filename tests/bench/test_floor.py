@@ -8,7 +8,7 @@ import torch
 
 from dit_export.bench.floor import BITS, GEMMS, Gemms, floor, flops, gemm_shapes, rates, step_bytes, step_flops
 from dit_export.bench.run import problems
-from dit_export.models.dit import DiT
+from dit_export.networks.dit import DiT
 from dit_export.spec import CONDITIONINGS, ModelSpec, conditioned, model
 
 # Gflops of Peebles & Xie (arXiv 2212.09748), table 4: multiply-adds of one row at 256 px.

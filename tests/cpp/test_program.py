@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 import pytest
 
-from dit_runtime import Pipeline, manifest, verify
+from dit_runtime import Pipeline, verify
+from dit_runtime.bundle import manifest
 from tests.handmade import module
 
 CPP = Path(__file__).parents[2] / "runtime/cpp"

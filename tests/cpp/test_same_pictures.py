@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_runtime import Pipeline, manifest
+from dit_runtime import Pipeline
 from dit_runtime.backends import Options
-from dit_runtime.schedule import FLOW_SOLVERS
+from dit_runtime.bundle import manifest
+from dit_runtime.sampling.schedule import FLOW_SOLVERS
 
 ENGINES = ("onnxruntime", "openvino")
 WAYS = [*((name, 1) for name in ENGINES), ("openvino", 2)]  # on two threads its two rows run at once

@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, DPMSolverMultistepScheduler
 
+from dit_export.checkpoints.diffusers import read_diffusion, read_transformer
+from dit_export.checkpoints.labels import pipeline_labels
 from dit_export.demo import card, data, losses, score, store, train
 from dit_export.demo.loop import Stage, fit
-from dit_export.models.dit import DiT
-from dit_export.models.vit import ViTSpec
-from dit_export.weights.diffusers import read_diffusion, read_transformer
-from dit_export.weights.labels import pipeline_labels
+from dit_export.demo.vit import ViTSpec
+from dit_export.networks.dit import DiT
 from dit_runtime.errors import UsageError
 
 TINY = train.Plan(

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dit_export import trace, write
+from dit_export.bundle import write
+from dit_export.checkpoints import load
 from dit_export.demo import run, score, store
-from dit_export.quantize.calibrate import Plan, calibrate
-from dit_export.quantize.smooth import smooth
+from dit_export.graph import trace
+from dit_export.precision.calibrate import Plan, calibrate
+from dit_export.precision.smooth import smooth
 from dit_export.spec import Recipe
-from dit_export.weights import load
 from dit_runtime import images
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress

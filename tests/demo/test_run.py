@@ -10,7 +10,7 @@ import torch
 
 from dit_export.cli import main
 from dit_export.demo import data, store, train
-from dit_runtime import manifest
+from dit_runtime.bundle import manifest
 from tests.demo.test_demo import TINY
 
 

@@ -9,14 +9,14 @@ import onnx
 import pytest
 import torch
 
-from dit_export.build import build
+from dit_export.bundle.build import build
+from dit_export.checkpoints import keys
+from dit_export.checkpoints.meta import read_file
 from dit_export.demo import data, run, score, store
 from dit_export.demo.train import accuracy
-from dit_export.models.dit import DiT
+from dit_export.networks.dit import DiT
 from dit_export.spec import Recipe
-from dit_export.weights import keys
-from dit_export.weights.meta import read_file
-from dit_runtime import manifest
+from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from tests.demo.test_demo import compare_with_diffusers

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from dit_runtime import BundleError, manifest
+from dit_runtime import BundleError
+from dit_runtime.bundle import manifest
 from dit_runtime.cli import main, summary
 
 COMMANDS = {

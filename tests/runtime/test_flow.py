@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dit_runtime.errors import UsageError
-from dit_runtime.noise import Noise
-from dit_runtime.schedule import FLOW_SOLVERS, NOISE_SOLVERS, Diffusion, Sampler
-from dit_runtime.solvers import plan, solve
+from dit_runtime.sampling.noise import Noise
+from dit_runtime.sampling.schedule import FLOW_SOLVERS, NOISE_SOLVERS, Diffusion, Sampler
+from dit_runtime.sampling.solvers import plan, solve
 
 FLOW = Diffusion(prediction="velocity", sampler=Sampler(solver="euler"))
 MEAN, SPREAD = 0.7, 0.5  # of the data

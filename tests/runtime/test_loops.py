@@ -10,9 +10,9 @@ import pytest
 from dit_runtime import EngineError, Pipeline
 from dit_runtime.backends import ort
 from dit_runtime.errors import UsageError
-from dit_runtime.noise import Noise
-from dit_runtime.schedule import NOISE_SOLVERS, Diffusion, Sampler
-from dit_runtime.solvers import linear, solve
+from dit_runtime.sampling.noise import Noise
+from dit_runtime.sampling.schedule import NOISE_SOLVERS, Diffusion, Sampler
+from dit_runtime.sampling.solvers import linear, solve
 
 STEPWISE = 1e-6  # a step's coefficients, state and sum in float32, 6e-8 each; with α = 0.006 x₀ is a difference of 156s
 WHOLE = 1e-4  # 25 of them, each through the network; measured 4e-7
@@ -146,8 +146,8 @@ def test_both_loops_draw_the_same(request, stays, name, solver) -> None:
 
 def test_each_step_alone(meta, stays) -> None:
     """From the solver's own state, and with the graph that ships; a matrix of another step is seen."""
-    from dit_runtime import manifest
     from dit_runtime.backends import Options
+    from dit_runtime.bundle import manifest
 
     contract = manifest.read(meta.bundle)
     update = ort.open([meta.bundle / name for name in contract.graphs["update"].files], Options(threads=1))

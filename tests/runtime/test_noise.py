@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dit_runtime.errors import UsageError
-from dit_runtime.noise import Noise, draw
+from dit_runtime.sampling.noise import Noise, draw
 
 SEEDS = [0, 42, 2**63 - 1, 2**64 - 1, -1, -(2**63)]
 # Values reach 5.8 in float32 (24-bit uniforms), where an ulp is 4.8e-7, and PyTorch's vector log, sin and cos are

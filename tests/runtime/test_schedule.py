@@ -5,7 +5,7 @@ import pytest
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.schedule import Diffusion, Sampler, make_schedule, timesteps
+from dit_runtime.sampling.schedule import Diffusion, Sampler, make_schedule, timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
 

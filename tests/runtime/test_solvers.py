@@ -6,9 +6,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from dit_runtime.errors import UsageError
-from dit_runtime.noise import Noise
-from dit_runtime.schedule import NOISE_SOLVERS, ORDERS, Diffusion, Sampler, make_schedule
-from dit_runtime.solvers import plan, solve
+from dit_runtime.sampling.noise import Noise
+from dit_runtime.sampling.schedule import NOISE_SOLVERS, ORDERS, Diffusion, Sampler, make_schedule
+from dit_runtime.sampling.solvers import plan, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
 

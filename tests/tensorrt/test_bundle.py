@@ -12,9 +12,9 @@ import pytest
 import dit_runtime.cli
 from dit_export.cli import main
 from dit_export.spec import Recipe
-from dit_runtime import manifest
 from dit_runtime.backends import Tuning, cuda
 from dit_runtime.backends.trt import Flavour
+from dit_runtime.bundle import manifest
 from dit_runtime.errors import BundleError
 from dit_runtime.verify import Check
 from tests.conftest import HEADS

@@ -11,20 +11,20 @@ import pytest
 import torch
 from onnx.helper import np_dtype_to_tensor_dtype
 
-from dit_export import graphs, trace
-from dit_export.fuse import fuse
-from dit_export.fuse.narrow import islands, narrow
-from dit_export.graphs import layer
-from dit_export.models.dit import DiT
-from dit_export.quantize.layers import find
-from dit_export.quantize.qdq import quantize
-from dit_export.quantize.smooth import Chosen
+from dit_export.graph import onnxfile, trace
+from dit_export.graph.onnxfile import layer
+from dit_export.networks.dit import DiT
+from dit_export.passes import fuse
+from dit_export.precision.half import islands, narrow
+from dit_export.precision.layers import find
+from dit_export.precision.qdq import quantize
+from dit_export.precision.smooth import Chosen
 from dit_export.spec import MODELS, ModelSpec, signatures
 from dit_runtime.backends import Options, Tuning, backend, typed
 from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt_network import profiles
+from dit_runtime.bundle.manifest import Graph, TensorSpec
 from dit_runtime.errors import BundleError, GateError, UsageError
-from dit_runtime.manifest import Graph, TensorSpec
 from dit_runtime.progress import Progress
 
 RTX = backend("tensorrt-rtx")
@@ -49,7 +49,7 @@ def s2(tmp_path_factory) -> Path:
 
 def denoiser(path: Path, spec: ModelSpec, precision: str, wide: tuple[str, ...] = ()) -> gs.Graph:
     """Fused and typed, its activations' grids made up."""
-    graph = fuse(graphs.load(path), spec).denoiser
+    graph = fuse(onnxfile.load(path), spec).denoiser
     if precision in ("int8", "fp8"):
         chosen = {one.name: Chosen(0.0, np.ones(1, np.float32), 4 / 127, 0.0, 4.0) for one in find(graph)}
         quantize(graph, chosen, kind=precision)
@@ -59,7 +59,7 @@ def denoiser(path: Path, spec: ModelSpec, precision: str, wide: tuple[str, ...] 
 
 
 def save(graph: gs.Graph, folder: Path, spec: ModelSpec, precision: str) -> Graph:
-    graphs.save(graph, folder / "denoiser.onnx")
+    onnxfile.save(graph, folder / "denoiser.onnx")
     return Graph("denoiser.onnx", *signatures(spec)["denoiser"], max_batch=2, precision=precision)
 
 
@@ -137,7 +137,7 @@ def test_attention_without_a_kernel_is_decomposed(tmp_path, monkeypatch, precisi
     y = gs.Variable("y", dtype=np.float32, shape=["batch", 1, 64, width])
     layer(graph, "Cast", [product], y, to=np_dtype_to_tensor_dtype(np.dtype(np.float32)))
     graph.outputs = [y]
-    graphs.save(graph, tmp_path / "graph.onnx")
+    onnxfile.save(graph, tmp_path / "graph.onnx")
     (tmp_path / "graph.onnx.data").touch()
     spec = TensorSpec("x", "float32", ("batch", 1, 64, width))
     contract = Graph("graph.onnx", (spec,), (replace(spec, name="y"),), max_batch=2, precision=precision)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dit_export import graphs, trace
-from dit_export.fuse import expected_counts, fuse
-from dit_export.fuse.narrow import narrow
-from dit_export.models.dit import DiT
+from dit_export.graph import onnxfile, trace
+from dit_export.networks.dit import DiT
+from dit_export.passes import expected_counts, fuse
+from dit_export.precision.half import narrow
 from dit_export.spec import signatures
 from dit_runtime.backends import Options, backend
-from dit_runtime.manifest import Graph
+from dit_runtime.bundle.manifest import Graph
 from dit_runtime.progress import Progress
 from tests.conditionings import WAYS, spec_of
 
@@ -21,13 +21,13 @@ from tests.conditionings import WAYS, spec_of
 def test_it_compiles_in_fp16(tmp_path: Path, way: str) -> None:
     spec = spec_of(way)
     trace.export_dit(DiT(spec).eval()).save(tmp_path / "dit.onnx", external_data=True)
-    fused = fuse(graphs.load(tmp_path / "dit.onnx"), spec)
+    fused = fuse(onnxfile.load(tmp_path / "dit.onnx"), spec)
     products = narrow(fused.denoiser, "fp16")
     assert products == expected_counts(spec)["narrow"]
     parts = {"denoiser": (fused.denoiser, "fp16"), "context": (fused.context, "fp32")}
     for name, (graph, precision) in parts.items():
         if graph is not None:
-            graphs.save(graph, tmp_path / f"{name}.onnx")
+            onnxfile.save(graph, tmp_path / f"{name}.onnx")
             contract = Graph(f"{name}.onnx", *signatures(spec)[name], max_batch=2, precision=precision)
             (tmp_path / f"{name}.onnx.data").touch()
             made = backend("tensorrt-rtx").compile(tmp_path, contract, Options(precision=precision), Progress())

@@ -15,8 +15,8 @@ from dit_runtime import UsageError
 from dit_runtime.backends import Options, Tuning, backend, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
+from dit_runtime.bundle.manifest import Graph, TensorSpec
 from dit_runtime.errors import BundleError, EngineError
-from dit_runtime.manifest import Graph, TensorSpec
 from tests.tensorrt.fakes import Cuda, TensorRT
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_export import graphs, trace
-from dit_export.fuse import fuse
-from dit_export.fuse.narrow import narrow
-from dit_export.models.dit import DiT
+from dit_export.graph import onnxfile, trace
+from dit_export.networks.dit import DiT
+from dit_export.passes import fuse
+from dit_export.precision.half import narrow
 from dit_export.spec import MODELS
 
 COMPILE = """
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from dit_export.spec import MODELS, signatures
 from dit_runtime.backends import Options, backend
-from dit_runtime.manifest import Graph
+from dit_runtime.bundle.manifest import Graph
 from dit_runtime.progress import Progress
 graph = Graph("denoiser.onnx", *signatures(MODELS["XL/2"])["denoiser"], precision="fp16")
 print(backend("tensorrt-rtx").compile(Path(sys.argv[1]), graph, Options(precision="fp16"), Progress()).built["census"])
@@ -37,9 +37,9 @@ def test_xl_2_in_fp16(tmp_path: Path) -> None:
     for parameter in (*model.parameters(), *model.buffers()):
         parameter.data.normal_(std=0.02)  # equal weights would be stored once
     trace.export_dit(model).save(tmp_path / "dit.onnx", external_data=True)
-    denoiser = fuse(graphs.load(tmp_path / "dit.onnx"), spec).denoiser
+    denoiser = fuse(onnxfile.load(tmp_path / "dit.onnx"), spec).denoiser
     assert narrow(denoiser, "fp16") == 5 * 28 + 2
-    graphs.save(denoiser, tmp_path / "denoiser.onnx")
+    onnxfile.save(denoiser, tmp_path / "denoiser.onnx")
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "{'fp16': 142}" in done.stdout

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dit_export.cli import main
-from dit_runtime import Pipeline, manifest
+from dit_runtime import Pipeline
 from dit_runtime.backends import backend, cuda
+from dit_runtime.bundle import manifest
 
 pytestmark = pytest.mark.gpu
 NAMES = ("tensorrt-rtx", "tensorrt")

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_runtime import EngineError, Pipeline, loops, verify
+from dit_runtime import EngineError, Pipeline, verify
 from dit_runtime import pipeline as pipeline_module
 from dit_runtime.backends import cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_engine import TrtEngine
+from dit_runtime.sampling import loops
 from tests.tamper import edit, seal
 from tests.tensorrt.fakes import Cuda, TensorRT
 

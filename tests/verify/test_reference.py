@@ -8,7 +8,7 @@ import pytest
 
 from dit_export.spec import model
 from dit_export.verify.reference import step_count
-from dit_runtime.schedule import Diffusion, Sampler
+from dit_runtime.sampling.schedule import Diffusion, Sampler
 
 
 @pytest.mark.parametrize(("latent_size", "steps"), [(32, 10), (64, 8), (96, 4), (128, 4)])

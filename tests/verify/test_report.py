@@ -15,7 +15,8 @@ from PIL import Image
 
 from dit_export.cli import main
 from dit_export.verify import curves, report
-from dit_runtime import images, manifest
+from dit_runtime import images
+from dit_runtime.bundle import manifest
 from tests.tamper import seal, swap_vectors
 
 WIDTHS = {"phone": 390, "desk": 1280}

@@ -10,9 +10,9 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from dit_export import graphs
-from dit_export.fuse.narrow import narrow
-from dit_export.graphs import layer
+from dit_export.graph import onnxfile
+from dit_export.graph.onnxfile import layer
+from dit_export.precision.half import narrow
 from dit_export.verify.taps import names, residual_sums
 from tests.conftest import HIDDEN, META_DEPTH
 
@@ -23,10 +23,10 @@ def denoiser(request, meta, tmp_path) -> gs.Graph:
     if request.param == "dynamic int8":
         model = onnx.load(meta.bundle / name)
         quantize_dynamic(model, tmp_path / "int8.onnx", weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
-        graph = graphs.load(tmp_path / "int8.onnx")
-        assert graphs.census(graph)["MatMulInteger"] >= 4 * META_DEPTH
+        graph = onnxfile.load(tmp_path / "int8.onnx")
+        assert onnxfile.census(graph)["MatMulInteger"] >= 4 * META_DEPTH
         return graph
-    graph = graphs.load(meta.bundle / name)
+    graph = onnxfile.load(meta.bundle / name)
     if request.param == "fp16":
         narrow(graph, "fp16")
     return graph

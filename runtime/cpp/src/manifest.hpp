@@ -1,5 +1,5 @@
 // The bundle's contract: manifest.json, what it may say, and the checks before anything it names is opened.
-// Mirrors dit_runtime/manifest.py.
+// Mirrors dit_runtime/bundle/manifest.py.
 #pragma once
 
 #include <cstdint>

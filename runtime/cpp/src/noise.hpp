@@ -1,5 +1,5 @@
 // Noise as PyTorch's CPU generator draws it: one seed, one picture, in PyTorch, Python and C++.
-// Mirrors dit_runtime/noise.py line by line.
+// Mirrors dit_runtime/sampling/noise.py line by line.
 #pragma once
 
 #include <cstdint>

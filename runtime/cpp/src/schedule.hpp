@@ -1,5 +1,5 @@
 // What a model was trained with (Diffusion), how it is sampled unless asked otherwise (Sampler), and a run's steps.
-// Mirrors dit_runtime/schedule.py line by line.
+// Mirrors dit_runtime/sampling/schedule.py line by line.
 #pragma once
 
 #include <cstdint>

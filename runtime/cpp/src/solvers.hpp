@@ -1,4 +1,4 @@
-// Solvers: each asks for denoise(x, t) and returns the final x. Mirrors dit_runtime/solvers.py line by line.
+// Solvers: each asks for denoise(x, t) and returns the final x. Mirrors dit_runtime/sampling/solvers.py line by line.
 //
 // Those of a noise schedule are written in ᾱ alone, α = √ᾱ and σ = √(1 - ᾱ); those of a velocity in t, from noise at 0
 // to data at 1. A prime marks what is after the step. Arithmetic is double.

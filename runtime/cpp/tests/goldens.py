@@ -14,9 +14,17 @@ import numpy as np
 from dit_runtime import backends, verify
 from dit_runtime.captions import examples
 from dit_runtime.errors import UsageError
-from dit_runtime.noise import Noise, draw
-from dit_runtime.schedule import NOISE_SOLVERS, PREDICTIONS, SOLVERS, SPACINGS, Diffusion, make_schedule, timesteps
-from dit_runtime.solvers import plan, solve
+from dit_runtime.sampling.noise import Noise, draw
+from dit_runtime.sampling.schedule import (
+    NOISE_SOLVERS,
+    PREDICTIONS,
+    SOLVERS,
+    SPACINGS,
+    Diffusion,
+    make_schedule,
+    timesteps,
+)
+from dit_runtime.sampling.solvers import plan, solve
 
 FILE = Path(__file__).with_name("goldens.json")
 SHAPE = (2, 1, 3, 4)  # of the solvers' runs: 24 numbers, so noise is drawn by blocks and redrawn at the end

@@ -15,12 +15,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from dit_runtime import manifest, replay
+from dit_runtime import replay
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Graph, Manifest, TensorSpec
 from dit_runtime.captions import EXAMPLES
-from dit_runtime.manifest import Graph, Manifest, TensorSpec
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.schedule import Diffusion, Sampler
-from dit_runtime.solvers import plan
+from dit_runtime.sampling.schedule import Diffusion, Sampler
+from dit_runtime.sampling.solvers import plan
 
 CLASSES, VECTORS, WIDTH = 5, 2, 8
 LATENT = (2, 4, 4)

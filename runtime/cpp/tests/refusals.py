@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_runtime import BundleError, manifest
+from dit_runtime import BundleError
+from dit_runtime.bundle import manifest
 
 # Of every kind that JSON has, and two names that are right elsewhere; REMOVED takes the entry out.
 REMOVED = object()

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dit_runtime.bundle.manifest import Graph
 from dit_runtime.errors import UsageError
-from dit_runtime.manifest import Graph
-from dit_runtime.noise import Noise
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from dit_runtime.sampling.noise import Noise
 
 
 class Timing(NamedTuple):

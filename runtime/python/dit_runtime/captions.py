@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dit_runtime.conditioning import Put
 from dit_runtime.errors import UsageError
-from dit_runtime.noise import Noise
+from dit_runtime.sampling.noise import Noise
 
 EXAMPLES = 4  # made-up captions 0 … 3; number 4 is the one that guidance leads away from
 

@@ -12,15 +12,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from dit_runtime import backends, bench, images, manifest, verify
+from dit_runtime import backends, bench, images, verify
 from dit_runtime.backends import Options, Tuning
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.compiling import compile_graphs, obstacle, remove
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.captions import Captions
-from dit_runtime.compiling import compile_graphs, obstacle, remove
 from dit_runtime.errors import GateError, UsageError
-from dit_runtime.manifest import Manifest
 from dit_runtime.pipeline import EngineError, Pipeline, Stopped
 from dit_runtime.progress import Progress
-from dit_runtime.schedule import SOLVERS, SPACINGS
+from dit_runtime.sampling.schedule import SOLVERS, SPACINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import backends, images, loops, manifest, noise
+from dit_runtime import backends, images
 from dit_runtime.backends import Engine, Options, Resident
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.captions import Captions, Context, Contexts, examples, fitting
 from dit_runtime.conditioning import Table
 from dit_runtime.errors import BundleError, EngineError, UsageError
 from dit_runtime.labels import class_number
-from dit_runtime.manifest import Manifest
-from dit_runtime.solvers import linear, plan, solve
+from dit_runtime.sampling import loops, noise
+from dit_runtime.sampling.solvers import linear, plan, solve
 
 OnStep = Callable[[int, int, NDArray[np.float64]], Any]
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import images, manifest
+from dit_runtime import images
+from dit_runtime.bundle import manifest
 from dit_runtime.captions import examples
 from dit_runtime.errors import BundleError
-from dit_runtime.noise import Noise
 from dit_runtime.pipeline import EngineError, Pipeline
-from dit_runtime.solvers import EVALUATIONS
+from dit_runtime.sampling.noise import Noise
+from dit_runtime.sampling.solvers import EVALUATIONS
 
 REFERENCE = "reference.npz"
 FINGERPRINTS = 4  # numbers kept of each label's conditioning

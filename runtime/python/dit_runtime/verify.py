@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dit_runtime import images, manifest
+from dit_runtime import images
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import BundleError
-from dit_runtime.manifest import Manifest
-from dit_runtime.noise import draw
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.replay import REFERENCE, Reference, Replay, load_reference, relative_error, replay
-from dit_runtime.solvers import EVALUATIONS, plan
+from dit_runtime.sampling.noise import draw
+from dit_runtime.sampling.solvers import EVALUATIONS, plan
 
 F = TypeVar("F", bound=Any)  # what has a value, and passes or not
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.backends import Compiled, Engine, Options
+from dit_runtime.bundle.manifest import Graph
 from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.manifest import Graph
 from dit_runtime.progress import Progress
 
 PRECISIONS = ("fp32", "bf16", "int8")

@@ -25,8 +25,8 @@ from dit_runtime.backends.trt_network import (
     profiles,
     started,
 )
+from dit_runtime.bundle.manifest import ENGINE, Graph, inside, write_file
 from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.manifest import ENGINE, Graph, inside, write_file
 from dit_runtime.progress import Progress
 
 LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need

@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 from dit_runtime.backends import QUANTIZED
+from dit_runtime.bundle.manifest import Graph
 from dit_runtime.errors import GateError, UsageError
-from dit_runtime.manifest import Graph
 from dit_runtime.progress import Progress
 
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM", "ATTENTION_INPUT")

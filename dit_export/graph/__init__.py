@@ -1,0 +1,1 @@
+"""ONNX graphs: traced from PyTorch, read, written and described."""

@@ -1,0 +1,44 @@
+"""Attention in its plain form: softmax(q kᵀ / √d + mask) v as two products and a softmax."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from dit_export.graph.onnxfile import layer
+
+INPUTS = (3, 4)  # q, k, v and a mask that is added; a cache would be more
+DEFAULTS = {"is_causal": 0, "softcap": 0.0, "softmax_precision": None}
+
+
+def plain_attention(graph: gs.Graph) -> int:
+    """Rewrites every Attention without a cache over (B, heads, T, d) whose d is known; returns how many."""
+    attentions = [node for node in graph.nodes if is_plain(node)]
+    for attention in attentions:
+        decompose(graph, attention)
+    graph.cleanup().toposort()
+    return len(attentions)
+
+
+def decompose(graph: gs.Graph, attention: gs.Node) -> None:
+    q, k, v, *mask = attention.inputs
+    (out,) = attention.outputs
+    attention.outputs.clear()
+    scale = np.array(attention.attrs.get("scale", q.shape[-1] ** -0.5), q.dtype)
+    turned = layer(graph, "Transpose", [k], f"{out.name}_k", perm=[0, 1, 3, 2])
+    scores = layer(graph, "MatMul", [q, turned], f"{out.name}_scores")
+    scaled = layer(graph, "Mul", [scores, scale], f"{out.name}_scaled")
+    if mask:
+        scaled = layer(graph, "Add", [scaled, *mask], f"{out.name}_masked")
+    weights = layer(graph, "Softmax", [scaled], f"{out.name}_weights", axis=-1)
+    layer(graph, "MatMul", [weights, v], out)
+
+
+def is_plain(node: gs.Node) -> bool:
+    if node.op != "Attention":
+        return False
+    q = node.inputs[0]
+    known = q.shape is not None and len(q.shape) == 4 and isinstance(q.shape[-1], int)
+    alone = len(node.inputs) in INPUTS and len(node.outputs) == 1
+    added = all(mask.dtype == q.dtype for mask in node.inputs[3:])  # and not one of booleans
+    return alone and added and known and all(node.attrs.get(name, value) == value for name, value in DEFAULTS.items())

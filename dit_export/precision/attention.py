@@ -1,0 +1,57 @@
+"""Attention's scores in int8, where a backend gains by that:
+
+softmax(q kᵀ / √d) v ≈ softmax(DQ(Q(q)) DQ(Q(k))ᵀ / √d) v
+
+The second product stays float: a softmax over T tokens has weights near 1/T, and a grid of 8 bits ends at 1/255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from dit_export.passes import LOWERINGS
+from dit_export.passes.attention import decompose, is_plain
+from dit_export.precision.calibrate import Calibration
+from dit_export.precision.layers import ATTENTION, find, unmoved
+from dit_export.precision.qdq import between
+from dit_export.precision.smooth import HEADROOM, LEVELS
+from dit_runtime.errors import UsageError
+
+BACKENDS = ("openvino",)  # where it was measured to gain; elsewhere attention is a fused float op
+Pass = Callable[[gs.Graph], int]
+Steps = Mapping[str, Sequence[float]]  # by the name of what Attention gives: the grids of q and k
+
+
+def steps(denoiser: gs.Graph, calibration: Calibration, keep: Collection[str]) -> Steps:
+    """Of a denoiser whose GEMMs are not quantized yet; without those to keep."""
+    found = {}
+    for proj in (one for one in find(denoiser) if one.kind == "proj"):
+        if f"block {proj.block} {ATTENTION}" in keep:
+            continue
+        output = calibration.layers[f"block {proj.block} qkv"].output
+        if output is None:
+            raise UsageError("the calibration does not know what qkv gives; calibrate anew")
+        q, k, _ = np.split(output, 3)
+        found[unmoved(proj.x).name] = [float(HEADROOM * part.max() / LEVELS) for part in (q, k)]
+    return found
+
+
+def passes(backend: str, grids: Steps) -> tuple[Pass, ...]:
+    """What a backend's form of an int8 denoiser takes."""
+
+    def quantize_attention(graph: gs.Graph) -> int:
+        matches = [node for node in graph.nodes if is_plain(node) and node.outputs[0].name in grids]
+        for node in matches:
+            name = node.outputs[0].name
+            for index, step in enumerate(grids[name]):
+                shape, kind = node.inputs[index].shape, node.inputs[index].dtype
+                node.inputs[index] = between(graph, node.inputs[index], step, f"{name} {'qk'[index]}")
+                node.inputs[index].shape, node.inputs[index].dtype = shape, kind
+            decompose(graph, node)
+        graph.cleanup().toposort()
+        return len(matches)
+
+    return (quantize_attention, *LOWERINGS[backend]) if backend in BACKENDS else LOWERINGS[backend]

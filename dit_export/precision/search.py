@@ -1,0 +1,263 @@
+"""Which token GEMMs int8 hurts most, which it does not speed up, and how many must stay float for a budget to hold."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_export.graph import onnxfile
+from dit_export.precision import attention
+from dit_export.precision.calibrate import BACKEND, Calibration
+from dit_export.precision.layers import ATTENTION, everything, find, named
+from dit_export.precision.qdq import quantize
+from dit_export.precision.smooth import smooth
+from dit_runtime import backends, images
+from dit_runtime.backends import Engine, Options
+from dit_runtime.bundle import manifest
+from dit_runtime.errors import UsageError
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.replay import relative_error
+from dit_runtime.sampling.solvers import plan
+
+STEPS, GUIDANCE, SEED, SAMPLES = 10, 4.0, 2000, 2  # of the runs that are compared; the seed is no calibration's
+ASKED = (1, 5, 9)  # of these steps, where each layer is tried alone: in noise, in between, nearly done
+ROUNDS = 9  # of each pair that is timed
+FASTER = 1.02  # less may be one measurement's difference from the next
+Latents = NDArray[np.float32]
+Tick = Callable[[int, int], None]
+
+
+class Budget(NamedTuple):
+    """How far the end of a run may be from fp32's: the worst sample counts."""
+
+    metric: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        metric, _, number = text.partition("=")
+        try:
+            limit = float(number)
+        except ValueError:
+            limit = 0.0
+        if metric not in ("PSNR", "latent-rel-l2") or not limit > 0:
+            raise UsageError(f"budget {text!r}; expected PSNR=DECIBELS or latent-rel-l2=ERROR, such as PSNR=35")
+        return cls(metric, limit)
+
+    def holds(self, value: float) -> bool:
+        return value >= self.limit if self.metric == "PSNR" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.metric}={self.limit:g}"
+
+
+class Wish(NamedTuple):
+    """What to find out before the layers are quantized."""
+
+    budget: Budget | None = None
+    tune: bool = False
+
+    def check(self, backend: str, has_decoder: bool) -> None:
+        if self.budget is not None and self.budget.metric == "PSNR" and not has_decoder:
+            raise UsageError(f"budget {self.budget} needs pictures, and there is no decoder; expected latent-rel-l2=…")
+        if self.tune and backend not in backends.CPU:
+            raise UsageError(f"--tune cannot time {backend} where it is built; expected {' or '.join(backends.CPU)}")
+
+
+class Entry(NamedTuple):
+    """A layer in sensitivity.json."""
+
+    layer: str
+    error: float  # of the prediction, teacher-forced, where it alone is int8: relative L2
+    kept: bool  # in float
+    why: str
+
+
+class Found(NamedTuple):
+    keep: list[str]  # as a recipe says it
+    table: list[Entry]
+
+
+class Search:
+    """Tries forms of the fp32 bundle in `folder`; a decoder, where there is a VAE, makes pictures of latents."""
+
+    def __init__(
+        self,
+        folder: Path,
+        calibration: Calibration,
+        backend: str,
+        decoder: Engine | None,
+        tick: Tick,
+    ) -> None:
+        self._calibration = calibration
+        self._work, self._contract, self._decoder, self._tick = folder / "search", manifest.read(folder), decoder, tick
+        found = {name: onnxfile.load(folder / f"{name}.onnx") for name in self._contract.graphs if name != "decoder"}
+        self._denoiser = found.pop("denoiser")
+        self._chosen = smooth(found["conditioner"], self._denoiser, calibration, context=found.get("context"))
+        self._work.mkdir()
+        onnxfile.save(self._denoiser, self._work / "denoiser.onnx")
+        self._once = {}  # the engines of what runs once an image
+        for name, graph in found.items():
+            files = onnxfile.save(graph, self._work / f"{name}.onnx")
+            self._once[name] = backends.backend(BACKEND).open([self._work / file for file in files], Options())
+        self.layers = find(self._denoiser)
+        in_int8 = backend in attention.BACKENDS
+        self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
+        # Engines of other backends do not run where they are built; the portable graph does.
+        self._form, self._backend = backend, backend if backend in backends.CPU else BACKEND
+        self._count = 0  # of the forms that were tried
+        labels = self._contract.num_classes
+        self._labels = [labels // (SAMPLES + 1) * (index + 1) for index in range(SAMPLES)]
+
+    def run(self, wish: Wish, fixed: Sequence[str]) -> Found:
+        """What stays float: `fixed`, what int8 does not speed up, and the worst until the budget holds."""
+        names, keep = self.names, list(fixed)
+        why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
+        if wish.tune:
+            for kind, ratio in self.speed().items():
+                if ratio >= FASTER and kind not in keep:
+                    keep.append(kind)
+                    why |= dict.fromkeys(
+                        named(self.layers, [kind]), f"float {kind} is {ratio:.2f} times as fast a step"
+                    )
+        with self._opened(names, self._backend, "fp32") as exact:
+            trajectory = self._trajectory(exact)
+            errors = self._rank(exact, trajectory)
+        order = sorted((name for name in names if name not in why), key=lambda name: -errors[name])
+        text = "no budget was asked for"
+        if wish.budget is not None:
+            count, values = self._within(wish.budget, [*why], order, trajectory[-1])
+            keep += order[:count]
+            if count:
+                last = f"{wish.budget}: {values[count - 1]:.4g} with it in int8, {values[count]:.4g} without"
+                why |= dict.fromkeys(order[:count], last)
+            text = f"{wish.budget} holds: {values[count]:.4g}"
+        return Found(keep, [Entry(name, errors[name], name in why, why.get(name, text)) for name in names])
+
+    def speed(self) -> dict[str, float]:
+        """Of each kind of layer: how many times as fast a guided step is where all of that kind are float."""
+        ratios = {}
+        kinds = list(dict.fromkeys(name.split()[-1] for name in self.names))
+        with self._opened([], self._backend, "int8") as quantized:
+            for done, kind in enumerate(kinds):
+                self._tick(done, len(kinds))
+                with self._opened(named(self.layers, [kind]), self._backend, "int8") as mixed:
+                    ratios[kind] = _ratio(self._step(quantized), self._step(mixed))
+        return ratios
+
+    def _step(self, pipe: Pipeline) -> Callable[[], object]:
+        label = self._labels[:1]
+        rows = pipe.table([self._contract.diffusion.span / 2], label, guided=True)(0, slice(0, 1))
+        context = pipe.examples(label, guided=True)(slice(None))
+        noise = np.random.default_rng(SEED).normal(size=(1, *self._contract.latent_shape)).astype(np.float32)
+        weights = np.full(1, GUIDANCE, np.float32)
+        return lambda: pipe.denoise(noise, rows, weights, context)
+
+    def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
+        """The error of the prediction where one layer alone is int8, conditional and null rows."""
+        names = self.names
+        expected, errors = self._answers(exact, trajectory), {}
+        for done, name in enumerate(names):
+            self._tick(done, len(names))
+            with self._opened([other for other in names if other != name], self._backend, "fp32") as pipe:
+                errors[name] = relative_error(self._answers(pipe, trajectory), expected)
+        return errors
+
+    def _answers(self, pipe: Pipeline, trajectory: Sequence[Latents]) -> Latents:
+        times = plan(self._contract.diffusion, self._contract.diffusion.sampler.solver, STEPS)
+        answers = []
+        for step in ASKED:
+            ids = np.array([self._labels[0], self._contract.null_label])
+            rows = pipe.condition(np.full(len(ids), times[step], np.float32), ids)
+            x = np.repeat(trajectory[step - 1][:1], len(ids), axis=0)  # after a step stands what the next one sees
+            context = pipe.examples(ids.tolist(), guided=False)(slice(None))
+            answers.append(pipe.denoise(x, rows[None], np.ones(len(ids), np.float32), context)[0])
+        return np.concatenate(answers)
+
+    def _trajectory(self, pipe: Pipeline) -> list[Latents]:
+        """The latents after each step of a run of the sampler itself."""
+        seen: list[Latents] = []
+        pipe.sample(
+            self._labels,
+            steps=STEPS,
+            guidance=GUIDANCE,
+            seed=[SEED + index for index in range(len(self._labels))],
+            output="latents",
+            on_step=lambda done, steps, x: seen.append(x.astype(np.float32)),
+        )
+        return seen
+
+    def _within(
+        self, budget: Budget, fixed: list[str], order: list[str], exact: Latents
+    ) -> tuple[int, dict[int, float]]:
+        """The fewest of the worst layers that must stay float, found by halving, and what each number of them gave."""
+        values: dict[int, float] = {}
+
+        def holds(count: int) -> bool:
+            with self._opened([*fixed, *order[:count]], self._backend, "int8") as pipe:
+                values[count] = self._distance(budget, self._trajectory(pipe)[-1], exact)
+            return budget.holds(values[count])
+
+        low, high = -1, len(order)  # the budget breaks with `low` of them in float, and holds with `high`
+        for count in (0, high):
+            if holds(count):
+                high = count
+                break
+            low = count
+        if low == high:
+            raise UsageError(
+                f"budget {budget} does not hold on {self._form} even with every layer in float: {values[high]:.4g}"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        if high == len(order) and order:
+            raise UsageError(f"budget {budget} holds with no layer in int8 only; build fp32, or ask for less")
+        return high, values
+
+    def _distance(self, budget: Budget, latents: Latents, exact: Latents) -> float:
+        if budget.metric == "latent-rel-l2":
+            return max(relative_error(*pair) for pair in zip(latents, exact, strict=True))
+        assert self._decoder is not None
+        pictures = [images.to_uint8(self._decoder.run({"latents": x})["images"]) for x in (latents, exact)]
+        return min(images.psnr(*pair) for pair in zip(*pictures, strict=True))
+
+    @contextmanager
+    def _opened(self, keep: Collection[str], backend: str, precision: str) -> Iterator[Pipeline]:
+        """The denoiser with all layers int8 but those to keep, in the form that is built; `precision` around them."""
+        graph = self._denoiser.copy()
+        grids = attention.steps(graph, self._calibration, keep)
+        quantize(graph, self._chosen, keep)
+        for rewrite in attention.passes(backend, grids) if backend == self._form else ():
+            rewrite(graph)
+        path = self._work / f"tried-{self._count}.onnx"  # beside the weights that all of them share
+        self._count += 1
+        files = onnxfile.save(graph, path)
+        engine = backends.backend(backend).open([self._work / file for file in files], Options(precision=precision))
+        try:
+            yield Pipeline(self._work, self._contract, {**self._once, "denoiser": engine})
+        finally:
+            engine.close()
+            for own in (path, path.with_name(onnxfile.data_name(path.name))):
+                own.unlink(missing_ok=True)
+
+
+def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
+    """How many times as fast the second is, taken in turn: the median of the rounds."""
+    ratios = []
+    for round_ in range(ROUNDS + 1):
+        seconds = []
+        for call in (slow, fast):
+            began = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - began)
+        if round_:  # the first compiles
+            ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)

@@ -1,0 +1,181 @@
+"""Smoothing (Xiao et al., arXiv 2211.10438) that costs nothing at run time:
+
+    x W = (x / s) (s W),  s_k = max|x_k|^alpha / max|W_k|^(1 − alpha)
+
+for each input channel k of a GEMM. The division folds into what makes x: the gain and the shift of the norm before it,
+which are adaLN's, made by the conditioner, or the norm's own; the rows of W_v and b_v for proj (a convex mix of v's
+rows is proj's input), or for a cross-attention's proj the values that are made outside the loop. Between GELU and fc2,
+and where a cross-attention reads the residual stream as it is, nothing can be folded. alpha is searched for each GEMM,
+as is the step of its activations' grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from dit_export.graph.onnxfile import layer
+from dit_export.precision.calibrate import Calibration, Seen
+from dit_export.precision.layers import MOVERS, Layer, find, unmoved
+from dit_runtime.errors import UsageError
+
+ALPHAS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+HEADROOM = 1.1  # of the largest magnitude that was seen: other classes and seeds reach further
+SHRINKS = (1.0, 0.95, 0.9)  # of that; to cut off more looks cheap on the kept rows, and the rare ones pay for it
+LEVELS = 127  # of symmetric int8
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How one GEMM's input is quantized."""
+
+    alpha: float
+    divisors: Floats  # (K,)
+    step: float  # of the activations' grid, after the division
+    error: float  # relative L2 of the GEMM's output on the calibration's rows
+    largest: float = 0.0  # magnitude of the input, after the division
+
+
+def choose(seen: Seen, weight: Floats, smooth: bool) -> Chosen:
+    """The alpha and the step with the least error of the quantized product on the calibration's rows."""
+    best: Chosen | None = None
+    exact = seen.sample @ weight
+    scale = float(np.linalg.norm(exact)) or 1.0
+    for alpha in ALPHAS if smooth else ALPHAS[:1]:
+        divisors = _divisors(seen.largest, weight, alpha)
+        sample, scaled = seen.sample / divisors, fake_weight(weight * divisors[:, None])
+        largest = float((seen.largest / divisors).max()) or 1.0
+        for shrink in SHRINKS:
+            step = HEADROOM * shrink * largest / LEVELS
+            grid = np.clip(np.rint(sample / step), -LEVELS, LEVELS) * step
+            error = float(np.linalg.norm(grid @ scaled - exact)) / scale
+            if best is None or error < best.error:
+                best = Chosen(alpha, divisors, step, error, largest)
+    assert best is not None
+    return best
+
+
+def _divisors(largest: Floats, weight: Floats, alpha: float) -> Floats:
+    if alpha == 0:
+        return np.ones_like(largest)
+    columns = np.abs(weight).max(axis=1)
+    s = np.maximum(largest, 1e-5) ** alpha / np.maximum(columns, 1e-5) ** (1 - alpha)
+    s /= np.exp(np.log(s).mean())  # around 1: what is folded keeps its size
+    return s.astype(np.float32)
+
+
+def weight_steps(weight: Floats, end: float = LEVELS) -> Floats:
+    """(N,): the grid of each output channel, whose largest number is `end`."""
+    return (np.maximum(np.abs(weight).max(axis=0), 1e-12) / end).astype(np.float32)
+
+
+def fake_weight(weight: Floats) -> Floats:
+    steps = weight_steps(weight)
+    return np.rint(weight / steps) * steps
+
+
+def smooth(
+    conditioner: gs.Graph,
+    denoiser: gs.Graph,
+    calibration: Calibration,
+    fold: bool = True,
+    context: gs.Graph | None = None,
+) -> dict[str, Chosen]:
+    """Chooses for every token GEMM and folds the divisors into the graphs, whose function stays what it was."""
+    layers = find(denoiser)
+    if missing := [one.name for one in layers if one.name not in calibration.layers]:
+        raise UsageError(f"the calibration has no {missing[0]}; it was made for another network")
+    chosen, qkv = {}, layers[0]
+    for one in layers:
+        seen, weight = calibration.layers[one.name], np.array(one.weight.values)
+        if seen.largest.shape != weight.shape[:1]:
+            raise UsageError(f"the calibration's {one.name} has {len(seen.largest)} channels, expected {len(weight)}")
+        if one.kind == "qkv":
+            qkv = one
+        places = _makers(one, qkv)
+        choice = choose(seen, weight, fold and bool(places))
+        chosen[one.name] = choice
+        if (choice.divisors == 1).all():
+            continue
+        _set(one.gemm, 1, weight * choice.divisors[:, None])
+        for node, index in places:
+            tensor = node.inputs[index]
+            if isinstance(tensor, gs.Constant):
+                values = np.array(tensor.values)
+                values[..., -len(choice.divisors) :] /= choice.divisors
+                _set(node, index, values)
+            else:
+                _divide_vector([conditioner, *([context] if context else [])], tensor, choice.divisors)
+    return chosen
+
+
+def _makers(one: Layer, qkv: Layer) -> list[tuple[gs.Node, int]]:
+    """Where the tensors are read that can be divided in a layer's place, as nodes and which of their inputs: vectors
+    from outside the loop, or parameters, of which it is the last columns. None where nothing linear makes the input."""
+    (node,) = one.x.inputs
+    if one.kind in ("proj", "cross"):
+        attention = unmoved(one.x).inputs[0]
+        values = attention.inputs[2].inputs[0]
+        while values.inputs[0].inputs[0].op in MOVERS:
+            values = values.inputs[0].inputs[0]
+        if _is_given(values.inputs[0]):
+            return [(values, 0)]
+        return [(qkv.gemm, 1), (qkv.add, _constant(qkv.add))]
+    if node.op == "LayerNormalization":
+        return [(node, 1), (node, 2)]
+    if node.op == "Add":  # LN · gain + shift
+        for index, tensor in enumerate(node.inputs):
+            product = node.inputs[1 - index].inputs
+            if _is_given(tensor) and product and product[0].op == "Mul":
+                gains = [n for n, factor in enumerate(product[0].inputs) if _is_given(factor)]
+                return [(product[0], n) for n in gains] + [(node, index)]
+    return []
+
+
+def _is_given(tensor: gs.Tensor) -> bool:
+    """Whether it is a part of a graph's input."""
+    if not tensor.inputs or tensor.inputs[0].op != "Split":
+        return False
+    return not unmoved(tensor.inputs[0].inputs[0]).inputs
+
+
+def _constant(node: gs.Node) -> int:
+    return next(index for index, tensor in enumerate(node.inputs) if isinstance(tensor, gs.Constant))
+
+
+def _set(node: gs.Node, index: int, values: Floats) -> None:
+    """A parameter of this node's own: the exporter lets equal ones share a tensor."""
+    node.inputs[index] = gs.Constant(f"{node.outputs[0].name}.{index}", values)
+
+
+def _divide_vector(graphs: Sequence[gs.Graph], vector: gs.Tensor, divisors: Floats) -> None:
+    """Where the vector is made, once an image, so that nothing is added inside the loop."""
+    (split,) = vector.inputs
+    name = unmoved(split.inputs[0]).name
+    graph, packed = next(
+        (graph, tensor.inputs[0]) for graph in graphs for tensor in graph.outputs if tensor.name == name
+    )
+    index = split.outputs.index(vector)
+    made = packed.inputs[index]
+    packed.inputs[index] = layer(graph, "Mul", [made, 1 / divisors], f"{made.name}_smoothed")
+    graph.toposort()
+
+
+def vector_divisors(denoiser: gs.Graph, chosen: Mapping[str, Chosen], width: int) -> Floats:
+    """(K + M, D): by what each vector of conditioning and context was divided; for comparing with PyTorch's."""
+    given = [tensor for tensor in denoiser.inputs if tensor.name in ("conditioning", "context")]
+    tables = {tensor.name: np.ones((tensor.shape[2], width), np.float32) for tensor in given}
+    layers = find(denoiser)
+    for one in layers:
+        for node, index in _makers(one, layers[0]):
+            vector = node.inputs[index]
+            if not isinstance(vector, gs.Constant):
+                (split,) = vector.inputs
+                rows = np.split(tables[unmoved(split.inputs[0]).name], np.cumsum(split.inputs[1].values)[:-1])
+                rows[split.outputs.index(vector)][:] = chosen[one.name].divisors
+    return np.concatenate(list(tables.values()))

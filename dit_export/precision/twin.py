@@ -1,0 +1,76 @@
+"""The rounding twin: a typed graph's arithmetic, seen on a CPU.
+
+A CPU's backends compute narrow graphs in fp32, where an overflow stays a number. The twin is the typed graph in fp32
+with a cast to the narrow type and back on every tensor and weight that the typed graph holds in it: so each value is
+rounded, and overflows, where a GPU's would.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
+
+from dit_export.graph import onnxfile
+from dit_export.graph.onnxfile import constants, layer
+from dit_export.precision.half import TYPES
+from dit_runtime import backends
+from dit_runtime.backends import Engine, Options
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.pipeline import Pipeline
+
+TWIN_BACKEND = "onnxruntime"  # keeps explicit casts, and they overflow
+
+
+@contextmanager
+def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pipeline | None]:
+    """The bundle's ONNX forms with each typed graph's twin in its place; None where none is typed, unless `always`."""
+    types = {name: backends.typed(graph.backend, graph.precision) for name, graph in contract.graphs.items()}
+    if not (always or any(types.values())):
+        yield None
+        return
+    module = backends.backend(backends.choose(TWIN_BACKEND))
+    engines: dict[str, Engine] = {}
+    with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
+        for name, contracted in contract.graphs.items():
+            files = [manifest.inside(folder, file) for file in contracted.onnx_files]
+            if narrow := types[name]:
+                graph = onnxfile.load(files[0])
+                twin(graph, tensor_dtype_to_np_dtype(TYPES[narrow]))
+                files = [Path(temporary) / file for file in onnxfile.save(graph, Path(temporary) / f"{name}.onnx")]
+            engines[name] = module.open(files, Options())
+        with Pipeline(folder, contract, engines) as rounded:
+            yield rounded
+
+
+def twin(graph: gs.Graph, dtype: np.dtype) -> int:
+    """Turns a typed graph into its twin; returns how many tensors are rounded, weights included."""
+    narrow_type = np_dtype_to_tensor_dtype(dtype)
+    weights = [tensor for tensor in constants(graph) if tensor.values.dtype == dtype]
+    for tensor in weights:
+        tensor.values = tensor.values.astype(np.float32)
+    body, graph.nodes, rounded = list(graph.nodes), [], len(weights)
+    for node in body:
+        node.name += "_exact"  # a layer has the name of what it makes, and the casts make what the node did
+        graph.nodes.append(node)
+        if node.op == "Cast" and node.attrs["to"] == narrow_type:
+            (out,) = node.outputs
+            node.outputs = [gs.Variable(f"{out.name}_rounded", dtype=dtype)]
+            layer(graph, "Cast", [node.outputs[0]], out, to=onnx.TensorProto.FLOAT)
+            out.dtype, rounded = np.dtype(np.float32), rounded + 1
+            continue
+        for index, out in enumerate(node.outputs):
+            if out.dtype == dtype:
+                exact = gs.Variable(f"{out.name}_exact", dtype=np.float32)
+                node.outputs[index] = exact
+                narrow = layer(graph, "Cast", [exact], f"{out.name}_rounded", to=narrow_type)
+                layer(graph, "Cast", [narrow], out, to=onnx.TensorProto.FLOAT)
+                out.dtype, rounded = np.dtype(np.float32), rounded + 1
+    return rounded

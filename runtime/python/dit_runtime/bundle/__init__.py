@@ -1,0 +1,1 @@
+"""The bundle on disk: its manifest, and engines made from its ONNX files."""

@@ -1,0 +1,1 @@
+"""The mathematics of a run: schedule, solvers, noise and the loop."""

@@ -1,0 +1,200 @@
+import json
+
+import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from dit_export.checkpoints.scheduler import read_scheduler_config
+from dit_runtime.errors import UsageError
+from dit_runtime.sampling.schedule import ORDERS, Diffusion, Sampler, timesteps
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
+
+CLASSES = (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler)
+DIT_XL_2_256 = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json
+    "_class_name": "DDIMScheduler",
+    "_diffusers_version": "0.12.0.dev0",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "trained_betas": None,
+}
+
+
+def saved(scheduler):
+    """What `save_pretrained` writes."""
+    return json.loads(scheduler.to_json_string())
+
+
+def config(cls="DDIMScheduler", **fields):
+    return {"_class_name": cls, **fields}
+
+
+def check(diffusion, live):
+    """Every field against the scheduler that diffusers itself makes."""
+    theirs, sampler = live.config, diffusion.sampler
+    assert diffusion.train_steps == theirs.num_train_timesteps
+    assert (diffusion.beta_schedule, diffusion.beta_start, diffusion.beta_end) == (
+        theirs.beta_schedule,
+        theirs.beta_start,
+        theirs.beta_end,
+    )
+    assert diffusion.prediction == theirs.prediction_type
+    shared = "steps_offset clip_sample clip_sample_range set_alpha_to_one solver_type lower_order_final euler_at_final"
+    for name in [*shared.split(), "final_sigmas_type"]:
+        # A live config also holds another class's leftovers; only the fields of its own class count.
+        if name in type(live)._get_init_keys(type(live)):
+            assert getattr(sampler, name) == theirs[name], name
+    if isinstance(live, DDPMScheduler):
+        assert sampler.variance == (theirs.variance_type or "fixed_small")
+    solver = {DDIMScheduler: "ddim", DDPMScheduler: "ddpm"}.get(type(live), "dpm++")
+    live.set_timesteps(20)
+    assert list(timesteps(diffusion, solver, 20)) == live.timesteps.tolist()
+
+
+@pytest.mark.parametrize("other", CLASSES)
+@pytest.mark.parametrize(
+    "given",
+    [
+        DIT_XL_2_256,
+        *(config(cls.__name__) for cls in CLASSES),
+        config(clip_sample_range=2.0, steps_offset=1, timestep_spacing="trailing", set_alpha_to_one=False),
+        config("DDPMScheduler", variance_type="learned_range", beta_schedule="scaled_linear", beta_end=0.012),
+        config("DDPMScheduler", variance_type="fixed_large", timestep_spacing="linspace"),
+        config(
+            "DPMSolverMultistepScheduler",
+            solver_type="heun",
+            final_sigmas_type="sigma_min",
+            euler_at_final=True,
+            lower_order_final=False,
+            clip_sample=False,  # left by the DDIMScheduler it was made from
+            steps_offset=1,
+            prediction_type="v_prediction",
+        ),
+        saved(DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-1.0)),
+        saved(DDIMScheduler(timestep_spacing="trailing")),
+    ],
+)
+def test_every_solver_gets_what_from_config_would_give_it(given, other):
+    check(read_scheduler_config(given), other.from_config(given))
+
+
+def test_the_solver_is_the_configs():
+    assert read_scheduler_config(config("DDPMScheduler")).sampler.solver == "ddpm"
+    assert read_scheduler_config(config("DDIMScheduler")).sampler.solver == "ddim"
+    for solver, order in ORDERS.items():
+        given = config("DPMSolverMultistepScheduler", solver_order=order)
+        assert read_scheduler_config(given).sampler.solver == solver
+
+
+def test_dit_xl_2_256_unclipped_leading_and_linspace():
+    expected = Sampler("ddim", "leading", "leading", "linspace", clip_sample=False, variance="fixed_small")
+    assert read_scheduler_config(DIT_XL_2_256) == Diffusion(sampler=expected)
+
+
+def test_absent_clip_sample_is_on_as_in_diffusers():
+    assert read_scheduler_config(config()).sampler.clip_sample
+
+
+def test_a_live_config_counts_only_what_its_file_said():
+    live = DDIMScheduler.from_config(DIT_XL_2_256).config
+    assert read_scheduler_config(dict(live)) == read_scheduler_config(DIT_XL_2_256)
+
+
+def test_without_a_config_it_is_metas_way():
+    assert read_scheduler_config(None) == Diffusion()
+    sampler = Diffusion().sampler
+    assert (sampler.solver, sampler.ddim_spacing, sampler.ddpm_spacing) == ("ddim", "stride", "respaced")
+    assert (sampler.variance, sampler.clip_sample, sampler.set_alpha_to_one) == ("learned_range", False, True)
+    assert read_scheduler_config(None, learned_variance=False).sampler.variance == "fixed_large"
+
+
+def test_a_prediction_that_is_asked_for_agrees_with_the_config():
+    given = config("DDIMScheduler", prediction_type="v_prediction")
+    assert read_scheduler_config(given, prediction="v_prediction").prediction == "v_prediction"
+    for asked, found, said in (("velocity", given, "v_prediction"), ("sample", config(), "epsilon")):
+        with pytest.raises(
+            UsageError, match=f"prediction '{asked}' was asked for, but the scheduler config says '{said}'"
+        ):
+            read_scheduler_config(found, prediction=asked)
+    assert read_scheduler_config(None, prediction="sample").prediction == "sample"
+
+
+def test_logarithmic_variances_are_the_plain_ones():
+    for kind in ("fixed_small", "fixed_large"):
+        given = config("DDPMScheduler", variance_type=f"{kind}_log")
+        assert read_scheduler_config(given).sampler.variance == kind
+
+
+def test_trained_betas_and_infinite_clip():
+    given = config("DPMSolverMultistepScheduler", num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3])
+    given = json.loads(json.dumps(given | {"lambda_min_clipped": float("-inf")}))
+    diffusion = read_scheduler_config(given)
+    assert diffusion.trained_betas == (0.1, 0.2, 0.3) and diffusion.sampler.lambda_min_clipped is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("thresholding", True),
+        ("rescale_betas_zero_snr", True),
+        ("algorithm_type", "dpmsolver"),
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("use_karras_sigmas", True),
+        ("use_exponential_sigmas", True),
+        ("use_beta_sigmas", True),
+        ("use_lu_lambdas", True),
+        ("use_flow_sigmas", True),
+        ("use_dynamic_shifting", True),
+        ("beta_schedule", "sigmoid"),
+        ("prediction_type", "flow_prediction"),
+        ("prediction_type", "velocity"),
+        ("timestep_spacing", "stride"),
+        ("solver_type", "bh2"),
+        ("solver_order", 4),
+        ("final_sigmas_type", "half"),
+        ("variance_type", "wild"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_field_and_value(field, value):
+    with pytest.raises(UsageError, match=rf"{field} = {value!r} is not supported \(supported: ".replace("+", r"\+")):
+        read_scheduler_config(config("DPMSolverMultistepScheduler", **{field: value}))
+
+
+def test_neutral_values_pass():
+    idle = {"dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0, "flow_shift": 3.0, "time_shift_type": "linear"}
+    assert read_scheduler_config(config(**idle, thresholding=False)) == read_scheduler_config(config())
+    for cls in CLASSES:
+        read_scheduler_config(saved(cls()))
+
+
+def test_several_refusals_are_one_line_and_unknown_fields_suggest():
+    with pytest.raises(UsageError) as error:
+        read_scheduler_config(config(clip_smaple=False, thresholding=True, skip_prk_steps=True))
+    message = str(error.value)
+    assert 'clip_smaple = False is not known (did you mean "clip_sample"?)' in message
+    assert "thresholding = True" in message and "skip_prk_steps" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", None])
+def test_unknown_classes_are_refused(name):
+    with pytest.raises(UsageError, match=r"is not supported.*supported: DDIMScheduler, DDPMScheduler, DPMSolver"):
+        read_scheduler_config({"_class_name": name})
+
+
+def test_values_of_the_wrong_type_are_refused():
+    with pytest.raises(UsageError, match="scheduler config: clip_sample is 'yes'; expected true or false"):
+        read_scheduler_config(config(clip_sample="yes"))
+    with pytest.raises(UsageError, match=r"scheduler config: trained_betas is 0.1"):
+        read_scheduler_config(config(trained_betas=0.1))
+    with pytest.raises(UsageError, match="scheduler config: train_steps is '1000'"):
+        read_scheduler_config(config(num_train_timesteps="1000"))
+
+
+def test_learned_variance_needs_a_model_that_has_it():
+    with pytest.raises(UsageError, match="variance_type = 'learned_range' is not supported"):
+        read_scheduler_config(config("DDPMScheduler", variance_type="learned_range"), learned_variance=False)

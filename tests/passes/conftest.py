@@ -1,0 +1,51 @@
+"""A small DiT, sensitive to all its inputs, and its plain ONNX graph, traced once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+import torch
+
+from dit_export.graph import onnxfile, trace
+from dit_export.networks.dit import DiT
+from dit_export.spec import ModelSpec
+
+Run = Callable[[gs.Graph, dict[str, np.ndarray]], list[np.ndarray]]
+
+
+@pytest.fixture(scope="session")
+def small_dit() -> DiT:
+    torch.manual_seed(0)
+    spec = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classes=10, embedders=2)
+    model = DiT(spec).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
+    return model
+
+
+@pytest.fixture(scope="session")
+def plain_path(small_dit: DiT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plain") / "dit.onnx"
+    trace.export_dit(small_dit).save(path, external_data=True)
+    return path
+
+
+@pytest.fixture
+def plain(plain_path: Path) -> gs.Graph:
+    """A fresh copy: passes work in place."""
+    return onnxfile.load(plain_path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Saves a graph as builds do (which checks it) and runs it."""
+
+    def run_graph(graph: gs.Graph, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        onnxfile.save(graph, tmp_path / "graph.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+        return session.run(None, inputs)
+
+    return run_graph

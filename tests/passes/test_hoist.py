@@ -1,0 +1,181 @@
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from dit_export.graph import onnxfile
+from dit_export.networks.dit import DiT
+from dit_export.passes.hoist import hoist
+from dit_runtime.errors import UsageError
+from tests.passes.conftest import Run
+
+ROUNDING = 1e-6  # the two halves are the same fp32 ops in the same order; only kernels' blocking may differ
+
+
+def layer(
+    graph: gs.Graph, op: str, inputs: list, shape: list, dtype: type = np.float32, **attrs: object
+) -> gs.Variable:
+    """One node with one output; arrays become constants."""
+    tensors = [
+        gs.Constant(f"c{len(graph.nodes)}_{i}", t) if isinstance(t, np.ndarray) else t for i, t in enumerate(inputs)
+    ]
+    output = gs.Variable(f"{op.lower()}{len(graph.nodes)}", dtype=dtype, shape=shape)
+    graph.nodes.append(gs.Node(op, attrs=attrs, inputs=tensors, outputs=[output]))
+    return output
+
+
+def empty(**inputs: list) -> gs.Graph:
+    variables = [gs.Variable(name, dtype=np.float32, shape=shape) for name, shape in inputs.items()]
+    return gs.Graph(inputs=variables, opset=20, ir_version=10)
+
+
+def test_the_halves_together_are_the_whole(plain: gs.Graph, run: Run) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 4, 8, 8)).astype(np.float32)
+    conditions = {"timesteps": np.array([0, 400.5, 999], np.float32), "labels": np.array([0, 10, 3])}
+    (whole,) = run(plain, {"latents": x, **conditions})
+
+    hoisted = hoist(plain, ["latents"])
+    frontier = dict(zip(hoisted.frontier, run(hoisted.invariant, conditions), strict=True))
+    (again,) = run(hoisted.loop, {"latents": x, **frontier})
+    np.testing.assert_allclose(again, whole, rtol=0, atol=ROUNDING * np.abs(whole).max())
+
+    first = hoisted.frontier[0]  # teeth: one wrong vector shows
+    (broken,) = run(hoisted.loop, {"latents": x, **frontier, first: frontier[first] * 1.01})
+    assert np.abs(broken - whole).max() > 100 * ROUNDING * np.abs(whole).max()
+
+
+def test_it_takes_all_of_adaln_and_nothing_of_the_loop(plain: gs.Graph, small_dit: DiT) -> None:
+    gemms = onnxfile.census(plain)["Gemm"]  # embedders' and adaLN's: the linears on (N, D)
+    hoisted = hoist(plain, ["latents"])
+    before, loop = onnxfile.census(hoisted.invariant), onnxfile.census(hoisted.loop)
+    assert len(hoisted.frontier) == small_dit.spec.num_vectors == 14
+    assert before["Gemm"] == gemms
+    assert not {"Gemm", "Sin", "Cos", "Gather", "Sigmoid", "Unsqueeze"} & set(loop)
+    assert not {"MatMul", "Attention", "LayerNormalization", "Gelu", "Conv"} & set(before)
+    assert [tensor.name for tensor in hoisted.invariant.inputs] == ["timesteps", "labels"]
+    assert [tensor.name for tensor in hoisted.loop.inputs] == ["latents", *hoisted.frontier]
+
+
+def test_the_cut_moves_back_through_layout_and_repetition() -> None:
+    graph = empty(x=["n", 4, 8], c=["n", 4, 8])
+    x, c = graph.inputs
+    keys = layer(graph, "Tanh", [c], ["n", 4, 8])
+    heads = layer(graph, "Reshape", [keys, np.array([-1, 4, 2, 4])], ["n", 4, 2, 4])
+    turned = layer(graph, "Transpose", [heads], ["n", 2, 4, 4], perm=[0, 2, 3, 1])
+    queries = layer(graph, "Reshape", [x, np.array([-1, 2, 4, 4])], ["n", 2, 4, 4])
+    graph.outputs = [layer(graph, "MatMul", [queries, turned], ["n", 2, 4, 4])]
+    hoisted = hoist(graph, ["x"])
+    assert hoisted.frontier == (keys.name,)  # not the transposed heads
+    assert onnxfile.census(hoisted.loop) == {"Reshape": 2, "Transpose": 1, "MatMul": 1}
+
+    graph = empty(x=["n", 64, 8], c=["n", 1, 8])
+    x, c = graph.inputs
+    one = layer(graph, "Tanh", [c], ["n", 1, 8])
+    many = layer(graph, "Expand", [one, np.array([1, 64, 8])], ["n", 64, 8])
+    graph.outputs = [layer(graph, "Mul", [x, many], ["n", 64, 8])]
+    assert hoist(graph, ["x"]).frontier == (one.name,)  # 1 vector travels, not 64
+
+
+def test_near_misses_stay_in_the_loop() -> None:
+    graph = empty(x=["n", 1, 8], c=["n", 1, 8])
+    x, c = graph.inputs
+    mixed = layer(graph, "Add", [layer(graph, "Tanh", [c], ["n", 1, 8]), x], ["n", 1, 8])  # c, but with x in it
+    graph.outputs = [layer(graph, "Sigmoid", [mixed], ["n", 1, 8])]
+    hoisted = hoist(graph, ["x"])
+    assert onnxfile.census(hoisted.invariant) == {"Tanh": 1}
+    assert onnxfile.census(hoisted.loop) == {"Add": 1, "Sigmoid": 1}
+
+    graph = empty(x=["n", 1, 8], c=["n", 1, 8])
+    x, c = graph.inputs
+    graph.outputs = [layer(graph, "Sigmoid", [layer(graph, "Add", [c, x], ["n", 1, 8])], ["n", 1, 8])]
+    with_input = hoist(graph, ["x"])  # nothing to compute ahead: the input itself is the frontier
+    assert with_input.frontier == ("c",)
+
+
+def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
+    def reshaped_by(axis: int, rows: str = "n") -> gs.Graph:
+        graph = empty(x=["n", 2, 8], c=[rows, 16])
+        x, c = graph.inputs
+        shape = layer(graph, "Shape", [c], [2], np.int64)
+        count = layer(graph, "Gather", [shape, np.array([axis])], [1], np.int64, axis=0)
+        target = layer(graph, "Concat", [count, np.array([-1])], [2], np.int64, axis=0)
+        rows = layer(graph, "Reshape", [x, target], ["n", "m"])
+        graph.outputs = [layer(graph, "Mul", [rows, layer(graph, "Tanh", [c], ["n", 16])], ["n", 16])]
+        return graph
+
+    hoisted = hoist(reshaped_by(0), ["x"])
+    assert onnxfile.census(hoisted.loop)["Shape"] == 1
+    assert len(hoisted.frontier) == 1
+    for other in (reshaped_by(1), reshaped_by(0, rows="m")):  # a width, and rows that x does not have
+        with pytest.raises(UsageError, match="a shape computed from c"):
+            hoist(other, ["x"])
+
+
+@pytest.mark.parametrize("counted", ["c", "tanh", "x"])
+def test_row_counts_bind_no_work_to_the_loop(run: Run, counted: str) -> None:
+    """One count of rows, of whichever tensor, shapes what is invariant and what is not."""
+    graph = empty(x=["n", 16], c=["n", 16])
+    x, c = graph.inputs
+    tanh = layer(graph, "Tanh", [c], ["n", 16])
+    shape = layer(graph, "Shape", [{"c": c, "tanh": tanh, "x": x}[counted]], [2], np.int64)
+    count = layer(graph, "Gather", [shape, np.array([0])], [1], np.int64, axis=0)
+    target = layer(graph, "Concat", [count, np.array([4, 4])], [3], np.int64, axis=0)
+    keys, queries = (layer(graph, "Reshape", [tensor, target], ["n", 4, 4]) for tensor in (tanh, x))
+    weight = np.arange(16, dtype=np.float32).reshape(4, 4)
+    product = layer(graph, "MatMul", [keys, weight], ["n", 4, 4])
+    graph.outputs = [layer(graph, "Mul", [queries, product], ["n", 4, 4])]
+    given = {name: np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32) for name in ("x", "c")}
+    (whole,) = run(graph, given)
+
+    hoisted = hoist(graph, ["x"])
+    assert hoisted.frontier == (product.name,)
+    assert not {"MatMul", "Tanh"} & set(onnxfile.census(hoisted.loop))
+    (crossed,) = run(hoisted.invariant, {"c": given["c"]})
+    (again,) = run(hoisted.loop, {"x": given["x"], product.name: crossed})
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_what_has_a_computed_shape_is_no_shape() -> None:
+    graph = empty(x=["n", 4, 4], captions=["n", "tokens", 4])
+    x, captions = graph.inputs
+    tokens = layer(graph, "Shape", [captions], [1], np.int64, start=1, end=2)
+    target = layer(graph, "Concat", [np.array([-1]), tokens, np.array([2, 2])], [4], np.int64, axis=0)
+    keys = layer(graph, "MatMul", [captions, np.ones((4, 4), np.float32)], ["n", "tokens", 4])
+    heads = layer(graph, "Reshape", [keys, target], ["n", "tokens", 2, 2])
+    means = layer(graph, "ReduceMean", [heads, np.array([1, 2])], ["n", 1, 1, 2])
+    graph.outputs = [layer(graph, "Mul", [layer(graph, "Reshape", [x, np.array([-1, 8, 2, 1])], [8]), means], [8])]
+    assert hoist(graph, ["x"]).frontier == (means.name,)
+
+
+def test_other_sizes_are_not_taken_for_row_counts(run: Run) -> None:
+    """Shape(c, start=1)[0] is c's width: rewritten to x's it would be a wrong number."""
+    graph = empty(x=["n", 4], c=["n", 7])
+    x, c = graph.inputs
+    width = layer(graph, "Gather", [layer(graph, "Shape", [c], [1], np.int64, start=1), np.array([0])], [1], np.int64)
+    scale = layer(graph, "Cast", [width], [1], to=1)
+    graph.outputs = [layer(graph, "Mul", [x, scale], ["n", 4])]
+    with pytest.raises(UsageError, match="a shape computed from c"):
+        hoist(graph, ["x"])
+
+
+def test_optional_inputs_and_outputs_that_are_left_out() -> None:
+    graph = empty(x=["n", 8], c=["n", 8])
+    x, c = graph.inputs
+    limit = layer(graph, "ReduceMax", [c], [], keepdims=0)
+    capped = gs.Variable("capped", dtype=np.float32, shape=["n", 8])
+    graph.nodes.append(gs.Node("Clip", inputs=[x, gs.Variable.empty(), limit], outputs=[capped]))
+    graph.outputs = [capped]
+    normed = gs.Variable("normed", dtype=np.float32, shape=["n", 8])  # its first output is not wanted
+    graph.nodes.insert(0, gs.Node("Split", attrs={"num_outputs": 1}, inputs=[c], outputs=[normed]))
+    graph.nodes[0].outputs.insert(0, gs.Variable.empty())
+    graph.nodes[1].inputs[0] = normed
+    hoisted = hoist(graph, ["x"])
+    assert hoisted.frontier == (limit.name,)
+    assert onnxfile.census(hoisted.loop) == {"Clip": 1}
+
+
+def test_refusals_name_the_input(plain: gs.Graph) -> None:
+    with pytest.raises(UsageError, match=r"no input 'latent' \(did you mean \"latents\"\?\)"):
+        hoist(plain, ["latent"])
+    with pytest.raises(UsageError, match=r"every input .* is a loop input"):
+        hoist(plain, ["latents", "timesteps", "labels"])

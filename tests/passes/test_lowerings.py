@@ -1,0 +1,241 @@
+"""Passes of single backends, and the decoder's sub-pixel convolution: count, census, numerics, near misses."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+
+from dit_export.graph import onnxfile
+from dit_export.networks.dit import DiT
+from dit_export.passes import LOWERINGS, expected_counts, fuse
+from dit_export.passes.attention import plain_attention
+from dit_export.passes.group_norm import group_norm
+from dit_export.passes.qkv import split_qkv
+from dit_export.passes.subpixel import subpixel
+from tests.passes.conftest import Run
+from tests.passes.test_hoist import empty, layer
+
+RNG = np.random.default_rng(0)
+UP = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+CONV = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def upsampled(scales: tuple[int, ...] = (1, 1, 2, 2), resize: dict | None = None, conv: dict | None = None) -> gs.Graph:
+    graph = empty(x=["n", 3, 5, 4])
+    doubled = layer(
+        graph,
+        "Resize",
+        [graph.inputs[0], gs.Variable.empty(), np.array(scales, np.float32)],
+        ["n", 3, 10, 8],
+        **(resize or UP),
+    )
+    graph.outputs = [layer(graph, "Conv", [doubled, normal(6, 3, 3, 3), normal(6)], ["n", 6, 10, 8], **(conv or CONV))]
+    return graph
+
+
+def test_subpixel(run: Run) -> None:
+    graph = upsampled()
+    inputs = {"x": normal(2, 3, 5, 4)}
+    (expected,) = run(graph, inputs)
+    assert subpixel(graph) == 1
+    assert onnxfile.census(graph) == {"Conv": 4, "Concat": 1, "DepthToSpace": 1}
+    (got,) = run(graph, inputs)
+    assert got.shape == expected.shape == (2, 6, 10, 8)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)  # 27 products of size 1 in another order
+    first = next(node for node in graph.nodes if node.op == "Conv")
+    first.attrs["pads"] = first.attrs["pads"][::-1]  # teeth: one place moved by a pixel
+    assert np.abs(run(graph, inputs)[0] - expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        upsampled(scales=(1, 1, 4, 4)),
+        upsampled(resize=UP | {"mode": "linear", "nearest_mode": "floor"}),
+        upsampled(resize=UP | {"coordinate_transformation_mode": "half_pixel"}),
+        upsampled(conv=CONV | {"pads": [0, 0, 0, 0]}),
+        upsampled(conv=CONV | {"dilations": [2, 2]}),
+        upsampled(conv=CONV | {"strides": [2, 2]}),
+    ],
+    ids=["by four", "linear", "half a pixel off", "unpadded", "dilated", "strided"],
+)
+def test_subpixel_leaves_other_upsampling_alone(graph: gs.Graph) -> None:
+    before = onnxfile.census(graph)
+    assert subpixel(graph) == 0 and onnxfile.census(graph) == before
+
+
+def test_subpixel_needs_the_convolution_to_be_the_only_reader() -> None:
+    graph = upsampled()
+    graph.outputs.append(graph.nodes[0].outputs[0])
+    assert subpixel(graph) == 0
+
+
+@pytest.mark.parametrize("size", [[7], [5, 4]], ids=str)
+def test_group_norm(run: Run, size: list[int]) -> None:
+    graph = empty(x=["n", 8, *size])
+    graph.opset = 21
+    inputs = {"x": 3 + 2 * normal(2, 8, *size)}
+    attrs = {"num_groups": 4, "epsilon": 0.25}
+    graph.outputs = [
+        layer(graph, "GroupNormalization", [graph.inputs[0], normal(8), normal(8)], ["n", 8, *size], **attrs)
+    ]
+    (expected,) = run(graph, inputs)
+    assert group_norm(graph) == 1 and not {"GroupNormalization", "Transpose"} & set(onnxfile.census(graph))
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)  # a square of size 20 cancels
+
+
+def test_group_norm_of_a_group_that_is_far_from_zero(run: Run) -> None:
+    """The difference of squares: a mean 100 times the deviation costs four of seven digits, and no more."""
+    graph = empty(x=["n", 4, 64, 64])
+    graph.opset = 21
+    inputs = {"x": 100 + normal(1, 4, 64, 64)}
+    graph.outputs = [
+        layer(
+            graph,
+            "GroupNormalization",
+            [graph.inputs[0], np.ones(4, np.float32), np.zeros(4, np.float32)],
+            ["n", 4, 64, 64],
+            num_groups=2,
+        )
+    ]
+    (expected,) = run(graph, inputs)
+    group_norm(graph)
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=2e-2)
+
+
+def attention(**attrs: object) -> gs.Graph:
+    graph = empty(**{name: ["n", 2, 5, 8] for name in "qkv"})
+    graph.opset = 23
+    graph.outputs = [layer(graph, "Attention", list(graph.inputs), ["n", 2, 5, 8], **attrs)]
+    return graph
+
+
+@pytest.mark.parametrize("attrs", [{}, {"scale": 0.5}], ids=["root of d", "its own scale"])
+def test_plain_attention(run: Run, attrs: dict) -> None:
+    graph = attention(**attrs)
+    inputs = {name: 3 * normal(2, 2, 5, 8) for name in "qkv"}
+    (expected,) = run(graph, inputs)
+    assert plain_attention(graph) == 1
+    assert onnxfile.census(graph) == {"MatMul": 2, "Transpose": 1, "Mul": 1, "Softmax": 1}
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
+    assert np.abs(run(graph, inputs | {"k": inputs["v"]})[0] - expected).max() > 0.1
+
+
+def test_a_mask_is_added_to_the_scores(run: Run) -> None:
+    graph = attention()
+    mask = gs.Variable("mask", dtype=np.float32, shape=["n", 1, 5, 5])
+    graph.inputs.append(mask)
+    graph.nodes[0].inputs.append(mask)
+    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"} | {"mask": np.zeros((2, 1, 5, 5), np.float32)}
+    inputs["mask"][1, :, :, 3:] = -10_000
+    (expected,) = run(graph, inputs)
+    assert plain_attention(graph) == 1
+    assert onnxfile.census(graph) == {"MatMul": 2, "Transpose": 1, "Mul": 1, "Add": 1, "Softmax": 1}
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
+    inputs["mask"][1] = 0
+    assert np.abs(run(graph, inputs)[0] - expected).max() > 0.1
+
+
+def test_other_attention_stays() -> None:
+    graph = attention(is_causal=1)
+    assert plain_attention(graph) == 0
+    graph = attention()
+    graph.nodes[0].inputs.append(gs.Variable("mask", dtype=np.bool_, shape=[5, 5]))  # which scores count, not a sum
+    assert plain_attention(graph) == 0
+
+
+def projected(parts: int = 3, bias: np.ndarray | None = None, axis: int = -1) -> gs.Graph:
+    graph = empty(x=["n", 5, 8])
+    product = layer(graph, "MatMul", [graph.inputs[0], normal(8, 12)], ["n", 5, 12])
+    whole = layer(graph, "Add", [product, normal(12) if bias is None else bias], ["n", 5, 12])
+    graph.outputs = [gs.Variable(f"part{i}", dtype=np.float32, shape=["n", 5, 12 // parts]) for i in range(parts)]
+    graph.nodes.append(gs.Node("Split", "split", {"axis": axis, "num_outputs": parts}, [whole], list(graph.outputs)))
+    return graph
+
+
+def test_split_qkv(run: Run) -> None:
+    graph = projected()
+    inputs = {"x": normal(2, 5, 8)}
+    expected, weights = run(graph, inputs), onnxfile.weight_bytes(graph)
+    assert split_qkv(graph) == 1
+    assert onnxfile.census(graph) == {"MatMul": 3, "Add": 3, "Split": 2}  # of the weight and of the bias
+    assert onnxfile.weight_bytes(graph) == weights
+    got = run(graph, inputs)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    assert np.abs(got[0] - got[1]).max() > 0.1
+
+
+def test_split_qkv_of_weights_in_8_bits(run: Run) -> None:
+    graph = projected()
+    product = graph.nodes[0]
+    stored = [RNG.integers(-127, 128, (8, 12)).astype(np.int8), normal(12) ** 2, np.zeros(12, np.int8)]
+    product.inputs[1] = layer(graph, "DequantizeLinear", stored, [8, 12], axis=1)
+    graph.toposort()
+    inputs = {"x": normal(2, 5, 8)}
+    expected, weights = run(graph, inputs), onnxfile.weight_bytes(graph)
+    assert split_qkv(graph) == 1
+    assert onnxfile.census(graph) == {"Split": 4, "DequantizeLinear": 3, "MatMul": 3, "Add": 3}
+    assert onnxfile.weight_bytes(graph) == weights  # the parts are no copies
+    for one, other in zip(run(graph, inputs), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)  # weights up to 127 times their step
+    # A step a row belongs to no column: it is left alone.
+    graph = projected()
+    graph.nodes[0].inputs[1] = layer(
+        graph, "DequantizeLinear", [stored[0], normal(8), np.zeros(8, np.int8)], [8, 12], axis=0
+    )
+    assert split_qkv(graph) == 0
+
+
+def test_split_qkv_leaves_other_splits_alone() -> None:
+    assert split_qkv(projected(bias=normal(5, 12))) == 0  # no bias of columns
+    graph = projected()
+    graph.outputs.append(graph.nodes[1].outputs[0])  # read by another
+    assert split_qkv(graph) == 0
+    graph = projected()
+    graph.nodes[2].attrs["axis"] = 1
+    assert split_qkv(graph) == 0
+
+
+def test_every_form_of_a_denoiser_is_the_same_function(plain: gs.Graph, small_dit: DiT, run: Run) -> None:
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    inputs = {
+        "latents": normal(2, 4, 8, 8),
+        "conditioning": normal(2, 2, small_dit.spec.num_vectors, small_dit.spec.hidden),
+        "guidance": np.array([1, 4], np.float32),
+    }
+    expected = run(denoiser.copy(), inputs)
+    for backend, passes in LOWERINGS.items():
+        form = denoiser.copy()
+        counts = {rewrite.__name__: rewrite(form) for rewrite in passes}
+        assert counts.items() <= expected_counts(small_dit.spec).items(), backend
+        for got, want in zip(run(form, inputs), expected, strict=True):
+            assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max(), backend  # as the fused pair's tolerance
+
+
+@pytest.mark.parametrize("place", ["absolute", "relative", "link"])
+def test_forms_share_their_weights(plain: gs.Graph, small_dit: DiT, tmp_path, monkeypatch, place: str) -> None:
+    if place == "relative":
+        monkeypatch.chdir(tmp_path)
+        tmp_path = Path()
+    elif place == "link":
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        tmp_path = tmp_path / "link"
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    assert onnxfile.save(denoiser, tmp_path / "a.onnx") == ("a.onnx", "a.onnx.data")
+    form = denoiser.copy()
+    plain_attention(form)
+    assert onnxfile.save(form, tmp_path / "b.onnx") == ("b.onnx", "a.onnx.data")
+    changed = denoiser.copy()
+    weight = next(tensor for tensor in onnxfile.constants(changed) if tensor.values.nbytes > 10_000)
+    weight.values = weight.values * 2
+    first, *rest = onnxfile.save(changed, tmp_path / "c.onnx")
+    assert first == "c.onnx" and sorted(rest) == ["a.onnx.data", "c.onnx.data"]
+    again = {tensor.name: tensor.values for tensor in onnxfile.constants(onnxfile.load(tmp_path / "c.onnx"))}
+    np.testing.assert_array_equal(again[weight.name], weight.values)

@@ -1,0 +1,147 @@
+"""Typed graphs and their rounding twins."""
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from onnx.helper import tensor_dtype_to_np_dtype
+
+from dit_export.graph import onnxfile
+from dit_export.networks.dit import DiT
+from dit_export.passes import expected_counts, fuse
+from dit_export.precision.half import PRODUCTS, TYPES, islands, narrow, watched
+from dit_export.precision.layers import find
+from dit_export.precision.qdq import quantize
+from dit_export.precision.smooth import Chosen
+from dit_export.precision.twin import twin
+from tests.passes.conftest import Run
+
+HALF = np.dtype(np.float16)
+
+
+@pytest.fixture
+def typed(plain: gs.Graph, small_dit: DiT) -> gs.Graph:
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    assert narrow(denoiser, "fp16") == expected_counts(small_dit.spec)["narrow"] == 5 * 2 + 2
+    return denoiser
+
+
+@pytest.fixture
+def inputs(small_dit: DiT) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    shapes = {"latents": (2, 4, 8, 8), "conditioning": (2, 2, 14, 48)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} | {
+        "guidance": np.array([1, 4], np.float32)
+    }
+
+
+def test_products_are_narrow_and_islands_wide(typed: gs.Graph) -> None:
+    kinds: dict[str, set[str]] = {}
+    for node in typed.nodes:
+        for tensor in (*node.inputs, *node.outputs):
+            if tensor.dtype in (np.float16, np.float32):
+                kinds.setdefault(node.op, set()).add(np.dtype(tensor.dtype).name)
+    for op in ("MatMul", "Attention", "Conv", "Gelu"):
+        assert kinds[op] == {"float16"}, op
+    for op in ("LayerNormalization", "Mul", "Tile"):  # modulation and gates among the products
+        assert kinds[op] == {"float32"}, op
+    inside = {np.dtype(tensor.dtype).name for tensor in (*typed.inputs, *typed.outputs)}
+    assert inside == {"float32"}
+    weights = [tensor.values for tensor in onnxfile.constants(typed) if tensor.values.dtype.kind == "f"]
+    assert all(values.dtype == HALF for values in weights if values.ndim > 1 and values.shape[0] > 1)
+
+
+def test_the_graph_checks_and_stays_near(typed: gs.Graph, plain_path, small_dit: DiT, run: Run, inputs: dict) -> None:
+    (expected, _) = run(fuse(onnxfile.load(plain_path), small_dit.spec).denoiser, inputs)
+    (got, _) = run(typed, inputs)  # full_check: ONNX's own type inference agrees with ours
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert 1e-6 < error < 5e-3  # eleven bits in two blocks; measured 5e-4
+
+
+def test_the_twin_rounds_what_the_typed_graph_holds(typed: gs.Graph, run: Run, inputs: dict) -> None:
+    casts = onnxfile.census(typed)["Cast"]
+    (near, _) = run(typed, inputs)
+    rounded = twin(typed, HALF)
+    assert rounded > 5 * 2 + 2 and onnxfile.census(typed)["Cast"] > 2 * casts
+    assert not [tensor.name for tensor in onnxfile.constants(typed) if tensor.values.dtype == HALF]
+    (got, _) = run(typed, inputs)
+    assert np.linalg.norm(got - near) / np.linalg.norm(near) < 5e-3
+
+
+def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
+    """300 x 300 is beyond fp16: a CPU's fp16 product hides it, the twin does not."""
+    x = gs.Variable("x", dtype=np.float32, shape=["n", 4])
+    y = gs.Variable("y", dtype=np.float32, shape=["n", 4])
+    z = gs.Variable("z", dtype=np.float32, shape=["n", 4])
+    product = gs.Node("MatMul", "product", {}, [x, gs.Constant("w", np.eye(4, dtype=np.float32) * 300)], [y])
+    scaled = gs.Node("Mul", "scaled", {}, [y, gs.Constant("s", np.array(1e-3, np.float32))], [z])
+    graph = gs.Graph([product, scaled], [x], [z], opset=23, ir_version=10)
+    inputs = {"x": np.full((1, 4), 300, np.float32)}
+    assert narrow(graph, "fp16") == 1
+    assert graph.nodes[-1].inputs[0].inputs[0].attrs["to"] == onnx.TensorProto.FLOAT
+    twin(graph, HALF)
+    assert np.isinf(run(graph, inputs)[0]).all()
+    assert np.isfinite(run(graph, {"x": inputs["x"] / 2})[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "low", "high"), [("bf16", None, 1e-3, 3e-2), ("fp16", "fp8", 5e-3, 1e-1)]
+)
+def test_other_types_in_the_twin(
+    plain_path, small_dit: DiT, run: Run, inputs: dict, precision, kind, low, high
+) -> None:
+    """bf16 has eight bits, fp8 four: off by as much, and by no more."""
+    denoiser = fuse(onnxfile.load(plain_path), small_dit.spec).denoiser
+    (expected, _) = run(denoiser.copy(), inputs)
+    if kind:
+        assert quantize(denoiser, chosen(denoiser), kind=kind) == 8
+    assert narrow(denoiser, precision) == 12
+    dtype = tensor_dtype_to_np_dtype(TYPES[precision])
+    assert {node.inputs[0].dtype for node in denoiser.nodes if node.op == "Attention"} == {dtype}
+    twin(denoiser, dtype)
+    (got, _) = run(denoiser, inputs)
+    error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+    assert low < error < high
+
+
+def chosen(denoiser: gs.Graph) -> dict[str, Chosen]:
+    return {one.name: Chosen(0.0, np.ones(1, np.float32), 6 / 127, 0.0, 6.0) for one in find(denoiser)}
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_q_reads_what_there_is_and_dq_gives_the_product_its_type(plain: gs.Graph, small_dit: DiT, kind) -> None:
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    quantize(denoiser, chosen(denoiser), kind=kind)
+    narrow(denoiser, "fp16")
+    read = {node.name: node.inputs[1].dtype for node in denoiser.nodes if node.op == "QuantizeLinear"}
+    assert {name.split()[2]: dtype.name for name, dtype in read.items()} == {
+        "qkv": "float32",  # behind a LayerNorm's modulation, an island
+        "fc1": "float32",
+        "proj": "float16",
+        "fc2": "float16",
+    }
+    scales = {node.inputs[1].dtype for node in denoiser.nodes if node.op == "DequantizeLinear"}
+    assert scales == {HALF}
+
+
+def test_what_touches_a_wide_tensor_stays_fp32(typed: gs.Graph, plain_path, small_dit: DiT, run: Run, inputs) -> None:
+    denoiser = fuse(onnxfile.load(plain_path), small_dit.spec).denoiser
+    gelu = next(node for node in denoiser.nodes if node.op == "Gelu")
+    wide = [gelu.outputs[0].name]
+    (fc2,) = islands(denoiser, wide)
+    (expected, _) = run(denoiser.copy(), inputs)
+    assert narrow(denoiser, "fp16", wide) == 12 - 1
+    assert fc2.inputs[1].dtype == np.float32 and gelu.outputs[0].dtype == np.float32
+    twin(denoiser, HALF)
+    (got, _) = run(denoiser, inputs)
+    assert 1e-6 < np.linalg.norm(got - expected) / np.linalg.norm(expected) < 5e-3
+
+
+def test_everything_that_would_be_narrow_is_watched(plain: gs.Graph, small_dit: DiT) -> None:
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    seen = {tensor.name for tensor in watched(denoiser)}
+    for node in denoiser.nodes:
+        if node.op in PRODUCTS:
+            tensors = (*node.inputs, *node.outputs)
+            assert {tensor.name for tensor in tensors if isinstance(tensor, gs.Variable) and tensor.name} <= seen
+    assert all(node.outputs[0].name not in seen for node in denoiser.nodes if node.op == "LayerNormalization")

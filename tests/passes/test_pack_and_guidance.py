@@ -1,0 +1,102 @@
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+
+from dit_export.graph import onnxfile
+from dit_export.networks.dit import DiT
+from dit_export.passes import expected_counts, fuse
+from dit_export.passes.guidance import share_rows
+from dit_export.passes.hoist import hoist
+from dit_export.passes.pack import pack
+from dit_runtime.errors import UsageError
+from tests.passes.conftest import Run
+from tests.passes.test_hoist import empty, layer
+
+TOLERANCE = 2e-5  # of the largest value: fp32 sums in another order through two blocks; measured 1e-6
+
+
+def guided_by_torch(model: DiT, x: np.ndarray, t: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Guidance as in the paper's code, written apart from the passes: two runs and one formula on 3 channels."""
+    with torch.no_grad():
+        own = model(torch.from_numpy(x), torch.from_numpy(t), torch.from_numpy(labels)).numpy()
+        null = model(torch.from_numpy(x), torch.from_numpy(t), torch.full((len(x),), 10)).numpy()
+    own[:, :3] = null[:, :3] + weights[:, None, None, None] * (own[:, :3] - null[:, :3])
+    return own
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_fused_pair_is_guided_pytorch(plain: gs.Graph, small_dit: DiT, run: Run, batch: int) -> None:
+    fused = fuse(plain, small_dit.spec)
+    assert fused.counts.items() <= expected_counts(small_dit.spec).items()
+    rng = np.random.default_rng(batch)
+    x = rng.normal(size=(batch, 4, 8, 8)).astype(np.float32)
+    t = rng.uniform(0, 999, batch).astype(np.float32)
+    labels, weights = rng.integers(0, 10, batch), rng.uniform(1, 5, batch).astype(np.float32)
+    (rows,) = run(fused.conditioner, {"timesteps": np.tile(t, 2), "labels": np.append(labels, [10] * batch)})
+    np.testing.assert_allclose(  # the model's own list of vectors, in the same order
+        rows[:batch], small_dit.vectors(torch.from_numpy(t), torch.from_numpy(labels)), rtol=0, atol=1e-5
+    )
+    grouped = rows.reshape(2, batch, *rows.shape[1:])
+
+    out = np.concatenate(run(fused.denoiser, {"latents": x, "conditioning": grouped, "guidance": weights}), axis=1)
+    expected = guided_by_torch(small_dit, x, t, labels, weights)
+    assert np.abs(out - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+    alone = run(fused.denoiser, {"latents": x, "conditioning": grouped[:1], "guidance": weights})
+    expected = guided_by_torch(small_dit, x, t, labels, np.ones(batch, np.float32))
+    assert np.abs(np.concatenate(alone, axis=1) - expected).max() <= TOLERANCE * np.abs(expected).max()
+    assert np.abs(out - expected).max() > 100 * TOLERANCE * np.abs(expected).max()  # guidance shows
+
+    swapped = run(fused.denoiser, {"latents": x, "conditioning": grouped[::-1], "guidance": weights})
+    assert np.abs(np.concatenate(swapped, axis=1) - out).max() > 100 * TOLERANCE * np.abs(out).max()
+
+
+def test_what_no_conditioning_touches_runs_on_the_pictures_rows_only(plain: gs.Graph, small_dit: DiT) -> None:
+    denoiser = fuse(plain, small_dit.spec).denoiser
+    assert onnxfile.census(denoiser)["Tile"] == 2  # the residual stream and the first LayerNorm's output
+    tiled = {node.inputs[0].inputs[0].op for node in denoiser.nodes if node.op == "Tile"}
+    assert tiled == {"Add", "LayerNormalization"}
+    assert onnxfile.census(denoiser)["Split"] == 1 + 2  # one for all vectors, and one a block for q, k, v
+    assert [tensor.name for tensor in denoiser.outputs] == ["prediction", "variance"]
+
+
+def test_packing_refuses_vectors_of_another_width() -> None:
+    graph = empty(x=["n", 2, 8], c=["n", 2, 8], d=["n", 1, 4])
+    x, c, d = graph.inputs
+    part = layer(graph, "Mul", [x, layer(graph, "Tanh", [c], ["n", 2, 8])], ["n", 2, 8])
+    narrow = layer(graph, "Slice", [part, *(np.array([v]) for v in (0, 4, 2))], ["n", 2, 4])
+    graph.outputs = [layer(graph, "Mul", [narrow, layer(graph, "Tanh", [d], ["n", 1, 4])], ["n", 2, 4])]
+    hoisted = hoist(graph, ["x"])
+    with pytest.raises(UsageError, match=r"cannot travel with .* expected .*8\]"):
+        pack(hoisted, "conditioning", hoisted.invariant.outputs)
+
+
+def test_packing_keeps_the_loop(plain: gs.Graph, run: Run) -> None:
+    hoisted = hoist(plain, ["latents"])
+    conditions = {"timesteps": np.array([5, 999], np.float32), "labels": np.array([1, 2])}
+    parts = run(hoisted.invariant, conditions)
+    x = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
+    (expected,) = run(hoisted.loop, {"latents": x, **dict(zip(hoisted.frontier, parts, strict=True))})
+    assert pack(hoisted, "conditioning", hoisted.invariant.outputs) == 14
+    (packed,) = run(hoisted.invariant, conditions)
+    assert np.array_equal(packed, np.concatenate(parts, axis=1))
+    (again,) = run(hoisted.loop, {"latents": x, "conditioning": packed})
+    assert np.array_equal(again, expected)  # the same ops on the same numbers
+
+
+def test_a_loop_that_names_its_rows_is_refused() -> None:
+    graph = empty(latents=["n", 8], conditioning=["n", 1, 8])
+    x, c = graph.inputs
+    rows = layer(graph, "Reshape", [x, np.array([2, 1, 8])], [2, 1, 8])
+    graph.outputs = [layer(graph, "Mul", [rows, c], [2, 1, 8])]
+    with pytest.raises(UsageError, match="reshaped to 2 rows, expected -1"):
+        share_rows(graph, "latents", ["conditioning"])
+
+
+def test_a_changed_exporter_is_noticed(plain: gs.Graph, small_dit: DiT) -> None:
+    final = next(node for node in reversed(plain.nodes) if node.op == "LayerNormalization")
+    gain = final.outputs[0].outputs[0].inputs[1]  # 1 + scale, of which the pass must find five
+    gain.inputs[0].op = "Sub"
+    with pytest.raises(RuntimeError, match="fold_gains: 4, expected 5"):
+        fuse(plain, small_dit.spec)

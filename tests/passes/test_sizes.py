@@ -1,0 +1,92 @@
+"""Every size of the paper in every conditioning, traced with weights that take no disk: the passes find what is said
+here, and nothing that could leave the loop stays in it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from dit_export.graph import onnxfile, trace
+from dit_export.networks.dit import DiT
+from dit_export.passes import Fused, fuse
+from dit_export.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
+
+DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
+TOKENS = 120  # of a caption
+# By depth d: tensors that cross out of the loop, vectors K of a step, vectors M of a caption.
+LEAVES = {
+    "adaln-zero": lambda d: (6 * d + 2, 6 * d + 2, 0),
+    "adaln": lambda d: (4 * d + 2, 4 * d + 2, 0),
+    "in-context": lambda d: (1, 2, 0),  # both tokens at once
+    "cross-attention": lambda d: (2 * d, 4 * d, 0),  # keys and values of two tokens each
+    "adaln-single": lambda d: (6 * d + 2 + 2 * d + 1, 6 * d + 2, 2 * d * TOKENS),  # and the mask
+}
+FAST = {("adaln-zero", "XL/2", 256), ("adaln-single", "S/8", 512)}  # a trace takes half a second a block
+CASES = [
+    pytest.param(way, name, side, marks=[] if (way, name, side) in FAST else pytest.mark.slow)
+    for way in CONDITIONINGS
+    for side in (256, 512)
+    for name in MODELS
+]
+
+
+def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
+    """Weights of the right shapes, all zero, in a sparse file."""
+    with torch.device("meta"):
+        model = DiT(spec).eval().requires_grad_(False)
+    model.to_empty(device="cpu")
+    for index, parameter in enumerate(model.parameters()):
+        parameter.view(-1)[0] = index  # else equal linears of equal inputs become one
+    traced = trace.export_dit(model).model
+    largest = 0
+    for value in traced.graph.initializers.values():
+        tensor = value.const_value
+        if tensor.dtype == ir.DataType.FLOAT and tensor.nbytes >= onnxfile.INLINE_BYTES:
+            largest = max(largest, tensor.nbytes)
+            value.const_value = ir.ExternalTensor(
+                "zeros", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+            )
+    with (folder / "zeros").open("wb") as zeros:
+        zeros.truncate(largest)
+    ir.save(traced, folder / "dit.onnx")
+    return fuse(onnxfile.load(folder / "dit.onnx"), spec)
+
+
+def loop_weights(spec: ModelSpec) -> int:
+    """How many are left: patches, positions, each block's qkv, proj, fc1, fc2, a cross-attention's q and proj, norms
+    with weights of their own, and the last linear."""
+    d, plain = spec.hidden, not spec.by.modulation
+    crossed = spec.by.crossed
+    block = (12 + 2 * crossed) * d**2 + (9 + 2 * crossed) * d + plain * (2 + crossed) * 2 * d
+    ends = (4 * spec.patch**2 + 1) * d + spec.tokens * d + (d + 1) * 8 * spec.patch**2 + plain * 2 * d
+    return spec.depth * block + ends
+
+
+@pytest.mark.parametrize(("way", "name", "side"), CASES)
+def test_each_size_has_the_vectors_that_its_conditioning_needs(way: str, name: str, side: int, tmp_path: Path) -> None:
+    spec = conditioned(replace(MODELS[name], latent_size=side // 8), way)
+    fused = fuse_without_weights(spec, tmp_path)
+
+    crossing, vectors, context = LEAVES[way](DEPTHS[name.split("/")[0]])
+    assert fused.counts["hoist"] == crossing
+    assert (fused.counts["pack"], fused.counts["pack_context"]) == (vectors, context)
+    shapes = {tensor.name: list(tensor.shape) for tensor in (*fused.denoiser.inputs, *fused.denoiser.outputs)}
+    assert shapes.pop("conditioning") == ["groups", "batch", vectors, spec.hidden]
+    if context:
+        assert shapes.pop("context") == ["groups", "batch", context, spec.hidden]
+        assert shapes.pop("context_mask") == ["groups", "batch", TOKENS]
+    assert shapes.pop("guidance") == ["batch"]
+    assert shapes == {key: ["batch", 4, side // 8, side // 8] for key in ("latents", "prediction", "variance")}
+
+    # No embedder, no adaLN linear and no linear of a condition's keys and values is left in the loop, and all else is.
+    # The smallest of them, a block's keys and values in XL, is 0.5 % of it.
+    names = {constant.name for constant in onnxfile.constants(fused.denoiser)}
+    assert not [name for name in names if "modulation" in name or "embedders" in name or "caption" in name]
+    assert onnxfile.weight_bytes(fused.denoiser) == pytest.approx(4 * loop_weights(spec), rel=1e-3)
+    if way == "adaln-zero":
+        assert onnxfile.weight_bytes(fused.conditioner) > 4 * spec.depth * 6 * spec.hidden * (spec.hidden + 1)
+    if (way, name, side) == ("adaln-zero", "XL/2", 256):
+        assert onnxfile.weight_bytes(fused.denoiser) <= 1.85e9
+        assert onnxfile.weight_bytes(fused.conditioner) == pytest.approx(4 * 226e6, rel=0.02)
