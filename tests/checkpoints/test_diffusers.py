@@ -80,7 +80,10 @@ def test_forward_is_diffusers(tmp_path, shared):
     if shared:  # the same weights in the other dialect are another function
         torch.save(keys.write(loaded.network.module, keys.META), tmp_path / "meta.pt")
         meta = read(tmp_path / "meta.pt", heads=4)
-        assert meta.network.module.spec.frequency_shift == 0 and distance(output(meta.network.module), expected) > 1000 * ROUNDING
+        assert (
+            meta.network.module.spec.frequency_shift == 0
+            and distance(output(meta.network.module), expected) > 1000 * ROUNDING
+        )
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -49,7 +49,9 @@ def test_forward_is_metas(tmp_path):
     for name in state:  # each tensor is heard, or the line above proves little
         moved = state | {name: state[name] * 1.05}
         assert distance(forward(moved, *inputs()), expected) > 2e-4, name
-    assert not loaded.network.module.training and not any(weight.requires_grad for weight in loaded.network.module.parameters())
+    assert not loaded.network.module.training and not any(
+        weight.requires_grad for weight in loaded.network.module.parameters()
+    )
     assert loaded.source["sha256"].keys() == {"dit.pt"} and json.dumps(loaded.source)
 
 
