@@ -95,8 +95,11 @@ def read_names(recipe: Recipe, network: Network) -> tuple[str, ...]:
     """Return the class names of the recipe's file; () where it names none."""
     if not recipe.labels:
         return ()
-    classes = next((port.size - 1 for port in network.conditions if port.name == "labels"), 0)
-    return read_labels(Path(recipe.labels).expanduser(), classes)
+    path = Path(recipe.labels).expanduser()
+    for port in network.conditions:
+        if port.name == "labels":
+            return read_labels(path, port.size - ("labels" in network.null))
+    raise UsageError(f"{path}: class names, but the network has no labels")
 
 
 def load_source(contract: Manifest, folder: Path) -> Loaded:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dit_export.recipe import sides
+from dit_export.recipe import resolution_name, sides
 from dit_runtime.backends import QUANTIZED
 from dit_runtime.bundle.manifest import TensorSpec
 from dit_runtime.errors import UsageError, nearest
@@ -93,8 +93,7 @@ class ModelSpec:
     @property
     def resolution(self) -> int | str:
         """As people write it: 256, or 512x256 for height x width."""
-        _, height, width = self.latent_shape
-        return 8 * height if height == width else f"{8 * height}x{8 * width}"
+        return resolution_name(self.latent_shape[1:])
 
     @property
     def null_label(self) -> int:
