@@ -12,7 +12,11 @@ import onnx_graphsurgeon as gs
 
 from dit_export.graph.onnxfile import layer
 from dit_export.graph.trace import OPSET
+<<<<<<< HEAD
 from dit_runtime.bundle.manifest import Port
+=======
+from dit_export.networks.spec import Signature
+>>>>>>> networks
 
 
 def update(state: Port) -> gs.Graph:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_export.graph.trace import Decoder
 from dit_export.networks.dit import DiT
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 from dit_runtime import images
 from dit_runtime.errors import UsageError
 from dit_runtime.replay import REFERENCE, Reference, fingerprint
