@@ -17,7 +17,7 @@ from dit_export.graph.trace import Decoder
 from dit_export.precision import prompts
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.search import SearchOptions
-from dit_export.recipe import PRECISIONS, Recipe, latent_size
+from dit_export.recipe import PRECISIONS, Recipe, sides
 from dit_export.verify import report
 from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import backends
@@ -42,14 +42,11 @@ def build(
     recipe: Recipe,
     progress: Progress,
     options: SearchOptions | None = None,
-    traced: Path | None = None,
     loaded: Loaded | None = None,
 ) -> Built:
     """Build and verify a bundle; `loaded` is a network of the caller's own instead of the recipe's checkpoint.
 
-    With `options`, an int8 build also searches which layers stay float; the manifest's recipe then names them.
-    `traced` is a folder with the traced graphs of these weights, or where to put them for the next build.
-    """
+    With `options`, an int8 build also searches which layers stay float; the manifest's recipe then names them.    """
     _require_consistent(recipe)
     output = Path(recipe.output).expanduser() if recipe.output else None
     if output is not None:
@@ -67,16 +64,14 @@ def build(
     with _partial(folder) as partial:
         _require_disk(partial, loaded, 4 if backends.typed(backend, recipe.precision) else 2)
         decoder = Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        own = partial / "traced"
-        oracle = trace_graphs(traced or own, loaded, decoder, progress)
-        assembly = Assembly(
-            partial, traced or own, loaded, decoder, recipe, backend, progress, inputs=inputs, options=options
-        )
+        traced = partial / "traced"
+        oracle = trace_graphs(traced, loaded, decoder, progress)
+        assembly = Assembly(partial, traced, loaded, decoder, recipe, backend, progress, inputs=inputs, options=options)
         contract = assembly.run()
         if options is not None:
             table = [entry._asdict() for entry in assembly.sensitivity]
             (partial / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(traced)
         with progress.stage("reference by PyTorch"):
             reference = make_reference(
                 loaded.network,
@@ -108,7 +103,7 @@ def _require_consistent(recipe: Recipe) -> None:
     if recipe.max_batch < 1:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
     if recipe.resolution is not None:
-        latent_size(recipe.resolution)
+        sides(recipe.resolution)
     for name in ("keep_float", "calibration", "conditions") if recipe.precision not in backends.QUANTIZED else ():
         if value := getattr(recipe, name):
             option = name.replace("_", "-")

@@ -21,8 +21,8 @@ from dit_runtime.progress import Progress
 @dataclass(frozen=True)
 class Built:
     folder: Path
-    proof: list[Check]
-    checks: list[Check]  # the gates; the proof is one of them unless the weights are a user's and fail it
+    proof: list[Figure]
+    checks: list[Figure]  # the gates; the proof is one of them unless the weights are a user's and fail it
     reference: Reference
     replay: Replay
 
@@ -35,7 +35,7 @@ class Built:
         return all(check.passed for check in self.proof)
 
 
-def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress, **options: Any) -> Built:
+def check(folder: Path, loaded: Loaded, decoder: Decoder | None, progress: Progress, **options: Any) -> Built:
     """All checks of a bundle: by its engines where they run here, and by the rounding twins of its typed graphs.
 
     Made-up weights must be sensitive; a user's may not be, and that is reported.
@@ -54,7 +54,7 @@ def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress:
         answered = []
         for name, pipe in pipes.items():
             with progress.stage(f"verify: {name}each graph against PyTorch"):
-                found = [*graph_parity(pipe, loaded.model, decoder)]
+                found = [*graph_parity(pipe, loaded.network.module, decoder)]
             with progress.stage(f"verify: {name}replay of the reference"):
                 tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731
                 answered.append(replay(pipe, reference, tick))
@@ -66,7 +66,7 @@ def check(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress:
     return Built(folder, proven, checks, reference, answered[0])
 
 
-def _summary(built: Built) -> dict[str, Any]:
+def summary(built: Built) -> dict[str, Any]:
     return dit_runtime.verify.summary("sensitive" if built.sensitive else "insensitive", built.checks)
 
 
