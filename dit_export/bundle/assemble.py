@@ -6,7 +6,7 @@ Nothing here proves that the result is right; `build.py` does.
 
 from __future__ import annotations
 
-import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +214,29 @@ class Assembly:
                     engines[backend] = onnxfile.save(form, self.folder / f"{name}.{backend}.onnx")
         require(counts, self._expected(name, len(islands)))
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
+
+
+def build_scratch_bundle(
+    folder: Path,
+    loaded: Loaded,
+    decoder: trace.Decoder | None,
+    recipe: Recipe,
+    progress: Progress,
+    traced: Path | None = None,
+    inputs: Inputs = Inputs(),
+) -> Manifest:
+    """Write a bundle without a reference and without a proof: to measure, never to ship."""
+    folder.mkdir()
+    own = traced or folder / "traced"
+    if not own.exists():
+        trace_graphs(own, loaded, decoder, progress)
+    backend = backends.choose(recipe.backend, recipe.precision)
+    plan = Plan(pictures=1, steps=4, batch=1)
+    contract = Assembly(folder, own, loaded, decoder, recipe, backend, progress, inputs=inputs, plan=plan).run()
+    if traced is None:
+        shutil.rmtree(own)
+    manifest.write(folder, contract)
+    return contract
 
 
 STEPS = (
