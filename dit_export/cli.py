@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_export.bench import command as bench_command
-from dit_export.spec import CONDITIONINGS, MODELS, PRECISIONS, Recipe
+from dit_export.networks.spec import CONDITIONINGS, MODELS
+from dit_export.recipe import PRECISIONS, Recipe
 from dit_export.verify import command as regress_command
 from dit_runtime import backends
 from dit_runtime.bundle import manifest

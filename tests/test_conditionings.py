@@ -13,8 +13,9 @@ import torch
 from dit_export.bench.floor import flops
 from dit_export.checkpoints import load
 from dit_export.cli import main
+from dit_export.networks.spec import CONDITIONINGS, MODELS, conditioned
 from dit_export.passes import expected_counts
-from dit_export.spec import CONDITIONINGS, MODELS, Recipe, conditioned
+from dit_export.recipe import Recipe
 from dit_export.verify.parity import graph_parity
 from dit_export.verify.reference import guide
 from dit_runtime.bundle import manifest

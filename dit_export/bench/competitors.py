@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 from dit_runtime.errors import UsageError, nearest
 from dit_runtime.sampling.schedule import Diffusion
 

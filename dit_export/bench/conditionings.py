@@ -25,7 +25,8 @@ from dit_export.bench.subject import GUIDANCE, in_a_row
 from dit_export.bundle.write import trace_graphs, unverified
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.synthetic import synthetic_dit
-from dit_export.spec import CONDITIONINGS, ModelSpec, Recipe, conditioned, model
+from dit_export.networks.spec import CONDITIONINGS, ModelSpec, conditioned, model
+from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 
 Shape = tuple[int, int, int]  # (M, K) x (K, N)
 GEMMS: dict[str, dict[str, tuple[str, ...]]] = {  # by device

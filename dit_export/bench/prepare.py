@@ -19,7 +19,7 @@ from dit_export.checkpoints import Loaded, keys
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
 from dit_export.graph.trace import Decoder
 from dit_export.networks.dit import DiT
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_graphs

@@ -15,10 +15,11 @@ import dit_runtime.verify
 from dit_export.bundle.write import describe, fuse_graphs, int8_of, precisions_of, read_given, trace_graphs, wide_of
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph import trace
+from dit_export.networks.spec import ModelSpec, table_name
 from dit_export.precision.calibrate import Plan as CalibrationPlan
 from dit_export.precision.search import Wish
 from dit_export.precision.twin import twins
-from dit_export.spec import PRECISIONS, ModelSpec, Recipe, sides, table_name
+from dit_export.recipe import PRECISIONS, Recipe, sides
 from dit_export.verify import report
 from dit_export.verify.parity import FINITE_LABELS, finite, graph_parity, proof
 from dit_export.verify.reference import make_reference, save_reference

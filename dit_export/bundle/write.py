@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dit_export.checkpoints import Loaded
 from dit_export.graph import onnxfile, trace
+from dit_export.networks.spec import ModelSpec, signatures, table_name
 from dit_export.passes import LOWERINGS, expected_counts, fuse, require
 from dit_export.passes.subpixel import subpixel
 from dit_export.passes.update import update
@@ -27,7 +28,7 @@ from dit_export.precision.prompts import Prompts, read
 from dit_export.precision.qdq import quantize
 from dit_export.precision.search import Entry, Found, Search, Wish
 from dit_export.precision.smooth import smooth, vector_divisors
-from dit_export.spec import ModelSpec, Recipe, signatures, table_name
+from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import QUANTIZED, Options
 from dit_runtime.bundle import manifest

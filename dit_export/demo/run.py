@@ -18,7 +18,7 @@ from dit_export.demo import data, score, store
 from dit_export.demo.score import Score
 from dit_export.demo.vit import ViT
 from dit_export.graph import trace
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_export.verify import report
 from dit_runtime import images
 from dit_runtime.bundle import manifest

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
 from dit_export.graph.onnxfile import sign
+from dit_export.networks.spec import ModelSpec, expected_counts, signatures
 from dit_export.passes.attention import plain_attention
 from dit_export.passes.dynamic import dynamic
 from dit_export.passes.gains import fold_gains
@@ -16,8 +17,6 @@ from dit_export.passes.guidance import guide, share_rows
 from dit_export.passes.hoist import hoist
 from dit_export.passes.pack import group, pack, part
 from dit_export.passes.qkv import split_qkv
-from dit_export.spec import ModelSpec, signatures
-from dit_runtime.backends import QUANTIZED
 
 
 class Fused(NamedTuple):
@@ -32,30 +31,6 @@ LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
     "onnxruntime": (plain_attention, group_norm, dynamic),
     "openvino": (split_qkv, group_norm),
 }
-
-
-def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
-    """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    crossed, appended = spec.by.crossed, spec.by.appended
-    linears = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
-    attentions = (2 if crossed else 1) * spec.depth
-    floats = sum(name.endswith("attention") for name in kept)
-    quantized = linears - len(kept) + floats if precision in QUANTIZED else 0
-    return {
-        "hoist": spec.modulations + appended + 2 * spec.depth * crossed + spec.by.captioned,  # tokens, K and V, mask
-        "pack": spec.num_vectors,
-        "pack_context": spec.context_vectors,
-        "fold_gains": spec.gains,
-        "share_rows": 1 if appended else 2,  # the residual stream, and what a branch makes of it before it is mixed
-        "guide": 1,
-        "quantize": quantized,
-        "plain_attention": attentions,
-        "split_qkv": spec.depth,
-        "quantize_attention": spec.depth - floats,
-        "group_norm": 0,
-        "dynamic": quantized,
-        "narrow": linears + attentions + 2,  # the patches and the last linear besides
-    }
 
 
 def require(counts: Mapping[str, int], expected: Mapping[str, int]) -> None:

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from dit_export.graph.onnxfile import layer
 from dit_export.graph.trace import OPSET
-from dit_export.spec import Signature
+from dit_export.networks.spec import Signature
 
 
 def update(signature: Signature) -> gs.Graph:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dit_export.arrays import read_arrays
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 from dit_runtime.captions import EXAMPLES, Captions, examples, fitting
 from dit_runtime.errors import UsageError
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.networks.dit import DiT
-from dit_export.spec import CONDITIONINGS, ModelSpec
+from dit_export.networks.spec import CONDITIONINGS, ModelSpec
 from dit_export.verify.reference import guide, hoisted
 from dit_export.verify.taps import names, pytorch_stream, tapped
 from dit_runtime import replay

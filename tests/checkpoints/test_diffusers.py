@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from dit_export.checkpoints import keys, load
 from dit_export.checkpoints.diffusers import ABSENT, CAPTIONED, CLASSES, FIXED, NUMBERS, OF_CLASSES
 from dit_export.networks.dit import DiT
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.errors import UsageError
 from tests.pixart import small_vae
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dit_export.checkpoints import keys, load
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.errors import UsageError
 from tests.conftest import meta_state
 from tests.test_against_meta import CHANNELS, CLASSES, DEPTH, HEADS, HIDDEN, LATENT, PATCH, forward

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dit_export.checkpoints import load, synthetic
-from dit_export.spec import MODELS, Recipe
+from dit_export.networks.spec import MODELS
+from dit_export.recipe import Recipe
 from dit_runtime.sampling.solvers import solve
 
 

@@ -11,7 +11,7 @@ import torch
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 
 Run = Callable[[gs.Graph, dict[str, np.ndarray]], list[np.ndarray]]
 

@@ -29,6 +29,18 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Port:
+    """One named input of a network."""
+
+    name: str
+    role: str  # "state" | "time" | "condition"
+    dtype: str  # "float32" | "int64"
+    shape: tuple[int, ...]  # of one row
+    size: int = 0  # int64 only: values are 0 … size - 1
+    masks: str = ""  # name of the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+
+
+@dataclass(frozen=True)
 class Graph:
     """One network of the bundle: its portable ONNX form, and the files that each backend opens instead of it."""
 

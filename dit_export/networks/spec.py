@@ -1,27 +1,23 @@
-"""What is built: ModelSpec (the network), Recipe (what to make of it), and the one table of sizes."""
+"""ModelSpec, the shape of the paper's DiT, and the one table of its sizes."""
 
 from __future__ import annotations
 
-import json
-import tomllib
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dit_runtime.backends import Tuning
+from dit_export.recipe import sides
+from dit_runtime.backends import QUANTIZED
 from dit_runtime.bundle.manifest import TensorSpec
-from dit_runtime.captions import EXAMPLES
 from dit_runtime.errors import UsageError, nearest
 
 
 class Conditioning(NamedTuple):
-    """By which ways the timestep and the label, or the caption, reach a network's tokens."""
+    """How the timestep and the label reach a network's tokens."""
 
     modulation: int = 0  # adaLN's vectors a block: shift and scale twice, 6 with gates; 0: norms with their own gains
     appended: bool = False  # as two tokens beside the patches
     crossed: bool = False  # as what a cross-attention in each block reads
-    shared: bool = False  # one projection modulates all blocks, each with a table of its own added
-    captioned: bool = False  # the cross-attention reads a caption's embeddings, and there are no classes
 
 
 CONDITIONINGS = {
@@ -29,9 +25,7 @@ CONDITIONINGS = {
     "adaln": Conditioning(modulation=4),
     "in-context": Conditioning(appended=True),
     "cross-attention": Conditioning(crossed=True),
-    "adaln-single": Conditioning(modulation=6, crossed=True, shared=True, captioned=True),
 }
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -45,9 +39,7 @@ class ModelSpec:
     latent_size: int = 32  # a side of the latents; their height where the width is another
     latent_width: int = 0  # 0: square
     channels: int = 4
-    num_classes: int = 1000  # of a captioned network: the example captions that it is verified with
-    caption_tokens: int = 120
-    caption_channels: int = 4096
+    num_classes: int = 1000
     mlp_ratio: float = 4.0
     learned_variance: bool = True
     conditioning: str = "adaln-zero"
@@ -116,13 +108,8 @@ class ModelSpec:
     @property
     def num_vectors(self) -> int:
         """K: conditioning vectors a step: adaLN's; the two tokens; the keys and values of two tokens for each block."""
-        keys_and_values = 4 * self.depth if self.by.crossed and not self.by.captioned else 0
+        keys_and_values = 4 * self.depth if self.by.crossed else 0
         return self.modulations + 2 * self.by.appended + keys_and_values
-
-    @property
-    def context_vectors(self) -> int:
-        """M: what depends on the caption alone and is computed once an image: its keys and values for each block."""
-        return 2 * self.depth * self.caption_tokens if self.by.captioned else 0
 
     @property
     def gains(self) -> int:
@@ -138,7 +125,6 @@ class Signature(NamedTuple):
 def signatures(spec: ModelSpec) -> dict[str, Signature]:
     """Inputs and outputs of the graphs, once: ONNX axes, profiles and runtime checks all come from here."""
     vectors = (spec.num_vectors, spec.hidden)
-    tokens, of_context = (spec.caption_tokens,), (spec.context_vectors, spec.hidden)
 
     def floats(name: str, *shape: int | str) -> TensorSpec:
         return TensorSpec(name, "float32", shape)
@@ -149,21 +135,12 @@ def signatures(spec: ModelSpec) -> dict[str, Signature]:
     _, height, width = spec.latent_shape
     (latents,) = states("latents")
     outputs = ("prediction", "variance") if spec.learned_variance else ("prediction",)
-    pairs = [floats("timesteps", "pairs")]
-    given = [floats("conditioning", "groups", "batch", *vectors)]
-    found = {}
-    if spec.by.captioned:
-        captions = (floats("captions", "captions", *tokens, spec.caption_channels), floats("mask", "captions", *tokens))
-        context = (floats("context", "captions", *of_context), floats("context_mask", "captions", *tokens))
-        found["context"] = Signature(captions, context)
-        given += [replace(tensor, shape=("groups", "batch", *tensor.shape[1:])) for tensor in context]
-    else:
-        pairs.append(TensorSpec("labels", "int64", ("pairs",)))
+    pairs = (floats("timesteps", "pairs"), TensorSpec("labels", "int64", ("pairs",)))
+    conditioning = floats("conditioning", "groups", "batch", *vectors)
     return {
-        "conditioner": Signature(tuple(pairs), (floats("conditioning", "pairs", *vectors),)),
-        **found,
+        "conditioner": Signature(pairs, (floats("conditioning", "pairs", *vectors),)),
         "denoiser": Signature(
-            (latents, *given, floats("guidance", "batch")),
+            (latents, conditioning, floats("guidance", "batch")),
             states(*outputs),
         ),
         "update": Signature(
@@ -193,16 +170,6 @@ def model(name: str) -> ModelSpec:
     return MODELS[name]
 
 
-def sides(resolution: int | str) -> tuple[int, int]:
-    """Height and width of the latents for pictures of 256 or "512x256" pixels."""
-    numbers = str(resolution).split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() and int(number) and int(number) % 8 == 0 for number in numbers):
-        raise UsageError(
-            f"resolution {resolution}; expected a multiple of 8, such as 256 or 512, or two as height x width: 512x256"
-        )
-    return int(numbers[0]) // 8, int(numbers[-1]) // 8
-
-
 def sized(spec: ModelSpec, resolution: int | str | None) -> ModelSpec:
     """The same network for pictures of another size."""
     if resolution is None:
@@ -212,9 +179,8 @@ def sized(spec: ModelSpec, resolution: int | str | None) -> ModelSpec:
 
 
 def conditioned(spec: ModelSpec, conditioning: str) -> ModelSpec:
-    """The same network, conditioned in another way; with captions it has no classes but some examples of them."""
-    spec = replace(spec, conditioning=conditioning)
-    return replace(spec, num_classes=EXAMPLES) if spec.by.captioned else spec
+    """The same network, conditioned in another way."""
+    return replace(spec, conditioning=conditioning)
 
 
 def table_name(spec: ModelSpec) -> str:
@@ -224,52 +190,25 @@ def table_name(spec: ModelSpec) -> str:
     return f"{size}/{spec.patch}"
 
 
-@dataclass(frozen=True)
-class Recipe(Tuning):
-    """Everything a build needs to know; a TOML file in engines/ and the flags of `build` both give one."""
-
-    model: str | None = None
-    conditioning: str | None = None
-    resolution: int | str | None = None  # a side in pixels, or "512x256" for height x width
-    precision: str = "fp32"
-    backend: str = "auto"
-    checkpoint: str | None = None
-    vae: str | None = None
-    labels: str | None = None
-    heads: int | None = None
-    prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
-    calibration: str | None = None
-    captions: str | None = None  # to calibrate with: an .npy or .npz of what a text encoder made of some texts
-    keep_float: list[str] | None = None  # of an int8 denoiser: "block 3 fc2", "block 0", or "fc2" in every block
-    synthetic: int | None = None
-    latents_only: bool = False
-    max_batch: int = 8
-    output: str | None = None
-
-    @classmethod
-    def from_toml(cls, path: Path) -> Recipe:
-        try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: not a TOML recipe: {error}") from None
-        known = [field.name for field in fields(cls)]
-        kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
-        kinds = {name: "list" if kind in ("list[str]", "tuple[str, ...]") else kind for name, kind in kinds.items()}
-        names = [key.replace("-", "_") for key in table]
-        for key, name in zip(table, names, strict=True):
-            if name not in known:
-                raise UsageError(f"{path}: unknown key {key!r}{nearest(name, known)}; known: {', '.join(known)}")
-            if type(table[key]).__name__ not in kinds[name].split(" | "):
-                raise UsageError(f"{path}: {key} is {table[key]!r}, expected {kinds[name]}")
-            if kinds[name] == "list" and not all(isinstance(entry, str) for entry in table[key]):
-                raise UsageError(f"{path}: {key} is {table[key]!r}, expected strings")
-        return cls(**dict(zip(names, table.values(), strict=True)))
-
-    @property
-    def tuning(self) -> Tuning:
-        return Tuning(**{field.name: getattr(self, field.name) for field in fields(Tuning)})
-
-    def to_toml(self) -> str:
-        """What differs from the defaults, as `from_toml` reads it."""
-        given, default = asdict(self), asdict(Recipe())
-        return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in given.items() if v != default[k])
+def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
+    """Return what each pass must find in a DiT of this spec; an exporter that changes its form fails here."""
+    crossed, appended = spec.by.crossed, spec.by.appended
+    linears = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
+    attentions = (2 if crossed else 1) * spec.depth
+    floats = sum(name.endswith("attention") for name in kept)
+    quantized = linears - len(kept) + floats if precision in QUANTIZED else 0
+    return {
+        "hoist": spec.modulations + appended + 2 * spec.depth * crossed,  # tokens, K and V
+        "pack": spec.num_vectors,
+        "pack_context": 0,
+        "fold_gains": spec.gains,
+        "share_rows": 1 if appended else 2,  # the residual stream, and what a branch makes of it before it is mixed
+        "guide": 1,
+        "quantize": quantized,
+        "plain_attention": attentions,
+        "split_qkv": spec.depth,
+        "quantize_attention": spec.depth - floats,
+        "group_norm": 0,
+        "dynamic": quantized,
+        "narrow": linears + attentions + 2,  # the patches and the last linear as well
+    }
