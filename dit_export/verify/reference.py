@@ -15,12 +15,14 @@ from dit_export.graph.oracle import Oracle
 from dit_export.graph.trace import Decoder
 from dit_export.networks import Network
 from dit_export.passes.stages import Pack
-from dit_export.verify.fixtures import Condition, fixtures
+from dit_export.verify import fixtures
 from dit_runtime import images
 from dit_runtime.errors import UsageError
-from dit_runtime.replay import REFERENCE, Reference, fingerprint
+from dit_runtime.conditions.condition import Condition
 from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.noise import Noise
 from dit_runtime.sampling.solvers import EVALUATIONS, plan, solve
+from dit_runtime.verify.reference import ARRAYS, FINGERPRINT_SEED, FINGERPRINTS, REFERENCE, Reference, fingerprinted
 
 SEEDS = (0, 1)
 GUIDANCE = (4.0, 1.5)  # what pictures are made with, and what FID is measured with
@@ -29,6 +31,7 @@ MAX_BYTES = 7_500_000  # of steps and pictures; the fingerprint, the schedule an
 LEAST_STEPS = 4  # fewer are no run: larger pictures take more bytes, of 1024 px 17 MB
 MAX_ROWS = 16  # of conditions that PyTorch evaluates in one call
 
+DIVISORS = "divisors."  # begins the names of their arrays in reference.npz
 Divisors = Mapping[str, NDArray[np.float32]]  # by pack: what smoothing divided its tensors by, (K, D)
 
 
@@ -49,7 +52,7 @@ def make_reference(
     steps = step_count(shape, process)
     timesteps = plan(process, solver, steps)
     evaluations = len(timesteps)
-    condition, null = fixtures(network, len(SEEDS))
+    condition, null = fixtures.conditions(network, len(SEEDS)), fixtures.null(network)
     weights = np.array(GUIDANCE if network.conditions else [1.0] * len(SEEDS), np.float32)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
 
@@ -79,21 +82,21 @@ def make_reference(
         with torch.no_grad():
             decoded = [decoder(torch.from_numpy(latents[None])) for latents in seen[-1]]
         pictures = images.to_uint8(torch.cat(decoded).numpy())
-    crossing = Crossing(network, oracle, packs, divisors)
+    crossing, away = Crossing(network, oracle, packs, divisors), dict(null) if condition else None
     return Reference(
         betas=process.betas,
         timesteps=timesteps,
-        condition=condition,
-        negative=null,
         seeds=np.array(SEEDS, np.int64),
         guidance=weights,
         latents=np.stack(seen),
         prediction=np.stack(guided),
         conditional=np.stack([answer.conditional for answer in answers]),
-        null=np.stack([answer.null for answer in answers]),
+        null=np.stack([answer.null for answer in answers]) if condition else np.empty(0, np.float32),
         variance=np.stack([answer.variance for answer in answers]),
-        fingerprint=fingerprint(crossing, timesteps[evaluations // 2], max_rows=MAX_ROWS),
+        fingerprint=fingerprint(crossing, fingerprinted(network, condition, away), timesteps[evaluations // 2]),
         images=pictures,
+        condition=dict(condition),
+        negative=away,
     )
 
 
@@ -128,12 +131,12 @@ def evaluate(
     condition: Condition,
     null: Condition,
 ) -> Evaluation:
-    """Evaluate PyTorch on B rows with their conditions and, in the same call, B rows with the null row."""
+    """Evaluate PyTorch on B rows with their conditions and, in the same call, with `null`, B rows or one."""
     rows, guided = len(state), bool(network.conditions)
     inputs = {network.state.name: state, network.time.name: timesteps}
     if guided:
         inputs = {name: np.concatenate([part, part]) for name, part in inputs.items()}
-        inputs |= {name: np.concatenate([own, np.repeat(null[name], rows, axis=0)]) for name, own in condition.items()}
+        inputs |= {n: np.concatenate([own, np.broadcast_to(null[n], own.shape)]) for n, own in condition.items()}
     with torch.no_grad():
         out = network.module(**{name: torch.from_numpy(part) for name, part in inputs.items()}).numpy()
     channels = network.state.shape[0]
@@ -171,5 +174,36 @@ class Crossing:
         return result
 
 
-def save_reference(folder: Path, reference: Reference) -> None:
-    np.savez(folder / REFERENCE, **reference._asdict())
+def fingerprint(crossing: Crossing, conditions: Condition, timestep: float) -> NDArray[np.float32]:
+    """Project what crosses at one timestep onto a few seeded directions, as the runtime does; (F, 4)."""
+    count = len(next(iter(conditions.values()))) if conditions else 1
+    parts, directions = [], np.empty(0)
+    for first in range(0, count, MAX_ROWS):
+        some = {name: rows[first : first + MAX_ROWS] for name, rows in conditions.items()}
+        rows = min(MAX_ROWS, count - first)
+        values = [np.empty((rows, 0)), *(part.reshape(rows, -1) for part in crossing(timestep, some, rows).values())]
+        vectors = np.concatenate(values, axis=1)
+        if not first:
+            width = vectors.shape[1]
+            directions = Noise(FINGERPRINT_SEED).normal((width, FINGERPRINTS)) / math.sqrt(max(1, width))
+        parts.append(vectors @ directions)
+    return np.concatenate(parts).astype(np.float32)
+
+
+def save_reference(folder: Path, reference: Reference, packs: Sequence[Pack], divisors: Divisors) -> None:
+    """Write reference.npz; a pack's divisors are stored once for each of its tensors."""
+    arrays = {name: getattr(reference, name) for name in ARRAYS}
+    for prefix, condition in (("condition", reference.condition), ("null", reference.negative or {})):
+        for name, rows in condition.items():
+            arrays[f"{prefix}.{name}"] = rows.astype(np.float16) if rows.dtype == np.float32 else rows
+    for pack in packs:
+        if pack.name in divisors:
+            first = np.cumsum((0, *pack.sizes[:-1]))
+            arrays[DIVISORS + pack.name] = divisors[pack.name][first]
+    np.savez(folder / REFERENCE, **arrays)
+
+
+def load_divisors(folder: Path, packs: Sequence[Pack]) -> Divisors:
+    with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
+        stored = {pack: arrays[DIVISORS + pack.name] for pack in packs if DIVISORS + pack.name in arrays.files}
+    return {pack.name: np.repeat(rows, pack.sizes, axis=0) for pack, rows in stored.items()}

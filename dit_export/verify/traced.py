@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from dit_export.graph.oracle import Oracle
-from dit_export.passes.stages import Pack, Stage
+from dit_export.passes.stages import Pack
+from dit_export.verify.taps import original, residual_sums
 from dit_runtime.errors import BundleError
 
 NAME = "traced.json"
@@ -23,20 +24,16 @@ class Traced:
     places: Mapping[str, str]  # module paths by the names of traced tensors, where they are known
 
 
-def crossing(denoiser: gs.Graph, stages: Sequence[Stage]) -> tuple[Pack, ...]:
-    """Return what the denoiser reads from other stages, in the order of its inputs."""
-    packs = {pack.name: pack for stage in stages for pack in stage.packs}
-    return tuple(packs[tensor.name] for tensor in denoiser.inputs if tensor.name in packs)
+def trace_back(denoiser: gs.Graph, packs: Iterable[Pack], oracle: Oracle) -> Traced:
+    """Name the modules that made what crosses into the loop, and those behind its residual sums.
 
-
-def trace_back(denoiser: gs.Graph, stages: Sequence[Stage], oracle: Oracle) -> Traced:
-    """Name the modules that made what crosses into the loop, and those of the residual branches inside it."""
-    from dit_export.verify.taps import residual_sums
-
-    packs = crossing(denoiser, stages)
+    `packs` are those of all stages; only what the denoiser reads crosses.
+    """
+    by_name = {pack.name: pack for pack in packs}
+    packs = tuple(by_name[tensor.name] for tensor in denoiser.inputs if tensor.name in by_name)
     places = {name: place for pack in packs for name in pack.tensors if (place := _module(oracle, name))}
     for x, total in residual_sums(denoiser):
-        if place := _module(oracle, total.name, without=x.name):
+        if place := _module(oracle, total.name, original(x).name):
             places[total.name] = place
     return Traced(packs, places)
 
