@@ -111,5 +111,5 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
 
 def table(rows: list[Timing]) -> str:
     lines = [f"{'':<44} {'median':>10} {'least':>10} {'most':>10}  ms"]
-    lines += [f"{row.name:<44} {row.median_ms:>10.1f} {row.least_ms:>10.1f} {row.most_ms:>10.1f}" for row in rows]
+    lines += [f"{row.name:<44} {row.median_ms:>10.2f} {row.least_ms:>10.2f} {row.most_ms:>10.2f}" for row in rows]
     return "\n".join(lines)

@@ -73,20 +73,20 @@ def _by_port(arrays: Mapping[str, NDArray[Any]], prefix: str, contract: Manifest
     return {name: arrays[key] for name, key in names.items() if key in arrays}
 
 
-def fingerprinted(contract: Manifest, condition: Rows, negative: Rows | None) -> Rows:
+def fingerprinted(contract: Manifest, reference: Reference) -> tuple[Rows, int]:
     """Return the conditions that have a fingerprint: all of a single port of integers, else those of the reference."""
-    ports = contract.conditions
+    ports, negative = contract.conditions, reference.negative
     if len(ports) == 1 and ports[0].dtype == "int64" and not ports[0].shape:
-        return {ports[0].name: np.arange(ports[0].size)}
-    parts = [condition, *([negative] if negative else [])]
-    return {name: np.concatenate([part[name] for part in parts]) for name in condition}
+        return {ports[0].name: np.arange(ports[0].size)}, ports[0].size
+    parts = [reference.condition, *([negative] if negative else [])]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in reference.condition}
+    return rows, len(next(iter(rows.values()))) if rows else len(reference.seeds) + 1
 
 
-def fingerprint(engines: Engines, conditions: Rows, timestep: float) -> NDArray[np.float32]:
+def fingerprint(engines: Engines, conditions: Rows, count: int, timestep: float) -> NDArray[np.float32]:
     """Return what the loop reads of each condition at one timestep, projected onto a few seeded directions; (F, 4)."""
     contract = engines.manifest
     size = min((stage.max_batch for stage in contract.before_loop), default=1)
-    count = len(next(iter(conditions.values()))) if conditions else 1
     parts: list[NDArray[Any]] = []
     directions: NDArray[Any] = np.empty(0)
     for first in range(0, count, size):

@@ -67,8 +67,8 @@ def replay(
         if on_step is not None:
             on_step(done, 2 * steps)
 
-    conditions = fingerprinted(contract, reference.condition, reference.negative)
-    prints = fingerprint(pipe.engines, conditions, float(reference.timesteps[steps // 2]))
+    middle = float(reference.timesteps[steps // 2])
+    prints = fingerprint(pipe.engines, *fingerprinted(contract, reference), middle)
     if prints.shape != reference.fingerprint.shape:
         raise BundleError(f"{pipe.folder}: {len(prints)} conditions, its reference has {len(reference.fingerprint)}")
     if reference.images.size and contract.end is None:
@@ -124,7 +124,7 @@ def _teacher_forced(
 
     both = inputs(own, away if guided else None)
     others = {"unguided": (inputs(own), reference.conditional)} if guided else {}
-    if away is not None:
+    if away is not None and reference.null.size:
         repeated = {name: np.repeat(rows, count, axis=0) for name, rows in away.items()}
         others["null condition"] = inputs(repeated), reference.null
 
