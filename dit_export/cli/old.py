@@ -119,14 +119,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
     parser.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
     parser.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
+    parser.add_argument("--caption-tokens", type=int, help="of a prompt embedding; default: the pipeline's own number")
     parser.add_argument(
         "--prediction", help=f"what the network gives, where no scheduler says it: {', '.join(PREDICTIONS)}"
     )
     parser.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
     parser.add_argument(
-        "--captions",
-        metavar="FILE",
-        help="text embeddings to calibrate int8 with, .npy or .npz; of more than 20, 20 spread evenly",
+        "--conditions",
+        metavar="FILE.npz",
+        help="conditions to calibrate int8 with: arrays by port, and negative.NAME; at most 20 rows are used",
     )
     parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", "block 0", fc2')
     parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="made-up weights")

@@ -11,7 +11,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
 from dit_export.networks import Network
 from dit_runtime.bundle.manifest import Port
 
@@ -25,9 +27,9 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.export.export(
-            module, (), dict(inputs), dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
-        )
+        shapes = {name: {0: rows} for name in inputs}
+        program = torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(repaired(program), (), dict(inputs), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             kwargs=dict(inputs),
@@ -38,7 +40,18 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
             verbose=False,
         )
     assert exported is not None
+    split_boolean_wheres(exported.model.graph)
     return exported
+
+
+def repaired(program: torch.export.ExportedProgram) -> GraphModule:
+    """Return the program as a module without in-place operations, with every repair applied."""
+    module = program.run_decompositions({}).module()
+    assert isinstance(module, GraphModule)
+    for repair in REPAIRS:
+        repair(module)
+    module.recompile()
+    return module
 
 
 def trace_network(network: Network) -> torch.onnx.ONNXProgram:

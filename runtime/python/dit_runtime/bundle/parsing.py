@@ -206,6 +206,7 @@ def _check_step(manifest: Manifest, stage: Stage, sources: Sources) -> None:
         if spec.name == state.name:
             _check_shape(stage, spec, ("batch", *state.shape))
         elif spec.name == GUIDANCE:
+            _expect(manifest.conditions, f"stage {stage.name} reads {GUIDANCE}", "no condition port", "at least one")
             _check_shape(stage, spec, ("batch",))
         else:
             _check_source(stage, spec, ("groups", "batch"), sources, ("time", "condition", "time+condition"))
