@@ -166,7 +166,7 @@ class Assembly:
         def tick(done: int, total: int) -> None:
             self.progress.step(done, total, "layers")
 
-        search = Search(self.folder, self.measured.calibration, self.backend, decoder, tick)
+        search = Search(self.folder, self.loaded.network, self.measured.calibration, self.backend, decoder, tick)
         self.keep_float, self.sensitivity = search.run(self.options, self.keep_float)
 
     def quantize(self) -> None:

@@ -11,14 +11,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
-from dit_export.bundle.check import Built, check, summary
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.trace import Decoder
 from dit_export.precision import prompts
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.search import SearchOptions
 from dit_export.recipe import PRECISIONS, Recipe, sides
-from dit_export.verify import report
+from dit_export.verify import report, traced
+from dit_export.verify.check import Built, check, summary
 from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import backends
 from dit_runtime.backends import Options
@@ -64,25 +64,27 @@ def build(
     with _partial(folder) as partial:
         _require_disk(partial, loaded, 4 if backends.typed(backend, recipe.precision) else 2)
         decoder = Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        traced = partial / "traced"
-        oracle = trace_graphs(traced, loaded, decoder, progress)
-        assembly = Assembly(partial, traced, loaded, decoder, recipe, backend, progress, inputs=inputs, options=options)
+        plain = partial / "plain"
+        oracle = trace_graphs(plain, loaded, decoder, progress)
+        assembly = Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs, options=options)
         contract = assembly.run()
         if options is not None:
             table = [entry._asdict() for entry in assembly.sensitivity]
             (partial / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(traced)
+        shutil.rmtree(plain)
         with progress.stage("reference by PyTorch"):
+            origins = traced.trace_back(assembly.graphs[contract.step.name], assembly.packs, oracle)
+            traced.write(partial, origins)
             reference = make_reference(
                 loaded.network,
                 decoder,
                 loaded.process,
                 oracle,
-                assembly.packs,
+                origins.packs,
                 assembly.divisors,
                 lambda done, steps: progress.step(done, steps, "reference"),
             )
-            save_reference(partial, reference)
+            save_reference(partial, reference, origins.packs, assembly.divisors)
         contract = replace(contract, files=manifest.describe_files(partial))
         contract = compile_graphs(partial, contract, backend, Options(tuning=recipe.tuning), progress)
         manifest.write(partial, contract)

@@ -14,7 +14,7 @@ from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.cli import report
 
 if TYPE_CHECKING:
-    from dit_export.bundle.check import Built
+    from dit_export.verify.check import Built
 
 
 def report_built(built: Built, as_json: bool) -> int:
@@ -37,14 +37,11 @@ def report_built(built: Built, as_json: bool) -> int:
 
 def report_checks(built: Built, as_json: bool) -> int:
     """Print the checks, and a warning where parity on these weights proves little; return the exit code."""
+    from dit_export.verify.metrics import insensitive
+
     code = report(built.checks, as_json)
     if not built.sensitive:
-        figures = "; ".join(f"{figure.name}: {figure.value:.2g}, expected {figure.limit:.2g}" for figure in built.proof)
-        print(
-            "warning: these weights hardly react to condition, guidance or timestep, so parity on them proves little "
-            f"(insensitive in {built.folder}/parity.json; {figures})",
-            file=sys.stderr,
-        )
+        print(insensitive(built.folder, built.proof), file=sys.stderr)
     return code
 
 

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from dit_export.bundle.build import build
-from dit_export.bundle.check import Built
 from dit_export.demo import data, score, store
 from dit_export.demo.score import Score
 from dit_export.demo.vit import ViT
 from dit_export.graph import trace
 from dit_export.recipe import Recipe
 from dit_export.verify import report
+from dit_export.verify.check import Built
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
