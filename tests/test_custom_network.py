@@ -36,7 +36,11 @@ class Block(nn.Module):
         self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
         self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.query, self.key_value, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(NOTE, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.query, self.key_value, self.out = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(NOTE, 2 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+        )
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(approximate="tanh"), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor, condition: Tensor, notes: Tensor, bias: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ the rounds.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping

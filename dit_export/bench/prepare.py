@@ -14,15 +14,16 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import save_file
 
 from dit_export.bench.competitors import Competitor, Job, choose
-from dit_export.bundle.assemble import DECODER, NETWORK, build_scratch_bundle, trace_graphs
+from dit_export.bundle.assemble import build_scratch_bundle, trace_graphs
 from dit_export.checkpoints import Loaded, keys
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
+from dit_export.graph import DECODER, NETWORK
 from dit_export.graph.trace import Decoder
 from dit_export.networks.dit import DiT, dit_network
 from dit_export.recipe import Recipe
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import compile_graphs
+from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.cli import guarded
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.progress import Progress
@@ -52,7 +53,7 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
             recipe = Recipe(precision=ours.precision, backend=ours.library, max_batch=job.batch)
             try:
                 contract = build_scratch_bundle(folder / ours.folder, loaded, decoder, recipe, progress, traced)
-                contract = compile_graphs(folder / ours.folder, contract, ours.library, Options(), progress)
+                contract = compile_stages(folder / ours.folder, contract, ours.library, Options(), progress)
                 manifest.write(folder / ours.folder, contract)
             except (UsageError, GateError) as error:
                 left_out[ours.name] = str(error)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dit_export.bundle.describe import Written, describe
 from dit_export.checkpoints import Loaded
-from dit_export.graph import onnxfile, trace
+from dit_export.graph import DECODER, NETWORK, onnxfile, trace
 from dit_export.graph.oracle import Oracle
 from dit_export.passes import LOWERINGS, fuse, require
 from dit_export.passes.stages import Pack
@@ -27,7 +27,7 @@ from dit_export.passes.update import update
 from dit_export.precision import attention
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
-from dit_export.precision.layers import find, named
+from dit_export.precision.layers import ATTENTION, find, named
 from dit_export.precision.measure import BACKEND, PEAKS_PLAN, Measured, Plan, measure
 from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
@@ -40,7 +40,6 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.progress import Progress
 
-NETWORK, DECODER = "network.onnx", "decoder.onnx"  # the plain exports
 Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
 
 
@@ -49,6 +48,9 @@ class Inputs(NamedTuple):
 
     calibration: Calibration | None = None
     prompts: Prompts | None = None
+
+
+NO_INPUTS = Inputs()
 
 
 def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Oracle:
@@ -60,6 +62,7 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
     if decoder is not None:
         with progress.stage("trace: decoder to ONNX"):
             trace.export_decoder(decoder, loaded.network.state.shape).save(folder / DECODER, external_data=True)
+    assert program.exported_program is not None
     return Oracle(program.exported_program)
 
 
@@ -74,7 +77,7 @@ class Assembly:
     recipe: Recipe
     backend: str
     progress: Progress
-    inputs: Inputs = Inputs()
+    inputs: Inputs = NO_INPUTS
     plan: Plan | None = None  # of the measuring run; None: as the precision needs it
     options: SearchOptions | None = None  # of the search for what stays float
     # Filled by the steps.
@@ -82,8 +85,9 @@ class Assembly:
     runs: dict[str, str] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by stage and pass
     packs: tuple[Pack, ...] = ()
-    measured: Measured = Measured()
-    keep_float: list[str] = field(default_factory=list)
+    measured: Measured = field(default_factory=Measured)
+    keep_float: list[str] = field(default_factory=list)  # as a recipe says it
+    kept_float: list[str] = field(default_factory=list)  # what it means: layers and attentions
     sensitivity: list[LayerSensitivity] = field(default_factory=list)
     lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # by pack
@@ -152,7 +156,9 @@ class Assembly:
     def _write_fp32_manifest(self) -> None:
         written = {name: Written("fp32") for name in self.graphs}
         recipe = Recipe(backend=BACKEND, max_batch=self.recipe.max_batch)
-        manifest.write(self.folder, describe(self.folder, self.loaded, recipe, BACKEND, self.graphs, self.runs, written))
+        manifest.write(
+            self.folder, describe(self.folder, self.loaded, recipe, BACKEND, self.graphs, self.runs, written)
+        )
 
     def search(self) -> None:
         """Find out which layers stay float, where that was asked for."""
@@ -175,15 +181,13 @@ class Assembly:
         denoiser, calibration = self.graphs["denoiser"], self.measured.calibration
         assert calibration is not None
         before = [graph for name, graph in self.graphs.items() if self.runs[name] not in ("step", "update", "end")]
-        layers = find(denoiser)
-        kept = named(layers, self.keep_float)
+        kept = named(find(denoiser), self.keep_float)
         chosen = smooth(before, denoiser, calibration)
         grids = attention.steps(denoiser, calibration, kept)
         self.lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
         self.divisors = pack_divisors(denoiser, chosen)
-        count = quantize(denoiser, chosen, kept, kind=self.recipe.precision)
-        require({"quantize": count}, {"quantize": sum(one.name not in kept for one in layers)})
-        self.counts["denoiser"] |= {"quantize": count}
+        self.kept_float = kept
+        self.counts["denoiser"]["quantize"] = quantize(denoiser, chosen, kept, kind=self.recipe.precision)
 
     def write(self) -> None:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""
@@ -192,9 +196,7 @@ class Assembly:
             lowerings = self.lowerings if self.runs[name] == "step" else LOWERINGS
             lowered = self.runs[name] in ("step", "end")
             written[name] = self._write(name, graph, lowerings if lowered else {})
-        self.contract = describe(
-            self.folder, self.loaded, self.recipe, self.backend, self.graphs, self.runs, written
-        )
+        self.contract = describe(self.folder, self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
 
     def _write(self, name: str, graph: gs.Graph, lowerings: Lowerings) -> Written:
         precision, counts = self.precision_of(name), self.counts.setdefault(name, {})
@@ -215,6 +217,21 @@ class Assembly:
         require(counts, self._expected(name, len(islands)))
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
 
+    def _expected(self, name: str, islands: int) -> dict[str, int]:
+        """Return how often each pass must fire on a stage; {}: nothing is predicted."""
+        if self.runs[name] == "end":
+            assert self.decoder is not None
+            expected = self.decoder.expected_counts()
+        else:
+            expected = dict(self.loaded.network.counts)
+        if not expected or self.runs[name] not in ("step", "end"):
+            return {}
+        attentions = sum(entry.endswith(ATTENTION) for entry in self.kept_float)
+        quantized = expected.get("quantize", 0) - (len(self.kept_float) - attentions)
+        fewer = {"cast_to_half": islands, "quantize_attention": attentions, "quantize": 0, "dynamic": 0}
+        expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
+        return {key: count - fewer.get(key, 0) for key, count in expected.items()}
+
 
 def build_scratch_bundle(
     folder: Path,
@@ -223,7 +240,7 @@ def build_scratch_bundle(
     recipe: Recipe,
     progress: Progress,
     traced: Path | None = None,
-    inputs: Inputs = Inputs(),
+    inputs: Inputs = NO_INPUTS,
 ) -> Manifest:
     """Write a bundle without a reference and without a proof: to measure, never to ship."""
     folder.mkdir()

@@ -7,12 +7,13 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.trace import Decoder
+from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.search import SearchOptions
@@ -23,8 +24,7 @@ from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import compile_graphs
-from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
@@ -32,9 +32,12 @@ PARITY = "parity.json"
 
 
 def default_folder(loaded: Loaded, recipe: Recipe, backend: str) -> Path:
-    """Return engines/build/NAME-RESOLUTION-PRECISION-BACKEND, NAME as the network's model table says it."""
+    """Return engines/build/dit-NAME-…-RESOLUTION-PRECISION-BACKEND, the name as the network's model table says it."""
     model = loaded.network.model
-    parts = (model.get("folder", "network"), str(model.get("resolution", "")), recipe.prediction, recipe.precision, backend)
+    name = str(model.get("name", "network")).replace("/", "-").lower()
+    way = model.get("conditioning", ModelSpec.conditioning)
+    way = "" if way == ModelSpec.conditioning else way
+    parts = ("dit", name, way, str(model.get("resolution", "")), recipe.prediction, recipe.precision, backend)
     return Path("engines/build") / "-".join(part for part in parts if part)
 
 
@@ -46,7 +49,7 @@ def build(
 ) -> Built:
     """Build and verify a bundle; `loaded` is a network of the caller's own instead of the recipe's checkpoint.
 
-    With `options`, an int8 build also searches which layers stay float; the manifest's recipe then names them.    """
+    With `options`, an int8 build also searches which layers stay float; the manifest's recipe then names them."""
     _require_consistent(recipe)
     output = Path(recipe.output).expanduser() if recipe.output else None
     if output is not None:
@@ -86,7 +89,7 @@ def build(
             )
             save_reference(partial, reference, origins.packs, assembly.divisors)
         contract = replace(contract, files=manifest.describe_files(partial))
-        contract = compile_graphs(partial, contract, backend, Options(tuning=recipe.tuning), progress)
+        contract = compile_stages(partial, contract, backend, Options(tuning=recipe.tuning), progress)
         manifest.write(partial, contract)
         built = _verify(partial, loaded, decoder, progress)
         text = report.html(partial, report.page(folder.name, contract, built))

@@ -1,4 +1,4 @@
-"""`dit-export verify`: a bundle against PyTorch, a baseline or another bundle; `regress` is the same command's old name."""
+"""`dit-export verify`: a bundle against PyTorch, a baseline or another bundle; `regress` is an alias."""
 
 from __future__ import annotations
 

@@ -188,6 +188,12 @@ def sign(graph: gs.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[Tensor
             tensor.shape = list(spec.shape)
 
 
+def name_rows(graph: gs.Graph, rows: str) -> None:
+    """Give axis 0 of every input and output this name."""
+    for tensor in (*graph.inputs, *graph.outputs):
+        tensor.shape = [rows, *tensor.shape[1:]]
+
+
 def signature(graph: gs.Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Return what the graph reads and what it gives."""
     reads, gives = (

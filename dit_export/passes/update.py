@@ -12,11 +12,7 @@ import onnx_graphsurgeon as gs
 
 from dit_export.graph.onnxfile import layer
 from dit_export.graph.trace import OPSET
-<<<<<<< HEAD
 from dit_runtime.bundle.manifest import Port
-=======
-from dit_export.networks.spec import Signature
->>>>>>> networks
 
 
 def update(state: Port) -> gs.Graph:
@@ -27,9 +23,7 @@ def update(state: Port) -> gs.Graph:
 
     coefficients = gs.Variable("coefficients", np.dtype(np.float32), [2, 3])
     inputs, outputs = states(state.name, "prediction", "previous"), states("kept", "next")
-    graph = gs.Graph(
-        inputs=[*inputs, coefficients], outputs=outputs, opset=OPSET, ir_version=10, name="update"
-    )
+    graph = gs.Graph(inputs=[*inputs, coefficients], outputs=outputs, opset=OPSET, ir_version=10, name="update")
     rows = [layer(graph, "Reshape", [tensor, np.array([1, -1])], f"{tensor.name}_row") for tensor in inputs]
     stacked = layer(graph, "Concat", rows, "states", axis=0)  # (3, B C H W)
     made = layer(graph, "MatMul", [coefficients, stacked], "made")  # (2, B C H W)

@@ -103,7 +103,7 @@ def _kind(node: gs.Node) -> str | None:
 
 
 def _attended(tensor: gs.Tensor) -> str:
-    """Return which of an attention's inputs a linear makes; keys that the loop does not make are a cross-attention's."""
+    """Return which of an attention's inputs a linear makes; a cross-attention's keys are not made in the loop."""
     (attention,) = tensor.outputs
     keys = unmoved(attention.inputs[1])
     makers = [maker for add in keys.inputs for part in add.inputs for maker in part.inputs]

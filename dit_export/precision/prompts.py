@@ -11,7 +11,7 @@ import numpy as np
 from dit_export.arrays import read_arrays
 from dit_export.networks import Network
 from dit_export.verify import fixtures
-from dit_runtime.conditions.condition import Condition, fitting
+from dit_runtime.conditions.condition import Condition, fit
 from dit_runtime.errors import UsageError
 
 NEGATIVE = "negative."  # begins the names of what guidance leads away from
@@ -30,11 +30,11 @@ def read(path: Path, network: Network) -> Prompts:
         raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(known)}")
     negative = {name.removeprefix(NEGATIVE): rows for name, rows in arrays.items() if name.startswith(NEGATIVE)}
     condition = {name: rows for name, rows in arrays.items() if not name.startswith(NEGATIVE)}
-    null = fitting(network.conditions, negative, f"{path}: negative") if negative else fixtures.null(network)
+    null = fit(negative, network, f"{path}: negative") if negative else fixtures.null(network)
     count = len(next(iter(null.values())))
     if count != 1:
         raise UsageError(f"{path}: {count} negative conditions; expected one")
-    return Prompts(fitting(network.conditions, condition, f"{path}"), null)
+    return Prompts(fit(condition, network, f"{path}"), null)
 
 
 def batches(network: Network, own: Prompts | None, pictures: int, batch: int) -> Iterator[Prompts]:

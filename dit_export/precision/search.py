@@ -24,9 +24,9 @@ from dit_export.verify import fixtures
 from dit_runtime import backends, images
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
+from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.conditions.condition import Condition
 from dit_runtime.sampling.solvers import plan
 from dit_runtime.verify import relative_error
 
@@ -228,7 +228,9 @@ class Search:
         if budget.metric == "latent-rel-l2":
             return max(relative_error(*pair) for pair in zip(latents, exact, strict=True))
         assert self._decoder is not None
-        pictures = [images.to_uint8(self._decoder.run({self._contract.state.name: x})["images"]) for x in (latents, exact)]
+        pictures = [
+            images.to_uint8(self._decoder.run({self._contract.state.name: x})["images"]) for x in (latents, exact)
+        ]
         return min(images.psnr(*pair) for pair in zip(*pictures, strict=True))
 
     @contextmanager

@@ -129,9 +129,7 @@ class Draw(NamedTuple):
             part = slice(first, min(first + CHUNK, count))
             condition = {name: rows[part] for name, rows in self.condition.items()}
             seeds = list(range(part.start, part.stop))
-            yield pipe.sample(
-                condition=condition, negative=self.negative, steps=STEPS, guidance=GUIDANCE, seed=seeds
-            )
+            yield pipe.sample(condition=condition, negative=self.negative, steps=STEPS, guidance=GUIDANCE, seed=seeds)
 
     @property
     def count(self) -> int:

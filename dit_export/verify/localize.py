@@ -214,7 +214,7 @@ def _places(stream: Sequence[str], traces: Traced) -> dict[str, str]:
         place = traces.places.get(name)
         number = f"residual sum {n} of {count}"
         places[name] = f"{place} ({number})" if place else f"{number} ({name})"
-    return places | {name: "before the first residual sum" for name in stream[:1]}
+    return places | dict.fromkeys(stream[:1], "before the first residual sum")
 
 
 def _errors(got: NDArray[Any], expected: NDArray[Any], pack: Pack) -> NDArray[np.float64]:

@@ -113,7 +113,12 @@ def finite(pipe: Pipeline, network: Network, reference: Reference) -> Figure:
 
 
 def _answer(
-    pipe: Pipeline, state: NDArray[np.float32], t: float, condition: Rows, null: Rows | None, weights: NDArray[np.float32]
+    pipe: Pipeline,
+    state: NDArray[np.float32],
+    t: float,
+    condition: Rows,
+    null: Rows | None,
+    weights: NDArray[np.float32],
 ) -> NDArray[np.float32]:
     """Return the prediction at one timestep, guided where there is a null row and the network mixes guidance."""
     negative = null if pipe.manifest.mixes_guidance else None
@@ -133,7 +138,9 @@ def _denoise(
     contract = pipe.manifest
     inputs = pipe.engines.inputs(timesteps, condition, null if contract.mixes_guidance else None, weights)
     each = [inputs(row, slice(row, row + 1)) for row in range(len(state))]
-    batch = {spec.name: np.concatenate([np.asarray(row[spec.name]) for row in each], 1) for spec in contract.step.grouped}
+    batch = {
+        spec.name: np.concatenate([np.asarray(row[spec.name]) for row in each], 1) for spec in contract.step.grouped
+    }
     if contract.mixes_guidance:
         batch[GUIDANCE] = weights
     return pipe.engines.run(contract.step, {contract.state.name: state, **batch})

@@ -17,10 +17,10 @@ from dit_export.networks import Network
 from dit_export.passes.stages import Pack
 from dit_export.verify import fixtures
 from dit_runtime import images
-from dit_runtime.errors import UsageError
 from dit_runtime.conditions.condition import Condition
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise
+from dit_runtime.sampling.schedule import Diffusion
 from dit_runtime.sampling.solvers import EVALUATIONS, plan, solve
 from dit_runtime.verify.reference import ARRAYS, FINGERPRINT_SEED, FINGERPRINTS, REFERENCE, Reference, fingerprinted
 
