@@ -20,6 +20,18 @@ BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": di
 
 
 @dataclass(frozen=True)
+class Port:
+    """One input of a network."""
+
+    name: str
+    role: str  # "state" | "time" | "condition"
+    dtype: str  # "float32" | "int64"
+    shape: tuple[int, ...]  # of one row
+    size: int = 0  # int64 only: values are 0 … size - 1
+    masks: str = ""  # name of the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """One input or output; a string in the shape is a free dimension."""
 
