@@ -8,7 +8,8 @@ import pytest
 
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
-from dit_export.passes import LOWERINGS, expected_counts
+from dit_export.networks.spec import expected_counts
+from dit_export.passes import LOWERINGS
 from dit_export.passes.attention import plain_attention
 from dit_export.passes.group_norm import group_norm
 from dit_export.passes.qkv import split_qkv

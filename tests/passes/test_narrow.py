@@ -8,7 +8,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
-from dit_export.passes import expected_counts
+from dit_export.networks.spec import expected_counts
 from dit_export.precision.half import PRODUCTS, TYPES, islands, narrow, watched
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
@@ -22,7 +22,7 @@ HALF = np.dtype(np.float16)
 @pytest.fixture
 def typed(plain: gs.Graph, small_dit: DiT) -> gs.Graph:
     denoiser = fuse_dit(plain, small_dit.spec).denoiser
-    assert narrow(denoiser, "fp16") == expected_counts(small_dit.spec)["narrow"] == 5 * 2 + 2
+    assert cast_to_half(denoiser, "fp16") == expected_counts(small_dit.spec)["cast_to_half"] == 5 * 2 + 2
     return denoiser
 
 

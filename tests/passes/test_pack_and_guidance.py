@@ -5,7 +5,7 @@ import torch
 
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
-from dit_export.passes import expected_counts
+from dit_export.networks.spec import expected_counts
 from dit_export.passes.guidance import share_rows
 from dit_export.passes.pack import Pack, give, plan, take
 from dit_runtime.errors import UsageError
