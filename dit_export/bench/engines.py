@@ -28,7 +28,7 @@ class Plain(Subject):
         super().__init__(job)
         open_file = {"onnxruntime": _onnxruntime, "openvino": _openvino}[competitor.library]
         self._dit, self._decoder = (
-            open_file(folder / name, competitor.precision, job) for name in ("dit.onnx", "decoder.onnx")
+            open_file(folder / name, competitor.precision, job) for name in (NETWORK, DECODER)
         )
 
     def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
@@ -69,7 +69,7 @@ class Ours(Subject):
         on_cpu: dict[str, Any] = {"threads": job.threads} if competitor.library in CPU else {}
         provider = job.device if competitor.library == "onnxruntime" else None
         self.pipe = Pipeline.load(folder, provider=provider, **on_cpu)
-        self._times = plan(job.diffusion, SOLVER, job.steps)
+        self._times = plan(job.process, SOLVER, job.steps)
         self._ids: list[int] = self.labels.tolist()
         self._condition(self._times)  # as runs ask for it: what is compiled for a shape is compiled for this one
         self._rows = self._condition(np.array([TIMESTEP]))
