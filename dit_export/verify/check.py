@@ -1,4 +1,4 @@
-"""All checks of a bundle against PyTorch: that they can fail, each graph at its batch sizes, and the reference's replay."""
+"""All checks of a bundle against PyTorch: each graph at its batch sizes, the reference's replay, and the proof."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import LABELS
-from dit_runtime.conditions.condition import Condition
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.verify import Figure, Reference
@@ -119,21 +119,17 @@ def balanced_labels(count: int, classes: int) -> NDArray[np.int64]:
 class Draw(NamedTuple):
     """The pictures to ask a bundle for; number i has seed i, so that more pictures begin with the same ones."""
 
-    condition: Condition  # a row a picture
-    negative: Condition | None
+    condition: Rows  # a row a picture
+    negative: Rows | None
     labels: NDArray[np.int64] | None  # the classes, where the bundle takes classes
+    pictures: int
 
     def __call__(self, pipe: Pipeline) -> Iterator[NDArray[np.uint8]]:
-        count = self.count
-        for first in range(0, count, CHUNK):
-            part = slice(first, min(first + CHUNK, count))
+        for first in range(0, self.pictures, CHUNK):
+            part = slice(first, min(first + CHUNK, self.pictures))
             condition = {name: rows[part] for name, rows in self.condition.items()}
             seeds = list(range(part.start, part.stop))
             yield pipe.sample(condition=condition, negative=self.negative, steps=STEPS, guidance=GUIDANCE, seed=seeds)
-
-    @property
-    def count(self) -> int:
-        return len(next(iter(self.condition.values())))
 
 
 def plan_draw(contract: Manifest, reference: Reference, count: int) -> Draw:
@@ -142,7 +138,7 @@ def plan_draw(contract: Manifest, reference: Reference, count: int) -> Draw:
     labels = balanced_labels(count, contract.classes) if contract.classes else None
     if labels is not None:
         own[LABELS] = labels
-    return Draw(own, dict(reference.negative) if contract.without_null else None, labels)
+    return Draw(own, reference.negative if contract.without_null else None, labels, count)
 
 
 def look(
@@ -161,7 +157,7 @@ def look(
             theirs.append(judge(same))
             psnr += [images.psnr(*pair) for pair in zip(pictures, same, strict=True)]
             ssim += [images.ssim(*pair) for pair in zip(pictures, same, strict=True)]
-        on_step(min(draw.count, (index + 1) * CHUNK), draw.count)
+        on_step(min(draw.pictures, (index + 1) * CHUNK), draw.pictures)
     return Seen(_joined(ours), draw.labels, psnr, ssim), _joined(theirs) if theirs else None
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.networks import Network
 from dit_runtime.bundle.manifest import Port
-from dit_runtime.conditions.condition import Condition
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.sampling.noise import Noise
 
 NULL = 2**15  # the number of the null row where a port has no constant: no series is as long
 SHORTEST = 5  # the null row's mask marks one token of so many
 
 
-def conditions(network: Network, count: int) -> Condition:
+def conditions(network: Network, count: int) -> Rows:
     """Return `count` rows: classes spread over the port's values, seeded normal numbers, masks of falling lengths.
 
     The first mask marks every token. Numbers are float16 values, so that a file can store them as float16.
@@ -24,12 +25,12 @@ def conditions(network: Network, count: int) -> Condition:
     return {port.name: _rows(network, port, count) for port in network.conditions}
 
 
-def null(network: Network) -> Condition:
+def null(network: Network) -> Rows:
     """Return one row, what guidance leads away from: the network's constants, or a row that no series has."""
     return {port.name: _null(network, port) for port in network.conditions}
 
 
-def rolled(condition: Condition, negative: Condition) -> Condition:
+def rolled(condition: Rows, negative: Rows) -> Rows:
     """Give each row the condition of the next one, or the null row where that is equal to its own."""
     moved = {name: np.roll(rows, -1, axis=0) for name, rows in condition.items()}
     each = [(rows == condition[name]).reshape(len(rows), -1).all(axis=1) for name, rows in moved.items()]
@@ -39,7 +40,7 @@ def rolled(condition: Condition, negative: Condition) -> Condition:
     }
 
 
-def _rows(network: Network, port: Port, count: int) -> NDArray[np.generic]:
+def _rows(network: Network, port: Port, count: int) -> NDArray[Any]:
     if port.masks:
         tokens = port.shape[0]
         lengths = [max(1, tokens - row * tokens * (SHORTEST - 1) // (SHORTEST * count)) for row in range(count)]
@@ -53,7 +54,7 @@ def _rows(network: Network, port: Port, count: int) -> NDArray[np.generic]:
     return values[(2 * np.arange(count) + 1) * len(values) // (2 * count)]
 
 
-def _null(network: Network, port: Port) -> NDArray[np.generic]:
+def _null(network: Network, port: Port) -> NDArray[Any]:
     constant = network.null.get(port.name)
     if constant is not None:
         return np.full((1, *port.shape), constant, port.dtype)
@@ -66,7 +67,7 @@ def _null(network: Network, port: Port) -> NDArray[np.generic]:
     return np.array([port.size - 1])
 
 
-def _masks(port: Port, lengths: list[int]) -> NDArray[np.generic]:
+def _masks(port: Port, lengths: list[int]) -> NDArray[Any]:
     return (np.arange(port.shape[0]) < np.array(lengths)[:, None]).astype(port.dtype)
 
 

@@ -87,7 +87,11 @@ def gate(settings: Settings, progress: Progress) -> Result:
         table = baseline.read(settings.baseline)
         baseline.require_same(settings.baseline, table, contract, reference)
     loaded = _load(contract, settings.bundle, progress) if settings.weights else None
-    options = {"threads": settings.threads, "provider": settings.provider, "low_memory": settings.low_memory}
+    options: dict[str, Any] = {
+        "threads": settings.threads,
+        "provider": settings.provider,
+        "low_memory": settings.low_memory,
+    }
     with ExitStack() as stack:
         other = None
         if settings.against is not None:

@@ -20,12 +20,13 @@ from dit_export.graph.trace import trace_network
 from dit_export.networks import Network
 from dit_export.passes.stages import Pack
 from dit_export.verify import traced
+from dit_export.verify.inputs import step_rows
 from dit_export.verify.reference import Crossing, Divisors, evaluate, guide, load_divisors
 from dit_export.verify.taps import tapped
 from dit_export.verify.traced import Traced
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle.records import GUIDANCE
-from dit_runtime.conditions.condition import Condition
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.verify import Reference, relative_error, tolerances
@@ -39,12 +40,12 @@ class Question(NamedTuple):
 
     state: NDArray[np.float32]  # (B, C, ...)
     t: float
-    condition: Condition  # B rows
-    null: Condition  # B rows
+    condition: Rows  # B rows
+    null: Rows  # B rows
     guidance: NDArray[np.float32]  # (B,)
 
     @property
-    def groups(self) -> list[Condition]:
+    def groups(self) -> list[Rows]:
         """The condition and, where there is one, what guidance leads away from."""
         return [self.condition, self.null] if self.null else [self.condition]
 
@@ -59,7 +60,7 @@ class Side(Protocol):
 
     name: str
 
-    def crossing(self, t: float, condition: Condition, rows: int) -> Arrays:
+    def crossing(self, t: float, condition: Rows, rows: int) -> Arrays:
         """Return by pack what crosses into the loop, (rows, ...)."""
 
     def denoise(self, question: Question, crossing: Sequence[Arrays]) -> Answer:
@@ -76,6 +77,7 @@ class PyTorch(NamedTuple):
 def trace(loaded: Loaded, progress: Progress) -> PyTorch:
     with progress.stage("trace: network"):
         program = trace_network(loaded.network)
+    assert program.exported_program is not None
     return PyTorch(loaded.network, Oracle(program.exported_program))
 
 
@@ -84,10 +86,10 @@ class PyTorchSide:
 
     def __init__(self, network: Network, oracle: Oracle, packs: Sequence[Pack], taps: Sequence[str]) -> None:
         self._network, self._oracle = network, oracle
-        self._taps = [tap for tap in taps if tap in oracle]
+        self._taps = [tap for tap in taps if tap in oracle.names]
         self._crossing = Crossing(network, oracle, packs, {})
 
-    def crossing(self, t: float, condition: Condition, rows: int) -> Arrays:
+    def crossing(self, t: float, condition: Rows, rows: int) -> Arrays:
         return self._crossing(t, condition, rows)
 
     def denoise(self, question: Question, crossing: Sequence[Arrays]) -> Answer:
@@ -111,11 +113,11 @@ class BundleSide:
         self.name, self._pipe, self._engine = str(pipe.folder), pipe, engine
         self._taps, self._divisors = taps, divisors
 
-    def crossing(self, t: float, condition: Condition, rows: int) -> Arrays:
+    def crossing(self, t: float, condition: Rows, rows: int) -> Arrays:
         engines = self._pipe.engines
-        inputs = engines.inputs(np.array([t]), dict(condition), None, np.ones(rows, np.float32))(0, slice(0, rows))
-        made = [spec.name for stage in engines.manifest.before_loop for spec in stage.gives if spec.name in inputs]
-        return {name: np.asarray(inputs[name])[0] * self._divisors.get(name, np.float32(1)) for name in made}
+        values = step_rows(engines, np.full(rows, t, np.float32), condition)
+        made = [spec.name for stage in engines.manifest.before_loop for spec in stage.gives if spec.name in values]
+        return {name: values[name] * self._divisors.get(name, np.float32(1)) for name in made}
 
     def denoise(self, question: Question, crossing: Sequence[Arrays]) -> Answer:
         contract = self._pipe.manifest
@@ -147,7 +149,7 @@ class Located(NamedTuple):
 class Asked(NamedTuple):
     """Rows that the stages before the loop are asked about, and what to call each."""
 
-    condition: Condition
+    condition: Rows
     names: list[str]
 
 
@@ -155,12 +157,10 @@ def locate(
     pipe: Pipeline, reference: Reference, truth: PyTorch | Pipeline, step: int, asked: Asked, options: Options
 ) -> Located:
     """Compare at one step of the reference run (from 0); `asked` is compared before the loop."""
-    contract, rows = pipe.manifest, len(reference.guidance)
-    traces = traced.read(pipe.folder)
+    rows, traces = len(reference.guidance), traced.read(pipe.folder)
     null = {name: np.repeat(values, rows, axis=0) for name, values in (reference.negative or {}).items()}
     t = float(reference.timesteps[step])
     question = Question(reference.latents[step], t, reference.condition, null, reference.guidance)
-    limits = tolerances(contract)
     with ExitStack() as stack:
         engine, taps = stack.enter_context(tapped(pipe, options))
         ours = BundleSide(pipe, engine, dict(zip(taps, taps, strict=True)), load_divisors(pipe.folder, traces.packs))
@@ -174,37 +174,60 @@ def locate(
             right = BundleSide(truth, other, dict(zip(taps, others, strict=True)), load_divisors(truth.folder, packs))
         else:
             right = PyTorchSide(*truth, traces.packs, taps)
-        stages = {spec.name: stage for stage in contract.before_loop for spec in stage.gives}
-        got, expected = (side.crossing(t, asked.condition, len(asked.names)) for side in (ours, right))
-        sentences = []
-        for pack in traces.packs:
-            errors = _errors(got[pack.name], expected[pack.name], pack)
-            off = ~(errors <= limits[stages[pack.name].name].conditioner)  # (rows, tensors)
-            if off.any():
-                what, who = _what(pack, off.any(axis=0), traces), _who(asked, off.any(axis=1))
-                largest = np.nanmax(errors)
-                sentences.append(f"{stages[pack.name].name}: {what}, for {who}: rel-L2 {largest:.3g}")
-        true = [right.crossing(t, row_group, rows) for row_group in question.groups]
-        given, truly = ours.denoise(question, true), right.denoise(question, true)
-    places = _places(taps, traces)
-    limit, name = limits[contract.step.name], contract.step.name
-    # What no condition has touched yet is there once, for both groups.
-    shared = [(tap, given.stream[tap], truly.stream[tap]) for tap in taps if tap in truly.stream]
-    found = [Tap(places[tap], relative_error(mine, theirs[: len(mine)])) for tap, mine, theirs in shared]
-    found.append(Tap("after the last residual sum", relative_error(given.prediction, truly.prediction)))
-    bounds = [limit.prediction] * (len(found) - 1) + [limit.guided]
-    moved = next((n for n, bound in enumerate(bounds) if not found[n].error <= bound), None)
-    if moved is not None:
-        tap, before = found[moved], found[moved - 1].error if moved else 0.0
-        sentences.append(f"{name}: first moved: {tap.name}: rel-L2 {tap.error:.3g}, before it {before:.3g}")
-    elif not sentences:
-        rises = np.diff([0.0, *(tap.error for tap in found[:-1])], append=0.0)
-        worst = found[int(rises.argmax())]
-        sentences.append(
-            f"{name}: no residual sum is beyond its precision's tolerance beside {right.name}; the largest rise is at "
-            f"{worst.name}: rel-L2 {worst.error:.3g}"
-        )
-    return Located(sentences, found)
+        sentences = _before_loop(pipe, ours, right, traces, t, asked)
+        true = [right.crossing(t, group, rows) for group in question.groups]
+        answers = ours.denoise(question, true), right.denoise(question, true)
+    compared = _compare(*answers, _places(taps, traces))
+    limits = tolerances(pipe.manifest)[pipe.manifest.step.name]
+    bounds = [limits.prediction] * (len(compared) - 1) + [limits.guided]
+    sentence = _first_moved(compared, bounds)
+    if sentence or not sentences:
+        sentences.append(f"{pipe.manifest.step.name}: {sentence or _largest_rise(compared, right.name)}")
+    return Located(sentences, compared)
+
+
+def _before_loop(pipe: Pipeline, ours: Side, right: Side, traces: Traced, t: float, asked: Asked) -> list[str]:
+    """Say by stage which tensors are off, and for which conditions."""
+    limits = tolerances(pipe.manifest)
+    stages = {spec.name: stage.name for stage in pipe.manifest.before_loop for spec in stage.gives}
+    got, expected = (side.crossing(t, asked.condition, len(asked.names)) for side in (ours, right))
+    sentences = []
+    for pack in traces.packs:
+        stage, errors = stages[pack.name], _errors(got[pack.name], expected[pack.name], pack)
+        off: NDArray[np.bool_] = ~(errors <= limits[stage].conditioner)  # (rows, tensors)
+        if off.any():
+            what = _what(pack, np.flatnonzero(off.any(axis=0)), traces)
+            who = _who(asked, np.flatnonzero(off.any(axis=1)))
+            sentences.append(f"{stage}: {what}, for {who}: rel-L2 {np.nanmax(errors):.3g}")
+    return sentences
+
+
+def _compare(ours: Answer, right: Answer, places: Mapping[str, str]) -> list[Tap]:
+    """Return the error at each tap that both have, and of the prediction."""
+    taps = []
+    for name, place in places.items():
+        if name in right.stream:
+            values = ours.stream[name]
+            # What no condition has touched yet is there once, for both groups.
+            taps.append(Tap(place, relative_error(values, right.stream[name][: len(values)])))
+    return [*taps, Tap("after the last residual sum", relative_error(ours.prediction, right.prediction))]
+
+
+def _first_moved(taps: Sequence[Tap], bounds: Sequence[float]) -> str:
+    moved = next((n for n, bound in enumerate(bounds) if not taps[n].error <= bound), None)
+    if moved is None:
+        return ""
+    before = taps[moved - 1].error if moved else 0.0
+    return f"first moved: {taps[moved].name}: rel-L2 {taps[moved].error:.3g}, before it {before:.3g}"
+
+
+def _largest_rise(taps: Sequence[Tap], truth: str) -> str:
+    rises = np.diff([0.0, *(tap.error for tap in taps[:-1])], append=0.0)
+    worst = taps[int(rises.argmax())]
+    return (
+        f"no residual sum is beyond its precision's tolerance beside {truth}; the largest rise is at {worst.name}: "
+        f"rel-L2 {worst.error:.3g}"
+    )
 
 
 def _places(stream: Sequence[str], traces: Traced) -> dict[str, str]:
@@ -227,12 +250,11 @@ def _errors(got: NDArray[Any], expected: NDArray[Any], pack: Pack) -> NDArray[np
     return np.array(each).T
 
 
-def _what(pack: Pack, off: NDArray[np.bool_], traces: Traced) -> str:
+def _what(pack: Pack, which: NDArray[np.intp], traces: Traced) -> str:
     names = [
         f"{pack.name} {n + 1} of {len(pack.tensors)} ({traces.places.get(tensor, tensor)})"
         for n, tensor in enumerate(pack.tensors)
     ]
-    which = np.flatnonzero(off)
     if len(names) == 1:
         return pack.name
     if len(which) == len(names):
@@ -242,7 +264,7 @@ def _what(pack: Pack, off: NDArray[np.bool_], traces: Traced) -> str:
     return "; ".join(names[n] for n in which)
 
 
-def _who(asked: Asked, off: NDArray[np.bool_]) -> str:
-    if off.all():
+def _who(asked: Asked, which: NDArray[np.intp]) -> str:
+    if len(which) == len(asked.names):
         return "every condition asked"
-    return ", ".join(asked.names[n] for n in np.flatnonzero(off)[:MANY])
+    return ", ".join(asked.names[n] for n in which[:MANY])

@@ -28,13 +28,11 @@ class Fingerprinted(NamedTuple):
 
 
 def fingerprinted_rows(contract: Manifest, reference: Reference) -> Fingerprinted:
-    rows = fingerprinted(contract, reference.condition, reference.negative)
-    count = len(reference.fingerprint)
-    if len(rows) == 1 and count != len(reference.guidance) + (reference.negative is not None):
-        ((port, values),) = rows.items()
-        names = [f"{port} {value}" for value in values]
-    else:
-        names = [f"condition {row}" for row in range(count)]
+    rows, count = fingerprinted(contract, reference)
+    names = [f"condition {row}" for row in range(count)]
+    for port, values in rows.items():
+        if len(rows) == values.ndim == 1 and values.dtype == np.int64:  # all values of the only port
+            names = [f"{port} {value}" for value in values]
     null = np.empty(0, np.int64)
     if reference.negative is not None:
         equal = [(values == reference.negative[name]).reshape(count, -1).all(1) for name, values in rows.items()]

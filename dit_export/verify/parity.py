@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dit_export.graph.trace import Decoder
 from dit_export.networks import Network
 from dit_export.verify import fixtures
+from dit_export.verify.inputs import grouped
 from dit_export.verify.reference import evaluate, guide
 from dit_runtime.bundle.records import GUIDANCE
 from dit_runtime.conditions.condition import Rows
@@ -37,30 +38,40 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Figure]:
     """
     contract, step = pipe.manifest, len(reference.timesteps) // 2
     t, guidance, state = float(reference.timesteps[step]), reference.guidance, reference.latents[step]
-    condition, null = reference.condition, reference.negative
+    condition, null = reference.condition, reference.negative or {}
     span, limit, place = contract.process.span, PROOF_FACTOR * TOLERANCES["fp32"].guided, f"t = {t:g}"
     moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
     other = fixtures.rolled(condition, null) if condition else {}
-    own = _answer(pipe, state, t, condition, null, guidance)
+
+    def answer(time: float, own: Rows, null: Rows, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        size, parts = contract.step.max_batch, []
+        for first in range(0, len(state), size):
+            part = slice(first, first + size)
+            some = {name: values[part] for name, values in own.items()}
+            times = np.full(len(state[part]), time, np.float32)
+            parts.append(_denoise(pipe, state[part], times, some, null, weights[part])["prediction"])
+        return np.concatenate(parts)
+
+    own = answer(t, condition, null, guidance)
     questions = {"t moved by 5 %": (moved, condition, guidance)}
     if condition:
         questions = {"another condition": (t, other, guidance)} | questions
     if contract.mixes_guidance:
         questions["guidance x 2"] = (t, condition, 2 * guidance)
     figures = []
-    for name, (time, rows, weights) in questions.items():
-        error = relative_error(_answer(pipe, state, time, rows, null, weights), own)
+    for name, (time, asked, weights) in questions.items():
+        error = relative_error(answer(time, asked, null, weights), own)
         figures.append(Figure("proof", f"{name}, rel-L2", error, limit, at_least=True, step=step + 1, where=place))
     precision = contract.step.precision
     if precision != "fp32" and condition:
-        error = relative_error(_answer(pipe, state, t, other, None, guidance), reference.conditional[step])
+        error = relative_error(answer(t, other, {}, guidance), reference.conditional[step])
         limit, name = HALF_PROOF_FACTOR * TOLERANCES[precision].prediction, f"another condition in {precision}, rel-L2"
         figures.append(Figure("proof", name, error, limit, at_least=True, step=step + 1, where=place))
     return figures
 
 
 def graph_parity(pipe: Pipeline, network: Network, decoder: Decoder | None, seed: int = 0) -> Iterator[Figure]:
-    """Compare denoiser and decoder at their smallest, a middle and their largest batch, at timesteps of all noise levels.
+    """Compare denoiser and decoder at their smallest, a middle and their largest batch, at timesteps of all levels.
 
     The denoiser reads what the bundle's own stages make, at the same batches; the last row has the null condition.
     """
@@ -96,7 +107,7 @@ def graph_parity(pipe: Pipeline, network: Network, decoder: Decoder | None, seed
 
 
 def finite(pipe: Pipeline, network: Network, reference: Reference) -> Figure:
-    """Draw a whole run of each condition, guided as strongly as the reference: an overflow of any step stops its run."""
+    """Draw whole runs, guided as strongly as the reference: an overflow of any step stops its run."""
     solver, failure = pipe.manifest.process.sampler.solver, ""
     try:
         pipe.sample(
@@ -112,20 +123,6 @@ def finite(pipe: Pipeline, network: Network, reference: Reference) -> Figure:
     return Figure("run", "runs that are not finite", float(bool(failure)), 0, where=failure)
 
 
-def _answer(
-    pipe: Pipeline,
-    state: NDArray[np.float32],
-    t: float,
-    condition: Rows,
-    null: Rows | None,
-    weights: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    """Return the prediction at one timestep, guided where there is a null row and the network mixes guidance."""
-    negative = null if pipe.manifest.mixes_guidance else None
-    inputs = pipe.engines.inputs(np.array([t]), condition, negative, weights)
-    return np.asarray(pipe.engines.denoise(state, inputs, 0)[0])
-
-
 def _denoise(
     pipe: Pipeline,
     state: NDArray[np.float32],
@@ -134,16 +131,12 @@ def _denoise(
     null: Rows,
     weights: NDArray[np.float32],
 ) -> dict[str, NDArray[np.float32]]:
-    """Evaluate the denoiser once on rows that each have their own timestep."""
+    """Evaluate the denoiser once, guided where there is a null row, at a timestep for each row."""
     contract = pipe.manifest
-    inputs = pipe.engines.inputs(timesteps, condition, null if contract.mixes_guidance else None, weights)
-    each = [inputs(row, slice(row, row + 1)) for row in range(len(state))]
-    batch = {
-        spec.name: np.concatenate([np.asarray(row[spec.name]) for row in each], 1) for spec in contract.step.grouped
-    }
+    inputs = {contract.state.name: state, **grouped(pipe.engines, timesteps, condition, null)}
     if contract.mixes_guidance:
-        batch[GUIDANCE] = weights
-    return pipe.engines.run(contract.step, {contract.state.name: state, **batch})
+        inputs[GUIDANCE] = weights
+    return pipe.engines.run(contract.step, inputs)
 
 
 def _batches(largest: int) -> list[int]:

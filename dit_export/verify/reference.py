@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from dit_export.networks import Network
 from dit_export.passes.stages import Pack
 from dit_export.verify import fixtures
 from dit_runtime import images
-from dit_runtime.conditions.condition import Condition
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise
 from dit_runtime.sampling.schedule import Diffusion
@@ -82,8 +83,7 @@ def make_reference(
         with torch.no_grad():
             decoded = [decoder(torch.from_numpy(latents[None])) for latents in seen[-1]]
         pictures = images.to_uint8(torch.cat(decoded).numpy())
-    crossing, away = Crossing(network, oracle, packs, divisors), dict(null) if condition else None
-    return Reference(
+    reference = Reference(
         betas=process.betas,
         timesteps=timesteps,
         seeds=np.array(SEEDS, np.int64),
@@ -93,11 +93,14 @@ def make_reference(
         conditional=np.stack([answer.conditional for answer in answers]),
         null=np.stack([answer.null for answer in answers]) if condition else np.empty(0, np.float32),
         variance=np.stack([answer.variance for answer in answers]),
-        fingerprint=fingerprint(crossing, fingerprinted(network, condition, away), timesteps[evaluations // 2]),
+        fingerprint=np.empty(0, np.float32),
         images=pictures,
-        condition=dict(condition),
-        negative=away,
+        condition=condition,
+        negative=null if condition else None,
     )
+    rows, count = fingerprinted(cast(Manifest, network), reference)  # which reads its condition ports alone
+    crossing = Crossing(network, oracle, packs, divisors)
+    return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
 
 def step_count(shape: Sequence[int], process: Diffusion) -> int:
@@ -128,8 +131,8 @@ def evaluate(
     network: Network,
     state: NDArray[np.float32],
     timesteps: NDArray[np.float32],
-    condition: Condition,
-    null: Condition,
+    condition: Rows,
+    null: Rows,
 ) -> Evaluation:
     """Evaluate PyTorch on B rows with their conditions and, in the same call, with `null`, B rows or one."""
     rows, guided = len(state), bool(network.conditions)
@@ -161,7 +164,7 @@ class Crossing:
     def __init__(self, network: Network, oracle: Oracle, packs: Sequence[Pack], divisors: Divisors) -> None:
         self._network, self._oracle, self._packs, self._divisors = network, oracle, packs, divisors
 
-    def __call__(self, t: float, condition: Condition, rows: int) -> dict[str, NDArray[np.float32]]:
+    def __call__(self, t: float, condition: Rows, rows: int) -> Rows:
         """Return by pack name [rows, K, D], or the one tensor as it is, in the order of the packs."""
         names = [name for pack in self._packs for name in pack.tensors]
         inputs = {self._network.time.name: np.full(rows, t, np.float32), **condition}
@@ -174,15 +177,15 @@ class Crossing:
         return result
 
 
-def fingerprint(crossing: Crossing, conditions: Condition, timestep: float) -> NDArray[np.float32]:
+def fingerprint(crossing: Crossing, conditions: Rows, count: int, timestep: float) -> NDArray[np.float32]:
     """Project what crosses at one timestep onto a few seeded directions, as the runtime does; (F, 4)."""
-    count = len(next(iter(conditions.values()))) if conditions else 1
-    parts, directions = [], np.empty(0)
+    parts: list[NDArray[Any]] = []
+    directions: NDArray[Any] = np.empty(0)
     for first in range(0, count, MAX_ROWS):
         some = {name: rows[first : first + MAX_ROWS] for name, rows in conditions.items()}
         rows = min(MAX_ROWS, count - first)
-        values = [np.empty((rows, 0)), *(part.reshape(rows, -1) for part in crossing(timestep, some, rows).values())]
-        vectors = np.concatenate(values, axis=1)
+        values = crossing(timestep, some, rows).values()
+        vectors = np.concatenate([np.empty((rows, 0)), *(part.reshape(rows, -1) for part in values)], axis=1)
         if not first:
             width = vectors.shape[1]
             directions = Noise(FINGERPRINT_SEED).normal((width, FINGERPRINTS)) / math.sqrt(max(1, width))

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from dit_export.graph.oracle import Oracle
 from dit_export.passes.stages import Pack
+from dit_export.verify import modules
 from dit_export.verify.taps import original, residual_sums
 from dit_runtime.errors import BundleError
 
@@ -31,11 +32,14 @@ def trace_back(denoiser: gs.Graph, packs: Iterable[Pack], oracle: Oracle) -> Tra
     """
     by_name = {pack.name: pack for pack in packs}
     packs = tuple(by_name[tensor.name] for tensor in denoiser.inputs if tensor.name in by_name)
-    places = {name: place for pack in packs for name in pack.tensors if (place := _module(oracle, name))}
+    known = oracle.names
+    places = {name: modules.maker(oracle.node(name)) for pack in packs for name in pack.tensors if name in known}
+    state = denoiser.inputs[0].name
     for x, total in residual_sums(denoiser):
-        if place := _module(oracle, total.name, original(x).name):
-            places[total.name] = place
-    return Traced(packs, places)
+        if {total.name, original(x).name} <= set(known):
+            nodes = (oracle.node(name) for name in (total.name, original(x).name, state))
+            places[total.name] = modules.branch(*nodes)
+    return Traced(packs, {name: place for name, place in places.items() if place})
 
 
 def write(folder: Path, traced: Traced) -> None:

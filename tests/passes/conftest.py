@@ -11,9 +11,8 @@ import torch
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
-from dit_export.networks.spec import expected_counts
+from dit_export.networks.spec import ModelSpec, expected_counts
 from dit_export.passes import Fused, fuse, require
-from dit_export.networks.spec import ModelSpec
 from dit_runtime.bundle.manifest import Port
 
 Run = Callable[[gs.Graph, dict[str, np.ndarray]], list[np.ndarray]]

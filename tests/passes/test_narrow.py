@@ -95,7 +95,7 @@ def test_other_types_in_the_twin(
     (expected, _) = run(denoiser.copy(), inputs)
     if kind:
         assert quantize(denoiser, chosen(denoiser), kind=kind) == 8
-    assert narrow(denoiser, precision) == 12
+    assert cast_to_half(denoiser, precision) == 12
     dtype = tensor_dtype_to_np_dtype(TYPES[precision])
     assert {node.inputs[0].dtype for node in denoiser.nodes if node.op == "Attention"} == {dtype}
     twin(denoiser, dtype)
@@ -112,7 +112,7 @@ def chosen(denoiser: gs.Graph) -> dict[str, Chosen]:
 def test_q_reads_what_there_is_and_dq_gives_the_product_its_type(plain: gs.Graph, small_dit: DiT, kind) -> None:
     denoiser = fuse_dit(plain, small_dit.spec).denoiser
     quantize(denoiser, chosen(denoiser), kind=kind)
-    narrow(denoiser, "fp16")
+    cast_to_half(denoiser, "fp16")
     read = {node.name: node.inputs[1].dtype for node in denoiser.nodes if node.op == "QuantizeLinear"}
     assert {name.split()[2]: dtype.name for name, dtype in read.items()} == {
         "qkv": "float32",  # behind a LayerNorm's modulation, an island
@@ -130,7 +130,7 @@ def test_what_touches_a_wide_tensor_stays_fp32(typed: gs.Graph, plain_path, smal
     wide = [gelu.outputs[0].name]
     (fc2,) = islands(denoiser, wide)
     (expected, _) = run(denoiser.copy(), inputs)
-    assert narrow(denoiser, "fp16", wide) == 12 - 1
+    assert cast_to_half(denoiser, "fp16", wide) == 12 - 1
     assert fc2.inputs[1].dtype == np.float32 and gelu.outputs[0].dtype == np.float32
     twin(denoiser, HALF)
     (got, _) = run(denoiser, inputs)

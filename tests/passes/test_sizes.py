@@ -10,8 +10,8 @@ import torch
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
-from dit_export.passes import Fused
 from dit_export.networks.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
+from dit_export.passes import Fused
 from tests.passes.conftest import fuse_dit
 
 DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
