@@ -161,9 +161,8 @@ class Assembly:
             def tick(done: int, total: int) -> None:
                 self.progress.step(done, total, "measure")
 
-            self.measured = measure(
-                self.folder, network, plan, prompts, layers=layers, half=self.may_overflow, on_step=tick
-            )
+            wants = {"layers": layers, "half": self.may_overflow}
+            self.measured = measure(self.folder, self.graphs, network, plan, prompts, **wants, on_step=tick)
         if calibration is not None:
             self.measured = Measured(calibration, self.measured.peaks)
 
