@@ -137,7 +137,7 @@ def captioned(tmp_path_factory) -> Path:
     from tests.handmade import module
 
     folder = tmp_path_factory.mktemp("captioned") / "bundle"
-    module("make_bundle").make(folder, captioned=True)
+    module("make_bundle").make(folder, "captioned")
     return folder
 
 

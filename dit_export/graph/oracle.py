@@ -29,6 +29,7 @@ class Oracle:
     def __init__(self, program: torch.export.ExportedProgram, outputs: Sequence[str] = ("prediction",)) -> None:
         self._program = program
         self._places: dict[str, Place] = {}
+        self._nodes = {node.name: node for node in program.graph.nodes}
         for node in program.graph.nodes:
             value = node.meta.get("val")
             if isinstance(value, Tensor):
@@ -42,13 +43,17 @@ class Oracle:
     def names(self) -> Collection[str]:
         return self._places.keys()
 
+    def node(self, name: str) -> torch.fx.Node:
+        """Return the node of the program that gives a tensor, or all parts of a Split."""
+        return self._nodes[self._places[name].node]
+
     @torch.no_grad()
     def __call__(self, names: Collection[str], **inputs: Tensor) -> dict[str, Tensor]:
-        """Return the values of these tensors for inputs by port."""
+        """Return the values of these tensors for inputs by port; ports that none of them depends on may be missing."""
         if unknown := sorted(set(names) - self._places.keys()):
             raise UsageError(f"{unknown[0]}: the traced program has no tensor of this name")
         places = {name: self._places[name] for name in names}
-        recorder = Recorder(self._program.graph_module, {place.node for place in places.values()})
+        recorder = Recorder(self._program.graph_module, [self._nodes[place.node] for place in places.values()])
         recorder.run(*self._arguments(inputs))
         return {name: recorder[place] for name, place in places.items()}
 
@@ -56,7 +61,7 @@ class Oracle:
         program, arguments = self._program, []
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
-                arguments.append(inputs[spec.arg.name])
+                arguments.append(inputs.get(spec.arg.name))
             elif spec.target in program.state_dict:
                 arguments.append(program.state_dict[spec.target])
             else:
@@ -65,16 +70,23 @@ class Oracle:
 
 
 class Recorder(torch.fx.Interpreter):
-    """Keeps the values of some nodes."""
+    """Keeps the values of some nodes, and runs what they depend on."""
 
-    def __init__(self, module: torch.fx.GraphModule, nodes: Collection[str]) -> None:
+    def __init__(self, module: torch.fx.GraphModule, nodes: Collection[torch.fx.Node]) -> None:
         super().__init__(module)
-        self._nodes = nodes
+        self._wanted = set(nodes)
+        self._needed, stack = set(nodes), list(nodes)
+        while stack:
+            terms = [term for term in stack.pop().all_input_nodes if term not in self._needed]
+            self._needed.update(terms)
+            stack += terms
         self._values: dict[str, Any] = {}
 
     def run_node(self, node: torch.fx.Node) -> Any:
+        if node not in self._needed and node.op != "placeholder":  # which takes the next argument
+            return None
         value = super().run_node(node)
-        if node.name in self._nodes:
+        if node in self._wanted:
             self._values[node.name] = value
         return value
 

@@ -96,7 +96,7 @@ class Decoder(nn.Module):
             "plain_attention": count(Attention),
             "split_qkv": 0,
             "dynamic": 0,
-            "narrow": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
+            "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }
 
 

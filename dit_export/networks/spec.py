@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from dit_export.recipe import resolution_name, sides
-from dit_runtime.backends import QUANTIZED
-from dit_runtime.bundle.manifest import TensorSpec
 from dit_runtime.errors import UsageError, nearest
 
 
@@ -116,39 +113,6 @@ class ModelSpec:
         return 2 * self.depth + 1 if self.by.modulation else 0
 
 
-class Signature(NamedTuple):
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-def signatures(spec: ModelSpec) -> dict[str, Signature]:
-    """Inputs and outputs of the graphs, once: ONNX axes, profiles and runtime checks all come from here."""
-    vectors = (spec.num_vectors, spec.hidden)
-
-    def floats(name: str, *shape: int | str) -> TensorSpec:
-        return TensorSpec(name, "float32", shape)
-
-    def states(*names: str) -> tuple[TensorSpec, ...]:
-        return tuple(floats(name, "batch", *spec.latent_shape) for name in names)
-
-    _, height, width = spec.latent_shape
-    (latents,) = states("latents")
-    outputs = ("prediction", "variance") if spec.learned_variance else ("prediction",)
-    pairs = (floats("timesteps", "pairs"), TensorSpec("labels", "int64", ("pairs",)))
-    conditioning = floats("conditioning", "groups", "batch", *vectors)
-    return {
-        "conditioner": Signature(pairs, (floats("conditioning", "pairs", *vectors),)),
-        "denoiser": Signature(
-            (latents, conditioning, floats("guidance", "batch")),
-            states(*outputs),
-        ),
-        "update": Signature(
-            (*states("latents", "prediction", "previous"), floats("coefficients", 2, 3)), states("kept", "next")
-        ),
-        "decoder": Signature((latents,), (floats("images", "batch", 3, 8 * height, 8 * width),)),
-    }
-
-
 SIZES = {  # depth, hidden, heads
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -189,13 +153,11 @@ def table_name(spec: ModelSpec) -> str:
     return f"{size}/{spec.patch}"
 
 
-def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
-    """Return what each pass must find in a DiT of this spec; an exporter that changes its form fails here."""
+def expected_counts(spec: ModelSpec) -> dict[str, int]:
+    """Return how often each pass must fire in a DiT of this spec, in fp32 and with nothing left in float."""
     crossed, appended = spec.by.crossed, spec.by.appended
-    linears = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
+    layers = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
     attentions = (2 if crossed else 1) * spec.depth
-    floats = sum(name.endswith("attention") for name in kept)
-    quantized = linears - len(kept) + floats if precision in QUANTIZED else 0
     return {
         "hoist": spec.modulations + appended + 2 * spec.depth * crossed,  # tokens, K and V
         "pack": spec.num_vectors,
@@ -203,11 +165,10 @@ def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[s
         "fold_gains": spec.gains,
         "share_rows": 1 if appended else 2,  # the residual stream, and what a branch makes of it before it is mixed
         "guide": 1,
-        "quantize": quantized,
+        "quantize": layers,
+        "quantize_attention": spec.depth,
         "plain_attention": attentions,
         "split_qkv": spec.depth,
-        "quantize_attention": spec.depth - floats,
         "group_norm": 0,
-        "dynamic": quantized,
-        "narrow": linears + attentions + 2,  # the patches and the last linear as well
+        "cast_to_half": layers + attentions + 2,  # the patches and the last linear as well
     }

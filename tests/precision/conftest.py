@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from dit_export.bundle.write import trace_graphs, unverified
+
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.checkpoints.synthetic import synthetic_dit

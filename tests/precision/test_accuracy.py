@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from dit_runtime.replay import relative_error
 
 from dit_export.graph import onnxfile
 from dit_export.networks.spec import model
@@ -20,7 +21,6 @@ from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import relative_error
 from dit_runtime.sampling.solvers import plan
 from tests.precision.conftest import unverified_bundle
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dit_runtime.captions import Contexts
 
 from dit_runtime import BundleError, Captions, Pipeline, UsageError
 from dit_runtime.bundle import manifest
-from dit_runtime.captions import Contexts
 
 STEPS, MAX_BATCH = 4, 3  # of the fixture's bundle
 

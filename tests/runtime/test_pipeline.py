@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from dit_runtime.conditioning import TABLE_BYTES, Table
 
 from dit_runtime import EngineError, Pipeline, Stopped, UsageError
-from dit_runtime.conditioning import TABLE_BYTES, Table
 
 CLASSES, MAX_BATCH, CHANNELS, SIDE = 12, 4, 4, 8  # of the bundle that the fixture `meta` has built
 # Rows of a batch are independent but for the order in which a kernel sums them, over the steps of a run: measured
