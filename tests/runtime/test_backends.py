@@ -11,13 +11,13 @@ import numpy as np
 import onnxruntime
 import openvino
 import pytest
+from dit_runtime.conditioning import Table
 
 from dit_runtime import Pipeline, UsageError, backends
 from dit_runtime.backends import Options
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main
-from dit_runtime.conditioning import Table
 
 BACKENDS = ["openvino", "onnxruntime"]  # those of every CPU
 
