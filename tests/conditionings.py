@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.networks.dit import DiT
-from dit_export.spec import CONDITIONINGS, ModelSpec, conditioned
+from dit_export.networks.spec import CONDITIONINGS, ModelSpec, conditioned
 
 CLASSES = ModelSpec(depth=3, hidden=192, heads=3, patch=2, latent_size=8, num_classes=10)
 CAPTIONS = replace(CLASSES, guided_channels=4, unguided_up_to_one=True, position_span=4.0, caption_channels=32)

@@ -21,7 +21,7 @@ from dit_export.bench import floor
 from dit_export.bench.competitors import COMPETITORS, YARDSTICK, Competitor, Job, choose, groups
 from dit_export.bench.machine import available_memory, describe, usable_cores, versions
 from dit_export.bench.worker import GEMM, Worker, WorkerError
-from dit_export.spec import ModelSpec, table_name
+from dit_export.networks.spec import ModelSpec, table_name
 from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress

@@ -18,7 +18,7 @@ from dit_export.bench.machine import describe
 from dit_export.bench.report import table
 from dit_export.bench.run import Settings, bench
 from dit_export.bench.worker import Worker, WorkerError
-from dit_export.spec import ModelSpec, model
+from dit_export.networks.spec import ModelSpec, model
 from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress

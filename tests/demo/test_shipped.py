@@ -15,7 +15,7 @@ from dit_export.checkpoints.meta import read_file
 from dit_export.demo import data, run, score, store
 from dit_export.demo.train import accuracy
 from dit_export.networks.dit import DiT
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress

@@ -11,9 +11,28 @@ import torch
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec, expected_counts
+from dit_export.passes import Fused, fuse, require
+from dit_runtime.bundle.manifest import Port
 
 Run = Callable[[gs.Graph, dict[str, np.ndarray]], list[np.ndarray]]
+
+
+def ports_of(spec: ModelSpec) -> tuple[Port, ...]:
+    """Return what a DiT of this spec takes."""
+    ports = [Port("latents", "state", "float32", spec.latent_shape), Port("timesteps", "time", "float32", ())]
+    if not spec.by.captioned:
+        return (*ports, Port("labels", "condition", "int64", (), spec.num_classes + 1))
+    tokens = (spec.caption_tokens,)
+    captions = Port("captions", "condition", "float32", (*tokens, spec.caption_channels))
+    return (*ports, captions, Port("mask", "condition", "float32", tokens, masks="captions"))
+
+
+def fuse_dit(graph: gs.Graph, spec: ModelSpec) -> Fused:
+    """Fuse a DiT's plain graph, with the counts that its spec predicts."""
+    fused = fuse(graph, ports_of(spec), spec.guided_channels)
+    require(fused.counts, expected_counts(spec), fused.misses)
+    return fused
 
 
 @pytest.fixture(scope="session")

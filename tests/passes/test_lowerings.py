@@ -8,12 +8,13 @@ import pytest
 
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
-from dit_export.passes import LOWERINGS, expected_counts, fuse
+from dit_export.networks.spec import expected_counts
+from dit_export.passes import LOWERINGS
 from dit_export.passes.attention import plain_attention
 from dit_export.passes.group_norm import group_norm
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.subpixel import subpixel
-from tests.passes.conftest import Run
+from tests.passes.conftest import Run, fuse_dit
 from tests.passes.test_hoist import empty, layer
 
 RNG = np.random.default_rng(0)
@@ -203,7 +204,7 @@ def test_split_qkv_leaves_other_splits_alone() -> None:
 
 
 def test_every_form_of_a_denoiser_is_the_same_function(plain: gs.Graph, small_dit: DiT, run: Run) -> None:
-    denoiser = fuse(plain, small_dit.spec).denoiser
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
     inputs = {
         "latents": normal(2, 4, 8, 8),
         "conditioning": normal(2, 2, small_dit.spec.num_vectors, small_dit.spec.hidden),
@@ -227,7 +228,7 @@ def test_forms_share_their_weights(plain: gs.Graph, small_dit: DiT, tmp_path, mo
         (tmp_path / "real").mkdir()
         (tmp_path / "link").symlink_to("real")
         tmp_path = tmp_path / "link"
-    denoiser = fuse(plain, small_dit.spec).denoiser
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
     assert onnxfile.save(denoiser, tmp_path / "a.onnx") == ("a.onnx", "a.onnx.data")
     form = denoiser.copy()
     plain_attention(form)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from dit_export.bundle.write import trace_graphs, unverified
+
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.checkpoints.synthetic import synthetic_dit
+from dit_export.networks.spec import ModelSpec
 from dit_export.precision.calibrate import Calibration, Plan, calibrate
-from dit_export.spec import ModelSpec, Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.progress import Progress
 
 SPEC = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classes=10)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dit_runtime.captions import EXAMPLES, examples
 
 from dit_export.cli import main
+from dit_export.networks.spec import conditioned
 from dit_export.precision.calibrate import Plan, calibrate
 from dit_export.precision.prompts import read
-from dit_export.spec import conditioned
-from dit_runtime.captions import EXAMPLES, examples
 from dit_runtime.errors import UsageError
 from tests.precision.conftest import SPEC, unverified_bundle
 

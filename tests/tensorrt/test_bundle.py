@@ -11,7 +11,7 @@ import pytest
 
 import dit_runtime.cli
 from dit_export.cli import main
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.backends import Tuning, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.bundle import manifest

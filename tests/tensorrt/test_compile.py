@@ -14,12 +14,12 @@ from onnx.helper import np_dtype_to_tensor_dtype
 from dit_export.graph import onnxfile, trace
 from dit_export.graph.onnxfile import layer
 from dit_export.networks.dit import DiT
+from dit_export.networks.spec import MODELS, ModelSpec, signatures
 from dit_export.passes import fuse
 from dit_export.precision.half import islands, narrow
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
-from dit_export.spec import MODELS, ModelSpec, signatures
 from dit_runtime.backends import Options, Tuning, backend, typed
 from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt_network import profiles

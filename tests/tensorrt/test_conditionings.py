@@ -8,9 +8,9 @@ import pytest
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
+from dit_export.networks.spec import signatures
 from dit_export.passes import expected_counts, fuse
 from dit_export.precision.half import narrow
-from dit_export.spec import signatures
 from dit_runtime.backends import Options, backend
 from dit_runtime.bundle.manifest import Graph
 from dit_runtime.progress import Progress

@@ -12,14 +12,14 @@ import torch
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
+from dit_export.networks.spec import MODELS
 from dit_export.passes import fuse
 from dit_export.precision.half import narrow
-from dit_export.spec import MODELS
 
 COMPILE = """
 import sys
 from pathlib import Path
-from dit_export.spec import MODELS, signatures
+from dit_export.networks.spec import MODELS, signatures
 from dit_runtime.backends import Options, backend
 from dit_runtime.bundle.manifest import Graph
 from dit_runtime.progress import Progress

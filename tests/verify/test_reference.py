@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from dit_export.spec import model
+from dit_export.networks.spec import model
 from dit_export.verify.reference import step_count
 from dit_runtime.sampling.schedule import Diffusion, Sampler
 

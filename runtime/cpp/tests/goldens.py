@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dit_runtime.captions import examples
 
 from dit_runtime import backends, verify
-from dit_runtime.captions import examples
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.schedule import (

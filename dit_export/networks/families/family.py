@@ -1,0 +1,20 @@
+"""What a class of diffusers needs to become a Network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dit_export.networks import Network
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a transformer of one class becomes a Network, and which configs of the class it covers."""
+
+    name: str  # the class in diffusers
+    network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, caption tokens
+    tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
+    prediction: str = "epsilon"  # where no scheduler says it
+    supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
