@@ -1,8 +1,7 @@
-"""Hand-made bundles, of which the runtime's tests need no toolchain: make_bundle.py says what each kind holds."""
+"""Hand-made bundles that are open, or to be damaged."""
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,21 +9,6 @@ from pathlib import Path
 import pytest
 
 from dit_runtime import Pipeline
-
-
-@pytest.fixture(scope="session")
-def handmade(tmp_path_factory) -> Callable[[str], Path]:
-    """The bundle of a kind: labels, captioned, wave, video or free; each is made once."""
-    from tests.handmade import module
-
-    folder = tmp_path_factory.mktemp("handmade")
-
-    @functools.cache
-    def bundle(kind: str) -> Path:
-        module("make_bundle").make(folder / kind, kind)
-        return folder / kind
-
-    return bundle
 
 
 @pytest.fixture
