@@ -132,13 +132,24 @@ def pixart(tmp_path_factory, one_thread) -> Built:
 
 
 @pytest.fixture(scope="session")
-def captioned(tmp_path_factory) -> Path:
-    """The C++ tests' bundle of hand-made graphs that draws by captions of up to 5 tokens x 3: no time to draw."""
+def handmade(tmp_path_factory) -> Callable[[str], Path]:
+    """Bundles of hand-made graphs, by kind (make_bundle.py): no toolchain, and no time to draw; each is made once."""
     from tests.handmade import module
 
-    folder = tmp_path_factory.mktemp("captioned") / "bundle"
-    module("make_bundle").make(folder, "captioned")
-    return folder
+    folder = tmp_path_factory.mktemp("handmade")
+
+    @functools.cache
+    def bundle(kind: str) -> Path:
+        module("make_bundle").make(folder / kind, kind)
+        return folder / kind
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def captioned(handmade) -> Path:
+    """The one that draws by captions of up to 5 tokens x 3."""
+    return handmade("captioned")
 
 
 @pytest.fixture
