@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -16,6 +17,7 @@ ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "dit_r
 Modules = Mapping[str, ast.Module]
 
 
+@functools.cache
 def sources() -> dict[str, ast.Module]:
     """Return the syntax tree of each module; a package's name ends in `.__init__`."""
     return {
