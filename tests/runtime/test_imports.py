@@ -10,9 +10,11 @@ import sys
 import venv
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "runtime" / "python" / "dit_runtime"
@@ -112,15 +114,42 @@ def test_the_toolchains_table_needs_no_torch(tmp_path):
     assert python(code, tmp_path) == ""
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> Path:
-    """The bin folder of an environment that holds this project, onnxruntime and what that brings, and nothing else."""
+def installed(name: str) -> Iterator[Distribution]:
+    """Yield an installed distribution and all that it requires here; a marker that asks for an extra is not met."""
+    waiting, seen = [name], set()
+    while waiting:
+        one = distribution(waiting.pop())
+        if one.name not in seen:
+            seen.add(one.name)
+            yield one
+            asked = map(Requirement, one.requires or ())
+            waiting += [need.name for need in asked if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+@pytest.fixture(scope="module", params=["offline", pytest.param("registry", marks=pytest.mark.slow)])
+def bare(request, tmp_path_factory) -> Path:
+    """The bin folder of an environment that holds this project, onnxruntime and what that brings, and nothing else.
+
+    Offline, links to what is installed here stand for what pip would fetch; the project is built and installed by pip
+    either way.
+    """
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, with_pip=False)
-    install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
-    constraints = str(ROOT / "constraints.txt")
-    for packages in (["numpy", "onnxruntime"], ["--no-deps", str(ROOT)]):
-        subprocess.run([*install, *packages], check=True, cwd=folder, env=os.environ | {"PIP_CONSTRAINT": constraints})
+    pip, online = [sys.executable, "-m", "pip"], os.environ | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+    online.pop("PIP_NO_INDEX", None)
+    install = [*pip, "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+    if request.param == "registry":
+        subprocess.run([*install, "numpy", "onnxruntime"], check=True, cwd=folder, env=online)
+        subprocess.run([*install, "--no-deps", str(ROOT)], check=True, cwd=folder, env=online)
+        return folder / "bin"
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    for one in installed("onnxruntime"):
+        for top in {file.parts[0] for file in one.files} - {"..", "__pycache__"}:
+            (packages / top).symlink_to(one.locate_file(top))
+    wheel = [*pip, "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    subprocess.run(wheel, check=True, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    subprocess.run([*install, "--no-deps", "--no-index", str(built)], check=True, cwd=folder)
     return folder / "bin"
 
 
