@@ -10,6 +10,7 @@ from dit_runtime.errors import UsageError, nearest
 from dit_runtime.sampling.schedule import CHOICES, NOISE_SOLVERS, ORDERS, PREDICTIONS, Diffusion, Sampler
 
 CLASSES = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the classes that have clip_sample
 # Fields that the classes share, or that only one has; a config keeps another class's fields for a switch back.
 DIFFUSION = {
     "num_train_timesteps": "train_steps",
@@ -29,7 +30,6 @@ SAMPLER = (
     "final_sigmas_type",
 )
 VARIANCES = {  # the two logs are the same numbers, kept as logarithms
-    None: "fixed_small",
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
@@ -59,8 +59,9 @@ def read_scheduler_config(
 ) -> Diffusion:
     """The diffusion and its sampling defaults; without a config, those of Meta's code, for DiT or for SiT.
 
-    The config's class gives the solver. Another solver gets the fields that `OtherScheduler.from_config` would give
-    it: those the config names, and the other class's own defaults for the rest.
+    The config's class gives the solver. Every other solver takes the fields that the config names and diffusers'
+    defaults for the rest, with two exceptions, because those defaults are made for pixels and for networks without a
+    variance: latents are clipped, and a learned variance is left unused, only where the config says so in words.
     """
     if config is None:
         solver = "euler" if prediction == "velocity" else "ddim"
@@ -74,6 +75,8 @@ def read_scheduler_config(
         )
     defaulted = config.get("_use_default_values", ())  # in a live scheduler's config: what its JSON did not say
     given = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
+    if name not in CLIPPING:
+        given.pop("clip_sample", None)  # a leftover of the class that this config was made from
     if problems := _problems(given, learned_variance):
         raise UsageError(f"scheduler config: {'; '.join(problems)}")
 
@@ -92,9 +95,9 @@ def read_scheduler_config(
             ddpm_spacing=spacing or "leading",
             ddim_spacing=spacing or "leading",
             dpm_spacing=spacing or "linspace",
-            variance=VARIANCES[given.get("variance_type")],
+            variance=VARIANCES[given.get("variance_type") or ("learned_range" if learned_variance else "fixed_small")],
             lambda_min_clipped=None if clipped == -math.inf else clipped,
-            **{"clip_sample": True} | {key: given[key] for key in SAMPLER if key in given},
+            **{key: given[key] for key in SAMPLER if key in given},
         )
         return Diffusion(
             trained_betas=tuple(betas) if isinstance(betas, list) else betas,
@@ -116,9 +119,7 @@ def _problems(given: Mapping[str, Any], learned_variance: bool) -> list[str]:
     supported |= {key: CHOICES[key] for key in SAMPLER if key in CHOICES}
     supported["prediction_type"] = tuple(name for name, solvers in PREDICTIONS.items() if solvers == NOISE_SOLVERS)
     supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": tuple(ORDERS.values())}
-    supported["variance_type"] = tuple(VARIANCES)
-    if not learned_variance:
-        supported["variance_type"] = tuple(key for key in VARIANCES if "learned" not in str(key))
+    supported["variance_type"] = (None, *(key for key in VARIANCES if learned_variance or "learned" not in key))
     known = {*DIFFUSION, *SAMPLER, *IDLE, *SPECIAL, *supported}
     found = []
     for key, value in given.items():
