@@ -12,7 +12,7 @@ from dit_runtime.backends import Options, ort
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise
-from dit_runtime.sampling.schedule import NOISE_SOLVERS, Diffusion, Sampler
+from dit_runtime.sampling.process import NOISE_SOLVERS, Process, Sampler
 from dit_runtime.sampling.solvers import linear, solve
 
 STEPWISE = 1e-6  # a step's coefficients, state and sum in float32, 6e-8 each; with α = 0.006 x₀ is a difference of 156s
@@ -52,10 +52,10 @@ def no_noise(shape):
     raise AssertionError("a solver without noise drew some")
 
 
-def states(diffusion, solver, steps, **options):
+def states(process, solver, steps, **options):
     """What the solver makes, step by step, of predictions that bend the state: x, prediction, x'."""
     waves = Noise(1).normal((2 * steps, 64))
-    run = solve(diffusion, solver, steps, Noise(0).normal((64,)), no_noise, **options)
+    run = solve(process, solver, steps, Noise(0).normal((64,)), no_noise, **options)
     x, _ = next(run)
     for wave in waves:
         prediction = np.tanh(x) + 0.1 * wave
@@ -72,11 +72,11 @@ def states(diffusion, solver, steps, **options):
 @pytest.mark.parametrize("steps", [2, 10, 25, 250])
 def test_the_matrices_are_the_solver(prediction, solver, steps) -> None:
     for kind in ("midpoint", "heun"):
-        diffusion = Diffusion(prediction=prediction, sampler=Sampler(solver=solver, solver_type=kind))
-        matrices = linear(diffusion, solver, steps)
+        process = Process(prediction=prediction, sampler=Sampler(solver=solver, solver_type=kind))
+        matrices = linear(process, solver, steps)
         kept = np.zeros(64)
         asked = 0
-        for matrix, (x, output, after) in zip(matrices, states(diffusion, solver, steps), strict=True):
+        for matrix, (x, output, after) in zip(matrices, states(process, solver, steps), strict=True):
             kept, made = matrix @ np.stack([x, output, kept])
             # Both in float64; what is kept at α = 0.006 is a difference of numbers 156 times as large. Measured 4e-14.
             assert np.linalg.norm(made - after) <= 1e-11 * np.linalg.norm(after)
@@ -86,16 +86,16 @@ def test_the_matrices_are_the_solver(prediction, solver, steps) -> None:
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_spacings_have_matrices_of_their_own(spacing) -> None:
-    diffusion = Diffusion()
-    usual, other = linear(diffusion, "dpm++", 10, spacing="respaced"), linear(diffusion, "dpm++", 10, spacing=spacing)
+    process = Process()
+    usual, other = linear(process, "dpm++", 10, spacing="respaced"), linear(process, "dpm++", 10, spacing=spacing)
     assert np.abs(usual - other).max() > 1e-3
 
 
 def test_ddim_is_the_first_order_solver() -> None:
     """A fact of the papers that no code of ours knows: equal spacings give equal matrices, and look back at nothing."""
-    diffusion = Diffusion()
-    ddim, first = (linear(diffusion, solver, 10, spacing="leading") for solver in ("ddim", "dpm++1"))
-    shifted = linear(replace(diffusion, sampler=Sampler(steps_offset=0)), "dpm++", 10, spacing="leading")
+    process = Process()
+    ddim, first = (linear(process, solver, 10, spacing="leading") for solver in ("ddim", "dpm++1"))
+    shifted = linear(replace(process, sampler=Sampler(steps_offset=0)), "dpm++", 10, spacing="leading")
     assert np.abs(first[:, :, 2]).max() < 1e-12 < 0.01 < np.abs(shifted[:, 1, 2]).max()
     assert ddim.shape == first.shape == (10, 2, 3)
     assert np.abs(ddim[:, :, 2]).max() < 1e-12
@@ -113,16 +113,16 @@ def test_ddim_is_the_first_order_solver() -> None:
     ],
 )
 def test_what_has_no_matrices(solver, options, sampler) -> None:
-    assert linear(Diffusion(sampler=Sampler(**sampler)), solver, 10, **options) is None
+    assert linear(Process(sampler=Sampler(**sampler)), solver, 10, **options) is None
 
 
 def test_noise_along_a_velocity_has_no_matrices() -> None:
-    assert linear(Diffusion(prediction="velocity", sampler=Sampler(solver="euler")), "sde", 10) is None
+    assert linear(Process(prediction="velocity", sampler=Sampler(solver="euler")), "sde", 10) is None
 
 
 def test_what_the_solver_refuses_is_refused() -> None:
     with pytest.raises(UsageError, match="only ddim takes it"):
-        linear(Diffusion(), "dpm++", 10, eta=0.5)
+        linear(Process(), "dpm++", 10, eta=0.5)
     assert {solver for _, solver in LINEAR} - {"euler", "heun"} <= set(NOISE_SOLVERS)
 
 
