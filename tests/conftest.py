@@ -7,7 +7,6 @@ classes, the names of Meta's keys), so that the tests which compare with them ar
 from __future__ import annotations
 
 import functools
-
 import json
 import math
 import os

@@ -77,7 +77,7 @@ def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
     scaled = gs.Node("Mul", "scaled", {}, [y, gs.Constant("s", np.array(1e-3, np.float32))], [z])
     graph = gs.Graph([product, scaled], [x], [z], opset=23, ir_version=10)
     inputs = {"x": np.full((1, 4), 300, np.float32)}
-    assert narrow(graph, "fp16") == 1
+    assert cast_to_half(graph, "fp16") == 1
     assert graph.nodes[-1].inputs[0].inputs[0].attrs["to"] == onnx.TensorProto.FLOAT
     twin(graph, HALF)
     assert np.isinf(run(graph, inputs)[0]).all()
