@@ -51,6 +51,8 @@ def parse(table: dict[str, Any]) -> Manifest:
     _check_ports(manifest)
     _check_null(manifest)
     _check_stages(manifest)
+    if manifest.labels:
+        _expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest
 
 
@@ -141,8 +143,6 @@ def _check_ports(manifest: Manifest) -> None:
         _expect(port.masks not in masked, where, port.masks, "a port that no other masks")
         _expect(port.shape == other.shape[:1], f"port {port.name}: shape", list(port.shape), list(other.shape[:1]))
         masked.add(port.masks)
-    if manifest.labels:
-        _expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
 
 
 def _check_null(manifest: Manifest) -> None:
