@@ -67,6 +67,9 @@ def _parser() -> Parser:
     hoist = commands.add_parser("hoist", help="split any ONNX graph at what does not depend on a loop's input")
     hoist.add_argument("path", type=Path, metavar="MODEL.onnx")
     hoist.add_argument("--loop-input", nargs="+", required=True, metavar="NAME", help="what changes every step")
+    hoist.add_argument(
+        "--step-input", nargs="+", default=[], metavar="NAME", help="what changes every step and is known before, as t"
+    )
     hoist.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-hoisted beside the model")
     hoist.add_argument("--json", action="store_true")
     hoist.set_defaults(command=_hoist)
@@ -242,22 +245,19 @@ def _hoist(options: argparse.Namespace) -> int:
         raise UsageError(
             f"output {folder}: the folder of the model itself, whose weights are read meanwhile; take another"
         )
-    hoisted = hoist(onnxfile.load(options.path), options.loop_input)
-    if unknown := [tensor.name for tensor in hoisted.invariant.outputs if tensor.dtype is None]:
-        raise UsageError(
-            f"{options.path}: {unknown[0]!r} has no known type; run onnx.shape_inference.infer_shapes_path on it first"
-        )
+    hoisted = hoist(onnxfile.load(options.path), options.loop_input, options.step_input)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, graph in (("invariant", hoisted.invariant), ("loop", hoisted.loop)):
         onnxfile.save(graph, folder / f"{name}.onnx")
         weights[name] = onnxfile.weight_bytes(graph)
     if options.json:
-        print(json.dumps({"folder": str(folder), "frontier": hoisted.frontier, "weight_bytes": weights}))
+        print(json.dumps({"folder": str(folder), "weight_bytes": weights, **hoisted.to_dict()}))
         return 0
     print(f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}")
     for name, size in weights.items():
         print(f"{name}: {size / 1e6:.1f} MB of weights ({size / max(1, sum(weights.values())):.0%})")
+    print(hoisted.table())
     return 0
 
 
