@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dit_runtime.errors import UsageError
-
-SHOWN = 8  # lines of each list
 
 
 def add(commands: Any) -> None:
@@ -37,33 +34,16 @@ def run(options: argparse.Namespace) -> int:
             f"output {folder}: the folder of the model itself, whose weights are read meanwhile; take another"
         )
     hoisted = hoist(onnxfile.load(options.path), options.loop_input, options.step_input)
-    if unknown := [tensor.name for tensor in hoisted.invariant.outputs if tensor.dtype is None]:
-        raise UsageError(
-            f"{options.path}: {unknown[0]!r} has no known type; run onnx.shape_inference.infer_shapes_path on it first"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, graph in (("invariant", hoisted.invariant), ("loop", hoisted.loop)):
         onnxfile.save(graph, folder / f"{name}.onnx")
         weights[name] = onnxfile.weight_bytes(graph)
-    shapes = Counter(str(tensor.shape) for tensor in hoisted.invariant.outputs)
-    stayed = sorted(hoisted.cut.priced_out, key=lambda entry: -entry.weights)
     if options.json:
-        table = {"folder": str(folder), "frontier": hoisted.frontier, "direct": hoisted.cut.direct}
-        table |= {"weight_bytes": weights, "priced_out": [entry._asdict() for entry in stayed]}
-        print(json.dumps(table))
+        print(json.dumps({"folder": str(folder), "weight_bytes": weights, **hoisted.to_dict()}))
         return 0
     print(f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}")
-    for shape, count in shapes.most_common(SHOWN):
-        print(f"  {count} of {shape}")
-    if hoisted.cut.direct:
-        print(f"the loop reads {', '.join(hoisted.cut.direct)} as well")
     for name, size in weights.items():
         print(f"{name}: {size / 1e6:.1f} MB of weights ({size / max(1, sum(weights.values())):.0%})")
-    if stayed:
-        print(f"{len(stayed)} ops that the loop input does not reach stay, for they are cheaper there")
-    for entry in stayed[:SHOWN]:
-        print(
-            f"  {entry.op} -> {entry.tensor}: {entry.weights / 1e6:.1f} MB of weights, {entry.bytes / 1e6:.1f} MB to cross"
-        )
+    print(hoisted.table())
     return 0
