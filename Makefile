@@ -23,7 +23,11 @@ CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BI
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo engine bench bench-gpu cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all test-gpu browser lint format clean
+# A worker process a core; each keeps whole test files, whose fixtures so are made once. A worker takes up to 2 GB.
+WORKERS ?= $(JOBS)
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
+
+.PHONY: help setup demo engine bench bench-gpu cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -34,7 +38,9 @@ help:
 	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make bench-gpu MODEL=XL/2      the same on an NVIDIA GPU"
 	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
-	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
+	@echo "make check                     the quick tests, under a minute: no bundle is built, no C++"
+	@echo "make test | test-all | lint    all tests, under 10 minutes; test-all also runs what takes minutes or gigabytes;"
+	@echo "                               WORKERS processes share the work, by default one a core"
 	@echo "make test-gpu                  the TensorRT engines where there is a GPU"
 
 setup: $(STAMP)
@@ -76,7 +82,7 @@ cpp-unit: $(STAMP)
 	ctest --test-dir $(CPP) --output-on-failure
 
 cpp-test: cpp-unit browser
-	$(BIN)/python -m pytest tests/cpp
+	$(PYTEST) tests/cpp
 
 cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
@@ -101,8 +107,11 @@ cpp-tensorrt:
 goldens: $(STAMP)
 	$(BIN)/python runtime/cpp/tests/goldens.py
 
+check: $(STAMP)
+	$(PYTEST) -m 'not builds and not slow and not gpu'
+
 test: cpp-unit browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Skipped, with the reason, where there is no GPU that an installed TensorRT runs on.
 test-gpu: $(STAMP)

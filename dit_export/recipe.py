@@ -23,6 +23,12 @@ def sides(resolution: int | str) -> tuple[int, int]:
     return int(numbers[0]) // 8, int(numbers[-1]) // 8
 
 
+def resolution_name(size: tuple[int, int]) -> int | str:
+    """Return a latent size as people write the image's: 256, or "512x256" for height x width."""
+    height, width = (8 * side for side in size)
+    return height if height == width else f"{height}x{width}"
+
+
 @dataclass(frozen=True)
 class Recipe(Tuning):
     """Everything a build needs to know; a TOML file in engines/ and the flags of `build` both give one."""

@@ -20,7 +20,7 @@ from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import Pipeline, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
-from dit_runtime.sampling.schedule import FLOW_SOLVERS
+from dit_runtime.sampling.process import FLOW_SOLVERS
 from tests.test_against_meta import CHANNELS, CLASSES, LABELS, LATENT, PATCH, distance, prediction
 
 STEPS = 10

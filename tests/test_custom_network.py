@@ -23,7 +23,7 @@ from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 CHANNELS, FRAMES, BANDS = 3, 4, 6  # of the state
 WIDTH, HEADS, DEPTH = 48, 4, 2
@@ -102,7 +102,7 @@ def condition(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 def bundle(tmp_path_factory, one_thread) -> Path:
     folder = tmp_path_factory.mktemp("custom") / "bundle"
     with one_thread():
-        loaded = Loaded(network(), None, (), Diffusion(), {"kind": "python"})
+        loaded = Loaded(network(), None, (), Process(), {"kind": "python"})
         built = build(Recipe(backend="onnxruntime", output=str(folder)), Progress(), loaded=loaded)
     assert built.passed and built.sensitive
     return folder

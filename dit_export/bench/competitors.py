@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_export.networks.spec import ModelSpec
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 JOB = "job.json"
 GIB = 1 << 30
@@ -107,7 +107,7 @@ class Job:
     """The same for everyone; workers read it from their folder."""
 
     spec: ModelSpec
-    process: Diffusion
+    process: Process
     batch: int
     steps: int
     threads: int
@@ -124,7 +124,7 @@ class Job:
         table = json.loads((folder / JOB).read_text(encoding="utf-8"))
         parts = {
             "spec": ModelSpec(**table["spec"]),
-            "process": Diffusion.from_dict(table["process"]),
+            "process": Process.from_dict(table["process"]),
             "precisions": tuple(table["precisions"]),
         }
         return cls(**table | parts)

@@ -34,7 +34,7 @@ from dit_runtime.bundle.manifest import Stage
 from dit_runtime.cli import Parser, guarded
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 
 class Cost(NamedTuple):
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) -> Stage:
     """A bundle of made-up weights, of which only the denoiser's files are kept."""
     network = dit_network(synthetic_dit(spec, 0))
-    loaded = Loaded(network, None, (), Diffusion(), {"kind": "synthetic", "seed": 0})
+    loaded = Loaded(network, None, (), Process(), {"kind": "synthetic", "seed": 0})
     build_scratch_bundle(folder, loaded, None, Recipe(backend=backend, max_batch=1), progress)
     for file in folder.iterdir():
         if file.is_file() and not file.name.startswith("denoiser."):

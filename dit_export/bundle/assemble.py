@@ -95,9 +95,10 @@ class Assembly:
 
     def run(self) -> Manifest:
         """Fill the folder and return its manifest, which is not written."""
-        for name, step in STEPS:
-            with self.progress.stage(name):
-                step(self)
+        for name, step, wanted in STEPS:
+            if wanted(self):
+                with self.progress.stage(name):
+                    step(self)
         assert self.contract is not None
         return self.contract
 
@@ -132,26 +133,38 @@ class Assembly:
             if len(files) == 1:
                 (self.folder / onnxfile.data_name(files[0])).touch()  # a graph is two files, with weights or without
 
+    @property
+    def quantizes(self) -> bool:
+        return self.recipe.precision in QUANTIZED
+
+    @property
+    def may_overflow(self) -> bool:
+        return backends.typed(self.backend, self.recipe.precision) in ENDS
+
+    @property
+    def measures(self) -> bool:
+        return self.quantizes or self.may_overflow
+
     def measure(self) -> None:
-        """Run the fused fp32 graphs once, where the precision needs to know what they reach."""
-        precision = self.recipe.precision
+        """Run the fused fp32 graphs once, where something must be known of what they reach."""
         self.keep_float = list(self.recipe.keep_float or [])
-        if precision in QUANTIZED:
+        if self.quantizes:
             named(find(self.graphs["denoiser"]), self.keep_float)  # before the long work
-        layers = precision in QUANTIZED and (self.inputs.calibration is None or self.options is not None)
-        half = backends.typed(self.backend, precision) in ENDS
-        if layers or half:
+        calibration = self.inputs.calibration
+        layers = self.quantizes and calibration is None
+        if layers or self.may_overflow or self.options is not None:
             self._write_fp32_manifest()
+        if layers or self.may_overflow:
             plan = self.plan or (Plan() if layers else PEAKS_PLAN)
             network, prompts = self.loaded.network, self.inputs.prompts
-            wanted = layers and self.inputs.calibration is None
 
             def tick(done: int, total: int) -> None:
                 self.progress.step(done, total, "measure")
 
-            self.measured = measure(self.folder, network, plan, prompts, layers=wanted, half=half, on_step=tick)
-        if self.inputs.calibration is not None:
-            self.measured = Measured(self.inputs.calibration, self.measured.peaks)
+            wants = {"layers": layers, "half": self.may_overflow}
+            self.measured = measure(self.folder, self.graphs, network, plan, prompts, **wants, on_step=tick)
+        if calibration is not None:
+            self.measured = Measured(calibration, self.measured.peaks)
 
     def _write_fp32_manifest(self) -> None:
         written = {name: Written("fp32") for name in self.graphs}
@@ -162,9 +175,7 @@ class Assembly:
 
     def search(self) -> None:
         """Find out which layers stay float, where that was asked for."""
-        if self.options is None:
-            return
-        assert self.measured.calibration is not None
+        assert self.options is not None and self.measured.calibration is not None
         decoder = None
         if self.decoder is not None:
             decoder = backends.backend(BACKEND).open([self.folder / "decoder.onnx"], Options())
@@ -176,8 +187,6 @@ class Assembly:
         self.keep_float, self.sensitivity = search.run(self.options, self.keep_float)
 
     def quantize(self) -> None:
-        if self.recipe.precision not in QUANTIZED:
-            return
         denoiser, calibration = self.graphs["denoiser"], self.measured.calibration
         assert calibration is not None
         before = [graph for name, graph in self.graphs.items() if self.runs[name] not in ("step", "update", "end")]
@@ -256,10 +265,14 @@ def build_scratch_bundle(
     return contract
 
 
-STEPS = (
-    ("fuse: hoist, fold gains, pack, guidance, sub-pixel", Assembly.fuse),
-    ("measure", Assembly.measure),
-    ("search", Assembly.search),
-    ("quantize", Assembly.quantize),
-    ("write", Assembly.write),
+STEPS: tuple[tuple[str, Callable[[Assembly], None], Callable[[Assembly], bool]], ...] = (  # and whether it is needed
+    ("fuse: hoist, fold gains, pack, guidance, sub-pixel", Assembly.fuse, lambda assembly: True),
+    (
+        "measure: the fused graphs at work",
+        Assembly.measure,
+        lambda assembly: assembly.quantizes or assembly.may_overflow,
+    ),
+    ("search: layers in turn", Assembly.search, lambda assembly: assembly.options is not None),
+    ("quantize", Assembly.quantize, lambda assembly: assembly.quantizes),
+    ("write", Assembly.write, lambda assembly: True),
 )

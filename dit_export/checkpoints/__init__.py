@@ -24,7 +24,7 @@ from dit_export.networks.spec import ModelSpec
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 OTHERWISE = (
     "pass --checkpoint PATH (make: CHECKPOINT=PATH), or --synthetic (make: SYNTHETIC=1) to build with made-up weights"
@@ -42,7 +42,7 @@ class Loaded:
     network: Network
     vae: AutoencoderKL | None
     labels: tuple[str, ...]  # by id; () where unknown
-    process: Diffusion
+    process: Process
     source: dict[str, Any]  # provenance, JSON-able
 
 
@@ -84,7 +84,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     return replace(loaded, labels=labels), files
 
 
-def class_conditional(model: DiT, process: Diffusion, recipe: Recipe) -> Loaded:
+def class_conditional(model: DiT, process: Process, recipe: Recipe) -> Loaded:
     if process.prediction == "velocity":
         model = keys.without_variance(model)
     network = dit_network(model, process.prediction)
@@ -95,8 +95,11 @@ def read_names(recipe: Recipe, network: Network) -> tuple[str, ...]:
     """Return the class names of the recipe's file; () where it names none."""
     if not recipe.labels:
         return ()
-    classes = next((port.size - 1 for port in network.conditions if port.name == "labels"), 0)
-    return read_labels(Path(recipe.labels).expanduser(), classes)
+    path = Path(recipe.labels).expanduser()
+    for port in network.conditions:
+        if port.name == "labels":
+            return read_labels(path, port.size - ("labels" in network.null))
+    raise UsageError(f"{path}: class names, but the network has no labels")
 
 
 def load_source(contract: Manifest, folder: Path) -> Loaded:

@@ -14,7 +14,7 @@ from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import ModelSpec, sized
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 # Fields with one supported value, of every class that is read; the older class has those from attention_type on.
 FIXED: dict[str, Any] = {
@@ -98,7 +98,7 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
 
 def read_diffusion(
     folder: Path | None, learned_variance: bool = True, prediction: str | None = None, default: str | None = None
-) -> Diffusion:
+) -> Process:
     """Read the pipeline's scheduler; without one, return Meta's constants for `prediction`, or else for `default`."""
     if folder is not None:
         path = folder / "scheduler" / "scheduler_config.json"

@@ -10,7 +10,7 @@ from dit_export.networks.spec import CONDITIONINGS, MODELS
 from dit_export.recipe import PRECISIONS, Recipe
 from dit_runtime import backends
 from dit_runtime.cli import add_tuning
-from dit_runtime.sampling.schedule import PREDICTIONS
+from dit_runtime.sampling.process import PREDICTIONS
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dit_export.recipe import sides
+from dit_export.recipe import resolution_name, sides
 from dit_runtime.errors import UsageError, nearest
 
 
@@ -90,8 +90,7 @@ class ModelSpec:
     @property
     def resolution(self) -> int | str:
         """As people write it: 256, or 512x256 for height x width."""
-        _, height, width = self.latent_shape
-        return 8 * height if height == width else f"{8 * height}x{8 * width}"
+        return resolution_name(self.latent_shape[1:])
 
     @property
     def null_label(self) -> int:

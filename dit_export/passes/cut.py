@@ -105,7 +105,7 @@ def cut(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[s
             elif tensor.name in invariant and id(tensor.inputs[0]) not in inside:
                 crossing[tensor.name] = tensor
             elif tensor.name in invariant and id(node) in fixed and (reason := _obstacle(tensor, rows)):
-                misses[tensor.name] = Miss("hoist", tensor.name, reason, f"{tensor.dtype} {tensor.shape}")
+                misses[tensor.name] = Miss("hoist", tensor.name, reason, tensor.shape)
     priced_out = tuple(
         PricedOut(tensor.name, node.op, tuple(tensor.shape or ()), made(tensor), sum(_weights(node).values()))
         for node in nodes

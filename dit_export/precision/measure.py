@@ -53,6 +53,7 @@ class Measured:
 
 def measure(
     folder: Path,
+    graphs: Mapping[str, gs.Graph],
     network: Network,
     plan: Plan,
     own: Prompts | None,
@@ -60,7 +61,7 @@ def measure(
     half: bool,
     on_step: Callable[[int, int], None],
 ) -> Measured:
-    """Run the fp32 bundle in `folder` once and return what the taps recorded.
+    """Run the fp32 bundle in `folder` once, with taps on its `graphs`, and return what they recorded.
 
     `layers` asks for the statistics of the token GEMMs, `half` for the largest magnitudes; `own` are a user's prompts.
     """
@@ -77,7 +78,7 @@ def measure(
     with ExitStack() as stack:
         recorders: dict[str, RecordingEngine] = {}
         for stage in stages:
-            graph = onnxfile.load(folder / stage.onnx)
+            graph = graphs[stage.name].copy()  # a file has no shapes of what is in between
             if layers and stage is contract.step:
                 add_layer_taps(graph, rng)
             if half:

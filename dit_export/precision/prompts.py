@@ -30,11 +30,11 @@ def read(path: Path, network: Network) -> Prompts:
         raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(known)}")
     negative = {name.removeprefix(NEGATIVE): rows for name, rows in arrays.items() if name.startswith(NEGATIVE)}
     condition = {name: rows for name, rows in arrays.items() if not name.startswith(NEGATIVE)}
-    null = fit(negative, network, f"{path}: negative") if negative else fixtures.null(network)
+    null = fit(negative, network.conditions, f"{path}: negative") if negative else fixtures.null(network)
     count = len(next(iter(null.values())))
     if count != 1:
         raise UsageError(f"{path}: {count} negative conditions; expected one")
-    return Prompts(fit(condition, network, f"{path}"), null)
+    return Prompts(fit(condition, network.conditions, f"{path}"), null)
 
 
 def batches(network: Network, own: Prompts | None, pictures: int, batch: int) -> Iterator[Prompts]:

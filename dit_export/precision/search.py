@@ -24,7 +24,7 @@ from dit_export.verify import fixtures
 from dit_runtime import backends, images
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
-from dit_runtime.conditions.condition import Condition
+from dit_runtime.conditions.condition import Condition, Rows
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import plan
@@ -156,7 +156,7 @@ class Search:
         time, noise = self._contract.process.span / 2, np.random.default_rng(SEED)
         state = noise.normal(size=(1, *self._contract.state.shape)).astype(np.float32)
         weights = np.full(1, GUIDANCE, np.float32)
-        inputs = pipe.engines.inputs(np.array([time]), rows_of(self._condition, 0), self._null, weights)
+        inputs = pipe.engines.inputs(np.array([time]), rows_of(self._condition, 0), dict(self._null), weights)
         return lambda: pipe.engines.denoise(state, inputs, 0)
 
     def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
@@ -253,7 +253,7 @@ class Search:
                 own.unlink(missing_ok=True)
 
 
-def rows_of(condition: Condition, first: int, count: int = 1) -> Condition:
+def rows_of(condition: Condition, first: int, count: int = 1) -> Rows:
     return {name: rows[first : first + count] for name, rows in condition.items()}
 
 

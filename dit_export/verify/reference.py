@@ -21,7 +21,7 @@ from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 from dit_runtime.sampling.solvers import EVALUATIONS, plan, solve
 from dit_runtime.verify.reference import ARRAYS, FINGERPRINT_SEED, FINGERPRINTS, REFERENCE, Reference, fingerprinted
 
@@ -39,7 +39,7 @@ Divisors = Mapping[str, NDArray[np.float32]]  # by pack: what smoothing divided 
 def make_reference(
     network: Network,
     decoder: Decoder | None,
-    process: Diffusion,
+    process: Process,
     oracle: Oracle,
     packs: Sequence[Pack],
     divisors: Divisors,
@@ -103,7 +103,7 @@ def make_reference(
     return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
 
-def step_count(shape: Sequence[int], process: Diffusion) -> int:
+def step_count(shape: Sequence[int], process: Process) -> int:
     """Return as many steps as fit the size and the solver's spacing."""
     bytes_a_step = len(SEEDS) * math.prod(shape) * 4 * 5
     pictures = len(SEEDS) * 3 * 64 * math.prod(shape[1:])

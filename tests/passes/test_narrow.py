@@ -9,7 +9,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import expected_counts
-from dit_export.precision.half import PRODUCTS, TYPES, islands, narrow, watched
+from dit_export.precision.half import PRODUCTS, TYPES, cast_to_half, fp32_products, half_tensors
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
@@ -77,7 +77,7 @@ def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
     scaled = gs.Node("Mul", "scaled", {}, [y, gs.Constant("s", np.array(1e-3, np.float32))], [z])
     graph = gs.Graph([product, scaled], [x], [z], opset=23, ir_version=10)
     inputs = {"x": np.full((1, 4), 300, np.float32)}
-    assert narrow(graph, "fp16") == 1
+    assert cast_to_half(graph, "fp16") == 1
     assert graph.nodes[-1].inputs[0].inputs[0].attrs["to"] == onnx.TensorProto.FLOAT
     twin(graph, HALF)
     assert np.isinf(run(graph, inputs)[0]).all()
@@ -128,7 +128,7 @@ def test_what_touches_a_wide_tensor_stays_fp32(typed: gs.Graph, plain_path, smal
     denoiser = fuse_dit(onnxfile.load(plain_path), small_dit.spec).denoiser
     gelu = next(node for node in denoiser.nodes if node.op == "Gelu")
     wide = [gelu.outputs[0].name]
-    (fc2,) = islands(denoiser, wide)
+    (fc2,) = fp32_products(denoiser, wide)
     (expected, _) = run(denoiser.copy(), inputs)
     assert cast_to_half(denoiser, "fp16", wide) == 12 - 1
     assert fc2.inputs[1].dtype == np.float32 and gelu.outputs[0].dtype == np.float32
@@ -137,9 +137,9 @@ def test_what_touches_a_wide_tensor_stays_fp32(typed: gs.Graph, plain_path, smal
     assert 1e-6 < np.linalg.norm(got - expected) / np.linalg.norm(expected) < 5e-3
 
 
-def test_everything_that_would_be_narrow_is_watched(plain: gs.Graph, small_dit: DiT) -> None:
+def test_everything_that_would_be_narrow_is_half_tensors(plain: gs.Graph, small_dit: DiT) -> None:
     denoiser = fuse_dit(plain, small_dit.spec).denoiser
-    seen = {tensor.name for tensor in watched(denoiser)}
+    seen = {tensor.name for tensor in half_tensors(denoiser)}
     for node in denoiser.nodes:
         if node.op in PRODUCTS:
             tensors = (*node.inputs, *node.outputs)

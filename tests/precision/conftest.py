@@ -14,6 +14,7 @@ from dit_export.networks.spec import ModelSpec
 from dit_export.precision.calibrate import Calibration, Plan, calibrate
 from dit_export.recipe import Recipe
 from dit_runtime.progress import Progress
+from tests.once import once
 
 SPEC = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classes=10)
 PLAN = Plan(pictures=16, steps=4)
@@ -27,6 +28,7 @@ def unverified_bundle(folder: Path, spec: ModelSpec) -> Path:
 
 
 @pytest.fixture(scope="session")
+@once
 def bundle(tmp_path_factory, one_thread) -> Path:
     """Made-up weights with outlier channels, as large trained models have them."""
     with one_thread():
@@ -34,5 +36,6 @@ def bundle(tmp_path_factory, one_thread) -> Path:
 
 
 @pytest.fixture(scope="session")
-def calibration(bundle) -> Calibration:
+@once
+def calibration(bundle, tmp_path_factory) -> Calibration:
     return calibrate(bundle, PLAN, lambda done, total: None)

@@ -19,7 +19,7 @@ from dit_export.verify import traced
 from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Guidance, Manifest, Port, Stage
-from dit_runtime.sampling.schedule import Diffusion, Sampler
+from dit_runtime.sampling.process import Process, Sampler
 from dit_runtime.verify import Reference
 
 WIDTH, TOKENS, CHANNELS, WORDS, CLASSES = 16, 6, 4, 5, 7
@@ -121,7 +121,7 @@ def write(folder: Path, net: Network) -> Bundle:
         onnxfile.save(graph, folder / f"{name}.onnx")
         (folder / f"{name}.onnx.data").touch()
         stages.append(Stage(name, runs, *onnxfile.signature(graph), f"{name}.onnx", max_batch=4))
-    process = Diffusion(sampler=Sampler(solver="ddim"))
+    process = Process(sampler=Sampler(solver="ddim"))
     oracle = Oracle(program.exported_program)
     origins = traced.trace_back(fused.denoiser, [pack for stage in fused.stages for pack in stage.packs], oracle)
     reference = make_reference(net, None, process, oracle, origins.packs, {}, lambda done, steps: None)

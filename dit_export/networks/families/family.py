@@ -11,10 +11,14 @@ from dit_export.networks import Network
 
 @dataclass(frozen=True)
 class Family:
-    """How a transformer of one class becomes a Network, and which configs of the class it covers."""
+    """How a transformer of one class becomes a Network, and which of its configs are covered."""
 
     name: str  # the class in diffusers
-    network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, caption tokens
+    network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, tokens of a caption
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
     prediction: str = "epsilon"  # where no scheduler says it
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
+
+    @property
+    def default_tokens(self) -> int:
+        return next(iter(self.tokens.values()))

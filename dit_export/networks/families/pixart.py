@@ -12,7 +12,7 @@ from dit_export.networks.families.family import Family
 from dit_runtime.bundle.manifest import Port
 
 
-class PixArt(nn.Module):
+class PixArtNoise(nn.Module):
     """Name the inputs of PixArtTransformer2DModel; the size and aspect ratio of the images are constants."""
 
     def __init__(self, transformer: Any, size: tuple[int, int]) -> None:
@@ -24,9 +24,8 @@ class PixArt(nn.Module):
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.transformer.use_additional_conditions:
             height, width = self.pixels
-            rows = timesteps.shape[0]
-            added["resolution"] = torch.tensor([[height, width]]).expand(rows, -1)
-            added["aspect_ratio"] = torch.tensor([[height / width]]).expand(rows, -1)
+            added["resolution"] = torch.tensor([[height, width]]).expand(timesteps.shape[0], -1)
+            added["aspect_ratio"] = torch.tensor([[height / width]]).expand(timesteps.shape[0], -1)
         return self.transformer(
             latents,
             timestep=timesteps,
@@ -39,15 +38,15 @@ class PixArt(nn.Module):
 
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
+    channels = config.caption_channels or config.cross_attention_dim
     return Network(
-        PixArt(transformer, size),
+        PixArtNoise(transformer, size).eval(),
         ports=(
             Port("latents", "state", "float32", (config.in_channels, *size)),
             Port("timesteps", "time", "float32", ()),
-            Port("captions", "condition", "float32", (tokens, config.caption_channels)),
+            Port("captions", "condition", "float32", (tokens, channels)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
         ),
-        learned_variance=transformer.out_channels == 2 * config.in_channels,
     )
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
 from dit_runtime.bundle.manifest import Port
+from dit_runtime.errors import UsageError
 
 
-class SD3(nn.Module):
+class SD3Velocity(nn.Module):
     """Name the inputs of SD3Transformer2DModel, which reads 1000 σ and gives dx/dσ."""
 
     def __init__(self, transformer: Any) -> None:
@@ -30,8 +31,11 @@ class SD3(nn.Module):
 
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
+    longest = config.pos_embed_max_size * config.patch_size
+    if max(size) > longest:
+        raise UsageError(f"{SD3.name}: latents of side {max(size)}; its position table ends at {longest}")
     return Network(
-        SD3(transformer),
+        SD3Velocity(transformer).eval(),
         ports=(
             Port("latents", "state", "float32", (config.in_channels, *size)),
             Port("timesteps", "time", "float32", ()),
@@ -41,7 +45,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     )
 
 
-SD3_5 = Family(
+SD3 = Family(
     "SD3Transformer2DModel",
     network,
     tokens={"StableDiffusion3Pipeline": 77 + 256},  # CLIP's, then T5's

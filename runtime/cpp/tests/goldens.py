@@ -15,15 +15,8 @@ from dit_runtime.captions import examples
 from dit_runtime import backends, verify
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise, draw
-from dit_runtime.sampling.schedule import (
-    NOISE_SOLVERS,
-    PREDICTIONS,
-    SOLVERS,
-    SPACINGS,
-    Diffusion,
-    make_schedule,
-    timesteps,
-)
+from dit_runtime.sampling.process import NOISE_SOLVERS, PREDICTIONS, SOLVERS, SPACINGS, Process
+from dit_runtime.sampling.schedule import make_schedule, timesteps
 from dit_runtime.sampling.solvers import plan, solve
 
 FILE = Path(__file__).with_name("goldens.json")
@@ -69,7 +62,7 @@ def runs() -> list[dict[str, Any]]:
     for name, solver, spacing, steps in product(DIFFUSIONS, SOLVERS, ("", *SPACINGS), (1, 5, 20)):
         if spacing and name not in ("defaults", "odd"):
             continue  # these two show the spacings, the others the rest
-        diffusion = Diffusion.from_dict(DIFFUSIONS[name])
+        diffusion = Process.from_dict(DIFFUSIONS[name])
         if solver not in PREDICTIONS[diffusion.prediction]:
             continue
         for eta in (0.0, 0.7) if solver == "ddim" else (0.0,):
@@ -112,13 +105,13 @@ def noises() -> list[dict[str, Any]]:
 
 
 def goldens() -> dict[str, Any]:
-    full = Diffusion.from_dict(DIFFUSIONS["defaults"])
+    full = Process.from_dict(DIFFUSIONS["defaults"])
     seeds = [5, 6, 7]
     each = draw(seeds, 3)
     return {
         "diffusions": DIFFUSIONS,
-        "betas": {name: Diffusion.from_dict(table).betas[::7].tolist() for name, table in DIFFUSIONS.items()},
-        "alpha_bar": {name: Diffusion.from_dict(table).alpha_bar[::7].tolist() for name, table in DIFFUSIONS.items()},
+        "betas": {name: Process.from_dict(table).betas[::7].tolist() for name, table in DIFFUSIONS.items()},
+        "alpha_bar": {name: Process.from_dict(table).alpha_bar[::7].tolist() for name, table in DIFFUSIONS.items()},
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": runs(),
         "noise": noises(),

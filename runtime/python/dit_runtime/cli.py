@@ -21,7 +21,7 @@ from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.schedule import SOLVERS, SPACINGS
+from dit_runtime.sampling.process import SOLVERS, SPACINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

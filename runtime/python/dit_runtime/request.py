@@ -86,7 +86,7 @@ class Request:
             condition[LABELS] = np.array([class_number(label, manifest.labels, manifest.classes) for label in labels])
         elif manifest.classes and LABELS not in condition:
             raise UsageError("no labels; pass at least one class name or number")
-        return fit(condition, manifest)
+        return fit(condition, manifest.conditions)
 
     def _count(self) -> int:
         """Return the number of samples of a network without conditions."""

@@ -22,7 +22,7 @@ from dit_runtime.bundle.records import (
     TensorSpec,
 )
 from dit_runtime.errors import nearest
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 R = TypeVar("R", Port, TensorSpec, Stage, Guidance, File, Manifest)
 Sources = dict[str, tuple[str, str, tuple[int, ...]]]  # role, dtype and shape of a row, by the tensor's name
@@ -44,13 +44,15 @@ def parse(table: dict[str, Any]) -> Manifest:
         ports=tuple(_port(port, f"port {index}") for index, port in enumerate(_list(table, "ports", "manifest"))),
         labels=tuple(labels),
         guidance=_record(Guidance, table.get("guidance"), "guidance"),
-        process=Diffusion.from_dict(table.get("process", {})),
+        process=Process.from_dict(table.get("process", {})),
         stages=tuple(_stage(stage, f"stage {index}") for index, stage in enumerate(_list(table, "stages", "manifest"))),
         files=files,
     )
     _check_ports(manifest)
     _check_null(manifest)
     _check_stages(manifest)
+    if manifest.labels:
+        _expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest
 
 
@@ -141,8 +143,6 @@ def _check_ports(manifest: Manifest) -> None:
         _expect(port.masks not in masked, where, port.masks, "a port that no other masks")
         _expect(port.shape == other.shape[:1], f"port {port.name}: shape", list(port.shape), list(other.shape[:1]))
         masked.add(port.masks)
-    if manifest.labels:
-        _expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
 
 
 def _check_null(manifest: Manifest) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 FORMAT = 2
 ROLES = ("state", "time", "condition")
@@ -87,7 +87,7 @@ class Manifest:
     null: Mapping[str, int | float]  # what guidance leads away from: a constant by condition port
     labels: tuple[str, ...]  # class names of the port "labels"; empty where they are unknown
     guidance: Guidance
-    process: Diffusion
+    process: Process
     stages: tuple[Stage, ...]  # in the order of running
     files: Mapping[str, File] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ Condition = Mapping[str, NDArray[Any]]  # by port, rows first, as a user passes 
 Rows = dict[str, NDArray[Any]]  # by port, every condition port, as the network takes it
 
 
-def fit(condition: Condition, manifest: Manifest, what: str = "condition") -> Rows:
+def fit(condition: Condition, conditions: Sequence[Port], what: str = "condition") -> Rows:
     """Return every condition port's rows as the network takes them; refuse what does not fit.
 
     Ports that are masked are padded with zeros. A mask that is left out is 1 for each token that was passed.
     """
-    ports = {port.name: port for port in manifest.conditions}
+    ports = {port.name: port for port in conditions}
     for name in condition:
         if name not in ports:
             known = ", ".join(ports) or "none"
@@ -58,7 +58,7 @@ def null_condition(manifest: Manifest, negative: Condition | None) -> Rows:
         for name, value in manifest.null.items()
         if name not in negative and manifest.port(name).masks not in negative
     }
-    return fit({**constants, **negative}, manifest, "negative")
+    return fit({**constants, **negative}, manifest.conditions, "negative")
 
 
 def unique_rows(rows: Rows, ports: Collection[str], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

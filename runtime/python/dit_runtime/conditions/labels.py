@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.sampling.schedule import is_integer
+from dit_runtime.sampling.process import is_integer
 
 
 def class_number(label: str | int, known: Sequence[str], count: int) -> int:

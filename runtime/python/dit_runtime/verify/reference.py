@@ -57,8 +57,8 @@ def load_reference(folder: Path, contract: Manifest) -> Reference:
     if missing := sorted(needed - arrays.keys()):
         raise BundleError(f"{folder}: {REFERENCE} lacks {', '.join(missing)}; rebuild the bundle")
     try:
-        rows = fit(condition, contract, "its condition")
-        away = fit(negative, contract, "its null") if negative else None
+        rows = fit(condition, contract.conditions, "its condition")
+        away = fit(negative, contract.conditions, "its null") if negative else None
     except UsageError as error:
         raise BundleError(f"{folder}: {REFERENCE} does not fit the manifest: {error}; rebuild the bundle") from None
     return Reference(**{name: arrays[name] for name in ARRAYS}, condition=rows, negative=away)
