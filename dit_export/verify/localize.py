@@ -94,15 +94,11 @@ class PyTorchSide:
 
     def denoise(self, question: Question, crossing: Sequence[Arrays]) -> Answer:
         """Evaluate the traced program; it makes what crosses by itself."""
-        network, count = self._network, len(question.groups)
-        inputs = {
-            network.state.name: np.concatenate([question.state] * count),
-            network.time.name: np.full(count * len(question.state), question.t, np.float32),
-        }
-        for name in question.condition:
-            inputs[name] = np.concatenate([group[name] for group in question.groups])
+        network, times = self._network, np.full(len(question.state), question.t, np.float32)
+        groups = [{network.state.name: question.state, network.time.name: times, **group} for group in question.groups]
+        inputs = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
         stream = self._oracle(self._taps, **{name: torch.from_numpy(rows) for name, rows in inputs.items()})
-        answer = evaluate(network, question.state, inputs[network.time.name], question.condition, question.null)
+        answer = evaluate(network, question.state, times, question.condition, question.null)
         prediction = guide(answer.conditional, answer.null, question.guidance, network.guided_channels)
         return Answer({name: rows.numpy() for name, rows in stream.items()}, prediction)
 

@@ -44,7 +44,9 @@ def test_masks_have_falling_lengths():
     rows = fixtures.conditions(masked, 3)["mask"]
     assert rows.sum(1).tolist() == [10, 8, 5] and rows.dtype == np.float32
     assert fixtures.null(masked)["mask"].sum(1).tolist() == [2]
-    one = network(Port("prompt", "condition", "float32", (1, 4)), Port("mask", "condition", "float32", (1,), masks="prompt"))
+    one = network(
+        Port("prompt", "condition", "float32", (1, 4)), Port("mask", "condition", "float32", (1,), masks="prompt")
+    )
     assert fixtures.conditions(one, 4)["mask"].tolist() == [[1.0]] * 4
 
 

@@ -95,6 +95,7 @@ def network(kind: str, variance: bool = False) -> Network:
     module = Tiny(labelled, prompted, variance).eval().requires_grad_(False)
     for block in module.blocks:
         nn.init.normal_(block.modulation.weight, std=0.3)
+    nn.init.normal_(module.time[2].weight, std=1.0)  # or five percent of the schedule would hardly be seen
     ports = [STATE, TIME, *[LABELS] * labelled, *[PROMPT, MASK] * prompted]
     null = NULL if labelled else {}
     return Network(module, tuple(ports), null=null, learned_variance=variance, model={"name": f"tiny {kind}"})
@@ -104,6 +105,7 @@ def network(kind: str, variance: bool = False) -> Network:
 class Bundle:
     folder: Path
     network: Network
+    oracle: Oracle
     reference: Reference
 
 
@@ -137,4 +139,4 @@ def write(folder: Path, net: Network) -> Bundle:
         source={"kind": "synthetic"},
     )
     manifest.write(folder, contract)
-    return Bundle(folder, net, reference)
+    return Bundle(folder, net, oracle, reference)
