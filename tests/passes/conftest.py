@@ -16,7 +16,7 @@ from dit_export.networks.spec import ModelSpec, expected_counts
 from dit_export.passes import Fused, fuse, require
 from dit_runtime.bundle.manifest import Port
 
-SMALL = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classes=10, embedders=2, caption_channels=32)
+SMALL = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classes=10, embedders=2)
 Run = Callable[[gs.Graph, dict[str, np.ndarray]], list[np.ndarray]]
 
 
