@@ -78,12 +78,11 @@ def test_refused_in_one_line(handmade, folder, capsys, options, words) -> None:
 
 
 def test_a_bundle_in_a_few_lines(handmade) -> None:
-    told = summary(handmade("wave"), manifest.read(handmade("wave"))).splitlines()
-    assert "port       signal: state, float32, 6" in told
-    assert "port       words_mask: condition, float32, 3, marks the tokens of words" in told
-    assert any(
-        line.startswith("conditioner") and "once a timestep and condition, reads moment," in line for line in told
-    )
+    lines = summary(handmade("wave"), manifest.read(handmade("wave"))).splitlines()
+    assert "port       signal: state, float32, 6" in lines
+    assert "port       words_mask: condition, float32, 3, marks the tokens of words" in lines
+    (conditioner,) = [line for line in lines if line.startswith("conditioner")]
+    assert "once a timestep and condition, reads moment, modulation, summary" in conditioner
     labels = summary(handmade("labels"), manifest.read(handmade("labels")))
     assert "5 classes with names" in labels and "0 to 5, guidance leads away from 5" in labels
     assert "no guidance" in summary(handmade("free"), manifest.read(handmade("free")))
@@ -95,6 +94,5 @@ def test_every_kind_is_timed(handmade, capsys, kind) -> None:
     names = [row["name"] for row in json.loads(capsys.readouterr().out)]
     contract = manifest.read(handmade(kind))
     assert {f"{stage.name}, a row" for stage in contract.before_loop} <= {*names}
-    assert ("denoiser, a guided step" in names) == contract.mixes_guidance and ("decoder" in names) == bool(
-        contract.end
-    )
+    assert ("denoiser, a guided step" in names) == contract.mixes_guidance
+    assert ("decoder" in names) == (contract.end is not None)

@@ -145,7 +145,7 @@ class StepInputs:
         put: Put = np.asarray,
         **options: Any,
     ) -> None:
-        """Open the memos; `groups` has the numbers of condition rows, (G, B): each sample's own, then what guidance leads away from."""
+        """Open the memos. `groups` has numbers of condition rows, (G, B): each sample's own, then its negative's."""
         times = np.asarray(timesteps, np.float32).tolist()
         distinct = {time: number for number, time in enumerate(dict.fromkeys(times))}
         self._time_of_step = [distinct[time] for time in times]
