@@ -72,7 +72,7 @@ TEST_F(ManifestTest, UnknownKeys) {
     refused({"unknown key 'batch'"});
     copy.restore();
     copy.edit([](Json& table) { table["diffusion"]["sampler"]["clip"] = true; });
-    refused({"diffusion.sampler", "unknown key 'clip'"});
+    refused({"process.sampler", "unknown key 'clip'"});
 }
 
 TEST_F(ManifestTest, Captions) {
