@@ -1,8 +1,9 @@
-"""The Python beside the C++ tests: the maker of their bundle, and that of their goldens."""
+"""The Python beside the C++ tests: the maker of their bundles, and that of their goldens."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,6 @@ FOLDER = Path(__file__).parents[1] / "runtime/cpp/tests"
 
 
 def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+    return importlib.import_module(name)

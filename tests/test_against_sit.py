@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dit_runtime.replay import Reference, Replay, load_reference, replay
 
 from dit_export.checkpoints import load_source
 from dit_export.cli import main
@@ -19,7 +20,6 @@ from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import Pipeline, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
-from dit_runtime.replay import Reference, Replay, load_reference, replay
 from dit_runtime.sampling.process import FLOW_SOLVERS
 from tests.test_against_meta import CHANNELS, CLASSES, LABELS, LATENT, PATCH, distance, prediction
 

@@ -14,7 +14,7 @@ import dit_export.bundle.build
 import dit_runtime.verify
 from dit_export.bundle.build import Built
 from dit_export.cli import main
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime import UsageError
 from dit_runtime.backends import Tuning
 from dit_runtime.bundle import manifest

@@ -13,8 +13,9 @@ import torch
 from dit_export.bench.floor import flops
 from dit_export.checkpoints import load
 from dit_export.cli import main
+from dit_export.networks.spec import CONDITIONINGS, MODELS, conditioned
 from dit_export.passes import expected_counts
-from dit_export.spec import CONDITIONINGS, MODELS, Recipe, conditioned
+from dit_export.recipe import Recipe
 from dit_export.verify.parity import graph_parity
 from dit_export.verify.reference import guide
 from dit_runtime.bundle import manifest
@@ -175,8 +176,9 @@ def test_sizes_that_no_network_has(bundles, tmp_path, capsys) -> None:
 
 def test_captions_of_the_users_own(bundles) -> None:
     rng = np.random.default_rng(0)
-    from dit_runtime import Captions
     from dit_runtime.captions import examples
+
+    from dit_runtime import Captions
 
     captions, empty = rng.normal(size=(2, 7, 32)).astype(np.float32), rng.normal(size=(1, 2, 32)).astype(np.float32)
     given = {"steps": 2, "output": "latents", "seed": [5, 6]}

@@ -12,7 +12,7 @@ from pathlib import Path
 from dit_export.bench import chart, report
 from dit_export.bench.competitors import COMPETITORS
 from dit_export.bench.run import Settings, bench
-from dit_export.spec import MODELS, model, sized
+from dit_export.networks.spec import MODELS, model, sized
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 

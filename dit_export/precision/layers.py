@@ -16,12 +16,17 @@ MOVERS = {"Reshape", "Transpose", "Identity", "Cast", "Tile"}
 @dataclass(frozen=True)
 class Layer:
     block: int
-    kind: str  # qkv, proj, fc1, fc2; q and cross, a cross-attention's two
+    kind: str  # qkv, or query, key and value; proj, fc1, fc2; q and cross, a cross-attention's two
     gemm: gs.Node  # MatMul(x, W) with a constant W [K, N]
 
     @property
     def name(self) -> str:
         return f"block {self.block} {self.kind}"
+
+    @property
+    def scored(self) -> bool:
+        """Whether attention's scores are made of its output."""
+        return self.kind in ("qkv", "query", "key")
 
     @property
     def x(self) -> gs.Variable:
@@ -50,8 +55,8 @@ def find(graph: gs.Graph) -> list[Layer]:
     for node in graph.nodes:
         kind = _kind(node)
         if kind:
-            block += kind == "qkv"
-            if kind == "proj" and layers[-1].kind == "q":
+            block += kind in ("qkv", "query")
+            if kind == "proj" and layers and layers[-1].kind == "q":
                 kind = "cross"
             layers.append(Layer(block, kind, node))
     return layers
@@ -59,7 +64,11 @@ def find(graph: gs.Graph) -> list[Layer]:
 
 def everything(layers: Sequence[Layer]) -> list[str]:
     """All that int8 may touch: the GEMMs, and attention's own products, which follow each qkv."""
-    return [name for one in layers for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind == "qkv"))]
+    return [
+        name
+        for one in layers
+        for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind in ("qkv", "value")))
+    ]
 
 
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
@@ -75,7 +84,7 @@ def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
 
 
 def _kind(node: gs.Node) -> str | None:
-    if node.op != "MatMul" or not isinstance(node.inputs[1], gs.Constant) or node.inputs[1].values.ndim != 2:
+    if not _is_linear(node):
         return None
     (product,) = node.outputs
     if len(product.outputs) != 1 or product.outputs[0].op != "Add":
@@ -86,8 +95,25 @@ def _kind(node: gs.Node) -> str | None:
     while len(result.outputs) == 1 and result.outputs[0].op in MOVERS:
         (result,) = result.outputs[0].outputs
     readers = {reader.op for reader in result.outputs}
-    read = {"Split": "qkv", "Gelu": "fc1", "Attention": "q"}.get(*readers) if len(readers) == 1 else None
-    return made or read
+    if made or len(readers) != 1:
+        return made
+    if readers == {"Attention"}:
+        return _attended(result)
+    return {"Split": "qkv", "Gelu": "fc1"}.get(*readers)
+
+
+def _attended(tensor: gs.Tensor) -> str:
+    """Return which of an attention's inputs a linear makes; a cross-attention's keys are not made in the loop."""
+    (attention,) = tensor.outputs
+    keys = unmoved(attention.inputs[1])
+    makers = [maker for add in keys.inputs for part in add.inputs for maker in part.inputs]
+    if not any(_is_linear(maker) for maker in makers):
+        return "q"
+    return ("query", "key", "value")[attention.inputs.index(tensor)]
+
+
+def _is_linear(node: gs.Node) -> bool:
+    return node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.ndim == 2
 
 
 def unmoved(tensor: gs.Tensor) -> gs.Tensor:

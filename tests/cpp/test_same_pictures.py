@@ -12,7 +12,7 @@ import pytest
 from dit_runtime import Pipeline
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
-from dit_runtime.sampling.schedule import FLOW_SOLVERS
+from dit_runtime.sampling.process import FLOW_SOLVERS
 
 ENGINES = ("onnxruntime", "openvino")
 WAYS = [*((name, 1) for name in ENGINES), ("openvino", 2)]  # on two threads its two rows run at once

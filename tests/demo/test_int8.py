@@ -18,7 +18,7 @@ from dit_export.demo import run, score, store
 from dit_export.graph import trace
 from dit_export.precision.calibrate import Plan, calibrate
 from dit_export.precision.smooth import smooth
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime import images
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dit_export.spec import Recipe
 
 from dit_export.bundle.build import build
 from dit_export.demo import run, score, store
-from dit_export.spec import Recipe
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.schedule import NOISE_SOLVERS
+from dit_runtime.sampling.process import NOISE_SOLVERS
 
 USUAL = [("dpm++", 25, 0), ("dpm++1", 50, 0), ("dpm++3", 25, 0), ("ddim", 50, 0), ("ddim", 50, 1), ("ddpm", 250, 0)]
 COUNT, LEAST = 400, 0.97

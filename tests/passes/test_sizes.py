@@ -10,8 +10,9 @@ import torch
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
-from dit_export.passes import Fused, fuse
-from dit_export.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
+from dit_export.networks.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
+from dit_export.passes import Fused
+from tests.passes.conftest import fuse_dit
 
 DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
 TOKENS = 120  # of a caption
@@ -51,7 +52,7 @@ def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
     with (folder / "zeros").open("wb") as zeros:
         zeros.truncate(largest)
     ir.save(traced, folder / "dit.onnx")
-    return fuse(onnxfile.load(folder / "dit.onnx"), spec)
+    return fuse_dit(onnxfile.load(folder / "dit.onnx"), spec)
 
 
 def loop_weights(spec: ModelSpec) -> int:
@@ -73,20 +74,22 @@ def test_each_size_has_the_vectors_that_its_conditioning_needs(way: str, name: s
     assert fused.counts["hoist"] == crossing
     assert (fused.counts["pack"], fused.counts["pack_context"]) == (vectors, context)
     shapes = {tensor.name: list(tensor.shape) for tensor in (*fused.denoiser.inputs, *fused.denoiser.outputs)}
-    assert shapes.pop("conditioning") == ["groups", "batch", vectors, spec.hidden]
+    assert shapes.pop("modulation" if context else "conditioning") == ["groups", "batch", vectors, spec.hidden]
     if context:
         assert shapes.pop("context") == ["groups", "batch", context, spec.hidden]
-        assert shapes.pop("context_mask") == ["groups", "batch", TOKENS]
+        assert shapes.pop("context_1") == ["groups", "batch", 1, 1, TOKENS]
+    assert [stage.name for stage in fused.stages] == (["context", "modulation"] if context else ["conditioner"])
+    assert not fused.priced_out
     assert shapes.pop("guidance") == ["batch"]
     assert shapes == {key: ["batch", 4, side // 8, side // 8] for key in ("latents", "prediction", "variance")}
 
     # No embedder, no adaLN linear and no linear of a condition's keys and values is left in the loop, and all else is.
     # The smallest of them, a block's keys and values in XL, is 0.5 % of it.
     names = {constant.name for constant in onnxfile.constants(fused.denoiser)}
-    assert not [name for name in names if "modulation" in name or "embedders" in name or "caption" in name]
+    assert not [name for name in names if "modulation." in name or "embedders" in name or "caption" in name]
     assert onnxfile.weight_bytes(fused.denoiser) == pytest.approx(4 * loop_weights(spec), rel=1e-3)
     if way == "adaln-zero":
-        assert onnxfile.weight_bytes(fused.conditioner) > 4 * spec.depth * 6 * spec.hidden * (spec.hidden + 1)
+        assert onnxfile.weight_bytes(fused.stages[-1].graph) > 4 * spec.depth * 6 * spec.hidden * (spec.hidden + 1)
     if (way, name, side) == ("adaln-zero", "XL/2", 256):
         assert onnxfile.weight_bytes(fused.denoiser) <= 1.85e9
-        assert onnxfile.weight_bytes(fused.conditioner) == pytest.approx(4 * 226e6, rel=0.02)
+        assert onnxfile.weight_bytes(fused.stages[-1].graph) == pytest.approx(4 * 226e6, rel=0.02)

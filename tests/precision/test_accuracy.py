@@ -9,18 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from dit_runtime.replay import relative_error
 
 from dit_export.graph import onnxfile
+from dit_export.networks.spec import model
 from dit_export.precision import attention
 from dit_export.precision.calibrate import Calibration, Plan, calibrate
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import smooth
-from dit_export.spec import model
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import relative_error
 from dit_runtime.sampling.solvers import plan
 from tests.precision.conftest import unverified_bundle
 

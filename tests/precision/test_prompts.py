@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dit_runtime.captions import EXAMPLES, examples
 
 from dit_export.cli import main
+from dit_export.networks.spec import conditioned
 from dit_export.precision.calibrate import Plan, calibrate
 from dit_export.precision.prompts import read
-from dit_export.spec import conditioned
-from dit_runtime.captions import EXAMPLES, examples
 from dit_runtime.errors import UsageError
+from tests.once import once
 from tests.precision.conftest import SPEC, unverified_bundle
 
 TOKENS, CHANNELS = 20, 16
@@ -21,6 +22,7 @@ CAPTIONED = conditioned(replace(SPEC, caption_tokens=TOKENS, caption_channels=CH
 
 
 @pytest.fixture(scope="module")
+@once
 def captioned(tmp_path_factory, one_thread) -> Path:
     with one_thread():
         return unverified_bundle(tmp_path_factory.mktemp("captioned-int8"), CAPTIONED)

@@ -17,7 +17,7 @@ from dit_export.precision import search
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import find, named
 from dit_export.precision.search import Budget, Found, Search, Wish
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 

@@ -11,6 +11,7 @@ import pytest
 
 from dit_export.cli import main
 from tests.conftest import HEADS, META_NAMES, Built, build, meta_state
+from tests.once import once
 
 
 class Verdict(NamedTuple):
@@ -40,6 +41,7 @@ def regress(capsys) -> Callable[..., Verdict]:
 
 
 @pytest.fixture(scope="session")
+@once
 def baseline(meta, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("baseline") / "meta.json"
     assert main(["regress", str(meta.bundle), "--threads", "1", "--baseline", str(path), "--update-baseline"]) == 0
@@ -47,6 +49,7 @@ def baseline(meta, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+@once
 def later(tmp_path_factory, one_thread) -> Built:
     """The same network some training later: every weight a little elsewhere."""
     import torch

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from dit_runtime.replay import load_reference
 
 from dit_export.cli import main
 from dit_export.verify.parity import proof
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import load_reference
 from tests.conftest import DIFFUSERS_DEPTH, HEADS, HIDDEN, META_CLASSES
 from tests.tamper import double_scale, seal, swap_vectors, weight
 

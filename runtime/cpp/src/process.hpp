@@ -66,8 +66,6 @@ struct Process {
     Array alpha_bar() const;
 };
 
-using Diffusion = Process;  // its former name, until every use has moved
-
 // A std::invalid_argument names what does not fit.
 Process process_from_json(const nlohmann::json& table);
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from dit_runtime import backends, verify
-from dit_runtime.captions import examples
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
@@ -120,7 +119,6 @@ def goldens() -> dict[str, Any]:
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": runs(),
         "noise": noises(),
-        "captions": {name: part.reshape(-1).tolist() for name, part in examples((0, 3, 4), 5, 4)._asdict().items()},
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
         "tolerances": {name: asdict(limits) for name, limits in verify.TOLERANCES.items()}
         | {

@@ -1,199 +1,173 @@
-"""Writes a bundle of hand-made graphs, whole in every respect, without PyTorch: `make_bundle.py FOLDER [captioned]`.
+"""Writes a bundle of hand-made graphs, whole in every respect, without PyTorch: `make_bundle.py FOLDER [KIND]`.
 
-Captioned, the vectors of a label are the mean of what a caption's tokens say.
+labels: 5 classes, a learned variance, a decoder;  captioned: captions with a mask, and no null;
+wave: a state of rank 1, two conditions of different widths, and stages that read what others give;
+video: a state of rank 4, labels without names and a number;  free: no condition at all, and no guidance.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnxruntime
+from bundle_graphs import CLASSES, KINDS, NULL, PORTS, Maker
+from numpy.typing import NDArray
 
-from dit_runtime import replay
+from dit_runtime import images
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Graph, Manifest, TensorSpec
-from dit_runtime.captions import EXAMPLES
-from dit_runtime.pipeline import Pipeline
-from dit_runtime.sampling.schedule import Diffusion, Sampler
+from dit_runtime.sampling.noise import Noise, draw
+from dit_runtime.sampling.process import Process, Sampler
 from dit_runtime.sampling.solvers import plan
 
-CLASSES, VECTORS, WIDTH = 5, 2, 8
-LATENT = (2, 4, 4)
-TOKENS, CHANNELS = 5, 3  # of a caption
-LABELS = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
-STEPS, BATCH, MAX_BATCH = 4, 2, 3
+NAMES = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
+STEPS, SEEDS = 4, (11, 12)
+BEFORE = ("condition", "time", "time+condition")  # the loop
+DIFFUSION = Process(sampler=Sampler(solver="ddim"))
+Rows = dict[str, NDArray[Any]]
 
 
-def graphs(captioned: bool) -> dict[str, tuple[Graph, list]]:
-    """Each graph's contract and its nodes: (op, inputs, outputs, attributes) or (name, weight)."""
-    random = np.random.default_rng(0)
-    latents = TensorSpec("latents", "float32", ("batch", *LATENT))
-    conditioning = TensorSpec("conditioning", "float32", ("pairs", VECTORS, WIDTH))
-    conditioner = [
-        ("table", random.standard_normal((CLASSES + 1, VECTORS, WIDTH)).astype(np.float32)),
-        ("direction", (0.001 * random.standard_normal((VECTORS, WIDTH))).astype(np.float32)),
-        ("axes", np.array([1, 2])),
-        ("null", np.array([CLASSES])),
-        ("one", np.array(1)),
-        ("room", np.zeros(MAX_BATCH, np.float32)),  # for so many rows: ONNX Runtime refuses more
-        ("Size", ["timesteps"], ["count"], {}),
-        ("Sub", ["count", "one"], ["last"], {}),
-        ("Gather", ["room", "last"], ["nothing"], {"axis": 0}),
-        ("Gather", ["table", "null" if captioned else "labels"], ["rows"], {"axis": 0}),
-        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
-        ("Mul", ["times", "direction"], ["moved"], {}),
-        ("Add", ["rows", "moved"], ["all"], {}),
-        ("Add", ["all", "nothing"], ["conditioning"], {}),
-    ]
-    context = [
-        ("words", random.standard_normal((CHANNELS, WIDTH)).astype(np.float32)),
-        ("nothing", np.array(1e4, np.float32)),
-        ("MatMul", ["captions", "words"], ["context"], {}),
-        ("Mul", ["mask", "nothing"], ["present"], {}),
-        ("Sub", ["present", "nothing"], ["context_mask"], {}),
-    ]
-    said_by_captions = [
-        ("row", np.array([2])),
-        ("Softmax", ["context_mask"], ["shares"], {"axis": -1}),
-        ("Unsqueeze", ["shares", "row"], ["weights"], {}),
-        ("MatMul", ["weights", "context"], ["mean"], {}),
-        ("Add", ["conditioning", "mean"], ["told"], {}),
-    ]
-    denoiser = [
-        ("mixed", (random.standard_normal((WIDTH, int(np.prod(LATENT)))) / 3).astype(np.float32)),
-        ("shape", np.array([0, 0, *LATENT])),
-        ("wide", np.array([1, 2, 3])),
-        *((name, np.array(value)) for name, value in (("zero", 0), ("one", 1), ("minus", -1))),
-        *(said_by_captions if captioned else []),
-        ("Gather", ["told" if captioned else "conditioning", "zero"], ["gains"], {"axis": 2}),
-        ("Gather", ["told" if captioned else "conditioning", "one"], ["shifts"], {"axis": 2}),
-        ("MatMul", ["gains", "mixed"], ["gain"], {}),
-        ("MatMul", ["shifts", "mixed"], ["shift"], {}),
-        ("Reshape", ["gain", "shape"], ["gain_map"], {}),
-        ("Reshape", ["shift", "shape"], ["shift_map"], {}),
-        ("Mul", ["latents", "gain_map"], ["scaled"], {}),
-        ("Add", ["scaled", "shift_map"], ["moved"], {}),
-        ("Tanh", ["moved"], ["each"], {}),
-        ("Gather", ["each", "zero"], ["first"], {"axis": 0}),
-        ("Gather", ["each", "minus"], ["last"], {"axis": 0}),
-        ("Unsqueeze", ["guidance", "wide"], ["weight"], {}),
-        ("Sub", ["first", "last"], ["apart"], {}),
-        ("Mul", ["weight", "apart"], ["pushed"], {}),
-        ("Add", ["last", "pushed"], ["prediction"], {}),
-        ("Sin", ["first"], ["variance"], {}),
-    ]
-    decoder = [
-        ("colours", random.standard_normal((3, LATENT[0], 1, 1)).astype(np.float32)),
-        ("scales", np.array([1, 1, 8, 8], np.float32)),
-        ("Conv", ["latents", "colours"], ["small"], {}),
-        ("Sigmoid", ["small"], ["levels"], {}),
-        ("Resize", ["levels", "", "scales"], ["images"], {"mode": "nearest"}),
-    ]
-    captions = (("captions", (TOKENS, CHANNELS)), ("mask", (TOKENS,)))
-    read = (("context", (TOKENS, WIDTH)), ("context_mask", (TOKENS,))) if captioned else ()
-    pairs = (TensorSpec("timesteps", "float32", ("pairs",)), TensorSpec("labels", "int64", ("pairs",)))
-    rest = (
-        TensorSpec("conditioning", "float32", ("groups", "batch", VECTORS, WIDTH)),
-        *(TensorSpec(name, "float32", ("groups", "batch", *row)) for name, row in read),
-        TensorSpec("guidance", "float32", ("batch",)),
-    )
-    said = tuple(TensorSpec(name, "float32", latents.shape) for name in ("prediction", "variance"))
-    pictures = TensorSpec("images", "float32", ("batch", 3, 8 * LATENT[1], 8 * LATENT[2]))
-    of_captions = [tuple(TensorSpec(name, "float32", ("n", *row)) for name, row in ends) for ends in (captions, read)]
-    return {
-        "conditioner": (
-            Graph("conditioner.onnx", pairs[: 1 if captioned else 2], (conditioning,), MAX_BATCH),
-            conditioner,
-        ),
-        **({"context": (Graph("context.onnx", *of_captions, MAX_BATCH), context)} if captioned else {}),
-        "denoiser": (Graph("denoiser.onnx", (latents, *rest), said, MAX_BATCH), denoiser),
-        "decoder": (Graph("decoder.onnx", (latents,), (pictures,), MAX_BATCH), decoder),
-    }
+class Graphs:
+    """The bundle's graphs in ONNX Runtime, a row at a time where a stage takes few."""
+
+    def __init__(self, folder: Path, table: dict[str, Any]) -> None:
+        self.stages = {stage["name"]: stage for stage in table["stages"]}
+        self.sessions = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in self.stages}
+        self.ports = {port["role"]: port["name"] for port in table["ports"]}
+        self.conditions = [port for port in table["ports"] if port["role"] == "condition"]
+        self.reads = [spec["name"] for spec in self.stages["denoiser"]["reads"]]
+        self.guided = "guidance" in self.reads
+
+    def run(self, name: str, inputs: Rows) -> Rows:
+        names = [spec["name"] for spec in self.stages[name]["reads"]]
+        answers = self.sessions[name].run(None, {read: inputs[read] for read in names})
+        return dict(zip([spec["name"] for spec in self.stages[name]["gives"]], answers, strict=True))
+
+    def before(self, t: float, condition: Rows, rows: int) -> Rows:
+        """What the step may read, row by row: ports, and all that stages before the loop give."""
+        found: list[Rows] = []
+        for row in range(rows):
+            values = {name: array[row : row + 1] for name, array in condition.items()}
+            values[self.ports["time"]] = np.array([t], np.float32)
+            for name, stage in self.stages.items():
+                if stage["runs"] in BEFORE:
+                    values |= self.run(name, values)
+            found.append(values)
+        return {name: np.concatenate([values[name] for values in found]) for name in found[0]}
+
+    def denoise(self, x: NDArray[np.float32], guidance: NDArray[np.float32], *groups: Rows) -> Rows:
+        """Guided where there are two groups: their own, and what guidance leads away from."""
+        state = self.ports["state"]
+        inputs = {name: np.stack([group[name] for group in groups]) for name in set(self.reads) & set(groups[0])}
+        return self.run("denoiser", inputs | {state: x, "guidance": guidance})
 
 
-def save(folder: Path, name: str, graph: Graph, parts: list) -> None:
-    kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    nodes = [helper.make_node(part[0], part[1], part[2], **part[3]) for part in parts if len(part) == 4]
-    weights = [numpy_helper.from_array(np.asarray(part[1]), part[0]) for part in parts if len(part) == 2]
-    inputs, outputs = (
-        [helper.make_tensor_value_info(spec.name, kinds[spec.dtype], spec.shape) for spec in specs]
-        for specs in (graph.inputs, graph.outputs)
-    )
-    model = helper.make_model(
-        helper.make_graph(nodes, name, inputs, outputs, weights),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=9,
-    )
-    onnx.save(model, folder / graph.onnx, save_as_external_data=True, location=graph.onnx + ".data", size_threshold=128)
-    (folder / (graph.onnx + ".data")).touch()
+def conditions(kind: str) -> tuple[Rows, Rows]:
+    """Those of the reference, one a seed, and what guidance leads away from."""
+    random = np.random.default_rng(7)
+    own: Rows = {}
+    null: Rows = {}
+    for port in PORTS[kind]:
+        if port["role"] != "condition":
+            continue
+        shape, constant = port["shape"], NULL[kind].get(port["name"])
+        if port["dtype"] == "int64":
+            own[port["name"]] = np.array([1, 3 % (port["size"] - 1)])
+        elif port["masks"]:
+            own[port["name"]] = np.tri(2, *shape, shape[0] - 2, dtype=np.float32)
+        else:
+            own[port["name"]] = random.standard_normal((2, *shape)).astype(np.float32)
+        if constant is not None:
+            null[port["name"]] = np.full((1, *shape), constant, own[port["name"]].dtype)
+        elif port["masks"]:
+            null[port["name"]] = np.ones((1, *shape), np.float32)
+        else:
+            null[port["name"]] = random.standard_normal((1, *shape)).astype(np.float32)
+    return own, null
 
 
-def reference(folder: Path, contract: Manifest) -> None:
-    """reference.npz, with this runtime in PyTorch's place."""
-    labels, seeds = [1, 3], [11, 12]
-    guidance = np.array([4.0, 2.0], np.float32)
-    times = plan(contract.diffusion, contract.diffusion.sampler.solver, STEPS)
-    with Pipeline.load(folder, threads=1) as pipe:
-        seen = [pipe.sample(labels, steps=STEPS, seed=seeds, guidance=guidance, output="latents")]
-        run = {"prediction": [], "variance": [], "conditional": [], "null": []}
-        states: list[np.ndarray] = []
-        engine = pipe._engines["denoiser"]
+def fingerprint(graphs: Graphs, t: float, own: Rows, null: Rows) -> NDArray[np.float32]:
+    """What the step reads from stages, projected onto a few directions: of all values of a lone label, or of both."""
+    single = graphs.conditions[0] if len(graphs.conditions) == 1 else None
+    if single is not None and single["size"] and not single["shape"]:
+        rows = {single["name"]: np.arange(single["size"])}
+    else:
+        rows = {name: np.concatenate([own[name], null[name]]) for name in own}
+    count = len(next(iter(rows.values()))) if rows else len(SEEDS) + 1
+    made, ports = graphs.before(t, rows, count), {*graphs.ports.values(), *own, "guidance"}
+    whole = np.concatenate([made[name].reshape(count, -1) for name in graphs.reads if name not in ports], axis=1)
+    return (whole @ Noise(0).normal((whole.shape[1], 4)) / np.sqrt(whole.shape[1])).astype(np.float32)
 
-        def record(inputs):
-            answer = engine.run(inputs)
-            states.append(inputs["latents"])
-            for name in ("prediction", "variance"):
-                run[name].append(answer[name])
-            for name, rows in (("conditional", slice(1)), ("null", slice(1, 2))):
-                some = {part: inputs[part][rows] for part in inputs if part.startswith("con")}  # conditioning, context
-                run[name].append(engine.run({**inputs, **some})["prediction"])
-            return answer
 
-        pipe._engines["denoiser"] = SimpleNamespace(run=record, close=engine.close)
-        images = pipe.sample(labels, steps=STEPS, seed=seeds, guidance=guidance)
-        prints = replay.fingerprint(replay.hoisted(pipe), contract.num_classes, times[STEPS // 2], MAX_BATCH)
-    arrays = {name: np.stack(values) for name, values in run.items()}
+def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
+    """reference.npz, with NumPy in PyTorch's place; the solver is DDIM, x' = √ᾱ' x₀ + √(1 - ᾱ') ε."""
+    graphs, (own, null) = Graphs(folder, table), conditions(kind)
+    times, batch = plan(DIFFUSION, "ddim", STEPS), len(SEEDS)
+    guidance = np.array([4.0, 2.0] if graphs.guided else [1.0, 1.0], np.float32)
+    levels = np.cumprod(1 - DIFFUSION.betas)[times.astype(int)]
+    shape = next(port["shape"] for port in PORTS[kind] if port["role"] == "state")
+    x = draw(list(SEEDS), batch)((batch, *shape)).astype(np.float64)
+    run: dict[str, list[Any]] = {name: [] for name in ("prediction", "variance", "conditional", "null")}
+    states = [x.astype(np.float32)]
+    for t, level, after in zip(times, levels, [*levels[1:], 1.0], strict=True):
+        rows = graphs.before(t, own, batch)
+        away = graphs.before(t, {name: np.repeat(row, batch, axis=0) for name, row in null.items()}, batch)
+        answer = graphs.denoise(states[-1], guidance, rows, *[away] * graphs.guided)
+        for name in answer:
+            run[name].append(answer[name])
+        run["conditional"].append(graphs.denoise(states[-1], guidance, rows)["prediction"])
+        if graphs.guided:
+            run["null"].append(graphs.denoise(states[-1], guidance, away)["prediction"])
+        epsilon = answer["prediction"].astype(np.float64)
+        clean = (x - np.sqrt(1 - level) * epsilon) / np.sqrt(level)
+        x = np.sqrt(after) * clean + np.sqrt(1 - after) * epsilon
+        states.append(x.astype(np.float32))
+    pictures = np.empty(0, np.uint8)
+    if "decoder" in graphs.stages:
+        pictures = images.to_uint8(graphs.run("decoder", {graphs.ports["state"]: states[-1]})["images"])
     np.savez(
-        folder / replay.REFERENCE,
-        betas=contract.diffusion.betas,
+        folder / "reference.npz",
+        betas=DIFFUSION.betas,
         timesteps=times,
-        labels=np.array(labels),
-        seeds=np.array(seeds),
+        seeds=np.array(SEEDS),
         guidance=guidance,
-        latents=np.stack([*states, *seen]),
-        fingerprint=prints,
-        images=images,
-        **arrays,
+        latents=np.stack(states),
+        fingerprint=fingerprint(graphs, times[STEPS // 2], own, null),
+        images=pictures,
+        **{name: np.stack(values) if values else np.empty(0, np.float32) for name, values in run.items()},
+        **{f"condition.{name}": array for name, array in own.items()},
+        **{f"null.{name}": array for name, array in null.items()},
     )
 
 
-def make(folder: Path, captioned: bool = False) -> None:
+def make(folder: Path, kind: str = "labels") -> None:
     shutil.rmtree(folder, ignore_errors=True)  # onnx appends to weights that are there
     folder.mkdir(parents=True)
-    made = graphs(captioned)
-    for name, (graph, parts) in made.items():
-        save(folder, name, graph, parts)
-    contract = Manifest(
-        model={"name": "tiny", "resolution": 8 * LATENT[1]},
-        latent_shape=LATENT,
-        latent_scale=1.0,
-        num_classes=EXAMPLES if captioned else CLASSES,
-        labels=() if captioned else LABELS,
-        guided_channels=LATENT[0],
-        unguided_up_to_one=False,
-        diffusion=Diffusion(sampler=Sampler(solver="ddim")),
-        graphs={name: graph for name, (graph, _) in made.items()},
-    )
-    manifest.write(folder, replace(contract, files=manifest.describe_files(folder)))
-    reference(folder, contract)
-    manifest.write(folder, replace(contract, files=manifest.describe_files(folder)))
+    maker = Maker(folder, kind)
+    KINDS[kind](maker)
+    state = maker.state["shape"]
+    table: dict[str, Any] = {
+        "format": 2,
+        "model": {"name": "tiny", "resolution": 32},
+        "ports": PORTS[kind],
+        "null": NULL[kind],
+        "labels": list(NAMES[:CLASSES]) if kind == "labels" else [],
+        "guidance": {"channels": state[0], "unguided_up_to_one": kind == "video"},
+        "process": DIFFUSION.to_dict(),
+        "stages": maker.stages,
+        "source": {},
+        "built_with": {},
+        "parity": {},
+    }
+    reference(folder, kind, table)
+    files = {name: asdict(file) for name, file in manifest.describe_files(folder).items()}
+    manifest.write_file(folder, manifest.NAME, json.dumps(table | {"files": files}, indent=1).encode())
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), sys.argv[2:] == ["captioned"])
+    make(Path(sys.argv[1]), *sys.argv[2:])

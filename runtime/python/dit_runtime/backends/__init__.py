@@ -5,7 +5,7 @@ A backend has
   graph holds them, and only there;
 * `version()`, None where it is not installed; `obstacle(built)`, why it cannot run here, or not the engine
   of which the manifest says this;
-* `compile(folder, graph, options, progress)`, which makes engine files of a bundle's graph;
+* `compile(folder, stage, options, progress)`, which makes engine files of a bundle's stage;
 * `open(files, options)`, which gives an Engine.
 """
 
@@ -54,7 +54,8 @@ class Options:
     precision: str = "fp32"  # of the graph
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
-    guided_channels: int | None = None  # of a denoiser: the leading channels that guidance moves
+    guided_channels: int | None = None  # of a step stage: the leading channels that its guidance moves
+    grouped: tuple[str, ...] = ()  # of a step stage: the inputs that have a group for each condition
     tuning: Tuning = Tuning()
     islands: tuple[str, ...] = ()  # nodes of a typed graph that stay fp32
     built: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the engine that is opened

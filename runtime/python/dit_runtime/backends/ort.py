@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.backends import Compiled, Options
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.manifest import Stage
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.progress import Progress
 
@@ -48,7 +48,7 @@ def _saturates() -> bool:
     return "sse2" in flags and "vnni" not in flags
 
 
-def compile(folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
+def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
     """No files of its own: the session is made from the ONNX form when it is opened."""
     return Compiled()
 

@@ -25,7 +25,7 @@ from dit_runtime.backends.trt_network import (
     profiles,
     started,
 )
-from dit_runtime.bundle.manifest import ENGINE, Graph, inside, write_file
+from dit_runtime.bundle.manifest import ENGINE, Stage, inside, write_file
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.progress import Progress
 
@@ -77,15 +77,15 @@ class Flavour:
             return self._refusal(built)
         return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
 
-    def compile(self, folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
+    def compile(self, folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
         """NAME.BACKEND.engine from the bundle's ONNX; refused where the target, the disk or the memory cannot."""
         self._require_own(options)
-        trt, onnx = self.load(), inside(folder, graph.onnx)
-        capabilities = self.targets(graph.precision, options.tuning)
-        _preflight(folder, sum(inside(folder, file).stat().st_size for file in graph.onnx_files))
-        stem = Path(graph.onnx).stem
+        trt, onnx = self.load(), inside(folder, stage.onnx)
+        capabilities = self.targets(stage.precision, options.tuning)
+        _preflight(folder, sum(inside(folder, file).stat().st_size for file in stage.onnx_files))
+        stem = Path(stage.onnx).stem
         first, other = (f"{stem}.{self.name}{turn}{ENGINE}" for turn in ("", ".again"))
-        name = other if first in graph.engines.get(self.name, ()) else first  # beside the one that works until it does
+        name = other if first in stage.engines.get(self.name, ()) else first  # beside the one that works until it does
         logger = logger_of(trt)
         builder = started(self.name, trt.Builder, logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -96,8 +96,8 @@ class Flavour:
                 raise BundleError(f"{onnx}: {self.name} does not take it: {' '.join(reason.split())}")
             decompose_attention(trt, network)
             found = census(trt, network)
-            gate(stem, found, graph.precision, self.AROUND, options.islands)
-            config = self._configure(trt, builder, network, graph, options.tuning, capabilities)
+            gate(stem, found, stage.precision, self.AROUND, options.islands)
+            config = self._configure(trt, builder, network, stage, options.tuning, capabilities)
             config.progress_monitor = monitor = monitor_of(trt, progress, stem)
             plan = builder.build_serialized_network(network, config)
             if plan is None:
@@ -120,7 +120,7 @@ class Flavour:
                 **engine,
             },
         }
-        refit = graph.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
+        refit = stage.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
         write_file(folder, name, plan)  # last: what fails before leaves no engine
         return Compiled((name, *refit), built)
 
@@ -200,12 +200,12 @@ class Flavour:
         return targets
 
     def _configure(
-        self, trt: Any, builder: Any, network: Any, graph: Graph, tuning: Tuning, capabilities: Sequence[str]
+        self, trt: Any, builder: Any, network: Any, stage: Stage, tuning: Tuning, capabilities: Sequence[str]
     ) -> Any:
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32: TF32 has ten bits
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the census of the engine
-        for shapes in profiles(graph):
+        for shapes in profiles(stage):
             profile = builder.create_optimization_profile()
             for name, sizes in shapes.items():
                 profile.set_shape(name, *sizes)

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from dit_runtime.backends import QUANTIZED
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.records import GUIDANCE, Stage
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.progress import Progress
 
@@ -22,14 +22,14 @@ WIDTH = ("fp32", "bf16", "fp16", "int8", "fp8")  # a product computes in the wid
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # smallest, usual, largest
 
 
-def profiles(graph: Graph) -> list[Shapes]:
-    """One for each number of groups (with guidance and without); rows from one to the graph's most."""
-    symbols = {size for spec in graph.inputs for size in spec.shape if isinstance(size, str)}
-    rows = (1, max(1, graph.max_batch // 4), graph.max_batch)
+def profiles(stage: Stage) -> list[Shapes]:
+    """One for each number of groups (with guidance and without); rows from one to the stage's most."""
+    guided = any(spec.name == GUIDANCE for spec in stage.reads)
+    rows = (1, max(1, stage.max_batch // 4), stage.max_batch)
 
     def shapes(groups: int) -> Shapes:
         found: Shapes = {}
-        for spec in graph.inputs:
+        for spec in stage.reads:
             smallest, usual, largest = (
                 tuple(size if isinstance(size, int) else groups if size == "groups" else count for size in spec.shape)
                 for count in rows
@@ -37,7 +37,7 @@ def profiles(graph: Graph) -> list[Shapes]:
             found[spec.name] = smallest, usual, largest
         return found
 
-    return [shapes(groups) for groups in ((1, 2) if "groups" in symbols else (1,))]
+    return [shapes(groups) for groups in ((1, 2) if guided else (1,))]
 
 
 def census(trt: Any, network: Any) -> dict[str, str]:
@@ -98,7 +98,7 @@ def gate(name: str, found: Mapping[str, str], precision: str, around: str, islan
             f"{name}: {len(wrong)} of {len(found)} products are not in {' or '.join(allowed)} and no listed island: "
             f"{wrong[0]!r} is {found[wrong[0]]}"
         )
-    if precision not in found.values():
+    if precision not in found.values() and (found or precision != "fp32"):  # a mask, say, is made without products
         raise GateError(f"{name}: no product is in {precision}; found {dict(Counter(found.values()))}")
 
 

@@ -10,21 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.sampling.process import (  # noqa: F401 (some are read from here until every import has moved)
-    FLOW_SOLVERS,
-    FLOW_SPACINGS,
-    NOISE_SOLVERS,
-    PREDICTIONS,
-    SOLVERS,
-    SPACINGS,
-    Process,
-    Sampler,
-    is_integer,
-    require_fit,
-    require_steps,
-)
+from dit_runtime.sampling.process import FLOW_SPACINGS, SPACINGS, Process, Sampler, require_fit, require_steps
 
-Diffusion = Process  # its former name, until every import has moved
 MULTISTEP = ("dpm++1", "dpm++", "dpm++3")
 LAST_STEP = 0.04  # of the SDE, in σ: its authors' value
 

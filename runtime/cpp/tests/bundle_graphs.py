@@ -1,0 +1,310 @@
+"""The hand-made graphs of make_bundle.py, of each kind, and the stages that they are in a manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+CLASSES, VECTORS, WIDTH = 5, 2, 8
+MAX_BATCH = 3
+
+
+def port(name: str, role: str, *shape: int, size: int = 0, masks: str = "") -> dict[str, Any]:
+    dtype = "int64" if size else "float32"
+    return {"name": name, "role": role, "dtype": dtype, "shape": list(shape), "size": size, "masks": masks}
+
+
+# By kind: ports, and what guidance leads away from.
+PORTS: dict[str, list[dict[str, Any]]] = {
+    "labels": [
+        port("latents", "state", 2, 4, 4),
+        port("timesteps", "time"),
+        port("labels", "condition", size=CLASSES + 1),
+    ],
+    "captioned": [
+        port("latents", "state", 2, 4, 4),
+        port("timesteps", "time"),
+        port("captions", "condition", 5, 3),
+        port("mask", "condition", 5, masks="captions"),
+    ],
+    "wave": [
+        port("signal", "state", 6),
+        port("moment", "time"),
+        port("words", "condition", 3, 4),
+        port("words_mask", "condition", 3, masks="words"),
+        port("pooled", "condition", 5),
+    ],
+    "video": [
+        port("latents", "state", 2, 3, 4, 4),
+        port("timesteps", "time"),
+        port("labels", "condition", size=4),
+        port("rate", "condition"),
+    ],
+    "free": [port("latents", "state", 2, 4, 4), port("timesteps", "time")],
+}
+NULL: dict[str, dict[str, float]] = {
+    "labels": {"labels": CLASSES},
+    "captioned": {},
+    "wave": {"words": 0.0, "pooled": 0.0},
+    "video": {"labels": 3, "rate": 0.0},
+    "free": {},
+}
+
+
+class Maker:
+    """The stages of one kind; a node is (op, inputs, outputs, attributes), a weight is (name, values)."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder, self.random, self.stages = folder, np.random.default_rng(0), list[dict[str, Any]]()
+        self.guided = kind != "free"
+        self.state = next(port for port in PORTS[kind] if port["role"] == "state")
+        self.shapes = {port["name"]: (port["dtype"], port["shape"]) for port in PORTS[kind]}  # of a row
+
+    def weight(self, *shape: int) -> NDArray[np.float32]:
+        return self.random.standard_normal(shape).astype(np.float32)
+
+    def stage(self, name: str, runs: str, reads: list[str], gives: dict[str, list[int]], *parts: tuple) -> None:
+        """Before the loop: all tensors have rows."""
+        self.shapes |= {given: ("float32", shape) for given, shape in gives.items()}
+        self._save(
+            name, runs, [self._spec(read, "rows") for read in reads], [self._spec(g, "rows") for g in gives], parts
+        )
+
+    def step(self, reads: list[str], *told: tuple, variance: bool = False) -> None:
+        """tanh(gain · x + shift), where `told` gives a row's vectors [groups, batch, 2, WIDTH]; guidance mixes it."""
+        state, shape = self.state["name"], self.state["shape"]
+        parts = [
+            *told,
+            ("mixed", self.weight(WIDTH, math.prod(shape)) / 3),
+            ("shape", np.array([0, 0, *shape])),
+            *((name, np.array(value)) for name, value in (("zero", 0), ("one", 1))),
+            ("Gather", ["told", "zero"], ["gains"], {"axis": 2}),
+            ("Gather", ["told", "one"], ["shifts"], {"axis": 2}),
+            ("MatMul", ["gains", "mixed"], ["gain"], {}),
+            ("MatMul", ["shifts", "mixed"], ["shift"], {}),
+            ("Reshape", ["gain", "shape"], ["gain_map"], {}),
+            ("Reshape", ["shift", "shape"], ["shift_map"], {}),
+            ("Mul", [state, "gain_map"], ["scaled"], {}),
+            ("Add", ["scaled", "shift_map"], ["moved"], {}),
+            ("Tanh", ["moved"], ["each"], {}),
+            ("Gather", ["each", "zero"], ["first" if self.guided else "prediction"], {"axis": 0}),
+        ]
+        if self.guided:
+            parts += [
+                ("minus", np.array(-1)),
+                ("wide", np.arange(1, 1 + len(shape))),
+                ("Gather", ["each", "minus"], ["last"], {"axis": 0}),
+                ("Unsqueeze", ["guidance", "wide"], ["strength"], {}),
+                ("Sub", ["first", "last"], ["apart"], {}),
+                ("Mul", ["strength", "apart"], ["pushed"], {}),
+                ("Add", ["last", "pushed"], ["prediction"], {}),
+            ]
+        if variance:
+            parts.append(("Sin", ["first"], ["variance"], {}))
+        gives = ["prediction", "variance"][: 1 + variance]
+        guidance = [tensor("guidance", "float32", "batch")] if self.guided else []
+        grouped = [self._spec(name, "groups", "batch") for name in reads]
+        given = [tensor(name, "float32", "batch", *shape) for name in gives]
+        self._save("denoiser", "step", [self._spec(state, "batch"), *grouped, *guidance], given, parts)
+
+    def update(self) -> None:
+        """(kept, next) = M (state, prediction, previous)."""
+        state, shape = self.state["name"], self.state["shape"]
+        names = [state, "prediction", "previous"]
+        parts = [
+            ("row", np.array([1, -1])),
+            ("shape", np.array([2, -1, *shape])),
+            *((name, np.array(value)) for name, value in (("zero", 0), ("one", 1))),
+            *(("Reshape", [name, "row"], [f"{name}_row"], {}) for name in names),
+            ("Concat", [f"{name}_row" for name in names], ["states"], {"axis": 0}),
+            ("MatMul", ["coefficients", "states"], ["rows_made"], {}),
+            ("Reshape", ["rows_made", "shape"], ["made"], {}),
+            ("Gather", ["made", "zero"], ["kept"], {"axis": 0}),
+            ("Gather", ["made", "one"], ["next"], {"axis": 0}),
+        ]
+        reads = [*(tensor(name, "float32", "batch", *shape) for name in names), tensor("coefficients", "float32", 2, 3)]
+        gives = [tensor(name, "float32", "batch", *shape) for name in ("kept", "next")]
+        self._save("update", "update", reads, gives, parts)
+
+    def decoder(self) -> None:
+        channels, height, width = self.state["shape"]
+        parts = (
+            ("colours", self.weight(3, channels, 1, 1)),
+            ("scales", np.array([1, 1, 8, 8], np.float32)),
+            ("Conv", [self.state["name"], "colours"], ["small"], {}),
+            ("Sigmoid", ["small"], ["levels"], {}),
+            ("Resize", ["levels", "", "scales"], ["images"], {"mode": "nearest"}),
+        )
+        pictures = tensor("images", "float32", "batch", 3, 8 * height, 8 * width)
+        self._save("decoder", "end", [self._spec(self.state["name"], "batch")], [pictures], parts)
+
+    def _spec(self, name: str, *free: str) -> dict[str, Any]:
+        dtype, row = self.shapes[name]
+        return tensor(name, dtype, *free, *row)
+
+    def _save(self, name: str, runs: str, reads: list, gives: list, parts: Any) -> None:
+        kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+        nodes = [helper.make_node(part[0], part[1], part[2], **part[3]) for part in parts if len(part) == 4]
+        weights = [numpy_helper.from_array(np.asarray(part[1]), part[0]) for part in parts if len(part) == 2]
+        ends = [
+            [helper.make_tensor_value_info(spec["name"], kinds[spec["dtype"]], spec["shape"]) for spec in specs]
+            for specs in (reads, gives)
+        ]
+        made = helper.make_model(
+            helper.make_graph(nodes, name, *ends, weights), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
+        )
+        file = f"{name}.onnx"
+        onnx.save(made, self.folder / file, save_as_external_data=True, location=f"{file}.data", size_threshold=128)
+        (self.folder / f"{file}.data").touch()
+        rest = {"max_batch": MAX_BATCH, "precision": "fp32", "backend": "onnxruntime", "engines": {}}
+        self.stages.append({"name": name, "runs": runs, "reads": reads, "gives": gives, "onnx": file, **rest})
+
+
+def tensor(name: str, dtype: str, *shape: int | str) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+
+def labels(make: Maker) -> None:
+    make.stage(
+        "conditioner", "time+condition", ["timesteps", "labels"], {"conditioning": [VECTORS, WIDTH]},
+        ("table", make.weight(CLASSES + 1, VECTORS, WIDTH)),
+        ("direction", 0.001 * make.weight(VECTORS, WIDTH)),
+        ("axes", np.array([1, 2])),
+        ("one", np.array(1)),
+        ("room", np.zeros(MAX_BATCH, np.float32)),  # for so many rows: ONNX Runtime refuses more
+        ("Size", ["timesteps"], ["count"], {}),
+        ("Sub", ["count", "one"], ["last"], {}),
+        ("Gather", ["room", "last"], ["nothing"], {"axis": 0}),
+        ("Gather", ["table", "labels"], ["entries"], {"axis": 0}),
+        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
+        ("Mul", ["times", "direction"], ["moved"], {}),
+        ("Add", ["entries", "moved"], ["all"], {}),
+        ("Add", ["all", "nothing"], ["conditioning"], {}),
+    )  # fmt: skip
+    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}), variance=True)
+    make.update()
+    make.decoder()
+
+
+def captioned(make: Maker) -> None:
+    make.stage(
+        "context", "condition", ["captions", "mask"], {"context": [5, WIDTH], "context_mask": [5]},
+        ("words", make.weight(3, WIDTH)),
+        ("far", np.array(100, np.float32)),
+        ("MatMul", ["captions", "words"], ["context"], {}),
+        ("Mul", ["mask", "far"], ["present"], {}),
+        ("Sub", ["present", "far"], ["context_mask"], {}),
+    )  # fmt: skip
+    make.stage(
+        "modulation", "time", ["timesteps"], {"modulation": [VECTORS, WIDTH]},
+        ("own", make.weight(VECTORS, WIDTH)),
+        ("direction", 0.001 * make.weight(VECTORS, WIDTH)),
+        ("axes", np.array([1, 2])),
+        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
+        ("Mul", ["times", "direction"], ["moved"], {}),
+        ("Add", ["own", "moved"], ["modulation"], {}),
+    )  # fmt: skip
+    make.step(
+        ["modulation", "context", "context_mask"],
+        ("row", np.array([2])),
+        ("Softmax", ["context_mask"], ["shares"], {"axis": -1}),
+        ("Unsqueeze", ["shares", "row"], ["weights"], {}),
+        ("MatMul", ["weights", "context"], ["mean"], {}),
+        ("Add", ["modulation", "mean"], ["told"], {}),
+        variance=True,
+    )
+    make.decoder()
+
+
+def wave(make: Maker) -> None:
+    make.stage(
+        "context", "condition", ["words", "words_mask"], {"context": [3, WIDTH]},
+        ("wide", np.array([2])),
+        ("read", make.weight(4, WIDTH)),
+        ("bias", make.weight(WIDTH)),
+        ("MatMul", ["words", "read"], ["product"], {}),
+        ("Add", ["product", "bias"], ["all"], {}),
+        ("Unsqueeze", ["words_mask", "wide"], ["present"], {}),
+        ("Mul", ["all", "present"], ["context"], {}),
+    )  # fmt: skip
+    make.stage(
+        "summary", "condition", ["context", "pooled"], {"summary": [WIDTH]},
+        ("tokens", np.array([1])),
+        ("read", make.weight(5, WIDTH)),
+        ("MatMul", ["pooled", "read"], ["product"], {}),
+        ("ReduceMean", ["context", "tokens"], ["mean"], {"keepdims": 0}),
+        ("Add", ["product", "mean"], ["summary"], {}),
+    )  # fmt: skip
+    make.stage(
+        "modulation", "time", ["moment"], {"modulation": [WIDTH]},
+        ("wide", np.array([1])),
+        ("direction", 0.001 * make.weight(WIDTH)),
+        ("Unsqueeze", ["moment", "wide"], ["times"], {}),
+        ("Mul", ["times", "direction"], ["modulation"], {}),
+    )  # fmt: skip
+    make.stage(
+        "conditioner", "time+condition", ["moment", "modulation", "summary"], {"conditioning": [VECTORS, WIDTH]},
+        ("wide", np.array([1])),
+        ("axes", np.array([1, 2])),
+        ("table", make.weight(VECTORS, WIDTH)),
+        ("Sin", ["moment"], ["turned"], {}),
+        ("Unsqueeze", ["turned", "axes"], ["turn"], {}),
+        ("Add", ["modulation", "summary"], ["sum"], {}),
+        ("Unsqueeze", ["sum", "wide"], ["vector"], {}),
+        ("Mul", ["vector", "table"], ["vectors"], {}),
+        ("Add", ["vectors", "turn"], ["conditioning"], {}),
+    )  # fmt: skip
+    make.step(
+        ["conditioning", "context", "words_mask", "modulation"],
+        ("row", np.array([2])),
+        ("Unsqueeze", ["words_mask", "row"], ["weights"], {}),
+        ("MatMul", ["weights", "context"], ["sums"], {}),
+        ("Unsqueeze", ["modulation", "row"], ["slow"], {}),
+        ("Add", ["conditioning", "sums"], ["some"], {}),
+        ("Add", ["some", "slow"], ["told"], {}),
+    )
+
+
+def video(make: Maker) -> None:
+    make.stage(
+        "conditioner", "time+condition", ["timesteps", "labels", "rate"], {"conditioning": [VECTORS, WIDTH]},
+        ("table", make.weight(4, VECTORS, WIDTH)),
+        *((name, scale * make.weight(VECTORS, WIDTH)) for name, scale in (("direction", 0.001), ("faster", 1))),
+        ("axes", np.array([1, 2])),
+        ("Gather", ["table", "labels"], ["entries"], {"axis": 0}),
+        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
+        ("Unsqueeze", ["rate", "axes"], ["rates"], {}),
+        ("Mul", ["times", "direction"], ["moved"], {}),
+        ("Mul", ["rates", "faster"], ["more"], {}),
+        ("Add", ["entries", "moved"], ["some"], {}),
+        ("Add", ["some", "more"], ["conditioning"], {}),
+    )  # fmt: skip
+    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}))
+
+
+def free(make: Maker) -> None:
+    make.stage(
+        "modulation", "time", ["timesteps"], {"modulation": [VECTORS, WIDTH]},
+        ("axes", np.array([1, 2])),
+        ("direction", 0.001 * make.weight(VECTORS, WIDTH)),
+        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
+        ("Mul", ["times", "direction"], ["modulation"], {}),
+    )  # fmt: skip
+    make.step(["modulation"], ("Identity", ["modulation"], ["told"], {}))
+    make.decoder()
+
+
+KINDS: dict[str, Callable[[Maker], None]] = {
+    "labels": labels,
+    "captioned": captioned,
+    "wave": wave,
+    "video": video,
+    "free": free,
+}
