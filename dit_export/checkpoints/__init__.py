@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 
 from dit_export.checkpoints import keys
-from dit_export.checkpoints.diffusers import CLASSES, read_diffusion, read_transformer
+from dit_export.checkpoints.diffusers import CLASSES, read_process, read_transformer
 from dit_export.checkpoints.families import class_name, read_family
 from dit_export.checkpoints.files import sha256
 from dit_export.checkpoints.hub import locate
@@ -66,7 +67,7 @@ def load(recipe: Recipe) -> Loaded:
 def load_file(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     """Read a bare file of weights; the VAE and the source are still to be filled in."""
     model = read_file(path, recipe)
-    process = read_diffusion(None, learned_variance=model.spec.learned_variance, prediction=recipe.prediction)
+    process = read_process(None, learned_variance=model.spec.learned_variance, prediction=recipe.prediction)
     return class_conditional(model, process, recipe), [path]
 
 
@@ -75,10 +76,18 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     folder = transformer_folder(path)
     if class_name(folder) not in CLASSES:
         network, files, family = read_family(folder, recipe)
-        process = read_diffusion(path, network.learned_variance, recipe.prediction, family.prediction)
+        tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
+        process = read_process(
+            path,
+            network.learned_variance,
+            recipe.prediction,
+            family.scheduler,
+            tokens=tokens,
+            spacing=family.flow_spacing,
+        )
         return Loaded(network, None, read_names(recipe, network), process, {}), files
     model, files = read_transformer(folder, recipe.resolution)
-    process = read_diffusion(path, model.spec.learned_variance, recipe.prediction)
+    process = read_process(path, model.spec.learned_variance, recipe.prediction)
     loaded = class_conditional(model, process, recipe)
     labels = loaded.labels or pipeline_labels(path, model.spec.num_classes)
     return replace(loaded, labels=labels), files
@@ -123,7 +132,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     if recipe.model is None:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
-    process = read_diffusion(None, prediction=recipe.prediction)
+    process = read_process(None, prediction=recipe.prediction)
     spec = specs.sized(specs.model(recipe.model), recipe.resolution)
     if recipe.conditioning is not None:
         spec = specs.conditioned(spec, recipe.conditioning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,22 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
     return keys.read(state, keys.DIFFUSERS, sized(spec, resolution), str(folder)), files
 
 
-def read_diffusion(
-    folder: Path | None, learned_variance: bool = True, prediction: str | None = None, default: str | None = None
+def read_process(
+    folder: Path | None,
+    learned_variance: bool = True,
+    prediction: str | None = None,
+    otherwise: Mapping[str, Any] | None = None,
+    **flow: Any,
 ) -> Process:
-    """Read the pipeline's scheduler; without one, return Meta's constants for `prediction`, or else for `default`."""
+    """Read the pipeline's scheduler; without one, read the config `otherwise`, or return Meta's constants.
+
+    `flow` is what only a pipeline's code says of a flow: see `read_scheduler_config`.
+    """
+    config = otherwise
     if folder is not None:
         path = folder / "scheduler" / "scheduler_config.json"
         if path.is_file():
-            return read_scheduler_config(read_json(path), learned_variance=learned_variance, prediction=prediction)
-        if (folder / "model_index.json").is_file():
+            config = read_json(path)
+        elif (folder / "model_index.json").is_file():
             raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
-    return read_scheduler_config(None, learned_variance=learned_variance, prediction=prediction or default)
+    return read_scheduler_config(config, learned_variance=learned_variance, prediction=prediction, **flow)

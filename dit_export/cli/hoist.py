@@ -1,4 +1,4 @@
-"""`dit-export hoist`: split any ONNX graph at what does not depend on a loop's input."""
+"""`dit-export hoist`: split any ONNX graph at the minimum cut before a loop."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("hoist", help="split any ONNX graph at what does not depend on a loop's input")
     parser.add_argument("path", type=Path, metavar="MODEL.onnx")
     parser.add_argument("--loop-input", nargs="+", required=True, metavar="NAME", help="what changes every step")
+    parser.add_argument(
+        "--step-input", nargs="+", default=[], metavar="NAME", help="what changes every step, known before the loop"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-hoisted beside the model")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=run)
@@ -30,20 +33,17 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(
             f"output {folder}: the folder of the model itself, whose weights are read meanwhile; take another"
         )
-    hoisted = hoist(onnxfile.load(options.path), options.loop_input)
-    if unknown := [tensor.name for tensor in hoisted.invariant.outputs if tensor.dtype is None]:
-        raise UsageError(
-            f"{options.path}: {unknown[0]!r} has no known type; run onnx.shape_inference.infer_shapes_path on it first"
-        )
+    hoisted = hoist(onnxfile.load(options.path), options.loop_input, options.step_input)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, graph in (("invariant", hoisted.invariant), ("loop", hoisted.loop)):
         onnxfile.save(graph, folder / f"{name}.onnx")
         weights[name] = onnxfile.weight_bytes(graph)
     if options.json:
-        print(json.dumps({"folder": str(folder), "frontier": hoisted.frontier, "weight_bytes": weights}))
+        print(json.dumps({"folder": str(folder), "weight_bytes": weights, **hoisted.to_dict()}))
         return 0
     print(f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}")
     for name, size in weights.items():
         print(f"{name}: {size / 1e6:.1f} MB of weights ({size / max(1, sum(weights.values())):.0%})")
+    print(hoisted.table())
     return 0

@@ -182,7 +182,7 @@ def _crosses(tensor: gs.Tensor) -> bool:
 def _obstacle(tensor: gs.Variable, rows: Collection[int | str]) -> str:
     """Return why a tensor cannot cross, "" where it can."""
     if tensor.shape is None or tensor.dtype is None:
-        return "its shape or type is not known"
+        return "its shape or type is not known; run onnx.shape_inference.infer_shapes_path on the model"
     if np.dtype(tensor.dtype).kind in "biu":
         return "integers and booleans do not cross"
     if not tensor.shape or tensor.shape[0] not in rows:

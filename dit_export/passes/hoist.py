@@ -9,14 +9,18 @@ graph of its own, at the minimum cut of `passes/cut.py`. No node, block or model
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from dit_export.passes.cut import Cut, cut
 from dit_export.passes.dependence import dependents, extract, shared_rows
 from dit_runtime.errors import UsageError, nearest
+
+SHOWN = 5  # entries of a kind in the table
 
 
 class Hoisted(NamedTuple):
@@ -24,6 +28,39 @@ class Hoisted(NamedTuple):
     loop: gs.Graph  # loop inputs, other inputs that it reads as such, frontier -> outputs
     frontier: tuple[str, ...]
     cut: Cut
+
+    @property
+    def crosses(self) -> dict[str, int]:
+        """Return how many tensors cross in each form, such as "float32 [1, 1152]" for a row."""
+        return dict(Counter(f"{np.dtype(t.dtype).name} {list(t.shape[1:])}" for t in self.invariant.outputs))
+
+    def to_dict(self) -> dict[str, Any]:
+        priced_out = [priced._asdict() for priced in self.cut.priced_out]
+        return {
+            "frontier": self.frontier,
+            "crosses": self.crosses,
+            "direct": self.cut.direct,
+            "priced_out": priced_out,
+            "misses": [str(miss) for miss in self.cut.misses],
+        }
+
+    def table(self) -> str:
+        """Describe what left, what crosses, and what could have left but is cheaper in the loop."""
+        crosses = ", ".join(f"{count} x {form}" for form, count in self.crosses.items())
+        lines = [
+            f"left the loop: {self.cut.weights / 1e6:.1f} MB of weights, {len(self.invariant.nodes)} ops",
+            f"crosses, a row: {crosses}",
+        ]
+        if self.cut.direct:
+            lines.append(f"read by the loop as they are: {', '.join(self.cut.direct)}")
+        if priced := self.cut.priced_out:
+            size = sum(entry.weights for entry in priced)
+            lines.append(f"priced out: {len(priced)} ops with {size / 1e6:.1f} MB of weights are cheaper in the loop")
+            for entry in sorted(priced, key=lambda entry: -entry.weights)[:SHOWN]:
+                shape = list(entry.shape[1:])
+                lines.append(f"  {entry.op} {entry.tensor} {shape}: {entry.weights / 1e6:.1f} MB of weights stay")
+        lines += [f"cannot cross: {miss}" for miss in self.cut.misses[:SHOWN]]
+        return "\n".join(lines)
 
 
 def hoist(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str] = ()) -> Hoisted:

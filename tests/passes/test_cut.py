@@ -1,9 +1,13 @@
 """What the cheapest cut leaves in the loop, and why: each price beside a graph on its other side."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from dit_export.cli import main
 from dit_export.graph import onnxfile
 from dit_export.passes.cut import STEPS
 from dit_export.passes.hoist import hoist
@@ -127,3 +131,19 @@ def test_vectors_cross_in_the_form_in_which_they_are_packed() -> None:
 def test_the_cut_is_the_same_every_time() -> None:
     first, again = (hoist(joined(), ["x"], ["time"]) for _ in range(2))
     assert first.cut == again.cut
+
+
+def test_the_command_says_what_left_and_what_was_priced_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnxfile.save(joined(), tmp_path / "joined.onnx")
+    arguments = ["hoist", str(tmp_path / "joined.onnx"), "--loop-input", "x", "--step-input", "time"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 tensors cross from ")
+    assert "crosses, a row: 1 x float32 [12, 64], 1 x float32 [1, 64]" in lines
+    assert "priced out: 3 ops with 0.0 MB of weights are cheaper in the loop" in lines
+    assert main([*arguments, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert table["crosses"] == {"float32 [12, 64]": 1, "float32 [1, 64]": 1} and table["direct"] == []
+    assert [entry["weights"] for entry in table["priced_out"]] == [0, WIDTH * WIDTH * 4, WIDTH * WIDTH * 4]
+    assert main([*arguments[:-1], "tyme"]) == 2
+    assert 'did you mean "time"?' in capsys.readouterr().err

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
+from dit_export.spec import CONDITIONINGS, conditioned
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT
 from dit_export.passes.hoist import hoist
-from dit_export.spec import CONDITIONINGS, conditioned
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import SMALL, Run, ports_of, random_inputs, sensitive
 

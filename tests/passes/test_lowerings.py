@@ -127,18 +127,21 @@ def test_plain_attention(run: Run, attrs: dict) -> None:
     assert np.abs(run(graph, inputs | {"k": inputs["v"]})[0] - expected).max() > 0.1
 
 
-def test_a_mask_is_added_to_the_scores(run: Run) -> None:
-    graph = attention()
-    mask = gs.Variable("mask", dtype=np.float32, shape=["n", 1, 5, 5])
-    graph.inputs.append(mask)
-    graph.nodes[0].inputs.append(mask)
-    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"} | {"mask": np.zeros((2, 1, 5, 5), np.float32)}
-    inputs["mask"][1, :, :, 3:] = -10_000
-    (expected,) = run(graph, inputs)
+@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (1, 1, 5, 5), (2, 1, 1, 5), (1, 1, 1, 5), (2, 2, 5, 5)], ids=str)
+def test_a_mask_is_added_to_the_scores(run: Run, shape: tuple[int, ...]) -> None:
+    graph, whole = attention(), attention()
+    for part, size in ((graph, ["n" if shape[0] > 1 else 1, *shape[1:]]), (whole, ["n", 2, 5, 5])):
+        mask = gs.Variable("mask", dtype=np.float32, shape=size)
+        part.inputs.append(mask)
+        part.nodes[0].inputs.append(mask)
+    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"} | {"mask": np.zeros(shape, np.float32)}
+    inputs["mask"][-1, :, :, 3:] = -10_000
+    every = np.ascontiguousarray(np.broadcast_to(inputs["mask"], (2, 2, 5, 5)))
+    (expected,) = run(whole, inputs | {"mask": every})  # ONNX Runtime's Attention takes no mask of one row for all
     assert plain_attention(graph) == 1
     assert onnxfile.census(graph) == {"MatMul": 2, "Transpose": 1, "Mul": 1, "Add": 1, "Softmax": 1}
     np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
-    inputs["mask"][1] = 0
+    inputs["mask"][-1] = 0
     assert np.abs(run(graph, inputs)[0] - expected).max() > 0.1
 
 
@@ -148,6 +151,18 @@ def test_other_attention_stays() -> None:
     graph = attention()
     graph.nodes[0].inputs.append(gs.Variable("mask", dtype=np.bool_, shape=[5, 5]))  # which scores count, not a sum
     assert plain_attention(graph) == 0
+    graph = attention()
+    graph.inputs[1].shape[1] = graph.inputs[2].shape[1] = 1  # both heads of q read one of k and v
+    assert plain_attention(graph) == 0
+
+
+def test_a_mask_that_is_left_out(run: Run) -> None:
+    graph = attention()
+    graph.nodes[0].inputs.append(gs.Variable.empty())
+    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"}
+    (expected,) = run(graph, inputs)
+    assert plain_attention(graph) == 1
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
 
 
 def projected(parts: int = 3, bias: np.ndarray | None = None, axis: int = -1) -> gs.Graph:

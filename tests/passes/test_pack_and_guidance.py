@@ -6,7 +6,8 @@ import torch
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import expected_counts
-from dit_export.passes.guidance import share_rows
+from dit_export.passes.dependence import Miss
+from dit_export.passes.guidance import guide, share_rows
 from dit_export.passes.pack import Pack, give, plan, take
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run, fuse_dit
@@ -98,6 +99,51 @@ def test_a_loop_that_names_its_rows_is_refused() -> None:
     graph.outputs = [layer(graph, "Mul", [rows, c], [2, 1, 8])]
     with pytest.raises(UsageError, match="reshaped to 2 rows, expected -1"):
         share_rows(graph, "latents", [])
+
+
+def counted_rows() -> gs.Graph:
+    """x + a table repeated to x's own batch size, times what a stage gives."""
+    graph = empty(latents=["n", 2, 8], conditioning=["n", 1, 8])
+    x, c = graph.inputs
+    count = layer(graph, "Shape", [x], [1], np.int64, start=0, end=1)
+    target = layer(graph, "Concat", [count, np.array([2, 8])], [3], np.int64, axis=0)
+    table = np.arange(16, dtype=np.float32).reshape(1, 2, 8)
+    moved = layer(graph, "Add", [x, layer(graph, "Expand", [table, target], ["n", 2, 8])], ["n", 2, 8])
+    graph.outputs = [layer(graph, "Mul", [moved, c], ["n", 2, 8])]
+    return graph
+
+
+def turned() -> gs.Graph:
+    """Where a stage's tensor is mixed in, the rows are the second axis."""
+    graph = empty(latents=["n", 2, 8], conditioning=["n", 1, 8])
+    x, c = graph.inputs
+    first, second = (layer(graph, "Transpose", [t], [t.shape[1], "n", 8], perm=[1, 0, 2]) for t in (x, c))
+    product = layer(graph, "Mul", [first, second], [2, "n", 8])
+    graph.outputs = [layer(graph, "Transpose", [product], ["n", 2, 8], perm=[1, 0, 2])]
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("graph", "reason"),
+    [(counted_rows(), "reads the batch size inside the loop"), (turned(), "its first axis is not the rows")],
+    ids=["batch size", "second axis"],
+)
+def test_where_rows_cannot_change_the_state_itself_is_repeated(graph: gs.Graph, reason: str, run: Run) -> None:
+    rng = np.random.default_rng(0)
+    x, c = (rng.normal(size=size).astype(np.float32) for size in ((3, 2, 8), (2, 3, 1, 8)))
+    own, null = (run(graph.copy(), {"latents": x, "conditioning": rows})[0] for rows in c)
+    misses: list[Miss] = []
+    assert share_rows(graph, "latents", misses) == 0
+    assert [miss.reason for miss in misses] == [reason]
+    assert guide(graph, "latents", 1) == 1
+    assert onnxfile.census(graph)["Tile"] == 1
+    weights = np.array([1, 2, 4], np.float32)
+    (out,) = run(graph, {"latents": x, "conditioning": c, "guidance": weights})
+    expected = own.copy()
+    expected[:, :1] = null[:, :1] + weights[:, None, None] * (own[:, :1] - null[:, :1])
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    (alone,) = run(graph, {"latents": x, "conditioning": c[:1], "guidance": weights})
+    np.testing.assert_array_equal(alone, own)
 
 
 def test_a_changed_exporter_is_noticed(plain: gs.Graph, small_dit: DiT) -> None:

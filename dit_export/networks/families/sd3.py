@@ -49,5 +49,6 @@ SD3 = Family(
     "SD3Transformer2DModel",
     network,
     tokens={"StableDiffusion3Pipeline": 77 + 256},  # CLIP's, then T5's
-    prediction="velocity",
+    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    flow_spacing="linspace",
 )

@@ -24,11 +24,11 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
             } catch (const dit::BundleError&) {
             }
         }
-        if (manifest.diffusion.train_steps > 5000) return 0;  // right, but slow
+        if (manifest.process.train_steps > 5000) return 0;  // right, but slow
         for (const auto& solver : dit::SOLVERS) {
             try {
-                dit::plan(manifest.diffusion, solver, 10);
-                if (dit::contains(dit::NOISE_SOLVERS, solver)) dit::make_schedule(manifest.diffusion, solver, 10);
+                dit::plan(manifest.process, solver, 10);
+                if (dit::contains(dit::NOISE_SOLVERS, solver)) dit::make_schedule(manifest.process, solver, 10);
             } catch (const dit::UsageError&) {
             }
         }

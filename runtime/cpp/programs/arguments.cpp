@@ -8,16 +8,16 @@
 
 const char* const USAGE =
     R"(usage: dit-generate BUNDLE --labels CLASS … [-o FILE] [options]
-       dit-generate BUNDLE --captions FILE.npy [--negative FILE.npy] [-o FILE] [options]
+       dit-generate BUNDLE --condition NAME=FILE.npy … [--negative NAME=FILE.npy …] [-o FILE] [options]
        dit-generate BUNDLE --verify
 
 Draws pictures from a bundle of dit-export.
 
   --labels CLASS …      names or numbers, one a picture
-  --captions FILE.npy   text embeddings (N, L, C) instead of labels
-  --mask FILE.npy       which tokens captions have, (N, L); default: all
-  --negative FILE.npy   of an empty text, for guidance
-  --negative-mask FILE.npy
+  --condition NAME=FILE.npy … | FILE.npz
+                        arrays by port, rows first, one a picture: prompt embeddings, masks, …
+  --negative NAME=FILE.npy … | FILE.npz
+                        for guidance, as above: one row, or one a picture
   --steps N             25
   --guidance W …        one, or one a picture; 4 (also: --cfg-scale)
   --seed N …            one for all, or one a picture; 0
@@ -106,10 +106,8 @@ Arguments parse_arguments(int count, char** words) {
         {"--solver", {1, 1, one(found.request.solver)}},
         {"--spacing", {1, 1, one(found.request.spacing)}},
         {"--latents", {1, 1, one(found.latents)}},
-        {"--captions", {1, 1, one(found.captions)}},
-        {"--mask", {1, 1, one(found.mask)}},
-        {"--negative", {1, 1, one(found.negative)}},
-        {"--negative-mask", {1, 1, one(found.negative_mask)}},
+        {"--condition", {1, any, [&](const std::string&, const Values& v) { found.condition = v; }}},
+        {"--negative", {1, any, [&](const std::string&, const Values& v) { found.negative = v; }}},
         {"--output", {1, 1, one(found.output)}},
         {"--backend", {1, 1, one(found.open.backend)}},
         {"--device", {1, 1, one(found.open.device)}},
@@ -146,9 +144,5 @@ Arguments parse_arguments(int count, char** words) {
     }
     if (found.help || found.version) return found;
     if (found.bundle.empty()) throw std::invalid_argument("no bundle; see --help");
-    if (found.labels.empty() && found.captions.empty() && !found.verify)
-        throw std::invalid_argument("no --labels and no --captions; see --help");
-    if (!found.labels.empty() && !found.captions.empty())
-        throw std::invalid_argument("got both --labels and --captions: pass one of them");
     return found;
 }

@@ -11,9 +11,9 @@ struct Arguments {
     std::string bundle;
     dit::OpenOptions open;
     std::vector<std::string> labels;
-    dit::Request request;                                 // but for labels and what files hold
-    std::string latents;                                  // a .npy file to start from
-    std::string captions, mask, negative, negative_mask;  // .npy files
+    dit::Request request;                          // but for labels and what files hold
+    std::string latents;                           // a .npy file to start from
+    std::vector<std::string> condition, negative;  // NAME=FILE.npy …, or FILE.npz
     std::string output = "sample.png";
     bool json = false, verify = false, help = false, version = false;
 };

@@ -94,11 +94,11 @@ int run(int count, char** words) {
 
     dit::Request& request = arguments.request;
     for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
-    const auto& row = pipe.info().latent_shape;
-    request.captions = read_captions(arguments.captions, arguments.mask, "--captions");
-    request.negative = read_captions(arguments.negative, arguments.negative_mask, "--negative");
-    const std::int64_t samples = static_cast<std::int64_t>(request.count());
-    std::vector<std::int64_t> shape = {samples, row[0], row[1], row[2]};
+    request.condition = read_condition(arguments.condition, "--condition");
+    request.negative_condition = read_condition(arguments.negative, "--negative");
+    const std::int64_t samples = static_cast<std::int64_t>(pipe.count(request));
+    std::vector<std::int64_t> shape = {samples};
+    shape.insert(shape.end(), pipe.info().state_shape, pipe.info().state_shape + pipe.info().state_rank);
     if (!arguments.latents.empty()) request.latents = read_latents(arguments.latents, shape);
     {
         Progress progress;

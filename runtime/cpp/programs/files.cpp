@@ -75,31 +75,43 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
     write(path, dit_runtime::npy_bytes("<f4", shape, values.data(), values.size() * sizeof(float)));
 }
 
-dit::Captions read_captions(const std::string& path, const std::string& mask, const char* flag) {
-    dit::Captions captions;
-    if (path.empty()) {
-        if (!mask.empty()) throw std::invalid_argument(mask + ": a mask without " + flag);
-        return captions;
+dit::Condition read_condition(const std::vector<std::string>& words, const char* flag) {
+    dit::Condition condition;
+    const auto add = [&](const std::string& name, const dit_runtime::NpyArray& from, const std::string& path) {
+        if (from.shape.empty() || !from.size())
+            throw std::invalid_argument(path + ": not a condition: expected numbers in rows, one a picture");
+        dit::Array& array = condition[name];
+        array.rows = static_cast<std::size_t>(from.shape[0]);
+        if (from.kind[0] == 'f')
+            array.floats = from.as<float>();
+        else
+            array.integers = from.as<std::int64_t>();
+    };
+    if (words.size() == 1 && words[0].find('=') == std::string::npos) {
+        try {
+            for (const auto& entry : dit_runtime::parse_npz(dit_runtime::read_bytes(words[0])))
+                add(entry.first, entry.second, words[0] + ": " + entry.first);
+        } catch (const dit_runtime::NpyError& error) {
+            throw std::invalid_argument(words[0] + ": not a .npz file of numbers: " + error.what());
+        }
+        return condition;
     }
-    const dit_runtime::NpyArray array = read(path, "text embeddings");
-    if (array.shape.size() != 3 || !array.size())
-        throw std::invalid_argument(path + ": not text embeddings: expected the shape (captions, tokens, channels)");
-    captions.count = static_cast<std::size_t>(array.shape[0]);
-    captions.tokens = static_cast<std::size_t>(array.shape[1]);
-    captions.embeddings = array.as<float>();
-    if (mask.empty()) return captions;
-    const dit_runtime::NpyArray tokens = read(mask, "a mask");
-    if (tokens.shape != dit_runtime::Shape{array.shape[0], array.shape[1]})
-        throw std::invalid_argument(mask + ": not the mask of " + path +
-                                    ": it has another shape than (captions, tokens)");
-    captions.mask = tokens.as<float>();
-    return captions;
+    for (const std::string& word : words) {
+        const std::size_t equals = word.find('=');
+        const std::string name = word.substr(0, equals);
+        if (name.empty() || equals + 1 >= word.size() || equals == std::string::npos || condition.count(name))
+            throw std::invalid_argument(std::string(flag) + " '" + word +
+                                        "'; expected NAME=FILE.npy, each name once, or one FILE.npz");
+        const std::string path = word.substr(equals + 1);
+        add(name, read(path, "a .npy file of numbers"), path);
+    }
+    return condition;
 }
 
 std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape) {
     const dit_runtime::NpyArray array = read(path, "latents to start from");
     if (array.shape != shape)
-        throw std::invalid_argument(path +
-                                    ": not latents to start from: it has another shape than labels and bundle ask for");
+        throw std::invalid_argument(
+            path + ": not latents to start from: it has another shape than the request and the bundle ask for");
     return array.as<float>();
 }

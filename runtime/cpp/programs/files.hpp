@@ -15,8 +15,8 @@ void write_npz(const std::string& path, const dit::Images& images);
 
 void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::int64_t>& shape);
 
-// Text embeddings, [N, L, C], and which tokens they have, [N, L]; nothing without a path.
-dit::Captions read_captions(const std::string& path, const std::string& mask, const char* flag);
+// Arrays by port from NAME=FILE.npy …, or from one FILE.npz; none without words.
+dit::Condition read_condition(const std::vector<std::string>& words, const char* flag);
 
 // The numbers of a .npy file of this shape.
 std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape);

@@ -1,4 +1,5 @@
 // The C ABI: checks what comes in, and is the one place where exceptions end.
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstring>
@@ -7,6 +8,7 @@
 #include "dit/dit.h"
 #include "errors.hpp"
 #include "pipeline.hpp"
+#include "run.hpp"
 #include "verify.hpp"
 
 namespace dit = dit_runtime;
@@ -16,6 +18,11 @@ struct dit_pipeline {
     std::string backend;  // that the denoiser runs on
     std::string message;
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
+};
+
+struct dit_run {
+    dit_pipeline* pipe;
+    dit::Run run;
 };
 
 namespace {
@@ -102,6 +109,8 @@ template <>
 constexpr std::size_t first_version<dit_info> = offsetof(dit_info, caption_shape);
 template <>
 constexpr std::size_t first_version<dit_request> = offsetof(dit_request, captions);
+template <>
+constexpr std::size_t first_version<dit_captions> = offsetof(dit_captions, size);
 
 // The caller's struct on top of our defaults, as far as its version of it goes.
 template <typename Struct>
@@ -117,31 +126,101 @@ Struct known(const Struct* given, Struct defaults, const char* name) {
     return defaults;
 }
 
-dit::Given translate(const dit_captions* given) {
+// Where the caller's structs stand one after the other, in the size that their first one names.
+dit_array array_at(const dit_array* arrays, std::size_t index) {
+    const std::size_t stride = known(arrays, dit_array DIT_ARRAY_INIT, "dit_array").struct_size;
+    const auto* const place = reinterpret_cast<const unsigned char*>(arrays) + index * stride;
+    return known(reinterpret_cast<const dit_array*>(place), dit_array DIT_ARRAY_INIT, "dit_array");
+}
+
+// Numbers as rows of a port: its shape, of fewer tokens where there are fewer numbers.
+dit::Tensor rows_of(const dit::Manifest& manifest, const dit_array& from) {
+    const dit::Port* port = manifest.port(from.name);
+    if (port && port->role != "condition") port = nullptr;  // to be refused by name
+    if (!from.floats == !from.integers)
+        throw dit::UsageError(dit::text(from.name, ": expected either floats or integers, the other NULL"));
+    if (!from.rows || !from.size || from.size % from.rows)
+        throw dit::UsageError(dit::text(from.name, " has ", from.size, " numbers in ", from.rows,
+                                        " rows; expected a multiple of its rows, one or more"));
+    dit::Shape shape = port ? port->shape : dit::Shape();
+    const std::size_t row = from.size / from.rows;
+    if (row != dit::count(shape)) {
+        const std::size_t token = shape.empty() ? 0 : dit::count({shape.begin() + 1, shape.end()});
+        if (port && (!token || row % token))
+            throw dit::UsageError(dit::text(from.name, " has ", row, " numbers a row; expected ", dit::shown(shape)));
+        if (token) shape[0] = static_cast<std::int64_t>(row / token);
+    }
+    shape.insert(shape.begin(), static_cast<std::int64_t>(from.rows));
+    dit::Tensor tensor{shape};
+    if (from.floats) tensor.floats.assign(from.floats, from.floats + from.size);
+    if (from.integers) tensor.integers.assign(from.integers, from.integers + from.size);
+    return tensor;
+}
+
+void add(const dit::Manifest& manifest, const dit_array* arrays, std::size_t count, const char* what, dit::Arrays& to) {
+    if (count) require(arrays, what);
+    for (std::size_t index = 0; index < count; ++index) {
+        const dit_array from = array_at(arrays, index);
+        require(from.name, "dit_array.name");
+        if (to.count(from.name)) throw dit::UsageError(dit::text(what, ": ", from.name, " is there twice"));
+        to[from.name] = rows_of(manifest, from);
+    }
+}
+
+// Captions as the ports that they are.
+void add(const dit::Manifest& manifest, const dit_captions* given, const char* what, dit::Arrays& to) {
+    if (!given) return;
     const dit_captions from = known(given, dit_captions DIT_CAPTIONS_INIT, "dit_captions");
-    if (from.count) require(from.embeddings, "embeddings");
-    return {from.count, from.tokens, from.embeddings, from.mask};
+    const dit::Port* const port = manifest.port("captions");
+    if (!port || port->shape.size() != 2)
+        throw dit::UsageError(dit::text(
+            "this bundle takes no ", what,
+            manifest.classes() ? dit::text("; it takes labels, 0 to ", manifest.classes() - 1) : std::string()));
+    const auto most = static_cast<std::size_t>(port->shape[0]), channels = static_cast<std::size_t>(port->shape[1]);
+    if (!from.count || !from.tokens || from.tokens > most)
+        throw dit::UsageError(dit::text(what, " are ", from.count, " of ", from.tokens,
+                                        " tokens; expected one or more, of up to ", most));
+    require(from.embeddings, "embeddings");
+    if (from.count > SIZE_MAX / (from.tokens * channels * sizeof(float)))
+        throw dit::UsageError(dit::text(what, " are ", from.count, "; no memory holds that many"));
+    const std::size_t numbers = from.count * from.tokens, size = numbers * channels;
+    if (from.size && from.size != size)
+        throw dit::UsageError(dit::text(what, ": ", from.size, " numbers; expected ", size));
+    const auto rows = static_cast<std::int64_t>(from.count), tokens = static_cast<std::int64_t>(from.tokens);
+    to["captions"] = {{rows, tokens, port->shape[1]}, {from.embeddings, from.embeddings + size}};
+    if (from.mask) to["mask"] = {{rows, tokens}, {from.mask, from.mask + numbers}};
 }
 
 // The caller's request, with the number of its pictures in `count`.
 dit_request counted(const dit_request* given) {
     dit_request request = known(given, dit_request DIT_REQUEST_INIT, "dit_request");
-    if (!request.captions) return request;
-    const std::size_t count = translate(request.captions).count;
-    if (request.labels) throw dit::UsageError("got both labels and captions: pass one of them");
+    if (request.captions && request.labels) throw dit::UsageError("got both labels and captions: pass one of them");
+    if (request.labels) return request;  // as many as count says
+    std::size_t count = 0;
+    if (request.captions) count = known(request.captions, dit_captions DIT_CAPTIONS_INIT, "dit_captions").count;
+    if (!request.captions && request.num_arrays) {
+        require(request.arrays, "arrays");
+        count = array_at(request.arrays, 0).rows;
+    }
+    if (!count && !request.captions) return request;
     if (request.count && request.count != count)
-        throw dit::UsageError(dit::text("count is ", request.count, ", of captions ", count));
+        throw dit::UsageError(
+            dit::text("count is ", request.count, ", of ", request.captions ? "captions " : "rows of arrays ", count));
     request.count = count;
     return request;
 }
 
-dit::Request translate(const dit::Pipeline& pipe, const dit_request* given) {
+dit::Request translate(const dit::Manifest& manifest, const dit_request* given) {
     const dit_request from = counted(given);
     dit::Request request;
-    if (from.captions) request.captions = translate(from.captions);
-    if (from.negative) request.negative = translate(from.negative);
-    if (from.count && !from.captions) require(from.labels, "labels");
+    add(manifest, from.captions, "captions", request.condition);
+    add(manifest, from.negative, "negative captions", request.negative);
+    add(manifest, from.arrays, from.num_arrays, "arrays", request.condition);
+    add(manifest, from.negative_arrays, from.num_negative_arrays, "negative_arrays", request.negative);
+    const bool others = !request.condition.empty() || manifest.conditions().empty();
+    if (from.count && !others) require(from.labels, "labels");
     if (from.labels) request.labels.assign(from.labels, from.labels + from.count);
+    request.count = from.count;
     if (from.num_seeds) require(from.seeds, "seeds");
     if (from.seeds) request.seeds.assign(from.seeds, from.seeds + from.num_seeds);
     if (from.num_guidance) require(from.guidance, "guidance");
@@ -150,8 +229,13 @@ dit::Request translate(const dit::Pipeline& pipe, const dit_request* given) {
     if (from.solver) request.solver = from.solver;
     if (from.spacing) request.spacing = from.spacing;
     request.eta = from.eta;
-    if (from.latents)
-        request.latents.emplace(from.latents, from.latents + from.count * dit::count(pipe.manifest.latent_shape));
+    if (from.latents) {
+        const std::size_t size = from.count * dit::count(manifest.state().shape);
+        if (from.latents_size && from.latents_size != size)
+            throw dit::UsageError(
+                dit::text("latents have ", from.latents_size, " numbers; expected ", size, ", all finite"));
+        request.latents.emplace(from.latents, from.latents + size);
+    }
     if (from.on_step)
         request.on_step = [call = from.on_step, user = from.user](int step, int steps, const dit::Array& latents) {
             return call(step, steps, latents.data(), latents.size(), user) != 0;
@@ -189,7 +273,7 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
             options.low_memory = from.low_memory != 0;
         }
         auto open = std::make_unique<dit::Pipeline>(bundle, options);
-        pipe->backend = open->backend("denoiser").name;
+        pipe->backend = open->backend(open->manifest.step()).name;
         pipe->open = std::move(open);
     });
 }
@@ -198,22 +282,50 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
     return guarded(pipe, [&] {
         dit_info told = known(info, dit_info DIT_INFO_INIT, "dit_info");
         const dit::Manifest& manifest = opened(pipe).manifest;
-        const dit::Shape image = opened(pipe).image_shape();
-        told.num_classes = manifest.num_classes;
+        const dit::Shape image = manifest.image_shape(), &state = manifest.state().shape;
+        told.num_classes = manifest.classes();
         told.has_labels = !manifest.labels.empty();
         for (std::size_t axis = 0; axis < 3; ++axis) {
-            told.latent_shape[axis] = manifest.latent_shape[axis];
+            told.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
             told.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
         }
-        const dit::Shape caption = manifest.caption_shape();
-        for (std::size_t axis = 0; axis < caption.size(); ++axis) told.caption_shape[axis] = caption[axis];
-        told.max_batch = manifest.graphs.at("denoiser").max_batch;
-        told.train_steps = manifest.diffusion.train_steps;
+        const dit::Port* const captions = manifest.port("captions");
+        for (std::size_t axis = 0; axis < 2; ++axis)
+            told.caption_shape[axis] = captions && captions->shape.size() == 2 ? captions->shape[axis] : 0;
+        told.state_rank = static_cast<int>(state.size());
+        std::copy(state.begin(), state.end(), told.state_shape);
+        told.max_batch = manifest.step().max_batch;
+        told.train_steps = manifest.process.train_steps;
         told.model = manifest.model_name.c_str();
-        told.solver = manifest.diffusion.sampler.solver.c_str();
+        told.solver = manifest.process.sampler.solver.c_str();
         told.backend = pipe->backend.c_str();
-        told.precision = manifest.graphs.at("denoiser").precision.c_str();
+        told.precision = manifest.step().precision.c_str();
         std::memcpy(info, &told, info->struct_size);
+    });
+}
+
+size_t dit_port_count(const dit_pipeline* pipe) {
+    return pipe && pipe->open
+               ? static_cast<size_t>(std::count_if(pipe->open->manifest.ports.begin(), pipe->open->manifest.ports.end(),
+                                                   [](const dit::Port& port) { return port.role == "condition"; }))
+               : 0;
+}
+
+dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port) {
+    return guarded(pipe, [&] {
+        dit_port told = known(port, dit_port DIT_PORT_INIT, "dit_port");
+        const dit::Manifest& manifest = opened(pipe).manifest;
+        const std::size_t count = dit_port_count(pipe);
+        if (index >= count) throw dit::UsageError(dit::text("port ", index, " is not there; this bundle has ", count));
+        const dit::Port& from = *manifest.port(manifest.conditions()[index].name);
+        told.name = from.name.c_str();
+        told.dtype = from.dtype == "int64" ? DIT_INT64 : DIT_FLOAT32;
+        told.rank = static_cast<int>(from.shape.size());
+        std::copy(from.shape.begin(), from.shape.end(), told.shape);
+        told.size = from.size;
+        told.masks = from.masks.c_str();
+        told.has_null = manifest.null.count(from.name) != 0;
+        std::memcpy(port, &told, port->struct_size);
     });
 }
 
@@ -228,7 +340,7 @@ dit_status dit_find_label(dit_pipeline* pipe, const char* name, int64_t* label) 
     return guarded(pipe, [&] {
         require(name, "name");
         require(label, "label");
-        *label = opened(pipe).label_id(name);
+        *label = dit::class_number(opened(pipe).manifest, name);
     });
 }
 
@@ -238,8 +350,9 @@ dit_status dit_generate(dit_pipeline* pipe, const dit_request* given, uint8_t* p
         require(given, "dit_request");
         require(pixels, "pixels");
         open.require_decoder();
-        require_room(size, counted(given).count, open.image_shape(), "bytes");
-        const std::vector<std::uint8_t> made = open.images(translate(open, given));
+        require_room(size, counted(given).count, open.manifest.image_shape(), "bytes");
+        const std::vector<std::uint8_t> made = open.images(translate(open.manifest, given));
+        require_room(size, made.size() / dit::count(open.manifest.image_shape()), open.manifest.image_shape(), "bytes");
         std::copy(made.begin(), made.end(), pixels);
     });
 }
@@ -249,11 +362,57 @@ dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* given, fl
         dit::Pipeline& open = opened(pipe);
         require(given, "dit_request");
         require(latents, "latents");
-        require_room(size, counted(given).count, open.manifest.latent_shape, "numbers");
-        const std::vector<float> made = open.latents(translate(open, given));
+        const dit::Shape& row = open.manifest.state().shape;
+        require_room(size, counted(given).count, row, "numbers");
+        const std::vector<float> made = open.latents(translate(open.manifest, given));
+        require_room(size, made.size() / dit::count(row), row, "numbers");
         std::copy(made.begin(), made.end(), latents);
     });
 }
+
+dit_status dit_run_new(dit_pipeline* pipe, const dit_request* given, dit_run** run) {
+    return guarded(pipe, [&] {
+        dit::Pipeline& open = opened(pipe);
+        require(given, "dit_request");
+        require(run, "run");
+        const std::size_t one = dit::count(open.manifest.state().shape);
+        require_room(SIZE_MAX, counted(given).count, {static_cast<std::int64_t>(one)}, "numbers");
+        *run = new dit_run{pipe, {open, translate(open.manifest, given)}};
+    });
+}
+
+dit_status dit_run_step(dit_run* run, int* more) {
+    return guarded(run ? run->pipe : nullptr, [&] {
+        require(more, "more");
+        *more = run->run.step();
+    });
+}
+
+dit_status dit_run_latents(dit_run* run, float* latents, size_t size) {
+    return guarded(run ? run->pipe : nullptr, [&] {
+        require(latents, "latents");
+        require_room(size, run->run.count(), opened(run->pipe).manifest.state().shape, "numbers");
+        const dit::Array& state = run->run.state();
+        std::transform(state.begin(), state.end(), latents, [](double value) { return static_cast<float>(value); });
+    });
+}
+
+dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size) {
+    return guarded(run ? run->pipe : nullptr, [&] {
+        dit::Pipeline& open = opened(run->pipe);
+        require(pixels, "pixels");
+        open.require_decoder();
+        require_room(size, run->run.count(), open.manifest.image_shape(), "bytes");
+        const std::vector<std::uint8_t> made = open.pictures(run->run.latents());
+        std::copy(made.begin(), made.end(), pixels);
+    });
+}
+
+void dit_run_cancel(dit_run* run) {
+    if (run) run->run.cancel();
+}
+
+void dit_run_free(dit_run* run) { delete run; }
 
 dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user) {
     return guarded(pipe, [&] {

@@ -22,16 +22,16 @@ const std::vector<Backend>& backends() {
     return known;
 }
 
-const Backend& choose(const Graph& graph, const Options& options) {
+const Backend& choose(const Stage& stage, const Options& options) {
     // `auto` is the bundle's own, or else the first here that can.
-    const std::string& name = options.backend.empty() || options.backend == "auto" ? graph.backend : options.backend;
+    const std::string& name = options.backend.empty() || options.backend == "auto" ? stage.backend : options.backend;
     std::vector<std::string> known;
     for (const Backend& backend : backends()) {
         if (backend.name == name) {
-            if (!contains(backend.precisions, graph.precision))
+            if (!contains(backend.precisions, stage.precision))
                 throw UsageError(
-                    text("backend '", name, "' has no ", graph.precision, "; it has ", join(backend.precisions)));
-            if (!backend.opens_onnx && !graph.engines.count(name))
+                    text("backend '", name, "' has no ", stage.precision, "; it has ", join(backend.precisions)));
+            if (!backend.opens_onnx && !stage.engines.count(name))
                 throw UsageError("this bundle has no engines of " + name + ": run `dit-run compile --backend " + name +
                                  "` on it");
             return backend;
@@ -40,7 +40,7 @@ const Backend& choose(const Graph& graph, const Options& options) {
     }
     if (options.backend == "auto")
         for (const Backend& backend : backends())
-            if (backend.opens_onnx && contains(backend.precisions, graph.precision)) return backend;
+            if (backend.opens_onnx && contains(backend.precisions, stage.precision)) return backend;
     throw UsageError(text("backend '", name, "' is not in this library", nearest(name, known),
                           "; it was built with: ", join(known)));
 }
@@ -91,18 +91,6 @@ std::string refusal(const std::string& backend, const Built& built, const Gpu& h
     if (built.compute_capabilities.empty()) return "";
     return text("compute capability ", here.capability, " here, and the engine is for ",
                 join(built.compute_capabilities));
-}
-
-std::size_t count(const Shape& shape) {
-    std::size_t product = 1;
-    for (const auto size : shape) product *= static_cast<std::size_t>(size);
-    return product;
-}
-
-std::string shown(const Shape& shape) {
-    std::vector<std::string> sizes;
-    for (const auto size : shape) sizes.push_back(std::to_string(size));
-    return "[" + join(sizes) + "]";
 }
 
 std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }

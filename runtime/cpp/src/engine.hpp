@@ -17,7 +17,7 @@ struct Options {
     int threads = 0;          // 0: as many as the backend thinks right
     bool low_memory = false;  // one engine at a time, smaller buffers
     Path cache;               // where a backend may keep what it compiled; empty: nowhere
-    // Of a denoiser: the leading channels that guidance moves.
+    // Of the stage that runs every step: the leading channels that guidance moves.
     std::optional<std::size_t> guided_channels = std::nullopt;
 };
 
@@ -49,7 +49,7 @@ struct Backend {
     bool opens_onnx;  // else it needs engine files of its own
     std::vector<std::string> precisions;
     std::string (*version)();
-    std::unique_ptr<Engine> (*open)(const std::vector<Path>& files, const Graph& graph, const Options& options);
+    std::unique_ptr<Engine> (*open)(const std::vector<Path>& files, const Stage& stage, const Options& options);
 };
 
 // Those that this library was compiled with; the first is taken where the bundle's own is not here.
@@ -71,26 +71,23 @@ std::string refusal(const std::string& backend, const Built& built, const Gpu& h
 // While it loads: about the weights' size, where OpenVINO takes twice that.
 inline const char* const LEANEST = "onnxruntime";
 
-// The backend that opens a graph, by the options' name or by the bundle's.
-const Backend& choose(const Graph& graph, const Options& options);
-
-std::size_t count(const Shape& shape);
-std::string shown(const Shape& shape);
+// The backend that opens a stage, by the options' name or by the bundle's.
+const Backend& choose(const Stage& stage, const Options& options);
 
 // Up to the first line break: what an engine library says is long.
 std::string first_line(const std::string& message);
 
 #ifdef DIT_ONNXRUNTIME
 std::string ort_version();
-std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Graph& graph, const Options& options);
+std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Stage& stage, const Options& options);
 #endif
 #ifdef DIT_OPENVINO
 std::string ov_version();
-std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Graph& graph, const Options& options);
+std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Stage& stage, const Options& options);
 #endif
 #ifdef DIT_TENSORRT
 std::string trt_version();
-std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph& graph, const Options& options);
+std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Stage& stage, const Options& options);
 #endif
 
 }  // namespace dit_runtime

@@ -214,7 +214,7 @@ class OrtEngine : public Engine {
 
 std::string ort_version() { return OrtGetApiBase()->GetVersionString(); }
 
-std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Graph&, const Options& options) {
+std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Stage&, const Options& options) {
     return std::make_unique<OrtEngine>(files.at(0), options);
 }
 

@@ -29,7 +29,7 @@ const std::map<std::string, ov::element::Type> HINTS = {
 // The first shape that runs gets a model of its own, which is faster; all others share one with free dimensions.
 class OvEngine : public Engine {
   public:
-    OvEngine(const Path& path, const Graph& graph, const Options& options) : core_(shared_core()), path_(path) {
+    OvEngine(const Path& path, const Stage& stage, const Options& options) : core_(shared_core()), path_(path) {
         if (!options.device.empty()) device_ = options.device;
         for (char& letter : device_) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
         try {
@@ -38,7 +38,7 @@ class OvEngine : public Engine {
             throw UsageError(text("device '", options.device, "' is not known to OpenVINO: ", reason(error.what())));
         }
         settings_ = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
-                     ov::hint::inference_precision(HINTS.at(graph.precision))};
+                     ov::hint::inference_precision(HINTS.at(stage.precision))};
         if (options.threads) settings_.insert(ov::inference_num_threads(options.threads));
         if (!options.cache.empty()) settings_.insert(ov::cache_dir(options.cache.string()));
         const auto model = read_model();
@@ -148,31 +148,37 @@ class OvEngine : public Engine {
     std::map<std::size_t, std::vector<ov::InferRequest>> free_;  // by how many run at once
 };
 
-// A denoiser whose rows with the label and with the null label run at once, each on half of the threads: that takes
-// less time than both in one batch. Guidance is then mixed here, as the graph would.
+// A denoiser whose rows of the two groups run at once, each on half of the threads: that takes less time than both in
+// one batch. Guidance is then mixed here, as the graph would.
 class Halves : public Engine {
   public:
-    Halves(std::unique_ptr<OvEngine> engine, std::size_t guided_channels)
+    Halves(std::unique_ptr<OvEngine> engine, const Stage& stage, std::size_t guided_channels)
         : engine_(std::move(engine)), guided_(guided_channels) {
         inputs = engine_->inputs;
         outputs = engine_->outputs;
+        for (const TensorSpec& spec : stage.reads) {
+            if (spec.starts("groups")) grouped_.push_back(spec.name);
+            if (spec.starts("batch") && spec.name != GUIDANCE) state_ = spec.name;
+        }
     }
 
     std::map<std::string, Output> run(const std::vector<Input>& given) override {
-        const auto named = [&](const char* name) -> const Input& {
+        const auto named = [&](const std::string& name) -> const Input& {
             return *std::find_if(given.begin(), given.end(), [&](const Input& input) { return input.name == name; });
         };
-        if (named("conditioning").shape.front() == 1) return engine_->run(given);
+        if (named(grouped_.front()).shape.front() == 1) return engine_->run(given);
         auto answers = engine_->run_at_once({group(given, 0), group(given, 1)});
-        const Shape& shape = named("latents").shape;  // B, C, H, W
+        const Shape& shape = named(state_).shape;  // B, C, ...
         for (auto& answer : answers) {
-            const auto found = answer.find("prediction");
-            if (found == answer.end() || found->second.shape != shape) return std::move(answer);  // to be refused
+            const auto prediction = answer.find("prediction");
+            if (prediction == answer.end() || prediction->second.shape != shape)
+                return std::move(answer);  // to be refused
         }
         std::vector<float>& first = answers[0].at("prediction").values;
         const std::vector<float>& last = answers[1].at("prediction").values;
-        const float* guidance = static_cast<const float*>(named("guidance").data);
-        const std::size_t channel = count({shape[2], shape[3]}), sample = channel * static_cast<std::size_t>(shape[1]);
+        const float* guidance = static_cast<const float*>(named(GUIDANCE).data);
+        const std::size_t channel = count({shape.begin() + 2, shape.end()});
+        const std::size_t sample = channel * static_cast<std::size_t>(shape[1]);
         for (std::size_t i = 0; i < first.size(); ++i)
             if (i % sample < guided_ * channel) first[i] = last[i] + guidance[i / sample] * (first[i] - last[i]);
         return std::move(answers[0]);
@@ -180,11 +186,12 @@ class Halves : public Engine {
 
   private:
     // (G, B, ...) -> (1, B, ...) of what has groups.
-    static std::vector<Input> group(std::vector<Input> given, std::size_t row) {
+    std::vector<Input> group(std::vector<Input> given, std::size_t row) const {
         for (Input& input : given) {
-            if (input.name == "latents" || input.name == "guidance") continue;
-            const std::size_t groups = static_cast<std::size_t>(input.shape.front());
-            input.data = static_cast<const float*>(input.data) + row * (count(input.shape) / groups);
+            if (!contains(grouped_, input.name)) continue;
+            const std::size_t item = input.integers ? sizeof(std::int64_t) : sizeof(float);
+            const std::size_t numbers = count(input.shape) / static_cast<std::size_t>(input.shape.front());
+            input.data = static_cast<const unsigned char*>(input.data) + row * numbers * item;
             input.shape.front() = 1;
         }
         return given;
@@ -192,6 +199,8 @@ class Halves : public Engine {
 
     const std::unique_ptr<OvEngine> engine_;
     const std::size_t guided_;
+    std::vector<std::string> grouped_;
+    std::string state_;
 };
 
 // Whether two runs at once can have half of the threads each: an even number, of cores that are alike.
@@ -209,10 +218,13 @@ bool halves(const Options& options) {
 
 std::string ov_version() { return ov::get_openvino_version().buildNumber; }
 
-std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Graph& graph, const Options& options) {
-    auto engine = std::make_unique<OvEngine>(files.at(0), graph, options);
-    if (!options.guided_channels || !engine->on_the_cpu() || !halves(options)) return engine;
-    return std::make_unique<Halves>(std::move(engine), *options.guided_channels);
+std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Stage& stage, const Options& options) {
+    auto engine = std::make_unique<OvEngine>(files.at(0), stage, options);
+    const bool groups = std::any_of(stage.reads.begin(), stage.reads.end(),
+                                    [](const TensorSpec& spec) { return spec.starts("groups"); });
+    const bool mixes = options.guided_channels && groups && find(stage.reads, GUIDANCE);
+    if (!mixes || !engine->on_the_cpu() || !halves(options)) return engine;
+    return std::make_unique<Halves>(std::move(engine), stage, *options.guided_channels);
 }
 
 }  // namespace dit_runtime

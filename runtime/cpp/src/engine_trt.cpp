@@ -99,14 +99,14 @@ Gpu gpu(int device) {
 
 class TrtEngine : public Engine {
   public:
-    TrtEngine(const std::vector<Path>& files, const Graph& graph, const Options& options)
+    TrtEngine(const std::vector<Path>& files, const Stage& stage, const Options& options)
         : device_(gpu_number(options.device)) {
         logger().clear();  // what another engine did is not why this one fails
         const Path& path = files.at(0);
         if (options.threads)
-            throw UsageError(text("threads is an option of the CPU's backends; this graph runs on ", DIT_TENSORRT));
-        const auto own = graph.built.find(DIT_TENSORRT);
-        const Built built = own == graph.built.end() ? Built{} : own->second;
+            throw UsageError(text("threads is an option of the CPU's backends; this stage runs on ", DIT_TENSORRT));
+        const auto own = stage.built.find(DIT_TENSORRT);
+        const Built built = own == stage.built.end() ? Built{} : own->second;
         const std::string reason = refusal(DIT_TENSORRT, built, gpu(device_));
         const std::string command = text("; on the target, make it with: dit-run compile ", path.parent_path().string(),
                                          " --backend ", DIT_TENSORRT);
@@ -228,9 +228,9 @@ std::string trt_version() {
     return text(getInferLibMajorVersion(), ".", getInferLibMinorVersion(), ".", getInferLibPatchVersion());
 }
 
-std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Graph& graph, const Options& options) {
+std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Stage& stage, const Options& options) {
     try {
-        return std::make_unique<TrtEngine>(files, graph, options);
+        return std::make_unique<TrtEngine>(files, stage, options);
     } catch (const NpyError& error) {
         throw BundleError(text(files.at(0).string(), ": ", error.what()));
     }

@@ -1,5 +1,5 @@
 // The bundle's contract: manifest.json, what it may say, and the checks before anything it names is opened.
-// Mirrors dit_runtime/bundle/manifest.py.
+// Mirrors dit_runtime/bundle/records.py and manifest.py.
 #pragma once
 
 #include <cstdint>
@@ -16,17 +16,38 @@ namespace dit_runtime {
 using Path = std::filesystem::path;
 using Shape = std::vector<std::int64_t>;
 
-inline constexpr std::uint64_t FORMAT = 1;
+inline constexpr std::uint64_t FORMAT = 2;
 inline const char* const MANIFEST = "manifest.json";
 inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
 inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows, training steps
 inline constexpr std::int64_t ROW_MOST = 1 << 26;  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
+inline constexpr std::size_t RANK_MOST = 8;        // of a row
 
-// One input or output; a name in the shape is a free dimension.
+inline const std::vector<std::string> ROLES = {"state", "time", "condition"};
+inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // runs once per
+inline const std::vector<std::string> RUNS = {"condition", "time", "time+condition", "step", "update", "end"};
+inline const std::vector<std::string> DTYPES = {"float32", "int64"};
+inline const char* const LABELS = "labels";      // the port that a user may fill with class names
+inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
+
+// One input of the network.
+struct Port {
+    std::string name;
+    std::string role;        // one of ROLES
+    std::string dtype;       // one of DTYPES
+    Shape shape;             // of one row
+    std::int64_t size = 0;   // int64 only: values are 0 … size - 1
+    std::string masks = {};  // the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+};
+
+// One input or output of a stage; a name in the shape is a free dimension.
 struct TensorSpec {
     std::string name;
     std::string dtype;
     std::vector<std::variant<std::int64_t, std::string>> shape;
+
+    Shape row() const;                           // the sizes behind the free dimensions
+    bool starts(const std::string& free) const;  // whether the first dimension has this name
 };
 
 // With what and for what an engine was built; it is opened nowhere else.
@@ -38,11 +59,13 @@ struct Built {
     bool weight_streaming = false;                  // its weights may be larger than the GPU's memory
 };
 
-// One network of the bundle: its portable ONNX form, and the files that each backend opens instead of it.
-struct Graph {
+// One graph of the bundle: when it runs, its portable ONNX form, and the files that backends open instead.
+struct Stage {
+    std::string name;
+    std::string runs;  // one of RUNS
+    std::vector<TensorSpec> reads, gives;
     std::string onnx;
-    std::vector<TensorSpec> inputs, outputs;
-    std::int64_t max_batch = 8;  // rows it takes at a time
+    std::int64_t max_batch = 8;  // rows that it takes at a time
     std::string precision = "fp32";
     std::string backend = "onnxruntime";
     std::map<std::string, std::vector<std::string>> engines;  // by backend
@@ -54,7 +77,11 @@ struct Graph {
         return own == engines.end() ? onnx_files() : own->second;
     }
     std::vector<std::string> files() const { return files(backend); }
+    bool before_loop() const;
 };
+
+// The tensor of this name; NULL where there is none.
+const TensorSpec* find(const std::vector<TensorSpec>& specs, const std::string& name);
 
 struct File {
     std::uintmax_t size;
@@ -62,22 +89,29 @@ struct File {
 };
 
 struct Manifest {
-    std::string model_name;           // for people
-    Shape latent_shape;               // (C, H, W)
-    std::int64_t num_classes = 0;     // where there are captions: the examples that verification has instead
-    std::vector<std::string> labels;  // names by class; empty where none are known
-    std::int64_t guided_channels = 0;
-    bool unguided_up_to_one = false;
-    Diffusion diffusion;
-    std::map<std::string, Graph> graphs;
+    std::string model_name;  // for people
+    std::vector<Port> ports;
+    std::map<std::string, double> null;  // what guidance leads away from: a constant by condition port
+    std::vector<std::string> labels;     // class names of the port "labels"; empty where they are unknown
+    std::int64_t guided_channels = 0;    // the leading channels that guidance moves
+    bool unguided_up_to_one = true;      // weights below 1 count as 1
+    Diffusion process;
+    std::vector<Stage> stages;  // in the order of running, but for "update": here solvers step on the host
     std::map<std::string, File> files;
 
-    std::int64_t null_label() const { return num_classes; }
-    Shape conditioning_shape() const;  // (K, D)
-    Shape context_shape() const;       // (M, D), where there are captions
-    // (L, C) of the captions that a bundle takes instead of labels; empty where it takes labels.
-    Shape caption_shape() const;
-    Shape image_shape() const;  // (3, H, W), where there is a decoder
+    const Port& state() const;  // the port that the loop changes
+    const Port& time() const;
+    std::vector<Port> conditions() const;             // all condition ports, masks too
+    const Port* port(const std::string& name) const;  // NULL where there is none
+    // How many classes a label may name; 0 where the network takes none.
+    std::int64_t classes() const;
+    // The condition ports, masks apart, that a guided request must bring a negative for.
+    std::vector<std::string> without_null() const;
+    // Whether the step stage takes guidance weights; where it does not, guidance changes nothing.
+    bool mixes_guidance() const;
+    const Stage& step() const;
+    const Stage* end() const;   // NULL without a decoder
+    Shape image_shape() const;  // (3, H, W); empty without a decoder
 };
 
 // Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
@@ -86,7 +120,7 @@ Manifest read(const Path& folder);
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);
 
-// The `diffusion` section alone, from JSON.
+// The `process` section alone, from JSON.
 Diffusion parse_diffusion(const std::string& content);
 
 // The file `name` of the bundle; nothing may lead out of the folder.
@@ -94,5 +128,8 @@ Path inside(const Path& folder, const std::string& name);
 
 // Compares sha256 sums; engines are executable, so nothing is opened before.
 void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
+
+std::size_t count(const Shape& shape);
+std::string shown(const Shape& shape);
 
 }  // namespace dit_runtime

@@ -6,6 +6,7 @@
 
 #include "errors.hpp"
 #include "images.hpp"
+#include "run.hpp"
 #include "sha256.hpp"
 
 namespace dit_runtime {
@@ -38,9 +39,9 @@ Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
     if (!options_.low_memory) options_.cache = cache();  // to read what is kept takes more memory than to compile
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
-    for (const auto& [name, graph] : manifest.graphs) check_files(folder, manifest, graph.files(backend(name).name));
+    for (const Stage& stage : manifest.stages) check_files(folder, manifest, stage.files(backend(stage).name));
     if (!options_.low_memory)
-        for (const auto& graph : manifest.graphs) engine(graph.first);
+        for (const Stage& stage : manifest.stages) engine(stage);
 }
 
 // Where backends keep what they compile of this bundle: in the user's cache, by what the bundle holds; "" without one.
@@ -60,161 +61,60 @@ Path Pipeline::cache() const {
     return failure ? Path() : path;
 }
 
-// What the graph runs on here; in low memory the conditioner takes what loads in the least, if the choice is ours: a
-// device is one of its backend.
-const Backend& Pipeline::backend(const std::string& name) const {
-    Graph graph = manifest.graphs.at(name);
-    if (options_.low_memory && options_.backend.empty() && options_.device.empty() && name == "conditioner")
+// What the stage runs on here; in low memory those before the loop take what loads in the least, if the choice is ours:
+// a device is one of its backend.
+const Backend& Pipeline::backend(const Stage& stage) const {
+    if (options_.low_memory && options_.backend.empty() && options_.device.empty() && stage.before_loop())
         for (const Backend& known : backends())
-            if (known.name == LEANEST) graph.backend = LEANEST;
-    return choose(graph, options_);
+            if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
+    return choose(stage, options_);
 }
 
-// The graph's engine, opened where it is not; with low memory, the others are closed first.
-Engine& Pipeline::engine(const std::string& name) {
-    const auto found = engines_.find(name);
-    if (found != engines_.end()) return *found->second;
+// The stage's engine, opened where it is not; with low memory, the others are closed first.
+Engine& Pipeline::engine(const Stage& stage) {
+    const auto open = engines_.find(stage.name);
+    if (open != engines_.end()) return *open->second;
     if (options_.low_memory) engines_.clear();
-    const Graph& graph = manifest.graphs.at(name);
-    const Backend& backend = this->backend(name);
+    const Backend& backend = this->backend(stage);
     std::vector<Path> paths;
-    for (const auto& file : graph.files(backend.name)) paths.push_back(inside(folder, file));
+    for (const auto& file : stage.files(backend.name)) paths.push_back(inside(folder, file));
     Options options = options_;
-    if (name == "denoiser") options.guided_channels = static_cast<std::size_t>(manifest.guided_channels);
-    std::unique_ptr<Engine> opened = backend.open(paths, graph, options);
-    const auto inputs = names(graph.inputs), outputs = names(graph.outputs);
+    if (stage.runs == "step") options.guided_channels = static_cast<std::size_t>(manifest.guided_channels);
+    std::unique_ptr<Engine> opened = backend.open(paths, stage, options);
+    const auto inputs = names(stage.reads), outputs = names(stage.gives);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
-        throw BundleError(text(folder.string(), ": ", name, " has inputs ", join(opened->inputs), " and outputs ",
+        throw BundleError(text(folder.string(), ": ", stage.name, " has inputs ", join(opened->inputs), " and outputs ",
                                join(opened->outputs), ", expected ", join(inputs), " and ", join(outputs)));
-    return *(engines_[name] = std::move(opened));
+    return *(engines_[stage.name] = std::move(opened));
 }
 
 std::vector<std::uint8_t> Pipeline::images(const Request& request) {
     require_decoder();
-    const Array x = run(request);
-    const std::vector<float> pictures = decode({x.begin(), x.end()});
-    return to_uint8(pictures, with_batch(x.size() / count(manifest.latent_shape), image_shape()));
+    return pictures(latents(request));
 }
 
-std::vector<float> Pipeline::latents(const Request& request) {
-    const Array x = run(request);
-    return {x.begin(), x.end()};
-}
+std::vector<float> Pipeline::latents(const Request& request) { return Run(*this, request).latents(); }
 
-Array Pipeline::run(const Request& request) {
-    std::optional<Captions> captions;
-    if (request.captions) captions = fitting(*request.captions, "captions");
-    const std::vector<std::int64_t> ids =
-        captions ? std::vector<std::int64_t>(captions->count, manifest.null_label()) : request.labels;
-    if (!captions) check_labels(request);
-    const std::size_t batch = ids.size(), size = batch * count(manifest.latent_shape);
-    const std::vector<float> weights = guidance(request.guidance, batch);
-    const std::string& solver = request.solver.empty() ? manifest.diffusion.sampler.solver : request.solver;
-    const Array timesteps = plan(manifest.diffusion, solver, request.steps, request.spacing);
-    const Draw draw = dit_runtime::draw(request.seeds, batch);
-    if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))
-        throw UsageError(text("latents have ", request.latents->size(), " numbers; expected ", size, ", all finite"));
-    const std::vector<float> x = request.latents ? *request.latents : draw(size);
-
-    const bool guided = is_guided(weights);
-    Contexts contexts = captions ? this->contexts(*captions, request.negative, guided) : examples(ids, guided);
-    Table table = this->table(timesteps, ids, guided);
-    const int steps = static_cast<int>(timesteps.size());
-    int step = 0;
-    const auto report = [&](const Array& state) {
-        if (request.on_step && request.on_step(step, steps, state))
-            throw Stopped(text("stopped after step ", step, " of ", steps));
+Memo Pipeline::memo(const Array& timesteps, const Condition& own, const Condition& null) {
+    const auto run = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
+        return this->run(stage, inputs, rows);
     };
-    const Denoise denoise = [&](const Array& state, double t) {
-        if (step) report(state);
-        const auto rows = [&](std::size_t first, std::size_t last) {
-            return table(static_cast<std::size_t>(step), first, last);
-        };
-        Prediction found = this->denoise({state.begin(), state.end()}, rows, weights, contexts);
-        ++step;
-        if (!all_finite(found.prediction))
-            throw EngineError(text("step ", step, " (t = ", t, "): the denoiser's prediction holds values not finite"));
-        return found;
-    };
-    Array last = solve(manifest.diffusion, solver, request.steps, {x.begin(), x.end()}, draw, denoise, request.eta,
-                       request.spacing);
-    report(last);
-    return last;
+    return Memo(manifest, run, timesteps, own, null);
 }
 
-Table Pipeline::table(const Array& timesteps, const std::vector<std::int64_t>& ids, bool guided) {
-    const auto null_label = guided ? std::optional<std::int64_t>(manifest.null_label()) : std::nullopt;
-    const auto conditioner = [this](const std::vector<float>& times, const std::vector<std::int64_t>& labels) {
-        return condition(times, labels);
-    };
-    return Table(conditioner, timesteps, ids, null_label, count(manifest.conditioning_shape()),
-                 static_cast<std::size_t>(manifest.graphs.at("conditioner").max_batch));
-}
-
-std::vector<float> Pipeline::condition(const std::vector<float>& timesteps, const std::vector<std::int64_t>& labels) {
-    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("conditioner").max_batch);
-    std::vector<float> found;
-    for (std::size_t first = 0; first < labels.size(); first += size) {
-        const std::size_t batch = std::min(size, labels.size() - first);
-        const Shape rows = {static_cast<std::int64_t>(batch)};
-        std::vector<Input> inputs = {{"timesteps", rows, timesteps.data() + first}};
-        if (manifest.caption_shape().empty()) inputs.push_back({"labels", rows, labels.data() + first, true});
-        const auto part =
-            run_engine("conditioner", inputs, {{"conditioning", with_batch(batch, manifest.conditioning_shape())}});
-        append(found, part.at("conditioning"));
-    }
-    return found;
-}
-
-Context Pipeline::context(const Captions& captions) {
-    const Shape one = manifest.caption_shape(), row = {one[0]};
-    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("context").max_batch);
-    Context found{captions.count, {}, {}};
-    for (std::size_t first = 0; first < captions.count; first += size) {
-        const std::size_t batch = std::min(size, captions.count - first);
-        const auto part = run_engine(
-            "context",
-            {{"captions", with_batch(batch, one), captions.embeddings.data() + first * count(one)},
-             {"mask", with_batch(batch, row), captions.mask.data() + first * count(row)}},
-            {{"context", with_batch(batch, manifest.context_shape())}, {"context_mask", with_batch(batch, row)}});
-        append(found.vectors, part.at("context"));
-        append(found.mask, part.at("context_mask"));
-    }
-    return found;
-}
-
-Contexts Pipeline::examples(const std::vector<std::int64_t>& numbers, bool guided) {
-    const Shape shape = manifest.caption_shape();
-    if (shape.empty()) return Contexts();
-    const auto read = [&](const std::vector<std::int64_t>& some) {
-        return context(dit_runtime::examples(some, shape));
-    };
-    return Contexts(read(numbers), guided ? read({manifest.null_label()}) : Context());
-}
-
-Prediction Pipeline::denoise(const std::vector<float>& latents, const Rows& conditioning,
-                             const std::vector<float>& guidance, Contexts& contexts) {
-    const std::size_t samples = guidance.size(), one = count(manifest.latent_shape);
-    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("denoiser").max_batch);
-    const bool varies = contains(names(manifest.graphs.at("denoiser").outputs), "variance");
+Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,
+                             const std::vector<float>& guidance) {
+    const Stage& stage = manifest.step();
+    const Port& port = manifest.state();
+    const std::size_t samples = guidance.size(), one = count(port.shape);
+    const std::size_t size = static_cast<std::size_t>(stage.max_batch);
     Prediction whole;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t last = std::min(first + size, samples), batch = last - first;
-        const std::vector<float> rows = conditioning(first, last);
-        const std::size_t groups = rows.size() / (batch * count(manifest.conditioning_shape()));
-        const auto grouped = [&](const Shape& each) { return with_batch(groups, with_batch(batch, each)); };
-        const Shape shape = with_batch(batch, manifest.latent_shape);
-        std::vector<Input> inputs = {{"latents", shape, latents.data() + first * one},
-                                     {"conditioning", grouped(manifest.conditioning_shape()), rows.data()},
-                                     {"guidance", {static_cast<std::int64_t>(batch)}, guidance.data() + first}};
-        const Context& context = contexts(first, last);
-        if (context.count) {
-            inputs.push_back({"context", grouped(manifest.context_shape()), context.vectors.data()});
-            inputs.push_back({"context_mask", grouped({manifest.caption_shape()[0]}), context.mask.data()});
-        }
-        std::map<std::string, Shape> expected = {{"prediction", shape}};
-        if (varies) expected["variance"] = shape;
-        auto part = run_engine("denoiser", inputs, expected);
+        std::vector<Input> all = {{port.name, with_batch(batch, port.shape), state.data() + first * one}};
+        for (const auto& [name, tensor] : inputs(first, last)) all.push_back(tensor.input(name));
+        if (manifest.mixes_guidance()) all.push_back({GUIDANCE, with_batch(batch, {}), guidance.data() + first});
+        auto part = run(stage, all, batch);
         append(whole.prediction, part["prediction"]);
         append(whole.variance, part["variance"]);
     }
@@ -223,61 +123,52 @@ Prediction Pipeline::denoise(const std::vector<float>& latents, const Rows& cond
 
 std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
     require_decoder();
-    const std::size_t one = count(manifest.latent_shape), samples = latents.size() / one;
-    const std::size_t size = static_cast<std::size_t>(manifest.graphs.at("decoder").max_batch);
-    std::vector<float> pictures;
+    const Port& port = manifest.state();
+    const std::size_t one = count(port.shape), samples = latents.size() / one;
+    const std::size_t size = static_cast<std::size_t>(manifest.end()->max_batch);
+    std::vector<float> images;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t batch = std::min(size, samples - first);
-        const Shape shape = with_batch(batch, manifest.latent_shape);
-        const std::vector<float> part = run_engine("decoder", {{"latents", shape, latents.data() + first * one}},
-                                                   {{"images", with_batch(batch, image_shape())}})
-                                            .at("images");
-        append(pictures, part);
+        const Input state = {port.name, with_batch(batch, port.shape), latents.data() + first * one};
+        append(images, run(*manifest.end(), {state}, batch).at("images"));
     }
-    if (!all_finite(pictures)) throw EngineError("the decoder's pictures hold values that are not finite");
-    return pictures;
+    if (!all_finite(images)) throw EngineError("the decoder's pictures hold values that are not finite");
+    return images;
 }
 
-// Outputs of an engine, of the shapes that are expected; no other shape is ever read.
-std::map<std::string, std::vector<float>> Pipeline::run_engine(const std::string& name,
-                                                               const std::vector<Input>& inputs,
-                                                               const std::map<std::string, Shape>& expected) {
-    Engine& opened = engine(name);
+std::vector<std::uint8_t> Pipeline::pictures(const std::vector<float>& latents) {
+    const std::vector<float> images = decode(latents);
+    return to_uint8(images, with_batch(latents.size() / count(manifest.state().shape), manifest.image_shape()));
+}
+
+// What the stage gives for so many rows, in the shapes of the manifest; no other shape is ever read.
+std::map<std::string, std::vector<float>> Pipeline::run(const Stage& stage, const std::vector<Input>& inputs,
+                                                        std::size_t rows) {
+    Engine& opened = engine(stage);
     const auto start = std::chrono::steady_clock::now();
     std::map<std::string, Output> outputs;
     try {
         outputs = opened.run(inputs);
     } catch (const EngineError& error) {
-        throw EngineError(text("the ", name, " failed: ", error.what()));
+        throw EngineError(text("the ", stage.name, " failed: ", error.what()));
     }
     engine_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    std::map<std::string, std::vector<float>> taken;
-    for (const auto& [key, shape] : expected) {
-        const auto found = outputs.find(key);
-        if (found == outputs.end()) throw BundleError(text(folder.string(), ": ", name, " has no output ", key));
-        if (found->second.shape != shape)
-            throw EngineError(
-                text("the ", name, "'s ", key, " has shape ", shown(found->second.shape), ", expected ", shown(shape)));
-        taken[key] = std::move(found->second.values);
+    std::map<std::string, std::vector<float>> tensors;
+    for (const TensorSpec& spec : stage.gives) {
+        const auto output = outputs.find(spec.name);
+        if (output == outputs.end())
+            throw BundleError(text(folder.string(), ": ", stage.name, " has no output ", spec.name));
+        const Shape expected = with_batch(rows, spec.row());
+        if (output->second.shape != expected)
+            throw EngineError(text("the ", stage.name, "'s ", spec.name, " has shape ", shown(output->second.shape),
+                                   ", expected ", shown(expected)));
+        tensors[spec.name] = std::move(output->second.values);
     }
-    return taken;
-}
-
-Contexts Pipeline::contexts(const Captions& captions, const std::optional<Given>& negative, bool guided) {
-    if (!guided) return Contexts(context(captions));
-    if (!negative) throw UsageError("guidance needs negative captions, the embedding of an empty text; or guidance 1");
-    if (negative->count != 1 && negative->count != captions.count)
-        throw UsageError(
-            text(negative->count, " negative captions; expected one, or one for each of ", captions.count));
-    const Captions null = fitting(*negative, "negative captions");
-    return Contexts(context(captions), context(null));
+    return tensors;
 }
 
 void Pipeline::require_decoder() const {
-    if (!manifest.graphs.count("decoder"))
-        throw UsageError("this bundle has no decoder; ask for latents (dit-generate: -o FILE.npy)");
+    if (!manifest.end()) throw UsageError("this bundle has no decoder; ask for latents (dit-generate: -o FILE.npy)");
 }
-
-Shape Pipeline::image_shape() const { return manifest.graphs.count("decoder") ? manifest.image_shape() : Shape(); }
 
 }  // namespace dit_runtime

@@ -6,6 +6,7 @@
 
 #include "errors.hpp"
 #include "images.hpp"
+#include "run.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -14,51 +15,107 @@ const char* const REFERENCE = "reference.npz";
 constexpr std::size_t FINGERPRINTS = 4;
 constexpr std::uint64_t FINGERPRINT_SEED = 0;
 
-// S steps of a run of B samples.
+// S steps (evaluations of the network) of a run of B samples.
 struct Reference {
     Array betas;                                       // (T,)
     Array timesteps;                                   // (S,)
-    std::vector<std::int64_t> labels, seeds;           // (B,)
+    std::vector<std::int64_t> seeds;                   // (B,)
     std::vector<float> guidance;                       // (B,)
-    std::vector<float> latents;                        // (S + 1, B, C, H, W)
-    std::vector<float> prediction, conditional, null;  // (S, B, C, H, W)
-    std::vector<float> variance;                       // (S, B, C, H, W), or empty where it is not learned
-    std::vector<float> fingerprint;                    // (classes + 1, FINGERPRINTS)
-    std::vector<std::uint8_t> images;                  // (B, 8H, 8W, 3), or empty without a decoder
+    std::vector<float> latents;                        // (S + 1, B, *state)
+    std::vector<float> prediction, conditional, null;  // (S, B, *state); null is empty where nothing mixes guidance
+    std::vector<float> variance;                       // (S, B, *state), or empty where it is not learned
+    std::vector<float> fingerprint;                    // (F, FINGERPRINTS)
+    std::vector<std::uint8_t> images;                  // (B, H, W, 3), or empty without a decoder
+    Condition own, away;                               // B rows and one: arrays condition.NAME and null.NAME
+
+    std::size_t batch() const { return seeds.size(); }
 };
 
+Condition conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
+                     std::size_t rows) {
+    Condition condition{rows};
+    for (const Port& port : manifest.conditions()) {
+        const std::string name = prefix + "." + port.name;
+        const auto array = arrays.find(name);
+        if (array == arrays.end()) throw NpyError("it lacks " + name);
+        Shape expected = port.shape;
+        expected.insert(expected.begin(), static_cast<std::int64_t>(rows));
+        if (array->second.shape != expected)
+            throw NpyError(text(name, " has shape ", shown(array->second.shape), ", expected ", shown(expected)));
+        Tensor tensor{expected};
+        if (port.dtype == "int64")
+            tensor.integers = array->second.as<std::int64_t>();
+        else
+            tensor.floats = array->second.as<float>();
+        condition.arrays[port.name] = std::move(tensor);
+    }
+    try {
+        fit(manifest, condition.arrays, "its " + prefix);
+    } catch (const UsageError& error) {
+        throw NpyError(error.what());
+    }
+    return condition;
+}
+
+// The one condition port of a network whose values can all be looked at; NULL where there is none.
+const Port* lone_label(const Manifest& manifest) {
+    const std::vector<Port> ports = manifest.conditions();
+    const bool lone = ports.size() == 1 && ports[0].dtype == "int64" && ports[0].shape.empty();
+    return lone ? manifest.port(ports[0].name) : nullptr;
+}
+
+// What is fingerprinted: every value of a lone label, else the reference's own rows and what guidance leads away from.
+Condition fingerprinted(const Manifest& manifest, const Reference& reference) {
+    const Port* const label = lone_label(manifest);
+    if (manifest.conditions().empty()) return {reference.batch() + 1};
+    if (!label) return stack(reference.own, reference.away);
+    Tensor values{{label->size}};
+    for (std::int64_t value = 0; value < label->size; ++value) values.integers.push_back(value);
+    return {static_cast<std::size_t>(label->size), {{label->name, std::move(values)}}};
+}
+
 Reference load_reference(const Pipeline& pipe) {
+    const Manifest& manifest = pipe.manifest;
     const std::string folder = pipe.folder.string();
     try {
         auto arrays = parse_npz(read_bytes(inside(pipe.folder, REFERENCE)));
         std::vector<std::string> missing;
-        for (const char* name : {"betas", "timesteps", "labels", "seeds", "guidance", "latents", "prediction",
-                                 "conditional", "null", "variance", "fingerprint", "images"})
+        for (const char* name : {"betas", "timesteps", "seeds", "guidance", "latents", "prediction", "conditional",
+                                 "null", "variance", "fingerprint", "images"})
             if (!arrays.count(name)) missing.push_back(name);
         if (!missing.empty()) throw NpyError("it lacks " + join(missing));
-        const Reference reference = {
-            arrays["betas"].as<double>(),       arrays["timesteps"].as<double>(),  arrays["labels"].as<std::int64_t>(),
-            arrays["seeds"].as<std::int64_t>(), arrays["guidance"].as<float>(),    arrays["latents"].as<float>(),
-            arrays["prediction"].as<float>(),   arrays["conditional"].as<float>(), arrays["null"].as<float>(),
-            arrays["variance"].as<float>(),     arrays["fingerprint"].as<float>(), arrays["images"].as<std::uint8_t>()};
-        const std::size_t steps = reference.timesteps.size(), batch = reference.labels.size();
-        const std::size_t each = batch * count(pipe.manifest.latent_shape);
-        const auto expect = [](const char* name, std::size_t found, std::size_t expected) {
-            if (found != expected) throw NpyError(text(name, " has ", found, " numbers, expected ", expected));
+        Reference reference = {arrays["betas"].as<double>(),
+                               arrays["timesteps"].as<double>(),
+                               arrays["seeds"].as<std::int64_t>(),
+                               arrays["guidance"].as<float>(),
+                               arrays["latents"].as<float>(),
+                               arrays["prediction"].as<float>(),
+                               arrays["conditional"].as<float>(),
+                               arrays["null"].as<float>(),
+                               arrays["variance"].as<float>(),
+                               arrays["fingerprint"].as<float>(),
+                               arrays["images"].as<std::uint8_t>(),
+                               {},
+                               {}};
+        const std::size_t steps = reference.timesteps.size(), batch = reference.batch();
+        const std::size_t each = batch * count(manifest.state().shape);
+        const auto expect = [](const char* name, std::size_t size, std::size_t expected) {
+            if (size != expected) throw NpyError(text(name, " has ", size, " numbers, expected ", expected));
         };
-        if (steps == 0 || batch == 0) throw NpyError("it has no steps or no labels");
-        expect("seeds", reference.seeds.size(), batch);
+        if (steps == 0 || batch == 0) throw NpyError("it has no steps or no seeds");
+        reference.own = conditions(manifest, arrays, "condition", batch);
+        if (manifest.mixes_guidance()) reference.away = conditions(manifest, arrays, "null", 1);
         expect("guidance", reference.guidance.size(), batch);
         expect("latents", reference.latents.size(), (steps + 1) * each);
         expect("prediction", reference.prediction.size(), steps * each);
         expect("conditional", reference.conditional.size(), steps * each);
-        expect("null", reference.null.size(), steps * each);
-        expect("fingerprint", reference.fingerprint.size(),
-               (static_cast<std::size_t>(pipe.manifest.num_classes) + 1) * FINGERPRINTS);
+        if (manifest.mixes_guidance()) expect("null", reference.null.size(), steps * each);
+        expect("fingerprint", reference.fingerprint.size(), fingerprinted(manifest, reference).rows * FINGERPRINTS);
         if (!reference.variance.empty()) expect("variance", reference.variance.size(), steps * each);
-        if (!reference.images.empty() && pipe.image_shape().empty())
+        const Shape image = manifest.image_shape();
+        if (!reference.images.empty() && image.empty())
             throw BundleError(folder + ": the decoder is gone, its reference has pictures");
-        if (!pipe.image_shape().empty()) expect("images", reference.images.size(), batch * count(pipe.image_shape()));
+        if (!image.empty()) expect("images", reference.images.size(), batch * count(image));
         return reference;
     } catch (const NpyError& error) {
         throw BundleError(text(folder, ": ", REFERENCE, " cannot be read: ", error.what(), "; rebuild the bundle"));
@@ -76,109 +133,102 @@ double relative_error(const std::vector<float>& value, const float* reference) {
     return std::sqrt(difference) / std::max(std::sqrt(norm), 1e-30);
 }
 
-// Everything that leaves the loop, by timestep and label, or example caption: [N, K, D], or [N, K + M, D].
-std::vector<float> hoisted(Pipeline& pipe, const std::vector<float>& times, const std::vector<std::int64_t>& numbers) {
-    const std::vector<float> vectors = pipe.condition(times, numbers);
-    const Shape shape = pipe.manifest.caption_shape();
-    if (shape.empty()) return vectors;
-    const Context read = pipe.context(examples(numbers, shape));
-    std::vector<float> rows;
-    for (std::size_t index = 0; index < numbers.size(); ++index)
-        for (const std::vector<float>* part : {&vectors, &read.vectors}) {
-            const auto size = static_cast<std::ptrdiff_t>(part->size() / numbers.size());
-            const auto row = part->begin() + static_cast<std::ptrdiff_t>(index) * size;
-            rows.insert(rows.end(), row, row + size);
-        }
-    return rows;
-}
-
-// Every label's conditioning at one timestep, projected onto a few seeded random directions.
-std::vector<float> fingerprint(Pipeline& pipe, double timestep) {
-    const bool captioned = !pipe.manifest.caption_shape().empty();
-    const std::size_t row =
-        count(pipe.manifest.conditioning_shape()) + (captioned ? count(pipe.manifest.context_shape()) : 0);
-    const std::int64_t classes = pipe.manifest.num_classes;
-    const std::int64_t max_rows = pipe.manifest.graphs.at("conditioner").max_batch;
-    const std::vector<float> directions = Noise(FINGERPRINT_SEED).normal(row * FINGERPRINTS);
-    std::vector<float> rows;
-    for (std::int64_t first = 0; first <= classes; first += max_rows) {
-        std::vector<std::int64_t> labels;
-        for (std::int64_t label = first; label < std::min(first + max_rows, classes + 1); ++label)
-            labels.push_back(label);
-        const std::vector<float> times(labels.size(), static_cast<float>(timestep));
-        const std::vector<float> vectors = hoisted(pipe, times, labels);
-        for (std::size_t index = 0; index < labels.size() * FINGERPRINTS; ++index) {
-            const float* vector = &vectors[index / FINGERPRINTS * row];
-            double sum = 0;
-            for (std::size_t i = 0; i < row; ++i)
-                sum += static_cast<double>(vector[i]) * directions[i * FINGERPRINTS + index % FINGERPRINTS];
-            rows.push_back(static_cast<float>(sum / std::sqrt(static_cast<double>(row))));
+// What the step reads from stages at one timestep, by condition, projected onto a few seeded random directions.
+std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, double timestep) {
+    std::vector<std::string> tensors;
+    std::size_t width = 0, chunk = 1;
+    for (const TensorSpec& spec : pipe.manifest.step().reads) {
+        if (!spec.starts("groups") || pipe.manifest.port(spec.name)) continue;
+        tensors.push_back(spec.name);
+        width += count(spec.row());
+    }
+    for (const Stage& stage : pipe.manifest.stages)
+        if (stage.before_loop()) chunk = std::max(chunk, static_cast<std::size_t>(stage.max_batch));
+    const std::vector<float> directions = Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS);
+    std::vector<float> prints;
+    for (std::size_t first = 0; first < conditions.rows; first += chunk) {
+        const std::size_t rows = std::min(chunk, conditions.rows - first);
+        Memo memo = pipe.memo({timestep}, slice(conditions, first, first + rows));
+        const Arrays& inputs = memo(0, 0, rows);
+        for (std::size_t row = 0; row < rows; ++row) {
+            double sums[FINGERPRINTS] = {};
+            std::size_t place = 0;
+            for (const std::string& name : tensors) {
+                const std::vector<float>& values = inputs.at(name).floats;
+                const std::size_t size = values.size() / rows;
+                for (std::size_t i = 0; i < size; ++i, ++place)
+                    for (std::size_t print = 0; print < FINGERPRINTS; ++print)
+                        sums[print] +=
+                            static_cast<double>(values[row * size + i]) * directions[place * FINGERPRINTS + print];
+            }
+            for (const double sum : sums)
+                prints.push_back(static_cast<float>(sum / std::sqrt(static_cast<double>(width))));
         }
     }
-    return rows;
+    return prints;
 }
 
-void check_conditioner(Pipeline& pipe, const Reference& reference, double limit, const OnCheck& on_check) {
+void check_before_loop(Pipeline& pipe, const Reference& reference, double limit, const OnCheck& on_check) {
     const double middle = reference.timesteps[reference.timesteps.size() / 2];
-    const std::vector<float> found = fingerprint(pipe, middle);
+    const std::vector<float> prints = fingerprint(pipe, fingerprinted(pipe.manifest, reference), middle);
     double worst = -1;
-    std::size_t where = 0;
-    for (std::size_t label = 0; label * FINGERPRINTS < found.size(); ++label) {
-        const auto row = found.begin() + static_cast<std::ptrdiff_t>(label * FINGERPRINTS);
-        const double error = relative_error({row, row + FINGERPRINTS}, &reference.fingerprint[label * FINGERPRINTS]);
+    std::size_t place = 0;
+    for (std::size_t index = 0; index * FINGERPRINTS < prints.size(); ++index) {
+        const auto row = prints.begin() + static_cast<std::ptrdiff_t>(index * FINGERPRINTS);
+        const double error = relative_error({row, row + FINGERPRINTS}, &reference.fingerprint[index * FINGERPRINTS]);
         if (std::isnan(worst) || error <= worst) continue;
-        worst = error, where = label;
+        worst = error, place = index;
     }
-    on_check({"conditioner, rel-L2", worst, limit, false, text("label ", where)});
+    std::vector<std::string> stages;
+    for (const Stage& stage : pipe.manifest.stages)
+        if (stage.before_loop()) stages.push_back(stage.name);
+    const bool labels = pipe.manifest.classes() && pipe.manifest.conditions().size() == 1;
+    on_check({join(stages, "+") + ": fingerprint, rel-L2", worst, limit, false,
+              text(labels ? "label " : "condition ", place)});
 }
 
 // Per step the engine is asked the same question as PyTorch was: its error is the engine's own.
 void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances& limits, const OnCheck& on_check) {
-    const std::size_t steps = reference.timesteps.size(), batch = reference.labels.size();
-    const std::size_t each = batch * count(pipe.manifest.latent_shape);
-    Table guided = pipe.table(reference.timesteps, reference.labels, true);
-    const std::vector<std::int64_t> null_labels(batch, pipe.manifest.null_label());
-    Table nulls = pipe.table(reference.timesteps, null_labels, false);
-    Contexts contexts = pipe.examples(reference.labels, true), own_contexts = pipe.examples(reference.labels, false),
-             null_contexts = pipe.examples(null_labels, false);
+    const std::size_t steps = reference.timesteps.size();
+    const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
+    Memo memo = pipe.memo(reference.timesteps, reference.own, reference.away);
     for (std::size_t step = 0; step < steps; ++step) {
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);
-        const float* given = &reference.latents[step * each];
-        const std::vector<float> latents(given, given + each);
-        const auto rows = [&](std::size_t first, std::size_t last) { return guided(step, first, last); };
-        const Prediction both = pipe.denoise(latents, rows, reference.guidance, contexts);
-        on_check({"prediction, rel-L2", relative_error(both.prediction, &reference.prediction[step * each]),
-                  limits.guided, false, where});
+        const float* const state = &reference.latents[step * each];
+        const auto denoise = [&](Groups groups) {
+            return pipe.denoise(
+                {state, state + each},
+                [&](std::size_t first, std::size_t last) -> const Arrays& { return memo(step, first, last, groups); },
+                reference.guidance);
+        };
+        const auto report = [&](const char* name, const std::vector<float>& values, const std::vector<float>& expected,
+                                double limit) {
+            on_check({text(pipe.manifest.step().name, ": ", name, ", rel-L2"),
+                      relative_error(values, &expected[step * each]), limit, false, where});
+        };
+        const Prediction both = denoise(Groups::BOTH);
+        report("prediction", both.prediction, reference.prediction, limits.guided);
         if (!both.variance.empty()) {
             if (reference.variance.empty())
                 throw BundleError("the reference has no variance, but the denoiser gives one");
-            on_check({"variance, rel-L2", relative_error(both.variance, &reference.variance[step * each]),
-                      limits.guided, false, where});
+            report("variance", both.variance, reference.variance, limits.guided);
         }
-        if (step != 0 && step != steps / 2 && step != steps - 1) continue;
-        const auto own = [&](std::size_t first, std::size_t last) {
-            std::vector<float> both_groups = guided(step, first, last);
-            both_groups.resize(both_groups.size() / 2);
-            return both_groups;
-        };
-        const Prediction alone = pipe.denoise(latents, own, reference.guidance, own_contexts);
-        on_check({"unguided, rel-L2", relative_error(alone.prediction, &reference.conditional[step * each]),
-                  limits.prediction, false, where});
-        const auto null_rows = [&](std::size_t first, std::size_t last) { return nulls(step, first, last); };
-        const Prediction null = pipe.denoise(latents, null_rows, reference.guidance, null_contexts);
-        on_check({"null label, rel-L2", relative_error(null.prediction, &reference.null[step * each]),
-                  limits.prediction, false, where});
+        if (!memo.guided() || (step != 0 && step != steps / 2 && step != steps - 1)) continue;
+        report("unguided", denoise(Groups::OWN).prediction, reference.conditional, limits.prediction);
+        report("null condition", denoise(Groups::NULLS).prediction, reference.null, limits.prediction);
     }
 }
 
 // The whole loop from the same noise, its latents compared after every step; the last, empty where an engine failed.
 std::vector<float> free_run(Pipeline& pipe, const Reference& reference, double limit, const OnCheck& on_check) {
-    const char* const name = "free run, rel-L2";
-    const std::size_t steps = reference.timesteps.size(), batch = reference.labels.size();
-    const std::size_t each = batch * count(pipe.manifest.latent_shape);
+    const char* const name = "run: latents, rel-L2";
+    const std::size_t steps = reference.timesteps.size();
+    const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
     Request request;
-    request.labels = reference.labels;
-    request.steps = static_cast<std::int64_t>(steps) / evaluations(pipe.manifest.diffusion.sampler.solver);
+    request.condition = reference.own.arrays;
+    request.negative = reference.away.arrays;
+    request.count = reference.batch();
+    request.steps = static_cast<std::int64_t>(steps) / evaluations(pipe.manifest.process.sampler.solver);
     request.guidance = reference.guidance;
     request.seeds.assign(reference.seeds.begin(), reference.seeds.end());
     request.on_step = [&](int done, int, const Array& latents) {
@@ -197,14 +247,12 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, double l
 
 void check_pictures(Pipeline& pipe, const Reference& reference, const std::vector<float>& latents, double limit,
                     const OnCheck& on_check) {
-    const std::size_t batch = reference.labels.size(), one = count(pipe.image_shape());
+    const std::size_t batch = reference.batch(), one = count(pipe.manifest.image_shape());
     std::vector<std::uint8_t> pictures;
     try {
-        Shape shape = pipe.image_shape();
-        shape.insert(shape.begin(), static_cast<std::int64_t>(batch));
-        pictures = to_uint8(pipe.decode(latents), shape);
+        pictures = pipe.pictures(latents);
     } catch (const EngineError& error) {
-        return on_check({"pictures, PSNR in dB", std::nan(""), limit, true, error.what()});
+        return on_check({"run: pictures, PSNR in dB", std::nan(""), limit, true, error.what()});
     }
     double least = std::numeric_limits<double>::infinity(), flattest = least;
     std::size_t worst = 0, flat = 0;
@@ -218,8 +266,8 @@ void check_pictures(Pipeline& pipe, const Reference& reference, const std::vecto
         const double contrast = std::sqrt(std::max(squares / static_cast<double>(one) - mean * mean, 0.0));
         if (contrast < flattest) flattest = contrast, flat = sample;
     }
-    on_check({"pictures, PSNR in dB", least, limit, true, text("sample ", worst)});
-    on_check({"pictures, contrast", flattest, 1.0, true, text("sample ", flat)});
+    on_check({"run: pictures, PSNR in dB", least, limit, true, text("sample ", worst)});
+    on_check({"run: pictures, contrast", flattest, 1.0, true, text("sample ", flat)});
 }
 
 }  // namespace
@@ -227,40 +275,44 @@ void check_pictures(Pipeline& pipe, const Reference& reference, const std::vecto
 void verify(Pipeline& pipe, const OnCheck& on_check) {
     check_files(pipe.folder, pipe.manifest, {REFERENCE});
     const Reference reference = load_reference(pipe);
-    const Diffusion& diffusion = pipe.manifest.diffusion;
-    std::map<std::string, Tolerances> limits;
-    for (const auto& [name, graph] : pipe.manifest.graphs) {
-        if (!TOLERANCES.count(graph.precision))
+    const Manifest& manifest = pipe.manifest;
+    const Diffusion& diffusion = manifest.process;
+    double conditioner = 0;  // the widest limit of a stage before the loop
+    for (const Stage& stage : manifest.stages) {
+        if (!TOLERANCES.count(stage.precision))
             throw BundleError(
-                text(name, " has precision '", graph.precision, "', for which this library has no limits"));
-        limits[name] = TOLERANCES.at(graph.precision);
+                text(stage.name, " has precision '", stage.precision, "', for which this library has no limits"));
+        if (stage.before_loop()) conditioner = std::max(conditioner, TOLERANCES.at(stage.precision).conditioner);
     }
     const Array betas = diffusion.betas();
-    std::size_t wrong = betas.size() == reference.betas.size() ? 0 : betas.size();
-    for (std::size_t t = 0; t < betas.size() && betas.size() == reference.betas.size(); ++t)
-        wrong += betas[t] != reference.betas[t];
-    on_check({"betas that differ", static_cast<double>(wrong), 0, false, ""});
+    const bool comparable = betas.size() == reference.betas.size();
+    std::size_t wrong = 0, first = 0;
+    for (std::size_t t = betas.size(); t-- > 0;)
+        if (!comparable || betas[t] != reference.betas[t]) ++wrong, first = t;
+    on_check({"sampler: betas that differ", static_cast<double>(wrong), 0, false,
+              wrong ? text("first at t = ", first) : std::string()});
     const std::size_t steps = reference.timesteps.size();
     const std::string& solver = diffusion.sampler.solver;
     const Array times = plan(diffusion, solver, static_cast<std::int64_t>(steps) / evaluations(solver));
     wrong = times.size() == steps ? 0 : steps;
     for (std::size_t step = 0; step < std::min(steps, times.size()); ++step)
         wrong += times[step] != reference.timesteps[step];
-    on_check({"timesteps that differ", static_cast<double>(wrong), 0, false, ""});
+    on_check({"sampler: timesteps that differ", static_cast<double>(wrong), 0, false, ""});
     const std::vector<std::uint64_t> seeds(reference.seeds.begin(), reference.seeds.end());
     const std::size_t each = reference.latents.size() / (steps + 1);
-    const std::vector<float> noise = draw(seeds, reference.labels.size())(each);
+    const std::vector<float> noise = draw(seeds, reference.batch())(each);
     double apart = 0;
     for (std::size_t i = 0; i < each && !std::isnan(apart); ++i) {
         const double gap = std::abs(static_cast<double>(noise[i]) - reference.latents[i]);
         if (!(gap <= apart)) apart = gap;
     }
-    on_check({"noise, max abs error", apart, NOISE_ATOL, false, ""});
-    check_conditioner(pipe, reference, limits.at("conditioner").conditioner, on_check);
-    teacher_forced(pipe, reference, limits.at("denoiser"), on_check);
-    const std::vector<float> latents = free_run(pipe, reference, limits.at("denoiser").latents, on_check);
-    if (!latents.empty() && limits.count("decoder")) {
-        const double least = std::min(limits.at("denoiser").pictures, limits.at("decoder").pictures);
+    on_check({"sampler: noise, max abs error", apart, NOISE_ATOL, false, ""});
+    const Tolerances& denoiser = TOLERANCES.at(manifest.step().precision);
+    if (conditioner > 0) check_before_loop(pipe, reference, conditioner, on_check);
+    teacher_forced(pipe, reference, denoiser, on_check);
+    const std::vector<float> latents = free_run(pipe, reference, denoiser.latents, on_check);
+    if (!latents.empty() && manifest.end()) {
+        const double least = std::min(denoiser.pictures, TOLERANCES.at(manifest.end()->precision).pictures);
         check_pictures(pipe, reference, latents, least, on_check);
     }
 }

@@ -29,6 +29,9 @@ TEST_P(Api, Info) {
     EXPECT_EQ(info.image_shape[0], 32);
     EXPECT_EQ(info.image_shape[2], 3);
     EXPECT_EQ(info.latent_shape[0], 2);
+    EXPECT_EQ(info.state_rank, 3);
+    EXPECT_EQ(info.state_shape[2], 4);
+    EXPECT_EQ(info.state_shape[3], 0);
     EXPECT_STREQ(info.backend, GetParam());
     EXPECT_STREQ(info.solver, "ddim");
     EXPECT_STREQ(dit_label(pipe.get(), 4), "elk");
@@ -90,7 +93,7 @@ TEST_P(Api, ASampleWithItsOwnSeedStandsAlone) {
             request.count = request.num_seeds = request.num_guidance = 1;
             const std::vector<float> alone = latents();
             for (std::size_t i = 0; i < NUMBERS; ++i)
-                ASSERT_NEAR(alone[i], together[index * NUMBERS + i], 1e-4) << solver << index;  // of values up to 10
+                ASSERT_NEAR(alone[i], together[index * NUMBERS + i], 1e-3) << solver << index;  // of values up to 150
         }
     }
 }
@@ -184,13 +187,13 @@ TEST(Face, TheFolderMayBeLeft) {
     std::filesystem::current_path(here);
 }
 
-// A device that only OpenVINO has: in low memory too, no graph is moved to another backend.
+// A device that only OpenVINO has: in low memory too, no stage is moved to another backend.
 TEST(Face, ADeviceIsOfItsBackend) {
     if (std::string(dit_backends()).find("openvino") == std::string::npos)
         GTEST_SKIP() << "no OpenVINO in this library";
     const BundleCopy copy;
     copy.edit([](nlohmann::json& table) {
-        for (auto& graph : table["graphs"]) graph["backend"] = "openvino";
+        for (auto& stage : table["stages"]) stage["backend"] = "openvino";
     });
     dit::OpenOptions options;
     options.low_memory = true;

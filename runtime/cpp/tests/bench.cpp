@@ -17,7 +17,7 @@ int main(int count, char** words) {
     options.threads = std::stoi(words[2]);
     dit_runtime::Pipeline pipe(words[1], options);
     dit_runtime::Request request;
-    request.labels = {0};
+    if (pipe.manifest.classes()) request.labels = {0};
     request.steps = std::stoi(words[3]);
     Clock::time_point last;
     request.on_step = [&](int step, int, const dit_runtime::Array&) {

@@ -9,13 +9,20 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+// The stage of this name in a manifest.
+inline nlohmann::json& stage(nlohmann::json& table, const std::string& name) {
+    for (auto& entry : table["stages"])
+        if (entry["name"] == name) return entry;
+    throw std::out_of_range(name);
+}
+
 class BundleCopy {
   public:
-    BundleCopy() {
+    explicit BundleCopy(const std::string& bundle = BUNDLE) {
         static int number = 0;
         const std::string name = "dit-bundle-" + std::to_string(getpid()) + "-" + std::to_string(++number);
         folder = std::filesystem::temp_directory_path() / name;
-        std::filesystem::copy(BUNDLE, folder, std::filesystem::copy_options::recursive);
+        std::filesystem::copy(bundle, folder, std::filesystem::copy_options::recursive);
         manifest_ = bytes("manifest.json");
     }
     ~BundleCopy() {

@@ -15,6 +15,8 @@ class Captioned : public Api {
 
     void SetUp() override {
         Api::SetUp();
+        request.labels = nullptr;
+        request.count = 0;
         for (std::size_t i = 0; i < std::size(embeddings); ++i) embeddings[i] = std::sin(7.0f * static_cast<float>(i));
         captions.count = 2;
         captions.tokens = TOKENS;
@@ -24,11 +26,22 @@ class Captioned : public Api {
         negative.embeddings = embeddings + 5;
     }
 
-    // Draws by the captions and not by labels.
     void write() {
-        request.labels = nullptr;
         request.captions = &captions;
         request.negative = &negative;
+    }
+
+    std::vector<float> latents() {
+        std::vector<float> numbers(captions.count * NUMBERS);
+        EXPECT_EQ(dit_generate_latents(pipe.get(), &request, numbers.data(), numbers.size()), DIT_OK)
+            << dit_message(pipe.get());
+        return numbers;
+    }
+
+    // The call fails in this way, and the pipeline works afterwards.
+    void refused(const char* words) {
+        EXPECT_EQ(dit_generate_latents(pipe.get(), &request, numbers, std::size(numbers)), DIT_BAD_ARGUMENT) << words;
+        EXPECT_NE(std::string(dit_message(pipe.get())).find(words), std::string::npos) << dit_message(pipe.get());
     }
 
     float embeddings[2 * TOKENS * CHANNELS] = {};
@@ -49,22 +62,31 @@ TEST_P(Captioned, InfoAndVerify) {
     ASSERT_EQ(dit_get_info(pipe.get(), &info), DIT_OK);
     EXPECT_EQ(info.caption_shape[0], 5);
     EXPECT_EQ(info.caption_shape[1], 3);
-    EXPECT_EQ(info.num_classes, 4);
+    EXPECT_EQ(info.num_classes, 0);
     EXPECT_EQ(dit_verify(pipe.get(), nullptr, nullptr), DIT_OK) << dit_message(pipe.get());
 }
 
 TEST_P(Captioned, WhatTheCallerSays) {
-    const std::vector<float> by_examples = latents();
     write();
     const std::vector<float> both = latents();
-    EXPECT_GT(largest(both, by_examples), 0.1);
+    const dit_array as_array = {sizeof(dit_array), "captions", 2, std::size(embeddings), embeddings, nullptr};
+    const dit_array away = {sizeof(dit_array), "captions", 1, 2 * CHANNELS, negative.embeddings, nullptr};
+    request = DIT_REQUEST_INIT;
+    request.steps = 4;
+    request.arrays = &as_array;
+    request.negative_arrays = &away;
+    request.num_arrays = request.num_negative_arrays = 1;
+    EXPECT_EQ(latents(), both);  // captions are the port of that name
+    request.arrays = request.negative_arrays = nullptr;
+    request.num_arrays = request.num_negative_arrays = 0;
+    write();
     ASSERT_EQ(dit_generate(pipe.get(), &request, pixels, sizeof pixels), DIT_OK) << dit_message(pipe.get());
 
     const uint64_t seeds[2] = {3, 4};
     request.seeds = seeds;
     request.num_seeds = 2;
     const std::vector<float> together = latents();
-    captions.count = request.count = request.num_seeds = 1;
+    captions.count = request.num_seeds = 1;
     for (int index = 0; index < 2; ++index) {  // a sample does not depend on its batch
         captions.embeddings = embeddings + TOKENS * CHANNELS * static_cast<std::size_t>(index);
         request.seeds = seeds + index;
@@ -108,32 +130,34 @@ TEST_P(Captioned, Refusals) {
         const dit_captions own = captions, null = negative;
         write();
         change();
-        refused(generate(), DIT_BAD_ARGUMENT, words);
+        refused(words);
         request = kept, captions = own, negative = null;
+        write();
+        latents();
     };
     float mask[2 * TOKENS] = {1, 0, 0, 0};
-    bad("no labels; pass at least one class name or number; or captions", [&] {
-        request = DIT_REQUEST_INIT;
-        request.guidance = nullptr;
-    });
+    bad("condition lacks captions; expected an array for each of captions, mask", [&] { request.captions = nullptr; });
     bad("both labels and captions", [&] { request.labels = labels; });
     bad("count is 1, of captions 2", [&] { request.count = 1; });
-    bad("negative captions without captions", [&] { request.captions = nullptr, request.labels = labels; });
-    bad("guidance needs negative captions", [&] { request.negative = nullptr; });
-    bad("3 negative captions; expected one, or one for each of 2", [&] { negative.count = 3; });
-    bad("0 negative captions", [&] { negative.count = 0; });
+    bad("this bundle takes captions, mask, and no labels",
+        [&] { request.captions = nullptr, request.labels = labels, request.count = 1; });
+    bad("guidance needs a negative with captions", [&] { request.negative = nullptr; });
+    bad("negative has 3 rows; expected one, or one for each of 2 samples", [&] { negative.count = 3; });
+    bad("negative captions are 0 of 2 tokens", [&] { negative.count = 0; });
     bad("captions are 2 of 6 tokens", [&] { captions.tokens = 6; });
     bad("captions are 2 of 0 tokens", [&] { captions.tokens = 0; });
-    bad("captions are 0 of 4 tokens", [&] { captions.count = request.count = 0; });
+    bad("captions are 0 of 4 tokens", [&] { captions.count = 0; });
     bad("embeddings is NULL", [&] { captions.embeddings = nullptr; });
     bad("embeddings is NULL", [&] { negative.embeddings = nullptr; });
-    bad("captions: the mask of caption 1", [&] { captions.mask = mask; });
+    bad("condition: mask has shape [2, 4]; expected [2, 4] of 0 and 1, a 1 in every row",
+        [&] { captions.mask = mask; });
     mask[4] = 0.5f;
-    bad("captions: the mask of caption 1", [&] { captions.mask = mask; });
+    bad("a 1 in every row", [&] { captions.mask = mask; });
+    bad("captions: 23 numbers; expected 24", [&] { captions.size = 23; });
     bad("dit_captions.struct_size is 0", [&] { captions.struct_size = 0; });
     bad("needs a newer libdit", [&] { negative.struct_size += 8; });
-    embeddings[6] = NAN;
-    bad("captions hold values that are not finite", [] {});
+    embeddings[7] = NAN;
+    refused("condition: captions holds values that are not finite");
 }
 
 TEST_P(Api, LabelsAlone) {
@@ -145,7 +169,7 @@ TEST_P(Api, LabelsAlone) {
     request.labels = nullptr;
     request.count = 0;
     request.captions = &captions;
-    refused(generate(), DIT_BAD_ARGUMENT, "this bundle takes labels, 0 to 4, and no captions");
+    refused(generate(), DIT_BAD_ARGUMENT, "this bundle takes no captions; it takes labels, 0 to 4");
     request = kept;
     dit_info info = DIT_INFO_INIT;
     ASSERT_EQ(dit_get_info(pipe.get(), &info), DIT_OK);
@@ -196,7 +220,7 @@ TEST(Face, Captions) {
     request.captions.embeddings.pop_back();
     bad("captions: 23 numbers; expected 24");
     request.captions = {};
-    bad("no labels");
+    bad("condition lacks captions");
 }
 
 }  // namespace

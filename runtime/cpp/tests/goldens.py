@@ -115,7 +115,6 @@ def goldens() -> dict[str, Any]:
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": runs(),
         "noise": noises(),
-        "captions": {name: part.reshape(-1).tolist() for name, part in examples((0, 3, 4), 5, 4)._asdict().items()},
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
         "tolerances": {name: asdict(limits) for name, limits in verify.TOLERANCES.items()}
         | {

@@ -32,29 +32,33 @@ class ManifestTest : public ::testing::Test {
 
 TEST_F(ManifestTest, TheUntouchedCopyIsRead) {
     const Manifest manifest = read(copy.folder);
-    EXPECT_EQ(manifest.num_classes, 5);
+    EXPECT_EQ(manifest.classes(), 5);
     EXPECT_EQ(manifest.labels[3], "dog, hound");
-    EXPECT_EQ(manifest.conditioning_shape(), (Shape{2, 8}));
-    EXPECT_EQ(manifest.graphs.at("denoiser").max_batch, 3);
-    for (const auto& graph : manifest.graphs) check_files(copy.folder, manifest, graph.second.files());
+    EXPECT_EQ(manifest.state().shape, (Shape{2, 4, 4}));
+    EXPECT_EQ(manifest.time().name, "timesteps");
+    EXPECT_EQ(manifest.conditions().size(), 1u);
+    EXPECT_TRUE(manifest.mixes_guidance());
+    EXPECT_EQ(manifest.step().max_batch, 3);
+    EXPECT_EQ(manifest.image_shape(), (Shape{3, 32, 32}));
+    for (const Stage& stage : manifest.stages) check_files(copy.folder, manifest, stage.files());
 }
 
 TEST_F(ManifestTest, Format) {
-    for (const Json& format : {Json(2), Json(99), Json(UINT64_MAX)}) {
+    for (const Json& format : {Json(3), Json(99), Json(UINT64_MAX)}) {
         copy.edit([&](Json& table) { table["format"] = format; });
-        refused({"manifest.json", "expected 1", "upgrade"});
+        refused({"manifest.json", "expected 2", "upgrade"});
     }
-    copy.edit([](Json& table) { table["format"] = 0; });
-    refused({"expected 1", "rebuild"});
-    for (const Json& format : {Json("1"), Json(nullptr), Json(1.5), Json(Json::array())}) {
+    copy.edit([](Json& table) { table["format"] = 1; });
+    refused({"format 1, expected 2: rebuild it with `dit-export build`"});
+    for (const Json& format : {Json("2"), Json(nullptr), Json(1.5), Json(Json::array())}) {
         copy.edit([&](Json& table) { table["format"] = format; });
-        refused({"no format number", "expected 1"});
+        refused({"no format number", "expected 2"});
     }
 }
 
 TEST_F(ManifestTest, NotJson) {
     for (const std::string content :
-         {"", "{", "[]", "null", "\"a\"", "{\"format\": 1}", "\xef\xbb\xbf{}", "\xff\xfe\xfd"}) {
+         {"", "{", "[]", "null", "\"a\"", "{\"format\": 2}", "\xef\xbb\xbf{}", "\xff\xfe\xfd"}) {
         copy.write("manifest.json", content);
         refused({"manifest.json"});
     }
@@ -68,30 +72,119 @@ TEST_F(ManifestTest, UnknownKeys) {
     copy.edit([](Json& table) { table["fromat"] = 1; });
     refused({"unknown key 'fromat'", "did you mean \"format\""});
     copy.restore();
-    copy.edit([](Json& table) { table["graphs"]["denoiser"]["batch"] = 1; });
+    copy.edit([](Json& table) { stage(table, "denoiser")["batch"] = 1; });
     refused({"unknown key 'batch'"});
     copy.restore();
-    copy.edit([](Json& table) { table["diffusion"]["sampler"]["clip"] = true; });
-    refused({"diffusion.sampler", "unknown key 'clip'"});
+    copy.edit([](Json& table) { table["process"]["sampler"]["clip"] = true; });
+    refused({"sampler", "unknown key 'clip'"});
 }
 
-TEST_F(ManifestTest, Captions) {
-    const auto read_again = [](const std::function<void(Json&)>& change) {
-        Json table = Json::parse(std::ifstream(std::string(CAPTIONED) + "/manifest.json"));
-        change(table);
-        return parse(table.dump(), "captioned");
+// The manifest of a bundle with a change, as far as its text goes.
+Manifest changed_manifest(const char* bundle, const std::function<void(Json&)>& change) {
+    Json table = Json::parse(std::ifstream(std::string(bundle) + "/manifest.json"));
+    change(table);
+    return parse(table.dump(), "changed");
+}
+
+void refused_change(const char* bundle, const std::string& words, const std::function<void(Json&)>& change) {
+    try {
+        changed_manifest(bundle, change);
+        ADD_FAILURE() << "not refused: " << words;
+    } catch (const BundleError& error) {
+        EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+    }
+}
+
+TEST(Ports, OfEachKind) {
+    const auto same = [](Json&) {};
+    const Manifest captioned = changed_manifest(CAPTIONED, same), wave = changed_manifest(WAVE, same);
+    EXPECT_EQ(captioned.without_null(), (std::vector<std::string>{"captions"}));
+    EXPECT_EQ(captioned.port("mask")->masks, "captions");
+    EXPECT_EQ(captioned.classes(), 0);
+    EXPECT_EQ(wave.state().shape, Shape{6});
+    EXPECT_TRUE(wave.without_null().empty());
+    EXPECT_EQ(wave.end(), nullptr);
+    EXPECT_EQ(changed_manifest(VIDEO, same).state().shape, (Shape{2, 3, 4, 4}));
+    EXPECT_FALSE(changed_manifest(FREE, same).mixes_guidance());
+}
+
+TEST(Ports, Refusals) {
+    const auto bad = [](const char* words, const std::function<void(Json&)>& change) {
+        refused_change(WAVE, words, change);
     };
-    const Manifest manifest = read_again([](Json&) {});
-    EXPECT_EQ(manifest.caption_shape(), (Shape{5, 3}));
-    EXPECT_EQ(manifest.context_shape(), (Shape{5, 8}));
-    EXPECT_EQ(read(copy.folder).caption_shape(), Shape());
-    for (const char* end : {"inputs", "outputs"})
-        for (const char* shape : {"[\"n\", 5]", "[\"n\", \"l\", 3]", "[\"n\"]", "[\"n\", 5, 16777216]", "[]", "null"})
-            EXPECT_THROW(
-                read_again([&](Json& table) { table["graphs"]["context"][end][0]["shape"] = Json::parse(shape); }),
-                BundleError)
-                << end << shape;
-    EXPECT_THROW(read_again([](Json& table) { table["graphs"]["contxt"] = table["graphs"]["context"]; }), BundleError);
+    // signal, moment, words, words_mask, pooled
+    bad("state ports: got 0", [](Json& table) { table["ports"].erase(0); });
+    bad("state ports: got 2", [](Json& table) { table["ports"][4]["role"] = "state"; });
+    bad("time ports: got 0", [](Json& table) { table["ports"][1]["role"] = "condition"; });
+    bad("rank 1 or more", [](Json& table) { table["ports"][0]["shape"] = Json::array(); });
+    bad("rank 0", [](Json& table) { table["ports"][1]["shape"] = {1}; });
+    bad("role: got 'prompt'", [](Json& table) { table["ports"][4]["role"] = "prompt"; });
+    bad("dtype: got 'float16'", [](Json& table) { table["ports"][4]["dtype"] = "float16"; });
+    bad("size: got 0, expected 1 or more", [](Json& table) { table["ports"][4]["dtype"] = "int64"; });
+    bad("size: got 3, expected 0", [](Json& table) { table["ports"][4]["size"] = 3; });
+    bad("port or tensor 'words'", [](Json& table) { table["ports"][3]["name"] = "words"; });
+    bad("port or tensor 'guidance'", [](Json& table) { table["ports"][3]["name"] = "guidance"; });
+    bad("no mask", [](Json& table) { table["ports"][3]["masks"] = "wrods"; });
+    bad("no mask", [](Json& table) { table["ports"][2]["masks"] = "words_mask"; });
+    bad("no mask", [](Json& table) { table["ports"][0]["masks"] = "words"; });
+    bad("got [3], expected [5]", [](Json& table) { table["ports"][3]["masks"] = "pooled"; });
+    bad("masked port 'words'", [](Json& table) {
+        table["ports"][4] = table["ports"][3];
+        table["ports"][4]["name"] = "pooled";
+    });
+    bad("at most", [](Json& table) { table["ports"][4]["shape"] = {1 << 20, 1 << 20}; });
+    bad("at most", [](Json& table) { table["ports"][4]["shape"] = {1, 1, 1, 1, 1, 1, 1, 1, 1}; });
+    bad("null: got moment", [](Json& table) { table["null"]["moment"] = 0; });
+    bad("channels: got 7, expected 1 to 6", [](Json& table) { table["guidance"]["channels"] = 7; });
+    bad("labels: got 1 names, expected 0", [](Json& table) { table["labels"] = {"ant"}; });
+    refused_change(BUNDLE, "after all classes", [](Json& table) { table["null"]["labels"] = 0; });
+    refused_change(BUNDLE, "labels: got 5 names, expected 6", [](Json& table) { table["null"] = Json::object(); });
+}
+
+TEST(Stages, Refusals) {
+    const auto bad = [](const char* words, const std::function<void(Json&)>& change) {
+        refused_change(WAVE, words, change);
+    };
+    bad("runs: got 'sometimes'", [](Json& table) { stage(table, "summary")["runs"] = "sometimes"; });
+    bad("stages that run 'step': got 0", [](Json& table) { stage(table, "denoiser")["runs"] = "time+condition"; });
+    bad("stages that run 'step': got 2", [](Json& table) { stage(table, "context")["runs"] = "step"; });
+    bad("stage 'context' is listed", [](Json& table) { stage(table, "summary")["name"] = "context"; });
+    bad("port or tensor 'context' is listed",
+        [](Json& table) { stage(table, "summary")["gives"][0]["name"] = "context"; });
+    bad("port or tensor 'pooled' is listed",
+        [](Json& table) { stage(table, "summary")["gives"][0]["name"] = "pooled"; });
+    bad("no inputs or no outputs", [](Json& table) { stage(table, "summary")["reads"] = Json::array(); });
+    bad("stage summary (runs 'condition') reads: got context, expected one of", [](Json& table) {
+        std::swap(table["stages"][0], table["stages"][1]);  // before the stage that gives it
+    });
+    bad("stage modulation (runs 'condition') reads: got moment",
+        [](Json& table) { stage(table, "modulation")["runs"] = "condition"; });
+    bad("stage summary (runs 'time') reads", [](Json& table) { stage(table, "summary")["runs"] = "time"; });
+    bad("stage summary (runs 'condition') reads: got signal", [](Json& table) {
+        stage(table, "summary")["reads"][1] = {{"name", "signal"}, {"dtype", "float32"}, {"shape", {"rows", 6}}};
+    });
+    bad("pooled is: got float32 ['rows', 4], expected float32 ['rows', 5]",
+        [](Json& table) { stage(table, "summary")["reads"][1]["shape"][1] = 4; });
+    bad("pooled is: got int64", [](Json& table) { stage(table, "summary")["reads"][1]["dtype"] = "int64"; });
+    bad("summary is: got float32 ['n', 8]", [](Json& table) { stage(table, "summary")["gives"][0]["shape"][0] = "n"; });
+    bad("summary is: got int64", [](Json& table) { stage(table, "summary")["gives"][0]["dtype"] = "int64"; });
+    bad("stage denoiser lacks: got signal", [](Json& table) { stage(table, "denoiser")["reads"].erase(0); });
+    bad("context is: got float32 ['batch', 'groups', 3, 8]",
+        [](Json& table) { stage(table, "denoiser")["reads"][2]["shape"] = {"batch", "groups", 3, 8}; });
+    bad("gives: got prediction, sigma", [](Json& table) {
+        Json& gives = stage(table, "denoiser")["gives"];
+        gives.push_back(gives[0]);
+        gives[1]["name"] = "sigma";
+    });
+    bad("input of stage denoiser 'signal'", [](Json& table) {
+        Json& reads = stage(table, "denoiser")["reads"];
+        reads.push_back(reads[0]);
+    });
+    bad("context.onnx has no size and sha256", [](Json& table) { table["files"].erase("context.onnx"); });
+    refused_change(BUNDLE, "[3, height, width] a row",
+                   [](Json& table) { stage(table, "decoder")["gives"][0]["shape"][1] = 4; });
+    refused_change(BUNDLE, "coefficients is",
+                   [](Json& table) { stage(table, "update")["reads"][3]["shape"] = {3, 2}; });
 }
 
 TEST_F(ManifestTest, PathsThatLeaveTheBundle) {
@@ -170,7 +263,7 @@ TEST_F(ManifestTest, NoChangeEndsInAnythingElse) {
             const Json table = changed(good, place, index < odd.size() ? &odd[index] : nullptr);
             try {
                 const Manifest manifest = parse(table.dump(-1, ' ', false, Json::error_handler_t::replace), "m");
-                manifest.diffusion.betas();
+                manifest.process.betas();
                 ++read_again;
             } catch (const BundleError& error) {
                 EXPECT_GT(std::string(error.what()).size(), 10u);

@@ -1,7 +1,6 @@
 // Schedule, solvers and noise against goldens.json, which Python wrote.
 #include <gtest/gtest.h>
 
-#include "captions.hpp"
 #include "engine.hpp"
 #include "errors.hpp"
 #include "goldens.hpp"
@@ -180,38 +179,6 @@ TEST(Noise, OneSeedASample) {
         EXPECT_LE(apart(each(golden.size()), golden.get<std::vector<float>>()), NOISE_RTOL);
     EXPECT_THROW(draw({1, 2}, 3), UsageError);
     EXPECT_THROW(draw({}, 3), UsageError);
-}
-
-TEST(Captions, Examples) {
-    const Json& golden = goldens()["captions"];
-    const Captions made = examples({0, 3, 4}, {5, 4});
-    EXPECT_LE(apart(made.embeddings, golden["embeddings"].get<std::vector<float>>()), NOISE_RTOL);
-    EXPECT_EQ(made.mask, golden["mask"].get<std::vector<float>>());
-    EXPECT_GT(apart(examples({0, 3, 3}, {5, 4}).embeddings, golden["embeddings"].get<std::vector<float>>()), 0.1);
-}
-
-TEST(Captions, ShorterOnesAreFilledUp) {
-    const float numbers[] = {1, 2, 3, 4, 5, 6, 7, 8}, mask[] = {1, 0, 1, 1};
-    const Captions filled = fitting({2, 2, numbers, mask}, {3, 2}, "captions");
-    EXPECT_EQ(filled.embeddings, (std::vector<float>{1, 2, 3, 4, 0, 0, 5, 6, 7, 8, 0, 0}));
-    EXPECT_EQ(filled.mask, (std::vector<float>{1, 0, 0, 1, 1, 0}));
-    EXPECT_EQ(fitting({2, 2, numbers, nullptr}, {3, 2}, "captions").mask, (std::vector<float>{1, 1, 0, 1, 1, 0}));
-}
-
-// Those of the last samples are kept, so a run that asks for the same at each step stacks once.
-TEST(Captions, ContextsOfSomeSamples) {
-    const Context own{3, {1, 2, 3, 4, 5, 6}, {0.1f, 0.2f, 0.3f}}, one{1, {8, 9}, {0.9f}};
-    Contexts contexts(own, one);
-    const Context& both = contexts(1, 3);
-    EXPECT_EQ(both.vectors, (std::vector<float>{3, 4, 5, 6, 8, 9, 8, 9}));
-    EXPECT_EQ(both.mask, (std::vector<float>{0.2f, 0.3f, 0.9f, 0.9f}));
-    const float* kept = both.vectors.data();
-    EXPECT_EQ(contexts(1, 3).vectors.data(), kept);
-    EXPECT_EQ(contexts(0, 1).vectors, (std::vector<float>{1, 2, 8, 9}));
-    EXPECT_EQ(contexts(0, 3).vectors.size(), 12u);
-    EXPECT_EQ(Contexts(own, own)(2, 3).vectors, (std::vector<float>{5, 6, 5, 6}));
-    EXPECT_EQ(Contexts(own)(2, 3).vectors, (std::vector<float>{5, 6}));
-    EXPECT_EQ(Contexts()(0, 3).count, 0u);
 }
 
 // What stands in two languages must say the same.

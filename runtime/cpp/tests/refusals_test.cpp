@@ -95,7 +95,7 @@ TEST_P(Api, BadBundles) {
     bad("model is a list, expected a table", [](const BundleCopy& copy) {  // deeper than any stack
         const std::size_t depth = 1000000;
         copy.write("manifest.json",
-                   "{\"format\": 1, \"model\": " + std::string(depth, '[') + std::string(depth, ']') + "}");
+                   "{\"format\": 2, \"model\": " + std::string(depth, '[') + std::string(depth, ']') + "}");
     });
     bad("sha256", [](const BundleCopy& copy) {
         std::string content = copy.bytes("decoder.onnx");
@@ -107,11 +107,11 @@ TEST_P(Api, BadBundles) {
         seal(copy);
     });
     bad("conditioner has inputs", [](const BundleCopy& copy) {
-        copy.edit([](Json& table) { table["graphs"]["conditioner"]["onnx"] = "denoiser.onnx"; });
+        copy.edit([](Json& table) { stage(table, "conditioner")["onnx"] = "denoiser.onnx"; });
     });
     bad("leaves the bundle", [](const BundleCopy& copy) {
         copy.edit([](Json& table) {
-            table["graphs"]["denoiser"]["onnx"] = "../d.onnx";
+            stage(table, "denoiser")["onnx"] = "../d.onnx";
             for (const char* name : {"../d.onnx", "../d.onnx.data"})
                 table["files"][name] = {{"size", 1}, {"sha256", ""}};
         });
@@ -136,7 +136,10 @@ TEST_P(Api, BadBundles) {
 // Engines and manifests that disagree in shapes are caught before a number is read.
 TEST_P(Api, ShapesThatDisagree) {
     const BundleCopy copy;
-    copy.edit([](nlohmann::json& table) { table["graphs"]["conditioner"]["outputs"][0]["shape"] = {"pairs", 2, 9}; });
+    copy.edit([](nlohmann::json& table) {
+        stage(table, "conditioner")["gives"][0]["shape"] = {"rows", 2, 9};
+        stage(table, "denoiser")["reads"][1]["shape"] = {"groups", "batch", 2, 9};
+    });
     const Handle fresh(dit_new());
     ASSERT_EQ(dit_open(fresh.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(fresh.get());
     EXPECT_EQ(dit_generate_latents(fresh.get(), &request, numbers, std::size(numbers)), DIT_ENGINE_FAILED);
@@ -171,11 +174,12 @@ TEST_P(Api, BadReferences) {
     bad("cannot be read", [&](const BundleCopy& copy) { replace(copy, "'<i8'", "'|O8'"); });
     for (const std::string content : {"", "PK\x03\x04", "hello"})
         bad("reference.npz cannot be read", [&](const BundleCopy& copy) { copy.write("reference.npz", content); });
-    bad("fingerprint has 24 numbers, expected 20", [](const BundleCopy& copy) {
-        copy.edit([](Json& table) { table["num_classes"] = 4, table["labels"] = Json::array(); });
+    bad("it lacks condition.labels",
+        [&](const BundleCopy& copy) { replace(copy, "condition.labels", "condition.babels"); });
+    bad("fingerprint has 20 numbers, expected 24", [&](const BundleCopy& copy) { replace(copy, "(6, 4)", "(5, 4)"); });
+    bad("the decoder is gone", [](const BundleCopy& copy) {
+        copy.edit([](Json& table) { table["stages"].erase(table["stages"].size() - 1); });
     });
-    bad("the decoder is gone",
-        [](const BundleCopy& copy) { copy.edit([](Json& table) { table["graphs"].erase("decoder"); }); });
 }
 
 // One weight that is wrong: every sum is right, so only verification can notice.

@@ -16,7 +16,7 @@ TBB_ENABLE_SANITIZERS=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 LSAN_
     UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir "$folder/cpp-asan" --output-on-failure
 
 build tsan thread
-ctest --test-dir "$folder/cpp-tsan" --output-on-failure -R '^bundle$'
+ctest --test-dir "$folder/cpp-tsan" --output-on-failure -R '^(bundle|captioned|wave|video|free)$'
 # The engines are not built with ThreadSanitizer; what they do among themselves it cannot judge.
 # Their locks are not seen, so an unlock of theirs looks like one too many.
 TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1:report_mutex_bugs=0 "$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*'

@@ -18,6 +18,7 @@
  *
  * Ownership: what a function returns as `const char *` belongs to the pipeline (or to the library) and stays until the
  * next fallible call on it or dit_free; everything that is passed in stays the caller's and is not kept after the call.
+ * A dit_run belongs to its pipeline: dit_run_free comes before dit_free.
  *
  * Errors: each fallible call returns a dit_status. dit_message(pipe) then says in one sentence what, where, what was
  * expected and what to do; DIT_BUSY has no message, and the other call's must not be read while it runs. A pipeline
@@ -51,6 +52,7 @@ extern "C" {
 #endif
 
 typedef struct dit_pipeline dit_pipeline;
+typedef struct dit_run dit_run;
 
 typedef enum dit_status {
     DIT_OK = 0,
@@ -80,9 +82,9 @@ typedef struct dit_open_options {
 
 typedef struct dit_info {
     size_t struct_size;
-    int64_t num_classes;      /* labels are 0 to num_classes - 1; with captions, those of made-up ones */
+    int64_t num_classes;      /* labels are 0 to num_classes - 1; 0 where the network takes none */
     int has_labels;           /* whether classes have names */
-    int64_t latent_shape[3];  /* channels, height, width */
+    int64_t latent_shape[3];  /* channels, height, width; all 0 where the state has another rank than 3 */
     int64_t image_shape[3];   /* height, width, 3; all 0 without a decoder */
     int64_t max_batch;        /* what the denoiser takes at a time; longer requests are split */
     int64_t train_steps;      /* the most steps of a run */
@@ -90,30 +92,63 @@ typedef struct dit_info {
     const char* solver;       /* the bundle's default */
     const char* backend;      /* that the denoiser runs on here */
     const char* precision;    /* of the denoiser */
-    int64_t caption_shape[2]; /* the most tokens of a caption, and numbers a token; both 0 where there are none */
+    int64_t caption_shape[2]; /* of the port "captions": the most tokens, and numbers a token; both 0 without it */
+    int state_rank;           /* of what a run changes, such as latents */
+    int64_t state_shape[8];   /* its sizes, channels first */
 } dit_info;
 
-#define DIT_INFO_INIT {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}}
+#define DIT_INFO_INIT \
+    {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, {0, 0, 0, 0, 0, 0, 0, 0}}
+
+typedef enum dit_dtype { DIT_FLOAT32 = 0, DIT_INT64 = 1 } dit_dtype;
+
+/* An input that conditions the network: labels, prompt embeddings, masks, sizes, … */
+typedef struct dit_port {
+    size_t struct_size;
+    const char* name;
+    dit_dtype dtype;
+    int rank;          /* of a row */
+    int64_t shape[8];  /* of a row: the first size is the most tokens where a mask marks them */
+    int64_t size;      /* of DIT_INT64: values are 0 to size - 1 */
+    const char* masks; /* the port whose tokens this one marks with 1 or 0; "" where it is no mask */
+    int has_null;      /* whether guidance leads away from a constant, so that a negative is not needed */
+} dit_port;
+
+#define DIT_PORT_INIT {sizeof(dit_port), NULL, DIT_FLOAT32, 0, {0, 0, 0, 0, 0, 0, 0, 0}, 0, NULL, 0}
 
 /* Called after each evaluation of the network, of which a step of solver heun needs two; what is not 0 stops the run.
- * `latents` holds count · C · H · W numbers. It must not throw and must not call this pipeline. */
+ * `latents` holds the numbers of state_shape for each picture. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
-/* What a text encoder made of some texts, for a bundle that draws by captions. */
+/* Rows for one port. A port that another one masks takes shorter rows too; a mask that is not there is 1 for each of
+ * their tokens. */
+typedef struct dit_array {
+    size_t struct_size;
+    const char* name;        /* of the port */
+    size_t rows;             /* one a picture; of a negative one for all, or one each */
+    size_t size;             /* numbers in all, a multiple of rows */
+    const float* floats;     /* size numbers; or NULL, and */
+    const int64_t* integers; /* size numbers, which fit a port of floats too */
+} dit_array;
+
+#define DIT_ARRAY_INIT {sizeof(dit_array), NULL, 0, 0, NULL, NULL}
+
+/* What a text encoder made of some texts: the ports "captions" and "mask" of a bundle that has them. */
 typedef struct dit_captions {
     size_t struct_size;
     size_t count;            /* of texts */
     size_t tokens;           /* of each, up to dit_info.caption_shape[0]; shorter ones have a mask */
     const float* embeddings; /* count · tokens · caption_shape[1] numbers */
     const float* mask;       /* count · tokens: 1 where a text has a token, else 0; NULL: all are tokens */
+    size_t size;             /* numbers in embeddings, which is checked; 0: it is not */
 } dit_captions;
 
-#define DIT_CAPTIONS_INIT {sizeof(dit_captions), 0, 0, NULL, NULL}
+#define DIT_CAPTIONS_INIT {sizeof(dit_captions), 0, 0, NULL, NULL, 0}
 
 typedef struct dit_request {
     size_t struct_size;
     const int64_t* labels;
-    size_t count;          /* of labels, and so of pictures */
+    size_t count;          /* of labels, and so of pictures; 0 where arrays or captions say how many */
     const uint64_t* seeds; /* NULL: 0 */
     size_t num_seeds;      /* 1: one stream of noise for all, as PyTorch draws; count: one each, so that a picture does
                               not depend on its neighbours */
@@ -124,15 +159,40 @@ typedef struct dit_request {
                               NULL: the bundle's */
     const char* spacing;   /* stride, respaced, leading, trailing, linspace; NULL: the bundle's */
     double eta;            /* noise of ddim, 0 to 1 */
-    const float* latents;  /* count · C · H · W numbers to start from; NULL: the seeds' noise */
+    const float* latents;  /* for each picture the numbers of state_shape to start from; NULL: the seeds' noise */
     dit_on_step on_step;   /* NULL: none */
     void* user;            /* for on_step */
     const dit_captions* captions; /* instead of labels; count is then 0 or theirs */
     const dit_captions* negative; /* of an empty text, which guidance leads away from: one, or one a caption */
+    const dit_array* arrays;      /* conditions by port, beside labels or captions or alone */
+    size_t num_arrays;
+    const dit_array* negative_arrays; /* what guidance leads away from, where a port has no constant for that */
+    size_t num_negative_arrays;
+    size_t latents_size; /* numbers in latents, which is checked; 0: it is not */
 } dit_request;
 
-#define DIT_REQUEST_INIT \
-    {sizeof(dit_request), NULL, 0, NULL, 0, NULL, 0, 0, NULL, NULL, 0.0, NULL, NULL, NULL, NULL, NULL}
+#define DIT_REQUEST_INIT  \
+    {sizeof(dit_request), \
+     NULL,                \
+     0,                   \
+     NULL,                \
+     0,                   \
+     NULL,                \
+     0,                   \
+     0,                   \
+     NULL,                \
+     NULL,                \
+     0.0,                 \
+     NULL,                \
+     NULL,                \
+     NULL,                \
+     NULL,                \
+     NULL,                \
+     NULL,                \
+     0,                   \
+     NULL,                \
+     0,                   \
+     0}
 
 /* A pipeline without a bundle; NULL where memory is short. */
 DIT_API dit_pipeline* dit_new(void);
@@ -147,6 +207,12 @@ DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_op
 
 DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
 
+/* How many ports condition the network; 0 without a bundle. */
+DIT_API size_t dit_port_count(const dit_pipeline* pipe);
+
+/* The ports from 0 to dit_port_count - 1; start from DIT_PORT_INIT. */
+DIT_API dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port);
+
 /* The name of a class; NULL where there is none. */
 DIT_API const char* dit_label(const dit_pipeline* pipe, int64_t label);
 
@@ -156,8 +222,38 @@ DIT_API dit_status dit_find_label(dit_pipeline* pipe, const char* name, int64_t*
 /* Draws pictures, uint8 [count, height, width, 3]; `size` is in bytes. */
 DIT_API dit_status dit_generate(dit_pipeline* pipe, const dit_request* request, uint8_t* pixels, size_t size);
 
-/* Samples without decoding, float [count, channels, height, width]; `size` is in numbers. */
+/* Samples without decoding, float [count, state_shape]; `size` is in numbers. */
 DIT_API dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* request, float* latents, size_t size);
+
+/* A run that the caller steps, so that a service owns the loop and may have several under way:
+ *
+ *     dit_run* run = NULL;
+ *     int more = 1;
+ *     dit_status status = dit_run_new(pipe, &request, &run);
+ *     while (status == DIT_OK && more) status = dit_run_step(run, &more);
+ *     if (status == DIT_OK) status = dit_run_result(run, pixels, sizeof pixels);
+ *     dit_run_free(run);
+ *
+ * Its calls are calls on its pipeline: DIT_BUSY where another one is inside, and dit_message(pipe) has the sentence.
+ * dit_run_new checks the whole request and keeps what it needs of it; request.user must live as long as the run. */
+DIT_API dit_status dit_run_new(dit_pipeline* pipe, const dit_request* request, dit_run** run);
+
+/* Evaluates the network once; *more is then 1 while there is more to do, else 0. After DIT_ENGINE_FAILED the same step
+ * can be tried again. */
+DIT_API dit_status dit_run_step(dit_run* run, int* more);
+
+/* The state after the steps so far, float [count, state_shape]; `size` is in numbers. */
+DIT_API dit_status dit_run_latents(dit_run* run, float* latents, size_t size);
+
+/* Does what is left of the run and decodes it, uint8 [count, height, width, 3]; `size` is in bytes. */
+DIT_API dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size);
+
+/* The run's next step, or the end of the one that is under way, is DIT_STOPPED. Any thread may call it before
+ * dit_run_free; NULL is fine. */
+DIT_API void dit_run_cancel(dit_run* run);
+
+/* NULL is fine. Not while another call on the run is inside. */
+DIT_API void dit_run_free(dit_run* run);
 
 /* One gate of dit_verify: the value, the limit that it must not exceed, or reach where at_least is 1, and where it was
  * measured. It must not throw and must not call this pipeline. */

@@ -12,9 +12,11 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dit/dit.h"
@@ -34,7 +36,26 @@ struct OpenOptions {
     bool low_memory = false;
 };
 
-// What a text encoder made of some texts.
+// Rows for a port: floats, or integers.
+struct Array {
+    std::size_t rows = 0;  // one a picture
+    std::vector<float> floats;
+    std::vector<std::int64_t> integers;
+};
+
+using Condition = std::map<std::string, Array>;  // by port
+
+// An input that conditions the network.
+struct Port {
+    std::string name;
+    dit_dtype dtype;
+    std::vector<std::int64_t> shape;  // of a row
+    std::int64_t size;                // of integers: values are 0 to size - 1
+    std::string masks;                // the port whose tokens this one marks with 1 or 0; empty: none
+    bool has_null;                    // whether a negative for it is not needed
+};
+
+// What a text encoder made of some texts: the ports "captions" and "mask".
 struct Captions {
     std::size_t count = 0, tokens = 0;
     std::vector<float> embeddings;  // [count, tokens, numbers a token]
@@ -51,10 +72,16 @@ struct Request {
     std::vector<float> latents;  // to start from; empty: the seeds' noise
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
     std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;
-    Captions captions;  // instead of labels
-    Captions negative;  // of an empty text, for guidance: one for all, or one a caption
+    Captions captions;             // instead of labels
+    Captions negative;             // of an empty text, for guidance: one for all, or one a caption
+    Condition condition;           // by port, beside labels or captions or alone
+    Condition negative_condition;  // what guidance leads away from: one row for all, or one a picture
 
-    std::size_t count() const { return captions.count ? captions.count : labels.size(); }
+    std::size_t count() const {
+        if (captions.count) return captions.count;
+        if (!labels.empty()) return labels.size();
+        return condition.empty() ? 0 : condition.begin()->second.rows;
+    }
 };
 
 struct Images {
@@ -69,6 +96,8 @@ struct Check {
     bool passed;
     std::string where;
 };
+
+class Run;
 
 class Pipeline {
   public:
@@ -98,29 +127,49 @@ class Pipeline {
         return label;
     }
 
+    // The ports that condition the network.
+    std::vector<Port> ports() {
+        std::vector<Port> all;
+        for (std::size_t index = 0; index < dit_port_count(pipe_.get()); ++index) {
+            dit_port port = DIT_PORT_INIT;
+            check(dit_get_port(pipe_.get(), index, &port));
+            all.push_back({port.name,
+                           port.dtype,
+                           {port.shape, port.shape + port.rank},
+                           port.size,
+                           port.masks,
+                           port.has_null != 0});
+        }
+        return all;
+    }
+
+    // How many pictures it asks for; of a network that nothing conditions, one for each seed.
+    std::size_t count(const Request& request) const {
+        return dit_port_count(pipe_.get()) ? request.count() : request.seeds.size();
+    }
+
     Images generate(const Request& request) {
-        Images images;
-        images.count = request.count();
-        images.height = static_cast<std::size_t>(info_.image_shape[0]);
-        images.width = static_cast<std::size_t>(info_.image_shape[1]);
-        images.pixels.resize(images.count * images.height * images.width * 3);
+        Images images = empty_images(count(request));
         std::uint8_t none = 0;
         std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
-        run(request,
-            [&](const dit_request& given) { return dit_generate(pipe_.get(), &given, pixels, images.pixels.size()); });
+        call(request,
+             [&](const dit_request& given) { return dit_generate(pipe_.get(), &given, pixels, images.pixels.size()); });
         return images;
     }
 
-    // Without decoding: float [count, channels, height, width].
+    // Without decoding: float [count, state_shape].
     std::vector<float> generate_latents(const Request& request) {
-        std::vector<float> latents(request.count() * row());
+        std::vector<float> latents(count(request) * row());
         float none = 0;
         float* numbers = latents.empty() ? &none : latents.data();
-        run(request, [&](const dit_request& given) {
+        call(request, [&](const dit_request& given) {
             return dit_generate_latents(pipe_.get(), &given, numbers, latents.size());
         });
         return latents;
     }
+
+    // A run that the caller steps; the pipeline outlives it.
+    Run run(const Request& request);
 
     // All checks against PyTorch's reference; true where all passed. What on_check throws is thrown once they
     // are done.
@@ -135,6 +184,8 @@ class Pipeline {
     dit_pipeline* get() const { return pipe_.get(); }
 
   private:
+    friend class Run;
+
     struct Free {
         void operator()(dit_pipeline* pipe) const { dit_free(pipe); }
     };
@@ -173,20 +224,58 @@ class Pipeline {
         return captions;
     }
 
+    // Numbers of a picture's state.
     std::size_t row() const {
-        return static_cast<std::size_t>(info_.latent_shape[0] * info_.latent_shape[1] * info_.latent_shape[2]);
+        std::size_t numbers = 1;
+        for (int axis = 0; axis < info_.state_rank; ++axis)
+            numbers *= static_cast<std::size_t>(info_.state_shape[axis]);
+        return numbers;
+    }
+
+    Images empty_images(std::size_t count) const {
+        Images images;
+        images.count = count;
+        images.height = static_cast<std::size_t>(info_.image_shape[0]);
+        images.width = static_cast<std::size_t>(info_.image_shape[1]);
+        images.pixels.resize(count * images.height * images.width * 3);
+        return images;
+    }
+
+    static std::vector<dit_array> to_c(const Condition& condition) {
+        std::vector<dit_array> arrays;
+        for (const auto& entry : condition) {
+            const Array& from = entry.second;
+            dit_array array = DIT_ARRAY_INIT;
+            array.name = entry.first.c_str();
+            array.rows = from.rows;
+            array.size = from.integers.empty() ? from.floats.size() : from.integers.size();
+            if (!from.floats.empty()) array.floats = from.floats.data();
+            if (!from.integers.empty()) array.integers = from.integers.data();
+            arrays.push_back(array);
+        }
+        return arrays;
     }
 
     template <typename Generate>
-    void run(const Request& request, const Generate& generate) {
-        if (!request.latents.empty()) require("latents", request.latents.size(), request.count() * row());
+    void call(const Request& request, const Generate& generate) {
         OnStep step{request.on_step, nullptr};
+        call(request, step, generate);
+    }
+
+    // `step` stays where a run that goes on may call it.
+    template <typename Generate>
+    void call(const Request& request, OnStep& step, const Generate& generate) {
         dit_request given = DIT_REQUEST_INIT;
         if (!request.labels.empty()) given.labels = request.labels.data();
-        given.count = request.count();
+        given.count = count(request);
         const dit_captions captions = to_c("captions", request.captions), negative = to_c("negative", request.negative);
         if (captions.count) given.captions = &captions;
         if (negative.count) given.negative = &negative;
+        const std::vector<dit_array> arrays = to_c(request.condition), away = to_c(request.negative_condition);
+        if (!arrays.empty()) given.arrays = arrays.data();
+        given.num_arrays = arrays.size();
+        if (!away.empty()) given.negative_arrays = away.data();
+        given.num_negative_arrays = away.size();
         given.seeds = request.seeds.data();
         given.num_seeds = request.seeds.size();
         given.guidance = request.guidance.data();
@@ -196,11 +285,16 @@ class Pipeline {
         if (!request.spacing.empty()) given.spacing = request.spacing.c_str();
         given.eta = request.eta;
         if (!request.latents.empty()) given.latents = request.latents.data();
+        given.latents_size = request.latents.size();
         if (request.on_step) given.on_step = &Pipeline::on_step;
         given.user = &step;
         const dit_status status = generate(given);
-        if (step.thrown) std::rethrow_exception(step.thrown);
+        rethrow(step);
         check(status);
+    }
+
+    static void rethrow(OnStep& step) {
+        if (const std::exception_ptr thrown = std::exchange(step.thrown, nullptr)) std::rethrow_exception(thrown);
     }
 
     static int on_step(int number, int steps, const double* latents, std::size_t size, void* user) {
@@ -226,6 +320,67 @@ class Pipeline {
     std::unique_ptr<dit_pipeline, Free> pipe_;
     dit_info info_ = DIT_INFO_INIT;
 };
+
+// One run, a step at a time.
+class Run {
+  public:
+    Run(Pipeline& pipe, const Request& request)
+        : pipe_(pipe), count_(pipe.count(request)), call_(std::make_unique<Call>(request.on_step)) {
+        dit_run* made = nullptr;
+        pipe_.call(request, call_->step,
+                   [&](const dit_request& given) { return dit_run_new(pipe_.get(), &given, &made); });
+        run_.reset(made);
+    }
+
+    // Evaluates the network once; true while there is more to do.
+    bool step() {
+        int more = 0;
+        finish(dit_run_step(run_.get(), &more));
+        return more != 0;
+    }
+
+    // The state after the steps so far.
+    std::vector<float> latents() {
+        std::vector<float> numbers(count_ * pipe_.row());
+        finish(dit_run_latents(run_.get(), numbers.data(), numbers.size()));
+        return numbers;
+    }
+
+    // Does what is left of the run and decodes it.
+    Images result() {
+        Images images = pipe_.empty_images(count_);
+        std::uint8_t none = 0;
+        std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
+        finish(dit_run_result(run_.get(), pixels, images.pixels.size()));
+        return images;
+    }
+
+    // Any thread may call it.
+    void cancel() { dit_run_cancel(run_.get()); }
+
+  private:
+    struct Free {
+        void operator()(dit_run* run) const { dit_run_free(run); }
+    };
+
+    struct Call {
+        explicit Call(decltype(Request::on_step) given) : function(std::move(given)), step{function, nullptr} {}
+        const decltype(Request::on_step) function;
+        Pipeline::OnStep step;
+    };
+
+    void finish(dit_status status) {
+        Pipeline::rethrow(call_->step);
+        pipe_.check(status);
+    }
+
+    Pipeline& pipe_;
+    std::size_t count_;
+    std::unique_ptr<Call> call_;  // before the run, which may call it
+    std::unique_ptr<dit_run, Free> run_;
+};
+
+inline Run Pipeline::run(const Request& request) { return Run(*this, request); }
 
 }  // namespace dit
 

@@ -1,0 +1,169 @@
+#include "memo.hpp"
+
+#include <algorithm>
+
+#include "errors.hpp"
+
+namespace dit_runtime {
+namespace {
+
+template <typename T>
+void add_new(std::vector<T>& values, const T& value) {
+    if (std::find(values.begin(), values.end(), value) == values.end()) values.push_back(value);
+}
+
+template <typename T>
+void append_row(std::vector<T>& to, const T* values, std::size_t row, std::size_t size) {
+    to.insert(to.end(), values + row * size, values + (row + 1) * size);
+}
+
+}  // namespace
+
+Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Condition& own, const Condition& null,
+           std::size_t budget)
+    : manifest_(manifest), run_(std::move(run)), rows_(stack(own, null)), own_rows_(own.rows), null_rows_(null.rows) {
+    for (const double t : timesteps) times_.push_back(static_cast<float>(t));
+    const std::vector<float> asked = times_;
+    std::sort(times_.begin(), times_.end());
+    times_.erase(std::unique(times_.begin(), times_.end()), times_.end());
+    for (const float t : asked)
+        time_of_step_.push_back(
+            static_cast<std::size_t>(std::lower_bound(times_.begin(), times_.end(), t) - times_.begin()));
+
+    std::size_t bytes = 0;  // of a timestep
+    for (const Stage& stage : manifest_.stages) {
+        if (!stage.before_loop()) continue;
+        Held held{&stage, stage.runs != "condition", {}, {}, {}, {}};
+        for (const TensorSpec& spec : stage.reads) {
+            const Held* const source = giver(spec.name);
+            if (source)
+                for (const auto& port : source->ports) add_new(held.ports, port);
+            else if (manifest_.port(spec.name)->role == "condition")
+                add_new(held.ports, spec.name);
+        }
+        held.numbers = unique_rows(rows_, held.ports);
+        for (std::size_t row = 0; row < rows_.rows; ++row)
+            if (held.numbers[row] == held.examples.size()) held.examples.push_back(row);
+        for (const TensorSpec& spec : stage.gives)
+            if (held.timed) bytes += count(spec.row()) * sizeof(float) * held.examples.size();
+        held_.push_back(std::move(held));
+    }
+    window_ = bytes ? std::max<std::size_t>(1, budget / bytes) : times_.size();
+    for (Held& held : held_) {
+        Pairs pairs;
+        for (const std::size_t row : held.examples) pairs.emplace_back(0, row);
+        if (!held.timed) this->run(held, pairs);
+    }
+}
+
+const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups) {
+    const std::size_t time = time_of_step_.at(step);
+    if (!places_.count(time)) fill(step);
+    Pairs pairs;
+    if (groups != Groups::NULLS)
+        for (std::size_t sample = first; sample < last; ++sample) pairs.emplace_back(time, sample);
+    if (groups != Groups::OWN && null_rows_)
+        for (std::size_t sample = first; sample < last; ++sample)
+            pairs.emplace_back(time, own_rows_ + (null_rows_ == 1 ? 0 : sample));
+    const bool same = first == first_ && last == last_ && groups == groups_;
+    const auto batch = static_cast<std::int64_t>(last - first);
+    for (const TensorSpec& spec : manifest_.step().reads) {
+        if (!spec.starts("groups") || (same && !timed(spec.name))) continue;
+        inputs_.erase(spec.name);  // before there is another
+        Tensor& tensor = inputs_[spec.name] = gather(spec, pairs);
+        tensor.shape[0] = batch;
+        tensor.shape.insert(tensor.shape.begin(), static_cast<std::int64_t>(pairs.size()) / batch);
+    }
+    first_ = first, last_ = last, groups_ = groups;
+    return inputs_;
+}
+
+// Replaces the window by the timesteps from `step` on.
+void Memo::fill(std::size_t step) {
+    std::vector<std::size_t> times;
+    for (std::size_t next = step; next < time_of_step_.size() && times.size() < window_; ++next)
+        add_new(times, time_of_step_[next]);
+    places_.clear();
+    for (const std::size_t time : times) places_.emplace(time, places_.size());
+    for (Held& held : held_)
+        if (held.timed) held.tensors.clear();
+    for (Held& held : held_) {
+        if (!held.timed) continue;
+        Pairs pairs;
+        for (const std::size_t time : times)
+            for (const std::size_t row : held.examples) pairs.emplace_back(time, row);
+        run(held, pairs);
+    }
+}
+
+// Runs the stage for these pairs, as many at a time as it takes.
+void Memo::run(Held& held, const Pairs& pairs) {
+    const Stage& stage = *held.stage;
+    for (const TensorSpec& spec : stage.gives) held.tensors[spec.name].reserve(pairs.size() * count(spec.row()));
+    const auto size = static_cast<std::size_t>(stage.max_batch);
+    for (std::size_t first = 0; first < pairs.size(); first += size) {
+        const auto begin = pairs.begin() + static_cast<std::ptrdiff_t>(first);
+        const Pairs part(begin, begin + static_cast<std::ptrdiff_t>(std::min(size, pairs.size() - first)));
+        std::vector<Tensor> tensors;
+        std::vector<Input> inputs;
+        for (const TensorSpec& spec : stage.reads) tensors.push_back(gather(spec, part));
+        for (std::size_t index = 0; index < tensors.size(); ++index)
+            inputs.push_back(tensors[index].input(stage.reads[index].name));
+        const auto answer = run_(stage, inputs, part.size());
+        for (const TensorSpec& spec : stage.gives) {
+            const std::vector<float>& rows = answer.at(spec.name);
+            const std::size_t expected = part.size() * count(spec.row());
+            if (rows.size() != expected)
+                throw EngineError(
+                    text("the ", stage.name, "'s ", spec.name, " has ", rows.size(), " numbers, expected ", expected));
+            std::vector<float>& all = held.tensors[spec.name];
+            all.insert(all.end(), rows.begin(), rows.end());
+        }
+    }
+}
+
+// The stage that gives the tensor; NULL where a port does.
+const Memo::Held* Memo::giver(const std::string& tensor) const {
+    for (const Held& held : held_)
+        if (find(held.stage->gives, tensor)) return &held;
+    return nullptr;
+}
+
+bool Memo::timed(const std::string& tensor) const {
+    const Held* const source = giver(tensor);
+    return source ? source->timed : manifest_.port(tensor)->role == "time";
+}
+
+// A tensor's rows for these pairs, [pairs, ...].
+Tensor Memo::gather(const TensorSpec& spec, const Pairs& pairs) const {
+    Tensor tensor{spec.row()};
+    const std::size_t size = count(tensor.shape);
+    tensor.shape.insert(tensor.shape.begin(), static_cast<std::int64_t>(pairs.size()));
+    const Held* const source = giver(spec.name);
+    const Port* const port = source ? nullptr : manifest_.port(spec.name);
+    (spec.dtype == "int64" ? tensor.integers.reserve(size * pairs.size()) : tensor.floats.reserve(size * pairs.size()));
+    for (const auto& [time, row] : pairs) {
+        if (source) {
+            const std::size_t place = source->timed ? places_.at(time) : 0;
+            append_row(tensor.floats, source->tensors.at(spec.name).data(),
+                       place * source->examples.size() + source->numbers[row], size);
+        } else if (port->role == "time") {
+            tensor.floats.push_back(times_[time]);
+        } else if (spec.dtype == "int64") {
+            append_row(tensor.integers, rows_.arrays.at(spec.name).integers.data(), row, size);
+        } else {
+            append_row(tensor.floats, rows_.arrays.at(spec.name).floats.data(), row, size);
+        }
+    }
+    return tensor;
+}
+
+std::size_t Memo::held() const {
+    std::size_t bytes = 0;
+    for (const Held& held : held_)
+        for (const auto& entry : held.tensors)
+            if (held.timed) bytes += entry.second.size() * sizeof(float);
+    return bytes;
+}
+
+}  // namespace dit_runtime

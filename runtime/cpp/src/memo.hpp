@@ -1,0 +1,72 @@
+// The stages before the loop: each runs once for each distinct timestep, row of conditions, or pair of both that it
+// depends on. Mirrors dit_runtime/conditions/memo.py.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "condition.hpp"
+
+namespace dit_runtime {
+
+// A stage's tensors for so many rows, by name.
+using RunStage = std::function<std::map<std::string, std::vector<float>>(
+    const Stage& stage, const std::vector<Input>& inputs, std::size_t rows)>;
+
+inline constexpr std::size_t MEMO_BYTES = 256u << 20;  // of XL/2's 783 kB a (t, label) that is 342
+
+// Which conditions the step's inputs hold: with both, a sample's own come first.
+enum class Groups { BOTH, OWN, NULLS };
+
+// The step's inputs for a run's evaluations, in windows of timesteps that stay below the budget. What depends on no
+// timestep is held for the whole run.
+class Memo {
+  public:
+    // `null` is what guidance leads away from: no row without guidance, one for all, or one for each of `own`.
+    Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Condition& own,
+         const Condition& null = {}, std::size_t budget = MEMO_BYTES);
+
+    // [G, B, ...] for the samples from `first` to before `last` at an evaluation, by tensor; they stay until the next
+    // call. Those without a timestep are stacked once for the same samples, XL/2's 62 MB of a caption for each.
+    const Arrays& operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups = Groups::BOTH);
+
+    bool guided() const { return null_rows_ > 0; }
+    std::size_t held() const;  // bytes of the tensors that have a timestep
+
+  private:
+    using Pairs = std::vector<std::pair<std::size_t, std::size_t>>;  // a timestep's number and a row
+
+    // What a stage gave: rows by window's timestep and by value of the conditions that it depends on.
+    struct Held {
+        const Stage* stage;
+        bool timed;
+        std::vector<std::string> ports;     // the condition ports that it depends on
+        std::vector<std::size_t> numbers;   // of each row's value among the distinct ones
+        std::vector<std::size_t> examples;  // by number: a row that has the value
+        std::map<std::string, std::vector<float>> tensors;
+    };
+
+    void fill(std::size_t step);
+    void run(Held& held, const Pairs& pairs);
+    const Held* giver(const std::string& tensor) const;
+    bool timed(const std::string& tensor) const;
+    Tensor gather(const TensorSpec& spec, const Pairs& pairs) const;
+
+    const Manifest& manifest_;
+    RunStage run_;
+    Condition rows_;  // own, then null
+    std::size_t own_rows_, null_rows_;
+    std::vector<float> times_;  // distinct, ascending
+    std::vector<std::size_t> time_of_step_;
+    std::size_t window_ = 0;                     // timesteps held at a time
+    std::map<std::size_t, std::size_t> places_;  // in the window, by timestep
+    std::vector<Held> held_;                     // by stage before the loop, in their order
+    Arrays inputs_;                              // of the last call
+    std::size_t first_ = 0, last_ = 0;           // its samples
+    Groups groups_ = Groups::BOTH;
+};
+
+}  // namespace dit_runtime

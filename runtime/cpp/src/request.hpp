@@ -1,0 +1,45 @@
+// What a user asks for, and its checks against a manifest, without an engine. Mirrors dit_runtime/request.py.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "condition.hpp"
+#include "solvers.hpp"
+
+namespace dit_runtime {
+
+// Called after each evaluation of the network; true stops the run.
+using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
+
+struct Request {
+    std::vector<std::int64_t> labels;  // class numbers: rows of the port "labels"
+    Arrays condition;                  // by port
+    Arrays negative;                   // what guidance leads away from: one row, or one for each picture
+    std::size_t count = 0;             // of pictures, where no condition says it; 0: one for each seed
+    std::int64_t steps = 25;
+    std::vector<float> guidance = {4.0f};    // one, or one a picture
+    std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
+    std::string solver, spacing;             // empty: the bundle's
+    double eta = 0.0;
+    std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
+    OnStep on_step;
+};
+
+// A request that a bundle can answer.
+struct Checked {
+    Condition own, null;         // null has no rows without guidance
+    std::vector<float> weights;  // of guidance, (N,)
+    std::string solver;
+    Array timesteps;  // of each evaluation
+};
+
+// Refuses what this bundle does not take, before any work is done.
+Checked check(const Manifest& manifest, const Request& request);
+
+// The class of a name ("golden retriever", one of its synonyms, or "207").
+std::int64_t class_number(const Manifest& manifest, const std::string& label);
+
+}  // namespace dit_runtime

@@ -1,0 +1,50 @@
+#include "run.hpp"
+
+#include "errors.hpp"
+#include "pipeline.hpp"
+
+namespace dit_runtime {
+
+Run::Run(Pipeline& pipe, const Request& request)
+    : pipe_(pipe), checked_(check(pipe.manifest, request)), on_step_(request.on_step) {
+    const Draw draw = dit_runtime::draw(request.seeds, count());
+    const std::vector<float> x =
+        request.latents ? *request.latents : draw(count() * dit_runtime::count(pipe.manifest.state().shape));
+    const auto solve = [process = pipe.manifest.process, solver = checked_.solver, steps = request.steps,
+                        start = Array(x.begin(), x.end()), draw, eta = request.eta,
+                        spacing = request.spacing](const Denoise& denoise) {
+        return dit_runtime::solve(process, solver, steps, start, draw, denoise, eta, spacing);
+    };
+    stepper_ = std::make_unique<Stepper>(solve);
+}
+
+bool Run::step() {
+    require_going();
+    if (!stepper_->asks()) return false;
+    if (!memo_) memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.own, checked_.null));
+    const double t = stepper_->t();
+    const auto index = static_cast<std::size_t>(done_);
+    const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
+        return (*memo_)(index, first, last);
+    };
+    Prediction answer = pipe_.denoise({state().begin(), state().end()}, inputs, checked_.weights);
+    if (!all_finite(answer.prediction))
+        throw EngineError(text("step ", done_ + 1, " (t = ", t, "): the ", pipe_.manifest.step().name,
+                               "'s prediction holds values not finite"));
+    stepper_->send(std::move(answer));
+    ++done_;
+    if (on_step_ && on_step_(done_, steps(), state())) cancel();
+    if (cancelled_) require_going();
+    return stepper_->asks();
+}
+
+std::vector<float> Run::latents() {
+    while (step()) continue;
+    return {state().begin(), state().end()};
+}
+
+void Run::require_going() const {
+    if (cancelled_) throw Stopped(text("stopped after step ", done_, " of ", steps()));
+}
+
+}  // namespace dit_runtime

@@ -1,0 +1,160 @@
+// Runs that the caller steps, through the C ABI and its C++ face.
+#include <filesystem>
+#include <memory>
+#include <thread>
+
+#include "api.hpp"
+#include "dit/dit.hpp"
+
+namespace {
+
+struct FreeRun {
+    void operator()(dit_run* run) const { dit_run_free(run); }
+};
+using RunHandle = std::unique_ptr<dit_run, FreeRun>;
+
+class Stepped : public Api {
+  protected:
+    RunHandle begin() {
+        dit_run* run = nullptr;
+        EXPECT_EQ(dit_run_new(pipe.get(), &request, &run), DIT_OK) << dit_message(pipe.get());
+        return RunHandle(run);
+    }
+
+    std::vector<float> state(const RunHandle& run) {
+        std::vector<float> state(request.count * NUMBERS);
+        EXPECT_EQ(dit_run_latents(run.get(), state.data(), state.size()), DIT_OK) << dit_message(pipe.get());
+        return state;
+    }
+};
+
+INSTANTIATE_TEST_SUITE_P(Engines, Stepped, ::testing::Values("onnxruntime", "openvino"));
+
+TEST_P(Stepped, IsWhatARunAtOnceIs) {
+    for (const char* solver : {"ddim", "ddpm", "dpm++3"}) {
+        request.solver = solver;
+        const std::vector<float> whole = latents();
+        const RunHandle run = begin();
+        const std::vector<float> noise = state(run);
+        int more = 0, steps = 0;
+        do {
+            ASSERT_EQ(dit_run_step(run.get(), &more), DIT_OK) << dit_message(pipe.get());
+            ++steps;
+        } while (more);
+        EXPECT_EQ(steps, 4);
+        EXPECT_EQ(state(run), whole) << solver;
+        EXPECT_NE(noise, whole);
+        EXPECT_EQ(dit_run_step(run.get(), &more), DIT_OK);  // nothing is left to do
+        EXPECT_EQ(more, 0);
+        EXPECT_EQ(state(run), whole);
+    }
+}
+
+// A service has several runs under way; what a caller does between two steps changes nothing.
+TEST_P(Stepped, RunsTakeTurns) {
+    std::vector<std::vector<float>> expected;
+    std::vector<RunHandle> runs;
+    const uint64_t seeds[3] = {5, 6, 7};
+    request.num_seeds = 1;
+    for (const uint64_t& seed : seeds) {
+        request.seeds = &seed;
+        expected.push_back(latents());
+        runs.push_back(begin());
+    }
+    int more = 1;
+    for (int step = 0; step < 3; ++step)
+        for (const RunHandle& run : runs) EXPECT_EQ(dit_run_step(run.get(), &more), DIT_OK);
+    runs[1].reset();  // left half way
+    for (const std::size_t index : {std::size_t{0}, std::size_t{2}}) {
+        EXPECT_EQ(dit_run_step(runs[index].get(), &more), DIT_OK);
+        EXPECT_EQ(more, 0);
+        EXPECT_EQ(state(runs[index]), expected[index]);
+    }
+}
+
+TEST_P(Stepped, AResultDoesWhatIsLeft) {
+    ASSERT_EQ(dit_generate(pipe.get(), &request, pixels, sizeof pixels), DIT_OK) << dit_message(pipe.get());
+    const std::vector<uint8_t> whole(pixels, pixels + 2 * PIXELS);
+    const RunHandle run = begin();
+    int more = 0;
+    EXPECT_EQ(dit_run_step(run.get(), &more), DIT_OK);
+    EXPECT_EQ(dit_run_result(run.get(), pixels, sizeof pixels), DIT_OK) << dit_message(pipe.get());
+    EXPECT_EQ(std::vector<uint8_t>(pixels, pixels + 2 * PIXELS), whole);
+}
+
+TEST_P(Stepped, Cancel) {
+    const RunHandle run = begin();
+    int more = 0;
+    EXPECT_EQ(dit_run_step(run.get(), &more), DIT_OK);
+    const std::vector<float> before = state(run);
+    std::thread([&] { dit_run_cancel(run.get()); }).join();
+    refused(dit_run_step(run.get(), &more), DIT_STOPPED, "stopped after step 1 of 4");
+    refused(dit_run_result(run.get(), pixels, sizeof pixels), DIT_STOPPED, "stopped after step 1 of 4");
+    EXPECT_EQ(state(run), before);
+}
+
+TEST_P(Stepped, Refusals) {
+    dit_run* none = nullptr;
+    refused(dit_run_new(pipe.get(), nullptr, &none), DIT_BAD_ARGUMENT, "dit_request is NULL");
+    refused(dit_run_new(pipe.get(), &request, nullptr), DIT_BAD_ARGUMENT, "run is NULL");
+    request.steps = -1;
+    refused(dit_run_new(pipe.get(), &request, &none), DIT_BAD_ARGUMENT, "steps is -1");
+    request.steps = 4;
+    request.count = SIZE_MAX;
+    refused(dit_run_new(pipe.get(), &request, &none), DIT_BAD_ARGUMENT, "no memory holds that many");
+    EXPECT_EQ(none, nullptr);
+    request.count = 2;
+    const RunHandle run = begin();
+    refused(dit_run_step(run.get(), nullptr), DIT_BAD_ARGUMENT, "more is NULL");
+    refused(dit_run_latents(run.get(), numbers, 63), DIT_BUFFER_TOO_SMALL, "expected 64");
+    refused(dit_run_latents(run.get(), nullptr, 64), DIT_BAD_ARGUMENT, "latents is NULL");
+    refused(dit_run_result(run.get(), pixels, sizeof pixels - 1), DIT_BUFFER_TOO_SMALL, "expected 6144");
+    int more = 0;
+    EXPECT_EQ(dit_run_step(nullptr, &more), DIT_BAD_ARGUMENT);
+    dit_run_cancel(nullptr);
+    dit_run_free(nullptr);
+    const Handle empty(dit_new());
+    EXPECT_EQ(dit_run_new(empty.get(), &request, &none), DIT_BAD_ARGUMENT);
+}
+
+TEST_P(Stepped, LowMemoryTakesTurnsToo) {
+    const std::vector<float> expected = latents();
+    options.low_memory = 1;
+    const Handle lean(dit_new());
+    ASSERT_EQ(dit_open(lean.get(), BUNDLE, &options), DIT_OK) << dit_message(lean.get());
+    dit_run* made = nullptr;
+    ASSERT_EQ(dit_run_new(lean.get(), &request, &made), DIT_OK);
+    const RunHandle run(made);
+    int more = 1;
+    while (more) ASSERT_EQ(dit_run_step(run.get(), &more), DIT_OK) << dit_message(lean.get());
+    std::vector<float> state(2 * NUMBERS);
+    ASSERT_EQ(dit_run_latents(run.get(), state.data(), state.size()), DIT_OK);
+    for (std::size_t i = 0; i < state.size(); ++i) EXPECT_NEAR(state[i], expected[i], 1e-5);
+}
+
+TEST(Face, ARunIsStepped) {
+    dit::Pipeline pipe(BUNDLE);
+    dit::Request request;
+    request.labels = {1, 3};
+    request.steps = 3;
+    int seen = 0;
+    request.on_step = [&](int, int, const double*, std::size_t) { return ++seen == 99; };
+    dit::Run run = pipe.run(request);
+    EXPECT_TRUE(run.step());
+    dit::Run moved = std::move(run);
+    EXPECT_TRUE(moved.step());
+    EXPECT_FALSE(moved.step());
+    EXPECT_EQ(seen, 3);
+    EXPECT_EQ(moved.latents(), pipe.generate_latents(request));
+    EXPECT_EQ(moved.result().pixels, pipe.generate(request).pixels);
+    dit::Run other = pipe.run(request);
+    other.cancel();
+    EXPECT_THROW(other.step(), dit::Error);
+    request.on_step = [](int, int, const double*, std::size_t) -> bool { throw std::out_of_range("mine"); };
+    dit::Run third = pipe.run(request);
+    EXPECT_THROW(third.step(), std::out_of_range);
+    request.labels = {9};
+    EXPECT_THROW(pipe.run(request), dit::Error);
+}
+
+}  // namespace
