@@ -8,7 +8,7 @@ MODEL ?=
 RECIPE ?=
 # Values are quoted: paths may hold spaces. SYNTHETIC=1 takes seed 0; SYNTHETIC=0 or nothing takes real weights.
 FLAGS = $(if $(CONDITIONING),--conditioning '$(CONDITIONING)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--precision '$(PRECISION)') \
-	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CAPTIONS),--captions '$(CAPTIONS)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
+	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CONDITIONS),--conditions '$(CONDITIONS)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(PREDICTION),--prediction '$(PREDICTION)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
@@ -33,7 +33,7 @@ help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
 	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
-	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CAPTIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
+	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CONDITIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
 	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make bench-gpu MODEL=XL/2      the same on an NVIDIA GPU"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_export.spec import Recipe
+from dit_export.networks.spec import Recipe
 
 from dit_export.bundle.build import build
 from dit_export.demo import run, score, store
