@@ -189,7 +189,7 @@ def test_samples_from_files(meta, tmp_path, capsys):
         (["--count", "100"], "pass --features FILE.onnx"),
         (["--real", "other-width.npz"], "2000 pictures need a network .* pass --features FILE.onnx"),
         (["--features", "judge.onnx", "--count", "0"], "at least 100"),
-        (["--features", "judge.onnx", "--real", "other-width.npz"], "7 features a picture in --real, 48 in what"),
+        (["--features", "judge.onnx", "--real", "other-width.npz"], "this bundle has no decoder"),
         (["--samples", "narrow.npz", "--real", "other-width.npz"], "7 features a picture in --real, 5 in what"),
         (["--samples", "narrow.npz", "--real", "no-square.npz"], "mu is \\[7\\] and sigma \\[7\\]"),
         (["--samples", "pictures.npz"], "pass --features FILE.onnx"),
