@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dit_runtime.captions import examples
 
 from dit_runtime import backends, verify
 from dit_runtime.errors import UsageError
