@@ -257,11 +257,13 @@ def _require_tables(path: Path, judged: Judged) -> None:
             )
 
 
-def add_judge(folder: Path, network: Path, real: Gaussian) -> None:
-    """Put an ONNX judge and what it says of real pictures into a bundle, and name both in its manifest."""
-    contract, names = manifest.read(folder), {"features": "judge.onnx", "real": "judge.npz"}
+def add_judge(folder: Path, network: Path, real: Gaussian | None = None) -> None:
+    """Put an ONNX judge, and what it says of real pictures, into a bundle, and name both in its manifest."""
+    contract, names = manifest.read(folder), {"features": "judge.onnx"}
     shutil.copyfile(network, folder / names["features"])
-    np.savez(folder / names["real"], mu=real.mean, sigma=real.covariance)
+    if real is not None:
+        names["real"] = "judge.npz"
+        np.savez(folder / names["real"], mu=real.mean, sigma=real.covariance)
     files = {**contract.files, **{name: manifest.describe(folder / name) for name in names.values()}}
     manifest.write(folder, replace(contract, files=files, built_with={**contract.built_with, "judge": names}))
 

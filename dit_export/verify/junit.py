@@ -17,7 +17,8 @@ def xml(name: str, figures: Sequence[Figure], located: Sequence[str]) -> str:
         seen: dict[str, int] = {}
         for figure in same:  # a case has the same name in every run, so that CI can follow it
             seen[figure.metric] = number = seen.get(figure.metric, 0) + 1
-            title = f"{figure.metric}, {'number' if figure.step is None else 'step'} {number}"
+            place = f"number {number}" if figure.step is None else f"step {figure.step}"
+            title = f"{figure.metric}, {place}"
             case = ElementTree.SubElement(suite, "testcase", {"classname": f"{name}.{stage}", "name": title})
             if figure.passed:
                 ElementTree.SubElement(case, "system-out").text = sentence(figure)
