@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from dit_export.demo.score import Score
 from dit_export.demo.vit import ViT
 from dit_export.graph import trace
 from dit_export.recipe import Recipe
-from dit_export.verify import report
+from dit_export.verify import features, report
 from dit_export.verify.check import Built
+from dit_export.verify.distribution import fit
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
@@ -55,6 +57,7 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
         name = f"demo-{precision}"
         recipe = Recipe(checkpoint=str(weights), precision=precision, max_batch=BATCH, output=str(folder / name))
         built = build(recipe, progress)
+        _add_judge(built.folder, weights, real)
         grid = built.folder.with_name(f"{built.folder.name}-grid.png")
         with progress.stage(f"{name}: {count} pictures before the judge"), Pipeline.load(built.folder) as pipe:
             pictures = sample(pipe, labels, seed=1)
@@ -66,6 +69,14 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
         page = report.page(one.name, manifest.read(one.built.folder), one.built)
         report.write(one.built.folder / report.NAME, one.built.folder, replace(page, exhibits=sheets))
     return shown
+
+
+def _add_judge(folder: Path, weights: Path, real: score.Floats) -> None:
+    """Give a bundle the judge that `dit-export verify --count N` asks."""
+    with tempfile.TemporaryDirectory(prefix="dit-demo-") as temporary:
+        network = Path(temporary) / "judge.onnx"
+        export_judge(weights, network)
+        features.add_judge(folder, network, fit(real))
 
 
 def _said(result: Score) -> str:
