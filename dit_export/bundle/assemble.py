@@ -262,7 +262,7 @@ def build_scratch_bundle(
 ) -> Manifest:
     """Write a bundle without a reference and without a proof: to measure, never to ship."""
     folder.mkdir()
-    own = traced or folder / "traced"
+    own = traced or folder.with_name(f"{folder.name}.traced")
     if not own.exists():
         trace_graphs(own, loaded, decoder, progress)
     backend = backends.choose(recipe.backend, recipe.precision)

@@ -64,8 +64,7 @@ def add_layer_taps(graph: gs.Graph, layers: Sequence[Layer], rng: np.random.Gene
     """Add the outputs that calibration reads."""
     tokens = [int(one.x.shape[1]) for one in layers]
     places = [np.sort(rng.choice(count, min(TOKENS, count), replace=False)) for count in tokens]
-    # ONNX Runtime runs first what stands last, so that no tensor waits for its tap.
-    for one, chosen in reversed(list(zip(layers, places, strict=True))):
+    for one, chosen in zip(layers, places, strict=True):
         sample = layer(graph, "Gather", [one.x, chosen], f"{one.name}{SAMPLE}", axis=1)
         taps = [(sample, ["rows", len(chosen), one.x.shape[-1]])]
         for tensor, end in ((one.x, LARGEST), (one.y, OUTPUT)) if one.scored else ((one.x, LARGEST),):

@@ -114,7 +114,7 @@ def find_overflows(peaks: Mapping[str, float], precision: str) -> dict[str, floa
 
 def add_peak_taps(graph: gs.Graph, tensors: Sequence[gs.Variable]) -> None:
     """Add an output for the largest magnitude of each of the tensors."""
-    for tensor in reversed(tensors):  # ONNX Runtime runs first what stands last, so that no tensor waits for its tap
+    for tensor in tensors:
         magnitude = layer(graph, "Abs", [tensor], f"{tensor.name}/magnitude")
         peak = layer(graph, "ReduceMax", [magnitude], tensor.name + PEAK, keepdims=0)
         peak.dtype, peak.shape = np.dtype(np.float32), []

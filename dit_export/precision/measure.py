@@ -107,8 +107,17 @@ def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator
     tensors = half_tensors(graph) if half else []
     for rewrite in LOWERINGS[BACKEND]:
         rewrite(graph)
+    count = len(graph.nodes)
+    place = {id(tensor): index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
     add_layer_taps(graph, gemms, rng)
     add_peak_taps(graph, tensors)
+
+    def made(tap: gs.Node) -> int:
+        (source,) = tap.inputs[0].inputs or [None]
+        return place.get(id(tap.inputs[0]), -1) if source is None or id(tap.inputs[0]) in place else made(source)
+
+    # ONNX Runtime runs first what stands last, so that no tensor waits for its tap.
+    graph.nodes[count:] = sorted(graph.nodes[count:], key=made, reverse=True)
 
 
 class RecordingEngine:
