@@ -12,13 +12,13 @@ import torch
 
 import dit_export.bundle.build
 import dit_runtime.verify
-from dit_export.bundle.build import Built
 from dit_export.cli import main
 from dit_export.recipe import Recipe
+from dit_export.verify.check import Built, summary
 from dit_runtime import UsageError
 from dit_runtime.backends import Tuning
 from dit_runtime.bundle import manifest
-from dit_runtime.verify import Check
+from dit_runtime.verify import Figure
 from tests import conftest
 from tests.conftest import HEADS, meta_state
 
@@ -41,7 +41,7 @@ def test_a_failed_gate_replaces_nothing(
     failed = meta_copy.with_name(meta_copy.name + ".failed")
     assert f"the bundle that failed: {failed}" in capsys.readouterr().out
     parity = json.loads((failed / "parity.json").read_text())
-    assert {check["name"] for check in parity["checks"] if not check["passed"]} == {"free run, rel-L2"}
+    assert {check["name"] for check in parity["checks"] if not check["passed"]} == {"run: latents, rel-L2"}
     assert not manifest.read(failed).parity["passed"]
     assert sorted(path.name for path in meta_copy.parent.iterdir()) == [meta_copy.name, failed.name]
 
@@ -69,7 +69,7 @@ def test_weights_that_hear_nothing_are_reported(
     checkpoint[2] = str(tmp_path / "deaf.pt")
     assert main([*checkpoint, "-o", str(tmp_path / "bundle")]) == 0
     warning = capsys.readouterr().err
-    assert "these weights hardly react" in warning and "proof: another label: 0, expected 0.001" in warning
+    assert "these weights hardly react" in warning and "another condition, rel-L2: 0, expected 0.001" in warning
     assert manifest.read(tmp_path / "bundle").parity["proof"] == "insensitive"
     parity = json.loads((tmp_path / "bundle" / "parity.json").read_text())
     assert [figure["passed"] for figure in parity["proof_figures"]] == [False] * 3
@@ -77,8 +77,8 @@ def test_weights_that_hear_nothing_are_reported(
 
 
 def test_the_summary_hides_no_nan() -> None:
-    checks = [Check("a", 0.1, 1), Check("a", math.nan, 1), Check("b", 0.1, 1), Check("b", 0.2, 1)]
-    assert dit_export.bundle.build._summary(Built(Path(), [], checks, None, None))["worst"] == {"a": "nan", "b": 0.2}
+    checks = [Figure("x", name, value, 1) for name, value in (("a", 0.1), ("a", math.nan), ("b", 0.1), ("b", 0.2))]
+    assert summary(Built(Path(), [], checks, None, None))["worst"] == {"x: a": "nan", "x: b": 0.2}
 
 
 def test_recipe_file_and_flags_give_the_same_recipe(tmp_path: Path) -> None:
