@@ -6,7 +6,6 @@ a protocol wants of its input (another size, another range) stands inside it, so
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -255,17 +254,6 @@ def _require_tables(path: Path, judged: Judged) -> None:
             raise UsageError(
                 f"{path}: {len(array)} rows of {name}, {len(judged.features)} of features; expected as many"
             )
-
-
-def add_judge(folder: Path, network: Path, real: Gaussian | None = None) -> None:
-    """Put an ONNX judge, and what it says of real pictures, into a bundle, and name both in its manifest."""
-    contract, names = manifest.read(folder), {"features": "judge.onnx"}
-    shutil.copyfile(network, folder / names["features"])
-    if real is not None:
-        names["real"] = "judge.npz"
-        np.savez(folder / names["real"], mu=real.mean, sigma=real.covariance)
-    files = {**contract.files, **{name: manifest.describe(folder / name) for name in names.values()}}
-    manifest.write(folder, replace(contract, files=files, built_with={**contract.built_with, "judge": names}))
 
 
 def own_judge(folder: Path, contract: Manifest, threads: int | None) -> tuple[OnnxJudge, Gaussian | None, str] | None:

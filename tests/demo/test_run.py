@@ -21,7 +21,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_then_score(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["demo", "show", "--weights", str(weights), "-o", str(tmp_path), "--count", "100"]) == 0
     printed = capsys.readouterr().out
     for precision in ("fp32", "int8"):
@@ -41,9 +43,12 @@ def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert scores["bundle"]["accuracy"] == scores["PyTorch"]["accuracy"]
     assert scores["bundle"]["frechet"][0] == pytest.approx(scores["PyTorch"]["frechet"][0], rel=1e-2)
 
-    # The bundle brings its judge.
+    # The gate takes the bundle's own judge, and what it says of real pictures.
+    for name in ("judge.onnx", "judge.npz"):
+        assert (bundle / name).read_bytes() == (tmp_path / f"demo-{name}").read_bytes()
+    assert contract.built_with["judge"] == {"features": "judge.onnx", "real": "judge.npz"}
     assert main(["regress", str(bundle), "--count", "100", "--json"]) == 0
-    rows = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)["checks"]}
+    rows = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)["metrics"]}
     assert 0 <= rows["judge's agreement, share"] <= 1 and rows["to real pictures, Fréchet distance"] > 0
 
 

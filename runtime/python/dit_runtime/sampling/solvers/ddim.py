@@ -16,8 +16,9 @@ def ddim(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: flo
     """
     for now, after in steps:
         x0, epsilon, _ = yield x, now
-        deviation = eta * after.sigma / now.sigma * math.sqrt(1 - (now.alpha / after.alpha) ** 2)
-        x = after.alpha * clip(x0, sampler) + math.sqrt(after.sigma**2 - deviation**2) * epsilon
+        ratio = now.alpha / after.alpha
+        deviation = eta * after.sigma / now.sigma * math.sqrt(1 - ratio * ratio)
+        x = after.alpha * clip(x0, sampler) + math.sqrt(after.sigma * after.sigma - deviation * deviation) * epsilon
         if deviation > 0:
             x = x + deviation * draw(x.shape)
     return x

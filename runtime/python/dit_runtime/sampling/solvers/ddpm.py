@@ -20,10 +20,11 @@ def ddpm(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: flo
     for now, after in steps:
         x0, _, variance = yield x, now
         ratio = now.alpha / after.alpha
-        beta = 1 - ratio**2
-        x = after.alpha * beta / now.sigma**2 * clip(x0, sampler) + ratio * (after.sigma / now.sigma) ** 2 * x
+        beta = 1 - ratio * ratio
+        part = (after.sigma / now.sigma) * (after.sigma / now.sigma)
+        x = after.alpha * beta / (now.sigma * now.sigma) * clip(x0, sampler) + ratio * part * x
         if now.time > 0:
-            x = x + _deviation(sampler.variance, variance, beta, (after.sigma / now.sigma) ** 2) * draw(x.shape)
+            x = x + _deviation(sampler.variance, variance, beta, part) * draw(x.shape)
     return x
 
 
