@@ -141,8 +141,8 @@ def test_the_reference_of_every_default_solver(velocity, tmp_path, one_thread, s
             assert sum(check.name == "run: latents, rel-L2" for check in checks) == 10
             other = next(name for name in FLOW_SOLVERS if name != solver)
             process = replace(contract.process, sampler=replace(sampler, solver=other))
-            wrong = Pipeline(folder, replace(contract, process=process), pipe.engines.opened)
-            assert not all(check.passed for check in verify.judge(wrong.manifest, *replayed(wrong)))
+            pipe.manifest = pipe.engines.manifest = replace(contract, process=process)
+            assert not all(check.passed for check in verify.judge(pipe.manifest, *replayed(pipe)))
 
 
 def replayed(pipe: Pipeline) -> tuple[Reference, Replay]:
