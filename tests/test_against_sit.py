@@ -128,15 +128,13 @@ def test_the_reference_of_every_default_solver(velocity, tmp_path, one_thread, s
         build(Recipe(**recipe), Progress(), loaded=replace(loaded, process=process))
         with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
             figures = verify.verify(pipe)
-            assert all(figure.passed for figure in figures), verify.table(figures)
-            assert sum(figure.name == "run: latents, rel-L2" for figure in figures) == 10
-            other = next(name for name in FLOW_SOLVERS if name != solver)
-            process = replace(process, sampler=replace(process.sampler, solver=other))
-            pipe.manifest = replace(pipe.manifest, process=process)
-            reference = verify.load_reference(pipe.folder, pipe.manifest)
-            assert not all(
-                figure.passed for figure in verify.judge(pipe.manifest, reference, verify.replay(pipe, reference))
-            )
+        assert all(figure.passed for figure in figures), verify.table(figures)
+        assert sum(figure.name == "run: latents, rel-L2" for figure in figures) == 10
+        other = next(name for name in FLOW_SOLVERS if name != solver)
+        process = replace(process, sampler=replace(process.sampler, solver=other))
+        manifest.write(tmp_path / "bundle", replace(manifest.read(tmp_path / "bundle"), process=process))
+        with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
+            assert not all(figure.passed for figure in verify.verify(pipe))
 
 
 def test_the_gate_passes_and_a_wrong_solver_is_refused(velocity, tmp_path, capsys):

@@ -3,12 +3,31 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "errors.hpp"
+#include "facts.hpp"
 #include "images.hpp"
 #include "run.hpp"
 
 namespace dit_runtime {
+namespace {
+
+std::map<std::string, Tolerances> read_tolerances() {
+    std::map<std::string, Tolerances> table;
+    for (const auto& entry : facts().at("tolerances").items()) {
+        const auto limit = [&](const char* name) { return entry.value().at(name).get<double>(); };
+        table[entry.key()] = {limit("conditioner"), limit("prediction"), limit("guided"), limit("latents"),
+                              limit("pictures")};
+    }
+    return table;
+}
+
+}  // namespace
+
+const std::map<std::string, Tolerances> TOLERANCES = read_tolerances();
+const double NOISE_ATOL = facts().at("noise_atol").get<double>();
+
 namespace {
 
 const char* const REFERENCE = "reference.npz";
