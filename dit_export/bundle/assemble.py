@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from dit_export.passes.update import update
 from dit_export.precision import attention
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
-from dit_export.precision.layers import ATTENTION, find, named
+from dit_export.precision.layers import ATTENTION, coverage, find, named
 from dit_export.precision.measure import BACKEND, PEAKS_PLAN, Measured, Plan, measure
 from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
@@ -38,6 +38,7 @@ from dit_runtime import backends
 from dit_runtime.backends import QUANTIZED, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
 Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
@@ -88,6 +89,7 @@ class Assembly:
     measured: Measured = field(default_factory=Measured)
     keep_float: list[str] = field(default_factory=list)  # as a recipe says it
     kept_float: list[str] = field(default_factory=list)  # what it means: layers and attentions
+    covered: float = 0.0  # share of the loop's weights in int8 or fp8
     sensitivity: list[LayerSensitivity] = field(default_factory=list)
     lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # by pack
@@ -148,20 +150,23 @@ class Assembly:
     def measure(self) -> None:
         """Run the fused fp32 graphs once, where something must be known of what they reach."""
         self.keep_float = list(self.recipe.keep_float or [])
-        if self.quantizes:
-            named(find(self.graphs["denoiser"]), self.keep_float)  # before the long work
+        if self.quantizes:  # before the long work
+            layers = find(self.graphs["denoiser"])
+            named(layers, self.keep_float)
+            if not layers:
+                raise UsageError(f"{self.recipe.precision} has no layer in this network; build fp32, bf16 or fp16")
         calibration = self.inputs.calibration
-        layers = self.quantizes and calibration is None
-        if layers or self.may_overflow or self.options is not None:
+        taps = self.quantizes and calibration is None
+        if taps or self.may_overflow or self.options is not None:
             self._write_fp32_manifest()
-        if layers or self.may_overflow:
-            plan = self.plan or (Plan() if layers else PEAKS_PLAN)
+        if taps or self.may_overflow:
+            plan = self.plan or (Plan() if taps else PEAKS_PLAN)
             network, prompts = self.loaded.network, self.inputs.prompts
 
             def tick(done: int, total: int) -> None:
                 self.progress.step(done, total, "measure")
 
-            wants = {"layers": layers, "half": self.may_overflow}
+            wants = {"layers": taps, "half": self.may_overflow}
             self.measured = measure(self.folder, self.graphs, network, plan, prompts, **wants, on_step=tick)
         if calibration is not None:
             self.measured = Measured(calibration, self.measured.peaks)
@@ -196,6 +201,7 @@ class Assembly:
         self.lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
         self.divisors = pack_divisors(denoiser, chosen)
         self.kept_float = kept
+        self.covered = coverage(denoiser, [layer for layer in find(denoiser) if layer.name not in kept])
         self.counts["denoiser"]["quantize"] = quantize(denoiser, chosen, kept, kind=self.recipe.precision)
 
     def write(self) -> None:
@@ -205,7 +211,10 @@ class Assembly:
             lowerings = self.lowerings if self.runs[name] == "step" else LOWERINGS
             lowered = self.runs[name] in ("step", "end")
             written[name] = self._write(name, graph, lowerings if lowered else {})
-        self.contract = describe(self.folder, self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
+        contract = describe(self.folder, self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
+        if self.quantizes:
+            contract = replace(contract, built_with={**contract.built_with, "quantized": self.covered})
+        self.contract = contract
 
     def _write(self, name: str, graph: gs.Graph, lowerings: Lowerings) -> Written:
         precision, counts = self.precision_of(name), self.counts.setdefault(name, {})
@@ -253,7 +262,7 @@ def build_scratch_bundle(
 ) -> Manifest:
     """Write a bundle without a reference and without a proof: to measure, never to ship."""
     folder.mkdir()
-    own = traced or folder / "traced"
+    own = traced or folder.with_name(f"{folder.name}.traced")
     if not own.exists():
         trace_graphs(own, loaded, decoder, progress)
     backend = backends.choose(recipe.backend, recipe.precision)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
+
 from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.trace import Decoder
@@ -18,13 +20,14 @@ from dit_export.precision import prompts
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.search import SearchOptions
 from dit_export.recipe import PRECISIONS, Recipe, sides
-from dit_export.verify import report, traced
+from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, summary
 from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
@@ -61,6 +64,7 @@ def build(
         inputs = _read_inputs(recipe, loaded)
         if options is not None:
             options.check(backend, loaded.vae is not None)
+        _require_judge(recipe, loaded)
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
@@ -70,7 +74,7 @@ def build(
         plain = partial / "plain"
         oracle = trace_graphs(plain, loaded, decoder, progress)
         assembly = Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs, options=options)
-        contract = assembly.run()
+        contract = _with_judge(partial, assembly.run(), recipe)
         if options is not None:
             table = [entry._asdict() for entry in assembly.sensitivity]
             (partial / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -123,6 +127,31 @@ def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
         Calibration.load(Path(recipe.calibration).expanduser()) if recipe.calibration else None,
         prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None,
     )
+
+
+def _require_judge(recipe: Recipe, loaded: Loaded) -> None:
+    """Refuse a judge that does not open, or has nothing to look at."""
+    if recipe.judge is None:
+        return
+    if loaded.vae is None:
+        raise UsageError(f"judge {recipe.judge} looks at pictures, and there is no decoder")
+    path = Path(recipe.judge).expanduser()
+    judge, real = features.OnnxJudge(path), path.with_suffix(".npz")
+    if real.exists():
+        features.read_real(real, judge)
+
+
+def _with_judge(partial: Path, contract: Manifest, recipe: Recipe) -> Manifest:
+    """Bring the recipe's judge into the bundle, and name its files in the manifest."""
+    if recipe.judge is None:
+        return contract
+    path = Path(recipe.judge).expanduser()
+    onnx.save(onnx.load(path), partial / "judge.onnx")  # with its weights, wherever they are
+    names = {"features": "judge.onnx"}
+    if path.with_suffix(".npz").exists():
+        shutil.copyfile(path.with_suffix(".npz"), partial / "judge.npz")
+        names["real"] = "judge.npz"
+    return replace(contract, built_with={**contract.built_with, "judge": names})
 
 
 def _verify(partial: Path, loaded: Loaded, decoder: Decoder | None, progress: Progress) -> Built:

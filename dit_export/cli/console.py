@@ -25,6 +25,8 @@ def report_built(built: Built, as_json: bool) -> int:
         print(f"the bundle that failed: {built.folder}", file=out)
         return code
     contract = manifest.read(built.folder)
+    if share := contract.built_with.get("quantized"):
+        print(f"{contract.step.precision}: {share:.0%} of the weights that every step multiplies with", file=out)
     print(f"bundle: {built.folder}\nsample: {sample_command(built.folder, contract)}", file=out)
     if reason := obstacle(contract):
         print(

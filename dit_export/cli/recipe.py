@@ -40,6 +40,11 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help="to calibrate int8 with: arrays by port name, and negative.NAME; of more than 20 rows, 20 spread evenly",
     )
     parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", "block 0", fc2')
+    parser.add_argument(
+        "--judge",
+        metavar="FILE.onnx",
+        help="a network for the bundle that looks at its pictures; FILE.npz beside it: mu and sigma of real ones",
+    )
     parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="random weights")
     parser.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
     parser.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")

@@ -19,6 +19,7 @@ from dit_export.graph import trace
 from dit_export.recipe import Recipe
 from dit_export.verify import report
 from dit_export.verify.check import Built
+from dit_export.verify.distribution import fit
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
@@ -27,6 +28,7 @@ from dit_runtime.progress import Progress
 
 FOLDER = Path("engines/build")
 PRECISIONS = ("fp32", "int8")
+JUDGE = "demo-judge.onnx"  # beside the bundles, each of which has a copy
 COLUMNS = 8  # pictures of each class in the grid
 SHEET, SHEET_COLUMNS = 40, 10  # pictures in the report: two of each class
 STEPS, GUIDANCE = 25, 4.0
@@ -47,13 +49,23 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
     weights = _present(weights)
     judge = store.load_judge(weights)
     real = score.reference_features(judge, REFERENCE)
+    folder.mkdir(parents=True, exist_ok=True)
+    export_judge(weights, folder / JUDGE)
+    mu, sigma = fit(real)
+    np.savez((folder / JUDGE).with_suffix(".npz"), mu=mu, sigma=sigma)
     labels, classes = score.balanced_labels(count), len(data.CLASSES)
     columns = min(COLUMNS, count // classes)
     by_class = [column * classes + label for label in range(classes) for column in range(columns)]
     shown, sheets = [], []
     for precision in PRECISIONS:
         name = f"demo-{precision}"
-        recipe = Recipe(checkpoint=str(weights), precision=precision, max_batch=BATCH, output=str(folder / name))
+        recipe = Recipe(
+            checkpoint=str(weights),
+            precision=precision,
+            max_batch=BATCH,
+            judge=str(folder / JUDGE),
+            output=str(folder / name),
+        )
         built = build(recipe, progress)
         grid = built.folder.with_name(f"{built.folder.name}-grid.png")
         with progress.stage(f"{name}: {count} pictures before the judge"), Pipeline.load(built.folder) as pipe:

@@ -84,3 +84,7 @@ def _check(graph: gs.Graph, ports: Sequence[Port]) -> None:
     want = {port.name: (port.dtype, port.shape) for port in ports}
     if got != want:
         raise RuntimeError(f"the graph's inputs are {got}, expected the ports {want}")
+    if fixed := [tensor.name for tensor in graph.inputs if isinstance(tensor.shape[0], int)]:
+        raise RuntimeError(
+            f"{fixed[0]} has a fixed number of rows; export with one free dimension for all inputs' rows"
+        )

@@ -57,70 +57,92 @@ class Cut(NamedTuple):
 
 def cut(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str] = ()) -> Cut:
     """Find the cheapest cut; `step_inputs` are inputs that change every step, and yet are known before the loop."""
-    ahead = {tensor.name: tensor for tensor in graph.inputs if tensor.name not in loop_inputs}
-    rows = {tensor.shape[0] for tensor in graph.inputs if tensor.shape}
-    shared = shared_rows(graph, loop_inputs)
-    counts = row_counts(graph, shared)
-    dependent = dependents(graph, loop_inputs, counts)
-    invariant = dependents(graph, ahead, counts) - dependent
-    changing = dependents(graph, step_inputs, counts)
-    vector = _vector(graph, dependent)
-
-    def made(tensor: gs.Variable) -> int:
-        return _bytes(tensor) * (STEPS if tensor.name in changing else 1)
-
-    def price(tensor: gs.Variable) -> float:
-        if tensor.name in ahead:
-            return made(tensor) + INPUT * vector
-        if _obstacle(tensor, rows):
-            return math.inf
-        return made(tensor) + (0 if len(tensor.shape) == VECTORS else INPUT * vector)
-
-    fixed = {id(node) for node in graph.nodes if any(tensor.name in dependent for tensor in node.outputs)}
-    nodes = [node for node in graph.nodes if not any(tensor.name in counts for tensor in node.outputs)]
-    flow = _Flow()
-    for node in nodes:
-        reader = flow.sink if id(node) in fixed else id(node)
-        if id(node) not in fixed and node.op not in FREE:
-            flow.edge(flow.source, reader, OP * vector)
-        for key, size in _weights(node).items():
-            flow.once(key, flow.source, reader, size)
-        for tensor in node.inputs:
-            if _crosses(tensor) and tensor.name not in dependent and tensor.name not in counts:
-                maker = id(tensor.inputs[0]) if tensor.inputs else flow.source
-                flow.once(id(tensor), maker, reader, price(tensor))
-    inside = fixed | flow.sinks()
-
+    costs = _Costs(graph, loop_inputs, step_inputs)
+    inside = costs.inside()
     crossing: dict[str, gs.Variable] = {}
     direct: set[str] = set()
     misses: dict[str, Miss] = {}
-    kept: dict[object, int] = {}
-    for node in nodes:
+    priced_out: list[PricedOut] = []
+    staying: dict[object, int] = {}
+    leaving: dict[object, int] = {}
+    for node in costs.nodes:
+        weights = _weights(node)
         if id(node) not in inside:
+            leaving |= weights
             continue
-        kept |= _weights(node)
+        staying |= weights
         for tensor in node.inputs:
-            if tensor.name in ahead:
+            if tensor.name in costs.ahead:
                 direct.add(tensor.name)
-            elif tensor.name in invariant and id(tensor.inputs[0]) not in inside:
+            elif tensor.name in costs.invariant and id(tensor.inputs[0]) not in inside:
                 crossing[tensor.name] = tensor
-            elif tensor.name in invariant and id(node) in fixed and (reason := _obstacle(tensor, rows)):
+            elif tensor.name in costs.invariant and id(node) in costs.fixed and (reason := costs.obstacle(tensor)):
                 misses[tensor.name] = Miss("hoist", tensor.name, reason, tensor.shape)
-    priced_out = tuple(
-        PricedOut(tensor.name, node.op, tuple(tensor.shape or ()), made(tensor), sum(_weights(node).values()))
-        for node in nodes
-        for tensor in node.outputs[:1]
-        if id(node) in inside and tensor.name in invariant and node.op not in FREE
-    )
-    leaving = {key: size for node in nodes if id(node) not in inside for key, size in _weights(node).items()}
+        (out, *_) = node.outputs
+        if out.name in costs.invariant and node.op not in FREE:
+            shape = tuple(out.shape or ())
+            priced_out.append(PricedOut(out.name, node.op, shape, costs.made(out), sum(weights.values())))
     return Cut(
         tuple(crossing),
-        tuple(name for name in ahead if name in direct),
-        priced_out,
+        tuple(name for name in costs.ahead if name in direct),
+        tuple(priced_out),
         tuple(misses.values()),
-        sum(size for key, size in leaving.items() if key not in kept),
-        sum(made(tensor) for tensor in crossing.values()),
+        sum(size for key, size in leaving.items() if key not in staying),
+        sum(costs.made(tensor) for tensor in crossing.values()),
     )
+
+
+class _Costs:
+    """The graph's nodes but for what counts rows, which both sides have, and what each would cost in the loop."""
+
+    def __init__(self, graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str]) -> None:
+        self.ahead = [tensor.name for tensor in graph.inputs if tensor.name not in loop_inputs]
+        self._counts = row_counts(graph, shared_rows(graph, loop_inputs))
+        self._dependent = dependents(graph, loop_inputs, self._counts)
+        self._changing = dependents(graph, step_inputs, self._counts)
+        self._rows = {tensor.shape[0] for tensor in graph.inputs if tensor.shape}
+        self._vector = _vector(graph, self._dependent)
+        self.invariant = dependents(graph, self.ahead, self._counts) - self._dependent
+        self.nodes = [node for node in graph.nodes if not self._counts.intersection(t.name for t in node.outputs)]
+        self.fixed = {id(node) for node in self.nodes if self._dependent.intersection(t.name for t in node.outputs)}
+
+    def inside(self) -> set[object]:
+        """Return the ids of the nodes in the loop."""
+        flow = _Flow()
+        outside = self._dependent | self._counts
+        for node in self.nodes:
+            reader = flow.sink if id(node) in self.fixed else id(node)
+            if id(node) not in self.fixed and node.op not in FREE:
+                flow.edge(flow.source, reader, OP * self._vector)
+            for key, size in _weights(node).items():
+                flow.once(key, flow.source, reader, size)
+            for tensor in node.inputs:
+                if isinstance(tensor, gs.Variable) and tensor.name and tensor.name not in outside:
+                    maker = id(tensor.inputs[0]) if tensor.inputs else flow.source
+                    flow.once(id(tensor), maker, reader, self._price(tensor))
+        return self.fixed | flow.sinks()
+
+    def made(self, tensor: gs.Variable) -> int:
+        """Return the bytes of one row, times how often it is made."""
+        return _bytes(tensor) * (STEPS if tensor.name in self._changing else 1)
+
+    def _price(self, tensor: gs.Variable) -> float:
+        if self.obstacle(tensor):
+            return math.inf
+        packed = tensor.name not in self.ahead and len(tensor.shape) == VECTORS
+        return self.made(tensor) + (0 if packed else INPUT * self._vector)
+
+    def obstacle(self, tensor: gs.Variable) -> str:
+        """Return why a tensor cannot cross, "" where it can."""
+        if tensor.name in self.ahead:
+            return ""
+        if tensor.shape is None or tensor.dtype is None:
+            return "its shape or type is not known; run onnx.shape_inference.infer_shapes_path on the model"
+        if np.dtype(tensor.dtype).kind in "biu":
+            return "integers and booleans do not cross"
+        if not tensor.shape or tensor.shape[0] not in self._rows:
+            return "its first dimension is not the rows"
+        return "" if all(isinstance(size, int) for size in tensor.shape[1:]) else "it has a free dimension"
 
 
 class _Flow:
@@ -173,18 +195,3 @@ def _bytes(tensor: gs.Variable) -> int:
     """Return the size of one row; a free dimension counts as one."""
     numbers = math.prod(size for size in (tensor.shape or ())[1:] if isinstance(size, int))
     return int(numbers * (4 if tensor.dtype is None else np.dtype(tensor.dtype).itemsize))
-
-
-def _crosses(tensor: gs.Tensor) -> bool:
-    return isinstance(tensor, gs.Variable) and bool(tensor.name)
-
-
-def _obstacle(tensor: gs.Variable, rows: Collection[int | str]) -> str:
-    """Return why a tensor cannot cross, "" where it can."""
-    if tensor.shape is None or tensor.dtype is None:
-        return "its shape or type is not known; run onnx.shape_inference.infer_shapes_path on the model"
-    if np.dtype(tensor.dtype).kind in "biu":
-        return "integers and booleans do not cross"
-    if not tensor.shape or tensor.shape[0] not in rows:
-        return "its first dimension is not the rows"
-    return "" if all(isinstance(size, int) for size in tensor.shape[1:]) else "it has a free dimension"

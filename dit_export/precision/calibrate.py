@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dit_export.arrays import read_arrays
 from dit_export.graph.onnxfile import layer
-from dit_export.precision.layers import find
+from dit_export.precision.layers import Layer
 from dit_runtime.errors import UsageError
 
 TOKENS = 8  # of a picture, from which a step's sample is drawn
@@ -60,13 +60,11 @@ class Calibration:
             raise UsageError(f"{path}: not {what}: {error}") from None
 
 
-def add_layer_taps(graph: gs.Graph, rng: np.random.Generator) -> list[str]:
-    """Add the outputs that calibration reads; return the layers' names."""
-    layers = find(graph)
+def add_layer_taps(graph: gs.Graph, layers: Sequence[Layer], rng: np.random.Generator) -> None:
+    """Add the outputs that calibration reads."""
     tokens = [int(one.x.shape[1]) for one in layers]
     places = [np.sort(rng.choice(count, min(TOKENS, count), replace=False)) for count in tokens]
-    # ONNX Runtime runs first what stands last, so that no tensor waits for its tap.
-    for one, chosen in reversed(list(zip(layers, places, strict=True))):
+    for one, chosen in zip(layers, places, strict=True):
         sample = layer(graph, "Gather", [one.x, chosen], f"{one.name}{SAMPLE}", axis=1)
         taps = [(sample, ["rows", len(chosen), one.x.shape[-1]])]
         for tensor, end in ((one.x, LARGEST), (one.y, OUTPUT)) if one.scored else ((one.x, LARGEST),):
@@ -76,7 +74,6 @@ def add_layer_taps(graph: gs.Graph, rng: np.random.Generator) -> list[str]:
         for tap, shape in taps:
             tap.dtype, tap.shape = np.dtype(np.float32), shape
             graph.outputs.append(tap)
-    return [one.name for one in layers]
 
 
 def choose_rows(sample: NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[np.float16]:

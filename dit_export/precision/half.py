@@ -8,7 +8,7 @@ the type it has; DQ gives the product its own. bf16 has fp32's range, and nothin
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -112,15 +112,13 @@ def find_overflows(peaks: Mapping[str, float], precision: str) -> dict[str, floa
     return {name: peak for name, peak in peaks.items() if not peak <= limit}
 
 
-def add_peak_taps(graph: gs.Graph) -> list[gs.Variable]:
-    """Add an output for the largest magnitude of each tensor that half precision would store."""
-    tensors = half_tensors(graph)
-    for tensor in reversed(tensors):  # ONNX Runtime runs first what stands last, so that no tensor waits for its tap
+def add_peak_taps(graph: gs.Graph, tensors: Sequence[gs.Variable]) -> None:
+    """Add an output for the largest magnitude of each of the tensors."""
+    for tensor in tensors:
         magnitude = layer(graph, "Abs", [tensor], f"{tensor.name}/magnitude")
         peak = layer(graph, "ReduceMax", [magnitude], tensor.name + PEAK, keepdims=0)
         peak.dtype, peak.shape = np.dtype(np.float32), []
         graph.outputs.append(peak)
-    return tensors
 
 
 def _source(tensor: gs.Tensor) -> gs.Tensor:

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
+from dit_export.passes import LOWERINGS
 from dit_export.precision.calibrate import LARGEST, OUTPUT, SAMPLE, Calibration, add_layer_taps, choose_rows, collect
-from dit_export.precision.half import PEAK, add_peak_taps
+from dit_export.precision.half import PEAK, add_peak_taps, half_tensors
+from dit_export.precision.layers import find
 from dit_export.precision.prompts import Prompts, batches
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
@@ -79,10 +81,7 @@ def measure(
         recorders: dict[str, RecordingEngine] = {}
         for stage in stages:
             graph = graphs[stage.name].copy()  # a file has no shapes of what is in between
-            if layers and stage is contract.step:
-                add_layer_taps(graph, rng)
-            if half:
-                add_peak_taps(graph)
+            add_taps(graph, layers and stage is contract.step, half, rng)
             engine = RecordingEngine(graph, folder / f"{stage.name}.tapped.onnx", max(1, ROWS // total), rng)
             recorders[stage.name] = engine
         pipe = stack.enter_context(Pipeline(folder, contract, recorders))
@@ -100,6 +99,25 @@ def measure(
     if layers:
         calibration = recorders[contract.step.name].calibration(plan)
     return Measured(calibration, {name: recorder.peaks() for name, recorder in recorders.items()} if half else {})
+
+
+def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator) -> None:
+    """Give a fused graph the form that the backend runs, and taps on what is looked up in the portable one."""
+    gemms = find(graph) if layers else []
+    tensors = half_tensors(graph) if half else []
+    for rewrite in LOWERINGS[BACKEND]:
+        rewrite(graph)
+    count = len(graph.nodes)
+    place = {id(tensor): index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
+    add_layer_taps(graph, gemms, rng)
+    add_peak_taps(graph, tensors)
+
+    def made(tap: gs.Node) -> int:
+        (source,) = tap.inputs[0].inputs or [None]
+        return place.get(id(tap.inputs[0]), -1) if source is None or id(tap.inputs[0]) in place else made(source)
+
+    # ONNX Runtime runs first what stands last, so that no tensor waits for its tap.
+    graph.nodes[count:] = sorted(graph.nodes[count:], key=made, reverse=True)
 
 
 class RecordingEngine:

@@ -14,6 +14,7 @@ from dit_export.verify import fixtures
 from dit_runtime.conditions.condition import Condition, fit
 from dit_runtime.errors import UsageError
 
+FILE = "conditions as .npz, arrays by the names of the network's ports"
 NEGATIVE = "negative."  # begins the names of what guidance leads away from
 
 
@@ -24,7 +25,9 @@ class Prompts(NamedTuple):
 
 def read(path: Path, network: Network) -> Prompts:
     """Read the arrays of the condition ports by name, and `negative.NAME`; without negative ones take the fixtures'."""
-    arrays = read_arrays(path, "conditions as .npz, arrays by the names of the network's ports")
+    arrays = read_arrays(path, FILE)
+    if "" in arrays:
+        raise UsageError(f"{path}: one array without a name; expected {FILE}")
     known = [prefix + port.name for prefix in ("", NEGATIVE) for port in network.conditions]
     if unknown := [name for name in arrays if name not in known]:
         raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(known)}")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
+from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import ATTENTION, everything, find, named
@@ -239,7 +240,7 @@ class Search:
         graph = self._denoiser.copy()
         grids = attention.steps(graph, self._calibration, keep)
         quantize(graph, self._chosen, keep)
-        for rewrite in attention.passes(backend, grids) if backend == self._form else ():
+        for rewrite in attention.passes(backend, grids) if backend == self._form else (plain_attention,):
             rewrite(graph)
         path = self._work / f"tried-{self._count}.onnx"  # beside the weights that all of them share
         self._count += 1

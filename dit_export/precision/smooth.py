@@ -133,13 +133,16 @@ def _makers(group: Sequence[Layer], layers: Sequence[Layer]) -> list[tuple[gs.No
         return []
     (node,) = first.x.inputs
     if first.kind in ("proj", "cross"):
-        attention = unmoved(first.x).inputs[0]
+        attention = first.attention
+        assert attention is not None
         values = attention.inputs[2].inputs[0]
+        if values.op == "Concat":  # of several streams, whose layers read other inputs
+            return []
         while values.inputs[0].inputs and values.inputs[0].inputs[0].op in MOVERS:
             values = values.inputs[0].inputs[0]
         if _is_given(values.inputs[0]):
             return [(values, 0)]
-        makers = [one for one in layers if one.block == first.block and one.kind in ("qkv", "value")]
+        makers = [one for one in layers if one.attention is attention and one.kind in ("qkv", "value")]
         return [(one.gemm, 1) for one in makers] + [(one.add, _constant(one.add)) for one in makers]
     if node.op == "LayerNormalization":
         return [(node, 1), (node, 2)] if len(node.inputs) == 3 else []
@@ -148,7 +151,7 @@ def _makers(group: Sequence[Layer], layers: Sequence[Layer]) -> list[tuple[gs.No
             product = node.inputs[1 - index].inputs
             if _is_given(tensor) and product and product[0].op == "Mul":
                 gains = [n for n, factor in enumerate(product[0].inputs) if _is_given(factor)]
-                return [(product[0], n) for n in gains] + [(node, index)]
+                return [(product[0], gains[0]), (node, index)] if gains else []
     return []
 
 

@@ -19,6 +19,7 @@ from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
 
 from dit_export.graph import onnxfile
 from dit_export.graph.onnxfile import constants, layer
+from dit_export.passes.attention import plain_attention
 from dit_export.precision.half import TYPES
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
@@ -47,6 +48,7 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
             if half := types[stage.name]:
                 graph = onnxfile.load(files[0])
                 twin(graph, tensor_dtype_to_np_dtype(TYPES[half]))
+                plain_attention(graph)  # the backend refuses a mask with one row for all queries
                 path = Path(temporary) / f"{stage.name}.onnx"
                 files = [path.with_name(file) for file in onnxfile.save(graph, path)]
             engines[stage.name] = module.open(files, Options())

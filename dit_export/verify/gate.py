@@ -166,11 +166,13 @@ def _distribution(
     if settings.samples is not None:
         seen, theirs = features.read_samples(settings.samples, judge), None
         features.require_width(seen.judged, real)
-    elif judge is None or contract.end is None:
+    elif judge is None:
         raise UsageError(f"{count} pictures need a network that looks at them: pass --features FILE.onnx")
     else:
         if count < features.FEWEST:
             raise UsageError(f"count {count}; expected at least {features.FEWEST} for a distance between distributions")
+        if contract.end is None:
+            raise UsageError("this bundle has no decoder, so it draws no pictures to judge: pass --samples FILE.npz")
         height, width = contract.end.gives[0].shape[2:]
         blank = np.zeros((1, int(height), int(width), 3), np.uint8)
         features.require_width(judge(blank), real)  # before the long work

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
+from dit_export.verify.metrics import sentence
 from dit_runtime.verify import Figure
 
 
@@ -16,13 +17,14 @@ def xml(name: str, figures: Sequence[Figure], located: Sequence[str]) -> str:
         seen: dict[str, int] = {}
         for figure in same:  # a case has the same name in every run, so that CI can follow it
             seen[figure.metric] = number = seen.get(figure.metric, 0) + 1
-            title = f"{figure.metric}, {'number' if figure.step is None else 'step'} {number}"
+            place = f"number {number}" if figure.step is None else f"step {figure.step}"
+            title = f"{figure.metric}, {place}"
             case = ElementTree.SubElement(suite, "testcase", {"classname": f"{name}.{stage}", "name": title})
             if figure.passed:
-                ElementTree.SubElement(case, "system-out").text = str(figure)
+                ElementTree.SubElement(case, "system-out").text = sentence(figure)
             else:
-                failure = ElementTree.SubElement(case, "failure", {"message": str(figure), "type": "regression"})
-                failure.text = "\n".join([str(figure), *located])
+                failure = ElementTree.SubElement(case, "failure", {"message": sentence(figure), "type": "regression"})
+                failure.text = "\n".join([sentence(figure), *located])
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 

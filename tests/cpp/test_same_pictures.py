@@ -26,8 +26,8 @@ LEVELS, SHARE = 1, 1e-3  # a uint8 value may round the other way where it falls 
 def load(bundle: Path, name: str, threads: int = 1) -> Pipeline:
     """Python on this engine, whatever the bundle was built for."""
     contract = manifest.read(bundle)
-    graphs = {graph_name: replace(graph, backend=name) for graph_name, graph in contract.graphs.items()}
-    return Pipeline(bundle, replace(contract, graphs=graphs), {}, Options(threads=threads))
+    stages = tuple(replace(stage, backend=name) for stage in contract.stages)
+    return Pipeline(bundle, replace(contract, stages=stages), {}, Options(threads=threads))
 
 
 def same_pictures(first: np.ndarray, second: np.ndarray) -> bool:
@@ -81,7 +81,7 @@ def test_the_same_pictures(shared_embedders, narrow, dit_generate, tmp_path, pre
         assert done.returncode == 0 and done.stdout == f"{file}\n", done.stderr
         asked = {"steps": STEPS, "guidance": guidance, "solver": solver, "eta": eta, "seed": seeds[:batch]}
         with load(bundle, engine) as pipe:  # as new as the program: OpenVINO makes the first shape a model of its own
-            assert pipe.manifest.graphs["denoiser"].precision == precision
+            assert pipe.manifest.step.precision == precision
             expected = pipe.sample(labels[:batch], **asked)
         assert same_pictures(np.load(file)["arr_0"], expected), (solver, eta, guidance, batch)
         assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))

@@ -97,7 +97,7 @@ def test_a_bundle_scores_as_pytorch_and_a_broken_one_worse(
 def swap_gain_and_shift(bundle: Path, block: int) -> None:
     """In one block's attention, and sealed again: nothing but the pictures can tell."""
     contract = manifest.read(bundle)
-    path = bundle / contract.graphs["denoiser"].files[0]
+    path = bundle / contract.step.files[0]
     model = onnx.load(path, load_external_data=False)
     (split,) = [node for node in model.graph.node if node.input[0] == "conditioning_rows"]
     first = 6 * block

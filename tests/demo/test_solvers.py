@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_export.spec import Recipe
 
 from dit_export.bundle.build import build
 from dit_export.demo import run, score, store
+from dit_export.networks.spec import Recipe
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import NOISE_SOLVERS

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dit_export.graph import onnxfile, trace
-from dit_export.networks.dit import DiT
+from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.spec import ModelSpec, expected_counts
 from dit_export.passes import Fused, fuse, require
 from dit_runtime.bundle.manifest import Port
@@ -22,12 +22,11 @@ Run = Callable[[gs.Graph, dict[str, np.ndarray]], list[np.ndarray]]
 
 def ports_of(spec: ModelSpec) -> tuple[Port, ...]:
     """Return what a DiT of this spec takes."""
-    ports = [Port("latents", "state", "float32", spec.latent_shape), Port("timesteps", "time", "float32", ())]
-    if not spec.by.captioned:
-        return (*ports, Port("labels", "condition", "int64", (), spec.num_classes + 1))
-    tokens = (spec.caption_tokens,)
-    captions = Port("captions", "condition", "float32", (*tokens, spec.caption_channels))
-    return (*ports, captions, Port("mask", "condition", "float32", tokens, masks="captions"))
+    return (
+        Port("latents", "state", "float32", spec.latent_shape),
+        Port("timesteps", "time", "float32", ()),
+        Port("labels", "condition", "int64", (), spec.num_classes + 1),
+    )
 
 
 def fuse_dit(graph: gs.Graph, spec: ModelSpec) -> Fused:
@@ -61,7 +60,7 @@ def small_dit() -> DiT:
 @pytest.fixture(scope="session")
 def plain_path(small_dit: DiT, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plain") / "dit.onnx"
-    trace.export_dit(small_dit).save(path, external_data=True)
+    trace.trace_network(dit_network(small_dit)).save(path, external_data=True)
     return path
 
 

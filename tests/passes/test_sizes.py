@@ -9,22 +9,20 @@ import pytest
 import torch
 
 from dit_export.graph import onnxfile, trace
-from dit_export.networks.dit import DiT
+from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
 from dit_export.passes import Fused
 from tests.passes.conftest import fuse_dit
 
 DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
-TOKENS = 120  # of a caption
-# By depth d: tensors that cross out of the loop, vectors K of a step, vectors M of a caption.
+# By depth d: tensors that cross out of the loop, vectors K of a step.
 LEAVES = {
-    "adaln-zero": lambda d: (6 * d + 2, 6 * d + 2, 0),
-    "adaln": lambda d: (4 * d + 2, 4 * d + 2, 0),
-    "in-context": lambda d: (1, 2, 0),  # both tokens at once
-    "cross-attention": lambda d: (2 * d, 4 * d, 0),  # keys and values of two tokens each
-    "adaln-single": lambda d: (6 * d + 2 + 2 * d + 1, 6 * d + 2, 2 * d * TOKENS),  # and the mask
+    "adaln-zero": lambda d: (6 * d + 2, 6 * d + 2),
+    "adaln": lambda d: (4 * d + 2, 4 * d + 2),
+    "in-context": lambda d: (1, 2),  # both tokens at once
+    "cross-attention": lambda d: (2 * d, 4 * d),  # keys and values of two tokens each
 }
-FAST = {("adaln-zero", "XL/2", 256), ("adaln-single", "S/8", 512)}  # a trace takes half a second a block
+FAST = {("adaln-zero", "XL/2", 256), ("cross-attention", "S/8", 512)}  # a trace takes half a second a block
 CASES = [
     pytest.param(way, name, side, marks=[] if (way, name, side) in FAST else pytest.mark.slow)
     for way in CONDITIONINGS
@@ -40,7 +38,7 @@ def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
     model.to_empty(device="cpu")
     for index, parameter in enumerate(model.parameters()):
         parameter.view(-1)[0] = index  # else equal linears of equal inputs become one
-    traced = trace.export_dit(model).model
+    traced = trace.trace_network(dit_network(model)).model
     largest = 0
     for value in traced.graph.initializers.values():
         tensor = value.const_value
@@ -70,15 +68,12 @@ def test_each_size_has_the_vectors_that_its_conditioning_needs(way: str, name: s
     spec = conditioned(replace(MODELS[name], latent_size=side // 8), way)
     fused = fuse_without_weights(spec, tmp_path)
 
-    crossing, vectors, context = LEAVES[way](DEPTHS[name.split("/")[0]])
+    crossing, vectors = LEAVES[way](DEPTHS[name.split("/")[0]])
     assert fused.counts["hoist"] == crossing
-    assert (fused.counts["pack"], fused.counts["pack_context"]) == (vectors, context)
+    assert (fused.counts["pack"], fused.counts["pack_context"]) == (vectors, 0)
     shapes = {tensor.name: list(tensor.shape) for tensor in (*fused.denoiser.inputs, *fused.denoiser.outputs)}
-    assert shapes.pop("modulation" if context else "conditioning") == ["groups", "batch", vectors, spec.hidden]
-    if context:
-        assert shapes.pop("context") == ["groups", "batch", context, spec.hidden]
-        assert shapes.pop("context_1") == ["groups", "batch", 1, 1, TOKENS]
-    assert [stage.name for stage in fused.stages] == (["context", "modulation"] if context else ["conditioner"])
+    assert shapes.pop("conditioning") == ["groups", "batch", vectors, spec.hidden]
+    assert [stage.name for stage in fused.stages] == ["conditioner"]
     assert not fused.priced_out
     assert shapes.pop("guidance") == ["batch"]
     assert shapes == {key: ["batch", 4, side // 8, side // 8] for key in ("latents", "prediction", "variance")}

@@ -25,7 +25,7 @@ def captions(count: int = 2, tokens: int = TOKENS) -> np.ndarray:
 
 
 def test_short_captions_are_padded_and_masked(contract) -> None:
-    rows = fit({"captions": captions(2, 3)}, contract("captioned"))
+    rows = fit({"captions": captions(2, 3)}, contract("captioned").conditions)
     assert rows["captions"].shape == (2, TOKENS, WIDTH) and rows["captions"].dtype == np.float32
     np.testing.assert_array_equal(rows["captions"][:, :3], captions(2, 3).astype(np.float32))
     assert not rows["captions"][:, 3:].any()
@@ -33,7 +33,7 @@ def test_short_captions_are_padded_and_masked(contract) -> None:
 
 
 def test_a_mask_of_the_users_own(contract) -> None:
-    rows = fit({"captions": captions(2, 3), "mask": [[1, 0, 0], [True, True, False]]}, contract("captioned"))
+    rows = fit({"captions": captions(2, 3), "mask": [[1, 0, 0], [True, True, False]]}, contract("captioned").conditions)
     np.testing.assert_array_equal(rows["mask"], [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
     assert rows["mask"].dtype == np.float32
 
@@ -62,27 +62,27 @@ def test_a_mask_of_the_users_own(contract) -> None:
 )
 def test_refused_in_one_line(contract, condition, words) -> None:
     with pytest.raises(UsageError) as error:
-        fit(condition, contract("captioned"))
+        fit(condition, contract("captioned").conditions)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_all_ports_have_as_many_rows(contract) -> None:
     words = np.zeros((2, 3, 4))
-    rows = fit({"words": words[:, :2], "pooled": np.ones((2, 5))}, contract("wave"))
+    rows = fit({"words": words[:, :2], "pooled": np.ones((2, 5))}, contract("wave").conditions)
     assert {name: values.shape for name, values in rows.items()} == {
         "words": (2, 3, 4),
         "words_mask": (2, 3),
         "pooled": (2, 5),
     }
     with pytest.raises(UsageError, match=r"numbers of rows differ: .*words 2, pooled 3; expected one for all"):
-        fit({"words": words, "pooled": np.ones((3, 5))}, contract("wave"))
+        fit({"words": words, "pooled": np.ones((3, 5))}, contract("wave").conditions)
 
 
 @pytest.mark.parametrize("values", [[6], [-1], [1.0], [[1]], []])
 def test_integers_are_within_their_size(contract, values) -> None:
     with pytest.raises(UsageError, match="labels"):
-        fit({"labels": np.array(values)}, contract("labels"))
-    np.testing.assert_array_equal(fit({"labels": [5, 0]}, contract("labels"))["labels"], [5, 0])  # the null too
+        fit({"labels": np.array(values)}, contract("labels").conditions)
+    np.testing.assert_array_equal(fit({"labels": [5, 0]}, contract("labels").conditions)["labels"], [5, 0])  # the null too
 
 
 def checked(contract, **options):

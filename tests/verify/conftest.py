@@ -32,7 +32,7 @@ def regress(capsys) -> Callable[..., Verdict]:
         if code == 2:
             return Verdict(code, None, [captured.err.splitlines()[-1]], {}, set())
         table = json.loads(captured.out, parse_constant=pytest.fail)  # JSON knows no NaN
-        failed = {(metric["graph"], metric["metric"]) for metric in table["metrics"] if not metric["passed"]}
+        failed = {(figure["stage"], figure["metric"]) for figure in table["checks"] if not figure["passed"]}
         assert table["passed"] == (not failed) == (code == 0)
         taps = {tap["name"]: tap["error"] for tap in table["taps"]}
         return Verdict(code, table["first"], table["located"], taps, failed)

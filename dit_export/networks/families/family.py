@@ -16,7 +16,7 @@ class Family:
     name: str  # the class in diffusers
     network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, tokens of a caption
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
-    scheduler: Mapping[str, Any] | None = None  # diffusers' config for a transformer without one; None: Meta's constants
+    scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 

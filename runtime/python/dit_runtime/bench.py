@@ -76,8 +76,8 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
     checked = request.check(contract)
     middle, weights = np.array([contract.process.span / 2]), checked.weights
     unguided = pipe.engines.inputs(middle, condition, None, weights)
-    one = {name: rows[:1] for name, rows in condition.items()}
-    sources = open_sources(contract, pipe.engines.run, middle, one, 1, whole=pipe.engines.options.low_memory)
+    single = {name: rows[:1] for name, rows in condition.items()}
+    sources = open_sources(contract, pipe.engines.run, middle, single, 1, whole=pipe.engines.options.low_memory)
     alone = Pipeline(pipe.folder, contract, {stage.name: _Instant(stage) for stage in contract.stages})
     numbers = np.zeros(1, np.int64)
     tasks: dict[str, Callable[[], object]] = {}

@@ -51,7 +51,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line too."""
+    """Raises its errors as UsageError, so that they are one line too."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -132,8 +132,10 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
 
 
 def tuning(options: argparse.Namespace) -> Tuning:
-    given = {field.name: getattr(options, field.name) for field in fields(Tuning)}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    chosen = {field.name: getattr(options, field.name) for field in fields(Tuning)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()
+    }
     return replace(Tuning(), **{name: value for name, value in values.items() if value is not None})
 
 
@@ -238,8 +240,8 @@ def _info(options: argparse.Namespace) -> int:
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-export[{name}]'"
         reason = backends.backend(name).obstacle() if version else None
-        found = f"{version}, and cannot run here: {reason}" if reason else version
-        print(f"backend {name}: {found or hint}")
+        state = f"{version}, and cannot run here: {reason}" if reason else version
+        print(f"backend {name}: {state or hint}")
     return 0
 
 

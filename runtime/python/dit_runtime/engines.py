@@ -23,7 +23,7 @@ from dit_runtime.errors import BundleError, EngineError, UsageError
 
 class Engines:
     def __init__(self, folder: Path, contract: Manifest, opened: Mapping[str, Engine], options: Options) -> None:
-        """`opened` has engines by stage, which are closed with the others."""
+        """Open nothing yet; `opened` has engines by stage, which are closed with the others."""
         self.folder, self.manifest, self.options = folder, contract, options
         self.opened = dict(opened)
 
@@ -44,7 +44,7 @@ class Engines:
         return self.opened[stage.name]
 
     def _lean(self, stage: Stage) -> Stage:
-        """What runs before the loop takes the backend that needs the least memory to load, where that is installed."""
+        """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""
         lean = backends.LEANEST
         if stage.runs not in BEFORE_LOOP or not backends.versions()[lean]:
             return stage

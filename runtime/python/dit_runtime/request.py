@@ -1,4 +1,4 @@
-"""What to draw: a request, and the checks that need no engine."""
+"""Requests, and the checks of one that need no engine."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ typedef enum dit_status {
     DIT_BAD_BUNDLE = 2,       /* damaged, of another format, or it cannot run here */
     DIT_BUFFER_TOO_SMALL = 3, /* the message says how much is needed */
     DIT_ENGINE_FAILED = 4,    /* an engine gave no sound result */
-    DIT_STOPPED = 5,          /* the progress callback asked for it */
+    DIT_STOPPED = 5,          /* the progress callback or dit_run_cancel asked for it */
     DIT_NOT_VERIFIED = 6,     /* dit_verify: these engines do not draw PyTorch's pictures */
     DIT_OUT_OF_MEMORY = 7,
     DIT_BUSY = 8,    /* another call on this pipeline has not returned */

@@ -87,15 +87,15 @@ class Resident(Engine, Protocol):
         """The array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
 
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-        """With `into`, arrays of `put` by the names of outputs, these go there, none comes home, and nobody waits."""
+        """Write outputs into the device arrays in `into`, by name; return nothing then, and do not wait."""
 
 
 def backend(name: str) -> Any:
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known{nearest(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
     module, _, member = BACKENDS[name].partition(":")
-    found = import_module(f"{__name__}.{module}")
-    return getattr(found, member) if member else found
+    loaded = import_module(f"{__name__}.{module}")
+    return getattr(loaded, member) if member else loaded
 
 
 def typed(name: str, precision: str) -> str | None:
@@ -120,15 +120,15 @@ def versions() -> dict[str, str | None]:
 
 def choose(name: str, precision: str = "fp32") -> str:
     """`auto` is the fastest that has the precision and runs here, or else compiles here; other names are themselves."""
-    found = versions()
+    installed = versions()
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":
-        here = [known for known in able if found[known]]
+        here = [known for known in able if installed[known]]
         name = next((known for known in here if backend(known).obstacle() is None), here[0] if here else "")
         if not name:
             extras = " or ".join(f"'dit-export[{known}]'" for known in able)
             raise UsageError(f"no backend for {precision} is installed: pip install {extras}")
-    elif backend(name) and found[name] is None:
+    elif backend(name) and installed[name] is None:
         raise UsageError(f"backend {name!r} is not installed: pip install 'dit-export[{name}]'")
     elif name not in able:
         raise UsageError(f"backend {name!r} has no {precision}; it has {', '.join(backend(name).PRECISIONS)}")

@@ -24,15 +24,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def version() -> str | None:
-    found = []
+    installed = []
     for package in PACKAGES:
         try:
-            found.append(metadata.version(package))
+            installed.append(metadata.version(package))
         except metadata.PackageNotFoundError:
             continue
-    if len(found) > 1:
+    if len(installed) > 1:
         raise UsageError(f"{' and '.join(PACKAGES)} are both installed and overwrite each other: pip uninstall one")
-    return found[0] if found else None
+    return installed[0] if installed else None
 
 
 def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
@@ -41,7 +41,7 @@ def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
 
 
 def _saturates() -> bool:
-    """Whether u8 × s8 products overflow 16 bits here: on x86 without VNNI; on trust where the system does not say."""
+    """Tell whether u8 × s8 products overflow 16 bits here: on x86 without VNNI, or where the system does not say."""
     try:
         flags = CPU.read_text()
     except OSError:

@@ -51,7 +51,7 @@ def open(files: Sequence[Path], options: Options) -> Engine:
 
 
 def _halves(options: Options) -> bool:
-    """Whether two runs at once can have half of the threads each: an even number, of cores that are alike."""
+    """Tell whether two runs at once can have half of the threads each: an even number, of cores that are alike."""
     if sys.platform != "linux" or UNLIKE.exists():
         return False
     return (options.threads or len(os.sched_getaffinity(0))) % 2 == 0
@@ -156,5 +156,5 @@ class Halves:
 
 
 def _reason(error: Exception) -> str:
-    """Its messages open with the places in its source; the last line says what is wrong."""
+    """Return the last line of its message, which says what is wrong; the others are places in its source."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -73,7 +73,7 @@ class Flavour:
         return (self._package() or ("", None))[1]
 
     def obstacle(self, built: Mapping[str, Any] | None = None) -> str | None:
-        """Why no engine of it can run here, or not one that was built so; None where it can."""
+        """Return why no engine of it can run here, or not one that was built so; None where it can."""
         if built:
             return self._refusal(built)
         return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
@@ -96,8 +96,8 @@ class Flavour:
                 reason = parser.get_error(0).desc() if parser.num_errors else logger.last or "it holds no network"
                 raise BundleError(f"{onnx}: {self.name} does not take it: {' '.join(reason.split())}")
             decompose_attention(trt, network)
-            found = census(trt, network)
-            gate(stem, found, stage.precision, self.AROUND, options.islands)
+            types = census(trt, network)
+            gate(stem, types, stage.precision, self.AROUND, options.islands)
             config = self._configure(trt, builder, network, stage, options.tuning, capabilities)
             config.progress_monitor = monitor = monitor_of(trt, progress, stem)
             plan = builder.build_serialized_network(network, config)
@@ -116,7 +116,7 @@ class Flavour:
             "tuning": _given(replace(options.tuning, timing_cache=None)),  # a path of this machine, of no use elsewhere
             "census": {
                 "of": "engine" if engine else "network",
-                "products": dict(Counter(found.values())),
+                "products": dict(Counter(types.values())),
                 "islands": list(options.islands),
                 **engine,
             },
@@ -126,7 +126,7 @@ class Flavour:
         return Compiled((name, *refit), built)
 
     def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
-        """What an engine that was just built says of itself, where it can be opened."""
+        """Return the census of an engine that was just built, where it can be opened."""
         if cuda.obstacle() or _outside(cuda.capability(), capabilities, self.name):
             return {}
         try:
@@ -151,7 +151,7 @@ class Flavour:
             raise UsageError(f"threads and provider are options of the CPU's backends; this graph runs on {self.name}")
 
     def _refusal(self, built: Mapping[str, Any]) -> str | None:
-        """Why an engine that was built so cannot be opened here, from the manifest alone."""
+        """Return why an engine that was built so cannot be opened here, from the manifest alone."""
         if (here := self.version()) is None:
             return f"{self.name} is not installed: pip install 'dit-export[{self.name}]'"
         if not _opens(here, str(built.get("version")), "version_compatible" in built.get("tuning", {})):
@@ -257,7 +257,7 @@ RTX = Flavour(
 
 
 def _given(tuning: Tuning) -> dict[str, Any]:
-    """What was asked for beyond the defaults."""
+    """Return the options that are not their defaults."""
     return {key: value for key, value in asdict(tuning).items() if value != asdict(Tuning())[key]}
 
 
@@ -276,8 +276,8 @@ def _opens(here: str, built: str, version_compatible: bool) -> bool:
 
 
 def _outside(capability: str, known: Sequence[str], whose: str) -> str | None:
-    """Why a GPU is none of those known ("8.0+" is 8.0 and later); no list: any."""
-    fits = (_numbers(capability) >= _numbers(one[:-1]) if one.endswith("+") else capability == one for one in known)
+    """Return why a GPU is none of those known ("8.0+" is 8.0 and later); no list: any."""
+    fits = (_numbers(capability) >= _numbers(name[:-1]) if name.endswith("+") else capability == name for name in known)
     if not known or any(fits):
         return None
     return f"compute capability {capability} here, and {whose} is for {', '.join(known)}"
@@ -308,7 +308,7 @@ def _preflight(folder: Path, size: int) -> None:
 
 
 def _available_memory() -> int | None:
-    """What Linux could give to us now, its caches included."""
+    """Return the bytes that Linux could give to us now, its caches included."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -19,7 +19,7 @@ __all__ = ["FORMAT", "File", "Guidance", "Manifest", "Port", "Stage", "TensorSpe
 
 
 def read(folder: Path, engines: bool = True) -> Manifest:
-    """Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
+    """Parse and check the manifest, and that each file it names is there in its size; open none of them.
 
     Without `engines`, those may be missing or damaged: they are to be made again, or given up (`lost_engines`).
     """
@@ -55,7 +55,7 @@ def _require(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def lost_engines(folder: Path, manifest: Manifest) -> set[str]:
-    """Those that are missing, or not of their size."""
+    """Return the engines that are missing, or not of their size."""
     engines = {name: inside(folder, name) for name in manifest.files if name.endswith(ENGINE)}
     return {
         name for name, path in engines.items() if not path.is_file() or path.stat().st_size != manifest.files[name].size
@@ -63,7 +63,7 @@ def lost_engines(folder: Path, manifest: Manifest) -> set[str]:
 
 
 def built(manifest: Manifest, stage: Stage) -> Mapping[str, Any]:
-    """With what and for what a stage's engine was built; empty where the backend opens the ONNX form."""
+    """Return with what and for what a stage's engine was built; empty where the backend opens the ONNX form."""
     table: Any = manifest.built_with
     for key in ("engines", stage.backend, stage.name):
         table = table.get(key, {}) if isinstance(table, Mapping) else None
@@ -73,7 +73,7 @@ def built(manifest: Manifest, stage: Stage) -> Mapping[str, Any]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` of the bundle; nothing may lead out of the folder."""
+    """Return the path of a file of the bundle; nothing may lead out of the folder."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in name or ":" in name:
         raise BundleError(f"{folder}: file name {name!r} leaves the bundle; refused")
@@ -86,7 +86,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compares sha256 sums, of large files at the same time; engines are executable, so nothing is opened before."""
+    """Compare sha256 sums, of large files at the same time; engines are executable, so nothing is opened before."""
     from concurrent.futures import ThreadPoolExecutor  # here, so that importing the runtime stays quick
 
     names = list(names)
@@ -95,8 +95,8 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     _require(folder, manifest, names)
     with ThreadPoolExecutor() as pool:
         sums = list(pool.map(sha256, [inside(folder, name) for name in names]))
-    for name, found in zip(names, sums, strict=True):
-        if found != manifest.files[name].sha256:
+    for name, digest in zip(names, sums, strict=True):
+        if digest != manifest.files[name].sha256:
             raise BundleError(f"{folder}: {name} does not have the sha256 of its manifest; it is damaged: rebuild it")
 
 
@@ -108,7 +108,7 @@ def sha256(path: Path) -> str:
 
 
 def describe_files(folder: Path, skip: Collection[str] = ()) -> dict[str, File]:
-    """Size and sha256 of everything in the folder but the manifest and what is skipped."""
+    """Return size and sha256 of everything in the folder but the manifest and what is skipped."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: describe(path) for name, path in files.items() if name != NAME and name not in skip}
 
@@ -118,12 +118,12 @@ def describe(path: Path) -> File:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Replaces the manifest in one step."""
+    """Replace the manifest in one step."""
     write_file(folder, NAME, manifest.to_json().encode())
 
 
 def write_file(folder: Path, name: str, content: bytes) -> None:
-    """Puts a file into the bundle in one step, and follows no link that somebody left there."""
+    """Put a file into the bundle in one step, and follow no link that somebody left there."""
     partial = folder / f"{name}.partial"
     partial.unlink(missing_ok=True)
     try:

@@ -253,8 +253,8 @@ def _check_source(
 
 
 def _check_shape(stage: Stage, spec: TensorSpec, shape: tuple[int | str, ...], dtype: str = "float32") -> None:
-    found, expected = f"{spec.dtype} {list(spec.shape)}", f"{dtype} {list(shape)}"
-    _expect(found == expected, f"stage {stage.name}: {spec.name} is", found, expected)
+    actual, expected = f"{spec.dtype} {list(spec.shape)}", f"{dtype} {list(shape)}"
+    _expect(actual == expected, f"stage {stage.name}: {spec.name} is", actual, expected)
 
 
 def _distinct(what: str, names: list[str]) -> None:

@@ -127,7 +127,7 @@ class Manifest:
 
     @property
     def mixes_guidance(self) -> bool:
-        """Whether the step stage takes guidance weights; where it does not, guidance changes nothing."""
+        """Tell whether the step stage takes guidance weights; where it does not, guidance changes nothing."""
         return any(spec.name == GUIDANCE for spec in self.step.reads)
 
     def stage(self, name: str) -> Stage:

@@ -1,1 +1,1 @@
-"""What a picture is drawn from: arrays by port, and what the stages before the loop make of them, once per key."""
+"""Conditions, arrays by port that a sample is drawn from, and memos of what the stages before the loop make of them."""

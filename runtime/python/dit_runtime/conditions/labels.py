@@ -1,4 +1,4 @@
-"""Which class a user means."""
+"""Class numbers of the names and numbers that users write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dit_runtime.sampling.process import is_integer
 
 
 def class_number(label: str | int, known: Sequence[str], count: int) -> int:
-    """Of a name ("golden retriever", one of its synonyms, or "207"), or of a number."""
+    """Return the class of a name ("golden retriever", one of its synonyms, or "207"), or of a number."""
     if isinstance(label, str) and not label.removeprefix("-").isdecimal():
         names: dict[str, int] = {}
         for number, name in enumerate(known):  # whole names win over synonyms of others

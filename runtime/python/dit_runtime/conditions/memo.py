@@ -1,4 +1,4 @@
-"""What the stages before the loop give, each made once per key: a timestep, a distinct condition, or both."""
+"""Memos of the stages before the loop: each runs once per key, a timestep, a distinct condition, or both."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Memo:
         budget: int = BUDGET,
         whole: bool = False,
     ) -> None:
-        """`times` is the number of distinct timesteps, `count` that of condition rows."""
+        """Run nothing yet; `times` is the number of distinct timesteps, `count` that of condition rows."""
         self._stage, self._compute = stage, compute
         self._sources = {spec.name: sources[spec.name] for spec in stage.reads}
         self._put, self._budget, self._whole = put, budget, whole
@@ -131,7 +131,7 @@ def open_sources(
 
 
 class StepInputs:
-    """What the step stage reads but the state, for some samples at a step of a run."""
+    """The step stage's inputs but the state, for some samples at a step of a run."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class StepInputs:
         put: Put = np.asarray,
         **options: Any,
     ) -> None:
-        """`groups` has the numbers of condition rows, (G, B): each sample's own, then what guidance leads away from."""
+        """Open the memos. `groups` has numbers of condition rows, (G, B): each sample's own, then its negative's."""
         times = np.asarray(timesteps, np.float32).tolist()
         distinct = {time: number for number, time in enumerate(dict.fromkeys(times))}
         self._time_of_step = [distinct[time] for time in times]

@@ -47,7 +47,7 @@ def with_matrices(matrices: Array, device: Device, x: NDArray[Any], inputs: Inpu
     chunks = _chunks(len(x), size)
     states = [device.put(x[samples].astype(np.float32)) for samples in chunks]
     zeros = [np.zeros(part.shape, np.float32) for part in states]
-    kept, predictions = ([device.put(part) for part in zeros] for _ in range(2))
+    previous, predictions = ([device.put(part) for part in zeros] for _ in range(2))
     coefficients = device.put(matrices.astype(np.float32))
 
     def home() -> Array:
@@ -57,7 +57,7 @@ def with_matrices(matrices: Array, device: Device, x: NDArray[Any], inputs: Inpu
         return state
 
     for step in range(len(matrices)):
-        for samples, state, before, prediction in zip(chunks, states, kept, predictions, strict=True):
+        for samples, state, before, prediction in zip(chunks, states, previous, predictions, strict=True):
             device.denoise({device.state: state, **inputs(step, samples)}, {"prediction": prediction})
             values = {device.state: state, "prediction": prediction, "previous": before}
             device.update(values | {"coefficients": coefficients[step]}, {"kept": before, "next": state})

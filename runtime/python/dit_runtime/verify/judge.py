@@ -86,47 +86,47 @@ def sampler(contract: Manifest, reference: Reference) -> Iterator[Figure]:
     yield Figure("sampler", "noise, max abs error", float(np.abs(first - reference.latents[0]).max()), NOISE_ATOL)
 
 
-def _before_loop(contract: Manifest, reference: Reference, found: Replay) -> Iterator[Figure]:
+def _before_loop(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
     """One figure for all stages before the loop, for a fingerprint has what each of them gives."""
     stages = contract.before_loop
     if not stages:
         return
     limit = max(TOLERANCES[stage.precision].conditioner for stage in stages)
-    errors = [relative_error(*pair) for pair in zip(found.fingerprint, reference.fingerprint, strict=True)]
+    errors = [relative_error(*pair) for pair in zip(answers.fingerprint, reference.fingerprint, strict=True)]
     row = int(np.nan_to_num(errors, nan=np.inf).argmax())
     where = f"{'label' if contract.classes and len(contract.conditions) == 1 else 'condition'} {row}"
     yield Figure("+".join(stage.name for stage in stages), "fingerprint, rel-L2", errors[row], limit, where=where)
 
 
-def _step(contract: Manifest, reference: Reference, found: Replay, limits: Tolerances) -> Iterator[Figure]:
+def _step(contract: Manifest, reference: Reference, answers: Replay, limits: Tolerances) -> Iterator[Figure]:
     steps = len(reference.timesteps)
-    for answer in found.answers:
+    for answer in answers.answers:
         limit = limits.guided if answer.name in ("prediction", "variance") else limits.prediction
         where = f"step {answer.step + 1} of {steps}, t = {reference.timesteps[answer.step]:g}"
         metric, step = f"{answer.name}, rel-L2", answer.step + 1
         yield Figure(contract.step.name, metric, answer.error, limit, step=step, where=where)
 
 
-def _run(contract: Manifest, reference: Reference, found: Replay, limits: Tolerances) -> Iterator[Figure]:
+def _run(contract: Manifest, reference: Reference, answers: Replay, limits: Tolerances) -> Iterator[Figure]:
     metric, steps = "latents, rel-L2", len(reference.timesteps)
-    for index, latents in enumerate(found.latents):
+    for index, latents in enumerate(answers.latents):
         error, where = relative_error(latents, reference.latents[index + 1]), f"after step {index + 1} of {steps}"
         yield Figure("run", metric, error, limits.latents, step=index + 1, where=where)
-    if "latents" in found.failures:
-        step = len(found.latents) + 1
-        yield Figure("run", metric, math.nan, limits.latents, step=step, where=found.failures["latents"])
+    if "latents" in answers.failures:
+        step = len(answers.latents) + 1
+        yield Figure("run", metric, math.nan, limits.latents, step=step, where=answers.failures["latents"])
     elif contract.end is not None:
-        yield from _pictures(reference, found, min(limits.pictures, TOLERANCES[contract.end.precision].pictures))
+        yield from _pictures(reference, answers, min(limits.pictures, TOLERANCES[contract.end.precision].pictures))
 
 
-def _pictures(reference: Reference, found: Replay, limit: float) -> Iterator[Figure]:
+def _pictures(reference: Reference, answers: Replay, limit: float) -> Iterator[Figure]:
     metric = "pictures, PSNR in dB"
-    if found.pictures is None:
-        yield Figure("run", metric, math.nan, limit, at_least=True, where=found.failures["pictures"])
+    if answers.pictures is None:
+        yield Figure("run", metric, math.nan, limit, at_least=True, where=answers.failures["pictures"])
         return
-    ratios = [images.psnr(*pair) for pair in zip(found.pictures, reference.images, strict=True)]
+    ratios = [images.psnr(*pair) for pair in zip(answers.pictures, reference.images, strict=True)]
     least = int(np.argmin(ratios))
     yield Figure("run", metric, ratios[least], limit, at_least=True, where=f"sample {least}")
-    flat = [float(picture.astype(np.float64).std()) for picture in found.pictures]
+    flat = [float(picture.astype(np.float64).std()) for picture in answers.pictures]
     least = int(np.argmin(flat))
     yield Figure("run", "pictures, contrast", flat[least], 1.0, at_least=True, where=f"sample {least}")

@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What the engines answered; where one broke down, `failures` says how, and what it owes is missing."""
+    """The engines' answers; where one broke down, `failures` says how, and what it owes is missing."""
 
     fingerprint: NDArray[np.float32]  # as the reference's
     answers: list[Answer]
