@@ -8,7 +8,7 @@ MODEL ?=
 RECIPE ?=
 # Values are quoted: paths may hold spaces. SYNTHETIC=1 takes seed 0; SYNTHETIC=0 or nothing takes real weights.
 FLAGS = $(if $(CONDITIONING),--conditioning '$(CONDITIONING)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--precision '$(PRECISION)') \
-	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CAPTIONS),--captions '$(CAPTIONS)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
+	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CONDITIONS),--conditions '$(CONDITIONS)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(PREDICTION),--prediction '$(PREDICTION)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
@@ -23,18 +23,24 @@ CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BI
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
-.PHONY: help setup demo engine bench bench-gpu cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens test test-all test-gpu browser lint format clean
+# A worker process a core; each keeps whole test files, whose fixtures so are made once. A worker takes up to 2 GB.
+WORKERS ?= $(JOBS)
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
+
+.PHONY: help setup demo engine bench bench-gpu cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
 	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
-	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CAPTIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
+	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CONDITIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
 	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make bench-gpu MODEL=XL/2      the same on an NVIDIA GPU"
 	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
-	@echo "make test | test-all | lint    the checks; test-all also runs what takes minutes or gigabytes"
+	@echo "make check                     the quick tests, under a minute: no bundle is built, no C++"
+	@echo "make test | test-all | lint    all tests, under 10 minutes; test-all also runs what takes minutes or gigabytes;"
+	@echo "                               WORKERS processes share the work, by default one a core"
 	@echo "make test-gpu                  the TensorRT engines where there is a GPU"
 
 setup: $(STAMP)
@@ -76,7 +82,7 @@ cpp-unit: $(STAMP)
 	ctest --test-dir $(CPP) --output-on-failure
 
 cpp-test: cpp-unit browser
-	$(BIN)/python -m pytest tests/cpp
+	$(PYTEST) tests/cpp
 
 cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
@@ -101,8 +107,11 @@ cpp-tensorrt:
 goldens: $(STAMP)
 	$(BIN)/python runtime/cpp/tests/goldens.py
 
+check: $(STAMP)
+	$(PYTEST) -m 'not builds and not slow and not gpu'
+
 test: cpp-unit browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Skipped, with the reason, where there is no GPU that an installed TensorRT runs on.
 test-gpu: $(STAMP)

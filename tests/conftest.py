@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.once import is_shared, made_once, once
+
+# The default tests load nothing: what would ask a registry or a hub fails instead, in child processes too.
+os.environ |= {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core
 
 HIDDEN, HEADS, PATCH, CHANNELS, LATENT = 64, 4, 2, 4, 8
 DIFFUSERS_DEPTH, META_DEPTH, META_CLASSES = 3, 2, 12
@@ -25,6 +33,33 @@ NAMES[360] = "otter, river dog"
 MODULATION = 0.04  # of adaLN's linears: another label moves the prediction, and guidance 4 does not blow it up
 STREAM = 0.02  # size of Meta's residual stream: so small that LayerNorm's eps can be seen
 META_NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen", "ibis", "jay", "koi", "lynx"]
+
+
+# Files and tests that build, compile or train by themselves, or get a bundle by its fixture's name.
+BUILDS = (
+    "bench/test_conditionings.py",
+    "cpp/",
+    "demo/test_run.py",
+    "demo/test_shipped.py",
+    "passes/test_sizes.py",
+    "precision/test_search.py",
+    "runtime/test_loops.py::test_both_loops_draw_the_same",
+    "tensorrt/test_compile.py",
+    "tensorrt/test_conditionings.py",
+    "test_against_diffusers.py",
+    "test_against_sit.py",
+    "test_conditionings.py",
+    "test_pixart.py",
+    "test_readme.py",
+    "verify/test_report.py::test_a_browser_shows_it",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that build: those that use shared bundles, and those above."""
+    for item in items:
+        if is_shared(item) or item.nodeid.removeprefix("tests/").startswith(BUILDS):
+            item.add_marker(pytest.mark.builds)
 
 
 class Built(NamedTuple):
@@ -48,6 +83,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+@once
 def own_embedders(tmp_path_factory, one_thread) -> Built:
     """A DiTPipeline with DDIM whose blocks each have their own timestep and label embedders, and its bundle."""
     from diffusers import DDIMScheduler
@@ -59,6 +95,7 @@ def own_embedders(tmp_path_factory, one_thread) -> Built:
 
 
 @pytest.fixture(scope="session")
+@once
 def shared_embedders(tmp_path_factory, one_thread) -> Built:
     """A DiTPipeline with DPM-Solver++ and class names, whose blocks hold copies of one embedder, and its bundle."""
     from diffusers import DPMSolverMultistepScheduler
@@ -76,20 +113,19 @@ def shared_embedders(tmp_path_factory, one_thread) -> Built:
 @pytest.fixture(scope="session")
 def narrow(shared_embedders, tmp_path_factory, one_thread) -> Callable[[str, str], Path]:
     """The bundle of the shared embedders' checkpoint in a precision, for a backend; each is built once."""
-    folder = tmp_path_factory.mktemp("narrow")
 
-    @functools.cache
-    def bundle(precision: str, backend: str) -> Path:
-        built = folder / f"{precision}-{backend}"
+    def make(precision: str, backend: str) -> Path:
+        built = tmp_path_factory.mktemp("narrow") / f"{precision}-{backend}"
         options = ["--precision", precision, "--backend", backend, "--max-batch", "2", "-o", str(built)]
         with one_thread():
             build(shared_embedders.checkpoint.parent, "checkpoint", *options)
         return built
 
-    return bundle
+    return lambda *which: made_once(tmp_path_factory, f"narrow {which}", lambda: make(*which))
 
 
 @pytest.fixture(scope="session")
+@once
 def meta(tmp_path_factory, one_thread) -> Built:
     """A training checkpoint as Meta's code writes it, of a size in no table, and its bundle without a decoder."""
     import torch
@@ -104,6 +140,7 @@ def meta(tmp_path_factory, one_thread) -> Built:
 
 
 @pytest.fixture(scope="session")
+@once
 def velocity(tmp_path_factory, one_thread) -> Built:
     """SiT's: the same names and shapes, a velocity of t in [0, 1], and as many channels again that nobody reads."""
     import torch
@@ -118,6 +155,7 @@ def velocity(tmp_path_factory, one_thread) -> Built:
 
 
 @pytest.fixture(scope="session")
+@once
 def pixart(tmp_path_factory, one_thread) -> Built:
     """PixArt-alpha without its text encoder, and its bundle for captions of up to 120 tokens x 32."""
     from tests.pixart import build as build_pixart
@@ -132,13 +170,24 @@ def pixart(tmp_path_factory, one_thread) -> Built:
 
 
 @pytest.fixture(scope="session")
-def captioned(tmp_path_factory) -> Path:
-    """The C++ tests' bundle of hand-made graphs that draws by captions of up to 5 tokens x 3: no time to draw."""
+def handmade(tmp_path_factory) -> Callable[[str], Path]:
+    """Bundles of hand-made graphs, by kind (make_bundle.py): no toolchain, and no time to draw; each is made once."""
     from tests.handmade import module
 
-    folder = tmp_path_factory.mktemp("captioned") / "bundle"
-    module("make_bundle").make(folder, "captioned")
-    return folder
+    folder = tmp_path_factory.mktemp("handmade")
+
+    @functools.cache
+    def bundle(kind: str) -> Path:
+        module("make_bundle").make(folder / kind, kind)
+        return folder / kind
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def captioned(handmade) -> Path:
+    """The one that draws by captions of up to 5 tokens x 3."""
+    return handmade("captioned")
 
 
 @pytest.fixture

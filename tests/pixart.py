@@ -47,8 +47,7 @@ def small_vae(**config: object) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=4,
-        **config,
+        **{"latent_channels": 4} | config,
     )
     with torch.no_grad():
         vae.decoder.conv_out.weight *= 2  # pictures that use a good part of 0 to 255

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from dit_export.checkpoints import load_source
+from dit_export.bundle.build import build
+from dit_export.checkpoints import load
 from dit_export.cli import main
-from dit_export.verify.reference import make_reference, save_reference
+from dit_export.recipe import Recipe
 from dit_runtime import Pipeline, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
-from dit_runtime.replay import Reference, Replay, load_reference, replay
-from dit_runtime.sampling.schedule import FLOW_SOLVERS
+from dit_runtime.progress import Progress
+from dit_runtime.sampling.process import FLOW_SOLVERS
 from tests.test_against_meta import CHANNELS, CLASSES, LABELS, LATENT, PATCH, distance, prediction
 
 STEPS = 10
@@ -110,8 +109,8 @@ def test_a_wrong_detail_would_be_seen(bundle, weights, solver, wrong):
 def test_the_channels_that_nothing_reads_are_gone(velocity):
     """The checkpoint has twice the channels, as DiT's; the network that ships gives the velocity alone."""
     contract = manifest.read(velocity.bundle)
-    assert contract.diffusion.prediction == "velocity" and contract.diffusion.sampler.solver == "euler"
-    assert [spec.name for spec in contract.graphs["denoiser"].outputs] == ["prediction"]
+    assert contract.process.prediction == "velocity" and contract.process.sampler.solver == "euler"
+    assert [spec.name for spec in contract.step.gives] == ["prediction"]
     graph = onnx.load(velocity.bundle / "denoiser.onnx", load_external_data=False).graph
     widths = {max(weight.dims) for weight in graph.initializer if PATCH**2 * CHANNELS in weight.dims}
     assert widths and not [weight for weight in graph.initializer if 2 * PATCH**2 * CHANNELS in weight.dims]
@@ -122,28 +121,20 @@ def test_the_channels_that_nothing_reads_are_gone(velocity):
 @pytest.mark.parametrize("solver", FLOW_SOLVERS)
 def test_the_reference_of_every_default_solver(velocity, tmp_path, one_thread, solver):
     """Heun's method asks twice a step, the SDE draws noise: the replay does as PyTorch did."""
-    folder = Path(shutil.copytree(velocity.bundle, tmp_path / "bundle"))
-    contract = manifest.read(folder)
-    sampler = replace(contract.diffusion.sampler, solver=solver)
-    contract = replace(contract, diffusion=replace(contract.diffusion, sampler=sampler))
+    recipe = manifest.read(velocity.bundle).source["recipe"] | {"output": str(tmp_path / "bundle")}
+    loaded = load(Recipe(**recipe))
+    process = replace(loaded.process, sampler=replace(loaded.process.sampler, solver=solver))
     with one_thread():
-        model = load_source(contract, folder).model
-        save_reference(folder, make_reference(model, None, contract.diffusion, lambda done, steps: None))
-        manifest.write(folder, replace(contract, files=manifest.describe_files(folder)))
-        with Pipeline.load(folder, threads=1) as pipe:
-            checks = verify.verify(pipe)
-            assert all(check.passed for check in checks), verify.table(checks)
-            assert sum(check.name == "free run, rel-L2" for check in checks) == 10
-            other = next(name for name in FLOW_SOLVERS if name != solver)
-            pipe.manifest = replace(
-                contract, diffusion=replace(contract.diffusion, sampler=replace(sampler, solver=other))
-            )
-            assert not all(check.passed for check in verify.judge(pipe.manifest, *replayed(pipe)))
-
-
-def replayed(pipe: Pipeline) -> tuple[Reference, Replay]:
-    reference = load_reference(pipe.folder)
-    return reference, replay(pipe, reference)
+        build(Recipe(**recipe), Progress(), loaded=replace(loaded, process=process))
+        with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
+            figures = verify.verify(pipe)
+        assert all(figure.passed for figure in figures), verify.table(figures)
+        assert sum(figure.name == "run: latents, rel-L2" for figure in figures) == 10
+        other = next(name for name in FLOW_SOLVERS if name != solver)
+        process = replace(process, sampler=replace(process.sampler, solver=other))
+        manifest.write(tmp_path / "bundle", replace(manifest.read(tmp_path / "bundle"), process=process))
+        with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
+            assert not all(figure.passed for figure in verify.verify(pipe))
 
 
 def test_the_gate_passes_and_a_wrong_solver_is_refused(velocity, tmp_path, capsys):
@@ -165,7 +156,7 @@ def test_int8(velocity, tmp_path, capsys, one_thread):
         assert main([*command, "--max-batch", "2"]) == 0
     capsys.readouterr()
     contract = manifest.read(tmp_path / "bundle")
-    assert contract.diffusion.prediction == "velocity" and contract.graphs["denoiser"].precision == "int8"
+    assert contract.process.prediction == "velocity" and contract.step.precision == "int8"
 
 
 def test_a_size_of_the_table(tmp_path, capsys, one_thread):

@@ -68,8 +68,8 @@ BUILD = [
     (["S/8", "--synthetic", "--keep-float", "fc2"], ["keep-float ['fc2']", "int8", "fp32"]),
     (["S/8", "--synthetic", "--calibration", "c.npz"], ["calibration c.npz", "int8", "fp32"]),
     (
-        ["S/8", "--precision", "int8", "--calibration", "c.npz", "--captions", "c.npy"],
-        ["c.npz", "c.npy", "one of them"],
+        ["S/8", "--precision", "int8", "--calibration", "c.npz", "--conditions", "p.npz"],
+        ["c.npz", "p.npz", "one of them"],
     ),
     (["S/8", "--synthetic", "--latents-only", "--vae", "x"], ["a VAE (x)", "--latents-only", "one of them"]),
 ]
@@ -120,7 +120,7 @@ def test_what_an_int8_build_needs_is_asked_before_it_starts(refused, meta, tmp_p
     monkeypatch.setenv("HOME", str(tmp_path))
     given = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--precision", "int8"]
     refused(export, "quantize", *given, "--budget", "PSNR=30", said=("PSNR=30", "no decoder"))
-    refused(export, "build", *given, "--captions", "c.npy", said=("c.npy", "labels"))
+    refused(export, "build", *given, "--conditions", "c.npy", said=("c.npy", "no such file"))
     refused(export, "build", *given, "--calibration", "~/c.npz", said=(str(tmp_path / "c.npz"), "calibration"))
 
 

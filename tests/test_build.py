@@ -12,13 +12,15 @@ import torch
 
 import dit_export.bundle.build
 import dit_runtime.verify
-from dit_export.bundle.build import Built
 from dit_export.cli import main
-from dit_export.spec import Recipe
+from dit_export.cli.recipe import add_recipe, read_recipe
+from dit_export.recipe import Recipe
+from dit_export.verify.check import Built
 from dit_runtime import UsageError
 from dit_runtime.backends import Tuning
 from dit_runtime.bundle import manifest
-from dit_runtime.verify import Check
+from dit_runtime.cli import Parser
+from dit_runtime.verify import Figure
 from tests import conftest
 from tests.conftest import HEADS, meta_state
 
@@ -41,7 +43,7 @@ def test_a_failed_gate_replaces_nothing(
     failed = meta_copy.with_name(meta_copy.name + ".failed")
     assert f"the bundle that failed: {failed}" in capsys.readouterr().out
     parity = json.loads((failed / "parity.json").read_text())
-    assert {check["name"] for check in parity["checks"] if not check["passed"]} == {"free run, rel-L2"}
+    assert {check["name"] for check in parity["checks"] if not check["passed"]} == {"run: latents, rel-L2"}
     assert not manifest.read(failed).parity["passed"]
     assert sorted(path.name for path in meta_copy.parent.iterdir()) == [meta_copy.name, failed.name]
 
@@ -69,7 +71,7 @@ def test_weights_that_hear_nothing_are_reported(
     checkpoint[2] = str(tmp_path / "deaf.pt")
     assert main([*checkpoint, "-o", str(tmp_path / "bundle")]) == 0
     warning = capsys.readouterr().err
-    assert "these weights hardly react" in warning and "proof: another label: 0, expected 0.001" in warning
+    assert "these weights hardly react" in warning and "proof: another condition, rel-L2: 0, expected 0.001" in warning
     assert manifest.read(tmp_path / "bundle").parity["proof"] == "insensitive"
     parity = json.loads((tmp_path / "bundle" / "parity.json").read_text())
     assert [figure["passed"] for figure in parity["proof_figures"]] == [False] * 3
@@ -77,8 +79,10 @@ def test_weights_that_hear_nothing_are_reported(
 
 
 def test_the_summary_hides_no_nan() -> None:
-    checks = [Check("a", 0.1, 1), Check("a", math.nan, 1), Check("b", 0.1, 1), Check("b", 0.2, 1)]
-    assert dit_export.bundle.build._summary(Built(Path(), [], checks, None, None))["worst"] == {"a": "nan", "b": 0.2}
+    values = [("a", 0.1), ("a", math.nan), ("b", 0.1), ("b", 0.2)]
+    checks = [Figure("run", metric, value, 1) for metric, value in values]
+    worst = dit_export.bundle.build.summary(Built(Path(), [], checks, None, None))["worst"]
+    assert worst == {"run: a": "nan", "run: b": 0.2}
 
 
 def test_recipe_file_and_flags_give_the_same_recipe(tmp_path: Path) -> None:
@@ -89,14 +93,14 @@ def test_recipe_file_and_flags_give_the_same_recipe(tmp_path: Path) -> None:
     )
     flags = ["S/8", "--resolution", "512", "--latents-only", "--max-batch", "2", "--synthetic", "7"]
     flags += ["--compute-capability", "8.6", "8.9", "--pool-limit", "workspace:4G", "--refittable"]
-    from dit_export.cli import _parser, _recipe
-
+    parser = Parser()
+    add_recipe(parser)
     tuning = Tuning(compute_capability=("8.6", "8.9"), pool_limit=("workspace:4G",), refittable=True)
     expected = Recipe(model="S/8", resolution=512, latents_only=True, max_batch=2, synthetic=7, **vars(tuning))
     assert expected.tuning == tuning
     assert Recipe.from_toml(recipe) == expected
-    assert _recipe(_parser().parse_args(["build", *flags])) == expected
-    assert _recipe(_parser().parse_args(["build", str(recipe), "--max-batch", "3"])) == replace(expected, max_batch=3)
+    assert read_recipe(parser.parse_args(flags)) == expected
+    assert read_recipe(parser.parse_args([str(recipe), "--max-batch", "3"])) == replace(expected, max_batch=3)
     recipe.write_text(expected.to_toml())
     assert Recipe.from_toml(recipe) == expected == Recipe(**json.loads(json.dumps(asdict(expected))))
     assert "timing" not in expected.to_toml()  # what is as by default is not said

@@ -145,7 +145,7 @@ def test_inspect_counts_ops_and_weights(meta: Built, capsys: Capture) -> None:
     table = run_json(capsys, dit_export.cli.main, "inspect", str(meta.bundle))
     assert table.keys() == {"conditioner", "denoiser", "update"}
     assert table["denoiser"]["ops"]["Attention"] == 2
-    assert table["conditioner"]["outputs"] == {"conditioning": ["float32", "pairs", 14, 64]}
+    assert table["conditioner"]["outputs"] == {"conditioning": ["float32", "rows", 14, 64]}
     size = meta.bundle.joinpath("denoiser.onnx.data").stat().st_size
     assert table["denoiser"]["weight_bytes"]["float32"] == pytest.approx(size, rel=0.02)
     assert dit_export.cli.main(["inspect", str(meta.bundle / "denoiser.onnx")]) == 0

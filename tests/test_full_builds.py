@@ -27,4 +27,4 @@ def test_a_size_in_full(model: str, depth: int, tmp_path: Path) -> None:
     denoiser = onnx.load(tmp_path / "bundle" / "denoiser.onnx", load_external_data=False)
     assert not [node for node in denoiser.graph.node if node.op_type == "Gemm"]  # adaLN's and the embedders' linears
     if model == "XL/2":
-        assert sum(contract.files[name].size for name in contract.graphs["denoiser"].onnx_files) <= 1.85e9
+        assert sum(contract.files[name].size for name in contract.step.onnx_files) <= 1.85e9

@@ -10,9 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 JOB = "job.json"
 GIB = 1 << 30
@@ -107,7 +107,7 @@ class Job:
     """The same for everyone; workers read it from their folder."""
 
     spec: ModelSpec
-    diffusion: Diffusion
+    process: Process
     batch: int
     steps: int
     threads: int
@@ -116,7 +116,7 @@ class Job:
     device: str = "cpu"
 
     def write(self, folder: Path) -> None:
-        table = asdict(self) | {"diffusion": self.diffusion.to_dict()}
+        table = asdict(self) | {"process": self.process.to_dict()}
         (folder / JOB).write_text(json.dumps(table), encoding="utf-8")
 
     @classmethod
@@ -124,7 +124,7 @@ class Job:
         table = json.loads((folder / JOB).read_text(encoding="utf-8"))
         parts = {
             "spec": ModelSpec(**table["spec"]),
-            "diffusion": Diffusion.from_dict(table["diffusion"]),
+            "process": Process.from_dict(table["process"]),
             "precisions": tuple(table["precisions"]),
         }
         return cls(**table | parts)

@@ -7,7 +7,6 @@ the rounds.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,18 +21,20 @@ from dit_export.bench.floor import flops, step_bytes
 from dit_export.bench.machine import available_memory
 from dit_export.bench.report import time
 from dit_export.bench.subject import GUIDANCE, in_a_row
-from dit_export.bundle.write import trace_graphs, unverified
+from dit_export.bundle.assemble import build_scratch_bundle
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.synthetic import synthetic_dit
-from dit_export.spec import CONDITIONINGS, ModelSpec, Recipe, conditioned, model
+from dit_export.networks.dit import dit_network
+from dit_export.networks.spec import CONDITIONINGS, ModelSpec, conditioned, model
+from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.manifest import Stage
 from dit_runtime.cli import Parser, guarded
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 
 class Cost(NamedTuple):
@@ -42,29 +43,24 @@ class Cost(NamedTuple):
     seconds: float  # of a guided step
 
 
-def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) -> Graph:
+def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) -> Stage:
     """A bundle of made-up weights, of which only the denoiser's files are kept."""
-    loaded = Loaded(spec, synthetic_dit(spec, 0), None, (), Diffusion(), {"kind": "synthetic", "seed": 0})
-    traced = folder.with_name(f"{folder.name}.traced")
-    trace_graphs(traced, loaded, None, progress)
-    unverified(folder, traced, loaded, Recipe(backend=backend, max_batch=1), progress)
-    shutil.rmtree(traced)
-    graph = manifest.read(folder).graphs["denoiser"]
+    network = dit_network(synthetic_dit(spec, 0))
+    loaded = Loaded(network, None, (), Process(), {"kind": "synthetic", "seed": 0})
+    build_scratch_bundle(folder, loaded, None, Recipe(backend=backend, max_batch=1), progress)
     for file in folder.iterdir():
-        if not file.name.startswith("denoiser."):
+        if file.is_file() and not file.name.startswith("denoiser."):
             file.unlink()
-    return graph
+    return manifest.read(folder).step
 
 
-def inputs(graph: Graph) -> dict[str, np.ndarray]:
+def inputs(stage: Stage) -> dict[str, np.ndarray]:
     """Noise of the shapes of one guided picture: the time of a step does not depend on what is in them."""
     random, free = np.random.default_rng(0), {"groups": 2, "batch": 1}
     found = {}
-    for tensor in graph.inputs:
+    for tensor in stage.reads:
         shape = [free[size] if isinstance(size, str) else size for size in tensor.shape]
         found[tensor.name] = random.standard_normal(shape, np.float32)
-    if "context_mask" in found:
-        found["context_mask"][:] = 0  # every token counts
     return found | {"guidance": np.full(1, GUIDANCE, np.float32)}
 
 
@@ -80,11 +76,11 @@ def measure(
             f"{len(specs)} denoisers on {backend} take {needed / 1e9:.0f} GB, {available_memory() / 1e9:.0f} GB are "
             "free; pass fewer --conditionings, or --backend onnxruntime"
         )
-    made = {name: denoiser(spec, folder / name, backend, progress) for name, spec in specs.items()}
+    stages = {name: denoiser(spec, folder / name, backend, progress) for name, spec in specs.items()}
     ready: dict[str, tuple[Engine, dict[str, np.ndarray]]] = {}
-    for name, graph in made.items():
-        files = [folder / name / file for file in graph.files]
-        ready[name] = backends.backend(backend).open(files, Options(threads=threads)), inputs(graph)
+    for name, stage in stages.items():
+        files = [folder / name / file for file in stage.files]
+        ready[name] = backends.backend(backend).open(files, Options(threads=threads)), inputs(stage)
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     with progress.stage(f"{rounds} rounds of {', '.join(ready)}"):
         for number in range(rounds + 1):

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from dit_export.bench.competitors import Competitor, Job
 from dit_export.bench.subject import GUIDANCE, SEED, SOLVER, TIMESTEP, Subject, guided
+from dit_export.graph import DECODER, NETWORK
 from dit_runtime.backends import CPU
 from dit_runtime.backends.ort import PROVIDERS
+from dit_runtime.conditions.memo import StepInputs
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import plan
@@ -27,9 +29,7 @@ class Plain(Subject):
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(job)
         open_file = {"onnxruntime": _onnxruntime, "openvino": _openvino}[competitor.library]
-        self._dit, self._decoder = (
-            open_file(folder / name, competitor.precision, job) for name in ("dit.onnx", "decoder.onnx")
-        )
+        self._dit, self._decoder = (open_file(folder / name, competitor.precision, job) for name in (NETWORK, DECODER))
 
     def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
         timesteps, labels = self.rows(t)
@@ -69,20 +69,21 @@ class Ours(Subject):
         on_cpu: dict[str, Any] = {"threads": job.threads} if competitor.library in CPU else {}
         provider = job.device if competitor.library == "onnxruntime" else None
         self.pipe = Pipeline.load(folder, provider=provider, **on_cpu)
-        self._times = plan(job.diffusion, SOLVER, job.steps)
-        self._ids: list[int] = self.labels.tolist()
+        self._times = plan(job.process, SOLVER, job.steps)
+        self._null = np.array([job.spec.null_label])
         self._condition(self._times)  # as runs ask for it: what is compiled for a shape is compiled for this one
-        self._rows = self._condition(np.array([TIMESTEP]))
+        self._inputs = self._condition(np.array([TIMESTEP]))
 
-    def _condition(self, times: NDArray[np.float64]) -> NDArray[Any]:
-        """[G, B, K, D] of every step of a run, one after the other; the last one's."""
-        table = self.pipe.table(times, self._ids, guided=True)
+    def _condition(self, times: NDArray[np.float64]) -> StepInputs:
+        """Return what the denoiser reads at every step of a run, after each has been made once."""
+        weights = np.full(len(self.labels), GUIDANCE, np.float32)
+        inputs = self.pipe.engines.inputs(times, {"labels": self.labels}, {"labels": self._null}, weights)
         for step in range(len(times)):
-            rows = table(step, slice(None))
-        return rows
+            inputs(step, slice(None))
+        return inputs
 
     def denoise(self, latents: NDArray[np.float32], t: float) -> NDArray[np.float32]:
-        return self.pipe.denoise(latents, self._rows, np.full(len(latents), GUIDANCE, np.float32))[0]
+        return self.pipe.engines.denoise(latents, self._inputs, 0)[0]
 
     def step(self) -> float:
         """A step, and its share of the conditioner, which runs once for all steps."""
@@ -91,8 +92,8 @@ class Ours(Subject):
         return (time.perf_counter() - began) / self.job.steps + super().step()
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.pipe.decode(latents)
+        return self.pipe.engines.decode(latents)
 
     def sample(self) -> NDArray[np.float32]:
         options: dict[str, Any] = {"steps": self.job.steps, "guidance": GUIDANCE, "seed": SEED, "solver": SOLVER}
-        return self.pipe.sample(self._ids, **options, output="latents")
+        return self.pipe.sample(self.labels.tolist(), **options, output="latents")

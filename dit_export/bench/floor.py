@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 
 Shape = tuple[int, int, int]  # (M, K) x (K, N)
 GEMMS: dict[str, dict[str, tuple[str, ...]]] = {  # by device
@@ -33,18 +33,14 @@ class Flops(NamedTuple):
 def flops(spec: ModelSpec) -> Flops:
     """Matrix products alone, as the DiT paper counts its Gflops (which are multiply-adds: half of these)."""
     d, mlp, by = spec.hidden, round(spec.mlp_ratio * spec.hidden), spec.by
-    t, read = spec.tokens + 2 * by.appended, spec.caption_tokens if by.captioned else 2
+    t, read = spec.tokens + 2 * by.appended, 2  # the tokens of the timestep and the label
     block = 4 * t * d * d + 2 * t * d * mlp + 2 * t * t * d  # qkv and proj, MLP, attention's two products
     if by.crossed:
         block += 2 * t * d * d + 2 * t * read * d  # its q and proj, its two products
     ends = spec.tokens * spec.patch**2 * d * (spec.channels + spec.out_channels)
     conditioning = spec.embedders * (256 * d + d * d)
-    if by.shared:
-        conditioning += by.modulation * d * d
-    elif by.modulation:
+    if by.modulation:
         conditioning += (by.modulation * spec.depth + 2) * d * d
-    if by.captioned:
-        conditioning += read * (spec.caption_channels * d + d * d)
     if by.crossed:
         conditioning += 2 * spec.depth * read * d * d  # keys and values
     return Flops(2 * spec.depth * block, 2 * ends, 2 * conditioning)

@@ -14,15 +14,16 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import save_file
 
 from dit_export.bench.competitors import Competitor, Job, choose
-from dit_export.bundle.write import trace_graphs, unverified
+from dit_export.bundle.assemble import build_scratch_bundle, trace_graphs
 from dit_export.checkpoints import Loaded, keys
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
+from dit_export.graph import DECODER, NETWORK
 from dit_export.graph.trace import Decoder
-from dit_export.networks.dit import DiT
-from dit_export.spec import Recipe
+from dit_export.networks.dit import DiT, dit_network
+from dit_export.recipe import Recipe
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import compile_graphs
+from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.cli import guarded
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.progress import Progress
@@ -35,7 +36,7 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
     torch.set_num_threads(job.threads)
     with progress.stage("weights"):
         model, vae = synthetic_dit(job.spec, WEIGHTS_SEED), synthetic_vae(WEIGHTS_SEED, job.vae or SD_VAE)
-    loaded = Loaded(job.spec, model, vae, (), job.diffusion, {"kind": "synthetic", "seed": WEIGHTS_SEED})
+    loaded = Loaded(dit_network(model), vae, (), job.process, {"kind": "synthetic", "seed": WEIGHTS_SEED})
     decoder = Decoder(vae).eval()
     (folder / "weights").mkdir()
     save_file(model.state_dict(), folder / "weights" / "dit.safetensors")
@@ -51,15 +52,14 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
         for ours in (competitor for competitor in competitors if competitor.kind == "ours"):
             recipe = Recipe(precision=ours.precision, backend=ours.library, max_batch=job.batch)
             try:
-                unverified(folder / ours.folder, traced, loaded, recipe, progress)
-                contract = manifest.read(folder / ours.folder)
-                contract = compile_graphs(folder / ours.folder, contract, ours.library, Options(), progress)
+                contract = build_scratch_bundle(folder / ours.folder, loaded, decoder, recipe, progress, traced)
+                contract = compile_stages(folder / ours.folder, contract, ours.library, Options(), progress)
                 manifest.write(folder / ours.folder, contract)
             except (UsageError, GateError) as error:
                 left_out[ours.name] = str(error)
                 shutil.rmtree(folder / ours.folder, ignore_errors=True)
-        _fix_rows(traced / "dit.onnx", 2 * job.batch)
-        _fix_rows(traced / "decoder.onnx", job.batch)
+        _fix_rows(traced / NETWORK, 2 * job.batch)
+        _fix_rows(traced / DECODER, job.batch)
     return left_out
 
 

@@ -21,11 +21,12 @@ from dit_export.bench import floor
 from dit_export.bench.competitors import COMPETITORS, YARDSTICK, Competitor, Job, choose, groups
 from dit_export.bench.machine import available_memory, describe, usable_cores, versions
 from dit_export.bench.worker import GEMM, Worker, WorkerError
-from dit_export.spec import ModelSpec, table_name
+from dit_export.networks.spec import ModelSpec, table_name
 from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_STEPS
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 DECODES = 3  # rounds of the decoder alone, where no whole image is run
 WHOLE_IMAGES = 1e12  # FLOPs of a run, up to which whole images are run unless asked otherwise
@@ -39,7 +40,7 @@ class Settings:
     spec: ModelSpec
     device: str = "cpu"
     batch: int = 1
-    steps: int = 25
+    steps: int = DEFAULT_STEPS
     rounds: int = 7
     images: int | None = None  # whole images a competitor; 0: an image is steps × step + decode
     threads: int | None = None
@@ -60,7 +61,7 @@ def bench(settings: Settings, progress: Progress) -> dict[str, Any]:
     spec = replace(settings.spec, frequency_shift=1, guided_channels=settings.spec.channels, unguided_up_to_one=True)
     precisions = tuple(sorted({competitor.precision for competitor in chosen}))
     sizes = settings.batch, settings.steps, threads
-    job = Job(spec, Diffusion(), *sizes, precisions, settings.vae, settings.device)
+    job = Job(spec, Process(), *sizes, precisions, settings.vae, settings.device)
     with tempfile.TemporaryDirectory(prefix="dit-bench-", dir=settings.folder) as temporary:
         folder = Path(temporary)
         _require_disk(folder, spec, chosen)

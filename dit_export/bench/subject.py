@@ -60,7 +60,7 @@ class Subject(ABC):
 
     def sample(self) -> NDArray[np.float32]:
         job = self.job
-        run = solve(job.diffusion, SOLVER, job.steps, self.latents, draw(SEED, job.batch))
+        run = solve(job.process, SOLVER, job.steps, self.latents, draw(SEED, job.batch))
         state, t = next(run)
         for _ in range(job.steps):
             try:

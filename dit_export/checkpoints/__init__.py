@@ -1,28 +1,31 @@
-"""Checkpoints in, one network out: the reader is chosen by what the checkpoint is, never by a model's name."""
+"""Checkpoints in, one network out: what the checkpoint is chooses its reader."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
 
-from dit_export import spec as specs
 from dit_export.checkpoints import keys
-from dit_export.checkpoints.diffusers import read_diffusion, read_transformer
+from dit_export.checkpoints.diffusers import CLASSES, read_process, read_transformer
+from dit_export.checkpoints.families import class_name, read_family
 from dit_export.checkpoints.files import sha256
 from dit_export.checkpoints.hub import locate
 from dit_export.checkpoints.labels import pipeline_labels, read_labels
 from dit_export.checkpoints.meta import read_file
-from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.checkpoints.synthetic import synthetic_dit, synthetic_vae
 from dit_export.checkpoints.vae import read_vae
-from dit_export.networks.dit import DiT
-from dit_export.spec import ModelSpec, Recipe
+from dit_export.networks import Network
+from dit_export.networks import spec as specs
+from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.spec import ModelSpec
+from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 OTHERWISE = (
     "pass --checkpoint PATH (make: CHECKPOINT=PATH), or --synthetic (make: SYNTHETIC=1) to build with made-up weights"
@@ -37,11 +40,10 @@ PUBLIC: dict[tuple[str, int | str], str] = {  # model, resolution -> the hub's c
 class Loaded:
     """What a build starts from."""
 
-    spec: ModelSpec
-    model: DiT  # eval, float32, no gradients
+    network: Network
     vae: AutoencoderKL | None
     labels: tuple[str, ...]  # by id; () where unknown
-    diffusion: Diffusion
+    process: Process
     source: dict[str, Any]  # provenance, JSON-able
 
 
@@ -55,24 +57,58 @@ def load(recipe: Recipe) -> Loaded:
     parts = ("", "transformer/") if recipe.latents_only or recipe.vae else ("", "transformer/", "vae/")
     path = locate(checkpoint, parts, OTHERWISE)
     source = named(checkpoint, path)
-    if path.is_file():
-        model, files = read_file(path, recipe), [path]
-        labels: tuple[str, ...] = ()
-        diffusion = read_scheduler_config(
-            None, learned_variance=model.spec.learned_variance, prediction=recipe.prediction
-        )
-    else:
-        model, files = read_transformer(transformer_folder(path), recipe.resolution)
-        labels = () if recipe.labels or model.spec.by.captioned else pipeline_labels(path, model.spec.num_classes)
-        diffusion = read_diffusion(path, model.spec.learned_variance, recipe.prediction)
-    if diffusion.prediction == "velocity":
-        model = keys.without_variance(model)
-    agree(model.spec, recipe, checkpoint)
+    loaded, files = load_file(path, recipe) if path.is_file() else load_folder(path, recipe)
+    agree(loaded.network, recipe, checkpoint)
     source |= {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
-    vae, vae_source = load_vae(recipe, path, model.spec)
-    if recipe.labels:
-        labels = read_labels(Path(recipe.labels).expanduser(), model.spec.num_classes)
-    return Loaded(model.spec, model, vae, labels, diffusion, source | vae_source)
+    vae, vae_source = load_vae(recipe, path, loaded.network)
+    return replace(loaded, vae=vae, source=source | vae_source)
+
+
+def load_file(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
+    """Read a bare file of weights; the VAE and the source are still to be filled in."""
+    model = read_file(path, recipe)
+    process = read_process(None, learned_variance=model.spec.learned_variance, prediction=recipe.prediction)
+    return class_conditional(model, process, recipe), [path]
+
+
+def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
+    """Read a folder that diffusers wrote; the VAE and the source are still to be filled in."""
+    folder = transformer_folder(path)
+    if class_name(folder) not in CLASSES:
+        network, files, family = read_family(folder, recipe)
+        tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
+        process = read_process(
+            path,
+            network.learned_variance,
+            recipe.prediction,
+            family.scheduler,
+            tokens=tokens,
+            spacing=family.flow_spacing,
+        )
+        return Loaded(network, None, read_names(recipe, network), process, {}), files
+    model, files = read_transformer(folder, recipe.resolution)
+    process = read_process(path, model.spec.learned_variance, recipe.prediction)
+    loaded = class_conditional(model, process, recipe)
+    labels = loaded.labels or pipeline_labels(path, model.spec.num_classes)
+    return replace(loaded, labels=labels), files
+
+
+def class_conditional(model: DiT, process: Process, recipe: Recipe) -> Loaded:
+    if process.prediction == "velocity":
+        model = keys.without_variance(model)
+    network = dit_network(model, process.prediction)
+    return Loaded(network, None, read_names(recipe, network), process, {})
+
+
+def read_names(recipe: Recipe, network: Network) -> tuple[str, ...]:
+    """Return the class names of the recipe's file; () where it names none."""
+    if not recipe.labels:
+        return ()
+    path = Path(recipe.labels).expanduser()
+    for port in network.conditions:
+        if port.name == "labels":
+            return read_labels(path, port.size - ("labels" in network.null))
+    raise UsageError(f"{path}: class names, but the network has no labels")
 
 
 def load_source(contract: Manifest, folder: Path) -> Loaded:
@@ -96,24 +132,23 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     if recipe.model is None:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
-    diffusion = read_scheduler_config(None, prediction=recipe.prediction)
+    process = read_process(None, prediction=recipe.prediction)
     spec = specs.sized(specs.model(recipe.model), recipe.resolution)
     if recipe.conditioning is not None:
         spec = specs.conditioned(spec, recipe.conditioning)
-    spec = replace(spec, learned_variance=diffusion.prediction != "velocity")
-    agree(spec, recipe, "--synthetic")
-    labels = read_labels(Path(recipe.labels).expanduser(), spec.num_classes) if recipe.labels else ()
+    spec = replace(spec, learned_variance=process.prediction != "velocity")
+    loaded = class_conditional(synthetic_dit(spec, recipe.synthetic, process.span), process, recipe)
+    agree(loaded.network, recipe, "--synthetic")
     source: dict[str, Any] = {"kind": "synthetic", "seed": recipe.synthetic}
     if recipe.vae or recipe.latents_only:
-        vae, vae_source = load_vae(recipe, None, spec)
+        vae, vae_source = load_vae(recipe, None, loaded.network)
         source |= vae_source
     else:
         vae = synthetic_vae(recipe.synthetic)
-    model = synthetic_dit(spec, recipe.synthetic, diffusion.span)
-    return Loaded(spec, model, vae, labels, diffusion, source)
+    return replace(loaded, vae=vae, source=source)
 
 
-def load_vae(recipe: Recipe, checkpoint: Path | None, spec: ModelSpec) -> tuple[AutoencoderKL | None, dict[str, Any]]:
+def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[AutoencoderKL | None, dict[str, Any]]:
     """The VAE that was asked for, or the checkpoint's own, and where it came from."""
     if recipe.latents_only:
         return None, {}
@@ -126,7 +161,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, spec: ModelSpec) -> tuple[
         path, source = checkpoint / "vae", {}
     else:
         raise UsageError(f"{checkpoint}: holds no VAE: pass --vae PATH or HUB-ID, or --latents-only")
-    vae, files = read_vae(path, spec.channels)
+    vae, files = read_vae(path, network.state.shape[0])
     return vae, {"vae": source | {"sha256": sha256(files)}}
 
 
@@ -154,16 +189,11 @@ def named(name: str, path: Path) -> dict[str, Any]:
     return {"path": name} if Path(name).expanduser() == path else {"hub": name, "revision": path.name}
 
 
-def agree(spec: ModelSpec, recipe: Recipe, where: str) -> None:
-    """What the recipe says about the network must be what the checkpoint is."""
-    got: dict[str, Any] = {
-        "model": specs.table_name(spec),
-        "conditioning": spec.conditioning,
-        "heads": spec.heads,
-    }
+def agree(network: Network, recipe: Recipe, where: str) -> None:
+    """Refuse a recipe that says another thing about the network than its weights."""
     if recipe.model is not None:
         specs.model(recipe.model)
-    for field, value in got.items():
-        asked = getattr(recipe, field)
+    for field in ("model", "conditioning", "heads"):
+        asked, value = getattr(recipe, field), network.model.get("name" if field == "model" else field)
         if asked is not None and asked != value:
             raise UsageError(f"{where}: the weights' {field} is {value}, expected {asked} as the recipe says")

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.files import find_weights, read_json, read_weights
 from dit_export.checkpoints.scheduler import read_scheduler_config
-from dit_export.networks.dit import DiT, timestep_frequencies
-from dit_export.spec import ModelSpec, conditioned, sized
+from dit_export.networks.dit import DiT
+from dit_export.networks.spec import ModelSpec, sized
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.process import Process
 
 # Fields with one supported value, of every class that is read; the older class has those from attention_type on.
 FIXED: dict[str, Any] = {
@@ -30,10 +27,10 @@ FIXED: dict[str, Any] = {
     "double_self_attention": False,
     "only_cross_attention": False,
     "use_linear_projection": False,
+    "norm_type": "ada_norm_zero",
+    "caption_channels": None,
+    "cross_attention_dim": None,
 }
-OF_CLASSES = {"norm_type": "ada_norm_zero", "caption_channels": None, "cross_attention_dim": None}
-OF_CAPTIONS = {"norm_type": "ada_norm_single", "norm_eps": 1e-6}
-TOLD_SIZE = 128  # of latents, from which on networks are told the pictures' size and shape, where config is silent
 ABSENT = {"interpolation_scale": (None, 1, 1.0), "use_additional_conditions": (None, False)}
 NUMBERS = (
     "num_attention_heads",
@@ -44,8 +41,6 @@ NUMBERS = (
     "patch_size",
     "num_embeds_ada_norm",
 )
-TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # of a caption
-CAPTIONED = "PixArtTransformer2DModel"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 # Read by no forward pass in fp32: dropout, norm_num_groups, upcast_attention. The rest: out_channels, norm_eps.
 
@@ -66,17 +61,14 @@ def read_config(folder: Path, *classes: str) -> dict[str, Any]:
 
 
 def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple[DiT, list[Path]]:
-    """A network of classes or of captions, by its config.json; for pictures of another size than it was trained on,
-    positions are spread as diffusers spreads them."""
-    config = read_config(folder, *CLASSES, CAPTIONED)
-    captioned = config["_class_name"] == CAPTIONED
+    """Read a class-conditional DiT; for another size than the trained one, spread positions as diffusers does."""
+    config = read_config(folder, *CLASSES)
     where = f"{folder / 'config.json'}"
-    fixed = FIXED | (OF_CAPTIONS if captioned else OF_CLASSES)
-    allowed = {key: (value,) for key, value in fixed.items()} | ({} if captioned else ABSENT)
+    allowed = {key: (value,) for key, value in FIXED.items()} | ABSENT
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             raise UsageError(f"{where}: {key} is {config[key]!r}, expected {values[0]!r}")
-    for key in (*NUMBERS, "caption_channels", "cross_attention_dim") if captioned else NUMBERS:
+    for key in NUMBERS:
         if type(config[key]) is not int or config[key] < 1:
             raise UsageError(f"{where}: {key} is {config[key]!r}, expected a positive whole number")
     if not isinstance(config["norm_eps"], float) or config["norm_eps"] <= 0:
@@ -102,58 +94,25 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
     )
     files = find_weights(folder)
     state = read_weights(files)
-    if not captioned:
-        return keys.read(state, keys.DIFFUSERS, sized(spec, resolution), str(folder)), files
-    if config["cross_attention_dim"] != spec.hidden:
-        got = config["cross_attention_dim"]
-        raise UsageError(f"{where}: cross_attention_dim is {got}, expected {spec.hidden}, which captions become")
-    spec = replace(
-        sized(conditioned(spec, "adaln-single"), resolution),
-        frequency_shift=0,
-        caption_tokens=caption_tokens(folder.parent),
-        caption_channels=config["caption_channels"],
-        position_span=spec.position_span / (config["interpolation_scale"] or max(size // 64, 1)),
-    )
-    told = config["use_additional_conditions"]
-    if size == TOLD_SIZE if told is None else told:
-        fold_size(state, spec, str(folder))
-    return keys.read(state, keys.PIXART, spec, str(folder)), files
+    return keys.read(state, keys.DIFFUSERS, sized(spec, resolution), str(folder)), files
 
 
-def read_diffusion(folder: Path, learned_variance: bool, prediction: str | None = None) -> Diffusion:
-    """The pipeline's scheduler; a transformer alone has none and gets Meta's constants."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if path.is_file():
-        return read_scheduler_config(read_json(path), learned_variance=learned_variance, prediction=prediction)
-    if (folder / "model_index.json").is_file():
-        raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
-    return read_scheduler_config(None, learned_variance=learned_variance, prediction=prediction)
+def read_process(
+    folder: Path | None,
+    learned_variance: bool = True,
+    prediction: str | None = None,
+    otherwise: Mapping[str, Any] | None = None,
+    **flow: Any,
+) -> Process:
+    """Read the pipeline's scheduler; without one, read the config `otherwise`, or return Meta's constants.
 
-
-def caption_tokens(pipeline: Path) -> int:
-    """How many tokens the pipeline around a transformer gives it; where there is none, what PixArt-alpha's does."""
-    index = pipeline / "model_index.json"
-    name = read_json(index).get("_class_name") if index.is_file() else None
-    return TOKENS.get(str(name), TOKENS["PixArtAlphaPipeline"])
-
-
-def fold_size(state: dict[str, Tensor], spec: ModelSpec, where: str) -> None:
-    """A network that is told the pictures' size and shape: in a bundle they are constant, so what becomes of them is a
-    part of the timestep embedder's last bias."""
-    height, width = (8.0 * side for side in spec.latent_shape[1:])
-    found = []
-    for name, values in (("resolution", [height, width]), ("aspect_ratio", [height / width])):
-        angles = torch.tensor(values)[:, None] * timestep_frequencies(0)  # (values, half)
-        x = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        for layer in ("linear_1", "linear_2"):
-            prefix = f"adaln_single.emb.{name}_embedder.{layer}"
-            weight, bias = (state.pop(f"{prefix}.{leaf}", None) for leaf in ("weight", "bias"))
-            if weight is None or bias is None:
-                raise UsageError(f"{where}: {prefix} is missing; config.json says that the network is told its size")
-            x = F.linear(x if layer == "linear_1" else F.silu(x), weight.float(), bias.float())
-        found.append(x.flatten())
-    total = torch.cat(found)
-    last = "adaln_single.emb.timestep_embedder.linear_2.bias"
-    if last not in state or state[last].shape != total.shape:
-        raise UsageError(f"{where}: size and shape become {len(total)} numbers, expected as many as {last} has")
-    state[last] = state[last].float() + total
+    `flow` is what only a pipeline's code says of a flow: see `read_scheduler_config`.
+    """
+    config = otherwise
+    if folder is not None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        if path.is_file():
+            config = read_json(path)
+        elif (folder / "model_index.json").is_file():
+            raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
+    return read_scheduler_config(config, learned_variance=learned_variance, prediction=prediction, **flow)

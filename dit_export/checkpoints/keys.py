@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_export.checkpoints.files import check
 from dit_export.networks.dit import DiT, position_table
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 from dit_runtime.errors import UsageError
 
 # Ours -> theirs. N: every block; *: weight and bias; {q,k,v}: so many tensors of theirs, stacked along our rows. What a
@@ -49,24 +49,6 @@ DIFFUSERS = {
     "blocks.N.mlp.fc2.*": "transformer_blocks.N.ff.net.2.*",
     "final.modulation.*": "proj_out_1.*",
     "final.linear.*": "proj_out_2.*",
-}
-PIXART = {
-    "patches.*": "pos_embed.proj.*",
-    "embedders.0.time.0.*": "adaln_single.emb.timestep_embedder.linear_1.*",
-    "embedders.0.time.2.*": "adaln_single.emb.timestep_embedder.linear_2.*",
-    "shared.*": "adaln_single.linear.*",
-    "caption.fc1.*": "caption_projection.linear_1.*",
-    "caption.fc2.*": "caption_projection.linear_2.*",
-    "blocks.N.modulation.table": "transformer_blocks.N.scale_shift_table",
-    "blocks.N.attn.qkv.*": "transformer_blocks.N.attn1.to_{q,k,v}.*",
-    "blocks.N.attn.proj.*": "transformer_blocks.N.attn1.to_out.0.*",
-    "blocks.N.cross.q.*": "transformer_blocks.N.attn2.to_q.*",
-    "blocks.N.cross.kv.*": "transformer_blocks.N.attn2.to_{k,v}.*",
-    "blocks.N.cross.proj.*": "transformer_blocks.N.attn2.to_out.0.*",
-    "blocks.N.mlp.fc1.*": "transformer_blocks.N.ff.net.0.proj.*",
-    "blocks.N.mlp.fc2.*": "transformer_blocks.N.ff.net.2.*",
-    "final.modulation.table": "scale_shift_table",
-    "final.linear.*": "proj_out.*",
 }
 
 

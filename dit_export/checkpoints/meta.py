@@ -13,7 +13,8 @@ from torch import Tensor
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.files import read_weights
 from dit_export.networks.dit import DiT, position_table
-from dit_export.spec import CONDITIONINGS, SIZES, ModelSpec, Recipe, sized
+from dit_export.networks.spec import CONDITIONINGS, SIZES, ModelSpec, sized
+from dit_export.recipe import Recipe
 from dit_runtime.errors import UsageError
 
 
@@ -76,7 +77,7 @@ def conditioning_of(state: Mapping[str, Tensor], names: Mapping[str, list[str]],
 
     vectors, crossed = rows("blocks.0.modulation.weight") / hidden, rows("blocks.0.cross.q.weight") > 0
     for name, by in CONDITIONINGS.items():
-        if (by.modulation, by.crossed, by.captioned) == (vectors, crossed, False):
+        if (by.modulation, by.crossed) == (vectors, crossed):
             return name
     raise UsageError(
         f"{where}: a block has {vectors:g} vectors of adaLN{' and a cross-attention' * crossed}; known: 4, 6"

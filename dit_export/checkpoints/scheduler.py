@@ -1,17 +1,23 @@
-"""Reads a diffusers scheduler_config.json: every field is honoured or refused, none is ignored."""
+"""Read a diffusers scheduler_config.json: every field is honoured or refused, none is ignored."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from dit_runtime.errors import UsageError, nearest
-from dit_runtime.sampling.schedule import CHOICES, NOISE_SOLVERS, ORDERS, PREDICTIONS, Diffusion, Sampler
+import numpy as np
 
-CLASSES = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
+from dit_runtime.errors import UsageError, nearest
+from dit_runtime.sampling.process import CHOICES, PREDICTIONS, SOLVERS, Process, Sampler
+from dit_runtime.sampling.schedule import MULTISTEP
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+CLASSES = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", FLOW)
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the classes that have clip_sample
 # Fields that the classes share, or that only one has; a config keeps another class's fields for a switch back.
-DIFFUSION = {
+PROCESS = {
     "num_train_timesteps": "train_steps",
     "beta_start": "beta_start",
     "beta_end": "beta_end",
@@ -29,7 +35,6 @@ SAMPLER = (
     "final_sigmas_type",
 )
 VARIANCES = {  # the two logs are the same numbers, kept as logarithms
-    None: "fixed_small",
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
@@ -52,20 +57,38 @@ ONLY = {  # what we do not implement passes where it is switched off
 # Without effect while their switch above is off.
 IDLE = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")
 SPECIAL = ("trained_betas", "timestep_spacing", "variance_type", "solver_order", "lambda_min_clipped")
+FLOW_ONLY: dict[str, tuple[Any, ...]] = {
+    "use_dynamic_shifting": (False, True),
+    "time_shift_type": ("exponential", "linear"),
+    "invert_sigmas": (False,),
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "stochastic_sampling": (False,),
+}
+DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
 def read_scheduler_config(
-    config: Mapping[str, Any] | None, *, learned_variance: bool = True, prediction: str | None = None
-) -> Diffusion:
-    """The diffusion and its sampling defaults; without a config, those of Meta's code, for DiT or for SiT.
+    config: Mapping[str, Any] | None,
+    *,
+    learned_variance: bool = True,
+    prediction: str | None = None,
+    tokens: int | None = None,
+    spacing: str | None = None,
+) -> Process:
+    """Return the process and its sampling defaults; without a config, those of Meta's code, for DiT or for SiT.
 
-    The config's class gives the solver. Another solver gets the fields that `OtherScheduler.from_config` would give
-    it: those the config names, and the other class's own defaults for the rest.
+    The config's class gives the solver. Every other solver takes the fields that the config names and diffusers'
+    defaults for the rest, with two exceptions, because those defaults are made for pixels and for networks without a
+    variance: latents are clipped, and a learned variance is left unused, only where the config says so in words.
+    A flow's config does not say what its pipeline does: `tokens` is the count of image tokens that a dynamic shift
+    depends on, and `spacing` that of its timesteps.
     """
     if config is None:
         solver = "euler" if prediction == "velocity" else "ddim"
         variance = "learned_range" if learned_variance else "fixed_large"
-        return Diffusion(prediction=prediction or "epsilon", sampler=Sampler(solver=solver, variance=variance))
+        return Process(prediction=prediction or "epsilon", sampler=Sampler(solver=solver, variance=variance))
     name = config.get("_class_name")
     if name not in CLASSES:
         raise UsageError(
@@ -73,57 +96,100 @@ def read_scheduler_config(
             f"supported: {', '.join(CLASSES)} (save one of these with from_config)"
         )
     defaulted = config.get("_use_default_values", ())  # in a live scheduler's config: what its JSON did not say
-    given = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
-    if problems := _problems(given, learned_variance):
-        raise UsageError(f"scheduler config: {'; '.join(problems)}")
-
-    if prediction not in (None, given.get("prediction_type", "epsilon")):
-        said = given.get("prediction_type", "epsilon")
-        raise UsageError(f"prediction {prediction!r} was asked for, but the scheduler config says {said!r}")
-
-    spacing = given.get("timestep_spacing")
-    clipped = given.get("lambda_min_clipped")
-    betas = given.get("trained_betas")
-    order = given.get("solver_order", 2)
-    solver = {"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name, _solver_of(order))
+    said = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
+    predicted = "velocity" if name == FLOW else said.get("prediction_type", "epsilon")
     try:
-        sampler = Sampler(
-            solver=solver,
-            ddpm_spacing=spacing or "leading",
-            ddim_spacing=spacing or "leading",
-            dpm_spacing=spacing or "linspace",
-            variance=VARIANCES[given.get("variance_type")],
-            lambda_min_clipped=None if clipped == -math.inf else clipped,
-            **{"clip_sample": True} | {key: given[key] for key in SAMPLER if key in given},
-        )
-        return Diffusion(
-            trained_betas=tuple(betas) if isinstance(betas, list) else betas,
-            sampler=sampler,
-            **{ours: given[theirs] for theirs, ours in DIFFUSION.items() if theirs in given},
-        )
+        process = _read_flow(said, tokens, spacing) if name == FLOW else _read_noise(name, said, learned_variance)
     except UsageError as error:
         raise UsageError(f"scheduler config: {error}") from None
+    if prediction not in (None, predicted):
+        raise UsageError(f"prediction {prediction!r} was asked for, but the scheduler config says {predicted!r}")
+    return process
 
 
-def _solver_of(order: int) -> str:
-    return next(solver for solver, of_solver in ORDERS.items() if of_solver == order)
+def _read_noise(name: str, said: dict[str, Any], learned_variance: bool) -> Process:
+    if name not in CLIPPING:
+        said.pop("clip_sample", None)  # a leftover of the class that this config was made from
+    _refuse_unsupported(said, {*PROCESS, *SAMPLER, *IDLE, *SPECIAL}, _supported(learned_variance))
+    spacing = said.get("timestep_spacing")
+    clipped = said.get("lambda_min_clipped")
+    betas = said.get("trained_betas")
+    order = said.get("solver_order", 2)
+    multistep = next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
+    sampler = Sampler(
+        solver={"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name, multistep),
+        ddpm_spacing=spacing or "leading",
+        ddim_spacing=spacing or "leading",
+        dpm_spacing=spacing or "linspace",
+        variance=VARIANCES[said.get("variance_type") or ("learned_range" if learned_variance else "fixed_small")],
+        lambda_min_clipped=None if clipped == -math.inf else clipped,
+        **{key: said[key] for key in SAMPLER if key in said},
+    )
+    return Process(
+        trained_betas=tuple(betas) if isinstance(betas, list) else betas,
+        sampler=sampler,
+        **{ours: said[theirs] for theirs, ours in PROCESS.items() if theirs in said},
+    )
 
 
-def _problems(given: Mapping[str, Any], learned_variance: bool) -> list[str]:
-    """What we would have to ignore, a phrase for each field: its name, its value and what is supported."""
+def _read_flow(said: dict[str, Any], tokens: int | None, spacing: str | None) -> Process:
+    """Return a flow whose dynamic shift is settled, because a bundle has one size.
+
+    exponential: e^μ / (e^μ + 1/σ - 1),  linear: μ / (μ + 1/σ - 1): the static shift by e^μ, or by μ.
+    """
+    _refuse_unsupported(said, {"num_train_timesteps", "shift", "shift_terminal", *DYNAMIC}, FLOW_ONLY)
+    train_steps, dynamic = said.get("num_train_timesteps", 1000), said.get("use_dynamic_shifting", False)
+    if dynamic:
+        mu = dynamic_mu(said, tokens)
+        shift = math.exp(mu) if said.get("time_shift_type", "exponential") == "exponential" else mu
+    else:
+        shift = said.get("shift", 1.0)
+    process = Process(
+        prediction="velocity",
+        train_steps=train_steps,
+        shift=shift,
+        shift_terminal=said.get("shift_terminal") or None,
+        sampler=Sampler(solver="euler", flow_spacing=spacing or ("trailing" if dynamic else "linspace")),
+    )
+    # diffusers shifts its smallest σ when it is made, unless the shift is dynamic, and again with a run's others.
+    smallest = np.float32(1 / train_steps)
+    if not dynamic:
+        smallest = np.float32(shift) * smallest / (1 + np.float32(shift - 1) * smallest)
+    return replace(process, sigma_min=float(smallest))
+
+
+def dynamic_mu(said: Mapping[str, Any], tokens: int | None) -> float:
+    """Return μ as diffusers' calculate_shift: linear in the count of image tokens."""
+    if tokens is None:
+        raise UsageError("use_dynamic_shifting = True needs the count of image tokens, which is not stated")
+    base_shift, max_shift, base_tokens, max_tokens = (said.get(key, value) for key, value in DYNAMIC.items())
+    for key, value in zip(DYNAMIC, (base_shift, max_shift, base_tokens, max_tokens), strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UsageError(f"{key} is {value!r}; expected a finite number")
+    if base_tokens == max_tokens:
+        raise UsageError(f"base_image_seq_len and max_image_seq_len are both {max_tokens!r}; expected two numbers")
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return float(tokens * slope + (base_shift - slope * base_tokens))
+
+
+def _supported(learned_variance: bool) -> dict[str, tuple[Any, ...]]:
+    """Return the values that are supported, for each field of a noise process that is not free."""
     supported: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in ONLY.items()}
-    supported |= {key: CHOICES[ours] for key, ours in DIFFUSION.items() if ours in CHOICES}
+    supported |= {key: CHOICES[ours] for key, ours in PROCESS.items() if ours in CHOICES}
     supported |= {key: CHOICES[key] for key in SAMPLER if key in CHOICES}
-    supported["prediction_type"] = tuple(name for name, solvers in PREDICTIONS.items() if solvers == NOISE_SOLVERS)
-    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": tuple(ORDERS.values())}
-    supported["variance_type"] = tuple(VARIANCES)
-    if not learned_variance:
-        supported["variance_type"] = tuple(key for key in VARIANCES if "learned" not in str(key))
-    known = {*DIFFUSION, *SAMPLER, *IDLE, *SPECIAL, *supported}
-    found = []
-    for key, value in given.items():
+    supported["prediction_type"] = tuple(name for name, kind in PREDICTIONS.items() if kind == "noise")
+    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": (1, 2, 3)}
+    supported["variance_type"] = (None, *(key for key in VARIANCES if learned_variance or "learned" not in key))
+    return supported
+
+
+def _refuse_unsupported(said: Mapping[str, Any], free: set[str], supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse, in one line, every field that would have to be ignored."""
+    known, problems = free | supported.keys(), []
+    for key, value in said.items():
         if key not in known:
-            found.append(f"{key} = {value!r} is not known{nearest(key, known)}")
+            problems.append(f"{key} = {value!r} is not known{nearest(key, known)}")
         elif key in supported and value not in supported[key]:
-            found.append(f"{key} = {value!r} is not supported (supported: {', '.join(map(str, supported[key]))})")
-    return found
+            problems.append(f"{key} = {value!r} is not supported (supported: {', '.join(map(str, supported[key]))})")
+    if problems:
+        raise UsageError("; ".join(problems))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Generator, Tensor, nn
 
-from dit_export.networks.dit import Block, DiT, Embedder, Offset, position_table, timestep_frequencies
-from dit_export.spec import ModelSpec
+from dit_export.networks.dit import Block, DiT, Embedder, position_table, timestep_frequencies
+from dit_export.networks.spec import ModelSpec
 
 # The prediction is PASS·x plus what the blocks add. With eps = a·x + n, DDIM's latents grow by n per e-fold of the
 # noise level and shrink by a - 1: a little over 1 keeps ten guided steps bounded, as a trained model's does.
@@ -54,23 +54,8 @@ def synthetic_dit(spec: ModelSpec, seed: int, span: float = 1000.0) -> DiT:
     basis = fill_patches(model.patches, positions, spec.grid, sinks, random)
     for embedder in cast(list[Embedder], model.embedders):
         fill_embedder(embedder, spec, span, random)
-    common = None  # by how much channels stand out in all blocks, where one projection modulates them
-    if model.shared is not None:
-        last = cast(nn.Linear, cast(Embedder, model.embedders[0]).time[2])
-        last.weight *= 0.1  # for the final layer takes it as it is
-        last.weight[sinks], last.bias[sinks] = 0, 0
-        fill(model.shared, 2.0, random)
-        projection = Gains([], 1, model.shared.weight)
-        projection.fill(DEVIATIONS, sinks, random)
-        common = outliers(others[:OUTLIERS], random)
-        for branch in (0, 3):
-            projection.stretch(branch, others[:OUTLIERS], common)
-        model.shared.bias.zero_()  # the blocks' tables are there for that
-    if model.caption is not None:
-        fill(model.caption.fc1, 1.0, random)
-        fill(model.caption.fc2, 2.0, random)
     for block in cast(list[Block], model.blocks):
-        fill_block(block, spec, sinks, others, common, random)
+        fill_block(block, spec, sinks, others, random)
     if spec.by.appended:
         fill_beacon(model, sinks, int(others[-1]), random)
     gains_of(model.final.modulation, model.final.norm, random).fill(FINAL, sinks, random)
@@ -78,9 +63,7 @@ def synthetic_dit(spec: ModelSpec, seed: int, span: float = 1000.0) -> DiT:
     return model
 
 
-def fill_block(
-    block: Block, spec: ModelSpec, sinks: Tensor, others: Tensor, common: Tensor | None, random: Generator
-) -> None:
+def fill_block(block: Block, spec: ModelSpec, sinks: Tensor, others: Tensor, random: Generator) -> None:
     output = min(0.5, LEAK * math.sqrt(spec.hidden / (spec.channels * spec.patch**2) / spec.depth))
     deviations = DEVIATIONS[: spec.by.modulation // 2 or 2]
     ungated = output * DEVIATIONS[2]  # as small as a gate makes it
@@ -97,20 +80,17 @@ def fill_block(
         fill(linear, output if len(deviations) == 3 else ungated, random)
     own = others[torch.randperm(len(others), generator=random)]
     channels = torch.cat([others[: OUTLIERS // 2], own[: OUTLIERS // 2]]).unique()
-    if common is not None:
-        channels = others[:OUTLIERS]
     for gains, branch, layer in (
         (norms[0], 0, block.attn.qkv),
         (norms[-1], spec.by.modulation // 2, block.mlp.fc1),
     ):
-        s = outliers(channels, random) if common is None else common
+        s = outliers(channels, random)
         gains.stretch(branch, channels, s)
         layer.weight[:, channels] /= s
     outlying_values(block.attn.qkv, block.attn.proj, own[-OUTLIERS // 2 :], random)
     if block.cross is None:
         return
-    if isinstance(block.norm_cross, nn.LayerNorm):
-        gains_of(None, block.norm_cross, random).fill(DEVIATIONS[:2], sinks, random)
+    gains_of(None, cast(nn.LayerNorm, block.norm_cross), random).fill(DEVIATIONS[:2], sinks, random)
     fill(block.cross.q, 1.5, random)
     block.cross.q.weight[:, sinks] = 0  # which the residual stream itself still has
     fill(block.cross.kv, 1.5, random)
@@ -155,8 +135,6 @@ def gains_of(modulation: nn.Module | None, norm: nn.LayerNorm, random: Generator
     if isinstance(modulation, nn.Linear):
         fill(modulation, 0.6, random)
         return Gains(modulation.bias.split(modulation.in_features), 1, modulation.weight)
-    if isinstance(modulation, Offset):
-        return Gains(modulation.table.unbind(), 1)
     return Gains([norm.bias, norm.weight], 0)
 
 
@@ -167,7 +145,7 @@ def fill_beacon(model: DiT, sinks: Tensor, channel: int, random: Generator) -> N
     constants[sinks[::2]], constants[sinks[1::2]], constants[channel] = SINK, -SINK, SINK
     fixed = constants != 0
     for embedder in cast(list[Embedder], model.embedders):
-        last, table = cast(nn.Linear, embedder.time[2]), cast(nn.Embedding, embedder.label).weight
+        last, table = cast(nn.Linear, embedder.time[2]), embedder.label.weight
         last.weight[fixed], last.bias[fixed], table[:, fixed] = 0, constants[fixed], constants[fixed]
     bonus = math.log(spec.tokens / 2) + LOGITS**2 / 2
     for block in cast(list[Block], model.blocks):
@@ -195,8 +173,7 @@ def fill_embedder(embedder: Embedder, spec: ModelSpec, span: float, random: Gene
     damping *= math.sqrt(2 * len(damping)) / damping.norm()
     first.weight *= damping.repeat(2)
     first.weight[:, len(damping) :] *= max(1.0, SHORT / span)
-    if embedder.label is not None:
-        embedder.label.weight.normal_(generator=random)
+    embedder.label.weight.normal_(generator=random)
 
 
 def outliers(channels: Tensor, random: Generator) -> Tensor:
@@ -243,7 +220,7 @@ def fill_final(model: DiT, basis: Tensor, span: float, random: Generator) -> Non
     labels = torch.randperm(spec.num_classes, generator=random)[: len(latents)]  # the second half: other labels
     seen: list[Tensor] = []
     hook = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model(latents, span * torch.tensor(PROBES).repeat(2), **model.told(labels))
+    model(latents, span * torch.tensor(PROBES).repeat(2), labels)
     hook.remove()
     tokens = F.unfold(latents, spec.patch, stride=spec.patch).transpose(1, 2)  # (N, T, C·p·p)
     passed = seen[0] @ inverse.flatten(0, 2).T  # (N, T, C·p·p)

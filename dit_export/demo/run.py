@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,14 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_export.bundle.build import Built, build
-from dit_export.bundle.build import page as report_page
+from dit_export.bundle.build import build
 from dit_export.demo import data, score, store
 from dit_export.demo.score import Score
 from dit_export.demo.vit import ViT
 from dit_export.graph import trace
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_export.verify import report
+from dit_export.verify.check import Built
+from dit_export.verify.distribution import fit
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
@@ -28,6 +28,7 @@ from dit_runtime.progress import Progress
 
 FOLDER = Path("engines/build")
 PRECISIONS = ("fp32", "int8")
+JUDGE = "demo-judge.onnx"  # beside the bundles, each of which has a copy
 COLUMNS = 8  # pictures of each class in the grid
 SHEET, SHEET_COLUMNS = 40, 10  # pictures in the report: two of each class
 STEPS, GUIDANCE = 25, 4.0
@@ -48,24 +49,33 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
     weights = _present(weights)
     judge = store.load_judge(weights)
     real = score.reference_features(judge, REFERENCE)
+    folder.mkdir(parents=True, exist_ok=True)
+    export_judge(weights, folder / JUDGE)
+    mu, sigma = fit(real)
+    np.savez((folder / JUDGE).with_suffix(".npz"), mu=mu, sigma=sigma)
     labels, classes = score.balanced_labels(count), len(data.CLASSES)
     columns = min(COLUMNS, count // classes)
     by_class = [column * classes + label for label in range(classes) for column in range(columns)]
     shown, sheets = [], []
-    with tempfile.TemporaryDirectory(prefix="dit-demo-") as temporary:
-        for precision in PRECISIONS:
-            name = f"demo-{precision}"
-            recipe = Recipe(checkpoint=str(weights), precision=precision, max_batch=BATCH, output=str(folder / name))
-            built = build(recipe, progress, traced=Path(temporary) / "traced")
-            grid = built.folder.with_name(f"{built.folder.name}-grid.png")
-            with progress.stage(f"{name}: {count} pictures before the judge"), Pipeline.load(built.folder) as pipe:
-                pictures = sample(pipe, labels, seed=1)
-                result = score.score([pictures], labels, judge, real)
-            images.write_png(grid, images.grid(pictures[by_class], columns))
-            shown.append(Shown(name, built, grid, result))
-            sheets.append(report.Exhibit(f"{name}: {_said(result)}", images.grid(pictures[:SHEET], SHEET_COLUMNS)))
+    for precision in PRECISIONS:
+        name = f"demo-{precision}"
+        recipe = Recipe(
+            checkpoint=str(weights),
+            precision=precision,
+            max_batch=BATCH,
+            judge=str(folder / JUDGE),
+            output=str(folder / name),
+        )
+        built = build(recipe, progress)
+        grid = built.folder.with_name(f"{built.folder.name}-grid.png")
+        with progress.stage(f"{name}: {count} pictures before the judge"), Pipeline.load(built.folder) as pipe:
+            pictures = sample(pipe, labels, seed=1)
+            result = score.score([pictures], labels, judge, real)
+        images.write_png(grid, images.grid(pictures[by_class], columns))
+        shown.append(Shown(name, built, grid, result))
+        sheets.append(report.Exhibit(f"{name}: {_said(result)}", images.grid(pictures[:SHEET], SHEET_COLUMNS)))
     for one in shown:
-        page = report_page(one.name, manifest.read(one.built.folder), one.built)
+        page = report.page(one.name, manifest.read(one.built.folder), one.built)
         report.write(one.built.folder / report.NAME, one.built.folder, replace(page, exhibits=sheets))
     return shown
 

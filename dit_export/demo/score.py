@@ -14,7 +14,7 @@ from dit_export.demo import data
 from dit_export.demo.losses import STEPS, alphas_bar
 from dit_export.demo.store import Demo
 from dit_export.demo.vit import ViT
-from dit_export.verify import features
+from dit_export.verify import distribution
 from dit_export.verify.distribution import Floats, Interval, frechet_interval, wilson
 
 REFERENCE = 5_000  # held-out pictures that a Fréchet distance is taken to
@@ -52,7 +52,7 @@ def reference_features(judge: ViT, count: int = REFERENCE) -> Floats:
 
 
 def balanced_labels(count: int) -> list[int]:
-    return features.balanced_labels(count, len(data.CLASSES)).tolist()
+    return distribution.balanced_labels(count, len(data.CLASSES)).tolist()
 
 
 @torch.no_grad()

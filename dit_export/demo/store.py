@@ -18,7 +18,7 @@ from dit_export.checkpoints.vae import read_vae
 from dit_export.demo.data import CLASSES
 from dit_export.demo.vit import ViT, ViTSpec
 from dit_export.networks.dit import DiT
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 
 MODEL = Path(__file__).parent / "model"
 LATENT_SIZE = 8

@@ -19,7 +19,7 @@ from dit_export.demo import data, losses, store
 from dit_export.demo.loop import Fitted, Stage, fit, save
 from dit_export.demo.vit import ViT, ViTSpec
 from dit_export.networks.dit import DiT
-from dit_export.spec import ModelSpec
+from dit_export.networks.spec import ModelSpec
 
 
 @dataclass(frozen=True)

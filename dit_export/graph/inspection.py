@@ -12,10 +12,13 @@ from dit_runtime.errors import UsageError
 
 
 def describe(path: Path) -> dict[str, dict[str, Any]]:
-    """By graph name; a bundle has three, a file is one."""
+    """Return what each graph holds, by its stage's name, or by the file's."""
     if path.is_dir():
         contract = manifest.read(path)
-        return {name: _describe(manifest.inside(path, graph.onnx)) for name, graph in contract.graphs.items()}
+        return {
+            stage.name: {"runs": stage.runs, **_describe(manifest.inside(path, stage.onnx))}
+            for stage in contract.stages
+        }
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a bundle or an ONNX model")
     return {path.name: _describe(path)}
@@ -40,7 +43,8 @@ def table(described: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, entry in described.items():
         weights = ", ".join(f"{size / 1e6:.1f} MB {dtype}" for dtype, size in entry["weight_bytes"].items())
-        lines.append(f"{name}: opset {entry['opset']}, {entry['nodes']} nodes, weights {weights or 'none'}")
+        runs = f"runs {entry['runs']}, " if "runs" in entry else ""
+        lines.append(f"{name}: {runs}opset {entry['opset']}, {entry['nodes']} nodes, weights {weights or 'none'}")
         for direction in ("inputs", "outputs"):
             for tensor, (dtype, *shape) in entry[direction].items():
                 lines.append(f"  {direction[:-1]:<7} {tensor} {dtype} {shape}")

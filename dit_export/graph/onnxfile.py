@@ -188,6 +188,21 @@ def sign(graph: gs.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[Tensor
             tensor.shape = list(spec.shape)
 
 
+def name_rows(graph: gs.Graph, rows: str) -> None:
+    """Give axis 0 of every input and output this name."""
+    for tensor in (*graph.inputs, *graph.outputs):
+        tensor.shape = [rows, *tensor.shape[1:]]
+
+
+def signature(graph: gs.Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Return what the graph reads and what it gives."""
+    reads, gives = (
+        tuple(TensorSpec(tensor.name, np.dtype(tensor.dtype).name, tuple(tensor.shape)) for tensor in tensors)
+        for tensors in (graph.inputs, graph.outputs)
+    )
+    return reads, gives
+
+
 def census(graph: gs.Graph) -> dict[str, int]:
     """How many nodes of each kind, most frequent first."""
     return dict(Counter(node.op for node in graph.nodes).most_common())

@@ -11,21 +11,25 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from dit_export.networks.dit import DiT
+from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
+from dit_export.networks import Network
+from dit_runtime.bundle.manifest import Port
 
 OPSET = 23  # the first with Attention, so that a backend's passes choose its form
 
 
 def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> torch.onnx.ONNXProgram:
     """`module` as ONNX, axis 0 of every input and output free; `save(…, external_data=True)` has no 2 GB limit."""
-    rows = torch.export.Dim.DYNAMIC  # a named Dim wants a range, and diffusers' upsampling branches at 64 rows
+    # A named Dim wants a range, and diffusers' upsampling branches at 64 rows; several inputs have as many rows each.
+    rows: Any = torch.export.Dim.DYNAMIC if len(inputs) == 1 else torch.export.Dim("rows")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.export.export(
-            module, (), dict(inputs), dynamic_shapes={name: {0: rows} for name in inputs}, strict=False
-        )
+        shapes = {name: {0: rows} for name in inputs}
+        program = torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(repaired(program), (), dict(inputs), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             kwargs=dict(inputs),
@@ -36,20 +40,31 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
             verbose=False,
         )
     assert exported is not None
+    split_boolean_wheres(exported.model.graph)
     return exported
 
 
-def export_dit(model: DiT) -> torch.onnx.ONNXProgram:
-    """The plain graph anyone would export: `latents`, `timesteps`, and `labels` or `captions` and `mask` ->
-    `prediction` (with the variance)."""
-    spec = model.spec
-    inputs = {"latents": torch.zeros(2, *spec.latent_shape), "timesteps": torch.zeros(2)}
-    if spec.by.captioned:
-        inputs["captions"] = torch.zeros(2, spec.caption_tokens, spec.caption_channels)
-        inputs["mask"] = torch.ones(2, spec.caption_tokens)
-    else:
-        inputs["labels"] = torch.zeros(2, dtype=torch.int64)
-    return export(model, inputs, ["prediction"])
+def repaired(program: torch.export.ExportedProgram) -> GraphModule:
+    """Return the program as a module without in-place operations, with every repair applied."""
+    module = program.run_decompositions({}).module()
+    assert isinstance(module, GraphModule)
+    for repair in REPAIRS:
+        repair(module)
+    module.recompile()
+    return module
+
+
+def trace_network(network: Network) -> torch.onnx.ONNXProgram:
+    """Trace the plain graph: inputs named as the ports, output `prediction` (with the variance)."""
+    return export(network.module, examples(network.ports), ["prediction"])
+
+
+def examples(ports: Sequence[Port], rows: int = 2) -> dict[str, Tensor]:
+    """Return values that every network takes: masks of ones, everything else zero."""
+    return {
+        port.name: torch.full((rows, *port.shape), int(bool(port.masks)), dtype=getattr(torch, port.dtype))
+        for port in ports
+    }
 
 
 class Decoder(nn.Module):
@@ -81,7 +96,7 @@ class Decoder(nn.Module):
             "plain_attention": count(Attention),
             "split_qkv": 0,
             "dynamic": 0,
-            "narrow": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
+            "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_export.spec import ModelSpec
-from dit_runtime.captions import examples
+from dit_export.networks import Network
+from dit_export.networks.spec import ModelSpec, expected_counts, table_name
+from dit_runtime.bundle.manifest import Port
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
 NORM_EPS = 1e-6
-MASKED = 10_000.0  # taken from the score of a token that a caption does not have
 
 
 def timestep_frequencies(shift: int) -> Tensor:
@@ -50,21 +51,17 @@ class Embedder(nn.Module):
         # A constant of the graph, not an op: one ulp of f, times t = 999, is 1e-4 of an angle.
         self.frequencies = timestep_frequencies(spec.frequency_shift)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, spec.hidden), nn.SiLU(), nn.Linear(spec.hidden, spec.hidden))
-        self.label = None if spec.by.captioned else nn.Embedding(spec.num_classes + 1, spec.hidden)
+        self.label = nn.Embedding(spec.num_classes + 1, spec.hidden)
 
-    def forward(self, timesteps: Tensor, labels: Tensor | None) -> list[Tensor]:
+    def forward(self, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         angles = timesteps[:, None] * self.frequencies.to(timesteps.device)  # (N, half); t stays float32
-        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
-        return [time] if self.label is None else [time, self.label(labels)]  # (N, D) each
+        return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)), self.label(labels)  # (N, D) each
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d + bias) v; (N, T, D), (N, L, D) twice, (N, L) -> (N, T, D)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q kᵀ / √d) v; (N, T, D), (N, L, D) twice -> (N, T, D)."""
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))  # (N, heads, T, d)
-    if bias is not None:
-        # Repeated for all T: ONNX Runtime's Attention takes no mask that has one row for them.
-        bias = bias.unflatten(1, (1, 1, -1)).expand(-1, -1, q.shape[2], -1)  # (N, 1, T, L)
-    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
@@ -93,29 +90,18 @@ class CrossAttention(nn.Module):
         keys, values = self.kv(tokens).chunk(2, dim=-1)
         return keys, values  # (N, L, D) each
 
-    def forward(self, x: Tensor, tokens: Tensor, bias: Tensor | None) -> Tensor:
-        return self.proj(attend(self.q(x), *self.keys_and_values(tokens), self.heads, bias))
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self.proj(attend(self.q(x), *self.keys_and_values(tokens), self.heads))
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, out or width)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class Offset(nn.Module):
-    """adaLN-single: what one projection makes for all blocks, plus a table of the block's own."""
-
-    def __init__(self, vectors: int, width: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.empty(vectors, width))
-
-    def forward(self, shared: Tensor) -> Tensor:
-        return shared + self.table.flatten()
 
 
 class Modulated(NamedTuple):
@@ -135,18 +121,15 @@ def gated(x: Tensor, by: Modulated | None) -> Tensor:
 
 
 class Condition(NamedTuple):
-    """The timestep and the label or caption, as a block takes them in."""
+    """The timestep and the label, as a block reads them."""
 
-    modulation: Tensor | None = None  # (N, D), or (N, 6 D) where one projection is shared
-    tokens: Tensor | None = None  # (N, L, D), of a cross-attention or beside the patches
-    bias: Tensor | None = None  # (N, L) on the cross-attention's scores
+    modulation: Tensor | None = None  # (N, D)
+    tokens: Tensor | None = None  # (N, 2, D), of a cross-attention or beside the patches
 
 
 def modulation(spec: ModelSpec, vectors: int) -> nn.Module | None:
-    """What turns a condition into this many vectors; none where norms have gains of their own."""
-    if not spec.by.modulation:
-        return None
-    return Offset(vectors, spec.hidden) if spec.by.shared else nn.Linear(spec.hidden, vectors * spec.hidden)
+    """Return the linear that makes this many vectors of a condition, or None where norms have their own gains."""
+    return nn.Linear(spec.hidden, vectors * spec.hidden) if spec.by.modulation else None
 
 
 def norm(spec: ModelSpec, eps: float = NORM_EPS) -> nn.LayerNorm:
@@ -161,8 +144,7 @@ class Block(nn.Module):
         self.norm1 = norm(spec)
         self.attn = Attention(spec.hidden, spec.heads)
         self.cross = CrossAttention(spec.hidden, spec.heads) if spec.by.crossed else None
-        # A modulated block's cross-attention reads the residual stream as it is.
-        self.norm_cross = norm(spec) if spec.by.crossed and not spec.by.modulation else nn.Identity()
+        self.norm_cross = norm(spec) if spec.by.crossed else nn.Identity()
         self.norm2 = norm(spec, spec.norm2_eps)
         self.mlp = MLP(spec.hidden, round(spec.mlp_ratio * spec.hidden))
         self.modulation = modulation(spec, self.count)
@@ -179,7 +161,7 @@ class Block(nn.Module):
         attn, mlp = self.vectors(condition)
         x = x + gated(self.attn(modulate(self.norm1(x), attn)), attn)
         if self.cross is not None:
-            x = x + self.cross(self.norm_cross(x), condition.tokens, condition.bias)
+            x = x + self.cross(self.norm_cross(x), condition.tokens)
         return x + gated(self.mlp(modulate(self.norm2(x), mlp)), mlp)
 
 
@@ -207,22 +189,12 @@ class DiT(nn.Module):
         self.patches = nn.Conv2d(spec.channels, spec.hidden, spec.patch, stride=spec.patch)
         self.register_buffer("positions", position_table(spec.hidden, spec.grid, spec.position_span))
         self.embedders = nn.ModuleList(Embedder(spec) for _ in range(spec.embedders))
-        self.shared = nn.Linear(spec.hidden, spec.by.modulation * spec.hidden) if spec.by.shared else None
-        self.caption = MLP(spec.caption_channels, spec.hidden, spec.hidden) if spec.by.captioned else None
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
         self.final = Final(spec)
 
-    def forward(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        labels: Tensor | None = None,
-        captions: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """(N, C, H, W), (N,) and (N,) or (N, L, 4096), (N, L) -> (N, C_out, H, W): the prediction's channels, then the
-        variance's."""
-        conditions, last = self.conditions(timesteps, labels, captions, mask)
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """(N, C, H, W), (N,), (N,) -> (N, C_out, H, W): the prediction's channels, then the variance's."""
+        conditions = self.conditions(timesteps, labels)
         x = self.patches(latents).flatten(2).transpose(1, 2) + self.positions  # (N, T, D)
         if self.spec.by.appended:
             x = torch.cat([x, cast(Tensor, conditions[0].tokens)], dim=1)  # (N, T + 2, D)
@@ -230,33 +202,20 @@ class DiT(nn.Module):
             x = block(x, condition)
         if self.spec.by.appended:
             x = x[:, : self.spec.tokens]
-        return self.unpatchify(self.final(x, last))
+        return self.unpatchify(self.final(x, conditions[0]))
 
-    def conditions(
-        self, timesteps: Tensor, labels: Tensor | None, captions: Tensor | None, mask: Tensor | None
-    ) -> tuple[list[Condition], Condition]:
-        """Of the blocks, and of the final layer."""
+    def conditions(self, timesteps: Tensor, labels: Tensor) -> list[Condition]:
+        """Return each block's condition; the final layer reads the first block's."""
         embedded = [embedder(timesteps, labels) for embedder in self.embedders]
-        repeats = self.spec.depth // len(embedded)
-        if self.shared is not None:
-            time = embedded[0][0]
-            told = Condition(self.shared(F.silu(time)), *self.read(captions, mask))
-            return [told] * repeats, Condition(torch.cat([time, time], dim=-1))
         if self.spec.by.modulation:
-            found = [Condition(F.silu(time + label)) for time, label in embedded]
+            conditions = [Condition(F.silu(time + label)) for time, label in embedded]
         else:
-            found = [Condition(tokens=torch.stack(pair, dim=1)) for pair in embedded]
-        return found * repeats, found[0]
+            conditions = [Condition(tokens=torch.stack(pair, dim=1)) for pair in embedded]
+        return conditions * (self.spec.depth // len(conditions))
 
-    def read(self, captions: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """A caption's tokens, (N, L, D), and what is added to the scores of each, (N, L)."""
-        if self.caption is None or captions is None or mask is None:
-            return None, None
-        return self.caption(captions), (mask - 1) * MASKED
-
-    def vectors(self, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+    def vectors(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         """All K vectors of a step, in the order in which the loop reads them; (N, K, D)."""
-        conditions, last = self.conditions(timesteps, labels, None, None)
+        conditions = self.conditions(timesteps, labels)
         rows: list[Tensor | None] = [conditions[0].tokens] if self.spec.by.appended else []
         for block, condition in zip(cast(list[Block], self.blocks), conditions, strict=True):
             attn, mlp = block.vectors(condition)
@@ -264,25 +223,40 @@ class DiT(nn.Module):
             if block.cross is not None and condition.tokens is not None:
                 rows += block.cross.keys_and_values(condition.tokens)
             rows += mlp or ()
-        rows += self.final.vectors(last) or ()
+        rows += self.final.vectors(conditions[0]) or ()
         return torch.cat([row for row in rows if row is not None], dim=1)
-
-    def context(self, captions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """All M vectors of a caption, each block's keys and values, (N, M, D), and what is added to scores, (N, L)."""
-        tokens, bias = self.read(captions, mask)
-        assert tokens is not None and bias is not None
-        crossed = [block.cross for block in cast(list[Block], self.blocks)]
-        parts = [part for cross in crossed if cross is not None for part in cross.keys_and_values(tokens)]
-        return torch.cat(parts, dim=1), bias
-
-    def told(self, numbers: Tensor) -> dict[str, Tensor]:
-        """What `forward` takes besides latents and timesteps: labels, or the example captions of these numbers."""
-        if not self.spec.by.captioned:
-            return {"labels": numbers}
-        found = examples(numbers.numpy(), self.spec.caption_tokens, self.spec.caption_channels)
-        return {"captions": torch.from_numpy(found.embeddings), "mask": torch.from_numpy(found.mask)}
 
     def unpatchify(self, x: Tensor) -> Tensor:
         p = self.spec.patch
         x = x.unflatten(2, (p, p, -1)).unflatten(1, self.spec.grid)  # (N, h, w, p, q, C_out)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+class Velocity(nn.Module):
+    """dx/dσ = -v(x, 1 - σ): SiT's own time runs from noise at 0 to data at 1."""
+
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.dit = dit
+
+    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return -self.dit(latents, 1 - timesteps, labels)
+
+
+def dit_network(model: DiT, prediction: str = "epsilon") -> Network:
+    """State the ports of a class-conditional DiT; one that predicts velocities gives dx/dσ at the time σ."""
+    spec = model.spec
+    return Network(
+        Velocity(model).eval() if prediction == "velocity" else model,
+        ports=(
+            Port("latents", "state", "float32", spec.latent_shape),
+            Port("timesteps", "time", "float32", ()),
+            Port("labels", "condition", "int64", (), size=spec.num_classes + 1),
+        ),
+        null={"labels": spec.null_label},
+        guided_channels=spec.guided_channels,
+        unguided_up_to_one=spec.unguided_up_to_one,
+        learned_variance=spec.learned_variance,
+        model={"name": table_name(spec), "resolution": spec.resolution} | asdict(spec),
+        counts=expected_counts(spec),
+    )

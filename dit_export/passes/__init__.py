@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from dit_export.graph.onnxfile import sign
 from dit_export.passes.attention import plain_attention
+from dit_export.passes.cut import VECTORS, PricedOut
+from dit_export.passes.dependence import Miss
 from dit_export.passes.dynamic import dynamic
 from dit_export.passes.gains import fold_gains
 from dit_export.passes.group_norm import group_norm
-from dit_export.passes.guidance import guide, share_rows
-from dit_export.passes.hoist import hoist
-from dit_export.passes.pack import group, pack, part
+from dit_export.passes.guidance import guide, share_rows, unguided
+from dit_export.passes.pack import Pack
 from dit_export.passes.qkv import split_qkv
-from dit_export.spec import ModelSpec, signatures
-from dit_runtime.backends import QUANTIZED
+from dit_export.passes.stages import Stage, split_stages
+from dit_runtime.bundle.manifest import Port
+
+__all__ = ["LOWERINGS", "Fused", "Pack", "Stage", "fuse", "require"]
 
 
 class Fused(NamedTuple):
-    conditioner: gs.Graph  # timesteps [N], labels [N] -> conditioning [N, K, D]
-    context: gs.Graph | None  # captions [N, L, C], mask [N, L] -> context [N, M, D], context_mask [N, L]
-    denoiser: gs.Graph  # latents, conditioning [G, B, K, D], guidance [B] -> prediction, variance
+    stages: tuple[Stage, ...]  # before the loop, in their order: ports [rows, ...] -> packs [rows, ...]
+    denoiser: gs.Graph  # state [B, ...], packs and ports [G, B, ...], guidance [B] -> prediction, variance
     counts: dict[str, int]
+    priced_out: tuple[PricedOut, ...]
+    misses: tuple[Miss, ...]  # what nearly matched
 
+
+SHOWN = 5  # refusals in an error
 
 # What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
@@ -34,53 +40,51 @@ LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
 }
 
 
-def expected_counts(spec: ModelSpec, precision: str = "fp32", kept: Collection[str] = ()) -> dict[str, int]:
-    """What each pass must find in a DiT of this spec; an exporter that changes its form fails here, not in silence."""
-    crossed, appended = spec.by.crossed, spec.by.appended
-    linears = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
-    attentions = (2 if crossed else 1) * spec.depth
-    floats = sum(name.endswith("attention") for name in kept)
-    quantized = linears - len(kept) + floats if precision in QUANTIZED else 0
-    return {
-        "hoist": spec.modulations + appended + 2 * spec.depth * crossed + spec.by.captioned,  # tokens, K and V, mask
-        "pack": spec.num_vectors,
-        "pack_context": spec.context_vectors,
-        "fold_gains": spec.gains,
-        "share_rows": 1 if appended else 2,  # the residual stream, and what a branch makes of it before it is mixed
-        "guide": 1,
-        "quantize": quantized,
-        "plain_attention": attentions,
-        "split_qkv": spec.depth,
-        "quantize_attention": spec.depth - floats,
-        "group_norm": 0,
-        "dynamic": quantized,
-        "narrow": linears + attentions + 2,  # the patches and the last linear besides
-    }
-
-
-def require(counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    """Stops a build whose graph is not the one that the passes know."""
-    wrong = [f"{name}: {n}, expected {expected[name]}" for name, n in counts.items() if n != expected[name]]
+def require(counts: Mapping[str, int], expected: Mapping[str, int], misses: Iterable[Miss] = ()) -> None:
+    """Stop a build whose graph is not the one that the passes know; say which candidates each wrong pass refused."""
+    wrong = [name for name, count in counts.items() if count != expected.get(name, count)]
     if wrong:
-        raise RuntimeError(f"the exporter's graph is not the one the passes know ({'; '.join(wrong)})")
+        found = "; ".join(f"{name}: {counts[name]}, expected {expected[name]}" for name in wrong)
+        refused = [str(miss) for miss in misses if miss.rewrite in wrong]
+        reasons = f"; refused: {'; '.join(refused[:SHOWN])}" if refused else ""
+        raise RuntimeError(f"the exporter's graph is not the one the passes know ({found}{reasons})")
 
 
-def fuse(graph: gs.Graph, spec: ModelSpec) -> Fused:
-    """The plain traced graph (used up) to conditioner and denoiser, with what each pass found."""
-    hoisted = hoist(graph, ["latents"])
-    groups = group(hoisted, "timesteps")
-    counts = {"hoist": len(hoisted.frontier), "fold_gains": fold_gains(hoisted.invariant)}
-    vectors = {name: pack(hoisted, name, tensors) for name, tensors in groups.items()}
-    invariant, denoiser, _ = hoisted
-    counts |= {
-        "pack": vectors["conditioning"],
-        "pack_context": vectors.get("context", 0),
-        "share_rows": share_rows(denoiser, "latents", list(groups)),
-        "guide": guide(denoiser, "conditioning", spec.channels, spec.guided_channels),
+def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = None) -> Fused:
+    """Take the plain traced graph (used up), whose inputs are the ports, to stages and denoiser."""
+    _check(graph, ports)
+    stages, denoiser, found = split_stages(graph, ports)
+    misses = list(found.misses)
+    (state,) = [port.name for port in ports if port.role == "state"]
+    vectors = {tensor.name: tensor.shape[1] for tensor in denoiser.inputs if len(tensor.shape) == VECTORS}
+    context = [pack.name for stage in stages if stage.runs == "condition" for pack in stage.packs]
+    packed = [pack.name for stage in stages if stage.runs != "condition" for pack in stage.packs]
+    counts = {
+        "hoist": len(found.crossing) + len(found.direct),
+        "fold_gains": sum(fold_gains(stage.graph, misses) for stage in stages),
+        "pack": sum(vectors.get(name, 0) for name in packed),
+        "pack_context": sum(vectors.get(name, 0) for name in context),
+        "share_rows": share_rows(denoiser, state, misses),
+        "guide": 0,
     }
-    require(counts, expected_counts(spec))
-    names = {"conditioner": ["conditioning"], "context": ["context", "context_mask"]}
-    graphs = {"denoiser": denoiser} | {name: part(invariant, names[name]) for name in signatures(spec) if name in names}
-    for name, found in graphs.items():
-        sign(found, *signatures(spec)[name])
-    return Fused(graphs["conditioner"], graphs.get("context"), denoiser, counts)
+    if any(port.role == "condition" for port in ports):
+        counts["guide"] = guide(denoiser, state, guided_channels)
+    else:
+        unguided(denoiser, state)
+    for stage in stages:
+        stage.graph.toposort()
+        for tensor in (*stage.graph.inputs, *stage.graph.outputs):
+            tensor.shape = ["rows", *tensor.shape[1:]]
+    next(tensor for tensor in denoiser.inputs if tensor.name == state).shape[0] = "batch"
+    return Fused(stages, denoiser, counts, found.priced_out, tuple(misses))
+
+
+def _check(graph: gs.Graph, ports: Sequence[Port]) -> None:
+    got = {tensor.name: (np.dtype(tensor.dtype).name, tuple(tensor.shape[1:])) for tensor in graph.inputs}
+    want = {port.name: (port.dtype, port.shape) for port in ports}
+    if got != want:
+        raise RuntimeError(f"the graph's inputs are {got}, expected the ports {want}")
+    if fixed := [tensor.name for tensor in graph.inputs if isinstance(tensor.shape[0], int)]:
+        raise RuntimeError(
+            f"{fixed[0]} has a fixed number of rows; export with one free dimension for all inputs' rows"
+        )

@@ -12,7 +12,10 @@ DEFAULTS = {"is_causal": 0, "softcap": 0.0, "softmax_precision": None}
 
 
 def plain_attention(graph: gs.Graph) -> int:
-    """Rewrites every Attention without a cache over (B, heads, T, d) whose d is known; returns how many."""
+    """Rewrite every Attention without a cache over (B, heads, T, d) whose d is known; return how many.
+
+    A mask is one of numbers that broadcasts to the scores: (B or 1, heads or 1, T or 1, L).
+    """
     attentions = [node for node in graph.nodes if is_plain(node)]
     for attention in attentions:
         decompose(graph, attention)
@@ -28,7 +31,7 @@ def decompose(graph: gs.Graph, attention: gs.Node) -> None:
     turned = layer(graph, "Transpose", [k], f"{out.name}_k", perm=[0, 1, 3, 2])
     scores = layer(graph, "MatMul", [q, turned], f"{out.name}_scores")
     scaled = layer(graph, "Mul", [scores, scale], f"{out.name}_scaled")
-    if mask:
+    if mask and not mask[0].is_empty():
         scaled = layer(graph, "Add", [scaled, *mask], f"{out.name}_masked")
     weights = layer(graph, "Softmax", [scaled], f"{out.name}_weights", axis=-1)
     layer(graph, "MatMul", [weights, v], out)
@@ -37,8 +40,11 @@ def decompose(graph: gs.Graph, attention: gs.Node) -> None:
 def is_plain(node: gs.Node) -> bool:
     if node.op != "Attention":
         return False
-    q = node.inputs[0]
-    known = q.shape is not None and len(q.shape) == 4 and isinstance(q.shape[-1], int)
+    q, k, v, *rest = node.inputs
+    mask = rest[:1] if rest and not rest[0].is_empty() else []
+    whole = all(tensor.shape is not None and len(tensor.shape) == 4 for tensor in (q, k, v))
+    if not whole or not isinstance(q.shape[-1], int) or not q.shape[1] == k.shape[1] == v.shape[1]:
+        return False  # heads that several queries share are repeated by the op alone
     alone = len(node.inputs) in INPUTS and len(node.outputs) == 1
-    added = all(mask.dtype == q.dtype for mask in node.inputs[3:])  # and not one of booleans
-    return alone and added and known and all(node.attrs.get(name, value) == value for name, value in DEFAULTS.items())
+    added = all(tensor.dtype == q.dtype for tensor in mask)  # and not one of booleans
+    return alone and added and all(node.attrs.get(name, value) == value for name, value in DEFAULTS.items())

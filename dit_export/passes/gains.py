@@ -14,6 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from dit_export.passes.dependence import Miss
+
+SUMS = {"Add", "Sub"}
+
 
 class Match(NamedTuple):
     add: gs.Node
@@ -24,9 +28,12 @@ class Match(NamedTuple):
     scalar: float
 
 
-def fold_gains(graph: gs.Graph) -> int:
-    """Folds every sum of a scalar and a part of something that has a bias; returns how many."""
-    matches = [match for node in graph.nodes if node.op == "Add" and (match := _match(graph, node))]
+def fold_gains(graph: gs.Graph, misses: list[Miss] | None = None) -> int:
+    """Fold every sum of a scalar and a part of something that has a bias; return how many."""
+    candidates = [found for node in graph.nodes if node.op in SUMS and (found := _match(graph, node))]
+    matches = [found for found in candidates if isinstance(found, Match)]
+    if misses is not None:
+        misses += [found for found in candidates if isinstance(found, Miss)]
     for add, part, node, bias, columns, scalar in matches:
         if bias == len(node.inputs):  # the exporter leaves out a bias of zeros, as adaLN-Zero starts with
             node.inputs.append(gs.Constant("", np.zeros(node.outputs[0].shape[-1], node.outputs[0].dtype)))
@@ -42,32 +49,38 @@ def fold_gains(graph: gs.Graph) -> int:
     return len(matches)
 
 
-def _match(graph: gs.Graph, add: gs.Node) -> Match | None:
-    """Add(scalar, part of a sum)."""
+def _match(graph: gs.Graph, add: gs.Node) -> Match | Miss | None:
+    """Match Add(scalar, part of a sum); a difference is a near miss."""
     scalars = [tensor for tensor in add.inputs if isinstance(tensor, gs.Constant) and tensor.values.size == 1]
     parts = [tensor for tensor in add.inputs if isinstance(tensor, gs.Variable)]
     if len(scalars) != 1 or len(parts) != 1:
         return None
-    found = _biased(graph, parts[0])
-    return None if found is None else Match(add, parts[0], *found, float(scalars[0].values.item()))
+    found = _biased(graph, parts[0]) if add.op == "Add" else f"{add.op} of a scalar, expected Add"
+    if isinstance(found, tuple):
+        node, bias, columns = found
+        return Match(add, parts[0], node, bias, columns, float(scalars[0].values.item()))
+    return Miss("fold_gains", add.outputs[0].name, found)
 
 
-def _biased(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Node, int, slice] | None:
-    """What adds a bias [columns] to `tensor`, and its columns: through Unsqueeze and one Split, each read once."""
+def _biased(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Node, int, slice] | str:
+    """Return what adds a bias [columns] to `tensor`, and its columns: through Unsqueeze and one Split, each read once;
+    otherwise why not."""
     columns = slice(None)
-    while len(tensor.outputs) == 1 and tensor not in graph.outputs and tensor.inputs:
+    while tensor.inputs:
+        if len(tensor.outputs) != 1 or tensor in graph.outputs:
+            return f"{tensor.name} is read {len(tensor.outputs) + (tensor in graph.outputs)} times"
         (node,) = tensor.inputs
-        biases = [n for n, given in enumerate(node.inputs) if isinstance(given, gs.Constant) and given.values.ndim == 1]
+        biases = [n for n, other in enumerate(node.inputs) if isinstance(other, gs.Constant) and other.values.ndim == 1]
         if node.op == "Gemm":
             foldable = (len(node.inputs) == 2 or 2 in biases) and node.attrs.get("beta", 1.0) == 1.0
-            return (node, 2, columns) if foldable else None
+            return (node, 2, columns) if foldable else f"{tensor.name} has a scaled bias, or one that is no vector"
         if node.op == "Add":
-            return (node, biases[0], columns) if len(biases) == 1 else None
+            return (node, biases[0], columns) if len(biases) == 1 else f"{tensor.name} is a sum without a bias"
         if node.op == "Split" and columns == slice(None) and node.attrs.get("axis", 0) in (-1, len(tensor.shape) - 1):
             widths = [output.shape[-1] for output in node.outputs]
             first = sum(widths[: node.outputs.index(tensor)])
             columns = slice(first, first + tensor.shape[-1])
         elif node.op != "Unsqueeze" or tensor.shape[-1] != node.inputs[0].shape[-1]:
-            return None
+            return f"{tensor.name} is made by {node.op}"
         tensor = node.inputs[0]
-    return None
+    return f"{tensor.name} is an input"

@@ -1,69 +1,71 @@
-"""Packing: the frontier's tensors travel together, those that change with the timestep apart from those that do not.
+"""Packing: tensors of one stage that have the same readers and the same form travel as one.
 
-conditioning = concat(frontier that uses the timestep, axis 1)  [N, K, D];   frontier = split(conditioning, axis 1)
-context = concat(the other vectors, axis 1)  [N, M, D],   context_mask = what is no vectors  [N, L]
+pack = concat(tensors [rows, v, D], axis 1)  [rows, Σ v, D];   tensors = split(pack, axis 1)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from dit_export.passes.hoist import VECTORS, Hoisted, dependents
-from dit_runtime.errors import UsageError
+from dit_export.passes.cut import VECTORS
 
 
-def group(hoisted: Hoisted, timesteps: str) -> dict[str, list[gs.Variable]]:
-    """The frontier by what it depends on."""
-    changing = dependents(hoisted.invariant, [timesteps])
-    groups: dict[str, list[gs.Variable]] = {"conditioning": [], "context": [], "context_mask": []}
-    for tensor in hoisted.invariant.outputs:
-        still = "context" if len(tensor.shape) == VECTORS else "context_mask"
-        groups["conditioning" if tensor.name in changing else still].append(tensor)
-    return {name: tensors for name, tensors in groups.items() if tensors}
+class Pack(NamedTuple):
+    """What travels under one name; tensors that are no rows × vectors × channels are alone in theirs."""
+
+    name: str
+    tensors: tuple[str, ...]
+    sizes: tuple[int, ...]  # of each along axis 1
 
 
-def pack(hoisted: Hoisted, name: str, tensors: Sequence[gs.Variable]) -> int:
-    """Joins these tensors of the frontier into one output of the invariant graph and one input of the loop, both called
-    `name`; returns how many vectors it has. A tensor that is alone takes the name."""
-    before, loop, _ = hoisted
-    names = [tensor.name for tensor in tensors]
-    parts = {tensor.name: tensor for tensor in loop.inputs if tensor.name in names}
-    before.outputs = [tensor for tensor in before.outputs if tensor.name not in names]
-    loop.inputs = [tensor for tensor in loop.inputs if tensor.name not in names]
-    if len(names) == 1:
-        packed, given = tensors[0], parts[names[0]]
-        packed.name = given.name = name
-    else:
-        counts = [_vectors(tensor, tensors[0]) for tensor in tensors]
-        dtype, width = tensors[0].dtype, tensors[0].shape[-1]
-        packed, given = (
-            gs.Variable(name, dtype=dtype, shape=[rows, sum(counts), width])
-            for rows in (tensors[0].shape[0], parts[names[0]].shape[0])
-        )
-        before.nodes.append(gs.Node("Concat", name, {"axis": 1}, inputs=list(tensors), outputs=[packed]))
-        sizes = gs.Constant(f"{name}_sizes", np.array(counts, dtype=np.int64))
-        split = gs.Node("Split", name, {"axis": 1}, inputs=[given, sizes], outputs=[parts[n] for n in names])
-        loop.nodes.insert(0, split)
-    before.outputs.append(packed)
-    loop.inputs.append(given)
-    return int(given.shape[1])
+def plan(name: str, groups: Sequence[Sequence[gs.Variable]]) -> list[Pack]:
+    """Return the packs of these groups: `name`, `name`_1, …; in a group vectors come first."""
+    packs: list[Pack] = []
+    for group in groups:
+        forms: dict[object, list[gs.Variable]] = {}
+        for tensor in sorted(group, key=lambda tensor: len(tensor.shape) != VECTORS):
+            packed = len(tensor.shape) == VECTORS
+            forms.setdefault((tensor.shape[2], tensor.dtype) if packed else tensor.name, []).append(tensor)
+        for tensors in forms.values():
+            sizes = tuple(int(tensor.shape[1]) if len(tensor.shape) > 1 else 1 for tensor in tensors)
+            names = tuple(tensor.name for tensor in tensors)
+            packs.append(Pack(f"{name}_{len(packs)}" if packs else name, names, sizes))
+    return packs
 
 
-def _vectors(tensor: gs.Variable, first: gs.Variable) -> int:
-    shape, expected = list(tensor.shape), first.shape[-1]
-    if len(shape) != VECTORS or not isinstance(shape[1], int) or shape[-1] != expected or tensor.dtype != first.dtype:
-        raise UsageError(
-            f"{tensor.name!r} is {tensor.dtype} {shape}: cannot travel with {first.name!r}, "
-            f"expected {first.dtype} [rows, vectors, {expected}]"
-        )
-    return shape[1]
+def give(graph: gs.Graph, pack: Pack) -> None:
+    """Make the pack an output of the graph that has its tensors as outputs."""
+    parts = {tensor.name: tensor for tensor in graph.outputs if tensor.name in pack.tensors}
+    graph.outputs = [tensor for tensor in graph.outputs if tensor.name not in pack.tensors]
+    graph.outputs.append(_whole(pack, parts))
+    if len(parts) > 1:
+        ordered = [parts[name] for name in pack.tensors]
+        graph.nodes.append(gs.Node("Concat", pack.name, {"axis": 1}, inputs=ordered, outputs=graph.outputs[-1:]))
 
 
-def part(graph: gs.Graph, outputs: Sequence[str]) -> gs.Graph:
-    """What the graph does for some of its outputs."""
-    found = graph.copy()
-    found.outputs = [tensor for tensor in found.outputs if tensor.name in outputs]
-    return found.cleanup(remove_unused_graph_inputs=True).toposort()
+def take(graph: gs.Graph, pack: Pack) -> None:
+    """Make the pack an input of the graph, where its tensors are inputs."""
+    parts = {tensor.name: tensor for tensor in graph.inputs if tensor.name in pack.tensors}
+    if not parts:
+        return
+    graph.inputs = [tensor for tensor in graph.inputs if tensor.name not in pack.tensors]
+    graph.inputs.append(_whole(pack, parts))
+    if len(parts) > 1:
+        sizes = gs.Constant(f"{pack.name}_sizes", np.array(pack.sizes, dtype=np.int64))
+        ordered = [parts[name] for name in pack.tensors]
+        inputs = [graph.inputs[-1], sizes]
+        graph.nodes.insert(0, gs.Node("Split", pack.name, {"axis": 1}, inputs=inputs, outputs=ordered))
+
+
+def _whole(pack: Pack, parts: dict[str, gs.Variable]) -> gs.Variable:
+    """Return the tensor that travels; one that is alone takes the pack's name."""
+    first = parts[pack.tensors[0]]
+    if len(parts) > 1:
+        rows, _, width = first.shape
+        return gs.Variable(pack.name, dtype=first.dtype, shape=[rows, sum(pack.sizes), width])
+    first.name = pack.name
+    return first

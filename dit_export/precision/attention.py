@@ -27,16 +27,19 @@ Steps = Mapping[str, Sequence[float]]  # by the name of what Attention gives: th
 
 def steps(denoiser: gs.Graph, calibration: Calibration, keep: Collection[str]) -> Steps:
     """Of a denoiser whose GEMMs are not quantized yet; without those to keep."""
-    found = {}
-    for proj in (one for one in find(denoiser) if one.kind == "proj"):
-        if f"block {proj.block} {ATTENTION}" in keep:
-            continue
-        output = calibration.layers[f"block {proj.block} qkv"].output
-        if output is None:
-            raise UsageError("the calibration does not know what qkv gives; calibrate anew")
-        q, k, _ = np.split(output, 3)
-        found[unmoved(proj.x).name] = [float(HEADROOM * part.max() / LEVELS) for part in (q, k)]
-    return found
+    layers = find(denoiser)
+    outputs = {one.name: calibration.layers[one.name].output for one in layers if one.scored}
+    if missing := [name for name, output in outputs.items() if output is None]:
+        raise UsageError(f"the calibration has no output of {missing[0]}; calibrate anew")
+    grids = {}
+    for proj in (one for one in layers if one.kind == "proj" and f"block {one.block} {ATTENTION}" not in keep):
+        qkv = outputs.get(f"block {proj.block} qkv")
+        parts = [outputs.get(f"block {proj.block} {kind}") for kind in ("query", "key")]
+        if qkv is not None:
+            parts = list(np.split(qkv, 3)[:2])
+        if all(part is not None for part in parts):
+            grids[unmoved(proj.x).name] = [float(HEADROOM * part.max() / LEVELS) for part in parts if part is not None]
+    return grids
 
 
 def passes(backend: str, grids: Steps) -> tuple[Pass, ...]:

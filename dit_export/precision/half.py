@@ -1,14 +1,14 @@
-"""A typed graph: products and attention in a narrow float type, everything that sums or normalizes in fp32.
+"""Half precision (fp16, bf16): products and attention in it, everything that sums or normalizes in fp32.
 
-fp16 ends at 65504 and carries 11 bits, so the residual stream, LayerNorm and GroupNorm with their modulation, the gates
-and the guidance stay fp32 *islands*; casts stand where a tensor crosses. Inputs and outputs stay fp32. So does every
-product that touches a tensor in `wide`: what calibration saw too near to the type's end. Q reads what there is, in its
-type; DQ gives the product its own.
+fp16 ends at 65504 and carries 11 bits. So the residual stream, LayerNorm and GroupNorm with their modulation, the gates
+and the guidance stay fp32, and casts stand where a tensor crosses. Inputs and outputs stay fp32. So does every product
+that touches a tensor in `overflows`, which came too near to the type's end while it was measured. Q reads its input in
+the type it has; DQ gives the product its own. bf16 has fp32's range, and nothing overflows in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -19,11 +19,14 @@ from dit_export.graph.onnxfile import layer
 
 TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention"}
+ENDS = {"fp16": float(np.finfo(np.float16).max)}  # types that end before fp32 does
+MARGIN = 4  # other seeds and conditions reach further than those that were measured
+PEAK = "/peak"  # ends the names of the taps
 FOLLOWERS = {"Reshape", "Transpose", "Split", "Gelu", "Concat", "DepthToSpace", "QuantizeLinear"}  # as their input is
 
 
-def narrow(graph: gs.Graph, precision: str, wide: Collection[str] = ()) -> int:
-    """Gives the products and what hangs between them the narrow type; returns how many products are now in it."""
+def cast_to_half(graph: gs.Graph, precision: str, overflows: Collection[str] = ()) -> int:
+    """Give the products and what hangs between them the half-precision type; return how many products are in it."""
     narrow_type, wide_type = TYPES[precision], onnx.TensorProto.FLOAT
     held: set[int] = set()  # ids of the tensors that the typed graph holds in the narrow type
     body, graph.nodes = list(graph.nodes), []
@@ -40,7 +43,7 @@ def narrow(graph: gs.Graph, precision: str, wide: Collection[str] = ()) -> int:
 
     count = 0
     for node in body:
-        is_narrow = _is_narrow(node, held, wide)
+        is_narrow = _is_narrow(node, held, overflows)
         count += is_narrow and node.op in PRODUCTS
         for index, tensor in enumerate(node.inputs):
             if is_narrow:
@@ -62,8 +65,8 @@ def narrow(graph: gs.Graph, precision: str, wide: Collection[str] = ()) -> int:
     return count
 
 
-def watched(graph: gs.Graph) -> list[gs.Variable]:
-    """What a typed graph would hold in the narrow type, and calibration must see: around products, biases and GELUs."""
+def half_tensors(graph: gs.Graph) -> list[gs.Variable]:
+    """Return the tensors around products, biases and GELUs that half precision would store."""
     held: set[int] = set()
     found: dict[str, gs.Variable] = {}
     for node in graph.nodes:
@@ -75,20 +78,20 @@ def watched(graph: gs.Graph) -> list[gs.Variable]:
     return list(found.values())
 
 
-def islands(graph: gs.Graph, wide: Collection[str]) -> list[gs.Node]:
-    """The products that `wide` keeps in fp32."""
-    return [node for node in graph.nodes if node.op in PRODUCTS and _touches(node, wide)]
+def fp32_products(graph: gs.Graph, overflows: Collection[str]) -> list[gs.Node]:
+    """Return the products that stay fp32 for the sake of `overflows`."""
+    return [node for node in graph.nodes if node.op in PRODUCTS and _touches(node, overflows)]
 
 
 def _is_float(tensor: gs.Tensor, node: gs.Node) -> bool:
     return bool(tensor.values.dtype == np.float32) if isinstance(tensor, gs.Constant) else node.op in PRODUCTS
 
 
-def _is_narrow(node: gs.Node, held: set[int], wide: Collection[str]) -> bool:
-    if _touches(node, wide):
+def _is_narrow(node: gs.Node, held: set[int], overflows: Collection[str]) -> bool:
+    if _touches(node, overflows):
         return False
     if node.op == "DequantizeLinear":
-        return not any(_touches(reader, wide) for reader in node.outputs[0].outputs)
+        return not any(_touches(reader, overflows) for reader in node.outputs[0].outputs)
     if node.op in PRODUCTS:
         return True
     variables = [tensor for tensor in node.inputs if not isinstance(tensor, gs.Constant)]
@@ -98,9 +101,24 @@ def _is_narrow(node: gs.Node, held: set[int], wide: Collection[str]) -> bool:
     return node.op in FOLLOWERS or is_bias
 
 
-def _touches(node: gs.Node, wide: Collection[str]) -> bool:
-    """Whether a node reads or makes a wide tensor, also through Q and DQ."""
-    return bool(wide) and any(_source(tensor).name in wide for tensor in (*node.inputs, *node.outputs))
+def _touches(node: gs.Node, overflows: Collection[str]) -> bool:
+    """Return whether a node reads or makes one of the tensors, also through Q and DQ."""
+    return bool(overflows) and any(_source(tensor).name in overflows for tensor in (*node.inputs, *node.outputs))
+
+
+def find_overflows(peaks: Mapping[str, float], precision: str) -> dict[str, float]:
+    """Return the tensors whose peaks are too near to the type's end, NaN among them; none for bf16."""
+    limit = ENDS.get(precision, np.inf) / MARGIN
+    return {name: peak for name, peak in peaks.items() if not peak <= limit}
+
+
+def add_peak_taps(graph: gs.Graph, tensors: Sequence[gs.Variable]) -> None:
+    """Add an output for the largest magnitude of each of the tensors."""
+    for tensor in tensors:
+        magnitude = layer(graph, "Abs", [tensor], f"{tensor.name}/magnitude")
+        peak = layer(graph, "ReduceMax", [magnitude], tensor.name + PEAK, keepdims=0)
+        peak.dtype, peak.shape = np.dtype(np.float32), []
+        graph.outputs.append(peak)
 
 
 def _source(tensor: gs.Tensor) -> gs.Tensor:

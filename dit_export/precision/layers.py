@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_graphsurgeon as gs
 
 from dit_runtime.errors import UsageError, nearest
 
 ATTENTION = "attention"  # its scores, q kᵀ
+FIRST = {"qkv", "query", "key", "value"}  # a block begins with the first of them
 MOVERS = {"Reshape", "Transpose", "Identity", "Cast", "Tile"}
 
 
 @dataclass(frozen=True)
 class Layer:
     block: int
-    kind: str  # qkv, proj, fc1, fc2; q and cross, a cross-attention's two
+    kind: str  # qkv, or query, key and value; proj, fc1, fc2; q and cross, a cross-attention's two
     gemm: gs.Node  # MatMul(x, W) with a constant W [K, N]
+    stream: int = 0  # which of its kind in the block: streams of tokens that one attention joins have their own
+    attention: gs.Node | None = None  # that reads its output, or makes its input
+    direct: bool = True  # the attention reads its output alone, not normalized, rotated or joined with another
 
     @property
     def name(self) -> str:
-        return f"block {self.block} {self.kind}"
+        return f"block {self.block} {self.kind}" + (f"-{self.stream + 1}" if self.stream else "")
+
+    @property
+    def scored(self) -> bool:
+        """Whether attention's scores are made of its output as it is."""
+        return self.kind in ("qkv", "query", "key") and self.direct
 
     @property
     def x(self) -> gs.Variable:
@@ -46,20 +56,30 @@ class Layer:
 def find(graph: gs.Graph) -> list[Layer]:
     """All of them, in the loop's order; the last linear and the patches are none (they are small, and the ends)."""
     layers: list[Layer] = []
-    block = -1
+    begun: set[int] = set()  # ids of the self-attentions whose blocks have begun
     for node in graph.nodes:
-        kind = _kind(node)
-        if kind:
-            block += kind == "qkv"
-            if kind == "proj" and layers[-1].kind == "q":
-                kind = "cross"
-            layers.append(Layer(block, kind, node))
+        if role := _role(node):
+            if role.kind in FIRST:
+                begun.add(id(role.attention))
+            block = max(len(begun) - 1, 0)
+            stream = sum((one.block, one.kind) == (block, role.kind) for one in layers)
+            layers.append(Layer(block, role.kind, node, stream, role.attention, role.direct))
     return layers
+
+
+def coverage(graph: gs.Graph, layers: Sequence[Layer]) -> float:
+    """Return the layers' share of the weights that the loop multiplies with."""
+    weights = [node.inputs[1].values.size for node in graph.nodes if _is_linear(node)]
+    return sum(one.weight.values.size for one in layers) / max(sum(weights), 1)
 
 
 def everything(layers: Sequence[Layer]) -> list[str]:
     """All that int8 may touch: the GEMMs, and attention's own products, which follow each qkv."""
-    return [name for one in layers for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind == "qkv"))]
+    return [
+        name
+        for one in layers
+        for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind in ("qkv", "value") and one.direct))
+    ]
 
 
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
@@ -74,24 +94,64 @@ def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
     return [name for name, meaning in meanings.items() if meaning & set(entries)]
 
 
-def _kind(node: gs.Node) -> str | None:
-    if node.op != "MatMul" or not isinstance(node.inputs[1], gs.Constant) or node.inputs[1].values.ndim != 2:
+class _Role(NamedTuple):
+    kind: str
+    attention: gs.Node | None = None
+    direct: bool = True
+
+
+def _role(node: gs.Node) -> _Role | None:
+    if not _is_linear(node):
         return None
     (product,) = node.outputs
     if len(product.outputs) != 1 or product.outputs[0].op != "Add":
         return None
-    source = unmoved(node.inputs[0])
-    made = {"Gelu": "fc2", "Attention": "proj"}.get(source.inputs[0].op if source.inputs else "")
+    source = unmoved(node.inputs[0], {*MOVERS, "Slice"})
+    maker = source.inputs[0] if source.inputs else None
+    if maker is not None and maker.op == "Attention":
+        return _Role("cross" if _is_crossed(maker) else "proj", maker)
+    if maker is not None and maker.op == "Gelu":
+        return _Role("fc2")
     result = product.outputs[0].outputs[0]
-    while len(result.outputs) == 1 and result.outputs[0].op in MOVERS:
-        (result,) = result.outputs[0].outputs
-    readers = {reader.op for reader in result.outputs}
-    read = {"Split": "qkv", "Gelu": "fc1", "Attention": "q"}.get(*readers) if len(readers) == 1 else None
-    return made or read
+    reader, _ = _reader(result)
+    if reader is None:
+        return None
+    if reader.op == "Split":
+        readers = [_reader(part)[0] for part in reader.outputs]
+        attended = readers[-1] is not None and readers[-1].op == "Attention"
+        return _Role("qkv", readers[-1], all(other is readers[-1] for other in readers)) if attended else _Role("fc1")
+    if reader.op == "Gelu":
+        return _Role("fc1")
+    reader, tensor = _reader(result, {*MOVERS, "Concat"})
+    if reader is None or reader.op != "Attention":
+        return None
+    if _is_crossed(reader):
+        return _Role("q", reader)
+    direct = reader is _reader(result)[0]
+    return _Role(("query", "key", "value")[reader.inputs.index(tensor)], reader, direct)
 
 
-def unmoved(tensor: gs.Tensor) -> gs.Tensor:
+def _reader(tensor: gs.Tensor, through: Collection[str] = MOVERS) -> tuple[gs.Node | None, gs.Tensor]:
+    """Return the only node that reads a tensor, and as what, after what moves it; None where several do."""
+    while len(tensor.outputs) == 1 and tensor.outputs[0].op in through:
+        (tensor,) = tensor.outputs[0].outputs
+    return (tensor.outputs[0] if len({id(reader) for reader in tensor.outputs}) == 1 else None), tensor
+
+
+def _is_crossed(attention: gs.Node) -> bool:
+    """Return whether the attention's keys are made outside the loop."""
+    keys = unmoved(attention.inputs[1])
+    if keys.inputs and keys.inputs[0].op == "Split":
+        keys = unmoved(keys.inputs[0].inputs[0])
+    return not keys.inputs
+
+
+def _is_linear(node: gs.Node) -> bool:
+    return node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.ndim == 2
+
+
+def unmoved(tensor: gs.Tensor, through: Collection[str] = MOVERS) -> gs.Tensor:
     """What it was before anything moved it."""
-    while tensor.inputs and tensor.inputs[0].op in MOVERS:
+    while tensor.inputs and tensor.inputs[0].op in through:
         tensor = tensor.inputs[0].inputs[0]
     return tensor

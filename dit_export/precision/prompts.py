@@ -1,42 +1,60 @@
-"""A user's own captions to calibrate with: what a text encoder made of some texts, in one file."""
+"""Conditions to measure with: a user's own, as a text encoder embedded them, beside the fixtures."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dit_export.arrays import read_arrays
-from dit_export.spec import ModelSpec
-from dit_runtime.captions import EXAMPLES, Captions, examples, fitting
+from dit_export.networks import Network
+from dit_export.verify import fixtures
+from dit_runtime.conditions.condition import Condition, fit
 from dit_runtime.errors import UsageError
 
-NAMES = ("captions", "mask", "negative", "negative_mask")  # as `dit-run sample` calls them
+FILE = "conditions as .npz, arrays by the names of the network's ports"
+NEGATIVE = "negative."  # begins the names of what guidance leads away from
 
 
 class Prompts(NamedTuple):
-    captions: Captions
-    negative: Captions  # the one that guidance leads away from
+    condition: Condition
+    negative: Condition  # one row
 
 
-def read(path: Path, spec: ModelSpec) -> Prompts:
-    """An .npy file holds the captions, an .npz file NAMES; without a negative one it is verification's."""
-    if not spec.by.captioned:
-        raise UsageError(f"captions {path}: this network takes labels; leave them out")
-    shape = spec.caption_tokens, spec.caption_channels
-    arrays = {name or "captions": array for name, array in read_arrays(path, "captions as .npy or .npz").items()}
-    if unknown := [name for name in arrays if name not in NAMES]:
-        raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(NAMES)}")
-    if "captions" not in arrays:
-        raise UsageError(f"{path}: no captions in it; got {', '.join(arrays) or 'nothing'}")
-    if "negative_mask" in arrays and "negative" not in arrays:
-        raise UsageError(f"{path}: negative_mask without negative")
+def read(path: Path, network: Network) -> Prompts:
+    """Read the arrays of the condition ports by name, and `negative.NAME`; without negative ones take the fixtures'."""
+    arrays = read_arrays(path, FILE)
+    if "" in arrays:
+        raise UsageError(f"{path}: one array without a name; expected {FILE}")
+    known = [prefix + port.name for prefix in ("", NEGATIVE) for port in network.conditions]
+    if unknown := [name for name in arrays if name not in known]:
+        raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(known)}")
+    negative = {name.removeprefix(NEGATIVE): rows for name, rows in arrays.items() if name.startswith(NEGATIVE)}
+    condition = {name: rows for name, rows in arrays.items() if not name.startswith(NEGATIVE)}
+    null = fit(negative, network.conditions, f"{path}: negative") if negative else fixtures.null(network)
+    count = len(next(iter(null.values())))
+    if count != 1:
+        raise UsageError(f"{path}: {count} negative conditions; expected one")
+    return Prompts(fit(condition, network.conditions, f"{path}"), null)
 
-    def fitted(name: str, mask: str) -> Captions:
-        given = Captions(arrays[name], arrays[mask]) if mask in arrays else arrays[name]
-        return fitting(given, *shape, f"{path}: {name}")
 
-    captions = fitted("captions", "mask")
-    negative = fitted("negative", "negative_mask") if "negative" in arrays else examples([EXAMPLES], *shape)
-    if len(negative.mask) != 1:
-        raise UsageError(f"{path}: {len(negative.mask)} negative captions; expected one")
-    return Prompts(captions, negative)
+def batches(network: Network, own: Prompts | None, pictures: int, batch: int) -> Iterator[Prompts]:
+    """Yield the conditions of `pictures` pictures, `batch` at a time.
+
+    A user's own are spread evenly over all batches but the last, which has fixtures: those are what the gates ask.
+    """
+    count = (pictures - 1) // batch * batch if own is not None else 0
+    made = Prompts(fixtures.conditions(network, pictures), fixtures.null(network))
+    for first in range(0, pictures, batch):
+        rows = np.arange(first, min(first + batch, pictures))
+        if own is not None and first < count:
+            total = len(next(iter(own.condition.values())))
+            yield Prompts(_rows(own.condition, rows * total // count), own.negative)
+        else:
+            yield Prompts(_rows(made.condition, rows), made.negative)
+
+
+def _rows(condition: Mapping[str, np.ndarray], which: np.ndarray) -> Condition:
+    return {name: rows[which] for name, rows in condition.items()}

@@ -13,18 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.graph import onnxfile
+from dit_export.networks import Network
+from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
-from dit_export.precision.calibrate import BACKEND, Calibration
+from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import ATTENTION, everything, find, named
+from dit_export.precision.measure import BACKEND
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import smooth
+from dit_export.verify import fixtures
 from dit_runtime import backends, images
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
+from dit_runtime.conditions.condition import Condition, Rows
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import relative_error
 from dit_runtime.sampling.solvers import plan
+from dit_runtime.verify import relative_error
 
 STEPS, GUIDANCE, SEED, SAMPLES = 10, 4.0, 2000, 2  # of the runs that are compared; the seed is no calibration's
 ASKED = (1, 5, 9)  # of these steps, where each layer is tried alone: in noise, in between, nearly done
@@ -58,7 +63,7 @@ class Budget(NamedTuple):
         return f"{self.metric}={self.limit:g}"
 
 
-class Wish(NamedTuple):
+class SearchOptions(NamedTuple):
     """What to find out before the layers are quantized."""
 
     budget: Budget | None = None
@@ -71,7 +76,7 @@ class Wish(NamedTuple):
             raise UsageError(f"--tune cannot time {backend} where it is built; expected {' or '.join(backends.CPU)}")
 
 
-class Entry(NamedTuple):
+class LayerSensitivity(NamedTuple):
     """A layer in sensitivity.json."""
 
     layer: str
@@ -80,17 +85,13 @@ class Entry(NamedTuple):
     why: str
 
 
-class Found(NamedTuple):
-    keep: list[str]  # as a recipe says it
-    table: list[Entry]
-
-
 class Search:
-    """Tries forms of the fp32 bundle in `folder`; a decoder, where there is a VAE, makes pictures of latents."""
+    """Tries forms of the fused fp32 graphs in `folder`; a decoder, where there is one, makes pictures of latents."""
 
     def __init__(
         self,
         folder: Path,
+        network: Network,
         calibration: Calibration,
         backend: str,
         decoder: Engine | None,
@@ -98,29 +99,29 @@ class Search:
     ) -> None:
         self._calibration = calibration
         self._work, self._contract, self._decoder, self._tick = folder / "search", manifest.read(folder), decoder, tick
-        found = {name: onnxfile.load(folder / f"{name}.onnx") for name in self._contract.graphs if name != "decoder"}
-        self._denoiser = found.pop("denoiser")
-        self._chosen = smooth(found["conditioner"], self._denoiser, calibration, context=found.get("context"))
+        step, before = self._contract.step, self._contract.before_loop
+        self._denoiser = onnxfile.load(folder / step.onnx)
+        graphs = {stage.name: onnxfile.load(folder / stage.onnx) for stage in before}
+        self._chosen = smooth([*graphs.values()], self._denoiser, calibration)
         self._work.mkdir()
-        onnxfile.save(self._denoiser, self._work / "denoiser.onnx")
-        self._once = {}  # the engines of what runs once an image
-        for name, graph in found.items():
+        onnxfile.save(self._denoiser, self._work / step.onnx)
+        self._before: dict[str, Engine] = {}
+        for name, graph in graphs.items():
             files = onnxfile.save(graph, self._work / f"{name}.onnx")
-            self._once[name] = backends.backend(BACKEND).open([self._work / file for file in files], Options())
+            self._before[name] = backends.backend(BACKEND).open([self._work / file for file in files], Options())
         self.layers = find(self._denoiser)
         in_int8 = backend in attention.BACKENDS
         self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
         # Engines of other backends do not run where they are built; the portable graph does.
         self._form, self._backend = backend, backend if backend in backends.CPU else BACKEND
         self._count = 0  # of the forms that were tried
-        labels = self._contract.num_classes
-        self._labels = [labels // (SAMPLES + 1) * (index + 1) for index in range(SAMPLES)]
+        self._condition, self._null = fixtures.conditions(network, SAMPLES), fixtures.null(network)
 
-    def run(self, wish: Wish, fixed: Sequence[str]) -> Found:
+    def run(self, options: SearchOptions, fixed: Sequence[str]) -> tuple[list[str], list[LayerSensitivity]]:
         """What stays float: `fixed`, what int8 does not speed up, and the worst until the budget holds."""
         names, keep = self.names, list(fixed)
         why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
-        if wish.tune:
+        if options.tune:
             for kind, ratio in self.speed().items():
                 if ratio >= FASTER and kind not in keep:
                     keep.append(kind)
@@ -132,14 +133,14 @@ class Search:
             errors = self._rank(exact, trajectory)
         order = sorted((name for name in names if name not in why), key=lambda name: -errors[name])
         text = "no budget was asked for"
-        if wish.budget is not None:
-            count, values = self._within(wish.budget, [*why], order, trajectory[-1])
+        if options.budget is not None:
+            count, values = self._within(options.budget, [*why], order, trajectory[-1])
             keep += order[:count]
             if count:
-                last = f"{wish.budget}: {values[count - 1]:.4g} with it in int8, {values[count]:.4g} without"
+                last = f"{options.budget}: {values[count - 1]:.4g} with it in int8, {values[count]:.4g} without"
                 why |= dict.fromkeys(order[:count], last)
-            text = f"{wish.budget} holds: {values[count]:.4g}"
-        return Found(keep, [Entry(name, errors[name], name in why, why.get(name, text)) for name in names])
+            text = f"{options.budget} holds: {values[count]:.4g}"
+        return keep, [LayerSensitivity(name, errors[name], name in why, why.get(name, text)) for name in names]
 
     def speed(self) -> dict[str, float]:
         """Of each kind of layer: how many times as fast a guided step is where all of that kind are float."""
@@ -153,12 +154,11 @@ class Search:
         return ratios
 
     def _step(self, pipe: Pipeline) -> Callable[[], object]:
-        label = self._labels[:1]
-        rows = pipe.table([self._contract.diffusion.span / 2], label, guided=True)(0, slice(0, 1))
-        context = pipe.examples(label, guided=True)(slice(None))
-        noise = np.random.default_rng(SEED).normal(size=(1, *self._contract.latent_shape)).astype(np.float32)
+        time, noise = self._contract.process.span / 2, np.random.default_rng(SEED)
+        state = noise.normal(size=(1, *self._contract.state.shape)).astype(np.float32)
         weights = np.full(1, GUIDANCE, np.float32)
-        return lambda: pipe.denoise(noise, rows, weights, context)
+        inputs = pipe.engines.inputs(np.array([time]), rows_of(self._condition, 0), dict(self._null), weights)
+        return lambda: pipe.engines.denoise(state, inputs, 0)
 
     def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
         """The error of the prediction where one layer alone is int8, conditional and null rows."""
@@ -171,24 +171,27 @@ class Search:
         return errors
 
     def _answers(self, pipe: Pipeline, trajectory: Sequence[Latents]) -> Latents:
-        times = plan(self._contract.diffusion, self._contract.diffusion.sampler.solver, STEPS)
+        """Return the predictions for a condition and for the null one, each by itself."""
+        process = self._contract.process
+        times = plan(process, process.sampler.solver, STEPS)[list(ASKED)]
+        own, weights = rows_of(self._condition, 0), np.ones(2, np.float32)
+        both = {name: np.concatenate([own[name], rows]) for name, rows in self._null.items()}
+        inputs = pipe.engines.inputs(times, both, None, weights)
         answers = []
-        for step in ASKED:
-            ids = np.array([self._labels[0], self._contract.null_label])
-            rows = pipe.condition(np.full(len(ids), times[step], np.float32), ids)
-            x = np.repeat(trajectory[step - 1][:1], len(ids), axis=0)  # after a step stands what the next one sees
-            context = pipe.examples(ids.tolist(), guided=False)(slice(None))
-            answers.append(pipe.denoise(x, rows[None], np.ones(len(ids), np.float32), context)[0])
+        for index, step in enumerate(ASKED):
+            x = np.repeat(trajectory[step - 1][:1], 2, axis=0)  # after a step stands what the next one sees
+            answers.append(pipe.engines.denoise(x, inputs, index)[0])
         return np.concatenate(answers)
 
     def _trajectory(self, pipe: Pipeline) -> list[Latents]:
         """The latents after each step of a run of the sampler itself."""
         seen: list[Latents] = []
         pipe.sample(
-            self._labels,
+            condition=self._condition,
+            negative=self._null if self._contract.without_null else None,
             steps=STEPS,
             guidance=GUIDANCE,
-            seed=[SEED + index for index in range(len(self._labels))],
+            seed=[SEED + index for index in range(SAMPLES)],
             output="latents",
             on_step=lambda done, steps, x: seen.append(x.astype(np.float32)),
         )
@@ -226,7 +229,9 @@ class Search:
         if budget.metric == "latent-rel-l2":
             return max(relative_error(*pair) for pair in zip(latents, exact, strict=True))
         assert self._decoder is not None
-        pictures = [images.to_uint8(self._decoder.run({"latents": x})["images"]) for x in (latents, exact)]
+        pictures = [
+            images.to_uint8(self._decoder.run({self._contract.state.name: x})["images"]) for x in (latents, exact)
+        ]
         return min(images.psnr(*pair) for pair in zip(*pictures, strict=True))
 
     @contextmanager
@@ -235,18 +240,22 @@ class Search:
         graph = self._denoiser.copy()
         grids = attention.steps(graph, self._calibration, keep)
         quantize(graph, self._chosen, keep)
-        for rewrite in attention.passes(backend, grids) if backend == self._form else ():
+        for rewrite in attention.passes(backend, grids) if backend == self._form else (plain_attention,):
             rewrite(graph)
         path = self._work / f"tried-{self._count}.onnx"  # beside the weights that all of them share
         self._count += 1
         files = onnxfile.save(graph, path)
         engine = backends.backend(backend).open([self._work / file for file in files], Options(precision=precision))
         try:
-            yield Pipeline(self._work, self._contract, {**self._once, "denoiser": engine})
+            yield Pipeline(self._work, self._contract, {**self._before, self._contract.step.name: engine})
         finally:
             engine.close()
             for own in (path, path.with_name(onnxfile.data_name(path.name))):
                 own.unlink(missing_ok=True)
+
+
+def rows_of(condition: Condition, first: int, count: int = 1) -> Rows:
+    return {name: rows[first : first + count] for name, rows in condition.items()}
 
 
 def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:

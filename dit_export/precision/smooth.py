@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from dit_export.graph.onnxfile import layer
-from dit_export.precision.calibrate import Calibration, Seen
+from dit_export.precision.calibrate import Calibration, LayerStatistics
 from dit_export.precision.layers import MOVERS, Layer, find, unmoved
 from dit_runtime.errors import UsageError
 
@@ -41,7 +41,7 @@ class Chosen:
     largest: float = 0.0  # magnitude of the input, after the division
 
 
-def choose(seen: Seen, weight: Floats, smooth: bool) -> Chosen:
+def choose(seen: LayerStatistics, weight: Floats, smooth: bool) -> Chosen:
     """The alpha and the step with the least error of the quantized product on the calibration's rows."""
     best: Chosen | None = None
     exact = seen.sample @ weight
@@ -80,29 +80,29 @@ def fake_weight(weight: Floats) -> Floats:
 
 
 def smooth(
-    conditioner: gs.Graph,
-    denoiser: gs.Graph,
-    calibration: Calibration,
-    fold: bool = True,
-    context: gs.Graph | None = None,
+    stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibration, fold: bool = True
 ) -> dict[str, Chosen]:
-    """Chooses for every token GEMM and folds the divisors into the graphs, whose function stays what it was."""
+    """Choose for every token GEMM and fold the divisors into the graphs, whose function stays what it was.
+
+    `stages` are the graphs before the loop, which make the vectors that the denoiser reads.
+    """
     layers = find(denoiser)
     if missing := [one.name for one in layers if one.name not in calibration.layers]:
         raise UsageError(f"the calibration has no {missing[0]}; it was made for another network")
-    chosen, qkv = {}, layers[0]
-    for one in layers:
-        seen, weight = calibration.layers[one.name], np.array(one.weight.values)
-        if seen.largest.shape != weight.shape[:1]:
-            raise UsageError(f"the calibration's {one.name} has {len(seen.largest)} channels, expected {len(weight)}")
-        if one.kind == "qkv":
-            qkv = one
-        places = _makers(one, qkv)
-        choice = choose(seen, weight, fold and bool(places))
-        chosen[one.name] = choice
+    chosen: dict[str, Chosen] = {}
+    for group in grouped(layers):
+        weights = [np.array(one.weight.values) for one in group]
+        seen = calibration.layers[group[0].name]
+        if seen.largest.shape != weights[0].shape[:1]:
+            got, expected = len(seen.largest), len(weights[0])
+            raise UsageError(f"the calibration's {group[0].name} has {got} channels, expected {expected}")
+        places = _makers(group, layers)
+        choice = choose(seen, np.concatenate(weights, axis=1), fold and bool(places))
+        chosen |= {one.name: choice for one in group}
         if (choice.divisors == 1).all():
             continue
-        _set(one.gemm, 1, weight * choice.divisors[:, None])
+        for one, weight in zip(group, weights, strict=True):
+            _set(one.gemm, 1, weight * choice.divisors[:, None])
         for node, index in places:
             tensor = node.inputs[index]
             if isinstance(tensor, gs.Constant):
@@ -110,36 +110,54 @@ def smooth(
                 values[..., -len(choice.divisors) :] /= choice.divisors
                 _set(node, index, values)
             else:
-                _divide_vector([conditioner, *([context] if context else [])], tensor, choice.divisors)
+                _divide_vector(stages, tensor, choice.divisors)
     return chosen
 
 
-def _makers(one: Layer, qkv: Layer) -> list[tuple[gs.Node, int]]:
-    """Where the tensors are read that can be divided in a layer's place, as nodes and which of their inputs: vectors
-    from outside the loop, or parameters, of which it is the last columns. None where nothing linear makes the input."""
-    (node,) = one.x.inputs
-    if one.kind in ("proj", "cross"):
-        attention = unmoved(one.x).inputs[0]
+def grouped(layers: Sequence[Layer]) -> list[list[Layer]]:
+    """Return the layers that read one tensor together: they share divisors and a grid."""
+    groups: dict[int, list[Layer]] = {}
+    for one in layers:
+        groups.setdefault(id(one.x), []).append(one)
+    return list(groups.values())
+
+
+def _makers(group: Sequence[Layer], layers: Sequence[Layer]) -> list[tuple[gs.Node, int]]:
+    """Return the inputs of nodes that can be divided in the group's place, as (node, index of the input).
+
+    They are vectors from outside the loop, or parameters, of which the last columns count. There are none where
+    something else reads the group's input, or where nothing linear makes it.
+    """
+    first = group[0]
+    if len(first.x.outputs) != len(group):
+        return []
+    (node,) = first.x.inputs
+    if first.kind in ("proj", "cross"):
+        attention = first.attention
+        assert attention is not None
         values = attention.inputs[2].inputs[0]
-        while values.inputs[0].inputs[0].op in MOVERS:
+        if values.op == "Concat":  # of several streams, whose layers read other inputs
+            return []
+        while values.inputs[0].inputs and values.inputs[0].inputs[0].op in MOVERS:
             values = values.inputs[0].inputs[0]
         if _is_given(values.inputs[0]):
             return [(values, 0)]
-        return [(qkv.gemm, 1), (qkv.add, _constant(qkv.add))]
+        makers = [one for one in layers if one.attention is attention and one.kind in ("qkv", "value")]
+        return [(one.gemm, 1) for one in makers] + [(one.add, _constant(one.add)) for one in makers]
     if node.op == "LayerNormalization":
-        return [(node, 1), (node, 2)]
+        return [(node, 1), (node, 2)] if len(node.inputs) == 3 else []
     if node.op == "Add":  # LN · gain + shift
         for index, tensor in enumerate(node.inputs):
             product = node.inputs[1 - index].inputs
             if _is_given(tensor) and product and product[0].op == "Mul":
                 gains = [n for n, factor in enumerate(product[0].inputs) if _is_given(factor)]
-                return [(product[0], n) for n in gains] + [(node, index)]
+                return [(product[0], gains[0]), (node, index)] if gains else []
     return []
 
 
 def _is_given(tensor: gs.Tensor) -> bool:
-    """Whether it is a part of a graph's input."""
-    if not tensor.inputs or tensor.inputs[0].op != "Split":
+    """Return whether it is a part of a graph's input that nothing else reads."""
+    if len(tensor.outputs) != 1 or not tensor.inputs or tensor.inputs[0].op != "Split":
         return False
     return not unmoved(tensor.inputs[0].inputs[0]).inputs
 
@@ -149,16 +167,16 @@ def _constant(node: gs.Node) -> int:
 
 
 def _set(node: gs.Node, index: int, values: Floats) -> None:
-    """A parameter of this node's own: the exporter lets equal ones share a tensor."""
+    """Give this node a parameter of its own: the exporter lets equal ones share a tensor."""
     node.inputs[index] = gs.Constant(f"{node.outputs[0].name}.{index}", values)
 
 
-def _divide_vector(graphs: Sequence[gs.Graph], vector: gs.Tensor, divisors: Floats) -> None:
-    """Where the vector is made, once an image, so that nothing is added inside the loop."""
+def _divide_vector(stages: Sequence[gs.Graph], vector: gs.Tensor, divisors: Floats) -> None:
+    """Divide the vector where it is made, so that nothing is added inside the loop."""
     (split,) = vector.inputs
     name = unmoved(split.inputs[0]).name
     graph, packed = next(
-        (graph, tensor.inputs[0]) for graph in graphs for tensor in graph.outputs if tensor.name == name
+        (graph, tensor.inputs[0]) for graph in stages for tensor in graph.outputs if tensor.name == name
     )
     index = split.outputs.index(vector)
     made = packed.inputs[index]
@@ -166,16 +184,17 @@ def _divide_vector(graphs: Sequence[gs.Graph], vector: gs.Tensor, divisors: Floa
     graph.toposort()
 
 
-def vector_divisors(denoiser: gs.Graph, chosen: Mapping[str, Chosen], width: int) -> Floats:
-    """(K + M, D): by what each vector of conditioning and context was divided; for comparing with PyTorch's."""
-    given = [tensor for tensor in denoiser.inputs if tensor.name in ("conditioning", "context")]
-    tables = {tensor.name: np.ones((tensor.shape[2], width), np.float32) for tensor in given}
+def pack_divisors(denoiser: gs.Graph, chosen: Mapping[str, Chosen]) -> dict[str, Floats]:
+    """Return, per pack that the denoiser reads, the divisor of each vector, (K, D), for comparing with PyTorch's."""
+    divisors: dict[str, Floats] = {}
     layers = find(denoiser)
-    for one in layers:
-        for node, index in _makers(one, layers[0]):
+    for group in grouped(layers):
+        for node, index in _makers(group, layers):
             vector = node.inputs[index]
             if not isinstance(vector, gs.Constant):
                 (split,) = vector.inputs
-                rows = np.split(tables[unmoved(split.inputs[0]).name], np.cumsum(split.inputs[1].values)[:-1])
-                rows[split.outputs.index(vector)][:] = chosen[one.name].divisors
-    return np.concatenate(list(tables.values()))
+                sizes, name = split.inputs[1].values, unmoved(split.inputs[0]).name
+                table = divisors.setdefault(name, np.ones((int(sizes.sum()), vector.shape[-1]), np.float32))
+                rows = np.split(table, np.cumsum(sizes)[:-1])
+                rows[split.outputs.index(vector)][:] = chosen[group[0].name].divisors
+    return divisors

@@ -19,6 +19,7 @@ from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
 
 from dit_export.graph import onnxfile
 from dit_export.graph.onnxfile import constants, layer
+from dit_export.passes.attention import plain_attention
 from dit_export.precision.half import TYPES
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
@@ -31,27 +32,32 @@ TWIN_BACKEND = "onnxruntime"  # keeps explicit casts, and they overflow
 
 @contextmanager
 def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pipeline | None]:
-    """The bundle's ONNX forms with each typed graph's twin in its place; None where none is typed, unless `always`."""
-    types = {name: backends.typed(graph.backend, graph.precision) for name, graph in contract.graphs.items()}
+    """Open the bundle's ONNX forms with each half-precision graph's twin in its place.
+
+    Yield None where no graph is in half precision, unless `always`.
+    """
+    types = {stage.name: backends.typed(stage.backend, stage.precision) for stage in contract.stages}
     if not (always or any(types.values())):
         yield None
         return
     module = backends.backend(backends.choose(TWIN_BACKEND))
     engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
-        for name, contracted in contract.graphs.items():
-            files = [manifest.inside(folder, file) for file in contracted.onnx_files]
-            if narrow := types[name]:
+        for stage in contract.stages:
+            files = [manifest.inside(folder, file) for file in stage.onnx_files]
+            if half := types[stage.name]:
                 graph = onnxfile.load(files[0])
-                twin(graph, tensor_dtype_to_np_dtype(TYPES[narrow]))
-                files = [Path(temporary) / file for file in onnxfile.save(graph, Path(temporary) / f"{name}.onnx")]
-            engines[name] = module.open(files, Options())
+                twin(graph, tensor_dtype_to_np_dtype(TYPES[half]))
+                plain_attention(graph)  # the backend refuses a mask with one row for all queries
+                path = Path(temporary) / f"{stage.name}.onnx"
+                files = [path.with_name(file) for file in onnxfile.save(graph, path)]
+            engines[stage.name] = module.open(files, Options())
         with Pipeline(folder, contract, engines) as rounded:
             yield rounded
 
 
 def twin(graph: gs.Graph, dtype: np.dtype) -> int:
-    """Turns a typed graph into its twin; returns how many tensors are rounded, weights included."""
+    """Turn a half-precision graph into its twin; return how many tensors are rounded, weights included."""
     narrow_type = np_dtype_to_tensor_dtype(dtype)
     weights = [tensor for tensor in constants(graph) if tensor.values.dtype == dtype]
     for tensor in weights:

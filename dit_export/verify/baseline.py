@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,33 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dit_export.verify.metrics import Metric
+from dit_export.verify.metrics import unit
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.replay import Reference, relative_error
 from dit_runtime.sampling.noise import Noise
-from dit_runtime.verify import TOLERANCES, jsonable
+from dit_runtime.verify import TOLERANCES, Figure, Reference, jsonable, relative_error
 
-FORMAT = 1
+FORMAT = 2
 MARGIN = 1.25  # how much larger an error may become
 PROJECTIONS = 4
 FP32 = TOLERANCES["fp32"]
 REFERENCE_TOLERANCE = FP32.latents  # PyTorch on another CPU, after a run in fp32; as for the engines' own free run
-FLOORS = {"conditioner": FP32.conditioner, "denoiser": FP32.prediction, "run": FP32.latents}  # of rel-L2, by graph
+FLOORS = {"latents": FP32.latents}  # of rel-L2 by metric; of all others fp32's of one evaluation
 
 # By unit: the limit that a measured figure sets. Floors are fp32's tolerances: kernels of other CPUs differ by less.
-LIMITS: dict[str, Callable[[Metric], float]] = {
-    "rel-L2": lambda found: max(MARGIN * found.value, FLOORS[found.graph]),
+LIMITS: dict[str, Callable[[Figure], float]] = {
+    "rel-L2": lambda figure: max(MARGIN * figure.value, _floor(figure)),
     # 1 - cosine grows with the square of rel-L2.
-    "cosine": lambda found: 1 - max(MARGIN**2 * (1 - found.value), FLOORS[found.graph] ** 2),
-    "PSNR in dB": lambda found: min(found.value - 20 * math.log10(MARGIN), FP32.pictures),
-    "SSIM": lambda found: 1 - max(MARGIN**2 * (1 - found.value), 1e-4),
-    "contrast": lambda found: max(found.value / 2, 1.0),
-    "share": lambda found: found.value - 0.005,  # the judge's agreement: half a point
-    "Fréchet distance": lambda found: 1.03 * found.value,
-    "score": lambda found: found.value / 1.03,  # Inception Score
+    "cosine": lambda figure: 1 - max(MARGIN**2 * (1 - figure.value), _floor(figure) ** 2),
+    "PSNR in dB": lambda figure: min(figure.value - 20 * math.log10(MARGIN), FP32.pictures),
+    "SSIM": lambda figure: 1 - max(MARGIN**2 * (1 - figure.value), 1e-4),
+    "contrast": lambda figure: max(figure.value / 2, 1.0),
+    "share": lambda figure: figure.value - 0.005,  # the judge's agreement: half a point
+    "Fréchet distance": lambda figure: 1.03 * figure.value,
+    "score": lambda figure: figure.value / 1.03,  # Inception Score
 }
+
+
+def _floor(figure: Figure) -> float:
+    return FLOORS.get(figure.metric.rpartition(", ")[0], FP32.prediction)
 
 
 def identity(contract: Manifest, reference: Reference) -> dict[str, Any]:
@@ -50,43 +55,49 @@ def identity(contract: Manifest, reference: Reference) -> dict[str, Any]:
         "model": dict(contract.model),
         "weights": weights,
         "run": {
-            "solver": contract.diffusion.sampler.solver,
+            "solver": contract.process.sampler.solver,
             "timesteps": [float(t) for t in reference.timesteps],
-            "labels": [int(label) for label in reference.labels],
+            "conditions": {name: _digest(rows) for name, rows in reference.condition.items()},
             "guidance": [float(weight) for weight in reference.guidance],
         },
     }
+
+
+def _digest(rows: NDArray[Any]) -> list[int] | str:
+    """Return the values of a small port, and of a large one a sum of its bytes."""
+    return rows.tolist() if rows.ndim == 1 else hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()[:16]
 
 
 def projections(reference: Reference) -> list[float]:
     """A few numbers that tell whether PyTorch still gives the answer the baseline was measured against."""
     found: list[float] = []
     middle = len(reference.timesteps) // 2
-    for array in (reference.conditional[middle], reference.null[middle], reference.latents[-1]):
+    null = [reference.null[middle]] if reference.null.size else []
+    for array in (reference.conditional[middle], *null, reference.latents[-1]):
         rows = array.astype(np.float64).reshape(1, -1)
         found += (rows @ Noise(0).normal((rows.shape[1], PROJECTIONS)) / math.sqrt(rows.shape[1]))[0].tolist()
     return [float(f"{value:.9g}") for value in found]
 
 
 def write(
-    path: Path, contract: Manifest, reference: Reference, metrics: Sequence[Metric], settings: Mapping[str, Any]
+    path: Path, contract: Manifest, reference: Reference, figures: Sequence[Figure], settings: Mapping[str, Any]
 ) -> None:
-    """Values and limits by metric; the caller has seen that all of them pass."""
-    groups: dict[tuple[str, str], list[Metric]] = {}
-    for metric in metrics:
-        if metric.unit in LIMITS:
-            groups.setdefault(metric.key, []).append(metric)
+    """Write values and limits by metric; the caller has seen that all of them pass."""
+    groups: dict[tuple[str, str], list[Figure]] = {}
+    for figure in figures:
+        if unit(figure) in LIMITS:
+            groups.setdefault((figure.stage, figure.metric), []).append(figure)
     lines = []
-    for (graph, title), same in groups.items():
+    for (stage, metric), same in groups.items():
         entry = {
-            "graph": graph,
-            "metric": title,
-            "values": [_rounded(metric.value, metric) for metric in same],
-            "limits": [_rounded(LIMITS[metric.unit](metric), metric) for metric in same],
+            "stage": stage,
+            "metric": metric,
+            "values": [_rounded(figure.value, figure) for figure in same],
+            "limits": [_rounded(LIMITS[unit(figure)](figure), figure) for figure in same],
         }
         lines.append("  " + json.dumps(entry, ensure_ascii=False))
     measured = {
-        "precisions": {name: f"{graph.precision} on {graph.backend}" for name, graph in contract.graphs.items()},
+        "precisions": {stage.name: f"{stage.precision} on {stage.backend}" for stage in contract.stages},
         "versions": contract.built_with.get("versions", {}),
         "margin": MARGIN,
         **settings,
@@ -102,9 +113,9 @@ def write(
     path.write_text(text, encoding="utf-8")
 
 
-def _rounded(value: float, metric: Metric) -> float | str:
+def _rounded(value: float, figure: Figure) -> float | str:
     """Four digits; those of a cosine and of SSIM are of their distance from 1."""
-    return jsonable(round(value, 10) if metric.unit in ("cosine", "SSIM") else float(f"{value:.4g}"))
+    return jsonable(round(value, 10) if unit(figure) in ("cosine", "SSIM") else float(f"{value:.4g}"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -134,10 +145,10 @@ def require_same(path: Path, table: Mapping[str, Any], contract: Manifest, refer
             )
 
 
-def apply(path: Path, table: Mapping[str, Any], reference: Reference, metrics: Sequence[Metric]) -> list[Metric]:
-    """The metrics with the baseline's limits; what it has and was not measured fails."""
+def apply(path: Path, table: Mapping[str, Any], reference: Reference, figures: Sequence[Figure]) -> list[Figure]:
+    """Return the figures with the baseline's limits; what it has and was not measured fails."""
     try:
-        limits = {(row["graph"], row["metric"]): [float(limit) for limit in row["limits"]] for row in table["metrics"]}
+        limits = {(row["stage"], row["metric"]): [float(limit) for limit in row["limits"]] for row in table["metrics"]}
         before = np.array(table["reference"], np.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: malformed: {type(error).__name__}: {error}; write it again") from None
@@ -145,14 +156,14 @@ def apply(path: Path, table: Mapping[str, Any], reference: Reference, metrics: S
     where = (
         "" if drift <= REFERENCE_TOLERANCE else "PyTorch's answer is not the one that the baseline was measured against"
     )
-    found = [Metric("reference", "drift", "rel-L2", drift, where, limit=REFERENCE_TOLERANCE)]
+    limited = [Figure("reference", "drift, rel-L2", drift, REFERENCE_TOLERANCE, where=where)]
     taken: dict[tuple[str, str], int] = {}
-    for metric in metrics:
-        index, known = taken.get(metric.key, 0), limits.get(metric.key, [])
-        taken[metric.key] = index + 1
-        found.append(replace(metric, limit=known[index]) if index < len(known) else metric)
-    for (graph, title), known in limits.items():
-        if taken.get((graph, title), 0) < len(known):
-            name, _, unit = title.rpartition(", ")
-            found.append(Metric(graph, name, unit, math.nan, "not measured", limit=known[0]))
-    return found
+    for figure in figures:
+        key = figure.stage, figure.metric
+        index, known = taken.get(key, 0), limits.get(key, [])
+        taken[key] = index + 1
+        limited.append(replace(figure, limit=known[index]) if index < len(known) else figure)
+    for (stage, metric), known in limits.items():
+        if taken.get((stage, metric), 0) < len(known):
+            limited.append(Figure(stage, metric, math.nan, known[0], where="not measured"))
+    return limited

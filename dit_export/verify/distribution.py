@@ -90,3 +90,8 @@ def wilson(hits: int, total: int) -> Interval:
     centre = (share + z2 / 2) / (1 + z2)
     half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total)) / (1 + z2)
     return Interval(share, centre - half, centre + half)
+
+
+def balanced_labels(count: int, classes: int) -> NDArray[np.int64]:
+    """Return every class equally often, or labels spread over the classes where there are fewer pictures."""
+    return np.arange(count) % classes if count >= classes else np.arange(count) * classes // count

@@ -1,4 +1,4 @@
-"""Pictures before a judge: any ONNX network with an image input, or, for a bundle of the demo, the demo's own.
+"""Pictures before a judge: any ONNX network with an image input, a user's or one that the bundle brings.
 
 The network takes float32 [N, 3, H, W] in [0, 1] and gives features [N, D] and, if it likes, logits [N, classes]; what
 a protocol wants of its input (another size, another range) stands inside it, so that there is one place for it.
@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 from dit_export.arrays import read_arrays
 from dit_export.verify.baseline import LIMITS
 from dit_export.verify.distribution import Floats, Gaussian, fit, gaussian_distance, inception_score
-from dit_export.verify.metrics import Metric
+from dit_export.verify.metrics import unit
 from dit_runtime import images
+from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
-from dit_runtime.errors import UsageError
+from dit_runtime.bundle.records import LABELS
+from dit_runtime.conditions.condition import Rows
+from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.pipeline import Pipeline
+from dit_runtime.verify import Figure, Reference
 
 STEPS, GUIDANCE = 25, 4.0  # as `dit-run sample` draws
 CHUNK = 64  # pictures at a time
@@ -112,33 +116,49 @@ def balanced_labels(count: int, classes: int) -> NDArray[np.int64]:
     return np.arange(count) % classes if count >= classes else np.arange(count) * classes // count
 
 
-def draw(pipe: Pipeline, labels: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """Picture i has seed i, so that more pictures begin with the same ones."""
-    for first in range(0, len(labels), CHUNK):
-        part = labels[first : first + CHUNK]
-        seeds = list(range(first, first + len(part)))
-        yield pipe.sample([int(label) for label in part], steps=STEPS, guidance=GUIDANCE, seed=seeds)
+class Draw(NamedTuple):
+    """The pictures to ask a bundle for; number i has seed i, so that more pictures begin with the same ones."""
+
+    condition: Rows  # a row a picture
+    negative: Rows | None
+    labels: NDArray[np.int64] | None  # the classes, where the bundle takes classes
+    pictures: int
+
+    def __call__(self, pipe: Pipeline) -> Iterator[NDArray[np.uint8]]:
+        for first in range(0, self.pictures, CHUNK):
+            part = slice(first, min(first + CHUNK, self.pictures))
+            condition = {name: rows[part] for name, rows in self.condition.items()}
+            seeds = list(range(part.start, part.stop))
+            yield pipe.sample(condition=condition, negative=self.negative, steps=STEPS, guidance=GUIDANCE, seed=seeds)
+
+
+def plan_draw(contract: Manifest, reference: Reference, count: int) -> Draw:
+    """Ask for all classes as often, or for the reference's conditions in turn."""
+    own = {name: rows[np.arange(count) % len(rows)] for name, rows in reference.condition.items()}
+    labels = balanced_labels(count, contract.classes) if contract.classes else None
+    if labels is not None:
+        own[LABELS] = labels
+    return Draw(own, reference.negative if contract.without_null else None, labels, count)
 
 
 def look(
-    judge: Judge, pipe: Pipeline, count: int, other: Pipeline | None, on_step: Callable[[int, int], None]
+    judge: Judge, pipe: Pipeline, draw: Draw, other: Pipeline | None, on_step: Callable[[int, int], None]
 ) -> tuple[Seen, Judged | None]:
-    """Pictures of the bundle and, of the same seeds, of another one, before the judge."""
-    labels = balanced_labels(count, pipe.manifest.num_classes)
+    """Show the judge pictures of the bundle and, of the same seeds, of another one."""
     ours: list[Judged] = []
     theirs: list[Judged] = []
     psnr: list[float] = []
     ssim: list[float] = []
-    others = draw(other, labels) if other is not None else None
-    for index, pictures in enumerate(draw(pipe, labels)):
+    others = draw(other) if other is not None else None
+    for index, pictures in enumerate(draw(pipe)):
         ours.append(judge(pictures))
         if others is not None:
             same = next(others)
             theirs.append(judge(same))
             psnr += [images.psnr(*pair) for pair in zip(pictures, same, strict=True)]
             ssim += [images.ssim(*pair) for pair in zip(pictures, same, strict=True)]
-        on_step(min(count, (index + 1) * CHUNK), count)
-    return Seen(_joined(ours), labels, psnr, ssim), _joined(theirs) if theirs else None
+        on_step(min(draw.pictures, (index + 1) * CHUNK), draw.pictures)
+    return Seen(_joined(ours), draw.labels, psnr, ssim), _joined(theirs) if theirs else None
 
 
 def _joined(parts: list[Judged]) -> Judged:
@@ -146,27 +166,28 @@ def _joined(parts: list[Judged]) -> Judged:
     return Judged(np.concatenate([part.features for part in parts]), np.concatenate(logits) if logits else None)
 
 
-def metrics(seen: Seen, other: Judged | None, real: Gaussian | None, classes: int) -> list[Metric]:
-    """Agreement, Fréchet distance and Inception Score; beside another bundle they must keep to its figures."""
+def figures(seen: Seen, other: Judged | None, real: Gaussian | None, classes: int) -> list[Figure]:
+    """Return agreement, Fréchet distance and Inception Score; another bundle's figures set their limits."""
     where = f"{len(seen.judged.features)} pictures"
 
-    def of(judged: Judged) -> Iterator[Metric]:
+    def measure(judged: Judged) -> Iterator[Figure]:
         logits, labels = judged.logits, seen.labels
         if logits is not None and labels is not None and logits.shape[1] == classes:
-            yield Metric("run", "judge's agreement", "share", float((logits.argmax(1) == labels).mean()), where)
+            agreement = float((logits.argmax(1) == labels).mean())
+            yield Figure("run", "judge's agreement, share", agreement, at_least=True, where=where)
         if real is not None:
             distance = gaussian_distance(fit(judged.features), real)
-            yield Metric("run", "to real pictures", "Fréchet distance", distance, where)
+            yield Figure("run", "to real pictures, Fréchet distance", distance, where=where)
         if logits is not None:
-            yield Metric("run", "Inception", "score", inception_score(logits), where)
+            yield Figure("run", "Inception, score", inception_score(logits), at_least=True, where=where)
 
-    limits = {} if other is None else {same.key: LIMITS[same.unit](same) for same in of(other)}
-    found = [replace(metric, limit=limits.get(metric.key)) for metric in of(seen.judged)]
+    limits = {} if other is None else {same.metric: LIMITS[unit(same)](same) for same in measure(other)}
+    measured = [replace(figure, limit=limits.get(figure.metric)) for figure in measure(seen.judged)]
     if seen.psnr:
         finite = np.minimum(seen.psnr, 100.0)  # equal pictures are ∞ dB
-        found.append(Metric("run", "same seed, mean", "PSNR in dB", float(finite.mean()), where))
-        found.append(Metric("run", "same seed, mean", "SSIM", float(np.mean(seen.ssim)), where))
-    return found
+        for metric, value in (("PSNR in dB", finite.mean()), ("SSIM", np.mean(seen.ssim))):
+            measured.append(Figure("run", f"same seed, mean, {metric}", float(value), at_least=True, where=where))
+    return measured
 
 
 def read_real(path: Path, judge: Judge | None) -> Gaussian:
@@ -235,30 +256,20 @@ def _require_tables(path: Path, judged: Judged) -> None:
             )
 
 
-def is_demo(contract: Manifest) -> bool:
-    """Whether the demo's judge, which ships, knows these classes."""
-    from dit_export.demo import data
+def own_judge(folder: Path, contract: Manifest, threads: int | None) -> tuple[OnnxJudge, Gaussian | None, str] | None:
+    """Return the bundle's own judge, what it says of real pictures, and its sha256; None where there is none.
 
-    if contract.labels != data.CLASSES:
-        return False
+    The manifest names both: `"built_with": {"judge": {"features": "judge.onnx", "real": "judge.npz"}}`.
+    """
+    table = contract.built_with.get("judge")
+    if not table:
+        return None
     try:
-        from dit_export.demo import store
-    except ImportError:  # it needs PyTorch
-        return False
-    return (store.MODEL / "judge").is_dir()
-
-
-def demo_judge() -> tuple[Judge, Gaussian]:
-    """The judge, and held-out pictures before it."""
-    import torch
-
-    from dit_export.demo import score, store
-
-    judge = store.load_judge(store.MODEL)
-
-    def look_at(pictures: NDArray[np.uint8]) -> Judged:
-        with torch.no_grad():
-            logits, features = judge(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255)
-        return Judged(features.double().numpy(), logits.numpy())
-
-    return look_at, fit(score.reference_features(judge))
+        names = [str(table[key]) for key in ("features", "real") if key in table]
+        network, *real = names
+    except (TypeError, KeyError, ValueError):
+        raise BundleError(f"{folder}: built_with says {table!r} of its judge; expected features and real") from None
+    manifest.check_files(folder, contract, names)
+    judge = OnnxJudge(manifest.inside(folder, network), threads)
+    numbers = read_real(manifest.inside(folder, real[0]), judge) if real else None
+    return judge, numbers, contract.files[network].sha256

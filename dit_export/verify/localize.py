@@ -1,82 +1,135 @@
-"""Where a failing engine first leaves the right way: which vectors of the conditioner, which block of the denoiser."""
+"""Where a failing bundle first leaves the right way: which tensors of a stage, which residual sum of the denoiser.
+
+Stages before the loop are compared tensor by tensor. The denoiser is compared after each residual sum, reading the
+right tensors, so that a broken stage does not accuse it.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from dit_export.networks.dit import DiT
-from dit_export.spec import CONDITIONINGS, ModelSpec
-from dit_export.verify.reference import guide, hoisted
-from dit_export.verify.taps import names, pytorch_stream, tapped
-from dit_runtime import replay
-from dit_runtime.backends import QUANTIZED, Engine, Options
+from dit_export.checkpoints import Loaded
+from dit_export.graph.oracle import Oracle
+from dit_export.graph.trace import trace_network
+from dit_export.networks import Network
+from dit_export.passes.stages import Pack
+from dit_export.verify import traced
+from dit_export.verify.inputs import step_rows
+from dit_export.verify.reference import Crossing, Divisors, evaluate, guide, load_divisors
+from dit_export.verify.taps import tapped
+from dit_export.verify.traced import Traced
+from dit_runtime.backends import Engine, Options
+from dit_runtime.bundle.records import GUIDANCE
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import Reference, relative_error
-from dit_runtime.verify import tolerances
+from dit_runtime.progress import Progress
+from dit_runtime.verify import Reference, relative_error, tolerances
 
-OF_BRANCH = ("gain", "shift", "gate")
-TOKENS = ("of the timestep", "of the label")
-FINAL = ("final gain", "final shift")
 MANY = 4  # more names than this are counted
-SPREAD = 16  # labels that are asked besides the reference's
+Arrays = Mapping[str, NDArray[Any]]
 
 
 class Question(NamedTuple):
     """One guided evaluation of the reference run."""
 
-    latents: NDArray[np.float32]  # (B, C, H, W)
+    state: NDArray[np.float32]  # (B, C, ...)
     t: float
-    labels: list[int]  # (B,)
+    condition: Rows  # B rows
+    null: Rows  # B rows
     guidance: NDArray[np.float32]  # (B,)
 
+    @property
+    def groups(self) -> list[Rows]:
+        """The condition and, where there is one, what guidance leads away from."""
+        return [self.condition, self.null] if self.null else [self.condition]
 
-class Truth(Protocol):
+
+class Answer(NamedTuple):
+    stream: Arrays  # by the names of traced tensors, (B or G · B, ...)
+    prediction: NDArray[Any]  # (B, C, ...), guided
+
+
+class Side(Protocol):
+    """One of the two that are compared; its tensors have smoothing's divisors multiplied back."""
+
     name: str
 
-    def vectors(self, t: float, labels: Sequence[int]) -> NDArray[Any]:
-        """(N, K + M, D)."""
+    def crossing(self, t: float, condition: Rows, rows: int) -> Arrays:
+        """Return by pack what crosses into the loop, (rows, ...)."""
 
-    def stream(self, question: Question, rows: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-        """The residual stream, and the guided prediction."""
+    def denoise(self, question: Question, crossing: Sequence[Arrays]) -> Answer:
+        """Evaluate the denoiser, which reads these tensors, one mapping for each group."""
 
 
-class OfPyTorch:
+class PyTorch(NamedTuple):
+    """A network with the weights that the bundle was built from, and its traced program."""
+
+    network: Network
+    oracle: Oracle
+
+
+def trace(loaded: Loaded, progress: Progress) -> PyTorch:
+    with progress.stage("trace: network"):
+        program = trace_network(loaded.network)
+    assert program.exported_program is not None
+    return PyTorch(loaded.network, Oracle(program.exported_program))
+
+
+class PyTorchSide:
     name = "PyTorch"
 
-    def __init__(self, model: DiT) -> None:
-        self._model = model
+    def __init__(self, network: Network, oracle: Oracle, packs: Sequence[Pack], taps: Sequence[str]) -> None:
+        self._network, self._oracle = network, oracle
+        self._taps = [tap for tap in taps if tap in oracle.names]
+        self._crossing = Crossing(network, oracle, packs, {})
 
-    def vectors(self, t: float, labels: Sequence[int]) -> NDArray[Any]:
-        return hoisted(self._model)(np.full(len(labels), t, np.float32), np.array(labels, np.int64))
+    def crossing(self, t: float, condition: Rows, rows: int) -> Arrays:
+        return self._crossing(t, condition, rows)
 
-    def stream(self, question: Question, rows: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-        stream, out = pytorch_stream(self._model, question.latents, question.t, question.labels)
-        spec = self._model.spec
-        first, null = np.split(out[:, : spec.channels], 2)
-        return stream, guide(first, null, question.guidance, spec.guided_channels)
+    def denoise(self, question: Question, crossing: Sequence[Arrays]) -> Answer:
+        """Evaluate the traced program; it makes what crosses by itself."""
+        network, times = self._network, np.full(len(question.state), question.t, np.float32)
+        groups = [{network.state.name: question.state, network.time.name: times, **group} for group in question.groups]
+        inputs = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
+        stream = self._oracle(self._taps, **{name: torch.from_numpy(rows) for name, rows in inputs.items()})
+        answer = evaluate(network, question.state, times, question.condition, question.null)
+        prediction = guide(answer.conditional, answer.null, question.guidance, network.guided_channels)
+        return Answer({name: rows.numpy() for name, rows in stream.items()}, prediction)
 
 
-class OfBundle:
-    def __init__(self, pipe: Pipeline, engine: Engine, taps: list[str]) -> None:
-        self.name, self._pipe, self._engine, self._taps = str(pipe.folder), pipe, engine, taps
+class BundleSide:
+    def __init__(self, pipe: Pipeline, engine: Engine, taps: Mapping[str, str], divisors: Divisors) -> None:
+        """Take the engine's taps by what to call them."""
+        self.name, self._pipe, self._engine = str(pipe.folder), pipe, engine
+        self._taps, self._divisors = taps, divisors
 
-    def vectors(self, t: float, labels: Sequence[int]) -> NDArray[Any]:
-        return replay.hoisted(self._pipe)(np.full(len(labels), t, np.float32), np.array(labels, np.int64))
+    def crossing(self, t: float, condition: Rows, rows: int) -> Arrays:
+        engines = self._pipe.engines
+        values = step_rows(engines, np.full(rows, t, np.float32), condition)
+        made = [spec.name for stage in engines.manifest.before_loop for spec in stage.gives if spec.name in values]
+        return {name: values[name] * self._divisors.get(name, np.float32(1)) for name in made}
 
-    def stream(self, question: Question, rows: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-        context = self._pipe.examples(question.labels, guided=True)(slice(None))
-        vectors = rows.shape[2] - (context["context"].shape[2] if context else 0)
-        inputs = {"latents": question.latents, "conditioning": rows[:, :, :vectors], "guidance": question.guidance}
-        if context:
-            inputs |= context | {"context": rows[:, :, vectors:]}
+    def denoise(self, question: Question, crossing: Sequence[Arrays]) -> Answer:
+        contract = self._pipe.manifest
+        inputs: dict[str, NDArray[Any]] = {contract.state.name: question.state}
+        if contract.mixes_guidance:
+            inputs[GUIDANCE] = question.guidance
+        for spec in contract.step.grouped:
+            groups = [
+                values[spec.name] / self._divisors.get(spec.name, np.float32(1))
+                if spec.name in values
+                else own[spec.name]
+                for own, values in zip(question.groups, crossing, strict=True)
+            ]
+            inputs[spec.name] = np.stack(groups).astype(spec.dtype)
         out = self._engine.run(inputs)
-        return [out[name] for name in self._taps], out["prediction"]
+        return Answer({name: out[tap] for name, tap in self._taps.items()}, out["prediction"])
 
 
 class Tap(NamedTuple):
@@ -89,138 +142,125 @@ class Located(NamedTuple):
     taps: list[Tap]
 
 
+class Asked(NamedTuple):
+    """Rows that the stages before the loop are asked about, and what to call each."""
+
+    condition: Rows
+    names: list[str]
+
+
 def locate(
-    pipe: Pipeline, reference: Reference, truth: Truth | Pipeline, step: int, wrong: Sequence[int], options: Options
+    pipe: Pipeline, reference: Reference, truth: PyTorch | Pipeline, step: int, asked: Asked, options: Options
 ) -> Located:
-    """At one step of the reference run (from 0); `wrong` are labels whose conditioning is known to be off."""
-    question = Question(
-        reference.latents[step],
-        float(reference.timesteps[step]),
-        [int(label) for label in reference.labels],
-        reference.guidance,
-    )
-    limits = tolerances(pipe.manifest)
-    precisions = {pipe.manifest.graphs["denoiser"].precision}
+    """Compare at one step of the reference run (from 0); `asked` is compared before the loop."""
+    rows, traces = len(reference.guidance), traced.read(pipe.folder)
+    null = {name: np.repeat(values, rows, axis=0) for name, values in (reference.negative or {}).items()}
+    t = float(reference.timesteps[step])
+    question = Question(reference.latents[step], t, reference.condition, null, reference.guidance)
     with ExitStack() as stack:
-        if isinstance(truth, Pipeline):
-            precisions.add(truth.manifest.graphs["denoiser"].precision)
-            truth = OfBundle(truth, *stack.enter_context(tapped(truth, options)))
         engine, taps = stack.enter_context(tapped(pipe, options))
-        ours = OfBundle(pipe, engine, taps)
-        contract, smoothed = pipe.manifest, not precisions.isdisjoint(QUANTIZED)
-        everyone = [*question.labels, *[contract.null_label] * len(question.labels)]
-        spread = np.linspace(0, contract.num_classes - 1, min(contract.num_classes, SPREAD)).astype(int).tolist()
-        asked = list(dict.fromkeys([*wrong[: SPREAD // 2], *everyone, *spread]))
-        each = vector_names(contract.model)
-        right = truth.vectors(question.t, asked)
-        given = ours.vectors(question.t, asked)
-        if right.shape != given.shape:
-            why = f"the conditioner gives {list(given.shape[1:])}, that of {truth.name} {list(right.shape[1:])}"
-            return Located([f"not localized: {why}"], [])
-        if smoothed:
-            right = right * _folded(given, right, each)
-        wrong_vectors = ~(_errors(given, right) <= limits["conditioner"].conditioner)  # (labels, K)
-        sentences = _vectors(given, right, wrong_vectors, asked, contract.null_label, each)
-        if smoothed and (wrong_vectors.mean(0) > 0.5).any():
-            why = "what smoothing has folded into the conditioner cannot be told from what is wrong with it"
-            return Located([*sentences, f"denoiser: not localized: {why}"], [])
-
-        order = [asked.index(label) for label in everyone]
-        shape = (2, len(question.labels), *right.shape[1:])
-        got, prediction = ours.stream(question, right[order].reshape(shape))
-        expected, answer = truth.stream(question, truth.vectors(question.t, everyone).reshape(shape))
-    error = relative_error(prediction, answer)
-    limit = limits["denoiser"]
-    # What no conditioning has touched yet is there once, for both halves of guidance.
-    expected = [every[: len(rows)] for rows, every in zip(got, expected, strict=False)] + expected[len(got) :]
-    if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
-        sentences.append(f"not localized: the denoiser has {len(got)} taps, that of {truth.name} {len(expected)}")
-        return Located(sentences, [])
-    places = names(len(got) - 1, int(contract.model.get("depth", 0)))
-    found = [Tap(name, relative_error(*pair)) for name, *pair in zip(places, got, expected, strict=True)]
-    found.append(Tap("after the last block: final layer or guidance", error))
-    bounds = [limit.prediction] * (len(found) - 1) + [limit.guided]
-    moved = next((tap for tap, bound in zip(found, bounds, strict=True) if not tap.error <= bound), None)
-    if moved is not None:
-        before = found[found.index(moved) - 1].error if moved is not found[0] else 0.0
-        sentences.append(f"denoiser: first moved: {moved.name}: rel-L2 {moved.error:.3g}, before it {before:.3g}")
-    elif not sentences:
-        rises = np.diff([0.0, *(tap.error for tap in found[:-1])])
-        worst = found[int(rises.argmax())]
-        sentences.append(
-            f"denoiser: no block is beyond its precision's tolerance beside {truth.name}; the largest rise is at "
-            f"{worst.name}: rel-L2 {worst.error:.3g}"
-        )
-    return Located(sentences, found)
+        ours = BundleSide(pipe, engine, dict(zip(taps, taps, strict=True)), load_divisors(pipe.folder, traces.packs))
+        right: Side
+        if isinstance(truth, Pipeline):
+            other, others = stack.enter_context(tapped(truth, options))
+            packs = traced.read(truth.folder).packs
+            forms = [[(pack.name, pack.sizes) for pack in each] for each in (packs, traces.packs)]
+            if forms[0] != forms[1] or len(others) != len(taps):
+                return Located([f"not localized: {truth.folder} was split into other stages"], [])
+            right = BundleSide(truth, other, dict(zip(taps, others, strict=True)), load_divisors(truth.folder, packs))
+        else:
+            right = PyTorchSide(*truth, traces.packs, taps)
+        sentences = _before_loop(pipe, ours, right, traces, t, asked)
+        true = [right.crossing(t, group, rows) for group in question.groups]
+        answers = ours.denoise(question, true), right.denoise(question, true)
+    compared = _compare(*answers, _places(taps, traces))
+    limits = tolerances(pipe.manifest)[pipe.manifest.step.name]
+    bounds = [limits.prediction] * (len(compared) - 1) + [limits.guided]
+    sentence = _first_moved(compared, bounds)
+    if sentence or not sentences:
+        sentences.append(f"{pipe.manifest.step.name}: {sentence or _largest_rise(compared, right.name)}")
+    return Located(sentences, compared)
 
 
-def vector_names(model: Mapping[str, Any]) -> list[str]:
-    """Of the K + M vectors that leave the loop, by what a manifest says about its network."""
-    depth, tokens = int(model.get("depth", 0)), int(model.get("caption_tokens", 0))
-    by = CONDITIONINGS[model.get("conditioning", ModelSpec.conditioning)]
-
-    def of_blocks(vectors: Sequence[str]) -> list[str]:
-        return [f"block {n + 1} of {depth} (blocks.{n}), {vector}" for n in range(depth) for vector in vectors]
-
-    modulated = OF_BRANCH[: by.modulation // 2]
-    read = [f"cross-attention {part} {token}" for part in ("key", "value") for token in TOKENS]
-    block = [f"attention {vector}" for vector in modulated]
-    block += read if by.crossed and not by.captioned else []
-    block += [f"MLP {vector}" for vector in modulated]
-    caption = [f"cross-attention {part} of the caption" for part in ("key", "value") for _ in range(tokens)]
-    each = [f"token {token}" for token in TOKENS] if by.appended else []
-    return each + of_blocks(block) + list(FINAL if modulated else ()) + of_blocks(caption if by.captioned else ())
+def _before_loop(pipe: Pipeline, ours: Side, right: Side, traces: Traced, t: float, asked: Asked) -> list[str]:
+    """Say by stage which tensors are off, and for which conditions."""
+    limits = tolerances(pipe.manifest)
+    stages = {spec.name: stage.name for stage in pipe.manifest.before_loop for spec in stage.gives}
+    got, expected = (side.crossing(t, asked.condition, len(asked.names)) for side in (ours, right))
+    sentences = []
+    for pack in traces.packs:
+        stage, errors = stages[pack.name], _errors(got[pack.name], expected[pack.name], pack)
+        off: NDArray[np.bool_] = ~(errors <= limits[stage].conditioner)  # (rows, tensors)
+        if off.any():
+            what = _what(pack, np.flatnonzero(off.any(axis=0)), traces)
+            who = _who(asked, np.flatnonzero(off.any(axis=1)))
+            sentences.append(f"{stage}: {what}, for {who}: rel-L2 {np.nanmax(errors):.3g}")
+    return sentences
 
 
-def _folded(given: NDArray[Any], right: NDArray[Any], each: Sequence[str]) -> NDArray[Any]:
-    """(K + M, D): by what smoothing has multiplied each channel: a branch's gain and shift alike, or the values of one
-    cross-attention, the same for every label.
-
-    The median over the labels, so that some wrong ones do not move it; 1 where those that go together disagree.
-    """
-    together: dict[str, list[int]] = {}
-    for k, name in enumerate(each):
-        if name not in FINAL:
-            together.setdefault(re.sub(" (gain|shift)$| of the (timestep|label|caption)$", "", name), []).append(k)
-    folded = np.ones(given.shape[1:])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.nan_to_num(np.median(given / right, axis=0), nan=1.0, posinf=1.0, neginf=1.0)
-    for rows in together.values():
-        first = ratio[rows[0]]
-        apart = max((np.median(np.abs(first - ratio[k])) for k in rows[1:]), default=np.inf)
-        if apart < 1e-3 * np.median(np.abs(first)):
-            folded[rows] = np.where(first > 0, first, 1)
-    return folded
+def _compare(ours: Answer, right: Answer, places: Mapping[str, str]) -> list[Tap]:
+    """Return the error at each tap that both have, and of the prediction."""
+    taps = []
+    for name, place in places.items():
+        if name in right.stream:
+            values = ours.stream[name]
+            # What no condition has touched yet is there once, for both groups.
+            taps.append(Tap(place, relative_error(values, right.stream[name][: len(values)])))
+    return [*taps, Tap("after the last residual sum", relative_error(ours.prediction, right.prediction))]
 
 
-def _errors(given: NDArray[Any], right: NDArray[Any]) -> NDArray[np.float64]:
-    """(labels, K)."""
-    pairs = zip(given, right, strict=True)
-    return np.array([[relative_error(*pair) for pair in zip(*rows, strict=True)] for rows in pairs])
+def _first_moved(taps: Sequence[Tap], bounds: Sequence[float]) -> str:
+    moved = next((n for n, bound in enumerate(bounds) if not taps[n].error <= bound), None)
+    if moved is None:
+        return ""
+    before = taps[moved - 1].error if moved else 0.0
+    return f"first moved: {taps[moved].name}: rel-L2 {taps[moved].error:.3g}, before it {before:.3g}"
 
 
-def _vectors(
-    given: NDArray[Any],
-    right: NDArray[Any],
-    wrong: NDArray[np.bool_],
-    labels: list[int],
-    null_label: int,
-    each: list[str],
-) -> list[str]:
-    """Which vectors are off, of which labels."""
-    if not wrong.any():
-        return []
-    count = wrong.shape[1]
-    if count != len(each):
-        each = [f"vector {k + 1} of {count}" for k in range(count)]
-    columns, rows = np.flatnonzero(wrong.any(0)), np.flatnonzero(wrong.any(1))
-    if len(columns) == count:
-        what = "every vector"
-    elif len(columns) > MANY:
-        what = f"{len(columns)} of {count} vectors, first {each[columns[0]]}"
-    else:
-        what = "; ".join(dict.fromkeys(each[k] for k in columns))
-    who = "every label asked" if len(rows) == len(labels) else ", ".join(f"label {labels[n]}" for n in rows[:MANY])
-    if [labels[n] for n in rows] == [null_label]:
-        who = f"the null label ({null_label})"
-    return [f"conditioner: {what}, for {who}: rel-L2 {np.nanmax(_errors(given, right)):.3g}"]
+def _largest_rise(taps: Sequence[Tap], truth: str) -> str:
+    rises = np.diff([0.0, *(tap.error for tap in taps[:-1])], append=0.0)
+    worst = taps[int(rises.argmax())]
+    return (
+        f"no residual sum is beyond its precision's tolerance beside {truth}; the largest rise is at {worst.name}: "
+        f"rel-L2 {worst.error:.3g}"
+    )
+
+
+def _places(stream: Sequence[str], traces: Traced) -> dict[str, str]:
+    """Call each tap by the module behind its sum, or by its traced tensor."""
+    count, places = len(stream) - 1, {}
+    for n, name in enumerate(stream):
+        place = traces.places.get(name)
+        number = f"residual sum {n} of {count}"
+        places[name] = f"{place} ({number})" if place else f"{number} ({name})"
+    return places | dict.fromkeys(stream[:1], "before the first residual sum")
+
+
+def _errors(got: NDArray[Any], expected: NDArray[Any], pack: Pack) -> NDArray[np.float64]:
+    """(rows, tensors)."""
+    pairs = [(got, expected)]
+    if len(pack.tensors) > 1:
+        cuts = np.cumsum(pack.sizes)[:-1]
+        pairs = list(zip(np.split(got, cuts, axis=1), np.split(expected, cuts, axis=1), strict=True))
+    each = [[relative_error(*rows) for rows in zip(*pair, strict=True)] for pair in pairs]
+    return np.array(each).T
+
+
+def _what(pack: Pack, which: NDArray[np.intp], traces: Traced) -> str:
+    names = [
+        f"{pack.name} {n + 1} of {len(pack.tensors)} ({traces.places.get(tensor, tensor)})"
+        for n, tensor in enumerate(pack.tensors)
+    ]
+    if len(names) == 1:
+        return pack.name
+    if len(which) == len(names):
+        return f"every tensor of {pack.name}"
+    if len(which) > MANY:
+        return f"{len(which)} of {len(names)} tensors, first {names[which[0]]}"
+    return "; ".join(names[n] for n in which)
+
+
+def _who(asked: Asked, which: NDArray[np.intp]) -> str:
+    if len(which) == len(asked.names):
+        return "every condition asked"
+    return ", ".join(asked.names[n] for n in which[:MANY])

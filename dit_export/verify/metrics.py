@@ -1,168 +1,140 @@
-"""The gate's figures: which graph, which step, how far from PyTorch, and how far it may be."""
+"""A replay's figures in the order of cause: the gates of `dit-run verify`, and what tells more about a failure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime import images
 from dit_runtime.bundle.manifest import Manifest
-from dit_runtime.replay import Reference, Replay, relative_error
-from dit_runtime.verify import jsonable, sampler, tolerances, worst
+from dit_runtime.conditions.condition import Rows
+from dit_runtime.verify import TOLERANCES, Figure, Reference, Replay, judge, relative_error
+from dit_runtime.verify.reference import fingerprinted
 
-AT_LEAST = {"cosine", "PSNR in dB", "SSIM", "contrast", "share", "score"}  # units where more is better
-
-
-@dataclass(frozen=True)
-class Metric:
-    graph: str  # conditioner, denoiser, decoder; sampler, run and pictures are of all together
-    name: str
-    unit: str
-    value: float
-    where: str = ""
-    step: int | None = None  # from 1
-    limit: float | None = None  # None: reported, no gate
-
-    @property
-    def at_least(self) -> bool:
-        return self.unit in AT_LEAST
-
-    @property
-    def passed(self) -> bool:
-        if self.limit is None:
-            return True
-        return self.value >= self.limit if self.at_least else self.value <= self.limit  # False for NaN
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.unit}" if self.unit else self.name
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.graph, self.title
-
-    def number(self, value: float) -> str:
-        return f"{value:.6f}" if self.unit in ("cosine", "SSIM") else f"{value:.4g}"
-
-    def __str__(self) -> str:
-        sign = "at least" if self.at_least else "at most"
-        limit = "" if self.limit is None else f", expected {sign} {self.number(self.limit)}"
-        place = f", {self.where}" if self.where else ""
-        return f"{self.graph}: {self.title}{place}: {self.number(self.value)}{limit}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "graph": self.graph,
-            "metric": self.title,
-            "step": self.step,
-            "where": self.where,
-            "value": jsonable(self.value),
-            "limit": None if self.limit is None else jsonable(self.limit),
-            "at_least": self.at_least,
-            "passed": self.passed,
-        }
+PROOF, SAMPLER, RUN = "proof", "sampler", "run"  # stages of figures that are none of a bundle's
 
 
-def of_replay(contract: Manifest, reference: Reference, found: Replay) -> list[Metric]:
-    """All figures of a replay in the order of cause, with the limits of the graphs' precisions."""
-    return [
-        *(
-            Metric("sampler", check.name, "", check.value, check.where, limit=check.limit)
-            for check in sampler(contract, reference)
-        ),
-        *_conditioner(contract, reference, found),
-        *_denoiser(contract, reference, found),
-        *_decoder(contract, reference, found),
-        *_run(contract, reference, found),
-    ]
+class Fingerprinted(NamedTuple):
+    """The conditions that the reference has fingerprints of."""
+
+    rows: Rows
+    names: list[str]  # what to call each row
+    null: NDArray[np.int64]  # which rows are what guidance leads away from
 
 
-def wrong_labels(reference: Reference, found: Replay, limit: float) -> NDArray[np.int64]:
-    """Labels whose conditioning is not PyTorch's, the worst first; the null label is the last of all labels."""
-    errors = _label_errors(reference, found)
-    order = np.argsort(-errors, kind="stable")
-    return order[~(errors[order] <= limit)]
+def fingerprinted_rows(contract: Manifest, reference: Reference) -> Fingerprinted:
+    rows, count = fingerprinted(contract, reference)
+    names = [f"condition {row}" for row in range(count)]
+    for port, values in rows.items():
+        if len(rows) == values.ndim == 1 and values.dtype == np.int64:  # all values of the only port
+            names = [f"{port} {value}" for value in values]
+    null = np.empty(0, np.int64)
+    if reference.negative is not None:
+        equal = [(values == reference.negative[name]).reshape(count, -1).all(1) for name, values in rows.items()]
+        null = np.flatnonzero(np.logical_and.reduce(equal))
+    for row in null:
+        names[row] = f"the null ({names[row]})"
+    return Fingerprinted(rows, names, null)
 
 
-def _label_errors(reference: Reference, found: Replay) -> NDArray[np.float64]:
-    pairs = zip(found.fingerprint, reference.fingerprint, strict=True)
+def fingerprint_errors(reference: Reference, answers: Replay) -> NDArray[np.float64]:
+    pairs = zip(answers.fingerprint, reference.fingerprint, strict=True)
     return np.nan_to_num([relative_error(*pair) for pair in pairs], nan=np.inf)
 
 
-def _conditioner(contract: Manifest, reference: Reference, found: Replay) -> Iterator[Metric]:
-    errors, limit = _label_errors(reference, found), tolerances(contract)["conditioner"].conditioner
-    labels, worst = errors[:-1], int(errors[:-1].argmax())
-    wrong = int((~(labels <= limit)).sum())
-    if wrong == len(labels) > 1:
-        where = "every label: stale, or of other weights"
-    else:
-        where = f"label {worst}" + (f", the worst of {wrong} of {len(labels)}" if wrong > 1 else "")
-    yield Metric("conditioner", "labels", "rel-L2", float(labels[worst]), where, limit=limit)
-    yield Metric("conditioner", "null label", "rel-L2", float(errors[-1]), f"row {len(labels)}", limit=limit)
+def figures_of(contract: Manifest, reference: Reference, answers: Replay) -> list[Figure]:
+    """Return the judge's figures, the null's fingerprint apart, with cosines, SSIM and the decoder by itself."""
+    gates = [figure for figure in judge(contract, reference, answers) if not figure.metric.startswith("fingerprint")]
+    more = [
+        *_fingerprints(contract, reference, answers),
+        *_cosines(contract, reference, answers),
+        *_decoded(contract, reference, answers),
+        *_similarity(RUN, "pictures", reference, answers.pictures),
+    ]
+    return by_cause(contract, [*gates, *more])
 
 
-def _denoiser(contract: Manifest, reference: Reference, found: Replay) -> Iterator[Metric]:
-    limits, steps = tolerances(contract)["denoiser"], len(reference.timesteps)
-    for answer in found.answers:
-        step, where = answer.step + 1, f"step {answer.step + 1} of {steps}, t = {reference.timesteps[answer.step]:g}"
-        limit = limits.guided if answer.name in ("prediction", "variance") else limits.prediction
-        yield Metric("denoiser", answer.name, "rel-L2", answer.error, where, step, limit)
-        yield Metric("denoiser", answer.name, "cosine", answer.cosine, where, step)
+def by_cause(contract: Manifest, figures: Iterable[Figure]) -> list[Figure]:
+    """Sort by stage: what a stage reads comes before it; figures of one stage stay in their order."""
+    before = "+".join(stage.name for stage in contract.before_loop)
+    stages = [PROOF, SAMPLER, before, *(stage.name for stage in contract.stages), RUN]
+    return sorted(figures, key=lambda figure: stages.index(figure.stage) if figure.stage in stages else len(stages))
 
 
-def _decoder(contract: Manifest, reference: Reference, found: Replay) -> Iterator[Metric]:
-    if "decoder" in contract.graphs and (found.decoded is not None or "decoded" in found.failures):
-        limit = tolerances(contract)["decoder"].pictures
-        yield from _pictures(
-            "decoder", "PyTorch's latents", reference, found.decoded, found.failures.get("decoded"), limit
-        )
+def unit(figure: Figure) -> str:
+    return figure.metric.rpartition(", ")[2]
 
 
-def _run(contract: Manifest, reference: Reference, found: Replay) -> Iterator[Metric]:
-    limits, steps = tolerances(contract), len(reference.timesteps)
-    for index in range(steps):
-        where, error = f"after step {index + 1} of {steps}", math.nan
-        if index < len(found.latents):
-            error = relative_error(found.latents[index], reference.latents[index + 1])
-        elif index == len(found.latents):
-            where = found.failures["latents"]
-        else:
-            where += ": not reached"
-        yield Metric("run", "latents", "rel-L2", error, where, index + 1, limits["denoiser"].latents)
-    if "decoder" in contract.graphs:
-        why = found.failures.get("pictures", "the run did not reach them")
-        yield from _pictures("run", "pictures", reference, found.pictures, why, limits["decoder"].pictures)
-        flat = [math.nan] * len(reference.images)
-        if found.pictures is not None:
-            flat = [float(picture.astype(np.float64).std()) for picture in found.pictures]
-        for sample, deviation in enumerate(flat):
-            yield Metric("run", "pictures", "contrast", deviation, f"sample {sample}", limit=1.0)
+def number(figure: Figure, value: float) -> str:
+    return f"{value:.6f}" if unit(figure) in ("cosine", "SSIM") else f"{value:.4g}"
 
 
-def _pictures(
-    graph: str, name: str, reference: Reference, found: NDArray[np.uint8] | None, failure: str | None, limit: float
-) -> Iterator[Metric]:
-    for unit, measure, least in (("PSNR in dB", images.psnr, limit), ("SSIM", images.ssim, None)):
-        for sample, expected in enumerate(reference.images):
-            value = math.nan if found is None else measure(found[sample], expected)
-            where = f"sample {sample}" + (f": {failure}" if found is None and failure else "")
-            yield Metric(graph, name, unit, value, where, limit=least)
+def sentence(figure: Figure) -> str:
+    """Say what was measured where, and what was expected."""
+    place = f", {figure.where}" if figure.where else ""
+    limit = ""
+    if figure.limit is not None:
+        limit = f", expected at {'least' if figure.at_least else 'most'} {number(figure, figure.limit)}"
+    return f"{figure.name}{place}: {number(figure, figure.value)}{limit}"
 
 
-def rows(metrics: Sequence[Metric]) -> list[Metric]:
-    return worst(metrics, "key")
+def insensitive(folder: Path, proof: Sequence[Figure]) -> str:
+    """Warn that parity on these weights proves little."""
+    figures = "; ".join(f"{figure.metric}: {figure.value:.2g}, expected {figure.limit:.2g}" for figure in proof)
+    return (
+        "warning: these weights hardly react to condition, guidance or timestep, so parity on them proves little "
+        f"(insensitive in {folder}/parity.json; {figures})"
+    )
 
 
-def table(metrics: Sequence[Metric]) -> str:
-    lines = [f"{'graph':<12} {'metric':<30} {'worst':>9}  {'limit':>11}"]
-    for row in rows(metrics):
-        sign, mark = ">=" if row.at_least else "<=", "ok" if row.passed else "FAILED"
-        limit = "–" if row.limit is None else f"{sign} {row.number(row.limit)}"
-        value, mark = row.number(row.value), "–" if row.limit is None else mark
-        lines.append(f"{row.graph:<12} {row.title:<30} {value:>9}  {limit:>11}  {mark:<6}  {row.where}".rstrip())
-    return "\n".join(lines)
+def _fingerprints(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
+    stages = contract.before_loop
+    if not stages:
+        return
+    name, limit = "+".join(stage.name for stage in stages), max(TOLERANCES[s.precision].conditioner for s in stages)
+    errors, named = fingerprint_errors(reference, answers), fingerprinted_rows(contract, reference)
+    own = np.setdiff1d(np.arange(len(errors)), named.null)
+    wrong = own[~(errors[own] <= limit)]
+    worst = own[errors[own].argmax()]
+    where = named.names[worst]
+    if len(wrong) == len(own) > 1:
+        where = "every condition: stale, or of other weights"
+    elif len(wrong) > 1:
+        where += f", the worst of {len(wrong)} of {len(own)}"
+    yield Figure(name, "fingerprint, rel-L2", float(errors[worst]), limit, where=where)
+    for row in named.null:
+        yield Figure(name, "fingerprint of the null, rel-L2", float(errors[row]), limit, where=named.names[row])
+
+
+def _cosines(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
+    steps = len(reference.timesteps)
+    for answer in answers.answers:
+        step, metric = answer.step + 1, f"{answer.name}, cosine"
+        where = f"step {step} of {steps}, t = {reference.timesteps[answer.step]:g}"
+        yield Figure(contract.step.name, metric, answer.cosine, at_least=True, step=step, where=where)
+
+
+def _decoded(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
+    """The decoder with PyTorch's latents, where a thorough replay has asked it."""
+    end = contract.end
+    if end is None or (answers.decoded is None and "decoded" not in answers.failures):
+        return
+    metric, limit = "PyTorch's latents, PSNR in dB", TOLERANCES[end.precision].pictures
+    if answers.decoded is None:
+        yield Figure(end.name, metric, math.nan, limit, at_least=True, where=answers.failures["decoded"])
+        return
+    for sample, pair in enumerate(zip(answers.decoded, reference.images, strict=True)):
+        yield Figure(end.name, metric, images.psnr(*pair), limit, at_least=True, where=f"sample {sample}")
+    yield from _similarity(end.name, "PyTorch's latents", reference, answers.decoded)
+
+
+def _similarity(
+    stage: str, name: str, reference: Reference, pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8] | None
+) -> Iterator[Figure]:
+    for sample, pair in enumerate(zip(pictures, reference.images, strict=True) if pictures is not None else ()):
+        yield Figure(stage, f"{name}, SSIM", images.ssim(*pair), at_least=True, where=f"sample {sample}")

@@ -9,108 +9,134 @@ import torch
 from numpy.typing import NDArray
 
 from dit_export.graph.trace import Decoder
-from dit_export.networks.dit import DiT
+from dit_export.networks import Network
+from dit_export.verify import fixtures
+from dit_export.verify.inputs import grouped
 from dit_export.verify.reference import evaluate, guide
+from dit_runtime.bundle.records import GUIDANCE
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import EngineError
 from dit_runtime.images import psnr
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import Reference, relative_error
-from dit_runtime.verify import TOLERANCES, Check
+from dit_runtime.sampling.solvers import EVALUATIONS
+from dit_runtime.verify import TOLERANCES, Figure, Reference, relative_error
 
 PROOF_FACTOR = 10  # a wrong input must miss fp32's tolerance by this much
-NARROW_PROOF_FACTOR = 3  # and another label a wider tolerance
+HALF_PROOF_FACTOR = 3  # and another condition a wider tolerance
 TIMESTEP_SHIFT = 0.05  # of the schedule
-FINITE_LABELS = 16  # spread over the classes
+FINITE_RUNS = 16
 FINITE_SEED = 2000  # neither the reference's nor calibration's
 DECODER_PSNR = {"fp32": 80.0, "bf16": 40.0, "fp16": 55.0}  # of float pictures in [0, 1]: measured 110, 50 and 71 dB
 
 
-def proof(pipe: Pipeline, reference: Reference) -> list[Check]:
-    """The fp32 parity check, asked about inputs that are not the reference's: each must miss by 10 x.
+def proof(pipe: Pipeline, reference: Reference) -> list[Figure]:
+    """Ask the fp32 parity check about inputs that are not the reference's: each must miss by 10 x.
 
-    adaLN-Zero at initialisation predicts zero, and weak random weights hardly hear their label; parity on such
-    weights would say nothing. What is missed is the engine's own answer to the reference's question, for beside
-    PyTorch's a narrow precision's rounding alone would miss by as much.
+    adaLN-Zero at initialisation predicts zero, and weak random weights hardly depend on their condition; parity on such
+    weights proves nothing. The error is taken to the engine's own answer to the reference's question, for beside
+    PyTorch's a low precision's rounding alone would miss by as much.
     """
-    step = len(reference.timesteps) // 2
-    t, guidance = float(reference.timesteps[step]), reference.guidance
-    classes = pipe.manifest.num_classes
-    labels, everyone = [int(label) for label in reference.labels], slice(0, len(reference.labels))
-    span = pipe.manifest.diffusion.span
+    contract, step = pipe.manifest, len(reference.timesteps) // 2
+    t, guidance, state = float(reference.timesteps[step]), reference.guidance, reference.latents[step]
+    condition, null = reference.condition, reference.negative or {}
+    span, limit, place = contract.process.span, PROOF_FACTOR * TOLERANCES["fp32"].guided, f"t = {t:g}"
     moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
-    others = [(label + 1) % classes if classes > 1 else pipe.manifest.null_label for label in labels]
-    limit = PROOF_FACTOR * TOLERANCES["fp32"].guided
+    other = fixtures.rolled(condition, null) if condition else {}
 
-    def answer(time: float, ids: list[int], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows = pipe.table([time], ids, guided=True)(0, everyone)
-        context = pipe.examples(ids, guided=True)(everyone)
-        return pipe.denoise(reference.latents[step], rows, weights, context)[0]
+    def answer(time: float, own: Rows, null: Rows, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        size, parts = contract.step.max_batch, []
+        for first in range(0, len(state), size):
+            part = slice(first, first + size)
+            some = {name: values[part] for name, values in own.items()}
+            times = np.full(len(state[part]), time, np.float32)
+            parts.append(_denoise(pipe, state[part], times, some, null, weights[part])["prediction"])
+        return np.concatenate(parts)
 
-    own, checks = answer(t, labels, guidance), []
-    for name, time, ids, weights in (
-        ("proof: another label", t, others, guidance),
-        ("proof: guidance x 2", t, labels, 2 * guidance),
-        ("proof: t moved by 5 %", moved, labels, guidance),
-    ):
-        error = relative_error(answer(time, ids, weights), own)
-        checks.append(Check(name, error, limit, at_least=True, where=f"t = {t:g}"))
-    precision = pipe.manifest.graphs["denoiser"].precision
-    if precision != "fp32":
-        rows = pipe.table([t], others, guided=False)(0, everyone)
-        context = pipe.examples(others, guided=False)(everyone)
-        prediction, _ = pipe.denoise(reference.latents[step], rows, guidance, context)
-        error, limit = relative_error(prediction, reference.conditional[step]), TOLERANCES[precision].prediction
-        name = f"proof: another label in {precision}"
-        checks.append(Check(name, error, NARROW_PROOF_FACTOR * limit, at_least=True, where=f"t = {t:g}"))
-    return checks
+    own = answer(t, condition, null, guidance)
+    questions = {"t moved by 5 %": (moved, condition, guidance)}
+    if condition:
+        questions = {"another condition": (t, other, guidance)} | questions
+    if contract.mixes_guidance:
+        questions["guidance x 2"] = (t, condition, 2 * guidance)
+    figures = []
+    for name, (time, asked, weights) in questions.items():
+        error = relative_error(answer(time, asked, null, weights), own)
+        figures.append(Figure("proof", f"{name}, rel-L2", error, limit, at_least=True, step=step + 1, where=place))
+    precision = contract.step.precision
+    if precision != "fp32" and condition:
+        error = relative_error(answer(t, other, {}, guidance), reference.conditional[step])
+        limit, name = HALF_PROOF_FACTOR * TOLERANCES[precision].prediction, f"another condition in {precision}, rel-L2"
+        figures.append(Figure("proof", name, error, limit, at_least=True, step=step + 1, where=place))
+    return figures
 
 
-def graph_parity(pipe: Pipeline, model: DiT, decoder: Decoder | None, seed: int = 0) -> Iterator[Check]:
-    """Denoiser and decoder at their smallest, a middle and their largest batch; timesteps spread over the schedule.
+def graph_parity(pipe: Pipeline, network: Network, decoder: Decoder | None, seed: int = 0) -> Iterator[Figure]:
+    """Compare denoiser and decoder at their smallest, a middle and their largest batch, at timesteps of all levels.
 
-    The denoiser gets what the bundle's own conditioner makes, at the same batches, the null label included.
+    The denoiser reads what the bundle's own stages make, at the same batches; the last row has the null condition.
     """
-    spec, contract = model.spec, pipe.manifest
+    contract, step = pipe.manifest, pipe.manifest.step
     generator = torch.Generator().manual_seed(seed)
-    for batch in _batches(contract.graphs["denoiser"].max_batch):
-        latents = torch.randn(batch, *spec.latent_shape, generator=generator)
-        timesteps = torch.linspace(0, contract.diffusion.span, batch + 2)[1:-1]
-        labels = torch.randint(0, spec.num_classes, (batch,), generator=generator)
-        labels[-1] = spec.null_label if batch > 1 else labels[-1]
-        weights = torch.linspace(1.0, 4.0, batch).numpy()
-        out = evaluate(model, latents, timesteps, labels)
-        null = torch.full_like(labels, spec.null_label)
-        rows = [pipe.condition(timesteps.numpy(), ids.numpy()) for ids in (labels, null)]
-        context = pipe.examples(labels.tolist(), guided=True)(slice(None))
-        prediction, variance = pipe.denoise(latents.numpy(), np.stack(rows), weights, context)
-        expected = guide(out.conditional, out.null, weights, spec.guided_channels)
-        limit = TOLERANCES[contract.graphs["denoiser"].precision].guided
-        where = f"batch {batch}"
-        yield Check("denoiser graph, rel-L2", relative_error(prediction, expected), limit, where=where)
-        if variance is not None:
-            error = relative_error(variance, out.variance)
-            yield Check("variance graph, rel-L2", error, limit, where=where)
-    if decoder is None:
+    null = fixtures.null(network)
+    for batch in _batches(step.max_batch):
+        state = torch.randn(batch, *network.state.shape, generator=generator).numpy()
+        timesteps = np.linspace(0, contract.process.span, batch + 2)[1:-1].astype(np.float32)
+        condition = fixtures.conditions(network, batch)
+        if batch > 1:
+            condition = {name: np.concatenate([rows[:-1], null[name]]) for name, rows in condition.items()}
+        weights = np.linspace(1.0, 4.0, batch, dtype=np.float32)
+        expected = evaluate(network, state, timesteps, condition, null)
+        mixed = expected.conditional
+        if contract.mixes_guidance:
+            mixed = guide(expected.conditional, expected.null, weights, network.guided_channels)
+        answer = _denoise(pipe, state, timesteps, condition, null, weights)
+        limit, place = TOLERANCES[step.precision].guided, f"batch {batch}"
+        for name, right in (("prediction", mixed), ("variance", expected.variance)):
+            if name in answer:
+                error = relative_error(answer[name], right)
+                yield Figure(step.name, f"{name} at a batch, rel-L2", error, limit, where=place)
+    if decoder is None or contract.end is None:
         return
-    for batch in _batches(contract.graphs["decoder"].max_batch):
-        latents = torch.randn(batch, *spec.latent_shape, generator=generator)
+    for batch in _batches(contract.end.max_batch):
+        latents = torch.randn(batch, *network.state.shape, generator=generator)
         with torch.no_grad():
-            images = decoder(latents).numpy()
-        ratio = psnr(pipe.decode(latents.numpy()), images, peak=1.0)
-        limit = DECODER_PSNR[contract.graphs["decoder"].precision]
-        yield Check("decoder graph, PSNR in dB", ratio, limit, at_least=True, where=f"batch {batch}")
+            pictures = decoder(latents).numpy()
+        ratio = psnr(pipe.engines.decode(latents.numpy()), pictures, peak=1.0)
+        limit, name = DECODER_PSNR[contract.end.precision], "pictures at a batch, PSNR in dB"
+        yield Figure(contract.end.name, name, ratio, limit, at_least=True, where=f"batch {batch}")
 
 
-def finite(pipe: Pipeline, reference: Reference) -> Check:
-    """Whole runs of many classes, each with the null label beside it: an overflow of any step stops its run."""
-    classes = pipe.manifest.num_classes
-    labels = sorted({index * classes // FINITE_LABELS for index in range(FINITE_LABELS)})
-    guidance, steps = float(reference.guidance.max()), len(reference.timesteps)
+def finite(pipe: Pipeline, network: Network, reference: Reference) -> Figure:
+    """Draw whole runs, guided as strongly as the reference: an overflow of any step stops its run."""
+    solver, failure = pipe.manifest.process.sampler.solver, ""
     try:
-        pipe.sample(labels, steps=steps, guidance=guidance, seed=FINITE_SEED, output="latents")
+        pipe.sample(
+            condition=fixtures.conditions(network, FINITE_RUNS),
+            negative=reference.negative,
+            steps=len(reference.timesteps) // EVALUATIONS[solver],
+            guidance=float(reference.guidance.max()),
+            seed=list(range(FINITE_SEED, FINITE_SEED + FINITE_RUNS)),
+            output="latents",
+        )
     except EngineError as error:
-        return Check("runs that are not finite", 1, 0, where=str(error))
-    return Check("runs that are not finite", 0, 0)
+        failure = str(error)
+    return Figure("run", "runs that are not finite", float(bool(failure)), 0, where=failure)
+
+
+def _denoise(
+    pipe: Pipeline,
+    state: NDArray[np.float32],
+    timesteps: NDArray[np.float32],
+    condition: Rows,
+    null: Rows,
+    weights: NDArray[np.float32],
+) -> dict[str, NDArray[np.float32]]:
+    """Evaluate the denoiser once, guided where there is a null row, at a timestep for each row."""
+    contract = pipe.manifest
+    inputs = {contract.state.name: state, **grouped(pipe.engines, timesteps, condition, null)}
+    if contract.mixes_guidance:
+        inputs[GUIDANCE] = weights
+    return pipe.engines.run(contract.step, inputs)
 
 
 def _batches(largest: int) -> list[int]:

@@ -1,71 +1,79 @@
-"""PyTorch's own answer: one sampling run in fp32, kept in the bundle as reference.npz (8 MB, or four steps)."""
+"""PyTorch's own answer: one sampling run in fp32, written into the bundle as reference.npz (8 MB, or four steps)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from dit_export.graph.oracle import Oracle
 from dit_export.graph.trace import Decoder
-from dit_export.networks.dit import DiT
-from dit_export.spec import ModelSpec
+from dit_export.networks import Network
+from dit_export.passes.stages import Pack
+from dit_export.verify import fixtures
 from dit_runtime import images
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
-from dit_runtime.replay import REFERENCE, Reference, fingerprint
-from dit_runtime.sampling.schedule import Diffusion
+from dit_runtime.sampling.noise import Noise
+from dit_runtime.sampling.process import Process
 from dit_runtime.sampling.solvers import EVALUATIONS, plan, solve
+from dit_runtime.verify.reference import ARRAYS, FINGERPRINT_SEED, FINGERPRINTS, REFERENCE, Reference, fingerprinted
 
 SEEDS = (0, 1)
 GUIDANCE = (4.0, 1.5)  # what pictures are made with, and what FID is measured with
 MAX_STEPS = 10
-MAX_BYTES = 7_500_000  # of steps and pictures; the fingerprint and the schedule come to that
+MAX_BYTES = 7_500_000  # of steps and pictures; the fingerprint, the schedule and the conditions are extra
 LEAST_STEPS = 4  # fewer are no run: larger pictures take more bytes, of 1024 px 17 MB
+MAX_ROWS = 16  # of conditions that PyTorch evaluates in one call
+
+DIVISORS = "divisors."  # begins the names of their arrays in reference.npz
+Divisors = Mapping[str, NDArray[np.float32]]  # by pack: what smoothing divided its tensors by, (K, D)
 
 
 def make_reference(
-    model: DiT,
+    network: Network,
     decoder: Decoder | None,
-    diffusion: Diffusion,
+    process: Process,
+    oracle: Oracle,
+    packs: Sequence[Pack],
+    divisors: Divisors,
     on_step: Callable[[int, int], None],
-    divisors: np.ndarray | float = 1.0,
 ) -> Reference:
-    """The run of the bundle's default solver, with PyTorch as network and as source of noise.
+    """Run the bundle's default solver with PyTorch as network and as source of noise.
 
-    `divisors` are those that smoothing folded into what leaves the loop, (K + M, D).
+    `packs` are the tensors that the step stage reads from other stages, in the order of its reads.
     """
-    spec = model.spec
-    solver = diffusion.sampler.solver
-    steps = step_count(spec, diffusion)
-    timesteps = plan(diffusion, solver, steps)
+    solver, shape = process.sampler.solver, network.state.shape
+    steps = step_count(shape, process)
+    timesteps = plan(process, solver, steps)
     evaluations = len(timesteps)
-    labels = torch.tensor([spec.num_classes // 4, (3 * spec.num_classes) // 4])
-    weights = np.array(GUIDANCE, np.float32)
+    condition, null = fixtures.conditions(network, len(SEEDS)), fixtures.null(network)
+    weights = np.array(GUIDANCE if network.conditions else [1.0] * len(SEEDS), np.float32)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
-    sample_shape = (1, *spec.latent_shape)
 
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
-        return torch.cat([torch.randn(sample_shape, generator=generator) for generator in generators]).numpy()
+    def draw(_: tuple[int, ...]) -> NDArray[np.float32]:
+        rows = [torch.randn(1, *shape, generator=generator) for generator in generators]
+        return np.asarray(torch.cat(rows).numpy())
 
-    noise = draw((len(SEEDS), *sample_shape[1:]))
-    run = solve(diffusion, solver, steps, noise, draw)
-    seen, guided, conditional, null, variances = [], [], [], [], []
+    run = solve(process, solver, steps, draw(()), draw)
+    seen, guided, answers = [], [], []
     state, t = next(run)
     for step in range(evaluations):
         x = state.astype(np.float32)
-        out = evaluate(model, torch.from_numpy(x), torch.full((2,), float(t)), labels)
-        mixed = guide(out.conditional, out.null, weights, spec.guided_channels)
+        answer = evaluate(network, x, np.full(len(SEEDS), t, np.float32), condition, null)
+        mixed = guide(answer.conditional, answer.null, weights, network.guided_channels)
         seen.append(x)
         guided.append(mixed)
-        conditional.append(out.conditional)
-        null.append(out.null)
-        variances.append(out.variance)
+        answers.append(answer)
         on_step(step + 1, evaluations)
         try:
-            state, t = run.send((mixed, out.variance if spec.learned_variance else None))
+            state, t = run.send((mixed, answer.variance if network.learned_variance else None))
         except StopIteration as end:
             state = end.value
     seen.append(state.astype(np.float32))
@@ -75,77 +83,130 @@ def make_reference(
         with torch.no_grad():
             decoded = [decoder(torch.from_numpy(latents[None])) for latents in seen[-1]]
         pictures = images.to_uint8(torch.cat(decoded).numpy())
-    return Reference(
-        betas=diffusion.betas,
+    reference = Reference(
+        betas=process.betas,
         timesteps=timesteps,
-        labels=labels.numpy(),
         seeds=np.array(SEEDS, np.int64),
         guidance=weights,
         latents=np.stack(seen),
         prediction=np.stack(guided),
-        conditional=np.stack(conditional),
-        null=np.stack(null),
-        variance=np.stack(variances),
-        fingerprint=fingerprint(hoisted(model, divisors), spec.num_classes, timesteps[evaluations // 2], max_rows=16),
+        conditional=np.stack([answer.conditional for answer in answers]),
+        null=np.stack([answer.null for answer in answers]) if condition else np.empty(0, np.float32),
+        variance=np.stack([answer.variance for answer in answers]),
+        fingerprint=np.empty(0, np.float32),
         images=pictures,
+        condition=condition,
+        negative=null if condition else None,
     )
+    rows, count = fingerprinted(cast(Manifest, network), reference)  # which reads its condition ports alone
+    crossing = Crossing(network, oracle, packs, divisors)
+    return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
 
-def step_count(spec: ModelSpec, diffusion: Diffusion) -> int:
-    """As many as fit the size and the solver's spacing."""
-    bytes_a_step = len(SEEDS) * math.prod(spec.latent_shape) * 4 * 5
-    pictures = len(SEEDS) * 3 * 64 * math.prod(spec.latent_shape[1:])
-    solver = diffusion.sampler.solver
+def step_count(shape: Sequence[int], process: Process) -> int:
+    """Return as many steps as fit the size and the solver's spacing."""
+    bytes_a_step = len(SEEDS) * math.prod(shape) * 4 * 5
+    pictures = len(SEEDS) * 3 * 64 * math.prod(shape[1:])
+    solver = process.sampler.solver
     fit = (MAX_BYTES - pictures) // bytes_a_step - 1
     most = min(MAX_STEPS, max(LEAST_STEPS, fit)) // EVALUATIONS[solver]
     for steps in range(most, 0, -1):
         try:
-            plan(diffusion, solver, steps)
+            plan(process, solver, steps)
         except UsageError:
             continue
         return steps
     raise UsageError(f"{solver} has no run of up to {MAX_STEPS} steps with this schedule")
 
 
-class Evaluation:
-    """The network's rows with the label and with the null label, split into channels."""
+class Evaluation(NamedTuple):
+    """What the network gives for B rows; (B, C, ...) each."""
 
-    def __init__(self, rows: Tensor, channels: int) -> None:
-        first, last = rows.chunk(2)
-        self.conditional = first[:, :channels].numpy()
-        self.null = last[:, :channels].numpy()
-        self.variance = first[:, channels:].numpy()
+    conditional: NDArray[np.float32]
+    null: NDArray[np.float32]  # with what guidance leads away from
+    variance: NDArray[np.float32]  # (B, 0, ...) where it is not learned
 
 
-def evaluate(model: DiT, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Evaluation:
-    """PyTorch with B rows that have their labels and B that have the null label."""
-    null = torch.full_like(labels, model.spec.null_label)
+def evaluate(
+    network: Network,
+    state: NDArray[np.float32],
+    timesteps: NDArray[np.float32],
+    condition: Rows,
+    null: Rows,
+) -> Evaluation:
+    """Evaluate PyTorch on B rows with their conditions and, in the same call, with `null`, B rows or one."""
+    rows, guided = len(state), bool(network.conditions)
+    inputs = {network.state.name: state, network.time.name: timesteps}
+    if guided:
+        inputs = {name: np.concatenate([part, part]) for name, part in inputs.items()}
+        inputs |= {n: np.concatenate([own, np.broadcast_to(null[n], own.shape)]) for n, own in condition.items()}
     with torch.no_grad():
-        rows = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), **model.told(torch.cat([labels, null])))
-    return Evaluation(rows, model.spec.channels)
+        out = network.module(**{name: torch.from_numpy(part) for name, part in inputs.items()}).numpy()
+    channels = network.state.shape[0]
+    first, last = out[:rows], out[-rows:]
+    return Evaluation(first[:, :channels], last[:, :channels], first[:, channels:])
 
 
-def guide(conditional: np.ndarray, null: np.ndarray, weights: np.ndarray, guided_channels: int) -> np.ndarray:
-    """null + w (conditional − null) on the guided channels, the rest conditional."""
+def guide(
+    conditional: NDArray[np.float32], null: NDArray[np.float32], weights: NDArray[np.float32], channels: int | None
+) -> NDArray[np.float32]:
+    """Return null + w (conditional − null) on the guided channels, the rest of the conditional prediction."""
     result = conditional.copy()
-    part = slice(0, guided_channels)
-    result[:, part] = null[:, part] + weights[:, None, None, None] * (conditional[:, part] - null[:, part])
+    part = slice(0, channels)
+    scale = weights.reshape(-1, *[1] * (conditional.ndim - 1))
+    result[:, part] = null[:, part] + scale * (conditional[:, part] - null[:, part])
     return result
 
 
-def hoisted(model: DiT, divisors: np.ndarray | float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What the bundle computes outside the loop, [N, K, D], or [N, K + M, D] with captions, by PyTorch."""
+class Crossing:
+    """PyTorch's values of the tensors that cross into the loop, as a bundle's stages make them."""
 
-    @torch.no_grad()
-    def vectors(timesteps: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        told = model.told(torch.from_numpy(numbers))
-        rows = model.vectors(torch.from_numpy(timesteps), told.get("labels"))
-        if "captions" in told:
-            rows = torch.cat([rows, model.context(**told)[0]], dim=1)
-        return rows.numpy() / divisors
+    def __init__(self, network: Network, oracle: Oracle, packs: Sequence[Pack], divisors: Divisors) -> None:
+        self._network, self._oracle, self._packs, self._divisors = network, oracle, packs, divisors
 
-    return vectors
+    def __call__(self, t: float, condition: Rows, rows: int) -> Rows:
+        """Return by pack name [rows, K, D], or the one tensor as it is, in the order of the packs."""
+        names = [name for pack in self._packs for name in pack.tensors]
+        inputs = {self._network.time.name: np.full(rows, t, np.float32), **condition}
+        values = self._oracle(names, **{name: torch.from_numpy(part) for name, part in inputs.items()})
+        result = {}
+        for pack in self._packs:
+            parts = [values[name].numpy() for name in pack.tensors]
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+            result[pack.name] = whole / self._divisors.get(pack.name, np.float32(1))
+        return result
 
 
-def save_reference(folder: Path, reference: Reference) -> None:
-    np.savez(folder / REFERENCE, **reference._asdict())
+def fingerprint(crossing: Crossing, conditions: Rows, count: int, timestep: float) -> NDArray[np.float32]:
+    """Project what crosses at one timestep onto a few seeded directions, as the runtime does; (F, 4)."""
+    parts: list[NDArray[Any]] = []
+    directions: NDArray[Any] = np.empty(0)
+    for first in range(0, count, MAX_ROWS):
+        some = {name: rows[first : first + MAX_ROWS] for name, rows in conditions.items()}
+        rows = min(MAX_ROWS, count - first)
+        values = crossing(timestep, some, rows).values()
+        vectors = np.concatenate([np.empty((rows, 0)), *(part.reshape(rows, -1) for part in values)], axis=1)
+        if not first:
+            width = vectors.shape[1]
+            directions = Noise(FINGERPRINT_SEED).normal((width, FINGERPRINTS)) / math.sqrt(max(1, width))
+        parts.append(vectors @ directions)
+    return np.concatenate(parts).astype(np.float32)
+
+
+def save_reference(folder: Path, reference: Reference, packs: Sequence[Pack], divisors: Divisors) -> None:
+    """Write reference.npz; a pack's divisors are stored once for each of its tensors."""
+    arrays = {name: getattr(reference, name) for name in ARRAYS}
+    for prefix, condition in (("condition", reference.condition), ("null", reference.negative or {})):
+        for name, rows in condition.items():
+            arrays[f"{prefix}.{name}"] = rows.astype(np.float16) if rows.dtype == np.float32 else rows
+    for pack in packs:
+        if pack.name in divisors:
+            first = np.cumsum((0, *pack.sizes[:-1]))
+            arrays[DIVISORS + pack.name] = divisors[pack.name][first]
+    np.savez(folder / REFERENCE, **arrays)
+
+
+def load_divisors(folder: Path, packs: Sequence[Pack]) -> Divisors:
+    with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
+        stored = {pack: arrays[DIVISORS + pack.name] for pack in packs if DIVISORS + pack.name in arrays.files}
+    return {pack.name: np.repeat(rows, pack.sizes, axis=0) for pack, rows in stored.items()}

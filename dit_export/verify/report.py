@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.verify import curves
-from dit_export.verify import metrics as figures
-from dit_export.verify.metrics import Metric
+from dit_export.verify.metrics import number, sentence
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.records import LABELS
 from dit_runtime.errors import UsageError
-from dit_runtime.replay import Reference, Replay, relative_error
-from dit_runtime.verify import Check, worst
+from dit_runtime.verify import Figure, Reference, Replay, relative_error, worst
 
 if TYPE_CHECKING:
-    from dit_export.verify.regress import Result
+    from dit_export.verify.check import Built
+    from dit_export.verify.gate import Result
 
 NAME = "report.html"
 SENSITIVITY = "sensitivity.json"
@@ -35,17 +35,7 @@ PAGE = Path(__file__).with_name("report.page.html")
 SIDE = 256  # larger pictures are shown at half, a third, … so that the page stays below 2 MB
 SMALL = 128  # pictures up to this size are shown with their pixels as squares
 BARS = 24  # layers that are always shown
-CURVES = ("prediction", "unguided", "null label", "variance")
-
-
-class Row(NamedTuple):
-    """One line of the table of gates."""
-
-    name: str
-    value: str
-    limit: str
-    passed: bool | None  # None: reported, no gate
-    where: str
+CURVES = ("prediction", "unguided", "null condition", "variance")
 
 
 class Exhibit(NamedTuple):
@@ -60,44 +50,22 @@ class Page:
     name: str
     contract: Manifest
     reference: Reference
-    found: Replay
-    rows: list[Row]
+    replay: Replay
+    figures: Sequence[Figure]
     failures: Sequence[str]  # in words, the first by cause first
     passed: bool
     exhibits: Sequence[Exhibit] = ()  # of several bundles, to be looked at side by side
 
 
-def of(name: str, result: Result) -> Page:
-    """The page of a run of the gate."""
-    failures = [] if result.first is None else [str(result.first), *result.located]
-    rows = of_metrics(result.metrics)
-    return Page(name, result.contract, result.reference, result.found, rows, failures, result.passed)
+def page(name: str, contract: Manifest, built: Built) -> Page:
+    """Return the page of a build."""
+    failures = [sentence(figure) for figure in built.checks if not figure.passed][:1]
+    return Page(name, contract, built.reference, built.replay, built.checks, failures, built.passed)
 
 
-def of_metrics(metrics: Sequence[Metric]) -> list[Row]:
-    return [
-        Row(
-            f"{row.graph}: {row.title}",
-            row.number(row.value),
-            "" if row.limit is None else f"{'≥' if row.at_least else '≤'} {row.number(row.limit)}",
-            None if row.limit is None else row.passed,
-            row.where,
-        )
-        for row in figures.rows(metrics)
-    ]
-
-
-def of_checks(checks: Sequence[Check]) -> list[Row]:
-    return [
-        Row(
-            check.name,
-            f"{check.value:.4g}",
-            f"{'≥' if check.at_least else '≤'} {check.limit:.4g}",
-            check.passed,
-            check.where,
-        )
-        for check in worst(checks)
-    ]
+def page_of_gate(name: str, result: Result) -> Page:
+    failures = [] if result.first is None else [sentence(result.first), *result.located]
+    return Page(name, result.contract, result.reference, result.replay, result.checks, failures, result.passed)
 
 
 def require_place(path: Path, bundle: Path) -> bool:
@@ -119,8 +87,9 @@ def write(path: Path, bundle: Path, page: Page) -> None:
 
 def html(bundle: Path, page: Page) -> str:
     contract = page.contract
-    denoiser, model = contract.graphs["denoiser"], contract.model
-    title = f"{model.get('name')} at {model.get('resolution')} px in {denoiser.precision} on {denoiser.backend}"
+    model, step = contract.model, contract.step
+    size = f" at {model['resolution']} px" if "resolution" in model else ""
+    title = f"{model.get('name', 'A network')}{size} in {step.precision} on {step.backend}"
     failures = "".join(f'<p class="failure">{escape(text)}</p>\n' for text in page.failures)
     sections = [
         _pictures(page),
@@ -128,7 +97,7 @@ def html(bundle: Path, page: Page) -> str:
         _curves(page),
         _sensitivity(bundle),
         _sizes(page),
-        _gates(page.rows),
+        _gates(page.figures),
         _origin(contract),
     ]
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
@@ -142,13 +111,12 @@ def html(bundle: Path, page: Page) -> str:
 
 
 def _pictures(page: Page) -> str:
-    reference, found = page.reference, page.found.pictures
-    if found is None:
+    reference, pictures = page.reference, page.replay.pictures
+    if pictures is None:
         return ""
-    names = page.contract.labels
     samples = []
-    for index, (ours, theirs) in enumerate(zip(found, reference.images, strict=True)):
-        label, gap = int(reference.labels[index]), np.abs(ours.astype(int) - theirs.astype(int))
+    for index, (ours, theirs) in enumerate(zip(pictures, reference.images, strict=True)):
+        gap = np.abs(ours.astype(int) - theirs.astype(int))
         gain = 1
         while gap.max() and gap.max() * gain * 2 <= 255:
             gain *= 2
@@ -159,13 +127,22 @@ def _pictures(page: Page) -> str:
             f'src="{_data(picture)}"><figcaption>{escape(text)}</figcaption></figure>'
             for text, picture in parts
         )
-        name = f"{names[label]} ({label})" if names else f"label {label}"
+        name = _asked(page, index)
         psnr = images.psnr(ours, theirs)
         near = "equal" if math.isinf(psnr) else f"{psnr:.1f} dB PSNR"
         line = f"{name}, seed {reference.seeds[index]}, guidance {reference.guidance[index]:g}: {near}, "
         line += f"SSIM {images.ssim(ours, theirs):.4f}"
         samples.append(f'<div class="sample"><div class="trio">{trio}</div><p class="quiet">{escape(line)}</p></div>')
     return "<h2>Pictures of the same seeds</h2>\n" + "\n".join(samples)
+
+
+def _asked(page: Page, sample: int) -> str:
+    """Name a sample by its class, or by its number."""
+    labels = page.reference.condition.get(LABELS)
+    if labels is None or not page.contract.classes:
+        return f"condition {sample}"
+    label, names = int(labels[sample]), page.contract.labels
+    return f"{names[label]} ({label})" if names else f"label {label}"
 
 
 def _exhibits(exhibits: Sequence[Exhibit]) -> str:
@@ -195,10 +172,10 @@ def _curves(page: Page) -> str:
     reference, steps = page.reference, len(page.reference.timesteps)
     lines: dict[str, dict[int, float]] = {}
     for name in CURVES:
-        points = {answer.step + 1: answer.error for answer in page.found.answers if answer.name == name}
+        points = {answer.step + 1: answer.error for answer in page.replay.answers if answer.name == name}
         if points:
             lines["prediction, guided" if name == "prediction" else name] = points
-    run = enumerate(page.found.latents)
+    run = enumerate(page.replay.latents)
     lines["latents of the free run"] = {i + 1: relative_error(x, reference.latents[i + 1]) for i, x in run}
     return (
         "<h2>Error by step</h2>\n"
@@ -240,28 +217,28 @@ def _sensitivity(bundle: Path) -> str:
 def _sizes(page: Page) -> str:
     contract = page.contract
     rows = []
-    for name, graph in contract.graphs.items():
-        size = sum(contract.files[file].size for file in graph.files)
-        rows.append([name, graph.precision, graph.backend, f"{size / 1e6:.1f} MB"])
-    size_table = _table(["graph", "precision", "backend", "size"], rows, numbers={3})
-    seconds = page.found.seconds[1:] or page.found.seconds
-    batch = len(page.reference.labels)
+    for stage in contract.stages:
+        size = sum(contract.files[file].size for file in stage.files)
+        rows.append([stage.name, stage.runs, stage.precision, stage.backend, f"{size / 1e6:.1f} MB"])
+    size_table = _table(["stage", "runs once per", "precision", "backend", "size"], rows, numbers={4})
+    seconds = page.replay.seconds[1:] or page.replay.seconds
+    batch = len(page.reference.guidance)
     line = (
         f"A guided step of {batch} pictures took {_time(statistics.median(seconds))}, the median of {len(seconds)} "
         "timed here while the reference was replayed; <code>dit-run bench</code> measures with care."
     )
-    if all(row.name.startswith(("proof: ", "twin: ")) for row in page.rows):
+    if all(figure.name.startswith(("proof: ", "twin: ")) for figure in page.figures):
         line = "The engines do not run where this was built; their graphs were verified through their rounding twins."
     return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>' + _wide(contract)
 
 
 def _wide(contract: Manifest) -> str:
     """What a typed graph keeps in fp32 because of what it reached."""
-    found = contract.built_with.get("wide", {})
-    rows = [[graph, name, f"{peak:.4g}"] for graph, peaks in found.items() for name, peak in peaks.items()]
+    overflows = contract.built_with.get("wide", {})
+    rows = [[stage, name, f"{peak:.4g}"] for stage, peaks in overflows.items() for name, peak in peaks.items()]
     if not rows:
         return ""
-    head = ["graph", "kept in fp32, for fp16 ends at 65504", "largest seen"]
+    head = ["stage", "kept in fp32, for fp16 ends at 65504", "largest seen"]
     return "\n" + _table(head, rows, numbers={2})
 
 
@@ -269,12 +246,16 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def _gates(rows: Sequence[Row]) -> str:
+def _gates(figures: Sequence[Figure]) -> str:
     body = []
-    for row in rows:
-        mark, mood = ("–", "") if row.passed is None else ("ok", "good") if row.passed else ("FAILED", "bad")
-        cells = f'<td class="{mood}">{mark}</td><td>{escape(row.name)}</td><td class="n">{escape(row.value)}</td>'
-        body.append(f'<tr>{cells}<td class="n">{escape(row.limit)}</td><td>{escape(row.where)}</td></tr>')
+    for row in worst(figures):
+        mark, mood, limit = ("ok", "good", "") if row.passed else ("FAILED", "bad", "")
+        if row.limit is None:
+            mark, mood = "–", ""
+        else:
+            limit = f"{'≥' if row.at_least else '≤'} {number(row, row.limit)}"
+        cells = f'<td class="{mood}">{mark}</td><td>{escape(row.name)}</td><td class="n">{number(row, row.value)}</td>'
+        body.append(f'<tr>{cells}<td class="n">{limit}</td><td>{escape(row.where)}</td></tr>')
     head = '<tr><th></th><th>gate, at its worst</th><th class="n">value</th><th class="n">limit</th><th>where</th></tr>'
     return f'<h2>Gates</h2>\n<div class="scroll"><table class="gates">{head}{"".join(body)}</table></div>'
 
@@ -284,7 +265,7 @@ def _origin(contract: Manifest) -> str:
     rows = [[key, str(source[key])] for key in ("kind", "path", "hub", "revision", "seed") if key in source]
     sums = source.get("sha256") or {}
     rows += [[f"sha256 of {name}", value] for name, value in sums.items()]
-    rows += [["solver", contract.diffusion.sampler.solver]]
+    rows += [["solver", contract.process.sampler.solver]]
     rows += [[name, version] for name, version in contract.built_with.get("versions", {}).items()]
     return "<h2>Made from, and with</h2>\n" + _table(["", ""], rows)
 

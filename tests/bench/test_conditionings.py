@@ -9,7 +9,7 @@ import pytest
 
 from dit_export.bench import conditionings
 from dit_export.bench.conditionings import Cost, main, measure, table
-from dit_export.spec import ModelSpec, conditioned
+from dit_export.networks.spec import ModelSpec, conditioned
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 

@@ -18,10 +18,11 @@ from dit_export.bench.machine import describe
 from dit_export.bench.report import table
 from dit_export.bench.run import Settings, bench
 from dit_export.bench.worker import Worker, WorkerError
-from dit_export.spec import ModelSpec, model
+from dit_export.networks.spec import ModelSpec, model
 from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
+from tests.once import once
 from tests.tensorrt.fakes import Cuda
 
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8)
@@ -37,6 +38,7 @@ SMALL_VAE = {
 
 
 @pytest.fixture(scope="module")
+@once
 def ran(tmp_path_factory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("bench")
     settings = Settings(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dit_export.checkpoints import keys, load
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.errors import UsageError
 from tests.conftest import meta_state
 from tests.test_against_meta import CHANNELS, CLASSES, DEPTH, HEADS, HIDDEN, LATENT, PATCH, forward
@@ -35,7 +35,7 @@ def saved(content, path):
 def test_forward_is_metas(tmp_path):
     state = meta_state()
     loaded = bare(saved(state, tmp_path / "dit.pt"))
-    spec = loaded.spec
+    spec = loaded.network.module.spec
     assert (spec.depth, spec.hidden, spec.heads, spec.patch, spec.latent_size) == (DEPTH, HIDDEN, HEADS, PATCH, LATENT)
     assert (spec.num_classes, spec.learned_variance, spec.frequency_shift, spec.guided_channels) == (
         CLASSES,
@@ -45,11 +45,13 @@ def test_forward_is_metas(tmp_path):
     )
     expected = forward(state, *inputs())
     # Two orders of float32 sums over two blocks; angles up to 999 keep 6e-5 of absolute error.
-    assert distance(loaded.model(*inputs()), expected) < 2e-5
+    assert distance(loaded.network.module(*inputs()), expected) < 2e-5
     for name in state:  # each tensor is heard, or the line above proves little
         moved = state | {name: state[name] * 1.05}
         assert distance(forward(moved, *inputs()), expected) > 2e-4, name
-    assert not loaded.model.training and not any(weight.requires_grad for weight in loaded.model.parameters())
+    assert not loaded.network.module.training and not any(
+        weight.requires_grad for weight in loaded.network.module.parameters()
+    )
     assert loaded.source["sha256"].keys() == {"dit.pt"} and json.dumps(loaded.source)
 
 
@@ -62,35 +64,38 @@ def test_containers(tmp_path, wrap, zipped):
     if wrap != "plain":
         content |= {"args": argparse.Namespace(lr=1e-4), "opt": {"step": 3}}
     torch.save(content, tmp_path / "dit.pt", _use_new_zipfile_serialization=zipped)
-    model = bare(tmp_path / "dit.pt").model
+    model = bare(tmp_path / "dit.pt").network.module
     assert torch.equal(model.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
 
 
 def test_half_precision_safetensors(tmp_path):
     state = {name: tensor.half() for name, tensor in meta_state().items()}
-    model = bare(saved(state, tmp_path / "dit.safetensors")).model
+    model = bare(saved(state, tmp_path / "dit.safetensors")).network.module
     assert all(weight.dtype == torch.float32 for weight in model.state_dict().values())
     assert torch.equal(model.positions, state["pos_embed"].float())
 
 
 def test_write_is_the_reverse_of_read(tmp_path):
     state = meta_state()
-    written = keys.write(bare(saved(dict(state), tmp_path / "dit.pt")).model, keys.META)
+    written = keys.write(bare(saved(dict(state), tmp_path / "dit.pt")).network.module, keys.META)
     assert written.keys() == state.keys() and all(torch.equal(written[name], state[name]) for name in state)
 
 
 def test_a_velocity_is_the_first_half_of_the_channels(tmp_path):
-    """SiT's checkpoints: the rows of the other half are gone, the rest is the same network."""
+    """SiT's checkpoints: the rows of the other half are gone; σ = 1 - t, and dx/dσ = -dx/dt."""
     path = saved(meta_state(), tmp_path / "sit.pt")
     whole, loaded = bare(path), bare(path, prediction="velocity")
-    assert whole.spec.learned_variance and not loaded.spec.learned_variance
-    assert loaded.model.final.linear.weight.shape == (PATCH * PATCH * CHANNELS, HIDDEN)
+    assert whole.network.learned_variance and not loaded.network.learned_variance
+    assert loaded.network.module.dit.final.linear.weight.shape == (PATCH * PATCH * CHANNELS, HIDDEN)
+    x, _, labels = inputs()
+    sigmas = torch.tensor([0.1, 0.5, 1.0])
+    expected = -whole.network.module(x, 1 - sigmas, labels)
     # The same sums; a narrower product may take them in another order.
-    assert distance(loaded.model(*inputs()), whole.model(*inputs())[:, :CHANNELS]) < 1e-6
-    assert distance(loaded.model(*inputs()), whole.model(*inputs())[:, CHANNELS:]) > 0.1
-    diffusion = loaded.diffusion
-    assert (diffusion.prediction, diffusion.sampler.solver, diffusion.span) == ("velocity", "euler", 1)
-    assert (whole.diffusion.prediction, whole.diffusion.span) == ("epsilon", 1000)
+    assert distance(loaded.network.module(x, sigmas, labels), expected[:, :CHANNELS]) < 1e-6
+    assert distance(loaded.network.module(x, sigmas, labels), expected[:, CHANNELS:]) > 0.1
+    process = loaded.process
+    assert (process.prediction, process.sampler.solver, process.span) == ("velocity", "euler", 1)
+    assert (whole.process.prediction, whole.process.span) == ("epsilon", 1000)
     with pytest.raises(UsageError, match="prediction is 'speed'; expected one of epsilon, v_prediction, sample, velo"):
         bare(path, prediction="speed")
 
@@ -101,7 +106,7 @@ def test_without_a_position_table(tmp_path):
     path = saved(state, tmp_path / "dit.pt")
     with pytest.raises(UsageError, match="pass --resolution"):
         bare(path)
-    assert bare(path, resolution=64).spec.latent_size == LATENT
+    assert bare(path, resolution=64).network.state.shape == (CHANNELS, LATENT, LATENT)
 
 
 @pytest.mark.parametrize(("field", "value"), [("model", "S/2"), ("resolution", 256)])

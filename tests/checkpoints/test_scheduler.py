@@ -1,14 +1,22 @@
 import json
+import math
 
 import pytest
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.schedule import ORDERS, Diffusion, Sampler, timesteps
+from dit_runtime.sampling.process import Process, Sampler
+from dit_runtime.sampling.schedule import MULTISTEP, timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
 
+FLOW = "FlowMatchEulerDiscreteScheduler"
 CLASSES = (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler)
 DIT_XL_2_256 = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json
     "_class_name": "DDIMScheduler",
@@ -34,26 +42,34 @@ def config(cls="DDIMScheduler", **fields):
     return {"_class_name": cls, **fields}
 
 
-def check(diffusion, live):
+def in_words(given):
+    """The config with diffusers' defaults that we do not take over replaced: the fields of which it says nothing."""
+    cannot_clip = given["_class_name"] == "DPMSolverMultistepScheduler"
+    own = {"clip_sample": False, "variance_type": "learned_range"}
+    said = {key: value for key, value in given.items() if value is not None and not (cannot_clip and key in own)}
+    return given | own | {key: value for key, value in said.items() if key in own}
+
+
+def check(process, live):
     """Every field against the scheduler that diffusers itself makes."""
-    theirs, sampler = live.config, diffusion.sampler
-    assert diffusion.train_steps == theirs.num_train_timesteps
-    assert (diffusion.beta_schedule, diffusion.beta_start, diffusion.beta_end) == (
+    theirs, sampler = live.config, process.sampler
+    assert process.train_steps == theirs.num_train_timesteps
+    assert (process.beta_schedule, process.beta_start, process.beta_end) == (
         theirs.beta_schedule,
         theirs.beta_start,
         theirs.beta_end,
     )
-    assert diffusion.prediction == theirs.prediction_type
+    assert process.prediction == theirs.prediction_type
     shared = "steps_offset clip_sample clip_sample_range set_alpha_to_one solver_type lower_order_final euler_at_final"
     for name in [*shared.split(), "final_sigmas_type"]:
         # A live config also holds another class's leftovers; only the fields of its own class count.
         if name in type(live)._get_init_keys(type(live)):
             assert getattr(sampler, name) == theirs[name], name
     if isinstance(live, DDPMScheduler):
-        assert sampler.variance == (theirs.variance_type or "fixed_small")
+        assert sampler.variance == theirs.variance_type
     solver = {DDIMScheduler: "ddim", DDPMScheduler: "ddpm"}.get(type(live), "dpm++")
     live.set_timesteps(20)
-    assert list(timesteps(diffusion, solver, 20)) == live.timesteps.tolist()
+    assert list(timesteps(process, solver, 20)) == live.timesteps.tolist()
 
 
 @pytest.mark.parametrize("other", CLASSES)
@@ -80,24 +96,38 @@ def check(diffusion, live):
     ],
 )
 def test_every_solver_gets_what_from_config_would_give_it(given, other):
-    check(read_scheduler_config(given), other.from_config(given))
+    check(read_scheduler_config(given), other.from_config(in_words(given)))
 
 
 def test_the_solver_is_the_configs():
     assert read_scheduler_config(config("DDPMScheduler")).sampler.solver == "ddpm"
     assert read_scheduler_config(config("DDIMScheduler")).sampler.solver == "ddim"
-    for solver, order in ORDERS.items():
+    for order, solver in enumerate(MULTISTEP, 1):
         given = config("DPMSolverMultistepScheduler", solver_order=order)
         assert read_scheduler_config(given).sampler.solver == solver
 
 
 def test_dit_xl_2_256_unclipped_leading_and_linspace():
-    expected = Sampler("ddim", "leading", "leading", "linspace", clip_sample=False, variance="fixed_small")
-    assert read_scheduler_config(DIT_XL_2_256) == Diffusion(sampler=expected)
+    expected = Sampler("ddim", "leading", "leading", "linspace", clip_sample=False, variance="learned_range")
+    assert read_scheduler_config(DIT_XL_2_256) == Process(sampler=expected)
 
 
-def test_absent_clip_sample_is_on_as_in_diffusers():
-    assert read_scheduler_config(config()).sampler.clip_sample
+@pytest.mark.parametrize("cls", CLASSES)
+def test_latents_are_clipped_only_where_the_config_says_so(cls):
+    """diffusers clips where nothing is said: right for pixels, noise for latents."""
+    assert not read_scheduler_config(config(cls.__name__)).sampler.clip_sample
+    live = cls.from_config(config(cls.__name__)).config
+    assert not read_scheduler_config(dict(live)).sampler.clip_sample
+    said = read_scheduler_config(config(cls.__name__, clip_sample=True)).sampler.clip_sample
+    assert said == (cls is not DPMSolverMultistepScheduler)  # which has no such field: a leftover of another class
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_learned_variance_is_used_unless_the_config_says_another(cls):
+    for given in (config(cls.__name__), config(cls.__name__, variance_type=None)):
+        assert read_scheduler_config(given).sampler.variance == "learned_range"
+        assert read_scheduler_config(given, learned_variance=False).sampler.variance == "fixed_small"
+    assert read_scheduler_config(config(cls.__name__, variance_type="fixed_small")).sampler.variance == "fixed_small"
 
 
 def test_a_live_config_counts_only_what_its_file_said():
@@ -106,8 +136,8 @@ def test_a_live_config_counts_only_what_its_file_said():
 
 
 def test_without_a_config_it_is_metas_way():
-    assert read_scheduler_config(None) == Diffusion()
-    sampler = Diffusion().sampler
+    assert read_scheduler_config(None) == Process()
+    sampler = Process().sampler
     assert (sampler.solver, sampler.ddim_spacing, sampler.ddpm_spacing) == ("ddim", "stride", "respaced")
     assert (sampler.variance, sampler.clip_sample, sampler.set_alpha_to_one) == ("learned_range", False, True)
     assert read_scheduler_config(None, learned_variance=False).sampler.variance == "fixed_large"
@@ -133,8 +163,8 @@ def test_logarithmic_variances_are_the_plain_ones():
 def test_trained_betas_and_infinite_clip():
     given = config("DPMSolverMultistepScheduler", num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3])
     given = json.loads(json.dumps(given | {"lambda_min_clipped": float("-inf")}))
-    diffusion = read_scheduler_config(given)
-    assert diffusion.trained_betas == (0.1, 0.2, 0.3) and diffusion.sampler.lambda_min_clipped is None
+    process = read_scheduler_config(given)
+    assert process.trained_betas == (0.1, 0.2, 0.3) and process.sampler.lambda_min_clipped is None
 
 
 @pytest.mark.parametrize(
@@ -198,3 +228,81 @@ def test_values_of_the_wrong_type_are_refused():
 def test_learned_variance_needs_a_model_that_has_it():
     with pytest.raises(UsageError, match="variance_type = 'learned_range' is not supported"):
         read_scheduler_config(config("DDPMScheduler", variance_type="learned_range"), learned_variance=False)
+
+
+# Flows
+
+
+def test_a_static_shift_is_sd3s():
+    flow = read_scheduler_config(config(FLOW, num_train_timesteps=1000, shift=3.0))
+    assert flow.kind == "flow" and flow.prediction == "velocity" and flow.shift == 3.0
+    assert (flow.sampler.solver, flow.sampler.flow_spacing) == ("euler", "linspace")
+    live = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert flow.sigma_min == live.sigma_min  # shifted once, and again with a run's other σ: diffusers' way
+    assert read_scheduler_config(saved(live)) == flow
+    assert read_scheduler_config(config(FLOW), spacing="trailing").sampler.flow_spacing == "trailing"
+    assert read_scheduler_config(config(FLOW), prediction="velocity") == read_scheduler_config(config(FLOW))
+
+
+def test_a_dynamic_shift_is_settled_for_the_networks_tokens():
+    """Flux.1's config: μ is 0.5 at 256 tokens and 1.15 at 4096."""
+    dynamic = config(FLOW, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, shift=3.0)
+    for tokens, mu in ((256, 0.5), (4096, 1.15), (2176, 0.825)):
+        assert read_scheduler_config(dynamic, tokens=tokens).shift == pytest.approx(math.exp(mu), rel=1e-14)
+        linear = dynamic | {"time_shift_type": "linear"}
+        assert read_scheduler_config(linear, tokens=tokens).shift == pytest.approx(mu, rel=1e-14)
+    flow = read_scheduler_config(dynamic, tokens=1024)
+    assert flow.sampler.flow_spacing == "trailing" and flow.sigma_min == pytest.approx(0.001, rel=1e-7)
+    other = dynamic | {"base_image_seq_len": 1024, "max_image_seq_len": 2048}
+    assert read_scheduler_config(other, tokens=1024).shift == pytest.approx(math.exp(0.5), rel=1e-14)
+    with pytest.raises(UsageError, match="use_dynamic_shifting = True needs the count of image tokens"):
+        read_scheduler_config(dynamic)
+
+
+def test_a_terminal_shift_is_read_and_zero_is_none():
+    assert read_scheduler_config(config(FLOW, shift_terminal=0.1)).shift_terminal == 0.1
+    for value in (None, 0, 0.0):
+        assert read_scheduler_config(config(FLOW, shift_terminal=value)).shift_terminal is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("invert_sigmas", True, "invert_sigmas = True is not supported"),
+        ("use_karras_sigmas", True, "use_karras_sigmas = True is not supported"),
+        ("use_exponential_sigmas", True, "use_exponential_sigmas = True is not supported"),
+        ("use_beta_sigmas", True, "use_beta_sigmas = True is not supported"),
+        ("stochastic_sampling", True, "stochastic_sampling = True is not supported"),
+        ("time_shift_type", "cubic", "time_shift_type = 'cubic' is not supported"),
+        ("use_dynamic_shifting", "yes", "use_dynamic_shifting = 'yes' is not supported"),
+        ("beta_start", 0.1, "beta_start = 0.1 is not known"),
+        ("shfit", 3.0, r'shfit = 3.0 is not known \(did you mean "shift"'),
+        ("shift", 0, "shift is 0; expected a number above 0"),
+        ("shift", "3", "shift is '3'; expected a finite number"),
+        ("shift_terminal", 2, "shift_terminal is 2; expected a number between 0 and 1"),
+        ("num_train_timesteps", 1, "train_steps is 1; expected 2 or more"),
+    ],
+)
+def test_what_a_flow_cannot_honour_is_refused(field, value, message):
+    with pytest.raises(UsageError, match=f"scheduler config: {message}"):
+        read_scheduler_config(config(FLOW, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base_shift": None}, "base_shift is None; expected a finite number"),
+        ({"max_image_seq_len": 256}, "are both 256"),
+        ({"max_shift": -9.0, "time_shift_type": "linear"}, "shift is -.*; expected a number above 0"),
+    ],
+)
+def test_a_dynamic_shift_that_cannot_be_made_is_refused(fields, message):
+    with pytest.raises(UsageError, match=message):
+        read_scheduler_config(config(FLOW, use_dynamic_shifting=True, **fields), tokens=4096)
+
+
+def test_a_flow_predicts_a_velocity():
+    with pytest.raises(
+        UsageError, match="prediction 'epsilon' was asked for, but the scheduler config says 'velocity'"
+    ):
+        read_scheduler_config(config(FLOW), prediction="epsilon")

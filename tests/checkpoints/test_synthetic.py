@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dit_export.checkpoints import load, synthetic
-from dit_export.spec import MODELS, Recipe
+from dit_export.networks.spec import MODELS
+from dit_export.recipe import Recipe
 from dit_runtime.sampling.solvers import solve
 
 
@@ -58,7 +59,7 @@ def test_every_input_of_a_velocity_is_heard():
 
 def test_every_block_is_heard(small):
     """A wrong block must show in the prediction by far more than rounding: each moves it by 1 % or more."""
-    model, x = small.model, latents(small.spec)
+    model, x = small.network.module, latents(small.network.module.spec)
     expected = model(x, torch.tensor([400.0]), torch.tensor([3]))
     for block in model.blocks:
         for part in (block.attn, block.mlp):
@@ -71,9 +72,9 @@ def test_every_block_is_heard(small):
 @pytest.mark.parametrize(("solver", "steps"), [("ddim", 10), ("ddim", 25), ("ddim", 50), ("dpm++", 10), ("dpm++3", 10)])
 def test_sampling_stays_bounded(small, solver, steps, guided_channels):
     """A predictor that ignored its latents would take them to 157 times themselves."""
-    spec, model = small.spec, small.model
+    spec, model = small.network.module.spec, small.network.module
     labels = torch.tensor([207, 360, spec.null_label, spec.null_label])
-    run = solve(small.diffusion, solver, steps, latents(spec, 2).numpy(), lambda shape: None)
+    run = solve(small.process, solver, steps, latents(spec, 2).numpy(), lambda shape: None)
     x, t = next(run)
     while True:
         rows = torch.from_numpy(x).float().repeat(2, 1, 1, 1)
@@ -91,7 +92,7 @@ def test_sampling_stays_bounded(small, solver, steps, guided_channels):
 
 def test_outlier_channels(small):
     """A few inputs of qkv, fc1 and proj are many times the others, so one int8 scale for all of them hurts."""
-    model, x = small.model, latents(small.spec)
+    model, x = small.network.module, latents(small.network.module.spec)
 
     def run():
         return model(x, torch.tensor([400.0]), torch.tensor([3]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.handmade import module
+from tests.once import once
 
 BUILD = Path(__file__).parents[2] / "build/cpp"
 
@@ -21,6 +22,7 @@ def build() -> Path:
 
 
 @pytest.fixture(scope="session")
+@once
 def tiny(tmp_path_factory) -> Path:
     """The bundle of the C++ tests: 5 classes, 32 px, no time to draw."""
     folder = tmp_path_factory.mktemp("tiny") / "bundle"

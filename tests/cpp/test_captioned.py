@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_runtime.conditions.condition import Condition
 
+from dit_runtime.conditions.condition import Condition
 from tests.cpp.test_conditions import condition_flags
 from tests.cpp.test_same_pictures import ENGINES, WAYS, load, same_latents, same_pictures
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_runtime.conditions.condition import Condition
 
+from dit_runtime.conditions.condition import Condition
 from tests.cpp.test_same_pictures import ENGINES, load, same_latents
 from tests.handmade import module
 

@@ -12,7 +12,7 @@ import pytest
 from dit_runtime import Pipeline
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
-from dit_runtime.sampling.schedule import FLOW_SOLVERS
+from dit_runtime.sampling.process import FLOW_SOLVERS
 
 ENGINES = ("onnxruntime", "openvino")
 WAYS = [*((name, 1) for name in ENGINES), ("openvino", 2)]  # on two threads its two rows run at once
@@ -66,7 +66,7 @@ def test_the_same_latents(request, dit_generate, tmp_path, network, solvers, eng
 
 @pytest.mark.parametrize(("precision", "engine"), FORMS)
 def test_the_same_pictures(shared_embedders, narrow, dit_generate, tmp_path, precision, engine):
-    """Names, one seed each, and the decoder; a batch of three. DDPM's noise is of a fixed size here."""
+    """Names, one seed each, and the decoder; a batch of three."""
     labels, seeds = [207, 360, 5], [2**32 + 1, -3, 8]
     names = ["golden retriever", "river dog", "5"]
     bundle = shared_embedders.bundle if precision == "fp32" else narrow(precision, engine)

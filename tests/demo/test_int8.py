@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from dit_export.bundle import write
+from dit_export.bundle import assemble
+from dit_export.bundle.assemble import NO_INPUTS, Assembly, Inputs, build_scratch_bundle, trace_graphs
 from dit_export.checkpoints import load
 from dit_export.demo import run, score, store
 from dit_export.graph import trace
-from dit_export.precision.calibrate import Plan, calibrate
+from dit_export.precision.calibrate import Calibration
+from dit_export.precision.measure import Plan
 from dit_export.precision.smooth import smooth
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime import images
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -40,13 +43,13 @@ class Seen(NamedTuple):
 def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     base = Recipe(checkpoint=str(store.MODEL), backend=backend, max_batch=run.BATCH)
     loaded, traced, progress = load(base), tmp_path / "traced", Progress()
-    write.trace_graphs(traced, loaded, trace.Decoder(loaded.vae).eval(), progress)
+    decoder = trace.Decoder(loaded.vae).eval()
+    trace_graphs(traced, loaded, decoder, progress)
     judge, labels = store.load_judge(), score.balanced_labels(COUNT)
     real = score.reference_features(judge)
 
-    def drawn(name: str, seeds: Sequence[int], **changes: object) -> list[np.ndarray]:
-        recipe = Recipe(**{**vars(base), **changes})
-        write.unverified(tmp_path / name, traced, loaded, recipe, progress)
+    def drawn(name: str, seeds: Sequence[int], recipe: Recipe, inputs: Inputs = NO_INPUTS) -> list[np.ndarray]:
+        build_scratch_bundle(tmp_path / name, loaded, decoder, recipe, progress, traced, inputs)
         with Pipeline.load(tmp_path / name) as pipe:
             return [run.sample(pipe, labels, seed=seed) for seed in seeds]
 
@@ -58,20 +61,25 @@ def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             rows.append((result.accuracy.value, result.frechet.value, np.mean(ratios)))
         return Seen(*np.mean(rows, axis=0).tolist())
 
-    exact = drawn("fp32", SEEDS)
-    looked = tmp_path / "looked"
-    write.unverified(looked, traced, loaded, Recipe(**{**vars(base), "backend": "onnxruntime"}), progress)
-    calibrate(looked, Plan(), lambda done, total: None).save(tmp_path / "whole.npz")
-    (looked / "tapped.onnx").unlink()
-    calibrate(looked, SHORT, lambda done, total: None).save(tmp_path / "short.npz")
+    def calibrate(name: str, plan: Plan) -> Calibration:
+        (tmp_path / name).mkdir()
+        quantized = replace(base, precision="int8")
+        assembly = Assembly(tmp_path / name, traced, loaded, decoder, quantized, backend, progress, plan=plan)
+        assembly.fuse()
+        assembly.measure()
+        assert assembly.measured.calibration is not None
+        return assembly.measured.calibration
 
-    def int8(name: str, calibration: str, seeds: Sequence[int] = SEEDS[:1]) -> Seen:
-        return seen(drawn(name, seeds, precision="int8", calibration=str(tmp_path / calibration)))
+    exact = drawn("fp32", SEEDS, base)
+    whole, short = calibrate("looked", Plan()), calibrate("glanced", SHORT)
 
-    table = {"fp32": seen(exact), "int8": int8("int8", "whole.npz", SEEDS)}
-    table["calibrated at two timesteps, first seed"] = int8("short", "short.npz")
-    monkeypatch.setattr(write, "smooth", lambda *graphs, **more: smooth(*graphs, **more, fold=False))
-    table["not smoothed, first seed"] = int8("plain", "whole.npz")
+    def int8(name: str, calibration: Calibration, seeds: Sequence[int] = SEEDS[:1]) -> Seen:
+        return seen(drawn(name, seeds, replace(base, precision="int8"), Inputs(calibration)))
+
+    table = {"fp32": seen(exact), "int8": int8("int8", whole, SEEDS)}
+    table["calibrated at two timesteps, first seed"] = int8("short", short)
+    monkeypatch.setattr(assemble, "smooth", lambda *graphs, **more: smooth(*graphs, **more, fold=False))
+    table["not smoothed, first seed"] = int8("plain", whole)
     for name, row in table.items():
         print(f"{backend} {name}: agreement {row.agreement:.2%}, Fréchet {row.frechet:.4f}, PSNR {row.psnr:.1f} dB")
     fp32, ours = table["fp32"], table["int8"]

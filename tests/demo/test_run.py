@@ -22,7 +22,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_show_then_score(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", "show", "--weights", str(weights), "-o", str(tmp_path), "--count", "100"]) == 0
     printed = capsys.readouterr().out
@@ -31,7 +31,7 @@ def test_show_then_score(
         assert f"demo-{precision}: grid {grid}, report {folder}/report.html\n" in printed
         assert grid.read_bytes().startswith(b"\x89PNG")
         contract = manifest.read(folder)
-        assert contract.labels == data.CLASSES and contract.graphs["denoiser"].precision == precision
+        assert contract.labels == data.CLASSES and contract.step.precision == precision
         manifest.check_files(folder, contract, ["report.html"])
         page = (folder / "report.html").read_text(encoding="utf-8")
         assert page.count("<figcaption>demo-") == 2 and "demo-int8: the judge agrees with" in page
@@ -43,8 +43,10 @@ def test_show_then_score(
     assert scores["bundle"]["accuracy"] == scores["PyTorch"]["accuracy"]
     assert scores["bundle"]["frechet"][0] == pytest.approx(scores["PyTorch"]["frechet"][0], rel=1e-2)
 
-    # The gate takes the demo's judge by itself.
-    monkeypatch.setattr(store, "MODEL", weights)
+    # The gate takes the bundle's own judge, and what it says of real pictures.
+    for name in ("judge.onnx", "judge.npz"):
+        assert (bundle / name).read_bytes() == (tmp_path / f"demo-{name}").read_bytes()
+    assert contract.built_with["judge"] == {"features": "judge.onnx", "real": "judge.npz"}
     assert main(["regress", str(bundle), "--count", "100", "--json"]) == 0
     rows = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)["metrics"]}
     assert 0 <= rows["judge's agreement, share"] <= 1 and rows["to real pictures, Fréchet distance"] > 0

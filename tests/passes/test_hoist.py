@@ -1,14 +1,24 @@
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
-from dit_export.graph import onnxfile
-from dit_export.networks.dit import DiT
+from dit_export.graph import onnxfile, trace
+from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.spec import CONDITIONINGS, conditioned
 from dit_export.passes.hoist import hoist
 from dit_runtime.errors import UsageError
-from tests.passes.conftest import Run
+from tests.passes.conftest import SMALL, Run, ports_of, random_inputs, sensitive
 
-ROUNDING = 1e-6  # the two halves are the same fp32 ops in the same order; only kernels' blocking may differ
+DEPTH = SMALL.depth
+CROSSING = {
+    "adaln-zero": 6 * DEPTH + 2,
+    "adaln": 4 * DEPTH + 2,
+    "in-context": 1,  # both tokens at once
+    "cross-attention": 2 * DEPTH,  # keys and values
+}
 
 
 def layer(
@@ -28,25 +38,29 @@ def empty(**inputs: list) -> gs.Graph:
     return gs.Graph(inputs=variables, opset=20, ir_version=10)
 
 
-def test_the_halves_together_are_the_whole(plain: gs.Graph, run: Run) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(3, 4, 8, 8)).astype(np.float32)
-    conditions = {"timesteps": np.array([0, 400.5, 999], np.float32), "labels": np.array([0, 10, 3])}
-    (whole,) = run(plain, {"latents": x, **conditions})
+@pytest.mark.parametrize("conditioning", list(CONDITIONINGS))
+def test_the_halves_together_are_the_whole(conditioning: str, tmp_path: Path, run: Run) -> None:
+    model = sensitive(DiT(replace(conditioned(SMALL, conditioning), embedders=1)))
+    trace.trace_network(dit_network(model)).save(tmp_path / "dit.onnx", external_data=True)
+    graph = onnxfile.load(tmp_path / "dit.onnx")
+    inputs = random_inputs(ports_of(model.spec))
+    (whole,) = run(graph, inputs)
 
-    hoisted = hoist(plain, ["latents"])
-    frontier = dict(zip(hoisted.frontier, run(hoisted.invariant, conditions), strict=True))
-    (again,) = run(hoisted.loop, {"latents": x, **frontier})
-    np.testing.assert_allclose(again, whole, rtol=0, atol=ROUNDING * np.abs(whole).max())
+    hoisted = hoist(graph, ["latents"], ["timesteps"])
+    assert len(hoisted.frontier) == CROSSING[conditioning] and not hoisted.cut.direct and not hoisted.cut.priced_out
+    ahead = {name: inputs[name] for name in inputs if name != "latents"}
+    frontier = dict(zip(hoisted.frontier, run(hoisted.invariant, ahead), strict=True))
+    (again,) = run(hoisted.loop, {"latents": inputs["latents"], **frontier})
+    np.testing.assert_array_equal(again, whole)
 
     first = hoisted.frontier[0]  # teeth: one wrong vector shows
-    (broken,) = run(hoisted.loop, {"latents": x, **frontier, first: frontier[first] * 1.01})
-    assert np.abs(broken - whole).max() > 100 * ROUNDING * np.abs(whole).max()
+    (broken,) = run(hoisted.loop, {"latents": inputs["latents"], **frontier, first: -frontier[first]})
+    assert np.abs(broken - whole).max() > 1e-3 * np.abs(whole).max()
 
 
 def test_it_takes_all_of_adaln_and_nothing_of_the_loop(plain: gs.Graph, small_dit: DiT) -> None:
     gemms = onnxfile.census(plain)["Gemm"]  # embedders' and adaLN's: the linears on (N, D)
-    hoisted = hoist(plain, ["latents"])
+    hoisted = hoist(plain, ["latents"], ["timesteps"])
     before, loop = onnxfile.census(hoisted.invariant), onnxfile.census(hoisted.loop)
     assert len(hoisted.frontier) == small_dit.spec.num_vectors == 14
     assert before["Gemm"] == gemms
@@ -88,11 +102,11 @@ def test_near_misses_stay_in_the_loop() -> None:
     graph = empty(x=["n", 1, 8], c=["n", 1, 8])
     x, c = graph.inputs
     graph.outputs = [layer(graph, "Sigmoid", [layer(graph, "Add", [c, x], ["n", 1, 8])], ["n", 1, 8])]
-    with_input = hoist(graph, ["x"])  # nothing to compute ahead: the input itself is the frontier
-    assert with_input.frontier == ("c",)
+    with pytest.raises(UsageError, match="nothing that depends on c alone is worth hoisting"):
+        hoist(graph, ["x"])
 
 
-def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
+def test_row_counts_are_taken_from_the_loop() -> None:
     def reshaped_by(axis: int, rows: str = "n") -> gs.Graph:
         graph = empty(x=["n", 2, 8], c=[rows, 16])
         x, c = graph.inputs
@@ -106,9 +120,12 @@ def test_row_counts_are_taken_from_the_loop_or_refused() -> None:
     hoisted = hoist(reshaped_by(0), ["x"])
     assert onnxfile.census(hoisted.loop)["Shape"] == 1
     assert len(hoisted.frontier) == 1
+    assert hoisted.cut.direct == ()
     for other in (reshaped_by(1), reshaped_by(0, rows="m")):  # a width, and rows that x does not have
-        with pytest.raises(UsageError, match="a shape computed from c"):
-            hoist(other, ["x"])
+        hoisted = hoist(other, ["x"])
+        assert hoisted.cut.direct == ("c",)
+        shape = next(node for node in hoisted.loop.nodes if node.op == "Shape")
+        assert shape.inputs[0].name == "c"
 
 
 @pytest.mark.parametrize("counted", ["c", "tanh", "x"])
@@ -153,9 +170,15 @@ def test_other_sizes_are_not_taken_for_row_counts(run: Run) -> None:
     x, c = graph.inputs
     width = layer(graph, "Gather", [layer(graph, "Shape", [c], [1], np.int64, start=1), np.array([0])], [1], np.int64)
     scale = layer(graph, "Cast", [width], [1], to=1)
-    graph.outputs = [layer(graph, "Mul", [x, scale], ["n", 4])]
-    with pytest.raises(UsageError, match="a shape computed from c"):
-        hoist(graph, ["x"])
+    product = layer(graph, "MatMul", [c, np.ones((7, 4), np.float32)], ["n", 4])
+    graph.outputs = [layer(graph, "Add", [product, layer(graph, "Mul", [x, scale], ["n", 4])], ["n", 4])]
+    given = {name: np.random.default_rng(1).normal(size=(3, n)).astype(np.float32) for name, n in (("x", 4), ("c", 7))}
+    (whole,) = run(graph, given)
+    hoisted = hoist(graph, ["x"])
+    assert hoisted.frontier == (product.name,) and hoisted.cut.direct == ("c",)
+    (crossed,) = run(hoisted.invariant, {"c": given["c"]})
+    (again,) = run(hoisted.loop, {**given, product.name: crossed})
+    np.testing.assert_array_equal(again, whole)
 
 
 def test_optional_inputs_and_outputs_that_are_left_out() -> None:
@@ -170,8 +193,10 @@ def test_optional_inputs_and_outputs_that_are_left_out() -> None:
     graph.nodes[0].outputs.insert(0, gs.Variable.empty())
     graph.nodes[1].inputs[0] = normed
     hoisted = hoist(graph, ["x"])
-    assert hoisted.frontier == (limit.name,)
-    assert onnxfile.census(hoisted.loop) == {"Clip": 1}
+    assert hoisted.frontier == (normed.name,)  # the limit is a scalar, and has no rows
+    assert onnxfile.census(hoisted.loop) == {"ReduceMax": 1, "Clip": 1}
+    (miss,) = hoisted.cut.misses
+    assert miss.node == limit.name and "not the rows" in miss.reason
 
 
 def test_refusals_name_the_input(plain: gs.Graph) -> None:

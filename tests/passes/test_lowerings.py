@@ -8,12 +8,13 @@ import pytest
 
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
-from dit_export.passes import LOWERINGS, expected_counts, fuse
+from dit_export.networks.spec import expected_counts
+from dit_export.passes import LOWERINGS
 from dit_export.passes.attention import plain_attention
 from dit_export.passes.group_norm import group_norm
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.subpixel import subpixel
-from tests.passes.conftest import Run
+from tests.passes.conftest import Run, fuse_dit
 from tests.passes.test_hoist import empty, layer
 
 RNG = np.random.default_rng(0)
@@ -126,18 +127,21 @@ def test_plain_attention(run: Run, attrs: dict) -> None:
     assert np.abs(run(graph, inputs | {"k": inputs["v"]})[0] - expected).max() > 0.1
 
 
-def test_a_mask_is_added_to_the_scores(run: Run) -> None:
-    graph = attention()
-    mask = gs.Variable("mask", dtype=np.float32, shape=["n", 1, 5, 5])
-    graph.inputs.append(mask)
-    graph.nodes[0].inputs.append(mask)
-    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"} | {"mask": np.zeros((2, 1, 5, 5), np.float32)}
-    inputs["mask"][1, :, :, 3:] = -10_000
-    (expected,) = run(graph, inputs)
+@pytest.mark.parametrize("shape", [(2, 1, 5, 5), (1, 1, 5, 5), (2, 1, 1, 5), (1, 1, 1, 5), (2, 2, 5, 5)], ids=str)
+def test_a_mask_is_added_to_the_scores(run: Run, shape: tuple[int, ...]) -> None:
+    graph, whole = attention(), attention()
+    for part, size in ((graph, ["n" if shape[0] > 1 else 1, *shape[1:]]), (whole, ["n", 2, 5, 5])):
+        mask = gs.Variable("mask", dtype=np.float32, shape=size)
+        part.inputs.append(mask)
+        part.nodes[0].inputs.append(mask)
+    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"} | {"mask": np.zeros(shape, np.float32)}
+    inputs["mask"][-1, :, :, 3:] = -10_000
+    every = np.ascontiguousarray(np.broadcast_to(inputs["mask"], (2, 2, 5, 5)))
+    (expected,) = run(whole, inputs | {"mask": every})  # ONNX Runtime's Attention takes no mask of one row for all
     assert plain_attention(graph) == 1
     assert onnxfile.census(graph) == {"MatMul": 2, "Transpose": 1, "Mul": 1, "Add": 1, "Softmax": 1}
     np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
-    inputs["mask"][1] = 0
+    inputs["mask"][-1] = 0
     assert np.abs(run(graph, inputs)[0] - expected).max() > 0.1
 
 
@@ -147,6 +151,18 @@ def test_other_attention_stays() -> None:
     graph = attention()
     graph.nodes[0].inputs.append(gs.Variable("mask", dtype=np.bool_, shape=[5, 5]))  # which scores count, not a sum
     assert plain_attention(graph) == 0
+    graph = attention()
+    graph.inputs[1].shape[1] = graph.inputs[2].shape[1] = 1  # both heads of q read one of k and v
+    assert plain_attention(graph) == 0
+
+
+def test_a_mask_that_is_left_out(run: Run) -> None:
+    graph = attention()
+    graph.nodes[0].inputs.append(gs.Variable.empty())
+    inputs = {name: normal(2, 2, 5, 8) for name in "qkv"}
+    (expected,) = run(graph, inputs)
+    assert plain_attention(graph) == 1
+    np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
 
 
 def projected(parts: int = 3, bias: np.ndarray | None = None, axis: int = -1) -> gs.Graph:
@@ -203,7 +219,7 @@ def test_split_qkv_leaves_other_splits_alone() -> None:
 
 
 def test_every_form_of_a_denoiser_is_the_same_function(plain: gs.Graph, small_dit: DiT, run: Run) -> None:
-    denoiser = fuse(plain, small_dit.spec).denoiser
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
     inputs = {
         "latents": normal(2, 4, 8, 8),
         "conditioning": normal(2, 2, small_dit.spec.num_vectors, small_dit.spec.hidden),
@@ -227,7 +243,7 @@ def test_forms_share_their_weights(plain: gs.Graph, small_dit: DiT, tmp_path, mo
         (tmp_path / "real").mkdir()
         (tmp_path / "link").symlink_to("real")
         tmp_path = tmp_path / "link"
-    denoiser = fuse(plain, small_dit.spec).denoiser
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
     assert onnxfile.save(denoiser, tmp_path / "a.onnx") == ("a.onnx", "a.onnx.data")
     form = denoiser.copy()
     plain_attention(form)

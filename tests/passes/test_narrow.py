@@ -8,21 +8,21 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
-from dit_export.passes import expected_counts, fuse
-from dit_export.precision.half import PRODUCTS, TYPES, islands, narrow, watched
+from dit_export.networks.spec import expected_counts
+from dit_export.precision.half import PRODUCTS, TYPES, cast_to_half, fp32_products, half_tensors
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
 from dit_export.precision.twin import twin
-from tests.passes.conftest import Run
+from tests.passes.conftest import Run, fuse_dit
 
 HALF = np.dtype(np.float16)
 
 
 @pytest.fixture
 def typed(plain: gs.Graph, small_dit: DiT) -> gs.Graph:
-    denoiser = fuse(plain, small_dit.spec).denoiser
-    assert narrow(denoiser, "fp16") == expected_counts(small_dit.spec)["narrow"] == 5 * 2 + 2
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
+    assert cast_to_half(denoiser, "fp16") == expected_counts(small_dit.spec)["cast_to_half"] == 5 * 2 + 2
     return denoiser
 
 
@@ -52,7 +52,7 @@ def test_products_are_narrow_and_islands_wide(typed: gs.Graph) -> None:
 
 
 def test_the_graph_checks_and_stays_near(typed: gs.Graph, plain_path, small_dit: DiT, run: Run, inputs: dict) -> None:
-    (expected, _) = run(fuse(onnxfile.load(plain_path), small_dit.spec).denoiser, inputs)
+    (expected, _) = run(fuse_dit(onnxfile.load(plain_path), small_dit.spec).denoiser, inputs)
     (got, _) = run(typed, inputs)  # full_check: ONNX's own type inference agrees with ours
     error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
     assert 1e-6 < error < 5e-3  # eleven bits in two blocks; measured 5e-4
@@ -77,7 +77,7 @@ def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
     scaled = gs.Node("Mul", "scaled", {}, [y, gs.Constant("s", np.array(1e-3, np.float32))], [z])
     graph = gs.Graph([product, scaled], [x], [z], opset=23, ir_version=10)
     inputs = {"x": np.full((1, 4), 300, np.float32)}
-    assert narrow(graph, "fp16") == 1
+    assert cast_to_half(graph, "fp16") == 1
     assert graph.nodes[-1].inputs[0].inputs[0].attrs["to"] == onnx.TensorProto.FLOAT
     twin(graph, HALF)
     assert np.isinf(run(graph, inputs)[0]).all()
@@ -91,11 +91,11 @@ def test_other_types_in_the_twin(
     plain_path, small_dit: DiT, run: Run, inputs: dict, precision, kind, low, high
 ) -> None:
     """bf16 has eight bits, fp8 four: off by as much, and by no more."""
-    denoiser = fuse(onnxfile.load(plain_path), small_dit.spec).denoiser
+    denoiser = fuse_dit(onnxfile.load(plain_path), small_dit.spec).denoiser
     (expected, _) = run(denoiser.copy(), inputs)
     if kind:
         assert quantize(denoiser, chosen(denoiser), kind=kind) == 8
-    assert narrow(denoiser, precision) == 12
+    assert cast_to_half(denoiser, precision) == 12
     dtype = tensor_dtype_to_np_dtype(TYPES[precision])
     assert {node.inputs[0].dtype for node in denoiser.nodes if node.op == "Attention"} == {dtype}
     twin(denoiser, dtype)
@@ -110,9 +110,9 @@ def chosen(denoiser: gs.Graph) -> dict[str, Chosen]:
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_q_reads_what_there_is_and_dq_gives_the_product_its_type(plain: gs.Graph, small_dit: DiT, kind) -> None:
-    denoiser = fuse(plain, small_dit.spec).denoiser
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
     quantize(denoiser, chosen(denoiser), kind=kind)
-    narrow(denoiser, "fp16")
+    cast_to_half(denoiser, "fp16")
     read = {node.name: node.inputs[1].dtype for node in denoiser.nodes if node.op == "QuantizeLinear"}
     assert {name.split()[2]: dtype.name for name, dtype in read.items()} == {
         "qkv": "float32",  # behind a LayerNorm's modulation, an island
@@ -125,21 +125,21 @@ def test_q_reads_what_there_is_and_dq_gives_the_product_its_type(plain: gs.Graph
 
 
 def test_what_touches_a_wide_tensor_stays_fp32(typed: gs.Graph, plain_path, small_dit: DiT, run: Run, inputs) -> None:
-    denoiser = fuse(onnxfile.load(plain_path), small_dit.spec).denoiser
+    denoiser = fuse_dit(onnxfile.load(plain_path), small_dit.spec).denoiser
     gelu = next(node for node in denoiser.nodes if node.op == "Gelu")
     wide = [gelu.outputs[0].name]
-    (fc2,) = islands(denoiser, wide)
+    (fc2,) = fp32_products(denoiser, wide)
     (expected, _) = run(denoiser.copy(), inputs)
-    assert narrow(denoiser, "fp16", wide) == 12 - 1
+    assert cast_to_half(denoiser, "fp16", wide) == 12 - 1
     assert fc2.inputs[1].dtype == np.float32 and gelu.outputs[0].dtype == np.float32
     twin(denoiser, HALF)
     (got, _) = run(denoiser, inputs)
     assert 1e-6 < np.linalg.norm(got - expected) / np.linalg.norm(expected) < 5e-3
 
 
-def test_everything_that_would_be_narrow_is_watched(plain: gs.Graph, small_dit: DiT) -> None:
-    denoiser = fuse(plain, small_dit.spec).denoiser
-    seen = {tensor.name for tensor in watched(denoiser)}
+def test_everything_that_would_be_narrow_is_half_tensors(plain: gs.Graph, small_dit: DiT) -> None:
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
+    seen = {tensor.name for tensor in half_tensors(denoiser)}
     for node in denoiser.nodes:
         if node.op in PRODUCTS:
             tensors = (*node.inputs, *node.outputs)

@@ -5,12 +5,12 @@ import torch
 
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
-from dit_export.passes import expected_counts, fuse
-from dit_export.passes.guidance import share_rows
-from dit_export.passes.hoist import hoist
-from dit_export.passes.pack import pack
+from dit_export.networks.spec import expected_counts
+from dit_export.passes.dependence import Miss
+from dit_export.passes.guidance import guide, share_rows
+from dit_export.passes.pack import Pack, give, plan, take
 from dit_runtime.errors import UsageError
-from tests.passes.conftest import Run
+from tests.passes.conftest import Run, fuse_dit
 from tests.passes.test_hoist import empty, layer
 
 TOLERANCE = 2e-5  # of the largest value: fp32 sums in another order through two blocks; measured 1e-6
@@ -27,13 +27,14 @@ def guided_by_torch(model: DiT, x: np.ndarray, t: np.ndarray, labels: np.ndarray
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_fused_pair_is_guided_pytorch(plain: gs.Graph, small_dit: DiT, run: Run, batch: int) -> None:
-    fused = fuse(plain, small_dit.spec)
+    fused = fuse_dit(plain, small_dit.spec)
     assert fused.counts.items() <= expected_counts(small_dit.spec).items()
     rng = np.random.default_rng(batch)
     x = rng.normal(size=(batch, 4, 8, 8)).astype(np.float32)
     t = rng.uniform(0, 999, batch).astype(np.float32)
     labels, weights = rng.integers(0, 10, batch), rng.uniform(1, 5, batch).astype(np.float32)
-    (rows,) = run(fused.conditioner, {"timesteps": np.tile(t, 2), "labels": np.append(labels, [10] * batch)})
+    (conditioner,) = fused.stages
+    (rows,) = run(conditioner.graph, {"timesteps": np.tile(t, 2), "labels": np.append(labels, [10] * batch)})
     np.testing.assert_allclose(  # the model's own list of vectors, in the same order
         rows[:batch], small_dit.vectors(torch.from_numpy(t), torch.from_numpy(labels)), rtol=0, atol=1e-5
     )
@@ -53,7 +54,7 @@ def test_the_fused_pair_is_guided_pytorch(plain: gs.Graph, small_dit: DiT, run: 
 
 
 def test_what_no_conditioning_touches_runs_on_the_pictures_rows_only(plain: gs.Graph, small_dit: DiT) -> None:
-    denoiser = fuse(plain, small_dit.spec).denoiser
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
     assert onnxfile.census(denoiser)["Tile"] == 2  # the residual stream and the first LayerNorm's output
     tiled = {node.inputs[0].inputs[0].op for node in denoiser.nodes if node.op == "Tile"}
     assert tiled == {"Add", "LayerNormalization"}
@@ -61,28 +62,34 @@ def test_what_no_conditioning_touches_runs_on_the_pictures_rows_only(plain: gs.G
     assert [tensor.name for tensor in denoiser.outputs] == ["prediction", "variance"]
 
 
-def test_packing_refuses_vectors_of_another_width() -> None:
-    graph = empty(x=["n", 2, 8], c=["n", 2, 8], d=["n", 1, 4])
-    x, c, d = graph.inputs
-    part = layer(graph, "Mul", [x, layer(graph, "Tanh", [c], ["n", 2, 8])], ["n", 2, 8])
-    narrow = layer(graph, "Slice", [part, *(np.array([v]) for v in (0, 4, 2))], ["n", 2, 4])
-    graph.outputs = [layer(graph, "Mul", [narrow, layer(graph, "Tanh", [d], ["n", 1, 4])], ["n", 2, 4])]
-    hoisted = hoist(graph, ["x"])
-    with pytest.raises(UsageError, match=r"cannot travel with .* expected .*8\]"):
-        pack(hoisted, "conditioning", hoisted.invariant.outputs)
+def test_what_has_one_form_travels_together(run: Run) -> None:
+    graph = empty(c=["n", 2, 8], d=["n", 1, 4])
+    c, d = graph.inputs
+    wide = layer(graph, "Tanh", [c], ["n", 2, 8])
+    short = layer(graph, "Sigmoid", [layer(graph, "Tanh", [d], ["n", 1, 4])], ["n", 1, 4])
+    mask = layer(graph, "ReduceSum", [wide, np.array([2])], ["n", 2], keepdims=0)
+    more = layer(graph, "Sigmoid", [c], ["n", 2, 8])
+    graph.outputs = [mask, wide, short, more]
+    values = [np.random.default_rng(0).normal(size=(3, *t.shape[1:])).astype(np.float32) for t in (c, d)]
+    inputs = dict(zip("cd", values, strict=True))
+    expected = dict(zip((mask.name, wide.name, short.name, more.name), run(graph, inputs), strict=True))
 
-
-def test_packing_keeps_the_loop(plain: gs.Graph, run: Run) -> None:
-    hoisted = hoist(plain, ["latents"])
-    conditions = {"timesteps": np.array([5, 999], np.float32), "labels": np.array([1, 2])}
-    parts = run(hoisted.invariant, conditions)
-    x = np.random.default_rng(0).normal(size=(2, 4, 8, 8)).astype(np.float32)
-    (expected,) = run(hoisted.loop, {"latents": x, **dict(zip(hoisted.frontier, parts, strict=True))})
-    assert pack(hoisted, "conditioning", hoisted.invariant.outputs) == 14
-    (packed,) = run(hoisted.invariant, conditions)
-    assert np.array_equal(packed, np.concatenate(parts, axis=1))
-    (again,) = run(hoisted.loop, {"latents": x, "conditioning": packed})
-    assert np.array_equal(again, expected)  # the same ops on the same numbers
+    packs = plan("context", [graph.outputs])
+    assert packs == [
+        Pack("context", (wide.name, more.name), (2, 2)),
+        Pack("context_1", (short.name,), (1,)),
+        Pack("context_2", (mask.name,), (2,)),
+    ]
+    reader = gs.Graph(inputs=[t.copy() for t in graph.outputs], opset=20, ir_version=10)
+    reader.outputs = [layer(reader, "Identity", [t], t.shape) for t in reader.inputs]
+    for pack in packs:
+        give(graph, pack)
+        take(reader, pack)
+    reader.inputs[0].shape[0] = graph.outputs[0].shape[0] = "n"
+    packed = dict(zip([pack.name for pack in packs], run(graph, inputs), strict=True))
+    assert np.array_equal(packed["context"], np.concatenate([expected[wide.name], expected[more.name]], axis=1))
+    for got, want in zip(run(reader, packed), expected.values(), strict=True):
+        assert np.array_equal(got, want)
 
 
 def test_a_loop_that_names_its_rows_is_refused() -> None:
@@ -91,12 +98,58 @@ def test_a_loop_that_names_its_rows_is_refused() -> None:
     rows = layer(graph, "Reshape", [x, np.array([2, 1, 8])], [2, 1, 8])
     graph.outputs = [layer(graph, "Mul", [rows, c], [2, 1, 8])]
     with pytest.raises(UsageError, match="reshaped to 2 rows, expected -1"):
-        share_rows(graph, "latents", ["conditioning"])
+        share_rows(graph, "latents", [])
+
+
+def counted_rows() -> gs.Graph:
+    """x + a table repeated to x's own batch size, times what a stage gives."""
+    graph = empty(latents=["n", 2, 8], conditioning=["n", 1, 8])
+    x, c = graph.inputs
+    count = layer(graph, "Shape", [x], [1], np.int64, start=0, end=1)
+    target = layer(graph, "Concat", [count, np.array([2, 8])], [3], np.int64, axis=0)
+    table = np.arange(16, dtype=np.float32).reshape(1, 2, 8)
+    moved = layer(graph, "Add", [x, layer(graph, "Expand", [table, target], ["n", 2, 8])], ["n", 2, 8])
+    graph.outputs = [layer(graph, "Mul", [moved, c], ["n", 2, 8])]
+    return graph
+
+
+def turned() -> gs.Graph:
+    """Where a stage's tensor is mixed in, the rows are the second axis."""
+    graph = empty(latents=["n", 2, 8], conditioning=["n", 1, 8])
+    x, c = graph.inputs
+    first, second = (layer(graph, "Transpose", [t], [t.shape[1], "n", 8], perm=[1, 0, 2]) for t in (x, c))
+    product = layer(graph, "Mul", [first, second], [2, "n", 8])
+    graph.outputs = [layer(graph, "Transpose", [product], ["n", 2, 8], perm=[1, 0, 2])]
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("graph", "reason"),
+    [(counted_rows(), "reads the batch size inside the loop"), (turned(), "its first axis is not the rows")],
+    ids=["batch size", "second axis"],
+)
+def test_where_rows_cannot_change_the_state_itself_is_repeated(graph: gs.Graph, reason: str, run: Run) -> None:
+    rng = np.random.default_rng(0)
+    x, c = (rng.normal(size=size).astype(np.float32) for size in ((3, 2, 8), (2, 3, 1, 8)))
+    own, null = (run(graph.copy(), {"latents": x, "conditioning": rows})[0] for rows in c)
+    misses: list[Miss] = []
+    assert share_rows(graph, "latents", misses) == 0
+    assert [miss.reason for miss in misses] == [reason]
+    assert guide(graph, "latents", 1) == 1
+    assert onnxfile.census(graph)["Tile"] == 1
+    weights = np.array([1, 2, 4], np.float32)
+    (out,) = run(graph, {"latents": x, "conditioning": c, "guidance": weights})
+    expected = own.copy()
+    expected[:, :1] = null[:, :1] + weights[:, None, None] * (own[:, :1] - null[:, :1])
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    (alone,) = run(graph, {"latents": x, "conditioning": c[:1], "guidance": weights})
+    np.testing.assert_array_equal(alone, own)
 
 
 def test_a_changed_exporter_is_noticed(plain: gs.Graph, small_dit: DiT) -> None:
     final = next(node for node in reversed(plain.nodes) if node.op == "LayerNormalization")
     gain = final.outputs[0].outputs[0].inputs[1]  # 1 + scale, of which the pass must find five
     gain.inputs[0].op = "Sub"
-    with pytest.raises(RuntimeError, match="fold_gains: 4, expected 5"):
-        fuse(plain, small_dit.spec)
+    refused = rf"fold_gains: 4, expected 5; refused: {gain.name}: Sub of a scalar, expected Add"
+    with pytest.raises(RuntimeError, match=refused):
+        fuse_dit(plain, small_dit.spec)

@@ -9,21 +9,20 @@ import pytest
 import torch
 
 from dit_export.graph import onnxfile, trace
-from dit_export.networks.dit import DiT
-from dit_export.passes import Fused, fuse
-from dit_export.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
+from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
+from dit_export.passes import Fused
+from tests.passes.conftest import fuse_dit
 
 DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
-TOKENS = 120  # of a caption
-# By depth d: tensors that cross out of the loop, vectors K of a step, vectors M of a caption.
+# By depth d: tensors that cross out of the loop, vectors K of a step.
 LEAVES = {
-    "adaln-zero": lambda d: (6 * d + 2, 6 * d + 2, 0),
-    "adaln": lambda d: (4 * d + 2, 4 * d + 2, 0),
-    "in-context": lambda d: (1, 2, 0),  # both tokens at once
-    "cross-attention": lambda d: (2 * d, 4 * d, 0),  # keys and values of two tokens each
-    "adaln-single": lambda d: (6 * d + 2 + 2 * d + 1, 6 * d + 2, 2 * d * TOKENS),  # and the mask
+    "adaln-zero": lambda d: (6 * d + 2, 6 * d + 2),
+    "adaln": lambda d: (4 * d + 2, 4 * d + 2),
+    "in-context": lambda d: (1, 2),  # both tokens at once
+    "cross-attention": lambda d: (2 * d, 4 * d),  # keys and values of two tokens each
 }
-FAST = {("adaln-zero", "XL/2", 256), ("adaln-single", "S/8", 512)}  # a trace takes half a second a block
+FAST = {("adaln-zero", "XL/2", 256), ("cross-attention", "S/8", 512)}  # a trace takes half a second a block
 CASES = [
     pytest.param(way, name, side, marks=[] if (way, name, side) in FAST else pytest.mark.slow)
     for way in CONDITIONINGS
@@ -39,7 +38,7 @@ def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
     model.to_empty(device="cpu")
     for index, parameter in enumerate(model.parameters()):
         parameter.view(-1)[0] = index  # else equal linears of equal inputs become one
-    traced = trace.export_dit(model).model
+    traced = trace.trace_network(dit_network(model)).model
     largest = 0
     for value in traced.graph.initializers.values():
         tensor = value.const_value
@@ -51,7 +50,7 @@ def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
     with (folder / "zeros").open("wb") as zeros:
         zeros.truncate(largest)
     ir.save(traced, folder / "dit.onnx")
-    return fuse(onnxfile.load(folder / "dit.onnx"), spec)
+    return fuse_dit(onnxfile.load(folder / "dit.onnx"), spec)
 
 
 def loop_weights(spec: ModelSpec) -> int:
@@ -69,24 +68,23 @@ def test_each_size_has_the_vectors_that_its_conditioning_needs(way: str, name: s
     spec = conditioned(replace(MODELS[name], latent_size=side // 8), way)
     fused = fuse_without_weights(spec, tmp_path)
 
-    crossing, vectors, context = LEAVES[way](DEPTHS[name.split("/")[0]])
+    crossing, vectors = LEAVES[way](DEPTHS[name.split("/")[0]])
     assert fused.counts["hoist"] == crossing
-    assert (fused.counts["pack"], fused.counts["pack_context"]) == (vectors, context)
+    assert (fused.counts["pack"], fused.counts["pack_context"]) == (vectors, 0)
     shapes = {tensor.name: list(tensor.shape) for tensor in (*fused.denoiser.inputs, *fused.denoiser.outputs)}
     assert shapes.pop("conditioning") == ["groups", "batch", vectors, spec.hidden]
-    if context:
-        assert shapes.pop("context") == ["groups", "batch", context, spec.hidden]
-        assert shapes.pop("context_mask") == ["groups", "batch", TOKENS]
+    assert [stage.name for stage in fused.stages] == ["conditioner"]
+    assert not fused.priced_out
     assert shapes.pop("guidance") == ["batch"]
     assert shapes == {key: ["batch", 4, side // 8, side // 8] for key in ("latents", "prediction", "variance")}
 
     # No embedder, no adaLN linear and no linear of a condition's keys and values is left in the loop, and all else is.
     # The smallest of them, a block's keys and values in XL, is 0.5 % of it.
     names = {constant.name for constant in onnxfile.constants(fused.denoiser)}
-    assert not [name for name in names if "modulation" in name or "embedders" in name or "caption" in name]
+    assert not [name for name in names if "modulation." in name or "embedders" in name or "caption" in name]
     assert onnxfile.weight_bytes(fused.denoiser) == pytest.approx(4 * loop_weights(spec), rel=1e-3)
     if way == "adaln-zero":
-        assert onnxfile.weight_bytes(fused.conditioner) > 4 * spec.depth * 6 * spec.hidden * (spec.hidden + 1)
+        assert onnxfile.weight_bytes(fused.stages[-1].graph) > 4 * spec.depth * 6 * spec.hidden * (spec.hidden + 1)
     if (way, name, side) == ("adaln-zero", "XL/2", 256):
         assert onnxfile.weight_bytes(fused.denoiser) <= 1.85e9
-        assert onnxfile.weight_bytes(fused.conditioner) == pytest.approx(4 * 226e6, rel=0.02)
+        assert onnxfile.weight_bytes(fused.stages[-1].graph) == pytest.approx(4 * 226e6, rel=0.02)

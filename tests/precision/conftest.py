@@ -1,37 +1,137 @@
-"""A bundle of made-up weights with outlier channels, and what its layers see."""
+"""Bundles of random weights with outlier channels, as large trained models have them, and what their layers see."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
+import torch
 
-from dit_export.bundle.write import trace_graphs, unverified
+from dit_export.bundle.assemble import Assembly, trace_graphs
 from dit_export.checkpoints import Loaded
-from dit_export.checkpoints.scheduler import read_scheduler_config
+from dit_export.checkpoints.diffusers import read_diffusion
 from dit_export.checkpoints.synthetic import synthetic_dit
-from dit_export.precision.calibrate import Calibration, Plan, calibrate
-from dit_export.spec import ModelSpec, Recipe
+from dit_export.graph import onnxfile
+from dit_export.networks import Network
+from dit_export.networks.dit import dit_network
+from dit_export.networks.families import family_network
+from dit_export.networks.spec import ModelSpec
+from dit_export.passes.attention import plain_attention
+from dit_export.precision.calibrate import Calibration
+from dit_export.precision.measure import Plan, measure
+from dit_export.precision.prompts import Prompts
+from dit_export.recipe import Recipe
+from dit_export.verify import fixtures
+from dit_runtime import backends
+from dit_runtime.backends import Options
+from dit_runtime.bundle import manifest
+from dit_runtime.conditions.condition import Rows
+from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from tests.networks import tiny
 
 SPEC = ModelSpec(depth=3, hidden=96, heads=3, patch=2, latent_size=8, num_classes=10)
 PLAN = Plan(pictures=16, steps=4)
+TOKENS, CHANNELS = 20, 16  # of the prompts of the network with a cross-attention
+STRETCH = (8.0, 14.0, 20.0)  # by how much its outlier channels stand out
 
 
-def unverified_bundle(folder: Path, spec: ModelSpec) -> Path:
-    loaded = Loaded(spec, synthetic_dit(spec, 0), None, (), read_scheduler_config(None), {"kind": "synthetic"})
-    trace_graphs(folder / "traced", loaded, None, Progress())
-    unverified(folder / "bundle", folder / "traced", loaded, Recipe(backend="onnxruntime", max_batch=4), Progress())
-    return folder / "bundle"
+class Scratch(NamedTuple):
+    """A bundle that nothing has verified, in fp32, and its network."""
+
+    folder: Path
+    network: Network
+    fused: dict[str, gs.Graph]
+
+    def graphs(self) -> dict[str, gs.Graph]:
+        """Copy the graphs before the loop, then the denoiser."""
+        return {name: graph.copy() for name, graph in self.fused.items() if name != "update"}
+
+    def calibrate(self, plan: Plan, prompts: Prompts | None = None) -> Calibration:
+        measured = measure(
+            self.folder, self.graphs(), self.network, plan, prompts, layers=True, half=False, on_step=lambda *_: None
+        )
+        assert measured.calibration is not None and not measured.peaks
+        return measured.calibration
+
+    def rows(self) -> Rows:
+        """Return a condition and the null one."""
+        own, null = fixtures.conditions(self.network, 2), fixtures.null(self.network)
+        return {name: np.concatenate([own[name][1:], null[name]]) for name in own}
+
+    def open(self, graphs: Mapping[str, gs.Graph], folder: Path, backend: str, precision: str = "fp32") -> Pipeline:
+        """Open graphs in the place of the bundle's; the denoiser on `backend`, in `precision`."""
+        contract, engines = manifest.read(self.folder), {}
+        for name, graph in graphs.items():
+            form = graph.copy()
+            if backend == "onnxruntime":
+                plain_attention(form)  # as builds do: it refuses a mask with one row for all queries
+            files = [folder / file for file in onnxfile.save(form, folder / f"{name}.onnx")]
+            if name == contract.step.name:
+                engines[name] = backends.backend(backend).open(files, Options(threads=1, precision=precision))
+            else:
+                engines[name] = backends.backend("onnxruntime").open(files, Options(threads=1))
+        return Pipeline(self.folder, contract, engines)
+
+
+def scratch(folder: Path, network: Network) -> Scratch:
+    process = read_diffusion(None, network.learned_variance)
+    loaded = Loaded(network, None, (), process, {"kind": "synthetic"})
+    recipe, traced = Recipe(backend="onnxruntime", max_batch=4), folder.with_name("traced")
+    trace_graphs(traced, loaded, None, Progress())
+    folder.mkdir()
+    assembly = Assembly(folder, traced, loaded, None, recipe, "onnxruntime", Progress())
+    manifest.write(folder, assembly.run())
+    return Scratch(folder, network, assembly.graphs)
+
+
+def outlying_pixart() -> torch.nn.Module:
+    """Return a PixArt in which three channels of every kind of layer's input stand out, and which nothing else shows."""
+    transformer = tiny.pixart(caption_channels=CHANNELS)
+    width = transformer.inner_dim
+    channels, s = torch.tensor([5, 23, 61]), torch.tensor(STRETCH)
+    shared = transformer.adaln_single.linear
+    for row in (0, 1, 3, 4):  # shift and scale of both branches
+        shared.weight[row * width + channels] *= s[:, None]
+        shared.bias[row * width + channels] *= s
+    for block in transformer.transformer_blocks:
+        table = block.scale_shift_table
+        for shift, scale in ((0, 1), (3, 4)):
+            table[shift, channels] *= s
+            table[scale, channels] = s * (1 + table[scale, channels]) - 1
+        for linear in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.ff.net[0].proj):
+            linear.weight[:, channels] /= s
+        for attention in (block.attn1, block.attn2):
+            attention.to_v.weight[channels] *= s[:, None]
+            attention.to_v.bias[channels] *= s
+            attention.to_out[0].weight[:, channels] /= s
+    return transformer
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory, one_thread) -> Path:
-    """Made-up weights with outlier channels, as large trained models have them."""
+def bundle(tmp_path_factory, one_thread) -> Scratch:
+    """A class-conditional DiT."""
     with one_thread():
-        return unverified_bundle(tmp_path_factory.mktemp("int8"), SPEC)
+        return scratch(tmp_path_factory.mktemp("int8") / "bundle", dit_network(synthetic_dit(SPEC, 0)))
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory, one_thread) -> Scratch:
+    """A PixArt, whose q, k and v are layers of their own, with prompts of up to 20 tokens x 16."""
+    with one_thread():
+        network = family_network(outlying_pixart(), (8, 8), TOKENS)
+        return scratch(tmp_path_factory.mktemp("captioned") / "bundle", network)
 
 
 @pytest.fixture(scope="session")
 def calibration(bundle) -> Calibration:
-    return calibrate(bundle, PLAN, lambda done, total: None)
+    return bundle.calibrate(PLAN)
+
+
+@pytest.fixture(scope="session")
+def captioned_calibration(captioned) -> Calibration:
+    return captioned.calibrate(PLAN)

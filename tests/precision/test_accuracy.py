@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -10,25 +10,24 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dit_export.graph import onnxfile
+from dit_export.checkpoints.synthetic import synthetic_dit
+from dit_export.networks.dit import dit_network
+from dit_export.networks.spec import model
 from dit_export.precision import attention
-from dit_export.precision.calibrate import Calibration, Plan, calibrate
+from dit_export.precision.calibrate import Calibration
+from dit_export.precision.measure import Plan
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import smooth
-from dit_export.spec import model
-from dit_runtime import backends
-from dit_runtime.backends import Options
-from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import relative_error
 from dit_runtime.sampling.solvers import plan
-from tests.precision.conftest import unverified_bundle
+from dit_runtime.verify import relative_error
+from tests.precision.conftest import Scratch, scratch
 
-STEPS, GUIDANCE, LABEL = 10, 4.0, 7
+STEPS, GUIDANCE = 10, 4.0
 
 
 class Errors(NamedTuple):
-    """Relative L2 of each step, asked what fp32 was asked."""
+    """Relative L2 of each step, where both read what fp32 reads."""
 
     conditional: list[float]
     null: list[float]
@@ -40,13 +39,18 @@ class Question(NamedTuple):
     time: float
 
 
-def run(pipe: Pipeline) -> list[Question]:
-    """What the network is asked at each step of a guided run."""
-    shape = (1, *pipe.manifest.latent_shape)
+Ask = Callable[[Scratch, Pipeline], list[Question]]
+
+
+def run(bundle: Scratch, pipe: Pipeline) -> list[Question]:
+    """What the network reads at each step of a guided run."""
+    shape = (1, *bundle.network.state.shape)
     seen = [np.random.default_rng(11).normal(size=shape).astype(np.float32)]
-    times = plan(pipe.manifest.diffusion, pipe.manifest.diffusion.sampler.solver, STEPS)
+    times = plan(pipe.manifest.process, pipe.manifest.process.sampler.solver, STEPS)
+    own, null = ({name: rows[part : part + 1] for name, rows in bundle.rows().items()} for part in (0, 1))
     pipe.sample(
-        [LABEL],
+        condition=own,
+        negative=null,
         steps=STEPS,
         guidance=GUIDANCE,
         latents=seen[0],
@@ -56,34 +60,41 @@ def run(pipe: Pipeline) -> list[Question]:
     return [Question(x, float(t)) for x, t in zip(seen[:-1], times, strict=True)]
 
 
-def answers(pipe: Pipeline, asked: Sequence[Question]) -> list[tuple[np.ndarray, ...]]:
+def noise(bundle: Scratch, pipe: Pipeline) -> list[Question]:
+    """Noise at each step: a network of random weights does not stay bounded in a run."""
+    random, process = np.random.default_rng(11), pipe.manifest.process
+    times = plan(process, process.sampler.solver, STEPS)
+    shape = (1, *bundle.network.state.shape)
+    return [Question(random.normal(size=shape).astype(np.float32), float(t)) for t in times]
+
+
+def answers(bundle: Scratch, pipe: Pipeline, questions: Sequence[Question]) -> list[tuple[np.ndarray, ...]]:
     """Of each question: the conditional and the null row, and both mixed."""
-    ids, found = np.array([LABEL, pipe.manifest.null_label]), []
-    for latents, time in asked:
-        rows = pipe.condition(np.full(2, time, np.float32), ids)
-        both = pipe.denoise(latents.repeat(2, axis=0), rows[None], np.ones(2, np.float32))[0]
-        guided = pipe.denoise(latents, rows[:, None], np.full(1, GUIDANCE, np.float32))[0]
-        found.append((both[:1], both[1:], guided))
+    rows, found = bundle.rows(), []
+    own, null = ({name: values[part : part + 1] for name, values in rows.items()} for part in (0, 1))
+    for latents, time in questions:
+        alone = pipe.engines.inputs(np.array([time]), rows, None, np.ones(2, np.float32))
+        mixed = pipe.engines.inputs(np.array([time]), own, null, np.full(1, GUIDANCE, np.float32))
+        both = pipe.engines.denoise(latents.repeat(2, axis=0), alone, 0)[0]
+        found.append((both[:1], both[1:], pipe.engines.denoise(latents, mixed, 0)[0]))
     return found
 
 
-def errors(bundle: Path, calibration: Calibration, folder: Path, backend: str, smoothing: bool) -> Errors:
-    conditioner, denoiser = (onnxfile.load(bundle / f"{name}.onnx") for name in ("conditioner", "denoiser"))
-    chosen = smooth(conditioner, denoiser, calibration, smoothing)
+def errors(
+    bundle: Scratch, calibration: Calibration, folder: Path, backend: str, smoothing: bool, ask: Ask
+) -> Errors:
+    graphs = bundle.graphs()
+    *before, denoiser = graphs.values()
+    chosen = smooth(before, denoiser, calibration, smoothing)
     grids = attention.steps(denoiser, calibration, ())
     quantize(denoiser, chosen)
     for rewrite in attention.passes(backend, grids):
         rewrite(denoiser)
     with ExitStack() as stack:
-        exact = stack.enter_context(Pipeline.load(bundle))
-        engines = {}
-        for name, graph, precision in (("conditioner", conditioner, "fp32"), ("denoiser", denoiser, "int8")):
-            files = onnxfile.save(graph, folder / f"{name}.onnx")
-            module = backends.backend("onnxruntime" if name == "conditioner" else backend)
-            engines[name] = module.open([folder / file for file in files], Options(precision=precision))
-        narrow = stack.enter_context(Pipeline(bundle, manifest.read(bundle), engines))
-        asked = run(exact)
-        pairs = zip(answers(narrow, asked), answers(exact, asked), strict=True)
+        exact = stack.enter_context(Pipeline.load(bundle.folder))
+        narrow = stack.enter_context(bundle.open(graphs, folder, backend, "int8"))
+        questions = ask(bundle, exact)
+        pairs = zip(answers(bundle, narrow, questions), answers(bundle, exact, questions), strict=True)
         steps = [[relative_error(*each) for each in zip(*pair, strict=True)] for pair in pairs]
     return Errors(*(list(column) for column in zip(*steps, strict=True)))
 
@@ -93,19 +104,26 @@ def test_int8_of_a_small_network(bundle, calibration, tmp_path, backend) -> None
     require(bundle, calibration, tmp_path, backend)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_int8_where_q_k_and_v_are_layers_of_their_own(captioned, captioned_calibration, tmp_path, backend) -> None:
+    require(captioned, captioned_calibration, tmp_path, backend, noise)
+
+
 @pytest.mark.slow
 def test_int8_of_xl_2(tmp_path, capsys) -> None:
     """20 minutes and 16 GB; `pytest -s -m slow tests/precision/test_accuracy.py` prints the figures."""
-    bundle = unverified_bundle(tmp_path, model("XL/2"))
-    calibration = calibrate(bundle, Plan(), lambda done, total: None)
+    bundle = scratch(tmp_path / "bundle", dit_network(synthetic_dit(model("XL/2"), 0)))
+    calibration = bundle.calibrate(Plan())
     for backend in ("onnxruntime", "openvino"):
         require(bundle, calibration, tmp_path, backend)
 
 
-def require(bundle: Path, calibration: Calibration, folder: Path, backend: str) -> None:
+def require(bundle: Scratch, calibration: Calibration, folder: Path, backend: str, ask: Ask = run) -> None:
     """0.035 is twice the noise that 8 bits leave in a sound W8A8 network of 28 blocks; unsmoothed ones have 0.045."""
     (folder / backend).mkdir()
-    plain, smoothed = (errors(bundle, calibration, folder / backend, backend, smoothing) for smoothing in (False, True))
+    plain, smoothed = (
+        errors(bundle, calibration, folder / backend, backend, smoothing, ask) for smoothing in (False, True)
+    )
     for name in Errors._fields:
         with_, without = getattr(smoothed, name), getattr(plain, name)
         print(f"{backend} {name}: {np.round(with_, 4)}, without smoothing {np.round(without, 4)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,51 +14,47 @@ import pytest
 from dit_export.cli import main
 from dit_export.graph import onnxfile, trace
 from dit_export.passes.dynamic import dynamic
-from dit_export.precision.calibrate import Calibration, Plan, Watcher, calibrate
-from dit_export.precision.layers import find
+from dit_export.precision import measure
+from dit_export.precision.calibrate import Calibration, LayerStatistics
+from dit_export.precision.layers import coverage, everything, find
+from dit_export.precision.measure import Plan, RecordingEngine
 from dit_export.precision.qdq import quantize
-from dit_export.precision.smooth import choose, smooth, vector_divisors
-from dit_runtime import backends
-from dit_runtime.backends import Options
+from dit_export.precision.smooth import choose, pack_divisors, smooth
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.pipeline import Pipeline
-from tests.precision.conftest import PLAN, SPEC
+from tests.conftest import DIFFUSERS_DEPTH, HIDDEN, PATCH
+from tests.precision.conftest import PLAN, SPEC, Scratch
 
 
-def pair(bundle: Path) -> tuple[gs.Graph, gs.Graph]:
-    return onnxfile.load(bundle / "conditioner.onnx"), onnxfile.load(bundle / "denoiser.onnx")
-
-
-def predictions(
-    bundle: Path, conditioner: gs.Graph, denoiser: gs.Graph, folder: Path, backend="onnxruntime"
-) -> np.ndarray:
+def predictions(bundle: Scratch, graphs: Mapping[str, gs.Graph], folder: Path, backend="onnxruntime") -> np.ndarray:
     """Conditional and null rows over the schedule, before guidance."""
-    module, engines = backends.backend(backend), {}
-    for name, graph in (("conditioner", conditioner), ("denoiser", denoiser)):
-        files = onnxfile.save(graph, folder / f"{name}.onnx")
-        engines[name] = module.open([folder / file for file in files], Options(threads=1))
-    with Pipeline(bundle, manifest.read(bundle), engines) as pipe:
-        times = np.array([999, 700, 400, 100, 10], np.float32).repeat(2)
-        labels = np.array([3, SPEC.null_label] * 5)
-        noise = np.random.default_rng(7).normal(size=(10, 4, 8, 8)).astype(np.float32)
-        rows = pipe.condition(times, labels)
-        ones = np.ones(4, np.float32)
-        parts = [slice(0, 4), slice(4, 8), slice(8, 10)]
-        return np.concatenate([pipe.denoise(noise[p], rows[p][None], ones[: len(rows[p])])[0] for p in parts])
+    with bundle.open(graphs, folder, backend) as pipe:
+        times = np.array([999, 700, 400, 100, 10], np.float32)
+        noise = np.random.default_rng(7).normal(size=(5, 2, *bundle.network.state.shape)).astype(np.float32)
+        inputs = pipe.engines.inputs(times, bundle.rows(), None, np.ones(2, np.float32))
+        return np.concatenate([pipe.engines.denoise(state, inputs, step)[0] for step, state in enumerate(noise)])
 
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def test_the_layers_are_found_by_structure(bundle) -> None:
-    names = [one.name for one in find(pair(bundle)[1])]
-    assert names == [f"block {n} {kind}" for n in range(3) for kind in ("qkv", "proj", "fc1", "fc2")]
+def test_the_layers_are_found_by_structure(bundle, captioned) -> None:
+    graph = bundle.graphs()["denoiser"]
+    layers = find(graph)
+    assert [one.name for one in layers] == [f"block {n} {k}" for n in range(3) for k in ("qkv", "proj", "fc1", "fc2")]
+    last = SPEC.hidden * 8 * SPEC.patch**2  # the final linear's weights
+    inner = SPEC.depth * 12 * SPEC.hidden**2
+    assert coverage(graph, layers) == inner / (inner + last)
+    kinds = ("query", "key", "value", "proj", "q", "cross", "fc1", "fc2")
+    layers = find(captioned.graphs()["denoiser"])
+    assert [one.name for one in layers] == [f"block {n} {kind}" for n in range(2) for kind in kinds]
+    assert [one.kind for one in layers if one.scored] == 2 * ["query", "key"]
+    assert everything(layers)[:5] == [f"block 0 {kind}" for kind in ("query", "key", "value", "attention", "proj")]
 
 
 def test_calibration_looks_on_and_changes_nothing(bundle, calibration) -> None:
-    again = calibrate(bundle, PLAN, lambda done, total: None)
+    again = bundle.calibrate(PLAN)
     for name, seen in calibration.layers.items():
         np.testing.assert_array_equal(seen.largest, again.layers[name].largest)  # seeded
         np.testing.assert_array_equal(seen.sample, again.layers[name].sample)
@@ -67,8 +64,8 @@ def test_calibration_looks_on_and_changes_nothing(bundle, calibration) -> None:
     assert outlying.max() > 5 * np.median(outlying)
 
 
-def test_both_halves_of_guidance_are_seen() -> None:
-    """A watcher on an engine that echoes what it was asked: both groups reach the sample, and are finite there."""
+def test_both_halves_of_guidance_are_seen(tmp_path, monkeypatch) -> None:
+    """On an engine that echoes its input both groups reach the sample, and are finite there."""
 
     class Echo:
         io = (("conditioning",), ("prediction", "layer/largest", "layer/sample"))
@@ -79,57 +76,94 @@ def test_both_halves_of_guidance_are_seen() -> None:
 
         def close(self) -> None: ...
 
-    watcher = Watcher(Echo(), ["layer"], 8, np.random.default_rng(0))
-    assert watcher.io[1] == ("prediction",)
+    class Backend:
+        open = staticmethod(lambda files, options: Echo())
+
+    monkeypatch.setattr(measure.onnxfile, "save", lambda graph, path: ())
+    monkeypatch.setattr(measure.backends, "backend", lambda name: Backend)
+    recorder = RecordingEngine(gs.Graph(), tmp_path / "x.onnx", 8, np.random.default_rng(0))
+    assert recorder.io[1] == ("prediction",)
     groups = np.stack([np.full((4, 1, 1), 1.0), np.full((4, 1, 1), 1e6)])
-    assert watcher.run({"conditioning": groups}).keys() == {"prediction"}
-    assert sorted(set(watcher.seen()["layer"].sample.ravel().tolist())) == [1.0, 65504.0]  # float16's end
+    assert recorder.run({"conditioning": groups}).keys() == {"prediction"}
+    sample = recorder.calibration(PLAN).layers["layer"].sample
+    assert sorted(set(sample.ravel().tolist())) == [1.0, 65504.0]  # float16's end
 
 
 def test_the_fold_changes_no_answer_and_adds_no_op_to_the_loop(bundle, calibration, tmp_path) -> None:
-    before = pair(bundle)
-    expected = predictions(bundle, *before, tmp_path)
-    conditioner, denoiser = pair(bundle)
+    expected = predictions(bundle, bundle.graphs(), tmp_path)
+    graphs = bundle.graphs()
+    conditioner, denoiser = graphs.values()
     once, every_step = (onnxfile.census(graph) for graph in (conditioner, denoiser))
-    chosen = smooth(conditioner, denoiser, calibration)
+    chosen = smooth([conditioner], denoiser, calibration)
     assert onnxfile.census(denoiser) == every_step
     assert onnxfile.census(conditioner) == once | {"Mul": once["Mul"] + 4 * 3}  # a gain and a shift twice a block
     assert {name for name, choice in chosen.items() if choice.alpha == 0} == {f"block {n} fc2" for n in range(3)}
-    assert error(predictions(bundle, conditioner, denoiser, tmp_path), expected) <= 1e-5
+    assert error(predictions(bundle, graphs, tmp_path), expected) <= 1e-5
     # Teeth: the folded denoiser with the old conditioner is another function.
-    assert error(predictions(bundle, before[0], denoiser, tmp_path), expected) > 1e-2
+    assert error(predictions(bundle, bundle.graphs() | {"denoiser": denoiser}, tmp_path), expected) > 1e-2
 
-    table = vector_divisors(denoiser, chosen, SPEC.hidden)
+    ((pack, table),) = pack_divisors(denoiser, chosen).items()
+    assert pack == "conditioning" and table.shape == (SPEC.num_vectors, SPEC.hidden)
     moved = np.flatnonzero((table != 1).any(axis=1))
     assert moved.tolist() == sorted(6 * n + k for n in range(3) for k in (0, 1, 3, 4))  # gains and shifts, no gates
 
 
+def test_layers_that_read_one_tensor_share_their_divisors(captioned, captioned_calibration, tmp_path) -> None:
+    """A PixArt's q, k and v read one norm, and its values are made of prompts before the loop."""
+    expected = predictions(captioned, captioned.graphs(), tmp_path)
+    graphs = captioned.graphs()
+    *before, denoiser = graphs.values()
+    every_step = onnxfile.census(denoiser)
+    chosen = smooth(before, denoiser, captioned_calibration)
+    assert onnxfile.census(denoiser) == every_step
+    for block in range(2):
+        query, key, value = (chosen[f"block {block} {kind}"] for kind in ("query", "key", "value"))
+        assert query is key is value and query.alpha > 0
+        outlying = np.sort(np.argsort(-query.divisors)[:3])
+        assert outlying.tolist() == np.sort(np.argsort(-chosen[f"block {block} cross"].divisors)[:3]).tolist()
+        assert outlying.tolist() == [5, 23, 61]
+    # Nothing can be folded into what reads the residual stream as it is, or a GELU.
+    assert {name for name, choice in chosen.items() if choice.alpha == 0} == {
+        f"block {n} {kind}" for n in range(2) for kind in ("q", "fc2")
+    }
+    assert error(predictions(captioned, graphs, tmp_path), expected) <= 1e-5
+    for name in graphs.keys() - {"denoiser"}:  # teeth
+        mixed = graphs | {name: captioned.graphs()[name]}
+        assert error(predictions(captioned, mixed, tmp_path), expected) > 1e-2
+    tables = pack_divisors(denoiser, chosen)
+    assert {name: int((table != 1).any(axis=1).sum()) for name, table in tables.items()} == {
+        "modulation": 2 * 2 * 2,  # gains and shifts twice a block
+        "context_1": 2 * captioned.network.conditions[0].shape[0],  # the values of each token, a block
+    }
+
+
 def test_the_trajectory_is_what_calibration_is_for(bundle, calibration, tmp_path) -> None:
     """Ranges seen at two timesteps for one class do not hold for all of them."""
-    short = calibrate(bundle, Plan(pictures=1, steps=2, batch=1), lambda done, total: None)
-    expected, errors = predictions(bundle, *pair(bundle), tmp_path), []
+    short = bundle.calibrate(Plan(pictures=1, steps=2, batch=1))
+    expected, errors = predictions(bundle, bundle.graphs(), tmp_path), []
     for seen in (short, calibration):
-        conditioner, denoiser = pair(bundle)
-        quantize(denoiser, smooth(conditioner, denoiser, seen))
-        errors.append(error(predictions(bundle, conditioner, denoiser, tmp_path), expected))
+        graphs = bundle.graphs()
+        conditioner, denoiser = graphs.values()
+        quantize(denoiser, smooth([conditioner], denoiser, seen))
+        errors.append(error(predictions(bundle, graphs, tmp_path), expected))
     assert errors[1] < errors[0]
 
 
 def test_q_and_dq_stand_around_the_token_gemms_only(bundle, calibration, tmp_path) -> None:
-    conditioner, denoiser = pair(bundle)
+    conditioner, denoiser = bundle.graphs().values()
     plain, size = onnxfile.census(denoiser), onnxfile.weight_bytes(denoiser)
-    chosen = smooth(conditioner, denoiser, calibration)
+    chosen = smooth([conditioner], denoiser, calibration)
     assert quantize(denoiser, chosen, keep=["block 0 fc2", "block 2 qkv"]) == 10
     census = onnxfile.census(denoiser)
     assert (census["QuantizeLinear"], census["DequantizeLinear"]) == (10, 20)
     assert {op: n for op, n in census.items() if "Linear" not in op} == plain
-    conditioner, denoiser = pair(bundle)
-    quantize(denoiser, smooth(conditioner, denoiser, calibration))
+    conditioner, denoiser = bundle.graphs().values()
+    quantize(denoiser, smooth([conditioner], denoiser, calibration))
     assert onnxfile.weight_bytes(denoiser) < 0.32 * size
     files = onnxfile.save(denoiser, tmp_path / "a.onnx")
     form = denoiser.copy()
     assert dynamic(form) == 12 and "QuantizeLinear" not in onnxfile.census(form)
-    assert dynamic(pair(bundle)[1]) == 0
+    assert dynamic(bundle.graphs()["denoiser"]) == 0
     assert onnxfile.save(form, tmp_path / "b.onnx")[1:] == files[1:]  # the int8 weights are there once
 
 
@@ -137,9 +171,7 @@ def test_choose_prefers_less_error() -> None:
     rng = np.random.default_rng(0)
     sample = rng.normal(size=(64, 32)).astype(np.float32)
     sample[:, 3] *= 50
-    from dit_export.precision.calibrate import Seen
-
-    seen = Seen(np.abs(sample).max(axis=0), sample)
+    seen = LayerStatistics(np.abs(sample).max(axis=0), sample)
     weight = rng.normal(size=(32, 16)).astype(np.float32)
     plain, smoothed = choose(seen, weight, smooth=False), choose(seen, weight, smooth=True)
     assert smoothed.error < 0.5 * plain.error and smoothed.divisors[3] == smoothed.divisors.max()
@@ -164,12 +196,14 @@ def test_an_int8_bundle(shared_embedders, narrow, tmp_path, capsys, one_thread, 
     bundle = narrow("int8", backend)
     contract = manifest.read(bundle)
     decoder = "bf16" if backend == "openvino" else "fp32"
-    assert {name: graph.precision for name, graph in contract.graphs.items()} == {
+    assert {stage.name: stage.precision for stage in contract.stages} == {
         "conditioner": "fp32",
         "denoiser": "int8",
         "update": "fp32",
         "decoder": decoder,
     }
+    inner = 12 * HIDDEN**2 * DIFFUSERS_DEPTH
+    assert contract.built_with["quantized"] == inner / (inner + HIDDEN * 8 * PATCH**2)
     assert main(["verify", str(bundle)]) == 0
 
     seen = bundle.with_name(f"{bundle.name}.calibration.npz")

@@ -7,6 +7,7 @@ import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from dit_export.graph import onnxfile
 from dit_export.precision import search
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import find, named
-from dit_export.precision.search import Budget, Found, Search, Wish
-from dit_export.spec import Recipe
+from dit_export.precision.search import Budget, LayerSensitivity, Search, SearchOptions
+from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 
@@ -25,14 +26,20 @@ RUINED = "block 1 fc2"
 KINDS = ("qkv", "attention", "proj", "fc1", "fc2")
 
 
+class Found(NamedTuple):
+    keep: list[str]
+    table: list[LayerSensitivity]
+
+
 @pytest.fixture
 def searched(bundle, tmp_path):
     """Searches a copy of the bundle."""
 
-    def run(calibration: Calibration, backend: str, wish: Wish, fixed: tuple[str, ...] = ()) -> Found:
+    def run(calibration: Calibration, backend: str, options: SearchOptions, fixed: tuple[str, ...] = ()) -> Found:
         folder = tmp_path / f"copy-{len([*tmp_path.iterdir()])}"
-        shutil.copytree(bundle, folder)
-        return Search(folder, calibration, backend, None, lambda done, total: None).run(wish, fixed)
+        shutil.copytree(bundle.folder, folder)
+        tried = Search(folder, bundle.network, calibration, backend, None, lambda done, total: None)
+        return Found(*tried.run(options, fixed))
 
     return run
 
@@ -44,7 +51,7 @@ def values(found: Found) -> list[float]:
 
 
 def test_names_of_layers(bundle) -> None:
-    layers = find(onnxfile.load(bundle / "denoiser.onnx"))
+    layers = find(bundle.graphs()["denoiser"])
     assert named(layers, []) == []
     assert named(layers, ["fc1", "block 0 fc1"]) == [f"block {n} fc1" for n in range(3)]
     assert named(layers, ["block 2"]) == [f"block 2 {kind}" for kind in KINDS]
@@ -57,12 +64,12 @@ def test_the_layer_that_int8_ruins_is_the_one_kept(calibration, searched) -> Non
 
     TensorRT's engines do not run here, so the portable graph answers for them.
     """
-    usual = searched(calibration, "tensorrt", Wish(Budget("latent-rel-l2", 10.0)))
+    usual = searched(calibration, "tensorrt", SearchOptions(Budget("latent-rel-l2", 10.0)))
     assert usual.keep == []
     limit = 1.5 * values(usual)[0]
     seen = calibration.layers[RUINED]
     misled = replace(calibration, layers={**calibration.layers, RUINED: replace(seen, largest=100 * seen.largest)})
-    found = searched(misled, "tensorrt", Wish(Budget("latent-rel-l2", limit)))
+    found = searched(misled, "tensorrt", SearchOptions(Budget("latent-rel-l2", limit)))
     assert found.keep == [RUINED]
     errors = {entry.layer: entry.error for entry in found.table}
     assert errors.pop(RUINED) > 2 * max(errors.values())
@@ -74,10 +81,10 @@ def test_the_layer_that_int8_ruins_is_the_one_kept(calibration, searched) -> Non
 def test_the_worst_are_kept_and_no_more_than_needed(calibration, searched) -> None:
     """ONNX Runtime's own form, activations measured as they come; a layer the recipe names is kept besides."""
     fixed = ("block 0 proj",)
-    free = searched(calibration, "onnxruntime", Wish(Budget("latent-rel-l2", 10.0)), fixed)
+    free = searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 10.0)), fixed)
     assert free.keep == [*fixed]
     # Far below: on busy machines the same run differs by a tenth, for one rounding that falls otherwise moves the rest.
-    found = searched(calibration, "onnxruntime", Wish(Budget("latent-rel-l2", 0.7 * values(free)[0])), fixed)
+    found = searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 0.7 * values(free)[0])), fixed)
     assert found.keep[0] == "block 0 proj" and 2 <= len(found.keep) < len(found.table)
     by_error = sorted(found.table, key=lambda entry: -entry.error)
     worst = [entry.layer for entry in by_error if entry.layer != "block 0 proj"]
@@ -88,9 +95,9 @@ def test_the_worst_are_kept_and_no_more_than_needed(calibration, searched) -> No
 
 def test_budgets_that_cannot_be_held(calibration, searched) -> None:
     with pytest.raises(UsageError, match="does not hold on openvino even with every layer in float"):
-        searched(calibration, "openvino", Wish(Budget("latent-rel-l2", 1e-4)))  # bf16 alone is beyond it
+        searched(calibration, "openvino", SearchOptions(Budget("latent-rel-l2", 1e-4)))  # bf16 alone is beyond it
     with pytest.raises(UsageError, match="holds with no layer in int8 only"):
-        searched(calibration, "onnxruntime", Wish(Budget("latent-rel-l2", 1e-4)))
+        searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 1e-4)))
 
 
 @pytest.mark.parametrize(
@@ -108,15 +115,15 @@ def test_what_int8_makes_no_faster_stays_float(calibration, searched, monkeypatc
     """The figures are given: what is measured differs from machine to machine."""
     ratios = iter([1.5, 0.9, 0.8, 1.01, 1.2])
     monkeypatch.setattr(search, "_ratio", lambda slow, fast: (slow(), fast()) and next(ratios))
-    found = searched(calibration, "openvino", Wish(tune=True))
+    found = searched(calibration, "openvino", SearchOptions(tune=True))
     assert found.keep == ["qkv", "fc2"]
     assert {entry.layer for entry in found.table if entry.kept} == {
         f"block {n} {kind}" for n in range(3) for kind in found.keep
     }
     with pytest.raises(UsageError, match="cannot time tensorrt"):
-        Wish(tune=True).check("tensorrt", has_decoder=True)
+        SearchOptions(tune=True).check("tensorrt", has_decoder=True)
     with pytest.raises(UsageError, match="no decoder"):
-        Wish(Budget("PSNR", 30)).check("openvino", has_decoder=False)
+        SearchOptions(Budget("PSNR", 30)).check("openvino", has_decoder=False)
 
 
 def test_the_command_writes_a_recipe_that_builds_the_same(shared_embedders, tmp_path, one_thread, monkeypatch) -> None:
@@ -134,7 +141,7 @@ def test_the_command_writes_a_recipe_that_builds_the_same(shared_embedders, tmp_
     assert recipe["keep_float"] == ["block 0 fc2"] and Recipe.from_toml(Path("first.toml")).precision == "int8"
     with one_thread():
         assert main(["build", "first.toml", "-o", "again", "--calibration", "first.calibration.npz"]) == 0
-    first, again = (manifest.read(Path(name)).graphs["denoiser"] for name in ("first", "again"))
+    first, again = (manifest.read(Path(name)).step for name in ("first", "again"))
     assert first.files == again.files
     graph, other = (onnxfile.load(Path(name) / "denoiser.onnx") for name in ("first", "again"))
     assert onnxfile.census(graph) == onnxfile.census(other) and onnxfile.census(graph)["QuantizeLinear"] == 11

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx_graphsurgeon as gs
 import onnxruntime as ort
 import pytest
 
 from dit_export.graph import onnxfile
-from dit_export.precision import calibrate, peaks
+from dit_export.precision import measure
+from dit_export.precision.measure import Plan, add_taps
 
 
-def tap_layers(graph: gs.Graph) -> None:
-    calibrate.add_taps(graph, 16, np.random.default_rng(0))
-
-
-@pytest.mark.parametrize("tap", [peaks.tap, tap_layers], ids=["peaks", "calibration"])
-def test_no_tensor_waits_for_its_tap(bundle, tap: Callable[[gs.Graph], object], tmp_path) -> None:
-    graph = onnxfile.load(bundle / "denoiser.onnx")
-    network = {id(node) for node in graph.nodes}
-    tap(graph)
-    added = [node for node in graph.nodes if id(node) not in network]
+@pytest.mark.parametrize(("layers", "half"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("network", ["bundle", "captioned"])
+def test_no_tensor_waits_for_its_tap(request, network, layers, half, tmp_path) -> None:
+    graph = request.getfixturevalue(network).graphs()["denoiser"]
+    outputs = len(graph.outputs)
+    add_taps(graph, layers, half, np.random.default_rng(0))
+    added, ends = [], [tensor.inputs[0] for tensor in graph.outputs[outputs:]]
+    for end in ends:
+        added += [end] if end.op == "Gather" else [end.i(), end]
     onnxfile.save(graph, tmp_path / "tapped.onnx")
     order = {name: place for place, name in enumerate(executed(tmp_path / "tapped.onnx"))}
     waits = [order[node.name] - order[node.i().name] for node in added if node.inputs[0].inputs]
     assert len(waits) > 24
-    assert max(waits) <= 8  # a tensor has up to three taps of two nodes; a late one waits for half the network
+    # A tensor has up to five taps of two nodes; a late one waits for half the network.
+    assert max(waits) <= 8 + 4 * (layers and half)
+
+
+def test_no_activation_is_stored(bundle, monkeypatch) -> None:
+    """A run leaves numbers a channel and a bounded number of rows, however many pictures and steps it has."""
+    recorders, made = [], measure.RecordingEngine.__init__
+
+    def remember(self, *arguments) -> None:
+        recorders.append(self)
+        made(self, *arguments)
+
+    monkeypatch.setattr(measure.RecordingEngine, "__init__", remember)
+    for pictures, steps in ((4, 2), (16, 8)):
+        bundle.calibrate(Plan(pictures=pictures, steps=steps))
+        recorder = recorders.pop()
+        rows = {name: sum(map(len, parts)) for name, parts in recorder._samples.items()}
+        assert len(rows) == 12 and 60 < min(rows.values()) <= max(rows.values()) <= measure.ROWS
+        assert all(part.ndim == 2 and part.dtype == np.float16 for parts in recorder._samples.values() for part in parts)
+        assert len(recorder._largest) == 12 + 3 and all(array.ndim == 1 for array in recorder._largest.values())
 
 
 def executed(path: Path) -> list[str]:

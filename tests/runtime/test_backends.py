@@ -12,12 +12,11 @@ import onnxruntime
 import openvino
 import pytest
 
-from dit_runtime import Pipeline, UsageError, backends
+from dit_runtime import Pipeline, UsageError, backends, verify
 from dit_runtime.backends import Options
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main
-from dit_runtime.conditioning import Table
 
 BACKENDS = ["openvino", "onnxruntime"]  # those of every CPU
 
@@ -28,64 +27,67 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "dit-run"
 
 
-def on(bundle: Path, backend: str) -> Path:
+def on(folder: Path, backend: str) -> Path:
     """The same bundle, run by another backend."""
-    contract = manifest.read(bundle)
-    graphs = {name: replace(graph, backend=backend) for name, graph in contract.graphs.items()}
-    manifest.write(bundle, replace(contract, graphs=graphs))
-    return bundle
+    contract = manifest.read(folder)
+    stages = tuple(replace(stage, backend=backend) for stage in contract.stages)
+    manifest.write(folder, replace(contract, stages=stages))
+    return folder
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_picture_whatever_the_backend(own_embedders, tmp_path, backend) -> None:
-    import shutil
-
-    with Pipeline.load(own_embedders.bundle) as pipe:
-        expected = pipe.sample([207, 360, 1], steps=4, seed=[1, 2, 3])
-    copy = on(Path(shutil.copytree(own_embedders.bundle, tmp_path / "copy")), backend)
-    with Pipeline.load(copy, threads=1) as pipe:
-        for labels, seeds in (
-            ([207, 360, 1], [1, 2, 3]),
-            ([360], [2]),
-        ):  # two shapes: a model of its own, then a free one
+def test_one_picture_whatever_the_backend(handmade, bundle, backend) -> None:
+    with Pipeline.load(handmade("labels")) as pipe:
+        expected = pipe.sample([2, 3, 1], steps=4, seed=[1, 2, 3])
+    with Pipeline.load(on(bundle, backend), threads=1) as pipe:
+        # Two shapes: a model of its own, then a free one.
+        for labels, seeds in (([2, 3, 1], [1, 2, 3]), ([3], [2])):
             pictures = pipe.sample(labels, steps=4, seed=seeds).astype(int)
             for picture, seed in zip(pictures, seeds, strict=True):
                 difference = np.abs(picture - expected[seed - 1])
-                assert difference.max() <= 1 and (difference > 0).mean() < 1e-3  # fp32, rounded to 256 levels
-        alone = pipe.sample([360], steps=4, seed=2, guidance=1.0)
+                assert difference.max() <= 1 and (difference > 0).mean() < 1e-2  # fp32, rounded to 256 levels
+        alone = pipe.sample([3], steps=4, seed=2, guidance=1.0)
         assert np.abs(alone.astype(int) - expected[1]).max() > 10  # another question has another answer
 
 
+@pytest.mark.parametrize("kind", ["captioned", "wave", "video", "free"])
+def test_every_kind_on_openvino(copied, kind) -> None:
+    """Verified against the reference: any rank, any conditions, the groups at once where threads allow."""
+    with Pipeline.load(on(copied(kind), "openvino"), threads=2) as pipe:
+        figures = verify.verify(pipe)
+    assert all(figure.passed for figure in figures) and {"denoiser", "run"} <= {figure.stage for figure in figures}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_form_of_its_own_is_what_the_backend_opens(own_embedders, backend) -> None:
-    contract = manifest.read(own_embedders.bundle)
-    graph = replace(contract.graphs["denoiser"], backend=backend)
-    assert graph.files == (f"denoiser.{backend}.onnx", "denoiser.onnx.data")
-    assert (own_embedders.bundle / graph.files[0]).stat().st_size < 100_000  # the weights are not there twice
+def test_a_form_of_its_own_is_what_the_backend_opens(handmade, backend) -> None:
+    step = manifest.read(handmade("labels")).step
+    engines = {backend: (f"denoiser.{backend}.onnx", "denoiser.onnx.data")}
+    assert replace(step, backend=backend, engines=engines).files == engines[backend]
+    assert replace(step, engines=engines).files == (step.files if backend != "onnxruntime" else engines[backend])
 
 
-def test_compiled_models_are_kept_in_the_users_cache(meta_copy, cache) -> None:
-    on(meta_copy, "openvino")
-    before = sorted(path.name for path in meta_copy.iterdir())
-    with Pipeline.load(meta_copy) as pipe:
+def test_compiled_models_are_kept_in_the_users_cache(bundle, cache) -> None:
+    on(bundle, "openvino")
+    before = sorted(path.name for path in bundle.iterdir())
+    with Pipeline.load(bundle) as pipe:
         first = pipe.sample([1], steps=2, output="latents")
     (folder,) = cache.iterdir()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")}
-    assert kept and sorted(path.name for path in meta_copy.iterdir()) == before
-    with Pipeline.load(meta_copy) as pipe:
+    assert kept and sorted(path.name for path in bundle.iterdir()) == before
+    with Pipeline.load(bundle) as pipe:
         again = pipe.sample([1], steps=2, output="latents")
     np.testing.assert_array_equal(again, first)
     assert {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")} == kept
 
 
 @pytest.mark.parametrize("why", ["a file in its place", "no home"])
-def test_a_cache_that_cannot_be_is_done_without(meta_copy, tmp_path, monkeypatch, why) -> None:
+def test_a_cache_that_cannot_be_is_done_without(bundle, tmp_path, monkeypatch, why) -> None:
     if why == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", no_home)
     else:
         (tmp_path / "cache").write_text("")
-    with Pipeline.load(on(meta_copy, "openvino")) as pipe:
+    with Pipeline.load(on(bundle, "openvino")) as pipe:
         assert np.isfinite(pipe.sample([1], steps=2, output="latents")).all()
 
 
@@ -96,13 +98,13 @@ def no_home() -> Path:
 @pytest.mark.parametrize(
     "flags, exact", [("sse2 avx2 avx512f", True), ("sse2 avx2 avx_vnni", False), ("asimd i8mm", False), (None, True)]
 )
-def test_products_do_not_saturate_where_there_is_no_vnni(meta_copy, tmp_path, monkeypatch, flags, exact) -> None:
+def test_products_do_not_saturate_where_there_is_no_vnni(bundle, tmp_path, monkeypatch, flags, exact) -> None:
     """ONNX Runtime does as it is asked on every x86 CPU, at 0.4 of the speed, so that it is asked is what counts."""
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"flags : {flags}")
     monkeypatch.setattr(backends.backend("onnxruntime"), "CPU", tmp_path / "cpuinfo")
-    graph = manifest.read(on(meta_copy, "onnxruntime")).graphs["denoiser"]
-    engine = backends.backend("onnxruntime").open([meta_copy / name for name in graph.files], Options())
+    step = manifest.read(on(bundle, "onnxruntime")).step
+    engine = backends.backend("onnxruntime").open([bundle / name for name in step.files], Options())
     settings = engine._session.get_session_options()
     if exact:
         assert settings.get_session_config_entry("session.x64quantprecision") == "1"
@@ -111,25 +113,25 @@ def test_products_do_not_saturate_where_there_is_no_vnni(meta_copy, tmp_path, mo
             settings.get_session_config_entry("session.x64quantprecision")
 
 
-def test_rows_at_once_are_rows_in_one_batch(meta_copy, tmp_path, monkeypatch) -> None:
-    """OpenVINO runs the row with the label and the one with the null label each on half of an even number of threads,
-    where cores are alike; guidance moves three channels of four, and each sample has a weight of its own."""
-    on(meta_copy, "openvino")
+def test_rows_at_once_are_rows_in_one_batch(bundle, tmp_path, monkeypatch) -> None:
+    """OpenVINO runs a sample's own condition and its negative each on half of an even number of threads, where cores
+    are alike; each sample has a weight of its own."""
+    on(bundle, "openvino")
     module = backends.backend("openvino")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(module, "UNLIKE", tmp_path / "cpu_atom")
-    noise = np.random.default_rng(3).normal(size=(3, *manifest.read(meta_copy).latent_shape))
+    noise = np.random.default_rng(3).normal(size=(3, *manifest.read(bundle).state.shape))
 
     def answers(threads: int) -> tuple[type, list[np.ndarray]]:
         found = []
-        with Pipeline.load(meta_copy, threads=threads) as pipe:
+        with Pipeline.load(bundle, threads=threads) as pipe:
             for batch in (1, 3, 1):  # its own shape, another, and back
-                x, labels = noise[:batch], [2, 5, 7][:batch]
-                times, ids = np.full(batch, 300, np.float32), (labels, [12] * batch)
-                rows = [pipe.condition(times, np.array(some)) for some in ids]
-                found += pipe.denoise(x, np.stack(rows), np.array([4, 1.5, 7], np.float32)[:batch])
-                found += pipe.denoise(x, rows[0][None], np.ones(batch, np.float32))  # without guidance
-            return type(pipe._engines["denoiser"]), found
+                x, own = noise[:batch], {"labels": np.array([2, 0, 4][:batch])}
+                weights = np.array([4, 1.5, 7], np.float32)[:batch]
+                for negative in ({"labels": np.array([5])}, None):  # with guidance, and without
+                    inputs = pipe.engines.inputs(np.array([300.0]), own, negative, weights)
+                    found += pipe.engines.denoise(x, inputs, 0)
+            return type(pipe.engines.opened["denoiser"]), found
 
     kind, stacked = answers(1)
     assert kind is module.OvEngine and answers(3)[0] is module.OvEngine
@@ -139,6 +141,29 @@ def test_rows_at_once_are_rows_in_one_batch(meta_copy, tmp_path, monkeypatch) ->
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
     (tmp_path / "cpu_atom").mkdir()
     assert answers(2)[0] is module.OvEngine
+
+
+@pytest.mark.parametrize("row", [(6,), (4, 2, 2), (4, 3, 2, 2)], ids=str)
+def test_guidance_moves_the_leading_channels_of_any_state(row) -> None:
+    """Of any rank; inputs that have no groups go to both runs."""
+    random = np.random.default_rng(1)
+    x, context = random.normal(size=(3, *row)), random.normal(size=(2, 3, 5))
+    weights = np.array([4, 1.5, 7], np.float32)
+
+    class Two:
+        io, close = ((), ()), None
+
+        def run_at_once(self, asked):
+            assert all(rows["x"] is x and rows["context"].shape == (1, 3, 5) for rows in asked)
+            factors = [rows["context"][0].sum(axis=1).reshape(-1, *(1 for _ in row)) for rows in asked]
+            return [{"prediction": x * factor, "variance": factor} for factor in factors]
+
+    halves = backends.backend("openvino").Halves(Two(), 3, ("context",))
+    found = halves.run({"x": x, "context": context, "guidance": weights})
+    first, last = (x * part.sum(axis=1).reshape(-1, *(1 for _ in row)) for part in context)
+    strength = weights.reshape(-1, *(1 for _ in row))
+    np.testing.assert_allclose(found["prediction"][:, :3], (last + strength * (first - last))[:, :3])
+    np.testing.assert_array_equal(found["prediction"][:, 3:], first[:, 3:])
 
 
 def test_auto_takes_the_first_that_can(monkeypatch) -> None:
@@ -166,9 +191,9 @@ def test_info_says_what_is_here(capsys) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_an_engine_refuses(meta_copy, backend) -> None:
-    graph = manifest.read(on(meta_copy, backend)).graphs["denoiser"]
-    files = [meta_copy / name for name in graph.files]
+def test_what_an_engine_refuses(bundle, backend) -> None:
+    step = manifest.read(on(bundle, backend)).step
+    files = [bundle / name for name in step.files]
     module = backends.backend(backend)
     with pytest.raises(UsageError, match="threads is 0"):
         module.open(files, Options(threads=0))
@@ -180,10 +205,8 @@ def test_what_an_engine_refuses(meta_copy, backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_low_memory_keeps_one_graph_open(own_embedders, tmp_path, backend, monkeypatch) -> None:
-    import shutil
-
-    bundle = on(Path(shutil.copytree(own_embedders.bundle, tmp_path / "copy")), backend)
+def test_low_memory_keeps_one_stage_open(handmade, bundle, backend, monkeypatch) -> None:
+    on(bundle, backend)
     opened: list[str] = []
     for name in BACKENDS:
         module = backends.backend(name)
@@ -199,30 +222,23 @@ def test_low_memory_keeps_one_graph_open(own_embedders, tmp_path, backend, monke
     with Pipeline.load(bundle.name, low_memory=True) as pipe:
         assert opened == []
         monkeypatch.chdir("/")  # as a daemon does
-        low = pipe.sample([5, 9], steps=3, seed=4)
-        assert [*pipe._engines] == ["decoder"]
+        low = pipe.sample([2, 4], steps=3, seed=4)
+        assert [*pipe.engines.opened] == ["decoder"]
     assert opened == ["conditioner on onnxruntime", f"denoiser on {backend}", f"decoder on {backend}"]
     monkeypatch.undo()
     with Pipeline.load(bundle) as pipe:
-        assert np.abs(low.astype(int) - pipe.sample([5, 9], steps=3, seed=4)).max() <= 1
+        assert np.abs(low.astype(int) - pipe.sample([2, 4], steps=3, seed=4)).max() <= 1
 
 
-def test_a_whole_table_over_budget_is_a_file(monkeypatch) -> None:
-    calls = []
-
-    def conditioner(timesteps, labels):
-        calls.append(len(labels))
-        return np.stack([timesteps, labels], 1)[:, :, None].astype(np.float32).repeat(3, 2)  # (N, K = 2, D = 3)
-
-    for budget, behind in ((10_000, type(None)), (100, np.memmap)):
-        calls.clear()
-        table = Table(conditioner, [30.0, 20.0, 10.0], [4, 7], 9, 24, 4, budget, whole=True)
-        rows = [table(step, slice(0, 2)) for step in range(3)]
-        assert sum(calls) == 9 and len(calls) == 3  # every pair once, before the second step
-        assert type(table._rows.base) is behind
-        for step, t in enumerate((30, 20, 10)):
-            np.testing.assert_array_equal(rows[step][:, :, 0, 0], t)
-            np.testing.assert_array_equal(rows[step][:, :, 1, 0], [[4, 7], [9, 9]])
+def test_low_memory_opens_each_of_many_stages_once(copied, monkeypatch) -> None:
+    opened: list[str] = []
+    module = backends.backend("onnxruntime")
+    real = module.open
+    monkeypatch.setattr(module, "open", lambda files, options: opened.append(files[0].stem) or real(files, options))
+    condition = {"words": np.ones((5, 3, 4)), "pooled": np.arange(25).reshape(5, 5)}  # more rows than an engine takes
+    with Pipeline.load(copied("wave"), low_memory=True) as pipe:
+        pipe.sample(condition=condition, steps=6, output="latents")
+    assert sorted(opened) == ["conditioner", "context", "denoiser", "modulation", "summary"]
 
 
 def test_info_says_why_an_installed_backend_cannot_run(monkeypatch, capsys) -> None:

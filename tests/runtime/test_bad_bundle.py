@@ -15,7 +15,8 @@ import pytest
 
 from dit_runtime import BundleError
 from dit_runtime.bundle import manifest
-from dit_runtime.cli import main, summary
+from dit_runtime.bundle.summary import summary
+from dit_runtime.cli import main
 
 COMMANDS = {
     "sample": ["--labels", "1", "-o", "x.npy", "--steps", "2"],
@@ -24,19 +25,19 @@ COMMANDS = {
     "bench": ["--steps", "2", "--rounds", "1"],
     "info": [],
 }
-OPENED = "denoiser.onnxruntime.onnx"  # the form that this backend runs
+OPENED = "denoiser.onnx"
 OPENING = ("sample", "verify", "compile", "bench")  # info opens no graph
 
 
-def test_the_untouched_copy_is_not_refused(meta_copy, capsys, tmp_path, monkeypatch):
+def test_the_untouched_copy_is_not_refused(bundle, capsys, tmp_path, monkeypatch):
     """Each command runs as it is called below, so what the tests see is the damage."""
     monkeypatch.chdir(tmp_path)
     for command, arguments in COMMANDS.items():
-        assert main([command, str(meta_copy), *arguments]) == 0, capsys.readouterr().err
+        assert main([command, str(bundle), *arguments]) == 0, capsys.readouterr().err
 
 
 @pytest.fixture
-def refused(capsys, meta_copy, tmp_path, monkeypatch, listing):
+def refused(capsys, bundle, tmp_path, monkeypatch, listing):
     """Each command refuses the bundle in the same way, and leaves it as it is."""
     monkeypatch.chdir(tmp_path)
 
@@ -44,7 +45,7 @@ def refused(capsys, meta_copy, tmp_path, monkeypatch, listing):
         before = listing(tmp_path)
         for command in commands:
             capsys.readouterr()
-            code = main([command, str(meta_copy), *COMMANDS[command]])
+            code = main([command, str(bundle), *COMMANDS[command]])
             captured = capsys.readouterr()
             lines = captured.err.splitlines()
             assert code == 2, f"{command}: {captured.err}{captured.out}"
@@ -56,13 +57,17 @@ def refused(capsys, meta_copy, tmp_path, monkeypatch, listing):
     return check
 
 
-def edit(bundle: Path, **changes: Any) -> None:
-    path = bundle / "manifest.json"
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def files(bundle: Path) -> dict:
-    return json.loads((bundle / "manifest.json").read_text())["files"]
+def files(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())["files"]
+
+
+def stage(table: dict, name: str) -> dict:
+    return next(entry for entry in table["stages"] if entry["name"] == name)
 
 
 def described(path: Path) -> dict:
@@ -71,152 +76,160 @@ def described(path: Path) -> dict:
 
 @pytest.mark.parametrize("name", ["conditioner.onnx.data", "denoiser.onnx.data", OPENED])
 @pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
-def test_a_flipped_byte(refused, meta_copy, name, where):
-    content = bytearray((meta_copy / name).read_bytes())
+def test_a_flipped_byte(refused, bundle, name, where):
+    content = bytearray((bundle / name).read_bytes())
     content[int(where * (len(content) - 1))] ^= 1
-    (meta_copy / name).write_bytes(content)
+    (bundle / name).write_bytes(content)
     refused(name, "sha256", "rebuild", commands=OPENING)
 
 
-def test_a_flipped_byte_in_the_reference(refused, meta_copy):
-    content = bytearray((meta_copy / "reference.npz").read_bytes())
+def test_a_flipped_byte_in_the_reference(refused, bundle):
+    content = bytearray((bundle / "reference.npz").read_bytes())
     content[len(content) // 2] ^= 1
-    (meta_copy / "reference.npz").write_bytes(content)
+    (bundle / "reference.npz").write_bytes(content)
     refused("reference.npz", "sha256", commands=["verify"])
 
 
 @pytest.mark.parametrize("name", ["conditioner.onnx", "denoiser.onnx.data", "reference.npz"])
-def test_a_missing_file(refused, meta_copy, name):
-    (meta_copy / name).unlink()
+def test_a_missing_file(refused, bundle, name):
+    (bundle / name).unlink()
     refused(name, "missing", "rebuild")
 
 
 @pytest.mark.parametrize("name", ["denoiser.onnx.data", "reference.npz"])
 @pytest.mark.parametrize("change", ["shorter", "longer"])
-def test_a_file_of_another_size(refused, meta_copy, name, change):
-    content = (meta_copy / name).read_bytes()
-    (meta_copy / name).write_bytes(content[:-1] if change == "shorter" else content + b"\0")
+def test_a_file_of_another_size(refused, bundle, name, change):
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[:-1] if change == "shorter" else content + b"\0")
     refused(name, f"expected {len(content)}")
 
 
-def test_no_manifest(refused, meta_copy):
-    (meta_copy / "manifest.json").unlink()
+def test_no_manifest(refused, bundle):
+    (bundle / "manifest.json").unlink()
     refused("manifest.json", "dit-export build")
 
 
 @pytest.mark.parametrize(
     ("found", "said"),
-    [(2, "upgrade"), (99, "upgrade"), (0, "rebuild"), ("1", "format"), (None, "format"), (1.5, "format")],
+    [(3, "upgrade"), (99, "upgrade"), (1, "rebuild"), ("2", "format"), (None, "format"), (2.5, "format")],
 )
-def test_another_format(refused, meta_copy, found, said):
-    edit(meta_copy, format=found, something="that format 1 does not know")
-    refused("manifest.json", said, "expected 1")
+def test_another_format(refused, bundle, found, said):
+    edit(bundle, format=found, something="that format 2 does not know")
+    refused("manifest.json", said, "expected 2")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"a"', '{"format": 1}', "\ufeff{}", "\x00"])
-def test_malformed_json(refused, meta_copy, text):
-    (meta_copy / "manifest.json").write_text(text)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"a"', '{"format": 2}', "\ufeff{}", "\x00"])
+def test_malformed_json(refused, bundle, text):
+    (bundle / "manifest.json").write_text(text)
     refused("manifest.json")
 
 
-def test_a_byte_order_mark_is_none_of_its_text(meta_copy):
-    before, path = manifest.read(meta_copy), meta_copy / "manifest.json"
+def test_a_byte_order_mark_is_none_of_its_text(bundle):
+    before, path = manifest.read(bundle), bundle / "manifest.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert manifest.read(meta_copy) == before
+    assert manifest.read(bundle) == before
 
 
-def test_bytes_that_are_no_text(refused, meta_copy):
-    (meta_copy / "manifest.json").write_bytes(b"\xff\xfe\xfd")
+def test_bytes_that_are_no_text(refused, bundle):
+    (bundle / "manifest.json").write_bytes(b"\xff\xfe\xfd")
     refused("manifest.json", "not JSON")
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "..\\outside", "C:outside", ""])
-def test_a_path_that_leaves_the_bundle(refused, meta_copy, name):
-    (meta_copy.parent / "outside").write_text("secret")
-    edit(meta_copy, files=files(meta_copy) | {name: described(meta_copy.parent / "outside")})
+def test_a_path_that_leaves_the_bundle(refused, bundle, name):
+    (bundle.parent / "outside").write_text("secret")
+    edit(bundle, files=files(bundle) | {name: described(bundle.parent / "outside")})
     refused("leaves the bundle", "refused")
 
 
-def test_a_graph_whose_path_leaves_the_bundle(refused, meta_copy):
-    """Named under graphs as under files, with the right sums: only the path itself is wrong."""
-    outside = shutil.copy(meta_copy / "denoiser.onnx", meta_copy.parent / "d.onnx")
-    shutil.copy(meta_copy / "denoiser.onnx.data", meta_copy.parent / "d.onnx.data")
-    table = json.loads((meta_copy / "manifest.json").read_text())
-    table["graphs"]["denoiser"]["onnx"] = "../d.onnx"
+def test_a_stage_whose_path_leaves_the_bundle(refused, bundle):
+    """Named under stages as under files, with the right sums: only the path itself is wrong."""
+    outside = shutil.copy(bundle / "denoiser.onnx", bundle.parent / "d.onnx")
+    shutil.copy(bundle / "denoiser.onnx.data", bundle.parent / "d.onnx.data")
+    table = json.loads((bundle / "manifest.json").read_text())
+    stage(table, "denoiser")["onnx"] = "../d.onnx"
     table["files"] |= {"../d.onnx": described(outside), "../d.onnx.data": described(outside.with_name("d.onnx.data"))}
-    edit(meta_copy, **table)
+    edit(bundle, **table)
     refused("leaves the bundle")
 
 
 @pytest.mark.parametrize("inner", [True, False], ids=["to a file of the bundle", "to a file outside"])
-def test_a_link(refused, meta_copy, inner):
-    file = meta_copy / "denoiser.onnx.data"
-    target = file.rename(meta_copy / "moved" if inner else meta_copy.parent / "moved")
+def test_a_link(refused, bundle, inner):
+    file = bundle / "denoiser.onnx.data"
+    target = file.rename(bundle / "moved" if inner else bundle.parent / "moved")
     file.symlink_to(target)
     refused("denoiser.onnx.data", "link", "refused")
 
 
-def test_a_linked_folder(refused, meta_copy):
-    target = meta_copy.parent / "elsewhere"
+def test_a_linked_folder(refused, bundle):
+    target = bundle.parent / "elsewhere"
     target.mkdir()
-    file = shutil.copy(meta_copy / "parity.json", target / "x")
-    (meta_copy / "sub").symlink_to(target)
-    edit(meta_copy, files=files(meta_copy) | {"sub/x": described(Path(file))})
+    file = shutil.copy(bundle / "reference.npz", target / "x")
+    (bundle / "sub").symlink_to(target)
+    edit(bundle, files=files(bundle) | {"sub/x": described(Path(file))})
     refused("sub/x", "link")
 
 
 @pytest.mark.parametrize("location", ["../outside.data", "ABSOLUTE"])
-def test_a_graph_whose_weights_are_outside(refused, meta_copy, location):
+def test_a_graph_whose_weights_are_outside(refused, bundle, location):
     """The ONNX file itself names a path; its sum in the manifest is right."""
-    outside = Path(shutil.copy(meta_copy / "denoiser.onnx.data", meta_copy.parent / "outside.data"))
-    path = meta_copy / OPENED
+    outside = Path(shutil.copy(bundle / "denoiser.onnx.data", bundle.parent / "outside.data"))
+    path = bundle / OPENED
     model = onnx.load(path, load_external_data=False)
     for weight in model.graph.initializer:
         for entry in weight.external_data:
             if entry.key == "location":
                 entry.value = str(outside) if location == "ABSOLUTE" else location
     onnx.save(model, path)
-    edit(meta_copy, files=files(meta_copy) | {OPENED: described(path)})
+    edit(bundle, files=files(bundle) | {OPENED: described(path)})
     refused(OPENED, commands=("sample", "verify", "bench"))
 
 
-def test_a_graph_that_is_no_onnx(refused, meta_copy):
-    (meta_copy / OPENED).write_bytes(b"not a graph\nat all")
-    edit(meta_copy, files=files(meta_copy) | {OPENED: described(meta_copy / OPENED)})
+def test_a_graph_that_is_no_onnx(refused, bundle):
+    (bundle / OPENED).write_bytes(b"not a graph\nat all")
+    edit(bundle, files=files(bundle) | {OPENED: described(bundle / OPENED)})
     refused(OPENED, commands=("sample", "verify", "bench"))
 
 
-def test_a_graph_of_other_inputs(refused, meta_copy):
-    """A denoiser where the conditioner should be: right sums, wrong network."""
-    table = json.loads((meta_copy / "manifest.json").read_text())
-    table["graphs"]["conditioner"]["onnx"] = "denoiser.onnx"
-    edit(meta_copy, **table)
+def test_a_graph_of_other_inputs(refused, bundle):
+    """A decoder where the conditioner should be: right sums, wrong network."""
+    table = json.loads((bundle / "manifest.json").read_text())
+    stage(table, "conditioner")["onnx"] = "decoder.onnx"
+    edit(bundle, **table)
     refused("conditioner", "inputs", commands=("sample", "verify", "bench"))
 
 
-def test_a_pickle_in_the_reference(refused, meta_copy):
-    path = meta_copy / "reference.npz"
-    arrays = dict(np.load(path)) | {"labels": np.array([{"a": 1}], object)}
+def test_a_pickle_in_the_reference(refused, bundle):
+    path = bundle / "reference.npz"
+    arrays = dict(np.load(path)) | {"seeds": np.array([{"a": 1}], object)}
     np.savez(path, **arrays)
-    edit(meta_copy, files=files(meta_copy) | {"reference.npz": described(path)})
+    edit(bundle, files=files(bundle) | {"reference.npz": described(path)})
     refused("reference.npz", commands=["verify"])
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello"])
-def test_a_reference_that_is_no_npz(refused, meta_copy, content):
-    path = meta_copy / "reference.npz"
+def test_a_reference_that_is_no_npz(refused, bundle, content):
+    path = bundle / "reference.npz"
     path.write_bytes(content)
-    edit(meta_copy, files=files(meta_copy) | {"reference.npz": described(path)})
+    edit(bundle, files=files(bundle) | {"reference.npz": described(path)})
     refused("reference.npz", commands=["verify"])
 
 
-def test_a_reference_without_an_array(refused, meta_copy):
-    path = meta_copy / "reference.npz"
+@pytest.mark.parametrize("name", ["variance", "condition.labels"])
+def test_a_reference_without_an_array(refused, bundle, name):
+    path = bundle / "reference.npz"
     arrays = dict(np.load(path))
-    del arrays["variance"]
+    del arrays[name]
     np.savez(path, **arrays)
-    edit(meta_copy, files=files(meta_copy) | {"reference.npz": described(path)})
-    refused("reference.npz", "variance", commands=["verify"])
+    edit(bundle, files=files(bundle) | {"reference.npz": described(path)})
+    refused("reference.npz", name, commands=["verify"])
+
+
+def test_a_reference_of_other_conditions(refused, bundle):
+    path = bundle / "reference.npz"
+    np.savez(path, **dict(np.load(path)) | {"condition.labels": np.array([1, 99])})
+    edit(bundle, files=files(bundle) | {"reference.npz": described(path)})
+    refused("reference.npz", "does not fit the manifest: its condition: labels", commands=["verify"])
 
 
 def _places(value: Any, path: tuple = ()):
@@ -227,10 +240,10 @@ def _places(value: Any, path: tuple = ()):
             yield from _places(inner, (*path, key))
 
 
-def test_no_change_of_the_manifest_ends_in_a_traceback(meta_copy):
+def test_no_change_of_the_manifest_ends_in_a_traceback(bundle):
     """Each value replaced by each of a few odd ones, and each key taken out: read, or refused, but never a crash."""
-    good = json.loads((meta_copy / "manifest.json").read_text())
-    path, crashed = meta_copy / "manifest.json", []
+    good = json.loads((bundle / "manifest.json").read_text())
+    path, crashed = bundle / "manifest.json", []
     free = ("source", "built_with", "labels", "model", "parity")  # what stands inside these is for people
     for place in [place for place in _places(good) if len(place) == 1 or place[0] not in free]:
         for odd in (None, True, -1, 0, 1.5, 10**30, "", "x", [], {}, [None], "REMOVED"):
@@ -244,7 +257,7 @@ def test_no_change_of_the_manifest_ends_in_a_traceback(meta_copy):
                 inner[place[-1]] = odd
             path.write_text(json.dumps(table))
             try:
-                summary(meta_copy, manifest.read(meta_copy))
+                summary(bundle, manifest.read(bundle))
             except BundleError as error:
                 assert str(error).strip()
             except Exception as error:  # the very thing that must not happen: collected, to name all of them at once
@@ -253,14 +266,15 @@ def test_no_change_of_the_manifest_ends_in_a_traceback(meta_copy):
 
 
 @pytest.mark.parametrize("command", ["sample", "verify"])
-def test_odd_values_that_only_a_run_would_notice(meta_copy, capsys, tmp_path, monkeypatch, command):
+def test_odd_values_that_only_a_run_would_notice(bundle, capsys, tmp_path, monkeypatch, command):
     """Values of the right kind but not of this network, and of the wrong kind: any exit code, but no traceback."""
     monkeypatch.chdir(tmp_path)
-    good = json.loads((meta_copy / "manifest.json").read_text())
-    denoiser = ("graphs", "denoiser")
-    places = [("num_classes",), ("latent_shape",), ("labels",), ("unguided_up_to_one",)]
-    places += [(*denoiser, key) for key in ("max_batch", "precision", "backend", "onnx", "engines", "outputs")]
-    places += [("graphs", "conditioner", "outputs", 0, "shape"), ("graphs", "conditioner", "max_batch")]
+    good = json.loads((bundle / "manifest.json").read_text())
+    names = [entry["name"] for entry in good["stages"]]
+    step, before = (("stages", names.index(name)) for name in ("denoiser", "conditioner"))
+    places = [("ports", 0, "shape"), ("ports", 2, "size"), ("null", "labels"), ("labels",), ("guidance", "channels")]
+    places += [(*step, key) for key in ("max_batch", "precision", "backend", "onnx", "engines", "gives", "reads")]
+    places += [(*before, "gives", 0, "shape"), (*before, "max_batch"), (*before, "runs")]
     crashed = []
     for place in places:
         for odd in (None, True, -1, 1.5, 7, 10**30, "x", [], [1, 2, 3], ["a", "b", "c"]):
@@ -269,9 +283,9 @@ def test_odd_values_that_only_a_run_would_notice(meta_copy, capsys, tmp_path, mo
             for key in place[:-1]:
                 inner = inner[key]
             inner[place[-1]] = odd
-            edit(meta_copy, **table)
+            edit(bundle, **table)
             try:
-                assert main([command, str(meta_copy), *COMMANDS[command]]) in (0, 1, 2)
+                assert main([command, str(bundle), *COMMANDS[command]]) in (0, 1, 2)
             except Exception as error:
                 crashed.append(f"{place} = {odd!r}: {type(error).__name__}: {error}")
     capsys.readouterr()

@@ -248,10 +248,10 @@ class OnnxEngine(Engine):
         self.session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         self.inputs = {tensor.name: tensor for tensor in self.session.get_inputs()}
         self.outputs = {tensor.name: tensor for tensor in self.session.get_outputs()}
-        graphs = json.loads(path.with_name("manifest.json").read_text())["graphs"]
-        self.most = next(graph["max_batch"] for graph in graphs.values() if graph["onnx"] == path.name)
+        stages = json.loads(path.with_name("manifest.json").read_text())["stages"]
+        self.most = next(stage["max_batch"] for stage in stages if stage["onnx"] == path.name)
         self.num_io_tensors = len(self.inputs) + len(self.outputs)
-        self.num_optimization_profiles = 2 if "conditioning" in self.inputs else 1
+        self.num_optimization_profiles = 2 if "guidance" in self.inputs else 1
 
     def get_tensor_name(self, index):
         return [*self.inputs, *self.outputs][-1 - index]

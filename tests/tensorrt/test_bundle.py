@@ -1,4 +1,4 @@
-"""A bundle for TensorRT-RTX, built and compiled on a machine with no GPU, and refused there in one line."""
+"""A bundle compiled for TensorRT-RTX on a machine with no GPU, and refused there in one line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 import dit_runtime.cli
 from dit_export.cli import main
-from dit_export.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.backends import Tuning, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import BundleError
-from dit_runtime.verify import Check
+from dit_runtime.verify import Figure
 from tests.conftest import HEADS
 from tests.tamper import edit
 from tests.tensorrt.fakes import Cuda
@@ -31,14 +31,25 @@ def run(capsys, *command: str) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def built(meta, tmp_path_factory, one_thread) -> Path:
-    """With its own compute capabilities, so that there are others to refuse."""
-    bundle = tmp_path_factory.mktemp("tensorrt") / "bundle"
-    options = ["--heads", str(HEADS), "--latents-only", "--max-batch", "2", "--compute-capability", "8.6", "8.9"]
-    command = ["build", "--checkpoint", str(meta.checkpoint), "--backend", "tensorrt-rtx", "--precision", "fp16"]
-    with one_thread():
-        assert main([*command, *options, "-o", str(bundle)]) == 0
+def built(handmade, tmp_path_factory) -> Path:
+    """Hand-made graphs with engines for some compute capabilities, so that there are others to refuse."""
+    bundle = proven(handmade("labels"), tmp_path_factory.mktemp("tensorrt") / "bundle")
+    command = ["compile", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "8.6", "8.9"]
+    assert dit_runtime.cli.main(command) == 0
     return bundle
+
+
+@pytest.fixture
+def plain(handmade, tmp_path) -> Path:
+    """The same without engines."""
+    return proven(handmade("labels"), tmp_path / "plain")
+
+
+def proven(source: Path, target: Path) -> Path:
+    """A copy that says of itself what a build has proven."""
+    shutil.copytree(source, target)
+    manifest.write(target, replace(manifest.read(target), parity={"proof": "sensitive", "passed": True, "worst": {}}))
+    return target
 
 
 @pytest.fixture
@@ -46,14 +57,19 @@ def bundle(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "bundle"))
 
 
-def test_what_a_build_leaves(built) -> None:
-    contract = manifest.read(built)
-    assert {(name, graph.precision, graph.backend) for name, graph in contract.graphs.items()} == {
+def test_what_a_build_leaves(meta, tmp_path, one_thread) -> None:
+    bundle = tmp_path / "bundle"
+    options = ["--heads", str(HEADS), "--latents-only", "--max-batch", "2", "--compute-capability", "8.6", "8.9"]
+    command = ["build", "--checkpoint", str(meta.checkpoint), "--backend", "tensorrt-rtx", "--precision", "fp16"]
+    with one_thread():
+        assert main([*command, *options, "-o", str(bundle)]) == 0
+    contract = manifest.read(bundle)
+    assert {(stage.name, stage.precision, stage.backend) for stage in contract.stages} == {
         ("conditioner", "fp32", "tensorrt-rtx"),
         ("denoiser", "fp16", "tensorrt-rtx"),
         ("update", "fp32", "tensorrt-rtx"),
     }
-    assert contract.graphs["denoiser"].files == ("denoiser.tensorrt-rtx.engine",)
+    assert contract.step.files == ("denoiser.tensorrt-rtx.engine",)
     engines = contract.built_with["engines"]["tensorrt-rtx"]
     assert engines["denoiser"]["compute_capabilities"] == ["8.6", "8.9"]
     assert engines["denoiser"]["census"] == {"of": "network", "products": {"fp16": 5 * 2 + 2}, "islands": []}
@@ -61,11 +77,11 @@ def test_what_a_build_leaves(built) -> None:
     recipe = Recipe(**contract.source["recipe"])  # with which the engines can be made again
     assert recipe.tuning == Tuning(compute_capability=("8.6", "8.9")) and recipe.precision == "fp16"
     assert 'compute_capability = ["8.6", "8.9"]' in recipe.to_toml()
-    checks = json.loads((built / "parity.json").read_text())["checks"]
+    checks = json.loads((bundle / "parity.json").read_text())["checks"]
     names = {check["name"] for check in checks}
     assert all(check["passed"] for check in checks) and "twin: runs that are not finite" in names
     assert {name.split(": ")[0] for name in names} == {"proof", "twin"}  # no engine ran, and none is said to have
-    assert "The engines do not run where this was built" in (built / "report.html").read_text()
+    assert "The engines do not run where this was built" in (bundle / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,15 +130,15 @@ def test_a_malformed_record_of_an_engine(bundle, capsys, wrong) -> None:
     assert (code == 2 and "cannot run here" in told) or "built_with says" in told
 
 
-def test_compiled_again_on_the_target(meta_copy, capsys) -> None:
+def test_compiled_again_on_the_target(plain, capsys) -> None:
     """From the ONNX in a bundle that was built for another backend."""
-    code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
+    code, told = run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
     assert code == 0 and told.startswith("compiled and not verified: ")
-    contract = manifest.read(meta_copy)
-    assert contract.graphs["denoiser"].files == ("denoiser.tensorrt-rtx.engine",)
+    contract = manifest.read(plain)
+    assert contract.step.files == ("denoiser.tensorrt-rtx.engine",)
     built = contract.built_with["engines"]["tensorrt-rtx"]["denoiser"]
-    assert built["census"]["products"] == {"fp32": 5 * 2 + 2} and built["compute_capabilities"] == ["12.0"]
-    assert run(capsys, "verify", str(meta_copy))[0] == 2
+    assert built["census"]["products"] == {"fp32": 2} and built["compute_capabilities"] == ["12.0"]
+    assert run(capsys, "verify", str(plain))[0] == 2
 
 
 def files(bundle: Path) -> dict[str, tuple[int, int]]:
@@ -141,8 +157,8 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     before, contract = files(bundle), manifest.read(bundle, engines=False)
 
     monkeypatch.setattr(dit_runtime.cli, "obstacle", lambda contract: None)
-    wrong = [Check("prediction, rel-L2", 1.0, 1e-4)]
-    monkeypatch.setattr(dit_runtime.cli, "_checks", lambda options: wrong)
+    wrong = [Figure("denoiser", "prediction, rel-L2", 1.0, 1e-4)]
+    monkeypatch.setattr(dit_runtime.cli, "_figures", lambda options: wrong)
     assert run(capsys, *command)[0] == 1
     after = files(bundle)
     assert manifest.read(bundle, engines=False) == contract and victim.read_text() == "precious"
@@ -150,22 +166,26 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert kept | {"manifest.json"} == after.keys()  # nor are engines left that failed
 
-    monkeypatch.setattr(dit_runtime.cli, "_checks", lambda options: [replace(wrong[0], value=1e-5)])
+    monkeypatch.setattr(dit_runtime.cli, "_figures", lambda options: [replace(wrong[0], value=1e-5)])
     for turn, name in (("again", "denoiser.tensorrt-rtx.again.engine"), ("back", "denoiser.tensorrt-rtx.engine")):
         assert run(capsys, *command)[0] == 0, turn
         contract = manifest.read(bundle)
-        assert contract.graphs["denoiser"].files == (name,)
+        assert contract.step.files == (name,)
         assert [path.name for path in bundle.glob("denoiser*.engine")] == [name]
-        assert contract.parity == {"proof": "sensitive", "passed": True, "worst": {"prediction, rel-L2": 1e-5}}
+        assert contract.parity == {
+            "proof": "sensitive",
+            "passed": True,
+            "worst": {"denoiser: prediction, rel-L2": 1e-5},
+        }
 
 
 def test_a_graph_that_does_not_compile_leaves_the_rest_as_it_was(bundle, capsys, monkeypatch) -> None:
     compile_ = Flavour.compile
 
-    def failing(self, folder, graph, *options):
-        if graph.onnx == "update.onnx":
+    def failing(self, folder, stage, *options):
+        if stage.name == "decoder":
             raise BundleError("no room for the last")
-        return compile_(self, folder, graph, *options)
+        return compile_(self, folder, stage, *options)
 
     monkeypatch.setattr(Flavour, "compile", failing)
     before = files(bundle)
@@ -186,26 +206,26 @@ def test_a_disk_that_is_full_at_the_end(bundle, capsys, monkeypatch) -> None:
     assert files(bundle) == before
 
 
-def test_what_was_not_verified_does_not_say_that_it_was(meta_copy, capsys) -> None:
-    command = ["compile", str(meta_copy), "--backend", "tensorrt-rtx", "--json"]
+def test_what_was_not_verified_does_not_say_that_it_was(plain, capsys) -> None:
+    command = ["compile", str(plain), "--backend", "tensorrt-rtx", "--json"]
     code, told = run(capsys, *command)
     assert code == 0 and json.loads(told)["passed"] is None
-    assert manifest.read(meta_copy).parity == {"proof": "sensitive"}  # of the weights, which are the same
-    assert "parity     not verified, proof: sensitive" in run(capsys, "info", str(meta_copy))[1]
+    assert manifest.read(plain).parity == {"proof": "sensitive"}  # of the weights, which are the same
+    assert "parity     not verified, proof: sensitive" in run(capsys, "info", str(plain))[1]
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
-def test_an_engine_of_another_backend_is_no_obstacle(meta_copy, capsys, damage) -> None:
+def test_an_engine_of_another_backend_is_no_obstacle(plain, capsys, damage) -> None:
     """A bundle that came without its large engines runs on what is here, and names them no more."""
-    assert run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx")[0] == 0
-    engine = meta_copy / "denoiser.tensorrt-rtx.engine"
+    assert run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx")[0] == 0
+    engine = plain / "denoiser.tensorrt-rtx.engine"
     engine.unlink() if damage == "missing" else engine.write_bytes(b"half of it")
-    assert run(capsys, "compile", str(meta_copy), "--backend", "onnxruntime")[0] == 0
-    contract = manifest.read(meta_copy)
+    assert run(capsys, "compile", str(plain), "--backend", "onnxruntime")[0] == 0
+    contract = manifest.read(plain)
     assert engine.name not in contract.files and not engine.exists()
-    assert contract.graphs["denoiser"].engines.keys() == {"onnxruntime", "openvino"}
-    assert contract.built_with["engines"]["tensorrt-rtx"].keys() == {"conditioner", "update"}
-    assert contract.graphs["update"].engines == {"tensorrt-rtx": ("update.tensorrt-rtx.engine",)}  # which is whole
+    assert contract.step.engines == {}
+    assert contract.built_with["engines"]["tensorrt-rtx"].keys() == {"conditioner", "update", "decoder"}
+    assert contract.update.engines == {"tensorrt-rtx": ("update.tensorrt-rtx.engine",)}  # which is whole
     assert contract.parity["passed"] and contract.parity["proof"] == "sensitive"
 
 
@@ -218,22 +238,22 @@ def test_an_engine_of_another_backend_is_no_obstacle(meta_copy, capsys, damage) 
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )
-def test_options_of_another_backend_are_refused(meta_copy, capsys, options, told) -> None:
-    before = files(meta_copy)
-    code, error = run(capsys, "compile", str(meta_copy), "--backend", *options)
-    assert code == 2 and told in error and files(meta_copy) == before
+def test_options_of_another_backend_are_refused(plain, capsys, options, told) -> None:
+    before = files(plain)
+    code, error = run(capsys, "compile", str(plain), "--backend", *options)
+    assert code == 2 and told in error and files(plain) == before
 
 
-def test_a_bundle_of_another_precision_is_not_compiled(meta_copy, capsys) -> None:
+def test_a_bundle_of_another_precision_is_not_compiled(plain, capsys) -> None:
     """What OpenVINO computes in bf16 is an fp32 graph."""
 
     def change(table: dict) -> None:
-        table["graphs"]["denoiser"]["precision"] = "bf16"
+        next(stage for stage in table["stages"] if stage["name"] == "denoiser")["precision"] = "bf16"
 
-    edit(meta_copy, change)
-    code, told = run(capsys, "compile", str(meta_copy), "--backend", "tensorrt-rtx")
-    assert code == 1 and "denoiser: 12 of 12 products are not in bf16" in told
-    assert manifest.read(meta_copy).graphs["denoiser"].backend == "onnxruntime"
+    edit(plain, change)
+    code, told = run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx")
+    assert code == 1 and "denoiser: 2 of 2 products are not in bf16" in told
+    assert manifest.read(plain).step.backend == "onnxruntime"
 
 
 def test_the_options_are_refused_before_the_work(meta, tmp_path, capsys) -> None:

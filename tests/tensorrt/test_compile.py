@@ -8,63 +8,50 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-import torch
 from onnx.helper import np_dtype_to_tensor_dtype
 
-from dit_export.graph import onnxfile, trace
+from dit_export.graph import onnxfile
 from dit_export.graph.onnxfile import layer
-from dit_export.networks.dit import DiT
-from dit_export.passes import fuse
-from dit_export.precision.half import islands, narrow
+from dit_export.networks.spec import MODELS, ModelSpec
+from dit_export.precision.half import cast_to_half, fp32_products
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
-from dit_export.spec import MODELS, ModelSpec, signatures
 from dit_runtime.backends import Options, Tuning, backend, typed
 from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt_network import profiles
-from dit_runtime.bundle.manifest import Graph, TensorSpec
+from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.errors import BundleError, GateError, UsageError
 from dit_runtime.progress import Progress
+from tests.tensorrt.graphs import dit, fuse_network, save, traced
 
 RTX = backend("tensorrt-rtx")
 SMALL = ModelSpec(depth=1, hidden=64, heads=2, patch=2, latent_size=8, num_classes=10)
 
 
-def traced(spec: ModelSpec, folder: Path) -> Path:
-    torch.manual_seed(0)
-    trace.export_dit(DiT(spec).eval()).save(folder / "dit.onnx", external_data=True)
-    return folder / "dit.onnx"
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    return traced(SMALL, tmp_path_factory.mktemp("small"))
+    return traced(dit(SMALL), tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
 def s2(tmp_path_factory) -> Path:
-    return traced(MODELS["S/2"], tmp_path_factory.mktemp("s2"))
+    return traced(dit(MODELS["S/2"]), tmp_path_factory.mktemp("s2"))
 
 
-def denoiser(path: Path, spec: ModelSpec, precision: str, wide: tuple[str, ...] = ()) -> gs.Graph:
+def denoiser(path: Path, spec: ModelSpec, precision: str, overflows: tuple[str, ...] = ()) -> gs.Graph:
     """Fused and typed, its activations' grids made up."""
-    graph = fuse(onnxfile.load(path), spec).denoiser
+    graph = fuse_network(path, dit(spec)).denoiser
     if precision in ("int8", "fp8"):
         chosen = {one.name: Chosen(0.0, np.ones(1, np.float32), 4 / 127, 0.0, 4.0) for one in find(graph)}
         quantize(graph, chosen, kind=precision)
     if inner := typed("tensorrt-rtx", precision):
-        narrow(graph, inner, wide)
+        cast_to_half(graph, inner, overflows)
     return graph
 
 
-def save(graph: gs.Graph, folder: Path, spec: ModelSpec, precision: str) -> Graph:
-    onnxfile.save(graph, folder / "denoiser.onnx")
-    return Graph("denoiser.onnx", *signatures(spec)["denoiser"], max_batch=2, precision=precision)
-
-
-def compile_(graph: Graph, folder: Path, **options) -> trt_backend.Compiled:
-    return RTX.compile(folder, graph, Options(precision=graph.precision, **options), Progress())
+def compile_(stage: Stage, folder: Path, **options) -> trt_backend.Compiled:
+    return RTX.compile(folder, stage, Options(precision=stage.precision, **options), Progress())
 
 
 @pytest.mark.parametrize(
@@ -77,7 +64,7 @@ def compile_(graph: Graph, folder: Path, **options) -> trt_backend.Compiled:
     ],
 )
 def test_every_precision(s2, tmp_path, precision, products) -> None:
-    graph = save(denoiser(s2, MODELS["S/2"], precision), tmp_path, MODELS["S/2"], precision)
+    graph = save(denoiser(s2, MODELS["S/2"], precision), tmp_path, precision)
     made, built = compile_(graph, tmp_path)
     assert made == ("denoiser.tensorrt-rtx.engine",)
     weights = 2 if precision in ("fp16", "bf16") else 1  # bytes
@@ -97,7 +84,7 @@ def test_a_planted_fp32_product_is_refused(small, tmp_path) -> None:
     for reader in readers:
         reader.inputs[reader.inputs.index(x)] = planted
     graph.toposort()
-    contract = save(graph, tmp_path, SMALL, "fp16")
+    contract = save(graph, tmp_path, "fp16")
     with pytest.raises(GateError, match="1 of 8 products are not in fp16 and no listed island: 'planted' is fp32"):
         compile_(contract, tmp_path)
     assert not [*tmp_path.glob("*.engine")]
@@ -109,15 +96,15 @@ def test_a_planted_fp32_product_is_refused(small, tmp_path) -> None:
 )
 def test_a_graph_of_another_precision_is_refused(small, tmp_path, precision, asked) -> None:
     with pytest.raises(GateError, match=asked):
-        compile_(save(denoiser(small, SMALL, precision), tmp_path, SMALL, asked), tmp_path)
+        compile_(save(denoiser(small, SMALL, precision), tmp_path, asked), tmp_path)
 
 
 def test_what_is_kept_wide_is_an_island(small, tmp_path) -> None:
     plain = denoiser(small, SMALL, "fp32")
     attention = next(node for node in plain.nodes if node.op == "Attention")
     wide = (attention.inputs[0].name, attention.outputs[0].name)
-    (kept,) = (node.name for node in islands(plain, wide))
-    contract = save(denoiser(small, SMALL, "fp16", wide), tmp_path, SMALL, "fp16")
+    (kept,) = (node.name for node in fp32_products(plain, wide))
+    contract = save(denoiser(small, SMALL, "fp16", wide), tmp_path, "fp16")
     with pytest.raises(GateError, match="1 of 7 products are not in fp16"):
         compile_(contract, tmp_path)
     census = compile_(contract, tmp_path, islands=(kept,)).built["census"]
@@ -140,7 +127,8 @@ def test_attention_without_a_kernel_is_decomposed(tmp_path, monkeypatch, precisi
     onnxfile.save(graph, tmp_path / "graph.onnx")
     (tmp_path / "graph.onnx.data").touch()
     spec = TensorSpec("x", "float32", ("batch", 1, 64, width))
-    contract = Graph("graph.onnx", (spec,), (replace(spec, name="y"),), max_batch=2, precision=precision)
+    specs = (spec,), (replace(spec, name="y"),)
+    contract = Stage("graph", "step", *specs, "graph.onnx", max_batch=2, precision=precision)
     assert compile_(contract, tmp_path).built["census"]["products"] == {precision: 1}
     monkeypatch.setattr(trt_backend, "decompose_attention", lambda *_: None)
     with pytest.raises(BundleError, match="Attention operation was not supported by a dedicated kernel"):
@@ -148,12 +136,17 @@ def test_attention_without_a_kernel_is_decomposed(tmp_path, monkeypatch, precisi
 
 
 def test_profiles_come_from_the_signature() -> None:
-    graph = Graph("denoiser.onnx", *signatures(SMALL)["denoiser"], max_batch=8)
-    without, guided = profiles(graph)
+    latents = TensorSpec("latents", "float32", ("batch", 4, 8, 8))
+    vectors = TensorSpec("conditioning", "float32", ("groups", "batch", 8, 64))
+    weights, labels = TensorSpec("guidance", "float32", ("batch",)), TensorSpec("labels", "int64", ("rows",))
+    step = Stage("denoiser", "step", (latents, vectors, weights), (latents,), "denoiser.onnx", max_batch=8)
+    without, guided = profiles(step)
     assert without["conditioning"] == ((1, 1, 8, 64), (1, 2, 8, 64), (1, 8, 8, 64))
     assert guided["conditioning"] == ((2, 1, 8, 64), (2, 2, 8, 64), (2, 8, 8, 64))
     assert guided["guidance"] == ((1,), (2,), (8,))
-    (only,) = profiles(Graph("conditioner.onnx", *signatures(SMALL)["conditioner"], max_batch=64))
+    (alone,) = profiles(replace(step, reads=(latents, vectors)))  # a network that mixes no guidance has one group
+    assert alone["conditioning"] == without["conditioning"]
+    (only,) = profiles(Stage("conditioner", "condition", (labels,), (labels,), "conditioner.onnx", max_batch=64))
     assert only["labels"] == ((1,), (16,), (64,))
 
 
@@ -191,13 +184,13 @@ def test_refused_at_once(name, precision, tuning, reason) -> None:
 
 @pytest.mark.parametrize("pool", ["workspace", "workspace:4Q", "kitchen:4G", "workspace:-1G", "workspace:4.5G"])
 def test_pools_that_are_none(small, tmp_path, pool) -> None:
-    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, SMALL, "fp16")
+    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, "fp16")
     with pytest.raises(UsageError, match=f"pool-limit '{pool}'; expected"):
         compile_(graph, tmp_path, tuning=Tuning(pool_limit=(pool,)))
 
 
 def test_its_own_words_are_passed_on(small, tmp_path) -> None:
-    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, SMALL, "fp16")
+    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, "fp16")
     tuning = Tuning(
         compute_capability=("8.9",), builder_optimization_level=1, pool_limit=("workspace:256M",), weight_streaming=True
     )
@@ -208,7 +201,7 @@ def test_its_own_words_are_passed_on(small, tmp_path) -> None:
 
 @pytest.mark.parametrize(("what", "name"), [("memory", "MEMORY_FACTOR"), ("disk", "DISK_FACTOR")])
 def test_too_little_room_is_seen_before_the_work(small, tmp_path, monkeypatch, what, name) -> None:
-    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, SMALL, "fp16")
+    graph = save(denoiser(small, SMALL, "fp16"), tmp_path, "fp16")
     monkeypatch.setattr(trt_backend, name, 1e9)
     with pytest.raises(UsageError, match=f"GB of {what} free, expected .* to compile this graph"):
         compile_(graph, tmp_path)
@@ -217,6 +210,6 @@ def test_too_little_room_is_seen_before_the_work(small, tmp_path, monkeypatch, w
 def test_what_is_no_graph(tmp_path) -> None:
     (tmp_path / "denoiser.onnx").write_bytes(b"\x00\x01 no graph")
     (tmp_path / "denoiser.onnx.data").write_bytes(b"")
-    graph = Graph("denoiser.onnx", *signatures(SMALL)["denoiser"], precision="fp16")
+    graph = Stage("denoiser", "step", (), (), "denoiser.onnx", precision="fp16")
     with pytest.raises(BundleError, match=r"denoiser\.onnx: tensorrt-rtx does not take it: "):
         compile_(graph, tmp_path)

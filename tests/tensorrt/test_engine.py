@@ -15,7 +15,7 @@ from dit_runtime import UsageError
 from dit_runtime.backends import Options, Tuning, backend, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
-from dit_runtime.bundle.manifest import Graph, TensorSpec
+from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.errors import BundleError, EngineError
 from tests.tensorrt.fakes import Cuda, TensorRT
 
@@ -168,12 +168,12 @@ def test_a_stripped_plan_takes_its_weights_from_the_onnx_form(device, trt, plan)
 @pytest.mark.parametrize(("made", "taken"), [(None, True), ("cache", False), ("cache", True)])
 def test_a_timing_cache_that_does_not_fit_is_refused(made, taken) -> None:
     spec = TensorSpec("x", "float32", ("batch", 3))
-    graph, builder = Graph("denoiser.onnx", (spec,), (spec,)), MagicMock()
+    stage, builder = Stage("denoiser", "step", (spec,), (spec,), "denoiser.onnx"), MagicMock()
     config = builder.create_builder_config.return_value
     config.create_timing_cache.return_value, config.set_timing_cache.return_value = made, taken
 
     def configure() -> Any:
-        return backend("tensorrt")._configure(MagicMock(), builder, None, graph, Tuning(timing_cache="of-another"), ())
+        return backend("tensorrt")._configure(MagicMock(), builder, None, stage, Tuning(timing_cache="of-another"), ())
 
     if made and taken:
         assert configure() is config

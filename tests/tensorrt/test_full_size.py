@@ -10,21 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_export.graph import onnxfile, trace
-from dit_export.networks.dit import DiT
-from dit_export.passes import fuse
-from dit_export.precision.half import narrow
-from dit_export.spec import MODELS
+from dit_export.graph import onnxfile
+from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.spec import MODELS
+from dit_export.precision.half import cast_to_half
+from tests.tensorrt.graphs import fuse_network, traced
 
 COMPILE = """
 import sys
 from pathlib import Path
-from dit_export.spec import MODELS, signatures
 from dit_runtime.backends import Options, backend
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.progress import Progress
-graph = Graph("denoiser.onnx", *signatures(MODELS["XL/2"])["denoiser"], precision="fp16")
-print(backend("tensorrt-rtx").compile(Path(sys.argv[1]), graph, Options(precision="fp16"), Progress()).built["census"])
+stage = Stage("denoiser", "step", {reads}, {gives}, "denoiser.onnx", precision="fp16")
+print(backend("tensorrt-rtx").compile(Path(sys.argv[1]), stage, Options(precision="fp16"), Progress()).built["census"])
 """
 
 
@@ -36,11 +35,13 @@ def test_xl_2_in_fp16(tmp_path: Path) -> None:
     model = model.to_empty(device="cpu").eval()
     for parameter in (*model.parameters(), *model.buffers()):
         parameter.data.normal_(std=0.02)  # equal weights would be stored once
-    trace.export_dit(model).save(tmp_path / "dit.onnx", external_data=True)
-    denoiser = fuse(onnxfile.load(tmp_path / "dit.onnx"), spec).denoiser
-    assert narrow(denoiser, "fp16") == 5 * 28 + 2
+    network = dit_network(model)
+    denoiser = fuse_network(traced(network, tmp_path), network).denoiser
+    assert cast_to_half(denoiser, "fp16") == 5 * 28 + 2
     onnxfile.save(denoiser, tmp_path / "denoiser.onnx")
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, text=True)
+    reads, gives = onnxfile.signature(denoiser)
+    code = COMPILE.format(reads=reads, gives=gives)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "{'fp16': 142}" in done.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= 8 << 30  # measured 3.2 GB

@@ -42,8 +42,8 @@ def bundle(request, name, shared_embedders, tmp_path_factory, one_thread) -> Pat
 def test_the_engines_themselves_were_verified(bundle) -> None:
     checks = json.loads((bundle / "parity.json").read_text())["checks"]
     own = {check["name"] for check in checks if not check["name"].startswith(("proof: ", "twin: "))}
-    assert {"denoiser graph, rel-L2", "prediction, rel-L2", "unguided, rel-L2", "free run, rel-L2"} <= own
-    assert "pictures, PSNR in dB" in own
+    assert {"denoiser: prediction, rel-L2", "denoiser: unguided, rel-L2", "run: latents, rel-L2"} <= own
+    assert "run: pictures, PSNR in dB" in own
     assert main(["verify", str(bundle)]) == 0
 
 
@@ -59,7 +59,7 @@ def test_the_same_with_and_without_cuda_graphs(bundle, monkeypatch, capsys) -> N
     monkeypatch.setattr(cuda.Recording, "__enter__", refused)
     with Pipeline.load(bundle) as pipe:
         np.testing.assert_array_equal(pipe.sample(**request), recorded)  # the same kernels in the same order
-    if manifest.read(bundle).graphs["denoiser"].backend == "tensorrt":
+    if manifest.read(bundle).step.backend == "tensorrt":
         assert "no CUDA graph" in capsys.readouterr().err
 
 

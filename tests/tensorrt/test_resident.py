@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from dit_runtime import EngineError, Pipeline, verify
-from dit_runtime import pipeline as pipeline_module
-from dit_runtime.backends import cuda
+from dit_runtime import run as run_module
+from dit_runtime.backends import Options, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_engine import TrtEngine
 from dit_runtime.sampling import loops
@@ -19,7 +20,7 @@ from tests.tamper import edit, seal
 from tests.tensorrt.fakes import Cuda, TensorRT
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.9"], "tuning": {}}
-LABELS = [1, 5, 0, 11, 5]  # more than the four rows that an engine takes
+LABELS = [1, 3, 0, 4, 3]  # more than the three rows that an engine takes
 OPTIONS = {"steps": 25, "guidance": 3.0, "seed": 2, "output": "latents"}
 UP, HOME, WITHIN = 1, 2, 3
 FREE_RUN = 1e-4  # the same networks on the same CPU, the latents in float32; measured 4e-7
@@ -35,17 +36,17 @@ def device(monkeypatch) -> Cuda:
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
-def bundle(request, meta, device, tmp_path) -> Path:
-    folder = Path(shutil.copytree(meta.bundle, tmp_path / "bundle"))
+def bundle(request, handmade, device, tmp_path) -> Path:
+    folder = Path(shutil.copytree(handmade("labels"), tmp_path / "bundle"))
 
     def change(table: dict) -> None:
         table["built_with"]["engines"] = {request.param: {}}
-        for name, graph in table["graphs"].items():
-            engine = f"{name}.{request.param}.engine"
-            (folder / engine).write_text(str(folder / graph["onnx"]))
-            graph |= {"backend": request.param, "engines": {request.param: [engine]}}
+        for stage in table["stages"]:
+            engine = f"{stage['name']}.{request.param}.engine"
+            (folder / engine).write_text(str(folder / stage["onnx"]))
+            stage |= {"backend": request.param, "engines": {request.param: [engine]}}
             table["files"][engine] = {}
-            table["built_with"]["engines"][request.param][name] = BUILT
+            table["built_with"]["engines"][request.param][stage["name"]] = BUILT
 
     edit(folder, change)
     seal(folder)
@@ -63,24 +64,28 @@ def far(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
-def test_the_pictures_of_the_cpu(meta, pipe, solver) -> None:
-    with Pipeline.load(meta.bundle, threads=1) as other:
+def test_the_pictures_of_the_cpu(handmade, pipe, solver) -> None:
+    with Pipeline.load(handmade("labels"), threads=1) as other:
         expected = other.sample(LABELS, **OPTIONS, solver=solver)
     assert 0 < far(pipe.sample(LABELS, **OPTIONS, solver=solver), expected) <= FREE_RUN
 
 
-def test_a_matrix_that_forgets_is_seen(meta, pipe, monkeypatch) -> None:
-    with Pipeline.load(meta.bundle, threads=1) as other:
+def test_a_matrix_that_forgets_is_seen(handmade, pipe, monkeypatch) -> None:
+    with Pipeline.load(handmade("labels"), threads=1) as other:
         expected = other.sample(LABELS, **OPTIONS, solver="dpm++")
-    linear = pipeline_module.linear
-    monkeypatch.setattr(pipeline_module, "linear", lambda *given, **how: linear(*given, **how) * [1, 1, 0])
+    linear = run_module.linear
+    monkeypatch.setattr(run_module, "linear", lambda *given, **how: linear(*given, **how) * [1, 1, 0])
     assert far(pipe.sample(LABELS, **OPTIONS, solver="dpm++"), expected) > 100 * FREE_RUN
 
 
 def crossed(pipe, device, kind: int, **options) -> int:
+    """Copies of a run, but for those of the conditioner: two inputs up and one output home, three rows at a time."""
     before = sum(count for (which, _), count in device.copied.items() if which == kind)
-    pipe.sample(LABELS[:3], **OPTIONS | options)
-    return sum(count for (which, _), count in device.copied.items() if which == kind) - before
+    options = OPTIONS | options
+    pipe.sample(LABELS[:3], **options)
+    calls = math.ceil(4 * options["steps"] / 3)  # three labels and the null label
+    made = {UP: 2 * calls, HOME: calls}[kind]
+    return sum(count for (which, _), count in device.copied.items() if which == kind) - before - made
 
 
 def test_nothing_crosses_in_a_step(pipe, device) -> None:
@@ -99,19 +104,21 @@ def test_nothing_crosses_in_a_step(pipe, device) -> None:
 def test_the_conditioning_goes_up_once_a_run(pipe, device, eta) -> None:
     device.copied.clear()
     pipe.sample(LABELS[:3], **OPTIONS | {"eta": eta})
-    _, vectors, width = pipe.manifest.graphs["conditioner"].outputs[0].shape
+    _, vectors, width = pipe.manifest.before_loop[0].gives[0].shape
     row = 4 * vectors * width
-    large = {size: count for (kind, size), count in device.copied.items() if kind == UP and size >= row}
+    state, matrices = 4 * 3 * math.prod(pipe.manifest.state.shape), 4 * 25 * 2 * 3
+    copies = {(kind, size): count for (kind, size), count in device.copied.items() if size not in (state, matrices)}
+    large = {size: count for (kind, size), count in copies.items() if kind == UP and size >= row}
     assert large == {25 * 4 * row: 1}  # steps x (three labels and the null label)
-    chosen = {size: count for (kind, size), count in device.copied.items() if kind == WITHIN and size % row == 0}
+    chosen = {size: count for (kind, size), count in copies.items() if kind == WITHIN and size % row == 0}
     assert sum(size * count for size, count in chosen.items()) == 25 * 2 * 3 * row
 
 
 def test_what_is_queued_is_not_overtaken(pipe, monkeypatch) -> None:
     """Without its wait, an upload would change what an earlier one has not taken yet: the fake's queue shows it."""
-    rows = {"latents": np.ones((1, *pipe.manifest.latent_shape), np.float32)}
+    rows = {"latents": np.ones((1, *pipe.manifest.state.shape), np.float32)}
     rows |= {"prediction": rows["latents"], "previous": rows["latents"]}
-    denoiser, update = pipe._residents()
+    denoiser, update = pipe.engines.residents()
     for expected in (True, False):
         targets = [denoiser.put(np.zeros_like(rows["latents"])) for _ in range(2)]
         with monkeypatch.context() as patch:
@@ -137,9 +144,9 @@ def test_everything_is_given_back(pipe, device) -> None:
 
 def test_low_memory_keeps_nothing(pipe, device) -> None:
     pipe.close()
-    pipe._options = pipe._options.__class__(low_memory=True)
+    pipe.engines.options = Options(low_memory=True)
     assert crossed(pipe, device, UP, steps=10) > crossed(pipe, device, UP, steps=2)
-    assert [*pipe._engines] == ["denoiser"]
+    assert [*pipe.engines.opened] == ["denoiser"]
     pipe.close()
     assert device.open == {}
 
@@ -161,27 +168,25 @@ def test_a_pipeline_that_does_not_open_keeps_nothing(bundle, device, monkeypatch
 
 def test_every_engine_is_closed_whichever_fails(bundle, device, monkeypatch) -> None:
     pipe = Pipeline.load(bundle)
-    monkeypatch.setattr(pipe._engines["denoiser"], "close", lambda: 1 / 0)
-    engines = [*pipe._engines.values()]
+    monkeypatch.setattr(pipe.engines.opened["denoiser"], "close", lambda: 1 / 0)
+    engines = dict(pipe.engines.opened)
     with pytest.raises(ZeroDivisionError):
         pipe.close()
-    assert [engine._engine is None for engine in engines] == [
-        name == "conditioner" for name in ("conditioner", "denoiser")
-    ]
+    closed = {name for name, engine in engines.items() if engine._engine is None}
+    assert closed == {"conditioner", "decoder"}
 
 
 def test_verified_where_an_engine_takes_one_row(bundle) -> None:
     """The reference has two samples; the engine's own most is the manifest's."""
 
     def change(table: dict) -> None:
-        table["graphs"]["denoiser"]["max_batch"] = 1
+        next(stage for stage in table["stages"] if stage["runs"] == "step")["max_batch"] = 1
 
     edit(bundle, change)
     with Pipeline.load(bundle) as pipe:
-        checks = verify.verify(pipe)
-    assert all(check.passed for check in checks) and {"prediction, rel-L2", "null label, rel-L2"} <= {
-        c.name for c in checks
-    }
+        figures = verify.verify(pipe)
+    metrics = {figure.metric for figure in figures}
+    assert all(figure.passed for figure in figures) and {"prediction, rel-L2", "null condition, rel-L2"} <= metrics
 
 
 def test_what_is_put_may_change_at_once(device) -> None:

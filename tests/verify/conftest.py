@@ -11,6 +11,7 @@ import pytest
 
 from dit_export.cli import main
 from tests.conftest import HEADS, META_NAMES, Built, build, meta_state
+from tests.once import once
 
 
 class Verdict(NamedTuple):
@@ -31,7 +32,7 @@ def regress(capsys) -> Callable[..., Verdict]:
         if code == 2:
             return Verdict(code, None, [captured.err.splitlines()[-1]], {}, set())
         table = json.loads(captured.out, parse_constant=pytest.fail)  # JSON knows no NaN
-        failed = {(metric["graph"], metric["metric"]) for metric in table["metrics"] if not metric["passed"]}
+        failed = {(figure["stage"], figure["metric"]) for figure in table["checks"] if not figure["passed"]}
         assert table["passed"] == (not failed) == (code == 0)
         taps = {tap["name"]: tap["error"] for tap in table["taps"]}
         return Verdict(code, table["first"], table["located"], taps, failed)
@@ -40,6 +41,7 @@ def regress(capsys) -> Callable[..., Verdict]:
 
 
 @pytest.fixture(scope="session")
+@once
 def baseline(meta, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("baseline") / "meta.json"
     assert main(["regress", str(meta.bundle), "--threads", "1", "--baseline", str(path), "--update-baseline"]) == 0
@@ -47,6 +49,7 @@ def baseline(meta, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+@once
 def later(tmp_path_factory, one_thread) -> Built:
     """The same network some training later: every weight a little elsewhere."""
     import torch

@@ -121,7 +121,7 @@ def test_the_gate_judges_a_bundle(shared_embedders, tmp_path, capsys):
     def regress(bundle: Path, *more: str) -> tuple[int, dict[str, dict]]:
         capsys.readouterr()
         code = main(["regress", str(bundle), *options, *more])
-        return code, {row["metric"]: row for row in json.loads(capsys.readouterr().out)["metrics"]}
+        return code, {row["metric"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
 
     code, rows = regress(shared_embedders.bundle, "--count", str(COUNT), "--update-baseline")
     assert code == 0
@@ -149,7 +149,7 @@ def test_the_same_bundle_against_itself(shared_embedders, tmp_path, capsys):
     judge = network(tmp_path / "judge.onnx")
     command = ["regress", str(shared_embedders.bundle), "--against", str(shared_embedders.bundle), "--threads", "1"]
     assert main([*command, "--features", str(judge), "--count", str(COUNT), "--json"]) == 0
-    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["metrics"]}
+    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
     assert rows["same seed, mean, PSNR in dB"]["value"] == 100 and rows["same seed, mean, SSIM"]["value"] == 1
     assert rows["judge's agreement, share"]["limit"] == rows["judge's agreement, share"]["value"] - 0.005
 
@@ -170,7 +170,7 @@ def test_samples_from_files(meta, tmp_path, capsys):
         capsys.readouterr()
         files = ["--samples", str(tmp_path / samples), "--real", str(tmp_path / reference)]
         assert main(["regress", str(meta.bundle), "--threads", "1", "--json", *files, *options]) == 0
-        return {row["metric"]: row for row in json.loads(capsys.readouterr().out)["metrics"]}
+        return {row["metric"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
 
     for samples, reference, options in (
         ("ours.npz", "real.npz", judge),
@@ -189,7 +189,7 @@ def test_samples_from_files(meta, tmp_path, capsys):
         (["--count", "100"], "pass --features FILE.onnx"),
         (["--real", "other-width.npz"], "2000 pictures need a network .* pass --features FILE.onnx"),
         (["--features", "judge.onnx", "--count", "0"], "at least 100"),
-        (["--features", "judge.onnx", "--real", "other-width.npz"], "7 features a picture in --real, 48 in what"),
+        (["--features", "judge.onnx", "--real", "other-width.npz"], "this bundle has no decoder"),
         (["--samples", "narrow.npz", "--real", "other-width.npz"], "7 features a picture in --real, 5 in what"),
         (["--samples", "narrow.npz", "--real", "no-square.npz"], "mu is \\[7\\] and sigma \\[7\\]"),
         (["--samples", "pictures.npz"], "pass --features FILE.onnx"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,8 @@ def test_an_identical_engine_passes(meta, baseline, regress, tmp_path, one_threa
 
 def test_no_limit_is_tighter_than_that_of_fp32(baseline):
     table, fp32 = json.loads(baseline.read_text()), TOLERANCES["fp32"]
-    least = {"labels": fp32.conditioner, "null label": fp32.prediction, "unguided": fp32.prediction}
+    least = dict.fromkeys(("fingerprint", "fingerprint of the null"), fp32.conditioner)
+    least |= dict.fromkeys(("unguided", "null condition"), fp32.prediction)
     least |= {"prediction": fp32.guided, "variance": fp32.guided, "latents": fp32.latents}
     limits = [(entry["metric"].split(", "), entry["limits"]) for entry in table["metrics"]]
     found = {name: min(values) for (name, unit), values in limits if unit == "rel-L2"}
@@ -51,10 +53,10 @@ def test_a_doubled_scale(meta, meta_copy, baseline, regress, block):
     for truth in ([], ["--against", str(meta.bundle)]):  # PyTorch, and a bundle that is right
         verdict = regress(meta_copy, "--baseline", str(baseline), *truth)
         assert verdict.code == 1
-        assert (verdict.first["graph"], verdict.first["metric"]) == ("denoiser", "prediction, rel-L2")
+        assert (verdict.first["stage"], verdict.first["metric"]) == ("denoiser", "prediction, rel-L2")
         assert verdict.first["where"].startswith("step 1 of ") and verdict.first["step"] == 1
         (sentence,) = verdict.located
-        assert sentence.startswith(f"denoiser: first moved: block {block + 1} of 2 (blocks.{block}), attention")
+        assert sentence.startswith(f"denoiser: first moved: blocks.{block}.attn (residual sum {2 * block + 1} of 4)")
         errors = list(verdict.taps.values())
         assert max(errors[: 2 * block + 1]) < 1e-5 and min(errors[2 * block + 1 :]) > 1e-3
 
@@ -65,19 +67,21 @@ def test_zeroed_rows_of_one_layer(meta_copy, baseline, regress, block):
     weight(meta_copy, "denoiser", name=linears(meta_copy, 4 * HIDDEN, HIDDEN)[block])[:HIDDEN] = 0
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(baseline))
-    assert (verdict.code, verdict.first["graph"], verdict.first["step"]) == (1, "denoiser", 1)
-    assert verdict.located[0].startswith(f"denoiser: first moved: block {block + 1} of 2 (blocks.{block}), MLP")
+    assert (verdict.code, verdict.first["stage"], verdict.first["step"]) == (1, "denoiser", 1)
+    assert verdict.located[0].startswith(
+        f"denoiser: first moved: blocks.{block}.mlp (residual sum {2 * block + 2} of 4)"
+    )
 
 
 @pytest.mark.parametrize(
     ("pair", "place"),
-    [(0, "block 1 of 2 (blocks.0), attention"), (3, "block 2 of 2 (blocks.1), MLP"), (4, "after the last block")],
+    [(0, "blocks.0.attn "), (3, "blocks.1.mlp "), (4, "after the last residual sum")],
 )
 def test_gain_and_shift_swapped(meta_copy, baseline, regress, pair, place):
     swap_vectors(meta_copy, pair)
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(baseline))
-    assert (verdict.code, verdict.first["graph"], verdict.first["step"]) == (1, "denoiser", 1)
+    assert (verdict.code, verdict.first["stage"], verdict.first["step"]) == (1, "denoiser", 1)
     assert verdict.located[0].startswith(f"denoiser: first moved: {place}") and len(verdict.located) == 1
 
 
@@ -89,11 +93,14 @@ def test_a_wrong_null_row(meta, meta_copy, baseline, regress):
     seal(meta_copy)
     for truth in ([], ["--against", str(meta.bundle)]):
         verdict = regress(meta_copy, "--baseline", str(baseline), *truth)
-        assert (verdict.code, verdict.first["graph"]) == (1, "conditioner")
-        assert (verdict.first["metric"], verdict.first["where"]) == ("null label, rel-L2", f"row {META_CLASSES}")
+        assert (verdict.code, verdict.first["stage"]) == (1, "conditioner")
+        assert verdict.first["name"] == "conditioner: fingerprint of the null, rel-L2"
+        assert verdict.first["where"] == f"the null (labels {META_CLASSES})"
         assert verdict.located == [verdict.located[0]]  # the denoiser, asked with the right vectors, is right
-        assert verdict.located[0].startswith(f"conditioner: every vector, for the null label ({META_CLASSES})")
-        assert ("denoiser", "null label, rel-L2") in verdict.failed
+        assert verdict.located[0].startswith(
+            f"conditioner: every tensor of conditioning, for the null (labels {META_CLASSES})"
+        )
+        assert ("denoiser", "null condition, rel-L2") in verdict.failed
         assert ("denoiser", "unguided, rel-L2") not in verdict.failed
 
 
@@ -103,10 +110,10 @@ def test_a_stale_conditioner(meta, meta_copy, later, baseline, regress):
         shutil.copyfile(later.bundle / name, meta_copy / name)
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(baseline))
-    assert (verdict.code, verdict.first["graph"]) == (1, "conditioner")
-    assert verdict.first["where"] == "every label: stale, or of other weights"
+    assert (verdict.code, verdict.first["stage"]) == (1, "conditioner")
+    assert verdict.first["where"] == "every condition: stale, or of other weights"
     assert len(verdict.located) == 1
-    assert verdict.located[0].startswith("conditioner: every vector, for every label asked")
+    assert verdict.located[0].startswith("conditioner: every tensor of conditioning, for every condition asked")
 
 
 def test_one_block_of_the_conditioner(meta_copy, baseline, regress):
@@ -115,8 +122,9 @@ def test_one_block_of_the_conditioner(meta_copy, baseline, regress):
     weight(meta_copy, "conditioner", name=names[1])[:HIDDEN] += 0.5  # the first part is attention's shift
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(baseline))
-    assert (verdict.code, verdict.first["graph"]) == (1, "conditioner")
-    assert verdict.located[0].startswith("conditioner: block 2 of 2 (blocks.1), attention shift, for every label asked")
+    assert (verdict.code, verdict.first["stage"]) == (1, "conditioner")
+    sentence = verdict.located[0]
+    assert re.match(r"conditioner: conditioning \d+ of 14 \(blocks.1.modulation\), for every condition asked", sentence)
 
 
 def test_both_at_once(meta_copy, baseline, regress):
@@ -127,7 +135,7 @@ def test_both_at_once(meta_copy, baseline, regress):
     swap_vectors(meta_copy, 2)
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(baseline))
-    assert verdict.first["where"] == f"label {REFERENCE_LABELS[0]}"
+    assert verdict.first["where"] == f"labels {REFERENCE_LABELS[0]}"
     assert [sentence.partition(":")[0] for sentence in verdict.located] == ["conditioner", "denoiser"]
 
 
@@ -135,8 +143,8 @@ def test_a_nan_is_no_small_error(meta_copy, baseline, regress):
     weight(meta_copy, "denoiser", (HIDDEN, 4, 2, 2))[0] = np.nan
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(baseline))
-    assert (verdict.code, verdict.first["graph"], verdict.first["value"]) == (1, "denoiser", "nan")
-    assert verdict.located[0].startswith("denoiser: first moved: before the first block")
+    assert (verdict.code, verdict.first["stage"], verdict.first["value"]) == (1, "denoiser", "nan")
+    assert verdict.located[0].startswith("denoiser: first moved: before the first residual sum")
 
 
 def test_where_nothing_right_is_at_hand(meta_copy, regress):
@@ -147,7 +155,7 @@ def test_where_nothing_right_is_at_hand(meta_copy, regress):
     swap_vectors(meta_copy, 2)
     seal(meta_copy)
     verdict = regress(meta_copy)
-    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
+    assert (verdict.code, verdict.first["stage"]) == (1, "denoiser")
     assert verdict.located[0].startswith("not localized: ") and "--against" in verdict.located[0]
 
 
@@ -163,7 +171,7 @@ def test_a_baseline_belongs_to_its_weights(later, baseline, regress, tmp_path):
 
 def test_a_baseline_holds_what_it_measured(meta, baseline, regress, tmp_path):
     """A limit below the figure, a metric that is gone, and another answer by PyTorch are failures."""
-    judged = {"graph": "run", "metric": "judge's agreement, share", "values": [1], "limits": [0.9]}
+    judged = {"stage": "run", "metric": "judge's agreement, share", "values": [1], "limits": [0.9]}
     for change, expected in (
         (lambda table: row(table, "prediction, rel-L2")["limits"].__setitem__(3, 1e-12), ("denoiser", 4)),
         (lambda table: table["metrics"].append(judged), ("run", None)),
@@ -173,7 +181,7 @@ def test_a_baseline_holds_what_it_measured(meta, baseline, regress, tmp_path):
         change(table)
         (tmp_path / "changed.json").write_text(json.dumps(table))
         verdict = regress(meta.bundle, "--baseline", str(tmp_path / "changed.json"))
-        assert (verdict.code, (verdict.first["graph"], verdict.first["step"])) == (1, expected)
+        assert (verdict.code, (verdict.first["stage"], verdict.first["step"])) == (1, expected)
 
 
 def row(table: dict, metric: str) -> dict:
@@ -184,7 +192,7 @@ def test_a_bad_bundle_is_no_baseline(meta_copy, regress, tmp_path):
     swap_vectors(meta_copy, 2)
     seal(meta_copy)
     verdict = regress(meta_copy, "--baseline", str(tmp_path / "bad.json"), "--update-baseline")
-    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
+    assert (verdict.code, verdict.first["stage"]) == (1, "denoiser")
     assert not (tmp_path / "bad.json").exists()
 
 
@@ -204,7 +212,7 @@ def test_table_and_junit(meta_copy, baseline, tmp_path, capsys):
     assert main(["regress", str(meta_copy), *arguments]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("FAILED denoiser: prediction, rel-L2, step 1 of 10, t = 900: ")
-    assert lines[-1].startswith("denoiser: first moved: block 2 of 2 (blocks.1), attention")
+    assert lines[-1].startswith("denoiser: first moved: blocks.1.attn ")
     root = ElementTree.parse(junit).getroot()
     suites = {suite.get("name"): suite for suite in root}
     assert list(suites) == ["reference", "sampler", "conditioner", "denoiser", "run"]
@@ -245,5 +253,5 @@ def test_a_broken_decoder_is_not_the_denoisers_fault(shared_embedders, tmp_path,
     np.memmap(bundle / "decoder.onnx.data", np.float32, "r+")[:4000] *= 3
     seal(bundle)
     verdict = regress(bundle)
-    assert (verdict.code, verdict.first["graph"], verdict.located) == (1, "decoder", [])
+    assert (verdict.code, verdict.first["stage"], verdict.located) == (1, "decoder", [])
     assert {graph for graph, _ in verdict.failed} == {"decoder", "run"}

@@ -10,7 +10,7 @@ import pytest
 from dit_export.cli import main
 from dit_export.verify.parity import proof
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.replay import load_reference
+from dit_runtime.verify import load_reference
 from tests.conftest import DIFFUSERS_DEPTH, HEADS, HIDDEN, META_CLASSES
 from tests.tamper import double_scale, seal, swap_vectors, weight
 
@@ -26,9 +26,10 @@ def test_a_swap_in_a_narrow_precision(shared_embedders, tmp_path, regress, one_t
     swap_vectors(bundle, 2, "denoiser.openvino.onnx")
     seal(bundle)
     verdict = regress(bundle, "--baseline", str(tmp_path / "b.json"), "--against", str(shared_embedders.bundle))
-    assert (verdict.code, verdict.first["graph"]) == (1, "denoiser")
-    place = f"block 2 of {DIFFUSERS_DEPTH} (blocks.1), attention"
-    assert verdict.located[0].startswith(f"denoiser: first moved: {place}")
+    assert (verdict.code, verdict.first["stage"]) == (1, "denoiser")
+    assert verdict.located[0].startswith(
+        f"denoiser: first moved: blocks.1.attn (residual sum 3 of {2 * DIFFUSERS_DEPTH})"
+    )
     assert ("decoder", "PyTorch's latents, PSNR in dB") not in verdict.failed
 
 
@@ -55,9 +56,9 @@ def test_int8_is_localized_through_its_smoothing(meta, int8, regress, tmp_path, 
     double_scale(bundle, "block 0 fc2", "denoiser.openvino.onnx")
     seal(bundle)
     verdict = regress(bundle, *options)
-    assert (verdict.code, verdict.first["graph"], verdict.first["step"]) == (1, "denoiser", 1)
+    assert (verdict.code, verdict.first["stage"], verdict.first["step"]) == (1, "denoiser", 1)
     (sentence,) = verdict.located
-    assert sentence.startswith("denoiser: first moved: block 1 of 2 (blocks.0), MLP")
+    assert sentence.startswith("denoiser: first moved: blocks.0.mlp (residual sum 2 of 4)")
 
     bundle = Path(shutil.copytree(int8, tmp_path / "null"))
     table = weight(bundle, "conditioner", (META_CLASSES + 1, HIDDEN))
@@ -65,9 +66,13 @@ def test_int8_is_localized_through_its_smoothing(meta, int8, regress, tmp_path, 
     table.flush()
     seal(bundle)
     verdict = regress(bundle, *options)
-    assert (verdict.code, verdict.first["graph"], verdict.first["metric"]) == (1, "conditioner", "null label, rel-L2")
+    assert (verdict.code, verdict.first["stage"], verdict.first["metric"]) == (
+        1,
+        "conditioner",
+        "fingerprint of the null, rel-L2",
+    )
     (sentence,) = verdict.located
-    assert "for the null label (12)" in sentence
+    assert "for the null (labels 12)" in sentence
 
 
 def test_the_proof_is_not_met_by_rounding(int8, tmp_path):
@@ -76,19 +81,19 @@ def test_the_proof_is_not_met_by_rounding(int8, tmp_path):
     weight(bundle, "conditioner", (HIDDEN, HIDDEN))[:] = 0  # the last linear of the timestep's embedder
     seal(bundle)
     with Pipeline.load(bundle, threads=1) as pipe:
-        checks = {check.name: check for check in proof(pipe, load_reference(bundle))}
-    moved = checks.pop("proof: t moved by 5 %")
+        checks = {figure.name: figure for figure in proof(pipe, load_reference(bundle, pipe.manifest))}
+    moved = checks.pop("proof: t moved by 5 %, rel-L2")
     assert moved.value == 0 and not moved.passed
     assert len(checks) == 3 and all(check.passed for check in checks.values())
 
 
 def test_a_stale_conditioner_in_int8(int8, later, regress, tmp_path):
-    """Nothing right is left to ask the denoiser with, so it is not accused."""
+    """The denoiser, which reads PyTorch's tensors divided as the reference says, is right."""
     bundle = Path(shutil.copytree(int8, tmp_path / "stale"))
     for name in ("conditioner.onnx", "conditioner.onnx.data"):
         shutil.copyfile(later.bundle / name, bundle / name)
     seal(bundle)
     verdict = regress(bundle)
-    assert (verdict.code, verdict.first["where"]) == (1, "every label: stale, or of other weights")
-    assert verdict.located[0].startswith("conditioner: ")
-    assert verdict.located[1].startswith("denoiser: not localized")
+    assert (verdict.code, verdict.first["where"]) == (1, "every condition: stale, or of other weights")
+    (sentence,) = verdict.located
+    assert sentence.startswith("conditioner: ")

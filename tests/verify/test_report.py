@@ -137,10 +137,10 @@ def test_it_says_what_was_found(shared_embedders, built, failed):
     assert report.NAME in contract.files
     text = built.read_text(encoding="utf-8")
     assert "all gates passed" in text and "FAILED" not in text
-    assert "3x64/2 at 64 px in fp32 on onnxruntime" in text and "proof: another label" in text
+    assert "3x64/2 at 64 px in fp32 on onnxruntime" in text and "proof: another condition" in text
     assert contract.built_with["versions"]["torch"] in text and "Sensitivity" not in text
     text = failed.read_text(encoding="utf-8")
-    assert "a gate failed" in text and "denoiser: first moved: block 2 of 3 (blocks.1), attention" in text
+    assert "a gate failed" in text and "denoiser: first moved: blocks.1.attn (residual sum 3 of 6)" in text
     assert text.count("<polyline") == 5 and "thing 250, item 250 (250), seed 0, guidance 4" in text
     assert text.count('class="bar kept"') == 2 and "the other 6 layers" in text and "2 of 30 stay in float" in text
 

@@ -12,8 +12,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from dit_export.graph import onnxfile
 from dit_export.graph.onnxfile import layer
-from dit_export.precision.half import narrow
-from dit_export.verify.taps import names, residual_sums
+from dit_export.precision.half import cast_to_half
+from dit_export.verify.localize import _places
+from dit_export.verify.taps import original, residual_sums
+from dit_export.verify.traced import Traced
 from tests.conftest import HIDDEN, META_DEPTH
 
 
@@ -28,7 +30,7 @@ def denoiser(request, meta, tmp_path) -> gs.Graph:
         return graph
     graph = onnxfile.load(meta.bundle / name)
     if request.param == "fp16":
-        narrow(graph, "fp16")
+        cast_to_half(graph, "fp16")
     return graph
 
 
@@ -37,7 +39,7 @@ def test_two_sums_a_block(denoiser):
     sums = residual_sums(denoiser)
     assert len(sums) == 2 * META_DEPTH
     for (_, before), (x, _) in itertools.pairwise(sums):
-        assert x is before
+        assert original(x) is before
     last = sums[-1][1]
     assert [node.op for node in last.outputs] == ["LayerNormalization"]
 
@@ -61,6 +63,11 @@ def test_what_is_a_residual_sum(branch, found):
     assert len(residual_sums(build(branch))) == found
 
 
-def test_names_of_blocks_and_of_other_networks():
-    assert names(4, 2)[0] == "before the first block" and names(4, 2)[3] == "block 2 of 2 (blocks.1), attention"
-    assert names(3, 2)[1:] == ["residual sum 1 of 3", "residual sum 2 of 3", "residual sum 3 of 3"]
+def test_names_of_places():
+    places = _places(["add", "add_1", "add_2"], Traced((), {"add_2": "blocks.0.mlp"}))
+    assert [*places] == ["add", "add_1", "add_2"]
+    assert [*places.values()] == [
+        "before the first residual sum",
+        "residual sum 1 of 2 (add_1)",
+        "blocks.0.mlp (residual sum 2 of 2)",
+    ]

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <fstream>
 
-#include "diffusion.hpp"
 #include "parsing.hpp"
 #include "sha256.hpp"
 
@@ -100,8 +99,6 @@ Manifest parse(const std::string& content, const std::string& where) {
         throw BundleError(where + ": " + error.what());
     }
 }
-
-Diffusion parse_diffusion(const std::string& content) { return diffusion_from_json(json::Json::parse(content)); }
 
 Manifest read(const Path& folder) {
     const Path path = folder / MANIFEST;

@@ -91,7 +91,7 @@ struct Manifest {
     std::vector<std::string> labels;     // class names of the port "labels"; empty where they are unknown
     std::int64_t guided_channels = 0;    // the leading channels that guidance moves
     bool unguided_up_to_one = true;      // weights below 1 count as 1
-    Diffusion process;
+    Process process;
     std::vector<Stage> stages;  // in the order of running, but for "update": here solvers step on the host
     std::map<std::string, File> files;
 
@@ -115,9 +115,6 @@ Manifest read(const Path& folder);
 
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);
-
-// The `process` section alone, from JSON.
-Diffusion parse_diffusion(const std::string& content);
 
 // The file `name` of the bundle; nothing may lead out of the folder.
 Path inside(const Path& folder, const std::string& name);

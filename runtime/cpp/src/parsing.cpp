@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "checks.hpp"
-#include "diffusion.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -140,7 +139,7 @@ Manifest parse_table(const Json& table) {
     manifest.guided_channels = json::integer(json::need(guidance, "channels"), "guidance: channels", 0, MOST);
     if (guidance.contains("unguided_up_to_one"))
         manifest.unguided_up_to_one = json::boolean(guidance["unguided_up_to_one"], "guidance: unguided_up_to_one");
-    manifest.process = diffusion_from_json(json::need(table, "process"));
+    manifest.process = process_from_json(json::need(table, "process"));
     for (const Json& stage : json::list(json::need(table, "stages"), "stages"))
         manifest.stages.push_back(parse_stage(stage));
     for (const auto& entry : json::table(json::need(table, "files"), "files").items()) {

@@ -62,17 +62,6 @@ Condition null_rows(const Manifest& manifest, const Request& request, std::size_
     return guided ? null : Condition();
 }
 
-// A solver refuses what it does not take before it asks for a prediction.
-void check_solver(const Manifest& manifest, const Request& request, const std::string& solver) {
-    struct Asks {};
-    try {
-        solve(
-            manifest.process, solver, request.steps, {}, draw({0}, 1),
-            [](const Array&, double) -> Prediction { throw Asks(); }, request.eta, request.spacing);
-    } catch (const Asks&) {
-    }
-}
-
 }  // namespace
 
 Checked check(const Manifest& manifest, const Request& request) {
@@ -83,7 +72,7 @@ Checked check(const Manifest& manifest, const Request& request) {
     checked.null = null_rows(manifest, request, count, is_guided(manifest, checked.weights));
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
     checked.timesteps = plan(manifest.process, checked.solver, request.steps, request.spacing);
-    check_solver(manifest, request, checked.solver);
+    Solver(manifest.process, checked.solver, request.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
     draw(request.seeds, count);  // refuses another number of seeds
     if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))
         throw UsageError(text("latents have ", request.latents->size(), " numbers; expected ", size, ", all finite"));

@@ -5,37 +5,42 @@
 
 namespace dit_runtime {
 
-Run::Run(Pipeline& pipe, const Request& request)
-    : pipe_(pipe), checked_(check(pipe.manifest, request)), on_step_(request.on_step) {
-    const Draw draw = dit_runtime::draw(request.seeds, count());
+namespace {
+
+Solver start(const Manifest& manifest, const Request& request, const Checked& checked) {
+    const std::size_t count = checked.own.rows;
+    const Draw draw = dit_runtime::draw(request.seeds, count);
     const std::vector<float> x =
-        request.latents ? *request.latents : draw(count() * dit_runtime::count(pipe.manifest.state().shape));
-    const auto solve = [process = pipe.manifest.process, solver = checked_.solver, steps = request.steps,
-                        start = Array(x.begin(), x.end()), draw, eta = request.eta,
-                        spacing = request.spacing](const Denoise& denoise) {
-        return dit_runtime::solve(process, solver, steps, start, draw, denoise, eta, spacing);
-    };
-    stepper_ = std::make_unique<Stepper>(solve);
+        request.latents ? *request.latents : draw(count * dit_runtime::count(manifest.state().shape));
+    return {manifest.process, checked.solver, request.steps, {x.begin(), x.end()}, draw, request.eta, request.spacing};
 }
+
+}  // namespace
+
+Run::Run(Pipeline& pipe, const Request& request)
+    : pipe_(pipe),
+      checked_(check(pipe.manifest, request)),
+      on_step_(request.on_step),
+      solver_(start(pipe.manifest, request, checked_)) {}
 
 bool Run::step() {
     require_going();
-    if (!stepper_->asks()) return false;
+    if (!solver_.asks()) return false;
     if (!memo_) memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.own, checked_.null));
-    const double t = stepper_->t();
+    const double t = solver_.t();
     const auto index = static_cast<std::size_t>(done_);
     const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
         return (*memo_)(index, first, last);
     };
-    Prediction answer = pipe_.denoise({state().begin(), state().end()}, inputs, checked_.weights);
+    const Prediction answer = pipe_.denoise({state().begin(), state().end()}, inputs, checked_.weights);
     if (!all_finite(answer.prediction))
         throw EngineError(text("step ", done_ + 1, " (t = ", t, "): the ", pipe_.manifest.step().name,
                                "'s prediction holds values not finite"));
-    stepper_->send(std::move(answer));
+    solver_.send(answer);
     ++done_;
     if (on_step_ && on_step_(done_, steps(), state())) cancel();
     if (cancelled_) require_going();
-    return stepper_->asks();
+    return solver_.asks();
 }
 
 std::vector<float> Run::latents() {

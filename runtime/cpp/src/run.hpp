@@ -7,7 +7,7 @@
 
 #include "memo.hpp"
 #include "request.hpp"
-#include "stepper.hpp"
+#include "solvers.hpp"
 
 namespace dit_runtime {
 
@@ -21,7 +21,7 @@ class Run {
     // Evaluates the network once; true while there is more to do. After an engine's failure it can be called again.
     bool step();
     // The latents after the steps so far, [N, *state]; with one that is the first, the noise.
-    const Array& state() const { return stepper_->x(); }
+    const Array& state() const { return solver_.x(); }
     // The latents after all steps, with those that are still to do.
     std::vector<float> latents();
     // Any thread may call it: the next step throws Stopped.
@@ -37,7 +37,7 @@ class Run {
     Pipeline& pipe_;
     const Checked checked_;
     const OnStep on_step_;
-    std::unique_ptr<Stepper> stepper_;
+    Solver solver_;
     std::unique_ptr<Memo> memo_;
     int done_ = 0;
     std::atomic<bool> cancelled_{false};

@@ -9,28 +9,17 @@
 namespace dit_runtime {
 namespace {
 
-const double PI = 3.141592653589793;
-
-// As NumPy's: the last point is exact.
-Array linspace(double start, double stop, std::int64_t count) {
-    Array points(static_cast<std::size_t>(count));
-    const double step = (stop - start) / static_cast<double>(count - 1);
-    for (std::int64_t index = 0; index < count; ++index)
-        points[static_cast<std::size_t>(index)] = count > 1 ? static_cast<double>(index) * step + start : start;
-    if (count > 1) points.back() = stop;
-    return points;
-}
-
 std::string default_spacing(const Sampler& sampler, const std::string& solver) {
-    if (ORDERS.count(solver)) return sampler.dpm_spacing;
+    if (contains(MULTISTEP, solver)) return sampler.dpm_spacing;
     return solver == "ddpm" ? sampler.ddpm_spacing : sampler.ddim_spacing;
 }
 
-std::int64_t count_unclipped(const Diffusion& diffusion) {
-    const auto& floor = diffusion.sampler.lambda_min_clipped;
-    if (!floor) return diffusion.train_steps;
-    const Array levels = diffusion.alpha_bar();
-    return std::count_if(levels.begin(), levels.end(), [&](double level) { return log_snr(level) >= *floor; });
+std::int64_t count_unclipped(const Process& process) {
+    const auto& floor = process.sampler.lambda_min_clipped;
+    if (!floor) return process.train_steps;
+    const Array levels = process.alpha_bar();
+    return std::count_if(levels.begin(), levels.end(),
+                         [&](double level) { return 0.5 * std::log(level / (1 - level)) >= *floor; });
 }
 
 // The smallest integer stride that visits exactly `steps` of the training steps.
@@ -53,49 +42,104 @@ std::int64_t find_stride(std::int64_t total, std::int64_t steps) {
                           " training steps; the nearest that do: ", near, " (or take spacing 'respaced')"));
 }
 
+Array even_points(const Process& process, const std::string& solver, std::int64_t steps, const std::string& asked) {
+    const std::string spacing = asked.empty() ? process.sampler.flow_spacing : asked;
+    if (!contains(FLOW_SPACINGS, spacing))
+        throw UsageError(
+            text("spacing is '", spacing, "' with solver ", solver, "; take one of ", join(FLOW_SPACINGS)));
+    if (spacing == "linspace") return linspace(1, process.sigma_min, steps);
+    Array points;
+    for (std::int64_t index = 0; index < steps; ++index)
+        points.push_back(1 - static_cast<double>(index) / static_cast<double>(steps));
+    return points;
+}
+
+Array sde_points(std::int64_t steps, const std::string& spacing) {
+    if (!spacing.empty())
+        throw UsageError(
+            text("spacing is '", spacing, "' with solver sde; its steps are even, and its last is ", LAST_STEP));
+    if (steps < 2)
+        throw UsageError(
+            text("steps is ", steps, " with solver sde; expected at least 2, for its last is one of ", LAST_STEP));
+    Array points;
+    for (std::int64_t index = 0; index < steps; ++index)
+        points.push_back(1 - static_cast<double>(index) / static_cast<double>(steps - 1) * (1 - LAST_STEP));
+    return points;
+}
+
+// The level after a step is that of the next timestep, but for DDIM with the spacings of Lin et al.: there it is
+// T // N training steps below, wherever the next timestep lies.
+std::vector<Step> noise_steps(const Process& process, const std::string& solver, std::int64_t steps,
+                              const std::string& asked) {
+    const std::vector<std::int64_t> chosen = timesteps(process, solver, steps, asked);
+    const Array levels = process.alpha_bar();
+    const Sampler& sampler = process.sampler;
+    double final = 1.0;
+    if (contains(MULTISTEP, solver))
+        final = sampler.final_sigmas_type == "zero" ? 1.0 : levels[0];
+    else
+        final = solver == "ddpm" || sampler.set_alpha_to_one ? 1.0 : levels[0];
+    std::vector<std::int64_t> following(chosen.begin() + 1, chosen.end());
+    following.push_back(-1);
+    const std::string spacing = asked.empty() ? sampler.ddim_spacing : asked;
+    if (solver == "ddim" && (spacing == "leading" || spacing == "trailing" || spacing == "linspace"))
+        for (std::size_t index = 0; index < chosen.size(); ++index)
+            following[index] = chosen[index] - process.train_steps / steps;
+    const auto level = [&](std::int64_t time) {
+        const double bar = time >= 0 ? levels[static_cast<std::size_t>(time)] : final;
+        return Level{static_cast<double>(time), std::sqrt(bar), std::sqrt(1 - bar)};
+    };
+    std::vector<Step> schedule;
+    for (std::size_t index = 0; index < chosen.size(); ++index)
+        schedule.push_back({level(chosen[index]), level(following[index])});
+    return schedule;
+}
+
 }  // namespace
 
-// Only + - × ÷ √ in double, cosine apart: so every machine gets the same bits. A velocity has none.
-Array Diffusion::betas() const {
-    if (prediction == "velocity") return {};
-    if (trained_betas) return *trained_betas;
-    if (beta_schedule == "linear") return linspace(beta_start, beta_end, train_steps);
-    if (beta_schedule == "scaled_linear") {
-        Array values = linspace(std::sqrt(beta_start), std::sqrt(beta_end), train_steps);
-        for (double& value : values) value = value * value;
-        return values;
+double Level::log_snr() const { return sigma > 0 ? std::log(alpha / sigma) : std::numeric_limits<double>::infinity(); }
+
+std::vector<Step> make_schedule(const Process& process, const std::string& solver, std::int64_t steps,
+                                const std::string& spacing) {
+    if (process.kind() == "noise") return noise_steps(process, solver, steps, spacing);
+    std::vector<Step> schedule;
+    const Array points = sigmas(process, solver, steps, spacing);
+    const auto level = [](double sigma) { return Level{sigma, 1 - sigma, sigma}; };
+    for (std::size_t index = 0; index + 1 < points.size(); ++index)
+        schedule.push_back({level(points[index]), level(points[index + 1])});
+    return schedule;
+}
+
+Array sigmas(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
+    require_fit(process, solver);
+    require_steps(process, steps);
+    Array points = solver == "sde" ? sde_points(steps, spacing) : even_points(process, solver, steps, spacing);
+    for (double& sigma : points) sigma = process.shift * sigma / (1 + (process.shift - 1) * sigma);
+    if (process.shift_terminal) {
+        if (steps < 2)
+            throw UsageError(
+                text("steps is ", steps, "; expected at least 2, for shift_terminal is ", *process.shift_terminal));
+        const double stretch = (1 - *process.shift_terminal) / (1 - points.back());
+        for (double& sigma : points) sigma = 1 - (1 - sigma) * stretch;
     }
-    const auto level = [this](std::int64_t index) {
-        const double time = static_cast<double>(index) / static_cast<double>(train_steps);
-        const double cosine = std::cos((time + 0.008) / 1.008 * PI / 2);
-        return cosine * cosine;
-    };
-    Array values;
-    for (std::int64_t index = 0; index < train_steps; ++index)
-        values.push_back(std::min(1 - level(index + 1) / level(index), 0.999));
-    return values;
+    points.push_back(0);
+    for (double& sigma : points) sigma = static_cast<double>(static_cast<float>(sigma));
+    return points;
 }
 
-Array Diffusion::alpha_bar() const {
-    Array levels = betas();
-    double product = 1;
-    for (double& level : levels) level = product *= 1 - level;
-    return levels;
-}
-
-std::vector<std::int64_t> timesteps(const Diffusion& diffusion, const std::string& solver, std::int64_t steps,
+std::vector<std::int64_t> timesteps(const Process& process, const std::string& solver, std::int64_t steps,
                                     const std::string& asked) {
-    require_fit(diffusion, solver);
-    require_steps(diffusion, steps);
-    const std::int64_t total = diffusion.train_steps;
-    const Sampler& sampler = diffusion.sampler;
+    require_fit(process, solver);
+    require_steps(process, steps);
+    const std::int64_t total = process.train_steps;
+    const Sampler& sampler = process.sampler;
     const std::string spacing = asked.empty() ? default_spacing(sampler, solver) : asked;
     if (!contains(SPACINGS, spacing))
         throw UsageError(
             text("spacing '", spacing, "' is not known", nearest(spacing, SPACINGS), "; known: ", join(SPACINGS)));
 
-    const bool multistep = ORDERS.count(solver) > 0;
-    const std::int64_t end = multistep ? count_unclipped(diffusion) : total;
+    const bool multistep = contains(MULTISTEP, solver);
+    const std::int64_t end = multistep ? count_unclipped(process) : total;
     if (!end)
         throw UsageError(text("lambda_min_clipped is ", *sampler.lambda_min_clipped, ": it leaves none of the ", total,
                               " timesteps"));
@@ -134,51 +178,6 @@ std::vector<std::int64_t> timesteps(const Diffusion& diffusion, const std::strin
         throw UsageError(text(steps, " steps of ", solver, " with '", spacing, "' spacing do not fit into ", total,
                               " training steps; take fewer"));
     return {chosen.begin(), chosen.end()};
-}
-
-Schedule make_schedule(const Diffusion& diffusion, const std::string& solver, std::int64_t steps,
-                       const std::string& asked) {
-    const std::vector<std::int64_t> chosen = timesteps(diffusion, solver, steps, asked);
-    const Array levels = diffusion.alpha_bar();
-    const Sampler& sampler = diffusion.sampler;
-    double final = 1.0;
-    if (ORDERS.count(solver))
-        final = sampler.final_sigmas_type == "zero" ? 1.0 : levels[0];
-    else
-        final = solver == "ddpm" || sampler.set_alpha_to_one ? 1.0 : levels[0];
-    std::vector<std::int64_t> previous(chosen.begin() + 1, chosen.end());
-    previous.push_back(-1);
-    const std::string spacing = asked.empty() ? sampler.ddim_spacing : asked;
-    if (solver == "ddim" && (spacing == "leading" || spacing == "trailing" || spacing == "linspace"))
-        for (std::size_t index = 0; index < chosen.size(); ++index)
-            previous[index] = chosen[index] - diffusion.train_steps / steps;
-    Schedule schedule{chosen, {}, {}};
-    for (std::size_t index = 0; index < chosen.size(); ++index) {
-        schedule.alpha_bar.push_back(levels[static_cast<std::size_t>(chosen[index])]);
-        schedule.alpha_bar_prev.push_back(previous[index] >= 0 ? levels[static_cast<std::size_t>(previous[index])]
-                                                               : final);
-    }
-    return schedule;
-}
-
-void require_fit(const Diffusion& diffusion, const std::string& solver) {
-    if (!contains(SOLVERS, solver))
-        throw UsageError(
-            text("solver '", solver, "' is not known", nearest(solver, SOLVERS), "; known: ", join(SOLVERS)));
-    const auto& fit = PREDICTIONS.at(diffusion.prediction);
-    if (!contains(fit, solver))
-        throw UsageError(text("solver '", solver, "' does not fit a model that predicts ", diffusion.prediction,
-                              "; take one of ", join(fit)));
-}
-
-void require_steps(const Diffusion& diffusion, std::int64_t steps) {
-    if (!(0 < steps && steps <= diffusion.train_steps))
-        throw UsageError(text("steps is ", steps, "; expected an integer from 1 to ", diffusion.train_steps,
-                              ", the training steps"));
-}
-
-double log_snr(double alpha_bar) {
-    return alpha_bar < 1 ? 0.5 * std::log(alpha_bar / (1 - alpha_bar)) : std::numeric_limits<double>::infinity();
 }
 
 }  // namespace dit_runtime

@@ -3,12 +3,31 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "errors.hpp"
+#include "facts.hpp"
 #include "images.hpp"
 #include "reference.hpp"
 
 namespace dit_runtime {
+namespace {
+
+std::map<std::string, Tolerances> read_tolerances() {
+    std::map<std::string, Tolerances> table;
+    for (const auto& entry : facts().at("tolerances").items()) {
+        const auto limit = [&](const char* name) { return entry.value().at(name).get<double>(); };
+        table[entry.key()] = {limit("conditioner"), limit("prediction"), limit("guided"), limit("latents"),
+                              limit("pictures")};
+    }
+    return table;
+}
+
+}  // namespace
+
+const std::map<std::string, Tolerances> TOLERANCES = read_tolerances();
+const double NOISE_ATOL = facts().at("noise_atol").get<double>();
+
 namespace {
 
 // ||value − reference|| / ||reference||; NaN and inf stay what they are.
@@ -130,7 +149,7 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
     check_files(pipe.folder, pipe.manifest, {REFERENCE});
     const Reference reference = load_reference(pipe);
     const Manifest& manifest = pipe.manifest;
-    const Diffusion& diffusion = manifest.process;
+    const Process& process = manifest.process;
     double conditioner = 0;  // the widest limit of a stage before the loop
     for (const Stage& stage : manifest.stages) {
         if (!TOLERANCES.count(stage.precision))
@@ -138,7 +157,7 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
                 text(stage.name, " has precision '", stage.precision, "', for which this library has no limits"));
         if (stage.before_loop()) conditioner = std::max(conditioner, TOLERANCES.at(stage.precision).conditioner);
     }
-    const Array betas = diffusion.betas();
+    const Array betas = process.betas();
     const bool comparable = betas.size() == reference.betas.size();
     std::size_t wrong = 0, first = 0;
     for (std::size_t t = betas.size(); t-- > 0;)
@@ -146,8 +165,8 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
     on_check({"sampler: betas that differ", static_cast<double>(wrong), 0, false,
               wrong ? text("first at t = ", first) : std::string()});
     const std::size_t steps = reference.timesteps.size();
-    const std::string& solver = diffusion.sampler.solver;
-    const Array times = plan(diffusion, solver, static_cast<std::int64_t>(steps) / evaluations(solver));
+    const std::string& solver = process.sampler.solver;
+    const Array times = plan(process, solver, static_cast<std::int64_t>(steps) / evaluations(solver));
     wrong = times.size() == steps ? 0 : steps;
     for (std::size_t step = 0; step < std::min(steps, times.size()); ++step)
         wrong += times[step] != reference.timesteps[step];

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_runtime import backends, verify
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise, draw
-from dit_runtime.sampling.schedule import (
-    NOISE_SOLVERS,
-    PREDICTIONS,
-    SOLVERS,
-    SPACINGS,
-    Diffusion,
-    make_schedule,
-    timesteps,
-)
+from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
+from dit_runtime.sampling.schedule import make_schedule, timesteps
 from dit_runtime.sampling.solvers import plan, solve
 
 FILE = Path(__file__).with_name("goldens.json")
 SHAPE = (2, 1, 3, 4)  # of the solvers' runs: 24 numbers, so noise is drawn by blocks and redrawn at the end
-DIFFUSIONS: dict[str, dict[str, Any]] = {
+PROCESSES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "v": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction": "v_prediction"},
     "sample": {
@@ -50,7 +41,14 @@ DIFFUSIONS: dict[str, dict[str, Any]] = {
         "beta_schedule": "squaredcos_cap_v2",
         "sampler": {"lambda_min_clipped": -5.1, "variance": "learned"},
     },
-    "velocity": {"prediction": "velocity", "sampler": {"solver": "euler"}},
+    "flow": {"kind": "flow"},
+    "shifted": {
+        "kind": "flow",
+        "shift": 3.0,
+        "sigma_min": 0.003,
+        "shift_terminal": 0.05,
+        "sampler": {"solver": "heun", "flow_spacing": "linspace"},
+    },
     "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
 }
 
@@ -63,17 +61,17 @@ def respond(x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def runs() -> list[dict[str, Any]]:
-    """Each solver with each diffusion, spacing and a few numbers of steps: the result, or that it is refused."""
+    """Each solver with each process, spacing and a few numbers of steps: the result, or that it is refused."""
     found = []
-    for name, solver, spacing, steps in product(DIFFUSIONS, SOLVERS, ("", *SPACINGS), (1, 5, 20)):
-        if spacing and name not in ("defaults", "odd"):
-            continue  # these two show the spacings, the others the rest
-        diffusion = Diffusion.from_dict(DIFFUSIONS[name])
-        if solver not in PREDICTIONS[diffusion.prediction]:
+    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, ("", *SPACINGS), (1, 5, 20)):
+        if spacing and name not in ("defaults", "odd", "shifted"):
+            continue  # these show the spacings, the others the rest
+        process = Process.from_dict(PROCESSES[name])
+        if SOLVERS[solver]["process"] != process.kind:
             continue
         for eta in (0.0, 0.7) if solver == "ddim" else (0.0,):
             entry: dict[str, Any] = {
-                "diffusion": name,
+                "process": name,
                 "solver": solver,
                 "spacing": spacing,
                 "steps": steps,
@@ -81,16 +79,14 @@ def runs() -> list[dict[str, Any]]:
             }
             found.append(entry)
             try:
-                asked = plan(diffusion, solver, steps, spacing or None)
+                asked = plan(process, solver, steps, spacing or None)
             except UsageError:
                 continue
-            if not eta and solver in NOISE_SOLVERS:
-                schedule = make_schedule(diffusion, solver, steps, spacing or None)
-                entry |= {"timesteps": schedule.timesteps.tolist(), "alpha_bar_prev": schedule.alpha_bar_prev.tolist()}
-            elif not eta:
-                entry["timesteps"] = asked.tolist()
+            if not eta:
+                schedule = make_schedule(process, solver, steps, spacing or None)
+                entry |= {"times": asked.tolist(), "sigmas_after": [step.after.sigma for step in schedule]}
             noise = draw(3, SHAPE[0])
-            run = solve(diffusion, solver, steps, noise(SHAPE), noise, eta=eta, spacing=spacing or None)
+            run = solve(process, solver, steps, noise(SHAPE), noise, eta=eta, spacing=spacing or None)
             x, t = next(run)
             try:
                 while True:
@@ -111,23 +107,17 @@ def noises() -> list[dict[str, Any]]:
 
 
 def goldens() -> dict[str, Any]:
-    full = Diffusion.from_dict(DIFFUSIONS["defaults"])
+    full = Process.from_dict(PROCESSES["defaults"])
     seeds = [5, 6, 7]
     each = draw(seeds, 3)
     return {
-        "diffusions": DIFFUSIONS,
-        "betas": {name: Diffusion.from_dict(table).betas[::7].tolist() for name, table in DIFFUSIONS.items()},
-        "alpha_bar": {name: Diffusion.from_dict(table).alpha_bar[::7].tolist() for name, table in DIFFUSIONS.items()},
+        "processes": PROCESSES,
+        "betas": {name: Process.from_dict(table).betas[::7].tolist() for name, table in PROCESSES.items()},
+        "alpha_bar": {name: Process.from_dict(table).alpha_bar[::7].tolist() for name, table in PROCESSES.items()},
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": runs(),
         "noise": noises(),
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
-        "tolerances": {name: asdict(limits) for name, limits in verify.TOLERANCES.items()}
-        | {
-            "noise": verify.NOISE_ATOL,
-        },
-        "precisions": {name: list(backends.backend(name).PRECISIONS) for name in backends.BACKENDS},
-        "sampler_fields": sorted(entry.name for entry in fields(full.sampler)),
     }
 
 

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.sampling.noise import Noise, draw
-from dit_runtime.sampling.schedule import Diffusion, Sampler
+from dit_runtime.sampling.process import Process, Sampler
 from dit_runtime.sampling.solvers import plan
 
 NAMES = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
 STEPS, SEEDS = 4, (11, 12)
 BEFORE = ("condition", "time", "time+condition")  # the loop
-DIFFUSION = Diffusion(sampler=Sampler(solver="ddim"))
+DIFFUSION = Process(sampler=Sampler(solver="ddim"))
 Rows = dict[str, NDArray[Any]]
 
 

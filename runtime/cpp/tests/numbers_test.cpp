@@ -1,8 +1,10 @@
 // Schedule, solvers and noise against goldens.json, which Python wrote.
 #include <gtest/gtest.h>
 
-#include "engine.hpp"
+#include <dit/dit.hpp>
+
 #include "errors.hpp"
+#include "facts.hpp"
 #include "goldens.hpp"
 #include "manifest.hpp"
 #include "noise.hpp"
@@ -21,7 +23,7 @@ constexpr double RTOL = 1e-12;
 // Noise is rounded to float: an ulp of values up to 5.
 constexpr double NOISE_RTOL = 1e-7;
 
-Diffusion diffusion(const std::string& name) { return parse_diffusion(goldens()["diffusions"][name].dump()); }
+Process process(const std::string& name) { return process_from_json(goldens()["processes"][name]); }
 
 // + and × alone, as in goldens.py.
 Prediction respond(const Array& x, double t) {
@@ -39,15 +41,15 @@ Array ends(const Array& x) { return {x[0], x[1], x[2], x[SIZE - 3], x[SIZE - 2],
 Array run(const Json& golden, const Denoise& denoise) {
     const Draw noise = draw({3}, 2);
     const std::vector<float> start = noise(SIZE);
-    return ends(solve(diffusion(golden["diffusion"]), golden["solver"], golden["steps"].get<std::int64_t>(),
+    return ends(solve(process(golden["process"]), golden["solver"], golden["steps"].get<std::int64_t>(),
                       {start.begin(), start.end()}, noise, denoise, golden["eta"], golden["spacing"]));
 }
 
 TEST(Schedule, Betas) {
-    for (const auto& entry : goldens()["diffusions"].items()) {
-        const Diffusion made = diffusion(entry.key());
+    for (const auto& entry : goldens()["processes"].items()) {
+        const Process made = process(entry.key());
         const Array betas = made.betas(), levels = made.alpha_bar();
-        ASSERT_EQ(betas.size(), made.prediction == "velocity" ? 0 : static_cast<std::size_t>(made.train_steps));
+        ASSERT_EQ(betas.size(), made.kind() == "flow" ? 0 : static_cast<std::size_t>(made.train_steps));
         Array some_betas, some_levels;
         for (std::size_t t = 0; t < betas.size(); t += 7)
             some_betas.push_back(betas[t]), some_levels.push_back(levels[t]);
@@ -60,7 +62,7 @@ TEST(Schedule, Betas) {
 
 TEST(Schedule, EverySpacing) {
     for (const auto& entry : goldens()["every_step"].items())
-        EXPECT_EQ(timesteps(diffusion("defaults"), "ddim", 250, entry.key()),
+        EXPECT_EQ(timesteps(process("defaults"), "ddim", 250, entry.key()),
                   entry.value().get<std::vector<std::int64_t>>())
             << entry.key();
 }
@@ -74,15 +76,17 @@ TEST(Solvers, EveryGoldenRun) {
             ++refused;
             continue;
         }
-        if (golden.contains("timesteps")) {
-            const Array asked = plan(diffusion(golden["diffusion"]), golden["solver"],
-                                     golden["steps"].get<std::int64_t>(), golden["spacing"]);
-            EXPECT_EQ(asked, golden["timesteps"].get<Array>());
+        if (golden.contains("times")) {
+            const Array asked = plan(process(golden["process"]), golden["solver"], golden["steps"].get<std::int64_t>(),
+                                     golden["spacing"]);
+            EXPECT_EQ(asked, golden["times"].get<Array>());
         }
-        if (golden.contains("alpha_bar_prev")) {
-            const Schedule schedule = make_schedule(diffusion(golden["diffusion"]), golden["solver"],
-                                                    golden["steps"].get<std::int64_t>(), golden["spacing"]);
-            EXPECT_LE(apart(schedule.alpha_bar_prev, golden["alpha_bar_prev"].get<Array>()), RTOL);
+        if (golden.contains("sigmas_after")) {
+            Array after;
+            for (const Step& step : make_schedule(process(golden["process"]), golden["solver"],
+                                                  golden["steps"].get<std::int64_t>(), golden["spacing"]))
+                after.push_back(step.after.sigma);
+            EXPECT_LE(apart(after, golden["sigmas_after"].get<Array>()), RTOL);
         }
         EXPECT_LE(apart(run(golden, respond), golden["x"].get<Array>()), RTOL);
         ++replayed;
@@ -91,11 +95,31 @@ TEST(Solvers, EveryGoldenRun) {
     EXPECT_GT(refused, 5);
 }
 
+// A run can be stepped from outside: it asks where the plan says, and stands still until an answer is sent.
+TEST(Solvers, ARunIsStepped) {
+    for (const std::string& solver : SOLVERS) {
+        const Process made = process(contains(FLOW_SOLVERS, solver) ? "flow" : "defaults");
+        const Array asked = plan(made, solver, 5);
+        const Draw noise = draw({3}, 2);
+        Solver run(made, solver, 5, Array(SIZE, 0.5), noise);
+        for (const double t : asked) {
+            ASSERT_TRUE(run.asks()) << solver;
+            EXPECT_EQ(run.t(), t) << solver;
+            const Array before = run.x();
+            run.send(respond(before, t));
+            EXPECT_NE(run.x(), before) << solver;
+        }
+        EXPECT_FALSE(run.asks()) << solver;
+        const Array whole = solve(made, solver, 5, Array(SIZE, 0.5), draw({3}, 2), respond);
+        EXPECT_EQ(run.x(), whole) << solver;
+    }
+}
+
 // A prediction that is off by a millionth at one step must show in every solver: the tolerance has teeth.
 TEST(Solvers, APerturbationShows) {
     int tried = 0;
     for (const Json& golden : goldens()["runs"]) {
-        const bool taken = golden["diffusion"] == "defaults" || golden["diffusion"] == "velocity";
+        const bool taken = golden["process"] == "defaults" || golden["process"] == "flow";
         if (!golden.contains("x") || !taken || golden["steps"] == 1) continue;
         int step = 0;
         const Denoise wrong = [&](const Array& x, double t) {
@@ -112,7 +136,7 @@ TEST(Solvers, APerturbationShows) {
 
 TEST(Solvers, Refusals) {
     const auto with = [](const std::string& solver, std::int64_t steps, double eta, const std::string& spacing) {
-        return solve(Diffusion(), solver, steps, Array(SIZE), draw({0}, 1), respond, eta, spacing);
+        return solve(Process(), solver, steps, Array(SIZE), draw({0}, 1), respond, eta, spacing);
     };
     EXPECT_THROW(with("dpm+", 5, 0, ""), UsageError);
     EXPECT_THROW(with("ddim", 0, 0, ""), UsageError);
@@ -124,7 +148,7 @@ TEST(Solvers, Refusals) {
     EXPECT_THROW(with("ddim", 5, 0, "evenly"), UsageError);
     EXPECT_THROW(with("euler", 5, 0, ""), UsageError);
     const Denoise silent = [](const Array& x, double t) { return Prediction{respond(x, t).prediction, {}}; };
-    EXPECT_THROW(solve(Diffusion(), "ddpm", 5, Array(SIZE), draw({0}, 1), silent), UsageError);
+    EXPECT_THROW(solve(Process(), "ddpm", 5, Array(SIZE), draw({0}, 1), silent), UsageError);
     try {
         with("ddim", 300, 0, "stride");
         FAIL();
@@ -133,11 +157,11 @@ TEST(Solvers, Refusals) {
     }
 }
 
-// A velocity takes the solvers of a flow alone, of even steps; the SDE's last step is one of its own.
-TEST(Solvers, RefusalsOfAVelocity) {
+// A flow takes its own solvers and spacings alone; the SDE's last step is one of its own.
+TEST(Solvers, RefusalsOfAFlow) {
     const auto refused = [](const std::string& solver, std::int64_t steps, double eta, const std::string& spacing) {
         try {
-            solve(diffusion("velocity"), solver, steps, Array(SIZE), draw({0}, 1), respond, eta, spacing);
+            solve(process("flow"), solver, steps, Array(SIZE), draw({0}, 1), respond, eta, spacing);
         } catch (const UsageError& error) {
             return std::string(error.what());
         }
@@ -145,7 +169,8 @@ TEST(Solvers, RefusalsOfAVelocity) {
     };
     for (const auto& solver : NOISE_SOLVERS)
         EXPECT_NE(refused(solver, 5, 0, "").find("velocity; take one of euler, heun, sde"), std::string::npos);
-    EXPECT_NE(refused("heun", 5, 0, "leading").find("its steps are even"), std::string::npos);
+    EXPECT_NE(refused("heun", 5, 0, "leading").find("take one of trailing, linspace"), std::string::npos);
+    EXPECT_NE(refused("sde", 5, 0, "trailing").find("its steps are even"), std::string::npos);
     EXPECT_NE(refused("sde", 1, 0, "").find("at least 2"), std::string::npos);
     EXPECT_NE(refused("euler", 1001, 0, "").find("1 to 1000"), std::string::npos);
     EXPECT_NE(refused("sde", 5, 0.5, "").find("only ddim"), std::string::npos);
@@ -154,7 +179,7 @@ TEST(Solvers, RefusalsOfAVelocity) {
 
 // Every noise level is clipped away: nothing is left to visit.
 TEST(Solvers, NothingUnclipped) {
-    Diffusion clipped;
+    Process clipped;
     clipped.sampler.lambda_min_clipped = 100;
     for (const auto& spacing : SPACINGS) EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
 }
@@ -181,23 +206,18 @@ TEST(Noise, OneSeedASample) {
     EXPECT_THROW(draw({}, 3), UsageError);
 }
 
-// What stands in two languages must say the same.
-TEST(Mirrors, Tolerances) {
-    for (const auto& [name, limits] : TOLERANCES) {
-        const Json& golden = goldens()["tolerances"][name];
-        EXPECT_EQ(limits.conditioner, golden["conditioner"]) << name;
-        EXPECT_EQ(limits.prediction, golden["prediction"]) << name;
-        EXPECT_EQ(limits.guided, golden["guided"]) << name;
-        EXPECT_EQ(limits.latents, golden["latents"]) << name;
-        EXPECT_EQ(limits.pictures, golden["pictures"]) << name;
-    }
-    EXPECT_EQ(NOISE_ATOL, goldens()["tolerances"]["noise"]);
-    EXPECT_EQ(TOLERANCES.size() + 1, goldens()["tolerances"].size());
+// The public headers cannot read facts.json.
+TEST(Facts, DefaultsOfTheHeader) {
+    const dit::Request request;
+    EXPECT_EQ(request.steps, default_steps());
+    EXPECT_EQ(request.guidance, std::vector<float>{static_cast<float>(default_guidance())});
 }
 
-TEST(Mirrors, Precisions) {
-    for (const Backend& backend : backends())
-        EXPECT_EQ(Json(backend.precisions), goldens()["precisions"][backend.name]) << backend.name;
+TEST(Facts, EveryPrecisionHasTolerances) {
+    EXPECT_EQ(TOLERANCES.size(), 5u);
+    for (const auto& [backend, precisions] : facts().at("precisions").items())
+        for (const auto& precision : precisions) EXPECT_EQ(TOLERANCES.count(precision), 1u) << backend;
+    EXPECT_LT(TOLERANCES.at("fp32").prediction, TOLERANCES.at("bf16").prediction);
 }
 
 }  // namespace

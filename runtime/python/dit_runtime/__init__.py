@@ -1,7 +1,8 @@
 """Samples from a bundle with NumPy and one engine; no PyTorch."""
 
-from dit_runtime.captions import Captions
-from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.pipeline import EngineError, Pipeline, Stopped
+from dit_runtime.errors import BundleError, EngineError, Stopped, UsageError
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.request import Request
+from dit_runtime.run import Run
 
-__all__ = ["BundleError", "Captions", "EngineError", "Pipeline", "Stopped", "UsageError"]
+__all__ = ["BundleError", "EngineError", "Pipeline", "Request", "Run", "Stopped", "UsageError"]

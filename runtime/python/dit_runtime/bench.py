@@ -1,18 +1,24 @@
-"""Times a bundle's graphs and a whole picture, interleaved, as medians with their spread."""
+"""Times a bundle's stages and a whole picture, interleaved, as medians with their spread."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.records import LABELS, Manifest, Stage
+from dit_runtime.conditions.condition import Rows
+from dit_runtime.conditions.memo import open_sources
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from dit_runtime.request import Request
 from dit_runtime.sampling.noise import Noise
 
 
@@ -27,40 +33,68 @@ class Timing(NamedTuple):
 class _Instant:
     """An engine that answers zeros at once, so that what a run takes is the loop's own cost."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.io = tuple(spec.name for spec in graph.inputs), tuple(spec.name for spec in graph.outputs)
-        self._shapes = {spec.name: [int(size) for size in spec.shape[1:]] for spec in graph.outputs}
+    def __init__(self, stage: Stage) -> None:
+        self.io = tuple(spec.name for spec in stage.reads), tuple(spec.name for spec in stage.gives)
+        self._rows = stage.reads[0].name, 1 if stage.reads[0].shape[0] == "groups" else 0  # input and axis that tell
+        self._gives = {
+            spec.name: ([int(size) for size in spec.shape[1:]], np.dtype(spec.dtype)) for spec in stage.gives
+        }
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = len(next(iter(inputs.values())))
-        return {name: np.zeros((rows, *shape), np.float32) for name, shape in self._shapes.items()}
+        name, axis = self._rows
+        rows = inputs[name].shape[axis]
+        return {name: np.zeros((rows, *shape), dtype) for name, (shape, dtype) in self._gives.items()}
 
     def close(self) -> None:
         pass
 
 
+def made_up(manifest: Manifest, count: int) -> Rows:
+    """Return a condition of made-up numbers, all tokens counted; labels one after the other."""
+    rows: Rows = {}
+    for number, port in enumerate(manifest.conditions):
+        shape = (count, *port.shape)
+        if port.masks:
+            rows[port.name] = np.ones(shape, port.dtype)
+        elif port.dtype == "int64":
+            values = np.arange(math.prod(shape)) % max(1, manifest.classes if port.name == LABELS else port.size)
+            rows[port.name] = values.reshape(shape)
+        else:
+            rows[port.name] = Noise(number).normal(shape)
+    return rows
+
+
 def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progress) -> list[Timing]:
-    largest = pipe.manifest.graphs["denoiser"].max_batch
+    contract = pipe.manifest
+    largest = contract.step.max_batch
     if not 1 <= batch <= largest or rounds < 1:
         raise UsageError(f"batch {batch}, rounds {rounds}; expected a batch of 1 to {largest} and at least one round")
-    latents = Noise(0).normal((batch, *pipe.manifest.latent_shape))
-    timesteps, weights = np.full(batch, pipe.manifest.diffusion.span / 2, np.float32), np.full(batch, 4.0, np.float32)
-    ids = np.arange(batch) % pipe.manifest.num_classes
-    numbers = [int(number) for number in ids]
-    rows, weights = pipe.table(timesteps[:1], numbers, guided=True)(0, slice(None)), pipe._put(weights)
-    context, own = (pipe.examples(numbers, guided)(slice(None)) for guided in (True, False))
-    engines = {name: _Instant(graph) for name, graph in pipe.manifest.graphs.items()}
-    alone = Pipeline(pipe.folder, pipe.manifest, engines)
-    whole = "images" if "decoder" in pipe.manifest.graphs else "latents"
-    tasks: dict[str, Callable[[], object]] = {
-        "conditioner, a pair": lambda: pipe.condition(timesteps[:1], ids[:1]),
-        "denoiser, a step without guidance": lambda: pipe.denoise(latents, rows[:1], weights, own),
-        "denoiser, a guided step": lambda: pipe.denoise(latents, rows, weights, context),
-        f"{whole}, {steps} guided steps": lambda: pipe.sample(numbers, steps=steps, output=whole),
-        f"the host's loop itself, {steps} guided steps": lambda: alone.sample(numbers, steps=steps, output="latents"),
-    }
-    if whole == "images":
-        tasks["decoder"] = lambda: pipe.decode(latents)
+    state = Noise(0).normal((batch, *contract.state.shape))
+    condition, output = made_up(contract, batch), "images" if contract.end else "latents"
+    negative = {name: rows[:1] for name, rows in condition.items()} if contract.without_null else None
+    request = Request(condition=condition, negative=negative, steps=steps, seed=[*range(batch)], output=output)
+    checked = request.check(contract)
+    middle, weights = np.array([contract.process.span / 2]), checked.weights
+    unguided = pipe.engines.inputs(middle, condition, None, weights)
+    single = {name: rows[:1] for name, rows in condition.items()}
+    sources = open_sources(contract, pipe.engines.run, middle, single, 1, whole=pipe.engines.options.low_memory)
+    alone = Pipeline(pipe.folder, contract, {stage.name: _Instant(stage) for stage in contract.stages})
+    numbers = np.zeros(1, np.int64)
+    tasks: dict[str, Callable[[], object]] = {}
+    for stage in contract.before_loop:
+        inputs = {spec.name: sources[spec.name].take(numbers, numbers) for spec in stage.reads}
+        tasks[f"{stage.name}, a row"] = partial(pipe.engines.run, stage, inputs)
+    tasks[f"{contract.step.name}, a step without guidance"] = lambda: pipe.engines.denoise(state, unguided, 0)
+    kind = "steps"
+    if checked.negative is not None:
+        guided = pipe.engines.inputs(middle, condition, checked.negative, weights)
+        tasks[f"{contract.step.name}, a guided step"] = lambda: pipe.engines.denoise(state, guided, 0)
+        kind = "guided steps"
+    tasks[f"{output}, {steps} {kind}"] = lambda: pipe.run(request).result()
+    bare = replace(request, output="latents")
+    tasks[f"the host's loop itself, {steps} {kind}"] = lambda: alone.run(bare).result()
+    if contract.end is not None:
+        tasks[contract.end.name] = lambda: pipe.engines.decode(state)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for index in range(rounds + 1):  # the first round warms up and is not counted
         for name, task in tasks.items():
@@ -76,6 +110,6 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
 
 
 def table(rows: list[Timing]) -> str:
-    lines = [f"{'':<36} {'median':>10} {'least':>10} {'most':>10}  ms"]
-    lines += [f"{row.name:<36} {row.median_ms:>10.1f} {row.least_ms:>10.1f} {row.most_ms:>10.1f}" for row in rows]
+    lines = [f"{'':<44} {'median':>10} {'least':>10} {'most':>10}  ms"]
+    lines += [f"{row.name:<44} {row.median_ms:>10.2f} {row.least_ms:>10.2f} {row.most_ms:>10.2f}" for row in rows]
     return "\n".join(lines)

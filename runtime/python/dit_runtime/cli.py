@@ -15,13 +15,14 @@ import numpy as np
 from dit_runtime import backends, bench, images, verify
 from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import compile_graphs, obstacle, remove
-from dit_runtime.bundle.manifest import Manifest
-from dit_runtime.captions import Captions
-from dit_runtime.errors import GateError, UsageError
-from dit_runtime.pipeline import EngineError, Pipeline, Stopped
+from dit_runtime.bundle.compiling import compile_stages, obstacle, remove
+from dit_runtime.bundle.summary import summary
+from dit_runtime.conditions.condition import Condition
+from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
+from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.schedule import SOLVERS, SPACINGS
+from dit_runtime.sampling.process import SOLVERS, SPACINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line too."""
+    """Raises its errors as UsageError, so that they are one line too."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
@@ -60,17 +61,21 @@ def _parser() -> Parser:
     parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    sample = commands.add_parser("sample", help="pictures from class names or numbers")
+    sample = commands.add_parser("sample", help="pictures from class names or numbers, or from arrays")
     add_bundle(sample)
     sample.add_argument("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one a picture")
-    sample.add_argument("--captions", type=Path, metavar="FILE.npy", help="text embeddings (N, L, C) instead of labels")
     sample.add_argument(
-        "--mask", type=Path, metavar="FILE.npy", help="which tokens captions have, (N, L); default: all"
+        "--condition",
+        nargs="+",
+        default=[],
+        metavar="NAME=FILE.npy",
+        help="arrays by port, rows first, a picture a row; or one FILE.npz of them",
     )
-    sample.add_argument("--negative", type=Path, metavar="FILE.npy", help="of an empty text, for guidance")
-    sample.add_argument("--negative-mask", type=Path, metavar="FILE.npy")
-    sample.add_argument("--steps", type=int, default=25)
-    sample.add_argument("--guidance", "--cfg-scale", type=float, nargs="+", default=[4.0], help="one, or one a picture")
+    sample.add_argument("--negative", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance, as above")
+    sample.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    sample.add_argument(
+        "--guidance", "--cfg-scale", type=float, nargs="+", default=[DEFAULT_GUIDANCE], help="one, or one a picture"
+    )
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
@@ -96,10 +101,10 @@ def _parser() -> Parser:
     add_tuning(compiling)
     compiling.set_defaults(command=_compile)
 
-    timing = commands.add_parser("bench", help="time each graph and a whole picture")
+    timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
     timing.add_argument("--batch", type=int, default=1)
-    timing.add_argument("--steps", type=int, default=25)
+    timing.add_argument("--steps", type=int, default=DEFAULT_STEPS)
     timing.add_argument("--rounds", type=int, default=7)
     timing.set_defaults(command=_bench)
     return parser
@@ -109,7 +114,7 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
-    parser.add_argument("--low-memory", action="store_true", help="open one graph at a time, while it is needed")
+    parser.add_argument("--low-memory", action="store_true", help="open one stage at a time, while it is needed")
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
 
 
@@ -127,12 +132,14 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
 
 
 def tuning(options: argparse.Namespace) -> Tuning:
-    given = {field.name: getattr(options, field.name) for field in fields(Tuning)}
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    chosen = {field.name: getattr(options, field.name) for field in fields(Tuning)}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()
+    }
     return replace(Tuning(), **{name: value for name, value in values.items() if value is not None})
 
 
-def _load(options: argparse.Namespace) -> Pipeline:
+def _load_bundle(options: argparse.Namespace) -> Pipeline:
     return Pipeline.load(
         options.bundle, threads=options.threads, provider=options.provider, low_memory=options.low_memory
     )
@@ -149,13 +156,13 @@ def _sample(options: argparse.Namespace) -> int:
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
     latents = _read_array(options.latents) if options.latents else None
-    captions = _read_captions(options.captions, options.mask, "--captions")
-    negative = _read_captions(options.negative, options.negative_mask, "--negative")
+    condition = read_condition(options.condition, "--condition")
+    negative = read_condition(options.negative, "--negative")
     progress = Progress()
-    with _load(options) as pipe:
+    with _load_bundle(options) as pipe:
         result = pipe.sample(
             options.labels,
-            captions=captions,
+            condition=condition,
             negative=negative,
             steps=options.steps,
             guidance=options.guidance if len(options.guidance) > 1 else options.guidance[0],
@@ -180,23 +187,43 @@ def _write_png(path: Path, pictures: np.ndarray) -> None:
     images.write_png(path, images.grid(pictures))
 
 
-def _read_captions(embeddings: Path | None, mask: Path | None, what: str) -> Captions | np.ndarray | None:
-    if embeddings is None:
-        if mask is not None:
-            raise UsageError(f"{mask}: a mask without {what}")
+def read_condition(values: Sequence[str], option: str) -> Condition | None:
+    """Return the arrays of NAME=FILE.npy …, or of one FILE.npz, by port; None where there are none."""
+    if not values:
         return None
-    return _read_array(embeddings) if mask is None else Captions(_read_array(embeddings), _read_array(mask))
+    if len(values) == 1 and "=" not in values[0]:
+        arrays = _load(Path(values[0]), ".npz")
+        return {name: _numbers(array, f"{values[0]}: {name}") for name, array in arrays.items()}
+    condition: dict[str, np.ndarray] = {}
+    for value in values:
+        name, sign, file = value.partition("=")
+        if not (name and sign and file) or name in condition:
+            raise UsageError(f"{option} {value!r}; expected NAME=FILE.npy, each name once, or one FILE.npz")
+        condition[name] = _read_array(Path(file))
+    return condition
 
 
 def _read_array(path: Path) -> np.ndarray:
+    return _numbers(_load(path, ".npy"), str(path))
+
+
+def _load(path: Path, suffix: str) -> Any:
     try:
-        array = np.load(path, allow_pickle=False)
+        loaded = np.load(path, allow_pickle=False)
+        if suffix == ".npz":  # members are read, and may be damaged, when they are asked for
+            members = {name: loaded[name] for name in loaded.files}
+            loaded.close()
+            return members
     except OSError:
         raise
     except Exception as error:  # what a damaged file raises shares no base class but this
-        raise UsageError(f"{path}: not a .npy file of numbers: {error}") from None
+        raise UsageError(f"{path}: not a {suffix} file of numbers: {error}") from None
+    return loaded
+
+
+def _numbers(array: Any, what: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise UsageError(f"{path}: not a .npy file of numbers")
+        raise UsageError(f"{what}: not an array of numbers")
     return array
 
 
@@ -213,57 +240,30 @@ def _info(options: argparse.Namespace) -> int:
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-export[{name}]'"
         reason = backends.backend(name).obstacle() if version else None
-        found = f"{version}, and cannot run here: {reason}" if reason else version
-        print(f"backend {name}: {found or hint}")
+        state = f"{version}, and cannot run here: {reason}" if reason else version
+        print(f"backend {name}: {state or hint}")
     return 0
 
 
-def summary(folder: Path, contract: Manifest) -> str:
-    """A bundle in a few lines."""
-    model, sampler = contract.model, contract.diffusion.sampler
-    sizes = {name: sum(contract.files[file].size for file in graph.files) for name, graph in contract.graphs.items()}
-    lines = [
-        f"{folder}",
-        f"model      {model.get('name')} at {model.get('resolution')} px, {_given(contract)}",
-        f"sampling   {sampler.solver} on {contract.diffusion.prediction}, "
-        f"guidance on {contract.guided_channels} of {contract.latent_shape[0]} channels",
-    ]
-    for name, graph in contract.graphs.items():
-        lines.append(f"{name:<10} {graph.precision} on {graph.backend}, {sizes[name] / 1e6:.1f} MB")
-    parity = contract.parity
-    outcome = ("passed" if parity["passed"] else "FAILED") if "passed" in parity else "not verified"
-    lines.append(f"parity     {outcome}, proof: {parity.get('proof', 'none')}")
-    origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
-    lines.append(f"weights    {', '.join(origin)}")
-    return "\n".join(lines)
-
-
-def _given(contract: Manifest) -> str:
-    """What it draws by."""
-    if contract.caption_shape is not None:
-        return "captions of up to {} tokens x {}".format(*contract.caption_shape)
-    return f"{contract.num_classes} classes{'' if contract.labels else ' without names'}"
-
-
 def _verify(options: argparse.Namespace) -> int:
-    return report(_checks(options), options.json)
+    return report(_figures(options), options.json)
 
 
-def _checks(options: argparse.Namespace) -> list[verify.Check]:
+def _figures(options: argparse.Namespace) -> list[verify.Figure]:
     progress = Progress()
-    with _load(options) as pipe:
-        checks = verify.verify(pipe, lambda done, total: progress.step(done, total, "verify"))
+    with _load_bundle(options) as pipe:
+        figures = verify.verify(pipe, lambda done, total: progress.step(done, total, "verify"))
     progress.end()
-    return checks
+    return figures
 
 
-def report(checks: list[verify.Check], as_json: bool) -> int:
-    """Prints the table or JSON; the exit code is 1 when a gate failed."""
-    passed = all(check.passed for check in checks)
+def report(figures: list[verify.Figure], as_json: bool) -> int:
+    """Print the table or JSON; the exit code is 1 when a gate failed."""
+    passed = all(figure.passed for figure in figures)
     if as_json:
-        print(json.dumps({"passed": passed, "checks": [check.to_dict() for check in checks]}, indent=1))
+        print(json.dumps({"passed": passed, "checks": [figure.to_dict() for figure in figures]}, indent=1))
     else:
-        print(verify.table(checks))
+        print(verify.table(figures))
         print("verified" if passed else "FAILED: these engines do not draw PyTorch's pictures")
     return 0 if passed else 1
 
@@ -272,7 +272,7 @@ def _compile(options: argparse.Namespace) -> int:
     folder = options.bundle
     contract = manifest.read(folder, engines=False)
     settings = Options(options.threads, options.provider, tuning=tuning(options))
-    compiled = compile_graphs(folder, contract, options.backend, settings, Progress())
+    compiled = compile_stages(folder, contract, options.backend, settings, Progress())
     code = 1
     try:
         manifest.write(folder, compiled)
@@ -283,9 +283,9 @@ def _compile(options: argparse.Namespace) -> int:
             else:
                 print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
         else:
-            checks = _checks(options)
-            code = report(checks, options.json)
-            parity = verify.summary(contract.parity.get("proof", "none"), checks)
+            figures = _figures(options)
+            code = report(figures, options.json)
+            parity = verify.summary(contract.parity.get("proof", "none"), figures)
             compiled = replace(compiled, parity=parity)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)
@@ -297,7 +297,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    with _load(options) as pipe:
+    with _load_bundle(options) as pipe:
         rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress())
     print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
     return 0

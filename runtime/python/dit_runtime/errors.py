@@ -17,6 +17,10 @@ class EngineError(RuntimeError):
     """An engine gave something that no sound engine gives."""
 
 
+class Stopped(Exception):
+    """A run was cancelled, or `on_step` asked to stop it."""
+
+
 class GateError(Exception):
     """Something was made and is not what was asked for; the command lines exit with 1."""
 

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a bar on a terminal, a plain line a stage elsewhere; always on standard error."""
+"""Progress of long work, on standard error: a bar on a terminal, a plain line for each stage elsewhere."""
 
 from __future__ import annotations
 

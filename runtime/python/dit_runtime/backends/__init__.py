@@ -5,7 +5,7 @@ A backend has
   graph holds them, and only there;
 * `version()`, None where it is not installed; `obstacle(built)`, why it cannot run here, or not the engine
   of which the manifest says this;
-* `compile(folder, graph, options, progress)`, which makes engine files of a bundle's graph;
+* `compile(folder, stage, options, progress)`, which makes engine files of a bundle's stage;
 * `open(files, options)`, which gives an Engine.
 """
 
@@ -54,7 +54,8 @@ class Options:
     precision: str = "fp32"  # of the graph
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
-    guided_channels: int | None = None  # of a denoiser: the leading channels that guidance moves
+    guided_channels: int | None = None  # of a step stage: the leading channels that its guidance moves
+    grouped: tuple[str, ...] = ()  # of a step stage: the inputs that have a group for each condition
     tuning: Tuning = Tuning()
     islands: tuple[str, ...] = ()  # nodes of a typed graph that stay fp32
     built: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the engine that is opened
@@ -86,15 +87,15 @@ class Resident(Engine, Protocol):
         """The array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
 
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-        """With `into`, arrays of `put` by the names of outputs, these go there, none comes home, and nobody waits."""
+        """Write outputs into the device arrays in `into`, by name; return nothing then, and do not wait."""
 
 
 def backend(name: str) -> Any:
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known{nearest(name, BACKENDS)}; known: {', '.join(BACKENDS)}")
     module, _, member = BACKENDS[name].partition(":")
-    found = import_module(f"{__name__}.{module}")
-    return getattr(found, member) if member else found
+    loaded = import_module(f"{__name__}.{module}")
+    return getattr(loaded, member) if member else loaded
 
 
 def typed(name: str, precision: str) -> str | None:
@@ -119,15 +120,15 @@ def versions() -> dict[str, str | None]:
 
 def choose(name: str, precision: str = "fp32") -> str:
     """`auto` is the fastest that has the precision and runs here, or else compiles here; other names are themselves."""
-    found = versions()
+    installed = versions()
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":
-        here = [known for known in able if found[known]]
+        here = [known for known in able if installed[known]]
         name = next((known for known in here if backend(known).obstacle() is None), here[0] if here else "")
         if not name:
             extras = " or ".join(f"'dit-export[{known}]'" for known in able)
             raise UsageError(f"no backend for {precision} is installed: pip install {extras}")
-    elif backend(name) and found[name] is None:
+    elif backend(name) and installed[name] is None:
         raise UsageError(f"backend {name!r} is not installed: pip install 'dit-export[{name}]'")
     elif name not in able:
         raise UsageError(f"backend {name!r} has no {precision}; it has {', '.join(backend(name).PRECISIONS)}")

@@ -41,7 +41,7 @@ def _lend(owner: object, handle: Any, name: str) -> Any:
 
 
 def obstacle(major: int = 0) -> str | None:
-    """Why no GPU can be used here; `major` is the version of CUDA that the driver must have."""
+    """Return why no GPU can be used here; `major` is the version of CUDA that the driver must have."""
     try:
         driver = call("cudaDriverGetVersion")
         if not driver:
@@ -54,7 +54,7 @@ def obstacle(major: int = 0) -> str | None:
 
 
 def capability() -> str:
-    """Of the current GPU, "8.9"."""
+    """Return the current GPU's compute capability, "8.9"."""
     device, kinds = call("cudaGetDevice"), runtime().cudaDeviceAttr
     parts = (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor)
     return ".".join(str(call("cudaDeviceGetAttribute", part, device)) for part in parts)
@@ -118,7 +118,7 @@ class Rows:
             self._memory.stream.copy(address, source + place, size, kind)
 
     def _stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Of rows that lie side by side: their place among these, their address, and bytes."""
+        """Yield, for rows that lie side by side, their place among these, their address, and bytes."""
         rows, size = self._index.reshape(-1), int(np.prod(self._row)) * self.dtype.itemsize
         first = 0
         for last in (*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)):
@@ -127,7 +127,7 @@ class Rows:
 
 
 class Memory:
-    """Of the device, given back when nobody has it any more."""
+    """Memory of the device, given back when nobody has it any more."""
 
     def __init__(self, size: int, stream: Stream) -> None:
         self.stream = stream

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.backends import Compiled, Options
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.manifest import Stage
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = tuple(FACTS["precisions"]["onnxruntime"])
 AROUND = "fp32"
 TYPED = ("fp16",)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
@@ -23,15 +24,15 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def version() -> str | None:
-    found = []
+    installed = []
     for package in PACKAGES:
         try:
-            found.append(metadata.version(package))
+            installed.append(metadata.version(package))
         except metadata.PackageNotFoundError:
             continue
-    if len(found) > 1:
+    if len(installed) > 1:
         raise UsageError(f"{' and '.join(PACKAGES)} are both installed and overwrite each other: pip uninstall one")
-    return found[0] if found else None
+    return installed[0] if installed else None
 
 
 def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
@@ -40,7 +41,7 @@ def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
 
 
 def _saturates() -> bool:
-    """Whether u8 × s8 products overflow 16 bits here: on x86 without VNNI; on trust where the system does not say."""
+    """Tell whether u8 × s8 products overflow 16 bits here: on x86 without VNNI, or where the system does not say."""
     try:
         flags = CPU.read_text()
     except OSError:
@@ -48,7 +49,7 @@ def _saturates() -> bool:
     return "sse2" in flags and "vnni" not in flags
 
 
-def compile(folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
+def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
     """No files of its own: the session is made from the ONNX form when it is opened."""
     return Compiled()
 

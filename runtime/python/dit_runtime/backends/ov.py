@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.backends import Compiled, Engine, Options
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.records import GUIDANCE, Stage
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = tuple(FACTS["precisions"]["openvino"])
 AROUND = "bf16"
 TYPED: tuple[str, ...] = ()
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": AROUND}  # what OpenVINO computes the fp32 of a graph in
@@ -37,20 +38,20 @@ def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
     return None
 
 
-def compile(folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
+def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
     """No files of its own in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
     return Compiled()
 
 
 def open(files: Sequence[Path], options: Options) -> Engine:
     engine = OvEngine(files[0], options)
-    if options.guided_channels is None or not _halves(options):
+    if options.guided_channels is None or not options.grouped or not _halves(options):
         return engine
-    return Halves(engine, options.guided_channels)
+    return Halves(engine, options.guided_channels, options.grouped)
 
 
 def _halves(options: Options) -> bool:
-    """Whether two runs at once can have half of the threads each: an even number, of cores that are alike."""
+    """Tell whether two runs at once can have half of the threads each: an even number, of cores that are alike."""
     if sys.platform != "linux" or UNLIKE.exists():
         return False
     return (options.threads or len(os.sched_getaffinity(0))) % 2 == 0
@@ -134,26 +135,26 @@ class OvEngine:
 
 
 class Halves:
-    """A denoiser whose rows with the label and with the null label run at once, each on half of the threads: that
-    takes less time than both in one batch. Guidance is then mixed here, as the graph would."""
+    """A step stage whose groups, a sample's own condition and what guidance leads away from, run at once, each on half
+    of the threads: that takes less time than both in one batch. Guidance is then mixed here, as the graph would."""
 
-    def __init__(self, engine: OvEngine, guided_channels: int) -> None:
-        self._engine, self._guided = engine, slice(0, guided_channels)
+    def __init__(self, engine: OvEngine, guided_channels: int, grouped: tuple[str, ...]) -> None:
+        self._engine, self._guided, self._grouped = engine, slice(0, guided_channels), grouped
         self.io, self.close = engine.io, engine.close
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """(B, ...), (G, B, ...) -> (B, ...)."""
-        grouped = [name for name in inputs if name not in ("latents", "guidance")]
-        groups = len(inputs["conditioning"])
+        groups = len(inputs[self._grouped[0]])
         if groups == 1:
             return self._engine.run(inputs)
-        rows = [{**inputs, **{name: inputs[name][group : group + 1] for name in grouped}} for group in range(groups)]
-        first, last = self._engine.run_at_once(rows)
+        own = [{name: inputs[name][group : group + 1] for name in self._grouped} for group in range(groups)]
+        first, last = self._engine.run_at_once([{**inputs, **rows} for rows in own])
         moved, base = first["prediction"][:, self._guided], last["prediction"][:, self._guided]
-        moved[...] = base + inputs["guidance"][:, None, None, None] * (moved - base)
+        weights = inputs[GUIDANCE].reshape(-1, *(1 for _ in moved.shape[1:]))
+        moved[...] = base + weights * (moved - base)
         return first
 
 
 def _reason(error: Exception) -> str:
-    """Its messages open with the places in its source; the last line says what is wrong."""
+    """Return the last line of its message, which says what is wrong; the others are places in its source."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -25,8 +25,9 @@ from dit_runtime.backends.trt_network import (
     profiles,
     started,
 )
-from dit_runtime.bundle.manifest import ENGINE, Graph, inside, write_file
+from dit_runtime.bundle.manifest import ENGINE, Stage, inside, write_file
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need
@@ -46,7 +47,7 @@ FLAGS = {  # of Tuning: BuilderFlag
 class Flavour:
     """A backend of this file; its fields are the table of differences."""
 
-    PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+    PRECISIONS = tuple(FACTS["precisions"]["tensorrt"])
     AROUND = "fp16"
     TYPED = ("fp16", "bf16")
 
@@ -72,20 +73,20 @@ class Flavour:
         return (self._package() or ("", None))[1]
 
     def obstacle(self, built: Mapping[str, Any] | None = None) -> str | None:
-        """Why no engine of it can run here, or not one that was built so; None where it can."""
+        """Return why no engine of it can run here, or not one that was built so; None where it can."""
         if built:
             return self._refusal(built)
         return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
 
-    def compile(self, folder: Path, graph: Graph, options: Options, progress: Progress) -> Compiled:
+    def compile(self, folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
         """NAME.BACKEND.engine from the bundle's ONNX; refused where the target, the disk or the memory cannot."""
         self._require_own(options)
-        trt, onnx = self.load(), inside(folder, graph.onnx)
-        capabilities = self.targets(graph.precision, options.tuning)
-        _preflight(folder, sum(inside(folder, file).stat().st_size for file in graph.onnx_files))
-        stem = Path(graph.onnx).stem
+        trt, onnx = self.load(), inside(folder, stage.onnx)
+        capabilities = self.targets(stage.precision, options.tuning)
+        _preflight(folder, sum(inside(folder, file).stat().st_size for file in stage.onnx_files))
+        stem = Path(stage.onnx).stem
         first, other = (f"{stem}.{self.name}{turn}{ENGINE}" for turn in ("", ".again"))
-        name = other if first in graph.engines.get(self.name, ()) else first  # beside the one that works until it does
+        name = other if first in stage.engines.get(self.name, ()) else first  # beside the one that works until it does
         logger = logger_of(trt)
         builder = started(self.name, trt.Builder, logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -95,9 +96,9 @@ class Flavour:
                 reason = parser.get_error(0).desc() if parser.num_errors else logger.last or "it holds no network"
                 raise BundleError(f"{onnx}: {self.name} does not take it: {' '.join(reason.split())}")
             decompose_attention(trt, network)
-            found = census(trt, network)
-            gate(stem, found, graph.precision, self.AROUND, options.islands)
-            config = self._configure(trt, builder, network, graph, options.tuning, capabilities)
+            types = census(trt, network)
+            gate(stem, types, stage.precision, self.AROUND, options.islands)
+            config = self._configure(trt, builder, network, stage, options.tuning, capabilities)
             config.progress_monitor = monitor = monitor_of(trt, progress, stem)
             plan = builder.build_serialized_network(network, config)
             if plan is None:
@@ -115,17 +116,17 @@ class Flavour:
             "tuning": _given(replace(options.tuning, timing_cache=None)),  # a path of this machine, of no use elsewhere
             "census": {
                 "of": "engine" if engine else "network",
-                "products": dict(Counter(found.values())),
+                "products": dict(Counter(types.values())),
                 "islands": list(options.islands),
                 **engine,
             },
         }
-        refit = graph.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
+        refit = stage.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
         write_file(folder, name, plan)  # last: what fails before leaves no engine
         return Compiled((name, *refit), built)
 
     def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
-        """What an engine that was just built says of itself, where it can be opened."""
+        """Return the census of an engine that was just built, where it can be opened."""
         if cuda.obstacle() or _outside(cuda.capability(), capabilities, self.name):
             return {}
         try:
@@ -150,7 +151,7 @@ class Flavour:
             raise UsageError(f"threads and provider are options of the CPU's backends; this graph runs on {self.name}")
 
     def _refusal(self, built: Mapping[str, Any]) -> str | None:
-        """Why an engine that was built so cannot be opened here, from the manifest alone."""
+        """Return why an engine that was built so cannot be opened here, from the manifest alone."""
         if (here := self.version()) is None:
             return f"{self.name} is not installed: pip install 'dit-export[{self.name}]'"
         if not _opens(here, str(built.get("version")), "version_compatible" in built.get("tuning", {})):
@@ -200,12 +201,12 @@ class Flavour:
         return targets
 
     def _configure(
-        self, trt: Any, builder: Any, network: Any, graph: Graph, tuning: Tuning, capabilities: Sequence[str]
+        self, trt: Any, builder: Any, network: Any, stage: Stage, tuning: Tuning, capabilities: Sequence[str]
     ) -> Any:
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # fp32 is fp32: TF32 has ten bits
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the census of the engine
-        for shapes in profiles(graph):
+        for shapes in profiles(stage):
             profile = builder.create_optimization_profile()
             for name, sizes in shapes.items():
                 profile.set_shape(name, *sizes)
@@ -256,7 +257,7 @@ RTX = Flavour(
 
 
 def _given(tuning: Tuning) -> dict[str, Any]:
-    """What was asked for beyond the defaults."""
+    """Return the options that are not their defaults."""
     return {key: value for key, value in asdict(tuning).items() if value != asdict(Tuning())[key]}
 
 
@@ -275,8 +276,8 @@ def _opens(here: str, built: str, version_compatible: bool) -> bool:
 
 
 def _outside(capability: str, known: Sequence[str], whose: str) -> str | None:
-    """Why a GPU is none of those known ("8.0+" is 8.0 and later); no list: any."""
-    fits = (_numbers(capability) >= _numbers(one[:-1]) if one.endswith("+") else capability == one for one in known)
+    """Return why a GPU is none of those known ("8.0+" is 8.0 and later); no list: any."""
+    fits = (_numbers(capability) >= _numbers(name[:-1]) if name.endswith("+") else capability == name for name in known)
     if not known or any(fits):
         return None
     return f"compute capability {capability} here, and {whose} is for {', '.join(known)}"
@@ -307,7 +308,7 @@ def _preflight(folder: Path, size: int) -> None:
 
 
 def _available_memory() -> int | None:
-    """What Linux could give to us now, its caches included."""
+    """Return the bytes that Linux could give to us now, its caches included."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

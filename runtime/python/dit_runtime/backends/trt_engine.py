@@ -90,8 +90,8 @@ class TrtEngine:
         for index, context in enumerate(self._contexts):
             if all(_within(shape, bound) for shape, bound in zip(shapes, self._bounds[index], strict=True)):
                 return index, context
-        given = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self._inputs, shapes, strict=True))
-        raise UsageError(f"no profile of this engine takes {given}; rebuild it with a larger --max-batch")
+        asked = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self._inputs, shapes, strict=True))
+        raise UsageError(f"no profile of this engine takes {asked}; rebuild it with a larger --max-batch")
 
     def _enqueue(self, profile: int, context: Any, shapes: Shapes) -> None:
         """Replays what was recorded of these shapes; their first run sets everything up, the second is recorded."""

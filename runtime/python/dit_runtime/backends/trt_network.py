@@ -1,4 +1,4 @@
-"""What TensorRT makes of an ONNX graph: its profiles, the census of its precisions, and the gate on that."""
+"""An ONNX graph in TensorRT: its profiles, the census of its precisions, and the gate on that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from dit_runtime.backends import QUANTIZED
-from dit_runtime.bundle.manifest import Graph
+from dit_runtime.bundle.records import GUIDANCE, Stage
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.progress import Progress
 
@@ -22,26 +22,26 @@ WIDTH = ("fp32", "bf16", "fp16", "int8", "fp8")  # a product computes in the wid
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # smallest, usual, largest
 
 
-def profiles(graph: Graph) -> list[Shapes]:
-    """One for each number of groups (with guidance and without); rows from one to the graph's most."""
-    symbols = {size for spec in graph.inputs for size in spec.shape if isinstance(size, str)}
-    rows = (1, max(1, graph.max_batch // 4), graph.max_batch)
+def profiles(stage: Stage) -> list[Shapes]:
+    """One for each number of groups (with guidance and without); rows from one to the stage's most."""
+    guided = any(spec.name == GUIDANCE for spec in stage.reads)
+    rows = (1, max(1, stage.max_batch // 4), stage.max_batch)
 
     def shapes(groups: int) -> Shapes:
-        found: Shapes = {}
-        for spec in graph.inputs:
+        by_input: Shapes = {}
+        for spec in stage.reads:
             smallest, usual, largest = (
                 tuple(size if isinstance(size, int) else groups if size == "groups" else count for size in spec.shape)
                 for count in rows
             )
-            found[spec.name] = smallest, usual, largest
-        return found
+            by_input[spec.name] = smallest, usual, largest
+        return by_input
 
-    return [shapes(groups) for groups in ((1, 2) if "groups" in symbols else (1,))]
+    return [shapes(groups) for groups in ((1, 2) if guided else (1,))]
 
 
 def census(trt: Any, network: Any) -> dict[str, str]:
-    """By layer, the type that each product of a parsed network computes in: of what it reads, Q/DQ looked through."""
+    """Return, by layer, the type that each product computes in: that of its operands, looking through Q/DQ."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     makers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
 
@@ -53,19 +53,20 @@ def census(trt: Any, network: Any) -> dict[str, str]:
             tensor = maker.get_input(0)
         return TYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
 
-    found = {}
+    types = {}
     for layer in layers:
-        if layer.type.name in PRODUCTS:
+        moves = layer.type.name == "EINSUM" and layer.num_inputs == 1  # of one operand it is a transpose or a sum
+        if layer.type.name in PRODUCTS and not moves:
             operands = [layer.get_input(index) for index in range(min(2, layer.num_inputs))]
-            found[layer.name] = min((computed(tensor) for tensor in operands if tensor is not None), key=WIDTH.index)
-    return found
+            types[layer.name] = min((computed(tensor) for tensor in operands if tensor is not None), key=WIDTH.index)
+    return types
 
 
 def inspected(trt: Any, engine: Any) -> dict[str, Any]:
-    """Of an engine itself: its layers by the type that each makes, and how many of them are several nodes in one."""
+    """Count an engine's layers by the type that each makes, and those that are several nodes in one."""
     inspector = engine.create_engine_inspector()
-    told = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    layers = [layer for layer in told["Layers"] if isinstance(layer, dict)]
+    report = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    layers = [layer for layer in report["Layers"] if isinstance(layer, dict)]
     made = Counter(
         next((kind for words, kind in WORDS.items() if re.search(words, _datatype(output))), "other")
         for layer in layers
@@ -89,17 +90,17 @@ def decompose_attention(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def gate(name: str, found: Mapping[str, str], precision: str, around: str, islands: Collection[str]) -> None:
+def gate(name: str, types: Mapping[str, str], precision: str, around: str, islands: Collection[str]) -> None:
     """Refuses a graph whose products are not in the asked precision, beyond the listed islands."""
     allowed = (precision, around) if precision in QUANTIZED else (precision,)
-    wrong = [layer for layer, kind in found.items() if kind not in allowed and not _listed(layer, islands)]
+    wrong = [layer for layer, kind in types.items() if kind not in allowed and not _listed(layer, islands)]
     if wrong:
         raise GateError(
-            f"{name}: {len(wrong)} of {len(found)} products are not in {' or '.join(allowed)} and no listed island: "
-            f"{wrong[0]!r} is {found[wrong[0]]}"
+            f"{name}: {len(wrong)} of {len(types)} products are not in {' or '.join(allowed)} and no listed island: "
+            f"{wrong[0]!r} is {types[wrong[0]]}"
         )
-    if precision not in found.values():
-        raise GateError(f"{name}: no product is in {precision}; found {dict(Counter(found.values()))}")
+    if precision not in types.values() and (types or precision != "fp32"):  # a mask, say, is made without products
+        raise GateError(f"{name}: no product is in {precision}; found {dict(Counter(types.values()))}")
 
 
 def _listed(name: str, islands: Collection[str]) -> bool:

@@ -1,66 +1,66 @@
-"""The sampling loop: with the solver, or as its matrices where the latents can stay with the engine.
+"""The sampling loop: with the solver, or as its matrices where the state can stay with the engine.
 
-Both go a step at a time, `size` samples at once, and yield what brings the latents home.
+Both go a step at a time, and yield what brings the state home.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.conditioning import Put
 from dit_runtime.errors import EngineError
 from dit_runtime.sampling.solvers import Array, Solver
 
 Home = Callable[[], Array]
-Denoise = Callable[[Mapping[str, Any]], Mapping[str, NDArray[Any]]]
-Into = Callable[
-    [Mapping[str, Any], Mapping[str, Any]], object
-]  # what an engine makes of the first goes into the second
-Given = Callable[[int, slice], Mapping[str, Any]]  # step, samples -> the denoiser's inputs but the latents
+Denoise = Callable[[NDArray[Any], int], tuple[NDArray[Any], NDArray[Any] | None]]  # state, step
+Into = Callable[[Mapping[str, Any], Mapping[str, Any]], object]  # what is made of the first goes into the second
+Inputs = Callable[[int, slice], Mapping[str, Any]]  # step, samples -> what the network reads but the state
 
 
-def with_solver(run: Solver, timesteps: Array, denoise: Denoise, given: Given, size: int) -> Iterator[Home]:
-    state, _ = next(run)
+class Device(NamedTuple):
+    """Two engines that keep arrays between them."""
+
+    put: Callable[[NDArray[Any]], Any]
+    denoise: Into
+    update: Into
+    state: str  # the name of their input
+
+
+def with_solver(solver: Solver, timesteps: Array, denoise: Denoise) -> Iterator[Home]:
+    state, _ = next(solver)
     for step, t in enumerate(timesteps):
-        parts = []
-        for samples in _chunks(len(state), size):
-            outputs = denoise({"latents": state[samples].astype(np.float32), **given(step, samples)})
-            if not np.isfinite(outputs["prediction"]).all():
-                raise EngineError(f"step {step + 1} (t = {t:g}): the denoiser's prediction holds values not finite")
-            parts.append(outputs)
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        prediction, variance = denoise(state, step)
+        if not np.isfinite(prediction).all():
+            raise EngineError(f"step {step + 1} (t = {t:g}): the prediction holds values that are not finite")
         try:
-            state, _ = run.send((whole["prediction"], whole.get("variance")))
+            state, _ = solver.send((prediction, variance))
         except StopIteration as end:
             state = end.value
         yield lambda: state  # noqa: B023 (asked for before the next step)
 
 
-def with_matrices(
-    matrices: Array, put: Put, denoise: Into, update: Into, x: NDArray[Any], given: Given, size: int
-) -> Iterator[Home]:
-    """The host queues each step and waits for none that nobody looks at."""
+def with_matrices(matrices: Array, device: Device, x: NDArray[Any], inputs: Inputs, size: int) -> Iterator[Home]:
+    """Go `size` samples at once; the host queues each step and waits for none that nobody looks at."""
     chunks = _chunks(len(x), size)
-    latents = [put(x[samples].astype(np.float32)) for samples in chunks]
-    zeros = [np.zeros(part.shape, np.float32) for part in latents]
-    kept, predictions = ([put(part) for part in zeros] for _ in range(2))
-    coefficients = put(matrices.astype(np.float32))
+    states = [device.put(x[samples].astype(np.float32)) for samples in chunks]
+    zeros = [np.zeros(part.shape, np.float32) for part in states]
+    previous, predictions = ([device.put(part) for part in zeros] for _ in range(2))
+    coefficients = device.put(matrices.astype(np.float32))
 
     def home() -> Array:
-        found = np.concatenate([np.asarray(part) for part in latents]).astype(np.float64)
-        if not np.isfinite(found).all():
-            raise EngineError(f"step {step + 1} or one before: the latents hold values not finite")
-        return found
+        state = np.concatenate([np.asarray(part) for part in states]).astype(np.float64)
+        if not np.isfinite(state).all():
+            raise EngineError(f"step {step + 1} or one before: the state holds values that are not finite")
+        return state
 
     for step in range(len(matrices)):
-        for samples, state, before, prediction in zip(chunks, latents, kept, predictions, strict=True):
-            denoise({"latents": state, **given(step, samples)}, {"prediction": prediction})
-            states = {"latents": state, "prediction": prediction, "previous": before}
-            update(states | {"coefficients": coefficients[step]}, {"kept": before, "next": state})
+        for samples, state, before, prediction in zip(chunks, states, previous, predictions, strict=True):
+            device.denoise({device.state: state, **inputs(step, samples)}, {"prediction": prediction})
+            values = {device.state: state, "prediction": prediction, "previous": before}
+            device.update(values | {"coefficients": coefficients[step]}, {"kept": before, "next": state})
         yield home
 
 

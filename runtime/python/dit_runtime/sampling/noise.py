@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.schedule import is_integer
+from dit_runtime.sampling.process import is_integer
 
 Draw = Callable[[tuple[int, ...]], NDArray[np.float32]]
 

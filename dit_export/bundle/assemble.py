@@ -1,0 +1,287 @@
+"""The files of a bundle from a network, in named steps: trace, fuse, measure, search, quantize, write.
+
+The network is traced and fused once, in fp32. What a precision must know is measured in one run of those fused graphs.
+Nothing here proves that the result is right; `build.py` does.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from dit_export.bundle.describe import Written, describe
+from dit_export.checkpoints import Loaded
+from dit_export.graph import DECODER, NETWORK, onnxfile, trace
+from dit_export.graph.oracle import Oracle
+from dit_export.passes import LOWERINGS, fuse, require
+from dit_export.passes.stages import Pack
+from dit_export.passes.subpixel import subpixel
+from dit_export.passes.update import update
+from dit_export.precision import attention
+from dit_export.precision.calibrate import Calibration
+from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
+from dit_export.precision.layers import ATTENTION, coverage, find, named
+from dit_export.precision.measure import BACKEND, PEAKS_PLAN, Measured, Plan, measure
+from dit_export.precision.prompts import Prompts
+from dit_export.precision.qdq import quantize
+from dit_export.precision.search import LayerSensitivity, Search, SearchOptions
+from dit_export.precision.smooth import pack_divisors, smooth
+from dit_export.recipe import Recipe
+from dit_runtime import backends
+from dit_runtime.backends import QUANTIZED, Options
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
+
+Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
+
+
+class Inputs(NamedTuple):
+    """What a user brings along for int8 and fp8."""
+
+    calibration: Calibration | None = None
+    prompts: Prompts | None = None
+
+
+NO_INPUTS = Inputs()
+
+
+def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Oracle:
+    """Write the plain exports of the network and its decoder; return PyTorch's values of the network's tensors."""
+    folder.mkdir()
+    with progress.stage("trace: network to ONNX"):
+        program = trace.trace_network(loaded.network)
+        program.save(folder / NETWORK, external_data=True)
+    if decoder is not None:
+        with progress.stage("trace: decoder to ONNX"):
+            trace.export_decoder(decoder, loaded.network.state.shape).save(folder / DECODER, external_data=True)
+    assert program.exported_program is not None
+    return Oracle(program.exported_program)
+
+
+@dataclass
+class Assembly:
+    """A bundle in the making; each step leaves what the next ones need."""
+
+    folder: Path
+    traced: Path
+    loaded: Loaded
+    decoder: trace.Decoder | None
+    recipe: Recipe
+    backend: str
+    progress: Progress
+    inputs: Inputs = NO_INPUTS
+    plan: Plan | None = None  # of the measuring run; None: as the precision needs it
+    options: SearchOptions | None = None  # of the search for what stays float
+    # Filled by the steps.
+    graphs: dict[str, gs.Graph] = field(default_factory=dict)  # by stage
+    runs: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by stage and pass
+    packs: tuple[Pack, ...] = ()
+    measured: Measured = field(default_factory=Measured)
+    keep_float: list[str] = field(default_factory=list)  # as a recipe says it
+    kept_float: list[str] = field(default_factory=list)  # what it means: layers and attentions
+    covered: float = 0.0  # share of the loop's weights in int8 or fp8
+    sensitivity: list[LayerSensitivity] = field(default_factory=list)
+    lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
+    divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # by pack
+    contract: Manifest | None = None
+
+    def run(self) -> Manifest:
+        """Fill the folder and return its manifest, which is not written."""
+        for name, step, wanted in STEPS:
+            if wanted(self):
+                with self.progress.stage(name):
+                    step(self)
+        assert self.contract is not None
+        return self.contract
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        """Precision by how a stage runs; beside an int8 or fp8 denoiser, convolutions are as its float parts."""
+        precision = self.recipe.precision
+        around = backends.backend(self.backend).AROUND if precision in QUANTIZED else precision
+        return {"step": precision, "end": around}
+
+    def precision_of(self, stage: str) -> str:
+        return self.precisions.get(self.runs[stage], "fp32")
+
+    def fuse(self) -> None:
+        network = self.loaded.network
+        fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, network.guided_channels)
+        require(fused.counts, network.counts)
+        for stage in fused.stages:
+            self.graphs[stage.name], self.runs[stage.name] = stage.graph, stage.runs
+            self.packs += stage.packs
+        self.graphs |= {"denoiser": fused.denoiser, "update": update(network.state)}
+        self.runs |= {"denoiser": "step", "update": "update"}
+        self.counts["denoiser"] = dict(fused.counts)
+        if self.decoder is not None:
+            decoder = onnxfile.load(self.traced / DECODER)
+            self.counts["decoder"] = {"subpixel": subpixel(decoder)}
+            require(self.counts["decoder"], self.decoder.expected_counts())
+            onnxfile.name_rows(decoder, "batch")
+            self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
+        for name, graph in self.graphs.items():
+            files = onnxfile.save(graph, self.folder / f"{name}.onnx")
+            if len(files) == 1:
+                (self.folder / onnxfile.data_name(files[0])).touch()  # a graph is two files, with weights or without
+
+    @property
+    def quantizes(self) -> bool:
+        return self.recipe.precision in QUANTIZED
+
+    @property
+    def may_overflow(self) -> bool:
+        return backends.typed(self.backend, self.recipe.precision) in ENDS
+
+    @property
+    def measures(self) -> bool:
+        return self.quantizes or self.may_overflow
+
+    def measure(self) -> None:
+        """Run the fused fp32 graphs once, where something must be known of what they reach."""
+        self.keep_float = list(self.recipe.keep_float or [])
+        if self.quantizes:  # before the long work
+            layers = find(self.graphs["denoiser"])
+            named(layers, self.keep_float)
+            if not layers:
+                raise UsageError(f"{self.recipe.precision} has no layer in this network; build fp32, bf16 or fp16")
+        calibration = self.inputs.calibration
+        taps = self.quantizes and calibration is None
+        if taps or self.may_overflow or self.options is not None:
+            self._write_fp32_manifest()
+        if taps or self.may_overflow:
+            plan = self.plan or (Plan() if taps else PEAKS_PLAN)
+            network, prompts = self.loaded.network, self.inputs.prompts
+
+            def tick(done: int, total: int) -> None:
+                self.progress.step(done, total, "measure")
+
+            wants = {"layers": taps, "half": self.may_overflow}
+            self.measured = measure(self.folder, self.graphs, network, plan, prompts, **wants, on_step=tick)
+        if calibration is not None:
+            self.measured = Measured(calibration, self.measured.peaks)
+
+    def _write_fp32_manifest(self) -> None:
+        written = {name: Written("fp32") for name in self.graphs}
+        recipe = Recipe(backend=BACKEND, max_batch=self.recipe.max_batch)
+        manifest.write(
+            self.folder, describe(self.folder, self.loaded, recipe, BACKEND, self.graphs, self.runs, written)
+        )
+
+    def search(self) -> None:
+        """Find out which layers stay float, where that was asked for."""
+        assert self.options is not None and self.measured.calibration is not None
+        decoder = None
+        if self.decoder is not None:
+            decoder = backends.backend(BACKEND).open([self.folder / "decoder.onnx"], Options())
+
+        def tick(done: int, total: int) -> None:
+            self.progress.step(done, total, "layers")
+
+        search = Search(self.folder, self.loaded.network, self.measured.calibration, self.backend, decoder, tick)
+        self.keep_float, self.sensitivity = search.run(self.options, self.keep_float)
+
+    def quantize(self) -> None:
+        denoiser, calibration = self.graphs["denoiser"], self.measured.calibration
+        assert calibration is not None
+        before = [graph for name, graph in self.graphs.items() if self.runs[name] not in ("step", "update", "end")]
+        kept = named(find(denoiser), self.keep_float)
+        chosen = smooth(before, denoiser, calibration)
+        grids = attention.steps(denoiser, calibration, kept)
+        self.lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
+        self.divisors = pack_divisors(denoiser, chosen)
+        self.kept_float = kept
+        self.covered = coverage(denoiser, [layer for layer in find(denoiser) if layer.name not in kept])
+        self.counts["denoiser"]["quantize"] = quantize(denoiser, chosen, kept, kind=self.recipe.precision)
+
+    def write(self) -> None:
+        """Cast to half precision where the backend computes by types, then write each graph and its forms."""
+        written = {}
+        for name, graph in self.graphs.items():
+            lowerings = self.lowerings if self.runs[name] == "step" else LOWERINGS
+            lowered = self.runs[name] in ("step", "end")
+            written[name] = self._write(name, graph, lowerings if lowered else {})
+        contract = describe(self.folder, self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
+        if self.quantizes:
+            contract = replace(contract, built_with={**contract.built_with, "quantized": self.covered})
+        self.contract = contract
+
+    def _write(self, name: str, graph: gs.Graph, lowerings: Lowerings) -> Written:
+        precision, counts = self.precision_of(name), self.counts.setdefault(name, {})
+        half = backends.typed(self.backend, precision)
+        overflows = find_overflows(self.measured.peaks.get(name, {}), half) if half else {}
+        islands = fp32_products(graph, overflows) if half else []
+        if half:
+            counts["cast_to_half"] = cast_to_half(graph, half, overflows)
+        onnxfile.save(graph, self.folder / f"{name}.onnx")
+        engines = {}
+        for backend, passes in lowerings.items():
+            if precision in backends.backend(backend).PRECISIONS and backends.typed(backend, precision) == half:
+                form = graph.copy()
+                fired = {rewrite.__name__: rewrite(form) for rewrite in passes}
+                counts |= fired
+                if any(fired.values()):
+                    engines[backend] = onnxfile.save(form, self.folder / f"{name}.{backend}.onnx")
+        require(counts, self._expected(name, len(islands)))
+        return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
+
+    def _expected(self, name: str, islands: int) -> dict[str, int]:
+        """Return how often each pass must fire on a stage; {}: nothing is predicted."""
+        if self.runs[name] == "end":
+            assert self.decoder is not None
+            expected = self.decoder.expected_counts()
+        else:
+            expected = dict(self.loaded.network.counts)
+        if not expected or self.runs[name] not in ("step", "end"):
+            return {}
+        attentions = sum(entry.endswith(ATTENTION) for entry in self.kept_float)
+        quantized = expected.get("quantize", 0) - (len(self.kept_float) - attentions)
+        fewer = {"cast_to_half": islands, "quantize_attention": attentions, "quantize": 0, "dynamic": 0}
+        expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
+        return {key: count - fewer.get(key, 0) for key, count in expected.items()}
+
+
+def build_scratch_bundle(
+    folder: Path,
+    loaded: Loaded,
+    decoder: trace.Decoder | None,
+    recipe: Recipe,
+    progress: Progress,
+    traced: Path | None = None,
+    inputs: Inputs = NO_INPUTS,
+) -> Manifest:
+    """Write a bundle without a reference and without a proof: to measure, never to ship."""
+    folder.mkdir()
+    own = traced or folder.with_name(f"{folder.name}.traced")
+    if not own.exists():
+        trace_graphs(own, loaded, decoder, progress)
+    backend = backends.choose(recipe.backend, recipe.precision)
+    plan = Plan(pictures=1, steps=4, batch=1)
+    contract = Assembly(folder, own, loaded, decoder, recipe, backend, progress, inputs=inputs, plan=plan).run()
+    if traced is None:
+        shutil.rmtree(own)
+    manifest.write(folder, contract)
+    return contract
+
+
+STEPS: tuple[tuple[str, Callable[[Assembly], None], Callable[[Assembly], bool]], ...] = (  # and whether it is needed
+    ("fuse: hoist, fold gains, pack, guidance, sub-pixel", Assembly.fuse, lambda assembly: True),
+    (
+        "measure: the fused graphs at work",
+        Assembly.measure,
+        lambda assembly: assembly.quantizes or assembly.may_overflow,
+    ),
+    ("search: layers in turn", Assembly.search, lambda assembly: assembly.options is not None),
+    ("quantize", Assembly.quantize, lambda assembly: assembly.quantizes),
+    ("write", Assembly.write, lambda assembly: True),
+)

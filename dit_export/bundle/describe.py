@@ -1,0 +1,92 @@
+"""The manifest of what was written, and with which tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx_graphsurgeon as gs
+
+from dit_export.checkpoints import Loaded
+from dit_export.graph import onnxfile
+from dit_export.recipe import Recipe
+from dit_runtime import backends
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest, Stage
+
+# Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the decoder's activations for 512 px are
+# hundreds of MB, and a batch gains it nothing on a CPU.
+ROWS = {"condition": 8, "time": 64, "time+condition": 64, "end": 2}
+TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
+
+
+class Written(NamedTuple):
+    """One stage in its files."""
+
+    precision: str
+    engines: Mapping[str, tuple[str, ...]] = {}  # by backend: the files of its own form
+    counts: Mapping[str, int] = {}  # how often each pass fired
+    fp32_products: tuple[str, ...] = ()  # of a half-precision graph
+    overflows: Mapping[str, float] = {}  # tensors that half precision cannot store, with their largest magnitude
+
+
+def describe(
+    folder: Path,
+    loaded: Loaded,
+    recipe: Recipe,
+    backend: str,
+    graphs: Mapping[str, gs.Graph],
+    runs: Mapping[str, str],
+    written: Mapping[str, Written],
+) -> Manifest:
+    network = loaded.network
+    stages = []
+    for name, graph in graphs.items():
+        reads, gives = onnxfile.signature(graph)
+        stages.append(
+            Stage(
+                name=name,
+                runs=runs[name],
+                reads=reads,
+                gives=gives,
+                onnx=f"{name}.onnx",
+                max_batch=ROWS.get(runs[name], recipe.max_batch),
+                precision=written[name].precision,
+                backend=backends.choose(backend, written[name].precision),
+                engines=written[name].engines,
+            )
+        )
+    islands = {name: list(stage.fp32_products) for name, stage in written.items() if stage.fp32_products}
+    overflows = {name: dict(stage.overflows) for name, stage in written.items() if stage.overflows}
+    built_with: dict[str, Any] = {
+        "passes": {name: dict(stage.counts) for name, stage in written.items()},
+        "versions": _versions(),
+        "islands": islands,
+    }
+    return Manifest(
+        model=network.model,
+        ports=network.ports,
+        null=network.null,
+        labels=loaded.labels,
+        guidance=manifest.Guidance(
+            channels=network.guided_channels or network.state.shape[0], unguided_up_to_one=network.unguided_up_to_one
+        ),
+        process=loaded.process,
+        stages=tuple(stages),
+        files=manifest.describe_files(folder),
+        source={**loaded.source, "recipe": asdict(replace(recipe, timing_cache=None))},  # a file of this machine alone
+        built_with=built_with | ({"wide": overflows} if overflows else {}),
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: here for name, here in backends.versions().items() if here is not None}
+    for name in TOOLS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,24 @@
+"""`dit-export`: from a checkpoint to a verified bundle; one command a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dit_export.cli import bench, build, demo, hoist, inspect, quantize, verify
+from dit_runtime.cli import Parser, guarded
+
+COMMANDS = (build, quantize, verify, inspect, hoist, bench, demo)  # each adds its parser and names its function
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded("dit-export", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = Parser(prog="dit-export", description="Turn a PyTorch diffusion transformer into engines that ship.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    options = parser.parse_args(arguments)
+    result: int = options.command(options)
+    return result

@@ -1,0 +1,64 @@
+"""What the commands print: verdicts, where a bundle is, and the next command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.compiling import obstacle, targets
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.cli import report
+
+if TYPE_CHECKING:
+    from dit_export.verify.check import Built
+
+
+def report_built(built: Built, as_json: bool) -> int:
+    """Print the verdict of a build and the next command; return the exit code."""
+    code = report_checks(built, as_json)
+    out = sys.stderr if as_json else sys.stdout
+    if code:
+        print(f"the bundle that failed: {built.folder}", file=out)
+        return code
+    contract = manifest.read(built.folder)
+    if share := contract.built_with.get("quantized"):
+        print(f"{contract.step.precision}: {share:.0%} of the weights that every step multiplies with", file=out)
+    print(f"bundle: {built.folder}\nsample: {sample_command(built.folder, contract)}", file=out)
+    if reason := obstacle(contract):
+        print(
+            f"verified through its rounding twins, for it does not run here: {reason}\n"
+            f"it runs on {targets(contract)}; there, prove it: {dit_run()} verify {built.folder}",
+            file=out,
+        )
+    return code
+
+
+def report_checks(built: Built, as_json: bool) -> int:
+    """Print the checks, and a warning where parity on these weights proves little; return the exit code."""
+    from dit_export.verify.metrics import insensitive
+
+    code = report(built.checks, as_json)
+    if not built.sensitive:
+        print(insensitive(built.folder, built.proof), file=sys.stderr)
+    return code
+
+
+def sample_command(folder: Path, contract: Manifest) -> str:
+    """Return a command that draws from the bundle."""
+    parts = [dit_run(), "sample", str(folder)]
+    if contract.classes:
+        parts.append(f"--labels {contract.classes // 4} {3 * contract.classes // 4}")
+    elif contract.conditions:
+        parts.append("--condition CONDITION.npz")
+        parts += ["--negative NEGATIVE.npz"] if contract.without_null else []
+    return " ".join(parts + ([] if contract.end else ["-o latents.npy"]))
+
+
+def dit_run() -> str:
+    """Return `dit-run` as the user can type it: `make` runs us from an environment that is not activated."""
+    beside = Path(sys.executable).with_name("dit-run")
+    return "dit-run" if shutil.which("dit-run") else os.path.relpath(beside)

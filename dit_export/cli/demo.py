@@ -1,0 +1,91 @@
+"""`dit-export demo`: the small DiT that ships, trained, built, sampled and judged."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dit_export.cli.console import dit_run, report_checks
+from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("demo", help="a small DiT on shapes that it draws itself: train, build, score")
+    parts = parser.add_subparsers(required=True, metavar="PART")
+    train = parts.add_parser("train", help="autoencoder, judge and DiT from nothing, about two hours; resumes")
+    train.add_argument("output", type=Path, metavar="DIR", help="folder for the weights, as diffusers lays it out")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--no-resume", dest="resume", action="store_false", help="forget what an earlier run reached")
+    train.set_defaults(command=_train)
+    show = parts.add_parser("show", help="build and verify it in fp32 and int8, draw grids, let the judge score them")
+    show.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="of the bundles demo-fp32 and demo-int8; default: engines/build",
+    )
+    show.set_defaults(command=_show)
+    score = parts.add_parser("score", help="a bundle of it and PyTorch before the judge")
+    score.add_argument("bundle", type=Path)
+    score.set_defaults(command=_score)
+    for part, count in ((show, 400), (score, 1000)):
+        part.add_argument("--count", type=int, default=count, help=f"pictures that the judge sees; default {count}")
+        part.add_argument("--json", action="store_true")
+    judge = parts.add_parser("judge", help="the judge as ONNX, to score without PyTorch")
+    judge.add_argument("output", type=Path, metavar="FILE.onnx")
+    judge.set_defaults(command=_judge)
+    for part in (show, score, judge):
+        part.add_argument("--weights", type=Path, metavar="DIR", help="what `demo train` wrote; default: what ships")
+
+
+def _show(options: argparse.Namespace) -> int:
+    from dit_export.demo import run
+
+    shown = run.demo(options.weights, options.output or run.FOLDER, _count(options), Progress())
+    scores = {sheet.name: sheet.score for sheet in shown}
+    code = int(not all(sheet.built.passed for sheet in shown))
+    if options.json:
+        print(run.to_json(scores))
+        return code
+    for sheet in shown:
+        print(f"{sheet.name}:")
+        report_checks(sheet.built, as_json=False)
+    print(run.table(scores))
+    for sheet in shown:
+        print(f"{sheet.name}: grid {sheet.grid}, report {sheet.built.folder}/report.html")
+    print(f'sample: {dit_run()} sample {shown[-1].built.folder} --labels "red circle" "blue star"')
+    return code
+
+
+def _score(options: argparse.Namespace) -> int:
+    from dit_export.demo import run
+
+    scores = run.compare(options.weights, options.bundle, _count(options), Progress())
+    print(run.to_json(scores) if options.json else run.table(scores))
+    return 0
+
+
+def _count(options: argparse.Namespace) -> int:
+    if options.count < 100:
+        raise UsageError(f"count {options.count}; expected at least 100, for a distance between distributions")
+    return int(options.count)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from dit_export.demo import card
+    from dit_export.demo.train import train
+
+    train(options.output, seed=options.seed, resume=options.resume)
+    card.write(options.output)
+    return 0
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from dit_export.demo.run import export_judge
+
+    export_judge(options.weights, options.output)
+    print(options.output)
+    return 0

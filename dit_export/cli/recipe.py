@@ -1,0 +1,61 @@
+"""The options that make a recipe, for `build` and `quantize`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+
+from dit_export.networks.spec import CONDITIONINGS, MODELS
+from dit_export.recipe import PRECISIONS, Recipe
+from dit_runtime import backends
+from dit_runtime.cli import add_tuning
+from dit_runtime.sampling.process import PREDICTIONS
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
+    parser.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint knows its own")
+    parser.add_argument(
+        "--resolution",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise",
+    )
+    parser.add_argument("--precision", help=", ".join(PRECISIONS))
+    parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
+    parser.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")
+    parser.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
+    parser.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
+    parser.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
+    parser.add_argument(
+        "--caption-tokens", type=int, metavar="N", help="of a prompt embedding; default: as the checkpoint's pipeline"
+    )
+    parser.add_argument(
+        "--prediction", help=f"what the network predicts, where no scheduler says it: {', '.join(PREDICTIONS)}"
+    )
+    parser.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
+    parser.add_argument(
+        "--conditions",
+        metavar="FILE.npz",
+        help="to calibrate int8 with: arrays by port name, and negative.NAME; of more than 20 rows, 20 spread evenly",
+    )
+    parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", "block 0", fc2')
+    parser.add_argument(
+        "--judge",
+        metavar="FILE.onnx",
+        help="a network for the bundle that looks at its pictures; FILE.npz beside it: mu and sigma of real ones",
+    )
+    parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="random weights")
+    parser.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
+    parser.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")
+    parser.add_argument("-o", "--output", metavar="DIR", help="default: a folder in engines/build")
+    parser.add_argument("--json", action="store_true", help="the checks, for machines, on standard output")
+    add_tuning(parser)
+
+
+def read_recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe file's fields, overridden by the flags."""
+    recipe, flags = Recipe(), {field.name: getattr(options, field.name) for field in fields(Recipe)}
+    if options.model and options.model.endswith(".toml"):
+        recipe, flags["model"] = Recipe.from_toml(Path(options.model)), None
+    return replace(recipe, **{name: value for name, value in flags.items() if value is not None})

@@ -1,0 +1,155 @@
+"""One run of the fp32 bundle that shows what int8 and half precision must fit.
+
+The sampler itself runs: solver, guidance, conditional and null rows, the whole schedule. Taps on the denoiser and the
+decoder record statistics, so no activation is stored. Each token GEMM's input leaves its largest magnitude a channel
+and a few rows; each tensor that half precision would store leaves its largest magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from dit_export.graph import onnxfile
+from dit_export.networks import Network
+from dit_export.passes import LOWERINGS
+from dit_export.precision.calibrate import LARGEST, OUTPUT, SAMPLE, Calibration, add_layer_taps, choose_rows, collect
+from dit_export.precision.half import PEAK, add_peak_taps, half_tensors
+from dit_export.precision.layers import find
+from dit_export.precision.prompts import Prompts, batches
+from dit_runtime import backends
+from dit_runtime.backends import Engine, Options
+from dit_runtime.bundle import manifest
+from dit_runtime.pipeline import Pipeline
+
+BACKEND = "onnxruntime"
+TAPS = (LARGEST, SAMPLE, OUTPUT, PEAK)
+ROWS = 256  # inputs stored for each layer: 115 MB for XL/2, as float16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Many conditions and seeds with few steps: ranges differ more between pictures than between neighbouring steps."""
+
+    pictures: int = 24
+    steps: int = 6
+    guidance: float = 4.0
+    seed: int = 1000  # not one of the reference's
+    batch: int = 4
+
+
+PEAKS_PLAN = Plan(pictures=4, steps=10)  # where only the largest magnitudes are wanted
+
+
+@dataclass(frozen=True)
+class Measured:
+    calibration: Calibration | None = None
+    peaks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by stage and tensor
+
+
+def measure(
+    folder: Path,
+    graphs: Mapping[str, gs.Graph],
+    network: Network,
+    plan: Plan,
+    own: Prompts | None,
+    layers: bool,
+    half: bool,
+    on_step: Callable[[int, int], None],
+) -> Measured:
+    """Run the fp32 bundle in `folder` once, with taps on its `graphs`, and return what they recorded.
+
+    `layers` asks for the statistics of the token GEMMs, `half` for the largest magnitudes; `own` are a user's prompts.
+    """
+    contract, rng = manifest.read(folder), np.random.default_rng(plan.seed)
+    stages = [contract.step] + ([contract.end] if half and contract.end else [])
+    total = -(-plan.pictures // plan.batch) * plan.steps
+    done = 0
+
+    def tick(*_: object) -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total)
+
+    with ExitStack() as stack:
+        recorders: dict[str, RecordingEngine] = {}
+        for stage in stages:
+            graph = graphs[stage.name].copy()  # a file has no shapes of what is in between
+            add_taps(graph, layers and stage is contract.step, half, rng)
+            engine = RecordingEngine(graph, folder / f"{stage.name}.tapped.onnx", max(1, ROWS // total), rng)
+            recorders[stage.name] = engine
+        pipe = stack.enter_context(Pipeline(folder, contract, recorders))
+        for index, prompts in enumerate(batches(network, own, plan.pictures, plan.batch)):
+            pipe.sample(
+                condition=prompts.condition,
+                negative=prompts.negative,
+                steps=plan.steps,
+                guidance=plan.guidance,
+                seed=plan.seed + index * plan.batch,
+                output="images" if contract.end in stages and index == 0 else "latents",
+                on_step=tick,
+            )
+    calibration = None
+    if layers:
+        calibration = recorders[contract.step.name].calibration(plan)
+    return Measured(calibration, {name: recorder.peaks() for name, recorder in recorders.items()} if half else {})
+
+
+def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator) -> None:
+    """Give a fused graph the form that the backend runs, and taps on what is looked up in the portable one."""
+    gemms = find(graph) if layers else []
+    tensors = half_tensors(graph) if half else []
+    for rewrite in LOWERINGS[BACKEND]:
+        rewrite(graph)
+    count = len(graph.nodes)
+    place = {id(tensor): index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
+    add_layer_taps(graph, gemms, rng)
+    add_peak_taps(graph, tensors)
+
+    def made(tap: gs.Node) -> int:
+        (source,) = tap.inputs[0].inputs or [None]
+        return place.get(id(tap.inputs[0]), -1) if source is None or id(tap.inputs[0]) in place else made(source)
+
+    # ONNX Runtime runs first what stands last, so that no tensor waits for its tap.
+    graph.nodes[count:] = sorted(graph.nodes[count:], key=made, reverse=True)
+
+
+class RecordingEngine:
+    """A graph with taps as an engine: its own outputs pass through, the taps leave a bounded share of each call."""
+
+    def __init__(self, graph: gs.Graph, path: Path, rows_a_call: int, rng: np.random.Generator) -> None:
+        files = onnxfile.save(graph, path)
+        self._engine: Engine = backends.backend(BACKEND).open([path.with_name(file) for file in files], Options())
+        self._rows, self._rng = rows_a_call, rng
+        self._largest: dict[str, NDArray[np.float32]] = {}  # by the taps' whole names
+        self._samples: dict[str, list[NDArray[np.float16]]] = {}
+
+    @property
+    def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        inputs, outputs = self._engine.io
+        return inputs, tuple(name for name in outputs if not name.endswith(TAPS))
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._engine.run(inputs)
+        for name in [name for name in outputs if name.endswith(TAPS)]:
+            values = outputs.pop(name)
+            if name.endswith(SAMPLE):
+                self._samples.setdefault(name, []).append(choose_rows(values, self._rows, self._rng))
+            else:
+                self._largest[name] = np.maximum(self._largest.get(name, values), values)
+        return outputs
+
+    def calibration(self, plan: Plan) -> Calibration:
+        return Calibration(collect(self._largest, self._samples), {"plan": str(plan)})
+
+    def peaks(self) -> dict[str, float]:
+        return {name.removesuffix(PEAK): float(value) for name, value in self._largest.items() if name.endswith(PEAK)}
+
+    def close(self) -> None:
+        self._engine.close()

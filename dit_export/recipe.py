@@ -1,0 +1,83 @@
+"""Describe what to build: a Recipe is a TOML file in engines/ or the flags of `build`."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from dit_runtime.backends import Tuning
+from dit_runtime.errors import UsageError, nearest
+from dit_runtime.facts import FACTS
+
+PRECISIONS = tuple(FACTS["tolerances"])
+
+
+def sides(resolution: int | str) -> tuple[int, int]:
+    """Height and width of the latents for pictures of 256 or "512x256" pixels."""
+    numbers = str(resolution).split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() and int(number) and int(number) % 8 == 0 for number in numbers):
+        raise UsageError(
+            f"resolution {resolution}; expected a multiple of 8, such as 256 or 512, or two as height x width: 512x256"
+        )
+    return int(numbers[0]) // 8, int(numbers[-1]) // 8
+
+
+def resolution_name(size: tuple[int, int]) -> int | str:
+    """Return a latent size as people write the image's: 256, or "512x256" for height x width."""
+    height, width = (8 * side for side in size)
+    return height if height == width else f"{height}x{width}"
+
+
+@dataclass(frozen=True)
+class Recipe(Tuning):
+    """Everything a build needs to know; a TOML file in engines/ and the flags of `build` both give one."""
+
+    model: str | None = None
+    conditioning: str | None = None
+    resolution: int | str | None = None  # a side in pixels, or "512x256" for height x width
+    precision: str = "fp32"
+    backend: str = "auto"
+    checkpoint: str | None = None
+    vae: str | None = None
+    labels: str | None = None
+    heads: int | None = None
+    caption_tokens: int | None = None  # of a prompt embedding; None: as many as the checkpoint's pipeline makes
+    prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
+    calibration: str | None = None
+    conditions: str | None = None  # to calibrate with: an .npz with arrays by port name, and `negative.NAME`
+    keep_float: list[str] | None = None  # of an int8 denoiser: "block 3 fc2", "block 0", or "fc2" in every block
+    judge: str | None = None  # an ONNX network that looks at pictures; FILE.npz beside it: mu and sigma of real ones
+    synthetic: int | None = None
+    latents_only: bool = False
+    max_batch: int = 8
+    output: str | None = None
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Recipe:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: not a TOML recipe: {error}") from None
+        known = [field.name for field in fields(cls)]
+        kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
+        kinds = {name: "list" if kind in ("list[str]", "tuple[str, ...]") else kind for name, kind in kinds.items()}
+        names = [key.replace("-", "_") for key in table]
+        for key, name in zip(table, names, strict=True):
+            if name not in known:
+                raise UsageError(f"{path}: unknown key {key!r}{nearest(name, known)}; known: {', '.join(known)}")
+            if type(table[key]).__name__ not in kinds[name].split(" | "):
+                raise UsageError(f"{path}: {key} is {table[key]!r}, expected {kinds[name]}")
+            if kinds[name] == "list" and not all(isinstance(entry, str) for entry in table[key]):
+                raise UsageError(f"{path}: {key} is {table[key]!r}, expected strings")
+        return cls(**dict(zip(names, table.values(), strict=True)))
+
+    @property
+    def tuning(self) -> Tuning:
+        return Tuning(**{field.name: getattr(self, field.name) for field in fields(Tuning)})
+
+    def to_toml(self) -> str:
+        """What differs from the defaults, as `from_toml` reads it."""
+        given, default = asdict(self), asdict(Recipe())
+        return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in given.items() if v != default[k])

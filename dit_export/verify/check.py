@@ -1,0 +1,98 @@
+"""All checks of a bundle against PyTorch: each graph at its batch sizes, the reference's replay, and the proof."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import dit_runtime.verify
+from dit_export.checkpoints import Loaded
+from dit_export.graph.trace import Decoder
+from dit_export.precision.twin import twins
+from dit_export.verify.metrics import by_cause, figures_of
+from dit_export.verify.parity import FINITE_RUNS, finite, graph_parity, proof
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.compiling import obstacle
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.progress import Progress
+from dit_runtime.verify import Figure, Reference, Replay, load_reference, replay
+
+
+@dataclass(frozen=True)
+class Built:
+    folder: Path
+    proof: list[Figure]
+    checks: list[Figure]  # the gates; the proof is one of them unless the weights are a user's and fail it
+    reference: Reference
+    replay: Replay
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def sensitive(self) -> bool:
+        return all(check.passed for check in self.proof)
+
+
+def check(folder: Path, loaded: Loaded, decoder: Decoder | None, progress: Progress, **options: Any) -> Built:
+    """Check a bundle by its engines where they run here, and by the rounding twins of its half-precision graphs."""
+    contract = manifest.read(folder)
+    reference = load_reference(folder, contract)
+    with pipelines(folder, contract, **options) as pipes:
+        return compare(pipes, reference, loaded, decoder, progress)
+
+
+@contextmanager
+def pipelines(folder: Path, contract: Manifest, **options: Any) -> Iterator[dict[str, Pipeline]]:
+    """Open the bundle, under "", and its rounding twins, under "twin: "; at least one of them is there."""
+    with ExitStack() as opened:
+        pipes: dict[str, Pipeline] = {}
+        if not obstacle(contract):
+            pipes[""] = opened.enter_context(Pipeline.load(folder, **options))
+        if rounded := opened.enter_context(twins(folder, contract, always=not pipes)):
+            pipes["twin: "] = rounded
+        yield pipes
+
+
+def compare(
+    pipes: Mapping[str, Pipeline],
+    reference: Reference,
+    loaded: Loaded,
+    decoder: Decoder | None,
+    progress: Progress,
+    thorough: bool = False,
+) -> Built:
+    """Compare what is open with PyTorch's network and with its reference run.
+
+    Random weights must be sensitive; a user's may not be, and that is reported.
+    """
+    first = next(iter(pipes.values()))
+    contract, network = first.manifest, loaded.network
+    with progress.stage("verify: proof that the checks can fail"):
+        proven = proof(first, reference)
+    required = loaded.source["kind"] == "synthetic" or all(figure.passed for figure in proven)
+    checks = list(proven) if required else []
+    answers = []
+    for name, pipe in pipes.items():
+        with progress.stage(f"verify: {name}each graph against PyTorch"):
+            figures = list(graph_parity(pipe, network, decoder))
+        with progress.stage(f"verify: {name}replay of the reference"):
+            tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731
+            answers.append(replay(pipe, reference, tick, thorough=thorough))
+        judge = figures_of if thorough else dit_runtime.verify.judge
+        figures = by_cause(contract, [*judge(contract, reference, answers[-1]), *figures])
+        if name:
+            with progress.stage(f"verify: {name}{FINITE_RUNS} runs, every step finite"):
+                figures.append(finite(pipe, network, reference))
+        checks += [replace(figure, stage=name + figure.stage) for figure in figures]
+    return Built(first.folder, proven, checks, reference, answers[0])
+
+
+def summary(built: Built) -> dict[str, Any]:
+    """Return what the manifest says of the checks."""
+    return dit_runtime.verify.summary("sensitive" if built.sensitive else "insensitive", built.checks)

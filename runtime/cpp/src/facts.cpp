@@ -1,0 +1,44 @@
+#include "facts.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include "facts_json.hpp"
+
+namespace dit_runtime {
+
+const nlohmann::ordered_json& facts() {
+    static const auto table = nlohmann::ordered_json::parse(FACTS_JSON);
+    return table;
+}
+
+std::vector<std::string> fact_names(const std::string& table) {
+    std::vector<std::string> names;
+    for (const auto& entry : facts().at(table).items()) names.push_back(entry.key());
+    return names;
+}
+
+std::vector<std::string> solvers_of(const std::string& kind) {
+    std::vector<std::string> names;
+    for (const auto& entry : facts().at("solvers").items())
+        if (entry.value().at("process") == kind) names.push_back(entry.key());
+    return names;
+}
+
+std::vector<std::string> spacings_of(const std::string& kind) {
+    return facts().at("spacings").at(kind).get<std::vector<std::string>>();
+}
+
+std::vector<std::string> precisions_of(const std::string& backend) {
+    return facts().at("precisions").at(backend).get<std::vector<std::string>>();
+}
+
+std::int64_t default_steps() { return facts().at("defaults").at("steps").get<std::int64_t>(); }
+double default_guidance() { return facts().at("defaults").at("guidance").get<double>(); }
+
+std::map<std::string, int> solver_numbers(const std::string& key) {
+    std::map<std::string, int> numbers;
+    for (const auto& entry : facts().at("solvers").items()) numbers[entry.key()] = entry.value().at(key).get<int>();
+    return numbers;
+}
+
+}  // namespace dit_runtime

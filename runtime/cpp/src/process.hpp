@@ -1,0 +1,80 @@
+// The forward process x = α x₀ + σ ε that a model was trained with (Process), and its sampling defaults (Sampler).
+// Mirrors dit_runtime/sampling/process.py line by line.
+//
+// A noise process has the betas of a discrete schedule and predicts ε, v or x₀ at a training step t. A flow has
+// α = 1 - σ with σ from 1 (noise) to 0 (data) and predicts the velocity dx/dσ = ε - x₀ at the time σ.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace dit_runtime {
+
+using Array = std::vector<double>;
+
+// As facts.json has them; not for use before main.
+extern const std::vector<std::string> SOLVERS, NOISE_SOLVERS, FLOW_SOLVERS, SPACINGS, FLOW_SPACINGS;
+
+// How a model is sampled unless asked otherwise.
+struct Sampler {
+    std::string solver = "ddim";
+    // Noise processes
+    std::string ddpm_spacing = "respaced";
+    std::string ddim_spacing = "stride";
+    std::string dpm_spacing = "linspace";
+    std::int64_t steps_offset = 0;  // added to the timesteps of "leading"
+    // DDPM and DDIM
+    bool clip_sample = false;  // clamp the predicted x₀ to ± clip_sample_range
+    double clip_sample_range = 1.0;
+    // DDIM
+    bool set_alpha_to_one = true;  // the run ends at ᾱ = 1, else at the schedule's first ᾱ
+    // DDPM
+    std::string variance = "learned_range";  // "learned": the network gives σ² itself; "learned_range": v in [-1, 1]
+    // DPM-Solver++
+    std::string solver_type = "midpoint";      // of its second-order steps
+    bool lower_order_final = true;             // the last two steps of a run of fewer than 15 are of order 2 and 1
+    bool euler_at_final = false;               // the last step is of order 1
+    std::string final_sigmas_type = "zero";    // the run ends at σ = 0, else at the schedule's smallest σ
+    std::optional<double> lambda_min_clipped;  // timesteps whose log(α/σ) is smaller are left out
+    // Flows
+    std::string flow_spacing = "trailing";
+};
+
+// The manifest's `process` section.
+struct Process {
+    std::int64_t train_steps = 1000;  // also the most that a run may take
+    std::string prediction = "epsilon";
+    Sampler sampler;
+    // Noise processes
+    std::string beta_schedule = "linear";
+    double beta_start = 1e-4;
+    double beta_end = 0.02;
+    std::optional<Array> trained_betas;  // instead of the three fields above
+    // Flows: σ' = s σ / (1 + (s - 1) σ) (Esser et al. 2024, equation 23)
+    double shift = 1.0;
+    std::optional<double> shift_terminal;  // stretch the shifted σ so that a run's last one is this
+    double sigma_min = 0.001;              // where the spacing "linspace" ends, before the shift
+
+    // "noise" or "flow".
+    std::string kind() const;
+    // β of each training step: Ho et al. 2020 (linear), Rombach et al. 2022 (scaled), Nichol & Dhariwal 2021 (cos).
+    Array betas() const;
+    // ᾱ_t = Π (1 - β_s) over s ≤ t.
+    Array alpha_bar() const;
+};
+
+// A std::invalid_argument names what does not fit.
+Process process_from_json(const nlohmann::json& table);
+
+// Refuses a solver that is not known, or that is made for the other kind of process.
+void require_fit(const Process& process, const std::string& solver);
+
+void require_steps(const Process& process, std::int64_t steps);
+
+// As NumPy's: the last point is exact.
+Array linspace(double start, double stop, std::int64_t count);
+
+}  // namespace dit_runtime

@@ -1,0 +1,56 @@
+#include <algorithm>
+#include <cmath>
+
+#include "errors.hpp"
+#include "method.hpp"
+
+namespace dit_runtime {
+namespace {
+
+// s, Nichol & Dhariwal 2021 (arXiv 2102.09672), equations 9, 10 and 15; one number, or one a value.
+//
+// fixed_large: β;  fixed_small: β̃ = σ'² / σ² β;  learned_range: log s² = f log β + (1 - f) log β̃, f = (v + 1) / 2.
+Array deviation(const std::string& kind, const Array& variance, double beta, double part) {
+    const double small = std::max(part * beta, 1e-20);
+    if (kind == "fixed_small") return {std::sqrt(small)};
+    if (kind == "fixed_large") return {std::sqrt(beta)};
+    if (variance.empty())
+        throw UsageError(text("ddpm with '", kind,
+                              "' variance needs a model that predicts its variance, and this one does not; take ddim"));
+    Array values = variance;
+    for (double& value : values) {
+        if (kind == "learned") {
+            value = std::sqrt(value);
+            continue;
+        }
+        const double fraction = (value + 1) / 2;
+        value = std::exp(0.5 * (fraction * std::log(beta) + (1 - fraction) * std::log(small)));
+    }
+    return values;
+}
+
+class Ddpm : public Method {
+    using Method::Method;
+
+    bool advance(const Step& step, Estimate& estimate) override {
+        const auto& [now, after] = step;
+        const double ratio = now.alpha / after.alpha, beta = 1 - ratio * ratio;
+        const double part = (after.sigma / now.sigma) * (after.sigma / now.sigma);
+        clip(estimate.x0, sampler_);
+        const double own = after.alpha * beta / (now.sigma * now.sigma), kept = ratio * part;
+        for (std::size_t i = 0; i < x_.size(); ++i) x_[i] = own * estimate.x0[i] + kept * x_[i];
+        if (now.time > 0) {
+            const Array s = deviation(sampler_.variance, estimate.variance, beta, part);
+            const std::vector<float> z = draw_(x_.size());
+            for (std::size_t i = 0; i < x_.size(); ++i)
+                x_[i] = x_[i] + s[s.size() == 1 ? 0 : i] * static_cast<double>(z[i]);
+        }
+        return true;
+    }
+};
+
+}  // namespace
+
+std::unique_ptr<Method> ddpm(Setting setting) { return std::make_unique<Ddpm>(std::move(setting)); }
+
+}  // namespace dit_runtime

@@ -1,0 +1,154 @@
+"""The manifest's records: ports of the network, stages of the bundle, files, and the manifest itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dit_runtime.sampling.process import Process
+
+FORMAT = 2
+ROLES = ("state", "time", "condition")
+BEFORE_LOOP = ("condition", "time", "time+condition")  # what stages before the loop may run once per
+RUNS = (*BEFORE_LOOP, "step", "update", "end")
+DTYPES = ("float32", "int64")
+LABELS = "labels"  # the port that a user may fill with class names
+GUIDANCE = "guidance"  # the input of the step stage that mixes guidance
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input of the network."""
+
+    name: str
+    role: str  # one of ROLES
+    dtype: str  # one of DTYPES
+    shape: tuple[int, ...]  # of one row
+    size: int = 0  # int64 only: values are 0 … size - 1
+    masks: str = ""  # the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a stage; a string in the shape is a free dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph of the bundle: when it runs, its portable ONNX form, and the files that backends open instead."""
+
+    name: str
+    runs: str  # one of RUNS
+    reads: tuple[TensorSpec, ...]
+    gives: tuple[TensorSpec, ...]
+    onnx: str
+    max_batch: int = 8  # rows that it takes at a time
+    precision: str = "fp32"
+    backend: str = "onnxruntime"
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by backend
+
+    @property
+    def onnx_files(self) -> tuple[str, ...]:
+        return (self.onnx, self.onnx + ".data")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that its backend opens."""
+        return self.engines.get(self.backend, self.onnx_files)
+
+    @property
+    def grouped(self) -> tuple[TensorSpec, ...]:
+        """The inputs that have a group for each condition: all of a step stage but the state and guidance."""
+        return tuple(spec for spec in self.reads if spec.shape[:1] == ("groups",))
+
+
+@dataclass(frozen=True)
+class Guidance:
+    channels: int  # the leading channels that guidance moves
+    unguided_up_to_one: bool = True  # weights below 1 count as 1
+
+
+@dataclass(frozen=True)
+class File:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    model: Mapping[str, Any]  # for people: name, resolution, …
+    ports: tuple[Port, ...]
+    null: Mapping[str, int | float]  # what guidance leads away from: a constant by condition port
+    labels: tuple[str, ...]  # class names of the port "labels"; empty where they are unknown
+    guidance: Guidance
+    process: Process
+    stages: tuple[Stage, ...]  # in the order of running
+    files: Mapping[str, File] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    built_with: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def state(self) -> Port:
+        """The port that the loop changes."""
+        return next(port for port in self.ports if port.role == "state")
+
+    @property
+    def time(self) -> Port:
+        return next(port for port in self.ports if port.role == "time")
+
+    @property
+    def conditions(self) -> tuple[Port, ...]:
+        """All condition ports, masks too."""
+        return tuple(port for port in self.ports if port.role == "condition")
+
+    def port(self, name: str) -> Port:
+        return next(port for port in self.ports if port.name == name)
+
+    @property
+    def classes(self) -> int:
+        """How many classes a label may name; 0 where the network takes none."""
+        for port in self.conditions:
+            if port.name == LABELS and port.dtype == "int64" and not port.shape:
+                return port.size - (LABELS in self.null)
+        return 0
+
+    @property
+    def without_null(self) -> tuple[str, ...]:
+        """The condition ports, masks apart, that a guided request must bring a negative for."""
+        return tuple(port.name for port in self.conditions if not port.masks and port.name not in self.null)
+
+    @property
+    def mixes_guidance(self) -> bool:
+        """Tell whether the step stage takes guidance weights; where it does not, guidance changes nothing."""
+        return any(spec.name == GUIDANCE for spec in self.step.reads)
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def before_loop(self) -> tuple[Stage, ...]:
+        return tuple(stage for stage in self.stages if stage.runs in BEFORE_LOOP)
+
+    @property
+    def step(self) -> Stage:
+        return next(stage for stage in self.stages if stage.runs == "step")
+
+    @property
+    def update(self) -> Stage | None:
+        return next((stage for stage in self.stages if stage.runs == "update"), None)
+
+    @property
+    def end(self) -> Stage | None:
+        return next((stage for stage in self.stages if stage.runs == "end"), None)
+
+    def to_json(self) -> str:
+        table = asdict(self) | {"process": self.process.to_dict()}
+        return json.dumps({"format": table.pop("format"), **table}, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,55 @@
+"""A bundle in a few lines, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dit_runtime.bundle.records import Manifest, Port
+
+PER = {
+    "condition": "once a condition",
+    "time": "once a timestep",
+    "time+condition": "once a timestep and condition",
+    "step": "every step",
+    "update": "every step, on a GPU",
+    "end": "once a picture",
+}
+
+
+def summary(folder: Path, contract: Manifest) -> str:
+    model, sampler, state = contract.model, contract.process.sampler, contract.state
+    names = f"{len(contract.labels)} classes with names" if contract.labels else f"{contract.classes} classes"
+    lines = [
+        f"{folder}",
+        f"model      {model.get('name')} at {model.get('resolution')} px" + (f", {names}" if contract.classes else ""),
+        f"sampling   {sampler.solver} on {contract.process.prediction}, {_guidance(contract)}",
+    ]
+    lines += [f"port       {_port(port, contract)}" for port in (state, contract.time, *contract.conditions)]
+    for stage in contract.stages:
+        size = sum(contract.files[file].size for file in stage.files)
+        reads = ", ".join(spec.name for spec in stage.reads)
+        what = f"{stage.precision} on {stage.backend}, {size / 1e6:.1f} MB, {PER[stage.runs]}, reads {reads}"
+        lines.append(f"{stage.name:<10} {what}")
+    parity = contract.parity
+    outcome = ("passed" if parity["passed"] else "FAILED") if "passed" in parity else "not verified"
+    lines.append(f"parity     {outcome}, proof: {parity.get('proof', 'none')}")
+    origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
+    lines.append(f"weights    {', '.join(origin)}")
+    return "\n".join(lines)
+
+
+def _guidance(contract: Manifest) -> str:
+    if not contract.mixes_guidance:
+        return "no guidance"
+    return f"guidance on {contract.guidance.channels} of {contract.state.shape[0]} channels"
+
+
+def _port(port: Port, contract: Manifest) -> str:
+    words = [port.role, port.dtype, " x ".join(map(str, port.shape)) or "one value"]
+    if port.size:
+        words.append(f"0 to {port.size - 1}")
+    if port.masks:
+        words.append(f"marks the tokens of {port.masks}")
+    if port.name in contract.null:
+        words.append(f"guidance leads away from {contract.null[port.name]}")
+    return f"{port.name}: {', '.join(words)}"

@@ -1,0 +1,172 @@
+"""Memos of the stages before the loop: each runs once per key, a timestep, a distinct condition, or both."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.bundle.records import GUIDANCE, Manifest, Stage
+from dit_runtime.conditions.condition import Rows, unique_rows
+
+BUDGET = 256 << 20  # bytes of a memo; of XL/2's 783 kB a (timestep, label) that is 342
+Numbers = NDArray[np.int64]
+Compute = Callable[[Stage, Mapping[str, Any]], Mapping[str, NDArray[Any]]]
+Put = Callable[[NDArray[Any]], Any]  # to where the step stage reads it
+
+
+class Source(NamedTuple):
+    """A tensor by the number of a timestep and those of condition rows."""
+
+    at: Callable[[int, Numbers], Any]  # rows of any shape R -> [*R, *row]
+    timed: bool  # whether it depends on the timestep
+    ports: frozenset[str]  # the condition ports that it depends on
+
+    def take(self, times: Numbers, rows: Numbers) -> NDArray[Any]:
+        """(N,), (N,) -> [N, *row], in memory of the host."""
+        ends = [*(np.flatnonzero(np.diff(times)) + 1).tolist(), len(times)] if self.timed else [len(times)]
+        parts, first = [], 0
+        for end in ends:
+            parts.append(np.asarray(self.at(int(times[first]), rows[first:end])))
+            first = end
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class Memo:
+    """The outputs of one stage by key, in windows of timesteps that stay below the budget.
+
+    A `whole` memo is filled once; over the budget it lives in a temporary file instead of in memory.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        compute: Compute,
+        sources: Mapping[str, Source],
+        times: int,
+        conditions: Rows,
+        count: int,
+        *,
+        put: Put = np.asarray,
+        budget: int = BUDGET,
+        whole: bool = False,
+    ) -> None:
+        """Run nothing yet; `times` is the number of distinct timesteps, `count` that of condition rows."""
+        self._stage, self._compute = stage, compute
+        self._sources = {spec.name: sources[spec.name] for spec in stage.reads}
+        self._put, self._budget, self._whole = put, budget, whole
+        self.timed = any(source.timed for source in self._sources.values())
+        self.ports = frozenset().union(*(source.ports for source in self._sources.values()))
+        self._first, self._number = unique_rows(conditions, self.ports, count)
+        self._times = times if self.timed else 1
+        row_bytes = sum(
+            np.dtype(spec.dtype).itemsize * math.prod(int(size) for size in spec.shape[1:]) for spec in stage.gives
+        )
+        fit = max(1, budget // (row_bytes * len(self._first)))
+        self._size = self._times if whole else fit  # timesteps held at a time
+        self._window = range(0)
+        self._values: dict[str, Any] = {}  # by output: (timesteps * distinct rows, *row)
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        return {spec.name: Source(partial(self.at, spec.name), self.timed, self.ports) for spec in self._stage.gives}
+
+    def at(self, name: str, time: int, rows: Numbers) -> Any:
+        time = time if self.timed else 0
+        if time not in self._window:
+            self._fill(0 if self._whole else time)
+        return self._values[name][(time - self._window.start) * len(self._first) + self._number[rows]]
+
+    def _fill(self, start: int) -> None:
+        """Replace the window by the timesteps from `start` on."""
+        self._values, self._window = {}, range(0)  # before there are others
+        window = range(start, min(start + self._size, self._times))
+        times, rows = np.repeat(np.array(window), len(self._first)), np.tile(self._first, len(window))
+        values: dict[str, NDArray[Any]] = {}
+        for first in range(0, len(times), self._stage.max_batch):
+            some = slice(first, first + self._stage.max_batch)
+            inputs = {name: source.take(times[some], rows[some]) for name, source in self._sources.items()}
+            outputs = self._compute(self._stage, inputs)
+            if not values:
+                values = {spec.name: self._allocate(len(times), outputs[spec.name]) for spec in self._stage.gives}
+            for name, part in values.items():
+                part[some] = outputs[name]
+        # What changes from step to step is read where the loop runs; the rest goes there once a batch.
+        self._values = {name: self._put(part) for name, part in values.items()} if self.timed else values
+        self._window = window
+
+    def _allocate(self, count: int, part: NDArray[Any]) -> NDArray[Any]:
+        shape = (count, *part.shape[1:])
+        if not self._whole or math.prod(shape) * part.dtype.itemsize <= self._budget:
+            return np.empty(shape, part.dtype)
+        with tempfile.TemporaryFile() as file:  # its space is given back with the array
+            return np.memmap(file, part.dtype, "w+", shape=shape)
+
+
+def open_sources(
+    manifest: Manifest, compute: Compute, timesteps: NDArray[Any], conditions: Rows, count: int, **options: Any
+) -> dict[str, Source]:
+    """Return every tensor that a stage may read but the state, by name.
+
+    `timesteps` are distinct, in the order in which they are asked for; `count` is the number of condition rows.
+    """
+    times = timesteps.astype(np.float32)
+
+    def at_condition(name: str, time: int, rows: Numbers) -> Any:
+        return conditions[name][rows]
+
+    def at_time(time: int, rows: Numbers) -> Any:
+        return np.full(rows.shape, times[time])
+
+    sources = {name: Source(partial(at_condition, name), False, frozenset({name})) for name in conditions}
+    sources[manifest.time.name] = Source(at_time, True, frozenset())
+    for stage in manifest.before_loop:
+        sources |= Memo(stage, compute, sources, len(times), conditions, count, **options).sources
+    return sources
+
+
+class StepInputs:
+    """The step stage's inputs but the state, for some samples at a step of a run."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        compute: Compute,
+        timesteps: NDArray[Any],
+        conditions: Rows,
+        groups: Numbers,
+        weights: NDArray[np.float32],
+        *,
+        put: Put = np.asarray,
+        **options: Any,
+    ) -> None:
+        """Open the memos. `groups` has numbers of condition rows, (G, B): each sample's own, then its negative's."""
+        times = np.asarray(timesteps, np.float32).tolist()
+        distinct = {time: number for number, time in enumerate(dict.fromkeys(times))}
+        self._time_of_step = [distinct[time] for time in times]
+        count = int(groups.max()) + 1
+        sources = open_sources(manifest, compute, np.array([*distinct]), conditions, count, put=put, **options)
+        self._sources = {spec.name: sources[spec.name] for spec in manifest.step.grouped}
+        self._groups, self._put = groups, put
+        self._weights = {GUIDANCE: put(weights)} if manifest.mixes_guidance else {}
+        self._held: tuple[slice | None, dict[str, Any]] = None, {}
+
+    def __call__(self, step: int, samples: slice) -> dict[str, Any]:
+        """[G, B, *row] by name for some samples; guidance is [B].
+
+        What does not change with the step is kept for the last samples, XL/2's captions are 62 MB a sample: a run that
+        fits the engine always asks for the same.
+        """
+        time, rows = self._time_of_step[step], self._groups[:, samples]
+        if self._held[0] != samples:
+            self._held = samples, {}  # before there are others
+            fixed = {name: source for name, source in self._sources.items() if not source.timed}
+            held = {name: self._put(source.at(time, rows)) for name, source in fixed.items()}
+            self._held = samples, held | {name: weights[samples] for name, weights in self._weights.items()}
+        timed = {name: source.at(time, rows) for name, source in self._sources.items() if source.timed}
+        return {**self._held[1], **timed}

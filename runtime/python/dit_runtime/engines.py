@@ -1,0 +1,127 @@
+"""A bundle's engines, opened where they are needed: any stage by name, the step stage in batches, the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime import backends
+from dit_runtime.backends import Engine, Options, Resident
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest, Stage
+from dit_runtime.bundle.records import BEFORE_LOOP
+from dit_runtime.conditions.condition import Rows, group
+from dit_runtime.conditions.memo import StepInputs
+from dit_runtime.errors import BundleError, EngineError, UsageError
+
+
+class Engines:
+    def __init__(self, folder: Path, contract: Manifest, opened: Mapping[str, Engine], options: Options) -> None:
+        """Open nothing yet; `opened` has engines by stage, which are closed with the others."""
+        self.folder, self.manifest, self.options = folder, contract, options
+        self.opened = dict(opened)
+
+    def open(self, stage: Stage) -> Engine:
+        """Return the stage's engine; in low memory the others are closed before it is opened."""
+        if stage.name not in self.opened:
+            if self.options.low_memory:
+                self.close()
+                stage = self._lean(stage)
+            module = backends.backend(backends.choose(stage.backend, stage.precision))
+            files = [manifest.inside(self.folder, file) for file in stage.files]
+            engine: Engine = module.open(files, self._settings(stage))
+            expected = [sorted(spec.name for spec in specs) for specs in (stage.reads, stage.gives)]
+            if (names := [sorted(names) for names in engine.io]) != expected:
+                engine.close()
+                raise BundleError(f"{self.folder}: {stage.name} has inputs and outputs {names}, expected {expected}")
+            self.opened[stage.name] = engine
+        return self.opened[stage.name]
+
+    def _lean(self, stage: Stage) -> Stage:
+        """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""
+        lean = backends.LEANEST
+        if stage.runs not in BEFORE_LOOP or not backends.versions()[lean]:
+            return stage
+        if stage.precision not in backends.backend(lean).PRECISIONS:
+            return stage
+        stage = replace(stage, backend=lean)
+        manifest.check_files(self.folder, self.manifest, stage.files)
+        return stage
+
+    def _settings(self, stage: Stage) -> Options:
+        settings = replace(self.options, precision=stage.precision, built=manifest.built(self.manifest, stage))
+        if stage.runs == "step" and self.manifest.mixes_guidance:
+            grouped = tuple(spec.name for spec in stage.grouped)
+            settings = replace(settings, guided_channels=self.manifest.guidance.channels, grouped=grouped)
+        if stage.runs == "update":
+            settings = replace(settings, beside=self.opened[self.manifest.step.name])
+        return settings
+
+    def run(self, stage: Stage, inputs: Mapping[str, Any], *into: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Return the engine's outputs; with `into`, they go there and stay with the engine."""
+        engine = self.open(stage)
+        try:
+            return engine.run(inputs, *into)
+        except (UsageError, EngineError):
+            raise
+        except Exception as error:  # each backend has exceptions of its own; memory that ran out is one of them
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise EngineError(f"the {stage.name}'s engine failed: {reason}") from error
+
+    def residents(self) -> tuple[Resident | None, Resident | None]:
+        """Return the engines of step and update, where arrays can stay with them."""
+        if self.options.low_memory or not isinstance(step := self.open(self.manifest.step), Resident):
+            return None, None
+        update = self.open(self.manifest.update) if self.manifest.update else None
+        return step, update if isinstance(update, Resident) else None
+
+    def put(self, values: NDArray[Any]) -> Any:
+        """Return what every step reads, where it is read."""
+        step, _ = self.residents()
+        return np.asarray(values) if step is None else step.put(values)
+
+    def inputs(
+        self, timesteps: NDArray[Any], condition: Rows, negative: Rows | None, weights: NDArray[np.float32]
+    ) -> StepInputs:
+        """Return what the step stage reads at these timesteps, for samples with these conditions and weights."""
+        rows, groups = group(len(weights), condition, negative)
+        # In low memory a stage's outputs are made at once, so that its engine can be closed.
+        whole = self.options.low_memory
+        return StepInputs(self.manifest, self.run, timesteps, rows, groups, weights, put=self.put, whole=whole)
+
+    def denoise(self, state: NDArray[Any], inputs: StepInputs, step: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """[B, *state] -> guided prediction and, where it is learned, variance, [B, *state]."""
+        stage, parts = self.manifest.step, []
+        for first in range(0, len(state), stage.max_batch):
+            samples = slice(first, first + stage.max_batch)
+            own = {self.manifest.state.name: state[samples].astype(np.float32)}
+            parts.append(self.run(stage, own | inputs(step, samples)))
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return outputs["prediction"], outputs.get("variance")
+
+    def decode(self, state: NDArray[Any]) -> NDArray[Any]:
+        """[N, *state] -> [N, 3, H, W] in [0, 1]."""
+        stage = self.manifest.end
+        if stage is None:
+            raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
+        parts = []
+        for first in range(0, len(state), stage.max_batch):
+            some = state[first : first + stage.max_batch].astype(np.float32)
+            parts.append(self.run(stage, {self.manifest.state.name: some})["images"])
+        pictures = np.concatenate(parts)
+        if not np.isfinite(pictures).all():
+            raise EngineError(f"the {stage.name}'s pictures hold values that are not finite")
+        return pictures
+
+    def close(self) -> None:
+        """Close every engine, whichever fails; the update's, which works in the step's stream, is closed before it."""
+        with ExitStack() as stack:
+            for engine in self.opened.values():
+                stack.callback(engine.close)
+            self.opened.clear()

@@ -1,0 +1,116 @@
+"""Requests, and the checks of one that need no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.bundle.records import LABELS, Manifest
+from dit_runtime.conditions.condition import Condition, Rows, fit, null_condition
+from dit_runtime.conditions.labels import class_number
+from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from dit_runtime.sampling.noise import Draw, draw
+from dit_runtime.sampling.solvers import Array, plan, solve
+
+OUTPUTS = ("images", "latents")
+
+
+class Checked(NamedTuple):
+    """A request's values as a run needs them."""
+
+    samples: int
+    condition: Rows  # (samples, …)
+    negative: Rows | None  # one row, or one a sample; None where nothing is guided
+    weights: NDArray[np.float32]  # (samples,)
+    solver: str
+    timesteps: Array  # one an evaluation of the network
+    draw: Draw
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One picture for each label, or for each row of the condition; the same for the same seed.
+
+    `labels` fills the port "labels" with class names or numbers; `condition` has arrays by port, rows first.
+    `negative` is what guidance leads away from, in one row or one for each sample; a port that has a constant of the
+    bundle's for that may be left out.
+    """
+
+    labels: str | int | Sequence[str | int] = ()
+    condition: Condition | None = None
+    negative: Condition | None = None
+    steps: int = DEFAULT_STEPS
+    guidance: float | Sequence[float] = DEFAULT_GUIDANCE  # one for all, or one a sample; networks without it ignore it
+    seed: int | Sequence[int] = 0  # one for all, or one a sample
+    solver: str | None = None  # None: the bundle's
+    eta: float = 0.0
+    spacing: str | None = None
+    latents: NDArray[Any] | None = None  # the state to start from
+    output: str = "images"  # uint8 [N, H, W, 3], or "latents": the final state, float32
+
+    def check(self, manifest: Manifest) -> Checked:
+        """Validate everything against the manifest, and return the values that a run needs."""
+        if self.output not in OUTPUTS:
+            raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
+        if self.output == "images" and manifest.end is None:
+            raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
+        condition = self._condition(manifest)
+        count = len(next(iter(condition.values()))) if condition else self._count()
+        weights = self._weights(manifest, count)
+        guided = is_guided(manifest, weights)
+        negative = null_condition(manifest, self.negative) if guided or self.negative is not None else None
+        if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
+            raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
+        process, solver = manifest.process, self.solver or manifest.process.sampler.solver
+        timesteps = plan(process, solver, self.steps, self.spacing)
+        stream = draw(self.seed, count)
+        shape = (count, *manifest.state.shape)
+        if self.latents is not None and (self.latents.shape != shape or not np.isfinite(self.latents).all()):
+            raise UsageError(f"latents have shape {self.latents.shape}; expected {shape}, all finite")
+        solve(process, solver, self.steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
+        return Checked(count, condition, negative if guided else None, weights, solver, timesteps, stream)
+
+    def _condition(self, manifest: Manifest) -> Rows:
+        labels = [self.labels] if isinstance(self.labels, str | int | np.integer) else list(self.labels)
+        condition = dict(self.condition or {})
+        if labels and LABELS in condition:
+            raise UsageError("got both labels and a condition with labels: pass one of them")
+        if labels and not manifest.classes:
+            names = ", ".join(port.name for port in manifest.conditions) or "no condition"
+            raise UsageError(f"this bundle takes {names}, and no labels")
+        if labels:
+            condition[LABELS] = np.array([class_number(label, manifest.labels, manifest.classes) for label in labels])
+        elif manifest.classes and LABELS not in condition:
+            raise UsageError("no labels; pass at least one class name or number")
+        return fit(condition, manifest.conditions)
+
+    def _count(self) -> int:
+        """Return the number of samples of a network without conditions."""
+        if self.latents is not None and self.latents.ndim:
+            return max(1, len(self.latents))
+        return max(1, len(self.seed)) if isinstance(self.seed, Sequence) else 1
+
+    def _weights(self, manifest: Manifest, count: int) -> NDArray[np.float32]:
+        try:
+            with np.errstate(over="ignore"):  # too big for float32 is inf, and refused as that
+                weights = np.asarray(self.guidance, np.float32)
+        except (TypeError, ValueError):
+            raise UsageError(f"guidance is {self.guidance!r}; expected one number, or one a sample") from None
+        if weights.ndim > 1 or (weights.ndim == 1 and len(weights) != count):
+            raise UsageError(f"guidance has shape {weights.shape}; expected one number or {count}, one a sample")
+        if not np.isfinite(weights).all():
+            raise UsageError(f"guidance is {self.guidance}; expected finite numbers")
+        if manifest.guidance.unguided_up_to_one:
+            weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
+        return np.broadcast_to(weights, (count,)).copy()
+
+
+def is_guided(manifest: Manifest, weights: NDArray[np.float32]) -> bool:
+    """Return whether the negative's rows are needed: not where they cannot change the result."""
+    alone = weights <= 1 if manifest.guidance.unguided_up_to_one else weights == 1
+    return manifest.mixes_guidance and not bool(alone.all())

@@ -1,0 +1,121 @@
+"""One file a solver. A solver sees (x₀, ε) and the levels of a run, never what the network predicts; float64.
+
+facts.json states each one's kind of process, order and evaluations a step; METHODS holds the code by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.errors import UsageError
+from dit_runtime.sampling.denoiser import Array, Method, estimate
+from dit_runtime.sampling.noise import Draw, Noise
+from dit_runtime.sampling.process import SOLVERS, Process
+from dit_runtime.sampling.schedule import make_schedule
+from dit_runtime.sampling.solvers.ddim import ddim
+from dit_runtime.sampling.solvers.ddpm import ddpm
+from dit_runtime.sampling.solvers.dpm import dpm
+from dit_runtime.sampling.solvers.euler import euler
+from dit_runtime.sampling.solvers.heun import heun
+from dit_runtime.sampling.solvers.sde import sde
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    **{name: partial(dpm, order=SOLVERS[name]["order"]) for name in ("dpm++1", "dpm++", "dpm++3")},
+    "euler": euler,
+    "heun": heun,
+    "sde": sde,
+}
+EVALUATIONS: dict[str, int] = {name: facts["evaluations"] for name, facts in SOLVERS.items()}  # a step
+# A run: yields x and the time there, is sent (prediction, variance or None), and returns the final x.
+Solver = Generator[tuple[Array, float], tuple[NDArray[Any], NDArray[Any] | None], Array]
+
+LARGE = 1e6  # what clips at all clips at this
+
+
+def plan(process: Process, solver: str, steps: int, spacing: str | None = None) -> Array:
+    """Return every time that a run's network reads, in order; (N,), or (2 N,) where a step evaluates it twice."""
+    schedule = make_schedule(process, solver, steps, spacing)
+    if EVALUATIONS[solver] == 2:
+        return np.array([level.time for step in schedule for level in step])
+    return np.array([step.now.time for step in schedule])
+
+
+def solve(
+    process: Process,
+    solver: str,
+    steps: int,
+    x: NDArray[Any],
+    draw: Draw,
+    *,
+    eta: float = 0.0,
+    spacing: str | None = None,
+) -> Solver:
+    """Return a run from x_T that draws its noise with `draw`; refuse what does not fit before the first step."""
+    schedule = make_schedule(process, solver, steps, spacing)
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
+    if eta and solver != "ddim":
+        raise UsageError(f"eta is {eta!r} with solver {solver}; only ddim takes it")
+
+    def exact(shape: tuple[int, ...]) -> Array:
+        return draw(shape).astype(np.float64)
+
+    return _run(process, METHODS[solver](schedule, np.asarray(x, np.float64), exact, process.sampler, eta))
+
+
+def _run(process: Process, method: Method) -> Solver:
+    x, level = next(method)
+    while True:
+        prediction, variance = yield x, level.time
+        try:
+            x, level = method.send(estimate(process.prediction, x, prediction, variance, level))
+        except StopIteration as end:
+            final: Array = end.value
+            return final
+
+
+def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spacing: str | None = None) -> Array | None:
+    """Return a run as a matrix M an evaluation, (kept, x') = M (x, prediction, what was kept before); (N, 2, 3).
+
+    Kept is x₀, or a flow's velocity itself. Whether there are such matrices, and which, comes from the solver alone: it
+    steps a few numbers, and where three coefficients do not explain all that it makes of them (it clips, draws noise
+    or looks further back), None is the answer.
+    """
+
+    def draw(shape: tuple[int, ...]) -> NDArray[Any]:
+        raise _Draws
+
+    schedule = make_schedule(process, solver, steps, spacing)
+    start, *numbers = LARGE * Noise(0).normal((EVALUATIONS[solver] * len(schedule) + 1, 8)).astype(np.float64)
+    run = solve(process, solver, steps, start, draw, eta=eta, spacing=spacing)
+    x, _ = next(run)
+    kept, matrices = np.zeros_like(x), []
+    for index, prediction in enumerate(numbers):
+        known = np.stack([x, prediction, kept], axis=1)
+        try:
+            after, _ = run.send((prediction, np.zeros_like(x)))
+        except StopIteration as end:
+            after = end.value
+        except _Draws:
+            return None
+        coefficients = np.linalg.lstsq(known / LARGE, after / LARGE)[0]
+        if np.linalg.norm(known @ coefficients - after) > 1e-9 * np.linalg.norm(after):
+            return None
+        keeping = np.array([0.0, 1.0])
+        if process.kind == "noise":
+            x_part, prediction_part = np.eye(2)
+            keeping = estimate(process.prediction, x_part, prediction_part, None, schedule[index].now).x0
+        matrices.append([[*keeping, 0.0], coefficients])
+        x, kept = after, known[:, :2] @ keeping
+    return np.array(matrices)
+
+
+class _Draws(Exception):
+    """A solver asked for noise."""

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dit_runtime.sampling.denoiser import Array, Method
+from dit_runtime.sampling.noise import Draw
+from dit_runtime.sampling.process import Sampler
+from dit_runtime.sampling.schedule import Step
+
+
+def dpm(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: float, *, order: int) -> Method:
+    """DPM-Solver++ multistep, Lu et al. 2022 (arXiv 2211.01095), algorithm 2, and its third-order sibling.
+
+    x' = σ'/σ x + α' (φ₁ D₀ + φ₂ D₁ + φ₃ D₂),  h = λ' - λ,  φ₁ = 1 - e⁻ʰ,  φ₂ = 1 - φ₁/h,  φ₃ = 1/2 - φ₂/h,
+    where λ = log(α/σ), D₀ is the predicted x₀ and D₁, D₂ its scaled differences over past steps; "midpoint" has
+    φ₂ = φ₁/2 in second-order steps. φ₃ is the authors' (and diffusers'), half of Taylor's: observed order 2 to 3.
+    """
+    short = sampler.lower_order_final and len(steps) < 15
+    data: list[Array] = []  # predicted x₀, newest first
+    lambdas: list[float] = []
+    for left, (now, after) in zip(range(len(steps) - 1, -1, -1), steps, strict=True):
+        x0, _, _ = yield x, now
+        data, lambdas = [x0, *data[: order - 1]], [now.log_snr, *lambdas[: order - 1]]
+        current = len(data)
+        if left == 0 and (short or sampler.euler_at_final or after.sigma in (0, now.sigma)):
+            current = 1
+        elif left == 1 and short:
+            current = min(current, 2)
+        h = after.log_snr - lambdas[0]
+        phi1 = -math.expm1(-h)
+        step = phi1 * data[0]
+        if current > 1:
+            first = (data[0] - data[1]) * (h / (lambdas[0] - lambdas[1]))
+            phi2 = 1 - phi1 / h
+        if current == 2:
+            step = step + (phi1 / 2 if sampler.solver_type == "midpoint" else phi2) * first
+        if current == 3:
+            second = (data[1] - data[2]) * (h / (lambdas[1] - lambdas[2]))
+            bend = (first - second) * (h / (lambdas[0] - lambdas[2]))
+            slope = first + bend * ((lambdas[0] - lambdas[1]) / h)
+            step = step + phi2 * slope + (0.5 - phi2 / h) * bend
+        x = after.sigma / now.sigma * x + after.alpha * step
+    return x

@@ -1,0 +1,132 @@
+"""The tolerances that a replay's figures must keep, and why they are what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_runtime import images
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.errors import BundleError
+from dit_runtime.facts import FACTS
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.sampling.noise import draw
+from dit_runtime.sampling.solvers import EVALUATIONS, plan
+from dit_runtime.verify.figures import Figure
+from dit_runtime.verify.reference import REFERENCE, Reference, load_reference
+from dit_runtime.verify.replay import Replay, relative_error, replay
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Largest errors at one precision; relative L2 against the reference's norm unless said otherwise."""
+
+    conditioner: float  # of what the stages before the loop give
+    prediction: float  # one teacher-forced evaluation without guidance
+    guided: float  # the same with guidance: w eps_y - (w - 1) eps_null has up to 2 w - 1 times the error
+    latents: float  # after each step of the free run
+    pictures: float  # least PSNR in dB of the uint8 pictures of the free run
+
+
+# fp32 sums in another order: measured 2e-6 to 8e-6 an evaluation; the rest is room for other CPUs' kernels. The free
+# run adds a step's error to the next; one level of 255 everywhere would be 48 dB.
+# bf16 and fp16 have 8 and 11 bits instead of 24: one rounding is off by up to 4e-3 and 5e-4; measured over 12 blocks
+# 1.2e-2 and 7e-4. A free run also decides between near shapes where the network does: of 40 samples of the demo at
+# guidance 4, 5 end 0.2 to 0.35 away in bf16, and 13 in int8, some in another shape of the class. Unrelated ones are 1.4
+# away.
+# int8 has 8 bits for each input and each weight of a product, bf16 around them: measured 6e-3 to 1.2e-2 over 12 blocks.
+# fp8 is E4M3, 4 bits wherever a number lies: inputs and weights are off by up to 6 %, measured 1.9e-2 over 12 blocks.
+TOLERANCES = {precision: Tolerances(**limits) for precision, limits in FACTS["tolerances"].items()}
+NOISE_ATOL: float = FACTS["noise_atol"]  # PyTorch's vector code differs from libm's by an ulp of values up to 5
+
+
+def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) -> list[Figure]:
+    """Return all figures of a bundle against its reference; the caller decides on `passed`."""
+    manifest.check_files(pipe.folder, pipe.manifest, [REFERENCE])
+    reference = load_reference(pipe.folder, pipe.manifest)
+    tolerances(pipe.manifest)  # before the long work
+    return judge(pipe.manifest, reference, replay(pipe, reference, on_step))
+
+
+def tolerances(contract: Manifest) -> dict[str, Tolerances]:
+    """Return each stage's, by its precision."""
+    for stage in contract.stages:
+        if stage.precision not in TOLERANCES:
+            raise BundleError(f"{stage.name} has precision {stage.precision!r}; known: {', '.join(TOLERANCES)}")
+    return {stage.name: TOLERANCES[stage.precision] for stage in contract.stages}
+
+
+def judge(contract: Manifest, reference: Reference, answers: Replay) -> list[Figure]:
+    """Return the figures of a replay with the limits of the stages' precisions."""
+    limits = tolerances(contract)
+    step = limits[contract.step.name]
+    return [
+        *sampler(contract, reference),
+        *_before_loop(contract, reference, answers),
+        *_step(contract, reference, answers, step),
+        *_run(contract, reference, answers, step),
+    ]
+
+
+def sampler(contract: Manifest, reference: Reference) -> Iterator[Figure]:
+    """Schedule and noise, which no engine has a part in, bit for bit."""
+    steps, betas = len(reference.timesteps), contract.process.betas
+    wrong = np.flatnonzero(betas != reference.betas) if betas.shape == reference.betas.shape else np.arange(len(betas))
+    where = f"first at t = {wrong[0]}" if len(wrong) else ""
+    yield Figure("sampler", "betas that differ", len(wrong), 0, where=where)
+    solver = contract.process.sampler.solver
+    times = plan(contract.process, solver, steps // EVALUATIONS[solver])
+    yield Figure("sampler", "timesteps that differ", float(np.count_nonzero(times != reference.timesteps)), 0)
+    seeds = [int(seed) for seed in reference.seeds]
+    first = draw(seeds, len(seeds))(reference.latents[0].shape)
+    yield Figure("sampler", "noise, max abs error", float(np.abs(first - reference.latents[0]).max()), NOISE_ATOL)
+
+
+def _before_loop(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
+    """One figure for all stages before the loop, for a fingerprint has what each of them gives."""
+    stages = contract.before_loop
+    if not stages:
+        return
+    limit = max(TOLERANCES[stage.precision].conditioner for stage in stages)
+    errors = [relative_error(*pair) for pair in zip(answers.fingerprint, reference.fingerprint, strict=True)]
+    row = int(np.nan_to_num(errors, nan=np.inf).argmax())
+    where = f"{'label' if contract.classes and len(contract.conditions) == 1 else 'condition'} {row}"
+    yield Figure("+".join(stage.name for stage in stages), "fingerprint, rel-L2", errors[row], limit, where=where)
+
+
+def _step(contract: Manifest, reference: Reference, answers: Replay, limits: Tolerances) -> Iterator[Figure]:
+    steps = len(reference.timesteps)
+    for answer in answers.answers:
+        limit = limits.guided if answer.name in ("prediction", "variance") else limits.prediction
+        where = f"step {answer.step + 1} of {steps}, t = {reference.timesteps[answer.step]:g}"
+        metric, step = f"{answer.name}, rel-L2", answer.step + 1
+        yield Figure(contract.step.name, metric, answer.error, limit, step=step, where=where)
+
+
+def _run(contract: Manifest, reference: Reference, answers: Replay, limits: Tolerances) -> Iterator[Figure]:
+    metric, steps = "latents, rel-L2", len(reference.timesteps)
+    for index, latents in enumerate(answers.latents):
+        error, where = relative_error(latents, reference.latents[index + 1]), f"after step {index + 1} of {steps}"
+        yield Figure("run", metric, error, limits.latents, step=index + 1, where=where)
+    if "latents" in answers.failures:
+        step = len(answers.latents) + 1
+        yield Figure("run", metric, math.nan, limits.latents, step=step, where=answers.failures["latents"])
+    elif contract.end is not None:
+        yield from _pictures(reference, answers, min(limits.pictures, TOLERANCES[contract.end.precision].pictures))
+
+
+def _pictures(reference: Reference, answers: Replay, limit: float) -> Iterator[Figure]:
+    metric = "pictures, PSNR in dB"
+    if answers.pictures is None:
+        yield Figure("run", metric, math.nan, limit, at_least=True, where=answers.failures["pictures"])
+        return
+    ratios = [images.psnr(*pair) for pair in zip(answers.pictures, reference.images, strict=True)]
+    least = int(np.argmin(ratios))
+    yield Figure("run", metric, ratios[least], limit, at_least=True, where=f"sample {least}")
+    flat = [float(picture.astype(np.float64).std()) for picture in answers.pictures]
+    least = int(np.argmin(flat))
+    yield Figure("run", "pictures, contrast", flat[least], 1.0, at_least=True, where=f"sample {least}")

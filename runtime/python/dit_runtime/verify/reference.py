@@ -1,0 +1,110 @@
+"""reference.npz: one sampling run of PyTorch in fp32, and fingerprints of what it hands to the loop."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.conditions.condition import Rows, fit
+from dit_runtime.conditions.memo import open_sources
+from dit_runtime.engines import Engines
+from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.sampling.noise import Noise
+
+REFERENCE = "reference.npz"
+FINGERPRINTS = 4  # numbers kept of each condition
+FINGERPRINT_SEED = 0
+
+
+class Reference(NamedTuple):
+    """S steps (evaluations of the network) of a run of B samples; every array is float32 unless said otherwise."""
+
+    betas: NDArray[np.float64]  # (T,)
+    timesteps: NDArray[np.float64]  # (S,)
+    seeds: NDArray[np.int64]  # (B,)
+    guidance: NDArray[np.float32]  # (B,)
+    latents: NDArray[np.float32]  # (S + 1, B, *state): what the network saw at each step, and the result
+    prediction: NDArray[np.float32]  # (S, B, *state), guided
+    conditional: NDArray[np.float32]  # (S, B, *state), without guidance
+    null: NDArray[np.float32]  # (S, B, *state), of what guidance leads away from; empty where there is none
+    variance: NDArray[np.float32]  # (S, B, *state), or empty where it is not learned
+    fingerprint: NDArray[np.float32]  # (F, FINGERPRINTS) of the conditions at the middle timestep
+    images: NDArray[np.uint8]  # (B, H, W, 3), or empty without a decoder
+    condition: Rows  # (B, …) by port; "condition.NAME" in the file
+    negative: Rows | None  # (1, …) by port, what guidance leads away from; "null.NAME" in the file
+
+
+ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "negative"))
+
+
+def load_reference(folder: Path, contract: Manifest) -> Reference:
+    try:
+        with np.load(manifest.inside(folder, REFERENCE), allow_pickle=False) as file:
+            arrays = {name: _wide(file[name]) for name in file.files}
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{folder}: {REFERENCE} cannot be read: {error}; rebuild the bundle") from None
+    condition = _by_port(arrays, "condition", contract)
+    negative = _by_port(arrays, "null", contract)
+    needed = {*ARRAYS, *(f"condition.{port.name}" for port in contract.conditions)}
+    if missing := sorted(needed - arrays.keys()):
+        raise BundleError(f"{folder}: {REFERENCE} lacks {', '.join(missing)}; rebuild the bundle")
+    try:
+        rows = fit(condition, contract.conditions, "its condition")
+        away = fit(negative, contract.conditions, "its null") if negative else None
+    except UsageError as error:
+        raise BundleError(f"{folder}: {REFERENCE} does not fit the manifest: {error}; rebuild the bundle") from None
+    return Reference(**{name: arrays[name] for name in ARRAYS}, condition=rows, negative=away)
+
+
+def _wide(array: NDArray[Any]) -> NDArray[Any]:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _by_port(arrays: Mapping[str, NDArray[Any]], prefix: str, contract: Manifest) -> dict[str, NDArray[Any]]:
+    names = {port.name: f"{prefix}.{port.name}" for port in contract.conditions}
+    return {name: arrays[key] for name, key in names.items() if key in arrays}
+
+
+def fingerprinted(contract: Manifest, reference: Reference) -> tuple[Rows, int]:
+    """Return the conditions that have a fingerprint: all of a single port of integers, else those of the reference."""
+    ports, negative = contract.conditions, reference.negative
+    if len(ports) == 1 and ports[0].dtype == "int64" and not ports[0].shape:
+        return {ports[0].name: np.arange(ports[0].size)}, ports[0].size
+    parts = [reference.condition, *([negative] if negative else [])]
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in reference.condition}
+    return rows, len(next(iter(rows.values()))) if rows else len(reference.seeds) + 1
+
+
+def fingerprint(engines: Engines, conditions: Rows, count: int, timestep: float) -> NDArray[np.float32]:
+    """Return what the loop reads of each condition at one timestep, projected onto a few seeded directions; (F, 4)."""
+    contract = engines.manifest
+    size = min((stage.max_batch for stage in contract.before_loop), default=1)
+    parts: list[NDArray[Any]] = []
+    directions: NDArray[Any] = np.empty(0)
+    for first in range(0, count, size):
+        some = {name: rows[first : first + size] for name, rows in conditions.items()}
+        vectors = _hoisted(engines, some, min(size, count - first), timestep)
+        if not first:
+            width = vectors.shape[1]
+            directions = Noise(FINGERPRINT_SEED).normal((width, FINGERPRINTS)) / math.sqrt(max(1, width))
+        parts.append(vectors @ directions)
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _hoisted(engines: Engines, conditions: Rows, count: int, timestep: float) -> NDArray[Any]:
+    """All tensors that the step stage reads from stages, in the order of its reads; (count, width)."""
+    contract = engines.manifest
+    whole = engines.options.low_memory
+    sources = open_sources(contract, engines.run, np.array([timestep]), conditions, count, whole=whole)
+    made = {spec.name for stage in contract.before_loop for spec in stage.gives}
+    rows = np.arange(count)
+    parts = [sources[spec.name].at(0, rows).reshape(count, -1) for spec in contract.step.grouped if spec.name in made]
+    return np.concatenate(parts, axis=1) if parts else np.empty((count, 0), np.float32)

@@ -1,0 +1,147 @@
+"""Asks the engines what PyTorch was asked in reference.npz, and measures how far their answers are from its own.
+
+The reference holds one sampling run in fp32. Per step the engine is asked the same question as PyTorch was
+(teacher-forced: its error is the engine's own), then it runs freely from the same noise to the same pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime import images
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.conditions.condition import Rows
+from dit_runtime.conditions.memo import StepInputs
+from dit_runtime.errors import BundleError, EngineError
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.request import Request
+from dit_runtime.sampling.solvers import EVALUATIONS
+from dit_runtime.verify.reference import Reference, fingerprint, fingerprinted
+
+
+class Answer(NamedTuple):
+    """One output of the step stage beside PyTorch's."""
+
+    name: str  # prediction, variance, unguided or null condition
+    step: int  # from 0
+    error: float  # relative L2
+    cosine: float
+
+
+class Replay(NamedTuple):
+    """The engines' answers; where one broke down, `failures` says how, and what it owes is missing."""
+
+    fingerprint: NDArray[np.float32]  # as the reference's
+    answers: list[Answer]
+    latents: list[NDArray[Any]]  # after each step of the free run
+    pictures: NDArray[np.uint8] | None  # of the free run
+    decoded: NDArray[np.uint8] | None  # of the reference's last latents, where that was asked for
+    failures: Mapping[str, str]  # by the field it concerns
+    seconds: list[float]  # of each guided evaluation
+
+
+def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """||value − reference|| / ||reference||; NaN and inf stay what they are."""
+    difference = value.astype(np.float64) - reference
+    return float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference.astype(np.float64))), 1e-30))
+
+
+def cosine(value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """⟨value, reference⟩ / (||value|| ||reference||); 0 where one of them is zero."""
+    first, second = value.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
+    return float(first @ second / max(float(np.linalg.norm(first) * np.linalg.norm(second)), 1e-30))
+
+
+def replay(
+    pipe: Pipeline, reference: Reference, on_step: Callable[[int, int], None] | None = None, thorough: bool = False
+) -> Replay:
+    """Return all answers; a thorough replay asks unguided at every step, and decodes PyTorch's latents too."""
+    contract, steps = pipe.manifest, len(reference.timesteps)
+
+    def tick(done: int) -> None:
+        if on_step is not None:
+            on_step(done, 2 * steps)
+
+    middle = float(reference.timesteps[steps // 2])
+    prints = fingerprint(pipe.engines, *fingerprinted(contract, reference), middle)
+    if prints.shape != reference.fingerprint.shape:
+        raise BundleError(f"{pipe.folder}: {len(prints)} conditions, its reference has {len(reference.fingerprint)}")
+    if reference.images.size and contract.end is None:
+        raise BundleError(f"{pipe.folder}: the decoder is gone, its reference has pictures")
+    alone = range(steps) if thorough else {0, steps // 2, steps - 1}
+    seconds: list[float] = []
+    answers = list(_teacher_forced(pipe, reference, alone, tick, seconds))
+
+    latents: list[NDArray[Any]] = []
+    failures: dict[str, str] = {}
+    try:
+        run = pipe.run(_request(contract, reference))
+        more = True
+        while more:
+            more = run.step()
+            latents.append(run.state.astype(np.float32))
+            tick(steps + run.done)
+    except EngineError as error:
+        failures["latents"] = str(error)
+    pictures: dict[str, NDArray[np.uint8] | None] = {"pictures": None, "decoded": None}
+    if contract.end is not None:
+        last = {} if "latents" in failures else {"pictures": latents[-1]}
+        for name, x in (last | ({"decoded": reference.latents[-1]} if thorough else {})).items():
+            try:
+                pictures[name] = images.to_uint8(pipe.engines.decode(x))
+            except EngineError as error:
+                failures[name] = str(error)
+    return Replay(prints, answers, latents, failures=failures, seconds=seconds, **pictures)
+
+
+def _request(contract: Manifest, reference: Reference) -> Request:
+    """The reference's own; what the manifest has constants for is led away from by these."""
+    solver = contract.process.sampler.solver
+    return Request(
+        condition=reference.condition,
+        negative=reference.negative if contract.without_null else None,
+        steps=len(reference.timesteps) // EVALUATIONS[solver],
+        guidance=[float(weight) for weight in reference.guidance],
+        seed=[int(seed) for seed in reference.seeds],
+        output="latents",
+    )
+
+
+def _teacher_forced(
+    pipe: Pipeline, reference: Reference, alone: Collection[int], tick: Callable[[int], None], seconds: list[float]
+) -> Iterator[Answer]:
+    own, count = reference.condition, len(reference.guidance)
+    away = reference.negative
+    guided = away is not None and pipe.manifest.mixes_guidance
+
+    def inputs(condition: Rows, negative: Rows | None = None) -> StepInputs:
+        return pipe.engines.inputs(reference.timesteps, condition, negative, reference.guidance)
+
+    both = inputs(own, away if guided else None)
+    others = {"unguided": (inputs(own), reference.conditional)} if guided else {}
+    if away is not None and reference.null.size:
+        repeated = {name: np.repeat(rows, count, axis=0) for name, rows in away.items()}
+        others["null condition"] = inputs(repeated), reference.null
+
+    def answer(name: str, step: int, got: NDArray[Any], expected: NDArray[Any]) -> Answer:
+        return Answer(name, step, relative_error(got, expected), cosine(got, expected))
+
+    for step in range(len(reference.timesteps)):
+        tick(step)
+        latents = reference.latents[step]
+        both(step, slice(0, pipe.manifest.step.max_batch))  # so that what is timed below is the loop alone
+        began = time.perf_counter()
+        prediction, variance = pipe.engines.denoise(latents, both, step)
+        seconds.append(time.perf_counter() - began)
+        yield answer("prediction", step, prediction, reference.prediction[step])
+        if variance is not None:
+            yield answer("variance", step, variance, reference.variance[step])
+        if step in alone:
+            for name, (rows, expected) in others.items():
+                prediction, _ = pipe.engines.denoise(latents, rows, step)
+                yield answer(name, step, prediction, expected[step])

@@ -1,0 +1,191 @@
+"""diffusers' transformers as Networks: their own outputs, from live modules and from folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+from dit_export.checkpoints import load
+from dit_export.networks import Network
+from dit_export.networks.families import family_network
+from dit_export.recipe import Recipe
+from dit_runtime.bundle.manifest import Port
+from dit_runtime.errors import UsageError
+from tests.networks import tiny
+from tests.networks.tiny import TOKENS
+from tests.pixart import small_vae
+
+
+def theirs(transformer: nn.Module, values: dict[str, Tensor], pixels: tuple[int, int] | None = None) -> Tensor:
+    """Call the transformer as its pipeline does, with a time of the noise schedule."""
+    rows, added = {"hidden_states": values["latents"], "encoder_hidden_states": values["captions"]}, {}
+    if "pooled" in values:
+        rows["pooled_projections"] = values["pooled"]
+        return transformer(**rows, timestep=1000 * values["timesteps"]).sample
+    if pixels:
+        size = torch.tensor([[*map(float, pixels)]]).repeat(len(values["latents"]), 1)
+        added = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+    added = {"resolution": None, "aspect_ratio": None} | added
+    rows |= {"encoder_attention_mask": values["mask"], "added_cond_kwargs": added}
+    return transformer(**rows, timestep=values["timesteps"]).sample
+
+
+CASES = {  # transformer, latents, what the pipeline says of the image's size, span of the time
+    "pixart": (tiny.pixart, {}, None, None, 1000.0),
+    "pixart at another size": (tiny.pixart, {"interpolation_scale": 2}, (8, 16), None, 1000.0),
+    "pixart with its size": (tiny.pixart, {"use_additional_conditions": True}, (16, 8), (128, 64), 1000.0),
+    "sd3": (tiny.sd3, {}, None, None, 1.0),
+    "sd3.5": (tiny.sd3, tiny.SD3_5, None, None, 1.0),
+    "sd3.5 at another size": (tiny.sd3, tiny.SD3_5, (12, 32), None, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_wrapper_is_diffusers(name) -> None:
+    make, config, size, pixels, span = CASES[name]
+    transformer = make(**config)
+    network = family_network(transformer, size, TOKENS)
+    values = tiny.inputs(network, 3, span=span)
+    assert torch.equal(tiny.run(network, values), theirs(transformer, values, pixels))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_port_matters(name) -> None:
+    make, config, size, _, span = CASES[name]
+    network = family_network(make(**config), size, TOKENS)
+    values, others = (tiny.inputs(network, 3, seed=seed, span=span) for seed in (0, 1))
+    expected = tiny.run(network, values)
+    for port in network.ports:
+        other = tiny.run(network, values | {port.name: others[port.name]})
+        assert tiny.distance(other, expected) > 0.01, port.name
+
+
+def test_a_size_is_a_constant() -> None:
+    transformer = tiny.pixart(use_additional_conditions=True)
+    network = family_network(transformer, (8, 16), TOKENS)
+    values = tiny.inputs(network, 2, span=1000.0)
+    assert tiny.distance(theirs(transformer, values, (128, 64)), tiny.run(network, values)) > 0.01
+
+
+def test_ports() -> None:
+    network = family_network(tiny.pixart())
+    assert network.ports == (
+        Port("latents", "state", "float32", (4, 8, 8)),
+        Port("timesteps", "time", "float32", ()),
+        Port("captions", "condition", "float32", (120, 48)),
+        Port("mask", "condition", "float32", (120,), masks="captions"),
+    )
+    assert network.learned_variance and network.null == {} and network.guided_channels is None
+    assert network.model["name"] == "PixArtTransformer2DModel" and network.model["resolution"] == 64
+    assert json.dumps(network.model)
+    network = family_network(tiny.sd3(), (8, 16))
+    assert network.ports == (
+        Port("latents", "state", "float32", (16, 8, 16)),
+        Port("timesteps", "time", "float32", ()),
+        Port("captions", "condition", "float32", (333, 48)),
+        Port("pooled", "condition", "float32", (40,)),
+    )
+    assert not network.learned_variance and network.model["resolution"] == "64x128"
+
+
+@pytest.mark.parametrize("form", [{}, {"max_shard_size": "100KB"}, {"safe_serialization": False}])
+@pytest.mark.parametrize("make", [tiny.pixart, tiny.sd3])
+def test_from_a_folder(tmp_path, make, form) -> None:
+    transformer = make()
+    transformer.save_pretrained(tmp_path, **form)
+    loaded = load(Recipe(checkpoint=str(tmp_path), latents_only=True, caption_tokens=TOKENS))
+    values = tiny.inputs(loaded.network, 2)
+    assert torch.equal(tiny.run(loaded.network, values), tiny.run(family_network(transformer, tokens=TOKENS), values))
+    assert loaded.source["sha256"].keys() == {file.name for file in tmp_path.iterdir() if file.suffix != ".json"}
+    assert loaded.vae is None and loaded.labels == ()
+    module = loaded.network.module
+    assert not module.training and not any(weight.requires_grad for weight in module.parameters())
+
+
+def test_half_precision_becomes_float32(tmp_path) -> None:
+    tiny.sd3().to(torch.bfloat16).save_pretrained(tmp_path)
+    module = load(Recipe(checkpoint=str(tmp_path), latents_only=True)).network.module
+    assert {weight.dtype for weight in module.state_dict().values()} == {torch.float32}
+
+
+def pipeline(folder: Path, name: str) -> Path:
+    tiny.pixart().save_pretrained(folder / "transformer")
+    small_vae().save_pretrained(folder / "vae")
+    DPMSolverMultistepScheduler(beta_start=2e-4).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    return folder
+
+
+def captions(network: Network) -> tuple[int, ...]:
+    return next(port.shape for port in network.conditions if port.name == "captions")
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("PixArtAlphaPipeline", 120), ("PixArtSigmaPipeline", 300)])
+def test_a_pipeline_says_how_long_a_caption_is(tmp_path, name, tokens) -> None:
+    folder = str(pipeline(tmp_path / "pipeline", name))
+    loaded = load(Recipe(checkpoint=folder, resolution="64x128"))
+    assert captions(loaded.network) == (tokens, 48) and loaded.network.state.shape == (4, 8, 16)
+    assert loaded.process.beta_start == 2e-4 and loaded.vae is not None
+    assert captions(load(Recipe(checkpoint=folder, caption_tokens=20)).network) == (20, 48)
+
+
+def test_sixteen_channels_of_a_vae(tmp_path) -> None:
+    """SD3's VAE: a shift, and no convolutions between encoder and decoder."""
+    config = {"latent_channels": 16, "shift_factor": 0.0609, "scaling_factor": 1.5305}
+    vae = small_vae(**config, use_quant_conv=False, use_post_quant_conv=False)
+    tiny.sd3().save_pretrained(tmp_path / "transformer")
+    vae.save_pretrained(tmp_path / "vae")
+    loaded = load(Recipe(checkpoint=str(tmp_path)))
+    assert loaded.process.prediction == "velocity"
+    latents = torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded.vae.decode(latents).sample, vae.decode(latents).sample)
+    assert loaded.vae.config.shift_factor == 0.0609 and loaded.vae.post_quant_conv is None
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (tiny.pixart, {"norm_type": "ada_norm"}, "PixArtTransformer2DModel refuses it"),
+        (tiny.pixart, {"cross_attention_dim": 64}, r"attn2.to_k.weight is \[72, 72\], expected \[72, 64\]"),
+        (tiny.pixart, {"out_channels": 4}, r"proj_out.weight is \[32, 72\], expected \[16, 72\]"),
+        (tiny.pixart, {"rope": True}, "PixArtTransformer2DModel has no field rope"),
+        (tiny.pixart, {"num_layers": "two"}, "PixArtTransformer2DModel refuses it"),
+        (tiny.sd3, {"qk_norm": "group"}, "SD3Transformer2DModel refuses it"),
+        (tiny.sd3, {"num_layers": 3}, "transformer_blocks.2.* is missing"),
+        (tiny.sd3, {"_class_name": "SanaTransformer2DModel"}, "expected .*SD3Transformer2DModel"),
+        (tiny.sd3, {"sample_size": 64}, "latents of side 64; its position table ends at 32"),
+        (tiny.sd3, {"sample_size": 9}, "latents of 9 x 9 do not divide into patches of 2"),
+    ],
+)
+def test_what_is_refused(tmp_path, make, changes, said) -> None:
+    make().save_pretrained(tmp_path)
+    rewrite(tmp_path / "config.json", **changes)
+    with pytest.raises(UsageError, match=said) as caught:
+        load(Recipe(checkpoint=str(tmp_path), latents_only=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_class_names_for_captions(tmp_path) -> None:
+    tiny.sd3().save_pretrained(tmp_path)
+    (tmp_path / "names").write_text("cat\ndog")
+    with pytest.raises(UsageError, match="names: class names, but the network has no labels"):
+        load(Recipe(checkpoint=str(tmp_path), latents_only=True, labels=str(tmp_path / "names")))
+
+
+def test_what_is_refused_of_a_live_module() -> None:
+    with pytest.raises(UsageError, match="PixArtTransformer2DModel: out_channels is 5, expected 4 or 8"):
+        family_network(tiny.pixart(out_channels=5))
+    with pytest.raises(UsageError, match="attention_type is 'gated', expected 'default'"):
+        family_network(tiny.pixart(attention_type="gated"))
+    with pytest.raises(UsageError, match="DiTTransformer2DModel: not a known transformer"):
+        family_network(tiny.dit())

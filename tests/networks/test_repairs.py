@@ -1,0 +1,109 @@
+"""Each repair of a traced program, on the smallest network that needs it: right with it, wrong without it."""
+
+import math
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dit_export.graph import onnxfile, repairs, trace
+from dit_export.passes.attention import plain_attention
+
+REPAIRS = {repair.__name__: repair for repair in (*repairs.REPAIRS, repairs.split_boolean_wheres)}
+
+
+class Frequencies(nn.Module):
+    def forward(self, x):
+        exponents = torch.arange(128, dtype=torch.float32) / 128
+        return 1000 * torch.exp(-math.log(10000) * exponents) * x[:, None]
+
+
+class IdleSqueeze(nn.Module):
+    def forward(self, x):
+        return x.view(-1, 2, 4).squeeze(1).sum(-1)
+
+
+class TinyTerm(nn.Module):
+    def forward(self, x):
+        x = x.view(-1, 2, 4)
+        return x / (x.sum(-1, keepdim=True) + 1e-15)
+
+
+class BooleanMask(nn.Module):
+    def forward(self, x):
+        x = x.view(-1, 1, 4, 2)
+        mask = x[:, :, None, :, 0] > -0.5
+        return F.scaled_dot_product_attention(x, x, x, mask)
+
+
+class BooleanWhere(nn.Module):
+    def forward(self, x):
+        first, second, third = x[:, :2] > 0, x[:, 2:4] > 0, x[:, 4:6] > 0
+        return torch.where(first, second, third).float()
+
+
+CASES = {
+    "fold": (Frequencies(), ()),
+    "drop_idle_squeezes": (IdleSqueeze(), (8,)),
+    "keep_tiny_terms": (TinyTerm(), (8,)),
+    "add_masks": (BooleanMask(), (8,)),
+    "split_boolean_wheres": (BooleanWhere(), (8,)),
+}
+
+
+def run(module: nn.Module, shape: tuple[int, ...], folder) -> tuple[np.ndarray, torch.Tensor]:
+    """Return what ONNX Runtime and PyTorch make of three rows, the first of zeros."""
+    program = trace.export(module, {"x": torch.ones(2, *shape)}, ["y"])
+    program.save(folder / "traced.onnx", external_data=True)
+    graph = onnxfile.load(folder / "traced.onnx")
+    plain_attention(graph)  # as every graph for ONNX Runtime is lowered
+    onnxfile.save(graph, folder / "lowered.onnx")
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    x[0] = 0
+    session = onnxruntime.InferenceSession(folder / "lowered.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x.numpy()})[0], module(x)
+
+
+def test_every_repair_has_a_case() -> None:
+    assert CASES.keys() == REPAIRS.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_the_repair(name, tmp_path) -> None:
+    got, expected = run(*CASES[name], tmp_path)
+    # One rounding of a sum or a softmax; constants and comparisons are exact.
+    np.testing.assert_allclose(got, expected, rtol=1e-6 * (name in ("add_masks", "keep_tiny_terms")), atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_the_repair(name, tmp_path, monkeypatch) -> None:
+    """The upstream cause is still there: a repair whose cause is gone can go too."""
+    monkeypatch.setattr(trace, "REPAIRS", tuple(repair for repair in trace.REPAIRS if repair.__name__ != name))
+    if name == "split_boolean_wheres":
+        monkeypatch.setattr(trace, name, lambda graph: 0)
+    try:
+        got, expected = run(*CASES[name], tmp_path)
+    except Exception as error:
+        assert "[ONNXRuntimeError]" in str(error) or "[ShapeInferenceError]" in str(error)  # refused
+    else:
+        assert not np.allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_what_must_not_be_repaired(tmp_path) -> None:
+    """A squeeze that does something, a term that is not tiny, an added mask and weights."""
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            x = x.view(-1, 1, 2, 4) + 1e-5
+            return F.scaled_dot_product_attention(x, x, x, x[..., :2]).squeeze(1) * self.weight.exp()
+
+    program = torch.export.export(Other().eval(), (), {"x": torch.ones(2, 8)}, strict=False)
+    module = program.run_decompositions({}).module()
+    assert [repair(module) for repair in repairs.REPAIRS] == [0, 0, 0, 0]

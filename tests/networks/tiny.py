@@ -1,0 +1,72 @@
+"""Tiny transformers of diffusers with random weights under which every input matters, and inputs for their Networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from torch import Tensor
+
+from dit_export.networks import Network
+
+TOKENS = 12
+
+
+def randomize(model: Any, seed: int = 0) -> Any:
+    """Fill in linears of unit gain, norms around 1, tables that are not zero: adaLN-Zero starts with outputs of 0."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=random)
+            if weight.ndim >= 2 and "table" not in name:
+                weight.copy_(noise / weight[0].numel() ** 0.5)
+            else:
+                weight.copy_(0.3 * noise + (weight.ndim == 1 and name.endswith("weight")))
+    return model.eval().requires_grad_(False)
+
+
+def dit(**config: Any) -> DiTTransformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 8, "out_channels": 8}
+    return randomize(DiTTransformer2DModel(**fields | config))
+
+
+def pixart(**config: Any) -> PixArtTransformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 36, "num_layers": 2, "sample_size": 8}
+    return randomize(PixArtTransformer2DModel(**fields | {"cross_attention_dim": 72, "caption_channels": 48} | config))
+
+
+def sd3(**config: Any) -> SD3Transformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 8}
+    widths = {"joint_attention_dim": 48, "caption_projection_dim": 64, "pooled_projection_dim": 40}
+    return randomize(SD3Transformer2DModel(**fields | widths | {"pos_embed_max_size": 16} | config))
+
+
+SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+
+
+def inputs(network: Network, rows: int, seed: int = 0, span: float = 1.0) -> dict[str, Tensor]:
+    """Return random values by port; masks have runs of ones of different lengths, times are within `span`."""
+    random = torch.Generator().manual_seed(seed)
+    values = {}
+    for port in network.ports:
+        shape = (rows, *port.shape)
+        if port.role == "time":
+            values[port.name] = span * torch.rand(shape, generator=random)
+        elif port.masks:
+            lengths = torch.randint(1, port.shape[0] + 1, (rows, 1), generator=random)
+            values[port.name] = (torch.arange(port.shape[0]) < lengths).float()
+        elif port.dtype == "int64":
+            values[port.name] = torch.randint(0, port.size, shape, generator=random)
+        else:
+            values[port.name] = torch.randn(shape, generator=random)
+    return values
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def run(network: Network, values: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return network.module(**values)

@@ -1,0 +1,75 @@
+"""Int8 of networks that the toolchain does not know in full: what it covers is quantized and said, or one line refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dit_export.bundle.build import build
+from dit_export.checkpoints import Loaded
+from dit_export.checkpoints.diffusers import read_diffusion
+from dit_export.cli import main
+from dit_export.graph import onnxfile
+from dit_export.networks import Network
+from dit_export.recipe import Recipe
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Port
+from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
+from tests.networks import tiny
+
+TWICE = ("query", "key", "value", "proj", "fc1", "fc2")
+CASES = {  # config, layers of blocks, share of the weights in percent
+    "sd3": ({}, [*TWICE, *(f"{kind}-2" for kind in TWICE)], 97),
+    "sd3.5": (tiny.SD3_5, None, 75),  # normalized queries and keys are not layers that it knows
+}
+
+
+@pytest.mark.parametrize(("name", "backend"), [("sd3", "onnxruntime"), ("sd3.5", "openvino")])
+def test_streams_that_one_attention_joins(tmp_path, capsys, one_thread, name, backend) -> None:
+    config, kinds, share = CASES[name]
+    tiny.sd3(**config).save_pretrained(tmp_path / "sd3")
+    options = ["--latents-only", "--precision", "int8", "--backend", backend, "--max-batch", "2"]
+    options += ["--caption-tokens", str(tiny.TOKENS), "-o", str(tmp_path / "bundle")]
+    with one_thread():
+        assert main(["build", "--checkpoint", str(tmp_path / "sd3"), *options]) == 0
+    assert f"int8: {share}% of the weights that every step multiplies with" in capsys.readouterr().out
+    contract = manifest.read(tmp_path / "bundle")
+    assert round(100 * contract.built_with["quantized"], 0) in (share, share + 1)
+    census = onnxfile.census(onnxfile.load(tmp_path / "bundle" / "denoiser.onnx"))
+    counted = contract.built_with["passes"]["denoiser"]["quantize"]
+    assert census["QuantizeLinear"] == counted and census["DequantizeLinear"] == 2 * counted
+    worst = {check["name"]: check for check in json.loads((tmp_path / "bundle" / "parity.json").read_text())["checks"]}
+    assert worst["denoiser: unguided, rel-L2"]["value"] > 1e-4  # it is not fp32 under another name
+    if kinds:
+        layers = [kind for kind in kinds if kind not in ()]
+        assert counted == len(layers) + len(TWICE) + 3  # the last block makes no text of its own
+
+
+class Plain(nn.Module):
+    """A convolution and a modulation: nothing that int8 covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.shift = nn.Conv1d(3, 3, 3, padding=1), nn.Linear(1, 3)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.mix(x) + self.shift(t[:, None])[..., None] + y[..., None]
+
+
+def test_a_network_without_layers_is_refused_in_one_line(tmp_path, one_thread) -> None:
+    torch.manual_seed(0)
+    ports = (
+        Port("x", "state", "float32", (3, 8)),
+        Port("t", "time", "float32", ()),
+        Port("y", "condition", "float32", (3,)),
+    )
+    network = Network(Plain().eval().requires_grad_(False), ports, model={"name": "plain"})
+    loaded = Loaded(network, None, (), read_diffusion(None, learned_variance=False), {"kind": "own"})
+    recipe = Recipe(precision="int8", backend="onnxruntime", output=str(tmp_path / "bundle"))
+    with one_thread(), pytest.raises(UsageError, match="int8 has no layer in this network; build fp32") as caught:
+        build(recipe, Progress(), loaded=loaded)
+    assert "\n" not in str(caught.value) and not [*tmp_path.iterdir()]
