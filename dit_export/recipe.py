@@ -9,8 +9,9 @@ from pathlib import Path
 
 from dit_runtime.backends import Tuning
 from dit_runtime.errors import UsageError, nearest
+from dit_runtime.facts import FACTS
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
+PRECISIONS = tuple(FACTS["tolerances"])
 
 
 def sides(resolution: int | str) -> tuple[int, int]:

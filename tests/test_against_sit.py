@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from dit_export.checkpoints import load_source
+from dit_export.bundle.build import build
+from dit_export.checkpoints import load
 from dit_export.cli import main
-from dit_export.graph.oracle import Oracle
-from dit_export.graph.trace import trace_network
-from dit_export.verify import traced
-from dit_export.verify.reference import make_reference, save_reference
+from dit_export.recipe import Recipe
 from dit_runtime import Pipeline, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
+from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import FLOW_SOLVERS
-from dit_runtime.verify import Reference, Replay, load_reference, replay
 from tests.test_against_meta import CHANNELS, CLASSES, LABELS, LATENT, PATCH, distance, prediction
 
 STEPS = 10
@@ -125,29 +121,20 @@ def test_the_channels_that_nothing_reads_are_gone(velocity):
 @pytest.mark.parametrize("solver", FLOW_SOLVERS)
 def test_the_reference_of_every_default_solver(velocity, tmp_path, one_thread, solver):
     """Heun's method asks twice a step, the SDE draws noise: the replay does as PyTorch did."""
-    folder = Path(shutil.copytree(velocity.bundle, tmp_path / "bundle"))
-    contract = manifest.read(folder)
-    sampler = replace(contract.process.sampler, solver=solver)
-    contract = replace(contract, process=replace(contract.process, sampler=sampler))
+    recipe = manifest.read(velocity.bundle).source["recipe"] | {"output": str(tmp_path / "bundle")}
+    loaded = load(Recipe(**recipe))
+    process = replace(loaded.process, sampler=replace(loaded.process.sampler, solver=solver))
     with one_thread():
-        network, packs = load_source(contract, folder).network, traced.read(folder).packs
-        oracle = Oracle(trace_network(network).exported_program)
-        reference = make_reference(network, None, contract.process, oracle, packs, {}, lambda done, steps: None)
-        save_reference(folder, reference, packs, {})
-        manifest.write(folder, replace(contract, files=manifest.describe_files(folder)))
-        with Pipeline.load(folder, threads=1) as pipe:
-            checks = verify.verify(pipe)
-            assert all(check.passed for check in checks), verify.table(checks)
-            assert sum(check.name == "run: latents, rel-L2" for check in checks) == 10
-            other = next(name for name in FLOW_SOLVERS if name != solver)
-            process = replace(contract.process, sampler=replace(sampler, solver=other))
-            pipe.manifest = pipe.engines.manifest = replace(contract, process=process)
-            assert not all(check.passed for check in verify.judge(pipe.manifest, *replayed(pipe)))
-
-
-def replayed(pipe: Pipeline) -> tuple[Reference, Replay]:
-    reference = load_reference(pipe.folder, pipe.manifest)
-    return reference, replay(pipe, reference)
+        build(Recipe(**recipe), Progress(), loaded=replace(loaded, process=process))
+        with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
+            figures = verify.verify(pipe)
+        assert all(figure.passed for figure in figures), verify.table(figures)
+        assert sum(figure.name == "run: latents, rel-L2" for figure in figures) == 10
+        other = next(name for name in FLOW_SOLVERS if name != solver)
+        process = replace(process, sampler=replace(process.sampler, solver=other))
+        manifest.write(tmp_path / "bundle", replace(manifest.read(tmp_path / "bundle"), process=process))
+        with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
+            assert not all(figure.passed for figure in verify.verify(pipe))
 
 
 def test_the_gate_passes_and_a_wrong_solver_is_refused(velocity, tmp_path, capsys):

@@ -14,6 +14,7 @@ from dit_export.bench.competitors import COMPETITORS
 from dit_export.bench.run import Settings, bench
 from dit_export.networks.spec import MODELS, model, sized
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_STEPS
 from dit_runtime.progress import Progress
 
 
@@ -23,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--device", default="cpu", help=f"{', '.join(COMPETITORS)}: where, and so by whom")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
-    parser.add_argument("--steps", type=int, default=25, help="of an image")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of an image")
     parser.add_argument("--rounds", type=int, default=7, help="in which each is timed in turn")
     parser.add_argument("--images", type=int, help="whole images of each; 0: derived; default: 1 where it is quick")
     parser.add_argument("--threads", type=int, help="of everyone; default: all cores")

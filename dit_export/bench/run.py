@@ -24,6 +24,7 @@ from dit_export.bench.worker import GEMM, Worker, WorkerError
 from dit_export.networks.spec import ModelSpec, table_name
 from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_STEPS
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import Process
 
@@ -39,7 +40,7 @@ class Settings:
     spec: ModelSpec
     device: str = "cpu"
     batch: int = 1
-    steps: int = 25
+    steps: int = DEFAULT_STEPS
     rounds: int = 7
     images: int | None = None  # whole images a competitor; 0: an image is steps × step + decode
     threads: int | None = None

@@ -15,7 +15,7 @@ def test_every_solver_at_its_usual_steps(dit_generate, tmp_path, precision: str)
     bundle, labels, shares = build_demo(tmp_path, precision), score.balanced_labels(COUNT), {}
     for solver, steps, eta in USUAL:
         pictures = []
-        for seed, part in enumerate(np.split(np.array(labels), COUNT // run.BATCH)):
+        for seed, part in enumerate(np.split(np.array(labels), COUNT // 20)):
             options = ["--labels", *part, "--steps", steps, "--solver", solver, "--eta", eta, "--seed", seed]
             done = dit_generate(bundle, *options, "--guidance", run.GUIDANCE, "-o", tmp_path / "x.npz")
             assert done.returncode == 0, done.stderr

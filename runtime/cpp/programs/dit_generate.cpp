@@ -58,6 +58,8 @@ int verify(dit::Pipeline& pipe, bool json) {
     const bool passed = pipe.verify([&](const dit::Check& check) { checks.push_back(check); });
     if (json) std::printf("{\"passed\": %s, \"checks\": [", passed ? "true" : "false");
     bool first = true;
+    std::size_t width = 0;
+    for (const auto& check : checks) width = std::max(width, check.name.size());
     for (const auto& check : checks) {
         if (json)
             std::printf(
@@ -66,7 +68,7 @@ int verify(dit::Pipeline& pipe, bool json) {
                 json_number(check.limit).c_str(), check.at_least ? "true" : "false", json_text(check.where).c_str(),
                 check.passed ? "true" : "false");
         else
-            std::printf("%-26s %10.3g  %s %-8.3g %-6s  %s\n", check.name.c_str(), check.value,
+            std::printf("%-*s %10.3g  %s %-8.3g %-6s  %s\n", static_cast<int>(width), check.name.c_str(), check.value,
                         check.at_least ? ">=" : "<=", check.limit, check.passed ? "ok" : "FAILED", check.where.c_str());
         first = false;
     }

@@ -4,19 +4,20 @@
 #include <sstream>
 
 #include "errors.hpp"
+#include "facts.hpp"
 
 namespace dit_runtime {
 
 const std::vector<Backend>& backends() {
     static const std::vector<Backend> known = {
 #ifdef DIT_ONNXRUNTIME
-        {"onnxruntime", true, {"fp32", "fp16", "int8"}, ort_version, open_ort},
+        {"onnxruntime", true, precisions_of("onnxruntime"), ort_version, open_ort},
 #endif
 #ifdef DIT_OPENVINO
-        {"openvino", true, {"fp32", "bf16", "int8"}, ov_version, open_ov},
+        {"openvino", true, precisions_of("openvino"), ov_version, open_ov},
 #endif
 #ifdef DIT_TENSORRT
-        {DIT_TENSORRT, false, {"fp32", "fp16", "bf16", "int8", "fp8"}, trt_version, open_trt},
+        {DIT_TENSORRT, false, precisions_of(DIT_TENSORRT), trt_version, open_trt},
 #endif
     };
     return known;

@@ -28,6 +28,13 @@ std::vector<std::string> spacings_of(const std::string& kind) {
     return facts().at("spacings").at(kind).get<std::vector<std::string>>();
 }
 
+std::vector<std::string> precisions_of(const std::string& backend) {
+    return facts().at("precisions").at(backend).get<std::vector<std::string>>();
+}
+
+std::int64_t default_steps() { return facts().at("defaults").at("steps").get<std::int64_t>(); }
+double default_guidance() { return facts().at("defaults").at("guidance").get<double>(); }
+
 std::map<std::string, int> solver_numbers(const std::string& key) {
     std::map<std::string, int> numbers;
     for (const auto& entry : facts().at("solvers").items()) numbers[entry.key()] = entry.value().at(key).get<int>();

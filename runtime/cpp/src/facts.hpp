@@ -1,6 +1,7 @@
 // The facts that Python and C++ share: runtime/facts.json, built in.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
@@ -18,6 +19,13 @@ std::vector<std::string> solvers_of(const std::string& kind);
 
 // The spacings of one kind of process.
 std::vector<std::string> spacings_of(const std::string& kind);
+
+// The precisions that a backend runs.
+std::vector<std::string> precisions_of(const std::string& backend);
+
+// What a request has where nothing is said.
+std::int64_t default_steps();
+double default_guidance();
 
 // One number of each solver: its order, or its evaluations a step.
 std::map<std::string, int> solver_numbers(const std::string& key);

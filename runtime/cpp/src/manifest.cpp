@@ -19,7 +19,7 @@ bool TensorSpec::starts(const std::string& free) const {
     return !shape.empty() && std::holds_alternative<std::string>(shape[0]) && std::get<std::string>(shape[0]) == free;
 }
 
-bool Stage::before_loop() const { return contains(BEFORE_LOOP, runs); }
+bool Stage::before_loop() const { return runs == "condition" || runs == "time" || runs == "time+condition"; }
 
 const TensorSpec* find(const std::vector<TensorSpec>& specs, const std::string& name) {
     for (const TensorSpec& spec : specs)
@@ -117,10 +117,10 @@ Manifest read(const Path& folder) {
         const Path location = inside(folder, name);
         if (!std::filesystem::is_regular_file(location, failure))
             throw BundleError(text(folder.string(), ": ", name, " is missing; rebuild the bundle"));
-        const std::uintmax_t found = std::filesystem::file_size(location, failure);
-        if (failure || found != file.size)
+        const std::uintmax_t size = std::filesystem::file_size(location, failure);
+        if (failure || size != file.size)
             throw BundleError(
-                text(folder.string(), ": ", name, " has ", found, " bytes, expected ", file.size, "; rebuild it"));
+                text(folder.string(), ": ", name, " has ", size, " bytes, expected ", file.size, "; rebuild it"));
     }
     return manifest;
 }

@@ -23,18 +23,14 @@ inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows
 inline constexpr std::int64_t ROW_MOST = 1 << 26;  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
 inline constexpr std::size_t RANK_MOST = 8;        // of a row
 
-inline const std::vector<std::string> ROLES = {"state", "time", "condition"};
-inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // runs once per
-inline const std::vector<std::string> RUNS = {"condition", "time", "time+condition", "step", "update", "end"};
-inline const std::vector<std::string> DTYPES = {"float32", "int64"};
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
 
 // One input of the network.
 struct Port {
     std::string name;
-    std::string role;        // one of ROLES
-    std::string dtype;       // one of DTYPES
+    std::string role;        // "state", "time" or "condition"
+    std::string dtype;       // "float32" or "int64"
     Shape shape;             // of one row
     std::int64_t size = 0;   // int64 only: values are 0 … size - 1
     std::string masks = {};  // the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
@@ -62,7 +58,7 @@ struct Built {
 // One graph of the bundle: when it runs, its portable ONNX form, and the files that backends open instead.
 struct Stage {
     std::string name;
-    std::string runs;  // one of RUNS
+    std::string runs;  // "condition", "time", "time+condition", "step", "update" or "end"
     std::vector<TensorSpec> reads, gives;
     std::string onnx;
     std::int64_t max_batch = 8;  // rows that it takes at a time

@@ -13,9 +13,9 @@ namespace dit_runtime {
 namespace {
 
 std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
-    std::vector<std::string> found;
-    for (const TensorSpec& spec : specs) found.push_back(spec.name);
-    return found;
+    std::vector<std::string> names;
+    for (const TensorSpec& spec : specs) names.push_back(spec.name);
+    return names;
 }
 
 std::vector<std::string> sorted(std::vector<std::string> words) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "condition.hpp"
+#include "facts.hpp"
 #include "solvers.hpp"
 
 namespace dit_runtime {
@@ -19,10 +20,10 @@ struct Request {
     Arrays condition;                  // by port
     Arrays negative;                   // what guidance leads away from: one row, or one for each picture
     std::size_t count = 0;             // of pictures, where no condition says it; 0: one for each seed
-    std::int64_t steps = 25;
-    std::vector<float> guidance = {4.0f};    // one, or one a picture
-    std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
-    std::string solver, spacing;             // empty: the bundle's
+    std::int64_t steps = default_steps();
+    std::vector<float> guidance = {static_cast<float>(default_guidance())};  // one, or one a picture
+    std::vector<std::uint64_t> seeds = {0};                                  // one, or one a picture
+    std::string solver, spacing;                                             // empty: the bundle's
     double eta = 0.0;
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;

@@ -3,124 +3,32 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "errors.hpp"
+#include "facts.hpp"
 #include "images.hpp"
-#include "run.hpp"
+#include "reference.hpp"
 
 namespace dit_runtime {
 namespace {
 
-const char* const REFERENCE = "reference.npz";
-constexpr std::size_t FINGERPRINTS = 4;
-constexpr std::uint64_t FINGERPRINT_SEED = 0;
-
-// S steps (evaluations of the network) of a run of B samples.
-struct Reference {
-    Array betas;                                       // (T,)
-    Array timesteps;                                   // (S,)
-    std::vector<std::int64_t> seeds;                   // (B,)
-    std::vector<float> guidance;                       // (B,)
-    std::vector<float> latents;                        // (S + 1, B, *state)
-    std::vector<float> prediction, conditional, null;  // (S, B, *state); null is empty where nothing mixes guidance
-    std::vector<float> variance;                       // (S, B, *state), or empty where it is not learned
-    std::vector<float> fingerprint;                    // (F, FINGERPRINTS)
-    std::vector<std::uint8_t> images;                  // (B, H, W, 3), or empty without a decoder
-    Condition own, away;                               // B rows and one: arrays condition.NAME and null.NAME
-
-    std::size_t batch() const { return seeds.size(); }
-};
-
-Condition conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
-                     std::size_t rows) {
-    Condition condition{rows};
-    for (const Port& port : manifest.conditions()) {
-        const std::string name = prefix + "." + port.name;
-        const auto array = arrays.find(name);
-        if (array == arrays.end()) throw NpyError("it lacks " + name);
-        Shape expected = port.shape;
-        expected.insert(expected.begin(), static_cast<std::int64_t>(rows));
-        if (array->second.shape != expected)
-            throw NpyError(text(name, " has shape ", shown(array->second.shape), ", expected ", shown(expected)));
-        Tensor tensor{expected};
-        if (port.dtype == "int64")
-            tensor.integers = array->second.as<std::int64_t>();
-        else
-            tensor.floats = array->second.as<float>();
-        condition.arrays[port.name] = std::move(tensor);
+std::map<std::string, Tolerances> read_tolerances() {
+    std::map<std::string, Tolerances> table;
+    for (const auto& entry : facts().at("tolerances").items()) {
+        const auto limit = [&](const char* name) { return entry.value().at(name).get<double>(); };
+        table[entry.key()] = {limit("conditioner"), limit("prediction"), limit("guided"), limit("latents"),
+                              limit("pictures")};
     }
-    try {
-        fit(manifest, condition.arrays, "its " + prefix);
-    } catch (const UsageError& error) {
-        throw NpyError(error.what());
-    }
-    return condition;
+    return table;
 }
 
-// The one condition port of a network whose values can all be looked at; NULL where there is none.
-const Port* lone_label(const Manifest& manifest) {
-    const std::vector<Port> ports = manifest.conditions();
-    const bool lone = ports.size() == 1 && ports[0].dtype == "int64" && ports[0].shape.empty();
-    return lone ? manifest.port(ports[0].name) : nullptr;
-}
+}  // namespace
 
-// What is fingerprinted: every value of a lone label, else the reference's own rows and what guidance leads away from.
-Condition fingerprinted(const Manifest& manifest, const Reference& reference) {
-    const Port* const label = lone_label(manifest);
-    if (manifest.conditions().empty()) return {reference.batch() + 1};
-    if (!label) return stack(reference.own, reference.away);
-    Tensor values{{label->size}};
-    for (std::int64_t value = 0; value < label->size; ++value) values.integers.push_back(value);
-    return {static_cast<std::size_t>(label->size), {{label->name, std::move(values)}}};
-}
+const std::map<std::string, Tolerances> TOLERANCES = read_tolerances();
+const double NOISE_ATOL = facts().at("noise_atol").get<double>();
 
-Reference load_reference(const Pipeline& pipe) {
-    const Manifest& manifest = pipe.manifest;
-    const std::string folder = pipe.folder.string();
-    try {
-        auto arrays = parse_npz(read_bytes(inside(pipe.folder, REFERENCE)));
-        std::vector<std::string> missing;
-        for (const char* name : {"betas", "timesteps", "seeds", "guidance", "latents", "prediction", "conditional",
-                                 "null", "variance", "fingerprint", "images"})
-            if (!arrays.count(name)) missing.push_back(name);
-        if (!missing.empty()) throw NpyError("it lacks " + join(missing));
-        Reference reference = {arrays["betas"].as<double>(),
-                               arrays["timesteps"].as<double>(),
-                               arrays["seeds"].as<std::int64_t>(),
-                               arrays["guidance"].as<float>(),
-                               arrays["latents"].as<float>(),
-                               arrays["prediction"].as<float>(),
-                               arrays["conditional"].as<float>(),
-                               arrays["null"].as<float>(),
-                               arrays["variance"].as<float>(),
-                               arrays["fingerprint"].as<float>(),
-                               arrays["images"].as<std::uint8_t>(),
-                               {},
-                               {}};
-        const std::size_t steps = reference.timesteps.size(), batch = reference.batch();
-        const std::size_t each = batch * count(manifest.state().shape);
-        const auto expect = [](const char* name, std::size_t size, std::size_t expected) {
-            if (size != expected) throw NpyError(text(name, " has ", size, " numbers, expected ", expected));
-        };
-        if (steps == 0 || batch == 0) throw NpyError("it has no steps or no seeds");
-        reference.own = conditions(manifest, arrays, "condition", batch);
-        if (manifest.mixes_guidance()) reference.away = conditions(manifest, arrays, "null", 1);
-        expect("guidance", reference.guidance.size(), batch);
-        expect("latents", reference.latents.size(), (steps + 1) * each);
-        expect("prediction", reference.prediction.size(), steps * each);
-        expect("conditional", reference.conditional.size(), steps * each);
-        if (manifest.mixes_guidance()) expect("null", reference.null.size(), steps * each);
-        expect("fingerprint", reference.fingerprint.size(), fingerprinted(manifest, reference).rows * FINGERPRINTS);
-        if (!reference.variance.empty()) expect("variance", reference.variance.size(), steps * each);
-        const Shape image = manifest.image_shape();
-        if (!reference.images.empty() && image.empty())
-            throw BundleError(folder + ": the decoder is gone, its reference has pictures");
-        if (!image.empty()) expect("images", reference.images.size(), batch * count(image));
-        return reference;
-    } catch (const NpyError& error) {
-        throw BundleError(text(folder, ": ", REFERENCE, " cannot be read: ", error.what(), "; rebuild the bundle"));
-    }
-}
+namespace {
 
 // ||value − reference|| / ||reference||; NaN and inf stay what they are.
 double relative_error(const std::vector<float>& value, const float* reference) {
@@ -131,41 +39,6 @@ double relative_error(const std::vector<float>& value, const float* reference) {
         norm += expected * expected;
     }
     return std::sqrt(difference) / std::max(std::sqrt(norm), 1e-30);
-}
-
-// What the step reads from stages at one timestep, by condition, projected onto a few seeded random directions.
-std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, double timestep) {
-    std::vector<std::string> tensors;
-    std::size_t width = 0, chunk = 1;
-    for (const TensorSpec& spec : pipe.manifest.step().reads) {
-        if (!spec.starts("groups") || pipe.manifest.port(spec.name)) continue;
-        tensors.push_back(spec.name);
-        width += count(spec.row());
-    }
-    for (const Stage& stage : pipe.manifest.stages)
-        if (stage.before_loop()) chunk = std::max(chunk, static_cast<std::size_t>(stage.max_batch));
-    const std::vector<float> directions = Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS);
-    std::vector<float> prints;
-    for (std::size_t first = 0; first < conditions.rows; first += chunk) {
-        const std::size_t rows = std::min(chunk, conditions.rows - first);
-        Memo memo = pipe.memo({timestep}, slice(conditions, first, first + rows));
-        const Arrays& inputs = memo(0, 0, rows);
-        for (std::size_t row = 0; row < rows; ++row) {
-            double sums[FINGERPRINTS] = {};
-            std::size_t place = 0;
-            for (const std::string& name : tensors) {
-                const std::vector<float>& values = inputs.at(name).floats;
-                const std::size_t size = values.size() / rows;
-                for (std::size_t i = 0; i < size; ++i, ++place)
-                    for (std::size_t print = 0; print < FINGERPRINTS; ++print)
-                        sums[print] +=
-                            static_cast<double>(values[row * size + i]) * directions[place * FINGERPRINTS + print];
-            }
-            for (const double sum : sums)
-                prints.push_back(static_cast<float>(sum / std::sqrt(static_cast<double>(width))));
-        }
-    }
-    return prints;
 }
 
 void check_before_loop(Pipeline& pipe, const Reference& reference, double limit, const OnCheck& on_check) {

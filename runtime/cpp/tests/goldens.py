@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_runtime import backends, verify
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
@@ -120,12 +118,6 @@ def goldens() -> dict[str, Any]:
         "runs": runs(),
         "noise": noises(),
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
-        "tolerances": {name: asdict(limits) for name, limits in verify.TOLERANCES.items()}
-        | {
-            "noise": verify.NOISE_ATOL,
-        },
-        "precisions": {name: list(backends.backend(name).PRECISIONS) for name in backends.BACKENDS},
-        "sampler_fields": sorted(entry.name for entry in fields(full.sampler)),
     }
 
 

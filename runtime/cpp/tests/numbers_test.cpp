@@ -1,8 +1,10 @@
 // Schedule, solvers and noise against goldens.json, which Python wrote.
 #include <gtest/gtest.h>
 
-#include "engine.hpp"
+#include <dit/dit.hpp>
+
 #include "errors.hpp"
+#include "facts.hpp"
 #include "goldens.hpp"
 #include "manifest.hpp"
 #include "noise.hpp"
@@ -204,23 +206,18 @@ TEST(Noise, OneSeedASample) {
     EXPECT_THROW(draw({}, 3), UsageError);
 }
 
-// What stands in two languages must say the same.
-TEST(Mirrors, Tolerances) {
-    for (const auto& [name, limits] : TOLERANCES) {
-        const Json& golden = goldens()["tolerances"][name];
-        EXPECT_EQ(limits.conditioner, golden["conditioner"]) << name;
-        EXPECT_EQ(limits.prediction, golden["prediction"]) << name;
-        EXPECT_EQ(limits.guided, golden["guided"]) << name;
-        EXPECT_EQ(limits.latents, golden["latents"]) << name;
-        EXPECT_EQ(limits.pictures, golden["pictures"]) << name;
-    }
-    EXPECT_EQ(NOISE_ATOL, goldens()["tolerances"]["noise"]);
-    EXPECT_EQ(TOLERANCES.size() + 1, goldens()["tolerances"].size());
+// The public headers cannot read facts.json.
+TEST(Facts, DefaultsOfTheHeader) {
+    const dit::Request request;
+    EXPECT_EQ(request.steps, default_steps());
+    EXPECT_EQ(request.guidance, std::vector<float>{static_cast<float>(default_guidance())});
 }
 
-TEST(Mirrors, Precisions) {
-    for (const Backend& backend : backends())
-        EXPECT_EQ(Json(backend.precisions), goldens()["precisions"][backend.name]) << backend.name;
+TEST(Facts, EveryPrecisionHasTolerances) {
+    EXPECT_EQ(TOLERANCES.size(), 5u);
+    for (const auto& [backend, precisions] : facts().at("precisions").items())
+        for (const auto& precision : precisions) EXPECT_EQ(TOLERANCES.count(precision), 1u) << backend;
+    EXPECT_LT(TOLERANCES.at("fp32").prediction, TOLERANCES.at("bf16").prediction);
 }
 
 }  // namespace

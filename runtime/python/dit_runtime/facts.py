@@ -1,4 +1,4 @@
-"""The facts that Python and C++ share: `runtime/facts.json`, in a wheel beside this file."""
+"""Read the facts that Python and C++ share: `runtime/facts.json`, in a wheel beside this file."""
 
 from __future__ import annotations
 
@@ -11,3 +11,5 @@ _PACKAGED = Path(__file__).with_name(_NAME)
 _SOURCE = Path(__file__).parents[2] / _NAME
 
 FACTS: dict[str, Any] = json.loads((_PACKAGED if _PACKAGED.is_file() else _SOURCE).read_text(encoding="utf-8"))
+DEFAULT_STEPS: int = FACTS["defaults"]["steps"]
+DEFAULT_GUIDANCE: float = FACTS["defaults"]["guidance"]

@@ -13,6 +13,7 @@ from dit_runtime.bundle.records import LABELS, Manifest
 from dit_runtime.conditions.condition import Condition, Rows, fit, null_condition
 from dit_runtime.conditions.labels import class_number
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.sampling.noise import Draw, draw
 from dit_runtime.sampling.solvers import Array, plan, solve
 
@@ -43,8 +44,8 @@ class Request:
     labels: str | int | Sequence[str | int] = ()
     condition: Condition | None = None
     negative: Condition | None = None
-    steps: int = 25
-    guidance: float | Sequence[float] = 4.0  # one for all, or one a sample; without effect where the network has none
+    steps: int = DEFAULT_STEPS
+    guidance: float | Sequence[float] = DEFAULT_GUIDANCE  # one for all, or one a sample; networks without it ignore it
     seed: int | Sequence[int] = 0  # one for all, or one a sample
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0

@@ -12,9 +12,10 @@ import numpy as np
 from dit_runtime.backends import Compiled, Options
 from dit_runtime.bundle.manifest import Stage
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = tuple(FACTS["precisions"]["onnxruntime"])
 AROUND = "fp32"
 TYPED = ("fp16",)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")

@@ -15,9 +15,10 @@ import numpy as np
 from dit_runtime.backends import Compiled, Engine, Options
 from dit_runtime.bundle.records import GUIDANCE, Stage
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = tuple(FACTS["precisions"]["openvino"])
 AROUND = "bf16"
 TYPED: tuple[str, ...] = ()
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": AROUND}  # what OpenVINO computes the fp32 of a graph in

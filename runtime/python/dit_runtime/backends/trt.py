@@ -27,6 +27,7 @@ from dit_runtime.backends.trt_network import (
 )
 from dit_runtime.bundle.manifest import ENGINE, Stage, inside, write_file
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need
@@ -46,7 +47,7 @@ FLAGS = {  # of Tuning: BuilderFlag
 class Flavour:
     """A backend of this file; its fields are the table of differences."""
 
-    PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+    PRECISIONS = tuple(FACTS["precisions"]["tensorrt"])
     AROUND = "fp16"
     TYPED = ("fp16", "bf16")
 

@@ -12,6 +12,7 @@ from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import BundleError
+from dit_runtime.facts import FACTS
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.noise import draw
 from dit_runtime.sampling.solvers import EVALUATIONS, plan
@@ -31,21 +32,16 @@ class Tolerances:
     pictures: float  # least PSNR in dB of the uint8 pictures of the free run
 
 
-TOLERANCES = {
-    # fp32 sums in another order: measured 2e-6 to 8e-6 an evaluation; the rest is room for other CPUs' kernels. The
-    # free run adds a step's error to the next; one level of 255 everywhere would be 48 dB.
-    "fp32": Tolerances(conditioner=1e-4, prediction=1e-4, guided=1e-4, latents=1e-3, pictures=55.0),
-    # 8 and 11 bits instead of 24: one rounding is off by up to 4e-3 and 5e-4; measured over 12 blocks 1.2e-2 and 7e-4.
-    # A free run also decides between near shapes where the network does: of 40 samples of the demo at guidance 4, 5 end
-    # 0.2 to 0.35 away in bf16, and 13 in int8, some in another shape of the class. Unrelated ones are 1.4 away.
-    "bf16": Tolerances(conditioner=1e-4, prediction=3e-2, guided=1.5e-1, latents=3e-1, pictures=20.0),
-    "fp16": Tolerances(conditioner=1e-4, prediction=5e-3, guided=1.5e-2, latents=3e-2, pictures=35.0),
-    # 8 bits for each input and each weight of a product, bf16 around them: measured 6e-3 to 1.2e-2 over 12 blocks.
-    "int8": Tolerances(conditioner=1e-4, prediction=4e-2, guided=2e-1, latents=5e-1, pictures=16.0),
-    # E4M3 has 4 bits wherever a number lies: inputs and weights are off by up to 6 %, measured 1.9e-2 over 12 blocks.
-    "fp8": Tolerances(conditioner=1e-4, prediction=5e-2, guided=2.5e-1, latents=5e-1, pictures=16.0),
-}
-NOISE_ATOL = 1e-5  # PyTorch's vector code differs from libm's by an ulp of values up to 5
+# fp32 sums in another order: measured 2e-6 to 8e-6 an evaluation; the rest is room for other CPUs' kernels. The free
+# run adds a step's error to the next; one level of 255 everywhere would be 48 dB.
+# bf16 and fp16 have 8 and 11 bits instead of 24: one rounding is off by up to 4e-3 and 5e-4; measured over 12 blocks
+# 1.2e-2 and 7e-4. A free run also decides between near shapes where the network does: of 40 samples of the demo at
+# guidance 4, 5 end 0.2 to 0.35 away in bf16, and 13 in int8, some in another shape of the class. Unrelated ones are 1.4
+# away.
+# int8 has 8 bits for each input and each weight of a product, bf16 around them: measured 6e-3 to 1.2e-2 over 12 blocks.
+# fp8 is E4M3, 4 bits wherever a number lies: inputs and weights are off by up to 6 %, measured 1.9e-2 over 12 blocks.
+TOLERANCES = {precision: Tolerances(**limits) for precision, limits in FACTS["tolerances"].items()}
+NOISE_ATOL: float = FACTS["noise_atol"]  # PyTorch's vector code differs from libm's by an ulp of values up to 5
 
 
 def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) -> list[Figure]:

@@ -1,0 +1,203 @@
+// Mirrors the checks in dit_runtime/bundle/parsing.py.
+#include "checks.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+
+namespace dit_runtime {
+namespace {
+
+// A tensor that stages may read: what it depends on, its dtype and a row's shape.
+struct Source {
+    std::string role, dtype;
+    Shape row;
+};
+const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};
+using Sources = std::map<std::string, Source>;
+using FreeShape = std::vector<std::variant<std::int64_t, std::string>>;
+
+std::string shown(const std::string& dtype, const FreeShape& shape) {
+    std::vector<std::string> sizes;
+    for (const auto& size : shape)
+        sizes.push_back(std::holds_alternative<std::string>(size) ? "'" + std::get<std::string>(size) + "'"
+                                                                  : std::to_string(std::get<std::int64_t>(size)));
+    return dtype + " [" + join(sizes) + "]";
+}
+
+FreeShape with_free(FreeShape free, const Shape& row) {
+    free.insert(free.end(), row.begin(), row.end());
+    return free;
+}
+
+void require_distinct(const std::string& what, std::vector<std::string> names) {
+    std::sort(names.begin(), names.end());
+    const auto twice = std::adjacent_find(names.begin(), names.end());
+    if (twice != names.end())
+        throw std::invalid_argument(text(what, " '", *twice, "' is listed more than once, expected once"));
+}
+
+void check_ports(const Manifest& manifest) {
+    for (const char* role : {"state", "time"}) {
+        const auto ports = std::count_if(manifest.ports.begin(), manifest.ports.end(),
+                                         [&](const Port& port) { return port.role == role; });
+        if (ports != 1) refuse(text(role, " ports"), ports, "exactly one");
+    }
+    const Port &state = manifest.state(), &time = manifest.time();
+    if (state.dtype != "float32" || state.shape.empty())
+        refuse("port " + state.name, state.dtype + " " + dit_runtime::shown(state.shape), "float32 of rank 1 or more");
+    if (time.dtype != "float32" || !time.shape.empty())
+        refuse("port " + time.name, time.dtype + " " + dit_runtime::shown(time.shape), "float32 of rank 0");
+    if (manifest.guided_channels < 1 || manifest.guided_channels > state.shape[0])
+        refuse("guidance: channels", manifest.guided_channels, text("1 to ", state.shape[0]));
+    std::vector<std::string> masked;
+    for (const Port& port : manifest.ports) {
+        if (port.masks.empty()) continue;
+        const Port* const other = manifest.port(port.masks);
+        if (port.role != "condition" || !other || other == &port || other->role != "condition" ||
+            !other->masks.empty() || other->shape.empty())
+            refuse(text("port ", port.name, ": masks"), "'" + port.masks + "'",
+                   "a condition port that has tokens and is no mask");
+        if (port.shape != Shape{other->shape[0]})
+            refuse(text("port ", port.name, ": shape"), dit_runtime::shown(port.shape),
+                   dit_runtime::shown({other->shape[0]}));
+        masked.push_back(port.masks);
+    }
+    require_distinct("masked port", masked);
+    if (!manifest.labels.empty() && static_cast<std::int64_t>(manifest.labels.size()) != manifest.classes())
+        refuse("labels", text(manifest.labels.size(), " names"), std::to_string(manifest.classes()));
+}
+
+void check_null(const Manifest& manifest) {
+    for (const auto& [name, value] : manifest.null) {
+        const Port* const port = manifest.port(name);
+        if (!port || port->role != "condition") refuse("null", name, "a condition port");
+        if (port->dtype == "int64" && (value != std::floor(value) || value < 0 || value >= double(port->size)))
+            refuse("null: " + name, value, text("0 to ", port->size - 1));
+    }
+    if (manifest.classes() && manifest.null.count(LABELS)) {
+        const std::int64_t last = manifest.port(LABELS)->size - 1;
+        if (manifest.null.at(LABELS) != double(last))
+            refuse(text("null: ", LABELS), manifest.null.at(LABELS), text(last, ", after all classes"));
+    }
+}
+
+void check_shape(const Stage& stage, const TensorSpec& spec, const FreeShape& shape,
+                 const std::string& dtype = "float32") {
+    if (spec.dtype != dtype || spec.shape != shape)
+        refuse(text("stage ", stage.name, ": ", spec.name, " is"), shown(spec.dtype, spec.shape), shown(dtype, shape));
+}
+
+// Refuses an input that no port and no earlier stage gives in this shape and type, or that the stage may not use.
+void check_source(const Stage& stage, const TensorSpec& spec, const FreeShape& free, const Sources& sources,
+                  const std::vector<std::string>& roles) {
+    const auto source = sources.find(spec.name);
+    if (source == sources.end() || !contains(roles, source->second.role)) {
+        std::vector<std::string> readable;
+        for (const auto& [name, other] : sources)
+            if (contains(roles, other.role)) readable.push_back(name);
+        refuse(text("stage ", stage.name, " (runs '", stage.runs, "') reads"), spec.name,
+               readable.empty() ? "nothing" : "one of " + join(readable));
+    }
+    check_shape(stage, spec, with_free(free, source->second.row), source->second.dtype);
+}
+
+void check_before_loop(const Stage& stage, Sources& sources) {
+    // What a stage before the loop may depend on.
+    static const std::map<std::string, std::vector<std::string>> READABLE = {
+        {"condition", {"condition"}}, {"time", {"time"}}, {"time+condition", BEFORE_LOOP}};
+    if (stage.reads.empty() || stage.gives.empty())
+        refuse("stage " + stage.name, "no inputs or no outputs", "some of both");
+    for (const TensorSpec& spec : stage.reads) check_source(stage, spec, {"rows"}, sources, READABLE.at(stage.runs));
+    for (const TensorSpec& spec : stage.gives) {
+        check_shape(stage, spec, with_free({"rows"}, spec.row()));
+        sources[spec.name] = {stage.runs, spec.dtype, spec.row()};
+    }
+}
+
+void check_names(const Stage& stage, const std::vector<TensorSpec>& specs, const std::string& key,
+                 const std::map<std::string, FreeShape>& shapes) {
+    std::vector<std::string> names, expected;
+    for (const TensorSpec& spec : specs) names.push_back(spec.name);
+    for (const auto& entry : shapes) expected.push_back(entry.first);
+    std::sort(names.begin(), names.end());
+    if (names != expected) refuse(text("stage ", stage.name, " ", key), join(names), join(expected));
+    for (const TensorSpec& spec : specs) check_shape(stage, spec, shapes.at(spec.name));
+}
+
+void check_step(const Manifest& manifest, const Stage& stage, const Sources& sources) {
+    const Port& state = manifest.state();
+    const FreeShape like_state = with_free({"batch"}, state.shape);
+    if (!find(stage.reads, state.name)) refuse(text("stage ", stage.name, " lacks"), state.name, "the state");
+    for (const TensorSpec& spec : stage.reads) {
+        if (spec.name == state.name)
+            check_shape(stage, spec, like_state);
+        else if (spec.name == GUIDANCE)
+            check_shape(stage, spec, {"batch"});
+        else
+            check_source(stage, spec, {"groups", "batch"}, sources, BEFORE_LOOP);
+    }
+    std::map<std::string, FreeShape> gives = {{"prediction", like_state}};
+    if (find(stage.gives, "variance")) gives["variance"] = like_state;
+    check_names(stage, stage.gives, "gives", gives);
+}
+
+void check_update(const Manifest& manifest, const Stage& stage) {
+    const FreeShape like_state = with_free({"batch"}, manifest.state().shape);
+    check_names(stage, stage.reads, "reads",
+                {{manifest.state().name, like_state},
+                 {"prediction", like_state},
+                 {"previous", like_state},
+                 {"coefficients", FreeShape{std::int64_t{2}, std::int64_t{3}}}});
+    check_names(stage, stage.gives, "gives", {{"kept", like_state}, {"next", like_state}});
+}
+
+void check_end(const Manifest& manifest, const Stage& stage) {
+    const Port& state = manifest.state();
+    check_names(stage, stage.reads, "reads", {{state.name, with_free({"batch"}, state.shape)}});
+    const Shape row = stage.gives.empty() ? Shape() : stage.gives[0].row();
+    if (row.size() != 3 || row[0] != 3)
+        refuse(text("stage ", stage.name, " gives the shape"), dit_runtime::shown(row), "[3, height, width] a row");
+    check_names(stage, stage.gives, "gives", {{"images", with_free({"batch"}, row)}});
+}
+
+void check_stages(const Manifest& manifest) {
+    std::vector<std::string> stages, tensors = {GUIDANCE};
+    std::map<std::string, std::size_t> runs;
+    for (const Port& port : manifest.ports) tensors.push_back(port.name);
+    for (const Stage& stage : manifest.stages) {
+        stages.push_back(stage.name);
+        ++runs[stage.runs];
+        for (const TensorSpec& spec : stage.gives) tensors.push_back(spec.name);
+    }
+    if (runs["step"] != 1) refuse("stages that run 'step'", runs["step"], "one");
+    for (const char* last : {"update", "end"})
+        if (runs[last] > 1) refuse(text("stages that run '", last, "'"), runs[last], "one at most");
+    require_distinct("stage", stages);
+    require_distinct("port or tensor", tensors);
+    Sources sources;
+    for (const Port& port : manifest.ports) sources[port.name] = {port.role, port.dtype, port.shape};
+    for (const Stage& stage : manifest.stages) {
+        std::vector<std::string> inputs, named = stage.files();
+        for (const TensorSpec& spec : stage.reads) inputs.push_back(spec.name);
+        require_distinct(text("input of stage ", stage.name), inputs);
+        if (stage.before_loop()) check_before_loop(stage, sources);
+        if (stage.runs == "step") check_step(manifest, stage, sources);
+        if (stage.runs == "update") check_update(manifest, stage);
+        if (stage.runs == "end") check_end(manifest, stage);
+        named.push_back(stage.onnx);
+        for (const auto& own : stage.engines) named.insert(named.end(), own.second.begin(), own.second.end());
+        for (const auto& name : named)
+            if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
+    }
+}
+
+}  // namespace
+
+void check(const Manifest& manifest) {
+    check_ports(manifest);
+    check_null(manifest);
+    check_stages(manifest);
+}
+
+}  // namespace dit_runtime

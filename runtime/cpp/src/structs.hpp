@@ -1,0 +1,40 @@
+// The structs of dit.h as a program hands them over: each begins with its size.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+
+#include "dit/dit.h"
+#include "errors.hpp"
+
+namespace dit_runtime {
+
+inline void require(const void* pointer, const char* name) {
+    if (!pointer) throw UsageError(text(name, " is NULL"));
+}
+
+// What the structs began as; what came later is at their ends.
+template <typename Struct>
+constexpr std::size_t first_version = sizeof(Struct);
+template <>
+constexpr std::size_t first_version<dit_info> = offsetof(dit_info, caption_shape);
+template <>
+constexpr std::size_t first_version<dit_request> = offsetof(dit_request, captions);
+template <>
+constexpr std::size_t first_version<dit_captions> = offsetof(dit_captions, size);
+
+// The caller's struct on top of our defaults, as far as its version of it goes.
+template <typename Struct>
+Struct known(const Struct* given, Struct defaults, const char* name) {
+    require(given, name);
+    const std::size_t size = given->struct_size;
+    if (size < first_version<Struct>)
+        throw UsageError(text(name, ".struct_size is ", size, "; start from the _INIT value of dit.h"));
+    if (size > sizeof(Struct))
+        throw UsageError(text(name, ".struct_size is ", size, ", but libdit ", dit_version(), " knows ", sizeof(Struct),
+                              " bytes of it: the program needs a newer libdit"));
+    std::memcpy(&defaults, given, size);
+    return defaults;
+}
+
+}  // namespace dit_runtime

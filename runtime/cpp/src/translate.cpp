@@ -1,0 +1,125 @@
+#include "translate.hpp"
+
+#include "errors.hpp"
+#include "structs.hpp"
+
+namespace dit_runtime {
+namespace {
+
+// Where the caller's structs stand one after the other, in the size that their first one names.
+dit_array array_at(const dit_array* arrays, std::size_t index) {
+    const std::size_t stride = known(arrays, dit_array DIT_ARRAY_INIT, "dit_array").struct_size;
+    const auto* const place = reinterpret_cast<const unsigned char*>(arrays) + index * stride;
+    return known(reinterpret_cast<const dit_array*>(place), dit_array DIT_ARRAY_INIT, "dit_array");
+}
+
+// Numbers as rows of a port: its shape, of fewer tokens where there are fewer numbers.
+Tensor rows_of(const Manifest& manifest, const dit_array& from) {
+    const Port* port = manifest.port(from.name);
+    if (port && port->role != "condition") port = nullptr;  // to be refused by name
+    if (!from.floats == !from.integers)
+        throw UsageError(text(from.name, ": expected either floats or integers, the other NULL"));
+    if (!from.rows || !from.size || from.size % from.rows)
+        throw UsageError(text(from.name, " has ", from.size, " numbers in ", from.rows,
+                              " rows; expected a multiple of its rows, one or more"));
+    Shape shape = port ? port->shape : Shape();
+    const std::size_t row = from.size / from.rows;
+    if (row != count(shape)) {
+        const std::size_t token = shape.empty() ? 0 : count({shape.begin() + 1, shape.end()});
+        if (port && (!token || row % token))
+            throw UsageError(text(from.name, " has ", row, " numbers a row; expected ", shown(shape)));
+        if (token) shape[0] = static_cast<std::int64_t>(row / token);
+    }
+    shape.insert(shape.begin(), static_cast<std::int64_t>(from.rows));
+    Tensor tensor{shape};
+    if (from.floats) tensor.floats.assign(from.floats, from.floats + from.size);
+    if (from.integers) tensor.integers.assign(from.integers, from.integers + from.size);
+    return tensor;
+}
+
+void add(const Manifest& manifest, const dit_array* arrays, std::size_t count, const char* what, Arrays& to) {
+    if (count) require(arrays, what);
+    for (std::size_t index = 0; index < count; ++index) {
+        const dit_array from = array_at(arrays, index);
+        require(from.name, "dit_array.name");
+        if (to.count(from.name)) throw UsageError(text(what, ": ", from.name, " is there twice"));
+        to[from.name] = rows_of(manifest, from);
+    }
+}
+
+// Captions as the ports that they are.
+void add(const Manifest& manifest, const dit_captions* given, const char* what, Arrays& to) {
+    if (!given) return;
+    const dit_captions from = known(given, dit_captions DIT_CAPTIONS_INIT, "dit_captions");
+    const Port* const port = manifest.port("captions");
+    if (!port || port->shape.size() != 2)
+        throw UsageError(
+            text("this bundle takes no ", what,
+                 manifest.classes() ? text("; it takes labels, 0 to ", manifest.classes() - 1) : std::string()));
+    const auto most = static_cast<std::size_t>(port->shape[0]), channels = static_cast<std::size_t>(port->shape[1]);
+    if (!from.count || !from.tokens || from.tokens > most)
+        throw UsageError(
+            text(what, " are ", from.count, " of ", from.tokens, " tokens; expected one or more, of up to ", most));
+    require(from.embeddings, "embeddings");
+    if (from.count > SIZE_MAX / (from.tokens * channels * sizeof(float)))
+        throw UsageError(text(what, " are ", from.count, "; no memory holds that many"));
+    const std::size_t numbers = from.count * from.tokens, size = numbers * channels;
+    if (from.size && from.size != size) throw UsageError(text(what, ": ", from.size, " numbers; expected ", size));
+    const auto rows = static_cast<std::int64_t>(from.count), tokens = static_cast<std::int64_t>(from.tokens);
+    to["captions"] = {{rows, tokens, port->shape[1]}, {from.embeddings, from.embeddings + size}};
+    if (from.mask) to["mask"] = {{rows, tokens}, {from.mask, from.mask + numbers}};
+}
+
+}  // namespace
+
+dit_request counted(const dit_request* given) {
+    dit_request request = known(given, dit_request DIT_REQUEST_INIT, "dit_request");
+    if (request.captions && request.labels) throw UsageError("got both labels and captions: pass one of them");
+    if (request.labels) return request;  // as many as count says
+    std::size_t count = 0;
+    if (request.captions) count = known(request.captions, dit_captions DIT_CAPTIONS_INIT, "dit_captions").count;
+    if (!request.captions && request.num_arrays) {
+        require(request.arrays, "arrays");
+        count = array_at(request.arrays, 0).rows;
+    }
+    if (!count && !request.captions) return request;
+    if (request.count && request.count != count)
+        throw UsageError(
+            text("count is ", request.count, ", of ", request.captions ? "captions " : "rows of arrays ", count));
+    request.count = count;
+    return request;
+}
+
+Request translate(const Manifest& manifest, const dit_request* given) {
+    const dit_request from = counted(given);
+    Request request;
+    add(manifest, from.captions, "captions", request.condition);
+    add(manifest, from.negative, "negative captions", request.negative);
+    add(manifest, from.arrays, from.num_arrays, "arrays", request.condition);
+    add(manifest, from.negative_arrays, from.num_negative_arrays, "negative_arrays", request.negative);
+    const bool others = !request.condition.empty() || manifest.conditions().empty();
+    if (from.count && !others) require(from.labels, "labels");
+    if (from.labels) request.labels.assign(from.labels, from.labels + from.count);
+    request.count = from.count;
+    if (from.num_seeds) require(from.seeds, "seeds");
+    if (from.seeds) request.seeds.assign(from.seeds, from.seeds + from.num_seeds);
+    if (from.num_guidance) require(from.guidance, "guidance");
+    if (from.guidance) request.guidance.assign(from.guidance, from.guidance + from.num_guidance);
+    if (from.steps) request.steps = from.steps;
+    if (from.solver) request.solver = from.solver;
+    if (from.spacing) request.spacing = from.spacing;
+    request.eta = from.eta;
+    if (from.latents) {
+        const std::size_t size = from.count * count(manifest.state().shape);
+        if (from.latents_size && from.latents_size != size)
+            throw UsageError(text("latents have ", from.latents_size, " numbers; expected ", size, ", all finite"));
+        request.latents.emplace(from.latents, from.latents + size);
+    }
+    if (from.on_step)
+        request.on_step = [call = from.on_step, user = from.user](int step, int steps, const Array& latents) {
+            return call(step, steps, latents.data(), latents.size(), user) != 0;
+        };
+    return request;
+}
+
+}  // namespace dit_runtime
