@@ -48,7 +48,11 @@ def test_a_tensor_near_the_end_of_fp16_stays_wide(meta, tmp_path, capsys, one_th
         assert build(tmp_path / "hot.pt", tmp_path / "wide", *options) == 0
         found = manifest.read(tmp_path / "wide").built_with
         (peak,) = {round(peak, -4) for peak in found["wide"]["denoiser"].values()}  # behind the bias, behind the GELU
-        assert peak == 4e5 and found["passes"]["denoiser"]["cast_to_half"] == 5 * 2 + 2 - 1 and found["islands"]["denoiser"]
+        assert (
+            peak == 4e5
+            and found["passes"]["denoiser"]["cast_to_half"] == 5 * 2 + 2 - 1
+            and found["islands"]["denoiser"]
+        )
         name = next(iter(found["wide"]["denoiser"]))
         assert name in (tmp_path / "wide" / "report.html").read_text()
         monkeypatch.setattr(dit_export.bundle.assemble, "find_overflows", lambda *_: {})

@@ -21,9 +21,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_show_then_score(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "show", "--weights", str(weights), "-o", str(tmp_path), "--count", "100"]) == 0
     printed = capsys.readouterr().out
     for precision in ("fp32", "int8"):

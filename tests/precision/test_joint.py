@@ -10,7 +10,7 @@ from torch import nn
 
 from dit_export.bundle.build import build
 from dit_export.checkpoints import Loaded
-from dit_export.checkpoints.diffusers import read_diffusion
+from dit_export.checkpoints.diffusers import read_process
 from dit_export.cli import main
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
@@ -68,7 +68,7 @@ def test_a_network_without_layers_is_refused_in_one_line(tmp_path, one_thread) -
         Port("y", "condition", "float32", (3,)),
     )
     network = Network(Plain().eval().requires_grad_(False), ports, model={"name": "plain"})
-    loaded = Loaded(network, None, (), read_diffusion(None, learned_variance=False), {"kind": "own"})
+    loaded = Loaded(network, None, (), read_process(None, learned_variance=False), {"kind": "own"})
     recipe = Recipe(precision="int8", backend="onnxruntime", output=str(tmp_path / "bundle"))
     with one_thread(), pytest.raises(UsageError, match="int8 has no layer in this network; build fp32") as caught:
         build(recipe, Progress(), loaded=loaded)
