@@ -86,7 +86,7 @@ def test_a_file_of_conditions(captioned, bundle, tmp_path) -> None:
     ):
         with pytest.raises(UsageError, match=said):
             read(tmp_path / name, network)
-    with pytest.raises(UsageError, match="unknown array 'captions'; known: labels, negative.labels"):
+    with pytest.raises(UsageError, match=r"unknown array 'captions'; known: labels, negative\.labels"):
         read(tmp_path / "some.npz", bundle.network)
 
 
