@@ -29,8 +29,8 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from dit_export.passes.dependence import Miss, dependents, row_counts, shared_rows
 
 STEPS = 30  # how often a tensor is made that changes with the timestep; others once
-OP = 50  # vectors: about what a CPU reads in the microseconds that an op costs
-INPUT = 25  # vectors: less than an op, more than layout
+OP = 2 * STEPS  # an op in the loop is worth two vectors a step: one shared projection is handed over block for block
+INPUT = STEPS  # an input of the loop's own is worth one: more than layout, less than an op
 VECTORS = 3  # the rank of rows × vectors × channels, which travel together
 FREE = {"Expand", "Tile", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity"}
 TOTAL = 2**29  # the sum of all costs as integers; scipy counts in int32

@@ -5,6 +5,7 @@ pack = concat(tensors [rows, v, D], axis 1)  [rows, Σ v, D];   tensors = split(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,18 +24,23 @@ class Pack(NamedTuple):
 
 
 def plan(name: str, groups: Sequence[Sequence[gs.Variable]]) -> list[Pack]:
-    """Return the packs of these groups: `name`, `name`_1, …; in a group vectors come first."""
+    """Return the packs of these groups: `name`, `name`_1, …; in a group vectors come first, then the largest."""
     packs: list[Pack] = []
     for group in groups:
         forms: dict[object, list[gs.Variable]] = {}
-        for tensor in sorted(group, key=lambda tensor: len(tensor.shape) != VECTORS):
+        for tensor in group:
             packed = len(tensor.shape) == VECTORS
             forms.setdefault((tensor.shape[2], tensor.dtype) if packed else tensor.name, []).append(tensor)
-        for tensors in forms.values():
+        largest = sorted(forms.values(), key=lambda part: (len(part[0].shape) != VECTORS, -sum(map(_numbers, part))))
+        for tensors in largest:
             sizes = tuple(int(tensor.shape[1]) if len(tensor.shape) > 1 else 1 for tensor in tensors)
             names = tuple(tensor.name for tensor in tensors)
             packs.append(Pack(f"{name}_{len(packs)}" if packs else name, names, sizes))
     return packs
+
+
+def _numbers(tensor: gs.Variable) -> int:
+    return math.prod(tensor.shape[1:])
 
 
 def give(graph: gs.Graph, pack: Pack) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -13,10 +15,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from dit_export.cli import main
-from dit_export.verify import distribution
+from dit_export.verify import distribution, features, fixtures
 from dit_export.verify.features import OnnxJudge, balanced_labels
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Guidance, Manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.sampling.process import Process
 from tests.tamper import seal, swap_vectors
+from tests.verify import tiny
 
 COUNT, CLASSES = 100, 1000
 
@@ -152,6 +158,53 @@ def test_the_same_bundle_against_itself(shared_embedders, tmp_path, capsys):
     rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["checks"]}
     assert rows["same seed, mean, PSNR in dB"]["value"] == 100 and rows["same seed, mean, SSIM"]["value"] == 1
     assert rows["judge's agreement, share"]["limit"] == rows["judge's agreement, share"]["value"] - 0.005
+
+
+def name_judge(bundle: Path, **names: str) -> None:
+    contract = manifest.read(bundle)
+    files = {**contract.files, **{name: manifest.describe(bundle / name) for name in names.values()}}
+    manifest.write(bundle, replace(contract, files=files, built_with={**contract.built_with, "judge": names}))
+
+
+def test_a_bundle_brings_its_judge(shared_embedders, tmp_path, capsys):
+    """With real pictures' statistics or without; its files are checked like all others."""
+    bundle = Path(shutil.copytree(shared_embedders.bundle, tmp_path / "bundle"))
+    command = ["regress", str(bundle), "--threads", "1", "--json", "--count", str(COUNT)]
+    assert main(command) == 2 and "pass --features FILE.onnx" in capsys.readouterr().err
+    network(bundle / "judge.onnx")
+    name_judge(bundle, features="judge.onnx")
+    assert main(command) == 0
+    metrics = {row["metric"] for row in json.loads(capsys.readouterr().out)["checks"]}
+    assert {"judge's agreement, share", "Inception, score"} <= metrics
+    assert "to real pictures, Fréchet distance" not in metrics
+
+    mean, covariance = distribution.fit(by_hand(pictures(1, 300)))
+    np.savez(bundle / "judge.npz", mu=mean, sigma=covariance)
+    name_judge(bundle, features="judge.onnx", real="judge.npz")
+    assert main(command) == 0
+    assert "to real pictures, Fréchet distance" in capsys.readouterr().out
+    with (bundle / "judge.npz").open("r+b") as file:
+        file.seek(100)
+        file.write(b"damaged")
+    assert main(command) == 2 and "judge.npz does not have the sha256" in capsys.readouterr().err
+
+
+def test_conditions_of_a_draw():
+    """Classes as often, other ports by turns of the reference's rows, a negative where there is no constant."""
+    for kind in ("labels", "both", "prompt"):
+        net = tiny.network(kind)
+        guidance = Guidance(tiny.CHANNELS)
+        contract = Manifest(net.model, net.ports, net.null, (), guidance, Process(), ())
+        rows, null = fixtures.conditions(net, 2), fixtures.null(net)
+        reference = SimpleNamespace(condition=rows, negative=null)
+        draw = features.plan_draw(contract, reference, 21)
+        assert (draw.negative is None) == (kind == "labels")
+        if draw.labels is None:
+            assert kind == "prompt"
+        else:
+            assert np.bincount(draw.condition["labels"]).tolist() == [3] * tiny.CLASSES
+        if kind != "labels":
+            assert np.array_equal(draw.condition["prompt"][20], rows["prompt"][0]) and len(draw.condition["mask"]) == 21
 
 
 def test_samples_from_files(meta, tmp_path, capsys):

@@ -159,6 +159,28 @@ def test_where_nothing_right_is_at_hand(meta_copy, regress):
     assert verdict.located[0].startswith("not localized: ") and "--against" in verdict.located[0]
 
 
+def test_verify_and_regress(meta, meta_copy, baseline, capsys):
+    """One command: verify also asks PyTorch at other batches, unless a baseline or another bundle is the truth."""
+
+    def metrics(*arguments: str) -> set[str]:
+        capsys.readouterr()
+        assert main([*arguments, "--threads", "1", "--json"]) == 0
+        return {figure["name"] for figure in json.loads(capsys.readouterr().out)["checks"]}
+
+    asked = {"proof: another condition, rel-L2", "denoiser: prediction at a batch, rel-L2"}
+    bundle = str(meta.bundle)
+    replayed = metrics("regress", bundle)
+    assert not replayed & asked and metrics("verify", bundle) >= replayed | asked
+    assert metrics("verify", bundle, "--no-weights") == replayed == metrics("verify", bundle, "--against", bundle)
+    assert metrics("verify", bundle, "--baseline", str(baseline)) == replayed | {"reference: drift, rel-L2"}
+
+    table = json.loads((meta_copy / "manifest.json").read_text())
+    table["source"]["recipe"]["checkpoint"] = "/nowhere/checkpoint.pt"
+    (meta_copy / "manifest.json").write_text(json.dumps(table))
+    assert main(["verify", str(meta_copy)]) == 2 and "/nowhere" in capsys.readouterr().err
+    assert metrics("regress", str(meta_copy)) == replayed
+
+
 def test_a_baseline_belongs_to_its_weights(later, baseline, regress, tmp_path):
     verdict = regress(later.bundle, "--baseline", str(baseline))
     assert verdict.code == 2 and "of another weights" in verdict.located[0]
