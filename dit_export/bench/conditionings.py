@@ -29,7 +29,6 @@ from dit_export.networks.spec import CONDITIONINGS, ModelSpec, conditioned, mode
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
-from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Stage
 from dit_runtime.cli import Parser, guarded
 from dit_runtime.errors import UsageError
@@ -47,11 +46,11 @@ def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) ->
     """A bundle of made-up weights, of which only the denoiser's files are kept."""
     network = dit_network(synthetic_dit(spec, 0))
     loaded = Loaded(network, None, (), Process(), {"kind": "synthetic", "seed": 0})
-    build_scratch_bundle(folder, loaded, None, Recipe(backend=backend, max_batch=1), progress)
+    contract = build_scratch_bundle(folder, loaded, None, Recipe(backend=backend, max_batch=1), progress)
     for file in folder.iterdir():
         if file.is_file() and not file.name.startswith("denoiser."):
             file.unlink()
-    return manifest.read(folder).step
+    return contract.step
 
 
 def inputs(stage: Stage) -> dict[str, np.ndarray]:

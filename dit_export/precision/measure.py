@@ -112,12 +112,14 @@ def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator
     add_layer_taps(graph, gemms, rng)
     add_peak_taps(graph, tensors)
 
-    def made(tap: gs.Node) -> int:
-        (source,) = tap.inputs[0].inputs or [None]
-        return place.get(id(tap.inputs[0]), -1) if source is None or id(tap.inputs[0]) in place else made(source)
+    def tapped(node: gs.Node) -> int:
+        tensor = node.inputs[0]
+        while id(tensor) not in place and tensor.inputs:
+            tensor = tensor.inputs[0].inputs[0]
+        return place.get(id(tensor), -1)
 
     # ONNX Runtime runs first what stands last, so that no tensor waits for its tap.
-    graph.nodes[count:] = sorted(graph.nodes[count:], key=made, reverse=True)
+    graph.nodes[count:] = sorted(graph.nodes[count:], key=tapped, reverse=True)
 
 
 class RecordingEngine:

@@ -19,12 +19,13 @@ SPEC = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classe
 def test_the_conditionings_are_timed_in_turn(tmp_path, monkeypatch, one_thread) -> None:
     asked = []
     monkeypatch.setattr(conditionings, "in_a_row", lambda step: asked.append(step()) or float(len(asked)))
-    specs = {way: conditioned(SPEC, way) for way in ("in-context", "adaln-single")}
+    specs = {way: conditioned(SPEC, way) for way in ("in-context", "adaln-zero")}
     with one_thread():
         costs = measure(specs, "onnxruntime", 2, 1, tmp_path, Progress(io.StringIO()))
     assert [cost.seconds for cost in costs.values()] == [1.0, 2.0]  # the least of rounds 1, 3 and 2, 4
     assert all({*answer} == {"prediction", "variance"} for answer in asked)
-    assert costs["adaln-single"].gmac - costs["adaln-single"].in_loop > costs["in-context"].gmac > 0
+    hoisted = {way: cost.gmac - cost.in_loop for way, cost in costs.items()}
+    assert hoisted["adaln-zero"] > 3 * hoisted["in-context"] > 0 and min(cost.in_loop for cost in costs.values()) > 0
     kept = {file.name.split(".")[0] for file in tmp_path.glob("*/*")}
     assert kept == {"denoiser"} and not [*tmp_path.glob("*.traced")]  # XL/2's would be 5 times 4 GB
 

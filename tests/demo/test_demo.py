@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, DPMSolverMultistepScheduler
 
-from dit_export.checkpoints.diffusers import read_diffusion, read_transformer
+from dit_export.checkpoints.diffusers import read_process, read_transformer
 from dit_export.checkpoints.labels import pipeline_labels
 from dit_export.demo import card, data, losses, score, store, train
 from dit_export.demo.loop import Stage, fit
@@ -214,7 +214,7 @@ def test_the_toolchain_reads_a_saved_folder(tmp_path: Path) -> None:
     dit, _ = read_transformer(tmp_path / "transformer")
     assert dit.spec == TINY.spec
     assert pipeline_labels(tmp_path, 20) == data.CLASSES
-    diffusion = read_diffusion(tmp_path, learned_variance=True)
+    diffusion = read_process(tmp_path, learned_variance=True)
     assert (diffusion.beta_start, diffusion.beta_end, diffusion.prediction) == (1e-4, 0.02, "epsilon")
 
 

@@ -21,9 +21,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
-def test_show_then_score(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "show", "--weights", str(weights), "-o", str(tmp_path), "--count", "100"]) == 0
     printed = capsys.readouterr().out
     for precision in ("fp32", "int8"):
@@ -48,7 +46,7 @@ def test_show_then_score(
         assert (bundle / name).read_bytes() == (tmp_path / f"demo-{name}").read_bytes()
     assert contract.built_with["judge"] == {"features": "judge.onnx", "real": "judge.npz"}
     assert main(["regress", str(bundle), "--count", "100", "--json"]) == 0
-    rows = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)["metrics"]}
+    rows = {row["metric"]: row["value"] for row in json.loads(capsys.readouterr().out)["checks"]}
     assert 0 <= rows["judge's agreement, share"] <= 1 and rows["to real pictures, Fréchet distance"] > 0
 
 

@@ -13,7 +13,7 @@ import torch
 
 from dit_export.bundle.assemble import Assembly, trace_graphs
 from dit_export.checkpoints import Loaded
-from dit_export.checkpoints.diffusers import read_diffusion
+from dit_export.checkpoints.diffusers import read_process
 from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
@@ -79,7 +79,7 @@ class Scratch(NamedTuple):
 
 
 def scratch(folder: Path, network: Network) -> Scratch:
-    process = read_diffusion(None, network.learned_variance)
+    process = read_process(None, network.learned_variance)
     loaded = Loaded(network, None, (), process, {"kind": "synthetic"})
     recipe, traced = Recipe(backend="onnxruntime", max_batch=4), folder.with_name("traced")
     trace_graphs(traced, loaded, None, Progress())
@@ -90,7 +90,7 @@ def scratch(folder: Path, network: Network) -> Scratch:
 
 
 def outlying_pixart() -> torch.nn.Module:
-    """Return a PixArt in which three channels of every kind of layer's input stand out, and which nothing else shows."""
+    """Return a PixArt in which three channels stand out where layers read it."""
     transformer = tiny.pixart(caption_channels=CHANNELS)
     width = transformer.inner_dim
     channels, s = torch.tensor([5, 23, 61]), torch.tensor(STRETCH)
@@ -98,7 +98,12 @@ def outlying_pixart() -> torch.nn.Module:
     for row in (0, 1, 3, 4):  # shift and scale of both branches
         shared.weight[row * width + channels] *= s[:, None]
         shared.bias[row * width + channels] *= s
+    for row in (2, 5):  # gates: a branch adds less than it reads, as in a trained network
+        shared.weight[row * width : (row + 1) * width] *= 0.3
+        shared.bias[row * width : (row + 1) * width] *= 0.3
     for block in transformer.transformer_blocks:
+        block.scale_shift_table[[2, 5]] *= 0.3
+        block.attn2.to_q.weight *= 0.2  # it reads the residual stream as it is, and attends to more than one token
         table = block.scale_shift_table
         for shift, scale in ((0, 1), (3, 4)):
             table[shift, channels] *= s

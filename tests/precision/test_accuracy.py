@@ -80,9 +80,7 @@ def answers(bundle: Scratch, pipe: Pipeline, questions: Sequence[Question]) -> l
     return found
 
 
-def errors(
-    bundle: Scratch, calibration: Calibration, folder: Path, backend: str, smoothing: bool, ask: Ask
-) -> Errors:
+def errors(bundle: Scratch, calibration: Calibration, folder: Path, backend: str, smoothing: bool, ask: Ask) -> Errors:
     graphs = bundle.graphs()
     *before, denoiser = graphs.values()
     chosen = smooth(before, denoiser, calibration, smoothing)

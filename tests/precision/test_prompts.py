@@ -80,13 +80,13 @@ def test_a_file_of_conditions(captioned, bundle, tmp_path) -> None:
         ("text.npz", "not conditions as .npz"),
         ("half.npz", "not conditions as .npz"),
         ("zip.npz", "not conditions as .npz.*: zip file version 9.9"),
-        ("locked.npz", "not conditions as .npz.* is encrypted"),
+        ("locked.npz", r"not conditions as .npz.* is encrypted"),
         ("nowhere.npz", "nowhere.npz: no such file; expected conditions"),
         ("one.npy", "one.npy: one array without a name; expected conditions as .npz"),
     ):
         with pytest.raises(UsageError, match=said):
             read(tmp_path / name, network)
-    with pytest.raises(UsageError, match="unknown array 'captions'; known: labels, negative.labels"):
+    with pytest.raises(UsageError, match=r"unknown array 'captions'; known: labels, negative\.labels"):
         read(tmp_path / "some.npz", bundle.network)
 
 

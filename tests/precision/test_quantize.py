@@ -21,17 +21,18 @@ from dit_export.precision.measure import Plan, RecordingEngine
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import choose, pack_divisors, smooth
 from dit_runtime.bundle import manifest
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
 from tests.conftest import DIFFUSERS_DEPTH, HIDDEN, PATCH
 from tests.precision.conftest import PLAN, SPEC, Scratch
 
 
-def predictions(bundle: Scratch, graphs: Mapping[str, gs.Graph], folder: Path, backend="onnxruntime") -> np.ndarray:
+def predictions(bundle: Scratch, graphs: Mapping[str, gs.Graph], folder: Path, rows: Rows | None = None) -> np.ndarray:
     """Conditional and null rows over the schedule, before guidance."""
-    with bundle.open(graphs, folder, backend) as pipe:
+    with bundle.open(graphs, folder, "onnxruntime") as pipe:
         times = np.array([999, 700, 400, 100, 10], np.float32)
         noise = np.random.default_rng(7).normal(size=(5, 2, *bundle.network.state.shape)).astype(np.float32)
-        inputs = pipe.engines.inputs(times, bundle.rows(), None, np.ones(2, np.float32))
+        inputs = pipe.engines.inputs(times, rows or bundle.rows(), None, np.ones(2, np.float32))
         return np.concatenate([pipe.engines.denoise(state, inputs, step)[0] for step, state in enumerate(noise)])
 
 
@@ -138,15 +139,17 @@ def test_layers_that_read_one_tensor_share_their_divisors(captioned, captioned_c
 
 
 def test_the_trajectory_is_what_calibration_is_for(bundle, calibration, tmp_path) -> None:
-    """Ranges seen at two timesteps for one class do not hold for all of them."""
+    """Ranges seen at two timesteps for one class do not hold for all of them: the worst row pays for it."""
     short = bundle.calibrate(Plan(pictures=1, steps=2, batch=1))
-    expected, errors = predictions(bundle, bundle.graphs(), tmp_path), []
+    every = [{"labels": np.array([label, SPEC.null_label])} for label in range(SPEC.num_classes)]
+    expected, worst = [predictions(bundle, bundle.graphs(), tmp_path, rows) for rows in every], []
     for seen in (short, calibration):
         graphs = bundle.graphs()
         conditioner, denoiser = graphs.values()
         quantize(denoiser, smooth([conditioner], denoiser, seen))
-        errors.append(error(predictions(bundle, graphs, tmp_path), expected))
-    assert errors[1] < errors[0]
+        got = [predictions(bundle, graphs, tmp_path, rows) for rows in every]
+        worst.append(max(error(*pair) for part in zip(got, expected, strict=True) for pair in zip(*part, strict=True)))
+    assert worst[1] < 0.9 * worst[0]
 
 
 def test_q_and_dq_stand_around_the_token_gemms_only(bundle, calibration, tmp_path) -> None:
