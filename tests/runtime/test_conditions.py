@@ -82,7 +82,8 @@ def test_all_ports_have_as_many_rows(contract) -> None:
 def test_integers_are_within_their_size(contract, values) -> None:
     with pytest.raises(UsageError, match="labels"):
         fit({"labels": np.array(values)}, contract("labels").conditions)
-    np.testing.assert_array_equal(fit({"labels": [5, 0]}, contract("labels").conditions)["labels"], [5, 0])  # the null too
+    rows = fit({"labels": [5, 0]}, contract("labels").conditions)
+    np.testing.assert_array_equal(rows["labels"], [5, 0])  # the null too
 
 
 def checked(contract, **options):
