@@ -245,7 +245,8 @@ class Assembly:
         if not expected or self.runs[name] not in ("step", "end"):
             return {}
         attentions = sum(entry.endswith(ATTENTION) for entry in self.kept_float)
-        quantized = expected.get("quantize", 0) - (len(self.kept_float) - attentions)
+        layers = expected.get("quantize", 0)  # a decoder has none
+        quantized = max(layers - (len(self.kept_float) - attentions), 0)
         fewer = {"cast_to_half": islands, "quantize_attention": attentions, "quantize": 0, "dynamic": 0}
         expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
