@@ -13,7 +13,7 @@ import pytest
 
 from dit_export.bundle.build import build
 from dit_export.demo import run, score, store
-from dit_export.networks.spec import Recipe
+from dit_export.recipe import Recipe
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import NOISE_SOLVERS
