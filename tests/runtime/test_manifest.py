@@ -26,6 +26,8 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "anyOf": lambda value, parts: any(fits(value, part) for part in parts),
     "$ref": lambda value, name: fits(value, SCHEMA["$defs"][name.removeprefix("#/$defs/")]),
     "minimum": lambda value, least: value >= least,
+    "exclusiveMinimum": lambda value, limit: value > limit,
+    "exclusiveMaximum": lambda value, limit: value < limit,
     "minLength": lambda value, least: len(value) >= least,
     "minItems": lambda value, least: len(value) >= least,
     "items": lambda value, part: all(fits(inner, part) for inner in value),

@@ -1,12 +1,13 @@
 """The manifest's `process` section."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import FACTS
-from dit_runtime.sampling.process import Process, Sampler, require_fit
+from dit_runtime.sampling.process import CHOICES, Process, Sampler, require_fit
 from dit_runtime.sampling.solvers import EVALUATIONS, METHODS
 
 FLOW = Process(prediction="velocity", shift=3.0, shift_terminal=0.1, sampler=Sampler("heun", flow_spacing="linspace"))
@@ -87,3 +88,19 @@ def test_every_solver_of_the_facts_has_its_code():
             else:
                 with pytest.raises(UsageError, match="does not fit a model that predicts"):
                     require_fit(process, solver)
+
+
+@pytest.mark.parametrize("process", [Process(), FLOW])
+def test_the_schema_names_every_field_and_choice(process):
+    """manifest.schema.json is for other readers; it says the same."""
+    schema = json.loads((Path(__file__).parents[2] / "runtime/manifest.schema.json").read_text())["$defs"]
+    table, fields = process.to_dict(), schema[process.kind]["properties"]
+    sampler = fields["sampler"]["properties"]
+    assert fields.keys() == table.keys() and sampler.keys() == table["sampler"].keys()
+    assert fields["kind"]["const"] == process.kind
+    of_kind = [name for name, facts in FACTS["solvers"].items() if facts["process"] == process.kind]
+    assert sampler["solver"]["enum"] == of_kind
+    spacing = schema["noise_spacing"] if process.kind == "noise" else sampler["flow_spacing"]
+    assert spacing["enum"] == FACTS["spacings"][process.kind]
+    choices = {**fields, **sampler}
+    assert all(choices[key]["enum"] == [*CHOICES[key]] for key in ("beta_schedule", "variance") if key in choices)
