@@ -37,7 +37,7 @@ from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import QUANTIZED, Options
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.manifest import File, Manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
@@ -96,7 +96,7 @@ class Assembly:
     contract: Manifest | None = None
 
     def run(self) -> Manifest:
-        """Fill the folder and return its manifest, which is not written."""
+        """Fill the folder and return its manifest, which is not written and names no files yet."""
         for name, step, wanted in STEPS:
             if wanted(self):
                 with self.progress.stage(name):
@@ -130,10 +130,12 @@ class Assembly:
             require(self.counts["decoder"], self.decoder.expected_counts())
             onnxfile.name_rows(decoder, "batch")
             self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
-        for name, graph in self.graphs.items():
-            files = onnxfile.save(graph, self.folder / f"{name}.onnx")
-            if len(files) == 1:
-                (self.folder / onnxfile.data_name(files[0])).touch()  # a graph is two files, with weights or without
+
+    def _save(self, name: str) -> None:
+        """Write a graph as it is now; it is two files, with weights or without."""
+        files = onnxfile.save(self.graphs[name], self.folder / f"{name}.onnx")
+        if len(files) == 1:
+            (self.folder / onnxfile.data_name(files[0])).touch()
 
     @property
     def quantizes(self) -> bool:
@@ -158,7 +160,7 @@ class Assembly:
         calibration = self.inputs.calibration
         taps = self.quantizes and calibration is None
         if taps or self.may_overflow or self.options is not None:
-            self._write_fp32_manifest()
+            self._write_fp32()
         if taps or self.may_overflow:
             plan = self.plan or (Plan() if taps else PEAKS_PLAN)
             network, prompts = self.loaded.network, self.inputs.prompts
@@ -171,12 +173,16 @@ class Assembly:
         if calibration is not None:
             self.measured = Measured(calibration, self.measured.peaks)
 
-    def _write_fp32_manifest(self) -> None:
+    def _write_fp32(self) -> None:
+        """Write the fused graphs and a manifest, whose sums are left out: it is read here alone."""
+        for name in self.graphs:
+            self._save(name)
         written = {name: Written("fp32") for name in self.graphs}
         recipe = Recipe(backend=BACKEND, max_batch=self.recipe.max_batch)
-        manifest.write(
-            self.folder, describe(self.folder, self.loaded, recipe, BACKEND, self.graphs, self.runs, written)
-        )
+        contract = describe(self.loaded, recipe, BACKEND, self.graphs, self.runs, written)
+        files = [file for stage in contract.stages for file in stage.onnx_files]
+        sizes = {file: File((self.folder / file).stat().st_size, "") for file in files}
+        manifest.write(self.folder, replace(contract, files=sizes))
 
     def search(self) -> None:
         """Find out which layers stay float, where that was asked for."""
@@ -211,7 +217,7 @@ class Assembly:
             lowerings = self.lowerings if self.runs[name] == "step" else LOWERINGS
             lowered = self.runs[name] in ("step", "end")
             written[name] = self._write(name, graph, lowerings if lowered else {})
-        contract = describe(self.folder, self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
+        contract = describe(self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
         if self.quantizes:
             contract = replace(contract, built_with={**contract.built_with, "quantized": self.covered})
         self.contract = contract
@@ -223,7 +229,7 @@ class Assembly:
         islands = fp32_products(graph, overflows) if half else []
         if half:
             counts["cast_to_half"] = cast_to_half(graph, half, overflows)
-        onnxfile.save(graph, self.folder / f"{name}.onnx")
+        self._save(name)
         engines = {}
         for backend, passes in lowerings.items():
             if precision in backends.backend(backend).PRECISIONS and backends.typed(backend, precision) == half:
@@ -271,6 +277,7 @@ def build_scratch_bundle(
     contract = Assembly(folder, own, loaded, decoder, recipe, backend, progress, inputs=inputs, plan=plan).run()
     if traced is None:
         shutil.rmtree(own)
+    contract = replace(contract, files=manifest.describe_files(folder))
     manifest.write(folder, contract)
     return contract
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx_graphsurgeon as gs
@@ -14,8 +13,7 @@ from dit_export.checkpoints import Loaded
 from dit_export.graph import onnxfile
 from dit_export.recipe import Recipe
 from dit_runtime import backends
-from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest, Stage
+from dit_runtime.bundle.manifest import Guidance, Manifest, Stage
 
 # Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the decoder's activations for 512 px are
 # hundreds of MB, and a batch gains it nothing on a CPU.
@@ -34,7 +32,6 @@ class Written(NamedTuple):
 
 
 def describe(
-    folder: Path,
     loaded: Loaded,
     recipe: Recipe,
     backend: str,
@@ -42,6 +39,7 @@ def describe(
     runs: Mapping[str, str],
     written: Mapping[str, Written],
 ) -> Manifest:
+    """Return the manifest of these stages; its files are still to be named."""
     network = loaded.network
     stages = []
     for name, graph in graphs.items():
@@ -71,12 +69,11 @@ def describe(
         ports=network.ports,
         null=network.null,
         labels=loaded.labels,
-        guidance=manifest.Guidance(
+        guidance=Guidance(
             channels=network.guided_channels or network.state.shape[0], unguided_up_to_one=network.unguided_up_to_one
         ),
         process=loaded.process,
         stages=tuple(stages),
-        files=manifest.describe_files(folder),
         source={**loaded.source, "recipe": asdict(replace(recipe, timing_cache=None))},  # a file of this machine alone
         built_with=built_with | ({"wide": overflows} if overflows else {}),
     )
