@@ -38,8 +38,8 @@ def searched(bundle, tmp_path):
     def run(calibration: Calibration, backend: str, options: SearchOptions, fixed: tuple[str, ...] = ()) -> Found:
         folder = tmp_path / f"copy-{len([*tmp_path.iterdir()])}"
         shutil.copytree(bundle.folder, folder)
-        tried = Search(folder, bundle.network, calibration, backend, None, lambda done, total: None)
-        return Found(*tried.run(options, fixed))
+        with Search(folder, bundle.network, calibration, backend, lambda done, total: None) as tried:
+            return Found(*tried.run(options, fixed))
 
     return run
 
