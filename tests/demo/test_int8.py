@@ -17,9 +17,9 @@ from dit_export.bundle.assemble import NO_INPUTS, Assembly, Inputs, build_scratc
 from dit_export.checkpoints import load
 from dit_export.demo import run, score, store
 from dit_export.graph import trace
+from dit_export.precision import smooth
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.measure import Plan
-from dit_export.precision import smooth
 from dit_export.recipe import Recipe
 from dit_runtime import images
 from dit_runtime.pipeline import Pipeline
