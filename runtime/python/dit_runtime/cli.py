@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(program: str, command: Callable[[], int]) -> int:
-    """Runs a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130."""
+    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130."""
     try:
         return command()
     except (UsageError, OSError) as error:

@@ -72,7 +72,7 @@ class Engine(Protocol):
 
     @property
     def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of inputs and of outputs."""
+        """Return the names of inputs and of outputs."""
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
@@ -84,7 +84,7 @@ class Resident(Engine, Protocol):
     """An engine whose arrays may stay where it computes, from run to run."""
 
     def put(self, values: np.ndarray) -> Any:
-        """The array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
+        """Return the array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
 
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """Write outputs into the device arrays in `into`, by name; return nothing then, and do not wait."""
@@ -99,13 +99,13 @@ def backend(name: str) -> Any:
 
 
 def typed(name: str, precision: str) -> str | None:
-    """The narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
+    """Return the narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
     inner = backend(name).AROUND if precision in QUANTIZED else precision
     return inner if inner in backend(name).TYPED else None
 
 
 def require(name: str, precision: str, tuning: Tuning) -> None:
-    """Refuses, before any work, what a backend cannot build."""
+    """Refuse, before any work, what a backend cannot build."""
     targets = getattr(backend(name), "targets", None)
     if targets is not None:
         targets(precision, tuning)
@@ -114,12 +114,12 @@ def require(name: str, precision: str, tuning: Tuning) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Each backend's version, None where it is not installed."""
+    """Return each backend's version, None where it is not installed."""
     return {name: backend(name).version() for name in BACKENDS}
 
 
 def choose(name: str, precision: str = "fp32") -> str:
-    """`auto` is the fastest that has the precision and runs here, or else compiles here; other names are themselves."""
+    """Return the name, or for `auto` the fastest that has the precision and runs here, or else compiles here."""
     installed = versions()
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":

@@ -36,7 +36,7 @@ def version() -> str | None:
 
 
 def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
-    """Nothing: it runs on every CPU."""
+    """Return None: it runs on every CPU."""
     return None
 
 
@@ -50,7 +50,7 @@ def _saturates() -> bool:
 
 
 def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
-    """No files of its own: the session is made from the ONNX form when it is opened."""
+    """Make no files: the session is made from the ONNX form when it is opened."""
     return Compiled()
 
 

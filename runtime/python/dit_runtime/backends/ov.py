@@ -34,12 +34,12 @@ def version() -> str | None:
 
 
 def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
-    """Nothing: it runs on every CPU."""
+    """Return None: it runs on every CPU."""
     return None
 
 
 def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
-    """No files of its own in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
+    """Make no files in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
     return Compiled()
 
 
@@ -105,7 +105,7 @@ class OvEngine:
         return outputs
 
     def run_at_once(self, asked: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """All of the same shapes, each on its share of the threads."""
+        """Run all of these, of the same shapes, each on its share of the threads."""
         shapes = [asked[0][name].shape for name in self._inputs]
         if self._first is None:
             self._first, self._fixed = (len(asked), shapes), self._requests(len(asked), shapes)
@@ -143,7 +143,7 @@ class Halves:
         self.io, self.close = engine.io, engine.close
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """(B, ...), (G, B, ...) -> (B, ...)."""
+        """Return (B, ...) of (B, ...) and (G, B, ...)."""
         groups = len(inputs[self._grouped[0]])
         if groups == 1:
             return self._engine.run(inputs)

@@ -47,7 +47,6 @@ FLAGS = {  # of Tuning: BuilderFlag
 class Flavour:
     """A backend of this file; its fields are the table of differences."""
 
-    PRECISIONS = tuple(FACTS["precisions"]["tensorrt"])
     AROUND = "fp16"
     TYPED = ("fp16", "bf16")
 
@@ -60,8 +59,12 @@ class Flavour:
     own_graphs: bool  # replays CUDA graphs by itself, else we capture them
     keeps_kernels: bool  # has a runtime cache of what it compiles on the target
 
+    @property
+    def PRECISIONS(self) -> tuple[str, ...]:
+        return tuple(FACTS["precisions"][self.name])
+
     def _package(self) -> tuple[str, str] | None:
-        """The installed one's name and version."""
+        """Return the installed one's name and version."""
         for name in self.packages:
             try:
                 return name, metadata.version(name)
@@ -79,7 +82,7 @@ class Flavour:
         return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
 
     def compile(self, folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
-        """NAME.BACKEND.engine from the bundle's ONNX; refused where the target, the disk or the memory cannot."""
+        """Make NAME.BACKEND.engine from the bundle's ONNX; refuse what the target, the disk or the memory cannot do."""
         self._require_own(options)
         trt, onnx = self.load(), inside(folder, stage.onnx)
         capabilities = self.targets(stage.precision, options.tuning)
@@ -161,7 +164,7 @@ class Flavour:
         )
 
     def load(self) -> Any:
-        """The flavour's module, recent enough."""
+        """Import the flavour's module, recent enough."""
         version = self.version()
         try:
             trt = import_module(self.module)
@@ -173,7 +176,7 @@ class Flavour:
         return trt
 
     def targets(self, precision: str, tuning: Tuning) -> tuple[str, ...]:
-        """The compute capabilities to compile for; refuses what cannot be before any work."""
+        """Return the compute capabilities to compile for; refuse what cannot be before any work."""
         if tuning.hardware_compatibility_level not in HARDWARE:
             level = tuning.hardware_compatibility_level
             raise UsageError(f"hardware-compatibility-level {level!r} is not known; known: {', '.join(HARDWARE)}")
@@ -270,7 +273,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _opens(here: str, built: str, version_compatible: bool) -> bool:
-    """Plans are for one version; a version-compatible one also for later ones of the same major version."""
+    """Return whether a plan opens here: in its own version, a version-compatible one also in later minor ones."""
     mine, its = _numbers(here), _numbers(built)
     return mine == its or (version_compatible and mine[:1] == its[:1] and mine >= its)
 
@@ -284,7 +287,7 @@ def _outside(capability: str, known: Sequence[str], whose: str) -> str | None:
 
 
 def _pool(trt: Any, text: str) -> tuple[Any, int]:
-    """ "workspace:4G" -> its MemoryPoolType and bytes."""
+    """Return the MemoryPoolType and the bytes of "workspace:4G"."""
     name, _, size = text.partition(":")
     kind = getattr(trt.MemoryPoolType, name.upper(), None)
     unit = size[-1:].upper() if size[-1:].isalpha() else ""
@@ -295,7 +298,7 @@ def _pool(trt: Any, text: str) -> tuple[Any, int]:
 
 
 def _preflight(folder: Path, size: int) -> None:
-    """Memory and disk for a graph of `size` bytes, before the work."""
+    """Refuse a graph of `size` bytes before the work, where memory or disk is too small for it."""
     needs = {
         "disk": (int(DISK_FACTOR * size), shutil.disk_usage(folder).free),
         "memory": (MEMORY_FACTOR * size + RESERVE, _available_memory()),
