@@ -13,9 +13,10 @@ import dit_runtime.cli
 from dit_export.cli import main
 from dit_export.recipe import Recipe
 from dit_runtime.backends import Tuning, cuda
-from dit_runtime.backends.trt import Flavour
+from dit_runtime.backends.trt import RTX, TENSORRT, Flavour
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import BundleError
+from dit_runtime.facts import FACTS
 from dit_runtime.verify import Figure
 from tests.conftest import HEADS
 from tests.tamper import edit
@@ -55,6 +56,11 @@ def proven(source: Path, target: Path) -> Path:
 @pytest.fixture
 def bundle(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def test_each_flavour_has_precisions_of_its_own(monkeypatch) -> None:
+    monkeypatch.setitem(FACTS["precisions"], "tensorrt-rtx", ["fp32", "fp16"])
+    assert RTX.PRECISIONS == ("fp32", "fp16") and "bf16" in TENSORRT.PRECISIONS
 
 
 def test_what_a_build_leaves(meta, tmp_path, one_thread) -> None:
