@@ -85,7 +85,7 @@ def test_what_a_build_leaves(meta, tmp_path, one_thread) -> None:
     assert 'compute_capability = ["8.6", "8.9"]' in recipe.to_toml()
     checks = json.loads((bundle / "parity.json").read_text())["checks"]
     names = {check["name"] for check in checks}
-    assert all(check["passed"] for check in checks) and "twin: runs that are not finite" in names
+    assert all(check["passed"] for check in checks) and "twin: run: runs that are not finite" in names
     assert {name.split(": ")[0] for name in names} == {"proof", "twin"}  # no engine ran, and none is said to have
     assert "The engines do not run where this was built" in (bundle / "report.html").read_text()
 
