@@ -158,7 +158,9 @@ def _check_ports(manifest: Manifest) -> None:
             raise ValueError(f"{where} {port.masks!r}, expected a condition port that has tokens and is no mask")
         _expect(port.masks not in masked, where, port.masks, "a port that no other masks")
         _expect(port.shape == other.shape[:1], f"port {port.name}: shape", list(port.shape), list(other.shape[:1]))
-        _expect(port.dtype != "int64" or port.size >= 2, f"port {port.name}: size", port.size, "2 or more, for a mask")
+        _expect(
+            port.dtype != "int64" or port.size >= 2, f"port {port.name}: size", port.size, "2 or more, for it is a mask"
+        )
         masked.add(port.masks)
 
 

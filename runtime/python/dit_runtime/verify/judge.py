@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime import images
 from dit_runtime.bundle import manifest
@@ -75,17 +76,22 @@ def judge(contract: Manifest, reference: Reference, answers: Replay) -> list[Fig
 
 def sampler(contract: Manifest, reference: Reference) -> Iterator[Figure]:
     """Schedule and noise, which no engine has a part in, bit for bit."""
-    steps, betas = len(reference.timesteps), contract.process.betas
-    same = len(betas) == len(reference.betas)
-    wrong = np.flatnonzero(betas != reference.betas) if same else np.arange(max(len(betas), len(reference.betas), 1))
+    wrong = _differences(contract.process.betas, reference.betas)
     where = f"first at t = {wrong[0]}" if len(wrong) else ""
     yield Figure("sampler", "betas that differ", len(wrong), 0, where=where)
     solver = contract.process.sampler.solver
-    times = plan(contract.process, solver, steps // EVALUATIONS[solver])
-    yield Figure("sampler", "timesteps that differ", float(np.count_nonzero(times != reference.timesteps)), 0)
+    times = plan(contract.process, solver, len(reference.timesteps) // EVALUATIONS[solver])
+    yield Figure("sampler", "timesteps that differ", len(_differences(times, reference.timesteps)), 0)
     seeds = [int(seed) for seed in reference.seeds]
     first = draw(seeds, len(seeds))(reference.latents[0].shape)
     yield Figure("sampler", "noise, max abs error", float(np.abs(first - reference.latents[0]).max()), NOISE_ATOL)
+
+
+def _differences(values: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the places where two arrays differ; all of them where their lengths do."""
+    if len(values) != len(reference):
+        return np.arange(max(len(values), len(reference)))
+    return np.flatnonzero(values != reference)
 
 
 def _before_loop(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
