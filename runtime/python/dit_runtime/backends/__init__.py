@@ -1,10 +1,10 @@
 """One file a backend, imported only when it is asked for.
 
 A backend has
-* `PRECISIONS`; `AROUND`, the float type around int8 and fp8; `TYPED`, the narrow types that it computes in where the
-  graph holds them, and only there;
-* `version()`, None where it is not installed; `obstacle(built)`, why it cannot run here, or not the engine
-  of which the manifest says this;
+* `PRECISIONS`; `FLOAT_AROUND_INT8`, the float type around int8 and fp8; `NEEDS_TYPED_GRAPH`, the narrow types that it
+  computes in where the graph holds them, and only there;
+* `version()`, None where it is not installed; `why_unavailable(built)`, why it cannot run here, or not the engine of
+  which the manifest says this;
 * `compile(folder, stage, options, progress)`, which makes engine files of a bundle's stage;
 * `open(files, options)`, which gives an Engine.
 """
@@ -100,8 +100,8 @@ def backend(name: str) -> Any:
 
 def typed(name: str, precision: str) -> str | None:
     """Return the narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
-    inner = backend(name).AROUND if precision in QUANTIZED else precision
-    return inner if inner in backend(name).TYPED else None
+    inner = backend(name).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
+    return inner if inner in backend(name).NEEDS_TYPED_GRAPH else None
 
 
 def require(name: str, precision: str, tuning: Tuning) -> None:
@@ -124,7 +124,7 @@ def choose(name: str, precision: str = "fp32") -> str:
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":
         here = [known for known in able if installed[known]]
-        name = next((known for known in here if backend(known).obstacle() is None), here[0] if here else "")
+        name = next((known for known in here if backend(known).why_unavailable() is None), here[0] if here else "")
         if not name:
             extras = " or ".join(f"'dit-export[{known}]'" for known in able)
             raise UsageError(f"no backend for {precision} is installed: pip install {extras}")

@@ -40,7 +40,7 @@ def _lend(owner: object, handle: Any, name: str) -> Any:
     return handle
 
 
-def obstacle(major: int = 0) -> str | None:
+def why_unavailable(major: int = 0) -> str | None:
     """Return why no GPU can be used here; `major` is the version of CUDA that the driver must have."""
     try:
         driver = call("cudaDriverGetVersion")

@@ -16,8 +16,8 @@ from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 PRECISIONS = tuple(FACTS["precisions"]["onnxruntime"])
-AROUND = "fp32"
-TYPED = ("fp16",)
+FLOAT_AROUND_INT8 = "fp32"
+NEEDS_TYPED_GRAPH = ("fp16",)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 CPU = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -35,7 +35,7 @@ def version() -> str | None:
     return installed[0] if installed else None
 
 
-def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
+def why_unavailable(built: Mapping[str, Any] | None = None) -> str | None:
     """Return None: it runs on every CPU."""
     return None
 

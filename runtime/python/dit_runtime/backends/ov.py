@@ -19,9 +19,9 @@ from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 PRECISIONS = tuple(FACTS["precisions"]["openvino"])
-AROUND = "bf16"
-TYPED: tuple[str, ...] = ()
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": AROUND}  # what OpenVINO computes the fp32 of a graph in
+FLOAT_AROUND_INT8 = "bf16"
+NEEDS_TYPED_GRAPH: tuple[str, ...] = ()
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": FLOAT_AROUND_INT8}  # what OpenVINO computes the fp32 of a graph in
 DEVICE = "CPU"
 UNLIKE = Path("/sys/devices/cpu_atom")  # where Linux keeps the slower cores of a hybrid CPU
 
@@ -33,7 +33,7 @@ def version() -> str | None:
         return None
 
 
-def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
+def why_unavailable(built: Mapping[str, Any] | None = None) -> str | None:
     """Return None: it runs on every CPU."""
     return None
 

@@ -47,8 +47,8 @@ FLAGS = {  # of Tuning: BuilderFlag
 class Flavour:
     """A backend of this file; its fields are the table of differences."""
 
-    AROUND = "fp16"
-    TYPED = ("fp16", "bf16")
+    FLOAT_AROUND_INT8 = "fp16"
+    NEEDS_TYPED_GRAPH = ("fp16", "bf16")
 
     name: str
     module: str
@@ -75,11 +75,11 @@ class Flavour:
     def version(self) -> str | None:
         return (self._package() or ("", None))[1]
 
-    def obstacle(self, built: Mapping[str, Any] | None = None) -> str | None:
+    def why_unavailable(self, built: Mapping[str, Any] | None = None) -> str | None:
         """Return why no engine of it can run here, or not one that was built so; None where it can."""
         if built:
             return self._refusal(built)
-        return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
+        return cuda.why_unavailable() or _outside(cuda.capability(), self.capabilities, self.name)
 
     def compile(self, folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
         """Make NAME.BACKEND.engine from the bundle's ONNX; refuse what the target, the disk or the memory cannot do."""
@@ -100,7 +100,7 @@ class Flavour:
                 raise BundleError(f"{onnx}: {self.name} does not take it: {' '.join(reason.split())}")
             decompose_attention(trt, network)
             types = census(trt, network)
-            gate(stem, types, stage.precision, self.AROUND, options.islands)
+            gate(stem, types, stage.precision, self.FLOAT_AROUND_INT8, options.islands)
             config = self._configure(trt, builder, network, stage, options.tuning, capabilities)
             config.progress_monitor = monitor = monitor_of(trt, progress, stem)
             plan = builder.build_serialized_network(network, config)
@@ -130,7 +130,7 @@ class Flavour:
 
     def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
         """Return the census of an engine that was just built, where it can be opened."""
-        if cuda.obstacle() or _outside(cuda.capability(), capabilities, self.name):
+        if cuda.why_unavailable() or _outside(cuda.capability(), capabilities, self.name):
             return {}
         try:
             runtime = trt.Runtime(logger)
@@ -159,7 +159,7 @@ class Flavour:
             return f"{self.name} is not installed: pip install 'dit-export[{self.name}]'"
         if not _opens(here, str(built.get("version")), "version_compatible" in built.get("tuning", {})):
             return f"built by {self.name} {built.get('version')}, and here is {here}"
-        return cuda.obstacle(int(built.get("cuda", 0))) or _outside(
+        return cuda.why_unavailable(int(built.get("cuda", 0))) or _outside(
             cuda.capability(), [*map(str, built.get("compute_capabilities", ()))], "the engine"
         )
 
@@ -188,7 +188,7 @@ class Flavour:
             raise UsageError(f"timing-cache {cache}: the folder {cache.parent} does not exist")
         least = LEAST_CAPABILITY.get(precision, "0.0")
         if not self.capabilities:
-            if reason := cuda.obstacle():
+            if reason := cuda.why_unavailable():
                 raise UsageError(f"{self.name} compiles on its target alone, and not here: {reason}")
             targets: tuple[str, ...] = (cuda.capability(),)
         else:
