@@ -110,7 +110,7 @@ class Assembly:
     def precisions(self) -> dict[str, str]:
         """Return the precision by how a stage runs; a decoder has that of the float parts of an int8 denoiser."""
         precision = self.recipe.precision
-        around = backends.backend(self.backend).AROUND if precision in QUANTIZED else precision
+        around = backends.backend(self.backend).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
         return {"step": precision, "end": around}
 
     def precision_of(self, stage: str) -> str:

@@ -13,9 +13,10 @@ import dit_runtime.cli
 from dit_export.cli import main
 from dit_export.recipe import Recipe
 from dit_runtime.backends import Tuning, cuda
-from dit_runtime.backends.trt import Flavour
+from dit_runtime.backends.trt import RTX, TENSORRT, Flavour
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import BundleError
+from dit_runtime.facts import FACTS
 from dit_runtime.verify import Figure
 from tests.conftest import HEADS
 from tests.tamper import edit
@@ -55,6 +56,11 @@ def proven(source: Path, target: Path) -> Path:
 @pytest.fixture
 def bundle(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "bundle"))
+
+
+def test_each_flavour_has_precisions_of_its_own(monkeypatch) -> None:
+    monkeypatch.setitem(FACTS["precisions"], "tensorrt-rtx", ["fp32", "fp16"])
+    assert RTX.PRECISIONS == ("fp32", "fp16") and "bf16" in TENSORRT.PRECISIONS
 
 
 def test_what_a_build_leaves(meta, tmp_path, one_thread) -> None:
@@ -156,7 +162,7 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     command = ["compile", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "12.0"]
     before, contract = files(bundle), manifest.read(bundle, engines=False)
 
-    monkeypatch.setattr(dit_runtime.cli, "obstacle", lambda contract: None)
+    monkeypatch.setattr(dit_runtime.cli, "why_unavailable", lambda contract: None)
     wrong = [Figure("denoiser", "prediction, rel-L2", 1.0, 1e-4)]
     monkeypatch.setattr(dit_runtime.cli, "_figures", lambda options: wrong)
     assert run(capsys, *command)[0] == 1
