@@ -20,6 +20,7 @@ from dit_export.bundle.describe import Written, describe
 from dit_export.checkpoints import Loaded
 from dit_export.graph import DECODER, NETWORK, onnxfile, trace
 from dit_export.graph.oracle import Oracle
+from dit_export.networks.codec import Decoder
 from dit_export.passes import LOWERINGS, fuse, require
 from dit_export.passes.stages import Pack
 from dit_export.passes.subpixel import subpixel
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
 NO_INPUTS = Inputs()
 
 
-def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Oracle:
+def trace_graphs(folder: Path, loaded: Loaded, decoder: Decoder | None, progress: Progress) -> Oracle:
     """Write the plain exports of the network and its decoder; return PyTorch's values of the network's tensors."""
     folder.mkdir()
     with progress.stage("trace: network to ONNX"):
@@ -62,7 +63,7 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
         program.save(folder / NETWORK, external_data=True)
     if decoder is not None:
         with progress.stage("trace: decoder to ONNX"):
-            trace.export_decoder(decoder, loaded.network.state.shape).save(folder / DECODER, external_data=True)
+            trace.export_decoder(decoder, loaded.network.state).save(folder / DECODER, external_data=True)
     assert program.exported_program is not None
     return Oracle(program.exported_program)
 
@@ -74,7 +75,7 @@ class Assembly:
     folder: Path
     traced: Path
     loaded: Loaded
-    decoder: trace.Decoder | None
+    decoder: Decoder | None
     recipe: Recipe
     backend: str
     progress: Progress
@@ -261,7 +262,7 @@ class Assembly:
 def build_scratch_bundle(
     folder: Path,
     loaded: Loaded,
-    decoder: trace.Decoder | None,
+    decoder: Decoder | None,
     recipe: Recipe,
     progress: Progress,
     traced: Path | None = None,

@@ -133,9 +133,9 @@ def load_synthetic(recipe: Recipe) -> Loaded:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
     process = read_process(None, prediction=recipe.prediction)
-    spec = specs.sized(specs.model(recipe.model), recipe.resolution)
+    spec = specs.at_resolution(specs.model(recipe.model), recipe.resolution)
     if recipe.conditioning is not None:
-        spec = specs.conditioned(spec, recipe.conditioning)
+        spec = specs.with_conditioning(spec, recipe.conditioning)
     spec = replace(spec, learned_variance=process.prediction != "velocity")
     loaded = class_conditional(synthetic_dit(spec, recipe.synthetic, process.span), process, recipe)
     agree(loaded.network, recipe, "--synthetic")
@@ -168,7 +168,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple
 def public_checkpoint(recipe: Recipe) -> str:
     if recipe.model is None:
         raise UsageError("nothing to build: pass a model, --checkpoint PATH or HUB-ID, or both")
-    resolution = specs.sized(specs.model(recipe.model), recipe.resolution).resolution
+    resolution = specs.at_resolution(specs.model(recipe.model), recipe.resolution).resolution
     if (recipe.model, resolution) not in PUBLIC or recipe.conditioning not in (None, ModelSpec.conditioning):
         way = f" with {recipe.conditioning}" if recipe.conditioning else ""
         raise UsageError(f"no public weights exist for {recipe.model}{way} at {resolution} px: {OTHERWISE}")

@@ -13,7 +13,7 @@ from dit_export.checkpoints import keys
 from dit_export.checkpoints.files import find_weights, read_json, read_weights
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.networks.dit import DiT
-from dit_export.networks.spec import ModelSpec, sized
+from dit_export.networks.spec import ModelSpec, at_resolution
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.process import Process
 
@@ -94,7 +94,7 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
     )
     files = find_weights(folder)
     state = read_weights(files)
-    return keys.read(state, keys.DIFFUSERS, sized(spec, resolution), str(folder)), files
+    return keys.read(state, keys.DIFFUSERS, at_resolution(spec, resolution), str(folder)), files
 
 
 def read_process(

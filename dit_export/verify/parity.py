@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_export.graph.trace import Decoder
-from dit_export.networks import Network
-from dit_export.verify import fixtures
+from dit_export.networks import Network, fixtures
+from dit_export.networks.codec import Decoder
 from dit_export.verify.inputs import grouped
 from dit_export.verify.reference import evaluate, guide
 from dit_runtime.bundle.records import GUIDANCE

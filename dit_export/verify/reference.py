@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from dit_export.graph.oracle import Oracle
-from dit_export.graph.trace import Decoder
-from dit_export.networks import Network
+from dit_export.networks import Network, fixtures
+from dit_export.networks.codec import Decoder
 from dit_export.passes.stages import Pack
-from dit_export.verify import fixtures
 from dit_runtime import images
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.conditions.condition import Rows

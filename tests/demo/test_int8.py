@@ -17,7 +17,7 @@ from dit_export.bundle import assemble
 from dit_export.bundle.assemble import NO_INPUTS, Assembly, Inputs, build_scratch_bundle, trace_graphs
 from dit_export.checkpoints import load
 from dit_export.demo import run, score, store
-from dit_export.graph import trace
+from dit_export.networks.codec import Decoder
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.measure import Plan
 from dit_export.precision.smooth import smooth
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     base = Recipe(checkpoint=str(store.MODEL), backend=backend, max_batch=run.BATCH)
     loaded, traced, progress = load(base), tmp_path / "traced", Progress()
-    decoder = trace.Decoder(loaded.vae).eval()
+    decoder = Decoder(loaded.vae).eval()
     trace_graphs(traced, loaded, decoder, progress)
     judge, labels = store.load_judge(), score.balanced_labels(COUNT)
     real = score.reference_features(judge)

@@ -6,9 +6,10 @@ import onnxruntime
 import pytest
 import torch
 
-from dit_export.graph import onnxfile
+from dit_export.graph import onnxfile, trace
 from dit_export.graph.oracle import Oracle
 from dit_export.passes.attention import plain_attention
+from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from tests.networks import tiny
 from tests.networks.conftest import NETWORKS
@@ -87,3 +88,14 @@ def test_weights_keep_their_names(traced, name) -> None:
     constants = {tensor.name for tensor in onnxfile.constants(onnxfile.load(path))}
     biases = {key for key, weight in network.module.named_parameters() if weight.ndim == 1}
     assert biases <= constants
+
+
+def test_a_decoder_reads_the_state(tmp_path) -> None:
+    class Loud(torch.nn.Module):
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return 2 * latents
+
+    trace.export_decoder(Loud(), Port("sound", "state", "float32", (3, 4))).save(tmp_path / "decoder.onnx")
+    graph = onnxfile.load(tmp_path / "decoder.onnx")
+    assert [tensor.name for tensor in graph.inputs] == ["sound"]
+    assert [tensor.name for tensor in graph.outputs] == ["images"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dit_export.cli import main
+from dit_export.networks import fixtures
 from dit_export.precision.measure import Plan
 from dit_export.precision.prompts import read
-from dit_export.verify import fixtures
 from dit_runtime.errors import UsageError
 from tests.precision.conftest import CHANNELS, TOKENS
 

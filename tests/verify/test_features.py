@@ -15,7 +15,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from dit_export.cli import main
-from dit_export.verify import distribution, features, fixtures
+from dit_export.networks import fixtures
+from dit_export.verify import distribution, features
 from dit_export.verify.features import OnnxJudge, balanced_labels
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Guidance, Manifest

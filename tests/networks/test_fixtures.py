@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dit_export.networks import Network
-from dit_export.verify import fixtures
+from dit_export.networks import Network, fixtures
 from dit_runtime.bundle.manifest import Port
 
 STATE, TIME = Port("x", "state", "float32", (2, 3)), Port("t", "time", "float32", ())
