@@ -24,6 +24,7 @@ from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.spec import ModelSpec
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.records import count_classes
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.process import Process
 
@@ -105,10 +106,10 @@ def read_names(recipe: Recipe, network: Network) -> tuple[str, ...]:
     if not recipe.labels:
         return ()
     path = Path(recipe.labels).expanduser()
-    for port in network.conditions:
-        if port.name == "labels":
-            return read_labels(path, port.size - ("labels" in network.null))
-    raise UsageError(f"{path}: class names, but the network has no labels")
+    classes = count_classes(network.ports, network.null)
+    if not classes:
+        raise UsageError(f"{path}: class names, but the network has no labels")
+    return read_labels(path, classes)
 
 
 def load_source(contract: Manifest, folder: Path) -> Loaded:

@@ -14,7 +14,6 @@ from dit_export.graph.trace import OPSET
 from dit_export.passes import fuse
 from dit_export.passes.stages import SPLIT, Stage, split_stages
 from dit_runtime.bundle.manifest import Port, TensorSpec
-from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run, random_inputs, sensitive
 from tests.passes.test_hoist import empty, layer
 
@@ -213,14 +212,6 @@ def test_a_network_without_conditions_has_no_guidance(run: Run) -> None:
     prediction, variance = run(fused.denoiser, {"x": x, "modulation": vectors})
     np.testing.assert_array_equal(prediction, 2 * x)
     np.testing.assert_array_equal(variance, x)
-
-
-def test_a_port_cannot_have_the_name_of_what_a_stage_gives() -> None:
-    graph, ports = pooled(16)
-    next(tensor for tensor in graph.inputs if tensor.name == "text").name = "context"
-    ports = tuple(Port("context", *list(vars(port).values())[1:]) if port.name == "text" else port for port in ports)
-    with pytest.raises(UsageError, match="a port is called 'context'"):
-        fuse(graph, ports)
 
 
 def test_other_ports_than_the_graphs_inputs_are_noticed() -> None:
