@@ -176,18 +176,6 @@ def layer(
     return result
 
 
-def sign(graph: gs.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Gives inputs and outputs the names of their free dimensions, after checking that they are what is expected."""
-    for tensors, specs in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        if [tensor.name for tensor in tensors] != [spec.name for spec in specs]:
-            raise RuntimeError(f"the graph has {[t.name for t in tensors]}, expected {[spec.name for spec in specs]}")
-        for tensor, spec in zip(tensors, specs, strict=True):
-            fixed = [(got, want) for got, want in zip(tensor.shape, spec.shape, strict=True) if isinstance(want, int)]
-            if np.dtype(tensor.dtype).name != spec.dtype or any(got != want for got, want in fixed):
-                raise RuntimeError(f"{spec.name} is {tensor.dtype} {tensor.shape}, expected {spec.dtype} {spec.shape}")
-            tensor.shape = list(spec.shape)
-
-
 def name_rows(graph: gs.Graph, rows: str) -> None:
     """Give axis 0 of every input and output this name."""
     for tensor in (*graph.inputs, *graph.outputs):

@@ -50,11 +50,6 @@ def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
     return float(gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared)
 
 
-def frechet(a: Floats, b: Floats) -> float:
-    """The distance of the Gaussians fitted to two sets of rows (N, D)."""
-    return gaussian_distance(fit(a), fit(b))
-
-
 def frechet_interval(features: Floats, reference: Floats, rounds: int = 100, seed: int = 0) -> Interval:
     """The distance and 1.96 bootstrap deviations to both sides.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dit_export.arrays import read_arrays
 from dit_export.verify.baseline import LIMITS
-from dit_export.verify.distribution import Floats, Gaussian, fit, gaussian_distance, inception_score
+from dit_export.verify.distribution import Floats, Gaussian, balanced_labels, fit, gaussian_distance, inception_score
 from dit_export.verify.metrics import unit
 from dit_runtime import images
 from dit_runtime.bundle import manifest
@@ -109,11 +109,6 @@ class OnnxJudge:
         judged = Judged(features.reshape(len(pictures), -1), logits[0] if logits else None)
         _require_tables(self._path, judged)
         return judged
-
-
-def balanced_labels(count: int, classes: int) -> NDArray[np.int64]:
-    """All classes as often; spread over them where there are fewer pictures."""
-    return np.arange(count) % classes if count >= classes else np.arange(count) * classes // count
 
 
 class Draw(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from dit_export.networks import Network, fixtures
 from dit_export.networks.codec import Decoder
 from dit_export.passes.stages import Pack
 from dit_runtime import images
+from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
@@ -97,7 +98,7 @@ def make_reference(
         condition=condition,
         negative=null if condition else None,
     )
-    rows, count = fingerprinted(cast(Manifest, network), reference)  # which reads its condition ports alone
+    rows, count = fingerprinted(network.conditions, reference)
     crossing = Crossing(network, oracle, packs, divisors)
     return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
@@ -205,7 +206,8 @@ def save_reference(folder: Path, reference: Reference, packs: Sequence[Pack], di
     np.savez(folder / REFERENCE, **arrays)
 
 
-def load_divisors(folder: Path, packs: Sequence[Pack]) -> Divisors:
-    with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
+def load_divisors(folder: Path, contract: Manifest, packs: Sequence[Pack]) -> Divisors:
+    manifest.check_files(folder, contract, [REFERENCE])
+    with np.load(manifest.inside(folder, REFERENCE), allow_pickle=False) as arrays:
         stored = {pack: arrays[DIVISORS + pack.name] for pack in packs if DIVISORS + pack.name in arrays.files}
     return {pack.name: np.repeat(rows, pack.sizes, axis=0) for pack, rows in stored.items()}
