@@ -35,6 +35,7 @@ PUBLIC: dict[tuple[str, int | str], str] = {  # model, resolution -> the hub's c
     ("XL/2", 256): "facebook/DiT-XL-2-256",
     ("XL/2", 512): "facebook/DiT-XL-2-512",
 }
+KINDS = ("synthetic", "file", "diffusers")  # of a source that a recipe finds again
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ def load_source(contract: Manifest, folder: Path) -> Loaded:
     """The weights that a bundle was built from, found again and known to be the same."""
     if not isinstance(contract.source.get("recipe"), dict):
         raise UsageError(f"{folder}: its manifest does not say what it was built from; try `dit-run verify`")
+    if contract.source.get("kind") not in KINDS:
+        what = f"{folder}: of a program's own network, whose weights no command reads"
+        raise UsageError(f"{what}; run `dit-export regress {folder}`")
     known = {field.name for field in fields(Recipe)}
     if unknown := sorted(contract.source["recipe"].keys() - known):
         what = f"{folder}: the recipe in its manifest has {unknown[0]!r}, which this version does not know"

@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """From every patch to the condition's tokens."""
+    """Attend from every patch to the condition's tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -86,12 +86,9 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.kv(tokens).chunk(2, dim=-1)
-        return keys, values  # (N, L, D) each
-
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.proj(attend(self.q(x), *self.keys_and_values(tokens), self.heads))
+        keys, values = self.kv(tokens).chunk(2, dim=-1)  # (N, L, D) each
+        return self.proj(attend(self.q(x), keys, values, self.heads))
 
 
 class MLP(nn.Module):
@@ -212,19 +209,6 @@ class DiT(nn.Module):
         else:
             conditions = [Condition(tokens=torch.stack(pair, dim=1)) for pair in embedded]
         return conditions * (self.spec.depth // len(conditions))
-
-    def vectors(self, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """All K vectors of a step, in the order in which the loop reads them; (N, K, D)."""
-        conditions = self.conditions(timesteps, labels)
-        rows: list[Tensor | None] = [conditions[0].tokens] if self.spec.scheme.appended else []
-        for block, condition in zip(cast(list[Block], self.blocks), conditions, strict=True):
-            attn, mlp = block.vectors(condition)
-            rows += attn or ()
-            if block.cross is not None and condition.tokens is not None:
-                rows += block.cross.keys_and_values(condition.tokens)
-            rows += mlp or ()
-        rows += self.final.vectors(conditions[0]) or ()
-        return torch.cat([row for row in rows if row is not None], dim=1)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         p = self.spec.patch

@@ -19,6 +19,7 @@ from dit_export.passes.pack import Pack
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.stages import Stage, split_stages
 from dit_runtime.bundle.manifest import Port
+from dit_runtime.errors import UsageError
 
 __all__ = ["LOWERINGS", "Fused", "Pack", "Stage", "fuse", "require"]
 
@@ -68,6 +69,8 @@ def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = N
         "guide": 0,
     }
     if any(port.role == "condition" for port in ports):
+        if [tensor.name for tensor in denoiser.inputs] == [state]:
+            raise UsageError(f"what the network makes of {state!r} depends on neither its time nor a condition")
         counts["guide"] = guide(denoiser, state, guided_channels)
     else:
         unguided(denoiser, state)

@@ -40,7 +40,7 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Figure]:
     condition, null = reference.condition, reference.negative or {}
     span, limit, place = contract.process.span, PROOF_FACTOR * TOLERANCES["fp32"].guided, f"t = {t:g}"
     moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
-    other = fixtures.rolled(condition, null) if condition else {}
+    other = fixtures.another(contract.conditions, condition, null) if condition else {}
 
     def answer(time: float, own: Rows, null: Rows, weights: NDArray[np.float32]) -> NDArray[np.float32]:
         size, parts = contract.step.max_batch, []

@@ -14,6 +14,7 @@ from dit_export.graph.trace import OPSET
 from dit_export.passes import fuse
 from dit_export.passes.stages import SPLIT, Stage, split_stages
 from dit_runtime.bundle.manifest import Port, TensorSpec
+from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run, random_inputs, sensitive
 from tests.passes.test_hoist import empty, layer
 
@@ -218,3 +219,12 @@ def test_other_ports_than_the_graphs_inputs_are_noticed() -> None:
     graph, ports = pooled(16)
     with pytest.raises(RuntimeError, match="expected the ports"):
         fuse(graph, ports[:-1])
+
+
+def test_a_network_that_reads_its_state_alone_is_refused() -> None:
+    graph = empty(x=["n", 4, 8], time=["n"], text=["n", 8])
+    graph.outputs = [layer(graph, "MatMul", [graph.inputs[0], np.eye(8, dtype=np.float32)], ["n", 4, 8])]
+    roles = {"x": "state", "time": "time", "text": "condition"}
+    ports = [Port(tensor.name, roles[tensor.name], "float32", tuple(tensor.shape[1:])) for tensor in graph.inputs]
+    with pytest.raises(UsageError, match="'x' depends on neither its time nor a condition"):
+        fuse(graph, ports)
