@@ -111,6 +111,8 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
+    if recipe.caption_tokens is not None and recipe.caption_tokens < 1:
+        raise UsageError(f"caption-tokens {recipe.caption_tokens}; expected at least 1")
     if recipe.resolution is not None:
         latent_size(recipe.resolution)
     for name in ("keep_float", "calibration", "conditions") if recipe.precision not in backends.QUANTIZED else ():

@@ -87,6 +87,9 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             tokens=tokens,
             spacing=family.flow_spacing,
         )
+        if process.kind != family.process:
+            what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"
+            raise UsageError(f"{what}; {family.name} is trained for a {family.process} process")
         return Loaded(network, None, read_names(recipe, network), process, {}), files
     model, files = read_transformer(folder, recipe.resolution)
     process = read_process(path, model.spec.learned_variance, recipe.prediction)
@@ -198,6 +201,8 @@ def agree(network: Network, recipe: Recipe, where: str) -> None:
     """Refuse a recipe that says another thing about the network than its weights."""
     if recipe.model is not None:
         specs.model(recipe.model)
+    if recipe.caption_tokens is not None and all(port.name != "captions" for port in network.conditions):
+        raise UsageError(f"{where}: caption-tokens {recipe.caption_tokens}, but the network has no captions")
     for field in ("model", "conditioning", "heads"):
         asked, value = getattr(recipe, field), network.model.get("name" if field == "model" else field)
         if asked is not None and asked != value:

@@ -30,7 +30,7 @@ def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Fami
     family, files = FAMILIES[config["_class_name"]], find_weights(folder)
     transformer = read_module(family.name, config, files, str(folder / "config.json"))
     size = latent_size(recipe.resolution) if recipe.resolution else None
-    tokens = recipe.caption_tokens or caption_tokens(folder.parent, family)
+    tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
         return family_network(transformer, size, tokens), files, family
     except UsageError as error:

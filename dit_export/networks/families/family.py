@@ -21,5 +21,10 @@ class Family:
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
     @property
+    def process(self) -> str:
+        """Return the kind of process that the network's predictions and times belong to: "flow" or "noise"."""
+        return "noise" if self.flow_spacing is None else "flow"
+
+    @property
     def default_tokens(self) -> int:
         return next(iter(self.tokens.values()))
