@@ -152,6 +152,12 @@ def test_inspect_counts_ops_and_weights(meta: Built, capsys: Capture) -> None:
     assert table["conditioner"]["outputs"] == {"conditioning": ["float32", "rows", 14, 64]}
     size = meta.bundle.joinpath("denoiser.onnx.data").stat().st_size
     assert table["denoiser"]["weight_bytes"]["float32"] == pytest.approx(size, rel=0.02)
+    assert table["denoiser"]["cut"]["crossing"] == 14 and table["denoiser"]["cut"]["priced_out"] == 0
+    assert "cut" not in table["conditioner"]
+    assert dit_export.cli.main(["inspect", str(meta.bundle)]) == 0
+    size = meta.bundle.joinpath("conditioner.onnx.data").stat().st_size
+    text = capsys.readouterr().out
+    assert f"  left the loop: {size / 1e6:.1f} MB of weights\n  crosses: 14 tensors" in text
     assert dit_export.cli.main(["inspect", str(meta.bundle / "denoiser.onnx")]) == 0
     assert "LayerNormalization 5" in capsys.readouterr().out
     assert dit_export.cli.main(["inspect", str(meta.bundle / "manifest.json")]) == 2

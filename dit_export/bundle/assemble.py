@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -87,6 +87,7 @@ class Assembly:
     runs: dict[str, str] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by stage and pass
     packs: tuple[Pack, ...] = ()
+    cut: dict[str, Any] = field(default_factory=dict)  # what left the loop, what crosses, what is cheaper in it
     measured: Measured = field(default_factory=Measured)
     keep_float: list[str] = field(default_factory=list)  # as a recipe says it
     kept_float: list[str] = field(default_factory=list)  # what it means: layers and attentions
@@ -118,7 +119,8 @@ class Assembly:
     def fuse(self) -> None:
         network = self.loaded.network
         fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, network.guided_channels)
-        require(fused.counts, network.counts)
+        require(fused.counts, network.counts, fused.misses)
+        self.cut = fused.cut.summary()
         for stage in fused.stages:
             self.graphs[stage.name], self.runs[stage.name] = stage.graph, stage.runs
             self.packs += stage.packs
@@ -219,9 +221,8 @@ class Assembly:
             lowered = self.runs[name] in ("step", "end")
             written[name] = self._write(name, graph, lowerings if lowered else {})
         contract = describe(self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
-        if self.quantizes:
-            contract = replace(contract, built_with={**contract.built_with, "quantized": self.covered})
-        self.contract = contract
+        facts = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
+        self.contract = replace(contract, built_with={**contract.built_with, **facts})
 
     def _write(self, name: str, graph: gs.Graph, lowerings: Lowerings) -> Written:
         precision, counts = self.precision_of(name), self.counts.setdefault(name, {})

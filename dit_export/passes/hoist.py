@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from dit_export.graph.inspection import cut_lines
 from dit_export.passes.cut import Cut, cut
 from dit_export.passes.dependence import dependents, extract, shared_rows
 from dit_runtime.errors import UsageError, nearest
 
-SHOWN = 5  # entries of a kind in the table
+SHOWN = 5  # refusals in the table
 
 
 class Hoisted(NamedTuple):
@@ -47,18 +48,7 @@ class Hoisted(NamedTuple):
     def table(self) -> str:
         """Describe what left, what crosses, and what could have left but is cheaper in the loop."""
         crosses = ", ".join(f"{count} x {form}" for form, count in self.crosses.items())
-        lines = [
-            f"left the loop: {self.cut.weights / 1e6:.1f} MB of weights, {len(self.invariant.nodes)} ops",
-            f"crosses, a row: {crosses}",
-        ]
-        if self.cut.direct:
-            lines.append(f"read by the loop as they are: {', '.join(self.cut.direct)}")
-        if priced := self.cut.priced_out:
-            size = sum(entry.weights for entry in priced)
-            lines.append(f"priced out: {len(priced)} ops with {size / 1e6:.1f} MB of weights are cheaper in the loop")
-            for entry in sorted(priced, key=lambda entry: -entry.weights)[:SHOWN]:
-                shape = list(entry.shape[1:])
-                lines.append(f"  {entry.op} {entry.tensor} {shape}: {entry.weights / 1e6:.1f} MB of weights stay")
+        lines = [f"crosses, a row: {crosses}", *cut_lines(self.cut.summary())]
         lines += [f"cannot cross: {miss}" for miss in self.cut.misses[:SHOWN]]
         return "\n".join(lines)
 

@@ -74,7 +74,7 @@ def test_each_size_has_the_vectors_that_its_conditioning_needs(way: str, name: s
     shapes = {tensor.name: list(tensor.shape) for tensor in (*fused.denoiser.inputs, *fused.denoiser.outputs)}
     assert shapes.pop("conditioning") == ["groups", "batch", vectors, spec.hidden]
     assert [stage.name for stage in fused.stages] == ["conditioner"]
-    assert not fused.priced_out
+    assert not fused.cut.priced_out
     assert shapes.pop("guidance") == ["batch"]
     assert shapes == {key: ["batch", 4, side // 8, side // 8] for key in ("latents", "prediction", "variance")}
 

@@ -105,7 +105,7 @@ def test_an_mmdit_hands_over_vectors_and_no_tokens_that_change_every_step(traced
     assert text.name == "context" and set(text.sizes) == {TOKENS}
     assert fused.counts["hoist"] == vectors + len(text.tensors) and fused.counts["pack"] == vectors
     # The first block's text, modulated and projected to q, k and v, changes with the timestep: it stays in the loop.
-    assert [priced.op for priced in fused.priced_out] == ["Mul", "Add", *["MatMul", "Add"] * 3]
+    assert [priced.op for priced in fused.cut.priced_out] == ["Mul", "Add", *["MatMul", "Add"] * 3]
     reads, gives = onnxfile.signature(fused.denoiser)
     assert [spec.name for spec in reads] == ["latents", "context", "conditioning", "guidance"]
     assert gives == (TensorSpec("prediction", "float32", ("batch", *STATE.shape)),)
