@@ -37,4 +37,5 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     network = family.network(transformer.eval().float().requires_grad_(False), size, tokens)
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     model = {"name": name, "resolution": resolution_name(size)} | public
-    return replace(network, model=model, learned_variance=transformer.out_channels == 2 * channels)
+    learned_variance = transformer.out_channels == 2 * channels
+    return replace(network, model=model, learned_variance=learned_variance, counts=family.counts(transformer))
