@@ -40,7 +40,7 @@ KINDS = ("synthetic", "file", "diffusers")  # of a source that a recipe finds ag
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a build starts from."""
+    """Hold what a build starts from."""
 
     network: Network
     vae: AutoencoderKL | None
@@ -50,7 +50,7 @@ class Loaded:
 
 
 def load(recipe: Recipe) -> Loaded:
-    """Weights from the recipe's checkpoint, from the public one of its model, or made up when it says so."""
+    """Read the recipe's checkpoint, or the public one of its model; make weights up where the recipe says so."""
     if recipe.latents_only and recipe.vae:
         raise UsageError(f"got both a VAE ({recipe.vae}) and --latents-only: pass one of them")
     if recipe.synthetic is not None:
@@ -117,7 +117,7 @@ def read_names(recipe: Recipe, network: Network) -> tuple[str, ...]:
 
 
 def load_source(contract: Manifest, folder: Path) -> Loaded:
-    """The weights that a bundle was built from, found again and known to be the same."""
+    """Load the weights that a bundle was built from, and check that they are the same."""
     if not isinstance(contract.source.get("recipe"), dict):
         raise UsageError(f"{folder}: its manifest does not say what it was built from; try `dit-run verify`")
     if contract.source.get("kind") not in KINDS:
@@ -157,7 +157,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
 
 
 def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[AutoencoderKL | None, dict[str, Any]]:
-    """The VAE that was asked for, or the checkpoint's own, and where it came from."""
+    """Load the recipe's VAE, or the checkpoint's own, and say where it came from."""
     if recipe.latents_only:
         return None, {}
     if recipe.vae:
@@ -193,7 +193,7 @@ def transformer_folder(path: Path) -> Path:
 
 
 def named(name: str, path: Path) -> dict[str, Any]:
-    """A path of the user's, or a hub id with its revision: the cache names a snapshot's folder by its commit."""
+    """Return a path, or a hub id with its revision: the cache names a snapshot's folder by its commit."""
     return {"path": name} if Path(name).expanduser() == path else {"hub": name, "revision": path.name}
 
 

@@ -69,7 +69,7 @@ def read_file(path: Path, recipe: Recipe) -> DiT:
 
 
 def conditioning_of(state: Mapping[str, Tensor], names: Mapping[str, list[str]], hidden: int, where: str) -> str:
-    """By what a block holds: adaLN's vectors, or a cross-attention, or neither."""
+    """Tell the conditioning by what a block holds: adaLN's vectors, or a cross-attention, or neither."""
 
     def rows(ours: str) -> int:
         (theirs,) = names.get(ours, [""])

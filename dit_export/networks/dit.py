@@ -130,7 +130,7 @@ def modulation(spec: ModelSpec, vectors: int) -> nn.Module | None:
 
 
 def norm(spec: ModelSpec, eps: float = NORM_EPS) -> nn.LayerNorm:
-    """Without a gain and a shift of its own where adaLN brings them."""
+    """Make a LayerNorm without a gain and a shift of its own where adaLN brings them."""
     return nn.LayerNorm(spec.hidden, eps, elementwise_affine=not spec.scheme.modulation)
 
 
@@ -147,7 +147,7 @@ class Block(nn.Module):
         self.modulation = modulation(spec, self.count)
 
     def vectors(self, condition: Condition) -> tuple[Modulated, Modulated] | tuple[None, None]:
-        """For attention and MLP; the columns are (shift, scale) or (shift, scale, gate) twice."""
+        """Return those for attention and MLP; the columns are (shift, scale) or (shift, scale, gate) twice."""
         if self.modulation is None:
             return None, None
         parts = self.modulation(condition.modulation)[:, None].chunk(self.count, dim=-1)

@@ -10,7 +10,7 @@ from dit_runtime.errors import UsageError, nearest
 
 
 class Conditioning(NamedTuple):
-    """How the timestep and the label reach a network's tokens."""
+    """State how the timestep and the label reach a network's tokens."""
 
     modulation: int = 0  # adaLN's vectors a block: shift and scale twice, 6 with gates; 0: norms with their own gains
     appended: bool = False  # as two tokens beside the patches
@@ -109,7 +109,7 @@ class ModelSpec:
 
     @property
     def gains(self) -> int:
-        """How many of the K vectors are `1 + scale`."""
+        """Return how many of the K vectors are `1 + scale`."""
         return 2 * self.depth + 1 if self.scheme.modulation else 0
 
 
@@ -127,14 +127,14 @@ MODELS = {
 
 
 def model(name: str) -> ModelSpec:
-    """The table's entry, or an error that names the nearest."""
+    """Return the table's entry, or raise an error that names the nearest."""
     if name not in MODELS:
         raise UsageError(f"model {name!r} is not known{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def at_resolution(spec: ModelSpec, resolution: int | str | None) -> ModelSpec:
-    """The same network for pictures of another size."""
+    """Return the same network for images of another size."""
     if resolution is None:
         return spec
     height, width = latent_size(resolution)
@@ -142,12 +142,12 @@ def at_resolution(spec: ModelSpec, resolution: int | str | None) -> ModelSpec:
 
 
 def with_conditioning(spec: ModelSpec, conditioning: str) -> ModelSpec:
-    """The same network, conditioned in another way."""
+    """Return the same network with another conditioning."""
     return replace(spec, conditioning=conditioning)
 
 
 def table_name(spec: ModelSpec) -> str:
-    """The table's name for a network of this shape ("XL/2"), or its depth, width and patch."""
+    """Return the table's name for a network of this shape ("XL/2"), or its depth, width and patch."""
     shape = (spec.depth, spec.hidden, spec.heads)
     size = next((name for name, row in SIZES.items() if row == shape), f"{spec.depth}x{spec.hidden}")
     return f"{size}/{spec.patch}"

@@ -45,10 +45,10 @@ def require(counts: Mapping[str, int], expected: Mapping[str, int], misses: Iter
     """Stop a build whose graph is not the one that the passes know; say which candidates each wrong pass refused."""
     wrong = [name for name, count in counts.items() if count != expected.get(name, count)]
     if wrong:
-        found = "; ".join(f"{name}: {counts[name]}, expected {expected[name]}" for name in wrong)
+        differences = "; ".join(f"{name}: {counts[name]}, expected {expected[name]}" for name in wrong)
         refused = [str(miss) for miss in misses if miss.rewrite in wrong]
         reasons = f"; refused: {'; '.join(refused[:SHOWN])}" if refused else ""
-        raise RuntimeError(f"the exporter's graph is not the one the passes know ({found}{reasons})")
+        raise RuntimeError(f"the exporter's graph is not the one the passes know ({differences}{reasons})")
 
 
 def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = None) -> Fused:

@@ -56,17 +56,17 @@ class Hoisted(NamedTuple):
 def hoist(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str] = ()) -> Hoisted:
     """Split `graph`; `step_inputs` change every step too, and yet are known before the loop, as timesteps are."""
     _check(graph, loop_inputs, step_inputs)
-    found = cut(graph, loop_inputs, step_inputs)
+    loop_cut = cut(graph, loop_inputs, step_inputs)
     ahead = [tensor.name for tensor in graph.inputs if tensor.name not in loop_inputs]
-    if not found.crossing:
-        reasons = "".join(f"; {miss}" for miss in found.misses[:3])
+    if not loop_cut.crossing:
+        reasons = "".join(f"; {miss}" for miss in loop_cut.misses[:3])
         raise UsageError(f"nothing that depends on {', '.join(ahead)} alone is worth hoisting{reasons}")
     shared = shared_rows(graph, loop_inputs)
     own = [tensor.name for tensor in graph.inputs if tensor.name in loop_inputs]
     outputs = [tensor.name for tensor in graph.outputs]
-    invariant = extract(graph, ahead, found.crossing, shared)
-    loop = extract(graph, [*own, *found.direct, *found.crossing], outputs, shared)
-    return Hoisted(invariant, loop, found.crossing, found)
+    invariant = extract(graph, ahead, loop_cut.crossing, shared)
+    loop = extract(graph, [*own, *loop_cut.direct, *loop_cut.crossing], outputs, shared)
+    return Hoisted(invariant, loop, loop_cut.crossing, loop_cut)
 
 
 def _check(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str]) -> None:

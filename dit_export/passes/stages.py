@@ -78,14 +78,14 @@ def _moved(
     """Return the cut of what makes `outputs` by the time, where it is worth a stage."""
     if not outputs:
         return None
-    found = cut(extract(graph, [time, *conditions], outputs, shared), [time])
-    return found if found.weights - found.bytes >= SPLIT else None
+    early = cut(extract(graph, [time, *conditions], outputs, shared), [time])
+    return early if early.weights - early.bytes >= SPLIT else None
 
 
 def _packs(part: gs.Graph, name: str, readers: Sequence[gs.Graph]) -> list[Pack]:
     """Return the packs of the part's outputs; those that other graphs read travel apart."""
     groups: dict[tuple[bool, ...], list[gs.Variable]] = {}
     for tensor in part.outputs:
-        used = tuple(any(given.name == tensor.name for given in reader.inputs) for reader in readers)
+        used = tuple(any(entry.name == tensor.name for entry in reader.inputs) for reader in readers)
         groups.setdefault(used, []).append(tensor)
     return plan(name, list(groups.values()))

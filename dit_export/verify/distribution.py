@@ -33,7 +33,7 @@ class Gaussian(NamedTuple):
 
 
 def fit(rows: Floats) -> Gaussian:
-    """Of rows (N, D), in float64."""
+    """Fit a Gaussian to rows (N, D), in float64."""
     rows = rows.astype(np.float64)
     return Gaussian(rows.mean(0), np.cov(rows, rowvar=False))
 

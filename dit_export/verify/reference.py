@@ -120,7 +120,7 @@ def step_count(shape: Sequence[int], process: Process) -> int:
 
 
 class Evaluation(NamedTuple):
-    """What the network gives for B rows; (B, C, ...) each."""
+    """Hold what the network gives for B rows; (B, C, ...) each."""
 
     conditional: NDArray[np.float32]
     null: NDArray[np.float32]  # with what guidance leads away from

@@ -69,7 +69,7 @@ def page_of_gate(name: str, result: Result) -> Page:
 
 
 def require_place(path: Path, bundle: Path) -> bool:
-    """Whether it is the bundle's own report; no other file of a bundle is written over."""
+    """Return whether it is the bundle's own report; refuse any other path inside the bundle."""
     within = path.resolve().is_relative_to(bundle.resolve())
     if within and path.resolve() != bundle.resolve() / NAME:
         raise UsageError(f"{path}: inside the bundle, where only {NAME} may stand; choose another place")
@@ -224,12 +224,12 @@ def _sensitivity(layers: Sequence[Sensitivity]) -> str:
             f'</span><span class="value">{note}</span></div>'
         )
 
-    kept = sum(layer.in_float for layer in layers)
+    in_float = sum(layer.in_float for layer in layers)
     text = f'<div class="bars">{"".join(map(bar, layers[:BARS]))}</div>'
     if rest := layers[BARS:]:
         more = "".join(map(bar, rest))
         text += f'<details><summary>the other {len(rest)} layers</summary><div class="bars">{more}</div></details>'
-    line = f"The error that quantizing one layer alone causes. {kept} of {len(layers)} stay in float."
+    line = f"The error that quantizing one layer alone causes. {in_float} of {len(layers)} stay in float."
     return f'<h2>Sensitivity of layers</h2>\n<p class="quiet">{line}</p>\n{text}'
 
 
@@ -252,7 +252,7 @@ def _sizes(page: Page) -> str:
 
 
 def _wide(contract: Manifest) -> str:
-    """What a typed graph keeps in fp32 because of what it reached."""
+    """Show what a half-precision graph keeps in fp32, and the largest value seen there."""
     overflows = contract.built_with.get("wide", {})
     rows = [[stage, name, f"{peak:.4g}"] for stage, peaks in overflows.items() for name, peak in peaks.items()]
     if not rows:

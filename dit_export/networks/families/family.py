@@ -1,4 +1,4 @@
-"""What a class of diffusers needs to become a Network."""
+"""The record that makes a class of diffusers a Network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dit_export.networks import Network
 
 @dataclass(frozen=True)
 class Family:
-    """How a transformer of one class becomes a Network, and which of its configs are covered."""
+    """State how a transformer of one class becomes a Network, and which of its configs are covered."""
 
     name: str  # the class in diffusers
     network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, tokens of a caption
