@@ -48,6 +48,18 @@ def test_a_failed_gate_replaces_nothing(
     assert sorted(path.name for path in meta_copy.parent.iterdir()) == [meta_copy.name, failed.name]
 
 
+def test_a_failed_build_keeps_the_good_calibration(
+    meta_copy: Path, checkpoint: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = meta_copy.with_name(f"{meta_copy.name}.calibration.npz")
+    good.write_bytes(b"good")
+    strict = replace(dit_runtime.verify.TOLERANCES["int8"], latents=0.0)
+    monkeypatch.setitem(dit_runtime.verify.TOLERANCES, "int8", strict)
+    assert main([*checkpoint, "--precision", "int8", "--backend", "onnxruntime", "-o", str(meta_copy)]) == 1
+    assert good.read_bytes() == b"good"
+    assert meta_copy.with_name(f"{meta_copy.name}.failed.calibration.npz").is_file()
+
+
 def test_a_build_that_breaks_off_leaves_nothing(
     meta_copy: Path, checkpoint: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

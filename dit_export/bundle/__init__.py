@@ -1,1 +1,1 @@
-"""From a recipe to a verified bundle."""
+"""Build a verified bundle from a recipe."""

@@ -1,4 +1,4 @@
-"""The files of a bundle from a network, in named steps: trace, fuse, measure, search, quantize, write.
+"""Make the files of a bundle from a network in named steps: trace, fuse, measure, search, quantize, write.
 
 The network is traced and fused once, in fp32. What a precision must know is measured in one run of those fused graphs.
 Nothing here proves that the result is right; `build.py` does.
@@ -22,6 +22,7 @@ from dit_export.graph import DECODER, NETWORK, onnxfile, trace
 from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import Decoder
 from dit_export.passes import LOWERINGS, fuse, require
+from dit_export.passes.dependence import Miss
 from dit_export.passes.stages import Pack
 from dit_export.passes.subpixel import subpixel
 from dit_export.passes.update import update
@@ -29,14 +30,14 @@ from dit_export.precision import attention
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
 from dit_export.precision.layers import ATTENTION, coverage, find, named
-from dit_export.precision.measure import BACKEND, PEAKS_PLAN, Measured, Plan, measure
+from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure
 from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
 from dit_export.precision.search import LayerSensitivity, Search, SearchOptions
 from dit_export.precision.smooth import pack_divisors, smooth
 from dit_export.recipe import Recipe
 from dit_runtime import backends
-from dit_runtime.backends import QUANTIZED, Options
+from dit_runtime.backends import PORTABLE_BACKEND, QUANTIZED
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import File, Manifest
 from dit_runtime.errors import UsageError
@@ -46,7 +47,7 @@ Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
 
 
 class Inputs(NamedTuple):
-    """What a user brings along for int8 and fp8."""
+    """A user's own inputs for int8 and fp8."""
 
     calibration: Calibration | None = None
     prompts: Prompts | None = None
@@ -86,11 +87,12 @@ class Assembly:
     graphs: dict[str, gs.Graph] = field(default_factory=dict)  # by stage
     runs: dict[str, str] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by stage and pass
+    misses: tuple[Miss, ...] = ()  # of the passes on the network
     packs: tuple[Pack, ...] = ()
     cut: dict[str, Any] = field(default_factory=dict)  # what left the loop, what crosses, what is cheaper in it
     measured: Measured = field(default_factory=Measured)
-    keep_float: list[str] = field(default_factory=list)  # as a recipe says it
-    kept_float: list[str] = field(default_factory=list)  # what it means: layers and attentions
+    keep_float: list[str] = field(default_factory=list)  # entries of a recipe
+    float_layers: list[str] = field(default_factory=list)  # the layers and attentions that they mean
     covered: float = 0.0  # share of the loop's weights in int8 or fp8
     sensitivity: list[LayerSensitivity] = field(default_factory=list)
     lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
@@ -108,7 +110,7 @@ class Assembly:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """Precision by how a stage runs; beside an int8 or fp8 denoiser, convolutions are as its float parts."""
+        """Return the precision by how a stage runs; a decoder has that of the float parts of an int8 denoiser."""
         precision = self.recipe.precision
         around = backends.backend(self.backend).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
         return {"step": precision, "end": around}
@@ -119,8 +121,8 @@ class Assembly:
     def fuse(self) -> None:
         network = self.loaded.network
         fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, network.guided_channels)
-        require(fused.counts, network.counts, fused.misses)
-        self.cut = fused.cut.summary()
+        self.misses, self.cut = fused.misses, fused.cut.summary()
+        require(fused.counts, network.counts, self.misses)
         for stage in fused.stages:
             self.graphs[stage.name], self.runs[stage.name] = stage.graph, stage.runs
             self.packs += stage.packs
@@ -135,7 +137,7 @@ class Assembly:
             self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
 
     def _save(self, name: str) -> None:
-        """Write a graph as it is now; it is two files, with weights or without."""
+        """Write a graph in its present form; it is two files, with weights or without."""
         files = onnxfile.save(self.graphs[name], self.folder / f"{name}.onnx")
         if len(files) == 1:
             (self.folder / onnxfile.data_name(files[0])).touch()
@@ -177,41 +179,40 @@ class Assembly:
             self.measured = Measured(calibration, self.measured.peaks)
 
     def _write_fp32(self) -> None:
-        """Write the fused graphs and a manifest, whose sums are left out: it is read here alone."""
+        """Write the fused graphs and a manifest without checksums, which nothing but the next steps reads."""
         for name in self.graphs:
             self._save(name)
         written = {name: Written("fp32") for name in self.graphs}
-        recipe = Recipe(backend=BACKEND, max_batch=self.recipe.max_batch)
-        contract = describe(self.loaded, recipe, BACKEND, self.graphs, self.runs, written)
+        recipe = Recipe(backend=PORTABLE_BACKEND, max_batch=self.recipe.max_batch)
+        contract = describe(self.loaded, recipe, PORTABLE_BACKEND, self.graphs, self.runs, written)
         files = [file for stage in contract.stages for file in stage.onnx_files]
         sizes = {file: File((self.folder / file).stat().st_size, "") for file in files}
         manifest.write(self.folder, replace(contract, files=sizes))
 
     def search(self) -> None:
-        """Find out which layers stay float, where that was asked for."""
-        assert self.options is not None and self.measured.calibration is not None
-        decoder = None
-        if self.decoder is not None:
-            decoder = backends.backend(BACKEND).open([self.folder / "decoder.onnx"], Options())
+        """Choose the layers that stay float, and name them in the recipe."""
+        calibration = self.measured.calibration
+        assert self.options is not None and calibration is not None
 
         def tick(done: int, total: int) -> None:
             self.progress.step(done, total, "layers")
 
-        search = Search(self.folder, self.loaded.network, self.measured.calibration, self.backend, decoder, tick)
-        self.keep_float, self.sensitivity = search.run(self.options, self.keep_float)
+        with Search(self.folder, self.loaded.network, calibration, self.backend, tick) as search:
+            self.keep_float, self.sensitivity = search.run(self.options, self.keep_float)
+        self.recipe = replace(self.recipe, keep_float=self.keep_float or None)
 
     def quantize(self) -> None:
         denoiser, calibration = self.graphs["denoiser"], self.measured.calibration
         assert calibration is not None
         before = [graph for name, graph in self.graphs.items() if self.runs[name] not in ("step", "update", "end")]
-        kept = named(find(denoiser), self.keep_float)
+        self.float_layers = named(find(denoiser), self.keep_float)
         chosen = smooth(before, denoiser, calibration)
-        grids = attention.steps(denoiser, calibration, kept)
+        grids = attention.steps(denoiser, calibration, self.float_layers)
         self.lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
         self.divisors = pack_divisors(denoiser, chosen)
-        self.kept_float = kept
-        self.covered = coverage(denoiser, [layer for layer in find(denoiser) if layer.name not in kept])
-        self.counts["denoiser"]["quantize"] = quantize(denoiser, chosen, kept, kind=self.recipe.precision)
+        self.covered = coverage(denoiser, [layer for layer in find(denoiser) if layer.name not in self.float_layers])
+        quantized = quantize(denoiser, chosen, self.float_layers, kind=self.recipe.precision)
+        self.counts["denoiser"]["quantize"] = quantized
 
     def write(self) -> None:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""
@@ -240,7 +241,7 @@ class Assembly:
                 counts |= fired
                 if any(fired.values()):
                     engines[backend] = onnxfile.save(form, self.folder / f"{name}.{backend}.onnx")
-        require(counts, self._expected(name, len(islands)))
+        require(counts, self._expected(name, len(islands)), self.misses)
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
 
     def _expected(self, name: str, islands: int) -> dict[str, int]:
@@ -252,9 +253,9 @@ class Assembly:
             expected = dict(self.loaded.network.counts)
         if not expected or self.runs[name] not in ("step", "end"):
             return {}
-        attentions = sum(entry.endswith(ATTENTION) for entry in self.kept_float)
+        attentions = sum(entry.endswith(ATTENTION) for entry in self.float_layers)
         if "quantize" in expected:  # a decoder has no such layer, and diffusers' classes do not predict them
-            quantized = max(expected["quantize"] - (len(self.kept_float) - attentions), 0)
+            quantized = max(expected["quantize"] - (len(self.float_layers) - attentions), 0)
             expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
         fewer = {"cast_to_half": islands, "quantize_attention": attentions}
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
@@ -271,14 +272,14 @@ def build_scratch_bundle(
 ) -> Manifest:
     """Write a bundle without a reference and without a proof: to measure, never to ship."""
     folder.mkdir()
-    own = traced or folder.with_name(f"{folder.name}.traced")
-    if not own.exists():
-        trace_graphs(own, loaded, decoder, progress)
+    plain = traced or folder.with_name(f"{folder.name}.traced")
+    if not plain.exists():
+        trace_graphs(plain, loaded, decoder, progress)
     backend = backends.choose(recipe.backend, recipe.precision)
     plan = Plan(pictures=1, steps=4, batch=1)
-    contract = Assembly(folder, own, loaded, decoder, recipe, backend, progress, inputs=inputs, plan=plan).run()
+    contract = Assembly(folder, plain, loaded, decoder, recipe, backend, progress, inputs=inputs, plan=plan).run()
     if traced is None:
-        shutil.rmtree(own)
+        shutil.rmtree(plain)
     contract = replace(contract, files=manifest.describe_files(folder))
     manifest.write(folder, contract)
     return contract
@@ -286,11 +287,7 @@ def build_scratch_bundle(
 
 STEPS: tuple[tuple[str, Callable[[Assembly], None], Callable[[Assembly], bool]], ...] = (  # and whether it is needed
     ("fuse: hoist, fold gains, pack, guidance, sub-pixel", Assembly.fuse, lambda assembly: True),
-    (
-        "measure: the fused graphs at work",
-        Assembly.measure,
-        lambda assembly: assembly.quantizes or assembly.may_overflow,
-    ),
+    ("measure: the fused graphs at work", Assembly.measure, lambda assembly: assembly.measures),
     ("search: layers in turn", Assembly.search, lambda assembly: assembly.options is not None),
     ("quantize", Assembly.quantize, lambda assembly: assembly.quantizes),
     ("write", Assembly.write, lambda assembly: True),

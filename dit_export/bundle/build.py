@@ -1,4 +1,4 @@
-"""A recipe to a verified bundle: load, trace, assemble, make the reference, compile, verify, and put in place."""
+"""Build a verified bundle from a recipe: load, trace, assemble, make the reference, compile, verify, put in place."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
 PARITY = "parity.json"
+SEARCHED = 2  # copies of the weights that a search has on disk: the smoothed graphs, and two forms in int8
 
 
 def default_folder(loaded: Loaded, recipe: Recipe, backend: str) -> Path:
@@ -69,7 +70,8 @@ def build(
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
     with _partial(folder) as partial:
-        _require_disk(partial, loaded, 4 if backends.typed(backend, recipe.precision) else 2)
+        copies = 4 if backends.typed(backend, recipe.precision) else 2
+        _require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
         decoder = Decoder(loaded.vae).eval() if loaded.vae is not None else None
         plain = partial / "plain"
         oracle = trace_graphs(plain, loaded, decoder, progress)
@@ -102,7 +104,7 @@ def build(
         manifest.write(partial, replace(contract, files=files, parity=summary(built)))
         built = replace(built, folder=_put_in_place(partial, folder, built.passed))
     if assembly.measured.calibration is not None and recipe.calibration is None:
-        assembly.measured.calibration.save(folder.with_name(f"{folder.name}.calibration.npz"))
+        assembly.measured.calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))
     return built
 
 
@@ -160,13 +162,16 @@ def _verify(partial: Path, loaded: Loaded, decoder: Decoder | None, progress: Pr
     """Run the proof, then each graph against PyTorch, then the replay that `dit-run verify` does."""
     built = check(partial, loaded, decoder, progress)
     figures = {"proof_figures": built.proof, "checks": built.checks}
-    table = summary(built) | {name: [figure.to_dict() for figure in found] for name, found in figures.items()}
+    table = summary(built) | {name: [figure.to_dict() for figure in rows] for name, rows in figures.items()}
     (partial / PARITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return built
 
 
 def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
-    """The traced graph and the bundle's own are on disk at one time; a typed one's fp32 form and engine besides."""
+    """Refuse a disk without room for `copies` of the weights: two are the traced graph and the bundle's own.
+
+    A typed bundle has its fp32 form and its engine as well.
+    """
     modules = [loaded.network.module] + ([loaded.vae.decoder] if loaded.vae is not None else [])
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     needed, free = copies * weights + (64 << 20), shutil.disk_usage(partial).free
@@ -181,7 +186,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 @contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    """A folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
+    """Make a folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
     _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
@@ -193,7 +198,7 @@ def _partial(folder: Path) -> Iterator[Path]:
 
 
 def _put_in_place(partial: Path, folder: Path, passed: bool) -> Path:
-    """Renames; a bundle that failed goes to FOLDER.failed, to be looked at, and replaces nothing."""
+    """Rename the folder; a bundle that failed goes to FOLDER.failed, to be looked at, and replaces nothing."""
     if not passed:
         folder = folder.with_name(folder.name + ".failed")
         _refuse_foreign(folder)

@@ -1,4 +1,4 @@
-"""The manifest of what was written, and with which tools."""
+"""Describe in a manifest what was written, and with which tools."""
 
 from __future__ import annotations
 

@@ -154,6 +154,16 @@ def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
     return (path.name, *used)
 
 
+@contextmanager
+def temporary(graph: gs.Graph, path: Path) -> Iterator[list[Path]]:
+    """Yield the files of a graph that is saved for a while; those of its own are gone afterwards."""
+    try:
+        yield [path.with_name(name) for name in save(graph, path)]
+    finally:
+        for name in (path.name, data_name(path.name)):
+            path.with_name(name).unlink(missing_ok=True)
+
+
 def _mapped_from(values: np.ndarray, folder: Path) -> tuple[str, int] | None:
     """Return file and offset of a whole memory map of a file in `folder`; a view of it has another place."""
     if isinstance(values, np.memmap) and isinstance(values.base, mmap.mmap):

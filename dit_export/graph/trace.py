@@ -19,7 +19,7 @@ OPSET = 23  # the first with Attention, so that a backend's passes choose its fo
 
 
 def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> torch.onnx.ONNXProgram:
-    """Trace a module to ONNX, axis 0 of all inputs and outputs free; `save(…, external_data=True)` has no 2 GB limit."""
+    """Trace a module to ONNX, axis 0 of inputs and outputs free; `save(…, external_data=True)` has no 2 GB limit."""
     # A named Dim wants a range, and diffusers' upsampling branches at 64 rows; several inputs have as many rows each.
     rows: Any = torch.export.Dim.DYNAMIC if len(inputs) == 1 else torch.export.Dim("rows")
     with warnings.catch_warnings(), torch.no_grad():

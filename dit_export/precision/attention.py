@@ -22,17 +22,17 @@ from dit_runtime.errors import UsageError
 
 BACKENDS = ("openvino",)  # where it was measured to gain; elsewhere attention is a fused float op
 Pass = Callable[[gs.Graph], int]
-Steps = Mapping[str, Sequence[float]]  # by the name of what Attention gives: the grids of q and k
+Steps = Mapping[str, Sequence[float]]  # the grids of q and k, by the name of Attention's output
 
 
 def steps(denoiser: gs.Graph, calibration: Calibration, keep: Collection[str]) -> Steps:
-    """Of a denoiser whose GEMMs are not quantized yet; without those to keep."""
+    """Return the grids of all attentions but those to keep; no GEMM of the denoiser is quantized yet."""
     layers = find(denoiser)
-    outputs = {one.name: calibration.layers[one.name].output for one in layers if one.scored}
+    outputs = {layer.name: calibration.layers[layer.name].output for layer in layers if layer.scored}
     if missing := [name for name, output in outputs.items() if output is None]:
         raise UsageError(f"the calibration has no output of {missing[0]}; calibrate anew")
     grids = {}
-    for proj in (one for one in layers if one.kind == "proj" and f"block {one.block} {ATTENTION}" not in keep):
+    for proj in (layer for layer in layers if layer.kind == "proj" and f"block {layer.block} {ATTENTION}" not in keep):
         qkv = outputs.get(f"block {proj.block} qkv")
         parts = [outputs.get(f"block {proj.block} {kind}") for kind in ("query", "key")]
         if qkv is not None:
@@ -43,7 +43,7 @@ def steps(denoiser: gs.Graph, calibration: Calibration, keep: Collection[str]) -
 
 
 def passes(backend: str, grids: Steps) -> tuple[Pass, ...]:
-    """What a backend's form of an int8 denoiser takes."""
+    """Return the passes that make a backend's form of an int8 denoiser."""
 
     def quantize_attention(graph: gs.Graph) -> int:
         matches = [node for node in graph.nodes if is_plain(node) and node.outputs[0].name in grids]

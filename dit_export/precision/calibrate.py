@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from dit_export.arrays import read_arrays
-from dit_export.graph.onnxfile import layer
+from dit_export.graph import onnxfile
 from dit_export.precision.layers import Layer
 from dit_runtime.errors import UsageError
 
@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 class LayerStatistics:
     largest: Floats  # (K,): magnitude a channel, over everything
     sample: Floats  # (rows, K)
-    output: Floats | None = None  # (N,): magnitude a channel of the layer's output; for what attention scores read
+    output: Floats | None = None  # (N,): magnitude a channel of the layer's output, where attention scores read it
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,15 @@ class Calibration:
 
 def add_layer_taps(graph: gs.Graph, layers: Sequence[Layer], rng: np.random.Generator) -> None:
     """Add the outputs that calibration reads."""
-    tokens = [int(one.x.shape[1]) for one in layers]
-    places = [np.sort(rng.choice(count, min(TOKENS, count), replace=False)) for count in tokens]
-    for one, chosen in zip(layers, places, strict=True):
-        sample = layer(graph, "Gather", [one.x, chosen], f"{one.name}{SAMPLE}", axis=1)
-        taps = [(sample, ["rows", len(chosen), one.x.shape[-1]])]
-        for tensor, end in ((one.x, LARGEST), (one.y, OUTPUT)) if one.scored else ((one.x, LARGEST),):
-            magnitude = layer(graph, "Abs", [tensor], f"{one.name}{end}/abs")
-            largest = layer(graph, "ReduceMax", [magnitude, np.array([0, 1])], f"{one.name}{end}", keepdims=0)
+    for layer in layers:
+        count = int(layer.x.shape[1])
+        chosen = np.sort(rng.choice(count, min(TOKENS, count), replace=False))
+        sample = onnxfile.layer(graph, "Gather", [layer.x, chosen], f"{layer.name}{SAMPLE}", axis=1)
+        taps = [(sample, ["rows", len(chosen), *layer.x.shape[2:]])]
+        for tensor, end in ((layer.x, LARGEST), (layer.y, OUTPUT)) if layer.scored else ((layer.x, LARGEST),):
+            magnitude = onnxfile.layer(graph, "Abs", [tensor], f"{layer.name}{end}/abs")
+            axes = np.arange(len(tensor.shape) - 1)  # all but the channels
+            largest = onnxfile.layer(graph, "ReduceMax", [magnitude, axes], f"{layer.name}{end}", keepdims=0)
             taps.append((largest, [tensor.shape[-1]]))
         for tap, shape in taps:
             tap.dtype, tap.shape = np.dtype(np.float32), shape

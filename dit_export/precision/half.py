@@ -68,18 +68,19 @@ def cast_to_half(graph: gs.Graph, precision: str, overflows: Collection[str] = (
 def half_tensors(graph: gs.Graph) -> list[gs.Variable]:
     """Return the tensors around products, biases and GELUs that half precision would store."""
     held: set[int] = set()
-    found: dict[str, gs.Variable] = {}
+    stored: dict[str, gs.Variable] = {}
     for node in graph.nodes:
         if _is_narrow(node, held, ()):
             held |= {id(output) for output in node.outputs}
             if node.op not in FOLLOWERS or node.op == "Gelu":
                 tensors = (*node.inputs, *node.outputs)
-                found |= {one.name: one for one in tensors if isinstance(one, gs.Variable) and not one.is_empty()}
-    return list(found.values())
+                variables = [tensor for tensor in tensors if isinstance(tensor, gs.Variable) and not tensor.is_empty()]
+                stored |= {tensor.name: tensor for tensor in variables}
+    return list(stored.values())
 
 
 def fp32_products(graph: gs.Graph, overflows: Collection[str]) -> list[gs.Node]:
-    """Return the products that stay fp32 for the sake of `overflows`."""
+    """Return the products that stay fp32 because they touch a tensor in `overflows`."""
     return [node for node in graph.nodes if node.op in PRODUCTS and _touches(node, overflows)]
 
 

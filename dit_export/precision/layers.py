@@ -1,4 +1,4 @@
-"""The token GEMMs of a denoiser, found by structure: what feeds them and what reads them says which they are."""
+"""Find the token GEMMs of a denoiser by structure: what feeds them and what reads them says which they are."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ MOVERS = {"Reshape", "Transpose", "Identity", "Cast", "Tile"}
 
 @dataclass(frozen=True)
 class Layer:
+    """A token GEMM and its place in the network."""
+
     block: int
     kind: str  # qkv, or query, key and value; proj, fc1, fc2; q and cross, a cross-attention's two
     gemm: gs.Node  # MatMul(x, W) with a constant W [K, N]
@@ -30,7 +32,7 @@ class Layer:
 
     @property
     def scored(self) -> bool:
-        """Whether attention's scores are made of its output as it is."""
+        """Return whether attention's scores are made of its output directly."""
         return self.kind in ("qkv", "query", "key") and self.direct
 
     @property
@@ -39,7 +41,7 @@ class Layer:
 
     @property
     def y(self) -> gs.Variable:
-        """With the bias."""
+        """Return the output, which has the bias."""
         return self.add.outputs[0]
 
     @property
@@ -48,13 +50,13 @@ class Layer:
 
     @property
     def add(self) -> gs.Node:
-        """Of the bias."""
+        """Return the node that adds the bias."""
         (add,) = self.gemm.outputs[0].outputs
         return add
 
 
 def find(graph: gs.Graph) -> list[Layer]:
-    """All of them, in the loop's order; the last linear and the patches are none (they are small, and the ends)."""
+    """Return the token GEMMs in the loop's order, without the patches and the last linear, which are small."""
     layers: list[Layer] = []
     begun: set[int] = set()  # ids of the self-attentions whose blocks have begun
     for node in graph.nodes:
@@ -62,7 +64,7 @@ def find(graph: gs.Graph) -> list[Layer]:
             if role.kind in FIRST:
                 begun.add(id(role.attention))
             block = max(len(begun) - 1, 0)
-            stream = sum((one.block, one.kind) == (block, role.kind) for one in layers)
+            stream = sum((layer.block, layer.kind) == (block, role.kind) for layer in layers)
             layers.append(Layer(block, role.kind, node, stream, role.attention, role.direct))
     return layers
 
@@ -70,20 +72,21 @@ def find(graph: gs.Graph) -> list[Layer]:
 def coverage(graph: gs.Graph, layers: Sequence[Layer]) -> float:
     """Return the layers' share of the weights that the loop multiplies with."""
     weights = [node.inputs[1].values.size for node in graph.nodes if _is_linear(node)]
-    return sum(one.weight.values.size for one in layers) / max(sum(weights), 1)
+    return sum(layer.weight.values.size for layer in layers) / max(sum(weights), 1)
 
 
 def everything(layers: Sequence[Layer]) -> list[str]:
-    """All that int8 may touch: the GEMMs, and attention's own products, which follow each qkv."""
-    return [
-        name
-        for one in layers
-        for name in (one.name, *[f"block {one.block} {ATTENTION}"] * (one.kind in ("qkv", "value") and one.direct))
-    ]
+    """Return the names of all that int8 may touch: the GEMMs, and the scores of each attention after its inputs."""
+    names = []
+    for layer in layers:
+        names.append(layer.name)
+        if layer.kind in ("qkv", "value") and layer.direct:
+            names.append(f"block {layer.block} {ATTENTION}")
+    return names
 
 
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
-    """What a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
+    """Return the layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
     meanings = {name: {name, *name.rsplit(" ", 1)} for name in everything(layers)}
     known = set().union(*meanings.values())
     if unknown := [entry for entry in entries if entry not in known]:
@@ -104,7 +107,7 @@ def _role(node: gs.Node) -> _Role | None:
     if not _is_linear(node):
         return None
     (product,) = node.outputs
-    if len(product.outputs) != 1 or product.outputs[0].op != "Add":
+    if len(product.outputs) != 1 or not _is_bias(product.outputs[0]):
         return None
     source = unmoved(node.inputs[0], {*MOVERS, "Slice"})
     maker = source.inputs[0] if source.inputs else None
@@ -150,8 +153,12 @@ def _is_linear(node: gs.Node) -> bool:
     return node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.ndim == 2
 
 
+def _is_bias(node: gs.Node) -> bool:
+    return node.op == "Add" and any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
+
+
 def unmoved(tensor: gs.Tensor, through: Collection[str] = MOVERS) -> gs.Tensor:
-    """What it was before anything moved it."""
+    """Return the tensor that the nodes of `through` moved here."""
     while tensor.inputs and tensor.inputs[0].op in through:
         tensor = tensor.inputs[0].inputs[0]
     return tensor

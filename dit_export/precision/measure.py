@@ -1,4 +1,4 @@
-"""One run of the fp32 bundle that shows what int8 and half precision must fit.
+"""Measure in one run of the fp32 bundle what int8 and half precision must fit.
 
 The sampler itself runs: solver, guidance, conditional and null rows, the whole schedule. Taps on the denoiser and the
 decoder record statistics, so no activation is stored. Each token GEMM's input leaves its largest magnitude a channel
@@ -24,18 +24,17 @@ from dit_export.precision.half import PEAK, add_peak_taps, half_tensors
 from dit_export.precision.layers import find
 from dit_export.precision.prompts import Prompts, batches
 from dit_runtime import backends
-from dit_runtime.backends import Engine, Options
+from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
 
-BACKEND = "onnxruntime"
 TAPS = (LARGEST, SAMPLE, OUTPUT, PEAK)
 ROWS = 256  # inputs stored for each layer: 115 MB for XL/2, as float16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Many conditions and seeds with few steps: ranges differ more between pictures than between neighbouring steps."""
+    """Many pictures of few steps: ranges differ more between pictures than between neighbouring steps."""
 
     pictures: int = 24
     steps: int = 6
@@ -86,12 +85,14 @@ def measure(
             recorders[stage.name] = engine
         pipe = stack.enter_context(Pipeline(folder, contract, recorders))
         for index, prompts in enumerate(batches(network, own, plan.pictures, plan.batch)):
+            first = index * plan.batch
+            seed, seeds = plan.seed + first, range(first, min(first + plan.batch, plan.pictures))
             pipe.sample(
                 condition=prompts.condition,
                 negative=prompts.negative,
                 steps=plan.steps,
                 guidance=plan.guidance,
-                seed=plan.seed + index * plan.batch,
+                seed=seed if prompts.condition else [plan.seed + picture for picture in seeds],
                 output="images" if contract.end in stages and index == 0 else "latents",
                 on_step=tick,
             )
@@ -105,7 +106,7 @@ def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator
     """Give a fused graph the form that the backend runs, and taps on what is looked up in the portable one."""
     gemms = find(graph) if layers else []
     tensors = half_tensors(graph) if half else []
-    for rewrite in LOWERINGS[BACKEND]:
+    for rewrite in LOWERINGS[PORTABLE_BACKEND]:
         rewrite(graph)
     count = len(graph.nodes)
     place = {id(tensor): index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
@@ -123,11 +124,14 @@ def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator
 
 
 class RecordingEngine:
-    """A graph with taps as an engine: its own outputs pass through, the taps leave a bounded share of each call."""
+    """An engine of a graph with taps, whose file is gone once it is open.
+
+    The graph's own outputs pass through. The taps leave a bounded share of each call.
+    """
 
     def __init__(self, graph: gs.Graph, path: Path, rows_a_call: int, rng: np.random.Generator) -> None:
-        files = onnxfile.save(graph, path)
-        self._engine: Engine = backends.backend(BACKEND).open([path.with_name(file) for file in files], Options())
+        with onnxfile.temporary(graph, path) as files:
+            self._engine: Engine = backends.backend(PORTABLE_BACKEND).open(files, Options())
         self._rows, self._rng = rows_a_call, rng
         self._largest: dict[str, NDArray[np.float32]] = {}  # by the taps' whole names
         self._samples: dict[str, list[NDArray[np.float16]]] = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_export.arrays import read_arrays
 from dit_export.networks import Network, fixtures
-from dit_runtime.conditions.condition import Condition, fit
+from dit_runtime.conditions.condition import Condition, fit, null_condition
 from dit_runtime.errors import UsageError
 
 FILE = "conditions as .npz, arrays by the names of the network's ports"
@@ -32,7 +32,10 @@ def read(path: Path, network: Network) -> Prompts:
         raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(known)}")
     negative = {name.removeprefix(NEGATIVE): rows for name, rows in arrays.items() if name.startswith(NEGATIVE)}
     condition = {name: rows for name, rows in arrays.items() if not name.startswith(NEGATIVE)}
-    null = fit(negative, network.conditions, f"{path}: negative") if negative else fixtures.null(network)
+    try:
+        null = null_condition(network.conditions, network.null, negative) if negative else fixtures.null(network)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     count = len(next(iter(null.values())))
     if count != 1:
         raise UsageError(f"{path}: {count} negative conditions; expected one")
@@ -42,7 +45,7 @@ def read(path: Path, network: Network) -> Prompts:
 def batches(network: Network, own: Prompts | None, pictures: int, batch: int) -> Iterator[Prompts]:
     """Yield the conditions of `pictures` pictures, `batch` at a time.
 
-    A user's own are spread evenly over all batches but the last, which has fixtures: those are what the gates ask.
+    A user's own are spread evenly over all batches but the last. The last has fixtures, with which the gates check.
     """
     count = (pictures - 1) // batch * batch if own is not None else 0
     made = Prompts(fixtures.conditions(network, pictures), fixtures.null(network))

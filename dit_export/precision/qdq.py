@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import DTypeLike
 from onnx.helper import tensor_dtype_to_np_dtype
 
-from dit_export.graph.onnxfile import layer
+from dit_export.graph import onnxfile
 from dit_export.precision.layers import find
 from dit_export.precision.smooth import LEVELS, Chosen, weight_steps
 
@@ -32,27 +32,27 @@ GRIDS = {
 
 
 def quantize(graph: gs.Graph, chosen: Mapping[str, Chosen], keep: Collection[str] = (), kind: str = "int8") -> int:
-    """Puts every token GEMM but those to `keep` between Q and DQ; returns how many."""
-    layers, grid = [one for one in find(graph) if one.name not in keep], GRIDS[kind]
-    for one in layers:
-        weight = np.asarray(one.weight.values)
+    """Put every token GEMM but those to `keep` between Q and DQ; return how many."""
+    layers, grid = [layer for layer in find(graph) if layer.name not in keep], GRIDS[kind]
+    for layer in layers:
+        weight = np.asarray(layer.weight.values)
         steps = weight_steps(weight, grid.end)
         whole = _rounded(weight / steps, grid)
-        stored = layer(
-            graph, "DequantizeLinear", [whole, steps, np.zeros(len(steps), grid.dtype)], f"{one.name} W", axis=1
+        stored = onnxfile.layer(
+            graph, "DequantizeLinear", [whole, steps, np.zeros(len(steps), grid.dtype)], f"{layer.name} W", axis=1
         )
-        choice = chosen[one.name]
+        choice = chosen[layer.name]
         step = choice.step if kind == "int8" else choice.largest / grid.end
-        one.gemm.inputs = [between(graph, one.x, step, one.name, grid.dtype), stored]
+        layer.gemm.inputs = [between(graph, layer.x, step, layer.name, grid.dtype), stored]
     graph.cleanup().toposort()
     return len(layers)
 
 
 def between(graph: gs.Graph, x: gs.Tensor, step: float, name: str, dtype: DTypeLike = np.int8) -> gs.Variable:
-    """x on a grid of 8 bits: DQ(Q(x))."""
+    """Return DQ(Q(x)): x on a grid of 8 bits."""
     scale, zero = np.array(step, np.float32), np.zeros((), dtype)
-    grid = layer(graph, "QuantizeLinear", [x, scale, zero], f"{name} q")
-    return layer(graph, "DequantizeLinear", [grid, scale, zero], f"{name} x")
+    grid = onnxfile.layer(graph, "QuantizeLinear", [x, scale, zero], f"{name} q")
+    return onnxfile.layer(graph, "DequantizeLinear", [grid, scale, zero], f"{name} x")
 
 
 def _rounded(values: np.ndarray, grid: Grid) -> np.ndarray:

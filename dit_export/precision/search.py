@@ -1,11 +1,12 @@
-"""Which token GEMMs int8 hurts most, which it does not speed up, and how many must stay float for a budget to hold."""
+"""Search the token GEMMs that stay float: those that int8 does not speed up, and the worst until a budget holds."""
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,12 @@ from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import ATTENTION, everything, find, named
-from dit_export.precision.measure import BACKEND
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import smooth
 from dit_runtime import backends, images
-from dit_runtime.backends import Engine, Options
+from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest
-from dit_runtime.conditions.condition import Condition, Rows
+from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import plan
@@ -39,7 +39,7 @@ Tick = Callable[[int, int], None]
 
 
 class Budget(NamedTuple):
-    """How far the end of a run may be from fp32's: the worst sample counts."""
+    """The distance that the worst sample of a run may end from fp32's."""
 
     metric: str
     limit: float
@@ -63,7 +63,7 @@ class Budget(NamedTuple):
 
 
 class SearchOptions(NamedTuple):
-    """What to find out before the layers are quantized."""
+    """Options of the search that precedes quantization."""
 
     budget: Budget | None = None
     tune: bool = False
@@ -85,39 +85,50 @@ class LayerSensitivity(NamedTuple):
 
 
 class Search:
-    """Tries forms of the fused fp32 graphs in `folder`; a decoder, where there is one, makes pictures of latents."""
+    """Try forms of the fused fp32 graphs in `folder`.
 
-    def __init__(
-        self,
-        folder: Path,
-        network: Network,
-        calibration: Calibration,
-        backend: str,
-        decoder: Engine | None,
-        tick: Tick,
-    ) -> None:
+    It works in a folder of its own in there. Closing it closes its engines and removes that folder.
+    """
+
+    def __init__(self, folder: Path, network: Network, calibration: Calibration, backend: str, tick: Tick) -> None:
         self._calibration = calibration
-        self._work, self._contract, self._decoder, self._tick = folder / "search", manifest.read(folder), decoder, tick
-        step, before = self._contract.step, self._contract.before_loop
+        self._work, self._contract, self._tick = folder / "search", manifest.read(folder), tick
+        step, before, end = self._contract.step, self._contract.before_loop, self._contract.end
         self._denoiser = onnxfile.load(folder / step.onnx)
         graphs = {stage.name: onnxfile.load(folder / stage.onnx) for stage in before}
         self._chosen = smooth([*graphs.values()], self._denoiser, calibration)
-        self._work.mkdir()
-        onnxfile.save(self._denoiser, self._work / step.onnx)
-        self._before: dict[str, Engine] = {}
-        for name, graph in graphs.items():
-            files = onnxfile.save(graph, self._work / f"{name}.onnx")
-            self._before[name] = backends.backend(BACKEND).open([self._work / file for file in files], Options())
+        with ExitStack() as stack:
+            self._work.mkdir()
+            stack.callback(shutil.rmtree, self._work)
+
+            def opened(files: Sequence[Path]) -> Engine:
+                engine: Engine = backends.backend(PORTABLE_BACKEND).open(files, Options())
+                stack.callback(engine.close)
+                return engine
+
+            onnxfile.save(self._denoiser, self._work / step.onnx)
+            self._before: dict[str, Engine] = {}
+            for name, graph in graphs.items():
+                files = onnxfile.save(graph, self._work / f"{name}.onnx")
+                self._before[name] = opened([self._work / file for file in files])
+            self._decoder = opened([folder / end.onnx]) if end else None
+            self._resources = stack.pop_all()
         self.layers = find(self._denoiser)
         in_int8 = backend in attention.BACKENDS
         self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
         # Engines of other backends do not run where they are built; the portable graph does.
-        self._form, self._backend = backend, backend if backend in backends.CPU else BACKEND
+        self._form, self._backend = backend, backend if backend in backends.CPU else PORTABLE_BACKEND
         self._count = 0  # of the forms that were tried
         self._condition, self._null = fixtures.conditions(network, SAMPLES), fixtures.null(network)
 
+    def __enter__(self) -> Search:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
     def run(self, options: SearchOptions, fixed: Sequence[str]) -> tuple[list[str], list[LayerSensitivity]]:
-        """What stays float: `fixed`, what int8 does not speed up, and the worst until the budget holds."""
+        """Return what stays float: `fixed`, what int8 does not speed up, and the worst until the budget holds."""
         names, keep = self.names, list(fixed)
         why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
         if options.tune:
@@ -142,7 +153,7 @@ class Search:
         return keep, [LayerSensitivity(name, errors[name], name in why, why.get(name, text)) for name in names]
 
     def speed(self) -> dict[str, float]:
-        """Of each kind of layer: how many times as fast a guided step is where all of that kind are float."""
+        """Return, by kind of layer, how many times as fast a guided step is where all of that kind are float."""
         ratios = {}
         kinds = list(dict.fromkeys(name.split()[-1] for name in self.names))
         with self._opened([], self._backend, "int8") as quantized:
@@ -156,11 +167,15 @@ class Search:
         time, noise = self._contract.process.span / 2, np.random.default_rng(SEED)
         state = noise.normal(size=(1, *self._contract.state.shape)).astype(np.float32)
         weights = np.full(1, GUIDANCE, np.float32)
-        inputs = pipe.engines.inputs(np.array([time]), rows_of(self._condition, 0), dict(self._null), weights)
+        inputs = pipe.engines.inputs(np.array([time]), self._first_condition, self._null or None, weights)
         return lambda: pipe.engines.denoise(state, inputs, 0)
 
+    @property
+    def _first_condition(self) -> Rows:
+        return {name: rows[:1] for name, rows in self._condition.items()}
+
     def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
-        """The error of the prediction where one layer alone is int8, conditional and null rows."""
+        """Return, by layer, the error of the predictions where that layer alone is int8."""
         names = self.names
         expected, errors = self._answers(exact, trajectory), {}
         for done, name in enumerate(names):
@@ -173,7 +188,7 @@ class Search:
         """Return the predictions for a condition and for the null one, each by itself."""
         process = self._contract.process
         times = plan(process, process.sampler.solver, STEPS)[list(ASKED)]
-        own, weights = rows_of(self._condition, 0), np.ones(2, np.float32)
+        own, weights = self._first_condition, np.ones(2, np.float32)
         both = {name: np.concatenate([own[name], rows]) for name, rows in self._null.items()}
         inputs = pipe.engines.inputs(times, both, None, weights)
         answers = []
@@ -183,7 +198,7 @@ class Search:
         return np.concatenate(answers)
 
     def _trajectory(self, pipe: Pipeline) -> list[Latents]:
-        """The latents after each step of a run of the sampler itself."""
+        """Return the latents after each step of a run of the sampler itself."""
         seen: list[Latents] = []
         pipe.sample(
             condition=self._condition,
@@ -199,7 +214,7 @@ class Search:
     def _within(
         self, budget: Budget, fixed: list[str], order: list[str], exact: Latents
     ) -> tuple[int, dict[int, float]]:
-        """The fewest of the worst layers that must stay float, found by halving, and what each number of them gave."""
+        """Find by halving the fewest of the worst layers that must stay float; return them and what each count gave."""
         values: dict[int, float] = {}
 
         def holds(count: int) -> bool:
@@ -235,7 +250,7 @@ class Search:
 
     @contextmanager
     def _opened(self, keep: Collection[str], backend: str, precision: str) -> Iterator[Pipeline]:
-        """The denoiser with all layers int8 but those to keep, in the form that is built; `precision` around them."""
+        """Open the denoiser as it is built, with all layers in int8 but those to keep, and `precision` around them."""
         graph = self._denoiser.copy()
         grids = attention.steps(graph, self._calibration, keep)
         quantize(graph, self._chosen, keep)
@@ -243,22 +258,14 @@ class Search:
             rewrite(graph)
         path = self._work / f"tried-{self._count}.onnx"  # beside the weights that all of them share
         self._count += 1
-        files = onnxfile.save(graph, path)
-        engine = backends.backend(backend).open([self._work / file for file in files], Options(precision=precision))
-        try:
-            yield Pipeline(self._work, self._contract, {**self._before, self._contract.step.name: engine})
-        finally:
-            engine.close()
-            for own in (path, path.with_name(onnxfile.data_name(path.name))):
-                own.unlink(missing_ok=True)
-
-
-def rows_of(condition: Condition, first: int, count: int = 1) -> Rows:
-    return {name: rows[first : first + count] for name, rows in condition.items()}
+        with onnxfile.temporary(graph, path) as files:
+            engine = backends.backend(backend).open(files, Options(precision=precision))
+            with closing(engine):
+                yield Pipeline(self._work, self._contract, {**self._before, self._contract.step.name: engine})
 
 
 def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
-    """How many times as fast the second is, taken in turn: the median of the rounds."""
+    """Return how many times as fast the second is: both are called in turn, and the median of the rounds counts."""
     ratios = []
     for round_ in range(ROUNDS + 1):
         seconds = []

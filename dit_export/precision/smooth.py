@@ -1,4 +1,4 @@
-"""Smoothing (Xiao et al., arXiv 2211.10438) that costs nothing at run time:
+"""Smoothing (Xiao et al., arXiv 2211.10438) without a cost at run time:
 
     x W = (x / s) (s W),  s_k = max|x_k|^alpha / max|W_k|^(1 − alpha)
 
@@ -18,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from dit_export.graph.onnxfile import layer
+from dit_export.graph import onnxfile
 from dit_export.precision.calibrate import Calibration, LayerStatistics
 from dit_export.precision.layers import MOVERS, Layer, find, unmoved
 from dit_runtime.errors import UsageError
@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Chosen:
-    """How one GEMM's input is quantized."""
+    """The quantization of a GEMM's input."""
 
     alpha: float
     divisors: Floats  # (K,)
@@ -42,7 +42,7 @@ class Chosen:
 
 
 def choose(seen: LayerStatistics, weight: Floats, smooth: bool) -> Chosen:
-    """The alpha and the step with the least error of the quantized product on the calibration's rows."""
+    """Return the alpha and the step whose quantized product has the least error on the calibration's rows."""
     best: Chosen | None = None
     exact = seen.sample @ weight
     scale = float(np.linalg.norm(exact)) or 1.0
@@ -70,7 +70,7 @@ def _divisors(largest: Floats, weight: Floats, alpha: float) -> Floats:
 
 
 def weight_steps(weight: Floats, end: float = LEVELS) -> Floats:
-    """(N,): the grid of each output channel, whose largest number is `end`."""
+    """Return the grid of each output channel, whose largest number is `end`; (N,)."""
     return (np.maximum(np.abs(weight).max(axis=0), 1e-12) / end).astype(np.float32)
 
 
@@ -79,30 +79,28 @@ def fake_weight(weight: Floats) -> Floats:
     return np.rint(weight / steps) * steps
 
 
-def smooth(
-    stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibration, fold: bool = True
-) -> dict[str, Chosen]:
+def smooth(stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibration) -> dict[str, Chosen]:
     """Choose for every token GEMM and fold the divisors into the graphs, whose function stays what it was.
 
     `stages` are the graphs before the loop, which make the vectors that the denoiser reads.
     """
     layers = find(denoiser)
-    if missing := [one.name for one in layers if one.name not in calibration.layers]:
+    if missing := [layer.name for layer in layers if layer.name not in calibration.layers]:
         raise UsageError(f"the calibration has no {missing[0]}; it was made for another network")
     chosen: dict[str, Chosen] = {}
     for group in grouped(layers):
-        weights = [np.array(one.weight.values) for one in group]
+        weights = [np.array(layer.weight.values) for layer in group]
         seen = calibration.layers[group[0].name]
         if seen.largest.shape != weights[0].shape[:1]:
             got, expected = len(seen.largest), len(weights[0])
             raise UsageError(f"the calibration's {group[0].name} has {got} channels, expected {expected}")
         places = _makers(group, layers)
-        choice = choose(seen, np.concatenate(weights, axis=1), fold and bool(places))
-        chosen |= {one.name: choice for one in group}
+        choice = choose(seen, np.concatenate(weights, axis=1), bool(places))
+        chosen |= {layer.name: choice for layer in group}
         if (choice.divisors == 1).all():
             continue
-        for one, weight in zip(group, weights, strict=True):
-            _set(one.gemm, 1, weight * choice.divisors[:, None])
+        for layer, weight in zip(group, weights, strict=True):
+            _set(layer.gemm, 1, weight * choice.divisors[:, None])
         for node, index in places:
             tensor = node.inputs[index]
             if isinstance(tensor, gs.Constant):
@@ -117,8 +115,8 @@ def smooth(
 def grouped(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Return the layers that read one tensor together: they share divisors and a grid."""
     groups: dict[int, list[Layer]] = {}
-    for one in layers:
-        groups.setdefault(id(one.x), []).append(one)
+    for layer in layers:
+        groups.setdefault(id(layer.x), []).append(layer)
     return list(groups.values())
 
 
@@ -129,7 +127,7 @@ def _makers(group: Sequence[Layer], layers: Sequence[Layer]) -> list[tuple[gs.No
     something else reads the group's input, or where nothing linear makes it.
     """
     first = group[0]
-    if len(first.x.outputs) != len(group):
+    if not first.x.inputs or len(first.x.outputs) != len(group):
         return []
     (node,) = first.x.inputs
     if first.kind in ("proj", "cross"):
@@ -142,8 +140,8 @@ def _makers(group: Sequence[Layer], layers: Sequence[Layer]) -> list[tuple[gs.No
             values = values.inputs[0].inputs[0]
         if _is_given(values.inputs[0]):
             return [(values, 0)]
-        makers = [one for one in layers if one.attention is attention and one.kind in ("qkv", "value")]
-        return [(one.gemm, 1) for one in makers] + [(one.add, _constant(one.add)) for one in makers]
+        makers = [layer for layer in layers if layer.attention is attention and layer.kind in ("qkv", "value")]
+        return [(layer.gemm, 1) for layer in makers] + [(layer.add, _constant(layer.add)) for layer in makers]
     if node.op == "LayerNormalization":
         return [(node, 1), (node, 2)] if len(node.inputs) == 3 else []
     if node.op == "Add":  # LN · gain + shift
@@ -156,7 +154,7 @@ def _makers(group: Sequence[Layer], layers: Sequence[Layer]) -> list[tuple[gs.No
 
 
 def _is_given(tensor: gs.Tensor) -> bool:
-    """Return whether it is a part of a graph's input that nothing else reads."""
+    """Return whether the tensor is a part of a graph's input that nothing else reads."""
     if len(tensor.outputs) != 1 or not tensor.inputs or tensor.inputs[0].op != "Split":
         return False
     return not unmoved(tensor.inputs[0].inputs[0]).inputs
@@ -167,7 +165,7 @@ def _constant(node: gs.Node) -> int:
 
 
 def _set(node: gs.Node, index: int, values: Floats) -> None:
-    """Give this node a parameter of its own: the exporter lets equal ones share a tensor."""
+    """Give the node a parameter that no other node reads: the exporter lets equal parameters share a tensor."""
     node.inputs[index] = gs.Constant(f"{node.outputs[0].name}.{index}", values)
 
 
@@ -180,7 +178,7 @@ def _divide_vector(stages: Sequence[gs.Graph], vector: gs.Tensor, divisors: Floa
     )
     index = split.outputs.index(vector)
     made = packed.inputs[index]
-    packed.inputs[index] = layer(graph, "Mul", [made, 1 / divisors], f"{made.name}_smoothed")
+    packed.inputs[index] = onnxfile.layer(graph, "Mul", [made, 1 / divisors], f"{made.name}_smoothed")
     graph.toposort()
 
 

@@ -1,4 +1,4 @@
-"""The rounding twin: a typed graph's arithmetic, seen on a CPU.
+"""The rounding twin, which shows a typed graph's arithmetic on a CPU.
 
 A CPU's backends compute narrow graphs in fp32, where an overflow stays a number. The twin is the typed graph in fp32
 with a cast to the narrow type and back on every tensor and weight that the typed graph holds in it: so each value is
@@ -22,12 +22,10 @@ from dit_export.graph.onnxfile import constants, layer
 from dit_export.passes.attention import plain_attention
 from dit_export.precision.half import TYPES
 from dit_runtime import backends
-from dit_runtime.backends import Engine, Options
+from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
-
-TWIN_BACKEND = "onnxruntime"  # keeps explicit casts, and they overflow
 
 
 @contextmanager
@@ -40,7 +38,7 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
     if not (always or any(types.values())):
         yield None
         return
-    module = backends.backend(backends.choose(TWIN_BACKEND))
+    module = backends.backend(backends.choose(PORTABLE_BACKEND))  # keeps explicit casts, and they overflow
     engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
         for stage in contract.stages:

@@ -21,7 +21,7 @@ from onnx.helper import make_tensor_value_info, np_dtype_to_tensor_dtype
 
 from dit_export.graph import onnxfile
 from dit_runtime import backends
-from dit_runtime.backends import Engine, Options
+from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Stage
 from dit_runtime.pipeline import Pipeline
@@ -99,7 +99,7 @@ def tapped(pipe: Pipeline, options: Options) -> Iterator[tuple[Engine, list[str]
         onnx.save(model, Path(folder) / form)
         for name in _data(model):
             _share(manifest.inside(pipe.folder, name), Path(folder) / name)
-        backend = stage.backend if form in stage.files else "onnxruntime"
+        backend = stage.backend if form in stage.files else PORTABLE_BACKEND
         module = backends.backend(backends.choose(backend))
         engine: Engine = module.open([Path(folder) / form], replace(options, precision=stage.precision))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +85,8 @@ def scratch(folder: Path, network: Network) -> Scratch:
     trace_graphs(traced, loaded, None, Progress())
     folder.mkdir()
     assembly = Assembly(folder, traced, loaded, None, recipe, "onnxruntime", Progress())
-    manifest.write(folder, assembly.run())
+    contract = assembly.run()
+    manifest.write(folder, replace(contract, files=manifest.describe_files(folder)))
     return Scratch(folder, network, assembly.graphs)
 
 

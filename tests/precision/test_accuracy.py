@@ -13,11 +13,10 @@ import pytest
 from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.networks.dit import dit_network
 from dit_export.networks.spec import model
-from dit_export.precision import attention
+from dit_export.precision import attention, smooth
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.measure import Plan
 from dit_export.precision.qdq import quantize
-from dit_export.precision.smooth import smooth
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import plan
 from dit_runtime.verify import relative_error
@@ -83,7 +82,10 @@ def answers(bundle: Scratch, pipe: Pipeline, questions: Sequence[Question]) -> l
 def errors(bundle: Scratch, calibration: Calibration, folder: Path, backend: str, smoothing: bool, ask: Ask) -> Errors:
     graphs = bundle.graphs()
     *before, denoiser = graphs.values()
-    chosen = smooth(before, denoiser, calibration, smoothing)
+    with pytest.MonkeyPatch.context() as patch:
+        if not smoothing:
+            patch.setattr(smooth, "ALPHAS", (0.0,))
+        chosen = smooth.smooth(before, denoiser, calibration)
     grids = attention.steps(denoiser, calibration, ())
     quantize(denoiser, chosen)
     for rewrite in attention.passes(backend, grids):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import nn
 
 from dit_export.cli import main
-from dit_export.networks import fixtures
+from dit_export.networks import Network, fixtures
 from dit_export.precision.measure import Plan
 from dit_export.precision.prompts import read
+from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from tests.precision.conftest import CHANNELS, TOKENS
 
@@ -57,6 +59,12 @@ def test_a_file_of_conditions(captioned, bundle, tmp_path) -> None:
     found = read(tmp_path / "labels.npz", bundle.network)
     assert found.condition["labels"].tolist() == [0, 1, 2] and found.negative["labels"].tolist() == [10]
 
+    ports = [Port("a", "condition", "float32", (2,)), Port("b", "condition", "float32", (3,))]
+    ports += [Port("x", "state", "float32", (4,)), Port("t", "time", "float32", ())]
+    np.savez(tmp_path / "half.npz", a=np.ones((2, 2)), b=np.ones((2, 3)), **{"negative.b": np.ones((1, 3))})
+    negative = read(tmp_path / "half.npz", Network(nn.Identity(), tuple(ports), null={"a": 0.5})).negative
+    assert (negative["a"] == 0.5).all() and (negative["b"] == 1).all()
+
     known = "known: captions, mask, negative.captions, negative.mask"
     for arrays, said in (
         ({"captions": own, "masks": mask}, f"unknown array 'masks'; {known}"),
@@ -64,7 +72,7 @@ def test_a_file_of_conditions(captioned, bundle, tmp_path) -> None:
         ({"captions": own[..., :5]}, r"captions has shape \(2, 7, 5\); expected \(rows, up to 20, 16\)"),
         ({"captions": own.astype(str)}, "captions is <U32; expected numbers"),
         ({"captions": own, "negative.captions": own}, "2 negative conditions; expected one"),
-        ({"captions": own, "negative.mask": np.tri(1, 3)}, "negative lacks captions"),
+        ({"captions": own, "negative.mask": np.tri(1, 3)}, "bad.npz: guidance needs negative= with captions"),
     ):
         np.savez(tmp_path / "bad.npz", **arrays)
         with pytest.raises(UsageError, match=said):

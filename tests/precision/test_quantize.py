@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 
+from dit_export.bundle import assemble
+from dit_export.checkpoints import Loaded
+from dit_export.checkpoints.diffusers import read_process
 from dit_export.cli import main
 from dit_export.graph import onnxfile, trace
+from dit_export.passes.dependence import Miss
 from dit_export.passes.dynamic import dynamic
 from dit_export.precision import measure
 from dit_export.precision.calibrate import Calibration, LayerStatistics
@@ -20,9 +25,11 @@ from dit_export.precision.layers import coverage, everything, find
 from dit_export.precision.measure import Plan, RecordingEngine
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import choose, pack_divisors, smooth
+from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
 from tests.conftest import DIFFUSERS_DEPTH, HIDDEN, PATCH
 from tests.precision.conftest import PLAN, SPEC, Scratch
 
@@ -134,7 +141,7 @@ def test_layers_that_read_one_tensor_share_their_divisors(captioned, captioned_c
     tables = pack_divisors(denoiser, chosen)
     assert {name: int((table != 1).any(axis=1).sum()) for name, table in tables.items()} == {
         "modulation": 2 * 2 * 2,  # gains and shifts twice a block
-        "context_1": 2 * captioned.network.conditions[0].shape[0],  # the values of each token, a block
+        "context": 2 * captioned.network.conditions[0].shape[0],  # the values of each token, a block
     }
 
 
@@ -219,6 +226,29 @@ def test_an_int8_bundle(shared_embedders, narrow, tmp_path, capsys, one_thread, 
             for folder in (bundle, tmp_path / "again")
         )
         assert all(np.allclose(one, other, rtol=1e-3) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_a_bundle_holds_no_graphs_with_taps(narrow, precision) -> None:
+    backends = ["", ".onnxruntime", *[".openvino"] * (precision == "int8")]  # OpenVINO has no fp16
+    forms = {f"{name}{backend}.onnx" for name in ("denoiser", "decoder") for backend in backends}
+    plain = {"conditioner.onnx", "update.onnx"}
+    weights = {f"{name}.data" for name in (*plain, "denoiser.onnx", "decoder.onnx")}
+    records = {"manifest.json", "parity.json", "reference.npz", "report.html", "traced.json"}
+    bundle = narrow(precision, "onnxruntime")
+    assert {path.name for path in bundle.iterdir()} == forms | plain | weights | records
+    assert manifest.read(bundle).files.keys() == forms | plain | weights | records - {"manifest.json"}
+
+
+def test_a_wrong_count_names_what_was_refused(bundle, tmp_path, monkeypatch) -> None:
+    fuse, miss = assemble.fuse, Miss("hoist", "a tensor", "a reason")
+    monkeypatch.setattr(assemble, "fuse", lambda *graph: fuse(*graph)._replace(misses=(miss,)))
+    network = replace(bundle.network, counts={"hoist": 99})
+    loaded = Loaded(network, None, (), read_process(None, network.learned_variance), {"kind": "synthetic"})
+    traced, recipe = bundle.folder.with_name("traced"), Recipe(backend="onnxruntime")
+    assembly = assemble.Assembly(tmp_path, traced, loaded, None, recipe, "onnxruntime", Progress())
+    with pytest.raises(RuntimeError, match="expected 99; refused: a tensor: a reason"):
+        assembly.run()
 
 
 def test_a_calibration_of_another_network(meta, calibration, tmp_path, capsys) -> None:

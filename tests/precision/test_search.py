@@ -6,12 +6,14 @@ import json
 import shutil
 import tomllib
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from dit_export.bundle import build
 from dit_export.cli import main
 from dit_export.graph import onnxfile
 from dit_export.precision import search
@@ -19,6 +21,7 @@ from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import find, named
 from dit_export.precision.search import Budget, LayerSensitivity, Search, SearchOptions
 from dit_export.recipe import Recipe
+from dit_runtime import backends
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 
@@ -38,8 +41,8 @@ def searched(bundle, tmp_path):
     def run(calibration: Calibration, backend: str, options: SearchOptions, fixed: tuple[str, ...] = ()) -> Found:
         folder = tmp_path / f"copy-{len([*tmp_path.iterdir()])}"
         shutil.copytree(bundle.folder, folder)
-        tried = Search(folder, bundle.network, calibration, backend, None, lambda done, total: None)
-        return Found(*tried.run(options, fixed))
+        with Search(folder, bundle.network, calibration, backend, lambda done, total: None) as tried:
+            return Found(*tried.run(options, fixed))
 
     return run
 
@@ -48,6 +51,23 @@ def values(found: Found) -> list[float]:
     """What the budget was held against, from the reasons."""
     reasons = dict.fromkeys(entry.why for entry in found.table if ":" in entry.why)
     return [float(text.split(":")[1].split()[0]) for text in reasons]
+
+
+def test_a_search_leaves_nothing(bundle, calibration, tmp_path, monkeypatch) -> None:
+    engines, closed, module = [], [], backends.backend("onnxruntime")
+    opening, closing = module.open, module.OrtEngine.close
+    monkeypatch.setattr(module, "open", lambda *which: engines.append(opening(*which)) or engines[-1])
+    monkeypatch.setattr(module.OrtEngine, "close", lambda engine: closed.append(engine) or closing(engine))
+    shutil.copytree(bundle.folder, tmp_path / "copy")
+    before = sorted((tmp_path / "copy").iterdir())
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Search(tmp_path / "copy", bundle.network, calibration, "onnxruntime", lambda done, total: None) as tried,
+        tried._opened([], "onnxruntime", "int8"),
+    ):
+        raise KeyboardInterrupt
+    assert len(engines) == 2 and {*map(id, closed)} == {*map(id, engines)}
+    assert sorted((tmp_path / "copy").iterdir()) == before
 
 
 def test_names_of_layers(bundle) -> None:
@@ -126,25 +146,35 @@ def test_what_int8_makes_no_faster_stays_float(calibration, searched, monkeypatc
         SearchOptions(Budget("PSNR", 30)).check("openvino", has_decoder=False)
 
 
-def test_the_command_writes_a_recipe_that_builds_the_same(shared_embedders, tmp_path, one_thread, monkeypatch) -> None:
+def test_the_command_writes_a_recipe_that_builds_the_same(
+    shared_embedders, tmp_path, one_thread, monkeypatch, capsys
+) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--checkpoint", str(shared_embedders.checkpoint), "--backend", "onnxruntime", "--max-batch", "2"]
+    distances = chain([10.0], repeat(30.0))  # the budget breaks with all layers in int8, and holds without the worst
+    monkeypatch.setattr(Search, "_distance", lambda *_: next(distances))
+    copies, require = [], build._require_disk
+    monkeypatch.setattr(build, "_require_disk", lambda *which: copies.append(which[-1]) or require(*which))
     with one_thread():
         assert main(["quantize", *options, "--budget", "PSNR=20", "--keep-float", "block 0 fc2", "-o", "first"]) == 0
     table = json.loads(Path("first/sensitivity.json").read_text())
-    assert [entry["layer"] for entry in table if entry["kept"]] == ["block 0 fc2"]
+    errors = {entry["layer"]: entry["error"] for entry in table if entry["layer"] != "block 0 fc2"}
+    worst = max(errors, key=errors.__getitem__)
+    assert {entry["layer"] for entry in table if entry["kept"]} == {"block 0 fc2", worst}
+    assert f"in float: block 0 fc2, {worst}" in capsys.readouterr().out
+    assert copies == [4] and not Path("first/search").exists()
     assert all(entry["error"] > 0 for entry in table) and len(table) == 12
     assert "Sensitivity of layers" in Path("first/report.html").read_text()
     assert "sensitivity.json" in manifest.read(Path("first")).files
 
     recipe = tomllib.loads(Path("first.toml").read_text())
-    assert recipe["keep_float"] == ["block 0 fc2"] and Recipe.from_toml(Path("first.toml")).precision == "int8"
+    assert recipe["keep_float"] == ["block 0 fc2", worst] and Recipe.from_toml(Path("first.toml")).precision == "int8"
     with one_thread():
         assert main(["build", "first.toml", "-o", "again", "--calibration", "first.calibration.npz"]) == 0
     first, again = (manifest.read(Path(name)).step for name in ("first", "again"))
     assert first.files == again.files
     graph, other = (onnxfile.load(Path(name) / "denoiser.onnx") for name in ("first", "again"))
-    assert onnxfile.census(graph) == onnxfile.census(other) and onnxfile.census(graph)["QuantizeLinear"] == 11
+    assert onnxfile.census(graph) == onnxfile.census(other) and onnxfile.census(graph)["QuantizeLinear"] == 10
 
 
 def test_recipes_as_files(tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dit_runtime import Request, UsageError
 from dit_runtime.bundle import manifest
-from dit_runtime.conditions.condition import fit, group, null_condition, unique_rows
+from dit_runtime.conditions.condition import Condition, Rows, fit, group, null_condition, unique_rows
 
 TOKENS, WIDTH = 5, 3  # of a caption of the hand-made bundle
 CLASSES = 5
@@ -123,15 +123,19 @@ def test_labels_and_the_condition(contract) -> None:
 
 
 def test_what_guidance_leads_away_from(contract) -> None:
-    rows = null_condition(contract("labels"), None)
+    def null_of(kind: str, negative: Condition | None) -> Rows:
+        bundle = contract(kind)
+        return null_condition(bundle.conditions, bundle.null, negative)
+
+    rows = null_of("labels", None)
     np.testing.assert_array_equal(rows["labels"], [CLASSES])
-    rows = null_condition(contract("wave"), None)
+    rows = null_of("wave", None)
     assert not rows["words"].any() and rows["words"].shape == (1, 3, 4) and rows["words_mask"].all()
-    rows = null_condition(contract("wave"), {"words": np.ones((2, 1, 4))})  # the rest by constants, as many
+    rows = null_of("wave", {"words": np.ones((2, 1, 4))})  # the rest by constants, as many
     assert rows["words"].shape == (2, 3, 4) and rows["pooled"].shape == (2, 5)
     np.testing.assert_array_equal(rows["words_mask"], [[1, 0, 0]] * 2)
     with pytest.raises(UsageError, match="guidance needs negative= with captions, to lead away from; or pass guidance"):
-        null_condition(contract("captioned"), None)
+        null_of("captioned", None)
 
 
 def test_negative_rows_are_one_or_one_each(contract) -> None:

@@ -32,9 +32,9 @@ def test_it_is_fused_and_sampled_once(tmp_path: Path, monkeypatch: pytest.Monkey
         assert main(["build", *options, "-o", str(tmp_path / "bundle")]) == 0
     assert (len(fused), len(measured), len(drawn)) == (1, 1, Plan().pictures // Plan().batch)
     layers = 4 * spec_of("adaln-zero").depth
-    (found,) = measured
-    assert found.calibration is not None and len(found.calibration.layers) == layers
-    assert found.peaks.keys() == {"denoiser"} and len(found.peaks["denoiser"]) > layers
+    (result,) = measured
+    assert result.calibration is not None and len(result.calibration.layers) == layers
+    assert result.peaks.keys() == {"denoiser"} and len(result.peaks["denoiser"]) > layers
 
     contract = manifest.read(tmp_path / "bundle")
     assert (contract.step.precision, contract.step.backend) == ("int8", "tensorrt-rtx")

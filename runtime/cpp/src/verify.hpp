@@ -17,6 +17,7 @@ struct Tolerances {
     double guided;      // the same with guidance
     double latents;     // after each step of the free run
     double pictures;    // least PSNR in dB of the uint8 pictures of the free run
+    bool nearest;       // the nearest sample of the free run must keep the limits; else every sample must
 };
 
 // By precision, as facts.json has them; their reasons stand in verify/judge.py.

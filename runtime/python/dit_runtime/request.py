@@ -66,7 +66,9 @@ class Request:
         count = len(next(iter(condition.values()))) if condition else self._count(latents)
         weights = self._weights(manifest, count)
         guided = is_guided(manifest, weights)
-        negative = null_condition(manifest, self.negative) if guided or self.negative else None
+        negative = None
+        if guided or self.negative:
+            negative = null_condition(manifest.conditions, manifest.null, self.negative)
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver

@@ -24,6 +24,7 @@ from dit_runtime.errors import UsageError, nearest
 # Name -> module, or what in it; the fastest first.
 BACKENDS = {"tensorrt": "trt:TENSORRT", "tensorrt-rtx": "trt:RTX", "openvino": "ov", "onnxruntime": "ort"}
 CPU = ("onnxruntime", "openvino")  # whose engines run where they are built, on as many threads as they are told
+PORTABLE_BACKEND = "onnxruntime"  # opens every graph of a bundle, on any CPU
 LEANEST = "onnxruntime"  # while it loads: about the weights' size, where OpenVINO takes twice that
 QUANTIZED = ("int8", "fp8")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.bundle.records import Manifest, Port
+from dit_runtime.bundle.records import Port
 from dit_runtime.errors import UsageError, nearest
 
 Condition = Mapping[str, NDArray[Any]]  # by port, rows first, as a user passes it
@@ -46,20 +46,20 @@ def fit(condition: Condition, conditions: Sequence[Port], what: str = "condition
     return rows
 
 
-def null_condition(manifest: Manifest, negative: Condition | None) -> Rows:
-    """Return what guidance leads away from: the user's `negative`, else the manifest's constants; one row, or more."""
-    negative = negative or {}
-    missing = [name for name in manifest.without_null if name not in negative]
+def null_condition(conditions: Sequence[Port], null: Mapping[str, Any], negative: Condition | None) -> Rows:
+    """Return what guidance leads away from: the user's `negative`, else the constants in `null`; one row, or more."""
+    negative, ports = negative or {}, {port.name: port for port in conditions}
+    missing = [name for name, port in ports.items() if not port.masks and name not in {*null, *negative}]
     if missing:
         raise UsageError(f"guidance needs negative= with {', '.join(missing)}, to lead away from; or pass guidance 1")
     arrays = [as_array(values, f"negative: {name}") for name, values in negative.items()]
     count = max((len(array) for array in arrays if array.ndim), default=1)
     constants = {
-        name: np.full((count, *manifest.port(name).shape), value, manifest.port(name).dtype)
-        for name, value in manifest.null.items()
-        if name not in negative and manifest.port(name).masks not in negative
+        name: np.full((count, *ports[name].shape), value, ports[name].dtype)
+        for name, value in null.items()
+        if name not in negative and ports[name].masks not in negative
     }
-    return fit({**constants, **negative}, manifest.conditions, "negative")
+    return fit({**constants, **negative}, conditions, "negative")
 
 
 def unique_rows(rows: Rows, ports: Collection[str], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

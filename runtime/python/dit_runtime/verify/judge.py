@@ -31,14 +31,19 @@ class Tolerances:
     guided: float  # the same with guidance: w eps_y - (w - 1) eps_null has up to 2 w - 1 times the error
     latents: float  # after each step of the free run
     pictures: float  # least PSNR in dB of the uint8 pictures of the free run
+    nearest: bool  # the nearest sample of the free run must keep the limits; else every sample must
 
 
 # fp32 sums in another order: measured 2e-6 to 8e-6 an evaluation; the rest is room for other CPUs' kernels. The free
 # run adds a step's error to the next; one level of 255 everywhere would be 48 dB.
 # bf16 and fp16 have 8 and 11 bits instead of 24: one rounding is off by up to 4e-3 and 5e-4; measured over 12 blocks
-# 1.2e-2 and 7e-4. A free run also decides between near shapes where the network does: of 40 samples of the demo at
-# guidance 4, 5 end 0.2 to 0.35 away in bf16, and 13 in int8, some in another shape of the class. Unrelated ones are 1.4
-# away.
+# 1.2e-2 and 7e-4.
+# A free run decides between shapes where the network does, and rounding may turn a decision. Measured on 400 samples of
+# the demo in int8 (0.012 off an evaluation): 7.7 % end more than 0.5 away at guidance 4, and 1.3 % at 1.5. The farthest
+# end as far away (1.4) as unrelated samples. With 8 seeds of calibration the demo's own sample at guidance 4 ends 0.4
+# to 0.85 away with the same errors an evaluation. No limit tells such a sample from a wrong one, so below fp32 the
+# nearest sample counts: an error of the loop moves all samples, a decision only its own. Of two unrelated samples of
+# one class 1 % are less than 0.5 apart. Every evaluation of every sample keeps the limits of teacher forcing.
 # int8 has 8 bits for each input and each weight of a product, bf16 around them: measured 6e-3 to 1.2e-2 over 12 blocks.
 # fp8 is E4M3, 4 bits wherever a number lies: inputs and weights are off by up to 6 %, measured 1.9e-2 over 12 blocks.
 TOLERANCES = {precision: Tolerances(**limits) for precision, limits in FACTS["tolerances"].items()}
@@ -118,23 +123,28 @@ def _step(contract: Manifest, reference: Reference, answers: Replay, limits: Tol
 def _run(contract: Manifest, reference: Reference, answers: Replay, limits: Tolerances) -> Iterator[Figure]:
     metric, steps = "latents, rel-L2", len(reference.timesteps)
     for index, latents in enumerate(answers.latents):
-        error, where = relative_error(latents, reference.latents[index + 1]), f"after step {index + 1} of {steps}"
+        expected, where = reference.latents[index + 1], f"after step {index + 1} of {steps}"
+        error = relative_error(latents, expected)
+        if limits.nearest:
+            errors = [relative_error(*pair) for pair in zip(latents, expected, strict=True)]
+            error = float(np.min(errors))  # NaN where one of them is
         yield Figure("run", metric, error, limits.latents, step=index + 1, where=where)
     if "latents" in answers.failures:
         step = len(answers.latents) + 1
         yield Figure("run", metric, math.nan, limits.latents, step=step, where=answers.failures["latents"])
     elif contract.end is not None:
-        yield from _pictures(reference, answers, min(limits.pictures, TOLERANCES[contract.end.precision].pictures))
+        least = min(limits.pictures, TOLERANCES[contract.end.precision].pictures)
+        yield from _pictures(reference, answers, least, limits.nearest)
 
 
-def _pictures(reference: Reference, answers: Replay, limit: float) -> Iterator[Figure]:
+def _pictures(reference: Reference, answers: Replay, limit: float, nearest: bool) -> Iterator[Figure]:
     metric = "pictures, PSNR in dB"
     if answers.pictures is None:
         yield Figure("run", metric, math.nan, limit, at_least=True, where=answers.failures["pictures"])
         return
     ratios = [images.psnr(*pair) for pair in zip(answers.pictures, reference.images, strict=True)]
-    least = int(np.argmin(ratios))
-    yield Figure("run", metric, ratios[least], limit, at_least=True, where=f"sample {least}")
+    sample = int(np.argmax(ratios) if nearest else np.argmin(ratios))
+    yield Figure("run", metric, ratios[sample], limit, at_least=True, where=f"sample {sample}")
     flat = [float(picture.astype(np.float64).std()) for picture in answers.pictures]
     least = int(np.argmin(flat))
     yield Figure("run", "pictures, contrast", flat[least], CONTRAST, at_least=True, where=f"sample {least}")
