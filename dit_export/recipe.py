@@ -14,7 +14,7 @@ from dit_runtime.facts import FACTS
 PRECISIONS = tuple(FACTS["tolerances"])
 
 
-def sides(resolution: int | str) -> tuple[int, int]:
+def latent_size(resolution: int | str) -> tuple[int, int]:
     """Height and width of the latents for pictures of 256 or "512x256" pixels."""
     numbers = str(resolution).split("x")
     if len(numbers) > 2 or not all(number.isdecimal() and int(number) and int(number) % 8 == 0 for number in numbers):

@@ -9,14 +9,14 @@ import torch
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.networks.dit import DiT
-from dit_export.networks.spec import CONDITIONINGS, ModelSpec, conditioned
+from dit_export.networks.spec import CONDITIONINGS, ModelSpec, with_conditioning
 
 CLASSES = ModelSpec(depth=3, hidden=192, heads=3, patch=2, latent_size=8, num_classes=10)
 WAYS = tuple(CONDITIONINGS)
 
 
 def spec_of(conditioning: str) -> ModelSpec:
-    return conditioned(CLASSES, conditioning)
+    return with_conditioning(CLASSES, conditioning)
 
 
 def save(conditioning: str, folder: Path) -> tuple[DiT, list[str]]:

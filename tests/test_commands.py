@@ -15,10 +15,14 @@ from torch import Tensor, nn
 import dit_export.cli
 import dit_runtime.cli
 import dit_runtime.verify
+from dit_export.cli.console import sample_command
 from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Port
 from tests.conftest import Built
 
+LABELS = Port("labels", "condition", "int64", (), size=13)
+STYLE = Port("style", "condition", "float32", (4,))
 Capture = pytest.CaptureFixture[str]
 
 
@@ -148,6 +152,12 @@ def test_inspect_counts_ops_and_weights(meta: Built, capsys: Capture) -> None:
     assert table["conditioner"]["outputs"] == {"conditioning": ["float32", "rows", 14, 64]}
     size = meta.bundle.joinpath("denoiser.onnx.data").stat().st_size
     assert table["denoiser"]["weight_bytes"]["float32"] == pytest.approx(size, rel=0.02)
+    assert table["denoiser"]["cut"]["crossing"] == 14 and table["denoiser"]["cut"]["priced_out"] == 0
+    assert "cut" not in table["conditioner"]
+    assert dit_export.cli.main(["inspect", str(meta.bundle)]) == 0
+    size = meta.bundle.joinpath("conditioner.onnx.data").stat().st_size
+    text = capsys.readouterr().out
+    assert f"  left the loop: {size / 1e6:.1f} MB of weights\n  crosses: 14 tensors" in text
     assert dit_export.cli.main(["inspect", str(meta.bundle / "denoiser.onnx")]) == 0
     assert "LayerNormalization 5" in capsys.readouterr().out
     assert dit_export.cli.main(["inspect", str(meta.bundle / "manifest.json")]) == 2
@@ -193,3 +203,23 @@ def test_hoist_splits_a_model_from_elsewhere(tmp_path: Path, capsys: Capture) ->
     capsys.readouterr()
     assert dit_export.cli.main(["hoist", str(path), "--loop-input", "smaple"]) == 2
     assert 'did you mean "sample"?' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ports", "null", "options"),
+    [
+        ([LABELS], {"labels": 12}, "--labels 3 9"),
+        ([LABELS], {}, "--labels 3 9 --negative NEGATIVE.npz"),
+        ([LABELS, STYLE], {"labels": 12}, "--labels 3 9 --condition CONDITION.npz --negative NEGATIVE.npz"),
+        ([LABELS, STYLE], {"labels": 12, "style": 0.0}, "--labels 3 9 --condition CONDITION.npz"),
+        ([STYLE], {}, "--condition CONDITION.npz --negative NEGATIVE.npz"),
+        ([], {}, ""),
+    ],
+)
+def test_the_next_command_brings_what_the_network_takes(meta: Built, ports, null, options) -> None:
+    contract = manifest.read(meta.bundle)
+    if "labels" not in null:
+        ports = [replace(port, size=12) if port.size else port for port in ports]
+    contract = replace(contract, ports=(contract.state, contract.time, *ports), null=null)
+    words = sample_command(meta.bundle, contract).partition(str(meta.bundle))[2].removesuffix("-o latents.npy")
+    assert words.strip() == options

@@ -15,7 +15,7 @@ from dit_export.checkpoints import load
 from dit_export.cli import main
 from dit_export.networks import Network
 from dit_export.networks.dit import dit_network
-from dit_export.networks.spec import CONDITIONINGS, MODELS, conditioned
+from dit_export.networks.spec import CONDITIONINGS, MODELS, with_conditioning
 from dit_export.recipe import Recipe
 from dit_export.verify.parity import graph_parity
 from dit_runtime.bundle import manifest
@@ -142,7 +142,7 @@ def test_every_conditioning_in_the_papers_sizes(name: str, way: str, tmp_path: P
     ],
 )
 def test_the_papers_cost(name: str, way: str, gmac: float) -> None:
-    assert sum(flops(conditioned(MODELS[name], way))) / 2e9 == pytest.approx(gmac, rel=0.002)
+    assert sum(flops(with_conditioning(MODELS[name], way))) / 2e9 == pytest.approx(gmac, rel=0.002)
 
 
 def test_a_checkpoint_knows_its_conditioning(bundles, tmp_path, capsys) -> None:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from dit_export.bundle.build import build
 from dit_export.checkpoints import Loaded
+from dit_export.cli import main
 from dit_export.networks import Network
 from dit_export.recipe import Recipe
 from dit_runtime import Pipeline
+from dit_runtime import cli as runtime
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.progress import Progress
@@ -141,6 +143,13 @@ def test_its_stages_follow_from_dependence(bundle) -> None:
     assert {spec.name for spec in runs["condition"].reads} <= {"style", "notes", "heard"}
 
 
+def test_the_gate_without_its_weights(bundle, capsys) -> None:
+    assert main(["verify", str(bundle)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "a program's own network" in line and f"run `dit-export regress {bundle}`" in line
+    assert main(["regress", str(bundle), "--threads", "1"]) == 0
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_it_samples_as_pytorch(bundle, backend, tmp_path, monkeypatch) -> None:
     wanted = expected(3, 10, 2.5, 4)
@@ -156,8 +165,6 @@ def test_it_samples_as_pytorch(bundle, backend, tmp_path, monkeypatch) -> None:
 def compiled(bundle: Path, tmp_path: Path, backend: str) -> Path:
     import shutil
 
-    from dit_runtime.cli import main
-
     folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    assert main(["compile", str(folder), "--backend", backend, "--threads", "1"]) == 0
+    assert runtime.main(["compile", str(folder), "--backend", backend, "--threads", "1"]) == 0
     return folder

@@ -12,7 +12,7 @@ from pathlib import Path
 from dit_export.bench import chart, report
 from dit_export.bench.competitors import COMPETITORS
 from dit_export.bench.run import Settings, bench
-from dit_export.networks.spec import MODELS, model, sized
+from dit_export.networks.spec import MODELS, at_resolution, model
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_STEPS
 from dit_runtime.progress import Progress
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
     settings = Settings(
-        spec=sized(model(options.model), options.resolution),
+        spec=at_resolution(model(options.model), options.resolution),
         memory=None if options.memory is None else 1e9 * options.memory,
         folder=options.output,
         **{key: getattr(options, key) for key in ("device", "batch", "steps", "rounds", "images", "threads", "only")},

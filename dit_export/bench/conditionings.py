@@ -25,7 +25,7 @@ from dit_export.bundle.assemble import build_scratch_bundle
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.networks.dit import dit_network
-from dit_export.networks.spec import CONDITIONINGS, ModelSpec, conditioned, model
+from dit_export.networks.spec import CONDITIONINGS, ModelSpec, model, with_conditioning
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
@@ -122,7 +122,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="default: the engine's own choice")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the files stand meanwhile")
     options = parser.parse_args()
-    specs = {name: {way: conditioned(model(name), way) for way in options.conditionings} for name in options.models}
+    specs = {
+        name: {way: with_conditioning(model(name), way) for way in options.conditionings} for name in options.models
+    }
     costs = {}
     for name, ways in specs.items():
         with tempfile.TemporaryDirectory(prefix="dit-bench-", dir=options.output) as folder:

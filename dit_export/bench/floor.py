@@ -32,16 +32,16 @@ class Flops(NamedTuple):
 
 def flops(spec: ModelSpec) -> Flops:
     """Matrix products alone, as the DiT paper counts its Gflops (which are multiply-adds: half of these)."""
-    d, mlp, by = spec.hidden, round(spec.mlp_ratio * spec.hidden), spec.by
-    t, read = spec.tokens + 2 * by.appended, 2  # the tokens of the timestep and the label
+    d, mlp, scheme = spec.hidden, round(spec.mlp_ratio * spec.hidden), spec.scheme
+    t, read = spec.tokens + 2 * scheme.appended, 2  # the tokens of the timestep and the label
     block = 4 * t * d * d + 2 * t * d * mlp + 2 * t * t * d  # qkv and proj, MLP, attention's two products
-    if by.crossed:
+    if scheme.crossed:
         block += 2 * t * d * d + 2 * t * read * d  # its q and proj, its two products
     ends = spec.tokens * spec.patch**2 * d * (spec.channels + spec.out_channels)
     conditioning = spec.embedders * (256 * d + d * d)
-    if by.modulation:
-        conditioning += (by.modulation * spec.depth + 2) * d * d
-    if by.crossed:
+    if scheme.modulation:
+        conditioning += (scheme.modulation * spec.depth + 2) * d * d
+    if scheme.crossed:
         conditioning += 2 * spec.depth * read * d * d  # keys and values
     return Flops(2 * spec.depth * block, 2 * ends, 2 * conditioning)
 
@@ -56,7 +56,7 @@ def step_flops(spec: ModelSpec, batch: int) -> int:
 def step_bytes(spec: ModelSpec, precision: str) -> float:
     """The weights that every step reads once, whatever the batch: of the linears in the loop."""
     d, mlp = spec.hidden, round(spec.mlp_ratio * spec.hidden)
-    block = 4 * d * d + 2 * d * mlp + 2 * d * d * spec.by.crossed
+    block = 4 * d * d + 2 * d * mlp + 2 * d * d * spec.scheme.crossed
     ends = spec.patch**2 * d * (spec.channels + spec.out_channels)
     return (spec.depth * block + ends) * BITS[precision] / 8
 

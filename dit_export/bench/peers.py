@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dit_export.bench.competitors import Competitor, Job
 from dit_export.bench.subject import GUIDANCE, SEED, Subject
 from dit_export.checkpoints.synthetic import SD_VAE
-from dit_export.graph.trace import Decoder
+from dit_export.networks.codec import Decoder
 from dit_export.networks.dit import DiT
 
 Network = TypeVar("Network", bound=nn.Module)

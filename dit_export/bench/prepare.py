@@ -18,7 +18,7 @@ from dit_export.bundle.assemble import build_scratch_bundle, trace_graphs
 from dit_export.checkpoints import Loaded, keys
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
 from dit_export.graph import DECODER, NETWORK
-from dit_export.graph.trace import Decoder
+from dit_export.networks.codec import Decoder
 from dit_export.networks.dit import DiT, dit_network
 from dit_export.recipe import Recipe
 from dit_runtime.backends import Options

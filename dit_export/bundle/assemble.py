@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -20,6 +20,7 @@ from dit_export.bundle.describe import Written, describe
 from dit_export.checkpoints import Loaded
 from dit_export.graph import DECODER, NETWORK, onnxfile, trace
 from dit_export.graph.oracle import Oracle
+from dit_export.networks.codec import Decoder
 from dit_export.passes import LOWERINGS, fuse, require
 from dit_export.passes.dependence import Miss
 from dit_export.passes.stages import Pack
@@ -55,7 +56,7 @@ class Inputs(NamedTuple):
 NO_INPUTS = Inputs()
 
 
-def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, progress: Progress) -> Oracle:
+def trace_graphs(folder: Path, loaded: Loaded, decoder: Decoder | None, progress: Progress) -> Oracle:
     """Write the plain exports of the network and its decoder; return PyTorch's values of the network's tensors."""
     folder.mkdir()
     with progress.stage("trace: network to ONNX"):
@@ -63,7 +64,7 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: trace.Decoder | None, pr
         program.save(folder / NETWORK, external_data=True)
     if decoder is not None:
         with progress.stage("trace: decoder to ONNX"):
-            trace.export_decoder(decoder, loaded.network.state.shape).save(folder / DECODER, external_data=True)
+            trace.export_decoder(decoder, loaded.network.state).save(folder / DECODER, external_data=True)
     assert program.exported_program is not None
     return Oracle(program.exported_program)
 
@@ -75,7 +76,7 @@ class Assembly:
     folder: Path
     traced: Path
     loaded: Loaded
-    decoder: trace.Decoder | None
+    decoder: Decoder | None
     recipe: Recipe
     backend: str
     progress: Progress
@@ -88,6 +89,7 @@ class Assembly:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # by stage and pass
     misses: tuple[Miss, ...] = ()  # of the passes on the network
     packs: tuple[Pack, ...] = ()
+    cut: dict[str, Any] = field(default_factory=dict)  # what left the loop, what crosses, what is cheaper in it
     measured: Measured = field(default_factory=Measured)
     keep_float: list[str] = field(default_factory=list)  # entries of a recipe
     float_layers: list[str] = field(default_factory=list)  # the layers and attentions that they mean
@@ -119,7 +121,7 @@ class Assembly:
     def fuse(self) -> None:
         network = self.loaded.network
         fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, network.guided_channels)
-        self.misses = fused.misses
+        self.misses, self.cut = fused.misses, fused.cut.summary()
         require(fused.counts, network.counts, self.misses)
         for stage in fused.stages:
             self.graphs[stage.name], self.runs[stage.name] = stage.graph, stage.runs
@@ -220,9 +222,8 @@ class Assembly:
             lowered = self.runs[name] in ("step", "end")
             written[name] = self._write(name, graph, lowerings if lowered else {})
         contract = describe(self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
-        if self.quantizes:
-            contract = replace(contract, built_with={**contract.built_with, "quantized": self.covered})
-        self.contract = contract
+        facts = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
+        self.contract = replace(contract, built_with={**contract.built_with, **facts})
 
     def _write(self, name: str, graph: gs.Graph, lowerings: Lowerings) -> Written:
         precision, counts = self.precision_of(name), self.counts.setdefault(name, {})
@@ -253,17 +254,17 @@ class Assembly:
         if not expected or self.runs[name] not in ("step", "end"):
             return {}
         attentions = sum(entry.endswith(ATTENTION) for entry in self.float_layers)
-        layers = expected.get("quantize", 0)  # a decoder has none
-        quantized = max(layers - (len(self.float_layers) - attentions), 0)
-        fewer = {"cast_to_half": islands, "quantize_attention": attentions, "quantize": 0, "dynamic": 0}
-        expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
+        if "quantize" in expected:  # a decoder has no such layer, and diffusers' classes do not predict them
+            quantized = max(expected["quantize"] - (len(self.float_layers) - attentions), 0)
+            expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
+        fewer = {"cast_to_half": islands, "quantize_attention": attentions}
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
 
 
 def build_scratch_bundle(
     folder: Path,
     loaded: Loaded,
-    decoder: trace.Decoder | None,
+    decoder: Decoder | None,
     recipe: Recipe,
     progress: Progress,
     traced: Path | None = None,

@@ -14,12 +14,12 @@ import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
 from dit_export.checkpoints import Loaded, load
-from dit_export.graph.trace import Decoder
+from dit_export.networks.codec import Decoder
 from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.search import SearchOptions
-from dit_export.recipe import PRECISIONS, Recipe, sides
+from dit_export.recipe import PRECISIONS, Recipe, latent_size
 from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, summary
 from dit_export.verify.reference import make_reference, save_reference
@@ -113,8 +113,10 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
+    if recipe.caption_tokens is not None and recipe.caption_tokens < 1:
+        raise UsageError(f"caption-tokens {recipe.caption_tokens}; expected at least 1")
     if recipe.resolution is not None:
-        sides(recipe.resolution)
+        latent_size(recipe.resolution)
     for name in ("keep_float", "calibration", "conditions") if recipe.precision not in backends.QUANTIZED else ():
         if value := getattr(recipe, name):
             option = name.replace("_", "-")

@@ -24,6 +24,7 @@ from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.spec import ModelSpec
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.records import count_classes
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.process import Process
 
@@ -34,11 +35,12 @@ PUBLIC: dict[tuple[str, int | str], str] = {  # model, resolution -> the hub's c
     ("XL/2", 256): "facebook/DiT-XL-2-256",
     ("XL/2", 512): "facebook/DiT-XL-2-512",
 }
+KINDS = ("synthetic", "file", "diffusers")  # of a source that a recipe finds again
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a build starts from."""
+    """Hold what a build starts from."""
 
     network: Network
     vae: AutoencoderKL | None
@@ -48,7 +50,7 @@ class Loaded:
 
 
 def load(recipe: Recipe) -> Loaded:
-    """Weights from the recipe's checkpoint, from the public one of its model, or made up when it says so."""
+    """Read the recipe's checkpoint, or the public one of its model; make weights up where the recipe says so."""
     if recipe.latents_only and recipe.vae:
         raise UsageError(f"got both a VAE ({recipe.vae}) and --latents-only: pass one of them")
     if recipe.synthetic is not None:
@@ -85,6 +87,9 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             tokens=tokens,
             spacing=family.flow_spacing,
         )
+        if process.kind != family.process:
+            what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"
+            raise UsageError(f"{what}; {family.name} is trained for a {family.process} process")
         return Loaded(network, None, read_names(recipe, network), process, {}), files
     model, files = read_transformer(folder, recipe.resolution)
     process = read_process(path, model.spec.learned_variance, recipe.prediction)
@@ -105,16 +110,19 @@ def read_names(recipe: Recipe, network: Network) -> tuple[str, ...]:
     if not recipe.labels:
         return ()
     path = Path(recipe.labels).expanduser()
-    for port in network.conditions:
-        if port.name == "labels":
-            return read_labels(path, port.size - ("labels" in network.null))
-    raise UsageError(f"{path}: class names, but the network has no labels")
+    classes = count_classes(network.ports, network.null)
+    if not classes:
+        raise UsageError(f"{path}: class names, but the network has no labels")
+    return read_labels(path, classes)
 
 
 def load_source(contract: Manifest, folder: Path) -> Loaded:
-    """The weights that a bundle was built from, found again and known to be the same."""
+    """Load the weights that a bundle was built from, and check that they are the same."""
     if not isinstance(contract.source.get("recipe"), dict):
         raise UsageError(f"{folder}: its manifest does not say what it was built from; try `dit-run verify`")
+    if contract.source.get("kind") not in KINDS:
+        what = f"{folder}: of a program's own network, whose weights no command reads"
+        raise UsageError(f"{what}; run `dit-export regress {folder}`")
     known = {field.name for field in fields(Recipe)}
     if unknown := sorted(contract.source["recipe"].keys() - known):
         what = f"{folder}: the recipe in its manifest has {unknown[0]!r}, which this version does not know"
@@ -133,9 +141,9 @@ def load_synthetic(recipe: Recipe) -> Loaded:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
     process = read_process(None, prediction=recipe.prediction)
-    spec = specs.sized(specs.model(recipe.model), recipe.resolution)
+    spec = specs.at_resolution(specs.model(recipe.model), recipe.resolution)
     if recipe.conditioning is not None:
-        spec = specs.conditioned(spec, recipe.conditioning)
+        spec = specs.with_conditioning(spec, recipe.conditioning)
     spec = replace(spec, learned_variance=process.prediction != "velocity")
     loaded = class_conditional(synthetic_dit(spec, recipe.synthetic, process.span), process, recipe)
     agree(loaded.network, recipe, "--synthetic")
@@ -149,7 +157,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
 
 
 def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[AutoencoderKL | None, dict[str, Any]]:
-    """The VAE that was asked for, or the checkpoint's own, and where it came from."""
+    """Load the recipe's VAE, or the checkpoint's own, and say where it came from."""
     if recipe.latents_only:
         return None, {}
     if recipe.vae:
@@ -168,7 +176,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple
 def public_checkpoint(recipe: Recipe) -> str:
     if recipe.model is None:
         raise UsageError("nothing to build: pass a model, --checkpoint PATH or HUB-ID, or both")
-    resolution = specs.sized(specs.model(recipe.model), recipe.resolution).resolution
+    resolution = specs.at_resolution(specs.model(recipe.model), recipe.resolution).resolution
     if (recipe.model, resolution) not in PUBLIC or recipe.conditioning not in (None, ModelSpec.conditioning):
         way = f" with {recipe.conditioning}" if recipe.conditioning else ""
         raise UsageError(f"no public weights exist for {recipe.model}{way} at {resolution} px: {OTHERWISE}")
@@ -185,7 +193,7 @@ def transformer_folder(path: Path) -> Path:
 
 
 def named(name: str, path: Path) -> dict[str, Any]:
-    """A path of the user's, or a hub id with its revision: the cache names a snapshot's folder by its commit."""
+    """Return a path, or a hub id with its revision: the cache names a snapshot's folder by its commit."""
     return {"path": name} if Path(name).expanduser() == path else {"hub": name, "revision": path.name}
 
 
@@ -193,6 +201,8 @@ def agree(network: Network, recipe: Recipe, where: str) -> None:
     """Refuse a recipe that says another thing about the network than its weights."""
     if recipe.model is not None:
         specs.model(recipe.model)
+    if recipe.caption_tokens is not None and all(port.name != "captions" for port in network.conditions):
+        raise UsageError(f"{where}: caption-tokens {recipe.caption_tokens}, but the network has no captions")
     for field in ("model", "conditioning", "heads"):
         asked, value = getattr(recipe, field), network.model.get("name" if field == "model" else field)
         if asked is not None and asked != value:

@@ -13,7 +13,7 @@ from dit_export.checkpoints import keys
 from dit_export.checkpoints.files import find_weights, read_json, read_weights
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.networks.dit import DiT
-from dit_export.networks.spec import ModelSpec, sized
+from dit_export.networks.spec import ModelSpec, at_resolution
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.process import Process
 
@@ -48,16 +48,16 @@ CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 def read_config(folder: Path, *classes: str) -> dict[str, Any]:
     """config.json with its class's defaults filled in; a class or a field that we do not know is refused."""
     where = folder / "config.json"
-    given = read_json(where)
-    name = given.get("_class_name") if isinstance(given, dict) else None
+    config = read_json(where)
+    name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in classes:
         raise UsageError(f"{where}: _class_name is {name!r}, expected {' or '.join(classes)}")
     signature = inspect.signature(getattr(diffusers, name).__init__)
     fields = {key: parameter.default for key, parameter in signature.parameters.items() if key != "self"}
-    given = {key: value for key, value in given.items() if not key.startswith("_")}
-    if unknown := sorted(given.keys() - fields.keys()):
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    if unknown := sorted(config.keys() - fields.keys()):
         raise UsageError(f"{where}: {name} has no field {', '.join(unknown)}; known: {', '.join(fields)}")
-    return fields | given | {"_class_name": name}
+    return fields | config | {"_class_name": name}
 
 
 def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple[DiT, list[Path]]:
@@ -94,7 +94,7 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
     )
     files = find_weights(folder)
     state = read_weights(files)
-    return keys.read(state, keys.DIFFUSERS, sized(spec, resolution), str(folder)), files
+    return keys.read(state, keys.DIFFUSERS, at_resolution(spec, resolution), str(folder)), files
 
 
 def read_process(

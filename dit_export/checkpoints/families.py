@@ -15,7 +15,7 @@ from dit_export.checkpoints.files import check, find_weights, first_line, read_j
 from dit_export.networks import Network
 from dit_export.networks.families import FAMILIES, family_network
 from dit_export.networks.families.family import Family
-from dit_export.recipe import Recipe, sides
+from dit_export.recipe import Recipe, latent_size
 from dit_runtime.errors import UsageError
 
 
@@ -29,8 +29,8 @@ def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Fami
     config = read_config(folder, *CLASSES, *FAMILIES)
     family, files = FAMILIES[config["_class_name"]], find_weights(folder)
     transformer = read_module(family.name, config, files, str(folder / "config.json"))
-    size = sides(recipe.resolution) if recipe.resolution else None
-    tokens = recipe.caption_tokens or caption_tokens(folder.parent, family)
+    size = latent_size(recipe.resolution) if recipe.resolution else None
+    tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
         return family_network(transformer, size, tokens), files, family
     except UsageError as error:

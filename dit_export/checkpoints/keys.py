@@ -65,8 +65,8 @@ def dialect(names: Mapping[str, object], where: str) -> dict[str, str]:
 
 
 def depth_of(names: Mapping[str, object]) -> int:
-    """How many blocks the names count, in either dialect."""
-    return len({found[1] for found in map(re.compile(r"(?:transformer_)?blocks\.(\d+)\.").match, names) if found})
+    """Return how many blocks the names count, in either dialect."""
+    return len({match[1] for match in map(re.compile(r"(?:transformer_)?blocks\.(\d+)\.").match, names) if match})
 
 
 def expand(table: dict[str, str], depth: int) -> dict[str, list[str]]:
@@ -75,9 +75,9 @@ def expand(table: dict[str, str], depth: int) -> dict[str, list[str]]:
     for ours, theirs in table.items():
         for n in range(depth) if ".N." in ours else [0]:
             for leaf in ("weight", "bias") if "*" in ours else [""]:
-                one = theirs.replace(".N.", f".{n}.").replace("*", leaf)
-                several = re.search(r"\{(.+)\}", one)
-                parts = [one.replace(several[0], part) for part in several[1].split(",")] if several else [one]
+                key = theirs.replace(".N.", f".{n}.").replace("*", leaf)
+                several = re.search(r"\{(.+)\}", key)
+                parts = [key.replace(several[0], part) for part in several[1].split(",")] if several else [key]
                 names[ours.replace(".N.", f".{n}.").replace("*", leaf)] = parts
     return names
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.files import read_weights
 from dit_export.networks.dit import DiT, position_table
-from dit_export.networks.spec import CONDITIONINGS, SIZES, ModelSpec, sized
+from dit_export.networks.spec import CONDITIONINGS, SIZES, ModelSpec, at_resolution
 from dit_export.recipe import Recipe
 from dit_runtime.errors import UsageError
 
@@ -56,11 +56,11 @@ def read_file(path: Path, recipe: Recipe) -> DiT:
     positions = names.get("positions", [""])[0]
     if positions in state:
         trained = replace(spec, latent_size=patch * math.isqrt(shape("positions", 3)[1]))
-        spec = sized(trained, recipe.resolution)
+        spec = at_resolution(trained, recipe.resolution)
         if spec != trained:
             _require_formula(state.pop(positions), trained, spec, where)
     elif recipe.resolution:
-        spec = sized(spec, recipe.resolution)
+        spec = at_resolution(spec, recipe.resolution)
     else:
         raise UsageError(f"{where}: has no position table, so its resolution is unknown: pass --resolution")
     if table is keys.DIFFUSERS:  # its fixed choices, and its default norm_eps, as there is no config.json
@@ -69,15 +69,15 @@ def read_file(path: Path, recipe: Recipe) -> DiT:
 
 
 def conditioning_of(state: Mapping[str, Tensor], names: Mapping[str, list[str]], hidden: int, where: str) -> str:
-    """By what a block holds: adaLN's vectors, or a cross-attention, or neither."""
+    """Tell the conditioning by what a block holds: adaLN's vectors, or a cross-attention, or neither."""
 
     def rows(ours: str) -> int:
         (theirs,) = names.get(ours, [""])
         return state[theirs].shape[0] if theirs in state else 0
 
     vectors, crossed = rows("blocks.0.modulation.weight") / hidden, rows("blocks.0.cross.q.weight") > 0
-    for name, by in CONDITIONINGS.items():
-        if (by.modulation, by.crossed) == (vectors, crossed):
+    for name, scheme in CONDITIONINGS.items():
+        if (scheme.modulation, scheme.crossed) == (vectors, crossed):
             return name
     raise UsageError(
         f"{where}: a block has {vectors:g} vectors of adaLN{' and a cross-attention' * crossed}; known: 4, 6"

@@ -56,7 +56,7 @@ def synthetic_dit(spec: ModelSpec, seed: int, span: float = 1000.0) -> DiT:
         fill_embedder(embedder, spec, span, random)
     for block in cast(list[Block], model.blocks):
         fill_block(block, spec, sinks, others, random)
-    if spec.by.appended:
+    if spec.scheme.appended:
         fill_beacon(model, sinks, int(others[-1]), random)
     gains_of(model.final.modulation, model.final.norm, random).fill(FINAL, sinks, random)
     fill_final(model, basis, span, random)
@@ -65,11 +65,11 @@ def synthetic_dit(spec: ModelSpec, seed: int, span: float = 1000.0) -> DiT:
 
 def fill_block(block: Block, spec: ModelSpec, sinks: Tensor, others: Tensor, random: Generator) -> None:
     output = min(0.5, LEAK * math.sqrt(spec.hidden / (spec.channels * spec.patch**2) / spec.depth))
-    deviations = DEVIATIONS[: spec.by.modulation // 2 or 2]
+    deviations = DEVIATIONS[: spec.scheme.modulation // 2 or 2]
     ungated = output * DEVIATIONS[2]  # as small as a gate makes it
     norms = [
         gains_of(block.modulation, norm, random)
-        for norm in (block.norm1, block.norm2)[: 1 if spec.by.modulation else 2]
+        for norm in (block.norm1, block.norm2)[: 1 if spec.scheme.modulation else 2]
     ]
     for gains in norms:
         gains.fill(deviations, sinks, random)
@@ -82,7 +82,7 @@ def fill_block(block: Block, spec: ModelSpec, sinks: Tensor, others: Tensor, ran
     channels = torch.cat([others[: OUTLIERS // 2], own[: OUTLIERS // 2]]).unique()
     for gains, branch, layer in (
         (norms[0], 0, block.attn.qkv),
-        (norms[-1], spec.by.modulation // 2, block.mlp.fc1),
+        (norms[-1], spec.scheme.modulation // 2, block.mlp.fc1),
     ):
         s = outliers(channels, random)
         gains.stretch(branch, channels, s)

@@ -43,7 +43,7 @@ def read_vae(folder: Path, channels: int) -> tuple[AutoencoderKL, list[Path]]:
     files = find_weights(folder)
     older = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(OLDER_NAMES)})(?=\.)")
     state = {
-        older.sub(lambda found: OLDER_NAMES[found[1]], name): tensor for name, tensor in read_weights(files).items()
+        older.sub(lambda match: OLDER_NAMES[match[1]], name): tensor for name, tensor in read_weights(files).items()
     }
     check(state, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}, str(folder))
     vae.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import targets, why_unavailable
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.records import LABELS
 from dit_runtime.cli import report
 
 if TYPE_CHECKING:
@@ -52,9 +53,10 @@ def sample_command(folder: Path, contract: Manifest) -> str:
     parts = [dit_run(), "sample", str(folder)]
     if contract.classes:
         parts.append(f"--labels {contract.classes // 4} {3 * contract.classes // 4}")
-    elif contract.conditions:
+    if any(not (contract.classes and port.name == LABELS) for port in contract.conditions):
         parts.append("--condition CONDITION.npz")
-        parts += ["--negative NEGATIVE.npz"] if contract.without_null else []
+    if contract.without_null and contract.mixes_guidance:
+        parts.append("--negative NEGATIVE.npz")
     return " ".join(parts + ([] if contract.end else ["-o latents.npy"]))
 
 

@@ -59,8 +59,8 @@ def fit(module: M, loss: Loss[M], stage: Stage, seed: int, folder: Path, every: 
             )
         module.load_state_dict(state["module"])
         average.load_state_dict(state["average"])
-        for optimizer, kept in zip(steppers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
+        for optimizer, saved in zip(steppers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, before, recent = state["step"], state["seconds"], state["loss"]
     start = time.monotonic()
     progress = Progress(stage, first, before)
@@ -104,12 +104,14 @@ def optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     for name, parameter in module.named_parameters():
         inner = parameter.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
         (matrices if stage.muon and inner else rest).append(parameter)
-    found: list[torch.optim.Optimizer] = [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, stage.rate, betas=(0.9, 0.99), weight_decay=stage.decay)
     ]
     if matrices:
-        found.append(torch.optim.Muon(matrices, stage.rate, weight_decay=stage.decay, adjust_lr_fn="match_rms_adamw"))
-    return found
+        optimizers.append(
+            torch.optim.Muon(matrices, stage.rate, weight_decay=stage.decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
 
 
 def rate_at(step: int, stage: Stage) -> float:

@@ -74,9 +74,9 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
         images.write_png(grid, images.grid(pictures[by_class], columns))
         shown.append(Shown(name, built, grid, result))
         sheets.append(report.Exhibit(f"{name}: {_said(result)}", images.grid(pictures[:SHEET], SHEET_COLUMNS)))
-    for one in shown:
-        page = report.page(one.name, manifest.read(one.built.folder), one.built)
-        report.write(one.built.folder / report.NAME, one.built.folder, replace(page, exhibits=sheets))
+    for sheet in shown:
+        page = report.page(sheet.name, manifest.read(sheet.built.folder), sheet.built)
+        report.write(sheet.built.folder / report.NAME, sheet.built.folder, replace(page, exhibits=sheets))
     return shown
 
 

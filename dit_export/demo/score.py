@@ -46,7 +46,7 @@ def look(judge: ViT, pictures: Iterable[NDArray[np.uint8]]) -> tuple[NDArray[np.
 
 
 def reference_features(judge: ViT, count: int = REFERENCE) -> Floats:
-    """Of held-out pictures, balanced over the classes."""
+    """Return the features of held-out pictures, balanced over the classes."""
     images = data.pool(data.HELD_OUT, count).images
     return look(judge, np.split(images, range(250, count, 250)))[1]
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dit_export.graph import onnxfile
 from dit_runtime.bundle import manifest
-from dit_runtime.errors import UsageError
+from dit_runtime.errors import BundleError, UsageError
 
 
 def describe(path: Path) -> dict[str, dict[str, Any]]:
     """Return what each graph holds, by its stage's name, or by the file's."""
     if path.is_dir():
         contract = manifest.read(path)
-        return {
+        entries = {
             stage.name: {"runs": stage.runs, **_describe(manifest.inside(path, stage.onnx))}
             for stage in contract.stages
         }
+        if "cut" in contract.built_with:
+            entries[contract.step.name]["cut"] = contract.built_with["cut"]
+        return entries
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a bundle or an ONNX model")
     return {path.name: _describe(path)}
@@ -49,4 +53,23 @@ def table(described: dict[str, dict[str, Any]]) -> str:
             for tensor, (dtype, *shape) in entry[direction].items():
                 lines.append(f"  {direction[:-1]:<7} {tensor} {dtype} {shape}")
         lines.append("  ops     " + ", ".join(f"{op} {count}" for op, count in entry["ops"].items()))
+        lines += [f"  {line}" for line in cut_lines(entry["cut"])] if "cut" in entry else []
     return "\n".join(lines)
+
+
+def cut_lines(cut: Mapping[str, Any]) -> list[str]:
+    """Describe the summary of a cut: what left the loop, what crosses, and what is cheaper in the loop."""
+    try:
+        lines = [
+            f"left the loop: {cut['weights'] / 1e6:.1f} MB of weights",
+            f"crosses: {cut['crossing']} tensors, {cut['bytes'] / 1e6:.1f} MB a run",
+        ]
+        if cut["direct"]:
+            lines.append(f"read by the loop as they are: {', '.join(cut['direct'])}")
+        if cut["priced_out"]:
+            size = f"{cut['priced_out_weights'] / 1e6:.1f} MB of weights"
+            lines.append(f"priced out: {cut['priced_out']} ops with {size} are cheaper in the loop")
+            lines.append(f"priced out, the heaviest: {', '.join(cut['heaviest'])}")
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{manifest.NAME}: built_with says {cut!r} of the cut: {error}; rebuild the bundle") from None
+    return lines

@@ -34,7 +34,7 @@ NUMBERS = {"value_float": np.float32, "value_floats": np.float32, "value_int": n
 
 
 def load(path: Path) -> gs.Graph:
-    """Reads a graph, every tensor with its type and shape; external weights become memory maps, so XL/2 costs none."""
+    """Read a graph, every tensor with its type and shape; external weights become memory maps, so XL/2 costs none."""
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except DecodeError as error:
@@ -106,7 +106,7 @@ def data_name(onnx_name: str) -> str:
 
 
 def save(graph: gs.Graph, path: Path) -> tuple[str, ...]:
-    """Writes graph and weights, keeps no intermediate shapes, checks the result by its path; returns the files' names.
+    """Write graph and weights without intermediate shapes, check the result, and return the files' names.
 
     Afterwards the graph's weights are memory maps of what was written. A weight that already is such a map, of another
     file in the same folder, is written by reference: so several forms of a graph share their weights.
@@ -165,7 +165,7 @@ def temporary(graph: gs.Graph, path: Path) -> Iterator[list[Path]]:
 
 
 def _mapped_from(values: np.ndarray, folder: Path) -> tuple[str, int] | None:
-    """File and offset of a whole memory map of a file in `folder`; a view of one has another place."""
+    """Return file and offset of a whole memory map of a file in `folder`; a view of it has another place."""
     if isinstance(values, np.memmap) and isinstance(values.base, mmap.mmap):
         file = Path(values.filename)  # resolved by NumPy
         if file.parent == folder.resolve():
@@ -176,7 +176,7 @@ def _mapped_from(values: np.ndarray, folder: Path) -> tuple[str, int] | None:
 def layer(
     graph: gs.Graph, op: str, inputs: Sequence[gs.Tensor | np.ndarray], output: str | gs.Variable, **attrs: object
 ) -> gs.Variable:
-    """Appends one node; arrays among its inputs become constants named after the output."""
+    """Append one node; arrays among its inputs become constants named after the output."""
     result = gs.Variable(output) if isinstance(output, str) else output
     tensors = [
         gs.Constant(f"{result.name}_{index}", value) if isinstance(value, np.ndarray) else value
@@ -184,18 +184,6 @@ def layer(
     ]
     graph.nodes.append(gs.Node(op, result.name, attrs, inputs=tensors, outputs=[result]))
     return result
-
-
-def sign(graph: gs.Graph, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Gives inputs and outputs the names of their free dimensions, after checking that they are what is expected."""
-    for tensors, specs in ((graph.inputs, inputs), (graph.outputs, outputs)):
-        if [tensor.name for tensor in tensors] != [spec.name for spec in specs]:
-            raise RuntimeError(f"the graph has {[t.name for t in tensors]}, expected {[spec.name for spec in specs]}")
-        for tensor, spec in zip(tensors, specs, strict=True):
-            fixed = [(got, want) for got, want in zip(tensor.shape, spec.shape, strict=True) if isinstance(want, int)]
-            if np.dtype(tensor.dtype).name != spec.dtype or any(got != want for got, want in fixed):
-                raise RuntimeError(f"{spec.name} is {tensor.dtype} {tensor.shape}, expected {spec.dtype} {spec.shape}")
-            tensor.shape = list(spec.shape)
 
 
 def name_rows(graph: gs.Graph, rows: str) -> None:
@@ -214,7 +202,7 @@ def signature(graph: gs.Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec
 
 
 def census(graph: gs.Graph) -> dict[str, int]:
-    """How many nodes of each kind, most frequent first."""
+    """Count the nodes of each kind, most frequent first."""
     return dict(Counter(node.op for node in graph.nodes).most_common())
 
 

@@ -13,7 +13,7 @@ from dit_runtime.errors import UsageError
 
 
 class Place(NamedTuple):
-    """Where a tensor is in the traced program."""
+    """Locate a tensor in the traced program."""
 
     node: str
     part: int | None = None  # of a node that gives several tensors

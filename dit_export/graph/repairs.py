@@ -70,14 +70,14 @@ def keep_tiny_terms(module: GraphModule) -> int:
     onnxscript's optimizer compares scalars with an absolute tolerance and removes `x + 1e-15`, so that what it keeps
     away from 0 becomes NaN (rewriter/_matcher.py).
     """
-    kept = 0
+    count = 0
     for node in [node for node in module.graph.nodes if node.target == aten.add.Tensor]:
         x, tiny = node.args
         if isinstance(tiny, float) and 0 < abs(tiny) < TINY and x.meta["val"].ndim:
             value = torch.full((1,), tiny, dtype=x.meta["val"].dtype)
-            node.args = (x, _constant(module, node, f"tiny_{kept}", value))
-            kept += 1
-    return kept
+            node.args = (x, _constant(module, node, f"tiny_{count}", value))
+            count += 1
+    return count
 
 
 def add_masks(module: GraphModule) -> int:
@@ -118,7 +118,7 @@ def split_boolean_wheres(graph: ir.Graph) -> int:
 
 
 def _is_pure(node: Node) -> bool:
-    """Whether the node's value is the same each time, and computing it changes nothing else."""
+    """Return whether the node's value is the same each time, and computing it changes nothing else."""
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -21,7 +19,7 @@ OPSET = 23  # the first with Attention, so that a backend's passes choose its fo
 
 
 def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> torch.onnx.ONNXProgram:
-    """`module` as ONNX, axis 0 of every input and output free; `save(…, external_data=True)` has no 2 GB limit."""
+    """Trace a module to ONNX, axis 0 of inputs and outputs free; `save(…, external_data=True)` has no 2 GB limit."""
     # A named Dim wants a range, and diffusers' upsampling branches at 64 rows; several inputs have as many rows each.
     rows: Any = torch.export.Dim.DYNAMIC if len(inputs) == 1 else torch.export.Dim("rows")
     with warnings.catch_warnings(), torch.no_grad():
@@ -67,38 +65,8 @@ def examples(ports: Sequence[Port], rows: int = 2) -> dict[str, Tensor]:
     }
 
 
-class Decoder(nn.Module):
-    """images = clamp(VAE(latents / scaling + shift) / 2 + 1/2), in [0, 1]."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.post_quant_conv = vae.post_quant_conv
-        self.decoder = vae.decoder
-        self.scaling = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor or 0.0)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        latents = latents / self.scaling + self.shift  # (B, C, H, W)
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return (self.decoder(latents) / 2 + 0.5).clamp(0, 1)  # (B, 3, 8H, 8W)
-
-    def expected_counts(self) -> dict[str, int]:
-        """What each pass must find in this decoder's graph."""
-
-        def count(*kinds: type[nn.Module]) -> int:
-            return sum(isinstance(module, kinds) for module in self.modules())
-
-        doubled = count(Upsample2D)  # their convolutions become four each
-        return {
-            "subpixel": doubled,
-            "group_norm": count(nn.GroupNorm),
-            "plain_attention": count(Attention),
-            "split_qkv": 0,
-            "dynamic": 0,
-            "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
-        }
-
-
-def export_decoder(decoder: Decoder, latents_shape: Sequence[int]) -> torch.onnx.ONNXProgram:
-    return export(decoder, {"latents": torch.zeros(2, *latents_shape)}, ["images"])
+def export_decoder(decoder: nn.Module, state: Port) -> torch.onnx.ONNXProgram:
+    """Trace a decoder of `latents`; its graph's input is named after the state."""
+    program = export(decoder, {"latents": torch.zeros(2, *state.shape)}, ["images"])
+    program.model.graph.inputs[0].name = state.name
+    return program

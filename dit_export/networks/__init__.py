@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dit_runtime.bundle.manifest import Port
+from dit_runtime.bundle.parsing import check_network
+from dit_runtime.bundle.records import PACKS, RESERVED, Port
 from dit_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # the command line imports this package and must not wait for PyTorch
@@ -33,15 +35,13 @@ class Network:
         names = [port.name for port in self.ports]
         if len(set(names)) != len(names):
             raise UsageError(f"ports {', '.join(names)}: expected distinct names")
-        for role in ("state", "time"):
-            if sum(port.role == role for port in self.ports) != 1:
-                raise UsageError(f"ports {', '.join(names)}: expected exactly one with the role {role!r}")
-        conditions = {port.name for port in self.conditions}
-        for port in self.ports:
-            if port.masks and not (port in self.conditions and port.masks in conditions - {port.name}):
-                raise UsageError(f"port {port.name} masks {port.masks!r}; both must be condition ports")
-        if unknown := sorted(self.null.keys() - conditions):
-            raise UsageError(f"null has {unknown[0]!r}; expected condition ports: {', '.join(sorted(conditions))}")
+        for name in names:
+            if name in RESERVED or re.fullmatch(rf"({'|'.join(PACKS.values())})(_\d+)?", name):
+                raise UsageError(f"a port is called {name!r}, as a tensor of a bundle's stages; give it another name")
+        try:
+            check_network(self.ports, self.null, self.guided_channels)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     @property
     def state(self) -> Port:

@@ -21,9 +21,11 @@ class Call(NamedTuple):
 
 
 def capture(pipeline: Any, **arguments: Any) -> tuple[Port, ...]:
-    """Run a pipeline of diffusers for two steps and return its transformer's ports, named as the arguments are.
+    """Run a pipeline of diffusers for two steps and list its transformer's ports, named as the arguments are.
 
-    The values of an int64 port cannot be counted from outside: its `size` is 0.
+    This is where a network of one's own starts: wrap the transformer so that it takes the ports by name, and state
+    them. `capture(pipeline, prompt="a cat")` takes what the pipeline takes. The values of an int64 port cannot be
+    counted from outside: its `size` is 0 and must be filled in.
     """
     arguments = {"output_type": "latent"} | arguments | {"num_inference_steps": 2}
     return sort(*record(pipeline.transformer, lambda: pipeline(**arguments)))

@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """From every patch to the condition's tokens."""
+    """Attend from every patch to the condition's tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -86,12 +86,9 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.kv(tokens).chunk(2, dim=-1)
-        return keys, values  # (N, L, D) each
-
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.proj(attend(self.q(x), *self.keys_and_values(tokens), self.heads))
+        keys, values = self.kv(tokens).chunk(2, dim=-1)  # (N, L, D) each
+        return self.proj(attend(self.q(x), keys, values, self.heads))
 
 
 class MLP(nn.Module):
@@ -112,12 +109,12 @@ class Modulated(NamedTuple):
     gate: Tensor | None = None
 
 
-def modulate(x: Tensor, by: Modulated | None) -> Tensor:
-    return x if by is None else x * by.gain + by.shift
+def modulate(x: Tensor, modulation: Modulated | None) -> Tensor:
+    return x if modulation is None else x * modulation.gain + modulation.shift
 
 
-def gated(x: Tensor, by: Modulated | None) -> Tensor:
-    return x if by is None or by.gate is None else by.gate * x
+def gated(x: Tensor, modulation: Modulated | None) -> Tensor:
+    return x if modulation is None or modulation.gate is None else modulation.gate * x
 
 
 class Condition(NamedTuple):
@@ -129,28 +126,28 @@ class Condition(NamedTuple):
 
 def modulation(spec: ModelSpec, vectors: int) -> nn.Module | None:
     """Return the linear that makes this many vectors of a condition, or None where norms have their own gains."""
-    return nn.Linear(spec.hidden, vectors * spec.hidden) if spec.by.modulation else None
+    return nn.Linear(spec.hidden, vectors * spec.hidden) if spec.scheme.modulation else None
 
 
 def norm(spec: ModelSpec, eps: float = NORM_EPS) -> nn.LayerNorm:
-    """Without a gain and a shift of its own where adaLN brings them."""
-    return nn.LayerNorm(spec.hidden, eps, elementwise_affine=not spec.by.modulation)
+    """Make a LayerNorm without a gain and a shift of its own where adaLN brings them."""
+    return nn.LayerNorm(spec.hidden, eps, elementwise_affine=not spec.scheme.modulation)
 
 
 class Block(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.count = spec.by.modulation
+        self.count = spec.scheme.modulation
         self.norm1 = norm(spec)
         self.attn = Attention(spec.hidden, spec.heads)
-        self.cross = CrossAttention(spec.hidden, spec.heads) if spec.by.crossed else None
-        self.norm_cross = norm(spec) if spec.by.crossed else nn.Identity()
+        self.cross = CrossAttention(spec.hidden, spec.heads) if spec.scheme.crossed else None
+        self.norm_cross = norm(spec) if spec.scheme.crossed else nn.Identity()
         self.norm2 = norm(spec, spec.norm2_eps)
         self.mlp = MLP(spec.hidden, round(spec.mlp_ratio * spec.hidden))
         self.modulation = modulation(spec, self.count)
 
     def vectors(self, condition: Condition) -> tuple[Modulated, Modulated] | tuple[None, None]:
-        """For attention and MLP; the columns are (shift, scale) or (shift, scale, gate) twice."""
+        """Return those for attention and MLP; the columns are (shift, scale) or (shift, scale, gate) twice."""
         if self.modulation is None:
             return None, None
         parts = self.modulation(condition.modulation)[:, None].chunk(self.count, dim=-1)
@@ -165,7 +162,7 @@ class Block(nn.Module):
         return x + gated(self.mlp(modulate(self.norm2(x), mlp)), mlp)
 
 
-class Final(nn.Module):
+class FinalLayer(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.norm = norm(spec)
@@ -190,41 +187,28 @@ class DiT(nn.Module):
         self.register_buffer("positions", position_table(spec.hidden, spec.grid, spec.position_span))
         self.embedders = nn.ModuleList(Embedder(spec) for _ in range(spec.embedders))
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
-        self.final = Final(spec)
+        self.final = FinalLayer(spec)
 
     def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         """(N, C, H, W), (N,), (N,) -> (N, C_out, H, W): the prediction's channels, then the variance's."""
         conditions = self.conditions(timesteps, labels)
         x = self.patches(latents).flatten(2).transpose(1, 2) + self.positions  # (N, T, D)
-        if self.spec.by.appended:
+        if self.spec.scheme.appended:
             x = torch.cat([x, cast(Tensor, conditions[0].tokens)], dim=1)  # (N, T + 2, D)
         for block, condition in zip(self.blocks, conditions, strict=True):
             x = block(x, condition)
-        if self.spec.by.appended:
+        if self.spec.scheme.appended:
             x = x[:, : self.spec.tokens]
         return self.unpatchify(self.final(x, conditions[0]))
 
     def conditions(self, timesteps: Tensor, labels: Tensor) -> list[Condition]:
         """Return each block's condition; the final layer reads the first block's."""
         embedded = [embedder(timesteps, labels) for embedder in self.embedders]
-        if self.spec.by.modulation:
+        if self.spec.scheme.modulation:
             conditions = [Condition(F.silu(time + label)) for time, label in embedded]
         else:
             conditions = [Condition(tokens=torch.stack(pair, dim=1)) for pair in embedded]
         return conditions * (self.spec.depth // len(conditions))
-
-    def vectors(self, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """All K vectors of a step, in the order in which the loop reads them; (N, K, D)."""
-        conditions = self.conditions(timesteps, labels)
-        rows: list[Tensor | None] = [conditions[0].tokens] if self.spec.by.appended else []
-        for block, condition in zip(cast(list[Block], self.blocks), conditions, strict=True):
-            attn, mlp = block.vectors(condition)
-            rows += attn or ()
-            if block.cross is not None and condition.tokens is not None:
-                rows += block.cross.keys_and_values(condition.tokens)
-            rows += mlp or ()
-        rows += self.final.vectors(conditions[0]) or ()
-        return torch.cat([row for row in rows if row is not None], dim=1)
 
     def unpatchify(self, x: Tensor) -> Tensor:
         p = self.spec.patch

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dit_export.recipe import resolution_name, sides
+from dit_export.recipe import latent_size, resolution_name
 from dit_runtime.errors import UsageError, nearest
 
 
 class Conditioning(NamedTuple):
-    """How the timestep and the label reach a network's tokens."""
+    """State how the timestep and the label reach a network's tokens."""
 
     modulation: int = 0  # adaLN's vectors a block: shift and scale twice, 6 with gates; 0: norms with their own gains
     appended: bool = False  # as two tokens beside the patches
@@ -65,7 +65,7 @@ class ModelSpec:
             raise UsageError(f"{self.embedders} embedders for {self.depth} blocks: expected 1 or one a block")
 
     @property
-    def by(self) -> Conditioning:
+    def scheme(self) -> Conditioning:
         return CONDITIONINGS[self.conditioning]
 
     @property
@@ -99,18 +99,18 @@ class ModelSpec:
     @property
     def modulations(self) -> int:
         """adaLN's vectors: of each block, and two for the final layer."""
-        return self.by.modulation * self.depth + 2 if self.by.modulation else 0
+        return self.scheme.modulation * self.depth + 2 if self.scheme.modulation else 0
 
     @property
     def num_vectors(self) -> int:
         """K: conditioning vectors a step: adaLN's; the two tokens; the keys and values of two tokens for each block."""
-        keys_and_values = 4 * self.depth if self.by.crossed else 0
-        return self.modulations + 2 * self.by.appended + keys_and_values
+        keys_and_values = 4 * self.depth if self.scheme.crossed else 0
+        return self.modulations + 2 * self.scheme.appended + keys_and_values
 
     @property
     def gains(self) -> int:
-        """How many of the K vectors are `1 + scale`."""
-        return 2 * self.depth + 1 if self.by.modulation else 0
+        """Return how many of the K vectors are `1 + scale`."""
+        return 2 * self.depth + 1 if self.scheme.modulation else 0
 
 
 SIZES = {  # depth, hidden, heads
@@ -127,27 +127,27 @@ MODELS = {
 
 
 def model(name: str) -> ModelSpec:
-    """The table's entry, or an error that names the nearest."""
+    """Return the table's entry, or raise an error that names the nearest."""
     if name not in MODELS:
         raise UsageError(f"model {name!r} is not known{nearest(name, MODELS)}; known: {', '.join(MODELS)}")
     return MODELS[name]
 
 
-def sized(spec: ModelSpec, resolution: int | str | None) -> ModelSpec:
-    """The same network for pictures of another size."""
+def at_resolution(spec: ModelSpec, resolution: int | str | None) -> ModelSpec:
+    """Return the same network for images of another size."""
     if resolution is None:
         return spec
-    height, width = sides(resolution)
+    height, width = latent_size(resolution)
     return replace(spec, latent_size=height, latent_width=0 if width == height else width)
 
 
-def conditioned(spec: ModelSpec, conditioning: str) -> ModelSpec:
-    """The same network, conditioned in another way."""
+def with_conditioning(spec: ModelSpec, conditioning: str) -> ModelSpec:
+    """Return the same network with another conditioning."""
     return replace(spec, conditioning=conditioning)
 
 
 def table_name(spec: ModelSpec) -> str:
-    """The table's name for a network of this shape ("XL/2"), or its depth, width and patch."""
+    """Return the table's name for a network of this shape ("XL/2"), or its depth, width and patch."""
     shape = (spec.depth, spec.hidden, spec.heads)
     size = next((name for name, row in SIZES.items() if row == shape), f"{spec.depth}x{spec.hidden}")
     return f"{size}/{spec.patch}"
@@ -155,7 +155,7 @@ def table_name(spec: ModelSpec) -> str:
 
 def expected_counts(spec: ModelSpec) -> dict[str, int]:
     """Return how often each pass must fire in a DiT of this spec, in fp32 and with nothing left in float."""
-    crossed, appended = spec.by.crossed, spec.by.appended
+    crossed, appended = spec.scheme.crossed, spec.scheme.appended
     layers = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
     attentions = (2 if crossed else 1) * spec.depth
     return {

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from dit_export.passes.attention import plain_attention
-from dit_export.passes.cut import VECTORS, PricedOut
+from dit_export.passes.cut import VECTORS, Cut
 from dit_export.passes.dependence import Miss
 from dit_export.passes.dynamic import dynamic
 from dit_export.passes.gains import fold_gains
@@ -19,6 +19,7 @@ from dit_export.passes.pack import Pack
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.stages import Stage, split_stages
 from dit_runtime.bundle.manifest import Port
+from dit_runtime.errors import UsageError
 
 __all__ = ["LOWERINGS", "Fused", "Pack", "Stage", "fuse", "require"]
 
@@ -27,7 +28,7 @@ class Fused(NamedTuple):
     stages: tuple[Stage, ...]  # before the loop, in their order: ports [rows, ...] -> packs [rows, ...]
     denoiser: gs.Graph  # state [B, ...], packs and ports [G, B, ...], guidance [B] -> prediction, variance
     counts: dict[str, int]
-    priced_out: tuple[PricedOut, ...]
+    cut: Cut  # of the loop
     misses: tuple[Miss, ...]  # what nearly matched
 
 
@@ -44,23 +45,23 @@ def require(counts: Mapping[str, int], expected: Mapping[str, int], misses: Iter
     """Stop a build whose graph is not the one that the passes know; say which candidates each wrong pass refused."""
     wrong = [name for name, count in counts.items() if count != expected.get(name, count)]
     if wrong:
-        found = "; ".join(f"{name}: {counts[name]}, expected {expected[name]}" for name in wrong)
+        differences = "; ".join(f"{name}: {counts[name]}, expected {expected[name]}" for name in wrong)
         refused = [str(miss) for miss in misses if miss.rewrite in wrong]
         reasons = f"; refused: {'; '.join(refused[:SHOWN])}" if refused else ""
-        raise RuntimeError(f"the exporter's graph is not the one the passes know ({found}{reasons})")
+        raise RuntimeError(f"the exporter's graph is not the one the passes know ({differences}{reasons})")
 
 
 def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = None) -> Fused:
     """Take the plain traced graph (used up), whose inputs are the ports, to stages and denoiser."""
     _check(graph, ports)
-    stages, denoiser, found = split_stages(graph, ports)
-    misses = list(found.misses)
+    stages, denoiser, loop = split_stages(graph, ports)
+    misses = list(loop.misses)
     (state,) = [port.name for port in ports if port.role == "state"]
     vectors = {tensor.name: tensor.shape[1] for tensor in denoiser.inputs if len(tensor.shape) == VECTORS}
     context = [pack.name for stage in stages if stage.runs == "condition" for pack in stage.packs]
     packed = [pack.name for stage in stages if stage.runs != "condition" for pack in stage.packs]
     counts = {
-        "hoist": len(found.crossing) + len(found.direct),
+        "hoist": len(loop.crossing) + len(loop.direct),
         "fold_gains": sum(fold_gains(stage.graph, misses) for stage in stages),
         "pack": sum(vectors.get(name, 0) for name in packed),
         "pack_context": sum(vectors.get(name, 0) for name in context),
@@ -68,6 +69,8 @@ def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = N
         "guide": 0,
     }
     if any(port.role == "condition" for port in ports):
+        if [tensor.name for tensor in denoiser.inputs] == [state]:
+            raise UsageError(f"what the network makes of {state!r} depends on neither its time nor a condition")
         counts["guide"] = guide(denoiser, state, guided_channels)
     else:
         unguided(denoiser, state)
@@ -76,7 +79,7 @@ def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = N
         for tensor in (*stage.graph.inputs, *stage.graph.outputs):
             tensor.shape = ["rows", *tensor.shape[1:]]
     next(tensor for tensor in denoiser.inputs if tensor.name == state).shape[0] = "batch"
-    return Fused(stages, denoiser, counts, found.priced_out, tuple(misses))
+    return Fused(stages, denoiser, counts, loop, tuple(misses))
 
 
 def _check(graph: gs.Graph, ports: Sequence[Port]) -> None:

@@ -19,7 +19,7 @@ import math
 from collections.abc import Collection
 from itertools import chain
 from statistics import median_low
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -33,6 +33,7 @@ OP = 2 * STEPS  # an op in the loop is worth two vectors a step: one shared proj
 INPUT = STEPS  # an input of the loop's own is worth one: more than layout, less than an op
 VECTORS = 3  # the rank of rows × vectors × channels, which travel together
 FREE = {"Expand", "Tile", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity"}
+SHOWN = 5  # priced-out ops that a summary names
 TOTAL = 2**29  # the sum of all costs as integers; scipy counts in int32
 
 
@@ -53,6 +54,19 @@ class Cut(NamedTuple):
     misses: tuple[Miss, ...]  # what cannot cross although the loop reads it
     weights: int  # bytes of weights that leave
     bytes: int  # bytes of what crosses, one row, times how often it is made
+
+    def summary(self) -> dict[str, Any]:
+        """Return, in bytes, what left the loop, what crosses, and what is cheaper in the loop."""
+        heaviest = sorted(self.priced_out, key=lambda priced: -priced.weights)[:SHOWN]
+        return {
+            "weights": self.weights,
+            "crossing": len(self.crossing),
+            "bytes": self.bytes,
+            "direct": list(self.direct),
+            "priced_out": len(self.priced_out),
+            "priced_out_weights": sum(priced.weights for priced in self.priced_out),
+            "heaviest": [f"{priced.op} {priced.tensor} {list(priced.shape[1:])}" for priced in heaviest],
+        }
 
 
 def cut(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str] = ()) -> Cut:

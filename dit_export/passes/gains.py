@@ -30,10 +30,10 @@ class Match(NamedTuple):
 
 def fold_gains(graph: gs.Graph, misses: list[Miss] | None = None) -> int:
     """Fold every sum of a scalar and a part of something that has a bias; return how many."""
-    candidates = [found for node in graph.nodes if node.op in SUMS and (found := _match(graph, node))]
-    matches = [found for found in candidates if isinstance(found, Match)]
+    candidates = [match for node in graph.nodes if node.op in SUMS and (match := _match(graph, node))]
+    matches = [match for match in candidates if isinstance(match, Match)]
     if misses is not None:
-        misses += [found for found in candidates if isinstance(found, Miss)]
+        misses += [match for match in candidates if isinstance(match, Miss)]
     for add, part, node, bias, columns, scalar in matches:
         if bias == len(node.inputs):  # the exporter leaves out a bias of zeros, as adaLN-Zero starts with
             node.inputs.append(gs.Constant("", np.zeros(node.outputs[0].shape[-1], node.outputs[0].dtype)))
@@ -55,11 +55,11 @@ def _match(graph: gs.Graph, add: gs.Node) -> Match | Miss | None:
     parts = [tensor for tensor in add.inputs if isinstance(tensor, gs.Variable)]
     if len(scalars) != 1 or len(parts) != 1:
         return None
-    found = _biased(graph, parts[0]) if add.op == "Add" else f"{add.op} of a scalar, expected Add"
-    if isinstance(found, tuple):
-        node, bias, columns = found
+    biased = _biased(graph, parts[0]) if add.op == "Add" else f"{add.op} of a scalar, expected Add"
+    if isinstance(biased, tuple):
+        node, bias, columns = biased
         return Match(add, parts[0], node, bias, columns, float(scalars[0].values.item()))
-    return Miss("fold_gains", add.outputs[0].name, found)
+    return Miss("fold_gains", add.outputs[0].name, biased)
 
 
 def _biased(graph: gs.Graph, tensor: gs.Variable) -> tuple[gs.Node, int, slice] | str:

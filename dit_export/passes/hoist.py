@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from dit_export.graph.inspection import cut_lines
 from dit_export.passes.cut import Cut, cut
 from dit_export.passes.dependence import dependents, extract, shared_rows
 from dit_runtime.errors import UsageError, nearest
 
-SHOWN = 5  # entries of a kind in the table
+SHOWN = 5  # refusals in the table
 
 
 class Hoisted(NamedTuple):
@@ -47,18 +48,7 @@ class Hoisted(NamedTuple):
     def table(self) -> str:
         """Describe what left, what crosses, and what could have left but is cheaper in the loop."""
         crosses = ", ".join(f"{count} x {form}" for form, count in self.crosses.items())
-        lines = [
-            f"left the loop: {self.cut.weights / 1e6:.1f} MB of weights, {len(self.invariant.nodes)} ops",
-            f"crosses, a row: {crosses}",
-        ]
-        if self.cut.direct:
-            lines.append(f"read by the loop as they are: {', '.join(self.cut.direct)}")
-        if priced := self.cut.priced_out:
-            size = sum(entry.weights for entry in priced)
-            lines.append(f"priced out: {len(priced)} ops with {size / 1e6:.1f} MB of weights are cheaper in the loop")
-            for entry in sorted(priced, key=lambda entry: -entry.weights)[:SHOWN]:
-                shape = list(entry.shape[1:])
-                lines.append(f"  {entry.op} {entry.tensor} {shape}: {entry.weights / 1e6:.1f} MB of weights stay")
+        lines = [f"crosses, a row: {crosses}", *cut_lines(self.cut.summary())]
         lines += [f"cannot cross: {miss}" for miss in self.cut.misses[:SHOWN]]
         return "\n".join(lines)
 
@@ -66,17 +56,17 @@ class Hoisted(NamedTuple):
 def hoist(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str] = ()) -> Hoisted:
     """Split `graph`; `step_inputs` change every step too, and yet are known before the loop, as timesteps are."""
     _check(graph, loop_inputs, step_inputs)
-    found = cut(graph, loop_inputs, step_inputs)
+    loop_cut = cut(graph, loop_inputs, step_inputs)
     ahead = [tensor.name for tensor in graph.inputs if tensor.name not in loop_inputs]
-    if not found.crossing:
-        reasons = "".join(f"; {miss}" for miss in found.misses[:3])
+    if not loop_cut.crossing:
+        reasons = "".join(f"; {miss}" for miss in loop_cut.misses[:3])
         raise UsageError(f"nothing that depends on {', '.join(ahead)} alone is worth hoisting{reasons}")
     shared = shared_rows(graph, loop_inputs)
     own = [tensor.name for tensor in graph.inputs if tensor.name in loop_inputs]
     outputs = [tensor.name for tensor in graph.outputs]
-    invariant = extract(graph, ahead, found.crossing, shared)
-    loop = extract(graph, [*own, *found.direct, *found.crossing], outputs, shared)
-    return Hoisted(invariant, loop, found.crossing, found)
+    invariant = extract(graph, ahead, loop_cut.crossing, shared)
+    loop = extract(graph, [*own, *loop_cut.direct, *loop_cut.crossing], outputs, shared)
+    return Hoisted(invariant, loop, loop_cut.crossing, loop_cut)
 
 
 def _check(graph: gs.Graph, loop_inputs: Collection[str], step_inputs: Collection[str]) -> None:

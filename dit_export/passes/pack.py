@@ -16,7 +16,7 @@ from dit_export.passes.cut import VECTORS
 
 
 class Pack(NamedTuple):
-    """What travels under one name; tensors that are no rows × vectors × channels are alone in theirs."""
+    """Name the tensors that travel together; one that is no rows × vectors × channels travels alone."""
 
     name: str
     tensors: tuple[str, ...]

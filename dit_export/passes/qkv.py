@@ -12,7 +12,7 @@ from dit_export.graph.onnxfile import layer
 
 
 def split_qkv(graph: gs.Graph) -> int:
-    """Rewrites every Split of the last axis of a product with a constant and its bias; returns how many."""
+    """Rewrite every Split of the last axis of a product with a constant and its bias; return how many."""
     matches = [match for node in graph.nodes if node.op == "Split" and (match := _match(graph, node))]
     for split, x, weight, bias in matches:
         outputs = list(split.outputs)
@@ -26,7 +26,7 @@ def split_qkv(graph: gs.Graph) -> int:
 
 
 def _parts(graph: gs.Graph, tensor: gs.Tensor, outputs: list[gs.Variable], name: str) -> list[gs.Variable]:
-    """Of a constant, or of one that is stored in 8 bits."""
+    """Split a constant, or one that is stored in 8 bits, as the outputs are split."""
     if not isinstance(tensor, gs.Constant):
         stored = tensor.inputs[0]
         columns = (_parts(graph, part, outputs, f"{name}{i}") for i, part in enumerate(stored.inputs))
@@ -39,7 +39,7 @@ def _parts(graph: gs.Graph, tensor: gs.Tensor, outputs: list[gs.Variable], name:
 
 
 def _match(graph: gs.Graph, split: gs.Node) -> tuple[gs.Node, gs.Tensor, gs.Tensor, gs.Constant] | None:
-    """Split(Add(MatMul(x, W), b)) into equal parts, each tensor between them read once."""
+    """Match Split(Add(MatMul(x, W), b)) into equal parts, each tensor between them read once."""
     tensor = split.inputs[0]
     if len(split.inputs) != 1 or tensor.shape is None or split.attrs.get("axis", 0) not in (-1, len(tensor.shape) - 1):
         return None

@@ -19,15 +19,10 @@ import onnx_graphsurgeon as gs
 from dit_export.passes.cut import Cut, cut
 from dit_export.passes.dependence import dependents, extract, row_counts, row_dimensions
 from dit_export.passes.pack import Pack, give, plan, take
-from dit_runtime.bundle.manifest import Port
-from dit_runtime.errors import UsageError
+from dit_runtime.bundle.records import PACKS, Port
 
 SPLIT = 1_000_000  # bytes: the price of a stage of its own
-NAMES = {  # of the stage, and of what it gives
-    "condition": ("context", "context"),
-    "time": ("modulation", "modulation"),
-    "time+condition": ("conditioner", "conditioning"),
-}
+NAMES = {"condition": "context", "time": "modulation", "time+condition": "conditioner"}
 
 
 class Stage(NamedTuple):
@@ -68,14 +63,12 @@ def split_stages(graph: gs.Graph, ports: Sequence[Port]) -> Staged:
     stages = []
     for runs, part in parts.items():
         readers = [reader for reader in (denoiser, *parts.values()) if reader is not part]
-        name, packed = NAMES[runs]
-        packs = _packs(part, packed, readers)
+        packs = _packs(part, PACKS[runs], readers)
         for pack in packs:
             give(part, pack)
             for reader in readers:
                 take(reader, pack)
-        stages.append(Stage(name, runs, part, tuple(packs)))
-    _refuse_twice([*(port.name for port in ports), *(pack.name for stage in stages for pack in stage.packs)])
+        stages.append(Stage(NAMES[runs], runs, part, tuple(packs)))
     return Staged(tuple(stages), denoiser, loop)
 
 
@@ -85,19 +78,14 @@ def _moved(
     """Return the cut of what makes `outputs` by the time, where it is worth a stage."""
     if not outputs:
         return None
-    found = cut(extract(graph, [time, *conditions], outputs, shared), [time])
-    return found if found.weights - found.bytes >= SPLIT else None
+    early = cut(extract(graph, [time, *conditions], outputs, shared), [time])
+    return early if early.weights - early.bytes >= SPLIT else None
 
 
 def _packs(part: gs.Graph, name: str, readers: Sequence[gs.Graph]) -> list[Pack]:
     """Return the packs of the part's outputs; those that other graphs read travel apart."""
     groups: dict[tuple[bool, ...], list[gs.Variable]] = {}
     for tensor in part.outputs:
-        used = tuple(any(given.name == tensor.name for given in reader.inputs) for reader in readers)
+        used = tuple(any(entry.name == tensor.name for entry in reader.inputs) for reader in readers)
         groups.setdefault(used, []).append(tensor)
     return plan(name, list(groups.values()))
-
-
-def _refuse_twice(names: list[str]) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"a port is called {twice[0]!r}, as what a stage gives; give it another name")

@@ -18,7 +18,7 @@ PLAIN = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "dilat
 
 
 def subpixel(graph: gs.Graph) -> int:
-    """Rewrites every nearest upsampling by two that only a 3 x 3 convolution reads; returns how many."""
+    """Rewrite every nearest upsampling by two that only a 3 x 3 convolution reads; return how many."""
     pairs = [(node, conv) for node in graph.nodes if node.op == "Resize" and (conv := _match(graph, node))]
     for resize, conv in pairs:
         weight, *bias = conv.inputs[1:]
@@ -49,7 +49,7 @@ def _folded(kernel: np.ndarray, axis: int, place: int) -> np.ndarray:
 
 
 def _match(graph: gs.Graph, resize: gs.Node) -> gs.Node | None:
-    """The convolution that alone reads the doubled picture."""
+    """Match the convolution that alone reads the doubled picture."""
     (out,) = resize.outputs
     if out in graph.outputs or len(out.outputs) != 1 or out.outputs[0].op != "Conv":
         return None

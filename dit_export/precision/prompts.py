@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_export.arrays import read_arrays
-from dit_export.networks import Network
-from dit_export.verify import fixtures
+from dit_export.networks import Network, fixtures
 from dit_runtime.conditions.condition import Condition, fit, null_condition
 from dit_runtime.errors import UsageError
 

@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.graph import onnxfile
-from dit_export.networks import Network
+from dit_export.networks import Network, fixtures
 from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import ATTENTION, everything, find, named
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import smooth
-from dit_export.verify import fixtures
 from dit_runtime import backends, images
 from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest

@@ -45,7 +45,7 @@ def _floor(figure: Figure) -> float:
 
 
 def identity(contract: Manifest, reference: Reference) -> dict[str, Any]:
-    """What a baseline belongs to: the network, its weights, and the run that its figures are of."""
+    """Return what a baseline belongs to: the network, its weights, and the run of its figures."""
     source = contract.source
     weights: dict[str, Any] = {key: source[key] for key in ("kind", "seed") if key in source}
     for part, sums in (("sha256", source.get("sha256")), ("vae", source.get("vae", {}).get("sha256"))):
@@ -70,13 +70,13 @@ def _digest(rows: NDArray[Any]) -> list[int] | str:
 
 def projections(reference: Reference) -> list[float]:
     """A few numbers that tell whether PyTorch still gives the answer the baseline was measured against."""
-    found: list[float] = []
+    numbers: list[float] = []
     middle = len(reference.timesteps) // 2
     null = [reference.null[middle]] if reference.null.size else []
     for array in (reference.conditional[middle], *null, reference.latents[-1]):
         rows = array.astype(np.float64).reshape(1, -1)
-        found += (rows @ Noise(0).normal((rows.shape[1], PROJECTIONS)) / math.sqrt(rows.shape[1]))[0].tolist()
-    return [float(f"{value:.9g}") for value in found]
+        numbers += (rows @ Noise(0).normal((rows.shape[1], PROJECTIONS)) / math.sqrt(rows.shape[1]))[0].tolist()
+    return [float(f"{value:.9g}") for value in numbers]
 
 
 def write(
@@ -134,7 +134,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def require_same(path: Path, table: Mapping[str, Any], contract: Manifest, reference: Reference) -> None:
-    """Refuses the figures of another model, of other weights, or of another run."""
+    """Refuse the figures of another model, of other weights, or of another run."""
     for key, got in json.loads(json.dumps(identity(contract, reference))).items():
         expected = table[key]
         wrong = sorted(name for name in {*got, *expected} if got.get(name) != expected.get(name))

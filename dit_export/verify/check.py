@@ -10,7 +10,7 @@ from typing import Any
 
 import dit_runtime.verify
 from dit_export.checkpoints import Loaded
-from dit_export.graph.trace import Decoder
+from dit_export.networks.codec import Decoder
 from dit_export.precision.twin import twins
 from dit_export.verify.metrics import by_cause, figures_of
 from dit_export.verify.parity import FINITE_RUNS, finite, graph_parity, proof
@@ -75,7 +75,7 @@ def compare(
     contract, network = first.manifest, loaded.network
     with progress.stage("verify: proof that the checks can fail"):
         proven = proof(first, reference)
-    required = loaded.source["kind"] == "synthetic" or all(figure.passed for figure in proven)
+    required = loaded.source.get("kind") == "synthetic" or all(figure.passed for figure in proven)
     checks = list(proven) if required else []
     answers = []
     for name, pipe in pipes.items():

@@ -33,7 +33,7 @@ class Gaussian(NamedTuple):
 
 
 def fit(rows: Floats) -> Gaussian:
-    """Of rows (N, D), in float64."""
+    """Fit a Gaussian to rows (N, D), in float64."""
     rows = rows.astype(np.float64)
     return Gaussian(rows.mean(0), np.cov(rows, rowvar=False))
 
@@ -48,11 +48,6 @@ def gaussian_distance(a: Gaussian, b: Gaussian) -> float:
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     shared = np.sqrt(np.linalg.eigvalsh(root @ b.covariance @ root).clip(0)).sum()
     return float(gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared)
-
-
-def frechet(a: Floats, b: Floats) -> float:
-    """The distance of the Gaussians fitted to two sets of rows (N, D)."""
-    return gaussian_distance(fit(a), fit(b))
 
 
 def frechet_interval(features: Floats, reference: Floats, rounds: int = 100, seed: int = 0) -> Interval:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dit_export.arrays import read_arrays
 from dit_export.verify.baseline import LIMITS
-from dit_export.verify.distribution import Floats, Gaussian, fit, gaussian_distance, inception_score
+from dit_export.verify.distribution import Floats, Gaussian, balanced_labels, fit, gaussian_distance, inception_score
 from dit_export.verify.metrics import unit
 from dit_runtime import images
 from dit_runtime.bundle import manifest
@@ -98,22 +98,17 @@ class OnnxJudge:
             count = len(some)
             some = np.concatenate([some, np.repeat(some[-1:], batch - count, 0)]) if count < batch else some
             try:
-                found = self._session.run(names, {self._input.name: some})
+                arrays = self._session.run(names, {self._input.name: some})
             except Exception as error:  # a size that something inside does not take
                 (height, width), reason = pictures.shape[1:3], str(error).splitlines()[0]
                 raise UsageError(f"{self._path}: fails on pictures of {height} × {width}: {reason}") from None
-            parts.append([np.atleast_1d(array)[:count] for array in found])
+            parts.append([np.atleast_1d(array)[:count] for array in arrays])
         features, *logits = (np.concatenate(part) for part in zip(*parts, strict=True))
         if features.ndim < 2 or features.size != len(pictures) * features.shape[1]:
             raise UsageError(f"{self._path}: features have shape {list(features.shape)}; expected [N, D]: pool them")
         judged = Judged(features.reshape(len(pictures), -1), logits[0] if logits else None)
         _require_tables(self._path, judged)
         return judged
-
-
-def balanced_labels(count: int, classes: int) -> NDArray[np.int64]:
-    """All classes as often; spread over them where there are fewer pictures."""
-    return np.arange(count) % classes if count >= classes else np.arange(count) * classes // count
 
 
 class Draw(NamedTuple):
@@ -191,7 +186,7 @@ def figures(seen: Seen, other: Judged | None, real: Gaussian | None, classes: in
 
 
 def read_real(path: Path, judge: Judge | None) -> Gaussian:
-    """From an .npz: `mu` and `sigma` as ADM's references have them, `features` (N, D), or `arr_0`, pictures."""
+    """Read an .npz: `mu` and `sigma` as ADM's references have them, `features` (N, D), or `arr_0`, pictures."""
     arrays = read_arrays(path, FILE, alone={"mu", "sigma"})  # ADM's references hold thousands of pictures besides
     if {"mu", "sigma"} <= set(arrays):
         mean, covariance = arrays["mu"], arrays["sigma"]
@@ -205,7 +200,7 @@ def read_real(path: Path, judge: Judge | None) -> Gaussian:
 
 
 def read_samples(path: Path, judge: Judge | None) -> Seen:
-    """From an .npz: `features` and, if there, `logits`; or `arr_0`, pictures, and, if there, `arr_1`, their labels."""
+    """Read an .npz: `features` and maybe `logits`; or `arr_0`, pictures, and maybe `arr_1`, their labels."""
     arrays = read_arrays(path, FILE)
     judged, labels = _judged(path, arrays, judge), arrays.get("arr_1", arrays.get("labels"))
     if labels is not None and (labels.shape != (len(judged.features),) or labels.dtype.kind not in NUMBERS):
@@ -215,7 +210,7 @@ def read_samples(path: Path, judge: Judge | None) -> Seen:
 
 
 def require_width(judged: Judged, real: Gaussian | None) -> None:
-    """Refuses real pictures' statistics that are of other features."""
+    """Refuse real pictures' statistics that are of other features."""
     if real is not None and real.mean.shape != judged.features.shape[1:]:
         raise UsageError(
             f"{len(real.mean)} features a picture in --real, {judged.features.shape[1]} in what is compared with it; "
@@ -244,7 +239,7 @@ def _judged(path: Path, arrays: dict[str, NDArray[Any]], judge: Judge | None) ->
 
 
 def _require_tables(path: Path, judged: Judged) -> None:
-    """Refuses features and logits that are not numbers, a row a picture."""
+    """Refuse features and logits that are not numbers, a row a picture."""
     for name, array in judged._asdict().items():
         if array is None:
             continue

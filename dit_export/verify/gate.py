@@ -104,7 +104,7 @@ def gate(settings: Settings, progress: Progress) -> Result:
                 answers = replay(pipe, reference, tick, thorough=True)
             checks, proven = figures_of(contract, reference, answers), []
         else:
-            from dit_export.graph.trace import Decoder
+            from dit_export.networks.codec import Decoder
             from dit_export.verify.check import compare, pipelines
 
             pipes = stack.enter_context(pipelines(settings.bundle, contract, **options))

@@ -120,11 +120,12 @@ class BundleSide:
         inputs: dict[str, NDArray[Any]] = {contract.state.name: question.state}
         if contract.mixes_guidance:
             inputs[GUIDANCE] = question.guidance
+        times = {contract.time.name: np.full(len(question.state), question.t, np.float32)}
         for spec in contract.step.grouped:
             groups = [
                 values[spec.name] / self._divisors.get(spec.name, np.float32(1))
                 if spec.name in values
-                else own[spec.name]
+                else (own | times)[spec.name]
                 for own, values in zip(question.groups, crossing, strict=True)
             ]
             inputs[spec.name] = np.stack(groups).astype(spec.dtype)
@@ -153,21 +154,24 @@ def locate(
     pipe: Pipeline, reference: Reference, truth: PyTorch | Pipeline, step: int, asked: Asked, options: Options
 ) -> Located:
     """Compare at one step of the reference run (from 0); `asked` is compared before the loop."""
-    rows, traces = len(reference.guidance), traced.read(pipe.folder)
+    rows, traces = len(reference.guidance), traced.read(pipe.folder, pipe.manifest)
     null = {name: np.repeat(values, rows, axis=0) for name, values in (reference.negative or {}).items()}
     t = float(reference.timesteps[step])
     question = Question(reference.latents[step], t, reference.condition, null, reference.guidance)
     with ExitStack() as stack:
         engine, taps = stack.enter_context(tapped(pipe, options))
-        ours = BundleSide(pipe, engine, dict(zip(taps, taps, strict=True)), load_divisors(pipe.folder, traces.packs))
+        divisors = load_divisors(pipe.folder, pipe.manifest, traces.packs)
+        ours = BundleSide(pipe, engine, dict(zip(taps, taps, strict=True)), divisors)
         right: Side
         if isinstance(truth, Pipeline):
             other, others = stack.enter_context(tapped(truth, options))
-            packs = traced.read(truth.folder).packs
+            packs = traced.read(truth.folder, truth.manifest).packs
             forms = [[(pack.name, pack.sizes) for pack in each] for each in (packs, traces.packs)]
             if forms[0] != forms[1] or len(others) != len(taps):
                 return Located([f"not localized: {truth.folder} was split into other stages"], [])
-            right = BundleSide(truth, other, dict(zip(taps, others, strict=True)), load_divisors(truth.folder, packs))
+            right = BundleSide(
+                truth, other, dict(zip(taps, others, strict=True)), load_divisors(truth.folder, truth.manifest, packs)
+            )
         else:
             right = PyTorchSide(*truth, traces.packs, taps)
         sentences = _before_loop(pipe, ours, right, traces, t, asked)

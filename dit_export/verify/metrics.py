@@ -28,7 +28,7 @@ class Fingerprinted(NamedTuple):
 
 
 def fingerprinted_rows(contract: Manifest, reference: Reference) -> Fingerprinted:
-    rows, count = fingerprinted(contract, reference)
+    rows, count = fingerprinted(contract.conditions, reference)
     names = [f"condition {row}" for row in range(count)]
     for port, values in rows.items():
         if len(rows) == values.ndim == 1 and values.dtype == np.int64:  # all values of the only port

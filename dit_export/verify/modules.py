@@ -46,9 +46,9 @@ def _child(outer: Node, start: list[Node], among: Mapping[Node, None] | None = N
     level, seen = start, set(start)
     while level:
         for node in level:
-            found = path(node)
-            if found != own and found.startswith(prefix):
-                return prefix + found[len(prefix) :].partition(".")[0]
+            place = path(node)
+            if place != own and place.startswith(prefix):
+                return prefix + place[len(prefix) :].partition(".")[0]
         level = [term for node in level if path(node) == own for term in node.all_input_nodes]
         level = [term for term in dict.fromkeys(level) if term not in seen and (among is None or term in among)]
         seen.update(level)

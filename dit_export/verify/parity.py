@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dit_export.graph.trace import Decoder
-from dit_export.networks import Network
-from dit_export.verify import fixtures
+from dit_export.networks import Network, fixtures
+from dit_export.networks.codec import Decoder
 from dit_export.verify.inputs import grouped
 from dit_export.verify.reference import evaluate, guide
 from dit_runtime.bundle.records import GUIDANCE
@@ -41,7 +40,7 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Figure]:
     condition, null = reference.condition, reference.negative or {}
     span, limit, place = contract.process.span, PROOF_FACTOR * TOLERANCES["fp32"].guided, f"t = {t:g}"
     moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
-    other = fixtures.rolled(condition, null) if condition else {}
+    other = fixtures.another(contract.conditions, condition, null) if condition else {}
 
     def answer(time: float, own: Rows, null: Rows, weights: NDArray[np.float32]) -> NDArray[np.float32]:
         size, parts = contract.step.max_batch, []

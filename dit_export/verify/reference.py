@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dit_export.graph.oracle import Oracle
-from dit_export.graph.trace import Decoder
-from dit_export.networks import Network
+from dit_export.networks import Network, fixtures
+from dit_export.networks.codec import Decoder
 from dit_export.passes.stages import Pack
-from dit_export.verify import fixtures
 from dit_runtime import images
+from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
@@ -98,7 +98,7 @@ def make_reference(
         condition=condition,
         negative=null if condition else None,
     )
-    rows, count = fingerprinted(cast(Manifest, network), reference)  # which reads its condition ports alone
+    rows, count = fingerprinted(network.conditions, reference)
     crossing = Crossing(network, oracle, packs, divisors)
     return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
@@ -120,7 +120,7 @@ def step_count(shape: Sequence[int], process: Process) -> int:
 
 
 class Evaluation(NamedTuple):
-    """What the network gives for B rows; (B, C, ...) each."""
+    """Hold what the network gives for B rows; (B, C, ...) each."""
 
     conditional: NDArray[np.float32]
     null: NDArray[np.float32]  # with what guidance leads away from
@@ -213,7 +213,8 @@ def _narrowed(rows: NDArray[Any]) -> NDArray[Any]:
     return narrow if rows.dtype == np.float32 and np.array_equal(narrow.astype(np.float32), rows) else rows
 
 
-def load_divisors(folder: Path, packs: Sequence[Pack]) -> Divisors:
-    with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
+def load_divisors(folder: Path, contract: Manifest, packs: Sequence[Pack]) -> Divisors:
+    manifest.check_files(folder, contract, [REFERENCE])
+    with np.load(manifest.inside(folder, REFERENCE), allow_pickle=False) as arrays:
         stored = {pack: arrays[DIVISORS + pack.name] for pack in packs if DIVISORS + pack.name in arrays.files}
     return {pack.name: np.repeat(rows, pack.sizes, axis=0) for pack, rows in stored.items()}

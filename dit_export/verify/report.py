@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import LABELS
-from dit_runtime.errors import UsageError
+from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.verify import Figure, Reference, Replay, relative_error, worst
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def page_of_gate(name: str, result: Result) -> Page:
 
 
 def require_place(path: Path, bundle: Path) -> bool:
-    """Whether it is the bundle's own report; no other file of a bundle is written over."""
+    """Return whether it is the bundle's own report; refuse any other path inside the bundle."""
     within = path.resolve().is_relative_to(bundle.resolve())
     if within and path.resolve() != bundle.resolve() / NAME:
         raise UsageError(f"{path}: inside the bundle, where only {NAME} may stand; choose another place")
@@ -95,7 +95,7 @@ def html(bundle: Path, page: Page) -> str:
         _pictures(page),
         _exhibits(page.exhibits),
         _curves(page),
-        _sensitivity(bundle),
+        _sensitivity(read_sensitivity(bundle, contract)),
         _sizes(page),
         _gates(page.figures),
         _origin(contract),
@@ -184,33 +184,52 @@ def _curves(page: Page) -> str:
     )
 
 
-def _sensitivity(bundle: Path) -> str:
-    """Layers by the error that quantizing each one alone causes, as `sensitivity.json` has them."""
-    path = bundle / SENSITIVITY
-    if not path.is_file():
-        return ""
-    layers = sorted(json.loads(path.read_text(encoding="utf-8")), key=lambda layer: -float(layer["error"]))
+class Sensitivity(NamedTuple):
+    """A layer of `sensitivity.json`."""
+
+    layer: str
+    error: float  # that quantizing it alone causes
+    in_float: bool
+    reason: str
+
+
+def read_sensitivity(bundle: Path, contract: Manifest) -> list[Sensitivity]:
+    """Return the layers of a searched build, the most sensitive first; none of another build."""
+    if SENSITIVITY not in contract.files:
+        return []
+    manifest.check_files(bundle, contract, [SENSITIVITY])
+    try:
+        table = json.loads(manifest.inside(bundle, SENSITIVITY).read_text(encoding="utf-8"))
+        layers = [
+            Sensitivity(str(row["layer"]), float(row["error"]), bool(row["kept"]), str(row.get("why") or ""))
+            for row in table
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{bundle}: {SENSITIVITY} cannot be read: {error}; rebuild the bundle") from None
+    return sorted(layers, key=lambda layer: -layer.error)
+
+
+def _sensitivity(layers: Sequence[Sensitivity]) -> str:
     if not layers:
         return ""
-    most = float(layers[0]["error"]) or 1.0
+    most = layers[0].error or 1.0
 
-    def bar(layer: dict[str, Any]) -> str:
-        kept, why = bool(layer["kept"]), str(layer.get("why") or "")
-        reason = f' <span class="why">{escape(why)}</span>' if kept and why else ""
-        share = 100 * float(layer["error"]) / most
-        note = f"{float(layer['error']):.2e}" + (" · float" if kept else "")
+    def bar(layer: Sensitivity) -> str:
+        reason = f' <span class="why">{escape(layer.reason)}</span>' if layer.in_float and layer.reason else ""
+        note = f"{layer.error:.2e}" + (" · float" if layer.in_float else "")
+        width = f"{100 * layer.error / most:.1f}%"
         return (
-            f'<div><span class="name">{escape(str(layer["layer"]))}{reason}</span><span class="track">'
-            f'<span class="bar{" kept" if kept else ""}" style="width:{share:.1f}%"></span></span>'
-            f'<span class="value">{note}</span></div>'
+            f'<div><span class="name">{escape(layer.layer)}{reason}</span><span class="track">'
+            f'<span class="bar{" kept" if layer.in_float else ""}" style="width:{width}"></span>'
+            f'</span><span class="value">{note}</span></div>'
         )
 
-    kept = sum(bool(layer["kept"]) for layer in layers)
+    in_float = sum(layer.in_float for layer in layers)
     text = f'<div class="bars">{"".join(map(bar, layers[:BARS]))}</div>'
     if rest := layers[BARS:]:
         more = "".join(map(bar, rest))
         text += f'<details><summary>the other {len(rest)} layers</summary><div class="bars">{more}</div></details>'
-    line = f"The error that quantizing one layer alone causes. {kept} of {len(layers)} stay in float."
+    line = f"The error that quantizing one layer alone causes. {in_float} of {len(layers)} stay in float."
     return f'<h2>Sensitivity of layers</h2>\n<p class="quiet">{line}</p>\n{text}'
 
 
@@ -233,7 +252,7 @@ def _sizes(page: Page) -> str:
 
 
 def _wide(contract: Manifest) -> str:
-    """What a typed graph keeps in fp32 because of what it reached."""
+    """Show what a half-precision graph keeps in fp32, and the largest value seen there."""
     overflows = contract.built_with.get("wide", {})
     rows = [[stage, name, f"{peak:.4g}"] for stage, peaks in overflows.items() for name, peak in peaks.items()]
     if not rows:

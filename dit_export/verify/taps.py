@@ -90,9 +90,9 @@ def tapped(pipe: Pipeline, options: Options) -> Iterator[tuple[Engine, list[str]
     sums = residual_sums(graph)
     stream = [original(sums[0][0]), *(total for _, total in sums)] if sums else []
     model = onnx.load(manifest.inside(pipe.folder, form), load_external_data=False)
-    given = {tensor.name for tensor in (*model.graph.output, *model.graph.input)}
+    names = {tensor.name for tensor in (*model.graph.output, *model.graph.input)}
     for tensor in stream:
-        if tensor.name not in given:
+        if tensor.name not in names:
             kind = np_dtype_to_tensor_dtype(np.dtype(tensor.dtype or np.float32))
             model.graph.output.append(make_tensor_value_info(tensor.name, kind, None))
     with tempfile.TemporaryDirectory(prefix="dit-taps-") as folder:

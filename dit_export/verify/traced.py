@@ -14,6 +14,8 @@ from dit_export.graph.oracle import Oracle
 from dit_export.passes.stages import Pack
 from dit_export.verify import modules
 from dit_export.verify.taps import original, residual_sums
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import BundleError
 
 NAME = "traced.json"
@@ -48,9 +50,10 @@ def write(folder: Path, traced: Traced) -> None:
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> Traced:
+def read(folder: Path, contract: Manifest) -> Traced:
+    manifest.check_files(folder, contract, [NAME])
     try:
-        table: Any = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        table: Any = json.loads(manifest.inside(folder, NAME).read_text(encoding="utf-8"))
         packs = [Pack(name, tuple(sizes), tuple(sizes.values())) for name, sizes in table["packs"].items()]
         return Traced(tuple(packs), {str(name): str(place) for name, place in table["places"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

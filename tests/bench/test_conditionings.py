@@ -9,7 +9,7 @@ import pytest
 
 from dit_export.bench import conditionings
 from dit_export.bench.conditionings import Cost, main, measure, table
-from dit_export.networks.spec import ModelSpec, conditioned
+from dit_export.networks.spec import ModelSpec, with_conditioning
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
@@ -19,7 +19,7 @@ SPEC = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classe
 def test_the_conditionings_are_timed_in_turn(tmp_path, monkeypatch, one_thread) -> None:
     asked = []
     monkeypatch.setattr(conditionings, "in_a_row", lambda step: asked.append(step()) or float(len(asked)))
-    specs = {way: conditioned(SPEC, way) for way in ("in-context", "adaln-zero")}
+    specs = {way: with_conditioning(SPEC, way) for way in ("in-context", "adaln-zero")}
     with one_thread():
         costs = measure(specs, "onnxruntime", 2, 1, tmp_path, Progress(io.StringIO()))
     assert [cost.seconds for cost in costs.values()] == [1.0, 2.0]  # the least of rounds 1, 3 and 2, 4
@@ -32,7 +32,7 @@ def test_the_conditionings_are_timed_in_turn(tmp_path, monkeypatch, one_thread) 
 
 def test_what_memory_does_not_hold_is_not_begun(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(conditionings, "available_memory", lambda: 1e9)
-    wide = {way: conditioned(replace(SPEC, hidden=4800), way) for way in ("adaln", "in-context")}
+    wide = {way: with_conditioning(replace(SPEC, hidden=4800), way) for way in ("adaln", "in-context")}
     with pytest.raises(UsageError, match=r"2 denoisers on onnxruntime take \d+ GB, 1 GB are free"):
         measure(wide, "onnxruntime", 1, None, tmp_path, Progress(io.StringIO()))
     with pytest.raises(UsageError, match="at least 1"):

@@ -9,7 +9,7 @@ import torch
 from dit_export.bench.floor import BITS, GEMMS, Gemms, floor, flops, gemm_shapes, rates, step_bytes, step_flops
 from dit_export.bench.run import problems
 from dit_export.networks.dit import DiT
-from dit_export.networks.spec import CONDITIONINGS, ModelSpec, conditioned, model
+from dit_export.networks.spec import CONDITIONINGS, ModelSpec, model, with_conditioning
 
 # Gflops of Peebles & Xie (arXiv 2212.09748), table 4: multiply-adds of one row at 256 px.
 PAPER = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64, "S/4": 1.41, "XL/8": 7.39, "B/8": 1.42, "L/4": 19.70}
@@ -48,7 +48,7 @@ def test_rates_take_the_fastest_call_of_any_library_and_of_a_wider_precision():
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_a_step_reads_the_weights_of_its_linears_once(conditioning):
-    spec = conditioned(model("S/2"), conditioning)
+    spec = with_conditioning(model("S/2"), conditioning)
     with torch.device("meta"):
         network = DiT(spec)
     hoisted = ("embedders.", "modulation.", "cross.kv.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from dit_export.checkpoints import load
@@ -189,3 +189,20 @@ def test_what_is_refused_of_a_live_module() -> None:
         family_network(tiny.pixart(attention_type="gated"))
     with pytest.raises(UsageError, match="DiTTransformer2DModel: not a known transformer"):
         family_network(tiny.dit())
+
+
+@pytest.mark.parametrize(
+    ("make", "scheduler", "prediction", "words"),
+    [
+        (tiny.sd3, DDIMScheduler(), None, "describes a noise process; SD3Transformer2DModel is trained for a flow"),
+        (tiny.pixart, FlowMatchEulerDiscreteScheduler(), None, "describes a flow process; PixArtTransformer2DModel is"),
+        (tiny.pixart, None, "velocity", "or --prediction, describes a flow process; PixArtTransformer2DModel is"),
+    ],
+)
+def test_another_kind_of_process_is_refused(tmp_path, make, scheduler, prediction, words) -> None:
+    make().save_pretrained(tmp_path / "transformer")
+    if scheduler is not None:
+        scheduler.save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UsageError, match=words) as caught:
+        load(Recipe(checkpoint=str(tmp_path), latents_only=True, prediction=prediction))
+    assert "\n" not in str(caught.value)

@@ -6,9 +6,12 @@ import onnxruntime
 import pytest
 import torch
 
-from dit_export.graph import onnxfile
+from dit_export.graph import onnxfile, trace
 from dit_export.graph.oracle import Oracle
+from dit_export.networks.families import family_network
+from dit_export.passes import fuse, require
 from dit_export.passes.attention import plain_attention
+from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from tests.networks import tiny
 from tests.networks.conftest import NETWORKS
@@ -87,3 +90,35 @@ def test_weights_keep_their_names(traced, name) -> None:
     constants = {tensor.name for tensor in onnxfile.constants(onnxfile.load(path))}
     biases = {key for key, weight in network.module.named_parameters() if weight.ndim == 1}
     assert biases <= constants
+
+
+def test_a_decoder_reads_the_state(tmp_path) -> None:
+    class Loud(torch.nn.Module):
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return 2 * latents
+
+    trace.export_decoder(Loud(), Port("sound", "state", "float32", (3, 4))).save(tmp_path / "decoder.onnx")
+    graph = onnxfile.load(tmp_path / "decoder.onnx")
+    assert [tensor.name for tensor in graph.inputs] == ["sound"]
+    assert [tensor.name for tensor in graph.outputs] == ["images"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_passes_fire_as_predicted(traced, name) -> None:
+    """An exporter whose graphs look otherwise fails here, and stops a build."""
+    network, _, path, _ = traced(name)
+    fused = fuse(onnxfile.load(path), network.ports, network.guided_channels)
+    counts = fused.counts | {"plain_attention": plain_attention(fused.denoiser)}
+    assert {"share_rows", "guide", "plain_attention"} <= network.counts.keys()
+    require(counts, network.counts, fused.misses)
+    for missed in counts.keys() & network.counts.keys():
+        with pytest.raises(RuntimeError, match=f"{missed}: {counts[missed] - 1}, expected {counts[missed]}"):
+            require(counts | {missed: counts[missed] - 1}, network.counts)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny.pixart(num_layers=3), lambda: tiny.sd3(num_layers=3)])
+def test_predictions_follow_the_depth(tmp_path, make) -> None:
+    network = family_network(make(), tokens=tiny.TOKENS)
+    trace.trace_network(network).save(tmp_path / "network.onnx", external_data=True)
+    fused = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports)
+    require(fused.counts | {"plain_attention": plain_attention(fused.denoiser)}, network.counts, fused.misses)

@@ -7,7 +7,7 @@ import pytest
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT, dit_network
-from dit_export.networks.spec import CONDITIONINGS, conditioned
+from dit_export.networks.spec import CONDITIONINGS, with_conditioning
 from dit_export.passes.hoist import hoist
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import SMALL, Run, ports_of, random_inputs, sensitive
@@ -40,7 +40,7 @@ def empty(**inputs: list) -> gs.Graph:
 
 @pytest.mark.parametrize("conditioning", list(CONDITIONINGS))
 def test_the_halves_together_are_the_whole(conditioning: str, tmp_path: Path, run: Run) -> None:
-    model = sensitive(DiT(replace(conditioned(SMALL, conditioning), embedders=1)))
+    model = sensitive(DiT(replace(with_conditioning(SMALL, conditioning), embedders=1)))
     trace.trace_network(dit_network(model)).save(tmp_path / "dit.onnx", external_data=True)
     graph = onnxfile.load(tmp_path / "dit.onnx")
     inputs = random_inputs(ports_of(model.spec))

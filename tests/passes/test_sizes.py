@@ -10,7 +10,7 @@ import torch
 
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.dit import DiT, dit_network
-from dit_export.networks.spec import CONDITIONINGS, MODELS, ModelSpec, conditioned
+from dit_export.networks.spec import CONDITIONINGS, MODELS, ModelSpec, with_conditioning
 from dit_export.passes import Fused
 from tests.passes.conftest import fuse_dit
 
@@ -56,8 +56,8 @@ def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
 def loop_weights(spec: ModelSpec) -> int:
     """How many are left: patches, positions, each block's qkv, proj, fc1, fc2, a cross-attention's q and proj, norms
     with weights of their own, and the last linear."""
-    d, plain = spec.hidden, not spec.by.modulation
-    crossed = spec.by.crossed
+    d, plain = spec.hidden, not spec.scheme.modulation
+    crossed = spec.scheme.crossed
     block = (12 + 2 * crossed) * d**2 + (9 + 2 * crossed) * d + plain * (2 + crossed) * 2 * d
     ends = (4 * spec.patch**2 + 1) * d + spec.tokens * d + (d + 1) * 8 * spec.patch**2 + plain * 2 * d
     return spec.depth * block + ends
@@ -65,7 +65,7 @@ def loop_weights(spec: ModelSpec) -> int:
 
 @pytest.mark.parametrize(("way", "name", "side"), CASES)
 def test_each_size_has_the_vectors_that_its_conditioning_needs(way: str, name: str, side: int, tmp_path: Path) -> None:
-    spec = conditioned(replace(MODELS[name], latent_size=side // 8), way)
+    spec = with_conditioning(replace(MODELS[name], latent_size=side // 8), way)
     fused = fuse_without_weights(spec, tmp_path)
 
     crossing, vectors = LEAVES[way](DEPTHS[name.split("/")[0]])
@@ -74,7 +74,7 @@ def test_each_size_has_the_vectors_that_its_conditioning_needs(way: str, name: s
     shapes = {tensor.name: list(tensor.shape) for tensor in (*fused.denoiser.inputs, *fused.denoiser.outputs)}
     assert shapes.pop("conditioning") == ["groups", "batch", vectors, spec.hidden]
     assert [stage.name for stage in fused.stages] == ["conditioner"]
-    assert not fused.priced_out
+    assert not fused.cut.priced_out
     assert shapes.pop("guidance") == ["batch"]
     assert shapes == {key: ["batch", 4, side // 8, side // 8] for key in ("latents", "prediction", "variance")}
 

@@ -105,7 +105,7 @@ def test_an_mmdit_hands_over_vectors_and_no_tokens_that_change_every_step(traced
     assert text.name == "context" and set(text.sizes) == {TOKENS}
     assert fused.counts["hoist"] == vectors + len(text.tensors) and fused.counts["pack"] == vectors
     # The first block's text, modulated and projected to q, k and v, changes with the timestep: it stays in the loop.
-    assert [priced.op for priced in fused.priced_out] == ["Mul", "Add", *["MatMul", "Add"] * 3]
+    assert [priced.op for priced in fused.cut.priced_out] == ["Mul", "Add", *["MatMul", "Add"] * 3]
     reads, gives = onnxfile.signature(fused.denoiser)
     assert [spec.name for spec in reads] == ["latents", "context", "conditioning", "guidance"]
     assert gives == (TensorSpec("prediction", "float32", ("batch", *STATE.shape)),)
@@ -215,15 +215,16 @@ def test_a_network_without_conditions_has_no_guidance(run: Run) -> None:
     np.testing.assert_array_equal(variance, x)
 
 
-def test_a_port_cannot_have_the_name_of_what_a_stage_gives() -> None:
-    graph, ports = pooled(16)
-    next(tensor for tensor in graph.inputs if tensor.name == "text").name = "context"
-    ports = tuple(Port("context", *list(vars(port).values())[1:]) if port.name == "text" else port for port in ports)
-    with pytest.raises(UsageError, match="a port is called 'context'"):
-        fuse(graph, ports)
-
-
 def test_other_ports_than_the_graphs_inputs_are_noticed() -> None:
     graph, ports = pooled(16)
     with pytest.raises(RuntimeError, match="expected the ports"):
         fuse(graph, ports[:-1])
+
+
+def test_a_network_that_reads_its_state_alone_is_refused() -> None:
+    graph = empty(x=["n", 4, 8], time=["n"], text=["n", 8])
+    graph.outputs = [layer(graph, "MatMul", [graph.inputs[0], np.eye(8, dtype=np.float32)], ["n", 4, 8])]
+    roles = {"x": "state", "time": "time", "text": "condition"}
+    ports = [Port(tensor.name, roles[tensor.name], "float32", tuple(tensor.shape[1:])) for tensor in graph.inputs]
+    with pytest.raises(UsageError, match="'x' depends on neither its time nor a condition"):
+        fuse(graph, ports)

@@ -17,7 +17,7 @@ from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.diffusers import read_process
 from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.graph import onnxfile
-from dit_export.networks import Network
+from dit_export.networks import Network, fixtures
 from dit_export.networks.dit import dit_network
 from dit_export.networks.families import family_network
 from dit_export.networks.spec import ModelSpec
@@ -26,7 +26,6 @@ from dit_export.precision.calibrate import Calibration
 from dit_export.precision.measure import Plan, measure
 from dit_export.precision.prompts import Prompts
 from dit_export.recipe import Recipe
-from dit_export.verify import fixtures
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest

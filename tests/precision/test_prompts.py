@@ -7,10 +7,9 @@ import pytest
 from torch import nn
 
 from dit_export.cli import main
-from dit_export.networks import Network
+from dit_export.networks import Network, fixtures
 from dit_export.precision.measure import Plan
 from dit_export.precision.prompts import read
-from dit_export.verify import fixtures
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from tests.precision.conftest import CHANNELS, TOKENS

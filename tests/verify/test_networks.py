@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from dit_export.checkpoints import Loaded
 from dit_export.verify import localize, traced
@@ -16,6 +18,7 @@ from dit_export.verify.check import check
 from dit_export.verify.gate import Result, Settings, gate
 from dit_export.verify.reference import load_divisors, save_reference
 from dit_runtime.bundle import manifest
+from dit_runtime.errors import BundleError
 from dit_runtime.progress import Progress
 from dit_runtime.verify import load_reference
 from tests.tamper import seal
@@ -27,6 +30,10 @@ def bundles(tmp_path_factory, one_thread) -> dict[str, tiny.Bundle]:
     folder = tmp_path_factory.mktemp("tiny")
     with one_thread():
         return {kind: tiny.write(folder / kind, tiny.network(kind, kind == "labels")) for kind in tiny.KINDS}
+
+
+def read_traced(folder: Path) -> traced.Traced:
+    return traced.read(folder, manifest.read(folder))
 
 
 def loaded(bundle: tiny.Bundle) -> Loaded:
@@ -69,19 +76,20 @@ def test_each_condition_has_its_own_fingerprint(bundles):
 def test_divisors_go_round(bundles, tmp_path):
     """They are stored once a tensor, and PyTorch's fingerprint is divided by them."""
     bundle = bundles["prompt"]
-    packs = traced.read(bundle.folder).packs
+    packs = read_traced(bundle.folder).packs
     by_name = {pack.name: pack for pack in packs}
     assert list(by_name) == ["context", "context_1", "modulation"] and by_name["context"].sizes == (tiny.WORDS,) * 4
     divisors = {"context": np.repeat(np.arange(1, 5, dtype=np.float32), tiny.WORDS)[:, None] * np.ones(tiny.WIDTH)}
     shutil.copytree(bundle.folder, tmp_path / "bundle")
     save_reference(tmp_path / "bundle", bundle.reference, packs, divisors)
-    back = load_divisors(tmp_path / "bundle", packs)
+    seal(tmp_path / "bundle")
+    back = load_divisors(tmp_path / "bundle", manifest.read(tmp_path / "bundle"), packs)
     assert set(back) == {"context"} and np.array_equal(back["context"], divisors["context"])
     load_reference(tmp_path / "bundle", manifest.read(bundle.folder))
 
 
 def test_places_are_modules(bundles):
-    places = traced.read(bundles["both"].folder).places
+    places = read_traced(bundles["both"].folder).places
     expected = {f"blocks.{n}.{part}" for n in (0, 1) for part in ("attn", "cross", "mlp", "modulation", "cross.kv")}
     assert set(places.values()) == expected
 
@@ -137,11 +145,11 @@ def weight_before(model: onnx.ModelProto, tensor: str) -> str:
 )
 def test_a_broken_branch_is_named(bundles, kind, place, against, tmp_path, monkeypatch):
     bundle = bundles[kind]
-    (total,) = [name for name, path in traced.read(bundle.folder).places.items() if path == place]
+    (total,) = [name for name, path in read_traced(bundle.folder).places.items() if path == place]
 
     def change(model: onnx.ModelProto) -> None:
         (add,) = [node for node in model.graph.node if total in node.output]
-        stream = set(traced.read(bundle.folder).places)
+        stream = set(read_traced(bundle.folder).places)
         branch = next(name for name in add.input if name not in stream and not name.endswith("_rows"))
         scale(weight_before(model, branch), 2)(model)
 
@@ -171,7 +179,7 @@ def test_a_wrong_null_row(bundles, tmp_path, monkeypatch):
 def test_tensors_of_a_stage_are_named(bundles, tmp_path, monkeypatch):
     """One block's keys and values of the context, and a bias of the other block's modulation."""
     bundle = bundles["prompt"]
-    packs = {pack.name: pack for pack in traced.read(bundle.folder).packs}
+    packs = {pack.name: pack for pack in read_traced(bundle.folder).packs}
     keys = packs["context"].tensors[2]
 
     def change(model: onnx.ModelProto) -> None:
@@ -190,7 +198,7 @@ def test_two_faults_at_once(bundles, tmp_path, monkeypatch):
     time = [n for n in onnx.load(bundle.folder / "modulation.onnx").graph.initializer if tuple(n.dims) == (16, 16)]
     broken = damage(bundle, tmp_path / "bundle", "modulation", scale(time[0].name, 1.5))
     model = onnx.load(broken / "denoiser.onnx")
-    (total,) = [name for name, path in traced.read(broken).places.items() if path == "blocks.1.mlp"]
+    (total,) = [name for name, path in read_traced(broken).places.items() if path == "blocks.1.mlp"]
     (add,) = [node for node in model.graph.node if total in node.output]
     scale(weight_before(model, add.input[1]), 2)(model)
     onnx.save(model, broken / "denoiser.onnx")
@@ -210,3 +218,56 @@ def test_nothing_to_localize_with(bundles, tmp_path, monkeypatch):
     result = run_gate(broken, monkeypatch, bundle)
     assert result.first is not None and result.first.stage == "denoiser"
     assert result.located[0].startswith("not localized: ") and "traced.json cannot be read" in result.located[0]
+
+
+@pytest.mark.parametrize("name", [traced.NAME, "reference.npz"])
+def test_what_locates_is_the_bundles_own(bundles, tmp_path, monkeypatch, name):
+    """A file that was changed is not read, and no link is followed."""
+    bundle = bundles["labels"]
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle.folder, folder)
+    contract, packs = manifest.read(folder), read_traced(folder).packs
+
+    def read() -> None:
+        if name == traced.NAME:
+            traced.read(folder, contract)
+        else:
+            load_divisors(folder, contract, packs)
+
+    read()
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(BundleError, match="does not have the sha256"):
+        read()
+    (folder / name).unlink()
+    (folder / name).symlink_to(bundle.folder / name)
+    with pytest.raises(BundleError, match="is a link"):
+        read()
+
+
+class Timed(tiny.Tiny):
+    """Its loop reads the timestep itself."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(x, t, labels).flatten(1) * t[:, None] / 500
+        return (rows.reshape(-1, 1, tiny.CHANNELS, tiny.TOKENS) * t[:, None, None, None] / 500).flatten(1, 2)
+
+
+def test_a_loop_that_reads_the_timestep_is_localized(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net = replace(tiny.network("labels"), module=Timed(True, False, False).eval().requires_grad_(False))
+    bundle = tiny.write(tmp_path / "sound", net)
+    assert "t" in {spec.name for spec in manifest.read(bundle.folder).step.grouped}
+    graph = onnx.load(bundle.folder / "denoiser.onnx").graph
+    weight = next(w.name for w in graph.initializer if tuple(w.dims) == (32, 16))
+    broken = damage(bundle, tmp_path / "broken", "denoiser", scale(weight, 2))
+    for against in (False, True):
+        result = run_gate(broken, monkeypatch, bundle, against)
+        assert not result.passed and ".mlp" in result.located[0]
+
+
+def test_a_source_need_not_say_its_kind(bundles):
+    bundle = bundles["labels"]
+    nameless = replace(loaded(bundle), source={})
+    assert check(bundle.folder, nameless, None, Progress(), threads=1).passed

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from dit_export.cli import main
 from dit_export.verify import curves, report
 from dit_runtime import images
 from dit_runtime.bundle import manifest
-from tests.tamper import seal, swap_vectors
+from dit_runtime.errors import BundleError
+from tests.tamper import edit, seal, swap_vectors
 
 WIDTHS = {"phone": 390, "desk": 1280}
 HEIGHT = 2600
@@ -80,12 +82,26 @@ def failed(shared_embedders, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     bundle = Path(shutil.copytree(shared_embedders.bundle, folder / "bundle"))
     swap_vectors(bundle, 2)
-    seal(bundle)
     (bundle / report.SENSITIVITY).write_text(json.dumps(LAYERS))
+    edit(bundle, lambda table: table["files"].update({report.SENSITIVITY: {}}))
+    seal(bundle)
     page = folder / "failed.html"
     arguments = ["--against", str(shared_embedders.bundle), "--threads", "1", "--report", str(page)]
     assert main(["regress", str(bundle), *arguments]) == 1
     return page
+
+
+@pytest.mark.parametrize("text", ["[{}]", "{", "[1]", '[{"layer": "a", "error": "b", "kept": true}]'])
+def test_a_damaged_table_is_one_line(shared_embedders, tmp_path, text):
+    (tmp_path / report.SENSITIVITY).write_text(text)
+    contract = manifest.read(shared_embedders.bundle)
+    assert report.read_sensitivity(tmp_path, contract) == []
+    contract = replace(contract, files=manifest.describe_files(tmp_path))
+    for words in ("sensitivity.json cannot be read", "does not have the sha256"):
+        with pytest.raises(BundleError, match=words) as caught:
+            report.read_sensitivity(tmp_path, contract)
+        assert "\n" not in str(caught.value)
+        (tmp_path / report.SENSITIVITY).write_text("x" * len(text))
 
 
 @pytest.fixture(scope="module")

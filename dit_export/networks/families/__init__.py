@@ -33,7 +33,9 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     channels = config.in_channels
     if transformer.out_channels not in (channels, 2 * channels):
         raise UsageError(f"{name}: out_channels is {transformer.out_channels}, expected {channels} or {2 * channels}")
-    network = family.network(transformer.eval().float().requires_grad_(False), size, tokens or family.default_tokens)
+    tokens = family.default_tokens if tokens is None else tokens
+    network = family.network(transformer.eval().float().requires_grad_(False), size, tokens)
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     model = {"name": name, "resolution": resolution_name(size)} | public
-    return replace(network, model=model, learned_variance=transformer.out_channels == 2 * channels)
+    learned_variance = transformer.out_channels == 2 * channels
+    return replace(network, model=model, learned_variance=learned_variance, counts=family.counts(transformer))

@@ -51,4 +51,5 @@ SD3 = Family(
     tokens={"StableDiffusion3Pipeline": 77 + 256},  # CLIP's, then T5's
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     flow_spacing="linspace",
+    gains=3,  # 4 with the attention's; the last text stream has 1 instead of 2, and the head 1
 )

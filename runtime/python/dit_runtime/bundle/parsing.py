@@ -20,6 +20,7 @@ from dit_runtime.bundle.records import (
     Port,
     Stage,
     TensorSpec,
+    count_classes,
 )
 from dit_runtime.errors import nearest
 from dit_runtime.facts import LIMITS
@@ -55,8 +56,7 @@ def parse(table: dict[str, Any]) -> Manifest:
         stages=tuple(_stage(stage, f"stage {index}") for index, stage in enumerate(_list(table, "stages", "manifest"))),
         files=files,
     )
-    _check_ports(manifest)
-    _check_null(manifest)
+    check_network(manifest.ports, manifest.null, manifest.guidance.channels)
     _check_stages(manifest)
     if manifest.labels:
         _expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
@@ -89,7 +89,10 @@ def _list(table: Any, key: str, where: str) -> list[Any]:
 
 def _port(table: Any, where: str) -> Port:
     where = f"{where} ({table.get('name')})" if isinstance(table, dict) else where
-    port = _record(Port, table, where, shape=tuple(_list(table, "shape", where)))
+    return _record(Port, table, where, shape=tuple(_list(table, "shape", where)))
+
+
+def _check_port(port: Port, where: str) -> None:
     _expect(bool(port.name), f"{where}: name", port.name, "a name")
     _expect(port.role in ROLES, f"{where}: role", port.role, f"one of {', '.join(ROLES)}")
     _expect(port.dtype in DTYPES, f"{where}: dtype", port.dtype, f"one of {', '.join(DTYPES)}")
@@ -99,7 +102,6 @@ def _port(table: Any, where: str) -> Port:
         _expect(_is_size(port.size), f"{where}: size", port.size, f"1 to {LIMITS['size']} values")
     else:
         _expect(port.size == 0, f"{where}: size", port.size, "0, for it is float32")
-    return port
 
 
 def _stage(table: Any, where: str) -> Stage:
@@ -137,20 +139,39 @@ def _check_row(row: Sequence[int], where: str) -> None:
     _expect(fits, where, f"{[*row]} a row", f"at most {most} numbers in {rank} dimensions")
 
 
-def _check_ports(manifest: Manifest) -> None:
+def check_network(ports: Sequence[Port], null: Mapping[str, int | float], channels: int | None = None) -> None:
+    """Raise ValueError where no bundle can hold a network of these ports, with these constants of guidance and as many
+    guided channels (None: all)."""
+    for index, port in enumerate(ports):
+        _check_port(port, f"port {index} ({port.name})")
     for role in ("state", "time"):
-        names = [port.name for port in manifest.ports if port.role == role]
+        names = [port.name for port in ports if port.role == role]
         _expect(len(names) == 1, f"{role} ports", names, "exactly one")
-    state, time = manifest.state, manifest.time
+    state, time = (next(port for port in ports if port.role == role) for role in ("state", "time"))
     _expect(
         state.dtype == "float32" and bool(state.shape), f"port {state.name}", _row(state), "float32 of rank 1 or more"
     )
     _expect(time.dtype == "float32" and not time.shape, f"port {time.name}", _row(time), "float32 of rank 0")
-    channels = manifest.guidance.channels
-    _expect(1 <= channels <= state.shape[0], "guidance: channels", channels, f"1 to {state.shape[0]}")
-    conditions = {port.name: port for port in manifest.conditions}
+    if channels is not None:
+        _expect(1 <= channels <= state.shape[0], "guidance: channels", channels, f"1 to {state.shape[0]}")
+    conditions = {port.name: port for port in ports if port.role == "condition"}
+    _check_masks(ports, conditions)
+    for name, value in null.items():
+        _expect(name in conditions, "null", name, f"one of the condition ports {', '.join(conditions) or '(none)'}")
+        port = conditions[name]
+        number = type(value) is int or (type(value) is float and port.dtype == "float32")
+        fits = number and is_number(value) and (port.dtype == "int64" or abs(value) <= FLOAT32_MAX)
+        _expect(fits, f"null: {name}", value, f"a number of {port.dtype}")
+        if port.dtype == "int64":
+            _expect(0 <= value < port.size, f"null: {name}", value, f"0 to {port.size - 1}")
+        _expect(not port.masks or value == 1, f"null: {name}", value, "1, for it is a mask")
+    if LABELS in null and (classes := count_classes(ports, null)):
+        _expect(null[LABELS] == classes, f"null: {LABELS}", null[LABELS], f"{classes}, after all classes")
+
+
+def _check_masks(ports: Sequence[Port], conditions: Mapping[str, Port]) -> None:
     masked: set[str] = set()
-    for port in manifest.ports:
+    for port in ports:
         if not port.masks:
             continue
         where, other = f"port {port.name}: masks", conditions.get(port.masks)
@@ -162,22 +183,6 @@ def _check_ports(manifest: Manifest) -> None:
             port.dtype != "int64" or port.size >= 2, f"port {port.name}: size", port.size, "2 or more, for it is a mask"
         )
         masked.add(port.masks)
-
-
-def _check_null(manifest: Manifest) -> None:
-    conditions = {port.name: port for port in manifest.conditions}
-    for name, value in manifest.null.items():
-        _expect(name in conditions, "null", name, f"one of the condition ports {', '.join(conditions) or '(none)'}")
-        port = conditions[name]
-        number = type(value) is int or (type(value) is float and port.dtype == "float32")
-        fits = number and is_number(value) and (port.dtype == "int64" or abs(value) <= FLOAT32_MAX)
-        _expect(fits, f"null: {name}", value, f"a number of {port.dtype}")
-        if port.dtype == "int64":
-            _expect(0 <= value < port.size, f"null: {name}", value, f"0 to {port.size - 1}")
-        _expect(not port.masks or value == 1, f"null: {name}", value, "1, for it is a mask")
-    if manifest.classes and LABELS in manifest.null:
-        last = manifest.port(LABELS).size - 1
-        _expect(manifest.null[LABELS] == last, f"null: {LABELS}", manifest.null[LABELS], f"{last}, after all classes")
 
 
 def _check_stages(manifest: Manifest) -> None:

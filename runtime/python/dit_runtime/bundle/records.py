@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,9 @@ RUNS = (*BEFORE_LOOP, "step", "update", "end")
 DTYPES = ("float32", "int64")
 LABELS = "labels"  # the port that a user may fill with class names
 GUIDANCE = "guidance"  # the input of the step stage that mixes guidance
+# What other inputs and outputs of the stages are called, so that no port may be.
+PACKS = {"condition": "context", "time": "modulation", "time+condition": "conditioning"}  # and context_1, context_2, …
+RESERVED = (GUIDANCE, "prediction", "variance", "previous", "coefficients", "kept", "next", "images")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Port:
     shape: tuple[int, ...]  # of one row
     size: int = 0  # int64 only: values are 0 … size - 1
     masks: str = ""  # the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+
+
+def count_classes(ports: Iterable[Port], null: Mapping[str, int | float]) -> int:
+    """Return how many classes a label may name; 0 where the network takes none."""
+    for port in ports:
+        if port.role == "condition" and port.name == LABELS and port.dtype == "int64" and not port.shape:
+            return port.size - (LABELS in null)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -123,10 +134,7 @@ class Manifest:
     @property
     def classes(self) -> int:
         """How many classes a label may name; 0 where the network takes none."""
-        for port in self.conditions:
-            if port.name == LABELS and port.dtype == "int64" and not port.shape:
-                return port.size - (LABELS in self.null)
-        return 0
+        return count_classes(self.ports, self.null)
 
     @property
     def without_null(self) -> tuple[str, ...]:

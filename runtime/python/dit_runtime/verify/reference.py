@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.manifest import Manifest, Port
 from dit_runtime.conditions.condition import Rows, fit
 from dit_runtime.conditions.memo import open_sources
 from dit_runtime.engines import Engines
@@ -85,7 +85,7 @@ def _check_shapes(contract: Manifest, reference: Reference) -> None:
         "latents": (steps + 1, *each),
         "prediction": (steps, *each),
         "conditional": (steps, *each),
-        "fingerprint": (fingerprinted(contract, reference)[1], FINGERPRINTS),
+        "fingerprint": (fingerprinted(contract.conditions, reference)[1], FINGERPRINTS),
     }
     if contract.mixes_guidance:
         shapes["null"] = steps, *each
@@ -117,9 +117,12 @@ def _by_port(arrays: Mapping[str, NDArray[Any]], prefix: str, contract: Manifest
     return {name: arrays[key] for name, key in names.items() if key in arrays}
 
 
-def fingerprinted(contract: Manifest, reference: Reference) -> tuple[Rows, int]:
-    """Return the conditions that have a fingerprint: all of a single port of integers, else those of the reference."""
-    ports, negative = contract.conditions, reference.negative
+def fingerprinted(ports: Sequence[Port], reference: Reference) -> tuple[Rows, int]:
+    """Return the conditions that have a fingerprint: all of a single port of integers, else those of the reference.
+
+    `ports` are the network's condition ports.
+    """
+    negative = reference.negative
     if len(ports) == 1 and ports[0].dtype == "int64" and not ports[0].shape:
         return {ports[0].name: np.arange(ports[0].size)}, ports[0].size
     parts = [reference.condition, *([negative] if negative else [])]

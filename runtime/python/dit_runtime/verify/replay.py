@@ -68,7 +68,7 @@ def replay(
             on_step(done, 2 * steps)
 
     middle = float(reference.timesteps[steps // 2])
-    prints = fingerprint(pipe.engines, *fingerprinted(contract, reference), middle)
+    prints = fingerprint(pipe.engines, *fingerprinted(contract.conditions, reference), middle)
     if prints.shape != reference.fingerprint.shape:
         raise BundleError(f"{pipe.folder}: {len(prints)} conditions, its reference has {len(reference.fingerprint)}")
     if reference.images.size and contract.end is None:

@@ -1,8 +1,9 @@
-"""Conditions that stand in for a user's: what the reference, the parity checks and calibration ask a network about."""
+"""Conditions that stand in for a user's, in the reference, the parity checks and calibration."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,24 @@ def null(network: Network) -> Rows:
     return {port.name: _null(network, port) for port in network.conditions}
 
 
-def rolled(condition: Rows, negative: Rows) -> Rows:
-    """Give each row the condition of the next one, or the null row where that is equal to its own."""
-    moved = {name: np.roll(rows, -1, axis=0) for name, rows in condition.items()}
+def another(ports: Sequence[Port], condition: Rows, negative: Rows) -> Rows:
+    """Give each row another condition: the next class that is not the null, numbers and masks of the next row.
+
+    The null row stands in where that is equal to the row's own.
+    """
+    moved = {port.name: _moved(port, condition[port.name], negative[port.name]) for port in ports}
     each = [(rows == condition[name]).reshape(len(rows), -1).all(axis=1) for name, rows in moved.items()]
     same = np.logical_and.reduce(each)
     return {
         name: np.where(same.reshape(-1, *[1] * (rows.ndim - 1)), negative[name], rows) for name, rows in moved.items()
     }
+
+
+def _moved(port: Port, rows: NDArray[Any], null: NDArray[Any]) -> NDArray[Any]:
+    if port.dtype != "int64":
+        return np.roll(rows, -1, axis=0)
+    following = (rows + 1) % port.size
+    return np.where(following == null, (following + 1) % port.size, following)
 
 
 def _rows(network: Network, port: Port, count: int) -> NDArray[Any]:

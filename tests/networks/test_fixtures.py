@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dit_export.networks import Network
-from dit_export.verify import fixtures
+from dit_export.networks import Network, fixtures
 from dit_runtime.bundle.manifest import Port
 
 STATE, TIME = Port("x", "state", "float32", (2, 3)), Port("t", "time", "float32", ())
@@ -60,9 +59,14 @@ def test_constants_and_tokens():
 
 
 def test_another_condition():
-    """The next row's, and where that is the same one, the null row."""
-    condition = {"a": np.array([1, 1, 2]), "b": np.array([[0.0], [0.0], [1.0]])}
-    null = {"a": np.array([9]), "b": np.array([[9.0]])}
-    other = fixtures.rolled(condition, null)
-    assert other["a"].tolist() == [9, 2, 1] and other["b"].tolist() == [[9.0], [1.0], [0.0]]
-    assert fixtures.rolled({"a": np.array([4])}, {"a": np.array([7])})["a"].tolist() == [7]
+    """Classes move on by one and never to the null; other values are the next row's, or the null row's where equal."""
+    labels, null = {"labels": np.array([3, 11])}, {"labels": np.array([12])}
+    assert fixtures.another([LABELS], labels, null)["labels"].tolist() == [4, 0]
+    tokens = Port("tokens", "condition", "int64", (2,), size=3)
+    moved = fixtures.another([tokens], {"tokens": np.array([[0, 2]])}, {"tokens": np.array([[1, 1]])})
+    assert moved["tokens"].tolist() == [[2, 0]]
+    numbers = Port("b", "condition", "float32", (1,))
+    moved = fixtures.another([numbers], {"b": np.array([[0.0], [0.0], [1.0]])}, {"b": np.array([[9.0]])})
+    assert moved["b"].tolist() == [[9.0], [1.0], [0.0]]
+    alone = Port("a", "condition", "int64", (), size=2)
+    assert fixtures.another([alone], {"a": np.array([0])}, {"a": np.array([1])})["a"].tolist() == [1]
