@@ -19,10 +19,8 @@ using Shape = std::vector<std::int64_t>;
 inline constexpr std::uint64_t FORMAT = 2;
 inline const char* const MANIFEST = "manifest.json";
 inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
-inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows, training steps
-inline constexpr std::int64_t ROW_MOST = 1 << 26;  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
-inline constexpr std::size_t RANK_MOST = 8;        // of a row
 
+inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // what such stages run
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
 
@@ -123,6 +121,7 @@ Path inside(const Path& folder, const std::string& name);
 void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
 
 std::size_t count(const Shape& shape);
+Shape with_rows(std::size_t rows, const Shape& row);
 std::string shown(const Shape& shape);
 
 }  // namespace dit_runtime

@@ -16,7 +16,7 @@ namespace dit_runtime {
 using RunStage = std::function<std::map<std::string, std::vector<float>>(
     const Stage& stage, const std::vector<Input>& inputs, std::size_t rows)>;
 
-inline constexpr std::size_t MEMO_BYTES = 256u << 20;  // of XL/2's 783 kB a (t, label) that is 342
+extern const std::size_t MEMO_BYTES;  // as facts.json has it; of XL/2's 783 kB a (t, label) that is 342
 
 // Which conditions the step's inputs hold: with both, a sample's own come first.
 enum class Groups { BOTH, OWN, NULLS };
@@ -34,7 +34,6 @@ class Memo {
     const Arrays& operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups = Groups::BOTH);
 
     bool guided() const { return null_rows_ > 0; }
-    std::size_t held() const;  // bytes of the tensors that have a timestep
 
   private:
     using Pairs = std::vector<std::pair<std::size_t, std::size_t>>;  // a timestep's number and a row

@@ -4,8 +4,13 @@
 #include <cmath>
 
 #include "errors.hpp"
+#include "facts.hpp"
 
 namespace dit_runtime {
+
+const std::size_t FINGERPRINTS = static_cast<std::size_t>(constant("fingerprints"));
+const std::uint64_t FINGERPRINT_SEED = static_cast<std::uint64_t>(constant("fingerprint_seed"));
+
 namespace {
 
 Condition conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
@@ -15,8 +20,7 @@ Condition conditions(const Manifest& manifest, const std::map<std::string, NpyAr
         const std::string name = prefix + "." + port.name;
         const auto array = arrays.find(name);
         if (array == arrays.end()) throw NpyError("it lacks " + name);
-        Shape expected = port.shape;
-        expected.insert(expected.begin(), static_cast<std::int64_t>(rows));
+        const Shape expected = with_rows(rows, port.shape);
         if (array->second.shape != expected)
             throw NpyError(text(name, " has shape ", shown(array->second.shape), ", expected ", shown(expected)));
         Tensor tensor{expected};
@@ -102,14 +106,16 @@ Reference load_reference(const Pipeline& pipe) {
 
 std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, double timestep) {
     std::vector<std::string> tensors;
-    std::size_t width = 0, chunk = 1;
+    std::size_t width = 0, chunk = 0;
     for (const TensorSpec& spec : pipe.manifest.step().reads) {
         if (!spec.starts("groups") || pipe.manifest.port(spec.name)) continue;
         tensors.push_back(spec.name);
         width += count(spec.row());
     }
     for (const Stage& stage : pipe.manifest.stages)
-        if (stage.before_loop()) chunk = std::max(chunk, static_cast<std::size_t>(stage.max_batch));
+        if (const auto size = static_cast<std::size_t>(stage.max_batch); stage.before_loop())
+            chunk = chunk ? std::min(chunk, size) : size;
+    chunk = std::max<std::size_t>(1, chunk);
     const std::vector<float> directions = Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS);
     std::vector<float> prints;
     for (std::size_t first = 0; first < conditions.rows; first += chunk) {
@@ -117,7 +123,7 @@ std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, doub
         Memo memo = pipe.memo({timestep}, slice(conditions, first, first + rows));
         const Arrays& inputs = memo(0, 0, rows);
         for (std::size_t row = 0; row < rows; ++row) {
-            double sums[FINGERPRINTS] = {};
+            Array sums(FINGERPRINTS);
             std::size_t place = 0;
             for (const std::string& name : tensors) {
                 const std::vector<float>& values = inputs.at(name).floats;
@@ -128,7 +134,7 @@ std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, doub
                             static_cast<double>(values[row * size + i]) * directions[place * FINGERPRINTS + print];
             }
             for (const double sum : sums)
-                prints.push_back(static_cast<float>(sum / std::sqrt(static_cast<double>(width))));
+                prints.push_back(static_cast<float>(sum / std::sqrt(std::max(1.0, static_cast<double>(width)))));
         }
     }
     return prints;

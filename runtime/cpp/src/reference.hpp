@@ -11,8 +11,9 @@
 namespace dit_runtime {
 
 inline const char* const REFERENCE = "reference.npz";
-inline constexpr std::size_t FINGERPRINTS = 4;  // numbers of each condition
-inline constexpr std::uint64_t FINGERPRINT_SEED = 0;
+// As facts.json has them; not for use before main.
+extern const std::size_t FINGERPRINTS;  // numbers of each condition
+extern const std::uint64_t FINGERPRINT_SEED;
 
 // S steps (evaluations of the network) of a run of B samples.
 struct Reference {

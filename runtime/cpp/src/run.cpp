@@ -39,7 +39,7 @@ bool Run::step() {
     solver_.send(answer);
     ++done_;
     if (on_step_ && on_step_(done_, steps(), state())) cancel();
-    if (cancelled_) require_going();
+    require_going();
     return solver_.asks();
 }
 

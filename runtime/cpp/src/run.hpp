@@ -28,7 +28,6 @@ class Run {
     void cancel() { cancelled_ = true; }
 
     std::size_t count() const { return checked_.own.rows; }
-    int done() const { return done_; }
     int steps() const { return static_cast<int>(checked_.timesteps.size()); }
 
   private:

@@ -5,8 +5,13 @@
 #include <limits>
 
 #include "errors.hpp"
+#include "facts.hpp"
 
 namespace dit_runtime {
+
+const std::vector<std::string> MULTISTEP = multistep_solvers();
+const double LAST_STEP = constant("sde_last_step");
+
 namespace {
 
 std::string default_spacing(const Sampler& sampler, const std::string& solver) {
