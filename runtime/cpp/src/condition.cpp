@@ -8,12 +8,6 @@
 namespace dit_runtime {
 namespace {
 
-Shape with_rows(std::int64_t rows, const Shape& row) {
-    Shape shape = {rows};
-    shape.insert(shape.end(), row.begin(), row.end());
-    return shape;
-}
-
 // The mask that marks this port's tokens; NULL where there is none.
 const Port* mask_of(const Manifest& manifest, const Port& port) {
     for (const Port& mask : manifest.ports)
@@ -99,6 +93,18 @@ void check_mask(const Tensor& mask, const Tensor& values, const std::string& whe
                               " of 0 and 1, a 1 in every row"));
 }
 
+// A checked mask, 0 and 1, in its port's type.
+Tensor in_type_of(const Port& port, const Tensor& mask) {
+    Tensor cast{mask.shape};
+    if (port.dtype == "int64" && !mask.is_integer())
+        cast.integers.assign(mask.floats.begin(), mask.floats.end());
+    else if (port.dtype != "int64" && mask.is_integer())
+        cast.floats.assign(mask.integers.begin(), mask.integers.end());
+    else
+        return mask;
+    return cast;
+}
+
 }  // namespace
 
 const unsigned char* Tensor::data() const {
@@ -128,7 +134,7 @@ Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string&
             const std::string where = text(what, ": ", mask->name);
             const Tensor marks = own == arrays.end() ? ones(*mask, values) : own->second;
             check_mask(marks, values, where);
-            fitted.arrays[mask->name] = padded(typed(*mask, marks, where), mask->shape[0]);
+            fitted.arrays[mask->name] = padded(in_type_of(*mask, marks), mask->shape[0]);
             values = padded(values, port.shape[0]);
         }
         rows.push_back(text(port.name, " ", values.rows()));
@@ -149,9 +155,9 @@ Condition null_condition(const Manifest& manifest, const Arrays& negative) {
         throw UsageError(
             text("guidance needs a negative with ", join(missing), ", to lead away from; or pass guidance 1"));
     Arrays arrays = negative;
-    std::int64_t rows = 1;
+    std::size_t rows = 1;
     for (const auto& entry : negative)
-        if (!entry.second.shape.empty()) rows = std::max(rows, entry.second.shape[0]);
+        if (!entry.second.shape.empty()) rows = std::max(rows, entry.second.rows());
     for (const auto& [name, value] : manifest.null) {
         const Port& port = *manifest.port(name);
         if (negative.count(name) || negative.count(port.masks)) continue;
@@ -162,9 +168,7 @@ Condition null_condition(const Manifest& manifest, const Arrays& negative) {
         else
             tensor.floats.assign(count(tensor.shape), static_cast<float>(value));
     }
-    Condition null = fit(manifest, arrays, "negative");
-    if (!null.rows) null.rows = 1;  // of a network without conditions
-    return null;
+    return fit(manifest, arrays, "negative");
 }
 
 Condition stack(const Condition& first, const Condition& second) {

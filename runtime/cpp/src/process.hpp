@@ -72,6 +72,9 @@ Process process_from_json(const nlohmann::json& table);
 // Refuses a solver that is not known, or that is made for the other kind of process.
 void require_fit(const Process& process, const std::string& solver);
 
+// Refuses DDPM whose learned variance the network does not predict.
+void require_variance(const Sampler& sampler, bool predicted);
+
 void require_steps(const Process& process, std::int64_t steps);
 
 // As NumPy's: the last point is exact.

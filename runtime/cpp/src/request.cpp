@@ -31,7 +31,7 @@ Condition own_condition(const Manifest& manifest, const Request& request) {
     }
     Condition own = fit(manifest, arrays);
     if (own.rows && request.count && request.count != own.rows)
-        throw UsageError(text("count is ", request.count, ", of the condition ", own.rows));
+        throw UsageError(text("count is ", request.count, ", the condition has ", own.rows, " rows"));
     if (!own.rows) own.rows = std::max<std::size_t>(1, request.count ? request.count : request.seeds.size());
     return own;
 }
@@ -39,7 +39,7 @@ Condition own_condition(const Manifest& manifest, const Request& request) {
 std::vector<float> guidance(const Manifest& manifest, const std::vector<float>& numbers, std::size_t count) {
     if (numbers.size() != 1 && numbers.size() != count)
         throw UsageError(text("guidance has ", numbers.size(), " numbers; expected one, or ", count, ", one a sample"));
-    if (!all_finite(numbers)) throw UsageError("guidance holds what is no finite number");
+    if (!all_finite(numbers)) throw UsageError("guidance holds numbers that are not finite; expected finite numbers");
     std::vector<float> weights = numbers.size() == 1 ? std::vector<float>(count, numbers[0]) : numbers;
     if (manifest.unguided_up_to_one)
         // As it would be alone: a sample does not depend on its batch.
@@ -73,6 +73,7 @@ Checked check(const Manifest& manifest, const Request& request) {
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
     checked.timesteps = plan(manifest.process, checked.solver, request.steps, request.spacing);
     Solver(manifest.process, checked.solver, request.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
+    if (checked.solver == "ddpm") require_variance(manifest.process.sampler, find(manifest.step().gives, "variance"));
     draw(request.seeds, count);  // refuses another number of seeds
     if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))
         throw UsageError(text("latents have ", request.latents->size(), " numbers; expected ", size, ", all finite"));

@@ -27,6 +27,7 @@ std::map<std::string, Tolerances> read_tolerances() {
 
 const std::map<std::string, Tolerances> TOLERANCES = read_tolerances();
 const double NOISE_ATOL = facts().at("noise_atol").get<double>();
+const double CONTRAST = facts().at("contrast").get<double>();
 
 namespace {
 
@@ -39,6 +40,14 @@ double relative_error(const std::vector<float>& value, const float* reference) {
         norm += expected * expected;
     }
     return std::sqrt(difference) / std::max(std::sqrt(norm), 1e-30);
+}
+
+// Where two arrays differ; everywhere if their lengths do.
+std::vector<std::size_t> differences(const Array& values, const Array& reference) {
+    std::vector<std::size_t> places;
+    for (std::size_t index = 0; index < std::max(values.size(), reference.size()); ++index)
+        if (values.size() != reference.size() || values[index] != reference[index]) places.push_back(index);
+    return places;
 }
 
 void check_before_loop(Pipeline& pipe, const Reference& reference, double limit, const OnCheck& on_check) {
@@ -99,7 +108,10 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, double l
     const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
     Request request;
     request.condition = reference.own.arrays;
-    request.negative = reference.away.arrays;
+    // The manifest's constants are part of what is verified; a mask goes with its port.
+    for (const Port& port : pipe.manifest.conditions())
+        if (pipe.manifest.mixes_guidance() && !pipe.manifest.null.count(port.masks.empty() ? port.name : port.masks))
+            request.negative[port.name] = reference.away.arrays.at(port.name);
     request.count = reference.batch();
     request.steps = static_cast<std::int64_t>(steps) / evaluations(pipe.manifest.process.sampler.solver);
     request.guidance = reference.guidance;
@@ -140,7 +152,7 @@ void check_pictures(Pipeline& pipe, const Reference& reference, const std::vecto
         if (contrast < flattest) flattest = contrast, flat = sample;
     }
     on_check({"run: pictures, PSNR in dB", least, limit, true, text("sample ", worst)});
-    on_check({"run: pictures, contrast", flattest, 1.0, true, text("sample ", flat)});
+    on_check({"run: pictures, contrast", flattest, CONTRAST, true, text("sample ", flat)});
 }
 
 }  // namespace
@@ -158,19 +170,14 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
         if (stage.before_loop()) conditioner = std::max(conditioner, TOLERANCES.at(stage.precision).conditioner);
     }
     const Array betas = process.betas();
-    const bool comparable = betas.size() == reference.betas.size();
-    std::size_t wrong = 0, first = 0;
-    for (std::size_t t = betas.size(); t-- > 0;)
-        if (!comparable || betas[t] != reference.betas[t]) ++wrong, first = t;
-    on_check({"sampler: betas that differ", static_cast<double>(wrong), 0, false,
-              wrong ? text("first at t = ", first) : std::string()});
+    const std::vector<std::size_t> wrong = differences(betas, reference.betas);
+    on_check({"sampler: betas that differ", static_cast<double>(wrong.size()), 0, false,
+              wrong.empty() ? "" : text("first at t = ", wrong[0])});
     const std::size_t steps = reference.timesteps.size();
     const std::string& solver = process.sampler.solver;
     const Array times = plan(process, solver, static_cast<std::int64_t>(steps) / evaluations(solver));
-    wrong = times.size() == steps ? 0 : steps;
-    for (std::size_t step = 0; step < std::min(steps, times.size()); ++step)
-        wrong += times[step] != reference.timesteps[step];
-    on_check({"sampler: timesteps that differ", static_cast<double>(wrong), 0, false, ""});
+    on_check({"sampler: timesteps that differ", static_cast<double>(differences(times, reference.timesteps).size()), 0,
+              false, ""});
     const std::vector<std::uint64_t> seeds(reference.seeds.begin(), reference.seeds.end());
     const std::size_t each = reference.latents.size() / (steps + 1);
     const std::vector<float> noise = draw(seeds, reference.batch())(each);

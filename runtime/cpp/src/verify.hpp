@@ -1,4 +1,5 @@
-// Replays reference.npz, PyTorch's own answer, with the engines alone. Mirrors dit_runtime/verify.py.
+// Replays reference.npz, PyTorch's own answer, with the engines alone. Mirrors
+// dit_runtime/verify/judge.py and replay.py.
 #pragma once
 
 #include <functional>
@@ -22,6 +23,7 @@ struct Tolerances {
 // By precision, as facts.json has them; their reasons stand in verify/judge.py.
 extern const std::map<std::string, Tolerances> TOLERANCES;
 extern const double NOISE_ATOL;
+extern const double CONTRAST;  // least standard deviation of a picture, in levels of 255
 
 // One gate: what was measured where, and what it must keep to.
 struct Check {

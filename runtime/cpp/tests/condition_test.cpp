@@ -46,6 +46,17 @@ TEST(Condition, FewerTokensArePadded) {
     EXPECT_EQ(fit(manifest, masked).arrays.at("words_mask").floats, (Floats{1, 0, 0, 1, 1, 0}));
 }
 
+TEST(Condition, AMaskOfEitherType) {
+    Manifest manifest = read(WAVE);
+    Port& mask = manifest.ports.at(3);
+    mask.dtype = "int64", mask.size = 2;
+    Arrays arrays = words(1, 2);
+    arrays["words_mask"] = {{1, 2}, {0, 1}};
+    EXPECT_EQ(fit(manifest, arrays).arrays.at("words_mask").integers, (std::vector<std::int64_t>{0, 1, 0}));
+    arrays["words_mask"].floats[1] = 0.5f;
+    refused("of 0 and 1", [&] { fit(manifest, arrays); });
+}
+
 TEST(Condition, Refusals) {
     const Manifest manifest = read(WAVE), labels = read(BUNDLE);
     const auto bad = [&](const char* sentence, const std::function<void(Arrays&)>& change) {
@@ -135,6 +146,17 @@ TEST(Requests, AreCheckedAgainstAManifest) {
     request.solver = "ddpm";
     request.negative.clear();
     refused("only ddim takes it", [&] { check(wave, request); });
+    request.eta = 0;
+    refused("needs a model that predicts its variance", [&] { check(wave, request); });
+    EXPECT_EQ(check(labels,
+                    [] {
+                        Request learned;
+                        learned.labels = {1};
+                        learned.solver = "ddpm";
+                        return learned;
+                    }())
+                  .solver,
+              "ddpm");
 }
 
 }  // namespace

@@ -65,6 +65,14 @@ TEST(Npy, Halves) {
     EXPECT_TRUE(std::isnan(values.back()));
 }
 
+TEST(Npy, FloatsAreNoIntegers) {
+    const float values[] = {1, 1e30f};
+    const NpyArray array = parse_npy(bytes(npy_bytes("<f4", {2}, values, sizeof values)));
+    EXPECT_THROW(array.as<std::int64_t>(), NpyError);
+    EXPECT_THROW(array.as<std::uint8_t>(), NpyError);
+    EXPECT_EQ(array.as<double>()[0], 1);
+}
+
 TEST(Npy, Refusals) {
     for (const auto& [dtype, shape] : std::vector<std::pair<std::string, Shape>>{
              {"<f4", {7}}, {"<f4", {1 << 20, 1 << 20, 1 << 20}}, {"|O", {3}}, {">f4", {3}}, {"<c8", {1}}, {"", {}}})
