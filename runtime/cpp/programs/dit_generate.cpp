@@ -96,12 +96,15 @@ int run(int count, char** words) {
 
     dit::Request& request = arguments.request;
     for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
-    request.condition = read_condition(arguments.condition, "--condition");
-    request.negative_condition = read_condition(arguments.negative, "--negative");
+    request.condition = read_condition(arguments.condition, "--condition", pipe.ports());
+    request.negative_condition = read_condition(arguments.negative, "--negative", pipe.ports());
+    std::vector<std::int64_t> shape(pipe.info().state_shape, pipe.info().state_shape + pipe.info().state_rank);
+    if (!arguments.latents.empty()) {
+        const std::size_t rows = pipe.ports().empty() ? 0 : pipe.count(request);  // the file says how many, or must fit
+        request.latents = read_latents(arguments.latents, rows, shape);
+    }
     const std::int64_t samples = static_cast<std::int64_t>(pipe.count(request));
-    std::vector<std::int64_t> shape = {samples};
-    shape.insert(shape.end(), pipe.info().state_shape, pipe.info().state_shape + pipe.info().state_rank);
-    if (!arguments.latents.empty()) request.latents = read_latents(arguments.latents, shape);
+    shape.insert(shape.begin(), samples);
     {
         Progress progress;
         request.on_step = [&](int step, int steps, const double*, std::size_t) { return progress.step(step, steps); };

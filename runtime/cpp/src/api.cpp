@@ -209,7 +209,6 @@ dit_status dit_generate(dit_pipeline* pipe, const dit_request* given, uint8_t* p
         open.require_decoder();
         require_room(size, dit::counted(given).count, open.manifest.image_shape(), "bytes");
         const std::vector<std::uint8_t> made = open.images(dit::translate(open.manifest, given));
-        require_room(size, made.size() / dit::count(open.manifest.image_shape()), open.manifest.image_shape(), "bytes");
         std::copy(made.begin(), made.end(), pixels);
     });
 }
@@ -222,18 +221,17 @@ dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* given, fl
         const dit::Shape& row = open.manifest.state().shape;
         require_room(size, dit::counted(given).count, row, "numbers");
         const std::vector<float> made = open.latents(dit::translate(open.manifest, given));
-        require_room(size, made.size() / dit::count(row), row, "numbers");
         std::copy(made.begin(), made.end(), latents);
     });
 }
 
 dit_status dit_run_new(dit_pipeline* pipe, const dit_request* given, dit_run** run) {
+    if (run) *run = nullptr;
     return guarded(pipe, [&] {
         dit::Pipeline& open = opened(pipe);
         dit::require(given, "dit_request");
         dit::require(run, "run");
-        const std::size_t one = dit::count(open.manifest.state().shape);
-        require_room(SIZE_MAX, dit::counted(given).count, {static_cast<std::int64_t>(one)}, "numbers");
+        require_room(SIZE_MAX, dit::counted(given).count, open.manifest.state().shape, "numbers");
         *run = new dit_run{pipe, {open, dit::translate(open.manifest, given)}};
     });
 }

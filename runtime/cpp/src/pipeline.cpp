@@ -1,7 +1,6 @@
 #include "pipeline.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 
 #include "errors.hpp"
@@ -21,12 +20,6 @@ std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
 std::vector<std::string> sorted(std::vector<std::string> words) {
     std::sort(words.begin(), words.end());
     return words;
-}
-
-Shape with_batch(std::size_t batch, const Shape& row) {
-    Shape shape = {static_cast<std::int64_t>(batch)};
-    shape.insert(shape.end(), row.begin(), row.end());
-    return shape;
 }
 
 void append(std::vector<float>& to, const std::vector<float>& values) {
@@ -111,9 +104,9 @@ Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned&
     Prediction whole;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t last = std::min(first + size, samples), batch = last - first;
-        std::vector<Input> all = {{port.name, with_batch(batch, port.shape), state.data() + first * one}};
+        std::vector<Input> all = {{port.name, with_rows(batch, port.shape), state.data() + first * one}};
         for (const auto& [name, tensor] : inputs(first, last)) all.push_back(tensor.input(name));
-        if (manifest.mixes_guidance()) all.push_back({GUIDANCE, with_batch(batch, {}), guidance.data() + first});
+        if (manifest.mixes_guidance()) all.push_back({GUIDANCE, with_rows(batch, {}), guidance.data() + first});
         auto part = run(stage, all, batch);
         append(whole.prediction, part["prediction"]);
         append(whole.variance, part["variance"]);
@@ -129,7 +122,7 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
     std::vector<float> images;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t batch = std::min(size, samples - first);
-        const Input state = {port.name, with_batch(batch, port.shape), latents.data() + first * one};
+        const Input state = {port.name, with_rows(batch, port.shape), latents.data() + first * one};
         append(images, run(*manifest.end(), {state}, batch).at("images"));
     }
     if (!all_finite(images)) throw EngineError("the decoder's pictures hold values that are not finite");
@@ -138,27 +131,25 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
 
 std::vector<std::uint8_t> Pipeline::pictures(const std::vector<float>& latents) {
     const std::vector<float> images = decode(latents);
-    return to_uint8(images, with_batch(latents.size() / count(manifest.state().shape), manifest.image_shape()));
+    return to_uint8(images, with_rows(latents.size() / count(manifest.state().shape), manifest.image_shape()));
 }
 
 // What the stage gives for so many rows, in the shapes of the manifest; no other shape is ever read.
 std::map<std::string, std::vector<float>> Pipeline::run(const Stage& stage, const std::vector<Input>& inputs,
                                                         std::size_t rows) {
     Engine& opened = engine(stage);
-    const auto start = std::chrono::steady_clock::now();
     std::map<std::string, Output> outputs;
     try {
         outputs = opened.run(inputs);
     } catch (const EngineError& error) {
         throw EngineError(text("the ", stage.name, " failed: ", error.what()));
     }
-    engine_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::map<std::string, std::vector<float>> tensors;
     for (const TensorSpec& spec : stage.gives) {
         const auto output = outputs.find(spec.name);
         if (output == outputs.end())
             throw BundleError(text(folder.string(), ": ", stage.name, " has no output ", spec.name));
-        const Shape expected = with_batch(rows, spec.row());
+        const Shape expected = with_rows(rows, spec.row());
         if (output->second.shape != expected)
             throw EngineError(text("the ", stage.name, "'s ", spec.name, " has shape ", shown(output->second.shape),
                                    ", expected ", shown(expected)));

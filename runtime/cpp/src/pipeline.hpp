@@ -38,7 +38,6 @@ class Pipeline {
 
     const Path folder;
     const Manifest manifest;
-    double engine_seconds = 0;  // spent inside engines so far
 
   private:
     Path cache() const;

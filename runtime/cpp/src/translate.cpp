@@ -30,8 +30,7 @@ Tensor rows_of(const Manifest& manifest, const dit_array& from) {
             throw UsageError(text(from.name, " has ", row, " numbers a row; expected ", shown(shape)));
         if (token) shape[0] = static_cast<std::int64_t>(row / token);
     }
-    shape.insert(shape.begin(), static_cast<std::int64_t>(from.rows));
-    Tensor tensor{shape};
+    Tensor tensor{with_rows(from.rows, shape)};
     if (from.floats) tensor.floats.assign(from.floats, from.floats + from.size);
     if (from.integers) tensor.integers.assign(from.integers, from.integers + from.size);
     return tensor;
@@ -99,6 +98,8 @@ Request translate(const Manifest& manifest, const dit_request* given) {
     add(manifest, from.negative_arrays, from.num_negative_arrays, "negative_arrays", request.negative);
     const bool others = !request.condition.empty() || manifest.conditions().empty();
     if (from.count && !others) require(from.labels, "labels");
+    if (!from.count && manifest.conditions().empty())
+        throw UsageError("count is 0; expected how many pictures, for nothing conditions this network");
     if (from.labels) request.labels.assign(from.labels, from.labels + from.count);
     request.count = from.count;
     if (from.num_seeds) require(from.seeds, "seeds");

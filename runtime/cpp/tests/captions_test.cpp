@@ -217,6 +217,7 @@ TEST(Face, Captions) {
     };
     request.captions.mask.pop_back();
     bad("the mask of captions: 7 numbers; expected 8");
+    request.captions.mask.clear();
     request.captions.embeddings.pop_back();
     bad("captions: 23 numbers; expected 24");
     request.captions = {};

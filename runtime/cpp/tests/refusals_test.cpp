@@ -92,7 +92,7 @@ TEST_P(Api, BadBundles) {
     };
     bad("no manifest.json", [](const BundleCopy& copy) { std::filesystem::remove(copy.folder / "manifest.json"); });
     bad("not JSON", [](const BundleCopy& copy) { copy.write("manifest.json", "{"); });
-    bad("model is a list, expected a table", [](const BundleCopy& copy) {  // deeper than any stack
+    bad("model: got a list, expected a table", [](const BundleCopy& copy) {  // deeper than any stack
         const std::size_t depth = 1000000;
         copy.write("manifest.json",
                    "{\"format\": 2, \"model\": " + std::string(depth, '[') + std::string(depth, ']') + "}");

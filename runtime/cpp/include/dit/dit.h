@@ -16,9 +16,9 @@
  * DIT_BUSY and does nothing. Different pipelines do not know of each other. dit_free must be the last call. Engines
  * bring threads of their own; dit_open_options.threads bounds them.
  *
- * Ownership: what a function returns as `const char *` belongs to the pipeline (or to the library) and stays until the
- * next fallible call on it or dit_free; everything that is passed in stays the caller's and is not kept after the call.
- * A dit_run belongs to its pipeline: dit_run_free comes before dit_free.
+ * Ownership: strings that a function returns belong to the library. dit_message's stays until the next fallible call on
+ * the pipeline; all others stay until dit_free. Arguments stay the caller's and are copied; only on_step and user of a
+ * dit_run_new are used for as long as the run. A dit_run belongs to its pipeline: dit_run_free comes before dit_free.
  *
  * Errors: each fallible call returns a dit_status. dit_message(pipe) then says in one sentence what, where, what was
  * expected and what to do; DIT_BUSY has no message, and the other call's must not be read while it runs. A pipeline
@@ -148,7 +148,8 @@ typedef struct dit_captions {
 typedef struct dit_request {
     size_t struct_size;
     const int64_t* labels;
-    size_t count;          /* of labels, and so of pictures; 0 where arrays or captions say how many */
+    size_t count;          /* of labels, and so of pictures; 0 where arrays or captions say how many; the number of
+                              pictures where nothing conditions the network */
     const uint64_t* seeds; /* NULL: 0 */
     size_t num_seeds;      /* 1: one stream of noise for all, as PyTorch draws; count: one each, so that a picture does
                               not depend on its neighbours */

@@ -65,9 +65,9 @@ struct Captions {
 struct Request {
     std::vector<std::int64_t> labels;
     std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
-    std::vector<float> guidance = {4.0f};    // one, or one a label
-    int steps = 25;
-    std::string solver, spacing;  // empty: the bundle's
+    std::vector<float> guidance;             // one, or one a label; empty: the library's default
+    int steps = 0;                           // 0: the library's default
+    std::string solver, spacing;             // empty: the bundle's
     double eta = 0.0;
     std::vector<float> latents;  // to start from; empty: the seeds' noise
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
@@ -143,9 +143,10 @@ class Pipeline {
         return all;
     }
 
-    // How many pictures it asks for; of a network that nothing conditions, one for each seed.
+    // The number of pictures; where nothing conditions the network, of its latents, else of its seeds.
     std::size_t count(const Request& request) const {
-        return dit_port_count(pipe_.get()) ? request.count() : request.seeds.size();
+        if (dit_port_count(pipe_.get())) return request.count();
+        return request.latents.empty() ? request.seeds.size() : request.latents.size() / row();
     }
 
     Images generate(const Request& request) {
@@ -204,22 +205,16 @@ class Pipeline {
         if (status != DIT_OK) throw Error(status, dit_message(pipe_.get()));
     }
 
-    static void require(const std::string& name, std::size_t found, std::size_t expected) {
-        if (found != expected)
-            throw Error(DIT_BAD_ARGUMENT,
-                        name + ": " + std::to_string(found) + " numbers; expected " + std::to_string(expected));
-    }
-
-    dit_captions to_c(const std::string& name, const Captions& from) const {
+    static dit_captions to_c(const std::string& name, const Captions& from) {
         dit_captions captions = DIT_CAPTIONS_INIT;
         captions.count = from.count;
         captions.tokens = from.tokens;
-        captions.embeddings = from.embeddings.data();
-        const std::size_t tokens = from.count * from.tokens;
-        if (info_.caption_shape[1])  // else the library refuses them
-            require(name, from.embeddings.size(), tokens * static_cast<std::size_t>(info_.caption_shape[1]));
+        captions.size = from.embeddings.size();
+        if (!from.embeddings.empty()) captions.embeddings = from.embeddings.data();
         if (from.mask.empty()) return captions;
-        require("the mask of " + name, from.mask.size(), tokens);
+        if (from.mask.size() != from.count * from.tokens)
+            throw Error(DIT_BAD_ARGUMENT, "the mask of " + name + ": " + std::to_string(from.mask.size()) +
+                                              " numbers; expected " + std::to_string(from.count * from.tokens));
         captions.mask = from.mask.data();
         return captions;
     }
@@ -278,7 +273,7 @@ class Pipeline {
         given.num_negative_arrays = away.size();
         given.seeds = request.seeds.data();
         given.num_seeds = request.seeds.size();
-        given.guidance = request.guidance.data();
+        if (!request.guidance.empty()) given.guidance = request.guidance.data();
         given.num_guidance = request.guidance.size();
         given.steps = request.steps;
         if (!request.solver.empty()) given.solver = request.solver.c_str();
