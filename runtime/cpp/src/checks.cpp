@@ -112,7 +112,7 @@ void check_source(const Stage& stage, const TensorSpec& spec, const FreeShape& f
 }
 
 void check_before_loop(const Stage& stage, Sources& sources) {
-    // What a stage before the loop may depend on.
+    // The roles that a stage before the loop may depend on.
     static const std::map<std::string, std::vector<std::string>> READABLE = {
         {"condition", {"condition"}}, {"time", {"time"}}, {"time+condition", BEFORE_LOOP}};
     if (stage.reads.empty() || stage.gives.empty())

@@ -112,8 +112,8 @@ const unsigned char* Tensor::data() const {
                         : reinterpret_cast<const unsigned char*>(floats.data());
 }
 
-Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string& what) {
-    Condition fitted;
+Rows fit(const Manifest& manifest, const Arrays& arrays, const std::string& what) {
+    Rows fitted;
     std::vector<std::string> known, missing, rows;
     for (const Port& port : manifest.conditions()) {
         known.push_back(port.name);
@@ -130,9 +130,9 @@ Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string&
         const Port* const mask = mask_of(manifest, port);
         Tensor values = values_of(port, arrays.at(port.name), text(what, ": ", port.name), mask);
         if (mask) {
-            const auto own = arrays.find(mask->name);
+            const auto marked = arrays.find(mask->name);
             const std::string where = text(what, ": ", mask->name);
-            const Tensor marks = own == arrays.end() ? ones(*mask, values) : own->second;
+            const Tensor marks = marked == arrays.end() ? ones(*mask, values) : marked->second;
             check_mask(marks, values, where);
             fitted.arrays[mask->name] = padded(in_type_of(*mask, marks), mask->shape[0]);
             values = padded(values, port.shape[0]);
@@ -147,7 +147,7 @@ Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string&
     return fitted;
 }
 
-Condition null_condition(const Manifest& manifest, const Arrays& negative) {
+Rows null_condition(const Manifest& manifest, const Arrays& negative) {
     std::vector<std::string> missing;
     for (const std::string& name : manifest.without_null())
         if (!negative.count(name)) missing.push_back(name);
@@ -171,8 +171,8 @@ Condition null_condition(const Manifest& manifest, const Arrays& negative) {
     return fit(manifest, arrays, "negative");
 }
 
-Condition stack(const Condition& first, const Condition& second) {
-    Condition both = first;
+Rows stack(const Rows& first, const Rows& second) {
+    Rows both = first;
     both.rows += second.rows;
     for (const auto& [name, tensor] : second.arrays) {
         Tensor& rows = both.arrays.at(name);
@@ -183,8 +183,8 @@ Condition stack(const Condition& first, const Condition& second) {
     return both;
 }
 
-Condition slice(const Condition& condition, std::size_t first, std::size_t last) {
-    Condition part{last - first};
+Rows slice(const Rows& condition, std::size_t first, std::size_t last) {
+    Rows part{last - first};
     const auto cut = [&](const auto& values, std::size_t size) {
         if (values.empty()) return values;
         return std::decay_t<decltype(values)>(values.begin() + static_cast<std::ptrdiff_t>(first * size),
@@ -199,7 +199,7 @@ Condition slice(const Condition& condition, std::size_t first, std::size_t last)
     return part;
 }
 
-std::vector<std::size_t> unique_rows(const Condition& condition, const std::vector<std::string>& ports) {
+std::vector<std::size_t> unique_rows(const Rows& condition, const std::vector<std::string>& ports) {
     std::vector<std::size_t> numbers(condition.rows, 0);
     for (const std::string& port : ports) {
         const Tensor& tensor = condition.arrays.at(port);

@@ -44,7 +44,7 @@ struct TensorSpec {
     bool starts(const std::string& free) const;  // whether the first dimension has this name
 };
 
-// With what and for what an engine was built; it is opened nowhere else.
+// The backend version, driver and GPUs that an engine needs.
 struct Built {
     std::string version;                            // of the backend
     std::int64_t cuda = 0;                          // that the driver must have
@@ -97,11 +97,11 @@ struct Manifest {
     const Port& time() const;
     std::vector<Port> conditions() const;             // all condition ports, masks too
     const Port* port(const std::string& name) const;  // NULL where there is none
-    // How many classes a label may name; 0 where the network takes none.
+    // The number of classes that a label may name; 0 if the network takes no labels.
     std::int64_t classes() const;
     // The condition ports, masks apart, that a guided request must bring a negative for.
     std::vector<std::string> without_null() const;
-    // Whether the step stage takes guidance weights; where it does not, guidance changes nothing.
+    // True if the step stage takes guidance weights; else guidance changes nothing.
     bool mixes_guidance() const;
     const Stage& step() const;
     const Stage* end() const;   // NULL without a decoder

@@ -22,9 +22,13 @@ void append_row(std::vector<T>& to, const T* values, std::size_t row, std::size_
 
 }  // namespace
 
-Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Condition& own, const Condition& null,
+Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition, const Rows& negative,
            std::size_t budget)
-    : manifest_(manifest), run_(std::move(run)), rows_(stack(own, null)), own_rows_(own.rows), null_rows_(null.rows) {
+    : manifest_(manifest),
+      run_(std::move(run)),
+      rows_(stack(condition, negative)),
+      condition_rows_(condition.rows),
+      negative_rows_(negative.rows) {
     for (const double t : timesteps) times_.push_back(static_cast<float>(t));
     const std::vector<float> asked = times_;
     std::sort(times_.begin(), times_.end());
@@ -65,9 +69,9 @@ const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t 
     Pairs pairs;
     if (groups != Groups::NULLS)
         for (std::size_t sample = first; sample < last; ++sample) pairs.emplace_back(time, sample);
-    if (groups != Groups::OWN && null_rows_)
+    if (groups != Groups::OWN && negative_rows_)
         for (std::size_t sample = first; sample < last; ++sample)
-            pairs.emplace_back(time, own_rows_ + (null_rows_ == 1 ? 0 : sample));
+            pairs.emplace_back(time, condition_rows_ + (negative_rows_ == 1 ? 0 : sample));
     const bool same = first == first_ && last == last_ && groups == groups_;
     first_ = last_ = 0;  // an exception may leave half of the inputs
     const auto batch = static_cast<std::int64_t>(last - first);

@@ -15,7 +15,7 @@
 
 namespace dit_runtime {
 
-// What is wrong with the file; the caller says which file it was.
+// A defect of the file; the caller adds the file's name.
 struct NpyError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };

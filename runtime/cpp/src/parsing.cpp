@@ -102,8 +102,8 @@ Built parse_built(const Json& table) {
     if (json::table(table, "an engine").contains("version")) built.version = json::string(table["version"], "version");
     if (table.contains("cuda")) built.cuda = json::integer(table["cuda"], "cuda", 0, MOST);
     if (table.contains("compute_capabilities"))
-        for (const Json& one : json::list(table["compute_capabilities"], "compute_capabilities"))
-            built.compute_capabilities.push_back(json::string(one, "a compute capability"));
+        for (const Json& capability : json::list(table["compute_capabilities"], "compute_capabilities"))
+            built.compute_capabilities.push_back(json::string(capability, "a compute capability"));
     if (table.contains("tuning")) {
         const Json& tuning = json::table(table["tuning"], "tuning");
         built.version_compatible = tuning.contains("version_compatible");

@@ -18,7 +18,7 @@ using Array = std::vector<double>;
 // As facts.json has them; not for use before main.
 extern const std::vector<std::string> SOLVERS, NOISE_SOLVERS, FLOW_SOLVERS, SPACINGS, FLOW_SPACINGS;
 
-// How a model is sampled unless asked otherwise.
+// The sampling defaults of a model.
 struct Sampler {
     std::string solver = "ddim";
     // Noise processes

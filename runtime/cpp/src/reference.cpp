@@ -13,9 +13,9 @@ const std::uint64_t FINGERPRINT_SEED = static_cast<std::uint64_t>(constant("fing
 
 namespace {
 
-Condition conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
-                     std::size_t rows) {
-    Condition condition{rows};
+Rows conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
+                std::size_t rows) {
+    Rows condition{rows};
     for (const Port& port : manifest.conditions()) {
         const std::string name = prefix + "." + port.name;
         const auto array = arrays.find(name);
@@ -38,7 +38,7 @@ Condition conditions(const Manifest& manifest, const std::map<std::string, NpyAr
     return condition;
 }
 
-// The one condition port of a network whose values can all be looked at; NULL where there is none.
+// The single condition port of a network, if it is a label; else NULL.
 const Port* lone_label(const Manifest& manifest) {
     const std::vector<Port> ports = manifest.conditions();
     const bool lone = ports.size() == 1 && ports[0].dtype == "int64" && ports[0].shape.empty();
@@ -47,10 +47,10 @@ const Port* lone_label(const Manifest& manifest) {
 
 }  // namespace
 
-Condition fingerprinted(const Manifest& manifest, const Reference& reference) {
+Rows fingerprinted(const Manifest& manifest, const Reference& reference) {
     const Port* const label = lone_label(manifest);
     if (manifest.conditions().empty()) return {reference.batch() + 1};
-    if (!label) return stack(reference.own, reference.away);
+    if (!label) return stack(reference.condition, reference.negative);
     Tensor values{{label->size}};
     for (std::int64_t value = 0; value < label->size; ++value) values.integers.push_back(value);
     return {static_cast<std::size_t>(label->size), {{label->name, std::move(values)}}};
@@ -85,8 +85,8 @@ Reference load_reference(const Pipeline& pipe) {
             if (size != expected) throw NpyError(text(name, " has ", size, " numbers, expected ", expected));
         };
         if (steps == 0 || batch == 0) throw NpyError("it has no steps or no seeds");
-        reference.own = conditions(manifest, arrays, "condition", batch);
-        if (manifest.mixes_guidance()) reference.away = conditions(manifest, arrays, "null", 1);
+        reference.condition = conditions(manifest, arrays, "condition", batch);
+        if (manifest.mixes_guidance()) reference.negative = conditions(manifest, arrays, "null", 1);
         expect("guidance", reference.guidance.size(), batch);
         expect("latents", reference.latents.size(), (steps + 1) * each);
         expect("prediction", reference.prediction.size(), steps * each);
@@ -104,7 +104,7 @@ Reference load_reference(const Pipeline& pipe) {
     }
 }
 
-std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, double timestep) {
+std::vector<float> fingerprint(Pipeline& pipe, const Rows& conditions, double timestep) {
     std::vector<std::string> tensors;
     std::size_t width = 0, chunk = 0;
     for (const TensorSpec& spec : pipe.manifest.step().reads) {

@@ -11,7 +11,7 @@ namespace dit_runtime {
 
 class Method;
 
-// Of the network, a step.
+// The evaluations of the network a step.
 std::int64_t evaluations(const std::string& solver);
 
 // Every time that a run's network reads, in order; (N,), or (2 N,) where a step evaluates it twice.

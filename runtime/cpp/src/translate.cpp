@@ -6,7 +6,7 @@
 namespace dit_runtime {
 namespace {
 
-// Where the caller's structs stand one after the other, in the size that their first one names.
+// The caller's structs follow each other; the first one names the size of each.
 dit_array array_at(const dit_array* arrays, std::size_t index) {
     const std::size_t stride = known(arrays, dit_array DIT_ARRAY_INIT, "dit_array").struct_size;
     const auto* const place = reinterpret_cast<const unsigned char*>(arrays) + index * stride;
@@ -47,9 +47,9 @@ void add(const Manifest& manifest, const dit_array* arrays, std::size_t count, c
 }
 
 // Captions as the ports that they are.
-void add(const Manifest& manifest, const dit_captions* given, const char* what, Arrays& to) {
-    if (!given) return;
-    const dit_captions from = known(given, dit_captions DIT_CAPTIONS_INIT, "dit_captions");
+void add(const Manifest& manifest, const dit_captions* captions, const char* what, Arrays& to) {
+    if (!captions) return;
+    const dit_captions from = known(captions, dit_captions DIT_CAPTIONS_INIT, "dit_captions");
     const Port* const port = manifest.port("captions");
     if (!port || port->shape.size() != 2)
         throw UsageError(
@@ -71,8 +71,8 @@ void add(const Manifest& manifest, const dit_captions* given, const char* what, 
 
 }  // namespace
 
-dit_request counted(const dit_request* given) {
-    dit_request request = known(given, dit_request DIT_REQUEST_INIT, "dit_request");
+dit_request counted(const dit_request* from) {
+    dit_request request = known(from, dit_request DIT_REQUEST_INIT, "dit_request");
     if (request.captions && request.labels) throw UsageError("got both labels and captions: pass one of them");
     if (request.labels) return request;  // as many as count says
     std::size_t count = 0;
@@ -89,8 +89,8 @@ dit_request counted(const dit_request* given) {
     return request;
 }
 
-Request translate(const Manifest& manifest, const dit_request* given) {
-    const dit_request from = counted(given);
+Request translate(const Manifest& manifest, const dit_request* original) {
+    const dit_request from = counted(original);
     Request request;
     add(manifest, from.captions, "captions", request.condition);
     add(manifest, from.negative, "negative captions", request.negative);

@@ -115,8 +115,8 @@ TEST(Words, Nearest) {
 // Halves go to the even neighbour, as np.rint; what is outside of [0, 1] is clipped.
 TEST(Images, Rounding) {
     const std::vector<float> levels = {0.5f / 255, 1.5f / 255, 2.5f / 255, -1, 2, 1};
-    const auto found = to_uint8(levels, {1, 3, 1, 2});
-    std::vector<int> planes = {found[0], found[3], found[1], found[4], found[2], found[5]};
+    const auto bytes_of = to_uint8(levels, {1, 3, 1, 2});
+    std::vector<int> planes = {bytes_of[0], bytes_of[3], bytes_of[1], bytes_of[4], bytes_of[2], bytes_of[5]};
     const auto exact = [](float level) { return static_cast<int>(std::nearbyint(static_cast<double>(level) * 255)); };
     EXPECT_EQ(planes, (std::vector<int>{exact(levels[0]), exact(levels[1]), exact(levels[2]), 0, 255, 255}));
     EXPECT_EQ(to_uint8({0.5f, 0.5f, 0.5f}, {1, 3, 1, 1})[0], 128);  // 127.5 is a tie

@@ -1,4 +1,4 @@
-// What a manifest may say, and the files it names.
+// Manifests and the files they name.
 #include <gtest/gtest.h>
 
 #include <filesystem>

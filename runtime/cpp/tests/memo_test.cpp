@@ -18,7 +18,7 @@ using Floats = std::vector<float>;
 
 constexpr std::size_t ROW = 6;
 
-Condition labelled(const std::vector<std::int64_t>& labels) {
+Rows labelled(const std::vector<std::int64_t>& labels) {
     if (labels.empty()) return {};
     return {labels.size(), {{"labels", {{static_cast<std::int64_t>(labels.size())}, {}, labels}}}};
 }
@@ -144,12 +144,12 @@ TEST(Memo, EachStageOnceForWhatItDependsOn) {
     Tensor words{{4, 3, 4}}, mask{{4, 3}, Floats(12, 1)}, pooled{{4, 5}};
     for (const float text : {1.0f, 2.0f, 1.0f, 2.0f}) words.floats.insert(words.floats.end(), 12, text);
     for (const float sum : {0.0f, 1.0f, 0.0f, 0.0f}) pooled.floats.insert(pooled.floats.end(), 5, sum);
-    const Condition own{4, {{"words", words}, {"words_mask", mask}, {"pooled", pooled}}};
-    const Condition null = null_condition(manifest, {});
+    const Rows condition{4, {{"words", words}, {"words_mask", mask}, {"pooled", pooled}}};
+    const Rows negative = null_condition(manifest, {});
     const Array times = {30, 20, 20, 10};  // a solver that asks twice
     for (const std::size_t budget : {std::size_t{1}, MEMO_BYTES}) {
         rows.clear();
-        Memo memo(manifest, count_rows, times, own, null, budget);
+        Memo memo(manifest, count_rows, times, condition, negative, budget);
         const float* held = nullptr;
         for (std::size_t step = 0; step < times.size(); ++step) {
             const Arrays& inputs = memo(step, 0, 4);
@@ -165,7 +165,7 @@ TEST(Memo, EachStageOnceForWhatItDependsOn) {
         EXPECT_EQ(rows["modulation"], 3u);    // timesteps
         EXPECT_EQ(rows["conditioner"], 12u);  // of each, what the summary depends on
     }
-    Memo memo(manifest, count_rows, times, own, null);
+    Memo memo(manifest, count_rows, times, condition, negative);
     EXPECT_EQ(memo(0, 1, 3, Groups::OWN).at("conditioning").shape, (Shape{1, 2, 2, 8}));
     EXPECT_EQ(memo(0, 1, 3, Groups::NULLS).at("context").shape, (Shape{1, 2, 3, 8}));
     EXPECT_EQ(memo(0, 1, 3).at("context").shape, (Shape{2, 2, 3, 8}));

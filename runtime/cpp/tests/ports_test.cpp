@@ -31,12 +31,12 @@ class Wave : public Api {
     }
 
     void bad(const char* sentence, const std::function<void()>& change) {
-        const dit_request kept = request;
+        const dit_request before = request;
         const dit_array first = arrays[0], second = arrays[1];
         change();
         EXPECT_EQ(dit_generate_latents(pipe.get(), &request, numbers, std::size(numbers)), DIT_BAD_ARGUMENT);
         EXPECT_NE(std::string(dit_message(pipe.get())).find(sentence), std::string::npos) << dit_message(pipe.get());
-        request = kept, arrays[0] = first, arrays[1] = second;
+        request = before, arrays[0] = first, arrays[1] = second;
         draw();
     }
 

@@ -1,4 +1,4 @@
-// What the C ABI refuses: a status and a sentence, and the pipeline works on afterwards.
+// Refusals of the C ABI: a status and a sentence, and the pipeline works on afterwards.
 #include <cmath>
 
 #include "api.hpp"
@@ -8,10 +8,10 @@ namespace {
 
 TEST_P(Api, BadRequests) {
     const auto bad = [this](const char* words, const std::function<void()>& change) {
-        const dit_request kept = request;
+        const dit_request before = request;
         change();
         refused(generate(), DIT_BAD_ARGUMENT, words);
-        request = kept;
+        request = before;
     };
     int64_t wrong[2] = {1, 5};
     const uint64_t seeds[3] = {1, 2, 3};

@@ -133,7 +133,7 @@ typedef struct dit_array {
 
 #define DIT_ARRAY_INIT {sizeof(dit_array), NULL, 0, 0, NULL, NULL}
 
-/* What a text encoder made of some texts: the ports "captions" and "mask" of a bundle that has them. */
+/* Prompt embeddings: the ports "captions" and "mask" of a bundle that has them. */
 typedef struct dit_captions {
     size_t struct_size;
     size_t count;            /* of texts */
@@ -208,7 +208,7 @@ DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_op
 
 DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
 
-/* How many ports condition the network; 0 without a bundle. */
+/* The number of ports that condition the network; 0 without a bundle. */
 DIT_API size_t dit_port_count(const dit_pipeline* pipe);
 
 /* The ports from 0 to dit_port_count - 1; start from DIT_PORT_INIT. */
@@ -265,13 +265,13 @@ typedef void (*dit_on_check)(const char* name, double value, double limit, int a
  * on_check may be NULL. */
 DIT_API dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user);
 
-/* Of the last fallible call; "" after success. */
+/* The sentence of the last fallible call; "" after success. */
 DIT_API const char* dit_message(const dit_pipeline* pipe);
 
 /* "DIT_OK" and so on. */
 DIT_API const char* dit_status_name(dit_status status);
 
-/* Of this library, "0.1.0". */
+/* The version of this library, "0.1.0". */
 DIT_API const char* dit_version(void);
 
 /* The engines this library was built with, "onnxruntime 1.31.0, openvino 2026.4". */

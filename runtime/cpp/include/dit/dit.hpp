@@ -55,7 +55,7 @@ struct Port {
     bool has_null;                    // whether a negative for it is not needed
 };
 
-// What a text encoder made of some texts: the ports "captions" and "mask".
+// Prompt embeddings: the ports "captions" and "mask".
 struct Captions {
     std::size_t count = 0, tokens = 0;
     std::vector<float> embeddings;  // [count, tokens, numbers a token]
@@ -103,12 +103,12 @@ class Pipeline {
   public:
     explicit Pipeline(const std::string& bundle, const OpenOptions& options = {}) : pipe_(dit_new()) {
         if (!pipe_) throw Error(DIT_OUT_OF_MEMORY, "out of memory");
-        dit_open_options given = DIT_OPEN_OPTIONS_INIT;
-        if (!options.backend.empty()) given.backend = options.backend.c_str();
-        if (!options.device.empty()) given.device = options.device.c_str();
-        given.threads = options.threads;
-        given.low_memory = options.low_memory;
-        check(dit_open(pipe_.get(), bundle.c_str(), &given));
+        dit_open_options from = DIT_OPEN_OPTIONS_INIT;
+        if (!options.backend.empty()) from.backend = options.backend.c_str();
+        if (!options.device.empty()) from.device = options.device.c_str();
+        from.threads = options.threads;
+        from.low_memory = options.low_memory;
+        check(dit_open(pipe_.get(), bundle.c_str(), &from));
         check(dit_get_info(pipe_.get(), &info_));
     }
 
@@ -154,7 +154,7 @@ class Pipeline {
         std::uint8_t none = 0;
         std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
         call(request,
-             [&](const dit_request& given) { return dit_generate(pipe_.get(), &given, pixels, images.pixels.size()); });
+             [&](const dit_request& from) { return dit_generate(pipe_.get(), &from, pixels, images.pixels.size()); });
         return images;
     }
 
@@ -163,8 +163,8 @@ class Pipeline {
         std::vector<float> latents(count(request) * row());
         float none = 0;
         float* numbers = latents.empty() ? &none : latents.data();
-        call(request, [&](const dit_request& given) {
-            return dit_generate_latents(pipe_.get(), &given, numbers, latents.size());
+        call(request, [&](const dit_request& from) {
+            return dit_generate_latents(pipe_.get(), &from, numbers, latents.size());
         });
         return latents;
     }
@@ -260,30 +260,30 @@ class Pipeline {
     // `step` stays where a run that goes on may call it.
     template <typename Generate>
     void call(const Request& request, OnStep& step, const Generate& generate) {
-        dit_request given = DIT_REQUEST_INIT;
-        if (!request.labels.empty()) given.labels = request.labels.data();
-        given.count = count(request);
+        dit_request to = DIT_REQUEST_INIT;
+        if (!request.labels.empty()) to.labels = request.labels.data();
+        to.count = count(request);
         const dit_captions captions = to_c("captions", request.captions), negative = to_c("negative", request.negative);
-        if (captions.count) given.captions = &captions;
-        if (negative.count) given.negative = &negative;
+        if (captions.count) to.captions = &captions;
+        if (negative.count) to.negative = &negative;
         const std::vector<dit_array> arrays = to_c(request.condition), away = to_c(request.negative_condition);
-        if (!arrays.empty()) given.arrays = arrays.data();
-        given.num_arrays = arrays.size();
-        if (!away.empty()) given.negative_arrays = away.data();
-        given.num_negative_arrays = away.size();
-        given.seeds = request.seeds.data();
-        given.num_seeds = request.seeds.size();
-        if (!request.guidance.empty()) given.guidance = request.guidance.data();
-        given.num_guidance = request.guidance.size();
-        given.steps = request.steps;
-        if (!request.solver.empty()) given.solver = request.solver.c_str();
-        if (!request.spacing.empty()) given.spacing = request.spacing.c_str();
-        given.eta = request.eta;
-        if (!request.latents.empty()) given.latents = request.latents.data();
-        given.latents_size = request.latents.size();
-        if (request.on_step) given.on_step = &Pipeline::on_step;
-        given.user = &step;
-        const dit_status status = generate(given);
+        if (!arrays.empty()) to.arrays = arrays.data();
+        to.num_arrays = arrays.size();
+        if (!away.empty()) to.negative_arrays = away.data();
+        to.num_negative_arrays = away.size();
+        to.seeds = request.seeds.data();
+        to.num_seeds = request.seeds.size();
+        if (!request.guidance.empty()) to.guidance = request.guidance.data();
+        to.num_guidance = request.guidance.size();
+        to.steps = request.steps;
+        if (!request.solver.empty()) to.solver = request.solver.c_str();
+        if (!request.spacing.empty()) to.spacing = request.spacing.c_str();
+        to.eta = request.eta;
+        if (!request.latents.empty()) to.latents = request.latents.data();
+        to.latents_size = request.latents.size();
+        if (request.on_step) to.on_step = &Pipeline::on_step;
+        to.user = &step;
+        const dit_status status = generate(to);
         rethrow(step);
         check(status);
     }
@@ -323,7 +323,7 @@ class Run {
         : pipe_(pipe), count_(pipe.count(request)), call_(std::make_unique<Call>(request.on_step)) {
         dit_run* made = nullptr;
         pipe_.call(request, call_->step,
-                   [&](const dit_request& given) { return dit_run_new(pipe_.get(), &given, &made); });
+                   [&](const dit_request& from) { return dit_run_new(pipe_.get(), &from, &made); });
         run_.reset(made);
     }
 
@@ -359,7 +359,7 @@ class Run {
     };
 
     struct Call {
-        explicit Call(decltype(Request::on_step) given) : function(std::move(given)), step{function, nullptr} {}
+        explicit Call(decltype(Request::on_step) on_step) : function(std::move(on_step)), step{function, nullptr} {}
         const decltype(Request::on_step) function;
         Pipeline::OnStep step;
     };
