@@ -71,7 +71,7 @@ def test_weights_that_hear_nothing_are_reported(
     checkpoint[2] = str(tmp_path / "deaf.pt")
     assert main([*checkpoint, "-o", str(tmp_path / "bundle")]) == 0
     warning = capsys.readouterr().err
-    assert "these weights hardly react" in warning and "proof: another condition, rel-L2: 0, expected 0.001" in warning
+    assert "these weights hardly react" in warning and "another condition, rel-L2: 0, expected 0.001" in warning
     assert manifest.read(tmp_path / "bundle").parity["proof"] == "insensitive"
     parity = json.loads((tmp_path / "bundle" / "parity.json").read_text())
     assert [figure["passed"] for figure in parity["proof_figures"]] == [False] * 3

@@ -11,7 +11,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_tour_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"^```(sh|python)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["sh", "sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "sh", "python", "python"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     printed = []
     for language, block in blocks:
@@ -20,12 +20,13 @@ def test_the_tour_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
 
-    build, runs, python = printed
+    build, runs, python, engine = printed
     last = build.splitlines()[-1]
     assert last == "sample: dit-run sample first-bundle --labels 250 750"
     assert "verified" in build
     assert "verified" in runs
     assert "S/8 at 128 px" in runs
     assert python == "(2, 128, 128, 3)\n"
+    assert not engine  # it only defines a function; tests/test_custom_network.py builds such a network
     assert (tmp_path / "first.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first-bundle", "first.png"]

@@ -75,7 +75,7 @@ def _require_device(device: str) -> None:
     """Refuses, before any work, a device that is not here."""
     if device not in COMPETITORS:
         raise UsageError(f"device {device!r} is not known; known: {', '.join(COMPETITORS)}")
-    if device == "cuda" and (reason := cuda.obstacle() or _without_cuda()):
+    if device == "cuda" and (reason := cuda.why_unavailable() or _without_cuda()):
         raise UsageError(f"no benchmark on a GPU here: {reason}")
 
 

@@ -108,7 +108,7 @@ class Assembly:
     def precisions(self) -> dict[str, str]:
         """Precision by how a stage runs; beside an int8 or fp8 denoiser, convolutions are as its float parts."""
         precision = self.recipe.precision
-        around = backends.backend(self.backend).AROUND if precision in QUANTIZED else precision
+        around = backends.backend(self.backend).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
         return {"step": precision, "end": around}
 
     def precision_of(self, stage: str) -> str:

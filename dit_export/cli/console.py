@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import obstacle, targets
+from dit_runtime.bundle.compiling import targets, why_unavailable
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.cli import report
 
@@ -28,7 +28,7 @@ def report_built(built: Built, as_json: bool) -> int:
     if share := contract.built_with.get("quantized"):
         print(f"{contract.step.precision}: {share:.0%} of the weights that every step multiplies with", file=out)
     print(f"bundle: {built.folder}\nsample: {sample_command(built.folder, contract)}", file=out)
-    if reason := obstacle(contract):
+    if reason := why_unavailable(contract):
         print(
             f"verified through its rounding twins, for it does not run here: {reason}\n"
             f"it runs on {targets(contract)}; there, prove it: {dit_run()} verify {built.folder}",

@@ -15,7 +15,7 @@ from dit_export.precision.twin import twins
 from dit_export.verify.metrics import by_cause, figures_of
 from dit_export.verify.parity import FINITE_RUNS, finite, graph_parity, proof
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import obstacle
+from dit_runtime.bundle.compiling import why_unavailable
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -52,7 +52,7 @@ def pipelines(folder: Path, contract: Manifest, **options: Any) -> Iterator[dict
     """Open the bundle, under "", and its rounding twins, under "twin: "; at least one of them is there."""
     with ExitStack() as opened:
         pipes: dict[str, Pipeline] = {}
-        if not obstacle(contract):
+        if not why_unavailable(contract):
             pipes[""] = opened.enter_context(Pipeline.load(folder, **options))
         if rounded := opened.enter_context(twins(folder, contract, always=not pipes)):
             pipes["twin: "] = rounded

@@ -280,7 +280,7 @@ def test_a_terminal_shift_is_read_and_zero_is_none():
         ("shift", 0, "shift is 0; expected a number above 0"),
         ("shift", "3", "shift is '3'; expected a finite number"),
         ("shift_terminal", 2, "shift_terminal is 2; expected a number between 0 and 1"),
-        ("num_train_timesteps", 1, "train_steps is 1; expected 2 or more"),
+        ("num_train_timesteps", 1, "train_steps is 1; expected an integer from 2"),
     ],
 )
 def test_what_a_flow_cannot_honour_is_refused(field, value, message):

@@ -243,6 +243,6 @@ def test_low_memory_opens_each_of_many_stages_once(copied, monkeypatch) -> None:
 
 def test_info_says_why_an_installed_backend_cannot_run(monkeypatch, capsys) -> None:
     monkeypatch.setattr(Flavour, "version", lambda _: "1.7")
-    monkeypatch.setattr(Flavour, "obstacle", lambda _: "no NVIDIA driver")
+    monkeypatch.setattr(Flavour, "why_unavailable", lambda _: "no NVIDIA driver")
     assert main(["info"]) == 0
     assert "backend tensorrt-rtx: 1.7, and cannot run here: no NVIDIA driver\n" in capsys.readouterr().out

@@ -232,6 +232,49 @@ def test_a_reference_of_other_conditions(refused, bundle):
     refused("reference.npz", "does not fit the manifest: its condition: labels", commands=["verify"])
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("timesteps", lambda array: array[:0], "it has no steps or no seeds"),
+        ("seeds", lambda array: array[:0], "it has no steps or no seeds"),
+        ("seeds", lambda array: array + 0.5, "seeds holds float64; expected integers"),
+        ("guidance", lambda array: array[:1], "guidance has shape [1], expected [2]"),
+        ("latents", lambda array: array[1:], "latents has shape"),
+        ("latents", lambda array: array.astype("U"), "latents holds <U"),
+        ("prediction", lambda array: array[:, :1], "prediction has shape"),
+        ("conditional", lambda array: array[..., :1], "conditional has shape"),
+        ("null", lambda array: array[:0], "null has shape"),
+        ("variance", lambda array: array[:, :0], "variance has shape"),
+        ("fingerprint", lambda array: array[:, :3], "fingerprint has shape [6, 3], expected [6, 4]"),
+        ("images", lambda array: np.empty(0, np.uint8), "images has shape [0], expected [2, "),
+        ("betas", lambda array: array[None], "betas has shape"),
+        ("condition.labels", lambda array: array[:1], "condition.labels has shape [1], expected [2]"),
+        ("null.labels", lambda array: array.repeat(2), "null.labels has shape [2], expected [1]"),
+        ("null.labels", lambda array: None, "its null lacks labels"),
+    ],
+)  # fmt: skip
+def test_a_reference_of_other_shapes(refused, bundle, name, change, words):
+    path = bundle / "reference.npz"
+    arrays = dict(np.load(path))
+    arrays[name] = change(arrays[name])
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    edit(bundle, files=files(bundle) | {"reference.npz": described(path)})
+    refused("reference.npz", words, commands=["verify"])
+
+
+def test_a_reference_of_half_a_step(refused, bundle):
+    """Heun's method evaluates the network twice a step, so an odd number is none of its runs."""
+    path = bundle / "reference.npz"
+    arrays = dict(np.load(path))
+    steps = len(arrays["timesteps"]) - 1 + len(arrays["timesteps"]) % 2
+    per_step = ("timesteps", "prediction", "conditional", "null", "variance")
+    arrays |= {name: arrays[name][:steps] for name in per_step} | {"latents": arrays["latents"][: steps + 1]}
+    np.savez(path, **arrays)
+    process = {"kind": "flow", "sampler": {"solver": "heun"}}
+    edit(bundle, process=process, files=files(bundle) | {"reference.npz": described(path)})
+    refused(f"timesteps has {steps} numbers, expected 2 a step of heun", commands=["verify"])
+
+
 def _places(value: Any, path: tuple = ()):
     """Every key and index of a manifest."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):

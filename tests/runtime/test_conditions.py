@@ -143,13 +143,14 @@ def test_negative_rows_are_one_or_one_each(contract) -> None:
         checked(contract("captioned"), condition=own, negative={"captions": captions(2)})
     with pytest.raises(UsageError, match="negative: captions has shape"):
         checked(contract("captioned"), condition=own, negative={"captions": captions(1, 6)}, guidance=1.0)
-    unguided = checked(contract("captioned"), condition=own, negative={"captions": captions(1)}, guidance=1.0)
-    assert unguided.negative is None
+    for negative in ({"captions": captions(1)}, {}, None):
+        unguided = checked(contract("captioned"), condition=own, negative=negative, guidance=1.0)
+        assert unguided.negative is None
 
 
 @pytest.mark.parametrize(
     ("options", "samples"),
-    [({}, 1), ({"seed": [1, 2, 3]}, 3), ({"latents": np.zeros((2, 2, 4, 4)), "seed": 5}, 2)],
+    [({}, 1), ({"seed": [1, 2, 3]}, 3), ({"latents": np.zeros((2, 2, 4, 4)).tolist()}, 2)],
     ids=str,
 )
 def test_samples_without_any_condition(contract, options, samples) -> None:
@@ -184,6 +185,9 @@ def test_groups_are_a_samples_own_row_and_its_negative() -> None:
         ({"guidance": "much"}, "guidance is 'much'; expected one number, or one a sample"),
         ({"guidance": [1.0, 2.0]}, "guidance has shape (2,); expected one number or 1, one a sample"),
         ({"guidance": 1e39}, "expected finite numbers"),
+        ({"guidance": 10**400}, "expected one number, or one a sample"),
+        ({"latents": [[1], [1, 2]]}, "latents is no array; expected numbers"),
+        ({"negative": {"labels": [[1], [1, 2]]}}, "negative: labels is no array; expected numbers"),
         ({"steps": 0}, "steps is 0; expected an integer from 1 to 1000"),
         ({"solver": "dpm"}, "solver 'dpm' is not known"),
         ({"spacing": "wide"}, "spacing 'wide' is not known"),
@@ -199,6 +203,16 @@ def test_a_request_is_checked_without_an_engine(contract, options, words) -> Non
     with pytest.raises(UsageError) as error:
         checked(contract("labels"), labels=[1], **options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ddpm_needs_the_variance_of_the_sampler(contract) -> None:
+    """Refused before the first evaluation, where the network has no variance and the sampler takes the network's."""
+    assert checked(contract("labels"), labels=[1], solver="ddpm").samples == 1
+    free = contract("free")
+    with pytest.raises(UsageError, match="ddpm with 'learned_range' variance needs a model that predicts its variance"):
+        checked(free, solver="ddpm")
+    sampler = replace(free.process.sampler, variance="fixed_small")
+    assert checked(replace(free, process=replace(free.process, sampler=sampler)), solver="ddpm").samples == 1
 
 
 def test_pictures_need_a_decoder(contract) -> None:

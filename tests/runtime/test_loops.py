@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_runtime import EngineError, Pipeline
+from dit_runtime import EngineError, Pipeline, Request
 from dit_runtime.backends import Options, ort
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
@@ -153,6 +153,29 @@ def test_both_loops_draw_the_same(bundle, stays, prediction, solver) -> None:
     assert len(seen["solver"]) == len(seen["matrices"]) == (50 if solver == "heun" else 25) and Host.uploads > 0
     errors = [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in zip(seen["solver"], seen["matrices"], strict=True)]
     assert errors[0] <= STEPWISE and max(errors) <= WHOLE and max(errors) > 0  # not the same loop twice
+
+
+@pytest.mark.parametrize("stage", ["denoiser", "update"])
+def test_a_step_that_failed_on_a_device_can_be_tried_again(bundle, stays, monkeypatch, stage) -> None:
+    """The second part of a batch fails, and the first, which has gone this step, does not go it twice."""
+    stays()
+    request = Request([1, 3, 0, 4, 3], steps=5, seed=2, solver="dpm++", output="latents")
+    with Pipeline.load(bundle, threads=1) as pipe:
+        expected = pipe.run(request).result()
+        run, engine, calls = pipe.run(request), pipe.engines.opened[stage], []
+        work = engine.run
+
+        def failing(inputs, into=None):
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("out of memory")
+            return work(inputs, into)
+
+        monkeypatch.setattr(engine, "run", failing)
+        assert run.step()
+        with pytest.raises(EngineError, match="out of memory"):
+            run.step()
+        np.testing.assert_array_equal(run.result(), expected)
 
 
 def test_each_step_alone(bundle, stays) -> None:

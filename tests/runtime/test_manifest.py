@@ -15,6 +15,7 @@ from dit_runtime import BundleError
 from dit_runtime.bundle import manifest, records
 from dit_runtime.bundle.parsing import parse
 from dit_runtime.cli import main
+from dit_runtime.facts import FACTS
 
 KINDS = ("labels", "captioned", "wave", "video", "free")
 SCHEMA = json.loads((Path(__file__).parents[2] / "runtime/manifest.schema.json").read_text())
@@ -26,6 +27,8 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "anyOf": lambda value, parts: any(fits(value, part) for part in parts),
     "$ref": lambda value, name: fits(value, SCHEMA["$defs"][name.removeprefix("#/$defs/")]),
     "minimum": lambda value, least: value >= least,
+    "maximum": lambda value, most: value <= most,
+    "maxItems": lambda value, most: len(value) <= most,
     "exclusiveMinimum": lambda value, limit: value > limit,
     "exclusiveMaximum": lambda value, limit: value < limit,
     "minLength": lambda value, least: len(value) >= least,
@@ -106,9 +109,13 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         (("ports", 0, "shape"), [], "port latents: got float32 [], expected float32 of rank 1 or more"),
         (("ports", 0, "role"), "condition", "state ports: got [], expected exactly one"),
         (("ports", 0, "dtype"), "float16", "dtype: got float16, expected one of float32, int64"),
-        (("ports", 0, "shape", 1), 0, "shape: got [2, 0, 4], expected sizes of 1 or more"),
+        (("ports", 0, "shape", 1), 0, "shape: got [2, 0, 4], expected sizes of 1 to 16777216"),
         (("ports", 1, "shape"), [2], "port timesteps: got float32 [2], expected float32 of rank 0"),
-        (("ports", 2, "size"), 0, "size: got 0, expected 1 or more values"),
+        (("ports", 0, "shape", 1), 1 << 25, "expected sizes of 1 to 16777216"),
+        (("ports", 0, "shape"), [1] * 9, "(latents): got [1, 1, 1, 1, 1, 1, 1, 1, 1] a row, expected at most 67108864"),
+        (("ports", 0, "shape"), [2, 1 << 24, 4], "a row, expected at most 67108864 numbers in 8 dimensions"),
+        (("ports", 2, "size"), 0, "size: got 0, expected 1 to 16777216 values"),
+        (("ports", 2, "size"), 1 << 25, "size: got 33554432, expected 1 to 16777216 values"),
         (("ports", 0, "size"), 3, "size: got 3, expected 0, for it is float32"),
         (("ports", 1, "name"), "latents", "port or tensor 'latents' stands there 2 times, expected once"),
         (("ports", 2, "masks"), "latents", "masks 'latents', expected a condition port"),
@@ -117,15 +124,23 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         (("null", "labels"), 6, "null: labels: got 6, expected 0 to 5"),
         (("null", "labels"), 2, "null: labels: got 2, expected 5, after all classes"),
         (("null", "labels"), 5.0, "null: labels: got 5.0, expected a number of int64"),
+        (("null", "labels"), 10**400, "expected a number of int64"),
         (("labels",), ["ant"], "labels: got 1 names, expected 5"),
         (("guidance", "channels"), 3, "guidance: channels: got 3, expected 1 to 2"),
         (("guidance",), None, "guidance: got None, expected a table of channels"),
         (("stages",), None, "manifest: stages: got None, expected a list"),
         (("process",), None, "manifest lacks 'process'"),
+        (("process", "train_steps"), 1 << 25, "train_steps is 33554432; expected an integer from 2 to 16777216"),
+        (("process", "sampler", "steps_offset"), 1 << 25, "expected an integer from 0 to 16777216"),
+        (("process", "beta_start"), 10**400, "expected a finite number"),
+        (("process", "beta_end"), 0.999999, "the betas leave no signal at the last step"),
+        (("files",), None, "manifest lacks 'files'"),
+        (("files", "denoiser.onnx", "size"), -1, "files: denoiser.onnx: size: got -1, expected 0 or more"),
         ((*STEP, "runs"), "loop", "runs: got loop, expected one of condition, time"),
         ((*STEP, "runs"), "end", "stages that run 'step': got [], expected one"),
         ((*STEP, "name"), "conditioner", "stage 'conditioner' stands there 2 times"),
-        ((*STEP, "max_batch"), 0, "max_batch: got 0, expected 1 or more"),
+        ((*STEP, "max_batch"), 0, "max_batch: got 0, expected 1 to 16777216"),
+        ((*STEP, "max_batch"), 1 << 25, "max_batch: got 33554432, expected 1 to 16777216"),
         ((*STEP, "max_batch"), True, "max_batch: got True, expected int"),
         ((*STEP, "engines"), {"openvino": []}, "engines of openvino: got [], expected a list of files"),
         ((*STEP, "onnx"), "other.onnx", "other.onnx has no size and sha256 under files"),
@@ -139,6 +154,9 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         ((*BEFORE, "reads", 1, "dtype"), "float32", "labels is: got float32 ['rows'], expected int64 ['rows']"),
         ((*BEFORE, "reads"), [TIME, TIME], "input of stage conditioner 'timesteps' stands there 2 times"),
         ((*BEFORE, "gives", 0, "shape"), ["rows", "n"], "conditioning has the shape: got ['rows', 'n']"),
+        ((*BEFORE, "gives", 0, "dtype"), "int64", "conditioning is: got int64 ['rows', 2, 8], expected float32"),
+        ((*BEFORE, "gives", 0, "name"), "", "name: got '', expected a name"),
+        ((*BEFORE, "gives", 0, "shape"), ["rows", *[1] * 9], "a row, expected at most 67108864 numbers"),
         ((*BEFORE, "gives", 0, "name"), "guidance", "port or tensor 'guidance' stands there 2 times"),
         (("stages", 2, "gives", 0, "name"), "before", "stage update gives: got before, next, expected kept, next"),
         (("stages", 3, "gives", 0, "shape", 1), 4, 'expected ["batch", 3, height, width]'),
@@ -155,7 +173,23 @@ def test_refused_in_one_line(bundle, place, value, words) -> None:
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [(("format",), 1), (("ports", 0, "role"), "image"), (("stages", 1, "runs"), "once"), (("colour",), "red")],
+    [
+        (("format",), 1),
+        (("ports", 0, "role"), "image"),
+        (("ports", 0, "shape"), [1] * 9),
+        (("ports", 0, "shape", 1), 1 << 25),
+        (("ports", 2, "size"), 1 << 25),
+        (("null", "labels"), 1e39),
+        (("stages", 1, "runs"), "once"),
+        (("stages", 1, "max_batch"), 1 << 25),
+        (("stages", 0, "gives", 0, "dtype"), "int64"),
+        (("stages", 0, "gives", 0, "name"), ""),
+        (("process", "train_steps"), 1 << 25),
+        (("process", "sampler", "steps_offset"), 1 << 25),
+        (("files",), None),
+        (("colour",), "red"),
+    ],
+    ids=str,
 )
 def test_the_schema_refuses_too(handmade, place, value) -> None:
     assert not fits(changed(table(handmade("labels")), place, value), SCHEMA)
@@ -167,10 +201,39 @@ def test_masks_belong_to_tokens(copied) -> None:
     for place, value, words in (
         (("ports", 3, "masks"), "mask", "masks 'mask', expected a condition port that has tokens and is no mask"),
         (("ports", 3, "shape"), [4], "port mask: shape: got [4], expected [5]"),
+        (("ports", 3), good["ports"][3] | {"dtype": "int64", "size": 1}, "port mask: size: got 1, expected 2 or more"),
     ):
         with pytest.raises(ValueError, match="port mask") as error:
             parse(changed(good, place, value))
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("words", 1e300, "null: words: got 1e+300, expected a number of float32"),
+        ("words", 10**400, "expected a number of float32"),
+        ("words_mask", 0, "null: words_mask: got 0, expected 1, for it is a mask"),
+    ],
+    ids=str,
+)
+def test_a_constant_is_one_that_a_guided_request_takes(handmade, name, value, words) -> None:
+    good = table(handmade("wave"))
+    parse(changed(good, ("null", "words_mask"), 1))
+    with pytest.raises(ValueError, match="null") as error:
+        parse(changed(good, ("null", name), value))
+    assert words in str(error.value)
+
+
+def test_the_schema_has_the_limits_of_the_facts() -> None:
+    parts, limits = SCHEMA["$defs"], FACTS["limits"]
+    assert parts["size"]["maximum"] == parts["port"]["properties"]["size"]["maximum"] == limits["size"]
+    assert parts["stage"]["properties"]["max_batch"]["maximum"] == limits["size"]
+    assert parts["steps"]["maximum"] == limits["steps"]
+    assert parts["noise"]["properties"]["sampler"]["properties"]["steps_offset"]["maximum"] == limits["steps"]
+    rank, free = parts["port"]["properties"]["shape"]["maxItems"], 2  # "groups" and "batch"
+    assert rank == limits["rank"] == parts["tensor"]["properties"]["shape"]["maxItems"] - free
+    assert f"at most {limits['row']} numbers" in SCHEMA["description"]
 
 
 def test_a_stage_reads_only_what_is_earlier(copied) -> None:

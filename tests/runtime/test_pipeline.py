@@ -135,7 +135,7 @@ def test_on_step_stops_the_run(pipe):
 def test_latents_of_the_users_own(pipe):
     own = np.random.default_rng(0).standard_normal((2, *SHAPE))
     result = latents(pipe, [1, 2], latents=own, seed=0)
-    assert np.array_equal(result, latents(pipe, [1, 2], latents=own, seed=99))  # the seed draws nothing here
+    assert np.array_equal(result, latents(pipe, [1, 2], latents=own.tolist(), seed=99))  # the seed draws nothing here
     assert far(result, latents(pipe, [1, 2], seed=0)) > 0.1
     for wrong in (own[:1], own[:, :1], own[0], np.where(own > 1, np.nan, own)):
         with pytest.raises(UsageError, match="latents have shape"):
@@ -258,15 +258,54 @@ def test_a_run_begins_with_its_noise(pipe):
     assert np.array_equal(run.result(), run.state.astype(np.float32))
 
 
-def test_a_run_that_failed_says_so_again(pipe):
-    def fail(inputs):
-        raise RuntimeError("out of memory")
+def failing(which: int):
+    """Fail in one call of an engine, and in no other."""
+    calls = []
 
-    run = _wrapped(pipe, fail).run(Request([1], steps=5))
-    with pytest.raises(EngineError, match="out of memory"):
+    def look(inputs) -> None:
+        calls.append(1)
+        if len(calls) == which:
+            raise RuntimeError("out of memory")
+
+    return look
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
+def test_a_step_that_failed_can_be_tried_again(pipe, solver):
+    """In a batch of two parts, so that the first part of a step succeeds before the second fails."""
+    request = Request(LABELS[:5], steps=5, seed=3, solver=solver, output="latents")
+    run = _wrapped(pipe, failing(4)).run(request)
+    assert run.step()
+    state = run.state
+    with pytest.raises(EngineError, match="the denoiser's engine failed: out of memory"):
         run.step()
-    with pytest.raises(EngineError, match="this run failed after step 0 of 5"):
+    assert run.done == 1 and np.array_equal(run.state, state)
+    assert np.array_equal(run.result(), pipe.run(request).result())
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_stage_before_the_loop_that_failed_runs_again(pipe, which):
+    request = Request(LABELS, steps=3, output="latents")
+    engine = _Engine(pipe.engines.opened["conditioner"], failing(which))
+    run = with_stage(pipe, "conditioner", {"conditioner": engine}, max_batch=2).run(request)
+    with pytest.raises(EngineError, match="the conditioner's engine failed: out of memory"):
         run.step()
+    assert np.array_equal(run.result(), pipe.run(request).result())
+
+
+def test_an_output_of_another_shape_is_refused(pipe):
+    """Else NumPy would stretch it over the batch."""
+    engine = pipe.engines.opened["denoiser"]
+    small = _Engine(engine, lambda _: None, lambda outputs: outputs | {"prediction": np.zeros((1, 1, 1, 1))})
+    broken = Pipeline(pipe.folder, pipe.manifest, pipe.engines.opened | {"denoiser": small})
+    words = r"the denoiser's prediction has shape \[1, 1, 1, 1\], expected \[2, 2, 4, 4\]"
+    with pytest.raises(EngineError, match=words):
+        latents(broken, [1, 2])
+    engine = pipe.engines.opened["conditioner"]
+    short = _Engine(engine, lambda _: None, lambda outputs: {"conditioning": outputs["conditioning"][:1]})
+    broken = Pipeline(pipe.folder, pipe.manifest, pipe.engines.opened | {"conditioner": short})
+    with pytest.raises(EngineError, match=r"the conditioner's conditioning has shape \[1, 2, 8\], expected \["):
+        latents(broken, [1, 2])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

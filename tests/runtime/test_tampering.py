@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import pytest
 
+from dit_runtime.bundle import manifest
 from dit_runtime.cli import main
+from dit_runtime.sampling.process import Process
+from dit_runtime.verify import load_reference, sampler
 from tests.tamper import edit, seal, weight
 
 CLASSES = 5  # of the hand-made bundle
@@ -187,6 +191,26 @@ def test_every_kind_verifies(handmade, capsys, kind):
     assert main(["verify", str(handmade(kind)), "--threads", "1"]) == 0
     assert main(["verify", str(handmade(kind)), "--low-memory"]) == 0
     assert capsys.readouterr().out.count("verified\n") == 2
+
+
+def test_a_constant_counts_where_another_port_has_none(copied, capsys):
+    """The free run leads away from the manifest's constants, and from the reference's rows where there are none."""
+    folder = copied("wave")
+    edit(folder, lambda table: table["null"].pop("pooled"))
+    assert main(["verify", str(folder), "--threads", "1"]) == 0
+    edit(folder, lambda table: table["null"].update(words=0.5))
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--json", "--threads", "1"]) == 1
+    failed = {check["name"] for check in json.loads(capsys.readouterr().out)["checks"] if not check["passed"]}
+    assert LATENTS in failed and PREDICTION not in failed
+
+
+def test_a_flow_has_none_of_the_references_betas(bundle):
+    contract = manifest.read(bundle)
+    reference = load_reference(bundle, contract)
+    flow = Process.from_dict({"kind": "flow", "train_steps": 1000})
+    assert next(figure.value for figure in sampler(contract, reference)) == 0
+    assert next(figure.value for figure in sampler(replace(contract, process=flow), reference)) == len(reference.betas)
 
 
 def test_conditions_may_be_stored_in_half_precision(copied, capsys):

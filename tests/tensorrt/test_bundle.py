@@ -13,9 +13,10 @@ import dit_runtime.cli
 from dit_export.cli import main
 from dit_export.recipe import Recipe
 from dit_runtime.backends import Tuning, cuda
-from dit_runtime.backends.trt import Flavour
+from dit_runtime.backends.trt import RTX, TENSORRT, Flavour
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import BundleError
+from dit_runtime.facts import FACTS
 from dit_runtime.verify import Figure
 from tests.conftest import HEADS
 from tests.tamper import edit
@@ -57,6 +58,11 @@ def bundle(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "bundle"))
 
 
+def test_each_flavour_has_precisions_of_its_own(monkeypatch) -> None:
+    monkeypatch.setitem(FACTS["precisions"], "tensorrt-rtx", ["fp32", "fp16"])
+    assert RTX.PRECISIONS == ("fp32", "fp16") and "bf16" in TENSORRT.PRECISIONS
+
+
 def test_what_a_build_leaves(meta, tmp_path, one_thread) -> None:
     bundle = tmp_path / "bundle"
     options = ["--heads", str(HEADS), "--latents-only", "--max-batch", "2", "--compute-capability", "8.6", "8.9"]
@@ -79,7 +85,7 @@ def test_what_a_build_leaves(meta, tmp_path, one_thread) -> None:
     assert 'compute_capability = ["8.6", "8.9"]' in recipe.to_toml()
     checks = json.loads((bundle / "parity.json").read_text())["checks"]
     names = {check["name"] for check in checks}
-    assert all(check["passed"] for check in checks) and "twin: runs that are not finite" in names
+    assert all(check["passed"] for check in checks) and "twin: run: runs that are not finite" in names
     assert {name.split(": ")[0] for name in names} == {"proof", "twin"}  # no engine ran, and none is said to have
     assert "The engines do not run where this was built" in (bundle / "report.html").read_text()
 
@@ -156,7 +162,7 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     command = ["compile", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "12.0"]
     before, contract = files(bundle), manifest.read(bundle, engines=False)
 
-    monkeypatch.setattr(dit_runtime.cli, "obstacle", lambda contract: None)
+    monkeypatch.setattr(dit_runtime.cli, "why_unavailable", lambda contract: None)
     wrong = [Figure("denoiser", "prediction, rel-L2", 1.0, 1e-4)]
     monkeypatch.setattr(dit_runtime.cli, "_figures", lambda options: wrong)
     assert run(capsys, *command)[0] == 1

@@ -22,7 +22,7 @@ def name(request) -> str:
     flavour = backend(request.param)
     if flavour.version() is None:
         pytest.skip(f"{request.param} is not installed")
-    if reason := flavour.obstacle():
+    if reason := flavour.why_unavailable():
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from dit_runtime.backends import Options, cuda
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_engine import TrtEngine
 from dit_runtime.sampling import loops
+from dit_runtime.sampling.noise import Noise
 from tests.tamper import edit, seal
 from tests.tensorrt.fakes import Cuda, TensorRT
 
@@ -36,21 +38,45 @@ def device(monkeypatch) -> Cuda:
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
-def bundle(request, handmade, device, tmp_path) -> Path:
-    folder = Path(shutil.copytree(handmade("labels"), tmp_path / "bundle"))
+def compiled(request, handmade, device, tmp_path):
+    """A kind's bundle with engines of a backend that the fakes open."""
 
-    def change(table: dict) -> None:
-        table["built_with"]["engines"] = {request.param: {}}
-        for stage in table["stages"]:
-            engine = f"{stage['name']}.{request.param}.engine"
-            (folder / engine).write_text(str(folder / stage["onnx"]))
-            stage |= {"backend": request.param, "engines": {request.param: [engine]}}
-            table["files"][engine] = {}
-            table["built_with"]["engines"][request.param][stage["name"]] = BUILT
+    def compile_(kind: str) -> Path:
+        folder = Path(shutil.copytree(handmade(kind), tmp_path / "bundle"))
 
-    edit(folder, change)
-    seal(folder)
-    return folder
+        def change(table: dict) -> None:
+            table["built_with"]["engines"] = {request.param: {}}
+            for stage in table["stages"]:
+                engine = f"{stage['name']}.{request.param}.engine"
+                (folder / engine).write_text(str(folder / stage["onnx"]))
+                stage |= {"backend": request.param, "engines": {request.param: [engine]}}
+                table["files"][engine] = {}
+                table["built_with"]["engines"][request.param][stage["name"]] = BUILT
+
+        edit(folder, change)
+        seal(folder)
+        return folder
+
+    return compile_
+
+
+@pytest.fixture
+def puts(monkeypatch) -> Counter[int]:
+    """How many arrays of each size went to the device, to be read there at every step."""
+    sizes: Counter[int] = Counter()
+    put = cuda.Rows.put
+
+    def counted(values: np.ndarray, stream: cuda.Stream) -> cuda.Rows:
+        sizes[values.nbytes] += 1
+        return put(values, stream)
+
+    monkeypatch.setattr(cuda.Rows, "put", counted)
+    return sizes
+
+
+@pytest.fixture
+def bundle(compiled) -> Path:
+    return compiled("labels")
 
 
 @pytest.fixture
@@ -112,6 +138,27 @@ def test_the_conditioning_goes_up_once_a_run(pipe, device, eta) -> None:
     assert large == {25 * 4 * row: 1}  # steps x (three labels and the null label)
     chosen = {size: count for (kind, size), count in copies.items() if kind == WITHIN and size % row == 0}
     assert sum(size * count for size, count in chosen.items()) == 25 * 2 * 3 * row
+
+
+@pytest.mark.parametrize("kind", ["captioned", "wave"])
+def test_what_no_step_changes_goes_up_once_a_run(compiled, handmade, puts, kind) -> None:
+    """Five samples where an engine takes three: the parts are picked on the device, not sent again at each step."""
+    condition = {
+        "captioned": {"captions": Noise(1).normal((5, 5, 3))},
+        "wave": {"words": Noise(1).normal((5, 3, 4)), "pooled": Noise(2).normal((5, 5))},
+    }[kind]
+    negative = {name: 0 * rows[:1] for name, rows in condition.items()}
+    options = OPTIONS | {"condition": condition, "negative": negative}
+    with Pipeline.load(handmade(kind), threads=1) as other:
+        expected = other.sample(**options)
+    with Pipeline.load(compiled(kind)) as pipe:
+        assert far(pipe.sample(**options), expected) <= FREE_RUN
+        calls: list[int] = []
+        for steps in (2, 10):
+            before = puts.total()
+            pipe.sample(**options | {"steps": steps})
+            calls.append(puts.total() - before)
+        assert calls[0] == calls[1] > 0
 
 
 def test_what_is_queued_is_not_overtaken(pipe, monkeypatch) -> None:

@@ -35,14 +35,13 @@ class _Instant:
 
     def __init__(self, stage: Stage) -> None:
         self.io = tuple(spec.name for spec in stage.reads), tuple(spec.name for spec in stage.gives)
-        self._rows = stage.reads[0].name, 1 if stage.reads[0].shape[0] == "groups" else 0  # input and axis that tell
+        self._stage = stage
         self._gives = {
             spec.name: ([int(size) for size in spec.shape[1:]], np.dtype(spec.dtype)) for spec in stage.gives
         }
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        name, axis = self._rows
-        rows = inputs[name].shape[axis]
+        rows = self._stage.rows(inputs)
         return {name: np.zeros((rows, *shape), dtype) for name, (shape, dtype) in self._gives.items()}
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from dit_runtime import backends, bench, images, verify
 from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import compile_stages, obstacle, remove
+from dit_runtime.bundle.compiling import compile_stages, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
 from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(program: str, command: Callable[[], int]) -> int:
-    """Runs a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130."""
+    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130."""
     try:
         return command()
     except (UsageError, OSError) as error:
@@ -239,7 +239,7 @@ def _info(options: argparse.Namespace) -> int:
         print(summary(options.bundle, contract))
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-export[{name}]'"
-        reason = backends.backend(name).obstacle() if version else None
+        reason = backends.backend(name).why_unavailable() if version else None
         state = f"{version}, and cannot run here: {reason}" if reason else version
         print(f"backend {name}: {state or hint}")
     return 0
@@ -276,7 +276,7 @@ def _compile(options: argparse.Namespace) -> int:
     code = 1
     try:
         manifest.write(folder, compiled)
-        if reason := obstacle(compiled):
+        if reason := why_unavailable(compiled):
             code = 0
             if options.json:
                 print(json.dumps({"passed": None, "reason": reason}))

@@ -64,15 +64,20 @@ class Engines:
         return settings
 
     def run(self, stage: Stage, inputs: Mapping[str, Any], *into: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Return the engine's outputs; with `into`, they go there and stay with the engine."""
+        """Return the engine's outputs in the manifest's shapes; with `into`, they go there and stay with the engine."""
         engine = self.open(stage)
         try:
-            return engine.run(inputs, *into)
+            outputs = engine.run(inputs, *into)
         except (UsageError, EngineError):
             raise
         except Exception as error:  # each backend has exceptions of its own; memory that ran out is one of them
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise EngineError(f"the {stage.name}'s engine failed: {reason}") from error
+        for spec in () if into else stage.gives:
+            actual, expected = outputs[spec.name].shape, (stage.rows(inputs), *spec.shape[1:])
+            if actual != expected:
+                raise EngineError(f"the {stage.name}'s {spec.name} has shape {[*actual]}, expected {[*expected]}")
+        return outputs
 
     def residents(self) -> tuple[Resident | None, Resident | None]:
         """Return the engines of step and update, where arrays can stay with them."""
@@ -81,19 +86,16 @@ class Engines:
         update = self.open(self.manifest.update) if self.manifest.update else None
         return step, update if isinstance(update, Resident) else None
 
-    def put(self, values: NDArray[Any]) -> Any:
-        """Return what every step reads, where it is read."""
-        step, _ = self.residents()
-        return np.asarray(values) if step is None else step.put(values)
-
     def inputs(
         self, timesteps: NDArray[Any], condition: Rows, negative: Rows | None, weights: NDArray[np.float32]
     ) -> StepInputs:
         """Return what the step stage reads at these timesteps, for samples with these conditions and weights."""
         rows, groups = group(len(weights), condition, negative)
+        step, _ = self.residents()
+        put = None if step is None else step.put
         # In low memory a stage's outputs are made at once, so that its engine can be closed.
         whole = self.options.low_memory
-        return StepInputs(self.manifest, self.run, timesteps, rows, groups, weights, put=self.put, whole=whole)
+        return StepInputs(self.manifest, self.run, timesteps, rows, groups, weights, put=put, whole=whole)
 
     def denoise(self, state: NDArray[Any], inputs: StepInputs, step: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """[B, *state] -> guided prediction and, where it is learned, variance, [B, *state]."""
@@ -107,10 +109,7 @@ class Engines:
 
     def decode(self, state: NDArray[Any]) -> NDArray[Any]:
         """[N, *state] -> [N, 3, H, W] in [0, 1]."""
-        stage = self.manifest.end
-        if stage is None:
-            raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
-        parts = []
+        stage, parts = self.manifest.require_end(), []
         for first in range(0, len(state), stage.max_batch):
             some = state[first : first + stage.max_batch].astype(np.float32)
             parts.append(self.run(stage, {self.manifest.state.name: some})["images"])

@@ -13,3 +13,5 @@ _SOURCE = Path(__file__).parents[2] / _NAME
 FACTS: dict[str, Any] = json.loads((_PACKAGED if _PACKAGED.is_file() else _SOURCE).read_text(encoding="utf-8"))
 DEFAULT_STEPS: int = FACTS["defaults"]["steps"]
 DEFAULT_GUIDANCE: float = FACTS["defaults"]["guidance"]
+LIMITS: dict[str, int] = FACTS["limits"]  # of a manifest: a size, the numbers and the rank of a row, training steps
+CONSTANTS: dict[str, Any] = FACTS["constants"]

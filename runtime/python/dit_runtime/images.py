@@ -18,7 +18,7 @@ def to_uint8(images: NDArray[Any]) -> Pictures:
 
 
 def grid(pictures: Pictures, columns: int | None = None) -> NDArray[np.uint8]:
-    """One picture of all: rows of `columns`, by default as near to a square as can be; (H', W', 3)."""
+    """Return one picture of all: rows of `columns`, by default as near to a square as can be; (H', W', 3)."""
     count, height, width, _ = pictures.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
@@ -32,7 +32,7 @@ def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
 
 
 def png(picture: NDArray[np.uint8]) -> bytes:
-    """(H, W, 3) as an 8-bit RGB PNG."""
+    """Return (H, W, 3) as an 8-bit RGB PNG."""
     import struct  # here, so that importing the runtime stays quick
     import zlib
 
@@ -52,7 +52,7 @@ def png(picture: NDArray[np.uint8]) -> bytes:
 
 
 def write_npz(path: Path, pictures: Pictures) -> None:
-    """The form ADM's evaluation reads: `arr_0`, uint8 [N, H, W, 3]."""
+    """Write the form that ADM's evaluation reads: `arr_0`, uint8 [N, H, W, 3]."""
     with path.open("wb") as file:
         np.savez(file, arr_0=pictures)
 

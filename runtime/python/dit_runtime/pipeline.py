@@ -70,9 +70,8 @@ class Pipeline:
         `on_step(step, steps, state)` is called after each evaluation of the network; returning True raises Stopped.
         """
         run = self.run(Request(labels, **options))
-        more = on_step is not None
-        while more:
-            more = run.step()
+        for _ in range(run.steps):
+            run.step()
             if on_step is not None and on_step(run.done, run.steps, run.state) is True:
                 run.cancel()
         return run.result()

@@ -19,7 +19,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Names a stage when it starts, and its seconds when it ends."""
+        """Name a stage when it starts, and its seconds when it ends."""
         began = time.monotonic()
         if self.shown:
             self._write(f"\r\x1b[K{name} …")
@@ -32,7 +32,7 @@ class Progress:
         self._write(f"\r\x1b[K{line}" if self.shown else line)
 
     def step(self, done: int, total: int, name: str) -> None:
-        """Moves the bar; in a pipe there is none."""
+        """Move the bar; in a pipe there is none."""
         if not self.shown:
             return
         filled = BAR * done // total
@@ -40,7 +40,7 @@ class Progress:
         self._write(f"\r\x1b[K{name} [{'#' * filled}{'.' * (BAR - filled)}] {done}/{total} {_clock(elapsed)}")
 
     def end(self) -> None:
-        """Clears the bar."""
+        """Clear the bar."""
         if self.shown:
             self._write("\r\x1b[K")
 

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dit_runtime.bundle.records import LABELS, Manifest
-from dit_runtime.conditions.condition import Condition, Rows, fit, null_condition
+from dit_runtime.conditions.condition import Condition, Rows, as_array, fit, null_condition
 from dit_runtime.conditions.labels import class_number
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.sampling.noise import Draw, draw
 from dit_runtime.sampling.solvers import Array, plan, solve
+from dit_runtime.sampling.solvers.ddpm import lacks_variance
 
 OUTPUTS = ("images", "latents")
 
@@ -30,6 +31,7 @@ class Checked(NamedTuple):
     solver: str
     timesteps: Array  # one an evaluation of the network
     draw: Draw
+    latents: NDArray[Any] | None  # the request's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,30 +52,33 @@ class Request:
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
     spacing: str | None = None
-    latents: NDArray[Any] | None = None  # the state to start from
+    latents: ArrayLike | None = None  # the state to start from
     output: str = "images"  # uint8 [N, H, W, 3], or "latents": the final state, float32
 
     def check(self, manifest: Manifest) -> Checked:
         """Validate everything against the manifest, and return the values that a run needs."""
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
-        if self.output == "images" and manifest.end is None:
-            raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
+        if self.output == "images":
+            manifest.require_end()
         condition = self._condition(manifest)
-        count = len(next(iter(condition.values()))) if condition else self._count()
+        latents = None if self.latents is None else as_array(self.latents, "latents")
+        count = len(next(iter(condition.values()))) if condition else self._count(latents)
         weights = self._weights(manifest, count)
         guided = is_guided(manifest, weights)
-        negative = null_condition(manifest, self.negative) if guided or self.negative is not None else None
+        negative = null_condition(manifest, self.negative) if guided or self.negative else None
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
         timesteps = plan(process, solver, self.steps, self.spacing)
+        if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
+            raise lacks_variance(process.sampler.variance)
         stream = draw(self.seed, count)
         shape = (count, *manifest.state.shape)
-        if self.latents is not None and (self.latents.shape != shape or not np.isfinite(self.latents).all()):
-            raise UsageError(f"latents have shape {self.latents.shape}; expected {shape}, all finite")
+        if latents is not None and (latents.shape != shape or not np.isfinite(latents).all()):
+            raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
         solve(process, solver, self.steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
-        return Checked(count, condition, negative if guided else None, weights, solver, timesteps, stream)
+        return Checked(count, condition, negative if guided else None, weights, solver, timesteps, stream, latents)
 
     def _condition(self, manifest: Manifest) -> Rows:
         labels = [self.labels] if isinstance(self.labels, str | int | np.integer) else list(self.labels)
@@ -89,17 +94,17 @@ class Request:
             raise UsageError("no labels; pass at least one class name or number")
         return fit(condition, manifest.conditions)
 
-    def _count(self) -> int:
+    def _count(self, latents: NDArray[Any] | None) -> int:
         """Return the number of samples of a network without conditions."""
-        if self.latents is not None and self.latents.ndim:
-            return max(1, len(self.latents))
+        if latents is not None and latents.ndim:
+            return max(1, len(latents))
         return max(1, len(self.seed)) if isinstance(self.seed, Sequence) else 1
 
     def _weights(self, manifest: Manifest, count: int) -> NDArray[np.float32]:
         try:
             with np.errstate(over="ignore"):  # too big for float32 is inf, and refused as that
                 weights = np.asarray(self.guidance, np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UsageError(f"guidance is {self.guidance!r}; expected one number, or one a sample") from None
         if weights.ndim > 1 or (weights.ndim == 1 and len(weights) != count):
             raise UsageError(f"guidance has shape {weights.shape}; expected one number or {count}, one a sample")
@@ -112,5 +117,4 @@ class Request:
 
 def is_guided(manifest: Manifest, weights: NDArray[np.float32]) -> bool:
     """Return whether the negative's rows are needed: not where they cannot change the result."""
-    alone = weights <= 1 if manifest.guidance.unguided_up_to_one else weights == 1
-    return manifest.mixes_guidance and not bool(alone.all())
+    return manifest.mixes_guidance and bool((weights != 1).any())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dit_runtime import images
 from dit_runtime.engines import Engines
-from dit_runtime.errors import EngineError, Stopped
+from dit_runtime.errors import Stopped
 from dit_runtime.request import Request
 from dit_runtime.sampling import loops
 from dit_runtime.sampling.solvers import linear, solve
@@ -26,8 +26,9 @@ class Run:
         self.steps = len(checked.timesteps)  # evaluations of the network; a step of Heun's method has two
         self.done = 0
         self._engines, self._output, self._cancelled = engines, request.output, False
-        latents = request.latents
-        x = checked.draw((checked.samples, *contract.state.shape)) if latents is None else latents
+        x = checked.latents
+        if x is None:
+            x = checked.draw((checked.samples, *contract.state.shape))
         self._home: loops.Home = lambda: np.asarray(x, np.float64)
         options: dict[str, Any] = {"eta": request.eta, "spacing": request.spacing}
         solver = solve(contract.process, checked.solver, request.steps, x, checked.draw, **options)
@@ -38,21 +39,21 @@ class Run:
             matrices = linear(contract.process, checked.solver, request.steps, **options)
         if step is None or contract.update is None or matrices is None:
             denoise = lambda state, number: engines.denoise(state, inputs, number)  # noqa: E731
-            self._loop = loops.with_solver(solver, checked.timesteps, denoise)
+            self._advance = loops.with_solver(solver, checked.timesteps, denoise)
         else:
             stages = partial(engines.run, contract.step), partial(engines.run, contract.update)
             device = loops.Device(step.put, *stages, contract.state.name)
-            self._loop = loops.with_matrices(matrices, device, x, inputs, contract.step.max_batch)
+            self._advance = loops.with_matrices(matrices, device, x, inputs, contract.step.max_batch)
 
     def step(self) -> bool:
-        """Evaluate the network once more; return whether there is more to do."""
+        """Evaluate the network once more; return whether there is more to do.
+
+        After an EngineError the same step can be tried again.
+        """
         if self._cancelled:
             raise Stopped(f"stopped after step {self.done} of {self.steps}")
         if self.done < self.steps:
-            home = next(self._loop, None)
-            if home is None:
-                raise EngineError(f"this run failed after step {self.done} of {self.steps}")
-            self._home, self.done = home, self.done + 1
+            self._home, self.done = self._advance(self.done), self.done + 1
         return self.done < self.steps
 
     @property

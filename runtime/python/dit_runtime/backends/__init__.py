@@ -1,10 +1,10 @@
 """One file a backend, imported only when it is asked for.
 
 A backend has
-* `PRECISIONS`; `AROUND`, the float type around int8 and fp8; `TYPED`, the narrow types that it computes in where the
-  graph holds them, and only there;
-* `version()`, None where it is not installed; `obstacle(built)`, why it cannot run here, or not the engine
-  of which the manifest says this;
+* `PRECISIONS`; `FLOAT_AROUND_INT8`, the float type around int8 and fp8; `NEEDS_TYPED_GRAPH`, the narrow types that it
+  computes in where the graph holds them, and only there;
+* `version()`, None where it is not installed; `why_unavailable(built)`, why it cannot run here, or not the engine of
+  which the manifest says this;
 * `compile(folder, stage, options, progress)`, which makes engine files of a bundle's stage;
 * `open(files, options)`, which gives an Engine.
 """
@@ -72,7 +72,7 @@ class Engine(Protocol):
 
     @property
     def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of inputs and of outputs."""
+        """Return the names of inputs and of outputs."""
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
@@ -84,7 +84,7 @@ class Resident(Engine, Protocol):
     """An engine whose arrays may stay where it computes, from run to run."""
 
     def put(self, values: np.ndarray) -> Any:
-        """The array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
+        """Return the array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
 
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """Write outputs into the device arrays in `into`, by name; return nothing then, and do not wait."""
@@ -99,13 +99,13 @@ def backend(name: str) -> Any:
 
 
 def typed(name: str, precision: str) -> str | None:
-    """The narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
-    inner = backend(name).AROUND if precision in QUANTIZED else precision
-    return inner if inner in backend(name).TYPED else None
+    """Return the narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
+    inner = backend(name).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
+    return inner if inner in backend(name).NEEDS_TYPED_GRAPH else None
 
 
 def require(name: str, precision: str, tuning: Tuning) -> None:
-    """Refuses, before any work, what a backend cannot build."""
+    """Refuse, before any work, what a backend cannot build."""
     targets = getattr(backend(name), "targets", None)
     if targets is not None:
         targets(precision, tuning)
@@ -114,17 +114,17 @@ def require(name: str, precision: str, tuning: Tuning) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Each backend's version, None where it is not installed."""
+    """Return each backend's version, None where it is not installed."""
     return {name: backend(name).version() for name in BACKENDS}
 
 
 def choose(name: str, precision: str = "fp32") -> str:
-    """`auto` is the fastest that has the precision and runs here, or else compiles here; other names are themselves."""
+    """Return the name, or for `auto` the fastest that has the precision and runs here, or else compiles here."""
     installed = versions()
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":
         here = [known for known in able if installed[known]]
-        name = next((known for known in here if backend(known).obstacle() is None), here[0] if here else "")
+        name = next((known for known in here if backend(known).why_unavailable() is None), here[0] if here else "")
         if not name:
             extras = " or ".join(f"'dit-export[{known}]'" for known in able)
             raise UsageError(f"no backend for {precision} is installed: pip install {extras}")

@@ -27,7 +27,7 @@ def runtime() -> Any:
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Calls a function of the runtime; its result, or CudaError."""
+    """Call a function of the runtime; return its result, or raise CudaError."""
     status, *results = getattr(runtime(), name)(*arguments)
     if int(status):
         raise CudaError(f"{name}: {status.name}")
@@ -35,12 +35,12 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def _lend(owner: object, handle: Any, name: str) -> Any:
-    """The handle, given back by the function `name` when nobody has its owner any more."""
+    """Return the handle; the function `name` gives it back when nobody has its owner any more."""
     weakref.finalize(owner, getattr(runtime(), name), handle).atexit = False
     return handle
 
 
-def obstacle(major: int = 0) -> str | None:
+def why_unavailable(major: int = 0) -> str | None:
     """Return why no GPU can be used here; `major` is the version of CUDA that the driver must have."""
     try:
         driver = call("cudaDriverGetVersion")
@@ -75,7 +75,7 @@ class Stream:
         call("cudaStreamSynchronize", self.handle)
 
     def copy(self, target: int, source: int, size: int, kind: str) -> None:
-        """Queues a copy; memory of the host may be read or written until `wait` returns, pinned or not."""
+        """Queue a copy; memory of the host may be read or written until `wait` returns, pinned or not."""
         kinds = runtime().cudaMemcpyKind
         call("cudaMemcpyAsync", target, source, size, getattr(kinds, f"cudaMemcpy{kind}"), self.handle)
 
@@ -108,12 +108,12 @@ class Rows:
         return values if dtype is None else values.astype(dtype)
 
     def read(self, target: int, kind: str = "DeviceToDevice") -> None:
-        """These rows, one after the other, to an address."""
+        """Copy these rows, one after the other, to an address."""
         for place, address, size in self._stretches():
             self._memory.stream.copy(target + place, address, size, kind)
 
     def fill(self, source: int, kind: str = "DeviceToDevice") -> None:
-        """These rows from an address."""
+        """Copy these rows from an address."""
         for place, address, size in self._stretches():
             self._memory.stream.copy(address, source + place, size, kind)
 
@@ -143,7 +143,7 @@ class Buffer:
         self._host: NDArray[np.uint8] | None = None
 
     def upload(self, values: NDArray[Any] | Rows, stream: Stream) -> None:
-        """The values to here; they may change as soon as this returns."""
+        """Copy the values to here; they may change as soon as this returns."""
         if isinstance(values, Rows):
             values.read(self.device)
             return
@@ -153,7 +153,7 @@ class Buffer:
         stream.copy(self.device, view.ctypes.data, view.nbytes, "HostToDevice")
 
     def download(self, shape: tuple[int, ...], stream: Stream) -> NDArray[Any]:
-        """A view of the pinned memory, to be copied when the stream is done."""
+        """Return a view of the pinned memory, to be copied when the stream is done."""
         view = self._view(shape)
         stream.copy(view.ctypes.data, self.device, view.nbytes, "DeviceToHost")
         return view

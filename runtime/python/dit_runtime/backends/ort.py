@@ -16,8 +16,8 @@ from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 PRECISIONS = tuple(FACTS["precisions"]["onnxruntime"])
-AROUND = "fp32"
-TYPED = ("fp16",)
+FLOAT_AROUND_INT8 = "fp32"
+NEEDS_TYPED_GRAPH = ("fp16",)
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 CPU = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -35,8 +35,8 @@ def version() -> str | None:
     return installed[0] if installed else None
 
 
-def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
-    """Nothing: it runs on every CPU."""
+def why_unavailable(built: Mapping[str, Any] | None = None) -> str | None:
+    """Return None: it runs on every CPU."""
     return None
 
 
@@ -50,7 +50,7 @@ def _saturates() -> bool:
 
 
 def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
-    """No files of its own: the session is made from the ONNX form when it is opened."""
+    """Make no files: the session is made from the ONNX form when it is opened."""
     return Compiled()
 
 

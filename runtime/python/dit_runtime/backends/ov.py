@@ -19,9 +19,9 @@ from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 PRECISIONS = tuple(FACTS["precisions"]["openvino"])
-AROUND = "bf16"
-TYPED: tuple[str, ...] = ()
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": AROUND}  # what OpenVINO computes the fp32 of a graph in
+FLOAT_AROUND_INT8 = "bf16"
+NEEDS_TYPED_GRAPH: tuple[str, ...] = ()
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": FLOAT_AROUND_INT8}  # what OpenVINO computes the fp32 of a graph in
 DEVICE = "CPU"
 UNLIKE = Path("/sys/devices/cpu_atom")  # where Linux keeps the slower cores of a hybrid CPU
 
@@ -33,13 +33,13 @@ def version() -> str | None:
         return None
 
 
-def obstacle(built: Mapping[str, Any] | None = None) -> str | None:
-    """Nothing: it runs on every CPU."""
+def why_unavailable(built: Mapping[str, Any] | None = None) -> str | None:
+    """Return None: it runs on every CPU."""
     return None
 
 
 def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
-    """No files of its own in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
+    """Make no files in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
     return Compiled()
 
 
@@ -105,7 +105,7 @@ class OvEngine:
         return outputs
 
     def run_at_once(self, asked: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """All of the same shapes, each on its share of the threads."""
+        """Run all of these, of the same shapes, each on its share of the threads."""
         shapes = [asked[0][name].shape for name in self._inputs]
         if self._first is None:
             self._first, self._fixed = (len(asked), shapes), self._requests(len(asked), shapes)
@@ -143,7 +143,7 @@ class Halves:
         self.io, self.close = engine.io, engine.close
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """(B, ...), (G, B, ...) -> (B, ...)."""
+        """Return (B, ...) of (B, ...) and (G, B, ...)."""
         groups = len(inputs[self._grouped[0]])
         if groups == 1:
             return self._engine.run(inputs)

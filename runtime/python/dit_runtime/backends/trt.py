@@ -47,9 +47,8 @@ FLAGS = {  # of Tuning: BuilderFlag
 class Flavour:
     """A backend of this file; its fields are the table of differences."""
 
-    PRECISIONS = tuple(FACTS["precisions"]["tensorrt"])
-    AROUND = "fp16"
-    TYPED = ("fp16", "bf16")
+    FLOAT_AROUND_INT8 = "fp16"
+    NEEDS_TYPED_GRAPH = ("fp16", "bf16")
 
     name: str
     module: str
@@ -60,8 +59,12 @@ class Flavour:
     own_graphs: bool  # replays CUDA graphs by itself, else we capture them
     keeps_kernels: bool  # has a runtime cache of what it compiles on the target
 
+    @property
+    def PRECISIONS(self) -> tuple[str, ...]:
+        return tuple(FACTS["precisions"][self.name])
+
     def _package(self) -> tuple[str, str] | None:
-        """The installed one's name and version."""
+        """Return the installed one's name and version."""
         for name in self.packages:
             try:
                 return name, metadata.version(name)
@@ -72,14 +75,14 @@ class Flavour:
     def version(self) -> str | None:
         return (self._package() or ("", None))[1]
 
-    def obstacle(self, built: Mapping[str, Any] | None = None) -> str | None:
+    def why_unavailable(self, built: Mapping[str, Any] | None = None) -> str | None:
         """Return why no engine of it can run here, or not one that was built so; None where it can."""
         if built:
             return self._refusal(built)
-        return cuda.obstacle() or _outside(cuda.capability(), self.capabilities, self.name)
+        return cuda.why_unavailable() or _outside(cuda.capability(), self.capabilities, self.name)
 
     def compile(self, folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
-        """NAME.BACKEND.engine from the bundle's ONNX; refused where the target, the disk or the memory cannot."""
+        """Make NAME.BACKEND.engine from the bundle's ONNX; refuse what the target, the disk or the memory cannot do."""
         self._require_own(options)
         trt, onnx = self.load(), inside(folder, stage.onnx)
         capabilities = self.targets(stage.precision, options.tuning)
@@ -97,7 +100,7 @@ class Flavour:
                 raise BundleError(f"{onnx}: {self.name} does not take it: {' '.join(reason.split())}")
             decompose_attention(trt, network)
             types = census(trt, network)
-            gate(stem, types, stage.precision, self.AROUND, options.islands)
+            gate(stem, types, stage.precision, self.FLOAT_AROUND_INT8, options.islands)
             config = self._configure(trt, builder, network, stage, options.tuning, capabilities)
             config.progress_monitor = monitor = monitor_of(trt, progress, stem)
             plan = builder.build_serialized_network(network, config)
@@ -127,7 +130,7 @@ class Flavour:
 
     def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
         """Return the census of an engine that was just built, where it can be opened."""
-        if cuda.obstacle() or _outside(cuda.capability(), capabilities, self.name):
+        if cuda.why_unavailable() or _outside(cuda.capability(), capabilities, self.name):
             return {}
         try:
             runtime = trt.Runtime(logger)
@@ -156,12 +159,12 @@ class Flavour:
             return f"{self.name} is not installed: pip install 'dit-export[{self.name}]'"
         if not _opens(here, str(built.get("version")), "version_compatible" in built.get("tuning", {})):
             return f"built by {self.name} {built.get('version')}, and here is {here}"
-        return cuda.obstacle(int(built.get("cuda", 0))) or _outside(
+        return cuda.why_unavailable(int(built.get("cuda", 0))) or _outside(
             cuda.capability(), [*map(str, built.get("compute_capabilities", ()))], "the engine"
         )
 
     def load(self) -> Any:
-        """The flavour's module, recent enough."""
+        """Import the flavour's module, recent enough."""
         version = self.version()
         try:
             trt = import_module(self.module)
@@ -173,7 +176,7 @@ class Flavour:
         return trt
 
     def targets(self, precision: str, tuning: Tuning) -> tuple[str, ...]:
-        """The compute capabilities to compile for; refuses what cannot be before any work."""
+        """Return the compute capabilities to compile for; refuse what cannot be before any work."""
         if tuning.hardware_compatibility_level not in HARDWARE:
             level = tuning.hardware_compatibility_level
             raise UsageError(f"hardware-compatibility-level {level!r} is not known; known: {', '.join(HARDWARE)}")
@@ -185,7 +188,7 @@ class Flavour:
             raise UsageError(f"timing-cache {cache}: the folder {cache.parent} does not exist")
         least = LEAST_CAPABILITY.get(precision, "0.0")
         if not self.capabilities:
-            if reason := cuda.obstacle():
+            if reason := cuda.why_unavailable():
                 raise UsageError(f"{self.name} compiles on its target alone, and not here: {reason}")
             targets: tuple[str, ...] = (cuda.capability(),)
         else:
@@ -270,7 +273,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _opens(here: str, built: str, version_compatible: bool) -> bool:
-    """Plans are for one version; a version-compatible one also for later ones of the same major version."""
+    """Return whether a plan opens here: in its own version, a version-compatible one also in later minor ones."""
     mine, its = _numbers(here), _numbers(built)
     return mine == its or (version_compatible and mine[:1] == its[:1] and mine >= its)
 
@@ -284,7 +287,7 @@ def _outside(capability: str, known: Sequence[str], whose: str) -> str | None:
 
 
 def _pool(trt: Any, text: str) -> tuple[Any, int]:
-    """ "workspace:4G" -> its MemoryPoolType and bytes."""
+    """Return the MemoryPoolType and the bytes of "workspace:4G"."""
     name, _, size = text.partition(":")
     kind = getattr(trt.MemoryPoolType, name.upper(), None)
     unit = size[-1:].upper() if size[-1:].isalpha() else ""
@@ -295,7 +298,7 @@ def _pool(trt: Any, text: str) -> tuple[Any, int]:
 
 
 def _preflight(folder: Path, size: int) -> None:
-    """Memory and disk for a graph of `size` bytes, before the work."""
+    """Refuse a graph of `size` bytes before the work, where memory or disk is too small for it."""
     needs = {
         "disk": (int(DISK_FACTOR * size), shutil.disk_usage(folder).free),
         "memory": (MEMORY_FACTOR * size + RESERVE, _available_memory()),

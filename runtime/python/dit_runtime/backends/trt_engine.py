@@ -86,7 +86,7 @@ class TrtEngine:
         return {name: view.copy() for name, view in views.items()}
 
     def _fitting(self, shapes: Shapes) -> tuple[int, Any]:
-        """The profile that takes these shapes, and its context."""
+        """Return the profile that takes these shapes, and its context."""
         for index, context in enumerate(self._contexts):
             if all(_within(shape, bound) for shape, bound in zip(shapes, self._bounds[index], strict=True)):
                 return index, context
@@ -94,7 +94,7 @@ class TrtEngine:
         raise UsageError(f"no profile of this engine takes {asked}; rebuild it with a larger --max-batch")
 
     def _enqueue(self, profile: int, context: Any, shapes: Shapes) -> None:
-        """Replays what was recorded of these shapes; their first run sets everything up, the second is recorded."""
+        """Replay what was recorded of these shapes; their first run sets everything up, the second is recorded."""
         before, recording = self._recorded.get(profile, (None, None))
         if before == shapes and recording is not None:
             recording.launch()
@@ -147,7 +147,7 @@ class TrtEngine:
             raise EngineError(f"{self._flavour.name} does not take {name} {list(shape)}: {self._logger.last}")
 
     def _allocate(self) -> dict[str, Buffer]:
-        """Room for the largest shape of any profile, bound in every context."""
+        """Allocate the largest shape of any profile, bound in every context."""
         largest: dict[str, tuple[int, ...]] = {}
         for index, context in enumerate(self._contexts):
             for name, (_, _, most) in zip(self._inputs, self._bounds[index], strict=True):
@@ -169,7 +169,7 @@ class TrtEngine:
         return np.dtype(DTYPES[kind])
 
     def close(self) -> None:
-        """Gives everything back, in the order of needs; the kernels that were compiled here are kept for the next."""
+        """Give everything back, in the order of needs; the kernels that were compiled here are kept for the next."""
         if self._engine is None:
             return
         kernels = b""

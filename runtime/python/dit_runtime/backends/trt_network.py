@@ -23,7 +23,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # 
 
 
 def profiles(stage: Stage) -> list[Shapes]:
-    """One for each number of groups (with guidance and without); rows from one to the stage's most."""
+    """Return a profile for each number of groups (with guidance and without); rows from one to the stage's most."""
     guided = any(spec.name == GUIDANCE for spec in stage.reads)
     rows = (1, max(1, stage.max_batch // 4), stage.max_batch)
 
@@ -77,12 +77,12 @@ def inspected(trt: Any, engine: Any) -> dict[str, Any]:
 
 
 def _datatype(output: Mapping[str, Any]) -> str:
-    """TensorRT 10 says Format/Datatype, 11 has DataType beside Format."""
+    """Return the type's words: TensorRT 10 says Format/Datatype, 11 has DataType beside Format."""
     return next((str(value) for key, value in output.items() if "datatype" in key.lower()), "")
 
 
 def decompose_attention(trt: Any, network: Any) -> None:
-    """Lets attention that has no kernel of its own (fp32, a VAE's head of 512) become products and a softmax."""
+    """Let attention that has no kernel of its own (fp32, a VAE's head of 512) become products and a softmax."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type.name == "ATTENTION_INPUT":
@@ -91,7 +91,7 @@ def decompose_attention(trt: Any, network: Any) -> None:
 
 
 def gate(name: str, types: Mapping[str, str], precision: str, around: str, islands: Collection[str]) -> None:
-    """Refuses a graph whose products are not in the asked precision, beyond the listed islands."""
+    """Refuse a graph whose products are not in the asked precision, beyond the listed islands."""
     allowed = (precision, around) if precision in QUANTIZED else (precision,)
     wrong = [layer for layer, kind in types.items() if kind not in allowed and not _listed(layer, islands)]
     if wrong:
@@ -104,12 +104,12 @@ def gate(name: str, types: Mapping[str, str], precision: str, around: str, islan
 
 
 def _listed(name: str, islands: Collection[str]) -> bool:
-    """A layer has its node's name, with an end where the node became several."""
+    """Return whether a layer is an island: it has its node's name, with an end where the node became several."""
     return any(name.removesuffix(end) in islands for end in ("", "_AttentionInput"))
 
 
 def started(name: str, kind: Callable[[Any], Any], logger: Any) -> Any:
-    """A builder or a runtime of TensorRT, whose Python raises TypeError where its C++ gives none."""
+    """Start a builder or a runtime of TensorRT, whose Python raises TypeError where its C++ gives none."""
     try:
         return kind(logger)
     except TypeError as error:
@@ -117,7 +117,7 @@ def started(name: str, kind: Callable[[Any], Any], logger: Any) -> Any:
 
 
 def logger_of(trt: Any) -> Any:
-    """The process's one logger, for TensorRT takes no second; it holds no message yet."""
+    """Return the process's only logger, without a message; TensorRT takes no second one."""
     logger = _logger(trt)
     logger.last = ""
     return logger
@@ -125,7 +125,7 @@ def logger_of(trt: Any) -> Any:
 
 @cache
 def _logger(trt: Any) -> Any:
-    """Keeps the last error for our own message; the rest is not ours to print."""
+    """Make a logger that stores the last error for our own message, and prints nothing."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -140,7 +140,7 @@ def _logger(trt: Any) -> Any:
 
 
 def monitor_of(trt: Any, progress: Progress, name: str) -> Any:
-    """Moves the bar with the builder's outermost phase."""
+    """Return a monitor that moves the bar with the builder's outermost phase."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

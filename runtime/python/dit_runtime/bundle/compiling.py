@@ -58,9 +58,10 @@ def remove(folder: Path, names: Iterable[str]) -> None:
         manifest.inside(folder, name).unlink(missing_ok=True)
 
 
-def obstacle(contract: Manifest) -> str | None:
+def why_unavailable(contract: Manifest) -> str | None:
     """Return why these engines cannot run here; None where they can."""
-    reasons = (backends.backend(stage.backend).obstacle(manifest.built(contract, stage)) for stage in contract.stages)
+    opened = ((backends.backend(stage.backend), manifest.built(contract, stage)) for stage in contract.stages)
+    reasons = (backend.why_unavailable(built) for backend, built in opened)
     return next(filter(None, reasons), None)
 
 

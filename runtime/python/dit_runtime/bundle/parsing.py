@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
@@ -22,18 +22,25 @@ from dit_runtime.bundle.records import (
     TensorSpec,
 )
 from dit_runtime.errors import nearest
-from dit_runtime.sampling.process import Process
+from dit_runtime.facts import LIMITS
+from dit_runtime.sampling.process import Process, is_number
 
 R = TypeVar("R", Port, TensorSpec, Stage, Guidance, File, Manifest)
 Sources = dict[str, tuple[str, str, tuple[int, ...]]]  # role, dtype and shape of a row, by the tensor's name
 KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
+SIZES = f"sizes of 1 to {LIMITS['size']}"
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 def parse(table: dict[str, Any]) -> Manifest:
     """Return the manifest that a JSON table holds; raise ValueError with one line where something is wrong."""
     for key in ("model", "null", "files", "source", "built_with", "parity"):
         _expect(isinstance(table.get(key, {}), dict), key, table.get(key), "a table")
-    files = {name: _record(File, file, f"files: {name}") for name, file in table.get("files", {}).items()}
+    if "files" not in table:
+        raise ValueError("manifest lacks 'files'")
+    files = {name: _record(File, file, f"files: {name}") for name, file in table["files"].items()}
+    for name, file in files.items():
+        _expect(file.size >= 0, f"files: {name}: size", file.size, "0 or more")
     labels = _list(table, "labels", "manifest")
     for label in labels:
         _expect(isinstance(label, str), "a label", label, "a name")
@@ -86,9 +93,10 @@ def _port(table: Any, where: str) -> Port:
     _expect(bool(port.name), f"{where}: name", port.name, "a name")
     _expect(port.role in ROLES, f"{where}: role", port.role, f"one of {', '.join(ROLES)}")
     _expect(port.dtype in DTYPES, f"{where}: dtype", port.dtype, f"one of {', '.join(DTYPES)}")
-    _expect(all(_is_size(size) for size in port.shape), f"{where}: shape", list(port.shape), "sizes of 1 or more")
+    _expect(all(_is_size(size) for size in port.shape), f"{where}: shape", list(port.shape), SIZES)
+    _check_row(port.shape, where)
     if port.dtype == "int64":
-        _expect(_is_size(port.size), f"{where}: size", port.size, "1 or more values")
+        _expect(_is_size(port.size), f"{where}: size", port.size, f"1 to {LIMITS['size']} values")
     else:
         _expect(port.size == 0, f"{where}: size", port.size, "0, for it is float32")
     return port
@@ -108,17 +116,25 @@ def _stage(table: Any, where: str) -> Stage:
     stage = _record(Stage, table, where, **specs, engines=files)
     _expect(bool(stage.name), f"{where}: name", stage.name, "a name")
     _expect(stage.runs in RUNS, f"{where}: runs", stage.runs, f"one of {', '.join(RUNS)}")
-    _expect(stage.max_batch >= 1, f"{where}: max_batch", stage.max_batch, "1 or more")
+    _expect(_is_size(stage.max_batch), f"{where}: max_batch", stage.max_batch, f"1 to {LIMITS['size']}")
     return stage
 
 
 def _tensor(table: Any, where: str) -> TensorSpec:
     where = f"{where} {table.get('name')}" if isinstance(table, dict) else where
     spec = _record(TensorSpec, table, where, shape=tuple(_list(table, "shape", where)))
+    _expect(bool(spec.name), f"{where}: name", spec.name, "a name")
     _expect(spec.dtype in DTYPES, f"{where}: dtype", spec.dtype, f"one of {', '.join(DTYPES)}")
     sizes = all(_is_size(size) or (isinstance(size, str) and size) for size in spec.shape)
-    _expect(sizes, f"{where}: shape", list(spec.shape), "sizes of 1 or more and names of free dimensions")
+    _expect(sizes, f"{where}: shape", list(spec.shape), f"{SIZES} and names of free dimensions")
+    _check_row([size for size in spec.shape if isinstance(size, int)], where)
     return spec
+
+
+def _check_row(row: Sequence[int], where: str) -> None:
+    most, rank = LIMITS["row"], LIMITS["rank"]
+    fits = len(row) <= rank and math.prod(row) <= most
+    _expect(fits, where, f"{[*row]} a row", f"at most {most} numbers in {rank} dimensions")
 
 
 def _check_ports(manifest: Manifest) -> None:
@@ -142,6 +158,9 @@ def _check_ports(manifest: Manifest) -> None:
             raise ValueError(f"{where} {port.masks!r}, expected a condition port that has tokens and is no mask")
         _expect(port.masks not in masked, where, port.masks, "a port that no other masks")
         _expect(port.shape == other.shape[:1], f"port {port.name}: shape", list(port.shape), list(other.shape[:1]))
+        _expect(
+            port.dtype != "int64" or port.size >= 2, f"port {port.name}: size", port.size, "2 or more, for it is a mask"
+        )
         masked.add(port.masks)
 
 
@@ -151,9 +170,11 @@ def _check_null(manifest: Manifest) -> None:
         _expect(name in conditions, "null", name, f"one of the condition ports {', '.join(conditions) or '(none)'}")
         port = conditions[name]
         number = type(value) is int or (type(value) is float and port.dtype == "float32")
-        _expect(number and math.isfinite(value), f"null: {name}", value, f"a number of {port.dtype}")
+        fits = number and is_number(value) and (port.dtype == "int64" or abs(value) <= FLOAT32_MAX)
+        _expect(fits, f"null: {name}", value, f"a number of {port.dtype}")
         if port.dtype == "int64":
             _expect(0 <= value < port.size, f"null: {name}", value, f"0 to {port.size - 1}")
+        _expect(not port.masks or value == 1, f"null: {name}", value, "1, for it is a mask")
     if manifest.classes and LABELS in manifest.null:
         last = manifest.port(LABELS).size - 1
         _expect(manifest.null[LABELS] == last, f"null: {LABELS}", manifest.null[LABELS], f"{last}, after all classes")
@@ -196,6 +217,7 @@ def _check_before_loop(stage: Stage, sources: Sources) -> None:
         row = spec.shape[1:]
         fixed = spec.shape[:1] == ("rows",) and all(isinstance(size, int) for size in row)
         _expect(fixed, f"stage {stage.name}: {spec.name} has the shape", list(spec.shape), '["rows", numbers …]')
+        _check_shape(stage, spec, spec.shape)
         sources[spec.name] = stage.runs, spec.dtype, tuple(int(size) for size in row)
 
 
@@ -268,7 +290,7 @@ def _row(port: Port) -> str:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and 1 <= value < 1 << 31
+    return type(value) is int and 1 <= value <= LIMITS["size"]
 
 
 def _expect(fits: object, where: str, value: object, expected: object) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from dit_runtime.errors import UsageError
 from dit_runtime.sampling.process import Process
 
 FORMAT = 2
@@ -61,6 +64,11 @@ class Stage:
     def files(self) -> tuple[str, ...]:
         """The files that its backend opens."""
         return self.engines.get(self.backend, self.onnx_files)
+
+    def rows(self, inputs: Mapping[str, np.ndarray]) -> int:
+        """Return how many rows these inputs are of."""
+        spec, free = next((spec, free) for spec in self.reads for free in ("rows", "batch") if free in spec.shape)
+        return inputs[spec.name].shape[spec.shape.index(free)]
 
     @property
     def grouped(self) -> tuple[TensorSpec, ...]:
@@ -130,8 +138,10 @@ class Manifest:
         """Tell whether the step stage takes guidance weights; where it does not, guidance changes nothing."""
         return any(spec.name == GUIDANCE for spec in self.step.reads)
 
-    def stage(self, name: str) -> Stage:
-        return next(stage for stage in self.stages if stage.name == name)
+    @property
+    def learned_variance(self) -> bool:
+        """Tell whether the step stage gives the variance of a step's noise too."""
+        return any(spec.name == "variance" for spec in self.step.gives)
 
     @property
     def before_loop(self) -> tuple[Stage, ...]:
@@ -148,6 +158,12 @@ class Manifest:
     @property
     def end(self) -> Stage | None:
         return next((stage for stage in self.stages if stage.runs == "end"), None)
+
+    def require_end(self) -> Stage:
+        """Return the stage that makes pictures; refuse where there is none."""
+        if self.end is None:
+            raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
+        return self.end
 
     def to_json(self) -> str:
         table = asdict(self) | {"process": self.process.to_dict()}

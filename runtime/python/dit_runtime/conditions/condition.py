@@ -52,7 +52,8 @@ def null_condition(manifest: Manifest, negative: Condition | None) -> Rows:
     missing = [name for name in manifest.without_null if name not in negative]
     if missing:
         raise UsageError(f"guidance needs negative= with {', '.join(missing)}, to lead away from; or pass guidance 1")
-    count = max((len(np.atleast_1d(values)) for values in negative.values()), default=1)
+    arrays = [as_array(values, f"negative: {name}") for name, values in negative.items()]
+    count = max((len(array) for array in arrays if array.ndim), default=1)
     constants = {
         name: np.full((count, *manifest.port(name).shape), value, manifest.port(name).dtype)
         for name, value in manifest.null.items()
@@ -76,8 +77,8 @@ def unique_rows(rows: Rows, ports: Collection[str], count: int) -> tuple[NDArray
 
 
 def _values(values: Any, port: Port, what: str, shorter: bool) -> NDArray[Any]:
-    """(N, *shape) in the port's type; where it may be `shorter`, of up to so many tokens."""
-    array = _array(values, what)
+    """Return (N, *shape) in the port's type; where it may be `shorter`, of up to so many tokens."""
+    array = as_array(values, what)
     fixed = 2 if shorter else 1  # the axes before those that must be equal
     tokens = array.shape[1] if shorter and array.ndim > 1 else 0
     fits = array.ndim == len(port.shape) + 1 and array.size and array.shape[fixed:] == port.shape[fixed - 1 :]
@@ -98,15 +99,16 @@ def _values(values: Any, port: Port, what: str, shorter: bool) -> NDArray[Any]:
 
 
 def _mask(values: Any, masked: NDArray[Any], port: Port, what: str) -> NDArray[Any]:
-    """(N, tokens) of 0 and 1, padded; a 1 for each token that was passed where the user has no mask."""
+    """Return (N, tokens) of 0 and 1, padded; a 1 for each token that was passed where the user has no mask."""
     expected = masked.shape[:2]
-    mask = np.ones(expected) if values is None else _array(values, what)
+    mask = np.ones(expected) if values is None else as_array(values, what)
     if mask.shape != expected or not np.isin(mask, (0, 1)).all() or not mask.any(axis=1).all():
         raise UsageError(f"{what} has shape {mask.shape}; expected {expected} of 0 and 1, a 1 in every row")
     return _pad(mask, port.shape[0]).astype(port.dtype)
 
 
-def _array(values: Any, what: str) -> NDArray[Any]:
+def as_array(values: Any, what: str) -> NDArray[Any]:
+    """Return an array of what a user passed; refuse what holds no numbers."""
     try:
         array = np.asarray(values)
     except ValueError:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from dit_runtime.bundle.records import GUIDANCE, Manifest, Stage
 from dit_runtime.conditions.condition import Rows, unique_rows
+from dit_runtime.facts import CONSTANTS
 
-BUDGET = 256 << 20  # bytes of a memo; of XL/2's 783 kB a (timestep, label) that is 342
+BUDGET: int = CONSTANTS["memo_bytes"]  # of a memo; of XL/2's 783 kB a (timestep, label) that is 342
 Numbers = NDArray[np.int64]
 Compute = Callable[[Stage, Mapping[str, Any]], Mapping[str, NDArray[Any]]]
-Put = Callable[[NDArray[Any]], Any]  # to where the step stage reads it
+ToDevice = Callable[[NDArray[Any]], Any]  # to where the step stage reads it
 
 
 class Source(NamedTuple):
@@ -28,7 +29,7 @@ class Source(NamedTuple):
     ports: frozenset[str]  # the condition ports that it depends on
 
     def take(self, times: Numbers, rows: Numbers) -> NDArray[Any]:
-        """(N,), (N,) -> [N, *row], in memory of the host."""
+        """Return [N, *row] of (N,) timesteps and (N,) rows, in memory of the host."""
         ends = [*(np.flatnonzero(np.diff(times)) + 1).tolist(), len(times)] if self.timed else [len(times)]
         parts, first = [], 0
         for end in ends:
@@ -52,7 +53,7 @@ class Memo:
         conditions: Rows,
         count: int,
         *,
-        put: Put = np.asarray,
+        put: ToDevice | None = None,
         budget: int = BUDGET,
         whole: bool = False,
     ) -> None:
@@ -96,8 +97,9 @@ class Memo:
                 values = {spec.name: self._allocate(len(times), outputs[spec.name]) for spec in self._stage.gives}
             for name, part in values.items():
                 part[some] = outputs[name]
-        # What changes from step to step is read where the loop runs; the rest goes there once a batch.
-        self._values = {name: self._put(part) for name, part in values.items()} if self.timed else values
+        # What changes from step to step goes to the device here; StepInputs sends the rest.
+        put = self._put if self.timed else None
+        self._values = {name: put(part) for name, part in values.items()} if put else values
         self._window = window
 
     def _allocate(self, count: int, part: NDArray[Any]) -> NDArray[Any]:
@@ -105,7 +107,7 @@ class Memo:
         if not self._whole or math.prod(shape) * part.dtype.itemsize <= self._budget:
             return np.empty(shape, part.dtype)
         with tempfile.TemporaryFile() as file:  # its space is given back with the array
-            return np.memmap(file, part.dtype, "w+", shape=shape)
+            return np.asarray(np.memmap(file, part.dtype, "w+", shape=shape))
 
 
 def open_sources(
@@ -142,7 +144,7 @@ class StepInputs:
         groups: Numbers,
         weights: NDArray[np.float32],
         *,
-        put: Put = np.asarray,
+        put: ToDevice | None = None,
         **options: Any,
     ) -> None:
         """Open the memos. `groups` has numbers of condition rows, (G, B): each sample's own, then its negative's."""
@@ -153,20 +155,32 @@ class StepInputs:
         sources = open_sources(manifest, compute, np.array([*distinct]), conditions, count, put=put, **options)
         self._sources = {spec.name: sources[spec.name] for spec in manifest.step.grouped}
         self._groups, self._put = groups, put
-        self._weights = {GUIDANCE: put(weights)} if manifest.mixes_guidance else {}
+        self._weights = {GUIDANCE: put(weights) if put else weights} if manifest.mixes_guidance else {}
+        self._conditions, self._count = conditions, count
+        self._resident: dict[str, tuple[Any, Numbers]] = {}  # distinct rows on the device, and each row's number
         self._held: tuple[slice | None, dict[str, Any]] = None, {}
 
     def __call__(self, step: int, samples: slice) -> dict[str, Any]:
-        """[G, B, *row] by name for some samples; guidance is [B].
+        """Return [G, B, *row] by name for some samples; guidance is [B].
 
-        What does not change with the step is kept for the last samples, XL/2's captions are 62 MB a sample: a run that
-        fits the engine always asks for the same.
+        What does not change with the step is held for the last samples only: of XL/2's captions it is 62 MB a sample. A
+        run that fits the engine always asks for the same samples.
         """
         time, rows = self._time_of_step[step], self._groups[:, samples]
         if self._held[0] != samples:
-            self._held = samples, {}  # before there are others
-            fixed = {name: source for name, source in self._sources.items() if not source.timed}
-            held = {name: self._put(source.at(time, rows)) for name, source in fixed.items()}
+            self._held = None, {}  # before there are others
+            held = {name: self._untimed(name, rows) for name, source in self._sources.items() if not source.timed}
             self._held = samples, held | {name: weights[samples] for name, weights in self._weights.items()}
         timed = {name: source.at(time, rows) for name, source in self._sources.items() if source.timed}
         return {**self._held[1], **timed}
+
+    def _untimed(self, name: str, rows: Numbers) -> Any:
+        """Return rows of what does not change with the step; a device gets all distinct ones, once a run."""
+        source = self._sources[name]
+        if self._put is None:
+            return source.at(0, rows)
+        if name not in self._resident:
+            first, number = unique_rows(self._conditions, source.ports, self._count)
+            self._resident[name] = self._put(source.at(0, first)), number
+        values, number = self._resident[name]
+        return values[number[rows]]

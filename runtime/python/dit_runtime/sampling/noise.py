@@ -29,11 +29,11 @@ class Noise:
         self._cached: float | None = None  # the second value of a pair, for draws of fewer than 16
 
     def bits(self, count: int) -> NDArray[np.uint32]:
-        """The next raw 32-bit integers of the stream."""
+        """Return the next raw 32-bit integers of the stream."""
         return self._engine.randint(0, 2**32, size=count, dtype=np.uint32)
 
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """The next standard normal values; draws of 16 and more go by blocks, smaller ones by pairs, as in PyTorch."""
+        """Return the next standard normal values: 16 and more by blocks, fewer by pairs, as in PyTorch."""
         size = math.prod(shape)
         if size < 16:
             return np.array([self._next() for _ in range(size)], np.float32).reshape(shape)
@@ -49,7 +49,7 @@ class Noise:
         return (self.bits(count) & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
 
     def _next(self) -> float:
-        """One value in float64; the sine of a pair waits for the next call, across draws."""
+        """Return one value in float64; the sine of a pair waits for the next call, across draws."""
         if self._cached is not None:
             value, self._cached = self._cached, None
             return value
@@ -61,7 +61,7 @@ class Noise:
 
 
 def draw(seeds: int | Sequence[int], batch: int) -> Draw:
-    """What draws [B, C, H, W]: one stream for the batch (an int, as PyTorch), or one a sample (a list).
+    """Return the source of a run's noise: one stream for the batch (an int, as PyTorch), or one a sample (a list).
 
     A run draws x_T first, then once for every step that adds noise.
     """
@@ -74,7 +74,7 @@ def draw(seeds: int | Sequence[int], batch: int) -> Draw:
 
 
 def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Blocks of 16 uniforms, 8 radii and 8 angles, to 16 normals; every operation rounds to float32.
+    """Turn blocks of 16 uniforms, 8 radii and 8 angles, into 16 normals each; every operation rounds to float32.
 
     log, sin and cos are taken in float64 and rounded, so that Python and C++ get the same bits from different
     maths libraries; PyTorch's own vector routines are within one ulp of that.

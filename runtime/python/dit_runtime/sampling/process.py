@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import BundleError, UsageError, nearest
-from dit_runtime.facts import FACTS
+from dit_runtime.facts import FACTS, LIMITS
 
-SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kind of process, order, evaluations a step
+SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kind of process, order, evaluations a step, multistep
 NOISE_SOLVERS = tuple(name for name, facts in SOLVERS.items() if facts["process"] == "noise")
 FLOW_SOLVERS = tuple(name for name, facts in SOLVERS.items() if facts["process"] == "flow")
+MULTISTEP = tuple(name for name, facts in SOLVERS.items() if facts.get("multistep"))
 PREDICTIONS: dict[str, str] = FACTS["predictions"]  # name -> kind of process
 SPACINGS = tuple(FACTS["spacings"]["noise"])
 FLOW_SPACINGS = tuple(FACTS["spacings"]["flow"])
@@ -67,7 +68,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        _require(self.steps_offset >= 0, "steps_offset", self.steps_offset, "0 or more")
+        most = LIMITS["steps"]
+        _require(0 <= self.steps_offset <= most, "steps_offset", self.steps_offset, f"an integer from 0 to {most}")
         _require(self.clip_sample_range > 0, "clip_sample_range", self.clip_sample_range, "a number above 0")
 
 
@@ -90,8 +92,8 @@ class Process:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        fraction = "a number between 0 and 1"
-        _require(self.train_steps > 1, "train_steps", self.train_steps, "2 or more")
+        fraction, most = "a number between 0 and 1", LIMITS["steps"]
+        _require(2 <= self.train_steps <= most, "train_steps", self.train_steps, f"an integer from 2 to {most}")
         _require(0 < self.beta_start < 1, "beta_start", self.beta_start, fraction)
         _require(0 < self.beta_end < 1, "beta_end", self.beta_end, fraction)
         _require(self.shift > 0, "shift", self.shift, "a number above 0")
@@ -102,8 +104,10 @@ class Process:
             count = len(self.trained_betas)
             _require(count == self.train_steps, "trained_betas", f"{count} values", f"{self.train_steps}")
             for beta in self.trained_betas:
-                _require(_is_number(beta) and 0 < beta < 1, "trained_betas", beta, "numbers between 0 and 1")
+                _require(is_number(beta) and 0 < beta < 1, "trained_betas", beta, "numbers between 0 and 1")
         require_fit(self, self.sampler.solver)
+        if self.kind == "noise" and self.alpha_bar[-1] == 0:
+            raise UsageError("the betas leave no signal at the last step")
 
     @property
     def kind(self) -> str:
@@ -196,6 +200,14 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def is_number(value: object) -> bool:
+    """Return whether this is a number that float64 holds; JSON's integers may have any number of digits."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _known(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the fields of a process of this kind, and those of its sampler."""
     if kind == "flow":
@@ -218,8 +230,8 @@ def _check_fields(record: Any) -> None:
     expected = {
         "bool": (lambda value: isinstance(value, bool), "true or false"),
         "int": (is_integer, "an integer"),
-        "float": (_is_number, "a finite number"),
-        "float | None": (lambda value: value is None or _is_number(value), "a finite number or nothing"),
+        "float": (is_number, "a finite number"),
+        "float | None": (lambda value: value is None or is_number(value), "a finite number or nothing"),
         "tuple[float, ...] | None": (lambda value: value is None or isinstance(value, tuple), "numbers or nothing"),
         "Sampler": (lambda value: isinstance(value, Sampler), "a Sampler"),
     }
@@ -236,7 +248,3 @@ def _check_fields(record: Any) -> None:
 def _require(fits: bool, name: str, value: object, expected: str) -> None:
     if not fits:
         raise UsageError(f"{name} is {value!r}; expected {expected}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

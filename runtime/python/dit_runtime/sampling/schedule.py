@@ -10,10 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.sampling.process import FLOW_SPACINGS, SPACINGS, Process, Sampler, require_fit, require_steps
+from dit_runtime.facts import CONSTANTS
+from dit_runtime.sampling.process import (
+    FLOW_SPACINGS,
+    MULTISTEP,
+    SPACINGS,
+    Process,
+    Sampler,
+    require_fit,
+    require_steps,
+)
 
-MULTISTEP = ("dpm++1", "dpm++", "dpm++3")
-LAST_STEP = 0.04  # of the SDE, in σ: its authors' value
+LAST_STEP: float = CONSTANTS["sde_last_step"]  # of the SDE, in σ: its authors' value
 
 
 class Level(NamedTuple):
@@ -101,7 +109,7 @@ def _noise_steps(process: Process, solver: str, steps: int, spacing: str | None)
 
 
 def timesteps(process: Process, solver: str, steps: int, spacing: str | None = None) -> NDArray[np.int64]:
-    """The training steps that a run visits, descending.
+    """Return the training steps that a run visits, descending.
 
     "stride" and "respaced" are Nichol & Dhariwal 2021's (there "ddimN" and "N"); "leading", "trailing" and
     "linspace" are those of Lin et al. 2023, table 2. DPM-Solver++ divides the time into one interval a step, so
@@ -154,7 +162,7 @@ def _count_unclipped(process: Process) -> int:
 
 
 def _stride(total: int, steps: int) -> int:
-    """The smallest integer stride that visits exactly `steps` of the training steps."""
+    """Return the smallest integer stride that visits exactly `steps` of the training steps."""
     strides = {len(range(0, total, stride)): stride for stride in range(total - 1, 0, -1)}
     if steps not in strides:
         near = sorted(sorted(strides, key=lambda count: abs(count - steps))[:2])

@@ -34,7 +34,7 @@ class Figure:
 
 
 def jsonable(value: float) -> float | str:
-    """JSON knows no NaN and no ∞."""
+    """Return a number that JSON holds, or the text of NaN and ∞."""
     return value if math.isfinite(value) else str(value)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime import images
 from dit_runtime.bundle import manifest
@@ -41,6 +42,7 @@ class Tolerances:
 # int8 has 8 bits for each input and each weight of a product, bf16 around them: measured 6e-3 to 1.2e-2 over 12 blocks.
 # fp8 is E4M3, 4 bits wherever a number lies: inputs and weights are off by up to 6 %, measured 1.9e-2 over 12 blocks.
 TOLERANCES = {precision: Tolerances(**limits) for precision, limits in FACTS["tolerances"].items()}
+CONTRAST: float = FACTS["contrast"]  # least standard deviation of a picture's levels of 255
 NOISE_ATOL: float = FACTS["noise_atol"]  # PyTorch's vector code differs from libm's by an ulp of values up to 5
 
 
@@ -74,20 +76,26 @@ def judge(contract: Manifest, reference: Reference, answers: Replay) -> list[Fig
 
 def sampler(contract: Manifest, reference: Reference) -> Iterator[Figure]:
     """Schedule and noise, which no engine has a part in, bit for bit."""
-    steps, betas = len(reference.timesteps), contract.process.betas
-    wrong = np.flatnonzero(betas != reference.betas) if betas.shape == reference.betas.shape else np.arange(len(betas))
+    wrong = _differences(contract.process.betas, reference.betas)
     where = f"first at t = {wrong[0]}" if len(wrong) else ""
     yield Figure("sampler", "betas that differ", len(wrong), 0, where=where)
     solver = contract.process.sampler.solver
-    times = plan(contract.process, solver, steps // EVALUATIONS[solver])
-    yield Figure("sampler", "timesteps that differ", float(np.count_nonzero(times != reference.timesteps)), 0)
+    times = plan(contract.process, solver, len(reference.timesteps) // EVALUATIONS[solver])
+    yield Figure("sampler", "timesteps that differ", len(_differences(times, reference.timesteps)), 0)
     seeds = [int(seed) for seed in reference.seeds]
     first = draw(seeds, len(seeds))(reference.latents[0].shape)
     yield Figure("sampler", "noise, max abs error", float(np.abs(first - reference.latents[0]).max()), NOISE_ATOL)
 
 
+def _differences(values: NDArray[np.float64], reference: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the places where two arrays differ; all of them where their lengths do."""
+    if len(values) != len(reference):
+        return np.arange(max(len(values), len(reference)))
+    return np.flatnonzero(values != reference)
+
+
 def _before_loop(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
-    """One figure for all stages before the loop, for a fingerprint has what each of them gives."""
+    """Return one figure for all stages before the loop: a fingerprint has what each of them gives."""
     stages = contract.before_loop
     if not stages:
         return
@@ -129,4 +137,4 @@ def _pictures(reference: Reference, answers: Replay, limit: float) -> Iterator[F
     yield Figure("run", metric, ratios[least], limit, at_least=True, where=f"sample {least}")
     flat = [float(picture.astype(np.float64).std()) for picture in answers.pictures]
     least = int(np.argmin(flat))
-    yield Figure("run", "pictures, contrast", flat[least], 1.0, at_least=True, where=f"sample {least}")
+    yield Figure("run", "pictures, contrast", flat[least], CONTRAST, at_least=True, where=f"sample {least}")

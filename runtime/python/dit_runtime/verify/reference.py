@@ -17,11 +17,13 @@ from dit_runtime.conditions.condition import Rows, fit
 from dit_runtime.conditions.memo import open_sources
 from dit_runtime.engines import Engines
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import CONSTANTS
 from dit_runtime.sampling.noise import Noise
+from dit_runtime.sampling.solvers import EVALUATIONS
 
 REFERENCE = "reference.npz"
-FINGERPRINTS = 4  # numbers kept of each condition
-FINGERPRINT_SEED = 0
+FINGERPRINTS: int = CONSTANTS["fingerprints"]  # numbers of each condition
+FINGERPRINT_SEED: int = CONSTANTS["fingerprint_seed"]
 
 
 class Reference(NamedTuple):
@@ -58,10 +60,52 @@ def load_reference(folder: Path, contract: Manifest) -> Reference:
         raise BundleError(f"{folder}: {REFERENCE} lacks {', '.join(missing)}; rebuild the bundle")
     try:
         rows = fit(condition, contract.conditions, "its condition")
-        away = fit(negative, contract.conditions, "its null") if negative else None
+        away = fit(negative, contract.conditions, "its null") if negative or contract.mixes_guidance else None
+        reference = Reference(**{name: arrays[name] for name in ARRAYS}, condition=rows, negative=away)
+        _check_shapes(contract, reference)
     except UsageError as error:
         raise BundleError(f"{folder}: {REFERENCE} does not fit the manifest: {error}; rebuild the bundle") from None
-    return Reference(**{name: arrays[name] for name in ARRAYS}, condition=rows, negative=away)
+    return reference
+
+
+def _check_shapes(contract: Manifest, reference: Reference) -> None:
+    """Refuse arrays that are not of the run's steps, its samples and the manifest's shapes."""
+    steps, batch = reference.timesteps.size, reference.seeds.size
+    if not steps or not batch:
+        raise UsageError("it has no steps or no seeds")
+    solver = contract.process.sampler.solver
+    if steps % EVALUATIONS[solver]:
+        raise UsageError(f"timesteps has {steps} numbers, expected {EVALUATIONS[solver]} a step of {solver}")
+    each = (batch, *contract.state.shape)
+    shapes: dict[str, tuple[int, ...]] = {
+        "betas": (reference.betas.size,),
+        "timesteps": (steps,),
+        "seeds": (batch,),
+        "guidance": (batch,),
+        "latents": (steps + 1, *each),
+        "prediction": (steps, *each),
+        "conditional": (steps, *each),
+        "fingerprint": (fingerprinted(contract, reference)[1], FINGERPRINTS),
+    }
+    if contract.mixes_guidance:
+        shapes["null"] = steps, *each
+    if contract.learned_variance:
+        shapes["variance"] = steps, *each
+    if contract.end is not None:
+        height, width = (int(size) for size in contract.end.gives[0].shape[2:])
+        shapes["images"] = batch, height, width, 3
+    actual: dict[str, tuple[int, ...]] = {name: getattr(reference, name).shape for name in shapes}
+    for prefix, condition, rows in (("condition", reference.condition, batch), ("null", reference.negative or {}, 1)):
+        actual |= {f"{prefix}.{name}": values.shape for name, values in condition.items()}
+        shapes |= {f"{prefix}.{name}": (rows, *values.shape[1:]) for name, values in condition.items()}
+    for name, shape in shapes.items():
+        if actual[name] != shape:
+            raise UsageError(f"{name} has shape {[*actual[name]]}, expected {[*shape]}")
+    for name in ARRAYS:
+        kinds = {"seeds": "iu", "images": "iu"}.get(name, "fiu")
+        dtype = getattr(reference, name).dtype
+        if dtype.kind not in kinds:
+            raise UsageError(f"{name} holds {dtype}; expected {'integers' if kinds == 'iu' else 'numbers'}")
 
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:
@@ -80,7 +124,7 @@ def fingerprinted(contract: Manifest, reference: Reference) -> tuple[Rows, int]:
         return {ports[0].name: np.arange(ports[0].size)}, ports[0].size
     parts = [reference.condition, *([negative] if negative else [])]
     rows = {name: np.concatenate([part[name] for part in parts]) for name in reference.condition}
-    return rows, len(next(iter(rows.values()))) if rows else len(reference.seeds) + 1
+    return rows, len(next(iter(rows.values()))) if rows else reference.seeds.size + 1
 
 
 def fingerprint(engines: Engines, conditions: Rows, count: int, timestep: float) -> NDArray[np.float32]:
@@ -100,7 +144,7 @@ def fingerprint(engines: Engines, conditions: Rows, count: int, timestep: float)
 
 
 def _hoisted(engines: Engines, conditions: Rows, count: int, timestep: float) -> NDArray[Any]:
-    """All tensors that the step stage reads from stages, in the order of its reads; (count, width)."""
+    """Return all tensors that the step stage reads from stages, in the order of its reads; (count, width)."""
     contract = engines.manifest
     whole = engines.options.low_memory
     sources = open_sources(contract, engines.run, np.array([timestep]), conditions, count, whole=whole)

@@ -1,4 +1,4 @@
-"""Asks the engines what PyTorch was asked in reference.npz, and measures how far their answers are from its own.
+"""Run the engines on the inputs of reference.npz and compare.
 
 The reference holds one sampling run in fp32. Per step the engine is asked the same question as PyTorch was
 (teacher-forced: its error is the engine's own), then it runs freely from the same noise to the same pictures.
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """The engines' answers; where one broke down, `failures` says how, and what it owes is missing."""
+    """The engines' answers; where one broke down, `failures` says how; the missing outputs are None or absent."""
 
     fingerprint: NDArray[np.float32]  # as the reference's
     answers: list[Answer]
@@ -100,11 +100,16 @@ def replay(
 
 
 def _request(contract: Manifest, reference: Reference) -> Request:
-    """The reference's own; what the manifest has constants for is led away from by these."""
+    """Return the reference's request, with the manifest's constants for what guidance leads away from."""
     solver = contract.process.sampler.solver
+    negative = {
+        port.name: reference.negative[port.name]
+        for port in contract.conditions
+        if reference.negative and (port.masks or port.name) not in contract.null
+    }
     return Request(
         condition=reference.condition,
-        negative=reference.negative if contract.without_null else None,
+        negative=negative,
         steps=len(reference.timesteps) // EVALUATIONS[solver],
         guidance=[float(weight) for weight in reference.guidance],
         seed=[int(seed) for seed in reference.seeds],

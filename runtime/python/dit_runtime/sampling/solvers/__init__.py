@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.denoiser import Array, Method, estimate
 from dit_runtime.sampling.noise import Draw, Noise
-from dit_runtime.sampling.process import SOLVERS, Process
+from dit_runtime.sampling.process import MULTISTEP, SOLVERS, Process
 from dit_runtime.sampling.schedule import make_schedule
 from dit_runtime.sampling.solvers.ddim import ddim
 from dit_runtime.sampling.solvers.ddpm import ddpm
@@ -27,7 +27,7 @@ from dit_runtime.sampling.solvers.sde import sde
 METHODS: dict[str, Callable[..., Method]] = {
     "ddpm": ddpm,
     "ddim": ddim,
-    **{name: partial(dpm, order=SOLVERS[name]["order"]) for name in ("dpm++1", "dpm++", "dpm++3")},
+    **{name: partial(dpm, order=SOLVERS[name]["order"]) for name in MULTISTEP},
     "euler": euler,
     "heun": heun,
     "sde": sde,
@@ -36,7 +36,7 @@ EVALUATIONS: dict[str, int] = {name: facts["evaluations"] for name, facts in SOL
 # A run: yields x and the time there, is sent (prediction, variance or None), and returns the final x.
 Solver = Generator[tuple[Array, float], tuple[NDArray[Any], NDArray[Any] | None], Array]
 
-LARGE = 1e6  # what clips at all clips at this
+LARGE = 1e6  # any clipping solver clips values of this size
 
 
 def plan(process: Process, solver: str, steps: int, spacing: str | None = None) -> Array:
@@ -82,11 +82,11 @@ def _run(process: Process, method: Method) -> Solver:
 
 
 def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spacing: str | None = None) -> Array | None:
-    """Return a run as a matrix M an evaluation, (kept, x') = M (x, prediction, what was kept before); (N, 2, 3).
+    """Return a run as a matrix M an evaluation, (memory', x') = M (x, prediction, memory); (N, 2, 3).
 
-    Kept is x₀, or a flow's velocity itself. Whether there are such matrices, and which, comes from the solver alone: it
-    steps a few numbers, and where three coefficients do not explain all that it makes of them (it clips, draws noise
-    or looks further back), None is the answer.
+    The memory is the last x₀, or a flow's last velocity. Whether there are such matrices, and which, comes from the
+    solver alone: it steps a few numbers, and where three coefficients do not explain all that it makes of them (it
+    clips, draws noise or looks further back), None is the answer.
     """
 
     def draw(shape: tuple[int, ...]) -> NDArray[Any]:
@@ -96,9 +96,9 @@ def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spaci
     start, *numbers = LARGE * Noise(0).normal((EVALUATIONS[solver] * len(schedule) + 1, 8)).astype(np.float64)
     run = solve(process, solver, steps, start, draw, eta=eta, spacing=spacing)
     x, _ = next(run)
-    kept, matrices = np.zeros_like(x), []
+    memory, matrices = np.zeros_like(x), []
     for index, prediction in enumerate(numbers):
-        known = np.stack([x, prediction, kept], axis=1)
+        known = np.stack([x, prediction, memory], axis=1)
         try:
             after, _ = run.send((prediction, np.zeros_like(x)))
         except StopIteration as end:
@@ -113,7 +113,7 @@ def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spaci
             x_part, prediction_part = np.eye(2)
             keeping = estimate(process.prediction, x_part, prediction_part, None, schedule[index].now).x0
         matrices.append([[*keeping, 0.0], coefficients])
-        x, kept = after, known[:, :2] @ keeping
+        x, memory = after, known[:, :2] @ keeping
     return np.array(matrices)
 
 

@@ -28,6 +28,13 @@ def ddpm(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: flo
     return x
 
 
+def lacks_variance(kind: str) -> UsageError:
+    """Return the refusal of a network that does not predict the variance that the sampler takes from it."""
+    return UsageError(
+        f"ddpm with {kind!r} variance needs a model that predicts its variance, and this one does not; take ddim"
+    )
+
+
 def _deviation(kind: str, variance: Array | None, beta: float, part: float) -> float | Array:
     """Return s, Nichol & Dhariwal 2021 (arXiv 2102.09672), equations 9, 10 and 15.
 
@@ -39,9 +46,7 @@ def _deviation(kind: str, variance: Array | None, beta: float, part: float) -> f
     if kind == "fixed_large":
         return math.sqrt(beta)
     if variance is None:
-        raise UsageError(
-            f"ddpm with {kind!r} variance needs a model that predicts its variance, and this one does not; take ddim"
-        )
+        raise lacks_variance(kind)
     if kind == "learned":
         return np.sqrt(variance)
     fraction = (variance + 1) / 2
