@@ -85,6 +85,9 @@ Reference load_reference(const Pipeline& pipe) {
             if (size != expected) throw NpyError(text(name, " has ", size, " numbers, expected ", expected));
         };
         if (steps == 0 || batch == 0) throw NpyError("it has no steps or no seeds");
+        const std::string& solver = manifest.process.sampler.solver;
+        if (const auto each_step = static_cast<std::size_t>(evaluations(solver)); steps % each_step)
+            throw NpyError(text("timesteps has ", steps, " numbers, expected ", each_step, " a step of ", solver));
         reference.condition = conditions(manifest, arrays, "condition", batch);
         if (manifest.mixes_guidance()) reference.negative = conditions(manifest, arrays, "null", 1);
         expect("guidance", reference.guidance.size(), batch);
