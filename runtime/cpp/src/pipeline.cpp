@@ -30,7 +30,7 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 
 Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
-    if (!options_.low_memory) options_.cache = cache();  // to read what is kept takes more memory than to compile
+    if (!options_.low_memory) options_.cache = cache();  // reading it takes more memory than compiling
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     for (const Stage& stage : manifest.stages) check_files(folder, manifest, stage.files(backend(stage).name));
     if (!options_.low_memory)

@@ -1,6 +1,7 @@
 #include "request.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 
 #include "errors.hpp"
@@ -40,7 +41,8 @@ Rows fit_condition(const Manifest& manifest, const Request& request) {
 std::vector<float> guidance(const Manifest& manifest, const std::vector<float>& numbers, std::size_t count) {
     if (numbers.size() != 1 && numbers.size() != count)
         throw UsageError(text("guidance has ", numbers.size(), " numbers; expected one, or ", count, ", one a sample"));
-    if (!all_finite(numbers)) throw UsageError("guidance holds numbers that are not finite; expected finite numbers");
+    for (const float number : numbers)
+        if (!std::isfinite(number)) throw UsageError(text("guidance is ", number, "; expected finite numbers"));
     std::vector<float> weights = numbers.size() == 1 ? std::vector<float>(count, numbers[0]) : numbers;
     if (manifest.unguided_up_to_one)
         // As it would be alone: a sample does not depend on its batch.
