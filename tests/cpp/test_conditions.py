@@ -79,6 +79,18 @@ def test_an_archive_says_the_same(bundles, dit_generate, tmp_path) -> None:
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
 
 
+def test_latents_say_how_many_pictures(bundles, dit_generate, tmp_path) -> None:
+    """Where nothing conditions the network, as in Python."""
+    latents = np.random.default_rng(3).standard_normal((3, 2, 4, 4)).astype(np.float32)
+    np.save(tmp_path / "latents.npy", latents)
+    options = ["--latents", tmp_path / "latents.npy", "--steps", STEPS, "-o", tmp_path / "x.npy"]
+    done = dit_generate(bundles["free"], *options)
+    assert done.returncode == 0, done.stderr
+    with load(bundles["free"], "onnxruntime") as pipe:
+        expected = pipe.sample(latents=latents, steps=STEPS, output="latents")
+    assert same_latents(np.load(tmp_path / "x.npy"), expected)
+
+
 def test_labels_beside_other_ports(bundles, dit_generate, tmp_path) -> None:
     condition = {"rate": np.array([0.5, 2], np.float32)}
     for name, arguments in (
@@ -106,7 +118,10 @@ def test_mistakes(bundles, dit_generate, tmp_path) -> None:
         ({"captions": right}, {"captions": np.ones((3, 1, 3))}, "negative has 3 rows; expected one, or one for each"),
         ({"captions": right, "mask": np.ones(2)}, None, "expected [2, 4] of 0 and 1"),
         ({"captions": right, "caption": right}, None, "unknown port 'caption' (did you mean \"captions\"?)"),
-        ({"captions": wide}, None, "captions has 20 numbers a row; expected [5, 3]"),
+        ({"captions": wide}, None, "condition: captions has shape [2, 4, 5]; expected [rows, up to 5, 3]"),
+        ({"captions": right.reshape(2, 12)}, None, "captions has shape [2, 12]; expected [rows, up to 5, 3]"),
+        ({"captions": right.reshape(2, 2, 2, 3)}, None, "captions has shape [2, 2, 2, 3]; expected"),
+        ({"captions": right, "mask": np.ones((2, 2, 2))}, None, "mask has shape [2, 2, 2]; expected [2, 4] of 0 and 1"),
         ({"captions": long}, None, "captions has shape [1, 6, 3]; expected [rows, up to 5, 3]"),
         ({"captions": np.float32(1)}, None, "not a condition: expected numbers in rows"),
     ):

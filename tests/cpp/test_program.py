@@ -17,6 +17,8 @@ import pytest
 
 from dit_runtime import Pipeline, verify
 from dit_runtime.bundle import manifest
+from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from dit_runtime.sampling.process import FLOW_SOLVERS, NOISE_SOLVERS, SPACINGS
 from tests.handmade import module
 
 CPP = Path(__file__).parents[2] / "runtime/cpp"
@@ -140,6 +142,16 @@ def test_goldens_are_what_python_computes_now():
     found, expected = (np.array([float(word) for word in numbers.findall(text)]) for text in (now, committed))
     # Another processor's exp and log differ by an ulp.
     assert np.allclose(found, expected, rtol=1e-9, atol=1e-12), "run: make goldens"
+
+
+def test_help_and_header_repeat_the_facts(dit_generate):
+    """Neither can read facts.json where it is written down."""
+    help_text = " ".join(dit_generate("--help").stdout.split())
+    header = " ".join((CPP / "include/dit/dit.h").read_text().split())
+    for text in (help_text, header):
+        assert ", ".join(NOISE_SOLVERS) in text and ", ".join(FLOW_SOLVERS) in text and ", ".join(SPACINGS) in text
+    assert f"--steps N {DEFAULT_STEPS} " in help_text and f"one a picture; {DEFAULT_GUIDANCE:g} " in help_text
+    assert f"int steps; /* 0: {DEFAULT_STEPS} */" in header and f"guidance; /* NULL: {DEFAULT_GUIDANCE:g} */" in header
 
 
 def test_only_the_c_abi_is_exported(build):

@@ -31,13 +31,13 @@ static_assert(std::atomic<bool>::is_always_lock_free, "a signal handler may only
 
 using Clock = std::chrono::steady_clock;
 
-// Whether the client can be read from, or written to, before the deadline: none may hold up the others.
+// True if the client can be read from, or written to, before the deadline: no client may hold up the others.
 bool ready(int client, short event, Clock::time_point deadline) {
     for (;;) {
         const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
         pollfd waiting = {client, event, 0};
-        const int found = left > 0 ? poll(&waiting, 1, static_cast<int>(left)) : 0;
-        if (found >= 0 || errno != EINTR) return found > 0;
+        const int events = left > 0 ? poll(&waiting, 1, static_cast<int>(left)) : 0;
+        if (events >= 0 || errno != EINTR) return events > 0;
     }
 }
 

@@ -1,5 +1,5 @@
-// What comes from a bundle and is parsed: a manifest, and (where the input begins like one) NumPy's files. Whatever the
-// bytes, the answer is a value or the one exception that the caller expects.
+// Parses a bundle's manifest, or NumPy's files if the input begins like one. Whatever the bytes, the answer is a value
+// or the one exception that the caller expects.
 #include "errors.hpp"
 #include "manifest.hpp"
 #include "npy.hpp"

@@ -75,9 +75,11 @@ bool is_flag(const std::string& word) {
 }  // namespace
 
 Arguments parse_arguments(int count, char** words) {
-    Arguments found;
+    Arguments arguments;
     using Values = std::vector<std::string>;
-    const auto one = [](std::string& place) { return [&place](const std::string&, const Values& v) { place = v[0]; }; };
+    const auto word_of = [](std::string& place) {
+        return [&place](const std::string&, const Values& v) { place = v[0]; };
+    };
     const auto on = [](bool& place) { return [&place](const std::string&, const Values&) { place = true; }; };
     struct Flag {
         int least, most;  // words after it
@@ -85,37 +87,39 @@ Arguments parse_arguments(int count, char** words) {
     };
     const int any = 1 << 30;
     std::map<std::string, Flag> flags = {
-        {"--labels", {1, any, [&](const std::string&, const Values& v) { found.labels = v; }}},
+        {"--labels", {1, any, [&](const std::string&, const Values& v) { arguments.labels = v; }}},
         {"--guidance",
          {1, any,
           [&](const std::string& flag, const Values& v) {
-              found.request.guidance.clear();
-              for (const auto& word : v) found.request.guidance.push_back(static_cast<float>(number(flag, word)));
+              arguments.request.guidance.clear();
+              for (const auto& word : v) arguments.request.guidance.push_back(static_cast<float>(number(flag, word)));
           }}},
         {"--seed",
          {1, any,
           [&](const std::string& flag, const Values& v) {
-              found.request.seeds.clear();
-              for (const auto& word : v) found.request.seeds.push_back(seed(flag, word));
+              arguments.request.seeds.clear();
+              for (const auto& word : v) arguments.request.seeds.push_back(seed(flag, word));
           }}},
         {"--steps",
-         {1, 1, [&](const std::string& flag, const Values& v) { found.request.steps = small_integer(flag, v[0]); }}},
+         {1, 1,
+          [&](const std::string& flag, const Values& v) { arguments.request.steps = small_integer(flag, v[0]); }}},
         {"--threads",
-         {1, 1, [&](const std::string& flag, const Values& v) { found.open.threads = small_integer(flag, v[0]); }}},
-        {"--eta", {1, 1, [&](const std::string& flag, const Values& v) { found.request.eta = number(flag, v[0]); }}},
-        {"--solver", {1, 1, one(found.request.solver)}},
-        {"--spacing", {1, 1, one(found.request.spacing)}},
-        {"--latents", {1, 1, one(found.latents)}},
-        {"--condition", {1, any, [&](const std::string&, const Values& v) { found.condition = v; }}},
-        {"--negative", {1, any, [&](const std::string&, const Values& v) { found.negative = v; }}},
-        {"--output", {1, 1, one(found.output)}},
-        {"--backend", {1, 1, one(found.open.backend)}},
-        {"--device", {1, 1, one(found.open.device)}},
-        {"--low-memory", {0, 0, on(found.open.low_memory)}},
-        {"--json", {0, 0, on(found.json)}},
-        {"--verify", {0, 0, on(found.verify)}},
-        {"--help", {0, 0, on(found.help)}},
-        {"--version", {0, 0, on(found.version)}},
+         {1, 1, [&](const std::string& flag, const Values& v) { arguments.open.threads = small_integer(flag, v[0]); }}},
+        {"--eta",
+         {1, 1, [&](const std::string& flag, const Values& v) { arguments.request.eta = number(flag, v[0]); }}},
+        {"--solver", {1, 1, word_of(arguments.request.solver)}},
+        {"--spacing", {1, 1, word_of(arguments.request.spacing)}},
+        {"--latents", {1, 1, word_of(arguments.latents)}},
+        {"--condition", {1, any, [&](const std::string&, const Values& v) { arguments.condition = v; }}},
+        {"--negative", {1, any, [&](const std::string&, const Values& v) { arguments.negative = v; }}},
+        {"--output", {1, 1, word_of(arguments.output)}},
+        {"--backend", {1, 1, word_of(arguments.open.backend)}},
+        {"--device", {1, 1, word_of(arguments.open.device)}},
+        {"--low-memory", {0, 0, on(arguments.open.low_memory)}},
+        {"--json", {0, 0, on(arguments.json)}},
+        {"--verify", {0, 0, on(arguments.verify)}},
+        {"--help", {0, 0, on(arguments.help)}},
+        {"--version", {0, 0, on(arguments.version)}},
     };
     flags["--cfg-scale"] = flags["--guidance"];
     flags["--provider"] = flags["--device"];
@@ -125,8 +129,8 @@ Arguments parse_arguments(int count, char** words) {
     for (int at = 1; at < count;) {
         const std::string word = words[at++];
         if (!is_flag(word)) {
-            if (!found.bundle.empty()) throw std::invalid_argument("'" + word + "' is too much; see --help");
-            found.bundle = word;
+            if (!arguments.bundle.empty()) throw std::invalid_argument("'" + word + "' is too much; see --help");
+            arguments.bundle = word;
             continue;
         }
         const std::size_t equals = word.find('=');
@@ -142,7 +146,7 @@ Arguments parse_arguments(int count, char** words) {
             throw std::invalid_argument(name + (flag.most ? " needs a value" : " takes no value") + "; see --help");
         flag.take(name, values);
     }
-    if (found.help || found.version) return found;
-    if (found.bundle.empty()) throw std::invalid_argument("no bundle; see --help");
-    return found;
+    if (arguments.help || arguments.version) return arguments;
+    if (arguments.bundle.empty()) throw std::invalid_argument("no bundle; see --help");
+    return arguments;
 }

@@ -61,10 +61,13 @@ int verify(dit::Pipeline& pipe, bool json) {
     std::size_t width = 0;
     for (const auto& check : checks) width = std::max(width, check.name.size());
     for (const auto& check : checks) {
+        const std::size_t colon = check.name.rfind(": ");  // between the stage and the metric
         if (json)
             std::printf(
-                "%s\n {\"name\": %s, \"value\": %s, \"limit\": %s, \"at_least\": %s, \"where\": %s, \"passed\": %s}",
-                first ? "" : ",", json_text(check.name).c_str(), json_number(check.value).c_str(),
+                "%s\n {\"name\": %s, \"stage\": %s, \"metric\": %s, \"value\": %s, \"limit\": %s, \"at_least\": %s, "
+                "\"where\": %s, \"passed\": %s}",
+                first ? "" : ",", json_text(check.name).c_str(), json_text(check.name.substr(0, colon)).c_str(),
+                json_text(check.name.substr(colon + 2)).c_str(), json_number(check.value).c_str(),
                 json_number(check.limit).c_str(), check.at_least ? "true" : "false", json_text(check.where).c_str(),
                 check.passed ? "true" : "false");
         else
@@ -77,13 +80,13 @@ int verify(dit::Pipeline& pipe, bool json) {
 }
 
 std::string suffix(const std::string& path) {
-    const std::string found = std::filesystem::path(path).extension().string();
-    if (found != ".png" && found != ".npz" && found != ".npy")
+    const std::string ending = std::filesystem::path(path).extension().string();
+    if (ending != ".png" && ending != ".npz" && ending != ".npy")
         throw std::invalid_argument("output " + path + ": expected a name that ends in .png, .npz, .npy");
     const std::filesystem::path folder = std::filesystem::path(path).parent_path();
     if (!folder.empty() && !std::filesystem::is_directory(folder))
         throw std::invalid_argument("output " + path + ": the folder " + folder.string() + " does not exist");
-    return found;
+    return ending;
 }
 
 int run(int count, char** words) {
@@ -96,12 +99,15 @@ int run(int count, char** words) {
 
     dit::Request& request = arguments.request;
     for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
-    request.condition = read_condition(arguments.condition, "--condition");
-    request.negative_condition = read_condition(arguments.negative, "--negative");
+    request.condition = read_condition(arguments.condition, "--condition", pipe.ports());
+    request.negative_condition = read_condition(arguments.negative, "--negative", pipe.ports());
+    std::vector<std::int64_t> shape(pipe.info().state_shape, pipe.info().state_shape + pipe.info().state_rank);
+    if (!arguments.latents.empty()) {
+        const std::size_t rows = pipe.ports().empty() ? 0 : pipe.count(request);  // the file says how many, or must fit
+        request.latents = read_latents(arguments.latents, rows, shape);
+    }
     const std::int64_t samples = static_cast<std::int64_t>(pipe.count(request));
-    std::vector<std::int64_t> shape = {samples};
-    shape.insert(shape.end(), pipe.info().state_shape, pipe.info().state_shape + pipe.info().state_rank);
-    if (!arguments.latents.empty()) request.latents = read_latents(arguments.latents, shape);
+    shape.insert(shape.begin(), samples);
     {
         Progress progress;
         request.on_step = [&](int step, int steps, const double*, std::size_t) { return progress.step(step, steps); };

@@ -3,11 +3,14 @@
 #include <png.h>
 #include <zlib.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <stdexcept>
 
+#include "errors.hpp"
 #include "npy.hpp"
 
 namespace {
@@ -18,12 +21,64 @@ void write(const std::string& path, const std::string& bytes) {
         throw std::invalid_argument(path + ": cannot be written");
 }
 
+std::string join(const dit_runtime::Shape& shape) {
+    std::vector<std::string> sizes;
+    for (const std::int64_t size : shape) sizes.push_back(std::to_string(size));
+    return dit_runtime::join(sizes);
+}
+
 dit_runtime::NpyArray read(const std::string& path, const std::string& what) {
     try {
         return dit_runtime::parse_npy(dit_runtime::read_bytes(path));
     } catch (const dit_runtime::NpyError& error) {
         throw std::invalid_argument(path + ": not " + what + ": " + error.what());
     }
+}
+
+using NpyArrays = std::map<std::string, dit_runtime::NpyArray>;
+
+NpyArrays read_arrays(const std::vector<std::string>& words, const std::string& flag) {
+    if (words.size() == 1 && words[0].find('=') == std::string::npos) {
+        try {
+            return dit_runtime::parse_npz(dit_runtime::read_bytes(words[0]));
+        } catch (const dit_runtime::NpyError& error) {
+            throw std::invalid_argument(words[0] + ": not a .npz file of numbers: " + error.what());
+        }
+    }
+    NpyArrays arrays;
+    for (const std::string& word : words) {
+        const std::size_t equals = word.find('=');
+        const std::string name = word.substr(0, equals);
+        if (name.empty() || equals + 1 >= word.size() || equals == std::string::npos || arrays.count(name))
+            throw std::invalid_argument(flag + " '" + word +
+                                        "'; expected NAME=FILE.npy, each name once, or one FILE.npz");
+        arrays[name] = read(word.substr(equals + 1), "a .npy file of numbers");
+    }
+    return arrays;
+}
+
+// The library sees numbers and rows alone. A masked port may be shorter; a mask is as long as its port's array.
+void require_shape(const dit::Port& port, const std::vector<dit::Port>& ports, const NpyArrays& arrays,
+                   const std::string& where) {
+    const dit_runtime::Shape& shape = arrays.at(port.name).shape;
+    dit_runtime::Shape row(shape.begin() + 1, shape.end());
+    std::vector<std::string> sizes = {"rows"};
+    for (const std::int64_t size : port.shape) sizes.push_back(std::to_string(size));
+    const auto masked = arrays.find(port.masks);
+    if (masked != arrays.end() && masked->second.shape.size() > 1) {
+        const std::int64_t rows = masked->second.shape[0], tokens = masked->second.shape[1];
+        if (shape != dit_runtime::Shape{rows, tokens})
+            throw std::invalid_argument(dit_runtime::text(where, " has shape [", join(shape), "]; expected [", rows,
+                                                          ", ", tokens, "] of 0 and 1, a 1 in every row"));
+        return;
+    }
+    const bool shorter =
+        std::any_of(ports.begin(), ports.end(), [&](const dit::Port& mask) { return mask.masks == port.name; });
+    if (shorter) sizes[1] = "up to " + sizes[1];
+    if (shorter && row.size() == port.shape.size() && row[0] <= port.shape[0]) row[0] = port.shape[0];
+    if (row != port.shape)
+        throw std::invalid_argument(
+            dit_runtime::text(where, " has shape [", join(shape), "]; expected [", dit_runtime::join(sizes), "]"));
 }
 
 std::string little(std::uint64_t value, int width) {
@@ -75,41 +130,30 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
     write(path, dit_runtime::npy_bytes("<f4", shape, values.data(), values.size() * sizeof(float)));
 }
 
-dit::Condition read_condition(const std::vector<std::string>& words, const char* flag) {
+dit::Condition read_condition(const std::vector<std::string>& words, const std::string& flag,
+                              const std::vector<dit::Port>& ports) {
+    const NpyArrays arrays = read_arrays(words, flag);
     dit::Condition condition;
-    const auto add = [&](const std::string& name, const dit_runtime::NpyArray& from, const std::string& path) {
+    for (const auto& [name, from] : arrays) {
+        const std::string where = flag.substr(2) + ": " + name;
         if (from.shape.empty() || !from.size())
-            throw std::invalid_argument(path + ": not a condition: expected numbers in rows, one a picture");
+            throw std::invalid_argument(where + ": not a condition: expected numbers in rows, one a picture");
+        for (const dit::Port& port : ports)
+            if (port.name == name) require_shape(port, ports, arrays, where);
         dit::Array& array = condition[name];
         array.rows = static_cast<std::size_t>(from.shape[0]);
         if (from.kind[0] == 'f')
             array.floats = from.as<float>();
         else
             array.integers = from.as<std::int64_t>();
-    };
-    if (words.size() == 1 && words[0].find('=') == std::string::npos) {
-        try {
-            for (const auto& entry : dit_runtime::parse_npz(dit_runtime::read_bytes(words[0])))
-                add(entry.first, entry.second, words[0] + ": " + entry.first);
-        } catch (const dit_runtime::NpyError& error) {
-            throw std::invalid_argument(words[0] + ": not a .npz file of numbers: " + error.what());
-        }
-        return condition;
-    }
-    for (const std::string& word : words) {
-        const std::size_t equals = word.find('=');
-        const std::string name = word.substr(0, equals);
-        if (name.empty() || equals + 1 >= word.size() || equals == std::string::npos || condition.count(name))
-            throw std::invalid_argument(std::string(flag) + " '" + word +
-                                        "'; expected NAME=FILE.npy, each name once, or one FILE.npz");
-        const std::string path = word.substr(equals + 1);
-        add(name, read(path, "a .npy file of numbers"), path);
     }
     return condition;
 }
 
-std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape) {
+std::vector<float> read_latents(const std::string& path, std::size_t rows, const std::vector<std::int64_t>& row) {
     const dit_runtime::NpyArray array = read(path, "latents to start from");
+    dit_runtime::Shape shape = row;
+    shape.insert(shape.begin(), rows || array.shape.empty() ? static_cast<std::int64_t>(rows) : array.shape[0]);
     if (array.shape != shape)
         throw std::invalid_argument(
             path + ": not latents to start from: it has another shape than the request and the bundle ask for");

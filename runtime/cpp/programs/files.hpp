@@ -1,4 +1,4 @@
-// What dit-generate reads and writes: PNG, and NumPy's .npz and .npy.
+// The files of dit-generate: PNG, and NumPy's .npz and .npy.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,10 @@ void write_npz(const std::string& path, const dit::Images& images);
 
 void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::int64_t>& shape);
 
-// Arrays by port from NAME=FILE.npy …, or from one FILE.npz; none without words.
-dit::Condition read_condition(const std::vector<std::string>& words, const char* flag);
+// Arrays by port from NAME=FILE.npy …, or from one FILE.npz; none without words. Refuses shapes that are not the
+// port's.
+dit::Condition read_condition(const std::vector<std::string>& words, const std::string& flag,
+                              const std::vector<dit::Port>& ports);
 
-// The numbers of a .npy file of this shape.
-std::vector<float> read_latents(const std::string& path, const std::vector<std::int64_t>& shape);
+// The numbers of a .npy file of so many rows of this shape; of any number of rows where `rows` is 0.
+std::vector<float> read_latents(const std::string& path, std::size_t rows, const std::vector<std::int64_t>& row);

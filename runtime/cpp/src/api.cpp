@@ -17,7 +17,7 @@ namespace dit = dit_runtime;
 
 struct dit_pipeline {
     std::unique_ptr<dit::Pipeline> open;
-    std::string backend;  // that the denoiser runs on
+    std::string backend;  // of the denoiser
     std::string message;
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
 };
@@ -53,7 +53,7 @@ class Busy {
     const bool mine;
 };
 
-// Keeps the sentence; where there is no memory even for that, the status alone has to do.
+// Keeps the sentence; without memory for it, the status alone says what happened.
 dit_status failed(dit_pipeline* pipe, dit_status status, const char* message) noexcept {
     try {
         pipe->message = message;
@@ -100,12 +100,12 @@ dit::Pipeline& opened(dit_pipeline* pipe) {
     return *pipe->open;
 }
 
-// Whether `count` samples of the row's size fit into the caller's buffer, before any work is done.
+// Refuses a buffer in which `count` samples of the row's size do not fit, before any work is done.
 void require_room(std::size_t size, std::size_t count, const dit::Shape& row, const char* unit) {
-    const std::size_t one = dit::count(row);
-    if (count > SIZE_MAX / one) throw dit::UsageError(dit::text("count is ", count, "; no memory holds that many"));
-    if (size < count * one)
-        throw TooSmall(dit::text("the buffer holds ", size, " ", unit, "; expected ", count * one, ", ", one,
+    const std::size_t numbers = dit::count(row);
+    if (count > SIZE_MAX / numbers) throw dit::UsageError(dit::text("count is ", count, "; no memory holds that many"));
+    if (size < count * numbers)
+        throw TooSmall(dit::text("the buffer holds ", size, " ", unit, "; expected ", count * numbers, ", ", numbers,
                                  " for each of ", count));
 }
 
@@ -117,13 +117,14 @@ dit_pipeline* dit_new(void) { return new (std::nothrow) dit_pipeline; }
 
 void dit_free(dit_pipeline* pipe) { delete pipe; }
 
-dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* given) {
+dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* arguments) {
     return guarded(pipe, [&] {
         dit::require(bundle, "bundle");
         if (pipe->open) throw dit::UsageError("this pipeline has a bundle already; take another dit_new");
         dit::Options options;
-        if (given) {
-            const dit_open_options from = dit::known(given, dit_open_options DIT_OPEN_OPTIONS_INIT, "dit_open_options");
+        if (arguments) {
+            const dit_open_options from =
+                dit::known(arguments, dit_open_options DIT_OPEN_OPTIONS_INIT, "dit_open_options");
             if (from.backend) options.backend = from.backend;
             if (from.device) options.device = from.device;
             options.threads = from.threads;
@@ -137,27 +138,27 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
 
 dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
     return guarded(pipe, [&] {
-        dit_info told = dit::known(info, dit_info DIT_INFO_INIT, "dit_info");
+        dit_info filled = dit::known(info, dit_info DIT_INFO_INIT, "dit_info");
         const dit::Manifest& manifest = opened(pipe).manifest;
         const dit::Shape image = manifest.image_shape(), &state = manifest.state().shape;
-        told.num_classes = manifest.classes();
-        told.has_labels = !manifest.labels.empty();
+        filled.num_classes = manifest.classes();
+        filled.has_labels = !manifest.labels.empty();
         for (std::size_t axis = 0; axis < 3; ++axis) {
-            told.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
-            told.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
+            filled.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
+            filled.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
         }
         const dit::Port* const captions = manifest.port("captions");
         for (std::size_t axis = 0; axis < 2; ++axis)
-            told.caption_shape[axis] = captions && captions->shape.size() == 2 ? captions->shape[axis] : 0;
-        told.state_rank = static_cast<int>(state.size());
-        std::copy(state.begin(), state.end(), told.state_shape);
-        told.max_batch = manifest.step().max_batch;
-        told.train_steps = manifest.process.train_steps;
-        told.model = manifest.model_name.c_str();
-        told.solver = manifest.process.sampler.solver.c_str();
-        told.backend = pipe->backend.c_str();
-        told.precision = manifest.step().precision.c_str();
-        std::memcpy(info, &told, info->struct_size);
+            filled.caption_shape[axis] = captions && captions->shape.size() == 2 ? captions->shape[axis] : 0;
+        filled.state_rank = static_cast<int>(state.size());
+        std::copy(state.begin(), state.end(), filled.state_shape);
+        filled.max_batch = manifest.step().max_batch;
+        filled.train_steps = manifest.process.train_steps;
+        filled.model = manifest.model_name.c_str();
+        filled.solver = manifest.process.sampler.solver.c_str();
+        filled.backend = pipe->backend.c_str();
+        filled.precision = manifest.step().precision.c_str();
+        std::memcpy(info, &filled, info->struct_size);
     });
 }
 
@@ -170,19 +171,19 @@ size_t dit_port_count(const dit_pipeline* pipe) {
 
 dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port) {
     return guarded(pipe, [&] {
-        dit_port told = dit::known(port, dit_port DIT_PORT_INIT, "dit_port");
+        dit_port filled = dit::known(port, dit_port DIT_PORT_INIT, "dit_port");
         const dit::Manifest& manifest = opened(pipe).manifest;
         const std::size_t count = dit_port_count(pipe);
         if (index >= count) throw dit::UsageError(dit::text("port ", index, " is not there; this bundle has ", count));
         const dit::Port& from = *manifest.port(manifest.conditions()[index].name);
-        told.name = from.name.c_str();
-        told.dtype = from.dtype == "int64" ? DIT_INT64 : DIT_FLOAT32;
-        told.rank = static_cast<int>(from.shape.size());
-        std::copy(from.shape.begin(), from.shape.end(), told.shape);
-        told.size = from.size;
-        told.masks = from.masks.c_str();
-        told.has_null = manifest.null.count(from.name) != 0;
-        std::memcpy(port, &told, port->struct_size);
+        filled.name = from.name.c_str();
+        filled.dtype = from.dtype == "int64" ? DIT_INT64 : DIT_FLOAT32;
+        filled.rank = static_cast<int>(from.shape.size());
+        std::copy(from.shape.begin(), from.shape.end(), filled.shape);
+        filled.size = from.size;
+        filled.masks = from.masks.c_str();
+        filled.has_null = manifest.null.count(from.name) != 0;
+        std::memcpy(port, &filled, port->struct_size);
     });
 }
 
@@ -201,40 +202,38 @@ dit_status dit_find_label(dit_pipeline* pipe, const char* name, int64_t* label) 
     });
 }
 
-dit_status dit_generate(dit_pipeline* pipe, const dit_request* given, uint8_t* pixels, size_t size) {
+dit_status dit_generate(dit_pipeline* pipe, const dit_request* request, uint8_t* pixels, size_t size) {
     return guarded(pipe, [&] {
         dit::Pipeline& open = opened(pipe);
-        dit::require(given, "dit_request");
+        dit::require(request, "dit_request");
         dit::require(pixels, "pixels");
         open.require_decoder();
-        require_room(size, dit::counted(given).count, open.manifest.image_shape(), "bytes");
-        const std::vector<std::uint8_t> made = open.images(dit::translate(open.manifest, given));
-        require_room(size, made.size() / dit::count(open.manifest.image_shape()), open.manifest.image_shape(), "bytes");
+        require_room(size, dit::counted(request).count, open.manifest.image_shape(), "bytes");
+        const std::vector<std::uint8_t> made = open.images(dit::translate(open.manifest, request));
         std::copy(made.begin(), made.end(), pixels);
     });
 }
 
-dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* given, float* latents, size_t size) {
+dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* request, float* latents, size_t size) {
     return guarded(pipe, [&] {
         dit::Pipeline& open = opened(pipe);
-        dit::require(given, "dit_request");
+        dit::require(request, "dit_request");
         dit::require(latents, "latents");
         const dit::Shape& row = open.manifest.state().shape;
-        require_room(size, dit::counted(given).count, row, "numbers");
-        const std::vector<float> made = open.latents(dit::translate(open.manifest, given));
-        require_room(size, made.size() / dit::count(row), row, "numbers");
+        require_room(size, dit::counted(request).count, row, "numbers");
+        const std::vector<float> made = open.latents(dit::translate(open.manifest, request));
         std::copy(made.begin(), made.end(), latents);
     });
 }
 
-dit_status dit_run_new(dit_pipeline* pipe, const dit_request* given, dit_run** run) {
+dit_status dit_run_new(dit_pipeline* pipe, const dit_request* request, dit_run** run) {
+    if (run) *run = nullptr;
     return guarded(pipe, [&] {
         dit::Pipeline& open = opened(pipe);
-        dit::require(given, "dit_request");
+        dit::require(request, "dit_request");
         dit::require(run, "run");
-        const std::size_t one = dit::count(open.manifest.state().shape);
-        require_room(SIZE_MAX, dit::counted(given).count, {static_cast<std::int64_t>(one)}, "numbers");
-        *run = new dit_run{pipe, {open, dit::translate(open.manifest, given)}};
+        require_room(SIZE_MAX, dit::counted(request).count, open.manifest.state().shape, "numbers");
+        *run = new dit_run{pipe, {open, dit::translate(open.manifest, request)}};
     });
 }
 
@@ -274,13 +273,13 @@ void dit_run_free(dit_run* run) { delete run; }
 dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user) {
     return guarded(pipe, [&] {
         std::string failure;
-        dit::verify(opened(pipe), [&](const dit::Check& check) {
-            if (!check.passed() && failure.empty())
-                failure = dit::text(check.name, " is ", check.value, " ", check.where, ", expected ",
-                                    check.at_least ? ">= " : "<= ", check.limit);
+        dit::verify(opened(pipe), [&](const dit::Figure& figure) {
+            if (!figure.passed() && failure.empty())
+                failure = dit::text(figure.name(), " is ", figure.value, " ", figure.where, ", expected ",
+                                    figure.at_least ? ">= " : "<= ", figure.limit);
             if (on_check)
-                on_check(check.name.c_str(), check.value, check.limit, check.at_least, check.passed(),
-                         check.where.c_str(), user);
+                on_check(figure.name().c_str(), figure.value, figure.limit, figure.at_least, figure.passed(),
+                         figure.where.c_str(), user);
         });
         if (!failure.empty()) throw NotVerified(failure);
     });
@@ -315,9 +314,9 @@ const char* dit_version(void) {
 const char* dit_backends(void) {
     try {
         static const std::string names = [] {
-            std::vector<std::string> found;
-            for (const dit::Backend& backend : dit::backends()) found.push_back(backend.name + " " + backend.version());
-            return dit::join(found);
+            std::vector<std::string> known;
+            for (const dit::Backend& backend : dit::backends()) known.push_back(backend.name + " " + backend.version());
+            return dit::join(known);
         }();
         return names.c_str();
     } catch (...) {

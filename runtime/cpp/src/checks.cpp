@@ -3,17 +3,21 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
+
+#include "json.hpp"
 
 namespace dit_runtime {
 namespace {
+
+using json::refuse;
 
 // A tensor that stages may read: what it depends on, its dtype and a row's shape.
 struct Source {
     std::string role, dtype;
     Shape row;
 };
-const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};
 using Sources = std::map<std::string, Source>;
 using FreeShape = std::vector<std::variant<std::int64_t, std::string>>;
 
@@ -61,6 +65,8 @@ void check_ports(const Manifest& manifest) {
         if (port.shape != Shape{other->shape[0]})
             refuse(text("port ", port.name, ": shape"), dit_runtime::shown(port.shape),
                    dit_runtime::shown({other->shape[0]}));
+        if (port.dtype == "int64" && port.size < 2)
+            refuse(text("port ", port.name, ": size"), port.size, "2 or more, for it is a mask");
         masked.push_back(port.masks);
     }
     require_distinct("masked port", masked);
@@ -74,6 +80,9 @@ void check_null(const Manifest& manifest) {
         if (!port || port->role != "condition") refuse("null", name, "a condition port");
         if (port->dtype == "int64" && (value != std::floor(value) || value < 0 || value >= double(port->size)))
             refuse("null: " + name, value, text("0 to ", port->size - 1));
+        if (std::abs(value) > double{std::numeric_limits<float>::max()})
+            refuse("null: " + name, value, "a number of float32");
+        if (!port->masks.empty() && value != 1) refuse("null: " + name, value, "1, for it is a mask");
     }
     if (manifest.classes() && manifest.null.count(LABELS)) {
         const std::int64_t last = manifest.port(LABELS)->size - 1;
@@ -103,7 +112,7 @@ void check_source(const Stage& stage, const TensorSpec& spec, const FreeShape& f
 }
 
 void check_before_loop(const Stage& stage, Sources& sources) {
-    // What a stage before the loop may depend on.
+    // The roles that a stage before the loop may depend on.
     static const std::map<std::string, std::vector<std::string>> READABLE = {
         {"condition", {"condition"}}, {"time", {"time"}}, {"time+condition", BEFORE_LOOP}};
     if (stage.reads.empty() || stage.gives.empty())
@@ -132,10 +141,12 @@ void check_step(const Manifest& manifest, const Stage& stage, const Sources& sou
     for (const TensorSpec& spec : stage.reads) {
         if (spec.name == state.name)
             check_shape(stage, spec, like_state);
-        else if (spec.name == GUIDANCE)
-            check_shape(stage, spec, {"batch"});
-        else
+        else if (spec.name != GUIDANCE)
             check_source(stage, spec, {"groups", "batch"}, sources, BEFORE_LOOP);
+        else if (manifest.conditions().empty())
+            refuse(text("stage ", stage.name, " reads ", GUIDANCE), "no condition port", "at least one");
+        else
+            check_shape(stage, spec, {"batch"});
     }
     std::map<std::string, FreeShape> gives = {{"prediction", like_state}};
     if (find(stage.gives, "variance")) gives["variance"] = like_state;

@@ -8,12 +8,6 @@
 namespace dit_runtime {
 namespace {
 
-Shape with_rows(std::int64_t rows, const Shape& row) {
-    Shape shape = {rows};
-    shape.insert(shape.end(), row.begin(), row.end());
-    return shape;
-}
-
 // The mask that marks this port's tokens; NULL where there is none.
 const Port* mask_of(const Manifest& manifest, const Port& port) {
     for (const Port& mask : manifest.ports)
@@ -99,6 +93,18 @@ void check_mask(const Tensor& mask, const Tensor& values, const std::string& whe
                               " of 0 and 1, a 1 in every row"));
 }
 
+// A checked mask, 0 and 1, in its port's type.
+Tensor in_type_of(const Port& port, const Tensor& mask) {
+    Tensor cast{mask.shape};
+    if (port.dtype == "int64" && !mask.is_integer())
+        cast.integers.assign(mask.floats.begin(), mask.floats.end());
+    else if (port.dtype != "int64" && mask.is_integer())
+        cast.floats.assign(mask.integers.begin(), mask.integers.end());
+    else
+        return mask;
+    return cast;
+}
+
 }  // namespace
 
 const unsigned char* Tensor::data() const {
@@ -106,8 +112,8 @@ const unsigned char* Tensor::data() const {
                         : reinterpret_cast<const unsigned char*>(floats.data());
 }
 
-Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string& what) {
-    Condition fitted;
+Rows fit(const Manifest& manifest, const Arrays& arrays, const std::string& what) {
+    Rows fitted;
     std::vector<std::string> known, missing, rows;
     for (const Port& port : manifest.conditions()) {
         known.push_back(port.name);
@@ -124,11 +130,11 @@ Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string&
         const Port* const mask = mask_of(manifest, port);
         Tensor values = values_of(port, arrays.at(port.name), text(what, ": ", port.name), mask);
         if (mask) {
-            const auto own = arrays.find(mask->name);
+            const auto marked = arrays.find(mask->name);
             const std::string where = text(what, ": ", mask->name);
-            const Tensor marks = own == arrays.end() ? ones(*mask, values) : own->second;
+            const Tensor marks = marked == arrays.end() ? ones(*mask, values) : marked->second;
             check_mask(marks, values, where);
-            fitted.arrays[mask->name] = padded(typed(*mask, marks, where), mask->shape[0]);
+            fitted.arrays[mask->name] = padded(in_type_of(*mask, marks), mask->shape[0]);
             values = padded(values, port.shape[0]);
         }
         rows.push_back(text(port.name, " ", values.rows()));
@@ -141,7 +147,7 @@ Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string&
     return fitted;
 }
 
-Condition null_condition(const Manifest& manifest, const Arrays& negative) {
+Rows null_condition(const Manifest& manifest, const Arrays& negative) {
     std::vector<std::string> missing;
     for (const std::string& name : manifest.without_null())
         if (!negative.count(name)) missing.push_back(name);
@@ -149,9 +155,9 @@ Condition null_condition(const Manifest& manifest, const Arrays& negative) {
         throw UsageError(
             text("guidance needs a negative with ", join(missing), ", to lead away from; or pass guidance 1"));
     Arrays arrays = negative;
-    std::int64_t rows = 1;
+    std::size_t rows = 1;
     for (const auto& entry : negative)
-        if (!entry.second.shape.empty()) rows = std::max(rows, entry.second.shape[0]);
+        if (!entry.second.shape.empty()) rows = std::max(rows, entry.second.rows());
     for (const auto& [name, value] : manifest.null) {
         const Port& port = *manifest.port(name);
         if (negative.count(name) || negative.count(port.masks)) continue;
@@ -162,13 +168,11 @@ Condition null_condition(const Manifest& manifest, const Arrays& negative) {
         else
             tensor.floats.assign(count(tensor.shape), static_cast<float>(value));
     }
-    Condition null = fit(manifest, arrays, "negative");
-    if (!null.rows) null.rows = 1;  // of a network without conditions
-    return null;
+    return fit(manifest, arrays, "negative");
 }
 
-Condition stack(const Condition& first, const Condition& second) {
-    Condition both = first;
+Rows stack(const Rows& first, const Rows& second) {
+    Rows both = first;
     both.rows += second.rows;
     for (const auto& [name, tensor] : second.arrays) {
         Tensor& rows = both.arrays.at(name);
@@ -179,8 +183,8 @@ Condition stack(const Condition& first, const Condition& second) {
     return both;
 }
 
-Condition slice(const Condition& condition, std::size_t first, std::size_t last) {
-    Condition part{last - first};
+Rows slice(const Rows& condition, std::size_t first, std::size_t last) {
+    Rows part{last - first};
     const auto cut = [&](const auto& values, std::size_t size) {
         if (values.empty()) return values;
         return std::decay_t<decltype(values)>(values.begin() + static_cast<std::ptrdiff_t>(first * size),
@@ -195,7 +199,7 @@ Condition slice(const Condition& condition, std::size_t first, std::size_t last)
     return part;
 }
 
-std::vector<std::size_t> unique_rows(const Condition& condition, const std::vector<std::string>& ports) {
+std::vector<std::size_t> unique_rows(const Rows& condition, const std::vector<std::string>& ports) {
     std::vector<std::size_t> numbers(condition.rows, 0);
     for (const std::string& port : ports) {
         const Tensor& tensor = condition.arrays.at(port);

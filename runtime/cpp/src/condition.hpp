@@ -1,4 +1,4 @@
-// What a network is conditioned on: arrays by the names of its ports, a row for each picture.
+// Conditions: arrays by the names of their ports, a row for each picture.
 // Mirrors dit_runtime/conditions/condition.py.
 #pragma once
 
@@ -29,25 +29,25 @@ struct Tensor {
 using Arrays = std::map<std::string, Tensor>;  // by port
 
 // Arrays of one row each for so many pictures.
-struct Condition {
+struct Rows {
     std::size_t rows = 0;
     Arrays arrays = {};
 };
 
 // Every port's rows as the network takes them: a port that is masked is padded with zeros, and a mask that is left out
 // is 1 for each token that was passed. `what` begins each message.
-Condition fit(const Manifest& manifest, const Arrays& arrays, const std::string& what = "condition");
+Rows fit(const Manifest& manifest, const Arrays& arrays, const std::string& what = "condition");
 
-// What guidance leads away from: the user's negative, else the manifest's constants; one row, or more.
-Condition null_condition(const Manifest& manifest, const Arrays& negative);
+// The rows that guidance leads away from: the user's negative, else the manifest's constants; one row, or more.
+Rows null_condition(const Manifest& manifest, const Arrays& negative);
 
 // The rows of the first condition, then of the second.
-Condition stack(const Condition& first, const Condition& second);
+Rows stack(const Rows& first, const Rows& second);
 
 // The rows from `first` to before `last`.
-Condition slice(const Condition& condition, std::size_t first, std::size_t last);
+Rows slice(const Rows& condition, std::size_t first, std::size_t last);
 
 // Each row's number among the distinct ones in these ports, in the order of their appearance.
-std::vector<std::size_t> unique_rows(const Condition& condition, const std::vector<std::string>& ports);
+std::vector<std::size_t> unique_rows(const Rows& condition, const std::vector<std::string>& ports);
 
 }  // namespace dit_runtime

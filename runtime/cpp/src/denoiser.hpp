@@ -9,7 +9,7 @@
 
 namespace dit_runtime {
 
-// What the network says of (x, time); the variance is empty where it is not learned.
+// The network's output at (x, time); the variance is empty if it is not learned.
 struct Prediction {
     std::vector<float> prediction;
     std::vector<float> variance;

@@ -50,12 +50,12 @@ namespace {
 
 // "8.9" -> {8, 9}
 std::vector<int> numbers(const std::string& version, std::size_t most = SIZE_MAX) {
-    std::vector<int> found;
+    std::vector<int> integers;
     std::istringstream parts(version);
-    for (std::string part; found.size() < most && std::getline(parts, part, '.');)
+    for (std::string part; integers.size() < most && std::getline(parts, part, '.');)
         if (!part.empty() && part.size() < 9 && part.find_first_not_of("0123456789") == std::string::npos)
-            found.push_back(std::stoi(part));
-    return found;
+            integers.push_back(std::stoi(part));
+    return integers;
 }
 
 // Plans are for one version; a version-compatible one also for later ones of the same major version.

@@ -17,7 +17,7 @@ struct Options {
     int threads = 0;          // 0: as many as the backend thinks right
     bool low_memory = false;  // one engine at a time, smaller buffers
     Path cache;               // where a backend may keep what it compiled; empty: nowhere
-    // Of the stage that runs every step: the leading channels that guidance moves.
+    // The leading channels that guidance moves; only for the stage that runs every step.
     std::optional<std::size_t> guided_channels = std::nullopt;
 };
 
@@ -52,13 +52,13 @@ struct Backend {
     std::unique_ptr<Engine> (*open)(const std::vector<Path>& files, const Stage& stage, const Options& options);
 };
 
-// Those that this library was compiled with; the first is taken where the bundle's own is not here.
+// The backends that this library was compiled with; the first replaces a bundle's backend that is not among them.
 const std::vector<Backend>& backends();
 
 // "cuda:1" -> 1; "cuda" and nothing are the first.
 int gpu_number(const std::string& device);
 
-// What there is to run an engine for one kind of GPU.
+// The backend, driver and GPU of this machine.
 struct Gpu {
     std::string version;     // of the backend
     int driver = 0;          // 1000 times its CUDA; 0: no driver

@@ -24,7 +24,7 @@ constexpr Provider PROVIDERS[] = {{"cpu", "CPUExecutionProvider"},
                                   {"tensorrt-rtx", "NvTensorRTRTXExecutionProvider"},
                                   {"openvino", "OpenVINOExecutionProvider"}};
 
-// Whether u8 x s8 products overflow 16 bits here: on x86 without VNNI; on trust where the system does not say.
+// True if u8 x s8 products overflow 16 bits here: on x86 without VNNI, and if the system does not say.
 bool saturates() {
     std::ifstream file("/proc/cpuinfo");
     if (!file) return true;
@@ -34,11 +34,11 @@ bool saturates() {
 
 // The functions, or a refusal where the library is older than these headers.
 const OrtApi& api() {
-    static const OrtApi* const found = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-    if (!found)
+    static const OrtApi* const table = OrtGetApiBase()->GetApi(ORT_API_VERSION);
+    if (!table)
         throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.",
                               ORT_API_VERSION, ", whose headers this library was built with; install a newer one"));
-    return *found;
+    return *table;
 }
 
 struct OrtFailure : EngineError {
@@ -69,9 +69,9 @@ std::vector<std::string> available() {
     char** names = nullptr;
     int length = 0;
     check(api().GetAvailableProviders(&names, &length));
-    const std::vector<std::string> found(names, names + length);
+    const std::vector<std::string> providers(names, names + length);
     check(api().ReleaseAvailableProviders(names, length));
-    return found;
+    return providers;
 }
 
 void append(OrtSessionOptions* settings, const std::string& device) {
@@ -101,8 +101,8 @@ class OrtEngine : public Engine {
         std::vector<std::string> here;
         bool known = false;
         for (const Provider& provider : PROVIDERS) {
-            const std::vector<std::string> found = available();
-            if (!contains(found, provider.name)) continue;
+            const std::vector<std::string> providers = available();
+            if (!contains(providers, provider.name)) continue;
             here.push_back(provider.device);
             known = known || device == provider.device;
         }
@@ -140,11 +140,11 @@ class OrtEngine : public Engine {
         outputs = names(&OrtApi::SessionGetOutputCount, &OrtApi::SessionGetOutputName);
     }
 
-    std::map<std::string, Output> run(const std::vector<Input>& given) override {
+    std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
         std::vector<Value> values;
         std::vector<const char*> in, out;
         std::vector<const OrtValue*> raw;
-        for (const Input& input : given) {
+        for (const Input& input : arrays) {
             const auto type =
                 input.integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
             const std::size_t bytes = count(input.shape) * (input.integers ? sizeof(std::int64_t) : sizeof(float));
@@ -176,14 +176,14 @@ class OrtEngine : public Engine {
         check((api().*size)(session_.get(), &length));
         OrtAllocator* allocator = nullptr;
         check(api().GetAllocatorWithDefaultOptions(&allocator));
-        std::vector<std::string> found;
+        std::vector<std::string> names;
         for (std::size_t index = 0; index < length; ++index) {
             char* name = nullptr;
             check((api().*get)(session_.get(), index, allocator, &name));
-            found.emplace_back(name);
+            names.emplace_back(name);
             check(api().AllocatorFree(allocator, name));
         }
-        return found;
+        return names;
     }
 
     static Output read(const std::string& name, OrtValue* value) {

@@ -22,7 +22,7 @@ std::shared_ptr<ov::Core> shared_core() {
     return core;
 }
 
-// What OpenVINO computes the fp32 of a graph in.
+// The type in which OpenVINO computes the fp32 of a graph.
 const std::map<std::string, ov::element::Type> HINTS = {
     {"fp32", ov::element::f32}, {"bf16", ov::element::bf16}, {"int8", ov::element::bf16}};
 
@@ -46,8 +46,8 @@ class OvEngine : public Engine {
         for (const auto& port : model->outputs()) outputs.push_back(port.get_any_name());
     }
 
-    std::map<std::string, Output> run(const std::vector<Input>& given) override {
-        return std::move(run_at_once({given}).front());
+    std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
+        return std::move(run_at_once({arrays}).front());
     }
 
     // All of the same shapes, each on its share of the threads.
@@ -61,19 +61,19 @@ class OvEngine : public Engine {
         const bool first = asked.size() == fixed_.size() && shapes == first_;
         std::vector<ov::InferRequest>& taken = first ? fixed_ : free_[asked.size()];
         if (taken.empty()) taken = requests(asked.size(), nullptr);
-        std::vector<std::map<std::string, Output>> found;
+        std::vector<std::map<std::string, Output>> results;
         try {
             for (std::size_t i = 0; i < asked.size(); ++i) {
                 for (const Input& input : asked[i]) taken[i].set_tensor(input.name, tensor(input));
                 taken[i].start_async();
             }
             for (ov::InferRequest& request : taken) request.wait();
-            for (ov::InferRequest& request : taken) found.push_back(answer(request));
+            for (ov::InferRequest& request : taken) results.push_back(answer(request));
         } catch (const ov::Exception& error) {
-            taken.clear();  // waits for those that still read what was given
+            taken.clear();  // waits for those that still read the inputs
             throw EngineError(reason(error.what()));
         }
-        return found;
+        return results;
     }
 
     bool on_the_cpu() const { return device_ == "CPU"; }
@@ -162,12 +162,12 @@ class Halves : public Engine {
         }
     }
 
-    std::map<std::string, Output> run(const std::vector<Input>& given) override {
+    std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
         const auto named = [&](const std::string& name) -> const Input& {
-            return *std::find_if(given.begin(), given.end(), [&](const Input& input) { return input.name == name; });
+            return *std::find_if(arrays.begin(), arrays.end(), [&](const Input& input) { return input.name == name; });
         };
-        if (named(grouped_.front()).shape.front() == 1) return engine_->run(given);
-        auto answers = engine_->run_at_once({group(given, 0), group(given, 1)});
+        if (named(grouped_.front()).shape.front() == 1) return engine_->run(arrays);
+        auto answers = engine_->run_at_once({group(arrays, 0), group(arrays, 1)});
         const Shape& shape = named(state_).shape;  // B, C, ...
         for (auto& answer : answers) {
             const auto prediction = answer.find("prediction");
@@ -186,15 +186,15 @@ class Halves : public Engine {
 
   private:
     // (G, B, ...) -> (1, B, ...) of what has groups.
-    std::vector<Input> group(std::vector<Input> given, std::size_t row) const {
-        for (Input& input : given) {
+    std::vector<Input> group(std::vector<Input> arrays, std::size_t row) const {
+        for (Input& input : arrays) {
             if (!contains(grouped_, input.name)) continue;
             const std::size_t item = input.integers ? sizeof(std::int64_t) : sizeof(float);
             const std::size_t numbers = count(input.shape) / static_cast<std::size_t>(input.shape.front());
             input.data = static_cast<const unsigned char*>(input.data) + row * numbers * item;
             input.shape.front() = 1;
         }
-        return given;
+        return arrays;
     }
 
     const std::unique_ptr<OvEngine> engine_;
@@ -203,7 +203,7 @@ class Halves : public Engine {
     std::string state_;
 };
 
-// Whether two runs at once can have half of the threads each: an even number, of cores that are alike.
+// True if two runs at once can have half of the threads each: an even number, of equal cores.
 bool halves(const Options& options) {
 #ifdef __linux__
     const unsigned threads =

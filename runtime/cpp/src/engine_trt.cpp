@@ -44,8 +44,8 @@ class Logger : public nvinfer1::ILogger {
 
 // TensorRT keeps the first logger that a process gives it: one for all engines, never destroyed.
 Logger& logger() {
-    static Logger* const one = new Logger;
-    return *one;
+    static Logger* const logger = new Logger;
+    return *logger;
 }
 
 // Memory of the device that grows as it is needed.
@@ -82,7 +82,7 @@ class Stream {
     cudaStream_t stream = nullptr;
 };
 
-// What there is here; a call that fails says that there is none, and then `refusal` says why.
+// The driver and the GPU here; one that a failed call leaves unset makes `refusal` name it.
 Gpu gpu(int device) {
     Gpu here;
     here.version = trt_version();
@@ -141,10 +141,10 @@ class TrtEngine : public Engine {
         }
     }
 
-    std::map<std::string, Output> run(const std::vector<Input>& given) override {
+    std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
         check(cudaSetDevice(device_));  // a pipeline may move between threads
-        nvinfer1::IExecutionContext& context = fitting(given);
-        for (const Input& input : given) {
+        nvinfer1::IExecutionContext& context = fitting(arrays);
+        for (const Input& input : arrays) {
             const auto type = input.integers ? nvinfer1::DataType::kINT64 : nvinfer1::DataType::kFLOAT;
             require_type(input.name, type);
             const std::size_t bytes = count(input.shape) * (input.integers ? sizeof(std::int64_t) : sizeof(float));
@@ -156,12 +156,12 @@ class TrtEngine : public Engine {
         std::map<std::string, Output> named;
         for (const auto& name : outputs) {
             require_type(name, nvinfer1::DataType::kFLOAT);
-            const nvinfer1::Dims found = context.getTensorShape(name.c_str());
-            require(found.nbDims >= 0, name);
+            const nvinfer1::Dims sizes = context.getTensorShape(name.c_str());
+            require(sizes.nbDims >= 0, name);
             Output& output = named[name];
-            for (std::int32_t axis = 0; axis < found.nbDims; ++axis) {
-                require(found.d[axis] >= 0, name);
-                output.shape.push_back(found.d[axis]);
+            for (std::int32_t axis = 0; axis < sizes.nbDims; ++axis) {
+                require(sizes.d[axis] >= 0, name);
+                output.shape.push_back(sizes.d[axis]);
             }
             output.values.resize(count(output.shape));
             void* room = buffers_[name].room(output.values.size() * sizeof(float));
@@ -177,11 +177,11 @@ class TrtEngine : public Engine {
 
   private:
     // The context of the profile that takes these shapes: one with guidance, one without.
-    nvinfer1::IExecutionContext& fitting(const std::vector<Input>& given) const {
+    nvinfer1::IExecutionContext& fitting(const std::vector<Input>& arrays) const {
         using nvinfer1::OptProfileSelector;
         for (std::size_t profile = 0; profile < contexts_.size(); ++profile) {
             bool fits = true;
-            for (const Input& input : given) {
+            for (const Input& input : arrays) {
                 const auto bound = [&](OptProfileSelector end) {
                     return engine_->getProfileShape(input.name.c_str(), static_cast<std::int32_t>(profile), end);
                 };
@@ -192,15 +192,15 @@ class TrtEngine : public Engine {
             }
             if (fits) return *contexts_[profile];
         }
-        throw EngineError(text("no profile of this engine takes ", given.empty() ? "" : shown(given[0].shape),
+        throw EngineError(text("no profile of this engine takes ", arrays.empty() ? "" : shown(arrays[0].shape),
                                "; rebuild it with a larger --max-batch"));
     }
 
     static nvinfer1::Dims dims(const Shape& shape) {
-        nvinfer1::Dims found{};
-        found.nbDims = static_cast<std::int32_t>(shape.size());
-        for (std::size_t axis = 0; axis < shape.size(); ++axis) found.d[axis] = shape[axis];
-        return found;
+        nvinfer1::Dims sizes{};
+        sizes.nbDims = static_cast<std::int32_t>(shape.size());
+        for (std::size_t axis = 0; axis < shape.size(); ++axis) sizes.d[axis] = shape[axis];
+        return sizes;
     }
 
     void require(bool fine, const std::string& what) const {
@@ -223,7 +223,7 @@ class TrtEngine : public Engine {
 
 }  // namespace
 
-// Of the library that was loaded, which may be newer than the headers.
+// The version of the loaded library, which may be newer than the headers.
 std::string trt_version() {
     return text(getInferLibMajorVersion(), ".", getInferLibMinorVersion(), ".", getInferLibPatchVersion());
 }

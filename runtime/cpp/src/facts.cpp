@@ -35,6 +35,16 @@ std::vector<std::string> precisions_of(const std::string& backend) {
 std::int64_t default_steps() { return facts().at("defaults").at("steps").get<std::int64_t>(); }
 double default_guidance() { return facts().at("defaults").at("guidance").get<double>(); }
 
+std::vector<std::string> multistep_solvers() {
+    std::vector<std::string> names;
+    for (const auto& entry : facts().at("solvers").items())
+        if (entry.value().value("multistep", false)) names.push_back(entry.key());
+    return names;
+}
+
+std::int64_t limit(const std::string& name) { return facts().at("limits").at(name).get<std::int64_t>(); }
+double constant(const std::string& name) { return facts().at("constants").at(name).get<double>(); }
+
 std::map<std::string, int> solver_numbers(const std::string& key) {
     std::map<std::string, int> numbers;
     for (const auto& entry : facts().at("solvers").items()) numbers[entry.key()] = entry.value().at(key).get<int>();

@@ -23,9 +23,18 @@ std::vector<std::string> spacings_of(const std::string& kind);
 // The precisions that a backend runs.
 std::vector<std::string> precisions_of(const std::string& backend);
 
-// What a request has where nothing is said.
+// A request's values unless it has others.
 std::int64_t default_steps();
 double default_guidance();
+
+// The solvers that read predictions of earlier steps, in their order.
+std::vector<std::string> multistep_solvers();
+
+// A number of the table "limits", which a manifest must keep.
+std::int64_t limit(const std::string& name);
+
+// A number of the table "constants".
+double constant(const std::string& name);
 
 // One number of each solver: its order, or its evaluations a step.
 std::map<std::string, int> solver_numbers(const std::string& key);

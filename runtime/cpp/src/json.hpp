@@ -1,4 +1,4 @@
-// Typed access to JSON: what is missing or of the wrong kind is a std::invalid_argument that names it.
+// Typed access to JSON: a missing value or one of another kind is a std::invalid_argument that names it.
 #pragma once
 
 #include <cmath>
@@ -13,20 +13,21 @@ namespace dit_runtime::json {
 
 using Json = nlohmann::json;
 
-[[noreturn]] inline void refuse(const std::string& name, const Json& value, const std::string& expected) {
+[[noreturn]] inline void refuse(const std::string& where, const Json& value, const std::string& expected) {
     // dump() calls itself for what is inside, however deep a file nests that.
     std::string shown = value.is_array()    ? "a list"
                         : value.is_object() ? "a table"
                                             : value.dump(-1, ' ', true, Json::error_handler_t::replace);
-    if (shown.size() > 60) shown = shown.substr(0, 57) + "...";
-    throw std::invalid_argument(name + " is " + shown + ", expected " + expected);
+    if (value.is_string() && shown.size() > 2) shown = shown.substr(1, shown.size() - 2);  // as Python shows it
+    if (shown.size() > 100) shown = shown.substr(0, 97) + "...";
+    throw std::invalid_argument(where + ": got " + shown + ", expected " + expected);
 }
 
 inline const Json& need(const Json& table, const std::string& key) {
-    if (!table.is_object()) refuse("what should hold " + key, table, "a table");
-    const auto found = table.find(key);
-    if (found == table.end()) throw std::invalid_argument("'" + key + "' is missing");
-    return *found;
+    if (!table.is_object()) refuse("the parent of " + key, table, "a table");
+    const auto entry = table.find(key);
+    if (entry == table.end()) throw std::invalid_argument("'" + key + "' is missing");
+    return *entry;
 }
 
 inline std::int64_t integer(const Json& value, const std::string& name, std::int64_t least, std::int64_t most) {

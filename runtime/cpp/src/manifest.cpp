@@ -19,7 +19,7 @@ bool TensorSpec::starts(const std::string& free) const {
     return !shape.empty() && std::holds_alternative<std::string>(shape[0]) && std::get<std::string>(shape[0]) == free;
 }
 
-bool Stage::before_loop() const { return runs == "condition" || runs == "time" || runs == "time+condition"; }
+bool Stage::before_loop() const { return contains(BEFORE_LOOP, runs); }
 
 const TensorSpec* find(const std::vector<TensorSpec>& specs, const std::string& name) {
     for (const TensorSpec& spec : specs)
@@ -157,6 +157,12 @@ std::size_t count(const Shape& shape) {
     std::size_t product = 1;
     for (const auto size : shape) product *= static_cast<std::size_t>(size);
     return product;
+}
+
+Shape with_rows(std::size_t rows, const Shape& row) {
+    Shape shape = {static_cast<std::int64_t>(rows)};
+    shape.insert(shape.end(), row.begin(), row.end());
+    return shape;
 }
 
 std::string shown(const Shape& shape) {

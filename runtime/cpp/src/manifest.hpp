@@ -19,10 +19,8 @@ using Shape = std::vector<std::int64_t>;
 inline constexpr std::uint64_t FORMAT = 2;
 inline const char* const MANIFEST = "manifest.json";
 inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
-inline constexpr std::int64_t MOST = 1 << 24;                // of classes, rows, training steps
-inline constexpr std::int64_t ROW_MOST = 1 << 26;  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
-inline constexpr std::size_t RANK_MOST = 8;        // of a row
 
+inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // what such stages run
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
 
@@ -46,7 +44,7 @@ struct TensorSpec {
     bool starts(const std::string& free) const;  // whether the first dimension has this name
 };
 
-// With what and for what an engine was built; it is opened nowhere else.
+// The backend version, driver and GPUs that an engine needs.
 struct Built {
     std::string version;                            // of the backend
     std::int64_t cuda = 0;                          // that the driver must have
@@ -99,11 +97,11 @@ struct Manifest {
     const Port& time() const;
     std::vector<Port> conditions() const;             // all condition ports, masks too
     const Port* port(const std::string& name) const;  // NULL where there is none
-    // How many classes a label may name; 0 where the network takes none.
+    // The number of classes that a label may name; 0 if the network takes no labels.
     std::int64_t classes() const;
     // The condition ports, masks apart, that a guided request must bring a negative for.
     std::vector<std::string> without_null() const;
-    // Whether the step stage takes guidance weights; where it does not, guidance changes nothing.
+    // True if the step stage takes guidance weights; else guidance changes nothing.
     bool mixes_guidance() const;
     const Stage& step() const;
     const Stage* end() const;   // NULL without a decoder
@@ -123,6 +121,7 @@ Path inside(const Path& folder, const std::string& name);
 void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
 
 std::size_t count(const Shape& shape);
+Shape with_rows(std::size_t rows, const Shape& row);
 std::string shown(const Shape& shape);
 
 }  // namespace dit_runtime

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 
-#include "errors.hpp"
+#include "facts.hpp"
 
 namespace dit_runtime {
+
+const std::size_t MEMO_BYTES = static_cast<std::size_t>(constant("memo_bytes"));
+
 namespace {
 
 template <typename T>
@@ -19,9 +22,13 @@ void append_row(std::vector<T>& to, const T* values, std::size_t row, std::size_
 
 }  // namespace
 
-Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Condition& own, const Condition& null,
+Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition, const Rows& negative,
            std::size_t budget)
-    : manifest_(manifest), run_(std::move(run)), rows_(stack(own, null)), own_rows_(own.rows), null_rows_(null.rows) {
+    : manifest_(manifest),
+      run_(std::move(run)),
+      rows_(stack(condition, negative)),
+      condition_rows_(condition.rows),
+      negative_rows_(negative.rows) {
     for (const double t : timesteps) times_.push_back(static_cast<float>(t));
     const std::vector<float> asked = times_;
     std::sort(times_.begin(), times_.end());
@@ -62,10 +69,11 @@ const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t 
     Pairs pairs;
     if (groups != Groups::NULLS)
         for (std::size_t sample = first; sample < last; ++sample) pairs.emplace_back(time, sample);
-    if (groups != Groups::OWN && null_rows_)
+    if (groups != Groups::OWN && negative_rows_)
         for (std::size_t sample = first; sample < last; ++sample)
-            pairs.emplace_back(time, own_rows_ + (null_rows_ == 1 ? 0 : sample));
+            pairs.emplace_back(time, condition_rows_ + (negative_rows_ == 1 ? 0 : sample));
     const bool same = first == first_ && last == last_ && groups == groups_;
+    first_ = last_ = 0;  // an exception may leave half of the inputs
     const auto batch = static_cast<std::int64_t>(last - first);
     for (const TensorSpec& spec : manifest_.step().reads) {
         if (!spec.starts("groups") || (same && !timed(spec.name))) continue;
@@ -87,12 +95,17 @@ void Memo::fill(std::size_t step) {
     for (const std::size_t time : times) places_.emplace(time, places_.size());
     for (Held& held : held_)
         if (held.timed) held.tensors.clear();
-    for (Held& held : held_) {
-        if (!held.timed) continue;
-        Pairs pairs;
-        for (const std::size_t time : times)
-            for (const std::size_t row : held.examples) pairs.emplace_back(time, row);
-        run(held, pairs);
+    try {
+        for (Held& held : held_) {
+            if (!held.timed) continue;
+            Pairs pairs;
+            for (const std::size_t time : times)
+                for (const std::size_t row : held.examples) pairs.emplace_back(time, row);
+            run(held, pairs);
+        }
+    } catch (...) {
+        places_.clear();  // a retry fills the window anew
+        throw;
     }
 }
 
@@ -112,10 +125,6 @@ void Memo::run(Held& held, const Pairs& pairs) {
         const auto answer = run_(stage, inputs, part.size());
         for (const TensorSpec& spec : stage.gives) {
             const std::vector<float>& rows = answer.at(spec.name);
-            const std::size_t expected = part.size() * count(spec.row());
-            if (rows.size() != expected)
-                throw EngineError(
-                    text("the ", stage.name, "'s ", spec.name, " has ", rows.size(), " numbers, expected ", expected));
             std::vector<float>& all = held.tensors[spec.name];
             all.insert(all.end(), rows.begin(), rows.end());
         }
@@ -156,14 +165,6 @@ Tensor Memo::gather(const TensorSpec& spec, const Pairs& pairs) const {
         }
     }
     return tensor;
-}
-
-std::size_t Memo::held() const {
-    std::size_t bytes = 0;
-    for (const Held& held : held_)
-        for (const auto& entry : held.tensors)
-            if (held.timed) bytes += entry.second.size() * sizeof(float);
-    return bytes;
 }
 
 }  // namespace dit_runtime

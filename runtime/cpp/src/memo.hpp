@@ -16,30 +16,30 @@ namespace dit_runtime {
 using RunStage = std::function<std::map<std::string, std::vector<float>>(
     const Stage& stage, const std::vector<Input>& inputs, std::size_t rows)>;
 
-inline constexpr std::size_t MEMO_BYTES = 256u << 20;  // of XL/2's 783 kB a (t, label) that is 342
+extern const std::size_t MEMO_BYTES;  // as facts.json has it; of XL/2's 783 kB a (t, label) that is 342
 
-// Which conditions the step's inputs hold: with both, a sample's own come first.
+// The groups of the step's inputs: each sample's own condition, then its negative.
 enum class Groups { BOTH, OWN, NULLS };
 
 // The step's inputs for a run's evaluations, in windows of timesteps that stay below the budget. What depends on no
 // timestep is held for the whole run.
 class Memo {
   public:
-    // `null` is what guidance leads away from: no row without guidance, one for all, or one for each of `own`.
-    Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Condition& own,
-         const Condition& null = {}, std::size_t budget = MEMO_BYTES);
+    // `negative` is what guidance leads away from: no row without guidance, one for all, or one for each of
+    // `condition`.
+    Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition,
+         const Rows& negative = {}, std::size_t budget = MEMO_BYTES);
 
     // [G, B, ...] for the samples from `first` to before `last` at an evaluation, by tensor; they stay until the next
-    // call. Those without a timestep are stacked once for the same samples, XL/2's 62 MB of a caption for each.
+    // call. Those without a timestep are stacked once for the same samples (62 MB a caption in XL/2).
     const Arrays& operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups = Groups::BOTH);
 
-    bool guided() const { return null_rows_ > 0; }
-    std::size_t held() const;  // bytes of the tensors that have a timestep
+    bool guided() const { return negative_rows_ > 0; }
 
   private:
     using Pairs = std::vector<std::pair<std::size_t, std::size_t>>;  // a timestep's number and a row
 
-    // What a stage gave: rows by window's timestep and by value of the conditions that it depends on.
+    // The outputs of a stage: rows by timestep of the window and by value of the conditions that it depends on.
     struct Held {
         const Stage* stage;
         bool timed;
@@ -57,8 +57,8 @@ class Memo {
 
     const Manifest& manifest_;
     RunStage run_;
-    Condition rows_;  // own, then null
-    std::size_t own_rows_, null_rows_;
+    Rows rows_;  // condition, then negative
+    std::size_t condition_rows_, negative_rows_;
     std::vector<float> times_;  // distinct, ascending
     std::vector<std::size_t> time_of_step_;
     std::size_t window_ = 0;                     // timesteps held at a time

@@ -10,7 +10,7 @@
 
 namespace dit_runtime {
 
-// What draws the next `size` numbers of a run, all samples' together.
+// Draws the next `size` numbers of a run, all samples' together.
 using Draw = std::function<std::vector<float>(std::size_t size)>;
 
 // One stream of `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))`, draw after draw.
@@ -35,7 +35,7 @@ class Noise {
     std::optional<double> cached_;  // the second value of a pair, for draws of fewer than 16
 };
 
-// What draws [B, C, H, W]: one stream for the batch (one seed, as PyTorch), or one a sample (as many as the batch).
+// Returns what draws [B, C, H, W]: one stream for the batch (one seed, as PyTorch), or one for each sample.
 //
 // A run draws x_T first, then once for every step that adds noise.
 Draw draw(const std::vector<std::uint64_t>& seeds, std::size_t batch);

@@ -33,9 +33,9 @@ class Bytes {
 
 // The value after 'key': in the header, a Python literal.
 std::string entry(const std::string& header, const std::string& key) {
-    const std::size_t found = header.find("'" + key + "':");
-    if (found == std::string::npos) throw NpyError("its header lacks " + key);
-    return strip(header.substr(found + key.size() + 3));
+    const std::size_t place = header.find("'" + key + "':");
+    if (place == std::string::npos) throw NpyError("its header lacks " + key);
+    return strip(header.substr(place + key.size() + 3));
 }
 
 NpyArray parse_array(const Bytes& file) {

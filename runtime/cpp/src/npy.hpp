@@ -8,13 +8,14 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "manifest.hpp"
 
 namespace dit_runtime {
 
-// What is wrong with the file; the caller says which file it was.
+// A defect of the file; the caller adds the file's name.
 struct NpyError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -39,7 +40,7 @@ struct NpyArray {
 
     std::size_t size() const { return kind.empty() ? 0 : bytes.size() / static_cast<std::size_t>(kind[1] - '0'); }
 
-    // The numbers as T; where they are wider, rounded.
+    // The numbers as T; wider ones are rounded, and floats are refused as integers.
     template <typename T>
     std::vector<T> as() const {
         if (kind == "f2") return cast<Half, T>();
@@ -53,6 +54,8 @@ struct NpyArray {
   private:
     template <typename From, typename T>
     std::vector<T> cast() const {
+        if constexpr (std::is_integral_v<T> && !std::is_integral_v<From>)
+            throw NpyError("it holds floats; expected integers");
         std::vector<T> values(size());
         for (std::size_t index = 0; index < values.size(); ++index) {
             From value;

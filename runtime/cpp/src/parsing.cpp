@@ -4,26 +4,31 @@
 #include <algorithm>
 
 #include "checks.hpp"
+#include "facts.hpp"
 
 namespace dit_runtime {
 namespace {
 
 using json::Json;
+using json::refuse;
 
+const std::int64_t MOST = limit("size");     // of classes and rows
+const std::int64_t ROW_MOST = limit("row");  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
+const std::size_t RANK_MOST = static_cast<std::size_t>(limit("rank"));
 const std::vector<std::string> ROLES = {"state", "time", "condition"};
 const std::vector<std::string> RUNS = {"condition", "time", "time+condition", "step", "update", "end"};
 const std::vector<std::string> DTYPES = {"float32", "int64"};
 
 std::string name_of(const Json& table, const std::string& where) {
     const std::string name = json::string(json::need(table, "name"), where + ": name");
-    if (name.empty()) refuse(where + ": name", "''", "a name");
+    if (name.empty()) refuse(where + ": name", name, "a name");
     return name;
 }
 
 std::string choice(const Json& table, const std::string& key, const std::string& where,
                    const std::vector<std::string>& known) {
     const std::string word = json::string(json::need(table, key), where + ": " + key);
-    if (!contains(known, word)) refuse(where + ": " + key, "'" + word + "'", "one of " + join(known));
+    if (!contains(known, word)) refuse(where + ": " + key, word, "one of " + join(known));
     return word;
 }
 
@@ -83,7 +88,7 @@ Stage parse_stage(const Json& table) {
         for (const auto& entry : json::table(table["engines"], where + ": engines").items()) {
             for (const Json& name : json::list(entry.value(), where + ": engines"))
                 stage.engines[entry.key()].push_back(json::string(name, where + ": a file of engines"));
-            if (entry.value().empty()) refuse(where + ": engines of " + entry.key(), "[]", "a list of files");
+            if (entry.value().empty()) refuse(where + ": engines of " + entry.key(), entry.value(), "one file or more");
         }
     if (table.contains("max_batch"))
         stage.max_batch = json::integer(table["max_batch"], where + ": max_batch", 1, MOST);
@@ -97,8 +102,8 @@ Built parse_built(const Json& table) {
     if (json::table(table, "an engine").contains("version")) built.version = json::string(table["version"], "version");
     if (table.contains("cuda")) built.cuda = json::integer(table["cuda"], "cuda", 0, MOST);
     if (table.contains("compute_capabilities"))
-        for (const Json& one : json::list(table["compute_capabilities"], "compute_capabilities"))
-            built.compute_capabilities.push_back(json::string(one, "a compute capability"));
+        for (const Json& capability : json::list(table["compute_capabilities"], "compute_capabilities"))
+            built.compute_capabilities.push_back(json::string(capability, "a compute capability"));
     if (table.contains("tuning")) {
         const Json& tuning = json::table(table["tuning"], "tuning");
         built.version_compatible = tuning.contains("version_compatible");

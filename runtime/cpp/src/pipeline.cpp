@@ -1,7 +1,6 @@
 #include "pipeline.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdlib>
 
 #include "errors.hpp"
@@ -23,12 +22,6 @@ std::vector<std::string> sorted(std::vector<std::string> words) {
     return words;
 }
 
-Shape with_batch(std::size_t batch, const Shape& row) {
-    Shape shape = {static_cast<std::int64_t>(batch)};
-    shape.insert(shape.end(), row.begin(), row.end());
-    return shape;
-}
-
 void append(std::vector<float>& to, const std::vector<float>& values) {
     to.insert(to.end(), values.begin(), values.end());
 }
@@ -37,14 +30,14 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 
 Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
-    if (!options_.low_memory) options_.cache = cache();  // to read what is kept takes more memory than to compile
+    if (!options_.low_memory) options_.cache = cache();  // reading it takes more memory than compiling
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     for (const Stage& stage : manifest.stages) check_files(folder, manifest, stage.files(backend(stage).name));
     if (!options_.low_memory)
         for (const Stage& stage : manifest.stages) engine(stage);
 }
 
-// Where backends keep what they compile of this bundle: in the user's cache, by what the bundle holds; "" without one.
+// The folder for what backends compile of this bundle: in the user's cache, by the bundle's sums; "" without a cache.
 Path Pipeline::cache() const {
     std::string content;
     for (const auto& [name, file] : manifest.files) content += name + " " + file.sha256 + "\n";
@@ -61,8 +54,8 @@ Path Pipeline::cache() const {
     return failure ? Path() : path;
 }
 
-// What the stage runs on here; in low memory those before the loop take what loads in the least, if the choice is ours:
-// a device is one of its backend.
+// The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on
+// the one that loads in the least memory.
 const Backend& Pipeline::backend(const Stage& stage) const {
     if (options_.low_memory && options_.backend.empty() && options_.device.empty() && stage.before_loop())
         for (const Backend& known : backends())
@@ -95,25 +88,25 @@ std::vector<std::uint8_t> Pipeline::images(const Request& request) {
 
 std::vector<float> Pipeline::latents(const Request& request) { return Run(*this, request).latents(); }
 
-Memo Pipeline::memo(const Array& timesteps, const Condition& own, const Condition& null) {
+Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative) {
     const auto run = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
         return this->run(stage, inputs, rows);
     };
-    return Memo(manifest, run, timesteps, own, null);
+    return Memo(manifest, run, timesteps, condition, negative);
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,
                              const std::vector<float>& guidance) {
     const Stage& stage = manifest.step();
     const Port& port = manifest.state();
-    const std::size_t samples = guidance.size(), one = count(port.shape);
+    const std::size_t samples = guidance.size(), numbers = count(port.shape);
     const std::size_t size = static_cast<std::size_t>(stage.max_batch);
     Prediction whole;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t last = std::min(first + size, samples), batch = last - first;
-        std::vector<Input> all = {{port.name, with_batch(batch, port.shape), state.data() + first * one}};
+        std::vector<Input> all = {{port.name, with_rows(batch, port.shape), state.data() + first * numbers}};
         for (const auto& [name, tensor] : inputs(first, last)) all.push_back(tensor.input(name));
-        if (manifest.mixes_guidance()) all.push_back({GUIDANCE, with_batch(batch, {}), guidance.data() + first});
+        if (manifest.mixes_guidance()) all.push_back({GUIDANCE, with_rows(batch, {}), guidance.data() + first});
         auto part = run(stage, all, batch);
         append(whole.prediction, part["prediction"]);
         append(whole.variance, part["variance"]);
@@ -124,12 +117,12 @@ Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned&
 std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
     require_decoder();
     const Port& port = manifest.state();
-    const std::size_t one = count(port.shape), samples = latents.size() / one;
+    const std::size_t numbers = count(port.shape), samples = latents.size() / numbers;
     const std::size_t size = static_cast<std::size_t>(manifest.end()->max_batch);
     std::vector<float> images;
     for (std::size_t first = 0; first < samples; first += size) {
         const std::size_t batch = std::min(size, samples - first);
-        const Input state = {port.name, with_batch(batch, port.shape), latents.data() + first * one};
+        const Input state = {port.name, with_rows(batch, port.shape), latents.data() + first * numbers};
         append(images, run(*manifest.end(), {state}, batch).at("images"));
     }
     if (!all_finite(images)) throw EngineError("the decoder's pictures hold values that are not finite");
@@ -138,27 +131,25 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
 
 std::vector<std::uint8_t> Pipeline::pictures(const std::vector<float>& latents) {
     const std::vector<float> images = decode(latents);
-    return to_uint8(images, with_batch(latents.size() / count(manifest.state().shape), manifest.image_shape()));
+    return to_uint8(images, with_rows(latents.size() / count(manifest.state().shape), manifest.image_shape()));
 }
 
-// What the stage gives for so many rows, in the shapes of the manifest; no other shape is ever read.
+// Runs the stage on so many rows; refuses outputs that do not have the manifest's shapes.
 std::map<std::string, std::vector<float>> Pipeline::run(const Stage& stage, const std::vector<Input>& inputs,
                                                         std::size_t rows) {
     Engine& opened = engine(stage);
-    const auto start = std::chrono::steady_clock::now();
     std::map<std::string, Output> outputs;
     try {
         outputs = opened.run(inputs);
     } catch (const EngineError& error) {
         throw EngineError(text("the ", stage.name, " failed: ", error.what()));
     }
-    engine_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::map<std::string, std::vector<float>> tensors;
     for (const TensorSpec& spec : stage.gives) {
         const auto output = outputs.find(spec.name);
         if (output == outputs.end())
             throw BundleError(text(folder.string(), ": ", stage.name, " has no output ", spec.name));
-        const Shape expected = with_batch(rows, spec.row());
+        const Shape expected = with_rows(rows, spec.row());
         if (output->second.shape != expected)
             throw EngineError(text("the ", stage.name, "'s ", spec.name, " has shape ", shown(output->second.shape),
                                    ", expected ", shown(expected)));

@@ -24,8 +24,8 @@ class Pipeline {
     std::vector<std::uint8_t> images(const Request& request);  // [N, H, W, 3]
     std::vector<float> latents(const Request& request);        // [N, *state]
 
-    // What the loop reads of these conditions; without rows of `null`, without guidance. The pipeline outlives it.
-    Memo memo(const Array& timesteps, const Condition& own, const Condition& null = {});
+    // The memo of these conditions; without rows of `negative` there is no guidance. The pipeline outlives it.
+    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {});
     // [B, *state], [B] -> prediction and, where it is learned, variance; split into what the engine takes at a time.
     Prediction denoise(const std::vector<float>& state, const Conditioned& inputs, const std::vector<float>& guidance);
     // [N, *state] -> [N, 3, H, W] in [0, 1].
@@ -38,7 +38,6 @@ class Pipeline {
 
     const Path folder;
     const Manifest manifest;
-    double engine_seconds = 0;  // spent inside engines so far
 
   private:
     Path cache() const;

@@ -20,7 +20,7 @@ namespace {
 using json::Json;
 
 const double PI = 3.141592653589793;
-const std::int64_t MOST_STEPS = 1 << 24;
+const std::int64_t MOST_STEPS = limit("steps");
 
 const std::map<std::string, std::vector<std::string>> CHOICES = {
     {"beta_schedule", {"linear", "scaled_linear", "squaredcos_cap_v2"}},
@@ -35,25 +35,22 @@ const std::map<std::string, std::vector<std::string>> CHOICES = {
     {"final_sigmas_type", {"zero", "sigma_min"}},
 };
 
-void require(bool fits, const std::string& name, const Json& value, const std::string& expected) {
-    if (!fits) json::refuse(name, value, expected);
-}
-
 std::string choice(const std::string& name, const Json& value) {
     const auto& known = CHOICES.at(name);
-    require(value.is_string() && contains(known, value.get<std::string>()), name, value, "one of " + join(known));
+    if (!value.is_string() || !contains(known, value.get<std::string>()))
+        json::refuse(name, value, "one of " + join(known));
     return value.get<std::string>();
 }
 
 double fraction(const std::string& name, const Json& value) {
     const double number = json::number(value, name);
-    require(0 < number && number < 1, name, value, "a number between 0 and 1");
+    if (!(0 < number && number < 1)) json::refuse(name, value, "a number between 0 and 1");
     return number;
 }
 
 double positive(const std::string& name, const Json& value) {
     const double number = json::number(value, name);
-    require(number > 0, name, value, "a number above 0");
+    if (!(number > 0)) json::refuse(name, value, "a number above 0");
     return number;
 }
 
@@ -153,6 +150,8 @@ Process process_from_json(const Json& table) {
     if ((process.kind() == "flow") != flow)
         throw std::invalid_argument(text("process: prediction is '", process.prediction, "', which fits kind ",
                                          process.kind(), ", not ", flow ? "flow" : "noise"));
+    if (!flow && process.alpha_bar().back() == 0)
+        throw std::invalid_argument("process: the betas leave no signal at the last step");
     return process;
 }
 
@@ -194,6 +193,12 @@ void require_fit(const Process& process, const std::string& solver) {
     if (!contains(fit, solver))
         throw UsageError(text("solver '", solver, "' does not fit a model that predicts ", process.prediction,
                               "; take one of ", join(fit)));
+}
+
+void require_variance(const Sampler& sampler, bool predicted) {
+    if (sampler.variance.rfind("learned", 0) == 0 && !predicted)
+        throw UsageError(text("ddpm with '", sampler.variance,
+                              "' variance needs a model that predicts its variance, and this one does not; take ddim"));
 }
 
 void require_steps(const Process& process, std::int64_t steps) {

@@ -18,7 +18,7 @@ using Array = std::vector<double>;
 // As facts.json has them; not for use before main.
 extern const std::vector<std::string> SOLVERS, NOISE_SOLVERS, FLOW_SOLVERS, SPACINGS, FLOW_SPACINGS;
 
-// How a model is sampled unless asked otherwise.
+// The sampling defaults of a model.
 struct Sampler {
     std::string solver = "ddim";
     // Noise processes
@@ -71,6 +71,9 @@ Process process_from_json(const nlohmann::json& table);
 
 // Refuses a solver that is not known, or that is made for the other kind of process.
 void require_fit(const Process& process, const std::string& solver);
+
+// Refuses DDPM whose learned variance the network does not predict.
+void require_variance(const Sampler& sampler, bool predicted);
 
 void require_steps(const Process& process, std::int64_t steps);
 

@@ -4,19 +4,23 @@
 #include <cmath>
 
 #include "errors.hpp"
+#include "facts.hpp"
 
 namespace dit_runtime {
+
+const std::size_t FINGERPRINTS = static_cast<std::size_t>(constant("fingerprints"));
+const std::uint64_t FINGERPRINT_SEED = static_cast<std::uint64_t>(constant("fingerprint_seed"));
+
 namespace {
 
-Condition conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
-                     std::size_t rows) {
-    Condition condition{rows};
+Rows conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
+                std::size_t rows) {
+    Rows condition{rows};
     for (const Port& port : manifest.conditions()) {
         const std::string name = prefix + "." + port.name;
         const auto array = arrays.find(name);
         if (array == arrays.end()) throw NpyError("it lacks " + name);
-        Shape expected = port.shape;
-        expected.insert(expected.begin(), static_cast<std::int64_t>(rows));
+        const Shape expected = with_rows(rows, port.shape);
         if (array->second.shape != expected)
             throw NpyError(text(name, " has shape ", shown(array->second.shape), ", expected ", shown(expected)));
         Tensor tensor{expected};
@@ -34,7 +38,7 @@ Condition conditions(const Manifest& manifest, const std::map<std::string, NpyAr
     return condition;
 }
 
-// The one condition port of a network whose values can all be looked at; NULL where there is none.
+// The single condition port of a network, if it is a label; else NULL.
 const Port* lone_label(const Manifest& manifest) {
     const std::vector<Port> ports = manifest.conditions();
     const bool lone = ports.size() == 1 && ports[0].dtype == "int64" && ports[0].shape.empty();
@@ -43,10 +47,10 @@ const Port* lone_label(const Manifest& manifest) {
 
 }  // namespace
 
-Condition fingerprinted(const Manifest& manifest, const Reference& reference) {
+Rows fingerprinted(const Manifest& manifest, const Reference& reference) {
     const Port* const label = lone_label(manifest);
     if (manifest.conditions().empty()) return {reference.batch() + 1};
-    if (!label) return stack(reference.own, reference.away);
+    if (!label) return stack(reference.condition, reference.negative);
     Tensor values{{label->size}};
     for (std::int64_t value = 0; value < label->size; ++value) values.integers.push_back(value);
     return {static_cast<std::size_t>(label->size), {{label->name, std::move(values)}}};
@@ -81,8 +85,11 @@ Reference load_reference(const Pipeline& pipe) {
             if (size != expected) throw NpyError(text(name, " has ", size, " numbers, expected ", expected));
         };
         if (steps == 0 || batch == 0) throw NpyError("it has no steps or no seeds");
-        reference.own = conditions(manifest, arrays, "condition", batch);
-        if (manifest.mixes_guidance()) reference.away = conditions(manifest, arrays, "null", 1);
+        const std::string& solver = manifest.process.sampler.solver;
+        if (const auto each_step = static_cast<std::size_t>(evaluations(solver)); steps % each_step)
+            throw NpyError(text("timesteps has ", steps, " numbers, expected ", each_step, " a step of ", solver));
+        reference.condition = conditions(manifest, arrays, "condition", batch);
+        if (manifest.mixes_guidance()) reference.negative = conditions(manifest, arrays, "null", 1);
         expect("guidance", reference.guidance.size(), batch);
         expect("latents", reference.latents.size(), (steps + 1) * each);
         expect("prediction", reference.prediction.size(), steps * each);
@@ -100,16 +107,18 @@ Reference load_reference(const Pipeline& pipe) {
     }
 }
 
-std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, double timestep) {
+std::vector<float> fingerprint(Pipeline& pipe, const Rows& conditions, double timestep) {
     std::vector<std::string> tensors;
-    std::size_t width = 0, chunk = 1;
+    std::size_t width = 0, chunk = 0;
     for (const TensorSpec& spec : pipe.manifest.step().reads) {
         if (!spec.starts("groups") || pipe.manifest.port(spec.name)) continue;
         tensors.push_back(spec.name);
         width += count(spec.row());
     }
     for (const Stage& stage : pipe.manifest.stages)
-        if (stage.before_loop()) chunk = std::max(chunk, static_cast<std::size_t>(stage.max_batch));
+        if (const auto size = static_cast<std::size_t>(stage.max_batch); stage.before_loop())
+            chunk = chunk ? std::min(chunk, size) : size;
+    chunk = std::max<std::size_t>(1, chunk);
     const std::vector<float> directions = Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS);
     std::vector<float> prints;
     for (std::size_t first = 0; first < conditions.rows; first += chunk) {
@@ -117,7 +126,7 @@ std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, doub
         Memo memo = pipe.memo({timestep}, slice(conditions, first, first + rows));
         const Arrays& inputs = memo(0, 0, rows);
         for (std::size_t row = 0; row < rows; ++row) {
-            double sums[FINGERPRINTS] = {};
+            Array sums(FINGERPRINTS);
             std::size_t place = 0;
             for (const std::string& name : tensors) {
                 const std::vector<float>& values = inputs.at(name).floats;
@@ -128,7 +137,7 @@ std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, doub
                             static_cast<double>(values[row * size + i]) * directions[place * FINGERPRINTS + print];
             }
             for (const double sum : sums)
-                prints.push_back(static_cast<float>(sum / std::sqrt(static_cast<double>(width))));
+                prints.push_back(static_cast<float>(sum / std::sqrt(std::max(1.0, static_cast<double>(width)))));
         }
     }
     return prints;

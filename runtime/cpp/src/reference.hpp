@@ -1,4 +1,4 @@
-// reference.npz, PyTorch's own answer, and the fingerprint of what the stages before the loop give.
+// reference.npz, one sampling run of PyTorch, and the fingerprint of the stages before the loop.
 // Mirrors dit_runtime/verify/reference.py.
 #pragma once
 
@@ -11,8 +11,9 @@
 namespace dit_runtime {
 
 inline const char* const REFERENCE = "reference.npz";
-inline constexpr std::size_t FINGERPRINTS = 4;  // numbers of each condition
-inline constexpr std::uint64_t FINGERPRINT_SEED = 0;
+// As facts.json has them; not for use before main.
+extern const std::size_t FINGERPRINTS;  // numbers of each condition
+extern const std::uint64_t FINGERPRINT_SEED;
 
 // S steps (evaluations of the network) of a run of B samples.
 struct Reference {
@@ -25,17 +26,17 @@ struct Reference {
     std::vector<float> variance;                       // (S, B, *state), or empty where it is not learned
     std::vector<float> fingerprint;                    // (F, FINGERPRINTS)
     std::vector<std::uint8_t> images;                  // (B, H, W, 3), or empty without a decoder
-    Condition own, away;                               // B rows and one: arrays condition.NAME and null.NAME
+    Rows condition, negative;                          // B rows and one: arrays condition.NAME and null.NAME
 
     std::size_t batch() const { return seeds.size(); }
 };
 
 Reference load_reference(const Pipeline& pipe);
 
-// What is fingerprinted: every value of a lone label, else the reference's own rows and what guidance leads away from.
-Condition fingerprinted(const Manifest& manifest, const Reference& reference);
+// The rows to fingerprint: every value of a single label port, else the reference's condition, then its negative.
+Rows fingerprinted(const Manifest& manifest, const Reference& reference);
 
-// What the step reads from stages at one timestep, by condition, projected onto a few seeded random directions.
-std::vector<float> fingerprint(Pipeline& pipe, const Condition& conditions, double timestep);
+// Projects what the step reads from stages at one timestep onto a few seeded directions; (rows, FINGERPRINTS).
+std::vector<float> fingerprint(Pipeline& pipe, const Rows& conditions, double timestep);
 
 }  // namespace dit_runtime

@@ -1,6 +1,7 @@
 #include "request.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 
 #include "errors.hpp"
@@ -19,7 +20,7 @@ void check_label(const Manifest& manifest, std::int64_t label) {
         throw UsageError(text("label ", label, " is out of range; expected 0 to ", manifest.classes() - 1));
 }
 
-Condition own_condition(const Manifest& manifest, const Request& request) {
+Rows fit_condition(const Manifest& manifest, const Request& request) {
     Arrays arrays = request.condition;
     if (!request.labels.empty()) {
         if (arrays.count(LABELS)) throw UsageError("got both labels and a condition with labels: pass one of them");
@@ -29,17 +30,19 @@ Condition own_condition(const Manifest& manifest, const Request& request) {
     } else if (manifest.classes() && !arrays.count(LABELS)) {
         throw UsageError("no labels; pass at least one class name or number");
     }
-    Condition own = fit(manifest, arrays);
-    if (own.rows && request.count && request.count != own.rows)
-        throw UsageError(text("count is ", request.count, ", of the condition ", own.rows));
-    if (!own.rows) own.rows = std::max<std::size_t>(1, request.count ? request.count : request.seeds.size());
-    return own;
+    Rows condition = fit(manifest, arrays);
+    if (condition.rows && request.count && request.count != condition.rows)
+        throw UsageError(text("count is ", request.count, ", the condition has ", condition.rows, " rows"));
+    if (!condition.rows)
+        condition.rows = std::max<std::size_t>(1, request.count ? request.count : request.seeds.size());
+    return condition;
 }
 
 std::vector<float> guidance(const Manifest& manifest, const std::vector<float>& numbers, std::size_t count) {
     if (numbers.size() != 1 && numbers.size() != count)
         throw UsageError(text("guidance has ", numbers.size(), " numbers; expected one, or ", count, ", one a sample"));
-    if (!all_finite(numbers)) throw UsageError("guidance holds what is no finite number");
+    for (const float number : numbers)
+        if (!std::isfinite(number)) throw UsageError(text("guidance is ", number, "; expected finite numbers"));
     std::vector<float> weights = numbers.size() == 1 ? std::vector<float>(count, numbers[0]) : numbers;
     if (manifest.unguided_up_to_one)
         // As it would be alone: a sample does not depend on its batch.
@@ -47,32 +50,33 @@ std::vector<float> guidance(const Manifest& manifest, const std::vector<float>& 
     return weights;
 }
 
-// Whether the null rows are needed: not where they cannot change the result.
+// True if the negative's rows are needed: not if they cannot change the result.
 bool is_guided(const Manifest& manifest, const std::vector<float>& weights) {
     return manifest.mixes_guidance() &&
            !std::all_of(weights.begin(), weights.end(), [](float weight) { return weight == 1; });
 }
 
-Condition null_rows(const Manifest& manifest, const Request& request, std::size_t count, bool guided) {
+Rows fit_negative(const Manifest& manifest, const Request& request, std::size_t count, bool guided) {
     if (!guided && request.negative.empty()) return {};
-    Condition null = null_condition(manifest, request.negative);
-    if (null.rows != 1 && null.rows != count)
+    Rows negative = null_condition(manifest, request.negative);
+    if (negative.rows != 1 && negative.rows != count)
         throw UsageError(
-            text("negative has ", null.rows, " rows; expected one, or one for each of ", count, " samples"));
-    return guided ? null : Condition();
+            text("negative has ", negative.rows, " rows; expected one, or one for each of ", count, " samples"));
+    return guided ? negative : Rows();
 }
 
 }  // namespace
 
 Checked check(const Manifest& manifest, const Request& request) {
     Checked checked;
-    checked.own = own_condition(manifest, request);
-    const std::size_t count = checked.own.rows, size = count * dit_runtime::count(manifest.state().shape);
+    checked.condition = fit_condition(manifest, request);
+    const std::size_t count = checked.condition.rows, size = count * dit_runtime::count(manifest.state().shape);
     checked.weights = guidance(manifest, request.guidance, count);
-    checked.null = null_rows(manifest, request, count, is_guided(manifest, checked.weights));
+    checked.negative = fit_negative(manifest, request, count, is_guided(manifest, checked.weights));
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
     checked.timesteps = plan(manifest.process, checked.solver, request.steps, request.spacing);
     Solver(manifest.process, checked.solver, request.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
+    if (checked.solver == "ddpm") require_variance(manifest.process.sampler, find(manifest.step().gives, "variance"));
     draw(request.seeds, count);  // refuses another number of seeds
     if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))
         throw UsageError(text("latents have ", request.latents->size(), " numbers; expected ", size, ", all finite"));

@@ -1,4 +1,4 @@
-// What a user asks for, and its checks against a manifest, without an engine. Mirrors dit_runtime/request.py.
+// Requests, and the checks of a request that need no engine. Mirrors dit_runtime/request.py.
 #pragma once
 
 #include <functional>
@@ -31,7 +31,7 @@ struct Request {
 
 // A request that a bundle can answer.
 struct Checked {
-    Condition own, null;         // null has no rows without guidance
+    Rows condition, negative;    // negative has no rows without guidance
     std::vector<float> weights;  // of guidance, (N,)
     std::string solver;
     Array timesteps;  // of each evaluation

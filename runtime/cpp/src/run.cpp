@@ -8,7 +8,7 @@ namespace dit_runtime {
 namespace {
 
 Solver start(const Manifest& manifest, const Request& request, const Checked& checked) {
-    const std::size_t count = checked.own.rows;
+    const std::size_t count = checked.condition.rows;
     const Draw draw = dit_runtime::draw(request.seeds, count);
     const std::vector<float> x =
         request.latents ? *request.latents : draw(count * dit_runtime::count(manifest.state().shape));
@@ -26,7 +26,7 @@ Run::Run(Pipeline& pipe, const Request& request)
 bool Run::step() {
     require_going();
     if (!solver_.asks()) return false;
-    if (!memo_) memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.own, checked_.null));
+    if (!memo_) memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative));
     const double t = solver_.t();
     const auto index = static_cast<std::size_t>(done_);
     const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
@@ -39,7 +39,7 @@ bool Run::step() {
     solver_.send(answer);
     ++done_;
     if (on_step_ && on_step_(done_, steps(), state())) cancel();
-    if (cancelled_) require_going();
+    require_going();
     return solver_.asks();
 }
 

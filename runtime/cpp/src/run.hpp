@@ -27,8 +27,7 @@ class Run {
     // Any thread may call it: the next step throws Stopped.
     void cancel() { cancelled_ = true; }
 
-    std::size_t count() const { return checked_.own.rows; }
-    int done() const { return done_; }
+    std::size_t count() const { return checked_.condition.rows; }
     int steps() const { return static_cast<int>(checked_.timesteps.size()); }
 
   private:

@@ -5,8 +5,13 @@
 #include <limits>
 
 #include "errors.hpp"
+#include "facts.hpp"
 
 namespace dit_runtime {
+
+const std::vector<std::string> MULTISTEP = multistep_solvers();
+const double LAST_STEP = constant("sde_last_step");
+
 namespace {
 
 std::string default_spacing(const Sampler& sampler, const std::string& solver) {
@@ -24,14 +29,14 @@ std::int64_t count_unclipped(const Process& process) {
 
 // The smallest integer stride that visits exactly `steps` of the training steps.
 std::int64_t find_stride(std::int64_t total, std::int64_t steps) {
-    std::int64_t found = 0;
+    std::int64_t smallest = 0;
     std::vector<std::int64_t> counts;  // in the order of growing count
     for (std::int64_t stride = total - 1; stride > 0; --stride) {
         const std::int64_t count = (total + stride - 1) / stride;
         if (counts.empty() || counts.back() != count) counts.push_back(count);
-        if (count == steps) found = stride;
+        if (count == steps) smallest = stride;
     }
-    if (found) return found;
+    if (smallest) return smallest;
     std::stable_sort(counts.begin(), counts.end(),
                      [steps](std::int64_t a, std::int64_t b) { return std::abs(a - steps) < std::abs(b - steps); });
     counts.resize(std::min<std::size_t>(counts.size(), 2));

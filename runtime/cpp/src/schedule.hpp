@@ -10,8 +10,9 @@
 
 namespace dit_runtime {
 
-inline const std::vector<std::string> MULTISTEP = {"dpm++1", "dpm++", "dpm++3"};
-inline constexpr double LAST_STEP = 0.04;  // of the SDE, in σ: its authors' value
+// As facts.json has them; not for use before main.
+extern const std::vector<std::string> MULTISTEP;
+extern const double LAST_STEP;  // of the SDE, in σ: its authors' value
 
 // A point of the process, x = α x₀ + σ ε, and the time that the network reads there.
 struct Level {

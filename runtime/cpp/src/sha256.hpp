@@ -24,7 +24,7 @@ class Sha256 {
     std::uint64_t length_ = 0;
 };
 
-// Of a file, in hexadecimal.
+// The sum of a file, in hexadecimal.
 std::string sha256(const std::filesystem::path& path);
 
 }  // namespace dit_runtime

@@ -65,11 +65,4 @@ void Solver::send(const Prediction& prediction) {
     method_->take(estimate(prediction_, method_->x(), prediction, method_->level()));
 }
 
-Array solve(const Process& process, const std::string& solver, std::int64_t steps, Array x, const Draw& draw,
-            const Denoise& denoise, double eta, const std::string& spacing) {
-    Solver run(process, solver, steps, std::move(x), draw, eta, spacing);
-    while (run.asks()) run.send(denoise(run.x(), run.t()));
-    return run.x();
-}
-
 }  // namespace dit_runtime

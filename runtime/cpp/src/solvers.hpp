@@ -1,7 +1,6 @@
 // A run of a solver: it waits for each prediction of the network. Mirrors dit_runtime/sampling/solvers/__init__.py.
 #pragma once
 
-#include <functional>
 #include <memory>
 #include <string>
 
@@ -12,7 +11,7 @@ namespace dit_runtime {
 
 class Method;
 
-// Of the network, a step.
+// The evaluations of the network a step.
 std::int64_t evaluations(const std::string& solver);
 
 // Every time that a run's network reads, in order; (N,), or (2 N,) where a step evaluates it twice.
@@ -36,11 +35,5 @@ class Solver {
     std::string prediction_;
     std::unique_ptr<Method> method_;
 };
-
-using Denoise = std::function<Prediction(const Array& x, double t)>;
-
-// The same with a network that is called.
-Array solve(const Process& process, const std::string& solver, std::int64_t steps, Array x, const Draw& draw,
-            const Denoise& denoise, double eta = 0.0, const std::string& spacing = "");
 
 }  // namespace dit_runtime

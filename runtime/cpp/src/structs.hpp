@@ -13,7 +13,7 @@ inline void require(const void* pointer, const char* name) {
     if (!pointer) throw UsageError(text(name, " is NULL"));
 }
 
-// What the structs began as; what came later is at their ends.
+// The size of each struct in its first version; newer fields follow.
 template <typename Struct>
 constexpr std::size_t first_version = sizeof(Struct);
 template <>
@@ -23,17 +23,17 @@ constexpr std::size_t first_version<dit_request> = offsetof(dit_request, caption
 template <>
 constexpr std::size_t first_version<dit_captions> = offsetof(dit_captions, size);
 
-// The caller's struct on top of our defaults, as far as its version of it goes.
+// The caller's struct; fields that its version lacks have our defaults.
 template <typename Struct>
-Struct known(const Struct* given, Struct defaults, const char* name) {
-    require(given, name);
-    const std::size_t size = given->struct_size;
+Struct known(const Struct* from, Struct defaults, const char* name) {
+    require(from, name);
+    const std::size_t size = from->struct_size;
     if (size < first_version<Struct>)
         throw UsageError(text(name, ".struct_size is ", size, "; start from the _INIT value of dit.h"));
     if (size > sizeof(Struct))
         throw UsageError(text(name, ".struct_size is ", size, ", but libdit ", dit_version(), " knows ", sizeof(Struct),
                               " bytes of it: the program needs a newer libdit"));
-    std::memcpy(&defaults, given, size);
+    std::memcpy(&defaults, from, size);
     return defaults;
 }
 

@@ -6,7 +6,7 @@
 namespace dit_runtime {
 namespace {
 
-// Where the caller's structs stand one after the other, in the size that their first one names.
+// The caller's structs follow each other; the first one names the size of each.
 dit_array array_at(const dit_array* arrays, std::size_t index) {
     const std::size_t stride = known(arrays, dit_array DIT_ARRAY_INIT, "dit_array").struct_size;
     const auto* const place = reinterpret_cast<const unsigned char*>(arrays) + index * stride;
@@ -30,8 +30,7 @@ Tensor rows_of(const Manifest& manifest, const dit_array& from) {
             throw UsageError(text(from.name, " has ", row, " numbers a row; expected ", shown(shape)));
         if (token) shape[0] = static_cast<std::int64_t>(row / token);
     }
-    shape.insert(shape.begin(), static_cast<std::int64_t>(from.rows));
-    Tensor tensor{shape};
+    Tensor tensor{with_rows(from.rows, shape)};
     if (from.floats) tensor.floats.assign(from.floats, from.floats + from.size);
     if (from.integers) tensor.integers.assign(from.integers, from.integers + from.size);
     return tensor;
@@ -48,9 +47,9 @@ void add(const Manifest& manifest, const dit_array* arrays, std::size_t count, c
 }
 
 // Captions as the ports that they are.
-void add(const Manifest& manifest, const dit_captions* given, const char* what, Arrays& to) {
-    if (!given) return;
-    const dit_captions from = known(given, dit_captions DIT_CAPTIONS_INIT, "dit_captions");
+void add(const Manifest& manifest, const dit_captions* captions, const char* what, Arrays& to) {
+    if (!captions) return;
+    const dit_captions from = known(captions, dit_captions DIT_CAPTIONS_INIT, "dit_captions");
     const Port* const port = manifest.port("captions");
     if (!port || port->shape.size() != 2)
         throw UsageError(
@@ -72,8 +71,8 @@ void add(const Manifest& manifest, const dit_captions* given, const char* what, 
 
 }  // namespace
 
-dit_request counted(const dit_request* given) {
-    dit_request request = known(given, dit_request DIT_REQUEST_INIT, "dit_request");
+dit_request counted(const dit_request* from) {
+    dit_request request = known(from, dit_request DIT_REQUEST_INIT, "dit_request");
     if (request.captions && request.labels) throw UsageError("got both labels and captions: pass one of them");
     if (request.labels) return request;  // as many as count says
     std::size_t count = 0;
@@ -90,8 +89,8 @@ dit_request counted(const dit_request* given) {
     return request;
 }
 
-Request translate(const Manifest& manifest, const dit_request* given) {
-    const dit_request from = counted(given);
+Request translate(const Manifest& manifest, const dit_request* original) {
+    const dit_request from = counted(original);
     Request request;
     add(manifest, from.captions, "captions", request.condition);
     add(manifest, from.negative, "negative captions", request.negative);
@@ -99,6 +98,8 @@ Request translate(const Manifest& manifest, const dit_request* given) {
     add(manifest, from.negative_arrays, from.num_negative_arrays, "negative_arrays", request.negative);
     const bool others = !request.condition.empty() || manifest.conditions().empty();
     if (from.count && !others) require(from.labels, "labels");
+    if (!from.count && manifest.conditions().empty())
+        throw UsageError("count is 0; expected how many pictures, for nothing conditions this network");
     if (from.labels) request.labels.assign(from.labels, from.labels + from.count);
     request.count = from.count;
     if (from.num_seeds) require(from.seeds, "seeds");

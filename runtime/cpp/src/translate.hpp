@@ -7,9 +7,9 @@
 namespace dit_runtime {
 
 // The caller's request, with the number of its pictures in `count`.
-dit_request counted(const dit_request* given);
+dit_request counted(const dit_request* from);
 
 // The request with its numbers copied; each array's length is checked before it is read.
-Request translate(const Manifest& manifest, const dit_request* given);
+Request translate(const Manifest& manifest, const dit_request* from);
 
 }  // namespace dit_runtime

@@ -27,6 +27,7 @@ std::map<std::string, Tolerances> read_tolerances() {
 
 const std::map<std::string, Tolerances> TOLERANCES = read_tolerances();
 const double NOISE_ATOL = facts().at("noise_atol").get<double>();
+const double CONTRAST = facts().at("contrast").get<double>();
 
 namespace {
 
@@ -41,7 +42,15 @@ double relative_error(const std::vector<float>& value, const float* reference) {
     return std::sqrt(difference) / std::max(std::sqrt(norm), 1e-30);
 }
 
-void check_before_loop(Pipeline& pipe, const Reference& reference, double limit, const OnCheck& on_check) {
+// The places where two arrays differ; every place if their lengths do.
+std::vector<std::size_t> differences(const Array& values, const Array& reference) {
+    std::vector<std::size_t> places;
+    for (std::size_t index = 0; index < std::max(values.size(), reference.size()); ++index)
+        if (values.size() != reference.size() || values[index] != reference[index]) places.push_back(index);
+    return places;
+}
+
+void check_before_loop(Pipeline& pipe, const Reference& reference, double limit, const OnFigure& on_figure) {
     const double middle = reference.timesteps[reference.timesteps.size() / 2];
     const std::vector<float> prints = fingerprint(pipe, fingerprinted(pipe.manifest, reference), middle);
     double worst = -1;
@@ -56,15 +65,20 @@ void check_before_loop(Pipeline& pipe, const Reference& reference, double limit,
     for (const Stage& stage : pipe.manifest.stages)
         if (stage.before_loop()) stages.push_back(stage.name);
     const bool labels = pipe.manifest.classes() && pipe.manifest.conditions().size() == 1;
-    on_check({join(stages, "+") + ": fingerprint, rel-L2", worst, limit, false,
-              text(labels ? "label " : "condition ", place)});
+    on_figure({join(stages, "+"),
+               "fingerprint, rel-L2",
+               worst,
+               limit,
+               false,
+               {},
+               text(labels ? "label " : "condition ", place)});
 }
 
-// Per step the engine is asked the same question as PyTorch was: its error is the engine's own.
-void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances& limits, const OnCheck& on_check) {
+// Evaluates the network at the reference's latents: each step's error is the engine's own.
+void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances& limits, const OnFigure& on_figure) {
     const std::size_t steps = reference.timesteps.size();
     const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
-    Memo memo = pipe.memo(reference.timesteps, reference.own, reference.away);
+    Memo memo = pipe.memo(reference.timesteps, reference.condition, reference.negative);
     for (std::size_t step = 0; step < steps; ++step) {
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);
         const float* const state = &reference.latents[step * each];
@@ -76,8 +90,8 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
         };
         const auto report = [&](const char* name, const std::vector<float>& values, const std::vector<float>& expected,
                                 double limit) {
-            on_check({text(pipe.manifest.step().name, ": ", name, ", rel-L2"),
-                      relative_error(values, &expected[step * each]), limit, false, where});
+            on_figure({pipe.manifest.step().name, text(name, ", rel-L2"),
+                       relative_error(values, &expected[step * each]), limit, false, step + 1, where});
         };
         const Prediction both = denoise(Groups::BOTH);
         report("prediction", both.prediction, reference.prediction, limits.guided);
@@ -108,13 +122,17 @@ double drift(const Array& latents, const float* reference, std::size_t samples, 
 
 // The whole loop from the same noise, its latents compared after every step; the last, empty where an engine failed.
 std::vector<float> free_run(Pipeline& pipe, const Reference& reference, const Tolerances& limits,
-                            const OnCheck& on_check) {
-    const char* const name = "run: latents, rel-L2";
+                            const OnFigure& on_figure) {
+    const char* const metric = "latents, rel-L2";
+    std::size_t next = 1;
     const std::size_t steps = reference.timesteps.size();
     const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
     Request request;
-    request.condition = reference.own.arrays;
-    request.negative = reference.away.arrays;
+    request.condition = reference.condition.arrays;
+    // The manifest's constants are part of what is verified; a mask goes with its port.
+    for (const Port& port : pipe.manifest.conditions())
+        if (pipe.manifest.mixes_guidance() && !pipe.manifest.null.count(port.masks.empty() ? port.name : port.masks))
+            request.negative[port.name] = reference.negative.arrays.at(port.name);
     request.count = reference.batch();
     request.steps = static_cast<std::int64_t>(steps) / evaluations(pipe.manifest.process.sampler.solver);
     request.guidance = reference.guidance;
@@ -122,45 +140,45 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, const To
     request.on_step = [&](int done, int, const Array& latents) {
         const float* expected = &reference.latents[static_cast<std::size_t>(done) * each];
         const double error = drift(latents, expected, reference.batch(), limits.nearest);
-        on_check({name, error, limits.latents, false, text("after step ", done, " of ", steps)});
+        on_figure({"run", metric, error, limits.latents, false, next++, text("after step ", done, " of ", steps)});
         return false;
     };
     try {
         return pipe.latents(request);
     } catch (const EngineError& error) {
-        on_check({name, std::nan(""), limits.latents, false, error.what()});
+        on_figure({"run", metric, std::nan(""), limits.latents, false, next, error.what()});
         return {};
     }
 }
 
 void check_pictures(Pipeline& pipe, const Reference& reference, const std::vector<float>& latents, double limit,
-                    bool nearest, const OnCheck& on_check) {
-    const std::size_t batch = reference.batch(), one = count(pipe.manifest.image_shape());
+                    bool nearest, const OnFigure& on_figure) {
+    const std::size_t batch = reference.batch(), numbers = count(pipe.manifest.image_shape());
     std::vector<std::uint8_t> pictures;
     try {
         pictures = pipe.pictures(latents);
     } catch (const EngineError& error) {
-        return on_check({"run: pictures, PSNR in dB", std::nan(""), limit, true, error.what()});
+        return on_figure({"run", "pictures, PSNR in dB", std::nan(""), limit, true, {}, error.what()});
     }
     double chosen = 0, flattest = std::numeric_limits<double>::infinity();
     std::size_t shown = 0, flat = 0;
     for (std::size_t sample = 0; sample < batch; ++sample) {
-        const std::uint8_t* picture = &pictures[sample * one];
-        const double ratio = psnr(picture, &reference.images[sample * one], one);
+        const std::uint8_t* picture = &pictures[sample * numbers];
+        const double ratio = psnr(picture, &reference.images[sample * numbers], numbers);
         if (!sample || (nearest ? ratio > chosen : ratio < chosen)) chosen = ratio, shown = sample;
         double sum = 0, squares = 0;
-        for (std::size_t i = 0; i < one; ++i) sum += picture[i], squares += double{1} * picture[i] * picture[i];
-        const double mean = sum / static_cast<double>(one);
-        const double contrast = std::sqrt(std::max(squares / static_cast<double>(one) - mean * mean, 0.0));
+        for (std::size_t i = 0; i < numbers; ++i) sum += picture[i], squares += double{1} * picture[i] * picture[i];
+        const double mean = sum / static_cast<double>(numbers);
+        const double contrast = std::sqrt(std::max(squares / static_cast<double>(numbers) - mean * mean, 0.0));
         if (contrast < flattest) flattest = contrast, flat = sample;
     }
-    on_check({"run: pictures, PSNR in dB", chosen, limit, true, text("sample ", shown)});
-    on_check({"run: pictures, contrast", flattest, 1.0, true, text("sample ", flat)});
+    on_figure({"run", "pictures, PSNR in dB", chosen, limit, true, {}, text("sample ", shown)});
+    on_figure({"run", "pictures, contrast", flattest, CONTRAST, true, {}, text("sample ", flat)});
 }
 
 }  // namespace
 
-void verify(Pipeline& pipe, const OnCheck& on_check) {
+void verify(Pipeline& pipe, const OnFigure& on_figure) {
     check_files(pipe.folder, pipe.manifest, {REFERENCE});
     const Reference reference = load_reference(pipe);
     const Manifest& manifest = pipe.manifest;
@@ -173,19 +191,19 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
         if (stage.before_loop()) conditioner = std::max(conditioner, TOLERANCES.at(stage.precision).conditioner);
     }
     const Array betas = process.betas();
-    const bool comparable = betas.size() == reference.betas.size();
-    std::size_t wrong = 0, first = 0;
-    for (std::size_t t = betas.size(); t-- > 0;)
-        if (!comparable || betas[t] != reference.betas[t]) ++wrong, first = t;
-    on_check({"sampler: betas that differ", static_cast<double>(wrong), 0, false,
-              wrong ? text("first at t = ", first) : std::string()});
+    const std::vector<std::size_t> wrong = differences(betas, reference.betas);
+    on_figure({"sampler",
+               "betas that differ",
+               static_cast<double>(wrong.size()),
+               0,
+               false,
+               {},
+               wrong.empty() ? "" : text("first at t = ", wrong[0])});
     const std::size_t steps = reference.timesteps.size();
     const std::string& solver = process.sampler.solver;
     const Array times = plan(process, solver, static_cast<std::int64_t>(steps) / evaluations(solver));
-    wrong = times.size() == steps ? 0 : steps;
-    for (std::size_t step = 0; step < std::min(steps, times.size()); ++step)
-        wrong += times[step] != reference.timesteps[step];
-    on_check({"sampler: timesteps that differ", static_cast<double>(wrong), 0, false, ""});
+    on_figure(
+        {"sampler", "timesteps that differ", static_cast<double>(differences(times, reference.timesteps).size()), 0});
     const std::vector<std::uint64_t> seeds(reference.seeds.begin(), reference.seeds.end());
     const std::size_t each = reference.latents.size() / (steps + 1);
     const std::vector<float> noise = draw(seeds, reference.batch())(each);
@@ -194,14 +212,14 @@ void verify(Pipeline& pipe, const OnCheck& on_check) {
         const double gap = std::abs(static_cast<double>(noise[i]) - reference.latents[i]);
         if (!(gap <= apart)) apart = gap;
     }
-    on_check({"sampler: noise, max abs error", apart, NOISE_ATOL, false, ""});
+    on_figure({"sampler", "noise, max abs error", apart, NOISE_ATOL});
     const Tolerances& denoiser = TOLERANCES.at(manifest.step().precision);
-    if (conditioner > 0) check_before_loop(pipe, reference, conditioner, on_check);
-    teacher_forced(pipe, reference, denoiser, on_check);
-    const std::vector<float> latents = free_run(pipe, reference, denoiser, on_check);
+    if (conditioner > 0) check_before_loop(pipe, reference, conditioner, on_figure);
+    teacher_forced(pipe, reference, denoiser, on_figure);
+    const std::vector<float> latents = free_run(pipe, reference, denoiser, on_figure);
     if (!latents.empty() && manifest.end()) {
         const double least = std::min(denoiser.pictures, TOLERANCES.at(manifest.end()->precision).pictures);
-        check_pictures(pipe, reference, latents, least, denoiser.nearest, on_check);
+        check_pictures(pipe, reference, latents, least, denoiser.nearest, on_figure);
     }
 }
 

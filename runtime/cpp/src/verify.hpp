@@ -1,8 +1,10 @@
-// Replays reference.npz, PyTorch's own answer, with the engines alone. Mirrors dit_runtime/verify.py.
+// Replays reference.npz, PyTorch's own answer, with the engines alone. Mirrors
+// dit_runtime/verify/judge.py and replay.py.
 #pragma once
 
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 
 #include "npy.hpp"
@@ -20,23 +22,27 @@ struct Tolerances {
     bool nearest;       // the nearest sample of the free run must keep the limits; else every sample must
 };
 
-// By precision, as facts.json has them; their reasons stand in verify/judge.py.
+// The table of facts.json by precision; verify/judge.py gives the reasons.
 extern const std::map<std::string, Tolerances> TOLERANCES;
 extern const double NOISE_ATOL;
+extern const double CONTRAST;  // least standard deviation of a picture, in levels of 255
 
-// One gate: what was measured where, and what it must keep to.
-struct Check {
-    std::string name;
+// The one verdict: a measurement and the limit that it must keep to.
+struct Figure {
+    std::string stage;   // of the bundle; "sampler" and "run" are no stages of it
+    std::string metric;  // with its unit: "prediction, rel-L2"
     double value, limit;
-    bool at_least = false;  // the value must reach the limit, else stay below it
-    std::string where;
+    bool at_least = false;                 // the value must reach the limit, else stay below it
+    std::optional<std::size_t> step = {};  // of the run, from 1
+    std::string where = {};                // for people
 
+    std::string name() const { return stage + ": " + metric; }
     bool passed() const { return at_least ? value >= limit : value <= limit; }  // false for NaN
 };
 
-using OnCheck = std::function<void(const Check& check)>;
+using OnFigure = std::function<void(const Figure& figure)>;
 
-// All checks of a bundle against its reference, one by one; the caller decides on `passed`.
-void verify(Pipeline& pipe, const OnCheck& on_check);
+// All figures of a bundle against its reference, one by one; the caller decides on `passed`.
+void verify(Pipeline& pipe, const OnFigure& on_figure);
 
 }  // namespace dit_runtime

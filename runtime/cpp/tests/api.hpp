@@ -42,17 +42,17 @@ class Api : public ::testing::TestWithParam<const char*> {
     }
 
     // The call fails in this way, with a sentence that holds the words; and the pipeline works afterwards.
-    void refused(dit_status found, dit_status expected, const std::string& words) {
-        EXPECT_STREQ(dit_status_name(found), dit_status_name(expected)) << dit_message(pipe.get());
+    void refused(dit_status status, dit_status expected, const std::string& words) {
+        EXPECT_STREQ(dit_status_name(status), dit_status_name(expected)) << dit_message(pipe.get());
         EXPECT_NE(std::string(dit_message(pipe.get())).find(words), std::string::npos) << dit_message(pipe.get());
-        const dit_request kept = request;
+        const dit_request before = request;
         request = DIT_REQUEST_INIT;
         request.labels = labels;
         request.count = 1;
         request.steps = 2;
         latents();
         EXPECT_STREQ(dit_message(pipe.get()), "");
-        request = kept;
+        request = before;
     }
 
     dit_status generate() { return dit_generate_latents(pipe.get(), &request, numbers, std::size(numbers)); }

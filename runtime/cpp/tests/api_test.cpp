@@ -11,7 +11,7 @@ namespace {
 
 #ifdef __SANITIZE_ADDRESS__
 // OpenVINO's plugins stay loaded to the end: a leak report can then name the library that it is about.
-[[maybe_unused]] dit_pipeline* const kept = [] {
+[[maybe_unused]] dit_pipeline* const loaded = [] {
     dit_open_options options = DIT_OPEN_OPTIONS_INIT;
     options.backend = "openvino";
     dit_pipeline* const pipe = dit_new();
@@ -103,8 +103,8 @@ TEST_P(Api, LowMemoryDrawsTheSame) {
     options.low_memory = 1;
     pipe.reset(dit_new());
     ASSERT_EQ(dit_open(pipe.get(), BUNDLE, &options), DIT_OK) << dit_message(pipe.get());
-    const std::vector<float> found = latents();
-    for (std::size_t i = 0; i < found.size(); ++i) EXPECT_NEAR(found[i], expected[i], 1e-5);
+    const std::vector<float> again = latents();
+    for (std::size_t i = 0; i < again.size(); ++i) EXPECT_NEAR(again[i], expected[i], 1e-5);
     EXPECT_EQ(dit_generate(pipe.get(), &request, pixels, sizeof pixels), DIT_OK) << dit_message(pipe.get());
 }
 

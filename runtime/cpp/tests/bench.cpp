@@ -1,6 +1,5 @@
 // Times runs for tools/bench.py: `bench BUNDLE THREADS STEPS`, then one run for each line on standard input. A line of
-// the answer holds the milliseconds of each step but the first, a bar, and the whole run's and its engines'
-// milliseconds.
+// the answer holds the milliseconds of each step but the first.
 #include <chrono>
 #include <iostream>
 #include <string>
@@ -28,10 +27,7 @@ int main(int count, char** words) {
     };
     std::cout << "ready" << std::endl;
     for (std::string line; std::getline(std::cin, line);) {
-        const double engines = pipe.engine_seconds;
-        const Clock::time_point start = Clock::now();
         pipe.latents(request);
-        std::cout << "| " << milliseconds(Clock::now() - start) << ' ' << 1e3 * (pipe.engine_seconds - engines)
-                  << std::endl;
+        std::cout << std::endl;
     }
 }

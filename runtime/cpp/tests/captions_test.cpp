@@ -100,7 +100,7 @@ TEST_P(Captioned, WhatTheCallerSays) {
     latents();
 }
 
-// What a mask hides changes nothing; what it does not, does.
+// Masked tokens change nothing; others do.
 TEST_P(Captioned, Masks) {
     const float mask[2 * TOKENS] = {1, 1, 1, 0, 1, 1, 1, 0};
     write();
@@ -126,12 +126,12 @@ TEST_P(Captioned, LowMemoryDrawsTheSame) {
 
 TEST_P(Captioned, Refusals) {
     const auto bad = [this](const char* words, const std::function<void()>& change) {
-        const dit_request kept = request;
+        const dit_request before = request;
         const dit_captions own = captions, null = negative;
         write();
         change();
         refused(words);
-        request = kept, captions = own, negative = null;
+        request = before, captions = own, negative = null;
         write();
         latents();
     };
@@ -165,12 +165,12 @@ TEST_P(Api, LabelsAlone) {
     float numbers = 1;
     captions.count = captions.tokens = 1;
     captions.embeddings = &numbers;
-    const dit_request kept = request;
+    const dit_request before = request;
     request.labels = nullptr;
     request.count = 0;
     request.captions = &captions;
     refused(generate(), DIT_BAD_ARGUMENT, "this bundle takes no captions; it takes labels, 0 to 4");
-    request = kept;
+    request = before;
     dit_info info = DIT_INFO_INIT;
     ASSERT_EQ(dit_get_info(pipe.get(), &info), DIT_OK);
     EXPECT_EQ(info.caption_shape[0] + info.caption_shape[1], 0);
@@ -217,6 +217,7 @@ TEST(Face, Captions) {
     };
     request.captions.mask.pop_back();
     bad("the mask of captions: 7 numbers; expected 8");
+    request.captions.mask.clear();
     request.captions.embeddings.pop_back();
     bad("captions: 23 numbers; expected 24");
     request.captions = {};

@@ -1,4 +1,4 @@
-// What fits a bundle's ports, and what guidance leads away from.
+// Conditions that fit a bundle's ports, and the negative of guidance.
 #include "condition.hpp"
 
 #include <gtest/gtest.h>
@@ -14,7 +14,7 @@ namespace {
 
 using Floats = std::vector<float>;
 
-// By `tokens` of 4 numbers each, and pooled.
+// Words of `tokens` of 4 numbers each, and pooled.
 Arrays words(std::int64_t rows, std::int64_t tokens) {
     Tensor words{{rows, tokens, 4}}, pooled{{rows, 5}};
     for (std::size_t index = 0; index < count(words.shape); ++index)
@@ -34,7 +34,7 @@ void refused(const std::string& sentence, const std::function<void()>& call) {
 
 TEST(Condition, FewerTokensArePadded) {
     const Manifest manifest = read(WAVE);
-    const Condition fitted = fit(manifest, words(2, 2));
+    const Rows fitted = fit(manifest, words(2, 2));
     EXPECT_EQ(fitted.rows, 2u);
     EXPECT_EQ(fitted.arrays.at("words").shape, (Shape{2, 3, 4}));
     EXPECT_EQ(fitted.arrays.at("words").floats,
@@ -44,6 +44,17 @@ TEST(Condition, FewerTokensArePadded) {
     Arrays masked = words(2, 2);
     masked["words_mask"] = {{2, 2}, {}, {1, 0, 1, 1}};  // integers fit a port of floats
     EXPECT_EQ(fit(manifest, masked).arrays.at("words_mask").floats, (Floats{1, 0, 0, 1, 1, 0}));
+}
+
+TEST(Condition, AMaskOfEitherType) {
+    Manifest manifest = read(WAVE);
+    Port& mask = manifest.ports.at(3);
+    mask.dtype = "int64", mask.size = 2;
+    Arrays arrays = words(1, 2);
+    arrays["words_mask"] = {{1, 2}, {0, 1}};
+    EXPECT_EQ(fit(manifest, arrays).arrays.at("words_mask").integers, (std::vector<std::int64_t>{0, 1, 0}));
+    arrays["words_mask"].floats[1] = 0.5f;
+    refused("of 0 and 1", [&] { fit(manifest, arrays); });
 }
 
 TEST(Condition, Refusals) {
@@ -75,14 +86,14 @@ TEST(Condition, Refusals) {
 
 TEST(Condition, WhatGuidanceLeadsAwayFrom) {
     const Manifest manifest = read(WAVE), captioned = read(CAPTIONED);
-    const Condition constants = null_condition(manifest, {});
+    const Rows constants = null_condition(manifest, {});
     EXPECT_EQ(constants.rows, 1u);
     EXPECT_EQ(constants.arrays.at("words").floats, Floats(12));
     EXPECT_EQ(constants.arrays.at("words_mask").floats, Floats(3, 1));
     EXPECT_EQ(null_condition(read(BUNDLE), {}).arrays.at("labels").integers, (std::vector<std::int64_t>{5}));
     Arrays half = words(2, 1);
     half.erase("pooled");
-    const Condition mixed = null_condition(manifest, half);  // the other port has a constant
+    const Rows mixed = null_condition(manifest, half);  // the other port has a constant
     EXPECT_EQ(mixed.rows, 2u);
     EXPECT_EQ(mixed.arrays.at("pooled").floats, Floats(10));
     EXPECT_EQ(mixed.arrays.at("words_mask").floats, (Floats{1, 0, 0, 1, 0, 0}));
@@ -91,7 +102,7 @@ TEST(Condition, WhatGuidanceLeadsAwayFrom) {
 }
 
 TEST(Condition, RowsThatAreEqualHaveOneNumber) {
-    const Condition condition{4, {{"a", {{4}, {}, {7, 3, 7, 7}}}, {"b", {{4, 2}, {1, 2, 1, 2, 1, 2, 1, 3}}}}};
+    const Rows condition{4, {{"a", {{4}, {}, {7, 3, 7, 7}}}, {"b", {{4, 2}, {1, 2, 1, 2, 1, 2, 1, 3}}}}};
     using Numbers = std::vector<std::size_t>;
     EXPECT_EQ(unique_rows(condition, {}), (Numbers{0, 0, 0, 0}));
     EXPECT_EQ(unique_rows(condition, {"a"}), (Numbers{0, 1, 0, 0}));
@@ -108,25 +119,25 @@ TEST(Requests, AreCheckedAgainstAManifest) {
     Request request;
     request.labels = {1, 3};
     const Checked checked = check(labels, request);
-    EXPECT_EQ(checked.own.arrays.at("labels").integers, request.labels);
-    EXPECT_EQ(checked.null.rows, 1u);
+    EXPECT_EQ(checked.condition.arrays.at("labels").integers, request.labels);
+    EXPECT_EQ(checked.negative.rows, 1u);
     EXPECT_EQ(checked.timesteps.size(), 25u);
     request.guidance = {1};
-    EXPECT_EQ(check(labels, request).null.rows, 0u);
+    EXPECT_EQ(check(labels, request).negative.rows, 0u);
     refused("this bundle takes words, words_mask, pooled, and no labels", [&] { check(wave, request); });
     request.condition = {{"labels", {{2}, {}, {1, 2}}}};
     refused("got both labels and a condition with labels", [&] { check(labels, request); });
     request.labels.clear();
-    EXPECT_EQ(check(labels, request).own.rows, 2u);
+    EXPECT_EQ(check(labels, request).condition.rows, 2u);
     request.seeds = {1, 2, 3};
     refused("3 seeds", [&] { check(labels, request); });
     request.condition.clear();
     refused("no labels", [&] { check(labels, request); });
-    EXPECT_EQ(check(unconditioned, request).own.rows, 3u);  // one for each seed
-    EXPECT_EQ(check(unconditioned, request).null.rows, 0u);
+    EXPECT_EQ(check(unconditioned, request).condition.rows, 3u);  // one for each seed
+    EXPECT_EQ(check(unconditioned, request).negative.rows, 0u);
     request.seeds = {1};
     request.count = 4;
-    EXPECT_EQ(check(unconditioned, request).own.rows, 4u);
+    EXPECT_EQ(check(unconditioned, request).condition.rows, 4u);
     request.condition = words(2, 3);
     request.count = 0;
     request.negative = words(3, 1);
@@ -135,6 +146,17 @@ TEST(Requests, AreCheckedAgainstAManifest) {
     request.solver = "ddpm";
     request.negative.clear();
     refused("only ddim takes it", [&] { check(wave, request); });
+    request.eta = 0;
+    refused("needs a model that predicts its variance", [&] { check(wave, request); });
+    EXPECT_EQ(check(labels,
+                    [] {
+                        Request learned;
+                        learned.labels = {1};
+                        learned.solver = "ddpm";
+                        return learned;
+                    }())
+                  .solver,
+              "ddpm");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What is refused before an engine is opened. Mirrors the refusals in tests/tensorrt/test_engine.py.
+// Refusals before an engine is opened. Mirrors the refusals in tests/tensorrt/test_engine.py.
 #include "engine.hpp"
 
 #include <gtest/gtest.h>
@@ -36,9 +36,9 @@ TEST(Refusal, AnotherVersion) {
     EXPECT_EQ(refused(Built{}), "built by tensorrt-rtx of no known version, and here is 1.7.1");
     for (const auto& [version, fine] :
          std::map<std::string, bool>{{"1.6.9", true}, {"1.7.1", true}, {"1.8.0", false}, {"0.9", false}}) {
-        const Built built = changed([version = version](Built& one) {
-            one.version = version;
-            one.version_compatible = true;
+        const Built built = changed([version = version](Built& built) {
+            built.version = version;
+            built.version_compatible = true;
         });
         EXPECT_EQ(refused(built).empty(), fine) << version;
     }

@@ -65,6 +65,14 @@ TEST(Npy, Halves) {
     EXPECT_TRUE(std::isnan(values.back()));
 }
 
+TEST(Npy, FloatsAreNoIntegers) {
+    const float values[] = {1, 1e30f};
+    const NpyArray array = parse_npy(bytes(npy_bytes("<f4", {2}, values, sizeof values)));
+    EXPECT_THROW(array.as<std::int64_t>(), NpyError);
+    EXPECT_THROW(array.as<std::uint8_t>(), NpyError);
+    EXPECT_EQ(array.as<double>()[0], 1);
+}
+
 TEST(Npy, Refusals) {
     for (const auto& [dtype, shape] : std::vector<std::pair<std::string, Shape>>{
              {"<f4", {7}}, {"<f4", {1 << 20, 1 << 20, 1 << 20}}, {"|O", {3}}, {">f4", {3}}, {"<c8", {1}}, {"", {}}})
@@ -107,8 +115,8 @@ TEST(Words, Nearest) {
 // Halves go to the even neighbour, as np.rint; what is outside of [0, 1] is clipped.
 TEST(Images, Rounding) {
     const std::vector<float> levels = {0.5f / 255, 1.5f / 255, 2.5f / 255, -1, 2, 1};
-    const auto found = to_uint8(levels, {1, 3, 1, 2});
-    std::vector<int> planes = {found[0], found[3], found[1], found[4], found[2], found[5]};
+    const auto bytes_of = to_uint8(levels, {1, 3, 1, 2});
+    std::vector<int> planes = {bytes_of[0], bytes_of[3], bytes_of[1], bytes_of[4], bytes_of[2], bytes_of[5]};
     const auto exact = [](float level) { return static_cast<int>(std::nearbyint(static_cast<double>(level) * 255)); };
     EXPECT_EQ(planes, (std::vector<int>{exact(levels[0]), exact(levels[1]), exact(levels[2]), 0, 255, 255}));
     EXPECT_EQ(to_uint8({0.5f, 0.5f, 0.5f}, {1, 3, 1, 1})[0], 128);  // 127.5 is a tie

@@ -1,4 +1,4 @@
-// What a manifest may say, and the files it names.
+// Manifests and the files they name.
 #include <gtest/gtest.h>
 
 #include <filesystem>
@@ -118,8 +118,8 @@ TEST(Ports, Refusals) {
     bad("time ports: got 0", [](Json& table) { table["ports"][1]["role"] = "condition"; });
     bad("rank 1 or more", [](Json& table) { table["ports"][0]["shape"] = Json::array(); });
     bad("rank 0", [](Json& table) { table["ports"][1]["shape"] = {1}; });
-    bad("role: got 'prompt'", [](Json& table) { table["ports"][4]["role"] = "prompt"; });
-    bad("dtype: got 'float16'", [](Json& table) { table["ports"][4]["dtype"] = "float16"; });
+    bad("role: got prompt", [](Json& table) { table["ports"][4]["role"] = "prompt"; });
+    bad("dtype: got float16", [](Json& table) { table["ports"][4]["dtype"] = "float16"; });
     bad("size: got 0, expected 1 or more", [](Json& table) { table["ports"][4]["dtype"] = "int64"; });
     bad("size: got 3, expected 0", [](Json& table) { table["ports"][4]["size"] = 3; });
     bad("port or tensor 'words'", [](Json& table) { table["ports"][3]["name"] = "words"; });
@@ -137,6 +137,16 @@ TEST(Ports, Refusals) {
     bad("null: got moment", [](Json& table) { table["null"]["moment"] = 0; });
     bad("channels: got 7, expected 1 to 6", [](Json& table) { table["guidance"]["channels"] = 7; });
     bad("labels: got 1 names, expected 0", [](Json& table) { table["labels"] = {"ant"}; });
+    bad("null: words_mask: got 0.0, expected 1", [](Json& table) { table["null"]["words_mask"] = 0; });
+    bad("null: pooled: got 1e+300, expected a number of float32", [](Json& table) { table["null"]["pooled"] = 1e300; });
+    bad("size: got 1, expected 2 or more", [](Json& table) {
+        table["ports"][3]["dtype"] = "int64";
+        table["ports"][3]["size"] = 1;
+    });
+    refused_change(FREE, "reads guidance: got no condition port", [](Json& table) {
+        stage(table, "denoiser")["reads"].push_back({{"name", "guidance"}, {"dtype", "float32"}, {"shape", {"batch"}}});
+    });
+    refused_change(BUNDLE, "leave no signal", [](Json& table) { table["process"]["beta_end"] = 0.999999; });
     refused_change(BUNDLE, "after all classes", [](Json& table) { table["null"]["labels"] = 0; });
     refused_change(BUNDLE, "labels: got 5 names, expected 6", [](Json& table) { table["null"] = Json::object(); });
 }
@@ -145,7 +155,7 @@ TEST(Stages, Refusals) {
     const auto bad = [](const char* words, const std::function<void(Json&)>& change) {
         refused_change(WAVE, words, change);
     };
-    bad("runs: got 'sometimes'", [](Json& table) { stage(table, "summary")["runs"] = "sometimes"; });
+    bad("runs: got sometimes", [](Json& table) { stage(table, "summary")["runs"] = "sometimes"; });
     bad("stages that run 'step': got 0", [](Json& table) { stage(table, "denoiser")["runs"] = "time+condition"; });
     bad("stages that run 'step': got 2", [](Json& table) { stage(table, "context")["runs"] = "step"; });
     bad("stage 'context' is listed", [](Json& table) { stage(table, "summary")["name"] = "context"; });

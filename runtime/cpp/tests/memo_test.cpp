@@ -6,8 +6,10 @@
 #include <map>
 #include <set>
 
+#include "bundle.hpp"
 #include "errors.hpp"
 #include "pipeline.hpp"
+#include "reference.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -16,7 +18,7 @@ using Floats = std::vector<float>;
 
 constexpr std::size_t ROW = 6;
 
-Condition labelled(const std::vector<std::int64_t>& labels) {
+Rows labelled(const std::vector<std::int64_t>& labels) {
     if (labels.empty()) return {};
     return {labels.size(), {{"labels", {{static_cast<std::int64_t>(labels.size())}, {}, labels}}}};
 }
@@ -64,6 +66,7 @@ Seen run(std::size_t steps, const std::vector<std::int64_t>& labels, const std::
     for (std::size_t step = 0; step < steps; ++step)
         for (std::size_t first = 0; first < labels.size(); first += 3) {  // as a batch is split
             const std::size_t last = std::min(first + 3, labels.size()), own = last - first;
+            const std::size_t before = seen.pairs.size();
             const Tensor& tensor = memo(step, first, last).at("rows");
             const auto groups = static_cast<std::int64_t>(null.empty() ? 1 : 2);
             EXPECT_EQ(tensor.shape, (Shape{groups, static_cast<std::int64_t>(own), std::int64_t{ROW}}));
@@ -73,7 +76,7 @@ Seen run(std::size_t steps, const std::vector<std::int64_t>& labels, const std::
                 EXPECT_EQ(tensor.floats[row * ROW], times[step]);
                 EXPECT_EQ(tensor.floats[row * ROW + 1], static_cast<float>(expected));
             }
-            seen.held = std::max(seen.held, memo.held());
+            seen.held = std::max(seen.held, (seen.pairs.size() - before) * ROW * sizeof(float));  // a whole window
         }
     return seen;
 }
@@ -104,13 +107,23 @@ TEST(Memo, EqualRowsAreMadeOnce) {
     EXPECT_EQ(run(6, {3, 3, 7}, {7, 8, 7}, 1000000).pairs.size(), 18u);  // a negative each
 }
 
-TEST(Memo, AStageOfAnotherSizeIsAnError) {
-    const Manifest manifest = pairs();
-    const RunStage few = [](const Stage&, const std::vector<Input>&, std::size_t) {
-        return std::map<std::string, Floats>{{"rows", Floats(1)}};
+// An engine fails in the second part of a window: the same step again asks it anew.
+TEST(Memo, AStepCanBeTriedAgain) {
+    const Manifest manifest = pairs(1);
+    int calls = 0;
+    const RunStage fails_once = [&](const Stage&, const std::vector<Input>& inputs, std::size_t) {
+        if (++calls == 2) throw EngineError("busy");
+        const auto label = static_cast<float>(*static_cast<const std::int64_t*>(inputs.at(1).data));
+        return std::map<std::string, Floats>{{"rows", Floats(ROW, label)}};
     };
-    Memo memo(manifest, few, {1}, labelled({0}));
-    EXPECT_THROW(memo(0, 0, 1), EngineError);
+    Memo memo(manifest, fails_once, {2, 1}, labelled({7, 3}));
+    EXPECT_THROW(memo(0, 0, 2), EngineError);
+    for (const std::size_t step : {std::size_t{0}, std::size_t{1}}) {
+        Floats expected(ROW, 7.0f);
+        expected.insert(expected.end(), ROW, 3.0f);
+        EXPECT_EQ(memo(step, 0, 2).at("rows").floats, expected);
+    }
+    EXPECT_EQ(calls, 2 + 4);
 }
 
 // Four stages, of which two read what others give: each runs once for each distinct row of what it depends on.
@@ -131,12 +144,12 @@ TEST(Memo, EachStageOnceForWhatItDependsOn) {
     Tensor words{{4, 3, 4}}, mask{{4, 3}, Floats(12, 1)}, pooled{{4, 5}};
     for (const float text : {1.0f, 2.0f, 1.0f, 2.0f}) words.floats.insert(words.floats.end(), 12, text);
     for (const float sum : {0.0f, 1.0f, 0.0f, 0.0f}) pooled.floats.insert(pooled.floats.end(), 5, sum);
-    const Condition own{4, {{"words", words}, {"words_mask", mask}, {"pooled", pooled}}};
-    const Condition null = null_condition(manifest, {});
+    const Rows condition{4, {{"words", words}, {"words_mask", mask}, {"pooled", pooled}}};
+    const Rows negative = null_condition(manifest, {});
     const Array times = {30, 20, 20, 10};  // a solver that asks twice
     for (const std::size_t budget : {std::size_t{1}, MEMO_BYTES}) {
         rows.clear();
-        Memo memo(manifest, count_rows, times, own, null, budget);
+        Memo memo(manifest, count_rows, times, condition, negative, budget);
         const float* held = nullptr;
         for (std::size_t step = 0; step < times.size(); ++step) {
             const Arrays& inputs = memo(step, 0, 4);
@@ -152,10 +165,20 @@ TEST(Memo, EachStageOnceForWhatItDependsOn) {
         EXPECT_EQ(rows["modulation"], 3u);    // timesteps
         EXPECT_EQ(rows["conditioner"], 12u);  // of each, what the summary depends on
     }
-    Memo memo(manifest, count_rows, times, own, null);
+    Memo memo(manifest, count_rows, times, condition, negative);
     EXPECT_EQ(memo(0, 1, 3, Groups::OWN).at("conditioning").shape, (Shape{1, 2, 2, 8}));
     EXPECT_EQ(memo(0, 1, 3, Groups::NULLS).at("context").shape, (Shape{1, 2, 3, 8}));
     EXPECT_EQ(memo(0, 1, 3).at("context").shape, (Shape{2, 2, 3, 8}));
+}
+
+// A fingerprint of nothing is zero: here the step reads no tensor of the one stage before the loop.
+TEST(Fingerprint, OfNoTensors) {
+    const BundleCopy copy;
+    copy.edit([](nlohmann::json& table) { stage(table, "denoiser")["reads"].erase(1); });
+    Options options;
+    options.low_memory = true;  // the denoiser, whose graph reads it, is not opened
+    Pipeline pipe(copy.folder, options);
+    EXPECT_EQ(fingerprint(pipe, labelled({1, 2, 3, 4}), 500), Floats(4 * FINGERPRINTS));
 }
 
 // Three rows at a time, more are refused: as many pairs as there are give what each gives alone.

@@ -1,7 +1,9 @@
 // Schedule, solvers and noise against goldens.json, which Python wrote.
 #include <gtest/gtest.h>
 
-#include <dit/dit.hpp>
+#include <dit/dit.h>
+
+#include <functional>
 
 #include "errors.hpp"
 #include "facts.hpp"
@@ -22,6 +24,16 @@ constexpr std::size_t SIZE = 24;  // numbers of a golden run, of two samples
 constexpr double RTOL = 1e-12;
 // Noise is rounded to float: an ulp of values up to 5.
 constexpr double NOISE_RTOL = 1e-7;
+
+using Denoise = std::function<Prediction(const Array& x, double t)>;
+
+// A whole run with a network that is called.
+Array solve(const Process& process, const std::string& solver, std::int64_t steps, Array x, const Draw& draw,
+            const Denoise& denoise, double eta = 0.0, const std::string& spacing = "") {
+    Solver run(process, solver, steps, std::move(x), draw, eta, spacing);
+    while (run.asks()) run.send(denoise(run.x(), run.t()));
+    return run.x();
+}
 
 Process process(const std::string& name) { return process_from_json(goldens()["processes"][name]); }
 
@@ -148,7 +160,9 @@ TEST(Solvers, Refusals) {
     EXPECT_THROW(with("ddim", 5, 0, "evenly"), UsageError);
     EXPECT_THROW(with("euler", 5, 0, ""), UsageError);
     const Denoise silent = [](const Array& x, double t) { return Prediction{respond(x, t).prediction, {}}; };
-    EXPECT_THROW(solve(Process(), "ddpm", 5, Array(SIZE), draw({0}, 1), silent), UsageError);
+    Solver run(Process(), "ddpm", 5, Array(SIZE, 0.5), draw({0}, 1));
+    EXPECT_THROW(run.send(silent(run.x(), run.t())), UsageError);
+    EXPECT_EQ(run.x(), Array(SIZE, 0.5));  // nothing is half done
     try {
         with("ddim", 300, 0, "stride");
         FAIL();
@@ -206,11 +220,12 @@ TEST(Noise, OneSeedASample) {
     EXPECT_THROW(draw({}, 3), UsageError);
 }
 
-// The public headers cannot read facts.json.
-TEST(Facts, DefaultsOfTheHeader) {
-    const dit::Request request;
-    EXPECT_EQ(request.steps, default_steps());
-    EXPECT_EQ(request.guidance, std::vector<float>{static_cast<float>(default_guidance())});
+// The public header cannot read facts.json.
+TEST(Facts, RankOfTheHeader) {
+    const dit_info info = DIT_INFO_INIT;
+    const dit_port port = DIT_PORT_INIT;
+    EXPECT_EQ(std::size(info.state_shape), static_cast<std::size_t>(limit("rank")));
+    EXPECT_EQ(std::size(port.shape), static_cast<std::size_t>(limit("rank")));
 }
 
 TEST(Facts, EveryPrecisionHasTolerances) {

@@ -31,12 +31,12 @@ class Wave : public Api {
     }
 
     void bad(const char* sentence, const std::function<void()>& change) {
-        const dit_request kept = request;
+        const dit_request before = request;
         const dit_array first = arrays[0], second = arrays[1];
         change();
         EXPECT_EQ(dit_generate_latents(pipe.get(), &request, numbers, std::size(numbers)), DIT_BAD_ARGUMENT);
         EXPECT_NE(std::string(dit_message(pipe.get())).find(sentence), std::string::npos) << dit_message(pipe.get());
-        request = kept, arrays[0] = first, arrays[1] = second;
+        request = before, arrays[0] = first, arrays[1] = second;
         draw();
     }
 
@@ -67,6 +67,17 @@ TEST_P(Wave, InfoPortsAndVerify) {
     EXPECT_EQ(dit_get_port(pipe.get(), 0, nullptr), DIT_BAD_ARGUMENT);
     EXPECT_EQ(dit_port_count(nullptr), 0u);
     EXPECT_EQ(dit_verify(pipe.get(), nullptr, nullptr), DIT_OK) << dit_message(pipe.get());
+}
+
+// The reference is of other constants than the manifest has, so a guided run is another one.
+TEST_P(Wave, ConstantsOfTheManifestAreVerified) {
+    const BundleCopy copy(WAVE);
+    copy.edit([](nlohmann::json& table) { table["null"]["pooled"] = 3; });
+    const Handle fresh(dit_new());
+    ASSERT_EQ(dit_open(fresh.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(fresh.get());
+    EXPECT_EQ(dit_verify(fresh.get(), nullptr, nullptr), DIT_NOT_VERIFIED);
+    EXPECT_NE(std::string(dit_message(fresh.get())).find("run: latents"), std::string::npos)
+        << dit_message(fresh.get());
 }
 
 TEST_P(Wave, EachConditionIsRead) {
@@ -167,6 +178,14 @@ TEST(Face, NoConditionAtAll) {
     EXPECT_EQ(pipe.generate(request).pixels.size(), 2 * PIXELS);
     request.seeds = {4};
     EXPECT_EQ(pipe.generate_latents(request), std::vector<float>(both.begin() + NUMBERS, both.end()));
+    request.seeds = {0};
+    request.latents.assign(3 * NUMBERS, 0.5f);
+    EXPECT_EQ(pipe.generate_latents(request).size(), 3 * NUMBERS);  // so do latents to start from
+    request.latents.clear();
+    dit_request none = DIT_REQUEST_INIT;
+    float number = 0;
+    EXPECT_EQ(dit_generate_latents(pipe.get(), &none, &number, 0), DIT_BAD_ARGUMENT);
+    EXPECT_NE(std::string(dit_message(pipe.get())).find("count is 0"), std::string::npos) << dit_message(pipe.get());
     EXPECT_TRUE(pipe.verify());
     EXPECT_EQ(pipe.info().num_classes, 0);
     EXPECT_THROW(pipe.find_label("ant"), dit::Error);

@@ -1,4 +1,4 @@
-// What the C ABI refuses: a status and a sentence, and the pipeline works on afterwards.
+// Refusals of the C ABI: a status and a sentence, and the pipeline works on afterwards.
 #include <cmath>
 
 #include "api.hpp"
@@ -8,10 +8,10 @@ namespace {
 
 TEST_P(Api, BadRequests) {
     const auto bad = [this](const char* words, const std::function<void()>& change) {
-        const dit_request kept = request;
+        const dit_request before = request;
         change();
         refused(generate(), DIT_BAD_ARGUMENT, words);
-        request = kept;
+        request = before;
     };
     int64_t wrong[2] = {1, 5};
     const uint64_t seeds[3] = {1, 2, 3};
@@ -92,7 +92,7 @@ TEST_P(Api, BadBundles) {
     };
     bad("no manifest.json", [](const BundleCopy& copy) { std::filesystem::remove(copy.folder / "manifest.json"); });
     bad("not JSON", [](const BundleCopy& copy) { copy.write("manifest.json", "{"); });
-    bad("model is a list, expected a table", [](const BundleCopy& copy) {  // deeper than any stack
+    bad("model: got a list, expected a table", [](const BundleCopy& copy) {  // deeper than any stack
         const std::size_t depth = 1000000;
         copy.write("manifest.json",
                    "{\"format\": 2, \"model\": " + std::string(depth, '[') + std::string(depth, ']') + "}");

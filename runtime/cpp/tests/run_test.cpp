@@ -94,8 +94,9 @@ TEST_P(Stepped, Cancel) {
 }
 
 TEST_P(Stepped, Refusals) {
-    dit_run* none = nullptr;
+    dit_run* none = reinterpret_cast<dit_run*>(&request);
     refused(dit_run_new(pipe.get(), nullptr, &none), DIT_BAD_ARGUMENT, "dit_request is NULL");
+    EXPECT_EQ(none, nullptr);
     refused(dit_run_new(pipe.get(), &request, nullptr), DIT_BAD_ARGUMENT, "run is NULL");
     request.steps = -1;
     refused(dit_run_new(pipe.get(), &request, &none), DIT_BAD_ARGUMENT, "steps is -1");

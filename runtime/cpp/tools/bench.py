@@ -24,7 +24,6 @@ def main() -> None:
     options = parser.parse_args()
     command = [PROGRAM, options.bundle, str(options.threads), str(options.steps)]
     steps: dict[str, list[float]] = {"python": [], "cpp": []}
-    own: list[float] = []  # milliseconds a step that C++ spends outside of engines
     with (
         Pipeline.load(options.bundle, threads=options.threads or None) as pipe,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cpp,
@@ -37,18 +36,16 @@ def main() -> None:
             )
             cpp.stdin.write("\n")
             cpp.stdin.flush()
-            answer, _, sums = cpp.stdout.readline().partition("|")
-            whole, engines = map(float, sums.split())
+            answer = cpp.stdout.readline()
             if number:
                 steps["python"] += [1e3 * (after - before) for before, after in pairwise(times)]
                 steps["cpp"] += [float(word) for word in answer.split()]
-                own.append((whole - engines) / options.steps)
         cpp.stdin.close()
     table = {
         name: {"median_ms": statistics.median(values), "least_ms": min(values), "most_ms": max(values)}
         for name, values in steps.items()
     }
-    print(json.dumps(table | {"own_ms_a_step": statistics.median(own)}, indent=1))
+    print(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@
  * DIT_BUSY and does nothing. Different pipelines do not know of each other. dit_free must be the last call. Engines
  * bring threads of their own; dit_open_options.threads bounds them.
  *
- * Ownership: what a function returns as `const char *` belongs to the pipeline (or to the library) and stays until the
- * next fallible call on it or dit_free; everything that is passed in stays the caller's and is not kept after the call.
- * A dit_run belongs to its pipeline: dit_run_free comes before dit_free.
+ * Ownership: strings that a function returns belong to the library. dit_message's stays until the next fallible call on
+ * the pipeline; all others stay until dit_free. Arguments stay the caller's and are copied; only on_step and user of a
+ * dit_run_new are used for as long as the run. A dit_run belongs to its pipeline: dit_run_free comes before dit_free.
  *
  * Errors: each fallible call returns a dit_status. dit_message(pipe) then says in one sentence what, where, what was
  * expected and what to do; DIT_BUSY has no message, and the other call's must not be read while it runs. A pipeline
@@ -133,7 +133,7 @@ typedef struct dit_array {
 
 #define DIT_ARRAY_INIT {sizeof(dit_array), NULL, 0, 0, NULL, NULL}
 
-/* What a text encoder made of some texts: the ports "captions" and "mask" of a bundle that has them. */
+/* Prompt embeddings: the ports "captions" and "mask" of a bundle that has them. */
 typedef struct dit_captions {
     size_t struct_size;
     size_t count;            /* of texts */
@@ -148,7 +148,8 @@ typedef struct dit_captions {
 typedef struct dit_request {
     size_t struct_size;
     const int64_t* labels;
-    size_t count;          /* of labels, and so of pictures; 0 where arrays or captions say how many */
+    size_t count;          /* of labels, and so of pictures; 0 where arrays or captions say how many; the number of
+                              pictures where nothing conditions the network */
     const uint64_t* seeds; /* NULL: 0 */
     size_t num_seeds;      /* 1: one stream of noise for all, as PyTorch draws; count: one each, so that a picture does
                               not depend on its neighbours */
@@ -207,7 +208,7 @@ DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_op
 
 DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
 
-/* How many ports condition the network; 0 without a bundle. */
+/* The number of ports that condition the network; 0 without a bundle. */
 DIT_API size_t dit_port_count(const dit_pipeline* pipe);
 
 /* The ports from 0 to dit_port_count - 1; start from DIT_PORT_INIT. */
@@ -264,13 +265,13 @@ typedef void (*dit_on_check)(const char* name, double value, double limit, int a
  * on_check may be NULL. */
 DIT_API dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user);
 
-/* Of the last fallible call; "" after success. */
+/* The sentence of the last fallible call; "" after success. */
 DIT_API const char* dit_message(const dit_pipeline* pipe);
 
 /* "DIT_OK" and so on. */
 DIT_API const char* dit_status_name(dit_status status);
 
-/* Of this library, "0.1.0". */
+/* The version of this library, "0.1.0". */
 DIT_API const char* dit_version(void);
 
 /* The engines this library was built with, "onnxruntime 1.31.0, openvino 2026.4". */

@@ -55,7 +55,7 @@ struct Port {
     bool has_null;                    // whether a negative for it is not needed
 };
 
-// What a text encoder made of some texts: the ports "captions" and "mask".
+// Prompt embeddings: the ports "captions" and "mask".
 struct Captions {
     std::size_t count = 0, tokens = 0;
     std::vector<float> embeddings;  // [count, tokens, numbers a token]
@@ -65,9 +65,9 @@ struct Captions {
 struct Request {
     std::vector<std::int64_t> labels;
     std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
-    std::vector<float> guidance = {4.0f};    // one, or one a label
-    int steps = 25;
-    std::string solver, spacing;  // empty: the bundle's
+    std::vector<float> guidance;             // one, or one a label; empty: the library's default
+    int steps = 0;                           // 0: the library's default
+    std::string solver, spacing;             // empty: the bundle's
     double eta = 0.0;
     std::vector<float> latents;  // to start from; empty: the seeds' noise
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
@@ -103,12 +103,12 @@ class Pipeline {
   public:
     explicit Pipeline(const std::string& bundle, const OpenOptions& options = {}) : pipe_(dit_new()) {
         if (!pipe_) throw Error(DIT_OUT_OF_MEMORY, "out of memory");
-        dit_open_options given = DIT_OPEN_OPTIONS_INIT;
-        if (!options.backend.empty()) given.backend = options.backend.c_str();
-        if (!options.device.empty()) given.device = options.device.c_str();
-        given.threads = options.threads;
-        given.low_memory = options.low_memory;
-        check(dit_open(pipe_.get(), bundle.c_str(), &given));
+        dit_open_options from = DIT_OPEN_OPTIONS_INIT;
+        if (!options.backend.empty()) from.backend = options.backend.c_str();
+        if (!options.device.empty()) from.device = options.device.c_str();
+        from.threads = options.threads;
+        from.low_memory = options.low_memory;
+        check(dit_open(pipe_.get(), bundle.c_str(), &from));
         check(dit_get_info(pipe_.get(), &info_));
     }
 
@@ -143,9 +143,10 @@ class Pipeline {
         return all;
     }
 
-    // How many pictures it asks for; of a network that nothing conditions, one for each seed.
+    // The number of pictures; where nothing conditions the network, of its latents, else of its seeds.
     std::size_t count(const Request& request) const {
-        return dit_port_count(pipe_.get()) ? request.count() : request.seeds.size();
+        if (dit_port_count(pipe_.get())) return request.count();
+        return request.latents.empty() ? request.seeds.size() : request.latents.size() / row();
     }
 
     Images generate(const Request& request) {
@@ -153,7 +154,7 @@ class Pipeline {
         std::uint8_t none = 0;
         std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
         call(request,
-             [&](const dit_request& given) { return dit_generate(pipe_.get(), &given, pixels, images.pixels.size()); });
+             [&](const dit_request& from) { return dit_generate(pipe_.get(), &from, pixels, images.pixels.size()); });
         return images;
     }
 
@@ -162,8 +163,8 @@ class Pipeline {
         std::vector<float> latents(count(request) * row());
         float none = 0;
         float* numbers = latents.empty() ? &none : latents.data();
-        call(request, [&](const dit_request& given) {
-            return dit_generate_latents(pipe_.get(), &given, numbers, latents.size());
+        call(request, [&](const dit_request& from) {
+            return dit_generate_latents(pipe_.get(), &from, numbers, latents.size());
         });
         return latents;
     }
@@ -204,22 +205,16 @@ class Pipeline {
         if (status != DIT_OK) throw Error(status, dit_message(pipe_.get()));
     }
 
-    static void require(const std::string& name, std::size_t found, std::size_t expected) {
-        if (found != expected)
-            throw Error(DIT_BAD_ARGUMENT,
-                        name + ": " + std::to_string(found) + " numbers; expected " + std::to_string(expected));
-    }
-
-    dit_captions to_c(const std::string& name, const Captions& from) const {
+    static dit_captions to_c(const std::string& name, const Captions& from) {
         dit_captions captions = DIT_CAPTIONS_INIT;
         captions.count = from.count;
         captions.tokens = from.tokens;
-        captions.embeddings = from.embeddings.data();
-        const std::size_t tokens = from.count * from.tokens;
-        if (info_.caption_shape[1])  // else the library refuses them
-            require(name, from.embeddings.size(), tokens * static_cast<std::size_t>(info_.caption_shape[1]));
+        captions.size = from.embeddings.size();
+        if (!from.embeddings.empty()) captions.embeddings = from.embeddings.data();
         if (from.mask.empty()) return captions;
-        require("the mask of " + name, from.mask.size(), tokens);
+        if (from.mask.size() != from.count * from.tokens)
+            throw Error(DIT_BAD_ARGUMENT, "the mask of " + name + ": " + std::to_string(from.mask.size()) +
+                                              " numbers; expected " + std::to_string(from.count * from.tokens));
         captions.mask = from.mask.data();
         return captions;
     }
@@ -265,30 +260,30 @@ class Pipeline {
     // `step` stays where a run that goes on may call it.
     template <typename Generate>
     void call(const Request& request, OnStep& step, const Generate& generate) {
-        dit_request given = DIT_REQUEST_INIT;
-        if (!request.labels.empty()) given.labels = request.labels.data();
-        given.count = count(request);
+        dit_request to = DIT_REQUEST_INIT;
+        if (!request.labels.empty()) to.labels = request.labels.data();
+        to.count = count(request);
         const dit_captions captions = to_c("captions", request.captions), negative = to_c("negative", request.negative);
-        if (captions.count) given.captions = &captions;
-        if (negative.count) given.negative = &negative;
+        if (captions.count) to.captions = &captions;
+        if (negative.count) to.negative = &negative;
         const std::vector<dit_array> arrays = to_c(request.condition), away = to_c(request.negative_condition);
-        if (!arrays.empty()) given.arrays = arrays.data();
-        given.num_arrays = arrays.size();
-        if (!away.empty()) given.negative_arrays = away.data();
-        given.num_negative_arrays = away.size();
-        given.seeds = request.seeds.data();
-        given.num_seeds = request.seeds.size();
-        given.guidance = request.guidance.data();
-        given.num_guidance = request.guidance.size();
-        given.steps = request.steps;
-        if (!request.solver.empty()) given.solver = request.solver.c_str();
-        if (!request.spacing.empty()) given.spacing = request.spacing.c_str();
-        given.eta = request.eta;
-        if (!request.latents.empty()) given.latents = request.latents.data();
-        given.latents_size = request.latents.size();
-        if (request.on_step) given.on_step = &Pipeline::on_step;
-        given.user = &step;
-        const dit_status status = generate(given);
+        if (!arrays.empty()) to.arrays = arrays.data();
+        to.num_arrays = arrays.size();
+        if (!away.empty()) to.negative_arrays = away.data();
+        to.num_negative_arrays = away.size();
+        to.seeds = request.seeds.data();
+        to.num_seeds = request.seeds.size();
+        if (!request.guidance.empty()) to.guidance = request.guidance.data();
+        to.num_guidance = request.guidance.size();
+        to.steps = request.steps;
+        if (!request.solver.empty()) to.solver = request.solver.c_str();
+        if (!request.spacing.empty()) to.spacing = request.spacing.c_str();
+        to.eta = request.eta;
+        if (!request.latents.empty()) to.latents = request.latents.data();
+        to.latents_size = request.latents.size();
+        if (request.on_step) to.on_step = &Pipeline::on_step;
+        to.user = &step;
+        const dit_status status = generate(to);
         rethrow(step);
         check(status);
     }
@@ -328,7 +323,7 @@ class Run {
         : pipe_(pipe), count_(pipe.count(request)), call_(std::make_unique<Call>(request.on_step)) {
         dit_run* made = nullptr;
         pipe_.call(request, call_->step,
-                   [&](const dit_request& given) { return dit_run_new(pipe_.get(), &given, &made); });
+                   [&](const dit_request& from) { return dit_run_new(pipe_.get(), &from, &made); });
         run_.reset(made);
     }
 
@@ -364,7 +359,7 @@ class Run {
     };
 
     struct Call {
-        explicit Call(decltype(Request::on_step) given) : function(std::move(given)), step{function, nullptr} {}
+        explicit Call(decltype(Request::on_step) on_step) : function(std::move(on_step)), step{function, nullptr} {}
         const decltype(Request::on_step) function;
         Pipeline::OnStep step;
     };

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "errors.hpp"
 #include "method.hpp"
 
 namespace dit_runtime {
@@ -10,13 +9,12 @@ namespace {
 // s, Nichol & Dhariwal 2021 (arXiv 2102.09672), equations 9, 10 and 15; one number, or one a value.
 //
 // fixed_large: β;  fixed_small: β̃ = σ'² / σ² β;  learned_range: log s² = f log β + (1 - f) log β̃, f = (v + 1) / 2.
-Array deviation(const std::string& kind, const Array& variance, double beta, double part) {
+Array deviation(const Sampler& sampler, const Array& variance, double beta, double part) {
+    const std::string& kind = sampler.variance;
     const double small = std::max(part * beta, 1e-20);
     if (kind == "fixed_small") return {std::sqrt(small)};
     if (kind == "fixed_large") return {std::sqrt(beta)};
-    if (variance.empty())
-        throw UsageError(text("ddpm with '", kind,
-                              "' variance needs a model that predicts its variance, and this one does not; take ddim"));
+    require_variance(sampler, !variance.empty());
     Array values = variance;
     for (double& value : values) {
         if (kind == "learned") {
@@ -37,10 +35,10 @@ class Ddpm : public Method {
         const double ratio = now.alpha / after.alpha, beta = 1 - ratio * ratio;
         const double part = (after.sigma / now.sigma) * (after.sigma / now.sigma);
         clip(estimate.x0, sampler_);
-        const double own = after.alpha * beta / (now.sigma * now.sigma), kept = ratio * part;
-        for (std::size_t i = 0; i < x_.size(); ++i) x_[i] = own * estimate.x0[i] + kept * x_[i];
-        if (now.time > 0) {
-            const Array s = deviation(sampler_.variance, estimate.variance, beta, part);
+        const Array s = now.time > 0 ? deviation(sampler_, estimate.variance, beta, part) : Array();
+        const double of_x0 = after.alpha * beta / (now.sigma * now.sigma), of_x = ratio * part;
+        for (std::size_t i = 0; i < x_.size(); ++i) x_[i] = of_x0 * estimate.x0[i] + of_x * x_[i];
+        if (!s.empty()) {
             const std::vector<float> z = draw_(x_.size());
             for (std::size_t i = 0; i < x_.size(); ++i)
                 x_[i] = x_[i] + s[s.size() == 1 ? 0 : i] * static_cast<double>(z[i]);

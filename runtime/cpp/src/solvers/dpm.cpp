@@ -25,7 +25,7 @@ class Dpm : public Method {
             current = std::min<std::size_t>(current, 2);
         const double h = after.log_snr() - lambdas_[0];
         const double phi1 = -std::expm1(-h), phi2 = 1 - phi1 / h;
-        const double kept = after.sigma / now.sigma;
+        const double of_x = after.sigma / now.sigma;
         const double weight = sampler_.solver_type == "midpoint" ? phi1 / 2 : phi2;
         for (std::size_t i = 0; i < x_.size(); ++i) {
             double sum = phi1 * data_[0][i];
@@ -37,7 +37,7 @@ class Dpm : public Method {
                 const double slope = first + bend * ((lambdas_[0] - lambdas_[1]) / h);
                 sum = sum + phi2 * slope + (0.5 - phi2 / h) * bend;
             }
-            x_[i] = kept * x_[i] + after.alpha * sum;
+            x_[i] = of_x * x_[i] + after.alpha * sum;
         }
         return true;
     }

@@ -11,7 +11,7 @@
 
 namespace dit_runtime {
 
-// What a solver starts from.
+// The arguments of a solver.
 struct Setting {
     std::vector<Step> steps;
     Array x;
