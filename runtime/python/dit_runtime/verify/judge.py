@@ -43,7 +43,7 @@ class Tolerances:
 # end as far away (1.4) as unrelated samples. With 8 seeds of calibration the demo's own sample at guidance 4 ends 0.4
 # to 0.85 away with the same errors an evaluation. No limit tells such a sample from a wrong one, so in bf16, int8 and
 # fp8 the nearest sample counts: an error of the loop moves all samples, a decision only its own. Of two unrelated
-# samples of one class 1 % are less than 0.5 apart. Every evaluation of every sample keeps the limits of teacher forcing.
+# samples of one class 1 % are less than 0.5 apart. Each evaluation of each sample keeps the limits of teacher forcing.
 # int8 has 8 bits for each input and each weight of a product, bf16 around them: measured 6e-3 to 1.2e-2 over 12 blocks.
 # fp8 is E4M3, 4 bits wherever a number lies: inputs and weights are off by up to 6 %, measured 1.9e-2 over 12 blocks.
 TOLERANCES = {precision: Tolerances(**limits) for precision, limits in FACTS["tolerances"].items()}
