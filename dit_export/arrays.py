@@ -13,7 +13,8 @@ from dit_runtime.errors import UsageError
 
 
 def read_arrays(path: Path, what: str, alone: Set[str] = frozenset()) -> dict[str, NDArray[Any]]:
-    """That of an .npy file has no name; where all of `alone` are there, nothing else is read."""
+    """Read a file's arrays by name; the array of an .npy file has an empty name. Where the file holds all of `alone`,
+    read only those."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):

@@ -78,6 +78,6 @@ class Recipe(Tuning):
         return Tuning(**{field.name: getattr(self, field.name) for field in fields(Tuning)})
 
     def to_toml(self) -> str:
-        """What differs from the defaults, as `from_toml` reads it."""
+        """Return the values that differ from the defaults, as TOML that `from_toml` reads."""
         given, default = asdict(self), asdict(Recipe())
         return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in given.items() if v != default[k])

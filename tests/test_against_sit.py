@@ -29,7 +29,8 @@ LATENTS_RTOL = 1e-5
 
 
 class Detail:
-    """What is easy to get wrong: the direction of time, the coefficient of the SDE, its last step, the channels."""
+    """Details that are easy to get wrong: the direction of time, the coefficient of the SDE, its last step, the
+    channels."""
 
     reversed = False
     coefficient = 1.0

@@ -1,4 +1,4 @@
-"""What a build leaves behind: a whole bundle or none, and the old one untouched when a gate fails."""
+"""Tests of what a build leaves behind: a whole bundle or none. A failing gate leaves the old bundle untouched."""
 
 import json
 import math

@@ -44,7 +44,7 @@ class Competitor:
 
     @property
     def name(self) -> str:
-        """What `--only` takes: eager-bf16, ours-openvino-bf16."""
+        """Return the name that `--only` takes: eager-bf16, ours-openvino-bf16."""
         return "-".join([self.kind, *([self.library] if self.engine else []), self.precision])
 
     @property
@@ -53,7 +53,7 @@ class Competitor:
 
     @property
     def folder(self) -> str:
-        """Where the files it opens stand; what stands there is its size on disk."""
+        """Return the folder of the files that a competitor opens. The folder's size is its size on disk."""
         return {"eager": "weights", "compile": "weights", "ours": self.name}.get(self.kind, self.kind)
 
 
@@ -90,7 +90,8 @@ COMPETITORS = {"cpu": CPU, "cuda": CUDA}  # by device
 
 
 def choose(patterns: Sequence[str], device: str = "cpu") -> list[Competitor]:
-    """Those that a pattern names ("ours-*"), all without one; the yardstick always runs."""
+    """Return the competitors that match a pattern ("ours-*"), or all without a pattern. The yardstick is always
+    included."""
     names = [competitor.name for competitor in COMPETITORS[device]]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):

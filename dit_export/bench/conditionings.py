@@ -66,7 +66,7 @@ def inputs(stage: Stage) -> dict[str, np.ndarray]:
 def measure(
     specs: Mapping[str, ModelSpec], backend: str, rounds: int, threads: int | None, folder: Path, progress: Progress
 ) -> dict[str, Cost]:
-    """Of each of the specs, all of which are in memory at a time."""
+    """Measure the cost of each spec, with all of them in memory at the same time."""
     if min(rounds, 1 if threads is None else threads) < 1:
         raise UsageError("rounds and threads are at least 1")
     weights = sum(step_bytes(spec, "fp32") for spec in specs.values())

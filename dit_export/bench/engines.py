@@ -24,7 +24,7 @@ Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 class Plain(Subject):
-    """What an export gives without our passes: guidance is a doubled batch, mixed in NumPy."""
+    """An export without our passes: guidance is a doubled batch, mixed in NumPy."""
 
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(job)

@@ -23,7 +23,7 @@ COPIED = 1 << 30  # bytes, more than any cache holds
 
 
 class Flops(NamedTuple):
-    """Of one row, a multiplication and an addition counted as two."""
+    """FLOPs of one row; a multiplication and an addition count as two."""
 
     blocks: int
     ends: int  # patch embedding and the final linear
@@ -47,8 +47,8 @@ def flops(spec: ModelSpec) -> Flops:
 
 
 def step_flops(spec: ModelSpec, batch: int) -> int:
-    """What no guided step can do without: the blocks for a row with the label and one with the null label, the ends
-    once (both rows have the same patches)."""
+    """Return the FLOPs that every guided step needs. The blocks count for two rows, one with the label and one with the
+    null label. The ends count once, because both rows have the same patches."""
     row = flops(spec)
     return batch * (2 * row.blocks + row.ends)
 

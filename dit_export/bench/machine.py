@@ -1,4 +1,4 @@
-"""Where a benchmark ran: processor, memory, system, and the versions of what was compared."""
+"""Description of a benchmark's machine: processor, memory, system, and the versions of what was compared."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Those that this process may use, where the system says."""
+    """Return how many cores this process may use, or all cores where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

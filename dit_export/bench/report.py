@@ -50,7 +50,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def notes(result: dict[str, Any]) -> list[str]:
-    """What the figures mean."""
+    """Return the lines that explain the figures."""
     settings, rows = result["settings"], result["rows"]
     lines = [
         f"step: of some in a row, median of {settings['rounds']} interleaved rounds, ours with its share of the "
@@ -83,7 +83,8 @@ def notes(result: dict[str, Any]) -> list[str]:
 
 
 def _reading(floor: dict[str, Any]) -> str:
-    """What the weights alone take, where bytes were counted; the floor is the larger of the two."""
+    """Return the text about reading the weights alone, empty where no bytes were counted. The floor is the larger of
+    the two times."""
     if "bytes" not in floor:
         return ""
     size, rate = floor["bytes"], floor["bytes_per_second"]
@@ -91,8 +92,9 @@ def _reading(floor: dict[str, Any]) -> str:
 
 
 def against_plain(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times as fast as the export without our passes, on the same backend in the same precision: in the same
-    round where both ran together, else by how each stood to PyTorch eager beside it; medians."""
+    """Return the median speedup over the export without our passes, on the same backend in the same precision. Compare
+    within a round where both ran together. Otherwise divide their median speedups over PyTorch eager, each from its own
+    rounds."""
     for other in rows:
         if other["kind"] == "plain" and all(other[key] == row[key] for key in ("library", "precision")):
             ours, plain = row["step"], other["step"]

@@ -253,7 +253,8 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def problems(rows: Sequence[dict[str, Any]], floors: dict[str, dict[str, Any]]) -> list[str]:
-    """What makes this run worth nothing: a floor above a measurement, or a competitor that computes something else."""
+    """Return the reasons why a run is invalid: a floor above a measurement, or a competitor that computes something
+    else."""
     found = []
     for row in rows:
         least = row["step"]["least"]

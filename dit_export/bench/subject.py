@@ -1,4 +1,4 @@
-"""What a worker asks of a competitor: a guided step, a decoded picture, and a whole run of both, timed."""
+"""Timed tasks that a worker gives a competitor: a guided step, a decoded picture, and a whole run of both."""
 
 from __future__ import annotations
 

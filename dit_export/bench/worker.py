@@ -94,7 +94,8 @@ class Worker:
 
 
 def open_competitor(name: str, job: Job, folder: Path) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
-    """What it can be asked, and what it says when it is open: its first prediction and the size of its files."""
+    """Open a competitor; return its tasks and its first report. The report holds its first prediction and the size of
+    its files."""
     competitor = next(competitor for competitor in COMPETITORS[job.device] if competitor.name == name)
     module, kind = OPENERS[competitor.kind]
     subject: Subject = getattr(import_module(f"dit_export.bench.{module}"), kind)(

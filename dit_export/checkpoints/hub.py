@@ -1,4 +1,4 @@
-"""From what the user named to a path here: a file, a folder, or the id of a repository on the Hugging Face hub."""
+"""Resolution of a user's name to a local path: a file, a folder, or a repository id on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands print: verdicts, where a bundle is, and the next command."""
+"""Output of the commands: verdicts, where a bundle is, and the next command."""
 
 from __future__ import annotations
 

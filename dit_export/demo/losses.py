@@ -1,4 +1,4 @@
-"""What the three models are trained for; every random number comes from the step's own generator."""
+"""Training losses of the three models; every random number comes from the step's own generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good pictures are: the judge's agreement with the asked class, and the Fréchet distance to held-out data."""
+"""Scores of pictures: the judge's agreement with the requested class, and the Fréchet distance to held-out data."""
 
 from __future__ import annotations
 

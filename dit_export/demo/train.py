@@ -107,7 +107,7 @@ def autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
 
 
 def scaled(vae: AutoencoderKL, samples: data.Samples) -> AutoencoderKL:
-    """With the scaling factor that gives the latents unit deviation."""
+    """Set the scaling factor that gives the latents unit deviation, and return the VAE."""
     first = data.Samples(samples.images[:4000], samples.labels[:4000])
     mean, std = losses.encode(vae, first).chunk(2, dim=1)
     total = (mean.var() + std.square().mean()).sqrt()

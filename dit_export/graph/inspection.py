@@ -1,4 +1,4 @@
-"""What a bundle's graphs, or one ONNX file, hold: inputs, outputs, ops, weights, dtypes."""
+"""Contents of a bundle's graphs or of one ONNX file: inputs, outputs, ops, weights, dtypes."""
 
 from __future__ import annotations
 

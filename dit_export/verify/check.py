@@ -1,4 +1,4 @@
-"""All checks of a bundle against PyTorch: each graph at its batch sizes, the reference's replay, and the proof."""
+"""The full check of a bundle against PyTorch: each graph at its batch sizes, the reference's replay, and the proof."""
 
 from __future__ import annotations
 

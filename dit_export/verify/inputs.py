@@ -1,4 +1,4 @@
-"""What a bundle's own stages hand to its step stage, a row at a time and in memory of the host."""
+"""Inputs that a bundle's own stages give its step stage, one row at a time and in host memory."""
 
 from __future__ import annotations
 

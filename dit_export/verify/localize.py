@@ -1,7 +1,7 @@
-"""Where a failing bundle first leaves the right way: which tensors of a stage, which residual sum of the denoiser.
+"""Localization of a bundle's first error: which tensors of a stage, which residual sum of the denoiser.
 
-Stages before the loop are compared tensor by tensor. The denoiser is compared after each residual sum, reading the
-right tensors, so that a broken stage does not accuse it.
+Stages before the loop are compared tensor by tensor. The denoiser is compared after each residual sum. It reads the
+right tensors, so a broken stage does not count against it.
 """
 
 from __future__ import annotations

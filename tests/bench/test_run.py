@@ -61,7 +61,7 @@ def test_everyone_is_measured_and_computes_the_same(ran):
 
 
 def test_groups_share_the_yardstick(ran):
-    """With no memory to spare everyone runs alone, beside the yardstick."""
+    """Every competitor runs alone with the yardstick where memory is short."""
     result, _ = ran
     assert result["groups"] == 4
     yardstick, *others = result["rows"]

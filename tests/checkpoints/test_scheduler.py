@@ -34,7 +34,7 @@ DIT_XL_2_256 = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json
 
 
 def saved(scheduler):
-    """What `save_pretrained` writes."""
+    """Return the configuration that `save_pretrained` writes."""
     return json.loads(scheduler.to_json_string())
 
 

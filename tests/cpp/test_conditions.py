@@ -34,7 +34,8 @@ def bundles(tmp_path_factory) -> dict[str, Path]:
 
 
 def arrays(count: int) -> dict[str, tuple[Condition, Condition | None]]:
-    """By kind: a condition of so many rows, and a negative where the bundle has no constant, or instead of it."""
+    """Return, per kind, a condition of `count` rows and an optional negative. The negative fills in for a missing
+    constant of the bundle, or replaces the constant."""
     rng = np.random.default_rng(count)
 
     def floats(*shape: int) -> np.ndarray:
@@ -80,7 +81,7 @@ def test_an_archive_says_the_same(bundles, dit_generate, tmp_path) -> None:
 
 
 def test_latents_say_how_many_pictures(bundles, dit_generate, tmp_path) -> None:
-    """Where nothing conditions the network, as in Python."""
+    """The latents set the number of pictures where nothing conditions the network, as in Python."""
     latents = np.random.default_rng(3).standard_normal((3, 2, 4, 4)).astype(np.float32)
     np.save(tmp_path / "latents.npy", latents)
     options = ["--latents", tmp_path / "latents.npy", "--steps", STEPS, "-o", tmp_path / "x.npy"]

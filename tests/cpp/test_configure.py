@@ -1,4 +1,7 @@
-"""How the library is made ready and configured: where engines are looked for, and what is said where they are not."""
+"""Tests of the library's preparation and configuration.
+
+They check where engines are searched, and what is said where they are missing.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ def cached(folder: Path, name: str) -> str:
 
 
 def test_roots_that_come_later(tmp_path, configure):
-    """Of a build that was configured before; a flavour of TensorRT is in its library's name, not in its folder's."""
+    """New roots reach a build that was configured before. A TensorRT flavour shows in its library's name, not in its
+    folder's."""
     first = files(tmp_path / "rtx", *HEADERS, "lib/libonnxruntime.so", "lib/libnvinfer.so")
     second = files(tmp_path / "b", *HEADERS, "lib/libonnxruntime.so", "lib/libtensorrt_rtx.so")
     third = files(tmp_path / "c", *HEADERS, "lib/libonnxruntime.so", "lib/libnvinfer.so")

@@ -183,7 +183,7 @@ def test_the_installed_program_runs_where_it_is(installed, tmp_path):
 
 @pytest.mark.parametrize("language", ["c", "cpp"])
 def test_an_outside_project_finds_the_package(installed, tiny, tmp_path, language):
-    """With CMake alone: the header as C11 and as C++17, warnings as errors."""
+    """An outside project needs only CMake. The header compiles as C11 and as C++17, with warnings as errors."""
     for command in (
         ["cmake", "-S", CONSUMER, "-B", tmp_path, f"-DCMAKE_PREFIX_PATH={installed}", f"-DLANGUAGE={language}"],
         ["cmake", "--build", tmp_path],

@@ -39,7 +39,7 @@ def random_dit() -> DiT:
 
 
 def rounded(dit: DiT) -> DiT:
-    """With weights that float16 holds exactly, as a stored folder's are."""
+    """Round the weights to values that float16 holds exactly, like those of a stored folder."""
     with torch.no_grad():
         for parameter in dit.parameters():
             parameter.copy_(parameter.half().float())

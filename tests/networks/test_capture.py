@@ -1,4 +1,4 @@
-"""What real pipelines give their transformers, against the ports that our rows state."""
+"""Tests of what real pipelines give their transformers, compared with the ports that our rows state."""
 
 from __future__ import annotations
 

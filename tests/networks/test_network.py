@@ -1,4 +1,7 @@
-"""What no bundle could hold is refused where the network is stated, in the words of the manifest's parser."""
+"""Tests of networks that no bundle could hold.
+
+Each is refused where it is stated, in the words of the manifest's parser.
+"""
 
 from __future__ import annotations
 

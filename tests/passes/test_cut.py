@@ -1,4 +1,4 @@
-"""What the cheapest cut leaves in the loop, and why: each price beside a graph on its other side."""
+"""Tests of what the cheapest cut leaves in the loop, and why. Each price is paired with a graph on its other side."""
 
 import json
 from pathlib import Path

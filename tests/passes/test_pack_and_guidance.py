@@ -115,7 +115,7 @@ def counted_rows() -> gs.Graph:
 
 
 def turned() -> gs.Graph:
-    """Where a stage's tensor is mixed in, the rows are the second axis."""
+    """Build a graph whose rows are the second axis where a stage's tensor is mixed in."""
     graph = empty(latents=["n", 2, 8], conditioning=["n", 1, 8])
     x, c = graph.inputs
     first, second = (layer(graph, "Transpose", [t], [t.shape[1], "n", 8], perm=[1, 0, 2]) for t in (x, c))

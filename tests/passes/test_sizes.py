@@ -54,8 +54,8 @@ def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
 
 
 def loop_weights(spec: ModelSpec) -> int:
-    """How many are left: patches, positions, each block's qkv, proj, fc1, fc2, a cross-attention's q and proj, norms
-    with weights of their own, and the last linear."""
+    """Count the weights that stay in the loop. Each block keeps qkv, proj, fc1, fc2, and a cross-attention's q and
+    proj. Patches, positions, norms with weights of their own, and the last linear also stay."""
     d, plain = spec.hidden, not spec.scheme.modulation
     crossed = spec.scheme.crossed
     block = (12 + 2 * crossed) * d**2 + (9 + 2 * crossed) * d + plain * (2 + crossed) * 2 * d

@@ -1,4 +1,7 @@
-"""How near int8 is to fp32 at every step of a real run, with smoothing and without, before guidance and after."""
+"""Tests of int8's distance to fp32 at every step of a real run.
+
+It is measured with and without smoothing, before and after guidance.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ Ask = Callable[[Scratch, Pipeline], list[Question]]
 
 
 def run(bundle: Scratch, pipe: Pipeline) -> list[Question]:
-    """What the network reads at each step of a guided run."""
+    """Return the network's inputs at each step of a guided run."""
     shape = (1, *bundle.network.state.shape)
     seen = [np.random.default_rng(11).normal(size=shape).astype(np.float32)]
     times = plan(pipe.manifest.process, pipe.manifest.process.sampler.solver, STEPS)
@@ -68,7 +71,7 @@ def noise(bundle: Scratch, pipe: Pipeline) -> list[Question]:
 
 
 def answers(bundle: Scratch, pipe: Pipeline, questions: Sequence[Question]) -> list[tuple[np.ndarray, ...]]:
-    """Of each question: the conditional and the null row, and both mixed."""
+    """Return, per question, the conditional row, the null row, and both mixed."""
     rows, found = bundle.rows(), []
     own, null = ({name: values[part : part + 1] for name, values in rows.items()} for part in (0, 1))
     for latents, time in questions:

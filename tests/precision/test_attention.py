@@ -19,7 +19,7 @@ from tests.precision.conftest import SPEC, Scratch
 
 
 def prediction(bundle: Scratch, denoiser: gs.Graph, folder: Path) -> np.ndarray:
-    """What a graph makes of two rows of noise, on a backend that computes in fp32."""
+    """Return a graph's prediction for two rows of noise, on a backend that computes in fp32."""
     with bundle.open(bundle.graphs() | {"denoiser": denoiser}, folder, "openvino") as pipe:
         state = np.random.default_rng(3).normal(size=(2, *bundle.network.state.shape)).astype(np.float32)
         inputs = pipe.engines.inputs(np.array([500.0]), bundle.rows(), None, np.ones(2, np.float32))
@@ -61,7 +61,7 @@ def test_only_where_it_gains(bundle, calibration) -> None:
 
 
 def test_q_and_k_of_layers_of_their_own(captioned, captioned_calibration) -> None:
-    """Of a PixArt's block the self-attention is on grids, q's and k's; its cross-attention is not."""
+    """A PixArt block's self-attention is on grids, one for q and one for k. Its cross-attention is not."""
     graph = captioned.graphs()["denoiser"]
     attentions = [node for node in graph.nodes if node.op == "Attention"]
     grids = attention.steps(graph, captioned_calibration, [])

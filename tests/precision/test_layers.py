@@ -1,4 +1,7 @@
-"""Which products are token GEMMs, and what is measured of inputs of any rank and of graph inputs."""
+"""Tests of which products are token GEMMs.
+
+They also check what is measured of inputs of any rank and of graph inputs.
+"""
 
 from __future__ import annotations
 

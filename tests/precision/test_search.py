@@ -1,4 +1,7 @@
-"""Which layers stay float: the worst until a budget holds, by name, and as a recipe that builds the same again."""
+"""Tests of which layers stay float: the worst until a budget holds, named ones, and those of a recipe.
+
+That recipe builds the same again.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def searched(bundle, tmp_path):
 
 
 def values(found: Found) -> list[float]:
-    """What the budget was held against, from the reasons."""
+    """Return the values that were compared with the budget, read from the reasons."""
     reasons = dict.fromkeys(entry.why for entry in found.table if ":" in entry.why)
     return [float(text.split(":")[1].split()[0]) for text in reasons]
 

@@ -145,7 +145,7 @@ def test_rows_at_once_are_rows_in_one_batch(bundle, tmp_path, monkeypatch) -> No
 
 @pytest.mark.parametrize("row", [(6,), (4, 2, 2), (4, 3, 2, 2)], ids=str)
 def test_guidance_moves_the_leading_channels_of_any_state(row) -> None:
-    """Of any rank; inputs that have no groups go to both runs."""
+    """The state may have any rank; inputs without groups go to both runs."""
     random = np.random.default_rng(1)
     x, context = random.normal(size=(3, *row)), random.normal(size=(2, 3, 5))
     weights = np.array([4, 1.5, 7], np.float32)

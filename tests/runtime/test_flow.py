@@ -25,7 +25,7 @@ COUNTS = (1, 2, 5, 10, 28, 50)
 
 
 def spread(sigma):
-    """Of x = (1 - σ) x₀ + σ ε."""
+    """Return the standard deviation of x = (1 - σ) x₀ + σ ε."""
     return np.sqrt(((1 - sigma) * SPREAD) ** 2 + sigma**2)
 
 
@@ -193,7 +193,8 @@ def test_the_sde_has_the_marginals_of_the_data_at_every_sigma():
 
 
 def test_the_sde_ends_with_its_drift_alone():
-    """From σ = 0.04 one step of the drift, (2 - σ)(x₀ - ε) - x, which halves none of the noise that is left."""
+    """The last step, from σ = 0.04, is one step of the drift (2 - σ)(x₀ - ε) - x. It halves none of the noise that is
+    left."""
     data, noise = 0.4, -1.1
     end = trajectory(
         "sde", 25, np.zeros(3), lambda shape: np.zeros(shape, np.float32), lambda x, sigma: noise - data + 0 * x

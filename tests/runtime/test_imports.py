@@ -37,7 +37,7 @@ sys.meta_path.insert(0, Blocker())
 
 
 def python(code: str, folder: Path, **environment: str) -> str:
-    """What the code prints, run in a fresh interpreter."""
+    """Run the code in a fresh interpreter and return what it prints."""
     variables = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", **environment}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)

@@ -53,7 +53,7 @@ def no_noise(shape):
 
 
 def states(process, solver, steps, **options):
-    """What the solver makes, step by step, of predictions that bend the state: x, prediction, x'."""
+    """Yield x, the prediction and x' of each step of the solver. The predictions bend the state."""
     waves = Noise(1).normal((2 * steps, 64))
     run = solve(process, solver, steps, Noise(0).normal((64,)), no_noise, **options)
     x, _ = next(run)
@@ -179,7 +179,8 @@ def test_a_step_that_failed_on_a_device_can_be_tried_again(bundle, stays, monkey
 
 
 def test_each_step_alone(bundle, stays) -> None:
-    """From the solver's own state, and with the graph that ships; a matrix of another step is seen."""
+    """Each step starts from the solver's own state and runs the graph that ships. A matrix of another step is
+    detected."""
     contract = manifest.read(bundle)
     update = ort.open([bundle / name for name in contract.update.files], Options(threads=1))
     shape = (4, *contract.state.shape)

@@ -57,7 +57,7 @@ def make(fake: Fake, times: list[float], labels: list[int], max_rows: int = 8, *
 
 
 def run(steps: int, labels: list[int], budget: int, max_rows: int = 8) -> tuple[Fake, int]:
-    """What was made, and the most bytes that were held."""
+    """Return the fake with its recorded calls, and the most bytes that were held."""
     fake, peak = Fake(), 0
     times = [float(t) for t in range(10 * steps, 0, -10)]
     memo = make(fake, times, labels, max_rows, budget=budget)

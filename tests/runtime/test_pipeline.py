@@ -1,4 +1,4 @@
-"""What surrounds the solver: batches and seeds, guidance, conditions of every kind, stepping and stopping."""
+"""Tests around the solver: batches and seeds, guidance, conditions of every kind, stepping and stopping."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_guidance_per_sample(pipe):
 
 
 def test_guidance_below_one_is_none_in_a_batch_too(pipe):
-    """Where <= 1 means without guidance, a neighbour that is guided must not change that."""
+    """A guided neighbour does not change a row whose guidance <= 1 means none."""
     kin = Pipeline(pipe.folder, up_to_one(pipe, True), pipe.engines.opened)
     together = latents(kin, [1, 2], guidance=[0.5, 4.0], seed=[7, 8])
     assert far(together[0], latents(kin, [1], guidance=0.5, seed=[7])[0]) < SPLIT_RTOL

@@ -21,7 +21,7 @@ def test_alpha_bar_is_diffusers(name):
 
 
 def test_linear_betas_are_written_in_plain_arithmetic():
-    """What the C++ side writes as a loop, bit for bit."""
+    """The betas match the loop of the C++ side bit for bit."""
     step = (0.02 - 1e-4) / 999
     plain = [1e-4 + index * step for index in range(999)] + [0.02]
     np.testing.assert_array_equal(Process().betas, np.array(plain))

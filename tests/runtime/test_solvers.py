@@ -94,7 +94,7 @@ def test_ddim_is_diffusers_step_by_step(spacing, eta):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddpm_is_diffusers_step_by_step(spacing, variance):
-    """With the same noise from the same seed, so the order of draws is checked too."""
+    """Both draw the same noise from the same seed, so the order of draws is checked too."""
     for steps, offset, clip in product(COUNTS, (0, 1), (True, False)):
         shared = {"steps_offset": offset, "clip_sample": clip, "clip_sample_range": 0.6}
         scheduler = exact_levels(DDPMScheduler(timestep_spacing=spacing, variance_type=variance, **shared))

@@ -137,7 +137,7 @@ def test_a_malformed_record_of_an_engine(bundle, capsys, wrong) -> None:
 
 
 def test_compiled_again_on_the_target(plain, capsys) -> None:
-    """From the ONNX in a bundle that was built for another backend."""
+    """A bundle that was built for another backend is compiled from its ONNX."""
     code, told = run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
     assert code == 0 and told.startswith("compiled and not verified: ")
     contract = manifest.read(plain)
@@ -148,7 +148,7 @@ def test_compiled_again_on_the_target(plain, capsys) -> None:
 
 
 def files(bundle: Path) -> dict[str, tuple[int, int]]:
-    """Of everything in it: the inode and the time of the last change."""
+    """Return the inode and the time of the last change of each file, by name."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in bundle.iterdir()}
 
 
@@ -251,7 +251,7 @@ def test_options_of_another_backend_are_refused(plain, capsys, options, told) ->
 
 
 def test_a_bundle_of_another_precision_is_not_compiled(plain, capsys) -> None:
-    """What OpenVINO computes in bf16 is an fp32 graph."""
+    """OpenVINO's bf16 is computed from an fp32 graph."""
 
     def change(table: dict) -> None:
         next(stage for stage in table["stages"] if stage["name"] == "denoiser")["precision"] = "bf16"

@@ -62,7 +62,7 @@ def compiled(request, handmade, device, tmp_path):
 
 @pytest.fixture
 def puts(monkeypatch) -> Counter[int]:
-    """How many arrays of each size went to the device, to be read there at every step."""
+    """Count, by size, the arrays that go to the device to be read there at every step."""
     sizes: Counter[int] = Counter()
     put = cuda.Rows.put
 

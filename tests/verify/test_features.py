@@ -169,7 +169,7 @@ def name_judge(bundle: Path, **names: str) -> None:
 
 
 def test_a_bundle_brings_its_judge(shared_embedders, tmp_path, capsys):
-    """With real pictures' statistics or without; its files are checked like all others."""
+    """The judge comes with or without real pictures' statistics. Its files are checked like all others."""
     bundle = Path(shutil.copytree(shared_embedders.bundle, tmp_path / "bundle"))
     command = ["regress", str(bundle), "--threads", "1", "--json", "--count", str(COUNT)]
     assert main(command) == 2 and "pass --features FILE.onnx" in capsys.readouterr().err

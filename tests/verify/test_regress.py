@@ -45,7 +45,7 @@ def test_no_limit_is_tighter_than_that_of_fp32(baseline):
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_doubled_scale(meta, meta_copy, baseline, regress, block):
-    """Of an attention's last linear: that block's first sum moves, what stands before does not."""
+    """A doubled last linear of an attention moves that block's first sum, and nothing before it."""
     weights = weight(meta_copy, "denoiser", name=linears(meta_copy, HIDDEN, HIDDEN)[block])
     weights *= 2
     weights.flush()
@@ -86,7 +86,7 @@ def test_gain_and_shift_swapped(meta_copy, baseline, regress, pair, place):
 
 
 def test_a_wrong_null_row(meta, meta_copy, baseline, regress):
-    """That of a class: only guidance hears it."""
+    """The null row of a class table affects guidance only."""
     table = weight(meta_copy, "conditioner", (META_CLASSES + 1, HIDDEN))
     table[META_CLASSES] = table[5]
     table.flush()
@@ -246,7 +246,7 @@ def test_table_and_junit(meta_copy, baseline, tmp_path, capsys):
 
 
 def test_a_gate_that_passes_needs_no_pytorch(meta, meta_copy, baseline, tmp_path):
-    """Where it fails, it still names graph and step, and what it takes to name the block."""
+    """A failing gate without PyTorch still names graph and step. It also says what it takes to name the block."""
     samples = tmp_path / "features.npz"
     np.savez(samples, features=np.random.default_rng(0).standard_normal((9, 2)))
     swap_vectors(meta_copy, 2)

@@ -56,7 +56,7 @@ def console(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def probe(page: Path, folder: Path, width: int) -> dict:
-    """What a browser finds in the page."""
+    """Return what a browser finds in the page."""
     copy = folder / "probed.html"
     text = page.read_text(encoding="utf-8")
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>\n', text)

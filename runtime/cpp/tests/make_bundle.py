@@ -49,7 +49,7 @@ class Graphs:
         return dict(zip([spec["name"] for spec in self.stages[name]["gives"]], answers, strict=True))
 
     def before(self, t: float, condition: Rows, rows: int) -> Rows:
-        """What the step may read, row by row: ports, and all that stages before the loop give."""
+        """Return what the step may read, row by row: ports, and all outputs of stages before the loop."""
         found: list[Rows] = []
         for row in range(rows):
             values = {name: array[row : row + 1] for name, array in condition.items()}
@@ -68,7 +68,7 @@ class Graphs:
 
 
 def conditions(kind: str) -> tuple[Rows, Rows]:
-    """Those of the reference, one a seed, and what guidance leads away from."""
+    """Return the reference's conditions, one per seed, and the null that guidance leads away from."""
     random = np.random.default_rng(7)
     own: Rows = {}
     null: Rows = {}
@@ -92,7 +92,8 @@ def conditions(kind: str) -> tuple[Rows, Rows]:
 
 
 def fingerprint(graphs: Graphs, t: float, own: Rows, null: Rows) -> NDArray[np.float32]:
-    """What the step reads from stages, projected onto a few directions: of all values of a lone label, or of both."""
+    """Project what the step reads from stages onto a few directions. Use all values of a lone label, otherwise both the
+    conditions and the null."""
     single = graphs.conditions[0] if len(graphs.conditions) == 1 else None
     if single is not None and single["size"] and not single["shape"]:
         rows = {single["name"]: np.arange(single["size"])}

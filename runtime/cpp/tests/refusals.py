@@ -1,4 +1,4 @@
-"""Which changes of a manifest Python refuses, for the C++ tests to refuse too: `refusals.py BUNDLE FILE.json`."""
+"""List of manifest changes that Python refuses: `refusals.py BUNDLE FILE.json`. The C++ tests must refuse them too."""
 
 from __future__ import annotations
 

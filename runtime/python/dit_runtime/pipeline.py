@@ -1,4 +1,4 @@
-"""From conditions to pictures: a bundle's stages around a solver."""
+"""The pipeline from conditions to pictures: a bundle's stages around a solver."""
 
 from __future__ import annotations
 

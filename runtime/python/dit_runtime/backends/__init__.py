@@ -31,7 +31,7 @@ QUANTIZED = ("int8", "fp8")
 
 @dataclass(frozen=True)
 class Tuning:
-    """How TensorRT builds; the names are its own."""
+    """TensorRT build options, under TensorRT's own names."""
 
     compute_capability: tuple[str, ...] = ()  # empty: all that can
     builder_optimization_level: int | None = None

@@ -125,7 +125,7 @@ class Manifest:
 
     @property
     def conditions(self) -> tuple[Port, ...]:
-        """All condition ports, masks too."""
+        """Return all condition ports, including masks."""
         return tuple(port for port in self.ports if port.role == "condition")
 
     def port(self, name: str) -> Port:
@@ -133,7 +133,7 @@ class Manifest:
 
     @property
     def classes(self) -> int:
-        """How many classes a label may name; 0 where the network takes none."""
+        """Return the number of classes that a label may name, 0 where the network takes none."""
         return count_classes(self.ports, self.null)
 
     @property

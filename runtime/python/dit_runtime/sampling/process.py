@@ -42,7 +42,7 @@ FLOW_SAMPLER_FIELDS = ("solver", "flow_spacing")
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a model is sampled unless asked otherwise."""
+    """A model's sampling defaults, used unless a caller overrides them."""
 
     solver: str = "ddim"
     # Noise processes
