@@ -27,7 +27,8 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         shapes = {name: {0: rows} for name in inputs}
         program = torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
-        program = torch.export.export(repaired(program), (), dict(inputs), dynamic_shapes=shapes, strict=False)
+        if (repaired_module := repaired(program)) is not None:
+            program = torch.export.export(repaired_module, (), dict(inputs), dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,
             kwargs=dict(inputs),
@@ -42,12 +43,12 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
     return exported
 
 
-def repaired(program: torch.export.ExportedProgram) -> GraphModule:
-    """Return the program as a module without in-place operations, with every repair applied."""
+def repaired(program: torch.export.ExportedProgram) -> GraphModule | None:
+    """Return the program as a module with every repair applied; None where there is nothing to repair."""
     module = program.run_decompositions({}).module()
     assert isinstance(module, GraphModule)
-    for repair in REPAIRS:
-        repair(module)
+    if not sum([repair(module) for repair in REPAIRS]):
+        return None
     module.recompile()
     return module
 
