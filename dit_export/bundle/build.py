@@ -60,6 +60,8 @@ def build(
         _refuse_foreign(output)  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)
     backends.require(backend, recipe.precision, recipe.tuning)
+    if line := backends.note(backend, recipe.precision):
+        progress.say(line)
     with progress.stage("weights"):
         loaded = loaded or load(recipe)
         inputs = _read_inputs(recipe, loaded)

@@ -17,6 +17,9 @@ import onnx_graphsurgeon as gs
 from dit_export.graph.onnxfile import layer
 from dit_export.passes.dependence import Miss, dependents
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import CONSTANTS
+
+MEETING: str = CONSTANTS["groups_meet"]  # where a backend that runs the groups apart cuts the graph
 
 
 def share_rows(graph: gs.Graph, state: str, misses: list[Miss]) -> int:
@@ -63,7 +66,7 @@ def guide(graph: gs.Graph, state: str, guided: int | None = None) -> int:
         gs.Variable(name, dtype=out.dtype, shape=["batch", channels, *rest]) for name in ("prediction", "variance")
     )
     shape = layer(graph, "Concat", [_groups(graph, grouped[0]), np.array([-1, total, *rest])], "out_shape", axis=0)
-    grouped_out = layer(graph, "Reshape", [out, shape], "out_grouped")  # (G, B, C_out, ...)
+    grouped_out = layer(graph, "Reshape", [out, shape], MEETING)  # (G, B, C_out, ...)
     first = layer(graph, "Gather", [grouped_out, np.array(0)], "out_first", axis=0)
     last = layer(graph, "Gather", [grouped_out, np.array(-1)], "out_last", axis=0)
     moved = [_channels(graph, tensor, 0, guided) for tensor in (first, last)]

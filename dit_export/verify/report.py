@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dit_export.verify import curves
 from dit_export.verify.metrics import number, sentence
-from dit_runtime import images
+from dit_runtime import backends, images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import LABELS
@@ -238,7 +238,8 @@ def _sizes(page: Page) -> str:
     rows = []
     for stage in contract.stages:
         size = sum(contract.files[file].size for file in stage.files)
-        rows.append([stage.name, stage.runs, stage.precision, stage.backend, f"{size / 1e6:.1f} MB"])
+        precision = backends.computed(stage.backend, stage.precision)
+        rows.append([stage.name, stage.runs, precision, stage.backend, f"{size / 1e6:.1f} MB"])
     size_table = _table(["stage", "runs once per", "precision", "backend", "size"], rows, numbers={4})
     seconds = page.replay.seconds[1:] or page.replay.seconds
     batch = len(page.reference.guidance)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import pytest
+from onnx import helper, numpy_helper
 
 from dit_runtime import Pipeline, UsageError, backends, verify
 from dit_runtime.backends import Options
@@ -40,7 +43,6 @@ def test_one_picture_whatever_the_backend(handmade, bundle, backend) -> None:
     with Pipeline.load(handmade("labels")) as pipe:
         expected = pipe.sample([2, 3, 1], steps=4, seed=[1, 2, 3])
     with Pipeline.load(on(bundle, backend), threads=1) as pipe:
-        # Two shapes: a model of its own, then a free one.
         for labels, seeds in (([2, 3, 1], [1, 2, 3]), ([3], [2])):
             pictures = pipe.sample(labels, steps=4, seed=seeds).astype(int)
             for picture, seed in zip(pictures, seeds, strict=True):
@@ -66,35 +68,6 @@ def test_a_form_of_its_own_is_what_the_backend_opens(handmade, backend) -> None:
     assert replace(step, engines=engines).files == (step.files if backend != "onnxruntime" else engines[backend])
 
 
-def test_compiled_models_are_kept_in_the_users_cache(bundle, cache) -> None:
-    on(bundle, "openvino")
-    before = sorted(path.name for path in bundle.iterdir())
-    with Pipeline.load(bundle) as pipe:
-        first = pipe.sample([1], steps=2, output="latents")
-    (folder,) = cache.iterdir()
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")}
-    assert kept and sorted(path.name for path in bundle.iterdir()) == before
-    with Pipeline.load(bundle) as pipe:
-        again = pipe.sample([1], steps=2, output="latents")
-    np.testing.assert_array_equal(again, first)
-    assert {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.blob")} == kept
-
-
-@pytest.mark.parametrize("why", ["a file in its place", "no home"])
-def test_a_cache_that_cannot_be_is_done_without(bundle, tmp_path, monkeypatch, why) -> None:
-    if why == "no home":
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(Path, "home", no_home)
-    else:
-        (tmp_path / "cache").write_text("")
-    with Pipeline.load(on(bundle, "openvino")) as pipe:
-        assert np.isfinite(pipe.sample([1], steps=2, output="latents")).all()
-
-
-def no_home() -> Path:
-    raise RuntimeError("Could not determine home directory.")  # as pathlib's, of a user id without an entry
-
-
 @pytest.mark.parametrize(
     "flags, exact", [("sse2 avx2 avx512f", True), ("sse2 avx2 avx_vnni", False), ("asimd i8mm", False), (None, True)]
 )
@@ -113,57 +86,92 @@ def test_products_do_not_saturate_where_there_is_no_vnni(bundle, tmp_path, monke
             settings.get_session_config_entry("session.x64quantprecision")
 
 
-def test_rows_at_once_are_rows_in_one_batch(bundle, tmp_path, monkeypatch) -> None:
-    """OpenVINO runs a sample's own condition and its negative each on half of an even number of threads, where cores
-    are alike; each sample has a weight of its own."""
-    on(bundle, "openvino")
-    module = backends.backend("openvino")
+def asked(pipe: Pipeline, batches: Sequence[int]) -> list[np.ndarray]:
+    """What the step stage answers to the first samples of one set, for each batch with guidance and without."""
+    noise = np.random.default_rng(3).normal(size=(3, *pipe.manifest.state.shape))
+    labels, weights, found = np.array([2, 0, 4]), np.array([4, 1.5, 7], np.float32), []
+    for batch in batches:
+        for negative in ({"labels": np.array([5])}, None):
+            inputs = pipe.engines.inputs(np.array([300.0]), {"labels": labels[:batch]}, negative, weights[:batch])
+            found.append(pipe.engines.denoise(noise[:batch], inputs, 0)[0])
+    return found
+
+
+@pytest.mark.parametrize("threads, streams", [(1, 1), (2, 2), (3, 1)])
+def test_a_row_on_openvino_is_the_same_in_any_batch(bundle, tmp_path, monkeypatch, threads, streams) -> None:
+    """Two rows run at once where each can have half of the threads, of cores that are alike. A row's bits depend
+    neither on its batch nor on the threads, nor on what ran before."""
+    module, seen = backends.backend("openvino"), []
+    compile_ = module.OvEngine._compile
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(module, "UNLIKE", tmp_path / "cpu_atom")
-    noise = np.random.default_rng(3).normal(size=(3, *manifest.read(bundle).state.shape))
-
-    def answers(threads: int) -> tuple[type, list[np.ndarray]]:
-        found = []
-        with Pipeline.load(bundle, threads=threads) as pipe:
-            for batch in (1, 3, 1):  # its own shape, another, and back
-                x, own = noise[:batch], {"labels": np.array([2, 0, 4][:batch])}
-                weights = np.array([4, 1.5, 7], np.float32)[:batch]
-                for negative in ({"labels": np.array([5])}, None):  # with guidance, and without
-                    inputs = pipe.engines.inputs(np.array([300.0]), own, negative, weights)
-                    found += pipe.engines.denoise(x, inputs, 0)
-            return type(pipe.engines.opened["denoiser"]), found
-
-    kind, stacked = answers(1)
-    assert kind is module.OvEngine and answers(3)[0] is module.OvEngine
-    kind, halves = answers(2)
-    assert kind is module.Halves
-    for one, other in zip(halves, stacked, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
-    (tmp_path / "cpu_atom").mkdir()
-    assert answers(2)[0] is module.OvEngine
+    monkeypatch.setattr(
+        module.OvEngine, "_compile", lambda self, *model, **how: seen.append(how) or compile_(self, *model, **how)
+    )
+    on(bundle, "openvino")
+    with Pipeline.load(bundle, threads=1) as pipe:
+        alone, alone_unguided = asked(pipe, [1])
+    seen.clear()
+    with Pipeline.load(bundle, threads=threads) as pipe:
+        guided, unguided, *_, again, again_unguided = asked(pipe, [3, 2, 1])
+    assert max(how.get("NUM_STREAMS", 1) for how in seen) == streams
+    for one, whole in ((again, guided), (alone, guided), (again_unguided, unguided), (alone_unguided, unguided)):
+        np.testing.assert_array_equal(one, whole[:1])
+    assert np.abs(guided - unguided).max() > 1e-3
 
 
-@pytest.mark.parametrize("row", [(6,), (4, 2, 2), (4, 3, 2, 2)], ids=str)
-def test_guidance_moves_the_leading_channels_of_any_state(row) -> None:
-    """The state may have any rank; inputs without groups go to both runs."""
-    random = np.random.default_rng(1)
-    x, context = random.normal(size=(3, *row)), random.normal(size=(2, 3, 5))
-    weights = np.array([4, 1.5, 7], np.float32)
+def test_rows_do_not_share_the_threads_of_unlike_cores(bundle, tmp_path, monkeypatch) -> None:
+    module = backends.backend("openvino")
+    monkeypatch.setattr(module, "UNLIKE", tmp_path)  # which is there
+    step = manifest.read(on(bundle, "openvino")).step
+    with Pipeline.load(bundle, threads=2) as pipe:
+        assert pipe.engines.open(step)._at_once == 1
 
-    class Two:
-        io, close = ((), ()), None
 
-        def run_at_once(self, asked):
-            assert all(rows["x"] is x and rows["context"].shape == (1, 3, 5) for rows in asked)
-            factors = [rows["context"][0].sum(axis=1).reshape(-1, *(1 for _ in row)) for rows in asked]
-            return [{"prediction": x * factor, "variance": factor} for factor in factors]
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what is resident from /proc")
+def test_mapped_weights_are_given_back(tmp_path) -> None:
+    """They are packed when a model is compiled, and would stay in memory a second time."""
+    weight = np.random.default_rng(0).normal(size=(512, 4096)).astype(np.float32)
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    x, y = (helper.make_tensor_value_info(name, 1, ["rows", size]) for name, size in (("x", 512), ("y", 4096)))
+    model = helper.make_model(helper.make_graph([product], "g", [x], [y], [numpy_helper.from_array(weight, "w")]))
+    onnx.save(model, tmp_path / "g.onnx", save_as_external_data=True, location="g.onnx.data")
+    engine = backends.backend("openvino").open([tmp_path / "g.onnx"], Options())
+    mapped = Path("/proc/self/smaps").read_text().split(f"{tmp_path}/g.onnx.data\n")[1:]
+    resident = [int(line.split()[1]) for part in mapped for line in part.splitlines() if line.startswith("Rss:")][:1]
+    assert mapped and resident == [0]
+    row = np.ones((1, 512), np.float32)
+    np.testing.assert_allclose(engine.run({"x": row})["y"], row @ weight, rtol=1e-4, atol=1e-3)
 
-    halves = backends.backend("openvino").Halves(Two(), 3, ("context",))
-    found = halves.run({"x": x, "context": context, "guidance": weights})
-    first, last = (x * part.sum(axis=1).reshape(-1, *(1 for _ in row)) for part in context)
-    strength = weights.reshape(-1, *(1 for _ in row))
-    np.testing.assert_allclose(found["prediction"][:, :3], (last + strength * (first - last))[:, :3])
-    np.testing.assert_array_equal(found["prediction"][:, 3:], first[:, 3:])
+
+@pytest.mark.parametrize(
+    "precision, here, floats, words",
+    [
+        ("fp32", {"FP32", "INT8", "BF16"}, "f32", "fp32"),
+        ("bf16", {"FP32", "INT8", "BF16"}, "bf16", "bf16"),
+        ("bf16", {"FP32", "INT8"}, "f32", "bf16 as fp32"),
+        ("int8", {"FP32", "INT8", "BF16"}, "bf16", "int8 with bf16"),
+        ("int8", {"FP32", "INT8"}, "f32", "int8 with fp32"),
+    ],
+)
+def test_the_cpu_decides_what_floats_are_computed_in(
+    bundle, capsys, monkeypatch, precision, here, floats, words
+) -> None:
+    """Where it has no bf16, that would be emulated, at a fifth of the speed."""
+    module = backends.backend("openvino")
+    monkeypatch.setattr(module, "capabilities", lambda: here)
+    contract = manifest.read(on(bundle, "openvino"))
+    stages = [replace(s, precision=precision) if s.runs == "step" else s for s in contract.stages]
+    manifest.write(bundle, replace(contract, stages=tuple(stages)))
+    assert main(["info", str(bundle)]) == 0
+    assert f"denoiser   {words} on openvino" in capsys.readouterr().out
+    assert main(["sample", str(bundle), "--labels", "1", "--steps", "2", "-o", str(bundle.with_suffix(".png"))]) == 0
+    note = "note: this CPU has no bf16: openvino computes in fp32, and nothing is gained over fp32\n"
+    assert capsys.readouterr().err == (note if words == "bf16 as fp32" else "")
+    with Pipeline.load(bundle) as pipe:
+        engine = pipe.engines.open(pipe.manifest.step)
+        for request, *_ in engine._requests.values():
+            assert request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string() == floats
 
 
 def test_auto_takes_the_first_that_can(monkeypatch) -> None:

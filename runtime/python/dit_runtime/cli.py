@@ -140,9 +140,14 @@ def tuning(options: argparse.Namespace) -> Tuning:
 
 
 def _load_bundle(options: argparse.Namespace) -> Pipeline:
-    return Pipeline.load(
+    pipe = Pipeline.load(
         options.bundle, threads=options.threads, provider=options.provider, low_memory=options.low_memory
     )
+    lines = [backends.note(stage.backend, stage.precision) for stage in pipe.manifest.stages]
+    for line in dict.fromkeys(lines):
+        if line:
+            print(f"note: {line}", file=sys.stderr)
+    return pipe
 
 
 def _sample(options: argparse.Namespace) -> int:

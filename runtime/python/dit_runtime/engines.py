@@ -20,6 +20,8 @@ from dit_runtime.conditions.condition import Rows, group
 from dit_runtime.conditions.memo import StepInputs
 from dit_runtime.errors import BundleError, EngineError, UsageError
 
+AT_ONCE = {"step": 2, "end": 1}  # rows: two of a decoder would need twice the memory for their activations
+
 
 class Engines:
     def __init__(self, folder: Path, contract: Manifest, opened: Mapping[str, Engine], options: Options) -> None:
@@ -56,9 +58,12 @@ class Engines:
 
     def _settings(self, stage: Stage) -> Options:
         settings = replace(self.options, precision=stage.precision, built=manifest.built(self.manifest, stage))
-        if stage.runs == "step" and self.manifest.mixes_guidance:
+        if stage.runs in ("step", "end"):
             grouped = tuple(spec.name for spec in stage.grouped)
-            settings = replace(settings, guided_channels=self.manifest.guidance.channels, grouped=grouped)
+            row = {
+                spec.name: tuple(1 if isinstance(size, str) else size for size in spec.shape) for spec in stage.reads
+            }
+            settings = replace(settings, row=row, grouped=grouped, at_once=AT_ONCE[stage.runs])
         if stage.runs == "update":
             settings = replace(settings, beside=self.opened[self.manifest.step.name])
         return settings

@@ -40,21 +40,20 @@ class Pipeline:
         provider: str | None = None,
         low_memory: bool = False,
     ) -> Pipeline:
-        """Open a bundle, after its manifest and the sha256 of each file that is opened have been checked.
+        """Open a bundle; its manifest, and the sha256 of each file that is opened, are checked.
 
         With `low_memory` only one stage is open at a time, and only while it is needed.
         """
         folder = Path(folder)
         contract = manifest.read(folder)
-        manifest.check_files(folder, contract, {file: None for stage in contract.stages for file in stage.files})
-        cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
-        options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
+        options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory
         with ExitStack() as undo:
             undo.callback(pipe.close)
-            for stage in () if low_memory else contract.stages:
-                if stage.runs != "update":  # which is opened where it is needed
-                    pipe.engines.open(stage)
+            with manifest.checking(folder, contract, {file: None for stage in contract.stages for file in stage.files}):
+                for stage in () if low_memory else contract.stages:
+                    if stage.runs != "update":  # which is opened where it is needed
+                        pipe.engines.open(stage)
             undo.pop_all()
         return pipe
 

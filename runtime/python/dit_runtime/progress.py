@@ -28,8 +28,11 @@ class Progress:
         except BaseException:
             self.end()
             raise
-        line = f"{name}: {time.monotonic() - began:.1f} s (at {_clock(time.monotonic() - self._start)})\n"
-        self._write(f"\r\x1b[K{line}" if self.shown else line)
+        line = f"{name}: {time.monotonic() - began:.1f} s (at {_clock(time.monotonic() - self._start)})"
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        self._write(f"\r\x1b[K{line}\n" if self.shown else f"{line}\n")
 
     def step(self, done: int, total: int, name: str) -> None:
         """Move the bar; in a pipe there is none."""

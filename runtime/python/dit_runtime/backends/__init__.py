@@ -6,7 +6,8 @@ A backend has
 * `version()`, None where it is not installed; `why_unavailable(built)`, why it cannot run here, or not the engine of
   which the manifest says this;
 * `compile(folder, stage, options, progress)`, which makes engine files of a bundle's stage;
-* `open(files, options)`, which gives an Engine.
+* `open(files, options)`, which gives an Engine;
+* where that depends on the machine, `float_type(precision)`, what floats are computed in here.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ class Options:
     precision: str = "fp32"  # of the graph
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
-    guided_channels: int | None = None  # of a step stage: the leading channels that its guidance moves
+    row: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of one row, where rows may run apart
     grouped: tuple[str, ...] = ()  # of a step stage: the inputs that have a group for each condition
+    at_once: int = 1  # rows that may run at the same time, if they run apart
     tuning: Tuning = Tuning()
     islands: tuple[str, ...] = ()  # nodes of a typed graph that stay fp32
     built: Mapping[str, Any] = field(default_factory=dict)  # what the manifest says of the engine that is opened
@@ -103,6 +105,28 @@ def typed(name: str, precision: str) -> str | None:
     """Return the narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
     inner = backend(name).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
     return inner if inner in backend(name).NEEDS_TYPED_GRAPH else None
+
+
+def computed(name: str, precision: str) -> str:
+    """Return a precision in the words of what computes it here: "int8 with bf16", "bf16 as fp32"."""
+    floats = _floats(name, precision)
+    if floats in (None, precision):
+        return precision
+    return f"{precision} {'with' if precision in QUANTIZED else 'as'} {floats}"
+
+
+def note(name: str, precision: str) -> str | None:
+    """Return a line for people where a backend does not compute here in the precision that was asked for."""
+    floats = _floats(name, precision)
+    if precision in QUANTIZED or floats in (None, precision):
+        return None
+    return f"this CPU has no {precision}: {name} computes in {floats}, and nothing is gained over {floats}"
+
+
+def _floats(name: str, precision: str) -> str | None:
+    """Return what floats are computed in here, where a backend that is here has a say in it."""
+    module: Any = backend(name) if name in BACKENDS else None
+    return module.float_type(precision) if hasattr(module, "float_type") and module.version() else None
 
 
 def require(name: str, precision: str, tuning: Tuning) -> None:

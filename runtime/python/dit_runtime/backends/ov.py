@@ -1,11 +1,18 @@
-"""OpenVINO on the CPU: compiles the ONNX form when it first sees a shape, and keeps the result in the user's cache."""
+"""OpenVINO on the CPU.
+
+A stage of the loop, and the decoder, runs a row at a time: one sample, and of a step stage one of its groups. Rows of a
+call share two streams, each with half of the threads; that takes less time than all of them in one batch. So there is
+one shape to compile, when the stage is opened, and a row's bits depend neither on its batch nor on what ran before.
+Stages before the loop keep their free dimension: their rows come out the same at any number of rows.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,14 +22,16 @@ import numpy as np
 from dit_runtime.backends import Compiled, Engine, Options
 from dit_runtime.bundle.records import GUIDANCE, Stage
 from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.facts import FACTS
+from dit_runtime.facts import CONSTANTS, FACTS
 from dit_runtime.progress import Progress
 
 PRECISIONS = tuple(FACTS["precisions"]["openvino"])
 FLOAT_AROUND_INT8 = "bf16"
 NEEDS_TYPED_GRAPH: tuple[str, ...] = ()
-HINTS = {"fp32": "f32", "bf16": "bf16", "int8": FLOAT_AROUND_INT8}  # what OpenVINO computes the fp32 of a graph in
 DEVICE = "CPU"
+HINTS = {"fp32": "f32", "bf16": "bf16"}  # the names that OpenVINO has for the types of floats
+MEETING: str = CONSTANTS["groups_meet"]  # the tensor of a step stage that has all groups, before guidance mixes them
+DONTNEED = 4  # of madvise, on Linux
 UNLIKE = Path("/sys/devices/cpu_atom")  # where Linux keeps the slower cores of a hybrid CPU
 
 
@@ -38,57 +47,54 @@ def why_unavailable(built: Mapping[str, Any] | None = None) -> str | None:
     return None
 
 
+def float_type(precision: str) -> str:
+    """Return the type that floats are computed in here: where a CPU has no bf16, to emulate it takes five times as long
+    as fp32."""
+    return "bf16" if precision != "fp32" and "BF16" in capabilities() else "fp32"
+
+
+@cache
+def capabilities() -> frozenset[str]:
+    """Return what OpenVINO says that this CPU computes."""
+    return frozenset(_openvino().Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"))
+
+
 def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
     """Make no files in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
     return Compiled()
 
 
 def open(files: Sequence[Path], options: Options) -> Engine:
-    engine = OvEngine(files[0], options)
-    if options.guided_channels is None or not options.grouped or not _halves(options):
-        return engine
-    return Halves(engine, options.guided_channels, options.grouped)
+    return (RowEngine if options.row else OvEngine)(files[0], options)
 
 
-def _halves(options: Options) -> bool:
-    """Tell whether two runs at once can have half of the threads each: an even number, of cores that are alike."""
-    if sys.platform != "linux" or UNLIKE.exists():
-        return False
-    return (options.threads or len(os.sched_getaffinity(0))) % 2 == 0
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise UsageError("openvino is not installed: pip install 'dit-export[openvino]'") from None
+    return openvino
 
 
 class OvEngine:
-    """The first shape that runs gets a model of its own, which is faster; all others share one with free dimensions."""
+    """A stage whose rows run in one call, any number of them."""
 
     def __init__(self, path: Path, options: Options) -> None:
-        try:
-            import openvino
-        except ImportError:
-            raise UsageError("openvino is not installed: pip install 'dit-export[openvino]'") from None
-
         if options.threads is not None and options.threads < 1:
             raise UsageError(f"threads is {options.threads}; expected 1 or more")
         if options.provider:
             raise UsageError(f"provider {options.provider!r} is an option of onnxruntime; this graph runs on openvino")
-        self._path = path
-        self._core: Any = openvino.Core()
+        self._path, self._options = path, options
+        self._core: Any = _openvino().Core()
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": HINTS[options.precision],
+            "INFERENCE_PRECISION_HINT": HINTS[float_type(options.precision)],
         }
         if options.threads:
             self._settings["INFERENCE_NUM_THREADS"] = options.threads
-        if options.cache is not None:
-            with suppress(OSError):  # it only saves time
-                options.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-                if os.access(options.cache, os.W_OK):
-                    self._settings["CACHE_DIR"] = str(options.cache)
         model = self._read()
-        self._inputs = tuple(port.any_name for port in model.inputs)
-        self._outputs = tuple(port.any_name for port in model.outputs)
-        self._first: tuple[Any, ...] | None = None
-        self._fixed: list[Any] = []
-        self._free: dict[int, list[Any]] = {}  # by how many run at once
+        self.io = tuple(port.any_name for port in model.inputs), tuple(port.any_name for port in model.outputs)
+        self._prepare(model)
 
     def _read(self) -> Any:
         try:
@@ -96,63 +102,136 @@ class OvEngine:
         except Exception as error:  # its exceptions are RuntimeError or Exception itself
             raise BundleError(f"{self._path}: OpenVINO does not open it: {_reason(error)}") from None
 
-    @property
-    def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return self._inputs, self._outputs
+    def _prepare(self, model: Any) -> None:
+        (self._request,) = self._compile(model)
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        (outputs,) = self.run_at_once([inputs])
-        return outputs
-
-    def run_at_once(self, asked: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
-        """Run all of these, of the same shapes, each on its share of the threads."""
-        shapes = [asked[0][name].shape for name in self._inputs]
-        if self._first is None:
-            self._first, self._fixed = (len(asked), shapes), self._requests(len(asked), shapes)
-        if (len(asked), shapes) == self._first:
-            requests = self._fixed
-        else:
-            requests = self._free[len(asked)] = self._free.get(len(asked)) or self._requests(len(asked), None)
-        with ExitStack() as running:  # each is waited for, whichever fails
-            for request, inputs in zip(requests, asked, strict=True):
-                request.start_async({name: inputs[name] for name in self._inputs}, share_inputs=True)
-                running.callback(request.wait)
-        return [{name: request.get_tensor(name).data.copy() for name in self._outputs} for request in requests]
-
-    def _requests(self, count: int, shapes: Sequence[tuple[int, ...]] | None) -> list[Any]:
-        model = self._read()
-        settings = self._settings | ({"NUM_STREAMS": count} if count > 1 else {})
+    def _compile(self, model: Any, **settings: Any) -> list[Any]:
+        """Return a request for each stream."""
         try:
-            if shapes is not None:
-                model.reshape(dict(zip(self._inputs, map(list, shapes), strict=True)))
-            compiled = self._core.compile_model(model, DEVICE, settings)
-            return [compiled.create_infer_request() for _ in range(count)]
+            compiled = self._core.compile_model(model, DEVICE, self._settings | settings)
+            requests = [compiled.create_infer_request() for _ in range(settings.get("NUM_STREAMS", 1))]
         except Exception as error:
             raise BundleError(f"{self._path}: OpenVINO does not compile it: {_reason(error)}") from None
+        _give_back(self._path.parent)
+        return requests
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._request.infer({name: inputs[name] for name in self.io[0]}, share_inputs=True)
+        return {name: self._request.get_tensor(name).data.copy() for name in self.io[1]}
 
     def close(self) -> None:
-        self._fixed, self._free, self._core = [], {}, None
+        self._request = self._core = None
 
 
-class Halves:
-    """A step stage whose groups, a sample's own condition and what guidance leads away from, run at once, each on half
-    of the threads: that takes less time than both in one batch. Guidance is then mixed here, as the graph would."""
+class RowEngine(OvEngine):
+    """A stage whose rows run apart. Where a step stage mixes its groups, the graph is cut in two where they meet: the
+    groups run apart as well, and what mixes them runs once, on all rows."""
 
-    def __init__(self, engine: OvEngine, guided_channels: int, grouped: tuple[str, ...]) -> None:
-        self._engine, self._guided, self._grouped = engine, slice(0, guided_channels), grouped
-        self.io, self.close = engine.io, engine.close
+    def _prepare(self, model: Any) -> None:
+        self._grouped = frozenset(self._options.grouped)
+        self._requests: dict[Any, list[Any]] = {}  # by shapes and streams
+        self._mix: Any = None
+        rows = self._cut(model)
+        mixes = rows is not model
+        self._names = tuple(name for name in self.io[0] if not mixes or name != GUIDANCE)
+        if mixes or not self._grouped:  # else a row has as many groups as a call brings
+            shapes = tuple(self._options.row[name] for name in self._names)
+            self._fixed(shapes, self._at_once if mixes else 1, rows)
+
+    @property
+    def _at_once(self) -> int:
+        """Return how many rows run at once: two where each can have half of the threads, of cores that are alike."""
+        threads = self._options.threads or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+        alike = threads % 2 == 0 and not UNLIKE.exists() and not self._options.low_memory
+        return min(self._options.at_once, 2 if alike else 1)
+
+    def _cut(self, model: Any) -> Any:
+        """Return the model of a row; where groups meet in it, keep what mixes them."""
+        outputs = (output for node in model.get_ordered_ops() for output in node.outputs())
+        meeting = next((output for output in outputs if MEETING in output.get_names()), None)
+        if meeting is None:
+            return model
+        from openvino import Model, opset13
+
+        given = opset13.parameter(meeting.get_partial_shape(), meeting.get_element_type())
+        for reader in meeting.get_target_inputs():
+            reader.replace_source_output(given.output(0))
+        given.output(0).set_names({MEETING})
+        ports = {port.any_name: port.get_node() for port in model.inputs}
+        weights = ports.pop(GUIDANCE)
+        if self._mix is None:
+            mix = Model(model.get_results(), [given, weights])
+            (self._mix,) = self._compile(mix, INFERENCE_PRECISION_HINT="f32")
+        return Model([opset13.result(meeting)], [*ports.values()])
+
+    def _fixed(self, shapes: tuple[tuple[int, ...], ...], streams: int, model: Any = None) -> list[Any]:
+        """Return requests for rows of these shapes, one a stream."""
+        if (shapes, streams) not in self._requests:
+            model = model or self._cut(self._read())
+            model.reshape(dict(zip(self._names, map(list, shapes), strict=True)))
+            self._requests[shapes, streams] = self._compile(model, NUM_STREAMS=streams)
+        return self._requests[shapes, streams]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return (B, ...) of (B, ...) and (G, B, ...)."""
-        groups = len(inputs[self._grouped[0]])
-        if groups == 1:
-            return self._engine.run(inputs)
-        own = [{name: inputs[name][group : group + 1] for name in self._grouped} for group in range(groups)]
-        first, last = self._engine.run_at_once([{**inputs, **rows} for rows in own])
-        moved, base = first["prediction"][:, self._guided], last["prediction"][:, self._guided]
-        weights = inputs[GUIDANCE].reshape(-1, *(1 for _ in moved.shape[1:]))
-        moved[...] = base + weights * (moved - base)
-        return first
+        asked = self._rows(inputs)
+        shapes = tuple(asked[0][name].shape for name in self._names)
+        requests = self._fixed(shapes, min(len(asked), self._at_once))
+        answers: list[list[np.ndarray]] = []
+        with ExitStack() as running:  # each is waited for, whichever fails
+            for number, row in enumerate(asked):
+                request = requests[number % len(requests)]
+                if number >= len(requests):
+                    answers.append(self._answer(request))
+                request.start_async(row, share_inputs=True)
+                running.callback(request.wait)
+            answers += [self._answer(requests[number % len(requests)]) for number in range(len(answers), len(asked))]
+        rows = [np.concatenate(parts) for parts in zip(*answers, strict=True)]
+        if self._mix is None:
+            return dict(zip(self.io[1], rows, strict=True))
+        (met,) = rows  # (G B, 1, ...)
+        weights = inputs[GUIDANCE]
+        met = met.reshape(-1, len(weights), *met.shape[2:])
+        self._mix.infer({MEETING: met, GUIDANCE: weights}, share_inputs=True)
+        return {name: self._mix.get_tensor(name).data.copy() for name in self.io[1]}
+
+    def _rows(self, inputs: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Return the inputs of each row: the samples of a group, then those of the next."""
+        batch = next(len(inputs[name]) for name in self._names if name not in self._grouped)
+        groups = [slice(None)]
+        if self._mix is not None:
+            count = next((len(inputs[name]) for name in self._grouped), 1)
+            groups = [slice(group, group + 1) for group in range(count)]
+        return [
+            {
+                name: np.ascontiguousarray(inputs[name][(group, row) if name in self._grouped else row])
+                for name in self._names
+            }
+            for group in groups
+            for row in (slice(sample, sample + 1) for sample in range(batch))
+        ]
+
+    def _answer(self, request: Any) -> list[np.ndarray]:
+        request.wait()
+        return [request.get_output_tensor(index).data.copy() for index in range(len(request.model_outputs))]
+
+    def close(self) -> None:
+        self._requests, self._mix, self._core = {}, None, None
+
+
+def _give_back(folder: Path) -> None:
+    """Give back the memory in which the folder's weights are mapped: what is compiled has packed them for itself. It
+    keeps the file mapped, though, and the pages that were read would stay, 44 % of the process's memory for XL/2."""
+    if sys.platform != "linux":
+        return
+    import ctypes  # here, so that importing the runtime stays quick
+
+    library, prefix = ctypes.CDLL(None), f"{folder.resolve()}/"
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        span, rights, *_, path = line.split(None, 5)
+        if path.startswith(prefix) and rights == "r--s":  # shared and only read: what is read again is as it was
+            first, last = (int(address, 16) for address in span.split("-"))
+            library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), DONTNEED)
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,7 +87,17 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare sha256 sums, of large files at the same time; engines are executable, so nothing is opened before."""
+    """Compare sha256 sums, of large files at the same time."""
+    with checking(folder, manifest, names):
+        pass
+
+
+@contextmanager
+def checking(folder: Path, manifest: Manifest, names: Iterable[str]) -> Iterator[None]:
+    """Compare sha256 sums while the body opens the files; a wrong sum is the error, whatever the body made of the file.
+
+    Engines are executable, so theirs are compared before the body.
+    """
     from concurrent.futures import ThreadPoolExecutor  # here, so that importing the runtime stays quick
 
     names = list(names)
@@ -94,10 +105,19 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
         raise BundleError(f"{folder}: {unknown[0]} is not in the manifest")
     _require(folder, manifest, names)
     with ThreadPoolExecutor() as pool:
-        sums = list(pool.map(sha256, [inside(folder, name) for name in names]))
-    for name, digest in zip(names, sums, strict=True):
-        if digest != manifest.files[name].sha256:
-            raise BundleError(f"{folder}: {name} does not have the sha256 of its manifest; it is damaged: rebuild it")
+        sums = {name: pool.submit(sha256, inside(folder, name)) for name in names}
+
+        def compare(names: Iterable[str]) -> None:
+            for name in names:
+                if sums[name].result() != manifest.files[name].sha256:
+                    advice = "it is damaged: rebuild it"
+                    raise BundleError(f"{folder}: {name} does not have the sha256 of its manifest; {advice}")
+
+        compare(name for name in names if name.endswith(ENGINE))
+        try:
+            yield
+        finally:
+            compare(names)
 
 
 def sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dit_runtime import backends
 from dit_runtime.bundle.records import Manifest, Port
 
 PER = {
@@ -28,7 +29,8 @@ def summary(folder: Path, contract: Manifest) -> str:
     for stage in contract.stages:
         size = sum(contract.files[file].size for file in stage.files)
         reads = ", ".join(spec.name for spec in stage.reads)
-        what = f"{stage.precision} on {stage.backend}, {size / 1e6:.1f} MB, {PER[stage.runs]}, reads {reads}"
+        precision = backends.computed(stage.backend, stage.precision)
+        what = f"{precision} on {stage.backend}, {size / 1e6:.1f} MB, {PER[stage.runs]}, reads {reads}"
         lines.append(f"{stage.name:<10} {what}")
     parity = contract.parity
     outcome = ("passed" if parity["passed"] else "FAILED") if "passed" in parity else "not verified"
