@@ -88,6 +88,29 @@ def test_without_cuda_graphs_it_runs_and_says_so_once(device, trt, plan, capsys)
     assert error.count("no CUDA graph") == 1 and "cudaErrorStreamCaptureUnsupported" in error and device.launches == 0
 
 
+def test_work_that_cannot_be_recorded_says_why(device, trt, plan, capsys) -> None:
+    """CUDA then refuses to end the capture, too: TensorRT's reason is the one to read."""
+    trt.unrecordable = "a loop cannot be captured"
+    engine = backend("tensorrt").open([plan], Options(built=BUILT))
+    for _ in range(3):
+        np.testing.assert_array_equal(engine.run({"x": rows(2)})["y"], 2 * rows(2))
+    error = capsys.readouterr().err
+    assert error.count("no CUDA graph of tensorrt's work, it runs without: a loop cannot be captured\n") == 1
+    engine.close()
+    assert device.open == {}
+
+
+@pytest.mark.parametrize(
+    ("instantiates", "reason"), [(False, "cudaErrorMemoryAllocation"), (True, "cudaErrorStreamCaptureInvalidated")]
+)
+def test_a_recording_that_fails_leaves_nothing(device, instantiates, reason) -> None:
+    stream = cuda.Stream()
+    device.instantiates = instantiates
+    with pytest.raises(cuda.CudaError, match=reason), cuda.Recording(stream):
+        device.invalid = instantiates
+    assert [*device.open.values()] == ["stream"]
+
+
 def test_kernels_are_kept_for_the_next_time(device, trt, plan, tmp_path) -> None:
     cache = tmp_path / "cache"
     for seen in ([], [b"kernels"]):
@@ -134,6 +157,7 @@ def test_memory_that_runs_out_is_one_line_and_given_back(device, trt, plan, name
         ("create_execution_context", "has no memory for this engine"),
         ("set_optimization_profile_async", "does not set profile 0"),
         ("set_input_shape", r"does not take x \[4, 3\]"),
+        ("set_tensor_address", "does not bind x"),
         ("execute_async_v3", "does not run"),
     ],
 )
@@ -152,7 +176,16 @@ def test_what_a_plan_was_built_with_is_done_for_it(device, trt, plan) -> None:
     ):
         backend("tensorrt").open([plan], Options(built={**BUILT, "tuning": tuning})).close()
         assert trt.runtime.engine_host_code_allowed is host_code
+        trt.host_code = True  # from here on, as such a plan has it
         assert trt.engine.weight_streaming_budget_v2 == budget
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_annotations_of_the_build_cost_no_run_anything(device, trt, plan, name) -> None:
+    """Engines are built with detailed annotations, for their census; NVIDIA's profiler gets none."""
+    engine = backend(name).open([plan], Options(built=BUILT))
+    assert {made().nvtx_verbosity for made in trt.contexts} == {trt.ProfilingVerbosity.NONE}
+    engine.close()
 
 
 def test_a_stripped_plan_takes_its_weights_from_the_onnx_form(device, trt, plan) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dit_runtime.backends import Options
 from dit_runtime.backends.cuda import Buffer, CudaError, Recording, Rows, Stream
-from dit_runtime.backends.trt_network import logger_of, started
+from dit_runtime.backends.trt_network import logger_of, runtime_of
 from dit_runtime.errors import BundleError, EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ class TrtEngine:
     def __init__(self, flavour: Flavour, files: Sequence[Path], options: Options, command: str) -> None:
         self._flavour, trt = flavour, flavour.load()
         self._logger = logger_of(trt)
-        self._runtime = started(flavour.name, trt.Runtime, self._logger)
-        if "version_compatible" in options.built.get("tuning", {}):
-            self._runtime.engine_host_code_allowed = True  # such a plan brings its runtime; its sha256 has been checked
+        tuning = options.built.get("tuning", {})
+        host_code = "version_compatible" in tuning  # whose sha256 has been checked
+        self._runtime = runtime_of(trt, flavour.name, self._logger, host_code)
         self._engine: Any = self._runtime.deserialize_cuda_engine(files[0].read_bytes())
         if self._engine is None:
             reason = f"{flavour.name} does not open it: {self._logger.last}"
             raise BundleError(f"{files[0]}: {reason}; on the target, make it with: {command}")
         if len(files) > 1:  # stripped: its weights are in the ONNX form
             refitter = trt.Refitter(self._engine, self._logger)
-            fits = trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(files[1]))
-            if not fits or not refitter.refit_cuda_engine():
+            weights = trt.OnnxParserRefitter(refitter, self._logger)  # owns what the refitter reads
+            if not weights.refit_from_file(str(files[1])) or not refitter.refit_cuda_engine():
                 raise BundleError(f"{files[0]}: its weights are not those of {files[1].name}: {self._logger.last}")
-        if self._engine.streamable_weights_size and "weight_streaming" in options.built.get("tuning", {}):
+        if self._engine.streamable_weights_size and "weight_streaming" in tuning:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         into = {name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
@@ -52,10 +52,7 @@ class TrtEngine:
         self._kernels = options.cache / f"{files[0].stem}.{KERNELS}" if options.cache else None
         self._runtime_cache: Any = None
         self._contexts = [self._context(trt, index) for index in range(self._engine.num_optimization_profiles)]
-        self._bounds = [
-            [self._engine.get_tensor_profile_shape(name, index) for name in self._inputs]
-            for index in range(len(self._contexts))
-        ]
+        self._bounds = [[self._bound(name, index) for name in self._inputs] for index in range(len(self._contexts))]
         self._buffers = self._allocate()
         self._records = not flavour.own_graphs
         self._recorded: dict[int, tuple[Shapes, Recording | None]] = {}  # by profile
@@ -137,10 +134,18 @@ class TrtEngine:
             context = self._engine.create_execution_context()
         if context is None:
             raise UsageError(f"{self._flavour.name} has no memory for this engine: {self._logger.last}")
+        context.nvtx_verbosity = trt.ProfilingVerbosity.NONE  # the build's DETAILED makes each enqueue slower
         if not context.set_optimization_profile_async(profile, int(self._stream)):
             raise EngineError(f"{self._flavour.name} does not set profile {profile}: {self._logger.last}")
         self._stream.wait()
         return context
+
+    def _bound(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        """Return an input's smallest, usual and largest shape; a static one is in no profile."""
+        shape = tuple(self._engine.get_tensor_shape(name))
+        if -1 not in shape:
+            return [shape] * 3
+        return [tuple(bound) for bound in self._engine.get_tensor_profile_shape(name, profile)]
 
     def _shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
         if not context.set_input_shape(name, shape):
@@ -151,15 +156,15 @@ class TrtEngine:
         largest: dict[str, tuple[int, ...]] = {}
         for index, context in enumerate(self._contexts):
             for name, (_, _, most) in zip(self._inputs, self._bounds[index], strict=True):
-                shape = tuple(most)
-                self._shape(context, name, shape)
-                largest[name] = max(largest.get(name, ()), shape, key=_size)
+                self._shape(context, name, most)
+                largest[name] = max(largest.get(name, ()), most, key=_size)
             for name in self._outputs:
                 largest[name] = max(largest.get(name, ()), tuple(context.get_tensor_shape(name)), key=_size)
         buffers = {name: Buffer(shape, self._dtype(name)) for name, shape in largest.items()}
         for context in self._contexts:
             for name, buffer in buffers.items():
-                context.set_tensor_address(name, buffer.device)
+                if not context.set_tensor_address(name, buffer.device):
+                    raise EngineError(f"{self._flavour.name} does not bind {name}: {self._logger.last}")
         return buffers
 
     def _dtype(self, name: str) -> np.dtype[Any]:
