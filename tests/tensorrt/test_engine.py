@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 
 from dit_runtime import UsageError
 from dit_runtime.backends import Options, Tuning, backend, cuda
+from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.errors import BundleError, EngineError
+from dit_runtime.progress import Progress
 from tests.tensorrt.fakes import Cuda, TensorRT
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
@@ -215,6 +218,37 @@ def test_a_timing_cache_that_does_not_fit_is_refused(made, taken) -> None:
             configure()
 
 
+def test_a_gpu_without_room_for_the_weights_is_refused_before_the_work(device, trt, tmp_path) -> None:
+    spec = TensorSpec("x", "float32", ("batch", 3))
+    stage = Stage("denoiser", "step", (spec,), (spec,), "denoiser.onnx", precision="fp16")
+    for file, size in zip(stage.onnx_files, (1 << 20, 400 << 20), strict=True):
+        (tmp_path / file).touch()
+        os.truncate(tmp_path / file, size)  # a hole, on most file systems
+    device.free = 300 << 20
+
+    def compile_(**tuning: Any) -> None:
+        backend("tensorrt").compile(tmp_path, stage, Options(precision="fp16", tuning=Tuning(**tuning)), Progress())
+
+    with pytest.raises(UsageError, match=r"0\.3 GB of GPU memory free, expected 0\.4 GB to compile this graph"):
+        compile_()
+    for free, tuning in ((402 << 20, {}), (0, {"weight_streaming": True})):  # of which the GPU holds a part
+        device.free = free
+        with pytest.raises(AttributeError, match="Builder"):  # the work, which the fake has not
+            compile_(**tuning)
+
+
+@pytest.mark.parametrize(("version", "taken"), [("10.13.3.9", False), ("10.14.1.48", True), ("11.4.0.106", True)])
+def test_a_tensorrt_whose_parser_lacks_attention_is_too_old(monkeypatch, version, taken) -> None:
+    module = object()
+    monkeypatch.setattr(trt_backend, "import_module", lambda name: module)
+    monkeypatch.setattr(Flavour, "version", lambda self: version)
+    if taken:
+        assert backend("tensorrt").load() is module
+    else:
+        with pytest.raises(UsageError, match=r"tensorrt 10\.13\.3\.9 is too old; expected 10\.14 or later"):
+            backend("tensorrt").load()
+
+
 def test_a_timing_cache_needs_a_folder_before_the_work(device, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert backend("tensorrt").targets("fp16", Tuning(timing_cache="~/trt.cache")) == ("8.9",)
@@ -289,16 +323,23 @@ def test_an_engine_is_inspected_where_it_can_be_opened(device, trt) -> None:
         {"Name": "no output"},
         "only a name",
     ]
-    rtx, logger = backend("tensorrt-rtx"), logger_of(trt)
-    found = rtx._inspected(trt, logger, b"plan", ("8.6", "8.9"))
-    assert found == {"layers": {"fp16": 3, "fp32": 1, "bf16": 1, "int8": 1, "fp8": 1, "other": 2}, "fused": 2}
-    assert rtx._inspected(trt, logger, b"plan", ("12.0",)) == {}
+
+    def inspect(*capabilities: str, **tuning: bool) -> dict[str, Any]:
+        return backend("tensorrt")._inspected(trt, logger_of(trt), b"plan", capabilities, Tuning(**tuning))
+
+    census = {"layers": {"fp16": 3, "fp32": 1, "bf16": 1, "int8": 1, "fp8": 1, "other": 2}, "fused": 2}
+    assert inspect("8.6", "8.9") == census
+    assert inspect("12.0") == {}
+    trt.host_code = True  # as a version-compatible plan has
+    assert inspect("8.9", version_compatible=True) == census
+    assert inspect("8.9") == {}
+    trt.host_code = False
     for trt.layers in (None, [{"Outputs": "none"}], [{"Metadata": None}]):  # words of a version to come
-        assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
+        assert inspect("8.9") == {}
     trt.opens = False
-    assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
+    assert inspect("8.9") == {}
     device.devices = 0
-    assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
+    assert inspect("8.9") == {}
 
 
 def test_an_engine_that_tensorrt_itself_refuses(device, trt, plan) -> None:

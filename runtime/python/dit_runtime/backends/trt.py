@@ -23,6 +23,7 @@ from dit_runtime.backends.trt_network import (
     logger_of,
     monitor_of,
     profiles,
+    runtime_of,
     started,
 )
 from dit_runtime.bundle.manifest import ENGINE, Stage, inside, write_file
@@ -53,7 +54,7 @@ class Flavour:
     name: str
     module: str
     packages: tuple[str, ...]
-    oldest: tuple[int, ...]  # version that is strongly typed in what we use
+    oldest: tuple[int, ...]  # version that has what we use
     capabilities: tuple[str, ...]  # named ahead of time, with no GPU; empty: it compiles for the GPU that is here
     tuning: tuple[str, ...]  # what of Tuning it takes
     own_graphs: bool  # replays CUDA graphs by itself, else we capture them
@@ -86,7 +87,9 @@ class Flavour:
         self._require_own(options)
         trt, onnx = self.load(), inside(folder, stage.onnx)
         capabilities = self.targets(stage.precision, options.tuning)
-        _preflight(folder, sum(inside(folder, file).stat().st_size for file in stage.onnx_files))
+        size = sum(inside(folder, file).stat().st_size for file in stage.onnx_files)
+        holds_weights = not self.capabilities and not options.tuning.weight_streaming  # the GPU, in whole
+        _preflight(folder, size, cuda.free_memory() if holds_weights else None)
         stem = Path(stage.onnx).stem
         first, other = (f"{stem}.{self.name}{turn}{ENGINE}" for turn in ("", ".again"))
         name = other if first in stage.engines.get(self.name, ()) else first  # beside the one that works until it does
@@ -107,7 +110,7 @@ class Flavour:
             if plan is None:
                 raise BundleError(f"{onnx}: {self.name} does not compile it: {logger.last}")
             del monitor
-            engine = self._inspected(trt, logger, plan, capabilities)
+            engine = self._inspected(trt, logger, plan, capabilities, options.tuning)
         if cache := _timing_cache(options.tuning):
             cache.write_bytes(config.get_timing_cache().serialize())
         major = (self._package() or ("",))[0].partition("-cu")[2]
@@ -128,15 +131,17 @@ class Flavour:
         write_file(folder, name, plan)  # last: what fails before leaves no engine
         return Compiled((name, *refit), built)
 
-    def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
+    def _inspected(
+        self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str], tuning: Tuning
+    ) -> dict[str, Any]:
         """Return the census of an engine that was just built, where it can be opened."""
         if cuda.why_unavailable() or _outside(cuda.capability(), capabilities, self.name):
             return {}
         try:
-            runtime = trt.Runtime(logger)
+            runtime = runtime_of(trt, self.name, logger, tuning.version_compatible)
             return inspected(trt, runtime.deserialize_cuda_engine(plan))
-        except (AttributeError, KeyError, TypeError, ValueError):  # not opened, or in words of another version
-            return {}
+        except (AttributeError, KeyError, TypeError, UsageError, ValueError):
+            return {}  # not opened, or in words of another version
 
     def open(self, files: Sequence[Path], options: Options) -> Engine:
         self._require_own(options)
@@ -240,7 +245,7 @@ TENSORRT = Flavour(
     name="tensorrt",
     module="tensorrt",
     packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-    oldest=(10, 12),
+    oldest=(10, 14),  # whose parser is the first with Attention
     capabilities=(),
     tuning=tuple(field for field in asdict(Tuning()) if field != "compute_capability"),
     own_graphs=False,
@@ -297,11 +302,16 @@ def _pool(trt: Any, text: str) -> tuple[Any, int]:
     return kind, int(number) << UNITS[unit]
 
 
-def _preflight(folder: Path, size: int) -> None:
-    """Refuse a graph of `size` bytes before the work, where memory or disk is too small for it."""
+def _preflight(folder: Path, size: int, gpu_memory: int | None) -> None:
+    """Refuse a graph of `size` bytes before the work, where memory or disk is too small for it.
+
+    `gpu_memory` is free on the GPU that the graph is compiled on. The weights alone must fit; how much more a builder
+    takes there has not been measured.
+    """
     needs = {
         "disk": (int(DISK_FACTOR * size), shutil.disk_usage(folder).free),
         "memory": (MEMORY_FACTOR * size + RESERVE, _available_memory()),
+        "GPU memory": (size, gpu_memory),
     }
     for what, (needed, free) in needs.items():
         if free is not None and free < needed:
