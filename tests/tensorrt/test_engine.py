@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dit_runtime import UsageError
-from dit_runtime.backends import Options, Tuning, backend, cuda
+from dit_runtime.backends import Options, Tuning, backend, cuda, trt_engine
 from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
@@ -70,16 +70,56 @@ def test_every_shape_of_both_profiles(device, trt, plan, name) -> None:
     assert device.open == {}
 
 
-def test_a_shape_that_stays_is_replayed(device, trt, plan) -> None:
+def test_each_shape_is_recorded_once(device, trt, plan) -> None:
+    """A run of 5 samples where an engine takes 2 asks for two shapes in turn, in every step."""
     engine = backend("tensorrt").open([plan], Options(built=BUILT))
-    for count in (2, 2, 2, 2):  # set up, recorded, replayed, replayed
-        np.testing.assert_array_equal(engine.run({"x": rows(count)})["y"], 2 * rows(count))
-    assert device.launches == 2 and trt.runs == 4
-    engine.run({"x": rows(3)})
-    engine.run({"x": rows(2)})
-    assert device.launches == 2  # another shape of the profile may have moved its memory: recorded anew
+    for _ in range(6):
+        for count in (2, 2, 1):
+            np.testing.assert_array_equal(engine.run({"x": rows(count)})["y"], 2 * rows(count))
+    assert device.instantiated == 2
+    assert (
+        device.launches == 6 * 3 - 2 * 2 and trt.runs == 6 * 3
+    )  # the first run of a shape sets up, the second records
     engine.close()
     assert device.open == {}
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_only_the_shapes_used_last_have_a_context(device, trt, plan, name, monkeypatch) -> None:
+    """What goes is not in use any more: the fake fails work whose context is gone."""
+    monkeypatch.setattr(trt_engine, "SHAPES", 2)
+    engine = backend(name).open([plan], Options(built=BUILT))
+    targets = {count: engine.put(np.zeros((count, 3), np.float32)) for count in (1, 2, 3)}
+    sources = {count: engine.put(rows(count)) for count in (1, 2, 3)}  # which no run waits for
+    for count in (1, 2, 1, 1, 3, 1, 2):
+        engine.run({"x": sources[count]}, {"y": targets[count]})
+        assert sum(made() is not None for made in trt.contexts) == 2
+    for count in (1, 2, 3):
+        np.testing.assert_array_equal(np.asarray(targets.pop(count)), 2 * rows(count))
+    assert len(trt.contexts) == 2 + 4  # the largest of both profiles, and 1, 2, 3, 2 again
+    assert device.launches == (2 if name == "tensorrt" else 0)  # of the one that stayed
+    sources.clear()
+    engine.close()
+    assert device.open == {}
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_contexts_share_their_memory(device, trt, plan, name) -> None:
+    engine = backend(name).open([plan], Options(built=BUILT))
+    for count in (1, 2, 5):
+        engine.run({"x": rows(count)})
+    (address,) = {made().memory for made in trt.contexts}
+    assert address in device.open
+    engine.close()
+
+
+def test_streamed_weights_are_not_recorded(device, trt, plan, capsys) -> None:
+    """NVIDIA's headers say that such work cannot be."""
+    engine = backend("tensorrt").open([plan], Options(built={**BUILT, "tuning": {"weight_streaming": True}}))
+    for _ in range(3):
+        engine.run({"x": rows(2)})
+    assert device.instantiated == 0 and capsys.readouterr().err == ""
+    engine.close()
 
 
 def test_without_cuda_graphs_it_runs_and_says_so_once(device, trt, plan, capsys) -> None:
@@ -145,12 +185,12 @@ def test_kernels_of_a_shape_are_its_own_from_the_first_run_on(device, trt, plan)
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 def test_memory_that_runs_out_is_one_line_and_given_back(device, trt, plan, name) -> None:
-    for device.room in range(4):  # x and y: on the device when it is opened, the host's when it runs
+    for device.room in range(5):  # activations, x and y: on the device when it is opened, the host's when it runs
         with pytest.raises(EngineError, match=r"^cudaMalloc.*: cudaErrorMemoryAllocation$"):
             backend(name).open([plan], Options(built=BUILT)).run({"x": rows(2)})
         gc.collect()
         assert device.open == {}
-    device.room = 4
+    device.room = 5
     backend(name).open([plan], Options(built=BUILT)).run({"x": rows(2)})
 
 

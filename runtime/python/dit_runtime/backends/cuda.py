@@ -135,7 +135,7 @@ class Memory:
     """Memory of the device, given back when nobody has it any more."""
 
     def __init__(self, size: int, stream: Stream) -> None:
-        self.stream = stream
+        self.size, self.stream = size, stream
         self.address = int(_lend(self, call("cudaMalloc", size), "cudaFree"))  # which waits for what is queued
 
 
