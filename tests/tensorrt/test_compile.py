@@ -17,7 +17,7 @@ from dit_export.precision.half import cast_to_half, fp32_products
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
-from dit_runtime.backends import Options, Tuning, backend, typed
+from dit_runtime.backends import Options, Tuning, backend, trt_preflight, typed
 from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt_network import profiles
 from dit_runtime.bundle.manifest import Stage, TensorSpec
@@ -202,7 +202,7 @@ def test_its_own_words_are_passed_on(small, tmp_path) -> None:
 @pytest.mark.parametrize(("what", "name"), [("memory", "MEMORY_FACTOR"), ("disk", "DISK_FACTOR")])
 def test_too_little_room_is_seen_before_the_work(small, tmp_path, monkeypatch, what, name) -> None:
     graph = save(denoiser(small, SMALL, "fp16"), tmp_path, "fp16")
-    monkeypatch.setattr(trt_backend, name, 1e9)
+    monkeypatch.setattr(trt_preflight, name, 1e9)
     with pytest.raises(UsageError, match=f"GB of {what} free, expected .* to compile this graph"):
         compile_(graph, tmp_path)
 

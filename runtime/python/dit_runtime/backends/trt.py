@@ -6,7 +6,6 @@ network says what the engine will do, also where no GPU can open it.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,14 +25,13 @@ from dit_runtime.backends.trt_network import (
     runtime_of,
     started,
 )
+from dit_runtime.backends.trt_preflight import preflight
 from dit_runtime.bundle.manifest import ENGINE, Stage, inside, write_file
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need
-MEMORY_FACTOR, DISK_FACTOR = 4, 1.5  # of a graph's bytes: XL/2 in fp16 took 3.2 GB for its 0.9, S/2's engine 1.35
-RESERVE = 512 << 20
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}
 FLAGS = {  # of Tuning: BuilderFlag
@@ -89,7 +87,7 @@ class Flavour:
         capabilities = self.targets(stage.precision, options.tuning)
         size = sum(inside(folder, file).stat().st_size for file in stage.onnx_files)
         holds_weights = not self.capabilities and not options.tuning.weight_streaming  # the GPU, in whole
-        _preflight(folder, size, cuda.free_memory() if holds_weights else None)
+        preflight(folder, size, cuda.free_memory() if holds_weights else None)
         stem = Path(stage.onnx).stem
         first, other = (f"{stem}.{self.name}{turn}{ENGINE}" for turn in ("", ".again"))
         name = other if first in stage.engines.get(self.name, ()) else first  # beside the one that works until it does
@@ -300,30 +298,3 @@ def _pool(trt: Any, text: str) -> tuple[Any, int]:
     if kind is None or not number.isdecimal() or unit not in UNITS:
         raise UsageError(f"pool-limit {text!r}; expected a memory pool of TensorRT and a size, such as workspace:4G")
     return kind, int(number) << UNITS[unit]
-
-
-def _preflight(folder: Path, size: int, gpu_memory: int | None) -> None:
-    """Refuse a graph of `size` bytes before the work, where memory or disk is too small for it.
-
-    `gpu_memory` is free on the GPU that the graph is compiled on. The weights alone must fit; how much more a builder
-    takes there has not been measured.
-    """
-    needs = {
-        "disk": (int(DISK_FACTOR * size), shutil.disk_usage(folder).free),
-        "memory": (MEMORY_FACTOR * size + RESERVE, _available_memory()),
-        "GPU memory": (size, gpu_memory),
-    }
-    for what, (needed, free) in needs.items():
-        if free is not None and free < needed:
-            raise UsageError(
-                f"{folder}: {free / 1e9:.1f} GB of {what} free, expected {needed / 1e9:.1f} GB to compile this graph"
-            )
-
-
-def _available_memory() -> int | None:
-    """Return the bytes that Linux could give to us now, its caches included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
