@@ -195,12 +195,12 @@ class Flavour:
                 raise UsageError(f"{self.name} compiles on its target alone, and not here: {reason}")
             targets: tuple[str, ...] = (cuda.capability(),)
         else:
-            able = tuple(known for known in self.capabilities if _numbers(known) >= max((8, 0), _numbers(least)))
+            able = tuple(known for known in self.capabilities if _numbers(known) >= _numbers(least))
             targets = tuning.compute_capability or able
         for target in targets:
             if self.capabilities and target not in self.capabilities:
                 raise UsageError(
-                    f"compute capability {target!r} is none that {self.name} names: {', '.join(self.capabilities)}"
+                    f"{self.name} compiles for compute capability {', '.join(self.capabilities)} and not for {target!r}"
                 )
             if _numbers(target) < _numbers(least):
                 raise UsageError(f"compute capability {target} has no {precision}; it needs {least} or later")
@@ -254,7 +254,7 @@ RTX = Flavour(
     module="tensorrt_rtx",
     packages=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
     oldest=(1, 7),
-    capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+    capabilities=("8.0", "8.6", "8.9", "12.0", "12.1"),  # and 7.5, without the fp32 products that every bundle has
     # 1.7 ships no lean runtime for version-compatible, asks for a GPU to refit or strip, has no timing cache.
     tuning=("compute_capability", "builder_optimization_level", "pool_limit", "weight_streaming"),
     own_graphs=True,
