@@ -113,6 +113,16 @@ def test_contexts_share_their_memory(device, trt, plan, name) -> None:
     engine.close()
 
 
+def test_rows_of_another_shape_are_not_written(device, trt, plan) -> None:
+    """The buffer that they would be copied from is of the largest shape, and has old rows behind the new ones."""
+    engine = backend("tensorrt").open([plan], Options(built=BUILT))
+    target = engine.put(np.zeros((3, 3), np.float32))
+    with pytest.raises(EngineError, match=r"y has shape \[2, 3\], expected \[3, 3\]"):
+        engine.run({"x": rows(2)}, {"y": target})
+    np.testing.assert_array_equal(np.asarray(target), 0)
+    engine.close()
+
+
 def test_streamed_weights_are_not_recorded(device, trt, plan, capsys) -> None:
     """NVIDIA's headers say that such work cannot be."""
     engine = backend("tensorrt").open([plan], Options(built={**BUILT, "tuning": {"weight_streaming": True}}))

@@ -35,6 +35,7 @@ class Execution:
     """
 
     context: Any
+    outputs: dict[str, tuple[int, ...]]  # their shapes
     ran: bool = False
     recording: Recording | None = None
 
@@ -89,6 +90,9 @@ class TrtEngine:
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Rows] | None = None) -> dict[str, np.ndarray]:
         shapes = tuple(inputs[name].shape for name in self._inputs)
         execution = self._prepare(shapes)
+        for name, rows in (into or {}).items():
+            if rows.shape != execution.outputs[name]:
+                raise EngineError(f"{name} has shape {[*execution.outputs[name]]}, expected {[*rows.shape]}")
         for name in self._inputs:
             self._buffers[name].upload(inputs[name], self._stream)
         self._enqueue(execution)
@@ -96,11 +100,7 @@ class TrtEngine:
             for name, rows in into.items():
                 rows.fill(self._buffers[name].device)
             return {}
-        context = execution.context
-        views = {
-            name: self._buffers[name].download(tuple(context.get_tensor_shape(name)), self._stream)
-            for name in self._outputs
-        }
+        views = {name: self._buffers[name].download(shape, self._stream) for name, shape in execution.outputs.items()}
         self._stream.wait()
         return {name: view.copy() for name, view in views.items()}
 
@@ -111,7 +111,7 @@ class TrtEngine:
             while len(self._executions) >= SHAPES:
                 self._stream.wait()  # for what is queued there
                 del self._executions[next(iter(self._executions))]
-            execution = Execution(self._context(self._profile(shapes), shapes))
+            execution = self._execution(self._profile(shapes), shapes)
             self._bind(execution.context)
         self._executions[shapes] = execution
         return execution
@@ -149,8 +149,8 @@ class TrtEngine:
             return None
         return recording
 
-    def _context(self, profile: int, shapes: Shapes) -> Any:
-        """Make a context of a profile for these shapes; its outputs' shapes are known, and nothing is bound."""
+    def _execution(self, profile: int, shapes: Shapes) -> Execution:
+        """Make a context of a profile for these shapes; nothing is bound to it yet."""
         trt = self._trt
         owned = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._flavour.keeps_kernels:
@@ -178,7 +178,7 @@ class TrtEngine:
             if not context.set_input_shape(name, shape):
                 raise EngineError(f"{self._flavour.name} does not take {name} {list(shape)}: {self._logger.last}")
         context.set_device_memory(self._activations.address, self._activations.size)
-        return context
+        return Execution(context, {name: tuple(context.get_tensor_shape(name)) for name in self._outputs})
 
     def _bound(self, name: str, profile: int) -> list[tuple[int, ...]]:
         """Return an input's smallest, usual and largest shape; a static one is in no profile."""
@@ -188,14 +188,12 @@ class TrtEngine:
         return [tuple(bound) for bound in self._engine.get_tensor_profile_shape(name, profile)]
 
     def _allocate(self) -> dict[str, Buffer]:
-        """Allocate each tensor for its largest shape in any profile; the contexts that say so are kept."""
+        """Allocate each tensor for its largest shape in any profile; the executions that say so are kept."""
         largest: dict[str, tuple[int, ...]] = {}
         for profile, bounds in enumerate(self._bounds):
             most = tuple(bound[-1] for bound in bounds)
-            context = self._context(profile, most)
-            self._executions[most] = Execution(context)
-            outputs = [tuple(context.get_tensor_shape(name)) for name in self._outputs]
-            for name, shape in zip(self._inputs + self._outputs, [*most, *outputs], strict=True):
+            execution = self._executions[most] = self._execution(profile, most)
+            for name, shape in [*zip(self._inputs, most, strict=True), *execution.outputs.items()]:
                 largest[name] = max(largest.get(name, ()), shape, key=_size)
         return {name: Buffer(shape, self._dtype(name)) for name, shape in largest.items()}
 
