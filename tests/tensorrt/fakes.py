@@ -1,6 +1,7 @@
 """A driver, a GPU and a TensorRT that are not here: memory is the host's, and work waits until it must be done.
 
-An engine is y = 2 x, or an ONNX file, whose path is then its plan, on ONNX Runtime.
+An engine is y = 2 x, or an ONNX file, whose path is then its plan, on ONNX Runtime. What the real objects free, these
+free too: work that touches it afterwards fails.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from enum import IntEnum
@@ -23,10 +25,11 @@ class Status(IntEnum):
     cudaSuccess = 0
     cudaErrorMemoryAllocation = 2
     cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureInvalidated = 901
 
 
 class Cuda:
-    """cuda.bindings.runtime, as far as it is used; counts what is open and what was launched."""
+    """cuda.bindings.runtime, as far as it is used; counts what is open, instantiated and launched."""
 
     cudaStreamNonBlocking = 1
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
@@ -38,9 +41,12 @@ class Cuda:
         self.open: dict[int, object] = {}
         self.numbers = itertools.count(1)
         self.recorded: list | None = None
+        self.invalid = False  # what is being recorded cannot be
+        self.instantiates = True
+        self.free = 8 << 30  # bytes of the device
         self.queued: dict[int, list[Callable[[], None]]] = defaultdict(list)  # by stream: each goes its own way
         self.room: int | None = None  # for so many allocations more; None: any number
-        self.launches = 0
+        self.instantiated = self.launches = 0
         self.copied: Counter[tuple[int, int]] = Counter()  # by kind and size
 
     def _add(self, thing: object, address: int | None = None) -> int:
@@ -74,6 +80,9 @@ class Cuda:
     def cudaDeviceGetAttribute(self, kind, device):
         return Status.cudaSuccess, int(self.capability.split(".")[kind])
 
+    def cudaMemGetInfo(self):
+        return Status.cudaSuccess, self.free, 8 << 30
+
     def cudaStreamCreateWithFlags(self, flags):
         return Status.cudaSuccess, self._add("stream")
 
@@ -100,14 +109,19 @@ class Cuda:
     def cudaStreamBeginCapture(self, stream, mode):
         if not self.captures:
             return (Status.cudaErrorStreamCaptureUnsupported,)
-        self.recorded = []
+        self.recorded, self.invalid = [], False
         return (Status.cudaSuccess,)
 
     def cudaStreamEndCapture(self, stream):
         work, self.recorded = self.recorded, None
+        if self.invalid:
+            return Status.cudaErrorStreamCaptureInvalidated, None
         return Status.cudaSuccess, self._add(work)
 
     def cudaGraphInstantiate(self, graph, flags):
+        if not self.instantiates:
+            return Status.cudaErrorMemoryAllocation, None
+        self.instantiated += 1
         return Status.cudaSuccess, self._add(self.open[graph])
 
     def cudaGraphLaunch(self, graph, stream):
@@ -125,6 +139,8 @@ class TensorRT:
     LayerInformationFormat = SimpleNamespace(JSON=1)
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE=1)
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER=1)
+    ExecutionContextAllocationStrategy = SimpleNamespace(STATIC=0, USER_MANAGED=2)
+    ProfilingVerbosity = SimpleNamespace(NONE=1, DETAILED=2)
 
     class ILogger:
         ERROR = 1
@@ -132,6 +148,9 @@ class TensorRT:
     def __init__(self, cuda: Cuda) -> None:
         self.cuda, self.runs, self.opens, self.starts = cuda, 0, True, True
         self.refuses = ""  # the call of a context that says no
+        self.unrecordable = ""  # why its work cannot be recorded
+        self.host_code = False  # whether the plan brings host code
+        self.contexts: list[weakref.ref[Context]] = []
         self.refitted: list[str] = []
         self.kernels: list[bytes] = []  # runtime caches that were read
         self.layers: object = []  # what an inspector says of an engine
@@ -150,7 +169,9 @@ class TensorRT:
         def deserialize(plan):
             if not self.opens:
                 logger.log(1, "the plan is of another GPU\nand more")
-            if not self.opens:
+                return None
+            if self.host_code and not self.runtime.engine_host_code_allowed:
+                logger.log(1, "host code is not allowed")
                 return None
             self.engine = Engine(self) if plan == b"plan" else OnnxEngine(self, Path(plan.decode()))
             return self.engine
@@ -159,14 +180,45 @@ class TensorRT:
         return self.runtime
 
     def Refitter(self, engine, logger):
-        return SimpleNamespace(refit_cuda_engine=lambda: not self.refuse("refit_cuda_engine"))
+        return Refitter(self)
 
     def OnnxParserRefitter(self, refitter, logger):
-        return SimpleNamespace(refit_from_file=lambda path: self.refitted.append(path) or path.endswith(".onnx"))
+        return ParserRefitter(self, refitter)
+
+
+class Refitter:
+    """Reads weights that it does not own."""
+
+    def __init__(self, trt: TensorRT) -> None:
+        self.trt = trt
+
+    def refit_cuda_engine(self):
+        assert self.weights() is not None, "the weights were freed before they were read"
+        return not self.trt.refuse("refit_cuda_engine")
+
+
+class ParserRefitter:
+    """Owns the weights of the file that it read."""
+
+    def __init__(self, trt: TensorRT, refitter: Refitter) -> None:
+        self.trt, self.weights = trt, np.zeros(3)
+        refitter.weights = weakref.ref(self.weights)
+
+    def refit_from_file(self, path):
+        self.trt.refitted.append(path)
+        return path.endswith(".onnx")
+
+
+class Unset:
+    """TensorRT's Dims of a question that has no answer: of -1 dimensions."""
+
+    def __len__(self):
+        return -1
 
 
 class Engine:
     num_io_tensors, num_optimization_profiles, streamable_weights_size = 2, 2, 100
+    device_memory_size_v2 = 64
     weight_streaming_budget_v2 = None
 
     def __init__(self, trt: TensorRT) -> None:
@@ -187,24 +239,44 @@ class Engine:
     def get_tensor_dtype(self, name):
         return SimpleNamespace(name="FLOAT")
 
+    def get_tensor_shape(self, name):
+        return (-1, 3)
+
     def get_tensor_profile_shape(self, name, profile):
         fewest, most = ROWS[profile]
         return [(fewest, 3), (fewest, 3), (most, 3)]
 
     def create_runtime_config(self):
         cache = SimpleNamespace(deserialize=self.trt.kernels.append, serialize=lambda: b"kernels")
-        self.trt.settings.append(
-            SimpleNamespace(create_runtime_cache=lambda: cache, set_runtime_cache=lambda cache: True)
+        settings = SimpleNamespace(
+            create_runtime_cache=lambda: cache,
+            set_runtime_cache=lambda cache: True,
+            set_execution_context_allocation_strategy=lambda strategy: setattr(settings, "strategy", strategy),
+            strategy=TensorRT.ExecutionContextAllocationStrategy.STATIC,
         )
-        return self.trt.settings[-1]
+        self.trt.settings.append(settings)
+        return settings
 
-    def create_execution_context(self, settings=None):
-        return None if self.trt.refuse("create_execution_context") else Context(self.trt)
+    def create_execution_context(self, strategy=TensorRT.ExecutionContextAllocationStrategy.STATIC):
+        if self.trt.refuse("create_execution_context"):
+            return None
+        context = self.context()
+        strategy = getattr(strategy, "strategy", strategy)  # of settings
+        if strategy == TensorRT.ExecutionContextAllocationStrategy.STATIC:
+            context.memory = 0  # its own
+        self.trt.contexts.append(weakref.ref(context))
+        return context
+
+    def context(self):
+        return Context(self.trt)
 
 
 class Context:
+    memory: int | None = None  # where its activations are
+
     def __init__(self, trt: TensorRT) -> None:
-        self.trt, self.addresses = trt, {}
+        self.trt, self.addresses, self.shape = trt, {}, ()
+        self.nvtx_verbosity = TensorRT.ProfilingVerbosity.DETAILED  # that of the build
 
     def set_optimization_profile_async(self, profile, stream):
         return not self.trt.refuse("set_optimization_profile_async")
@@ -217,23 +289,53 @@ class Context:
         return self.shape
 
     def set_tensor_address(self, name, address):
+        if self.trt.refuse("set_tensor_address"):
+            return False
         self.addresses[name] = address
         return True
 
+    def set_device_memory(self, memory, size):
+        assert size >= Engine.device_memory_size_v2
+        self.memory = memory
+
     def execute_async_v3(self, stream):
+        """Queue the work; what was recorded holds while this context lives and nothing in it changes."""
         if self.trt.refuse("execute_async_v3"):
             return False
-        shape = self.shape
+        if self.memory is None:
+            self.trt.logger.log(1, "no memory for activations")
+            return False
+        trt, alive, state, work = self.trt, weakref.ref(self), self.state(), self.work()
+        cuda = trt.cuda
+        recording = cuda.recorded is not None
+        if recording and trt.unrecordable:
+            cuda.invalid = True
+            trt.logger.log(1, trt.unrecordable)
+            return False
 
-        def work():
-            self.trt.runs += 1
-            size = int(np.prod(shape))
-            x, y = ((ctypes.c_float * size).from_address(self.addresses[name]) for name in ("x", "y"))
+        def checked():
+            context = alive()
+            assert context is not None, "a context was freed before its work was done"
+            assert not recording or context.state() == state, "a recorded context was changed"
+            assert not context.memory or context.memory in cuda.open, "memory was freed that work is done in"
+            trt.runs += 1
+            work()
+
+        cuda.later(checked, stream)
+        return True
+
+    def state(self):
+        return self.shape, self.memory, dict(self.addresses)
+
+    def work(self):
+        size = int(np.prod(self.shape))
+        x, y = ((ctypes.c_float * size).from_address(self.addresses[name]) for name in ("x", "y"))
+
+        def double():
             for index in range(size):
                 y[index] = 2 * x[index]
 
-        self.trt.cuda.later(work, stream)
-        return True
+        return double
 
 
 class OnnxEngine(Engine):
@@ -263,14 +365,19 @@ class OnnxEngine(Engine):
         kind = {**self.inputs, **self.outputs}[name].type
         return SimpleNamespace(name="INT64" if kind == "tensor(int64)" else "FLOAT")
 
+    def get_tensor_shape(self, name):
+        return tuple(-1 if isinstance(size, str) else size for size in {**self.inputs, **self.outputs}[name].shape)
+
     def get_tensor_profile_shape(self, name, profile):
+        """A shape without free dimensions is in no profile."""
+
         def shape(rows):
             sizes = {"groups": profile + 1}
             return tuple(sizes.get(size, rows) if isinstance(size, str) else size for size in self.inputs[name].shape)
 
-        return [shape(1), shape(1), shape(self.most)]
+        return [shape(1), shape(1), shape(self.most)] if -1 in self.get_tensor_shape(name) else [Unset()] * 3
 
-    def create_execution_context(self, settings=None):
+    def context(self):
         return OnnxContext(self)
 
 
@@ -291,7 +398,10 @@ class OnnxContext(Context):
         }
         return tuple(known.get(size, size) for size in self.engine.outputs[name].shape)
 
-    def execute_async_v3(self, stream):
+    def state(self):
+        return dict(self.shapes), self.memory, dict(self.addresses)
+
+    def work(self):
         def array(name, shape):
             dtype = np.int64 if self.engine.get_tensor_dtype(name).name == "INT64" else np.float32
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -300,11 +410,11 @@ class OnnxContext(Context):
         inputs = {name: array(name, self.shapes[name]) for name in self.engine.inputs}
         outputs = {name: array(name, self.get_tensor_shape(name)) for name in self.engine.outputs}
 
-        def work():
-            self.trt.runs += 1
-            made = self.engine.session.run(list(outputs), inputs)
+        session = self.engine.session
+
+        def run():
+            made = session.run(list(outputs), inputs)
             for name, values in zip(outputs, made, strict=True):
                 outputs[name][...] = values
 
-        self.trt.cuda.later(work, stream)
-        return True
+        return run

@@ -17,7 +17,7 @@ from dit_export.precision.half import cast_to_half, fp32_products
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
-from dit_runtime.backends import Options, Tuning, backend, typed
+from dit_runtime.backends import Options, Tuning, backend, trt_preflight, typed
 from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt_network import profiles
 from dit_runtime.bundle.manifest import Stage, TensorSpec
@@ -73,6 +73,14 @@ def test_every_precision(s2, tmp_path, precision, products) -> None:
     assert built["version"] == RTX.version() and built["cuda"] == 13
     least = {"fp8": "8.9"}.get(precision, "8.0")
     assert built["compute_capabilities"][0] == least and "7.5" not in built["compute_capabilities"]
+
+
+def test_turing_has_no_fp32_products(small, tmp_path) -> None:
+    """Which the conditioner and the update of every bundle are: TensorRT-RTX names 7.5, and we do not."""
+    (conditioner,) = fuse_network(small, dit(SMALL)).stages
+    stage = save(conditioner.graph, tmp_path, "fp32", conditioner.name, conditioner.runs)
+    with pytest.raises(BundleError, match="FP32 GEMM is not supported"):
+        replace(RTX, capabilities=("7.5",)).compile(tmp_path, stage, Options(), Progress())
 
 
 def test_a_planted_fp32_product_is_refused(small, tmp_path) -> None:
@@ -159,8 +167,8 @@ def test_profiles_come_from_the_signature() -> None:
             {"compute_capability": ("8.9", "8.6")},
             "capability 8.6 has no fp8; it needs 8.9",
         ),
-        ("tensorrt-rtx", "bf16", {"compute_capability": ("7.5",)}, "compute capability 7.5 has no bf16"),
-        ("tensorrt-rtx", "fp16", {"compute_capability": ("9.0",)}, "'9.0' is none that tensorrt-rtx names: 7.5, 8.0"),
+        ("tensorrt-rtx", "fp16", {"compute_capability": ("7.5",)}, "for compute capability 8.0, .* and not for '7.5'"),
+        ("tensorrt-rtx", "fp16", {"compute_capability": ("9.0",)}, "for compute capability 8.0, .* and not for '9.0'"),
         (
             "tensorrt-rtx",
             "fp16",
@@ -202,7 +210,7 @@ def test_its_own_words_are_passed_on(small, tmp_path) -> None:
 @pytest.mark.parametrize(("what", "name"), [("memory", "MEMORY_FACTOR"), ("disk", "DISK_FACTOR")])
 def test_too_little_room_is_seen_before_the_work(small, tmp_path, monkeypatch, what, name) -> None:
     graph = save(denoiser(small, SMALL, "fp16"), tmp_path, "fp16")
-    monkeypatch.setattr(trt_backend, name, 1e9)
+    monkeypatch.setattr(trt_preflight, name, 1e9)
     with pytest.raises(UsageError, match=f"GB of {what} free, expected .* to compile this graph"):
         compile_(graph, tmp_path)
 

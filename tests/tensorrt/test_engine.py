@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 
 from dit_runtime import UsageError
-from dit_runtime.backends import Options, Tuning, backend, cuda
+from dit_runtime.backends import Options, Tuning, backend, cuda, trt_engine
+from dit_runtime.backends import trt as trt_backend
 from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.errors import BundleError, EngineError
+from dit_runtime.progress import Progress
 from tests.tensorrt.fakes import Cuda, TensorRT
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
@@ -67,16 +70,66 @@ def test_every_shape_of_both_profiles(device, trt, plan, name) -> None:
     assert device.open == {}
 
 
-def test_a_shape_that_stays_is_replayed(device, trt, plan) -> None:
+def test_each_shape_is_recorded_once(device, trt, plan) -> None:
+    """A run of 5 samples where an engine takes 2 asks for two shapes in turn, in every step."""
     engine = backend("tensorrt").open([plan], Options(built=BUILT))
-    for count in (2, 2, 2, 2):  # set up, recorded, replayed, replayed
-        np.testing.assert_array_equal(engine.run({"x": rows(count)})["y"], 2 * rows(count))
-    assert device.launches == 2 and trt.runs == 4
-    engine.run({"x": rows(3)})
-    engine.run({"x": rows(2)})
-    assert device.launches == 2  # another shape of the profile may have moved its memory: recorded anew
+    for _ in range(6):
+        for count in (2, 2, 1):
+            np.testing.assert_array_equal(engine.run({"x": rows(count)})["y"], 2 * rows(count))
+    assert device.instantiated == 2
+    assert (
+        device.launches == 6 * 3 - 2 * 2 and trt.runs == 6 * 3
+    )  # the first run of a shape sets up, the second records
     engine.close()
     assert device.open == {}
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_only_the_shapes_used_last_have_a_context(device, trt, plan, name, monkeypatch) -> None:
+    """What goes is not in use any more: the fake fails work whose context is gone."""
+    monkeypatch.setattr(trt_engine, "SHAPES", 2)
+    engine = backend(name).open([plan], Options(built=BUILT))
+    targets = {count: engine.put(np.zeros((count, 3), np.float32)) for count in (1, 2, 3)}
+    sources = {count: engine.put(rows(count)) for count in (1, 2, 3)}  # which no run waits for
+    for count in (1, 2, 1, 1, 3, 1, 2):
+        engine.run({"x": sources[count]}, {"y": targets[count]})
+        assert sum(made() is not None for made in trt.contexts) == 2
+    for count in (1, 2, 3):
+        np.testing.assert_array_equal(np.asarray(targets.pop(count)), 2 * rows(count))
+    assert len(trt.contexts) == 2 + 4  # the largest of both profiles, and 1, 2, 3, 2 again
+    assert device.launches == (2 if name == "tensorrt" else 0)  # of the one that stayed
+    sources.clear()
+    engine.close()
+    assert device.open == {}
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_contexts_share_their_memory(device, trt, plan, name) -> None:
+    engine = backend(name).open([plan], Options(built=BUILT))
+    for count in (1, 2, 5):
+        engine.run({"x": rows(count)})
+    (address,) = {made().memory for made in trt.contexts}
+    assert address in device.open
+    engine.close()
+
+
+def test_rows_of_another_shape_are_not_written(device, trt, plan) -> None:
+    """The buffer that they would be copied from is of the largest shape, and has old rows behind the new ones."""
+    engine = backend("tensorrt").open([plan], Options(built=BUILT))
+    target = engine.put(np.zeros((3, 3), np.float32))
+    with pytest.raises(EngineError, match=r"y has shape \[2, 3\], expected \[3, 3\]"):
+        engine.run({"x": rows(2)}, {"y": target})
+    np.testing.assert_array_equal(np.asarray(target), 0)
+    engine.close()
+
+
+def test_streamed_weights_are_not_recorded(device, trt, plan, capsys) -> None:
+    """NVIDIA's headers say that such work cannot be."""
+    engine = backend("tensorrt").open([plan], Options(built={**BUILT, "tuning": {"weight_streaming": True}}))
+    for _ in range(3):
+        engine.run({"x": rows(2)})
+    assert device.instantiated == 0 and capsys.readouterr().err == ""
+    engine.close()
 
 
 def test_without_cuda_graphs_it_runs_and_says_so_once(device, trt, plan, capsys) -> None:
@@ -86,6 +139,29 @@ def test_without_cuda_graphs_it_runs_and_says_so_once(device, trt, plan, capsys)
         np.testing.assert_array_equal(engine.run({"x": rows(2)})["y"], 2 * rows(2))
     error = capsys.readouterr().err
     assert error.count("no CUDA graph") == 1 and "cudaErrorStreamCaptureUnsupported" in error and device.launches == 0
+
+
+def test_work_that_cannot_be_recorded_says_why(device, trt, plan, capsys) -> None:
+    """CUDA then refuses to end the capture, too: TensorRT's reason is the one to read."""
+    trt.unrecordable = "a loop cannot be captured"
+    engine = backend("tensorrt").open([plan], Options(built=BUILT))
+    for _ in range(3):
+        np.testing.assert_array_equal(engine.run({"x": rows(2)})["y"], 2 * rows(2))
+    error = capsys.readouterr().err
+    assert error.count("no CUDA graph of tensorrt's work, it runs without: a loop cannot be captured\n") == 1
+    engine.close()
+    assert device.open == {}
+
+
+@pytest.mark.parametrize(
+    ("instantiates", "reason"), [(False, "cudaErrorMemoryAllocation"), (True, "cudaErrorStreamCaptureInvalidated")]
+)
+def test_a_recording_that_fails_leaves_nothing(device, instantiates, reason) -> None:
+    stream = cuda.Stream()
+    device.instantiates = instantiates
+    with pytest.raises(cuda.CudaError, match=reason), cuda.Recording(stream):
+        device.invalid = instantiates
+    assert [*device.open.values()] == ["stream"]
 
 
 def test_kernels_are_kept_for_the_next_time(device, trt, plan, tmp_path) -> None:
@@ -119,12 +195,12 @@ def test_kernels_of_a_shape_are_its_own_from_the_first_run_on(device, trt, plan)
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 def test_memory_that_runs_out_is_one_line_and_given_back(device, trt, plan, name) -> None:
-    for device.room in range(4):  # x and y: on the device when it is opened, the host's when it runs
+    for device.room in range(5):  # activations, x and y: on the device when it is opened, the host's when it runs
         with pytest.raises(EngineError, match=r"^cudaMalloc.*: cudaErrorMemoryAllocation$"):
             backend(name).open([plan], Options(built=BUILT)).run({"x": rows(2)})
         gc.collect()
         assert device.open == {}
-    device.room = 4
+    device.room = 5
     backend(name).open([plan], Options(built=BUILT)).run({"x": rows(2)})
 
 
@@ -134,6 +210,7 @@ def test_memory_that_runs_out_is_one_line_and_given_back(device, trt, plan, name
         ("create_execution_context", "has no memory for this engine"),
         ("set_optimization_profile_async", "does not set profile 0"),
         ("set_input_shape", r"does not take x \[4, 3\]"),
+        ("set_tensor_address", "does not bind x"),
         ("execute_async_v3", "does not run"),
     ],
 )
@@ -152,7 +229,16 @@ def test_what_a_plan_was_built_with_is_done_for_it(device, trt, plan) -> None:
     ):
         backend("tensorrt").open([plan], Options(built={**BUILT, "tuning": tuning})).close()
         assert trt.runtime.engine_host_code_allowed is host_code
+        trt.host_code = True  # from here on, as such a plan has it
         assert trt.engine.weight_streaming_budget_v2 == budget
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_annotations_of_the_build_cost_no_run_anything(device, trt, plan, name) -> None:
+    """Engines are built with detailed annotations, for their census; NVIDIA's profiler gets none."""
+    engine = backend(name).open([plan], Options(built=BUILT))
+    assert {made().nvtx_verbosity for made in trt.contexts} == {trt.ProfilingVerbosity.NONE}
+    engine.close()
 
 
 def test_a_stripped_plan_takes_its_weights_from_the_onnx_form(device, trt, plan) -> None:
@@ -180,6 +266,37 @@ def test_a_timing_cache_that_does_not_fit_is_refused(made, taken) -> None:
     else:
         with pytest.raises(UsageError, match="timing-cache of-another: tensorrt does not take it"):
             configure()
+
+
+def test_a_gpu_without_room_for_the_weights_is_refused_before_the_work(device, trt, tmp_path) -> None:
+    spec = TensorSpec("x", "float32", ("batch", 3))
+    stage = Stage("denoiser", "step", (spec,), (spec,), "denoiser.onnx", precision="fp16")
+    for file, size in zip(stage.onnx_files, (1 << 20, 400 << 20), strict=True):
+        (tmp_path / file).touch()
+        os.truncate(tmp_path / file, size)  # a hole, on most file systems
+    device.free = 300 << 20
+
+    def compile_(**tuning: Any) -> None:
+        backend("tensorrt").compile(tmp_path, stage, Options(precision="fp16", tuning=Tuning(**tuning)), Progress())
+
+    with pytest.raises(UsageError, match=r"0\.3 GB of GPU memory free, expected 0\.4 GB to compile this graph"):
+        compile_()
+    for free, tuning in ((402 << 20, {}), (0, {"weight_streaming": True})):  # of which the GPU holds a part
+        device.free = free
+        with pytest.raises(AttributeError, match="Builder"):  # the work, which the fake has not
+            compile_(**tuning)
+
+
+@pytest.mark.parametrize(("version", "taken"), [("10.13.3.9", False), ("10.14.1.48", True), ("11.4.0.106", True)])
+def test_a_tensorrt_whose_parser_lacks_attention_is_too_old(monkeypatch, version, taken) -> None:
+    module = object()
+    monkeypatch.setattr(trt_backend, "import_module", lambda name: module)
+    monkeypatch.setattr(Flavour, "version", lambda self: version)
+    if taken:
+        assert backend("tensorrt").load() is module
+    else:
+        with pytest.raises(UsageError, match=r"tensorrt 10\.13\.3\.9 is too old; expected 10\.14 or later"):
+            backend("tensorrt").load()
 
 
 def test_a_timing_cache_needs_a_folder_before_the_work(device, tmp_path, monkeypatch) -> None:
@@ -256,16 +373,23 @@ def test_an_engine_is_inspected_where_it_can_be_opened(device, trt) -> None:
         {"Name": "no output"},
         "only a name",
     ]
-    rtx, logger = backend("tensorrt-rtx"), logger_of(trt)
-    found = rtx._inspected(trt, logger, b"plan", ("8.6", "8.9"))
-    assert found == {"layers": {"fp16": 3, "fp32": 1, "bf16": 1, "int8": 1, "fp8": 1, "other": 2}, "fused": 2}
-    assert rtx._inspected(trt, logger, b"plan", ("12.0",)) == {}
+
+    def inspect(*capabilities: str, **tuning: bool) -> dict[str, Any]:
+        return backend("tensorrt")._inspected(trt, logger_of(trt), b"plan", capabilities, Tuning(**tuning))
+
+    census = {"layers": {"fp16": 3, "fp32": 1, "bf16": 1, "int8": 1, "fp8": 1, "other": 2}, "fused": 2}
+    assert inspect("8.6", "8.9") == census
+    assert inspect("12.0") == {}
+    trt.host_code = True  # as a version-compatible plan has
+    assert inspect("8.9", version_compatible=True) == census
+    assert inspect("8.9") == {}
+    trt.host_code = False
     for trt.layers in (None, [{"Outputs": "none"}], [{"Metadata": None}]):  # words of a version to come
-        assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
+        assert inspect("8.9") == {}
     trt.opens = False
-    assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
+    assert inspect("8.9") == {}
     device.devices = 0
-    assert rtx._inspected(trt, logger, b"plan", ("8.9",)) == {}
+    assert inspect("8.9") == {}
 
 
 def test_an_engine_that_tensorrt_itself_refuses(device, trt, plan) -> None:

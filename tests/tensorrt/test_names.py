@@ -16,7 +16,7 @@ from dit_runtime.backends import cuda, trt, trt_engine, trt_network
 
 # What of TensorRT the sources hold in their hands, by the names that they give it.
 HELD = {"trt", "builder", "network", "parser", "config", "profile", "layer", "maker", "tensor", "logger", "context"}
-HELD |= {"engine", "inspector", "runtime", "refitter", "settings", "trt.IProgressMonitor"}
+HELD |= {"engine", "inspector", "runtime", "refitter", "weights", "settings", "trt.IProgressMonitor"}
 HELD |= {"self._engine", "self._runtime", "self._runtime_cache"}
 OURS = {"last", "stage", "step", "items", "__class__"}
 # In TensorRT-RTX alone; used where the table of flavours says so.

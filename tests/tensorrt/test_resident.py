@@ -189,6 +189,15 @@ def test_everything_is_given_back(pipe, device) -> None:
     assert device.open == {}
 
 
+def test_uneven_parts_are_recorded_once(pipe, device) -> None:
+    """Five samples where an engine takes three: in steps of 3 and 2, with no recording after the first few."""
+    for _ in range(2):
+        pipe.sample(LABELS, **OPTIONS)
+    recorded = device.instantiated
+    pipe.sample(LABELS, **OPTIONS | {"steps": 40})
+    assert device.instantiated == recorded
+
+
 def test_low_memory_keeps_nothing(pipe, device) -> None:
     pipe.close()
     pipe.engines.options = Options(low_memory=True)
@@ -203,7 +212,8 @@ def test_a_pipeline_that_does_not_open_keeps_nothing(bundle, device, monkeypatch
     closed = []
     close = TrtEngine.close
     monkeypatch.setattr(TrtEngine, "close", lambda self: (closed.append(self), close(self)))
-    for device.room, opened in ((0, 0), (3, 1), (7, 1)):  # the conditioner has 3 inputs and outputs, the denoiser 5
+    # One for activations and one for each input and output: the conditioner has 3 of those, the denoiser 5.
+    for device.room, opened in ((0, 0), (4, 1), (9, 1)):
         closed.clear()
         with pytest.raises(EngineError, match="cudaMalloc: cudaErrorMemoryAllocation"):
             Pipeline.load(bundle)

@@ -60,6 +60,11 @@ def capability() -> str:
     return ".".join(str(call("cudaDeviceGetAttribute", part, device)) for part in parts)
 
 
+def free_memory() -> int:
+    """Return the bytes that the current GPU has free."""
+    return int(call("cudaMemGetInfo"))
+
+
 class Stream:
     """A stream of our own, given back when nobody works in it any more."""
 
@@ -130,7 +135,7 @@ class Memory:
     """Memory of the device, given back when nobody has it any more."""
 
     def __init__(self, size: int, stream: Stream) -> None:
-        self.stream = stream
+        self.size, self.stream = size, stream
         self.address = int(_lend(self, call("cudaMalloc", size), "cudaFree"))  # which waits for what is queued
 
 
@@ -179,10 +184,17 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        graph = call("cudaStreamEndCapture", self._stream.handle)
-        if kind is None:
-            self._graph = _lend(self, call("cudaGraphInstantiate", graph, 0), "cudaGraphExecDestroy")
-        call("cudaGraphDestroy", graph)
+        try:
+            graph = call("cudaStreamEndCapture", self._stream.handle)
+        except CudaError:
+            if error is None:
+                raise
+            return  # the error that stopped the capture says why it failed
+        try:
+            if error is None:
+                self._graph = _lend(self, call("cudaGraphInstantiate", graph, 0), "cudaGraphExecDestroy")
+        finally:
+            call("cudaGraphDestroy", graph)
 
     def launch(self) -> None:
         call("cudaGraphLaunch", self._graph, self._stream.handle)

@@ -6,7 +6,6 @@ network says what the engine will do, also where no GPU can open it.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +22,16 @@ from dit_runtime.backends.trt_network import (
     logger_of,
     monitor_of,
     profiles,
+    runtime_of,
     started,
 )
+from dit_runtime.backends.trt_preflight import preflight
 from dit_runtime.bundle.manifest import ENGINE, Stage, inside, write_file
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import FACTS
 from dit_runtime.progress import Progress
 
 LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need
-MEMORY_FACTOR, DISK_FACTOR = 4, 1.5  # of a graph's bytes: XL/2 in fp16 took 3.2 GB for its 0.9, S/2's engine 1.35
-RESERVE = 512 << 20
 UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 HARDWARE = {"none": "NONE", "ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}
 FLAGS = {  # of Tuning: BuilderFlag
@@ -53,7 +52,7 @@ class Flavour:
     name: str
     module: str
     packages: tuple[str, ...]
-    oldest: tuple[int, ...]  # version that is strongly typed in what we use
+    oldest: tuple[int, ...]  # version that has what we use
     capabilities: tuple[str, ...]  # named ahead of time, with no GPU; empty: it compiles for the GPU that is here
     tuning: tuple[str, ...]  # what of Tuning it takes
     own_graphs: bool  # replays CUDA graphs by itself, else we capture them
@@ -86,7 +85,9 @@ class Flavour:
         self._require_own(options)
         trt, onnx = self.load(), inside(folder, stage.onnx)
         capabilities = self.targets(stage.precision, options.tuning)
-        _preflight(folder, sum(inside(folder, file).stat().st_size for file in stage.onnx_files))
+        size = sum(inside(folder, file).stat().st_size for file in stage.onnx_files)
+        holds_weights = not self.capabilities and not options.tuning.weight_streaming  # the GPU, in whole
+        preflight(folder, size, cuda.free_memory() if holds_weights else None)
         stem = Path(stage.onnx).stem
         first, other = (f"{stem}.{self.name}{turn}{ENGINE}" for turn in ("", ".again"))
         name = other if first in stage.engines.get(self.name, ()) else first  # beside the one that works until it does
@@ -107,7 +108,7 @@ class Flavour:
             if plan is None:
                 raise BundleError(f"{onnx}: {self.name} does not compile it: {logger.last}")
             del monitor
-            engine = self._inspected(trt, logger, plan, capabilities)
+            engine = self._inspected(trt, logger, plan, capabilities, options.tuning)
         if cache := _timing_cache(options.tuning):
             cache.write_bytes(config.get_timing_cache().serialize())
         major = (self._package() or ("",))[0].partition("-cu")[2]
@@ -128,15 +129,17 @@ class Flavour:
         write_file(folder, name, plan)  # last: what fails before leaves no engine
         return Compiled((name, *refit), built)
 
-    def _inspected(self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str]) -> dict[str, Any]:
+    def _inspected(
+        self, trt: Any, logger: Any, plan: Any, capabilities: Sequence[str], tuning: Tuning
+    ) -> dict[str, Any]:
         """Return the census of an engine that was just built, where it can be opened."""
         if cuda.why_unavailable() or _outside(cuda.capability(), capabilities, self.name):
             return {}
         try:
-            runtime = trt.Runtime(logger)
+            runtime = runtime_of(trt, self.name, logger, tuning.version_compatible)
             return inspected(trt, runtime.deserialize_cuda_engine(plan))
-        except (AttributeError, KeyError, TypeError, ValueError):  # not opened, or in words of another version
-            return {}
+        except (AttributeError, KeyError, TypeError, UsageError, ValueError):
+            return {}  # not opened, or in words of another version
 
     def open(self, files: Sequence[Path], options: Options) -> Engine:
         self._require_own(options)
@@ -192,12 +195,12 @@ class Flavour:
                 raise UsageError(f"{self.name} compiles on its target alone, and not here: {reason}")
             targets: tuple[str, ...] = (cuda.capability(),)
         else:
-            able = tuple(known for known in self.capabilities if _numbers(known) >= max((8, 0), _numbers(least)))
+            able = tuple(known for known in self.capabilities if _numbers(known) >= _numbers(least))
             targets = tuning.compute_capability or able
         for target in targets:
             if self.capabilities and target not in self.capabilities:
                 raise UsageError(
-                    f"compute capability {target!r} is none that {self.name} names: {', '.join(self.capabilities)}"
+                    f"{self.name} compiles for compute capability {', '.join(self.capabilities)} and not for {target!r}"
                 )
             if _numbers(target) < _numbers(least):
                 raise UsageError(f"compute capability {target} has no {precision}; it needs {least} or later")
@@ -240,7 +243,7 @@ TENSORRT = Flavour(
     name="tensorrt",
     module="tensorrt",
     packages=("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-    oldest=(10, 12),
+    oldest=(10, 14),  # whose parser is the first with Attention
     capabilities=(),
     tuning=tuple(field for field in asdict(Tuning()) if field != "compute_capability"),
     own_graphs=False,
@@ -251,7 +254,7 @@ RTX = Flavour(
     module="tensorrt_rtx",
     packages=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
     oldest=(1, 7),
-    capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
+    capabilities=("8.0", "8.6", "8.9", "12.0", "12.1"),  # and 7.5, without the fp32 products that every bundle has
     # 1.7 ships no lean runtime for version-compatible, asks for a GPU to refit or strip, has no timing cache.
     tuning=("compute_capability", "builder_optimization_level", "pool_limit", "weight_streaming"),
     own_graphs=True,
@@ -295,25 +298,3 @@ def _pool(trt: Any, text: str) -> tuple[Any, int]:
     if kind is None or not number.isdecimal() or unit not in UNITS:
         raise UsageError(f"pool-limit {text!r}; expected a memory pool of TensorRT and a size, such as workspace:4G")
     return kind, int(number) << UNITS[unit]
-
-
-def _preflight(folder: Path, size: int) -> None:
-    """Refuse a graph of `size` bytes before the work, where memory or disk is too small for it."""
-    needs = {
-        "disk": (int(DISK_FACTOR * size), shutil.disk_usage(folder).free),
-        "memory": (MEMORY_FACTOR * size + RESERVE, _available_memory()),
-    }
-    for what, (needed, free) in needs.items():
-        if free is not None and free < needed:
-            raise UsageError(
-                f"{folder}: {free / 1e9:.1f} GB of {what} free, expected {needed / 1e9:.1f} GB to compile this graph"
-            )
-
-
-def _available_memory() -> int | None:
-    """Return the bytes that Linux could give to us now, its caches included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)

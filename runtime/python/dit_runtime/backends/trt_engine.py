@@ -1,10 +1,11 @@
-"""An engine of either TensorRT at work, on CUDA alone: buffers are made once, and bound once."""
+"""An engine of either TensorRT at work, on CUDA alone: buffers are made once, contexts once a shape."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_runtime.backends import Options
-from dit_runtime.backends.cuda import Buffer, CudaError, Recording, Rows, Stream
-from dit_runtime.backends.trt_network import logger_of, started
+from dit_runtime.backends.cuda import Buffer, CudaError, Memory, Recording, Rows, Stream
+from dit_runtime.backends.trt_network import logger_of, runtime_of
 from dit_runtime.errors import BundleError, EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -21,28 +22,45 @@ if TYPE_CHECKING:
 
 DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "INT64": np.int64}
 KERNELS = "kernels.bin"  # TensorRT-RTX's runtime cache
-Shapes = tuple[tuple[int, ...], ...]
+SHAPES = 16  # the last used ones, which keep their contexts: two profiles of eight batch sizes
+Shapes = tuple[tuple[int, ...], ...]  # of the inputs, in their order
+
+
+@dataclass
+class Execution:
+    """A context of one shape, and its CUDA graph.
+
+    A graph holds while nothing changes in the context that it was captured from. So each shape has a context, and is
+    captured once; all contexts share the memory of their activations, for one stream runs them in turn.
+    """
+
+    context: Any
+    outputs: dict[str, tuple[int, ...]]  # their shapes
+    ran: bool = False
+    recording: Recording | None = None
 
 
 class TrtEngine:
-    """One context a profile, and a CUDA graph of its work while one shape runs again and again."""
+    """The contexts of an engine by shape, the buffers that they are bound to, and the stream that they run in."""
 
     def __init__(self, flavour: Flavour, files: Sequence[Path], options: Options, command: str) -> None:
-        self._flavour, trt = flavour, flavour.load()
+        self._flavour, self._trt = flavour, flavour.load()
+        trt = self._trt
         self._logger = logger_of(trt)
-        self._runtime = started(flavour.name, trt.Runtime, self._logger)
-        if "version_compatible" in options.built.get("tuning", {}):
-            self._runtime.engine_host_code_allowed = True  # such a plan brings its runtime; its sha256 has been checked
+        tuning = options.built.get("tuning", {})
+        host_code = "version_compatible" in tuning  # whose sha256 has been checked
+        self._runtime = runtime_of(trt, flavour.name, self._logger, host_code)
         self._engine: Any = self._runtime.deserialize_cuda_engine(files[0].read_bytes())
         if self._engine is None:
             reason = f"{flavour.name} does not open it: {self._logger.last}"
             raise BundleError(f"{files[0]}: {reason}; on the target, make it with: {command}")
         if len(files) > 1:  # stripped: its weights are in the ONNX form
             refitter = trt.Refitter(self._engine, self._logger)
-            fits = trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(files[1]))
-            if not fits or not refitter.refit_cuda_engine():
+            weights = trt.OnnxParserRefitter(refitter, self._logger)  # owns what the refitter reads
+            if not weights.refit_from_file(str(files[1])) or not refitter.refit_cuda_engine():
                 raise BundleError(f"{files[0]}: its weights are not those of {files[1].name}: {self._logger.last}")
-        if self._engine.streamable_weights_size and "weight_streaming" in options.built.get("tuning", {}):
+        streams = "weight_streaming" in tuning  # each run then waits for weights, which no CUDA graph can
+        if self._engine.streamable_weights_size and streams:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         into = {name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
@@ -51,14 +69,16 @@ class TrtEngine:
         self._stream: Stream = options.beside._stream if options.beside else Stream()
         self._kernels = options.cache / f"{files[0].stem}.{KERNELS}" if options.cache else None
         self._runtime_cache: Any = None
-        self._contexts = [self._context(trt, index) for index in range(self._engine.num_optimization_profiles)]
         self._bounds = [
-            [self._engine.get_tensor_profile_shape(name, index) for name in self._inputs]
-            for index in range(len(self._contexts))
+            [self._bound(name, profile) for name in self._inputs]
+            for profile in range(self._engine.num_optimization_profiles)
         ]
+        self._activations = Memory(max(1, self._engine.device_memory_size_v2), self._stream)
+        self._executions: dict[Shapes, Execution] = {}  # the last used one is the last
         self._buffers = self._allocate()
-        self._records = not flavour.own_graphs
-        self._recorded: dict[int, tuple[Shapes, Recording | None]] = {}  # by profile
+        for execution in self._executions.values():
+            self._bind(execution.context)
+        self._records = not flavour.own_graphs and not streams
 
     @property
     def io(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -69,43 +89,52 @@ class TrtEngine:
 
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Rows] | None = None) -> dict[str, np.ndarray]:
         shapes = tuple(inputs[name].shape for name in self._inputs)
-        profile, context = self._fitting(shapes)
+        execution = self._prepare(shapes)
+        for name, rows in (into or {}).items():
+            if rows.shape != execution.outputs[name]:
+                raise EngineError(f"{name} has shape {[*execution.outputs[name]]}, expected {[*rows.shape]}")
         for name in self._inputs:
-            self._shape(context, name, inputs[name].shape)
             self._buffers[name].upload(inputs[name], self._stream)
-        self._enqueue(profile, context, shapes)
+        self._enqueue(execution)
         if into is not None:
             for name, rows in into.items():
                 rows.fill(self._buffers[name].device)
             return {}
-        views = {
-            name: self._buffers[name].download(tuple(context.get_tensor_shape(name)), self._stream)
-            for name in self._outputs
-        }
+        views = {name: self._buffers[name].download(shape, self._stream) for name, shape in execution.outputs.items()}
         self._stream.wait()
         return {name: view.copy() for name, view in views.items()}
 
-    def _fitting(self, shapes: Shapes) -> tuple[int, Any]:
-        """Return the profile that takes these shapes, and its context."""
-        for index, context in enumerate(self._contexts):
-            if all(_within(shape, bound) for shape, bound in zip(shapes, self._bounds[index], strict=True)):
-                return index, context
+    def _prepare(self, shapes: Shapes) -> Execution:
+        """Return the execution of these shapes; a new one takes the place of the one not used for longest."""
+        execution = self._executions.pop(shapes, None)
+        if execution is None:
+            while len(self._executions) >= SHAPES:
+                self._stream.wait()  # for what is queued there
+                del self._executions[next(iter(self._executions))]
+            execution = self._execution(self._profile(shapes), shapes)
+            self._bind(execution.context)
+        self._executions[shapes] = execution
+        return execution
+
+    def _profile(self, shapes: Shapes) -> int:
+        """Return the profile that takes these shapes."""
+        for profile, bounds in enumerate(self._bounds):
+            if all(_within(shape, bound) for shape, bound in zip(shapes, bounds, strict=True)):
+                return profile
         asked = ", ".join(f"{name} {list(shape)}" for name, shape in zip(self._inputs, shapes, strict=True))
         raise UsageError(f"no profile of this engine takes {asked}; rebuild it with a larger --max-batch")
 
-    def _enqueue(self, profile: int, context: Any, shapes: Shapes) -> None:
-        """Replay what was recorded of these shapes; their first run sets everything up, the second is recorded."""
-        before, recording = self._recorded.get(profile, (None, None))
-        if before == shapes and recording is not None:
-            recording.launch()
+    def _enqueue(self, execution: Execution) -> None:
+        """Replay the recording; the first run of a shape sets everything up, the second is recorded."""
+        if execution.recording is not None:
+            execution.recording.launch()
             return
+        context = execution.context
         if not context.execute_async_v3(int(self._stream)):
             raise EngineError(f"{self._flavour.name} does not run: {self._logger.last}")
-        if not self._records:
-            return
-        if recording is not None:  # a context has one recording: another shape may move its memory
-            self._stream.wait()
-        self._recorded[profile] = shapes, self._record(context) if before == shapes else None
+        if self._records and execution.ran:
+            execution.recording = self._record(context)
+        execution.ran = True
 
     def _record(self, context: Any) -> Recording | None:
         recording = Recording(self._stream)
@@ -120,7 +149,10 @@ class TrtEngine:
             return None
         return recording
 
-    def _context(self, trt: Any, profile: int) -> Any:
+    def _execution(self, profile: int, shapes: Shapes) -> Execution:
+        """Make a context of a profile for these shapes; nothing is bound to it yet."""
+        trt = self._trt
+        owned = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._flavour.keeps_kernels:
             settings = self._engine.create_runtime_config()
             settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
@@ -132,35 +164,43 @@ class TrtEngine:
                     with suppress(OSError):  # there are none, or they cannot be read; another driver's are not taken
                         self._runtime_cache.deserialize(self._kernels.read_bytes())
             settings.set_runtime_cache(self._runtime_cache)
+            settings.set_execution_context_allocation_strategy(owned)
             context = self._engine.create_execution_context(settings)
         else:
-            context = self._engine.create_execution_context()
+            context = self._engine.create_execution_context(owned)
         if context is None:
             raise UsageError(f"{self._flavour.name} has no memory for this engine: {self._logger.last}")
+        context.nvtx_verbosity = trt.ProfilingVerbosity.NONE  # the build's DETAILED makes each enqueue slower
         if not context.set_optimization_profile_async(profile, int(self._stream)):
             raise EngineError(f"{self._flavour.name} does not set profile {profile}: {self._logger.last}")
         self._stream.wait()
-        return context
+        for name, shape in zip(self._inputs, shapes, strict=True):
+            if not context.set_input_shape(name, shape):
+                raise EngineError(f"{self._flavour.name} does not take {name} {list(shape)}: {self._logger.last}")
+        context.set_device_memory(self._activations.address, self._activations.size)
+        return Execution(context, {name: tuple(context.get_tensor_shape(name)) for name in self._outputs})
 
-    def _shape(self, context: Any, name: str, shape: tuple[int, ...]) -> None:
-        if not context.set_input_shape(name, shape):
-            raise EngineError(f"{self._flavour.name} does not take {name} {list(shape)}: {self._logger.last}")
+    def _bound(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        """Return an input's smallest, usual and largest shape; a static one is in no profile."""
+        shape = tuple(self._engine.get_tensor_shape(name))
+        if -1 not in shape:
+            return [shape] * 3
+        return [tuple(bound) for bound in self._engine.get_tensor_profile_shape(name, profile)]
 
     def _allocate(self) -> dict[str, Buffer]:
-        """Allocate the largest shape of any profile, bound in every context."""
+        """Allocate each tensor for its largest shape in any profile; the executions that say so are kept."""
         largest: dict[str, tuple[int, ...]] = {}
-        for index, context in enumerate(self._contexts):
-            for name, (_, _, most) in zip(self._inputs, self._bounds[index], strict=True):
-                shape = tuple(most)
-                self._shape(context, name, shape)
+        for profile, bounds in enumerate(self._bounds):
+            most = tuple(bound[-1] for bound in bounds)
+            execution = self._executions[most] = self._execution(profile, most)
+            for name, shape in [*zip(self._inputs, most, strict=True), *execution.outputs.items()]:
                 largest[name] = max(largest.get(name, ()), shape, key=_size)
-            for name in self._outputs:
-                largest[name] = max(largest.get(name, ()), tuple(context.get_tensor_shape(name)), key=_size)
-        buffers = {name: Buffer(shape, self._dtype(name)) for name, shape in largest.items()}
-        for context in self._contexts:
-            for name, buffer in buffers.items():
-                context.set_tensor_address(name, buffer.device)
-        return buffers
+        return {name: Buffer(shape, self._dtype(name)) for name, shape in largest.items()}
+
+    def _bind(self, context: Any) -> None:
+        for name, buffer in self._buffers.items():
+            if not context.set_tensor_address(name, buffer.device):
+                raise EngineError(f"{self._flavour.name} does not bind {name}: {self._logger.last}")
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         kind = self._engine.get_tensor_dtype(name).name
@@ -178,10 +218,9 @@ class TrtEngine:
             if self._runtime_cache is not None:
                 kernels = bytes(self._runtime_cache.serialize())
         finally:
-            self._recorded.clear()
-            self._contexts.clear()
+            self._executions.clear()
             self._buffers.clear()
-            del self._stream
+            del self._activations, self._stream
             self._runtime_cache = self._engine = self._runtime = None
         if kernels and self._kernels is not None:
             with suppress(OSError):  # it only saves time

@@ -116,6 +116,13 @@ def started(name: str, kind: Callable[[Any], Any], logger: Any) -> Any:
         raise UsageError(f"{name} does not start here: {logger.last or error}") from None
 
 
+def runtime_of(trt: Any, name: str, logger: Any, host_code: bool) -> Any:
+    """Start a runtime; a version-compatible plan brings host code, which a runtime refuses unless it is allowed."""
+    runtime = started(name, trt.Runtime, logger)
+    runtime.engine_host_code_allowed = host_code
+    return runtime
+
+
 def logger_of(trt: Any) -> Any:
     """Return the process's only logger, without a message; TensorRT takes no second one."""
     logger = _logger(trt)
