@@ -142,15 +142,33 @@ Path inside(const Path& folder, const std::string& name) {
     return path;
 }
 
-void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names) {
-    for (const auto& name : names) {
-        const auto file = manifest.files.find(name);
-        if (file == manifest.files.end())
+Checking::Checking(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names)
+    : folder_(folder), manifest_(manifest) {
+    for (const auto& name : names)
+        if (!manifest.files.count(name))
             throw BundleError(text(folder.string(), ": ", name, " is not in the manifest"));
-        if (sha256(inside(folder, name)) != file->second.sha256)
-            throw BundleError(text(folder.string(), ": ", name,
-                                   " does not have the sha256 of its manifest; it is damaged: rebuild it"));
-    }
+    for (const auto& name : names)
+        if (!sums_.count(name)) sums_[name] = std::async(sha256, inside(folder, name));
+    for (const auto& name : names)
+        if (Path(name).extension() == ENGINE) compare(name);
+}
+
+void Checking::finish() {
+    while (!sums_.empty()) compare(sums_.begin()->first);
+}
+
+void Checking::compare(const std::string& name) {
+    const auto sum = sums_.find(name);
+    if (sum == sums_.end()) return;
+    const std::string found = sum->second.get();
+    sums_.erase(sum);
+    if (found != manifest_.files.at(name).sha256)
+        throw BundleError(
+            text(folder_.string(), ": ", name, " does not have the sha256 of its manifest; it is damaged: rebuild it"));
+}
+
+void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names) {
+    Checking(folder, manifest, names).finish();
 }
 
 std::size_t count(const Shape& shape) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <future>
 #include <map>
 #include <string>
 #include <variant>
@@ -18,6 +19,7 @@ using Shape = std::vector<std::int64_t>;
 
 inline constexpr std::uint64_t FORMAT = 2;
 inline const char* const MANIFEST = "manifest.json";
+inline const char* const ENGINE = ".engine";  // what a file that a backend has compiled ends in
 inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
 
 inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // what such stages run
@@ -117,7 +119,21 @@ Manifest parse(const std::string& content, const std::string& where);
 // The file `name` of the bundle; nothing may lead out of the folder.
 Path inside(const Path& folder, const std::string& name);
 
-// Compares sha256 sums; engines are executable, so nothing is opened before.
+// Compares sha256 sums while the caller opens the files. Engines are executable, so theirs are compared at once.
+class Checking {
+  public:
+    Checking(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
+    void finish();  // refuses what has another sum
+
+  private:
+    void compare(const std::string& name);
+
+    const Path folder_;
+    const Manifest& manifest_;
+    std::map<std::string, std::future<std::string>> sums_;  // waited for when it ends
+};
+
+// Compares sha256 sums, of large files at the same time.
 void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
 
 std::size_t count(const Shape& shape);

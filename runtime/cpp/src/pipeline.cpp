@@ -32,9 +32,18 @@ Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
     if (!options_.low_memory) options_.cache = cache();  // reading it takes more memory than compiling
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
-    for (const Stage& stage : manifest.stages) check_files(folder, manifest, stage.files(backend(stage).name));
-    if (!options_.low_memory)
-        for (const Stage& stage : manifest.stages) engine(stage);
+    std::vector<std::string> files;
+    for (const Stage& stage : manifest.stages)
+        for (const auto& file : stage.files(backend(stage).name)) files.push_back(file);
+    Checking sums(folder, manifest, files);
+    try {
+        if (!options_.low_memory)
+            for (const Stage& stage : manifest.stages) engine(stage);
+    } catch (const std::exception&) {
+        sums.finish();  // a wrong sum is the error, whatever an engine made of the file
+        throw;
+    }
+    sums.finish();
 }
 
 // The folder for what backends compile of this bundle: in the user's cache, by the bundle's sums; "" without a cache.

@@ -18,7 +18,7 @@ using Conditioned = std::function<const Arrays&(std::size_t first, std::size_t l
 
 class Pipeline {
   public:
-    // Opens a bundle, after its manifest and the sha256 of each file that is opened have been checked.
+    // Opens a bundle, and checks its manifest and the sha256 of each file that is opened.
     Pipeline(const Path& folder, const Options& options);
 
     std::vector<std::uint8_t> images(const Request& request);  // [N, H, W, 3]
