@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -46,9 +47,10 @@ class Pipeline:
         """
         folder = Path(folder)
         contract = manifest.read(folder)
-        manifest.check_files(folder, contract, {file: None for stage in contract.stages for file in stage.files})
         cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
+        opened = {file: None for stage in contract.stages for file in backends.files(stage, options)}
+        manifest.check_files(folder, contract, opened)
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory
         with ExitStack() as undo:
             undo.callback(pipe.close)

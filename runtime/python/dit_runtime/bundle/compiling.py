@@ -58,11 +58,13 @@ def remove(folder: Path, names: Iterable[str]) -> None:
         manifest.inside(folder, name).unlink(missing_ok=True)
 
 
-def why_unavailable(contract: Manifest) -> str | None:
+def why_unavailable(contract: Manifest, provider: str | None = None) -> str | None:
     """Return why these engines cannot run here; None where they can."""
-    opened = ((backends.backend(stage.backend), manifest.built(contract, stage)) for stage in contract.stages)
-    reasons = (backend.why_unavailable(built) for backend, built in opened)
-    return next(filter(None, reasons), None)
+    for stage in contract.stages:
+        reason = backends.backend(stage.backend).why_unavailable(manifest.built(contract, stage))
+        if reason := reason or backends.refusal(stage, provider):
+            return reason
+    return None
 
 
 def targets(contract: Manifest) -> str:
