@@ -113,7 +113,7 @@ def _parser() -> Parser:
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
-    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
+    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     parser.add_argument("--low-memory", action="store_true", help="open one stage at a time, while it is needed")
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
 
