@@ -1,4 +1,7 @@
-"""Attention in its plain form: softmax(q kᵀ / √d + mask) v as two products and a softmax."""
+"""Attention in its plain form: softmax((q / √d) kᵀ + mask) v as two products and a softmax.
+
+q is scaled before the product: in fp16 the scores would else end at 65504 before they are scaled.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,21 @@ def decompose(graph: gs.Graph, attention: gs.Node) -> None:
     attention.outputs.clear()
     scale = np.array(attention.attrs.get("scale", q.shape[-1] ** -0.5), q.dtype)
     turned = layer(graph, "Transpose", [k], f"{out.name}_k", perm=[0, 1, 3, 2])
-    scores = layer(graph, "MatMul", [q, turned], f"{out.name}_scores")
-    scaled = layer(graph, "Mul", [scores, scale], f"{out.name}_scaled")
+    quantized = bool(q.inputs) and q.inputs[0].op == "DequantizeLinear"  # an int8 product reads it, and makes fp32
+    if not quantized:
+        q = layer(graph, "Mul", [q, scale], f"{out.name}_q")
+    scores = layer(graph, "MatMul", [q, turned], f"{out.name}_product" if quantized else scores_of(out))
+    if quantized:
+        scores = layer(graph, "Mul", [scores, scale], scores_of(out))
     if mask and not mask[0].is_empty():
-        scaled = layer(graph, "Add", [scaled, *mask], f"{out.name}_masked")
-    weights = layer(graph, "Softmax", [scaled], f"{out.name}_weights", axis=-1)
+        scores = layer(graph, "Add", [scores, *mask], f"{out.name}_masked")
+    weights = layer(graph, "Softmax", [scores], f"{out.name}_weights", axis=-1)
     layer(graph, "MatMul", [weights, v], out)
+
+
+def scores_of(out: gs.Tensor) -> str:
+    """Return the name of the scores that an attention's plain form stores, by the attention's output."""
+    return f"{out.name}_scores"
 
 
 def is_plain(node: gs.Node) -> bool:
