@@ -5,6 +5,8 @@ q is scaled before the product: in fp16 the scores would else end at 65504 befor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -19,11 +21,24 @@ def plain_attention(graph: gs.Graph) -> int:
 
     A mask is one of numbers that broadcasts to the scores: (B or 1, heads or 1, T or 1, L).
     """
-    attentions = [node for node in graph.nodes if is_plain(node)]
+    return _decompose_all(graph, [node for node in graph.nodes if is_plain(node)])
+
+
+def masked_attention(graph: gs.Graph) -> int:
+    """Rewrite those whose mask has one row for all queries, which ONNX Runtime's Attention refuses; return how many."""
+    return _decompose_all(graph, [node for node in graph.nodes if is_plain(node) and _has_mask_of_one_row(node)])
+
+
+def _decompose_all(graph: gs.Graph, attentions: Sequence[gs.Node]) -> int:
     for attention in attentions:
         decompose(graph, attention)
     graph.cleanup().toposort()
     return len(attentions)
+
+
+def _has_mask_of_one_row(node: gs.Node) -> bool:
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    return mask is not None and not mask.is_empty() and mask.shape[-2] == 1 != node.inputs[0].shape[-2]
 
 
 def decompose(graph: gs.Graph, attention: gs.Node) -> None:

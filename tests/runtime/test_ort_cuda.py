@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from dit_runtime import EngineError, Pipeline, Request, UsageError
+from dit_runtime import EngineError, Pipeline, Request, UsageError, verify
 from dit_runtime.backends import Options, cuda, ort, ort_cuda
 from dit_runtime.conditions.memo import Memo
 from dit_runtime.errors import BundleError, Stopped
@@ -65,7 +65,7 @@ class Session:
     def __init__(self, runtime, path, settings, providers) -> None:
         ((name, self.options),) = providers
         assert name == ort_cuda.PROVIDER
-        self.runtime, self.settings = runtime, settings
+        self.runtime, self.path = runtime, path
         self.real = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
         self.recorded: dict[str, dict] = {}
@@ -86,6 +86,9 @@ class Session:
 
     def io_binding(self):
         return Binding(self.real.io_binding(), int(self.options["device_id"]))
+
+    def release_captured_graph(self, number: int) -> None:
+        del self.recorded[str(number)]
 
     def run_with_iobinding(self, binding, settings) -> None:
         assert settings.get_run_config_entry(ort_cuda.ASYNCHRONOUS) == "1"
@@ -218,6 +221,15 @@ def test_the_pictures_of_the_cpu(opened, on_gpu) -> None:
     assert 0 < np.linalg.norm(latents[0] - latents[1]) <= FREE_RUN * np.linalg.norm(latents[1])
 
 
+def test_a_built_bundle(shared_embedders, runtime) -> None:
+    """Attention in the denoiser, the provider's own form of the decoder: verified against PyTorch's reference run."""
+    with Pipeline.load(shared_embedders.bundle, threads=1, provider="cuda") as pipe:
+        figures = verify.verify(pipe)
+    assert all(figure.passed for figure in figures) and {"denoiser", "run"} <= {figure.stage for figure in figures}
+    opened = {session.path.name for session in runtime.sessions}
+    assert {"denoiser.onnx", "decoder.onnxruntime-cuda.onnx"} <= opened
+
+
 def test_the_loop_of_the_solver(opened, on_gpu) -> None:
     """A solver that draws noise works on the host; the engine is the same."""
     options = request("labels", solver="ddim", eta=0.5)
@@ -257,6 +269,21 @@ def test_a_graph_a_shape(on_gpu, runtime) -> None:
     pipe.sample(LABELS, **OPTIONS)
     assert sorted(session.recorded) == ["1", "2", "3", "4"] and session.runs.count("-1") == 4
     assert len({session.options["user_compute_stream"] for session in runtime.sessions}) == 1  # all in one order
+
+
+def test_only_the_last_shapes_keep_their_memory(on_gpu, device, monkeypatch) -> None:
+    monkeypatch.setattr(ort_cuda, "SHAPES", 2)
+    pipe = on_gpu()
+    session = pipe.engines.opened["denoiser"]._session
+    expected = pipe.sample(LABELS, **OPTIONS)  # parts of three and of two
+    gc.collect()
+    held = len(device.open)
+    pipe.sample(LABELS[:1], **OPTIONS)
+    assert sorted(session.recorded) == ["2", "3"]
+    np.testing.assert_array_equal(pipe.sample(LABELS, **OPTIONS), expected)
+    assert sorted(session.recorded) == ["4", "5"]
+    gc.collect()
+    assert len(device.open) == held
 
 
 def test_without_graphs_where_the_provider_cannot_record(on_gpu, stays, runtime, capsys) -> None:
@@ -383,9 +410,11 @@ def test_what_the_cpu_would_compute_is_refused(engine, runtime) -> None:
     engine()
 
 
-def test_int8_is_refused(engine) -> None:
+def test_precisions_without_kernels(engine) -> None:
     with pytest.raises(UsageError, match="int8 has no kernels in ONNX Runtime's CUDA provider; build fp16"):
         engine(precision="int8")
+    with pytest.raises(UsageError, match="bf16 has no kernels in ONNX Runtime's CPU provider; use provider cuda"):
+        engine(precision="bf16", provider=None)
 
 
 def test_why_the_provider_does_not_start(engine, runtime, device, tmp_path) -> None:

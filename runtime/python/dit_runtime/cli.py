@@ -15,7 +15,7 @@ import numpy as np
 from dit_runtime import backends, bench, images, verify
 from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import compile_stages, remove, why_unavailable
+from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
 from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
@@ -276,12 +276,14 @@ def _compile(options: argparse.Namespace) -> int:
     code = 1
     try:
         manifest.write(folder, compiled)
-        if reason := why_unavailable(compiled):
+        if reason := why_unavailable(compiled, options.provider):
             code = 0
             if options.json:
                 print(json.dumps({"passed": None, "reason": reason}))
             else:
-                print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
+                print(
+                    f"compiled and not verified: {reason}; on the target: dit-run verify {folder}{provider(compiled)}"
+                )
         else:
             figures = _figures(options)
             code = report(figures, options.json)

@@ -32,6 +32,7 @@ CPU = ("onnxruntime", "openvino")  # whose engines run where they are built, on 
 PORTABLE_BACKEND = "onnxruntime"  # opens every graph of a bundle, on any CPU
 LEANEST = "onnxruntime"  # while it loads: about the weights' size, where OpenVINO takes twice that
 QUANTIZED = ("int8", "fp8")
+PROVIDER_FORMS = {"onnxruntime-cuda": ("onnxruntime", "cuda")}  # forms that single providers open: backend, provider
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,10 @@ def files(stage: Stage, options: Options) -> tuple[str, ...]:
     return stage.engines.get(form(options) if form else stage.backend, stage.onnx_files)
 
 
-def refusal(stage: Stage, provider: str | None) -> str | None:
-    """Return why a provider cannot run a graph of the stage's precision; None where it can."""
-    refuse = getattr(backend(stage.backend), "refusal", None)
-    return refuse(stage.precision, provider) if refuse else None
+def refusal(name: str, precision: str, provider: str | None = None) -> str | None:
+    """Return why a backend's provider cannot run a graph of this precision; None where it can."""
+    refuse = getattr(backend(name), "refusal", None)
+    return refuse(precision, provider) if refuse else None
 
 
 def typed(name: str, precision: str) -> str | None:
@@ -144,6 +145,7 @@ def choose(name: str, precision: str = "fp32") -> str:
     installed = versions()
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":
+        able = [known for known in able if not refusal(known, precision)]
         here = [known for known in able if installed[known]]
         name = next((known for known in here if backend(known).why_unavailable() is None), here[0] if here else "")
         if not name:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends import QUANTIZED, Compiled, Engine, Options
+from dit_runtime.backends import PROVIDER_FORMS, QUANTIZED, Compiled, Engine, Options
 from dit_runtime.bundle.manifest import Stage
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import FACTS
@@ -17,11 +17,11 @@ from dit_runtime.progress import Progress
 
 PRECISIONS = tuple(FACTS["precisions"]["onnxruntime"])
 FLOAT_AROUND_INT8 = "fp32"
-NEEDS_TYPED_GRAPH = ("fp16",)
+NEEDS_TYPED_GRAPH = ("fp16", "bf16")
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 CPU = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CUDA_FORM = "onnxruntime-cuda"  # what the manifest calls the form that CUDA opens
+(CUDA_FORM,) = PROVIDER_FORMS
 
 
 def version() -> str | None:
@@ -67,8 +67,11 @@ def form(options: Options) -> str:
 
 def refusal(precision: str, provider: str | None) -> str | None:
     """Return why a provider cannot run a graph of this precision; None where it can."""
-    if gpu(provider) is not None and precision in QUANTIZED:
+    on_gpu = gpu(provider) is not None
+    if on_gpu and precision in QUANTIZED:
         return f"{precision} has no kernels in ONNX Runtime's CUDA provider; build fp16, or use provider cpu"
+    if precision == "bf16" and not on_gpu:
+        return "bf16 has no kernels in ONNX Runtime's CPU provider; use provider cuda"
     return None
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ ASYNCHRONOUS = "disable_synchronize_execution_providers"
 HEAVY = ("MatMul", "Gemm", "Conv", "Attention", "LayerNormalization")  # ends of ops that must be on the GPU
 DTYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
 LIBRARIES = ("cudart", "cublasLt", "cublas", "nvrtc", "curand", "cufft", "cudnn")  # each after what it needs
+SHAPES = 16  # the last used ones, which keep their memory: with and without guidance, at eight batch sizes
 LIBRARY = "libonnxruntime_providers_cuda.so"
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -46,6 +48,7 @@ class Bound:
     buffers: dict[str, Buffer]
     shapes: dict[str, tuple[int, ...]]  # of the outputs
     binding: Any
+    number: int  # of its CUDA graph
     settings: Any  # of runs that are recorded, or replay what was
     runs: int = 0
     recorded: bool = False
@@ -74,7 +77,8 @@ class OrtCudaEngine:
         for tensor in (*self._inputs.values(), *self._outputs.values()):
             if tensor.type not in DTYPES:
                 raise BundleError(f"{path}: {tensor.name} is {tensor.type}; expected {' or '.join(DTYPES)}")
-        self._bound: dict[Shapes, Bound] = {}
+        self._bound: dict[Shapes, Bound] = {}  # the last used one is the last
+        self._numbers = count(1)
         self._plain = self._run_settings(NO_GRAPH)
 
     @property
@@ -92,9 +96,7 @@ class OrtCudaEngine:
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Rows] | None = None) -> dict[str, np.ndarray]:
         self._select()
         shapes = tuple(tuple(inputs[name].shape) for name in self._inputs)
-        bound = self._bound.get(shapes)
-        if bound is None:
-            bound = self._bound[shapes] = self._bind(shapes)
+        bound = self._prepare(shapes)
         for name, target in (into or {}).items():
             if target.shape != bound.shapes[name]:
                 raise EngineError(f"{name} has shape {[*bound.shapes[name]]}, expected {[*target.shape]}")
@@ -151,7 +153,7 @@ class OrtCudaEngine:
             if part.ep_name != PROVIDER:
                 wrong.update(node.op_type for node in part.get_nodes() if node.op_type.endswith(HEAVY))
         if wrong:
-            listed = ", ".join(f"{count} {kind}" for kind, count in sorted(wrong.items()))
+            listed = ", ".join(f"{number} {kind}" for kind, number in sorted(wrong.items()))
             raise UsageError(f"{path}: ONNX Runtime has no CUDA kernel for {listed}; use provider cpu")
 
     def _run_settings(self, number: str) -> Any:
@@ -159,6 +161,19 @@ class OrtCudaEngine:
         settings.add_run_config_entry(GRAPH, number)
         settings.add_run_config_entry(ASYNCHRONOUS, "1")  # the stream is ours, and we wait for it
         return settings
+
+    def _prepare(self, shapes: Shapes) -> Bound:
+        """Return the memory of a shape; a new one takes the place of the one not used for longest."""
+        bound = self._bound.pop(shapes, None)
+        if bound is None:
+            while len(self._bound) >= SHAPES:
+                self._stream.wait()  # for what is queued there
+                oldest = self._bound.pop(next(iter(self._bound)))
+                if oldest.recorded:
+                    self._session.release_captured_graph(oldest.number)
+            bound = self._bind(shapes)
+        self._bound[shapes] = bound
+        return bound
 
     def _bind(self, shapes: Shapes) -> Bound:
         """Allocate the memory of a shape, and bind it."""
@@ -182,7 +197,8 @@ class OrtCudaEngine:
         for name, buffer in buffers.items():
             bind = binding.bind_input if name in self._inputs else binding.bind_output
             bind(name, "cuda", self._number, kinds[name], arrays[name], buffer.device)
-        return Bound(buffers, outputs, binding, self._run_settings(str(len(self._bound) + 1)))
+        number = next(self._numbers)
+        return Bound(buffers, outputs, binding, number, self._run_settings(str(number)))
 
     def _enqueue(self, bound: Bound) -> None:
         """Run; a shape's first run sets everything up, the second is recorded, later ones replay it."""

@@ -62,7 +62,7 @@ def why_unavailable(contract: Manifest, provider: str | None = None) -> str | No
     """Return why these engines cannot run here; None where they can."""
     for stage in contract.stages:
         reason = backends.backend(stage.backend).why_unavailable(manifest.built(contract, stage))
-        if reason := reason or backends.refusal(stage, provider):
+        if reason := reason or backends.refusal(stage.backend, stage.precision, provider):
             return reason
     return None
 
@@ -70,4 +70,10 @@ def why_unavailable(contract: Manifest, provider: str | None = None) -> str | No
 def targets(contract: Manifest) -> str:
     """Return what its engines were compiled for, for people."""
     built = manifest.built(contract, contract.step)
-    return f"NVIDIA GPUs of compute capability {', '.join(built['compute_capabilities'])}"
+    kinds = f" of compute capability {', '.join(built['compute_capabilities'])}" if built else ""
+    return f"NVIDIA GPUs{kinds}"
+
+
+def provider(contract: Manifest) -> str:
+    """Return the option of `dit-run` that the bundle's GPU needs, where its backend also runs on CPUs."""
+    return "" if manifest.built(contract, contract.step) else " --provider cuda"
