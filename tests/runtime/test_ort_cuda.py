@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,11 @@ UP, HOME = 1, 2
 FREE_RUN = 1e-4  # as the tests of the loop of matrices
 
 
+class Status(IntEnum):
+    cudaSuccess = 0
+    cudaErrorInvalidDevice = 101
+
+
 class Device(Cuda):
     """Records which GPU was made current."""
 
@@ -39,8 +45,10 @@ class Device(Cuda):
         self.selected: set[int] = set()
 
     def cudaSetDevice(self, number):
+        if number >= self.devices:
+            return (Status.cudaErrorInvalidDevice,)
         self.selected.add(number)
-        return (0,)
+        return (Status.cudaSuccess,)
 
 
 class Binding:
@@ -370,6 +378,9 @@ def test_low_memory_keeps_nothing(on_gpu, opened, device) -> None:
 
 
 def test_any_gpu(engine, runtime, device) -> None:
+    with pytest.raises(UsageError, match="provider 'cuda:1' cannot run here: cudaSetDevice: cudaErrorInvalidDevice"):
+        engine(provider="cuda:1")
+    device.devices = 2
     made = engine(provider="cuda:1")
     assert device.selected == {1} and runtime.sessions[0].options["device_id"] == "1"
     made.close()
@@ -439,22 +450,27 @@ def test_a_file_that_is_no_graph(runtime, tmp_path) -> None:
         ort.open([tmp_path / "denoiser.onnx"], Options(provider="cuda"))
 
 
-@pytest.mark.parametrize("found", [True, False])
-def test_libraries_of_python_packages(monkeypatch, tmp_path, capsys, found) -> None:
+def test_libraries_of_python_packages(monkeypatch, tmp_path, capsys) -> None:
     """In any folder of the package `nvidia`, each after what it needs; what ONNX Runtime prints stays unprinted."""
-    loaded: list[str] = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda path: loaded.append(Path(path).name))
+    loaded = ["libcublasLt.so.13"]
+
+    def load(path: str) -> None:
+        if path != Path(path).name:
+            loaded.append(Path(path).name)
+        elif path not in loaded:
+            raise OSError(f"{path}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
     for place in (
         "first/cudnn/lib/libcudnn.so.9",
-        "second/cu13/lib/libcublas.so.13",
-        "second/cu13/lib/libcublasLt.so.13",
+        *(f"second/cu13/lib/lib{name}.so.13" for name in ("cublas", "cublasLt")),
     ):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).touch()
     nvidia = SimpleNamespace(__path__=[str(tmp_path / "first"), str(tmp_path / "second")])
     monkeypatch.setitem(sys.modules, "nvidia", nvidia)
-    ort_cuda.preload(SimpleNamespace(preload_dlls=lambda: None if found else print("Failed to load libcublas.so.13")))
-    assert loaded == ([] if found else ["libcublasLt.so.13", "libcublas.so.13", "libcudnn.so.9"])
+    ort_cuda.preload(SimpleNamespace(preload_dlls=lambda: print("Failed to load libcublas.so.13")))
+    assert loaded == ["libcublasLt.so.13", "libcublas.so.13", "libcudnn.so.9"]
     assert capsys.readouterr().out == ""
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.backends import Options
-from dit_runtime.backends.cuda import Buffer, Rows, Stream, call, why_unavailable
+from dit_runtime.backends.cuda import Buffer, CudaError, Rows, Stream, call, why_unavailable
 from dit_runtime.errors import BundleError, EngineError, UsageError
 
 PROVIDER = "CUDAExecutionProvider"
@@ -65,7 +65,10 @@ class OrtCudaEngine:
             raise UsageError(f"provider {options.provider!r} cannot run here: {reason}")
         preload(ort)
         self._number = number
-        self._select()
+        try:
+            self._select()
+        except CudaError as error:
+            raise UsageError(f"provider {options.provider!r} cannot run here: {error}") from None
         self._stream: Stream = options.beside._stream if options.beside else Stream()
         self._records = True
         self._session: Any = self._open(path, options)
@@ -222,19 +225,19 @@ class OrtCudaEngine:
 
 def preload(ort: Any) -> None:
     """Load CUDA's libraries from where Python packages have them; the provider finds those that are loaded."""
-    said = io.StringIO()
-    with redirect_stdout(said):  # it prints what it does not find
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find beside itself
         ort.preload_dlls()
-    if not said.getvalue():
-        return
     try:
         folders = [Path(folder) for folder in import_module("nvidia").__path__]
     except ImportError:
         return
     for name in LIBRARIES:
         for library in sorted(file for folder in folders for file in folder.glob(f"*/lib/lib{name}.so.*")):
-            with suppress(OSError):  # the provider's own refusal says what it lacks
-                ctypes.CDLL(str(library))
+            try:
+                ctypes.CDLL(library.name)  # is it loaded, or on the loader's path?
+            except OSError:
+                with suppress(OSError):  # the provider's own refusal says what it lacks
+                    ctypes.CDLL(str(library))
 
 
 def _loader_reason(ort: Any) -> str:
