@@ -11,6 +11,7 @@ import pytest
 import dit_export.bundle.assemble
 from dit_export.cli import main
 from dit_export.graph import onnxfile
+from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
 from tests.precision.conftest import CHANNELS, TOKENS, outlying_pixart
 
@@ -92,8 +93,24 @@ def test_a_network_of_diffusers_in_a_narrow_precision(tmp_path, capsys, one_thre
     assert main(["verify", str(tmp_path / "bundle")]) == 0
 
 
+def test_bf16_of_onnxruntime_is_for_gpus(meta, tmp_path, capsys, one_thread) -> None:
+    """Its CPU provider has no kernels of it: the twin verifies the build, and only provider cuda opens it."""
+    bundle, options = tmp_path / "bundle", ["--heads", "4", "--latents-only"]
+    with one_thread():
+        assert build(meta.checkpoint, bundle, *options, "--backend", "onnxruntime", "--precision", "bf16") == 0
+    said = capsys.readouterr().out
+    assert "does not run here: bf16 has no kernels in ONNX Runtime's CPU provider; use provider cuda" in said
+    assert f"verify {bundle} --provider cuda" in said
+    contract = manifest.read(bundle)
+    assert (contract.step.precision, contract.step.backend, contract.step.engines) == ("bf16", "onnxruntime", {})
+    checks = json.loads((bundle / "parity.json").read_text())["checks"]
+    assert {check["name"].split(": ")[0] for check in checks} == {"proof", "twin"}
+    with pytest.raises(UsageError, match="bf16 has no kernels in ONNX Runtime's CPU provider; use provider cuda"):
+        Pipeline.load(bundle)
+
+
 def test_a_precision_without_a_backend(meta, tmp_path, capsys) -> None:
-    assert build(meta.checkpoint, tmp_path / "x", "--precision", "bf16", "--backend", "onnxruntime") == 2
-    assert "has no bf16" in capsys.readouterr().err
+    assert build(meta.checkpoint, tmp_path / "x", "--precision", "fp8", "--backend", "onnxruntime") == 2
+    assert "has no fp8" in capsys.readouterr().err
     assert build(meta.checkpoint, tmp_path / "x", "--precision", "fp4") == 2
     assert "known: fp32, bf16, fp16" in capsys.readouterr().err

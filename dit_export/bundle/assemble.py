@@ -37,7 +37,7 @@ from dit_export.precision.search import LayerSensitivity, Search, SearchOptions
 from dit_export.precision.smooth import pack_divisors, smooth
 from dit_export.recipe import Recipe
 from dit_runtime import backends
-from dit_runtime.backends import PORTABLE_BACKEND, QUANTIZED
+from dit_runtime.backends import PORTABLE_BACKEND, PROVIDER_FORMS, QUANTIZED
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import File, Manifest
 from dit_runtime.errors import UsageError
@@ -234,13 +234,17 @@ class Assembly:
             counts["cast_to_half"] = cast_to_half(graph, half, overflows)
         self._save(name)
         engines = {}
-        for backend, passes in lowerings.items():
-            if precision in backends.backend(backend).PRECISIONS and backends.typed(backend, precision) == half:
-                form = graph.copy()
-                fired = {rewrite.__name__: rewrite(form) for rewrite in passes}
+        for form, passes in lowerings.items():
+            backend, provider = PROVIDER_FORMS.get(form, (form, None))
+            able = precision in backends.backend(backend).PRECISIONS and not backends.refusal(
+                backend, precision, provider
+            )
+            if able and backends.typed(backend, precision) == half:
+                lowered = graph.copy()
+                fired = {rewrite.__name__: rewrite(lowered) for rewrite in passes}
                 counts |= fired
                 if any(fired.values()):
-                    engines[backend] = onnxfile.save(form, self.folder / f"{name}.{backend}.onnx")
+                    engines[form] = onnxfile.save(lowered, self.folder / f"{name}.{form}.onnx")
         require(counts, self._expected(name, len(islands)), self.misses)
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import targets, why_unavailable
+from dit_runtime.bundle.compiling import provider, targets, why_unavailable
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import LABELS
 from dit_runtime.cli import report
@@ -32,7 +32,7 @@ def report_built(built: Built, as_json: bool) -> int:
     if reason := why_unavailable(contract):
         print(
             f"verified through its rounding twins, for it does not run here: {reason}\n"
-            f"it runs on {targets(contract)}; there, prove it: {dit_run()} verify {built.folder}",
+            f"it runs on {targets(contract)}; there, prove it: {dit_run()} verify {built.folder}{provider(contract)}",
             file=out,
         )
     return code

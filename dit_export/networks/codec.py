@@ -34,8 +34,10 @@ class Decoder(nn.Module):
         doubled = count(Upsample2D)  # their convolutions become four each
         return {
             "subpixel": doubled,
+            "depth_to_space": doubled,
             "group_norm": count(nn.GroupNorm),
             "plain_attention": count(Attention),
+            "masked_attention": 0,
             "split_qkv": 0,
             "dynamic": 0,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,

@@ -171,5 +171,7 @@ def expected_counts(spec: ModelSpec) -> dict[str, int]:
         "plain_attention": attentions,
         "split_qkv": spec.depth,
         "group_norm": 0,
+        "masked_attention": 0,
+        "depth_to_space": 0,
         "cast_to_half": layers + attentions + 2,  # the patches and the last linear as well
     }

@@ -1,4 +1,4 @@
-"""Graph passes, one file a pass; `fuse` is the order in which they run, LOWERINGS what each backend gets besides."""
+"""Graph passes, one file a pass; `fuse` is the order in which they run, LOWERINGS what each form gets besides."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from dit_export.passes.attention import plain_attention
+from dit_export.passes.attention import masked_attention, plain_attention
 from dit_export.passes.cut import VECTORS, Cut
 from dit_export.passes.dependence import Miss
+from dit_export.passes.depth_to_space import depth_to_space
 from dit_export.passes.dynamic import dynamic
 from dit_export.passes.gains import fold_gains
 from dit_export.passes.group_norm import group_norm
@@ -34,9 +35,11 @@ class Fused(NamedTuple):
 
 SHOWN = 5  # refusals in an error
 
-# What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself.
+# What was measured to be faster on CPUs (docs/precision.md), on top of what the backend fuses by itself. On CUDA, ONNX
+# Runtime keeps Attention, for which it has a kernel; it has none for GroupNormalization, nor for DepthToSpace in bf16.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
     "onnxruntime": (plain_attention, group_norm, dynamic),
+    "onnxruntime-cuda": (masked_attention, group_norm, depth_to_space),
     "openvino": (split_qkv, group_norm),
 }
 

@@ -1,6 +1,11 @@
-"""Attention in its plain form: softmax(q kᵀ / √d + mask) v as two products and a softmax."""
+"""Attention in its plain form: softmax((q / √d) kᵀ + mask) v as two products and a softmax.
+
+q is scaled before the product: in fp16 the scores would else end at 65504 before they are scaled.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -16,11 +21,24 @@ def plain_attention(graph: gs.Graph) -> int:
 
     A mask is one of numbers that broadcasts to the scores: (B or 1, heads or 1, T or 1, L).
     """
-    attentions = [node for node in graph.nodes if is_plain(node)]
+    return _decompose_all(graph, [node for node in graph.nodes if is_plain(node)])
+
+
+def masked_attention(graph: gs.Graph) -> int:
+    """Rewrite those whose mask has one row for all queries, which ONNX Runtime's Attention refuses; return how many."""
+    return _decompose_all(graph, [node for node in graph.nodes if is_plain(node) and _has_mask_of_one_row(node)])
+
+
+def _decompose_all(graph: gs.Graph, attentions: Sequence[gs.Node]) -> int:
     for attention in attentions:
         decompose(graph, attention)
     graph.cleanup().toposort()
     return len(attentions)
+
+
+def _has_mask_of_one_row(node: gs.Node) -> bool:
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    return mask is not None and not mask.is_empty() and mask.shape[-2] == 1 != node.inputs[0].shape[-2]
 
 
 def decompose(graph: gs.Graph, attention: gs.Node) -> None:
@@ -29,12 +47,21 @@ def decompose(graph: gs.Graph, attention: gs.Node) -> None:
     attention.outputs.clear()
     scale = np.array(attention.attrs.get("scale", q.shape[-1] ** -0.5), q.dtype)
     turned = layer(graph, "Transpose", [k], f"{out.name}_k", perm=[0, 1, 3, 2])
-    scores = layer(graph, "MatMul", [q, turned], f"{out.name}_scores")
-    scaled = layer(graph, "Mul", [scores, scale], f"{out.name}_scaled")
+    quantized = bool(q.inputs) and q.inputs[0].op == "DequantizeLinear"  # an int8 product reads it, and makes fp32
+    if not quantized:
+        q = layer(graph, "Mul", [q, scale], f"{out.name}_q")
+    scores = layer(graph, "MatMul", [q, turned], f"{out.name}_product" if quantized else scores_of(out))
+    if quantized:
+        scores = layer(graph, "Mul", [scores, scale], scores_of(out))
     if mask and not mask[0].is_empty():
-        scaled = layer(graph, "Add", [scaled, *mask], f"{out.name}_masked")
-    weights = layer(graph, "Softmax", [scaled], f"{out.name}_weights", axis=-1)
+        scores = layer(graph, "Add", [scores, *mask], f"{out.name}_masked")
+    weights = layer(graph, "Softmax", [scores], f"{out.name}_weights", axis=-1)
     layer(graph, "MatMul", [weights, v], out)
+
+
+def scores_of(out: gs.Tensor) -> str:
+    """Return the name of the scores that an attention's plain form stores, by the attention's output."""
+    return f"{out.name}_scores"
 
 
 def is_plain(node: gs.Node) -> bool:

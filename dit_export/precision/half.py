@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from dit_export.graph.onnxfile import layer
+from dit_export.passes.attention import scores_of
 
 TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 PRODUCTS = {"MatMul", "Gemm", "Conv", "Attention"}
@@ -103,8 +104,13 @@ def _is_narrow(node: gs.Node, held: set[int], overflows: Collection[str]) -> boo
 
 
 def _touches(node: gs.Node, overflows: Collection[str]) -> bool:
-    """Return whether a node reads or makes one of the tensors, also through Q and DQ."""
-    return bool(overflows) and any(_source(tensor).name in overflows for tensor in (*node.inputs, *node.outputs))
+    """Return whether a node reads or makes one of the tensors, also through Q and DQ or in its plain form."""
+    if not overflows:
+        return False
+    names = {_source(tensor).name for tensor in (*node.inputs, *node.outputs)}
+    if node.op == "Attention":
+        names |= {scores_of(out) for out in node.outputs}
+    return not names.isdisjoint(overflows)
 
 
 def find_overflows(peaks: Mapping[str, float], precision: str) -> dict[str, float]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
 from dit_export.passes import LOWERINGS
+from dit_export.passes.attention import scores_of
 from dit_export.precision.calibrate import LARGEST, OUTPUT, SAMPLE, Calibration, add_layer_taps, choose_rows, collect
 from dit_export.precision.half import PEAK, add_peak_taps, half_tensors
 from dit_export.precision.layers import find
@@ -106,8 +107,10 @@ def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator
     """Give a fused graph the form that the backend runs, and taps on what is looked up in the portable one."""
     gemms = find(graph) if layers else []
     tensors = half_tensors(graph) if half else []
+    scores = {scores_of(node.outputs[0]) for node in graph.nodes if half and node.op == "Attention"}
     for rewrite in LOWERINGS[PORTABLE_BACKEND]:
         rewrite(graph)
+    tensors += [tensor for name, tensor in graph.tensors().items() if name in scores]  # the plain form stores them
     count = len(graph.nodes)
     place = {id(tensor): index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
     add_layer_taps(graph, gemms, rng)

@@ -30,7 +30,7 @@ from dit_runtime.pipeline import Pipeline
 
 @contextmanager
 def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pipeline | None]:
-    """Open the bundle's ONNX forms with each half-precision graph's twin in its place.
+    """Open the bundle's portable graphs, with the twin of each half-precision graph's own form in its place.
 
     Yield None where no graph is in half precision, unless `always`.
     """
@@ -44,9 +44,10 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
         for stage in contract.stages:
             files = [manifest.inside(folder, file) for file in stage.onnx_files]
             if half := types[stage.name]:
-                graph = onnxfile.load(files[0])
+                form = next((file for file in stage.files if file.endswith(".onnx")), stage.onnx)
+                graph = onnxfile.load(manifest.inside(folder, form))  # the form that its backend opens, if it is ONNX
                 twin(graph, tensor_dtype_to_np_dtype(TYPES[half]))
-                plain_attention(graph)  # the backend refuses a mask with one row for all queries
+                plain_attention(graph)  # the portable backend refuses a mask with one row for all queries
                 path = Path(temporary) / f"{stage.name}.onnx"
                 files = [path.with_name(file) for file in onnxfile.save(graph, path)]
             engines[stage.name] = module.open(files, Options())

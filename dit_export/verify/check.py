@@ -52,7 +52,7 @@ def pipelines(folder: Path, contract: Manifest, **options: Any) -> Iterator[dict
     """Open the bundle, under "", and its rounding twins, under "twin: "; at least one of them is there."""
     with ExitStack() as opened:
         pipes: dict[str, Pipeline] = {}
-        if not why_unavailable(contract):
+        if not why_unavailable(contract, options.get("provider")):
             pipes[""] = opened.enter_context(Pipeline.load(folder, **options))
         if rounded := opened.enter_context(twins(folder, contract, always=not pipes)):
             pipes["twin: "] = rounded

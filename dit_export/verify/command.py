@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser, weights: bool = True) -> Callab
     parser.add_argument("--samples", type=Path, metavar="FILE.npz", help="judge these pictures or features, draw none")
     parser.add_argument("--count", type=int, metavar="N", help="pictures to draw for the judge; default with one: 2000")
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
-    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
+    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     parser.add_argument("--low-memory", action="store_true", help="open one stage at a time")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="the figures as JUnit XML")
     parser.add_argument("--report", type=Path, metavar="FILE", help="the figures, pictures and curves as one HTML page")

@@ -10,7 +10,8 @@ from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import expected_counts
 from dit_export.passes import LOWERINGS
-from dit_export.passes.attention import plain_attention
+from dit_export.passes.attention import masked_attention, plain_attention
+from dit_export.passes.depth_to_space import depth_to_space
 from dit_export.passes.group_norm import group_norm
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.subpixel import subpixel
@@ -76,6 +77,22 @@ def test_subpixel_needs_the_convolution_to_be_the_only_reader() -> None:
     assert subpixel(graph) == 0
 
 
+def test_depth_to_space(run: Run) -> None:
+    def graph(**attrs: object) -> gs.Graph:
+        made = empty(x=["n", 12, 2, 5])
+        made.outputs = [layer(made, "DepthToSpace", [made.inputs[0]], ["n", 3, 4, 10], blocksize=2, **attrs)]
+        return made
+
+    inputs = {"x": normal(2, 12, 2, 5)}
+    (expected,) = run(graph(), inputs)
+    rewritten = graph()
+    assert depth_to_space(rewritten) == 1
+    assert onnxfile.census(rewritten) == {"Reshape": 2, "Transpose": 1}
+    np.testing.assert_array_equal(run(rewritten, inputs)[0], expected)
+    other = graph(mode="CRD")  # channels before blocks: another order
+    assert np.abs(run(other, inputs)[0] - expected).max() > 0.1 and depth_to_space(other) == 0
+
+
 @pytest.mark.parametrize("size", [[7], [5, 4]], ids=str)
 def test_group_norm(run: Run, size: list[int]) -> None:
     graph = empty(x=["n", 8, *size])
@@ -138,6 +155,9 @@ def test_a_mask_is_added_to_the_scores(run: Run, shape: tuple[int, ...]) -> None
     inputs["mask"][-1, :, :, 3:] = -10_000
     every = np.ascontiguousarray(np.broadcast_to(inputs["mask"], (2, 2, 5, 5)))
     (expected,) = run(whole, inputs | {"mask": every})  # ONNX Runtime's Attention takes no mask of one row for all
+    on_cuda = graph.copy()
+    assert masked_attention(on_cuda) == (shape[2] == 1)
+    np.testing.assert_allclose(run(on_cuda, inputs)[0], expected, rtol=0, atol=1e-5)
     assert plain_attention(graph) == 1
     assert onnxfile.census(graph) == {"MatMul": 2, "Transpose": 1, "Mul": 1, "Add": 1, "Softmax": 1}
     np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)

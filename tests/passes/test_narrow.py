@@ -1,5 +1,7 @@
 """Typed graphs and their rounding twins."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -9,6 +11,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import expected_counts
+from dit_export.passes.attention import plain_attention, scores_of
 from dit_export.precision.half import PRODUCTS, TYPES, cast_to_half, fp32_products, half_tensors
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
@@ -145,3 +148,26 @@ def test_everything_that_would_be_narrow_is_half_tensors(plain: gs.Graph, small_
             tensors = (*node.inputs, *node.outputs)
             assert {tensor.name for tensor in tensors if isinstance(tensor, gs.Variable) and tensor.name} <= seen
     assert all(node.outputs[0].name not in seen for node in denoiser.nodes if node.op == "LayerNormalization")
+
+
+def test_scores_are_scaled_before_they_are_stored(run: Run, tmp_path: Path) -> None:
+    """q kᵀ = 102400 is beyond fp16 and q kᵀ / √64 is not: the form that ships stays finite, by its twin."""
+    q, k, v, y, z = (gs.Variable(name, dtype=np.float32, shape=["n", 2, 5, 64]) for name in "qkvyz")
+    nodes = [gs.Node("Attention", "y", {}, [q, k, v], [y]), gs.Node("Tanh", "z", {}, [y], [z])]
+    graph = gs.Graph(nodes, [q, k, v], [z], opset=23, ir_version=10)
+    inputs = dict(zip("qkv", np.random.default_rng(0).normal(size=(3, 2, 2, 5, 64)).astype(np.float32), strict=True))
+    inputs["q"][..., 0] = inputs["k"][:, :, 0, 0] = 320  # so the first token is all that is seen
+    assert cast_to_half(graph, "fp16") == plain_attention(graph) == 1
+    onnxfile.save(graph, tmp_path / "form.onnx")
+    shipped = onnxfile.load(tmp_path / "form.onnx")
+    assert twin(shipped, HALF) == 9  # q, k, v, the scale, the turned k, the scaled q, scores, weights, y
+    (got,) = run(shipped, inputs)
+    np.testing.assert_allclose(got, np.broadcast_to(np.tanh(inputs["v"][:, :, :1]), got.shape), rtol=0, atol=2e-3)
+
+
+def test_scores_that_overflow_keep_their_attention_in_fp32(plain: gs.Graph, small_dit: DiT) -> None:
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
+    first = next(node for node in denoiser.nodes if node.op == "Attention")
+    assert fp32_products(denoiser, [scores_of(first.outputs[0])]) == [first]
+    cast_to_half(denoiser, "fp16", [scores_of(first.outputs[0])])
+    assert [node.inputs[0].dtype for node in denoiser.nodes if node.op == "Attention"] == [np.float32, np.float16]

@@ -11,6 +11,7 @@ import pytest
 
 from dit_export.graph import onnxfile
 from dit_export.precision import measure
+from dit_export.precision.half import PEAK
 from dit_export.precision.measure import Plan, add_taps
 
 
@@ -18,8 +19,10 @@ from dit_export.precision.measure import Plan, add_taps
 @pytest.mark.parametrize("network", ["bundle", "captioned"])
 def test_no_tensor_waits_for_its_tap(request, network, layers, half, tmp_path) -> None:
     graph = request.getfixturevalue(network).graphs()["denoiser"]
-    outputs = len(graph.outputs)
+    outputs, attentions = len(graph.outputs), onnxfile.census(graph)["Attention"]
     add_taps(graph, layers, half, np.random.default_rng(0))
+    scores = [tensor.name for tensor in graph.outputs if tensor.name.endswith("_scores" + PEAK)]
+    assert len(scores) == attentions * half
     added, ends = [], [tensor.inputs[0] for tensor in graph.outputs[outputs:]]
     for end in ends:
         added += [end] if end.op == "Gather" else [end.i(), end]

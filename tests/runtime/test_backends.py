@@ -179,8 +179,9 @@ def test_auto_takes_the_first_that_can(monkeypatch) -> None:
     assert backends.choose("auto", "fp16") == "onnxruntime"
     assert backends.choose("auto", "fp8") == "tensorrt-rtx"  # which compiles here and runs elsewhere
     assert backends.choose("onnxruntime") == "onnxruntime"
-    with pytest.raises(UsageError, match="has no bf16; it has fp32, fp16"):
-        backends.choose("onnxruntime", "bf16")
+    with pytest.raises(UsageError, match="has no fp8; it has fp32, fp16"):
+        backends.choose("onnxruntime", "fp8")
+    assert backends.choose("onnxruntime", "bf16") == "onnxruntime"  # on CUDA, so that nothing chooses it unasked
     monkeypatch.setattr(backends.backend("openvino"), "version", lambda: None)
     assert backends.choose("auto") == "onnxruntime"
     monkeypatch.setattr(Flavour, "version", lambda self: None)

@@ -30,6 +30,9 @@ class Host(ort.OrtEngine):
         Host.uploads += 1
         return np.array(values)
 
+    def empty(self, shape, dtype):
+        return np.empty(shape, dtype)
+
     def run(self, inputs, into=None):
         made = super().run(inputs)
         for name, target in (into or {}).items():

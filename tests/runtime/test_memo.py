@@ -127,10 +127,13 @@ def test_what_was_asked_for_twice_is_made_again_only_outside_the_window() -> Non
 
 
 def test_rows_of_many_timesteps_at_once() -> None:
-    """As another stage reads them, through a window of one step."""
-    memo = make(Fake(), [30.0, 20.0, 10.0], [4, 7], budget=1)
-    rows = memo.sources["conditioning"].take(np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 0, 1]))
-    assert rows[:, :, 0].tolist() == [[30, 4], [30, 7], [20, 7], [10, 4], [10, 7]]
+    """As another stage reads them, and as a check asks for them in any order, through windows of one step and more."""
+    for steps in (1, 2, 3):
+        memo = make(Fake(), [30.0, 20.0, 10.0], [4, 7], budget=steps * 2 * ROW)
+        for times in ([0, 0, 1, 2, 2], [2, 0, 1, 1, 0], [1, 2, 0, 2, 1]):
+            rows = memo.sources["conditioning"].take(np.array(times), np.array([0, 1, 1, 0, 1]))
+            labels = [4, 7, 7, 4, 7]
+            assert rows[:, :, 0].tolist() == [[30 - 10 * t, label] for t, label in zip(times, labels, strict=True)]
 
 
 class Counted:

@@ -162,7 +162,7 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     command = ["compile", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "12.0"]
     before, contract = files(bundle), manifest.read(bundle, engines=False)
 
-    monkeypatch.setattr(dit_runtime.cli, "why_unavailable", lambda contract: None)
+    monkeypatch.setattr(dit_runtime.cli, "why_unavailable", lambda *_: None)
     wrong = [Figure("denoiser", "prediction, rel-L2", 1.0, 1e-4)]
     monkeypatch.setattr(dit_runtime.cli, "_figures", lambda options: wrong)
     assert run(capsys, *command)[0] == 1

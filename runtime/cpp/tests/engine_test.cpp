@@ -93,5 +93,26 @@ TEST(Refusal, TheUpdateStageIsLeftAlone) {
     for (const Stage& stage : read(copy.folder).stages) EXPECT_NE(stage.runs, "update");
 }
 
+TEST(Refusal, PrecisionsWithoutKernels) {
+    const auto chosen = [](const std::string& precision, const std::string& device) {
+        Stage stage;
+        stage.precision = precision;
+        Options options;
+        options.backend = "onnxruntime";
+        options.device = device;
+        try {
+            return choose(stage, options).name;
+        } catch (const UsageError& error) {
+            return std::string(error.what());
+        }
+    };
+    if (backends()[0].name != "onnxruntime") GTEST_SKIP() << "built without ONNX Runtime";
+    EXPECT_EQ(chosen("bf16", ""), "bf16 has no kernels in ONNX Runtime's CPU provider; use device cuda");
+    EXPECT_EQ(chosen("bf16", "CUDA"), "onnxruntime");
+    EXPECT_EQ(chosen("int8", "cuda"),
+              "int8 has no kernels in ONNX Runtime's CUDA provider; build fp16, or use device cpu");
+    EXPECT_EQ(chosen("int8", "cpu"), "onnxruntime");
+}
+
 }  // namespace
 }  // namespace dit_runtime

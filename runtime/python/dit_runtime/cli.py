@@ -15,7 +15,7 @@ import numpy as np
 from dit_runtime import backends, bench, images, verify
 from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.compiling import compile_stages, remove, why_unavailable
+from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
 from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
@@ -113,7 +113,7 @@ def _parser() -> Parser:
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
-    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda")
+    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     parser.add_argument("--low-memory", action="store_true", help="open one stage at a time, while it is needed")
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
 
@@ -281,12 +281,14 @@ def _compile(options: argparse.Namespace) -> int:
     code = 1
     try:
         manifest.write(folder, compiled)
-        if reason := why_unavailable(compiled):
+        if reason := why_unavailable(compiled, options.provider):
             code = 0
             if options.json:
                 print(json.dumps({"passed": None, "reason": reason}))
             else:
-                print(f"compiled and not verified: {reason}; on the target: dit-run verify {folder}")
+                print(
+                    f"compiled and not verified: {reason}; on the target: dit-run verify {folder}{provider(compiled)}"
+                )
         else:
             figures = _figures(options)
             code = report(figures, options.json)

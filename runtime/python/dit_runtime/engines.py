@@ -17,7 +17,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.conditions.condition import Rows, group
-from dit_runtime.conditions.memo import StepInputs
+from dit_runtime.conditions.memo import Device, StepInputs
 from dit_runtime.errors import BundleError, EngineError, UsageError
 
 AT_ONCE = {"step": 2, "end": 1}  # rows: two of a decoder would need twice the memory for their activations
@@ -36,7 +36,7 @@ class Engines:
                 self.close()
                 stage = self._lean(stage)
             module = backends.backend(backends.choose(stage.backend, stage.precision))
-            files = [manifest.inside(self.folder, file) for file in stage.files]
+            files = [manifest.inside(self.folder, file) for file in backends.files(stage, self.options)]
             engine: Engine = module.open(files, self._settings(stage))
             expected = [sorted(spec.name for spec in specs) for specs in (stage.reads, stage.gives)]
             if (names := [sorted(names) for names in engine.io]) != expected:
@@ -53,7 +53,7 @@ class Engines:
         if stage.precision not in backends.backend(lean).PRECISIONS:
             return stage
         stage = replace(stage, backend=lean)
-        manifest.check_files(self.folder, self.manifest, stage.files)
+        manifest.check_files(self.folder, self.manifest, backends.files(stage, self.options))
         return stage
 
     def _settings(self, stage: Stage) -> Options:
@@ -64,13 +64,18 @@ class Engines:
                 spec.name: tuple(1 if isinstance(size, str) else size for size in spec.shape) for spec in stage.reads
             }
             settings = replace(settings, row=row, grouped=grouped, at_once=AT_ONCE[stage.runs])
-        if stage.runs == "update":
-            settings = replace(settings, beside=self.opened[self.manifest.step.name])
-        return settings
+        return replace(settings, beside=self._beside(stage))
+
+    def _beside(self, stage: Stage) -> Resident | None:
+        """Return an open engine of the same backend whose arrays stay with it: all of them work in one order."""
+        same = (self.opened.get(other.name) for other in self.manifest.stages if other.backend == stage.backend)
+        return next((engine for engine in same if isinstance(engine, Resident)), None)
 
     def run(self, stage: Stage, inputs: Mapping[str, Any], *into: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Return the engine's outputs in the manifest's shapes; with `into`, they go there and stay with the engine."""
         engine = self.open(stage)
+        if not isinstance(engine, Resident):
+            inputs = {name: np.asarray(values) for name, values in inputs.items()}
         try:
             outputs = engine.run(inputs, *into)
         except (UsageError, EngineError):
@@ -97,10 +102,14 @@ class Engines:
         """Return what the step stage reads at these timesteps, for samples with these conditions and weights."""
         rows, groups = group(len(weights), condition, negative)
         step, _ = self.residents()
-        put = None if step is None else step.put
+        device = None if step is None else Device(step.put, step.empty, self._joins)
         # In low memory a stage's outputs are made at once, so that its engine can be closed.
         whole = self.options.low_memory
-        return StepInputs(self.manifest, self.run, timesteps, rows, groups, weights, put=put, whole=whole)
+        return StepInputs(self.manifest, self.run, timesteps, rows, groups, weights, device=device, whole=whole)
+
+    def _joins(self, stage: Stage) -> bool:
+        """Return whether a stage's engine can write where the step's engine reads."""
+        return stage.backend == self.manifest.step.backend and isinstance(self.open(stage), Resident)
 
     def denoise(self, state: NDArray[Any], inputs: StepInputs, step: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """[B, *state] -> guided prediction and, where it is learned, variance, [B, *state]."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -47,10 +48,11 @@ class Pipeline:
         folder = Path(folder)
         contract = manifest.read(folder)
         options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
+        opened = {file: None for stage in contract.stages for file in backends.files(stage, options)}
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory
         with ExitStack() as undo:
             undo.callback(pipe.close)
-            with manifest.checking(folder, contract, {file: None for stage in contract.stages for file in stage.files}):
+            with manifest.checking(folder, contract, opened):
                 for stage in () if low_memory else contract.stages:
                     if stage.runs != "update":  # which is opened where it is needed
                         pipe.engines.open(stage)

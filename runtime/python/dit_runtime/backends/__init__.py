@@ -7,7 +7,9 @@ A backend has
   which the manifest says this;
 * `compile(folder, stage, options, progress)`, which makes engine files of a bundle's stage;
 * `open(files, options)`, which gives an Engine;
-* where that depends on the machine, `float_type(precision)`, what floats are computed in here.
+* where that depends on the machine, `float_type(precision)`, what floats are computed in here;
+* where it has several providers, `form(options)`, the name of the form that its provider opens, and
+  `refusal(precision, provider)`, why a provider cannot run a graph of this precision.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from dit_runtime.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from dit_runtime.bundle.records import Stage
 
 # Name -> module, or what in it; the fastest first.
 BACKENDS = {"tensorrt": "trt:TENSORRT", "tensorrt-rtx": "trt:RTX", "openvino": "ov", "onnxruntime": "ort"}
@@ -28,6 +33,7 @@ CPU = ("onnxruntime", "openvino")  # whose engines run where they are built, on 
 PORTABLE_BACKEND = "onnxruntime"  # opens every graph of a bundle, on any CPU
 LEANEST = "onnxruntime"  # while it loads: about the weights' size, where OpenVINO takes twice that
 QUANTIZED = ("int8", "fp8")
+PROVIDER_FORMS = {"onnxruntime-cuda": ("onnxruntime", "cuda")}  # forms that single providers open: backend, provider
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Tuning:
 @dataclass(frozen=True)
 class Options:
     threads: int | None = None  # None: as many as the backend thinks right
-    provider: str | None = None  # ONNX Runtime's execution provider, "cuda" for CUDAExecutionProvider
+    provider: str | None = None  # ONNX Runtime's execution provider: "cpu", "cuda", "cuda:1"
     precision: str = "fp32"  # of the graph
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
@@ -89,6 +95,9 @@ class Resident(Engine, Protocol):
     def put(self, values: np.ndarray) -> Any:
         """Return the array there: its rows are taken as NumPy takes them, and np.asarray brings it home."""
 
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Return such an array there without values, for `into`."""
+
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """Write outputs into the device arrays in `into`, by name; return nothing then, and do not wait."""
 
@@ -99,6 +108,18 @@ def backend(name: str) -> Any:
     module, _, member = BACKENDS[name].partition(":")
     loaded = import_module(f"{__name__}.{module}")
     return getattr(loaded, member) if member else loaded
+
+
+def files(stage: Stage, options: Options) -> tuple[str, ...]:
+    """Return the files that a stage's backend opens: the form of its provider or its own, else the portable one."""
+    form = getattr(backend(stage.backend), "form", None)
+    return stage.engines.get(form(options) if form else stage.backend, stage.onnx_files)
+
+
+def refusal(name: str, precision: str, provider: str | None = None) -> str | None:
+    """Return why a backend's provider cannot run a graph of this precision; None where it can."""
+    refuse = getattr(backend(name), "refusal", None)
+    return refuse(precision, provider) if refuse else None
 
 
 def typed(name: str, precision: str) -> str | None:
@@ -148,6 +169,7 @@ def choose(name: str, precision: str = "fp32") -> str:
     installed = versions()
     able = [known for known in BACKENDS if precision in backend(known).PRECISIONS]
     if name == "auto":
+        able = [known for known in able if not refusal(known, precision)]
         here = [known for known in able if installed[known]]
         name = next((known for known in here if backend(known).why_unavailable() is None), here[0] if here else "")
         if not name:

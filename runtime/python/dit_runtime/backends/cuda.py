@@ -99,6 +99,11 @@ class Rows:
         stream.wait()  # for the values, which are the caller's
         return rows
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Stream) -> Rows:
+        """Return rows that hold nothing yet."""
+        return cls(Memory(int(np.prod(shape)) * dtype.itemsize, stream), shape[1:], dtype, np.arange(shape[0]))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self._index.shape, *self._row)

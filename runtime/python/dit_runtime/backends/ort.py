@@ -1,15 +1,15 @@
-"""ONNX Runtime: opens the ONNX form itself, so there is nothing to compile ahead of time."""
+"""ONNX Runtime: opens the ONNX form itself, so there is nothing to compile ahead of time. On CUDA see ort_cuda.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends import Compiled, Options
+from dit_runtime.backends import PROVIDER_FORMS, QUANTIZED, Compiled, Engine, Options
 from dit_runtime.bundle.manifest import Stage
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import FACTS
@@ -17,22 +17,62 @@ from dit_runtime.progress import Progress
 
 PRECISIONS = tuple(FACTS["precisions"]["onnxruntime"])
 FLOAT_AROUND_INT8 = "fp32"
-NEEDS_TYPED_GRAPH = ("fp16",)
+NEEDS_TYPED_GRAPH = ("fp16", "bf16")
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 CPU = Path("/proc/cpuinfo")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+(CUDA_FORM,) = PROVIDER_FORMS
 
 
 def version() -> str | None:
-    installed = []
+    """Return the version of what `import onnxruntime` would load."""
+    spec = util.find_spec("onnxruntime")
+    if spec is None or spec.origin is None:  # a folder that an uninstall has left is no package
+        return None
+    folder, owners = Path(spec.origin).resolve().parent, []
     for package in PACKAGES:
         try:
-            installed.append(metadata.version(package))
+            distribution = metadata.distribution(package)
         except metadata.PackageNotFoundError:
             continue
-    if len(installed) > 1:
-        raise UsageError(f"{' and '.join(PACKAGES)} are both installed and overwrite each other: pip uninstall one")
-    return installed[0] if installed else None
+        if Path(str(distribution.locate_file("onnxruntime"))).resolve() == folder:
+            owners.append(distribution.version)
+    if len(owners) > 1:
+        raise UsageError(f"{' and '.join(PACKAGES)} are both installed in {folder}: pip uninstall both, install one")
+    return owners[0] if owners else str(load().__version__)  # built from source, or of another name
+
+
+def load() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UsageError("onnxruntime is not installed: pip install 'dit-export[onnxruntime]'") from None
+    return onnxruntime
+
+
+def gpu(provider: str | None) -> int | None:
+    """Return the number of the GPU that a provider names, "cuda" or "cuda:1"; None for the CPU."""
+    name, colon, number = (provider or "cpu").partition(":")
+    if name == "cuda" and (not colon or (number.isascii() and number.isdecimal())):
+        return int(number or 0)
+    if provider not in (None, "cpu"):
+        raise UsageError(f"provider {provider!r} is not known; known: cpu, cuda, cuda:N for GPU number N")
+    return None
+
+
+def form(options: Options) -> str:
+    """Return the name of the form that a provider opens."""
+    return "onnxruntime" if gpu(options.provider) is None else CUDA_FORM
+
+
+def refusal(precision: str, provider: str | None) -> str | None:
+    """Return why a provider cannot run a graph of this precision; None where it can."""
+    on_gpu = gpu(provider) is not None
+    if on_gpu and precision in QUANTIZED:
+        return f"{precision} has no kernels in ONNX Runtime's CUDA provider; build fp16, or use provider cpu"
+    if precision == "bf16" and not on_gpu:
+        return "bf16 has no kernels in ONNX Runtime's CPU provider; use provider cuda"
+    return None
 
 
 def why_unavailable(built: Mapping[str, Any] | None = None) -> str | None:
@@ -54,23 +94,21 @@ def compile(folder: Path, stage: Stage, options: Options, progress: Progress) ->
     return Compiled()
 
 
-def open(files: Sequence[Path], options: Options) -> OrtEngine:
+def open(files: Sequence[Path], options: Options) -> Engine:
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"threads is {options.threads}; expected 1 or more")
+    if reason := refusal(options.precision, options.provider):
+        raise UsageError(f"{files[0]}: {reason}")
+    if (number := gpu(options.provider)) is not None:
+        from dit_runtime.backends.ort_cuda import OrtCudaEngine
+
+        return OrtCudaEngine(load(), files[0], options, number)
     return OrtEngine(files[0], options)
 
 
 class OrtEngine:
     def __init__(self, path: Path, options: Options) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError:
-            raise UsageError("onnxruntime is not installed: pip install 'dit-export[onnxruntime]'") from None
-
-        if options.threads is not None and options.threads < 1:
-            raise UsageError(f"threads is {options.threads}; expected 1 or more")
-        provider = PROVIDERS.get(options.provider or "cpu")
-        if provider is None or provider not in ort.get_available_providers():
-            here = [name for name, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
-            raise UsageError(f"provider {options.provider!r} is not in this onnxruntime; here: {', '.join(here)}")
+        ort = load()
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         if _saturates():  # then as u8 × u8, exact, and at 0.4 of the speed also where it would not be needed
@@ -80,12 +118,10 @@ class OrtEngine:
         if options.low_memory:  # blocks go back to the system when they are free, not when the session ends
             settings.enable_cpu_mem_arena = False
         try:
-            self._session: Any = ort.InferenceSession(path, settings, providers=[provider])
+            self._session: Any = ort.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]])
         except Exception as error:  # its exceptions share no base class but this
             raise BundleError(f"{path}: ONNX Runtime does not open it: {str(error).splitlines()[0]}") from None
         self._session.disable_fallback()
-        if provider not in self._session.get_providers():
-            raise UsageError(f"provider {options.provider!r} did not start here; ONNX Runtime offers only the CPU")
         self._outputs = tuple(tensor.name for tensor in self._session.get_outputs())
         self._inputs = tuple(tensor.name for tensor in self._session.get_inputs())
 

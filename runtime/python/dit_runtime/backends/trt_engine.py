@@ -87,6 +87,9 @@ class TrtEngine:
     def put(self, values: np.ndarray) -> Rows:
         return Rows.put(values, self._stream)
 
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Rows:
+        return Rows.empty(shape, dtype, self._stream)
+
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Rows] | None = None) -> dict[str, np.ndarray]:
         shapes = tuple(inputs[name].shape for name in self._inputs)
         execution = self._prepare(shapes)

@@ -58,14 +58,22 @@ def remove(folder: Path, names: Iterable[str]) -> None:
         manifest.inside(folder, name).unlink(missing_ok=True)
 
 
-def why_unavailable(contract: Manifest) -> str | None:
+def why_unavailable(contract: Manifest, provider: str | None = None) -> str | None:
     """Return why these engines cannot run here; None where they can."""
-    opened = ((backends.backend(stage.backend), manifest.built(contract, stage)) for stage in contract.stages)
-    reasons = (backend.why_unavailable(built) for backend, built in opened)
-    return next(filter(None, reasons), None)
+    for stage in contract.stages:
+        reason = backends.backend(stage.backend).why_unavailable(manifest.built(contract, stage))
+        if reason := reason or backends.refusal(stage.backend, stage.precision, provider):
+            return reason
+    return None
 
 
 def targets(contract: Manifest) -> str:
     """Return what its engines were compiled for, for people."""
     built = manifest.built(contract, contract.step)
-    return f"NVIDIA GPUs of compute capability {', '.join(built['compute_capabilities'])}"
+    kinds = f" of compute capability {', '.join(built['compute_capabilities'])}" if built else ""
+    return f"NVIDIA GPUs{kinds}"
+
+
+def provider(contract: Manifest) -> str:
+    """Return the option of `dit-run` that the bundle's GPU needs, where its backend also runs on CPUs."""
+    return "" if manifest.built(contract, contract.step) else " --provider cuda"

@@ -65,7 +65,7 @@ class Stage:
     max_batch: int = 8  # rows that it takes at a time
     precision: str = "fp32"
     backend: str = "onnxruntime"
-    engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by backend
+    engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by backend, or its provider's form
 
     @property
     def onnx_files(self) -> tuple[str, ...]:

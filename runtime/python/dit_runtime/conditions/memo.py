@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,31 +18,46 @@ from dit_runtime.facts import CONSTANTS
 
 BUDGET: int = CONSTANTS["memo_bytes"]  # of a memo; of XL/2's 783 kB a (timestep, label) that is 342
 Numbers = NDArray[np.int64]
-Compute = Callable[[Stage, Mapping[str, Any]], Mapping[str, NDArray[Any]]]
-ToDevice = Callable[[NDArray[Any]], Any]  # to where the step stage reads it
+Compute = Callable[..., Mapping[str, NDArray[Any]]]  # stage, inputs, and where outputs go if they stay on a device
+
+
+class Device(NamedTuple):
+    """Where the step stage reads its inputs; its arrays are indexed as NumPy's."""
+
+    put: Callable[[NDArray[Any]], Any]
+    empty: Callable[[tuple[int, ...], np.dtype[Any]], Any]
+    joins: Callable[[Stage], bool]  # whether a stage's engine can write there
+
+
+def always(time: int) -> range:
+    return range(sys.maxsize)
 
 
 class Source(NamedTuple):
-    """A tensor by the number of a timestep and those of condition rows."""
+    """A tensor by the numbers of timesteps and those of condition rows."""
 
-    at: Callable[[int, Numbers], Any]  # rows of any shape R -> [*R, *row]
+    at: Callable[[int | Numbers, Numbers], Any]  # rows of any shape R, and timesteps of one window -> [*R, *row]
     timed: bool  # whether it depends on the timestep
     ports: frozenset[str]  # the condition ports that it depends on
+    window: Callable[[int], range] = always  # the timesteps that are there together with this one
 
-    def take(self, times: Numbers, rows: Numbers) -> NDArray[Any]:
-        """Return [N, *row] of (N,) timesteps and (N,) rows, in memory of the host."""
-        ends = [*(np.flatnonzero(np.diff(times)) + 1).tolist(), len(times)] if self.timed else [len(times)]
+    def take(self, times: Numbers, rows: Numbers) -> Any:
+        """Return [N, *row] of (N,) timesteps and (N,) rows; on the device where one window there has all of them."""
         parts, first = [], 0
-        for end in ends:
-            parts.append(np.asarray(self.at(int(times[first]), rows[first:end])))
+        while first < len(times):
+            window = self.window(int(times[first]))
+            others = np.flatnonzero((times < window.start) | (times >= window.stop))
+            end = min((int(place) for place in others if place > first), default=len(times))
+            parts.append(self.at(times[first:end], rows[first:end]))
             first = end
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.asarray(part) for part in parts])
 
 
 class Memo:
     """The outputs of one stage by key, in windows of timesteps that stay below the budget.
 
-    A `whole` memo is filled once; over the budget it lives in a temporary file instead of in memory.
+    A `whole` memo is filled once; over the budget it lives in a temporary file instead of in memory. With a `device`,
+    the stage's engine writes its rows there, if it can.
     """
 
     def __init__(
@@ -53,14 +69,14 @@ class Memo:
         conditions: Rows,
         count: int,
         *,
-        put: ToDevice | None = None,
+        device: Device | None = None,
         budget: int = BUDGET,
         whole: bool = False,
     ) -> None:
         """Run nothing yet; `times` is the number of distinct timesteps, `count` that of condition rows."""
         self._stage, self._compute = stage, compute
         self._sources = {spec.name: sources[spec.name] for spec in stage.reads}
-        self._put, self._budget, self._whole = put, budget, whole
+        self._device, self._budget, self._whole = device, budget, whole
         self.timed = any(source.timed for source in self._sources.values())
         self.ports = frozenset().union(*(source.ports for source in self._sources.values()))
         self._first, self._number = unique_rows(conditions, self.ports, count)
@@ -75,31 +91,46 @@ class Memo:
 
     @property
     def sources(self) -> dict[str, Source]:
-        return {spec.name: Source(partial(self.at, spec.name), self.timed, self.ports) for spec in self._stage.gives}
+        how = self.timed, self.ports, self.window
+        return {spec.name: Source(partial(self.at, spec.name), *how) for spec in self._stage.gives}
 
-    def at(self, name: str, time: int, rows: Numbers) -> Any:
+    def window(self, time: int) -> range:
+        """Fill the window that has a timestep, if it is not there."""
         time = time if self.timed else 0
         if time not in self._window:
             self._fill(0 if self._whole else time)
-        return self._values[name][(time - self._window.start) * len(self._first) + self._number[rows]]
+        return self._window if self.timed else always(time)
+
+    def at(self, name: str, times: int | Numbers, rows: Numbers) -> Any:
+        self.window(int(np.min(times)))
+        first = (times - self._window.start) * len(self._first) if self.timed else 0
+        return self._values[name][first + self._number[rows]]
 
     def _fill(self, start: int) -> None:
         """Replace the window by the timesteps from `start` on."""
         self._values, self._window = {}, range(0)  # before there are others
         window = range(start, min(start + self._size, self._times))
         times, rows = np.repeat(np.array(window), len(self._first)), np.tile(self._first, len(window))
-        values: dict[str, NDArray[Any]] = {}
+        device, values = self._device, dict[str, Any]()
+        joined = device if device is not None and device.joins(self._stage) else None
+        if joined is not None:
+            for spec in self._stage.gives:
+                shape = len(times), *map(int, spec.shape[1:])
+                values[spec.name] = joined.empty(shape, np.dtype(spec.dtype))
         for first in range(0, len(times), self._stage.max_batch):
             some = slice(first, first + self._stage.max_batch)
             inputs = {name: source.take(times[some], rows[some]) for name, source in self._sources.items()}
+            if joined is not None:
+                self._compute(self._stage, inputs, {name: part[some] for name, part in values.items()})
+                continue
             outputs = self._compute(self._stage, inputs)
             if not values:
                 values = {spec.name: self._allocate(len(times), outputs[spec.name]) for spec in self._stage.gives}
             for name, part in values.items():
                 part[some] = outputs[name]
-        # What changes from step to step goes to the device here; StepInputs sends the rest.
-        put = self._put if self.timed else None
-        self._values = {name: put(part) for name, part in values.items()} if put else values
+        if device is not None and joined is None and self.timed:  # what no step changes, StepInputs sends
+            values = {name: device.put(part) for name, part in values.items()}
+        self._values = values
         self._window = window
 
     def _allocate(self, count: int, part: NDArray[Any]) -> NDArray[Any]:
@@ -119,11 +150,11 @@ def open_sources(
     """
     times = timesteps.astype(np.float32)
 
-    def at_condition(name: str, time: int, rows: Numbers) -> Any:
+    def at_condition(name: str, numbers: int | Numbers, rows: Numbers) -> Any:
         return conditions[name][rows]
 
-    def at_time(time: int, rows: Numbers) -> Any:
-        return np.full(rows.shape, times[time])
+    def at_time(numbers: int | Numbers, rows: Numbers) -> Any:
+        return np.full(rows.shape, times[numbers])
 
     sources = {name: Source(partial(at_condition, name), False, frozenset({name})) for name in conditions}
     sources[manifest.time.name] = Source(at_time, True, frozenset())
@@ -144,7 +175,7 @@ class StepInputs:
         groups: Numbers,
         weights: NDArray[np.float32],
         *,
-        put: ToDevice | None = None,
+        device: Device | None = None,
         **options: Any,
     ) -> None:
         """Open the memos. `groups` has numbers of condition rows, (G, B): each sample's own, then its negative's."""
@@ -152,10 +183,10 @@ class StepInputs:
         distinct = {time: number for number, time in enumerate(dict.fromkeys(times))}
         self._time_of_step = [distinct[time] for time in times]
         count = int(groups.max()) + 1
-        sources = open_sources(manifest, compute, np.array([*distinct]), conditions, count, put=put, **options)
+        sources = open_sources(manifest, compute, np.array([*distinct]), conditions, count, device=device, **options)
         self._sources = {spec.name: sources[spec.name] for spec in manifest.step.grouped}
-        self._groups, self._put = groups, put
-        self._weights = {GUIDANCE: put(weights) if put else weights} if manifest.mixes_guidance else {}
+        self._groups, self._device = groups, device
+        self._weights = {GUIDANCE: device.put(weights) if device else weights} if manifest.mixes_guidance else {}
         self._conditions, self._count = conditions, count
         self._resident: dict[str, tuple[Any, Numbers]] = {}  # distinct rows on the device, and each row's number
         self._held: tuple[slice | None, dict[str, Any]] = None, {}
@@ -177,10 +208,11 @@ class StepInputs:
     def _untimed(self, name: str, rows: Numbers) -> Any:
         """Return rows of what does not change with the step; a device gets all distinct ones, once a run."""
         source = self._sources[name]
-        if self._put is None:
+        if self._device is None:
             return source.at(0, rows)
         if name not in self._resident:
             first, number = unique_rows(self._conditions, source.ports, self._count)
-            self._resident[name] = self._put(source.at(0, first)), number
+            values = source.at(0, first)
+            self._resident[name] = self._device.put(values) if isinstance(values, np.ndarray) else values, number
         values, number = self._resident[name]
         return values[number[rows]]
