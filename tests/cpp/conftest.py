@@ -34,7 +34,7 @@ def tiny(tmp_path_factory) -> Path:
 def dit_generate(build, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the program."""
 
-    cache = tmp_path_factory.getbasetemp() / "cache"  # of OpenVINO's compiled graphs
+    cache = tmp_path_factory.getbasetemp() / "cache"  # of what engines compile
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
 
     def run(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess[str]:

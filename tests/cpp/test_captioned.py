@@ -31,23 +31,21 @@ def conditions() -> dict[int, Condition]:
 @pytest.mark.parametrize(("engine", "threads"), WAYS)
 def test_the_same_pictures(pixart, conditions, dit_generate, tmp_path: Path, engine, threads) -> None:
     """More captions than a batch; one negative for all or one each; with and without guidance."""
-    for count, guidance, nulls in ((1, 4.0, 1), (3, 4.0, 1), (3, 4.0, 3), (3, 1.0, 1)):
-        own, null = conditions[count], conditions[nulls]
-        request = {"condition": own, "negative": null, "steps": STEPS, "guidance": guidance, "seed": 5}
-        arguments = [*condition_flags(tmp_path, own, null), "--steps", STEPS, "--guidance", guidance, "--seed", 5]
-        with load(pixart.bundle, engine, threads) as pipe:  # as new as the program, for each of its two runs
-            latents = pipe.sample(**request, output="latents")
+    with load(pixart.bundle, engine, threads) as pipe:
+        for count, guidance, nulls in ((1, 4.0, 1), (3, 4.0, 1), (3, 4.0, 3), (3, 1.0, 1)):
+            own, null = conditions[count], conditions[nulls]
+            request = {"condition": own, "negative": null, "steps": STEPS, "guidance": guidance, "seed": 5}
+            arguments = [*condition_flags(tmp_path, own, null), "--steps", STEPS, "--guidance", guidance, "--seed", 5]
+            latents, pictures = pipe.sample(**request, output="latents"), pipe.sample(**request)
             unmasked = {**request, "condition": {"captions": own["captions"]}}
             other = pipe.sample(**unmasked, output="latents")
-        with load(pixart.bundle, engine, threads) as pipe:
-            pictures = pipe.sample(**request)
-        for name in ("x.npy", "x.npz"):
-            options = [*arguments, "--backend", engine, "-o", tmp_path / name]
-            done = dit_generate(pixart.bundle, *options, threads=threads)
-            assert done.returncode == 0, done.stderr
-        assert same_latents(np.load(tmp_path / "x.npy"), latents), (count, guidance, nulls)
-        assert not same_latents(np.load(tmp_path / "x.npy"), other)  # the mask is read
-        assert same_pictures(np.load(tmp_path / "x.npz")["arr_0"], pictures)
+            for name in ("x.npy", "x.npz"):
+                options = [*arguments, "--backend", engine, "-o", tmp_path / name]
+                done = dit_generate(pixart.bundle, *options, threads=threads)
+                assert done.returncode == 0, done.stderr
+            assert same_latents(np.load(tmp_path / "x.npy"), latents), (count, guidance, nulls)
+            assert not same_latents(np.load(tmp_path / "x.npy"), other)  # the mask is read
+            assert same_pictures(np.load(tmp_path / "x.npz")["arr_0"], pictures)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from dit_runtime import Pipeline, verify
+from dit_runtime import Pipeline, backends, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.sampling.process import FLOW_SOLVERS, NOISE_SOLVERS, SPACINGS
@@ -114,6 +114,17 @@ def test_verify_says_what_python_says(tiny, dit_generate, tmp_path):
     assert {str(check["name"]) for check in said["checks"] if not check["passed"]} == {
         "conditioner: fingerprint, rel-L2"
     }
+
+
+def test_a_note_where_the_cpu_has_no_bf16(tiny, dit_generate, tmp_path):
+    """The program's note is the one of Python on the same machine."""
+    contract = manifest.read(tiny)
+    stages = [replace(s, precision="bf16" if s.runs == "step" else "fp32", backend="openvino") for s in contract.stages]
+    shutil.copytree(tiny, tmp_path / "bundle")
+    manifest.write(tmp_path / "bundle", replace(contract, stages=tuple(stages)))
+    done = dit_generate(tmp_path / "bundle", "--labels", 1, "--steps", 2, "-o", tmp_path / "x.npy")
+    line = backends.note("openvino", "bf16")
+    assert done.returncode == 0 and done.stderr == (f"note: {line}\n" if line else "")
 
 
 @pytest.mark.parametrize("kind", ["tiny", "captioned"])

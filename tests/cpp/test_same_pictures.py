@@ -73,18 +73,37 @@ def test_the_same_pictures(shared_embedders, narrow, dit_generate, tmp_path, pre
     cases = [("ddpm", 0.0, 4.0, 3), ("ddim", 0.5, 1.0, 3)]
     if precision == "fp32":
         cases = [*product(SOLVERS, (0.0,), (1.0, 4.0), (1, 3)), cases[-1]]
-    for solver, eta, guidance, batch in cases:
-        file = tmp_path / "x.npz"
-        chosen = flags(labels[:batch], guidance, solver, seeds[:batch])
-        chosen[1 : 1 + batch] = names[:batch]
-        done = dit_generate(bundle, *chosen, "--eta", eta, "--backend", engine, "-o", file)
-        assert done.returncode == 0 and done.stdout == f"{file}\n", done.stderr
-        asked = {"steps": STEPS, "guidance": guidance, "solver": solver, "eta": eta, "seed": seeds[:batch]}
-        with load(bundle, engine) as pipe:  # as new as the program: OpenVINO makes the first shape a model of its own
-            assert pipe.manifest.step.precision == precision
+    with load(bundle, engine) as pipe:
+        assert pipe.manifest.step.precision == precision
+        for solver, eta, guidance, batch in cases:
+            file = tmp_path / "x.npz"
+            chosen = flags(labels[:batch], guidance, solver, seeds[:batch])
+            chosen[1 : 1 + batch] = names[:batch]
+            done = dit_generate(bundle, *chosen, "--eta", eta, "--backend", engine, "-o", file)
+            assert done.returncode == 0 and done.stdout == f"{file}\n", done.stderr
+            asked = {"steps": STEPS, "guidance": guidance, "solver": solver, "eta": eta, "seed": seeds[:batch]}
             expected = pipe.sample(labels[:batch], **asked)
-        assert same_pictures(np.load(file)["arr_0"], expected), (solver, eta, guidance, batch)
-        assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))
+            assert same_pictures(np.load(file)["arr_0"], expected), (solver, eta, guidance, batch)
+            assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))
+
+
+@pytest.mark.parametrize(("precision", "threads"), [("fp32", 2), ("int8", 2)])
+def test_latents_are_the_same_in_any_batch(shared_embedders, narrow, dit_generate, tmp_path, precision, threads):
+    """OpenVINO gives a row the same bits in a batch of three as alone, guided with a weight of its own or not."""
+    bundle = shared_embedders.bundle if precision == "fp32" else narrow(precision, "openvino")
+    labels, seeds, file = [207, 360, 5], [3, 4, 5], tmp_path / "x.npy"
+
+    def latents(rows: slice, weights: list[float], threads: int) -> np.ndarray:
+        chosen = ["--labels", *labels[rows], "--guidance", *weights[rows], "--seed", *seeds[rows], "--steps", 2]
+        done = dit_generate(bundle, *chosen, "--backend", "openvino", "-o", file, threads=threads)
+        assert done.returncode == 0, done.stderr
+        return np.load(file)
+
+    for weights, rows in (([4.0, 1.5, 7.0], (0, 1, 2)), ([1.0, 1.0, 1.0], (2,))):
+        together = latents(slice(0, 3), weights, threads)
+        for row in rows:
+            alone = latents(slice(row, row + 1), weights, 1)
+            assert np.array_equal(together[row : row + 1], alone), (weights, row)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

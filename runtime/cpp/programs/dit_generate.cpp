@@ -95,6 +95,7 @@ int run(int count, char** words) {
     if (arguments.version) return std::printf("dit-generate %s (%s)\n", dit_version(), dit_backends()) < 0;
     const std::string kind = suffix(arguments.output);
     dit::Pipeline pipe(arguments.bundle, arguments.open);
+    if (*pipe.info().note) std::cerr << "note: " << pipe.info().note << '\n';
     if (arguments.verify) return verify(pipe, arguments.json);
 
     dit::Request& request = arguments.request;

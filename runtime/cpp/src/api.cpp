@@ -18,6 +18,7 @@ namespace dit = dit_runtime;
 struct dit_pipeline {
     std::unique_ptr<dit::Pipeline> open;
     std::string backend;  // of the denoiser
+    std::string note;
     std::string message;
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
 };
@@ -132,6 +133,7 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
         }
         auto open = std::make_unique<dit::Pipeline>(bundle, options);
         pipe->backend = open->backend(open->manifest.step()).name;
+        pipe->note = open->note();
         pipe->open = std::move(open);
     });
 }
@@ -158,6 +160,7 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
         filled.solver = manifest.process.sampler.solver.c_str();
         filled.backend = pipe->backend.c_str();
         filled.precision = manifest.step().precision.c_str();
+        filled.note = pipe->note.c_str();
         std::memcpy(info, &filled, info->struct_size);
     });
 }

@@ -14,7 +14,7 @@ const std::vector<Backend>& backends() {
         {"onnxruntime", true, precisions_of("onnxruntime"), ort_version, open_ort},
 #endif
 #ifdef DIT_OPENVINO
-        {"openvino", true, precisions_of("openvino"), ov_version, open_ov},
+        {"openvino", true, precisions_of("openvino"), ov_version, open_ov, ov_note},
 #endif
 #ifdef DIT_TENSORRT
         {DIT_TENSORRT, false, precisions_of(DIT_TENSORRT), trt_version, open_trt},

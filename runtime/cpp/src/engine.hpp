@@ -17,8 +17,9 @@ struct Options {
     int threads = 0;          // 0: as many as the backend thinks right
     bool low_memory = false;  // one engine at a time, smaller buffers
     Path cache;               // where a backend may keep what it compiled; empty: nowhere
-    // The leading channels that guidance moves; only for the stage that runs every step.
-    std::optional<std::size_t> guided_channels = std::nullopt;
+    std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart
+    // What OpenVINO's device computes, "BF16" among it; nothing: ask it.
+    std::optional<std::vector<std::string>> capabilities = std::nullopt;
 };
 
 // An array that goes in; it belongs to the caller.
@@ -50,6 +51,8 @@ struct Backend {
     std::vector<std::string> precisions;
     std::string (*version)();
     std::unique_ptr<Engine> (*open)(const std::vector<Path>& files, const Stage& stage, const Options& options);
+    // A line for people where it does not compute here in the precision that was asked for; else empty.
+    std::string (*note)(const std::string& precision, const Options& options) = nullptr;
 };
 
 // The backends that this library was compiled with; the first replaces a bundle's backend that is not among them.
@@ -83,6 +86,7 @@ std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Stage& st
 #endif
 #ifdef DIT_OPENVINO
 std::string ov_version();
+std::string ov_note(const std::string& precision, const Options& options);
 std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Stage& stage, const Options& options);
 #endif
 #ifdef DIT_TENSORRT

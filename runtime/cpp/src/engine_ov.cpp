@@ -1,230 +1,293 @@
-// OpenVINO through its C++ API: compiles the ONNX form when it is opened.
+// OpenVINO through its C++ API. A stage of the loop, and the decoder, runs a row at a time: one sample, and of a step
+// stage one of its groups. Rows of a call share two streams, each with half of the threads. So there is one shape to
+// compile, when the stage is opened, and a row's bits depend neither on its batch nor on what ran before. Stages before
+// the loop keep their free dimension. Mirrors dit_runtime/backends/ov.py.
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <mutex>
-#include <openvino/openvino.hpp>
+#include <openvino/op/parameter.hpp>
+#include <openvino/op/result.hpp>
 #include <thread>
 
-#include "engine.hpp"
 #include "errors.hpp"
+#include "facts.hpp"
+#include "ov_graph.hpp"
 
 namespace dit_runtime {
 namespace {
 
-// One for all engines of the process while any lives: each ov::Core loads its plugins anew.
-std::shared_ptr<ov::Core> shared_core() {
-    static std::mutex mutex;
-    static std::weak_ptr<ov::Core> shared;
-    const std::lock_guard<std::mutex> lock(mutex);
-    std::shared_ptr<ov::Core> core = shared.lock();
-    if (!core) shared = core = std::make_shared<ov::Core>();
-    return core;
+const char* const UNLIKE = "/sys/devices/cpu_atom";  // where Linux keeps the slower cores of a hybrid CPU
+
+// The tensor of a step stage that has all groups, before guidance mixes them.
+const std::string& meeting() {
+    static const std::string name = constant_name("groups_meet");
+    return name;
 }
 
-// The type in which OpenVINO computes the fp32 of a graph.
-const std::map<std::string, ov::element::Type> HINTS = {
-    {"fp32", ov::element::f32}, {"bf16", ov::element::bf16}, {"int8", ov::element::bf16}};
+ov::Tensor view(const Input& input) {
+    const ov::Shape shape(input.shape.begin(), input.shape.end());
+    // Inputs are only read.
+    return {input.integers ? ov::element::i64 : ov::element::f32, shape, const_cast<void*>(input.data)};
+}
 
-// The first shape that runs gets a model of its own, which is faster; all others share one with free dimensions.
+// Appends the request's outputs to those of earlier rows.
+void append(std::map<std::string, Output>& outputs, ov::InferRequest& request, const std::vector<std::string>& names) {
+    for (const std::string& name : names) {
+        const ov::Tensor tensor = request.get_tensor(name);
+        if (tensor.get_element_type() != ov::element::f32)
+            throw EngineError(
+                text("output ", name, " is ", tensor.get_element_type().to_string(), ", expected float32"));
+        const float* numbers = static_cast<const float*>(tensor.data());
+        const ov::Shape shape = tensor.get_shape();
+        auto& [whole, values] = outputs[name];
+        if (whole.empty())
+            whole.assign(shape.begin(), shape.end());
+        else
+            whole.front() += static_cast<std::int64_t>(shape.front());
+        values.insert(values.end(), numbers, numbers + tensor.get_size());
+    }
+}
+
+// Runs all rows in one request.
+std::map<std::string, Output> infer(ov::InferRequest& request, const std::vector<Input>& arrays,
+                                    const std::vector<std::string>& names) {
+    std::map<std::string, Output> outputs;
+    try {
+        for (const Input& input : arrays) request.set_tensor(input.name, view(input));
+        request.infer();
+        append(outputs, request, names);
+    } catch (const ov::Exception& error) {
+        throw EngineError(ov_reason(error.what()));
+    }
+    return outputs;
+}
+
+std::vector<std::string> names(const std::vector<ov::Output<ov::Node>>& ports) {
+    std::vector<std::string> names;
+    for (const auto& port : ports) names.push_back(port.get_any_name());
+    return names;
+}
+
+// A stage whose rows run in one call, any number of them.
 class OvEngine : public Engine {
   public:
-    OvEngine(const Path& path, const Stage& stage, const Options& options) : core_(shared_core()), path_(path) {
-        if (!options.device.empty()) device_ = options.device;
-        for (char& letter : device_) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
-        try {
-            core_->get_property(device_, ov::device::full_name);  // asks this device's plugin and no other
-        } catch (const std::exception& error) {
-            throw UsageError(text("device '", options.device, "' is not known to OpenVINO: ", reason(error.what())));
-        }
-        settings_ = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY),
-                     ov::hint::inference_precision(HINTS.at(stage.precision))};
-        if (options.threads) settings_.insert(ov::inference_num_threads(options.threads));
-        if (!options.cache.empty()) settings_.insert(ov::cache_dir(options.cache.string()));
-        const auto model = read_model();
-        for (const auto& port : model->inputs()) inputs.push_back(port.get_any_name());
-        for (const auto& port : model->outputs()) outputs.push_back(port.get_any_name());
+    explicit OvEngine(const OvGraph& graph) {
+        const auto model = graph.read();
+        inputs = names(model->inputs());
+        outputs = names(model->outputs());
+        request_ = graph.compile(model, graph.type).front();
     }
 
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
-        return std::move(run_at_once({arrays}).front());
+        return infer(request_, arrays, outputs);
     }
-
-    // All of the same shapes, each on its share of the threads.
-    std::vector<std::map<std::string, Output>> run_at_once(const std::vector<std::vector<Input>>& asked) {
-        std::map<std::string, Shape> shapes;
-        for (const Input& input : asked.front()) shapes[input.name] = input.shape;
-        if (fixed_.empty()) {
-            fixed_ = requests(asked.size(), &shapes);
-            first_ = shapes;
-        }
-        const bool first = asked.size() == fixed_.size() && shapes == first_;
-        std::vector<ov::InferRequest>& taken = first ? fixed_ : free_[asked.size()];
-        if (taken.empty()) taken = requests(asked.size(), nullptr);
-        std::vector<std::map<std::string, Output>> results;
-        try {
-            for (std::size_t i = 0; i < asked.size(); ++i) {
-                for (const Input& input : asked[i]) taken[i].set_tensor(input.name, tensor(input));
-                taken[i].start_async();
-            }
-            for (ov::InferRequest& request : taken) request.wait();
-            for (ov::InferRequest& request : taken) results.push_back(answer(request));
-        } catch (const ov::Exception& error) {
-            taken.clear();  // waits for those that still read the inputs
-            throw EngineError(reason(error.what()));
-        }
-        return results;
-    }
-
-    bool on_the_cpu() const { return device_ == "CPU"; }
 
   private:
-    std::shared_ptr<ov::Model> read_model() const {
-        // OpenVINO tries every format that it knows on what is no ONNX; a model begins with one of its fields' tags.
-        const int first = std::ifstream(path_, std::ios::binary).get();
-        if (first < 0 || std::string("\x08\x12\x1a\x22\x28\x32\x3a\x42\x72\xa2\xca").find(static_cast<char>(first)) ==
-                             std::string::npos)
-            throw BundleError(path_.string() + ": OpenVINO does not open it: it is no ONNX model");
-        try {
-            return core_->read_model(path_.string());
-        } catch (const std::exception& error) {
-            throw BundleError(text(path_.string(), ": OpenVINO does not open it: ", reason(error.what())));
-        }
-    }
-
-    static ov::Tensor tensor(const Input& input) {
-        const ov::Shape shape(input.shape.begin(), input.shape.end());
-        // Inputs are only read.
-        return {input.integers ? ov::element::i64 : ov::element::f32, shape, const_cast<void*>(input.data)};
-    }
-
-    std::map<std::string, Output> answer(ov::InferRequest& request) const {
-        std::map<std::string, Output> named;
-        for (const auto& name : outputs) {
-            const ov::Tensor tensor = request.get_tensor(name);
-            if (tensor.get_element_type() != ov::element::f32)
-                throw EngineError(
-                    text("output ", name, " is ", tensor.get_element_type().to_string(), ", expected float32"));
-            const float* numbers = static_cast<const float*>(tensor.data());
-            const ov::Shape shape = tensor.get_shape();
-            named[name] = {Shape(shape.begin(), shape.end()), std::vector<float>(numbers, numbers + tensor.get_size())};
-        }
-        return named;
-    }
-
-    std::vector<ov::InferRequest> requests(std::size_t count, const std::map<std::string, Shape>* shapes) const {
-        const auto model = read_model();
-        ov::AnyMap settings = settings_;
-        if (count > 1) settings.insert(ov::num_streams(static_cast<std::int32_t>(count)));
-        try {
-            if (shapes) {
-                std::map<std::string, ov::PartialShape> fixed;
-                for (const auto& [name, shape] : *shapes)
-                    fixed[name] = ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end()));
-                model->reshape(fixed);
-            }
-            ov::CompiledModel compiled = core_->compile_model(model, device_, settings);
-            std::vector<ov::InferRequest> made(count);
-            for (ov::InferRequest& request : made) request = compiled.create_infer_request();
-            return made;
-        } catch (const std::exception& error) {
-            throw BundleError(text(path_.string(), ": OpenVINO does not compile it: ", reason(error.what())));
-        }
-    }
-
-    // OpenVINO's messages begin with its own source lines; the last line says what happened.
-    static std::string reason(std::string message) {
-        message = strip(message);
-        const std::size_t line = message.rfind('\n');
-        return line == std::string::npos ? message : message.substr(line + 1);
-    }
-
-    std::shared_ptr<ov::Core> core_;
-    const Path path_;
-    std::string device_ = "CPU";
-    ov::AnyMap settings_;
-    std::map<std::string, Shape> first_;
-    std::vector<ov::InferRequest> fixed_;
-    std::map<std::size_t, std::vector<ov::InferRequest>> free_;  // by how many run at once
+    ov::InferRequest request_;
 };
 
-// A denoiser whose rows of the two groups run at once, each on half of the threads: that takes less time than both in
-// one batch. Guidance is then mixed here, as the graph would.
-class Halves : public Engine {
+// A stage whose rows run apart. Where a step stage mixes its groups, the graph is cut in two where they meet: the
+// groups run apart as well, and what mixes them runs once, on all rows.
+class RowEngine : public Engine {
   public:
-    Halves(std::unique_ptr<OvEngine> engine, const Stage& stage, std::size_t guided_channels)
-        : engine_(std::move(engine)), guided_(guided_channels) {
-        inputs = engine_->inputs;
-        outputs = engine_->outputs;
-        for (const TensorSpec& spec : stage.reads) {
+    RowEngine(const OvGraph& graph, const Stage& stage, const Options& options)
+        : graph_(graph), at_once_(rows_at_once(graph, options)) {
+        for (const TensorSpec& spec : stage.reads)
             if (spec.starts("groups")) grouped_.push_back(spec.name);
-            if (spec.starts("batch") && spec.name != GUIDANCE) state_ = spec.name;
-        }
+        const auto model = graph_.read();
+        inputs = names(model->inputs());
+        outputs = names(model->outputs());
+        const auto rows = cut(model);
+        row_outputs_ = mixes() ? std::vector<std::string>{meeting()} : outputs;
+        if (!mixes() && !grouped_.empty()) return;  // a row has as many groups as a call brings
+        std::map<std::string, Shape> shapes;
+        for (const TensorSpec& spec : stage.reads)
+            if (contains(inputs, spec.name) && reads(spec.name))
+                for (const auto& size : spec.shape)
+                    shapes[spec.name].push_back(
+                        std::holds_alternative<std::int64_t>(size) ? std::get<std::int64_t>(size) : 1);
+        requests(shapes, mixes() ? at_once_ : 1, rows);
     }
 
+    // (B, ...) of (B, ...) and (G, B, ...).
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
-        const auto named = [&](const std::string& name) -> const Input& {
-            return *std::find_if(arrays.begin(), arrays.end(), [&](const Input& input) { return input.name == name; });
-        };
-        if (named(grouped_.front()).shape.front() == 1) return engine_->run(arrays);
-        auto answers = engine_->run_at_once({group(arrays, 0), group(arrays, 1)});
-        const Shape& shape = named(state_).shape;  // B, C, ...
-        for (auto& answer : answers) {
-            const auto prediction = answer.find("prediction");
-            if (prediction == answer.end() || prediction->second.shape != shape)
-                return std::move(answer);  // to be refused
+        std::size_t groups = 1, batch = 1;
+        for (const Input& input : arrays) {
+            if (!contains(grouped_, input.name))
+                batch = static_cast<std::size_t>(input.shape.front());
+            else if (mixes())
+                groups = static_cast<std::size_t>(input.shape.front());
         }
-        std::vector<float>& first = answers[0].at("prediction").values;
-        const std::vector<float>& last = answers[1].at("prediction").values;
-        const float* guidance = static_cast<const float*>(named(GUIDANCE).data);
-        const std::size_t channel = count({shape.begin() + 2, shape.end()});
-        const std::size_t sample = channel * static_cast<std::size_t>(shape[1]);
-        for (std::size_t i = 0; i < first.size(); ++i)
-            if (i % sample < guided_ * channel) first[i] = last[i] + guidance[i / sample] * (first[i] - last[i]);
-        return std::move(answers[0]);
+        std::vector<Row> asked;  // the samples of a group, then those of the next
+        for (std::size_t group = 0; group < groups; ++group)
+            for (std::size_t sample = 0; sample < batch; ++sample) asked.push_back(row(arrays, group, sample));
+        std::map<std::string, Output> rows = run_rows(asked);
+        if (!mixes()) return rows;
+        Output& met = rows.at(meeting());  // (G B, 1, ...)
+        if (met.shape.size() < 2 || met.shape[0] != static_cast<std::int64_t>(groups * batch) || met.shape[1] != 1)
+            throw EngineError(
+                text(meeting(), " has shape ", shown(met.shape), ", expected [", groups * batch, ", 1, …]"));
+        met.shape[0] = static_cast<std::int64_t>(groups);
+        met.shape[1] = static_cast<std::int64_t>(batch);
+        const auto weights =
+            std::find_if(arrays.begin(), arrays.end(), [](const Input& i) { return i.name == GUIDANCE; });
+        return infer(*mix_, {{meeting(), met.shape, met.values.data()}, *weights}, outputs);
     }
 
   private:
-    // (G, B, ...) -> (1, B, ...) of what has groups.
-    std::vector<Input> group(std::vector<Input> arrays, std::size_t row) const {
-        for (Input& input : arrays) {
-            if (!contains(grouped_, input.name)) continue;
-            const std::size_t item = input.integers ? sizeof(std::int64_t) : sizeof(float);
-            const std::size_t numbers = count(input.shape) / static_cast<std::size_t>(input.shape.front());
-            input.data = static_cast<const unsigned char*>(input.data) + row * numbers * item;
-            input.shape.front() = 1;
-        }
-        return arrays;
+    using Row = std::map<std::string, ov::Tensor>;
+
+    bool mixes() const { return mix_.has_value(); }
+    // Whether a row has this input.
+    bool reads(const std::string& name) const { return !mixes() || name != GUIDANCE; }
+
+    // Two where each can have half of the threads, of cores that are alike.
+    static std::size_t rows_at_once(const OvGraph& graph, const Options& options) {
+        std::size_t threads = 1;
+#ifdef __linux__
+        threads = options.threads ? static_cast<std::size_t>(options.threads) : std::thread::hardware_concurrency();
+#endif
+        const bool alike =
+            graph.device.name == "CPU" && threads && threads % 2 == 0 && !std::filesystem::exists(UNLIKE);
+        return std::min<std::size_t>(options.at_once, alike && !options.low_memory ? 2 : 1);
     }
 
-    const std::unique_ptr<OvEngine> engine_;
-    const std::size_t guided_;
-    std::vector<std::string> grouped_;
-    std::string state_;
-};
+    // The model of a row; where groups meet in it, keeps what mixes them.
+    std::shared_ptr<ov::Model> cut(const std::shared_ptr<ov::Model>& model) {
+        std::optional<ov::Output<ov::Node>> met;
+        for (const auto& node : model->get_ordered_ops())
+            for (const auto& output : node->outputs())
+                if (output.get_names().count(meeting())) met = output;
+        if (!met || !contains(inputs, GUIDANCE)) return model;
+        try {
+            const auto given =
+                std::make_shared<ov::op::v0::Parameter>(met->get_element_type(), met->get_partial_shape());
+            for (auto reader : met->get_target_inputs()) reader.replace_source_output(given->output(0));
+            given->output(0).set_names({meeting()});
+            ov::ParameterVector mixing = {given}, own;
+            for (const auto& port : model->get_parameters())
+                (port->output(0).get_names().count(GUIDANCE) ? mixing : own).push_back(port);
+            const auto mix = std::make_shared<ov::Model>(model->get_results(), mixing);
+            if (!mixes()) mix_ = graph_.compile(mix, "fp32").front();
+            return std::make_shared<ov::Model>(ov::ResultVector{std::make_shared<ov::op::v0::Result>(*met)}, own);
+        } catch (const ov::Exception& error) {
+            throw graph_.not_compiled(error);
+        }
+    }
 
-// True if two runs at once can have half of the threads each: an even number, of equal cores.
-bool halves(const Options& options) {
-#ifdef __linux__
-    const unsigned threads =
-        options.threads ? static_cast<unsigned>(options.threads) : std::thread::hardware_concurrency();
-    return threads && threads % 2 == 0 && !std::filesystem::exists("/sys/devices/cpu_atom");  // slower cores
-#else
-    return static_cast<void>(options), false;
-#endif
-}
+    // Requests for rows of these shapes, one a stream.
+    std::vector<ov::InferRequest>& requests(const std::map<std::string, Shape>& shapes, std::size_t streams,
+                                            const std::shared_ptr<ov::Model>& model = nullptr) {
+        std::vector<ov::InferRequest>& made = requests_[{shapes, streams}];
+        if (!made.empty()) return made;
+        const auto rows = model ? model : cut(graph_.read());
+        std::map<std::string, ov::PartialShape> fixed;
+        for (const auto& [name, shape] : shapes)
+            fixed[name] = ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end()));
+        try {
+            rows->reshape(fixed);
+        } catch (const std::exception& error) {
+            throw graph_.not_compiled(error);
+        }
+        return made = graph_.compile(rows, graph_.type, streams);
+    }
+
+    // One sample; where groups run apart, one of its groups too.
+    Row row(const std::vector<Input>& arrays, std::size_t group, std::size_t sample) const {
+        Row row;
+        for (const Input& input : arrays)
+            if (reads(input.name)) row.emplace(input.name, part(input, group, sample));
+        return row;
+    }
+
+    ov::Tensor part(Input input, std::size_t group, std::size_t sample) const {
+        const bool grouped = contains(grouped_, input.name), apart = grouped && mixes();
+        const std::size_t batch = static_cast<std::size_t>(input.shape.at(grouped));
+        input.shape.at(grouped) = 1;
+        if (apart) input.shape.front() = 1;
+        const std::size_t groups = grouped ? static_cast<std::size_t>(input.shape.front()) : 1;
+        const std::size_t item = input.integers ? sizeof(std::int64_t) : sizeof(float);
+        const std::size_t size = count(input.shape) / groups * item;
+        const auto* const bytes = static_cast<const unsigned char*>(input.data) + (apart ? group * batch * size : 0);
+        if (groups == 1) {
+            input.data = bytes + sample * size;
+            return view(input);
+        }
+        ov::Tensor stacked(input.integers ? ov::element::i64 : ov::element::f32,
+                           ov::Shape(input.shape.begin(), input.shape.end()));
+        for (std::size_t i = 0; i < groups; ++i)
+            std::memcpy(static_cast<unsigned char*>(stacked.data()) + i * size, bytes + (i * batch + sample) * size,
+                        size);
+        return stacked;
+    }
+
+    // The rows' outputs, in their order.
+    std::map<std::string, Output> run_rows(const std::vector<Row>& asked) {
+        std::map<std::string, Shape> shapes;
+        for (const auto& [name, tensor] : asked.front()) {
+            const ov::Shape shape = tensor.get_shape();
+            shapes[name].assign(shape.begin(), shape.end());
+        }
+        std::vector<ov::InferRequest>& requests = this->requests(shapes, std::min(asked.size(), at_once_));
+        const std::size_t streams = requests.size();
+        std::map<std::string, Output> outputs;
+        const auto collect = [&](std::size_t number) {
+            requests[number % streams].wait();
+            append(outputs, requests[number % streams], row_outputs_);
+        };
+        const Waiting waiting{requests};
+        try {
+            for (std::size_t number = 0; number < asked.size(); ++number) {
+                if (number >= streams) collect(number - streams);
+                for (const auto& [name, tensor] : asked[number]) requests[number % streams].set_tensor(name, tensor);
+                requests[number % streams].start_async();
+            }
+            for (std::size_t number = asked.size() - streams; number < asked.size(); ++number) collect(number);
+        } catch (const ov::Exception& error) {
+            throw EngineError(ov_reason(error.what()));
+        }
+        return outputs;
+    }
+
+    // Waits in the end for each that still reads its inputs, whichever fails.
+    struct Waiting {
+        std::vector<ov::InferRequest>& requests;
+        ~Waiting() {
+            for (ov::InferRequest& request : requests) try {
+                    request.wait();
+                } catch (const std::exception&) {  // is already on its way
+                }
+        }
+    };
+
+    const OvGraph graph_;
+    const std::size_t at_once_;
+    std::vector<std::string> grouped_, row_outputs_;
+    std::optional<ov::InferRequest> mix_;
+    std::map<std::pair<std::map<std::string, Shape>, std::size_t>, std::vector<ov::InferRequest>> requests_;
+};
 
 }  // namespace
 
 std::string ov_version() { return ov::get_openvino_version().buildNumber; }
 
+std::string ov_note(const std::string& precision, const Options& options) {
+    if (precision != "bf16") return "";
+    const OvDevice device(options);
+    const std::string floats = device.float_type(precision);
+    if (floats == precision) return "";
+    return text("this ", device.name, " has no ", precision, ": openvino computes in ", floats,
+                ", and nothing is gained over ", floats);
+}
+
 std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Stage& stage, const Options& options) {
-    auto engine = std::make_unique<OvEngine>(files.at(0), stage, options);
-    const bool groups = std::any_of(stage.reads.begin(), stage.reads.end(),
-                                    [](const TensorSpec& spec) { return spec.starts("groups"); });
-    const bool mixes = options.guided_channels && groups && find(stage.reads, GUIDANCE);
-    if (!mixes || !engine->on_the_cpu() || !halves(options)) return engine;
-    return std::make_unique<Halves>(std::move(engine), stage, *options.guided_channels);
+    const OvGraph graph(files.at(0), stage, options);
+    std::unique_ptr<Engine> engine;
+    if (options.at_once)
+        engine = std::make_unique<RowEngine>(graph, stage, options);
+    else
+        engine = std::make_unique<OvEngine>(graph);
+    return engine;
 }
 
 }  // namespace dit_runtime

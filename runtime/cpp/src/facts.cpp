@@ -44,6 +44,7 @@ std::vector<std::string> multistep_solvers() {
 
 std::int64_t limit(const std::string& name) { return facts().at("limits").at(name).get<std::int64_t>(); }
 double constant(const std::string& name) { return facts().at("constants").at(name).get<double>(); }
+std::string constant_name(const std::string& name) { return facts().at("constants").at(name).get<std::string>(); }
 
 std::map<std::string, int> solver_numbers(const std::string& key) {
     std::map<std::string, int> numbers;

@@ -36,6 +36,9 @@ std::int64_t limit(const std::string& name);
 // A number of the table "constants".
 double constant(const std::string& name);
 
+// A tensor's name in the table "constants".
+std::string constant_name(const std::string& name);
+
 // One number of each solver: its order, or its evaluations a step.
 std::map<std::string, int> solver_numbers(const std::string& key);
 

@@ -11,6 +11,9 @@
 namespace dit_runtime {
 namespace {
 
+// Rows, by when their stage runs: two of a decoder would need twice the memory for their activations.
+const std::map<std::string, std::size_t> AT_ONCE = {{"step", 2}, {"end", 1}};
+
 std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
     std::vector<std::string> names;
     for (const TensorSpec& spec : specs) names.push_back(spec.name);
@@ -30,7 +33,7 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 
 Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
-    if (!options_.low_memory) options_.cache = cache();  // reading it takes more memory than compiling
+    options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     std::vector<std::string> files;
     for (const Stage& stage : manifest.stages)
@@ -72,6 +75,13 @@ const Backend& Pipeline::backend(const Stage& stage) const {
     return choose(stage, options_);
 }
 
+std::string Pipeline::note() const {
+    for (const Stage& stage : manifest.stages)
+        if (const auto note = backend(stage).note)
+            if (const std::string line = note(stage.precision, options_); !line.empty()) return line;
+    return "";
+}
+
 // The stage's engine, opened where it is not; with low memory, the others are closed first.
 Engine& Pipeline::engine(const Stage& stage) {
     const auto open = engines_.find(stage.name);
@@ -81,7 +91,7 @@ Engine& Pipeline::engine(const Stage& stage) {
     std::vector<Path> paths;
     for (const auto& file : stage.files(backend.name)) paths.push_back(inside(folder, file));
     Options options = options_;
-    if (stage.runs == "step") options.guided_channels = static_cast<std::size_t>(manifest.guided_channels);
+    if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
     std::unique_ptr<Engine> opened = backend.open(paths, stage, options);
     const auto inputs = names(stage.reads), outputs = names(stage.gives);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))

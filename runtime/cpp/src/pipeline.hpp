@@ -35,6 +35,8 @@ class Pipeline {
 
     void require_decoder() const;
     const Backend& backend(const Stage& stage) const;
+    // A line for people where a stage does not compute here in its precision; else empty.
+    std::string note() const;
 
     const Path folder;
     const Manifest manifest;

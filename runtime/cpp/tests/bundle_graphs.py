@@ -12,6 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from dit_runtime.facts import CONSTANTS
+
 CLASSES, VECTORS, WIDTH = 5, 2, 8
 MAX_BATCH = 3
 
@@ -64,6 +66,8 @@ class Maker:
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.random, self.stages = folder, np.random.default_rng(0), list[dict[str, Any]]()
         self.guided = kind != "free"
+        # OpenVINO cuts the step where groups meet; in a wave, it keeps a sample's groups together.
+        self.meeting = CONSTANTS["groups_meet"] if self.guided and kind != "wave" else "each"
         self.state = next(port for port in PORTS[kind] if port["role"] == "state")
         self.shapes = {port["name"]: (port["dtype"], port["shape"]) for port in PORTS[kind]}  # of a row
 
@@ -93,14 +97,14 @@ class Maker:
             ("Reshape", ["shift", "shape"], ["shift_map"], {}),
             ("Mul", [state, "gain_map"], ["scaled"], {}),
             ("Add", ["scaled", "shift_map"], ["moved"], {}),
-            ("Tanh", ["moved"], ["each"], {}),
-            ("Gather", ["each", "zero"], ["first" if self.guided else "prediction"], {"axis": 0}),
+            ("Tanh", ["moved"], [self.meeting], {}),
+            ("Gather", [self.meeting, "zero"], ["first" if self.guided else "prediction"], {"axis": 0}),
         ]
         if self.guided:
             parts += [
                 ("minus", np.array(-1)),
                 ("wide", np.arange(1, 1 + len(shape))),
-                ("Gather", ["each", "minus"], ["last"], {"axis": 0}),
+                ("Gather", [self.meeting, "minus"], ["last"], {"axis": 0}),
                 ("Unsqueeze", ["guidance", "wide"], ["strength"], {}),
                 ("Sub", ["first", "last"], ["apart"], {}),
                 ("Mul", ["strength", "apart"], ["pushed"], {}),

@@ -1,12 +1,17 @@
-// Refusals before an engine is opened. Mirrors the refusals in tests/tensorrt/test_engine.py.
+// Refusals before an engine is opened, which mirror those in tests/tensorrt/test_engine.py; and the rows of OpenVINO's
+// engine, which mirror tests/runtime/test_backends.py.
 #include "engine.hpp"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "bundle.hpp"
 #include "errors.hpp"
+#include "noise.hpp"
+#include "pipeline.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -113,6 +118,162 @@ TEST(Refusal, PrecisionsWithoutKernels) {
               "int8 has no kernels in ONNX Runtime's CUDA provider; build fp16, or use device cpu");
     EXPECT_EQ(chosen("int8", "cpu"), "onnxruntime");
 }
+
+// NULL where this library does not have it.
+const Backend* openvino() {
+    for (const Backend& known : backends())
+        if (known.name == "openvino") return &known;
+    return nullptr;
+}
+
+using Values = std::map<std::string, std::vector<float>>;
+
+// The step stage of a bundle on OpenVINO, and inputs for it.
+class Rows : public ::testing::TestWithParam<const char*> {
+  protected:
+    void SetUp() override {
+        if (!backend) GTEST_SKIP() << "OpenVINO was not found when the library was built";
+        stage = manifest.step();
+    }
+
+    static Options of_threads(int threads) {
+        Options options;
+        options.threads = threads;
+        options.at_once = 2;
+        return options;
+    }
+
+    std::unique_ptr<Engine> open(const Options& options) const {
+        return backend->open({Path(GetParam()) / stage.onnx}, stage, options);
+    }
+
+    std::unique_ptr<Engine> open(int threads) const { return open(of_threads(threads)); }
+
+    // The rows of these samples among 3, and the first of the 2 groups or both.
+    Values run(Engine& engine, const std::vector<std::size_t>& samples, std::size_t groups) const {
+        std::vector<std::vector<float>> arrays;
+        std::vector<Input> inputs;
+        for (const TensorSpec& spec : stage.reads) {
+            const bool grouped = spec.starts("groups");
+            const std::size_t row = count(spec.row());
+            Shape shape = with_rows(samples.size(), spec.row());
+            if (grouped) shape.insert(shape.begin(), static_cast<std::int64_t>(groups));
+            const std::vector<float> all = Noise(arrays.size()).normal(6 * row);
+            arrays.emplace_back();
+            for (std::size_t group = 0; group < (grouped ? groups : 1); ++group)
+                for (const std::size_t sample : samples) {
+                    const auto first = all.begin() + static_cast<std::ptrdiff_t>((3 * group + sample) * row);
+                    arrays.back().insert(arrays.back().end(), first, first + static_cast<std::ptrdiff_t>(row));
+                }
+            inputs.push_back({spec.name, shape, nullptr});
+        }
+        for (std::size_t i = 0; i < inputs.size(); ++i) inputs[i].data = arrays[i].data();
+        Values values;
+        for (auto& [name, output] : engine.run(inputs)) {
+            EXPECT_EQ(output.shape, with_rows(samples.size(), find(stage.gives, name)->row())) << name;
+            values[name] = std::move(output.values);
+        }
+        return values;
+    }
+
+    const Manifest manifest = read(GetParam());
+    const Backend* const backend = openvino();
+    Stage stage;
+};
+
+INSTANTIATE_TEST_SUITE_P(Bundles, Rows, ::testing::Values(BUNDLE, CAPTIONED, WAVE, VIDEO));
+
+// Each sample has a weight of its own: batch, threads and what ran before leave its bits as they are.
+TEST_P(Rows, AreTheSameBitsAlone) {
+    Values alone[2], joined[2];  // of sample 1, and of all; without guidance, and with it
+    for (const std::size_t sample : {0, 1, 2})
+        for (const std::size_t groups : {1, 2}) {
+            const Values values = run(*open(1), {sample}, groups);
+            for (const auto& [name, row] : values) {
+                std::vector<float>& rows = joined[groups - 1][name];
+                rows.insert(rows.end(), row.begin(), row.end());
+            }
+            if (sample == 1) alone[groups - 1] = values;
+        }
+    EXPECT_NE(alone[0], alone[1]) << "guidance changes nothing";
+    for (Options options : {of_threads(1), of_threads(2), of_threads(3)}) {
+        const auto engine = open(options);
+        for (const std::size_t groups : {2, 1, 2}) {
+            EXPECT_EQ(run(*engine, {0, 1, 2}, groups), joined[groups - 1]) << options.threads << " threads";
+            EXPECT_EQ(run(*engine, {1}, groups), alone[groups - 1]) << options.threads << " threads";
+        }
+    }
+    Options lean = of_threads(2);
+    lean.low_memory = true;
+    EXPECT_EQ(run(*open(lean), {0, 1, 2}, 2), joined[1]);
+}
+
+TEST_P(Rows, AnArrayOfAnotherShapeIsRefused) {
+    const auto engine = open(2);
+    const Values before = run(*engine, {0, 1}, 2);
+    const Stage right = stage;
+    for (TensorSpec& spec : stage.reads)
+        if (spec.starts("batch") && spec.name != GUIDANCE) spec.shape.push_back(std::int64_t{3});
+    EXPECT_THROW(run(*engine, {0, 1}, 2), std::runtime_error);
+    stage = right;
+    EXPECT_EQ(run(*engine, {0, 1}, 2), before);
+}
+
+// Whatever this machine's CPU has: without bf16, both precisions are fp32, and a line says so of what is called bf16.
+TEST_P(Rows, WithoutBf16FloatsAreFp32) {
+    const Values fp32 = run(*open(1), {0, 1}, 2);
+    Options options = of_threads(1);
+    for (const char* const precision : {"bf16", "int8"}) {
+        stage.precision = precision;
+        options.capabilities = {"FP32", "INT8"};
+        EXPECT_EQ(run(*open(options), {0, 1}, 2), fp32) << precision;
+        EXPECT_EQ(backend->note(precision, options).empty(), precision == std::string("int8"));
+        options.capabilities = {"FP32", "INT8", "BF16"};
+        EXPECT_EQ(backend->note(precision, options), "");
+        const Values narrow = run(*open(options), {0, 1}, 2);
+        if (!backend->note("bf16", of_threads(1)).empty()) continue;  // this CPU does not have it
+        EXPECT_NE(narrow, fp32) << precision;
+    }
+    options.capabilities = {"FP32"};
+    EXPECT_EQ(backend->note("fp32", options), "");
+    EXPECT_EQ(backend->note("bf16", options),
+              "this CPU has no bf16: openvino computes in fp32, and nothing is gained over fp32");
+}
+
+TEST(Note, IsTheBundlesWhereAStageComputesInFp32) {
+    if (!openvino()) GTEST_SKIP() << "OpenVINO was not found when the library was built";
+    const BundleCopy copy;
+    Options options;
+    options.backend = "openvino";
+    options.capabilities = {"FP32", "INT8"};
+    EXPECT_EQ(Pipeline(copy.folder, options).note(), "");
+    copy.edit([](nlohmann::json& table) { ::stage(table, "denoiser")["precision"] = "bf16"; });
+    const std::string line = "this CPU has no bf16: openvino computes in fp32, and nothing is gained over fp32";
+    EXPECT_EQ(Pipeline(copy.folder, options).note(), line);
+    options.low_memory = true;
+    EXPECT_EQ(Pipeline(copy.folder, options).note(), line);
+    options.capabilities->push_back("BF16");
+    EXPECT_EQ(Pipeline(copy.folder, options).note(), "");
+}
+
+#ifdef __linux__
+// They are packed when a graph is compiled, and would stay in memory a second time.
+TEST_P(Rows, MappedWeightsAreGivenBack) {
+    if (GetParam() == std::string(WAVE)) return;  // which is compiled when it runs
+    const BundleCopy copy(GetParam());
+    const auto engine = backend->open({copy.folder / stage.onnx}, stage, of_threads(2));
+    std::ifstream maps("/proc/self/smaps");
+    const std::string file = (std::filesystem::canonical(copy.folder) / (stage.onnx + ".data")).string();
+    std::vector<int> resident;
+    bool mine = false;
+    for (std::string line; std::getline(maps, line);) {
+        if (line.find(" r--s ") != std::string::npos) mine = line.find(file) != std::string::npos;
+        if (mine && line.rfind("Rss:", 0) == 0) resident.push_back(std::stoi(line.substr(4))), mine = false;
+    }
+    EXPECT_FALSE(resident.empty());
+    for (const int kilobytes : resident) EXPECT_EQ(kilobytes, 0);
+}
+#endif
 
 }  // namespace
 }  // namespace dit_runtime

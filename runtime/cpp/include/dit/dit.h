@@ -95,10 +95,12 @@ typedef struct dit_info {
     int64_t caption_shape[2]; /* of the port "captions": the most tokens, and numbers a token; both 0 without it */
     int state_rank;           /* of what a run changes, such as latents */
     int64_t state_shape[8];   /* its sizes, channels first */
+    const char* note;         /* a line for people where a graph does not compute here in its precision; else "" */
 } dit_info;
 
-#define DIT_INFO_INIT \
-    {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, {0, 0, 0, 0, 0, 0, 0, 0}}
+#define DIT_INFO_INIT                                                                                 \
+    {sizeof(dit_info),         0,   0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, \
+     {0, 0, 0, 0, 0, 0, 0, 0}, NULL}
 
 typedef enum dit_dtype { DIT_FLOAT32 = 0, DIT_INT64 = 1 } dit_dtype;
 
@@ -203,7 +205,7 @@ DIT_API void dit_free(dit_pipeline* pipe);
 
 /* Opens a bundle: its manifest and the sha256 of each file are checked before an engine sees them. That is done once:
  * an engine that is opened later, as all are with low_memory, takes its files as they are then. A pipeline opens one
- * bundle; options may be NULL. What OpenVINO compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
+ * bundle; options may be NULL. What TensorRT-RTX compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
 DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* options);
 
 DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
