@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -94,7 +94,8 @@ class OvEngine:
             self._settings["INFERENCE_NUM_THREADS"] = options.threads
         model = self._read()
         self.io = tuple(port.any_name for port in model.inputs), tuple(port.any_name for port in model.outputs)
-        self._prepare(model)
+        with self._compiling():
+            self._prepare(model)
 
     def _read(self) -> Any:
         try:
@@ -105,13 +106,19 @@ class OvEngine:
     def _prepare(self, model: Any) -> None:
         (self._request,) = self._compile(model)
 
-    def _compile(self, model: Any, **settings: Any) -> list[Any]:
-        """Return a request for each stream."""
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
         try:
-            compiled = self._core.compile_model(model, DEVICE, self._settings | settings)
-            requests = [compiled.create_infer_request() for _ in range(settings.get("NUM_STREAMS", 1))]
+            yield
+        except BundleError:
+            raise
         except Exception as error:
             raise BundleError(f"{self._path}: OpenVINO does not compile it: {_reason(error)}") from None
+
+    def _compile(self, model: Any, **settings: Any) -> list[Any]:
+        """Return a request for each stream."""
+        compiled = self._core.compile_model(model, DEVICE, self._settings | settings)
+        requests = [compiled.create_infer_request() for _ in range(settings.get("NUM_STREAMS", 1))]
         _give_back(self._path.parent)
         return requests
 
@@ -167,9 +174,10 @@ class RowEngine(OvEngine):
     def _fixed(self, shapes: tuple[tuple[int, ...], ...], streams: int, model: Any = None) -> list[Any]:
         """Return requests for rows of these shapes, one a stream."""
         if (shapes, streams) not in self._requests:
-            model = model or self._cut(self._read())
-            model.reshape(dict(zip(self._names, map(list, shapes), strict=True)))
-            self._requests[shapes, streams] = self._compile(model, NUM_STREAMS=streams)
+            with self._compiling():
+                model = model or self._cut(self._read())
+                model.reshape(dict(zip(self._names, map(list, shapes), strict=True)))
+                self._requests[shapes, streams] = self._compile(model, NUM_STREAMS=streams)
         return self._requests[shapes, streams]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
