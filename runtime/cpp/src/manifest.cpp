@@ -157,7 +157,7 @@ void Checking::finish() {
     while (!sums_.empty()) compare(sums_.begin()->first);
 }
 
-void Checking::compare(const std::string& name) {
+void Checking::compare(std::string name) {
     const auto sum = sums_.find(name);
     if (sum == sums_.end()) return;
     const std::string found = sum->second.get();

@@ -126,7 +126,7 @@ class Checking {
     void finish();  // refuses what has another sum
 
   private:
-    void compare(const std::string& name);
+    void compare(std::string name);
 
     const Path folder_;
     const Manifest& manifest_;
