@@ -1,6 +1,7 @@
 // One file a backend; what they share. Mirrors dit_runtime/backends.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
@@ -26,7 +27,10 @@ struct Input {
     std::string name;
     Shape shape;
     const void* data;
-    bool integers = false;  // int64, else float32
+    bool integers = false;      // int64, else float32
+    std::uint64_t version = 0;  // inputs of one version and name have the same values; 0: of no version
+
+    std::size_t bytes() const { return count(shape) * (integers ? sizeof(std::int64_t) : sizeof(float)); }
 };
 
 // An array that comes out, float32.
