@@ -74,6 +74,10 @@ Gpu gpu(int device) {
 
 Shape shape_of(const nvinfer1::Dims& sizes) { return {sizes.d, sizes.d + std::max(sizes.nbDims, 0)}; }
 
+bool contains_negative(const Shape& shape) {
+    return std::any_of(shape.begin(), shape.end(), [](std::int64_t size) { return size < 0; });
+}
+
 nvinfer1::Dims dims(const Shape& shape) {
     nvinfer1::Dims sizes{};
     sizes.nbDims = static_cast<std::int32_t>(shape.size());
@@ -87,6 +91,7 @@ nvinfer1::Dims dims(const Shape& shape) {
 // captured once; all contexts share the memory of their activations, for one stream runs them in turn.
 struct Execution {
     std::unique_ptr<nvinfer1::IExecutionContext> context;
+    std::map<std::string, Shape> outputs;
     bool ran = false;
     std::unique_ptr<Recording> recording = nullptr;
     std::uint64_t used = 0;  // the last run's number
@@ -106,10 +111,9 @@ class TrtEngine : public Engine {
         engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
         if (!engine_)
             throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger().last(), command));
-        if (built.weight_streaming && engine_->getStreamableWeightsSize() > 0) {
+        if (built.weight_streaming && engine_->getStreamableWeightsSize() > 0)
             engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget());
-            records_ = false;  // each run waits for weights, which no CUDA graph can
-        }
+        records_ = OWN_GRAPHS && !built.weight_streaming;  // each run then waits for weights, which no CUDA graph can
         for (std::int32_t index = 0; index < engine_->getNbIOTensors(); ++index) {
             const std::string name = engine_->getIOTensorName(index);
             const bool in = engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
@@ -147,15 +151,13 @@ class TrtEngine : public Engine {
             buffers_.at(input.name).upload(input, *stream_);
         }
         enqueue(execution);
-        std::map<std::string, Output> named;
         std::map<std::string, const float*> views;
-        for (const auto& name : outputs) {
-            Output& output = named[name];
-            output.shape = shape_of(execution.context->getTensorShape(name.c_str()));
-            views[name] = buffers_.at(name).download(count(output.shape) * sizeof(float), *stream_);
-        }
+        for (const auto& [name, shape] : execution.outputs)
+            views[name] = buffers_.at(name).download(count(shape) * sizeof(float), *stream_);
         stream_->wait();
-        for (auto& [name, output] : named) output.values.assign(views[name], views[name] + count(output.shape));
+        std::map<std::string, Output> named;
+        for (const auto& [name, shape] : execution.outputs)
+            named[name] = {shape, {views[name], views[name] + count(shape)}};
         return named;
     }
 
@@ -167,9 +169,9 @@ class TrtEngine : public Engine {
                 executions_.erase(std::min_element(
                     executions_.begin(), executions_.end(),
                     [](const auto& one, const auto& other) { return one.second.used < other.second.used; }));
-            Execution execution{context(profile(shapes), shapes)};
-            bind(*execution.context);
-            executions_.emplace(shapes, std::move(execution));
+            Execution made = this->execution(profile(shapes), shapes);
+            bind(*made.context);
+            executions_.emplace(shapes, std::move(made));
         }
         Execution& execution = executions_.at(shapes);
         execution.used = ++runs_;
@@ -201,7 +203,7 @@ class TrtEngine : public Engine {
     void enqueue(Execution& execution) {
         if (execution.recording) return execution.recording->launch();
         execute(*execution.context);
-        if (OWN_GRAPHS && records_ && execution.ran) record(execution);
+        if (records_ && execution.ran) record(execution);
         execution.ran = true;
     }
 
@@ -220,8 +222,8 @@ class TrtEngine : public Engine {
             throw EngineError(text(DIT_TENSORRT, " does not run: ", logger().last()));
     }
 
-    // A context of a profile for these shapes; its outputs' shapes are known, and nothing is bound.
-    std::unique_ptr<nvinfer1::IExecutionContext> context(std::int32_t profile, const std::vector<Shape>& shapes) {
+    // Makes a context of a profile for these shapes; nothing is bound to it yet.
+    Execution execution(std::int32_t profile, const std::vector<Shape>& shapes) {
         std::unique_ptr<nvinfer1::IExecutionContext> context = create_context();
         if (!context) throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", logger().last()));
         context->setNvtxVerbosity(nvinfer1::ProfilingVerbosity::kNONE);  // the build's detail makes each run slower
@@ -233,7 +235,14 @@ class TrtEngine : public Engine {
                 throw EngineError(text(DIT_TENSORRT, " does not take ", inputs[index], " ", shown(shapes[index]), ": ",
                                        logger().last()));
         context->setDeviceMemoryV2(activations_->device, static_cast<std::int64_t>(activations_->size));
-        return context;
+        std::map<std::string, Shape> made;
+        for (const auto& name : outputs) {
+            const nvinfer1::Dims sizes = context->getTensorShape(name.c_str());
+            made[name] = shape_of(sizes);
+            if (sizes.nbDims < 0 || contains_negative(made[name]))
+                throw EngineError(text(DIT_TENSORRT, " does not know the shape of ", name, ": ", logger().last()));
+        }
+        return {std::move(context), std::move(made)};
     }
 
 #ifdef TRT_MAJOR_RTX
@@ -242,6 +251,7 @@ class TrtEngine : public Engine {
     std::unique_ptr<nvinfer1::IExecutionContext> create_context() {
         if (!settings_) {
             settings_.reset(engine_->createRuntimeConfig());
+            if (!settings_) throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", logger().last()));
             settings_->setExecutionContextAllocationStrategy(OWNED);
             settings_->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE);
             // Lazily, a shape's first runs would go by other kernels than its later ones, to other bits.
@@ -288,11 +298,11 @@ class TrtEngine : public Engine {
     // An input's smallest or largest shape; a static one is in no profile.
     Shape bound(const std::string& name, std::int32_t profile, nvinfer1::OptProfileSelector end) const {
         const Shape shape = shape_of(engine_->getTensorShape(name.c_str()));
-        if (std::find(shape.begin(), shape.end(), -1) == shape.end()) return shape;
+        if (!contains_negative(shape)) return shape;
         return shape_of(engine_->getProfileShape(name.c_str(), profile, end));
     }
 
-    // Allocates each tensor for its largest shape in any profile; the contexts that say so are kept.
+    // Allocates each tensor for its largest shape in any profile; the executions that say so are kept.
     void allocate() {
         std::map<std::string, std::size_t> bytes;
         const auto add = [&](const std::string& name, const Shape& shape) {
@@ -302,10 +312,10 @@ class TrtEngine : public Engine {
         for (std::int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
             std::vector<Shape> most;
             for (const auto& name : inputs) most.push_back(bound(name, profile, nvinfer1::OptProfileSelector::kMAX));
-            Execution execution{context(profile, most)};
+            Execution made = execution(profile, most);
             for (std::size_t index = 0; index < most.size(); ++index) add(inputs[index], most[index]);
-            for (const auto& name : outputs) add(name, shape_of(execution.context->getTensorShape(name.c_str())));
-            executions_.emplace(most, std::move(execution));
+            for (const auto& [name, shape] : made.outputs) add(name, shape);
+            executions_.emplace(most, std::move(made));
         }
         for (const auto& [name, size] : bytes) buffers_.try_emplace(name, size);
     }
@@ -352,7 +362,7 @@ class TrtEngine : public Engine {
     std::map<std::string, Buffer> buffers_;  // by tensor
     std::map<std::vector<Shape>, Execution> executions_;
     std::uint64_t runs_ = 0;
-    bool records_ = true;
+    bool records_ = false;
 };
 
 }  // namespace

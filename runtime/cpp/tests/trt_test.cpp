@@ -87,13 +87,13 @@ TEST_F(Trt, WhatStaysIsSentOnce) {
     EXPECT_EQ(uploads(bytes), 2);
     for (int step = 0; step < 2; ++step) EXPECT_EQ(run(*engine, 2, 1, 4), all(2, 6));  // of no version
     EXPECT_EQ(uploads(bytes), 4);
-    EXPECT_EQ(run(*engine, 2, 1, 6, 1, 8), all(2, 8));
+    EXPECT_EQ(run(*engine, 2, 1, 5, 1, 7), all(2, 7));
 }
 
 TEST_F(Trt, ARunThatFailsCanBeTriedAgain) {
     const auto engine = open();
     std::int64_t rows = 0;
-    for (const char* const call : {"enqueueV3", "setInputShape", "setTensorAddress"}) {
+    for (const char* const call : {"setInputShape", "setTensorAddress", "getTensorShape", "enqueueV3"}) {
         Double::here().refuses = call;
         const auto version = static_cast<std::uint64_t>(++rows);
         EXPECT_THROW(run(*engine, rows, 1, 5, 1, version), EngineError) << call;

@@ -91,7 +91,9 @@ class IExecutionContext {
         if (name == std::string("x")) rows_ = shape.d[0];
         return refused("setInputShape");
     }
-    Dims getTensorShape(const char*) const { return {2, {rows_, 3}}; }
+    Dims getTensorShape(const char*) const {
+        return Double::here().fine("getTensorShape") ? Dims{2, {rows_, 3}} : Dims{-1, {}};
+    }
     bool setTensorAddress(const char* name, void* address) {
         (*name == 'x' ? x_ : *name == 'y' ? y_ : table_) = static_cast<float*>(address);
         return refused("setTensorAddress");
