@@ -23,6 +23,21 @@ const std::vector<Backend>& backends() {
     return known;
 }
 
+namespace {
+
+// Why ONNX Runtime cannot run a graph of this precision on a device; empty where it can. Mirrors refusal() in ort.py.
+std::string without_kernels(const std::string& backend, const std::string& precision, const std::string& device) {
+    if (backend != "onnxruntime") return "";
+    const std::string on = device.empty() ? "cpu" : lower(device);
+    if (on == "cpu" && precision == "bf16")
+        return "bf16 has no kernels in ONNX Runtime's CPU provider; use device cuda";
+    if (on.rfind("cuda", 0) == 0 && precision == "int8")
+        return "int8 has no kernels in ONNX Runtime's CUDA provider; build fp16, or use device cpu";
+    return "";
+}
+
+}  // namespace
+
 const Backend& choose(const Stage& stage, const Options& options) {
     // `auto` is the bundle's own, or else the first here that can.
     const std::string& name = options.backend.empty() || options.backend == "auto" ? stage.backend : options.backend;
@@ -32,6 +47,8 @@ const Backend& choose(const Stage& stage, const Options& options) {
             if (!contains(backend.precisions, stage.precision))
                 throw UsageError(
                     text("backend '", name, "' has no ", stage.precision, "; it has ", join(backend.precisions)));
+            const std::string reason = without_kernels(name, stage.precision, options.device);
+            if (!reason.empty()) throw UsageError(reason);
             if (!backend.opens_onnx && !stage.engines.count(name))
                 throw UsageError("this bundle has no engines of " + name + ": run `dit-run compile --backend " + name +
                                  "` on it");
@@ -41,7 +58,9 @@ const Backend& choose(const Stage& stage, const Options& options) {
     }
     if (options.backend == "auto")
         for (const Backend& backend : backends())
-            if (backend.opens_onnx && contains(backend.precisions, stage.precision)) return backend;
+            if (backend.opens_onnx && contains(backend.precisions, stage.precision) &&
+                without_kernels(backend.name, stage.precision, options.device).empty())
+                return backend;
     throw UsageError(text("backend '", name, "' is not in this library", nearest(name, known),
                           "; it was built with: ", join(known)));
 }
@@ -69,10 +88,22 @@ bool opens(const std::string& here, const Built& built) {
 int gpu_number(const std::string& device) {
     const std::string name = lower(device);
     if (name.empty() || name == "cuda") return 0;
-    if (name.rfind("cuda:", 0) == 0)
+    if (on_cuda(device))
         for (const int number : numbers(name.substr(5), 1))
             if (name == text("cuda:", number)) return number;
     throw UsageError(text("device '", device, "' is no NVIDIA GPU; expected cuda, cuda:0, cuda:1, …"));
+}
+
+bool on_cuda(const std::string& device) {
+    const std::string name = lower(device);
+    return name == "cuda" || name.rfind("cuda:", 0) == 0;
+}
+
+std::vector<std::string> files_for(const Stage& stage, const Backend& backend, const std::string& device) {
+    // The CUDA provider has kernels for what the CPU's form takes apart: it opens a form of its own, or the portable
+    // one.
+    const bool cuda = backend.name == "onnxruntime" && on_cuda(device);
+    return stage.files(cuda ? "onnxruntime-cuda" : backend.name);
 }
 
 std::string refusal(const std::string& backend, const Built& built, const Gpu& here) {

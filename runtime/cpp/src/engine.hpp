@@ -62,6 +62,12 @@ const std::vector<Backend>& backends();
 // "cuda:1" -> 1; "cuda" and nothing are the first.
 int gpu_number(const std::string& device);
 
+// True for "cuda" and what begins with "cuda:".
+bool on_cuda(const std::string& device);
+
+// The files of a stage for a backend and device.
+std::vector<std::string> files_for(const Stage& stage, const Backend& backend, const std::string& device);
+
 // The backend, driver and GPU of this machine.
 struct Gpu {
     std::string version;     // of the backend

@@ -32,7 +32,8 @@ Pipeline::Pipeline(const Path& where, const Options& options)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
     if (!options_.low_memory) options_.cache = cache();  // reading it takes more memory than compiling
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
-    for (const Stage& stage : manifest.stages) check_files(folder, manifest, stage.files(backend(stage).name));
+    for (const Stage& stage : manifest.stages)
+        check_files(folder, manifest, files_for(stage, backend(stage), options_.device));
     if (!options_.low_memory)
         for (const Stage& stage : manifest.stages) engine(stage);
 }
@@ -70,7 +71,7 @@ Engine& Pipeline::engine(const Stage& stage) {
     if (options_.low_memory) engines_.clear();
     const Backend& backend = this->backend(stage);
     std::vector<Path> paths;
-    for (const auto& file : stage.files(backend.name)) paths.push_back(inside(folder, file));
+    for (const auto& file : files_for(stage, backend, options_.device)) paths.push_back(inside(folder, file));
     Options options = options_;
     if (stage.runs == "step") options.guided_channels = static_cast<std::size_t>(manifest.guided_channels);
     std::unique_ptr<Engine> opened = backend.open(paths, stage, options);
