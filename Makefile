@@ -16,10 +16,11 @@ FLAGS = $(if $(CONDITIONING),--conditioning '$(CONDITIONING)') $(if $(RESOLUTION
 CPP := build/cpp
 CPP_ONNXRUNTIME = $(or $(ONNXRUNTIME_ROOT),$(CURDIR)/build/cpp-deps/onnxruntime)
 CPP_OPENVINO = $(or $(OpenVINO_DIR),$(shell ls -d $(CURDIR)/$(VENV)/lib/python3*/site-packages/openvino/cmake))
+CPP_CUDA = $(CURDIR)/build/cpp-deps/cuda
 CPP_SETUP = runtime/cpp/tools/setup.sh $(VENV) $(CURDIR)/build/cpp-deps
 CPP_CONFIGURE = cmake -S runtime/cpp -DDIT_WERROR=ON -DDIT_PYTHON=$(CURDIR)/$(BIN)/python \
 	-DONNXRUNTIME_ROOT='$(CPP_ONNXRUNTIME)' -DOpenVINO_DIR='$(CPP_OPENVINO)' \
-	$(if $(TENSORRT_ROOT),-DTENSORRT_ROOT='$(TENSORRT_ROOT)')
+	$(if $(CUDA_ROOT),-DCUDA_ROOT='$(CUDA_ROOT)') $(if $(TENSORRT_ROOT),-DTENSORRT_ROOT='$(TENSORRT_ROOT)')
 CPP_SOURCES = $(shell git ls-files 'runtime/cpp/*.c' 'runtime/cpp/*.cpp' 'runtime/cpp/*.h' 'runtime/cpp/*.hpp')
 JOBS ?= $(shell nproc)
 
@@ -77,7 +78,8 @@ cpp: $(STAMP)
 # The library's own tests; those that compare it with Python are pytest's.
 cpp-unit: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
-	$(CPP_CONFIGURE) -B $(CPP) -DDIT_PROGRAMS=ON -DDIT_TESTS=ON
+	runtime/cpp/tools/cuda.sh $(VENV) $(CPP_CUDA)
+	$(CPP_CONFIGURE) -B $(CPP) -DDIT_PROGRAMS=ON -DDIT_TESTS=ON -DCUDA_TEST_ROOT='$(CPP_CUDA)'
 	cmake --build $(CPP) --parallel $(JOBS)
 	ctest --test-dir $(CPP) --output-on-failure
 

@@ -15,7 +15,6 @@ from shutil import which
 import pytest
 
 CPP = Path(__file__).parents[2] / "runtime/cpp"
-CUDA = "set(CUDAToolkit_FOUND TRUE)\nadd_library(CUDA::cudart INTERFACE IMPORTED)\n"
 
 
 def files(folder: Path, *names: str) -> Path:
@@ -27,15 +26,15 @@ def files(folder: Path, *names: str) -> Path:
 
 
 HEADERS = "include/onnxruntime_c_api.h", "include/NvInferRuntime.h"
+CUDA = "include/cuda_runtime_api.h", "lib/libcudart_static.a"
 Configure = Callable[..., str]
 
 
 @pytest.fixture
 def configure(tmp_path) -> Configure:
     """Configures one build again and again, from beside the roots, and tells its engines; CUDA is always there."""
-    modules = files(tmp_path / "modules", "FindCUDAToolkit.cmake")
-    (modules / "FindCUDAToolkit.cmake").write_text(CUDA)
-    options = ["-DDIT_OPENVINO=OFF", "-DDIT_PROGRAMS=OFF", f"-DCMAKE_MODULE_PATH={modules}"]
+    files(tmp_path / "cuda", *CUDA)
+    options = ["-DDIT_OPENVINO=OFF", "-DDIT_PROGRAMS=OFF", "-DCUDA_ROOT=cuda"]
 
     def run(*given: str, **environment: str) -> str:
         command = ["cmake", "-S", CPP, "-B", tmp_path / "build", *options, *given]
@@ -82,6 +81,21 @@ def test_roots_of_the_environment(tmp_path, configure):
     assert configure("-DTENSORRT_ROOT=b", TENSORRT_ROOT=str(first)) == "onnxruntime;tensorrt-rtx"
     assert cached(tmp_path, "TensorRT_LIBRARY") == f"{second}/lib/libtensorrt_rtx.so"
     assert configure("-DTENSORRT_ROOT=", TENSORRT_ROOT=str(first)) == "onnxruntime"
+
+
+def test_cuda_only_where_it_is_named(tmp_path, configure):
+    root = files(tmp_path / "a", *HEADERS, "lib/libonnxruntime.so")
+    assert configure(f"-DONNXRUNTIME_ROOT={root}", "-DCUDA_ROOT=") == "onnxruntime"
+    assert "CUDARuntime" not in (tmp_path / "build/CMakeCache.txt").read_text()
+    configure()
+    assert cached(tmp_path, "CUDARuntime_LIBRARY") == f"{tmp_path}/cuda/lib/libcudart_static.a"
+    assert cached(tmp_path, "CUDARuntime_INCLUDE_DIR") == f"{tmp_path}/cuda/include"
+
+
+def test_the_lean_runtime_is_tensorrt(tmp_path, configure):
+    root = files(tmp_path / "a", *HEADERS, "lib/libonnxruntime.so", "lib/libnvinfer_lean.so")
+    assert configure(f"-DONNXRUNTIME_ROOT={root}", f"-DTENSORRT_ROOT={root}") == "onnxruntime;tensorrt"
+    assert cached(tmp_path, "TensorRT_LIBRARY") == f"{root}/lib/libnvinfer_lean.so"
 
 
 def test_setup_without_debian(tmp_path):

@@ -88,10 +88,22 @@ bool opens(const std::string& here, const Built& built) {
 int gpu_number(const std::string& device) {
     const std::string name = lower(device);
     if (name.empty() || name == "cuda") return 0;
-    if (name.rfind("cuda:", 0) == 0)
+    if (on_cuda(device))
         for (const int number : numbers(name.substr(5), 1))
             if (name == text("cuda:", number)) return number;
     throw UsageError(text("device '", device, "' is no NVIDIA GPU; expected cuda, cuda:0, cuda:1, …"));
+}
+
+bool on_cuda(const std::string& device) {
+    const std::string name = lower(device);
+    return name == "cuda" || name.rfind("cuda:", 0) == 0;
+}
+
+std::vector<std::string> files_for(const Stage& stage, const Backend& backend, const std::string& device) {
+    // The CUDA provider has kernels for what the CPU's form takes apart: it opens a form of its own, or the portable
+    // one.
+    const bool cuda = backend.name == "onnxruntime" && on_cuda(device);
+    return stage.files(cuda ? "onnxruntime-cuda" : backend.name);
 }
 
 std::string refusal(const std::string& backend, const Built& built, const Gpu& here) {

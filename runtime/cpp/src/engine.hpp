@@ -1,6 +1,7 @@
 // One file a backend; what they share. Mirrors dit_runtime/backends.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
@@ -27,7 +28,10 @@ struct Input {
     std::string name;
     Shape shape;
     const void* data;
-    bool integers = false;  // int64, else float32
+    bool integers = false;      // int64, else float32
+    std::uint64_t version = 0;  // inputs of one version and name have the same values; 0: of no version
+
+    std::size_t bytes() const { return count(shape) * (integers ? sizeof(std::int64_t) : sizeof(float)); }
 };
 
 // An array that comes out, float32.
@@ -60,6 +64,12 @@ const std::vector<Backend>& backends();
 
 // "cuda:1" -> 1; "cuda" and nothing are the first.
 int gpu_number(const std::string& device);
+
+// True for "cuda" and what begins with "cuda:".
+bool on_cuda(const std::string& device);
+
+// The files of a stage for a backend and device.
+std::vector<std::string> files_for(const Stage& stage, const Backend& backend, const std::string& device);
 
 // The backend, driver and GPU of this machine.
 struct Gpu {

@@ -1,16 +1,13 @@
 // ONNX Runtime through its C API: opens the ONNX form itself.
-#include <onnxruntime_c_api.h>
-
 #include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <iterator>
-#include <string>
 
-#include "engine.hpp"
-#include "errors.hpp"
+#include "ort.hpp"
 
 namespace dit_runtime {
+namespace ort {
 namespace {
 
 struct Provider {
@@ -32,39 +29,6 @@ bool saturates() {
     return flags.find("sse2") != std::string::npos && flags.find("vnni") == std::string::npos;
 }
 
-// The functions, or a refusal where the library is older than these headers.
-const OrtApi& api() {
-    static const OrtApi* const table = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-    if (!table)
-        throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.",
-                              ORT_API_VERSION, ", whose headers this library was built with; install a newer one"));
-    return *table;
-}
-
-struct OrtFailure : EngineError {
-    using EngineError::EngineError;
-};
-
-void check(OrtStatus* status) {
-    if (!status) return;
-    const std::string message = first_line(api().GetErrorMessage(status));
-    api().ReleaseStatus(status);
-    throw OrtFailure(message);
-}
-
-template <typename T, void (*OrtApi::*release)(T*)>
-struct Release {
-    void operator()(T* pointer) const { (api().*release)(pointer); }
-};
-
-using Environment = std::unique_ptr<OrtEnv, Release<OrtEnv, &OrtApi::ReleaseEnv>>;
-using Settings = std::unique_ptr<OrtSessionOptions, Release<OrtSessionOptions, &OrtApi::ReleaseSessionOptions>>;
-using Session = std::unique_ptr<OrtSession, Release<OrtSession, &OrtApi::ReleaseSession>>;
-using Memory = std::unique_ptr<OrtMemoryInfo, Release<OrtMemoryInfo, &OrtApi::ReleaseMemoryInfo>>;
-using Value = std::unique_ptr<OrtValue, Release<OrtValue, &OrtApi::ReleaseValue>>;
-using Info = std::unique_ptr<OrtTensorTypeAndShapeInfo,
-                             Release<OrtTensorTypeAndShapeInfo, &OrtApi::ReleaseTensorTypeAndShapeInfo>>;
-
 std::vector<std::string> available() {
     char** names = nullptr;
     int length = 0;
@@ -74,11 +38,14 @@ std::vector<std::string> available() {
     return providers;
 }
 
-void append(OrtSessionOptions* settings, const std::string& device) {
+void append(OrtSessionOptions* settings, const std::string& device, const ProviderOptions& provider_options) {
     if (device == "cuda") {
+        std::vector<const char*> keys, values;
+        for (const auto& [key, value] : provider_options) keys.push_back(key.c_str()), values.push_back(value.c_str());
         OrtCUDAProviderOptionsV2* options = nullptr;
         check(api().CreateCUDAProviderOptions(&options));
-        OrtStatus* status = api().SessionOptionsAppendExecutionProvider_CUDA_V2(settings, options);
+        OrtStatus* status = api().UpdateCUDAProviderOptions(options, keys.data(), values.data(), keys.size());
+        if (!status) status = api().SessionOptionsAppendExecutionProvider_CUDA_V2(settings, options);
         api().ReleaseCUDAProviderOptions(options);
         check(status);
     } else if (device == "tensorrt") {
@@ -94,128 +61,161 @@ void append(OrtSessionOptions* settings, const std::string& device) {
     }
 }
 
-class OrtEngine : public Engine {
-  public:
-    OrtEngine(const Path& path, const Options& options) {
-        const std::string device = options.device.empty() ? "cpu" : lower(options.device);
-        std::vector<std::string> here;
-        bool known = false;
-        for (const Provider& provider : PROVIDERS) {
-            const std::vector<std::string> providers = available();
-            if (!contains(providers, provider.name)) continue;
-            here.push_back(provider.device);
-            known = known || device == provider.device;
-        }
-        if (!known)
-            throw UsageError(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
-        OrtEnv* environment = nullptr;
-        check(api().CreateEnv(ORT_LOGGING_LEVEL_ERROR, "dit", &environment));
-        environment_.reset(environment);
-        OrtSessionOptions* made = nullptr;
-        check(api().CreateSessionOptions(&made));
-        const Settings settings(made);
-        if (saturates())  // then as u8 x u8, exact, and at 0.4 of the speed also where it would not be needed
-            check(api().AddSessionConfigEntry(made, "session.x64quantprecision", "1"));
-        if (options.threads) check(api().SetIntraOpNumThreads(made, options.threads));
-        if (options.low_memory) {
-            check(api().DisableCpuMemArena(made));
-            check(api().DisableMemPattern(made));
-        }
-        try {
-            append(made, device);
-        } catch (const OrtFailure& failure) {
-            throw UsageError(text("device '", device, "' did not start here: ", failure.what()));
-        }
-        OrtSession* session = nullptr;
-        try {
-            check(api().CreateSession(environment, path.c_str(), made, &session));
-        } catch (const OrtFailure& failure) {
-            throw BundleError(text(path.string(), ": ONNX Runtime does not open it: ", failure.what()));
-        }
-        session_.reset(session);
-        OrtMemoryInfo* memory = nullptr;
-        check(api().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
-        memory_.reset(memory);
-        inputs = names(&OrtApi::SessionGetInputCount, &OrtApi::SessionGetInputName);
-        outputs = names(&OrtApi::SessionGetOutputCount, &OrtApi::SessionGetOutputName);
-    }
+// The provider's name for the user, without a GPU's number.
+std::string device_of(const Options& options) {
+    return on_cuda(options.device) ? "cuda" : options.device.empty() ? "cpu" : lower(options.device);
+}
 
-    std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
-        std::vector<Value> values;
-        std::vector<const char*> in, out;
-        std::vector<const OrtValue*> raw;
-        for (const Input& input : arrays) {
-            const auto type =
-                input.integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-            const std::size_t bytes = count(input.shape) * (input.integers ? sizeof(std::int64_t) : sizeof(float));
-            OrtValue* value = nullptr;
-            // Inputs are only read; the C API has no const for them.
-            check(api().CreateTensorWithDataAsOrtValue(memory_.get(), const_cast<void*>(input.data), bytes,
-                                                       input.shape.data(), input.shape.size(), type, &value));
-            values.emplace_back(value);
-            raw.push_back(value);
-            in.push_back(input.name.c_str());
-        }
-        for (const auto& name : outputs) out.push_back(name.c_str());
-        std::vector<OrtValue*> results(outputs.size(), nullptr);
-        OrtStatus* status = api().Run(session_.get(), nullptr, in.data(), raw.data(), in.size(), out.data(), out.size(),
-                                      results.data());
-        std::vector<Value> owned;
-        for (OrtValue* result : results) owned.emplace_back(result);
-        check(status);
-        std::map<std::string, Output> named;
-        for (std::size_t index = 0; index < outputs.size(); ++index)
-            named[outputs[index]] = read(outputs[index], results[index]);
-        return named;
-    }
+// Refuses a device that this ONNX Runtime does not have, before any is touched.
+void require_provider(const Options& options) {
+    std::vector<std::string> here;
+    const std::vector<std::string> providers = available();
+    for (const Provider& provider : PROVIDERS)
+        if (contains(providers, provider.name)) here.push_back(provider.device);
+    if (!contains(here, device_of(options)))
+        throw UsageError(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
+}
 
-  private:
-    std::vector<std::string> names(decltype(OrtApi::SessionGetInputCount) OrtApi::* size,
-                                   decltype(OrtApi::SessionGetInputName) OrtApi::* get) {
-        std::size_t length = 0;
-        check((api().*size)(session_.get(), &length));
-        OrtAllocator* allocator = nullptr;
-        check(api().GetAllocatorWithDefaultOptions(&allocator));
-        std::vector<std::string> names;
-        for (std::size_t index = 0; index < length; ++index) {
-            char* name = nullptr;
-            check((api().*get)(session_.get(), index, allocator, &name));
-            names.emplace_back(name);
-            check(api().AllocatorFree(allocator, name));
-        }
-        return names;
-    }
-
-    static Output read(const std::string& name, OrtValue* value) {
-        OrtTensorTypeAndShapeInfo* made = nullptr;
-        check(api().GetTensorTypeAndShape(value, &made));
-        const Info info(made);
-        ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-        check(api().GetTensorElementType(made, &type));
-        if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
-            throw EngineError(text("output ", name, " has ONNX's element type ", type, ", expected float32"));
-        std::size_t rank = 0;
-        check(api().GetDimensionsCount(made, &rank));
-        Output output{Shape(rank), {}};
-        check(api().GetDimensions(made, output.shape.data(), rank));
-        void* data = nullptr;
-        check(api().GetTensorMutableData(value, &data));
-        const float* numbers = static_cast<const float*>(data);
-        output.values.assign(numbers, numbers + count(output.shape));
-        return output;
-    }
-
-    Environment environment_;  // outlives the session
-    Session session_;
-    Memory memory_;
-};
+Output read(const std::string& name, OrtValue* value) {
+    OrtTensorTypeAndShapeInfo* made = nullptr;
+    check(api().GetTensorTypeAndShape(value, &made));
+    const Info info(made);
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    check(api().GetTensorElementType(made, &type));
+    if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+        throw EngineError(text("output ", name, " has ONNX's element type ", type, ", expected float32"));
+    std::size_t rank = 0;
+    check(api().GetDimensionsCount(made, &rank));
+    Output output{Shape(rank), {}};
+    check(api().GetDimensions(made, output.shape.data(), rank));
+    void* data = nullptr;
+    check(api().GetTensorMutableData(value, &data));
+    const float* numbers = static_cast<const float*>(data);
+    output.values.assign(numbers, numbers + count(output.shape));
+    return output;
+}
 
 }  // namespace
 
+const OrtApi& api() {
+    static const OrtApi* const table = OrtGetApiBase()->GetApi(ORT_API_VERSION);
+    if (!table)
+        throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.",
+                              ORT_API_VERSION, ", whose headers this library was built with; install a newer one"));
+    return *table;
+}
+
+void check(OrtStatus* status) {
+    if (!status) return;
+    const std::string message = first_line(api().GetErrorMessage(status));
+    api().ReleaseStatus(status);
+    throw OrtFailure(message);
+}
+
+ProviderOptions cuda_options(int device) {
+    return {{"device_id", std::to_string(device)},
+            {"use_tf32", "0"},  // TF32 has ten bits
+            {"cudnn_conv_algo_search", "HEURISTIC"},
+            {"cudnn_conv_use_max_workspace", "1"}};
+}
+
+OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOptions& more) {
+    const bool cuda = on_cuda(options.device);
+    OrtEnv* environment = nullptr;
+    check(api().CreateEnv(ORT_LOGGING_LEVEL_ERROR, "dit", &environment));
+    environment_.reset(environment);
+    OrtSessionOptions* made = nullptr;
+    check(api().CreateSessionOptions(&made));
+    const Settings settings(made);
+    if (saturates())  // then as u8 x u8, exact, and at 0.4 of the speed also where it would not be needed
+        check(api().AddSessionConfigEntry(made, "session.x64quantprecision", "1"));
+    if (cuda) check(api().AddSessionConfigEntry(made, "session.record_ep_graph_assignment_info", "1"));
+    if (options.threads) check(api().SetIntraOpNumThreads(made, options.threads));
+    if (options.low_memory) {
+        check(api().DisableCpuMemArena(made));
+        check(api().DisableMemPattern(made));
+    }
+    try {
+        ProviderOptions provider_options = more;
+        if (cuda) provider_options.merge(cuda_options(gpu_number(options.device)));
+        append(made, device_of(options), provider_options);
+    } catch (const OrtFailure& failure) {
+        throw UsageError(text("device '", options.device, "' did not start here: ", failure.what()));
+    }
+    OrtSession* session = nullptr;
+    try {
+        check(api().CreateSession(environment, path.c_str(), made, &session));
+    } catch (const OrtFailure& failure) {
+        throw BundleError(text(path.string(), ": ONNX Runtime does not open it: ", failure.what()));
+    }
+    session_.reset(session);
+    if (cuda) require_placement(path, placements(session));
+    OrtMemoryInfo* memory = nullptr;
+    check(api().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
+    memory_.reset(memory);
+    inputs = names(&OrtApi::SessionGetInputCount, &OrtApi::SessionGetInputName);
+    outputs = names(&OrtApi::SessionGetOutputCount, &OrtApi::SessionGetOutputName);
+}
+
+std::map<std::string, Output> OrtEngine::run(const std::vector<Input>& arrays) {
+    std::vector<Value> values;
+    std::vector<const char*> in, out;
+    std::vector<const OrtValue*> raw;
+    for (const Input& input : arrays) {
+        // Inputs are only read; the C API has no const for them.
+        values.push_back(value(input, const_cast<void*>(input.data), memory_.get()));
+        raw.push_back(values.back().get());
+        in.push_back(input.name.c_str());
+    }
+    for (const auto& name : outputs) out.push_back(name.c_str());
+    std::vector<OrtValue*> results(outputs.size(), nullptr);
+    OrtStatus* status =
+        api().Run(session_.get(), nullptr, in.data(), raw.data(), in.size(), out.data(), out.size(), results.data());
+    std::vector<Value> owned;
+    for (OrtValue* result : results) owned.emplace_back(result);
+    check(status);
+    std::map<std::string, Output> named;
+    for (std::size_t index = 0; index < outputs.size(); ++index)
+        named[outputs[index]] = read(outputs[index], results[index]);
+    return named;
+}
+
+// The input's array, at `data` in this memory.
+Value OrtEngine::value(const Input& input, void* data, const OrtMemoryInfo* memory) {
+    const auto type = input.integers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    OrtValue* value = nullptr;
+    check(api().CreateTensorWithDataAsOrtValue(memory, data, input.bytes(), input.shape.data(), input.shape.size(),
+                                               type, &value));
+    return Value(value);
+}
+
+std::vector<std::string> OrtEngine::names(decltype(OrtApi::SessionGetInputCount) OrtApi::* size,
+                                          decltype(OrtApi::SessionGetInputName) OrtApi::* get) const {
+    std::size_t length = 0;
+    check((api().*size)(session_.get(), &length));
+    OrtAllocator* allocator = nullptr;
+    check(api().GetAllocatorWithDefaultOptions(&allocator));
+    std::vector<std::string> names;
+    for (std::size_t index = 0; index < length; ++index) {
+        char* name = nullptr;
+        check((api().*get)(session_.get(), index, allocator, &name));
+        names.emplace_back(name);
+        check(api().AllocatorFree(allocator, name));
+    }
+    return names;
+}
+
+}  // namespace ort
+
 std::string ort_version() { return OrtGetApiBase()->GetVersionString(); }
 
-std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Stage&, const Options& options) {
-    return std::make_unique<OrtEngine>(files.at(0), options);
+std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, [[maybe_unused]] const Stage& stage,
+                                 const Options& options) {
+    ort::require_provider(options);
+#ifdef DIT_CUDA
+    if (on_cuda(options.device)) return ort::open_cuda(files.at(0), stage, options);
+#endif
+    return std::make_unique<ort::OrtEngine>(files.at(0), options);
 }
 
 }  // namespace dit_runtime

@@ -1,19 +1,28 @@
 // TensorRT and TensorRT-RTX, whose runtimes have one API: opens an engine file that was made on or for this GPU.
+// Mirrors dit_runtime/backends/trt_engine.py.
 #include <NvInferRuntime.h>
-#include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
 #include <mutex>
+#include <random>
 
-#include "engine.hpp"
-#include "errors.hpp"
+#include "cuda.hpp"
 #include "npy.hpp"
 
 namespace dit_runtime {
 namespace {
 
-void check(cudaError_t status) {
-    if (status != cudaSuccess) throw EngineError(text("CUDA: ", cudaGetErrorString(status)));
-}
+using cuda::Buffer;
+using cuda::Device;
+using cuda::Recording;
+using cuda::Stream;
+
+constexpr const char* KERNELS = ".kernels.bin";  // TensorRT-RTX's runtime cache
+constexpr std::size_t SHAPES = 16;  // the last used ones, which keep their contexts: two profiles of eight batch sizes
+constexpr auto OWNED = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 
 // Keeps the last error for our own message; the rest is not ours to print.
 class Logger : public nvinfer1::ILogger {
@@ -48,40 +57,6 @@ Logger& logger() {
     return *logger;
 }
 
-// Memory of the device that grows as it is needed.
-class Buffer {
-  public:
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { cudaFree(data_); }
-
-    void* room(std::size_t bytes) {
-        if (bytes > size_) {
-            check(cudaFree(data_));
-            data_ = nullptr;
-            size_ = 0;
-            check(cudaMalloc(&data_, bytes));
-            size_ = bytes;
-        }
-        return data_;
-    }
-
-  private:
-    void* data_ = nullptr;
-    std::size_t size_ = 0;
-};
-
-class Stream {
-  public:
-    Stream() { check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
-    ~Stream() { cudaStreamDestroy(stream); }
-    Stream(const Stream&) = delete;
-    Stream& operator=(const Stream&) = delete;
-
-    cudaStream_t stream = nullptr;
-};
-
 // The driver and the GPU here; one that a failed call leaves unset makes `refusal` name it.
 Gpu gpu(int device) {
     Gpu here;
@@ -97,128 +72,297 @@ Gpu gpu(int device) {
     return here;
 }
 
+Shape shape_of(const nvinfer1::Dims& sizes) { return {sizes.d, sizes.d + std::max(sizes.nbDims, 0)}; }
+
+bool contains_negative(const Shape& shape) {
+    return std::any_of(shape.begin(), shape.end(), [](std::int64_t size) { return size < 0; });
+}
+
+nvinfer1::Dims dims(const Shape& shape) {
+    nvinfer1::Dims sizes{};
+    sizes.nbDims = static_cast<std::int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), sizes.d);
+    return sizes;
+}
+
+// A context of one shape, and its CUDA graph.
+//
+// A graph holds while nothing changes in the context that it was captured from. So each shape has a context, and is
+// captured once; all contexts share the memory of their activations, for one stream runs them in turn.
+struct Execution {
+    std::unique_ptr<nvinfer1::IExecutionContext> context;
+    std::map<std::string, Shape> outputs;
+    bool ran = false;
+    std::unique_ptr<Recording> recording = nullptr;
+    std::uint64_t used = 0;  // the last run's number
+};
+
+// The contexts of an engine by shape, the buffers that they are bound to, and the stream that they run in.
 class TrtEngine : public Engine {
   public:
-    TrtEngine(const std::vector<Path>& files, const Stage& stage, const Options& options)
-        : device_(gpu_number(options.device)) {
-        logger().clear();  // what another engine did is not why this one fails
+    TrtEngine(const std::vector<Path>& files, const Built& built, const Options& options, const std::string& command)
+        : device_(gpu_number(options.device)), stream_(std::make_unique<Stream>()) {
         const Path& path = files.at(0);
-        if (options.threads)
-            throw UsageError(text("threads is an option of the CPU's backends; this stage runs on ", DIT_TENSORRT));
-        const auto own = stage.built.find(DIT_TENSORRT);
-        const Built built = own == stage.built.end() ? Built{} : own->second;
-        const std::string reason = refusal(DIT_TENSORRT, built, gpu(device_));
-        const std::string command = text("; on the target, make it with: dit-run compile ", path.parent_path().string(),
-                                         " --backend ", DIT_TENSORRT);
-        if (!reason.empty()) throw BundleError(text(path.string(), ": cannot run here: ", reason, command));
-        if (files.size() > 1)  // its weights are in the ONNX form
-            throw BundleError(text(path.string(), ": built with --strip-plan, which libdit does not refit", command));
-        check(cudaSetDevice(device_));
-        stream_ = std::make_unique<Stream>();
         runtime_.reset(nvinfer1::createInferRuntime(logger()));
         if (!runtime_) throw UsageError(text(DIT_TENSORRT, " does not start here: ", logger().last()));
         if (built.version_compatible)
             runtime_->setEngineHostCodeAllowed(true);  // such a plan brings its runtime; its sha256 has been checked
         const std::vector<unsigned char> content = read_bytes(path, UINTMAX_MAX);
         engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
-        if (engine_ && built.weight_streaming && engine_->getStreamableWeightsSize() > 0)
-            engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget());
-        const std::int32_t profiles = engine_ ? engine_->getNbOptimizationProfiles() : 0;
-        for (std::int32_t profile = 0; profile < profiles; ++profile) {
-            contexts_.emplace_back(engine_->createExecutionContext());
-            if (!contexts_.back() || !contexts_.back()->setOptimizationProfileAsync(profile, stream_->stream)) {
-                contexts_.clear();
-                break;
-            }
-        }
-        check(cudaStreamSynchronize(stream_->stream));
-        if (contexts_.empty())
+        if (!engine_)
             throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger().last(), command));
+        if (built.weight_streaming && engine_->getStreamableWeightsSize() > 0)
+            engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget());
+        records_ = OWN_GRAPHS && !built.weight_streaming;  // each run then waits for weights, which no CUDA graph can
         for (std::int32_t index = 0; index < engine_->getNbIOTensors(); ++index) {
             const std::string name = engine_->getIOTensorName(index);
             const bool in = engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
             (in ? inputs : outputs).push_back(name);
         }
+        if (!options.cache.empty()) kernels_ = options.cache / (path.stem().string() + KERNELS);
+        const std::int64_t size = std::max<std::int64_t>(1, engine_->getDeviceMemorySizeV2());
+        activations_ = std::make_unique<Buffer>(static_cast<std::size_t>(size));
+        allocate();
+        for (auto& [shapes, execution] : executions_) bind(*execution.context);
+    }
+
+    ~TrtEngine() override {
+        try {
+            const Device here(device_);
+            stream_->wait();
+            keep_kernels();
+            close();
+        } catch (...) {  // the device is gone, or the kernels cannot be kept; that would only save time
+            close();
+        }
     }
 
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
-        check(cudaSetDevice(device_));  // a pipeline may move between threads
-        nvinfer1::IExecutionContext& context = fitting(arrays);
+        const Device here(device_);  // a pipeline may move between threads
+        stream_->wait();             // for what a run that failed has left
+        std::map<std::string, Shape> given;
+        for (const Input& input : arrays) given[input.name] = input.shape;
+        std::vector<Shape> shapes;
+        for (const auto& name : inputs) shapes.push_back(given.at(name));
+        Execution& execution = prepare(shapes);
         for (const Input& input : arrays) {
-            const auto type = input.integers ? nvinfer1::DataType::kINT64 : nvinfer1::DataType::kFLOAT;
-            require_type(input.name, type);
-            const std::size_t bytes = count(input.shape) * (input.integers ? sizeof(std::int64_t) : sizeof(float));
-            void* room = buffers_[input.name].room(bytes);
-            check(cudaMemcpyAsync(room, input.data, bytes, cudaMemcpyHostToDevice, stream_->stream));
-            require(context.setInputShape(input.name.c_str(), dims(input.shape)), input.name);
-            require(context.setTensorAddress(input.name.c_str(), room), input.name);
+            if (is_integer(input.name) != input.integers)
+                throw EngineError(text(input.name, " has another type in this engine than in the bundle's signature"));
+            buffers_.at(input.name).upload(input, *stream_);
         }
+        enqueue(execution);
+        std::map<std::string, const float*> views;
+        for (const auto& [name, shape] : execution.outputs)
+            views[name] = buffers_.at(name).download(count(shape) * sizeof(float), *stream_);
+        stream_->wait();
         std::map<std::string, Output> named;
-        for (const auto& name : outputs) {
-            require_type(name, nvinfer1::DataType::kFLOAT);
-            const nvinfer1::Dims sizes = context.getTensorShape(name.c_str());
-            require(sizes.nbDims >= 0, name);
-            Output& output = named[name];
-            for (std::int32_t axis = 0; axis < sizes.nbDims; ++axis) {
-                require(sizes.d[axis] >= 0, name);
-                output.shape.push_back(sizes.d[axis]);
-            }
-            output.values.resize(count(output.shape));
-            void* room = buffers_[name].room(output.values.size() * sizeof(float));
-            require(context.setTensorAddress(name.c_str(), room), name);
-        }
-        require(context.enqueueV3(stream_->stream), "the run");
-        for (auto& [name, output] : named)
-            check(cudaMemcpyAsync(output.values.data(), buffers_[name].room(0), output.values.size() * sizeof(float),
-                                  cudaMemcpyDeviceToHost, stream_->stream));
-        check(cudaStreamSynchronize(stream_->stream));
+        for (const auto& [name, shape] : execution.outputs)
+            named[name] = {shape, {views[name], views[name] + count(shape)}};
         return named;
     }
 
   private:
-    // The context of the profile that takes these shapes: one with guidance, one without.
-    nvinfer1::IExecutionContext& fitting(const std::vector<Input>& arrays) const {
-        using nvinfer1::OptProfileSelector;
-        for (std::size_t profile = 0; profile < contexts_.size(); ++profile) {
-            bool fits = true;
-            for (const Input& input : arrays) {
-                const auto bound = [&](OptProfileSelector end) {
-                    return engine_->getProfileShape(input.name.c_str(), static_cast<std::int32_t>(profile), end);
-                };
-                const nvinfer1::Dims least = bound(OptProfileSelector::kMIN), most = bound(OptProfileSelector::kMAX);
-                fits = fits && least.nbDims == static_cast<std::int32_t>(input.shape.size());
-                for (std::size_t axis = 0; fits && axis < input.shape.size(); ++axis)
-                    fits = least.d[axis] <= input.shape[axis] && input.shape[axis] <= most.d[axis];
-            }
-            if (fits) return *contexts_[profile];
+    // The execution of these shapes; a new one takes the place of the one not used for longest.
+    Execution& prepare(const std::vector<Shape>& shapes) {
+        if (!executions_.count(shapes)) {
+            if (executions_.size() >= SHAPES)
+                executions_.erase(std::min_element(
+                    executions_.begin(), executions_.end(),
+                    [](const auto& one, const auto& other) { return one.second.used < other.second.used; }));
+            Execution made = this->execution(profile(shapes), shapes);
+            bind(*made.context);
+            executions_.emplace(shapes, std::move(made));
         }
-        throw EngineError(text("no profile of this engine takes ", arrays.empty() ? "" : shown(arrays[0].shape),
-                               "; rebuild it with a larger --max-batch"));
+        Execution& execution = executions_.at(shapes);
+        execution.used = ++runs_;
+        return execution;
     }
 
-    static nvinfer1::Dims dims(const Shape& shape) {
-        nvinfer1::Dims sizes{};
-        sizes.nbDims = static_cast<std::int32_t>(shape.size());
-        for (std::size_t axis = 0; axis < shape.size(); ++axis) sizes.d[axis] = shape[axis];
-        return sizes;
+    // The profile that takes these shapes: one with guidance, one without.
+    std::int32_t profile(const std::vector<Shape>& shapes) const {
+        using nvinfer1::OptProfileSelector;
+        for (std::int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
+            bool fits = true;
+            for (std::size_t index = 0; index < shapes.size(); ++index) {
+                const Shape least = bound(inputs[index], profile, OptProfileSelector::kMIN);
+                const Shape most = bound(inputs[index], profile, OptProfileSelector::kMAX);
+                fits = fits && least.size() == shapes[index].size();
+                for (std::size_t axis = 0; fits && axis < least.size(); ++axis)
+                    fits = least[axis] <= shapes[index][axis] && shapes[index][axis] <= most[axis];
+            }
+            if (fits) return profile;
+        }
+        std::vector<std::string> asked;
+        for (std::size_t index = 0; index < shapes.size(); ++index)
+            asked.push_back(inputs[index] + " " + shown(shapes[index]));
+        throw UsageError(
+            text("no profile of this engine takes ", join(asked), "; rebuild it with a larger --max-batch"));
     }
 
-    void require(bool fine, const std::string& what) const {
-        if (!fine) throw EngineError(text(DIT_TENSORRT, " refuses ", what, ": ", logger().last()));
+    // Replays the recording; the first run of a shape sets everything up, the second is recorded.
+    void enqueue(Execution& execution) {
+        if (execution.recording) return execution.recording->launch();
+        execute(*execution.context);
+        if (records_ && execution.ran) record(execution);
+        execution.ran = true;
     }
 
-    void require_type(const std::string& name, nvinfer1::DataType type) const {
-        if (engine_->getTensorDataType(name.c_str()) != type)
-            throw EngineError(text(name, " has another type in this engine than in the bundle's signature"));
+    void record(Execution& execution) {
+        stream_->wait();
+        try {
+            execution.recording = std::make_unique<Recording>(*stream_, [&] { execute(*execution.context); });
+        } catch (const EngineError& error) {
+            std::cerr << "no CUDA graph of " << DIT_TENSORRT << "'s work, it runs without: " << error.what() << '\n';
+            records_ = false;
+        }
+    }
+
+    void execute(nvinfer1::IExecutionContext& context) const {
+        if (!context.enqueueV3(stream_->handle))
+            throw EngineError(text(DIT_TENSORRT, " does not run: ", logger().last()));
+    }
+
+    // Makes a context of a profile for these shapes; nothing is bound to it yet.
+    Execution execution(std::int32_t profile, const std::vector<Shape>& shapes) {
+        std::unique_ptr<nvinfer1::IExecutionContext> context = create_context();
+        if (!context) throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", logger().last()));
+        context->setNvtxVerbosity(nvinfer1::ProfilingVerbosity::kNONE);  // the build's detail makes each run slower
+        if (!context->setOptimizationProfileAsync(profile, stream_->handle))
+            throw EngineError(text(DIT_TENSORRT, " does not set profile ", profile, ": ", logger().last()));
+        stream_->wait();
+        for (std::size_t index = 0; index < shapes.size(); ++index)
+            if (!context->setInputShape(inputs[index].c_str(), dims(shapes[index])))
+                throw EngineError(text(DIT_TENSORRT, " does not take ", inputs[index], " ", shown(shapes[index]), ": ",
+                                       logger().last()));
+        context->setDeviceMemoryV2(activations_->device, static_cast<std::int64_t>(activations_->size));
+        std::map<std::string, Shape> made;
+        for (const auto& name : outputs) {
+            const nvinfer1::Dims sizes = context->getTensorShape(name.c_str());
+            made[name] = shape_of(sizes);
+            if (sizes.nbDims < 0 || contains_negative(made[name]))
+                throw EngineError(text(DIT_TENSORRT, " does not know the shape of ", name, ": ", logger().last()));
+        }
+        return {std::move(context), std::move(made)};
+    }
+
+#ifdef TRT_MAJOR_RTX
+    static constexpr bool OWN_GRAPHS = false;  // it captures them by itself
+
+    std::unique_ptr<nvinfer1::IExecutionContext> create_context() {
+        if (!settings_) {
+            settings_.reset(engine_->createRuntimeConfig());
+            if (!settings_) throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", logger().last()));
+            settings_->setExecutionContextAllocationStrategy(OWNED);
+            settings_->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE);
+            // Lazily, a shape's first runs would go by other kernels than its later ones, to other bits.
+            settings_->setDynamicShapesKernelSpecializationStrategy(
+                nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
+            runtime_cache_.reset(settings_->createRuntimeCache());
+            const std::vector<unsigned char> content = kept_kernels();
+            if (!content.empty()) runtime_cache_->deserialize(content.data(), content.size());  // a driver's own alone
+            settings_->setRuntimeCache(*runtime_cache_);
+        }
+        return std::unique_ptr<nvinfer1::IExecutionContext>(engine_->createExecutionContext(settings_.get()));
+    }
+
+    std::vector<unsigned char> kept_kernels() const {
+        try {
+            return read_bytes(kernels_, UINTMAX_MAX);
+        } catch (const NpyError&) {  // there are none, or they cannot be read
+            return {};
+        }
+    }
+
+    // Writes what was compiled for this GPU, for the next one that opens this engine.
+    void keep_kernels() const {
+        const std::unique_ptr<nvinfer1::IHostMemory> content(kernels_.empty() ? nullptr : runtime_cache_->serialize());
+        if (!content || !content->size()) return;
+        Path part = kernels_;
+        part += text(".", std::random_device{}());  // another process may write its own
+        std::ofstream(part, std::ios::binary)
+            .write(static_cast<const char*>(content->data()), static_cast<std::streamsize>(content->size()));
+        std::error_code failure;
+        std::filesystem::rename(part, kernels_, failure);
+        if (failure) std::filesystem::remove(part, failure);
+    }
+#else
+    static constexpr bool OWN_GRAPHS = true;
+
+    std::unique_ptr<nvinfer1::IExecutionContext> create_context() {
+        return std::unique_ptr<nvinfer1::IExecutionContext>(engine_->createExecutionContext(OWNED));
+    }
+
+    void keep_kernels() const {}
+#endif
+
+    // An input's smallest or largest shape; a static one is in no profile.
+    Shape bound(const std::string& name, std::int32_t profile, nvinfer1::OptProfileSelector end) const {
+        const Shape shape = shape_of(engine_->getTensorShape(name.c_str()));
+        if (!contains_negative(shape)) return shape;
+        return shape_of(engine_->getProfileShape(name.c_str(), profile, end));
+    }
+
+    // Allocates each tensor for its largest shape in any profile; the executions that say so are kept.
+    void allocate() {
+        std::map<std::string, std::size_t> bytes;
+        const auto add = [&](const std::string& name, const Shape& shape) {
+            const std::size_t item = is_integer(name) ? sizeof(std::int64_t) : sizeof(float);
+            bytes[name] = std::max(bytes[name], count(shape) * item);
+        };
+        for (std::int32_t profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
+            std::vector<Shape> most;
+            for (const auto& name : inputs) most.push_back(bound(name, profile, nvinfer1::OptProfileSelector::kMAX));
+            Execution made = execution(profile, most);
+            for (std::size_t index = 0; index < most.size(); ++index) add(inputs[index], most[index]);
+            for (const auto& [name, shape] : made.outputs) add(name, shape);
+            executions_.emplace(most, std::move(made));
+        }
+        for (const auto& [name, size] : bytes) buffers_.try_emplace(name, size);
+    }
+
+    void bind(nvinfer1::IExecutionContext& context) {
+        for (auto& [name, buffer] : buffers_)
+            if (!context.setTensorAddress(name.c_str(), buffer.device))
+                throw EngineError(text(DIT_TENSORRT, " does not bind ", name, ": ", logger().last()));
+    }
+
+    bool is_integer(const std::string& name) const {
+        const nvinfer1::DataType type = engine_->getTensorDataType(name.c_str());
+        const bool output = contains(outputs, name);
+        if (type != nvinfer1::DataType::kFLOAT && (output || type != nvinfer1::DataType::kINT64))
+            throw BundleError(text(name, " is not float32", output ? "" : " or int64", " in this engine"));
+        return type == nvinfer1::DataType::kINT64;
+    }
+
+    // In the order of needs.
+    void close() {
+        executions_.clear();
+        buffers_.clear();
+        activations_.reset();
+#ifdef TRT_MAJOR_RTX
+        settings_.reset();
+        runtime_cache_.reset();
+#endif
+        engine_.reset();
+        runtime_.reset();
+        stream_.reset();
     }
 
     const int device_;
-    // In the order of their needs: what is named first is destroyed last.
+    Path kernels_;  // empty: they are not kept
+    // What is named first is destroyed last.
     std::unique_ptr<Stream> stream_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
-    std::vector<std::unique_ptr<nvinfer1::IExecutionContext>> contexts_;  // by profile
-    std::map<std::string, Buffer> buffers_;
+#ifdef TRT_MAJOR_RTX
+    std::unique_ptr<nvinfer1::IRuntimeCache> runtime_cache_;
+    std::unique_ptr<nvinfer1::IRuntimeConfig> settings_;
+#endif
+    std::unique_ptr<Buffer> activations_;
+    std::map<std::string, Buffer> buffers_;  // by tensor
+    std::map<std::vector<Shape>, Execution> executions_;
+    std::uint64_t runs_ = 0;
+    bool records_ = false;
 };
 
 }  // namespace
@@ -229,10 +373,24 @@ std::string trt_version() {
 }
 
 std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Stage& stage, const Options& options) {
+    logger().clear();  // what another engine did is not why this one fails
+    const Path& path = files.at(0);
+    if (options.threads)
+        throw UsageError(text("threads is an option of the CPU's backends; this stage runs on ", DIT_TENSORRT));
+    const auto own = stage.built.find(DIT_TENSORRT);
+    const Built built = own == stage.built.end() ? Built{} : own->second;
+    const int device = gpu_number(options.device);
+    const std::string reason = refusal(DIT_TENSORRT, built, gpu(device));
+    const std::string command = text("; on the target, make it with: dit-run compile ", path.parent_path().string(),
+                                     " --backend ", DIT_TENSORRT);
+    if (!reason.empty()) throw BundleError(text(path.string(), ": cannot run here: ", reason, command));
+    if (files.size() > 1)  // its weights are in the ONNX form
+        throw BundleError(text(path.string(), ": built with --strip-plan, which libdit does not refit", command));
+    const Device here(device);
     try {
-        return std::make_unique<TrtEngine>(files, stage, options);
+        return std::make_unique<TrtEngine>(files, built, options, command);
     } catch (const NpyError& error) {
-        throw BundleError(text(files.at(0).string(), ": ", error.what()));
+        throw BundleError(text(path.string(), ": ", error.what()));
     }
 }
 

@@ -1,6 +1,7 @@
 #include "memo.hpp"
 
 #include <algorithm>
+#include <atomic>
 
 #include "facts.hpp"
 
@@ -18,6 +19,12 @@ void add_new(std::vector<T>& values, const T& value) {
 template <typename T>
 void append_row(std::vector<T>& to, const T* values, std::size_t row, std::size_t size) {
     to.insert(to.end(), values + row * size, values + (row + 1) * size);
+}
+
+// No other input of this process has it.
+std::uint64_t new_version() {
+    static std::atomic<std::uint64_t> last{0};
+    return ++last;
 }
 
 }  // namespace
@@ -81,6 +88,7 @@ const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t 
         Tensor& tensor = inputs_[spec.name] = gather(spec, pairs);
         tensor.shape[0] = batch;
         tensor.shape.insert(tensor.shape.begin(), static_cast<std::int64_t>(pairs.size()) / batch);
+        tensor.version = new_version();
     }
     first_ = first, last_ = last, groups_ = groups;
     return inputs_;

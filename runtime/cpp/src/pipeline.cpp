@@ -37,7 +37,7 @@ Pipeline::Pipeline(const Path& where, const Options& options)
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     std::vector<std::string> files;
     for (const Stage& stage : manifest.stages)
-        for (const auto& file : stage.files(backend(stage).name)) files.push_back(file);
+        for (const auto& file : files_for(stage, backend(stage), options_.device)) files.push_back(file);
     Checking sums(folder, manifest, files);
     try {
         if (!options_.low_memory)
@@ -89,7 +89,7 @@ Engine& Pipeline::engine(const Stage& stage) {
     if (options_.low_memory) engines_.clear();
     const Backend& backend = this->backend(stage);
     std::vector<Path> paths;
-    for (const auto& file : stage.files(backend.name)) paths.push_back(inside(folder, file));
+    for (const auto& file : files_for(stage, backend, options_.device)) paths.push_back(inside(folder, file));
     Options options = options_;
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
     std::unique_ptr<Engine> opened = backend.open(paths, stage, options);

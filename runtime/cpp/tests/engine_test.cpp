@@ -64,6 +64,22 @@ TEST(Refusal, ADeviceIsANumber) {
         EXPECT_EQ(gpu_number(device), number) << device;
     for (const char* const device : {"cpu", "0", "cuda:", "cuda:-1", "cuda:1.5", "cuda:1x", "cuda:99999999999", "a:1"})
         EXPECT_THROW(gpu_number(device), UsageError) << device;
+    for (const char* const device : {"cuda", "CUDA", "Cuda:1", "cuda:x"}) EXPECT_TRUE(on_cuda(device)) << device;
+    for (const char* const device : {"", "cpu", "cudart", "gpu"}) EXPECT_FALSE(on_cuda(device)) << device;
+}
+
+TEST(Files, OnnxRuntimeHasAFormForCuda) {
+    Stage stage;
+    stage.onnx = "step.onnx";
+    stage.engines = {{"onnxruntime", {"step.onnxruntime.onnx"}}, {"openvino", {"step.openvino.onnx"}}};
+    const Backend ort{"onnxruntime", true, {}, nullptr, nullptr}, ov{"openvino", true, {}, nullptr, nullptr};
+    const std::vector<std::string> portable = {"step.onnx", "step.onnx.data"};
+    EXPECT_EQ(files_for(stage, ort, ""), stage.engines["onnxruntime"]);
+    EXPECT_EQ(files_for(stage, ort, "cpu"), stage.engines["onnxruntime"]);
+    EXPECT_EQ(files_for(stage, ort, "cuda:1"), portable);
+    EXPECT_EQ(files_for(stage, ov, "cuda"), stage.engines["openvino"]);
+    stage.engines["onnxruntime-cuda"] = {"step.onnxruntime-cuda.onnx"};
+    EXPECT_EQ(files_for(stage, ort, "cuda"), stage.engines["onnxruntime-cuda"]);
 }
 
 TEST(Refusal, TheManifestSaysHowAnEngineWasBuilt) {

@@ -72,8 +72,8 @@ typedef enum dit_status {
 typedef struct dit_open_options {
     size_t struct_size;
     const char* backend; /* "onnxruntime", "openvino", …, or "auto"; NULL: the one that the bundle was built for */
-    const char* device;  /* ONNX Runtime: cpu, cuda, tensorrt, tensorrt-rtx, openvino; OpenVINO: CPU, GPU; TensorRT:
-                            cuda, cuda:1; NULL: CPU, or the first GPU */
+    const char* device;  /* ONNX Runtime: cpu, cuda, cuda:1, tensorrt, tensorrt-rtx, openvino; OpenVINO: CPU, GPU;
+                            TensorRT: cuda, cuda:1; NULL: CPU, or the first GPU */
     int threads;         /* of an engine on the CPU; 0: its own choice */
     int low_memory;      /* 1: one engine in memory at a time, opened when a run comes to it; slower */
 } dit_open_options;
