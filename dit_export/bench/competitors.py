@@ -87,7 +87,7 @@ CUDA = (
     YARDSTICK,
     *(Competitor(kind, "pytorch", half) for kind in ("eager", "graph", *COMPILERS) for half in ("fp16", "bf16")),
     Competitor("plain", "onnxruntime", "fp32"),
-    *(Competitor("ours", "onnxruntime", precision) for precision in ("fp32", "fp16")),
+    *(Competitor("ours", "onnxruntime", precision) for precision in ("fp32", "fp16", "bf16")),
     *(
         Competitor("ours", backend, precision)
         for backend in ("tensorrt", "tensorrt-rtx")
