@@ -12,6 +12,10 @@ FLAGS = $(if $(CONDITIONING),--conditioning '$(CONDITIONING)') $(if $(RESOLUTION
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(PREDICTION),--prediction '$(PREDICTION)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
 	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
+# The project as it stands here, with the virtual environment where there is one: a machine with a GPU may have no
+# network to make it from.
+HERE = PYTHONPATH=.:runtime/python $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
 # The C++ library's engines: the user's own come first, then those of the virtual environment.
 CPP := build/cpp
 CPP_ONNXRUNTIME = $(or $(ONNXRUNTIME_ROOT),$(CURDIR)/build/cpp-deps/onnxruntime)
@@ -28,7 +32,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup demo engine bench bench-gpu cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
+.PHONY: help setup demo engine bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -43,6 +47,7 @@ help:
 	@echo "make test | test-all | lint    all tests, under 10 minutes; test-all also runs what takes minutes or gigabytes;"
 	@echo "                               WORKERS processes share the work, by default one a core"
 	@echo "make test-gpu                  the TensorRT engines where there is a GPU"
+	@echo "make gpu-pack | gpu-check      what a GPU without a network needs, packed here; its check there (docs/gpu.md)"
 
 setup: $(STAMP)
 
@@ -66,8 +71,21 @@ BENCH = $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)
 bench: $(STAMP)
 	@$(BIN)/dit-export bench $(BENCH)
 
-bench-gpu: $(STAMP)
-	@$(BIN)/dit-export bench --device cuda $(BENCH)
+bench-gpu:
+	@$(HERE) -m dit_export.cli bench --device cuda $(BENCH)
+
+# Two packs for a machine with a GPU, made where there is a network; then their check on that machine. DRY=1: its steps
+# on a CPU, with a tiny network.
+GPU = $(if $(PACK),--pack '$(PACK)') $(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) \
+	$(if $(SECONDS),--seconds '$(SECONDS)')
+gpu-pack: $(STAMP)
+	$(CPP_SETUP)
+	$(CPP_CONFIGURE) -B build/cpp-gpu -DDIT_OPENVINO=OFF -DDIT_PROGRAMS=ON
+	cmake --build build/cpp-gpu --parallel $(JOBS)
+	PYTHONPATH=.:runtime/python $(BIN)/python -m tests.gpu.pack --program build/cpp-gpu
+
+gpu-check:
+	@$(if $(filter-out 0,$(DRY)),$(HERE) -m pytest tests/gpu,$(HERE) -m tests.gpu.check $(GPU))
 
 cpp: $(STAMP)
 	$(CPP_SETUP)
@@ -116,8 +134,8 @@ test: cpp-unit browser
 	$(PYTEST)
 
 # Skipped, with the reason, where there is no GPU that an installed TensorRT runs on.
-test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu -rs
+test-gpu:
+	$(HERE) -m pytest -m gpu -rs
 
 test-all: cpp-unit cpp-sanitize cpp-fuzz browser
 	$(BIN)/python -m pytest -m ""

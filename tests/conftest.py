@@ -40,6 +40,7 @@ BUILDS = (
     "bench/test_conditionings.py",
     "cpp/",
     "demo/",
+    "gpu/test_check.py::test_a_dry_run",
     "networks/test_trace.py",
     "passes/test_sizes.py",
     "precision/",

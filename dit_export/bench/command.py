@@ -26,7 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of an image")
     parser.add_argument("--rounds", type=int, default=7, help="in which each is timed in turn")
-    parser.add_argument("--images", type=int, help="whole images of each; 0: derived; default: 1 where it is quick")
+    parser.add_argument(
+        "--images", type=int, help="whole images of each; 0: derived; default: 1, but 0 where a CPU takes long"
+    )
     parser.add_argument("--threads", type=int, help="of everyone; default: all cores")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='such as compile-bf16 or "ours-*"')
     parser.add_argument("--memory", type=float, metavar="GB", help="for all together; default: 90 %% of what is free")

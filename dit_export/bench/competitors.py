@@ -18,11 +18,15 @@ JOB = "job.json"
 GIB = 1 << 30
 KINDS = {  # kind -> how a row of it is named
     "eager": "PyTorch eager",
+    "graph": "PyTorch eager in a CUDA graph",
     "compile": "torch.compile",
+    "autotune": "torch.compile max-autotune",
+    "aoti": "AOTInductor",
     "diffusers": "diffusers DiTPipeline",
     "plain": "plain export on",
     "ours": "dit-export on",
 }
+COMPILERS = ("compile", "autotune", "aoti")
 LIBRARIES = {
     "pytorch": "PyTorch",
     "onnxruntime": "ONNX Runtime",
@@ -54,7 +58,9 @@ class Competitor:
     @property
     def folder(self) -> str:
         """Return the folder of the files that a competitor opens. The folder's size is its size on disk."""
-        return {"eager": "weights", "compile": "weights", "ours": self.name}.get(self.kind, self.kind)
+        if self.kind == "ours":
+            return self.name
+        return "weights" if self.kind in ("eager", "graph", *COMPILERS) else self.kind
 
 
 YARDSTICK = Competitor("eager", "pytorch", "fp32")
@@ -64,6 +70,8 @@ CPU = (
     Competitor("eager", "pytorch", "bf16"),
     Competitor("compile", "pytorch", "fp32"),
     Competitor("compile", "pytorch", "bf16"),
+    Competitor("aoti", "pytorch", "fp32"),
+    Competitor("aoti", "pytorch", "bf16"),
     Competitor("diffusers", "pytorch", "fp32"),
     Competitor("diffusers", "pytorch", "bf16"),
     Competitor("plain", "onnxruntime", "fp32"),
@@ -77,9 +85,9 @@ CPU = (
 )
 CUDA = (
     YARDSTICK,
-    *(Competitor(kind, "pytorch", precision) for kind in ("eager", "compile") for precision in ("fp16", "bf16")),
+    *(Competitor(kind, "pytorch", half) for kind in ("eager", "graph", *COMPILERS) for half in ("fp16", "bf16")),
     Competitor("plain", "onnxruntime", "fp32"),
-    *(Competitor("ours", "onnxruntime", precision) for precision in ("fp32", "fp16")),
+    *(Competitor("ours", "onnxruntime", precision) for precision in ("fp32", "fp16", "bf16")),
     *(
         Competitor("ours", backend, precision)
         for backend in ("tensorrt", "tensorrt-rtx")
@@ -147,7 +155,7 @@ def memory(competitor: Competitor, spec: ModelSpec, batch: int) -> float:
     """An estimate, in bytes; resident memory peaks higher by mapped files, which the system can take back."""
     weights = 4 * (18 * spec.depth * spec.hidden**2 + spec.num_classes * spec.hidden) + DECODER_WEIGHTS
     kept = activations(spec, batch) if competitor.engine else 0.0
-    compiler = COMPILER if competitor.kind == "compile" else 0.0
+    compiler = COMPILER if competitor.kind in COMPILERS else 0.0
     return BASE[competitor.library] + compiler + WEIGHTS[competitor.library] * weights + kept
 
 

@@ -14,13 +14,16 @@ from dit_export.bench.competitors import Competitor, Job
 from dit_export.bench.subject import GUIDANCE, SEED, SOLVER, TIMESTEP, Subject, guided
 from dit_export.graph import DECODER, NETWORK
 from dit_runtime.backends import CPU
-from dit_runtime.backends.ort import PROVIDERS
 from dit_runtime.conditions.memo import StepInputs
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import plan
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+PROVIDERS = {  # of ONNX Runtime, by device; without its option it would multiply fp32 in TF32
+    "cpu": ("CPUExecutionProvider", {}),
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+}
 
 
 class Plain(Subject):
@@ -46,8 +49,10 @@ def _onnxruntime(path: Path, precision: str, job: Job) -> Run:
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = job.threads
+    if job.device == "cuda":
+        ort.preload_dlls()
     session = ort.InferenceSession(path, settings, providers=[PROVIDERS[job.device]])
-    if PROVIDERS[job.device] not in session.get_providers():
+    if PROVIDERS[job.device][0] not in session.get_providers():
         raise UsageError(f"ONNX Runtime's provider for {job.device} does not start here")
     return lambda inputs: session.run(None, dict(inputs))[0]
 

@@ -21,6 +21,7 @@ from dit_export.graph import DECODER, NETWORK
 from dit_export.networks.codec import Decoder
 from dit_export.networks.dit import DiT, dit_network
 from dit_export.recipe import Recipe
+from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages
@@ -50,6 +51,9 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
         traced = folder / "plain"
         trace_graphs(traced, loaded, decoder, progress)
         for ours in (competitor for competitor in competitors if competitor.kind == "ours"):
+            if reason := backends.backend(ours.library).why_unavailable():  # before minutes of compiling for nothing
+                left_out[ours.name] = reason
+                continue
             recipe = Recipe(precision=ours.precision, backend=ours.library, max_batch=job.batch)
             try:
                 contract = build_scratch_bundle(folder / ours.folder, loaded, decoder, recipe, progress, traced)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import Process
 
 DECODES = 3  # rounds of the decoder alone, where no whole image is run
-WHOLE_IMAGES = 1e12  # FLOPs of a run, up to which whole images are run unless asked otherwise
+WHOLE_IMAGES = 1e12  # FLOPs of a run, up to which a CPU runs whole images unless asked otherwise; a GPU always does
 AGREE = {"fp32": 1e-3}  # relative distance from the yardstick's prediction; rounding explains no more than that
 AGREE_NARROW = 0.3
+NEEDED = ("diffusers", "onnx_graphsurgeon", "safetensors")  # to make the files of all
 SHARE = 0.9  # of the memory that is free
 
 
@@ -77,6 +79,8 @@ def _require_device(device: str) -> None:
         raise UsageError(f"device {device!r} is not known; known: {', '.join(COMPETITORS)}")
     if device == "cuda" and (reason := cuda.why_unavailable() or _without_cuda()):
         raise UsageError(f"no benchmark on a GPU here: {reason}")
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise UsageError(f"no benchmark here: {', '.join(missing)} not installed; `make gpu-check` times without them")
 
 
 def _without_cuda() -> str | None:
@@ -109,7 +113,8 @@ class _Run:
         self.settings, self.job, self.folder = settings, job, folder
         self.left_out, self.progress = left_out, progress
         run_flops = settings.steps * floor.step_flops(job.spec, job.batch)
-        self.images = settings.images if settings.images is not None else int(run_flops <= WHOLE_IMAGES)
+        quick = job.device == "cuda" or run_flops <= WHOLE_IMAGES
+        self.images = int(quick) if settings.images is None else settings.images
         self.rows: dict[str, dict[str, Any]] = {}
         self.gemms: dict[str, dict[str, dict[str, list[float]]]] = {}
         self.bandwidth: float | None = None  # bytes a second, where it is measured

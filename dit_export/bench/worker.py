@@ -21,7 +21,10 @@ from dit_export.bench.subject import Subject, size
 
 OPENERS = {  # kind -> module and class; the module is imported in the worker that asks for it, and in no other
     "eager": ("peers", "Eager"),
+    "graph": ("peers", "Graphed"),
     "compile": ("peers", "Compiled"),
+    "autotune": ("peers", "Compiled"),
+    "aoti": ("peers", "AheadOfTime"),
     "diffusers": ("peers", "Diffusers"),
     "plain": ("engines", "Plain"),
     "ours": ("engines", "Ours"),

@@ -168,7 +168,7 @@ def fill_embedder(embedder: Embedder, spec: ModelSpec, span: float, random: Gene
     fill(first, 1.0, random)
     fill(second, 3.0, random)
     # Fast frequencies are damped, so the prediction is smooth in t, and 5 % of the range on it is still another one.
-    frequencies = timestep_frequencies(spec.frequency_shift)  # (128,)
+    frequencies = embedder.frequencies.copy_(timestep_frequencies(spec.frequency_shift))  # (128,)
     damping = 1 / (1 + SMOOTH * span * frequencies)
     damping *= math.sqrt(2 * len(damping)) / damping.norm()
     first.weight *= damping.repeat(2)

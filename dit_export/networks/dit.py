@@ -46,15 +46,18 @@ def position_table(width: int, grid: tuple[int, int], span: float = 0.0) -> Tens
 class Embedder(nn.Module):
     """MLP(frequencies(t)) and table[y], whose last row is the null label of guidance."""
 
+    frequencies: Tensor  # (half,)
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        # A constant of the graph, not an op: one ulp of f, times t = 999, is 1e-4 of an angle.
-        self.frequencies = timestep_frequencies(spec.frequency_shift)
+        # A constant of the graph, not an op: one ulp of f, times t = 999, is 1e-4 of an angle. As a buffer it goes with
+        # the network to its device; no checkpoint holds it.
+        self.register_buffer("frequencies", timestep_frequencies(spec.frequency_shift), persistent=False)
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, spec.hidden), nn.SiLU(), nn.Linear(spec.hidden, spec.hidden))
         self.label = nn.Embedding(spec.num_classes + 1, spec.hidden)
 
     def forward(self, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        angles = timesteps[:, None] * self.frequencies.to(timesteps.device)  # (N, half); t stays float32
+        angles = timesteps[:, None] * self.frequencies  # (N, half); t stays float32
         return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)), self.label(labels)  # (N, D) each
 
 

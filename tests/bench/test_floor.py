@@ -1,12 +1,26 @@
 """The floor: the paper's own figures, and the fastest rate of all that were timed."""
 
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
-from dit_export.bench.floor import BITS, GEMMS, Gemms, floor, flops, gemm_shapes, rates, step_bytes, step_flops
+from dit_export.bench.floor import (
+    BITS,
+    GEMMS,
+    LAUNCHES,
+    Gemms,
+    _cuda,
+    floor,
+    flops,
+    full_range,
+    gemm_shapes,
+    rates,
+    step_bytes,
+    step_flops,
+)
 from dit_export.bench.run import problems
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import CONDITIONINGS, ModelSpec, model, with_conditioning
@@ -89,6 +103,30 @@ def test_a_competitor_that_computes_something_else_is_named(result, error):
     result["rows"][1]["error"] = error
     (problem,) = problems(result["rows"], {})
     assert problem.startswith("plain-openvino-bf16: its prediction is")
+
+
+@pytest.mark.parametrize(("precision", "largest"), [("int8", 127), ("fp8", 448), ("fp16", 3)])
+def test_operands_use_the_range_of_their_type(precision, largest):
+    """Small integers have few bits set: a card draws less power and multiplies them faster than a network's."""
+    for operand in full_range((64, 64, 64), precision):
+        assert 0.8 * largest <= np.abs(operand).max() <= (448 if precision == "fp8" else 2 * largest)
+        assert np.unique(operand.astype(np.int8)).size > (100 if precision == "int8" else 4)
+
+
+def test_a_gpus_products_are_launched_by_a_graph(monkeypatch):
+    """Launched from Python, the product of a batch of 1 would be a measurement of Python."""
+    products, graph = [], MagicMock()
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *operands: products.append(1) or linear(*operands))
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    monkeypatch.setattr(torch, "ones", lambda shape, device: 1.0)
+    for name, value in (("CUDAGraph", lambda: graph), ("graph", MagicMock()), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    timed = _cuda((8, 8, 8), "fp32", 1)
+    assert len(products) > LAUNCHES
+    products.clear()
+    timed()
+    assert products == [] and graph.replay.called
 
 
 @pytest.mark.parametrize("library", GEMMS["cpu"])

@@ -150,6 +150,14 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys, monkeypatch, driver, reaso
     assert "no benchmark on a GPU here: " in error and reason in error and error.count("\n") == 1
 
 
+def test_what_the_files_need_is_asked_for_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr("dit_export.bench.run.find_spec", lambda name: None if name == "diffusers" else name)
+    monkeypatch.setattr("dit_export.bench.run._prepare", None)  # which would be called
+    assert dit_export.cli.main(["bench", "S/2"]) == 2
+    error = capsys.readouterr().err
+    assert "diffusers not installed; `make gpu-check` times without them" in error and error.count("\n") == 1
+
+
 def test_a_gpu_is_described(monkeypatch):
     class Known(Cuda):
         def cudaGetDeviceProperties(self, device):

@@ -1,0 +1,37 @@
+"""Where a check runs, and why a step may not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dit_export.bench.competitors import Job
+
+Row = dict[str, Any]  # of gpu.jsonl
+
+
+class Skipped(Exception):
+    """A step that cannot run here, with the reason."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the packs were unpacked, and on what the steps run."""
+
+    work: Path
+    dry: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def bundle(self, name: str) -> Path:
+        if not (self.work / name).is_dir():
+            raise Skipped(f"{name} is not in the packs that were unpacked")
+        return self.work / name
+
+    def job(self, batch: int) -> Job:
+        if not (self.work / "job.json").is_file():
+            raise Skipped("job.json is not in the packs that were unpacked")
+        return replace(Job.read(self.work), batch=batch, device=self.device)

@@ -1,0 +1,179 @@
+"""The check that a GPU gets: its pack, its steps on a CPU with fakes, and what a killed step leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from dit_export.bench.competitors import Job
+from dit_export.networks.spec import ModelSpec
+from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
+from dit_runtime.sampling.process import Process
+from tests.bench.test_run import SMALL_VAE
+from tests.gpu import check, pack, steps
+from tests.gpu.check import Step
+from tests.gpu.steps import cut, stored
+
+ABSENT = ["diffusers", "onnx_graphsurgeon", "openvino", "tensorrt", "tensorrt_rtx", "modelopt"]
+TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8, num_classes=10)
+DRY = (
+    "fill",
+    "environment",
+    "device",
+    "reference",
+    "ort-fp*",
+    "demo-*",
+    "pipeline-fp32",
+    "torch-*-fp32",
+    "torch-graph-*",
+)
+
+
+@pytest.fixture
+def packed(tmp_path, shared_embedders, one_thread) -> Path:
+    """Packs of a tiny network and of a bundle that was verified."""
+    folder, packs = tmp_path / "made", tmp_path / "packs"
+    folder.mkdir()
+    packs.mkdir()
+    job = Job(TINY, Process(), 1, 2, 1, (), SMALL_VAE, "cuda")
+    with one_thread():
+        bundles = pack.write_graphs(folder, job, ["fp32", "fp16"], Progress())
+    demo = shutil.copytree(shared_embedders.bundle, folder / "demo-fp32")
+    pack.write_pack(packs / "first.tar.xz", folder, [folder / "job.json", *bundles])
+    pack.write_pack(packs / "second.tar.xz", folder, [Path(demo)])
+    assert (packs / "first.tar.xz").stat().st_size < 200_000  # graphs alone; the weights are 1 MB
+    return packs
+
+
+def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
+    """With only those packages that the machine with a GPU has."""
+    site = tmp_path / "work" / "site"
+    site.mkdir(parents=True)
+    (site / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))")
+    ends = check.check(packed, tmp_path / "work", tmp_path / "out", dry=True, only=DRY, seconds=600)
+    log = (tmp_path / "out" / check.LOG).read_text()
+    how = {end["step"]: end["end"] for end in ends}
+    skipped = {name for name, end in how.items() if end == "skipped"}
+    assert skipped == {"demo-tf32", "demo-fp16", "demo-bf16", "torch-graph-fp16"}, log
+    assert {end for name, end in how.items() if name not in skipped} == {"passed"}, log
+    rows = check.read(tmp_path / "out")
+    timed = [row for row in rows if row["step"].startswith("ort-") and "ms" in row]
+    for precision, limit in (("fp32", 1e-5), ("fp16", 5e-2)):  # the same random weights; others would be 1 away
+        errors = {(row["mode"], row["batch"]): row["error"] for row in timed if row["precision"] == precision}
+        assert errors.keys() == {(mode, batch) for mode in ("plain", "binding", "graph") for batch in (1, 8)}
+        assert max(errors.values()) < limit
+    (verified,) = [row for row in rows if row["step"] == "demo-fp32" and "checks" in row]
+    assert verified["checks"] > 5 and verified["failed"] == []
+    assert "ort-fp32" in check.table(rows) and "graph fp32 8" in check.table(rows)
+
+
+def test_a_step_that_dies_or_hangs_loses_nothing(tmp_path, monkeypatch) -> None:
+    """What it wrote stays, and the next step runs."""
+    steps = {
+        "dies": "import os; print('{}', file=open(OUT, 'a')); os.abort()",
+        "hangs": "import time; time.sleep(60)",
+        "ends": 'print(\'{"step": "ends", "end": "passed", "seconds": 0}\', file=open(OUT, \'a\'))',
+    }
+    start = check.subprocess.Popen
+
+    def popen(command, **options):
+        code = steps[command[command.index("--step") + 1]]
+        return start([sys.executable, "-c", f"OUT = {str(tmp_path / check.ROWS)!r}; {code}"], **options)
+
+    monkeypatch.setattr(check.subprocess, "Popen", popen)
+    monkeypatch.setattr(check, "STEPS", tuple(Step(name, 1.0 if name == "hangs" else 60.0, "") for name in steps))
+    ends = check.check(tmp_path / "no packs", tmp_path / "work", tmp_path, seconds=60)
+    assert [(end["step"], end["end"]) for end in ends] == [("dies", "killed"), ("hangs", "killed"), ("ends", "passed")]
+    assert "ended with -6" in ends[0]["why"] and ends[1]["why"] == "over its limit of 1 s"
+    rows = check.read(tmp_path)
+    assert {} in rows and rows[-1]["end"] == "passed"
+
+
+def test_what_does_not_fit_in_time_is_not_started(tmp_path) -> None:
+    ends = check.check(tmp_path / "no packs", tmp_path / "work", tmp_path, seconds=1)
+    assert {end["end"] for end in ends} == {"not started"} and len(ends) == len(check.STEPS)
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", ("CUDAExecutionProvider", {"use_tf32": "0"})])
+def test_tf32_is_forced_on_whatever_a_session_asks_for(monkeypatch, provider) -> None:
+    opened = []
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, providers, **__: opened.append(providers))
+    steps._multiply_in_tf32()
+    onnxruntime.InferenceSession("denoiser.onnx", None, providers=[provider, "CPUExecutionProvider"])
+    assert opened == [[("CUDAExecutionProvider", {"use_tf32": "1"}), ("CPUExecutionProvider", {})]]
+
+
+def fat_binary(*architectures: int) -> bytes:
+    """A header, and an entry of 8 bytes of code for each."""
+    entries = b"".join(
+        struct.pack("<HHIQ", 2, 0x101, 64, 8) + bytes(12) + struct.pack("<I", architecture) + bytes(32) + b"\xab" * 8
+        for architecture in architectures
+    )
+    return pack.FAT_BINARY + struct.pack("<HHQ", 1, pack.HEADER, len(entries)) + entries
+
+
+def test_one_architectures_code_stays_where_it_was(tmp_path) -> None:
+    library = tmp_path / "library.so"
+    host = b"host code" + pack.FAT_BINARY + bytes(20)  # the same four bytes by chance
+    library.write_bytes(host + fat_binary(80, 90, 120) + b"between" + fat_binary(90) + b"end")
+    before = library.read_bytes()
+    assert pack.keep_architecture(library, 90) == 3 * 8
+    after = library.read_bytes()
+    assert len(after) == len(before) and after.count(b"\xab" * 8) == 1
+    first = len(host) + pack.HEADER
+    assert after[first + 72 + 64 : first + 2 * 72] == b"\xab" * 8  # the second entry's
+    assert after.startswith(host) and after.endswith(b"end") and b"between" in after
+
+
+def test_a_pack_that_one_call_does_not_carry_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(pack, "LIMIT", 1000)
+    (tmp_path / "noise").write_bytes(np.random.default_rng(0).bytes(2000))
+    with pytest.raises(UsageError, match=r"expected at most 0\.0 MB, which one call carries"):
+        pack.write_pack(tmp_path / "pack.tar.xz", tmp_path, [tmp_path / "noise"])
+
+
+def test_a_wheel_that_cannot_be_had_is_one_sentence(tmp_path) -> None:
+    with pytest.raises(UsageError, match=r"onnxruntime-gpu==1.* for CPython 312 cannot be downloaded here"):
+        pack.fetch_wheel(tmp_path)  # the tests ask no registry
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("float32", ""), ("float16", "_10"), ("bfloat16", "_16")])
+def test_weights_are_described_under_the_name_that_they_were_cast_from(tmp_path, kind, suffix) -> None:
+    values = np.array([[1.0, 2.0], [3.0, 6.0]], np.float32)
+    number = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}[kind]
+    tensor = TensorProto(
+        name=f"val_10{suffix}", data_type=number, dims=values.shape, data_location=TensorProto.EXTERNAL
+    )
+    for key, value in (("location", "step.onnx.data"), ("offset", 64)):
+        tensor.external_data.add(key=key, value=str(value))
+    graph = helper.make_graph([], "step", [], [], [tensor])
+    onnx.save(helper.make_model(graph), tmp_path / "step.onnx")
+    (tmp_path / "step.onnx.data").write_bytes(bytes(64) + stored(values, kind).tobytes())
+    pack.strip_weights(tmp_path)
+    assert not (tmp_path / "step.onnx.data").exists()
+    table = json.loads((tmp_path / pack.WEIGHTS).read_text())
+    assert table["files"] == {"step.onnx.data": 64 + 4 * (4 if kind == "float32" else 2)}
+    (described,) = table["tensors"]
+    assert described["name"] == "val_10" and described["kind"] == kind
+    assert (described["mean"], described["deviation"]) == (3.0, pytest.approx(values.std()))
+
+
+def test_a_tensor_has_the_same_numbers_in_every_precision() -> None:
+    pool = np.random.default_rng(0).standard_normal(1 << 10, np.float32)
+    values = cut(pool, "blocks.0.attn.qkv.weight", (60, 40), 0.5, 0.1)  # larger than the pool
+    assert values.mean() == pytest.approx(0.5, abs=0.02) and values.std() == pytest.approx(0.1, rel=0.1)
+    np.testing.assert_array_equal(values, cut(pool, "blocks.0.attn.qkv.weight", (60, 40), 0.5, 0.1))
+    assert not np.array_equal(values, cut(pool, "blocks.1.attn.qkv.weight", (60, 40), 0.5, 0.1))
+    np.testing.assert_allclose(stored(values, "float16").astype(np.float32), values, rtol=2**-11)
+    bits = stored(values, "bfloat16").astype(np.uint32) << 16
+    np.testing.assert_allclose(bits.view(np.float32), values, rtol=2**-8)
