@@ -31,6 +31,7 @@ class Decoder(nn.Module):
         def count(*kinds: type[nn.Module]) -> int:
             return sum(isinstance(module, kinds) for module in self.modules())
 
+        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         doubled = count(Upsample2D)  # their convolutions become four each
         return {
             "subpixel": doubled,
@@ -38,5 +39,6 @@ class Decoder(nn.Module):
             "plain_attention": count(Attention),
             "split_qkv": 0,
             "dynamic": 0,
+            "quantize_convolutions": sum(max(conv.kernel_size) > 1 for conv in convs) - 2,  # but the first and the last
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }
