@@ -100,6 +100,7 @@ class Assembly:
     covered: float = 0.0  # share of the loop's weights in int8 or fp8
     sensitivity: list[LayerSensitivity] = field(default_factory=list)
     lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
+    decoder_lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # by pack
     contract: Manifest | None = None
 
@@ -243,6 +244,7 @@ class Assembly:
             self.convolutions = convolutions.fewest_in_float(
                 graph, chosen, fixed, self.backend, self.folder, decode, limit, tick
             )
+        self.decoder_lowerings = {backend: convolutions.passes(backend, layers, chosen) for backend in LOWERINGS}
         quantized = convolutions.quantize(graph, chosen, self.convolutions.kept)
         self.counts["decoder"]["quantize_convolutions"] = quantized
 
@@ -250,9 +252,8 @@ class Assembly:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""
         written = {}
         for name, graph in self.graphs.items():
-            lowerings = self.lowerings if self.runs[name] == "step" else LOWERINGS
-            lowered = self.runs[name] in ("step", "end")
-            written[name] = self._write(name, graph, lowerings if lowered else {})
+            lowerings = {"step": self.lowerings, "end": self.decoder_lowerings}
+            written[name] = self._write(name, graph, lowerings.get(self.runs[name], {}))
         contract = describe(self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
         facts = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
         facts |= {"convolutions": self.convolutions._asdict()} if self.convolutions else {}
@@ -282,7 +283,6 @@ class Assembly:
         if self.runs[name] == "end":
             assert self.decoder is not None
             expected = self.decoder.expected_counts()
-            expected["quantize_convolutions"] -= len(self.convolutions.kept if self.convolutions else [])
         else:
             expected = dict(self.loaded.network.counts)
         if not expected or self.runs[name] not in ("step", "end"):
@@ -292,6 +292,9 @@ class Assembly:
             quantized = max(expected["quantize"] - (len(self.float_layers) - attentions), 0)
             expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
         fewer = {"cast_to_half": islands, "quantize_attention": attentions}
+        if self.convolutions is not None:
+            kept = self.convolutions.kept
+            fewer |= {"quantize_convolutions": len(kept), "quantize_outputs": sum(map(convolutions.kernels, kept))}
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
 
 

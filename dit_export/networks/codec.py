@@ -31,14 +31,16 @@ class Decoder(nn.Module):
         def count(*kinds: type[nn.Module]) -> int:
             return sum(isinstance(module, kinds) for module in self.modules())
 
-        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         doubled = count(Upsample2D)  # their convolutions become four each
+        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        kernels = sum(max(conv.kernel_size) > 1 for conv in convs) - 2  # but the first and the last
         return {
             "subpixel": doubled,
             "group_norm": count(nn.GroupNorm),
             "plain_attention": count(Attention),
             "split_qkv": 0,
             "dynamic": 0,
-            "quantize_convolutions": sum(max(conv.kernel_size) > 1 for conv in convs) - 2,  # but the first and the last
+            "quantize_convolutions": kernels,
+            "quantize_outputs": kernels + 3 * doubled,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }

@@ -1,13 +1,13 @@
-"""The decoder's convolutions in int8, on the backends that gain by it:
+"""The decoder's convolutions in int8:
 
     conv(x, W) ≈ conv(DQ(Q(x)), DQ(W8)),  Q(x) = x / (s step) + zero,  W8 = Q(s W)
 
-The weights have a step an output channel. The activations are u8 with one step and one zero point a tensor: SiLU's
-values begin at −0.28, and a symmetric grid would waste half of its levels. The divisors s smooth the input's channels.
+The weights have a step an output channel. The activations are u8 with one step and one zero point a tensor: the values
+of SiLU begin at −0.28, and a symmetric grid would waste half of its levels. The divisors s smooth the input's channels.
 No divisor can pass SiLU, and what an upsampling reads is the residual stream. So s stands in the steps of Q itself, one
-a channel, where it costs nothing.
+a channel, where it costs nothing. ONNX Runtime's kernel also rounds its output to u8.
 
-The first and the last convolution stay float: they have few channels, and all of the picture passes through them. So do
+The first and the last convolution stay float: they have few channels, and the whole picture passes through them. So do
 those of 1 × 1, whose input takes as long to quantize as to multiply.
 """
 
@@ -24,17 +24,21 @@ from numpy.typing import NDArray
 
 from dit_export.graph import onnxfile
 from dit_export.passes import LOWERINGS
-from dit_export.precision.calibrate import LARGEST, LOWEST, SAMPLE, Calibration, LayerStatistics
+from dit_export.precision.attention import Pass
+from dit_export.precision.calibrate import LARGEST, LOWEST, OUTPUT, SAMPLE, Calibration, LayerStatistics
 from dit_export.precision.layers import DECODER
 from dit_export.precision.smooth import ALPHAS, HEADROOM, LEVELS, SHRINKS, choose_divisors
 from dit_runtime import backends, images
 from dit_runtime.backends import Options
 from dit_runtime.errors import UsageError, nearest
 
-BACKENDS = ("openvino",)  # where it was measured to gain
+BACKENDS = ("onnxruntime", "openvino")  # where it was measured to gain
+MIDDLE = LEVELS + 1  # of u8: the zero point of outputs, which are signed
+BIASES = 2**30  # the largest that is stored
 LINES = 6  # of a picture, and columns: where they cross, a call's sample is drawn
 SAMPLES, SEED = 2, 2000  # latents of the search; the seed is not calibration's
 MARGIN = 1.0  # dB that the search stays above the limit: other latents, and a CPU whose floats are bf16
+UP = "up"  # the kind of a sub-pixel convolution, which is four
 Floats = NDArray[np.float32]
 
 
@@ -50,6 +54,12 @@ class Convolution:
         return self.nodes[0].inputs[0]
 
     @property
+    def y(self) -> gs.Variable:
+        """Return the output, or those of all four in one tensor."""
+        (out,) = self.nodes[0].outputs
+        return out if len(self.nodes) == 1 else out.outputs[0].outputs[0]
+
+    @property
     def weights(self) -> list[Floats]:
         return [np.asarray(node.inputs[1].values) for node in self.nodes]
 
@@ -61,6 +71,7 @@ class Choice(NamedTuple):
     step: float  # of the grid, after the division
     zero: int  # the level of 0
     error: float  # relative L2 of the output on the calibration's rows
+    output: float  # step of the output's grid, where it has one
 
 
 class FloatConvolutions(NamedTuple):
@@ -79,10 +90,15 @@ def find(decoder: gs.Graph) -> list[Convolution]:
             readers.setdefault(id(node.inputs[0]), []).append(node)
     layers: list[Convolution] = []
     for nodes in list(readers.values())[1:-1]:
-        kind = f"{DECODER} {'up' if len(nodes) > 1 else 'conv'}"
+        kind = f"{DECODER} {'conv' if len(nodes) == 1 else UP}"
         count = sum(layer.name.startswith(kind) for layer in layers)
         layers.append(Convolution(f"{kind} {count}", tuple(nodes)))
     return layers
+
+
+def kernels(name: str) -> int:
+    """Return how many convolutions a name stands for."""
+    return 4 if name.split()[1] == UP else 1
 
 
 def named(layers: Sequence[Convolution], entries: Collection[str]) -> list[str]:
@@ -107,13 +123,17 @@ def add_convolution_taps(graph: gs.Graph, layers: Sequence[Convolution], rng: np
         for axis, places in enumerate(chosen, 2):
             sample = onnxfile.layer(graph, "Gather", [sample, places], f"{layer.name}/{axis}", axis=axis)
         sample = onnxfile.layer(graph, "Transpose", [sample], f"{layer.name}{SAMPLE}", perm=[0, 2, 3, 1])
-        magnitude = onnxfile.layer(graph, "Abs", [layer.x], f"{layer.name}{LARGEST}/abs")
-        over = np.array([0, 2, 3])
-        largest = onnxfile.layer(graph, "ReduceMax", [magnitude, over], f"{layer.name}{LARGEST}", keepdims=0)
-        lowest = onnxfile.layer(graph, "ReduceMin", [layer.x, over], f"{layer.name}{LOWEST}", keepdims=0)
-        shape = ["rows", *map(len, chosen), channels]
-        for tap, form in ((sample, shape), (largest, [channels]), (lowest, [channels])):
-            tap.dtype, tap.shape = np.dtype(np.float32), form
+        taps = [(sample, ["rows", *map(len, chosen), channels])]
+        for tensor, op, end, count in (
+            (layer.x, "ReduceMin", LOWEST, channels),
+            (layer.x, "ReduceMax", LARGEST, channels),
+            (layer.y, "ReduceMax", OUTPUT, sum(map(len, layer.weights))),
+        ):
+            values = tensor if op == "ReduceMin" else onnxfile.layer(graph, "Abs", [tensor], f"{layer.name}{end}/abs")
+            over = np.array([0, 2, 3])
+            taps.append((onnxfile.layer(graph, op, [values, over], f"{layer.name}{end}", keepdims=0), [count]))
+        for tap, shape in taps:
+            tap.dtype, tap.shape = np.dtype(np.float32), shape
             graph.outputs.append(tap)
 
 
@@ -124,7 +144,7 @@ def choose(layers: Sequence[Convolution], calibration: Calibration) -> dict[str,
     chosen = {}
     for layer in layers:
         seen, channels = calibration.layers[layer.name], layer.weights[0].shape[1]
-        if seen.lowest is None or seen.largest.shape != (channels,):
+        if seen.lowest is None or seen.output is None or seen.largest.shape != (channels,):
             raise UsageError(f"the calibration's {layer.name} is of another decoder, expected {channels} channels")
         chosen[layer.name] = _choose(seen, layer.weights)
     return chosen
@@ -132,9 +152,10 @@ def choose(layers: Sequence[Convolution], calibration: Calibration) -> dict[str,
 
 def _choose(seen: LayerStatistics, weights: Sequence[Floats]) -> Choice:
     """Try each alpha with each step, with the kernel's places as outputs of their own: rows are pixels."""
-    assert seen.lowest is not None
+    assert seen.lowest is not None and seen.output is not None
     rows = seen.sample  # (rows, K)
     exact, best = rows @ _flat(weights), None
+    output = HEADROOM * float(seen.output.max()) / LEVELS
     scale = float(np.linalg.norm(exact)) or 1.0
     for alpha in ALPHAS:
         s = choose_divisors(seen.largest, _flat(weights), alpha)
@@ -146,7 +167,7 @@ def _choose(seen: LayerStatistics, weights: Sequence[Floats]) -> Choice:
             grid = (np.clip(np.rint(rows / s / step) + zero, 0, 2 * LEVELS + 1) - zero) * step
             error = float(np.linalg.norm(grid @ scaled - exact)) / scale
             if best is None or error < best.error:
-                best = Choice(s, step, zero, error)
+                best = Choice(s, step, zero, error, output)
     assert best is not None
     return best
 
@@ -170,7 +191,7 @@ def quantize(decoder: gs.Graph, chosen: Mapping[str, Choice], keep: Collection[s
     """Put every convolution but those to `keep` between Q and DQ; return how many."""
     layers = [layer for layer in find(decoder) if layer.name not in keep]
     for layer in layers:
-        s, step, zero, _ = chosen[layer.name]
+        s, step, zero, *_ = chosen[layer.name]
         x, levels, level = layer.x, np.full(len(s), zero, np.uint8), np.array(zero, np.uint8)
         whole = onnxfile.layer(decoder, "QuantizeLinear", [x, s * np.float32(step), levels], f"{layer.name} q", axis=1)
         grid = onnxfile.layer(
@@ -183,6 +204,28 @@ def quantize(decoder: gs.Graph, chosen: Mapping[str, Choice], keep: Collection[s
             node.inputs[1] = onnxfile.layer(decoder, "DequantizeLinear", stored, f"{node.outputs[0].name} W", axis=0)
     decoder.cleanup().toposort()
     return len(layers)
+
+
+def passes(backend: str, layers: Sequence[Convolution], chosen: Mapping[str, Choice]) -> tuple[Pass, ...]:
+    """Return the passes that make a backend's form of an int8 decoder; its layers are not quantized yet."""
+    steps = {node.outputs[0].name: chosen[layer.name].output for layer in layers for node in layer.nodes}
+
+    def quantize_outputs(graph: gs.Graph) -> int:
+        matches = [node for node in graph.nodes if node.op == "Conv" and node.inputs[1].inputs]
+        for node in matches:
+            (x, step, zero), (weight, scales, zeros) = (tensor.inputs[0].inputs for tensor in node.inputs[:2])
+            (out,) = node.outputs
+            node.outputs.clear()
+            unit = np.asarray(scales.values) * float(step.values)
+            biases = [np.clip(np.rint(bias.values / unit), -BIASES, BIASES) for bias in node.inputs[2:]]
+            grid = [np.array(steps[out.name], np.float32), np.array(MIDDLE, np.uint8)]
+            reads = [x, step, zero, weight, scales, zeros, *grid, *(bias.astype(np.int32) for bias in biases)]
+            whole = onnxfile.layer(graph, "QLinearConv", reads, f"{out.name} q", **node.attrs)
+            onnxfile.layer(graph, "DequantizeLinear", [whole, *grid], out)
+        graph.cleanup().toposort()
+        return len(matches)
+
+    return (quantize_outputs, *LOWERINGS[backend]) if backend == "onnxruntime" else LOWERINGS[backend]
 
 
 def fewest_in_float(
@@ -201,6 +244,7 @@ def fewest_in_float(
     and those that gain most come first. Their number is found by halving. `decode` is PyTorch's decoder.
     """
     rng, (reads,) = np.random.default_rng(SEED), decoder.inputs
+    rewrites = passes(backend, find(decoder), chosen)
     latents = rng.normal(size=(SAMPLES, *reads.shape[1:])).astype(np.float32)
     exact, names = decode(latents), [name for name in chosen if name not in fixed]
     done = 0
@@ -211,7 +255,7 @@ def fewest_in_float(
         on_try(done, len(names))
         form = decoder.copy()
         quantize(form, chosen, {*fixed, *keep})
-        for rewrite in LOWERINGS[backend]:
+        for rewrite in rewrites:
             rewrite(form)
         with onnxfile.temporary(form, folder / "decoder.tried.onnx") as files:
             engine = backends.backend(backend).open(files, Options(precision="int8"))
