@@ -294,7 +294,8 @@ class Assembly:
         fewer = {"cast_to_half": islands, "quantize_attention": attentions}
         if self.convolutions is not None:
             kept = self.convolutions.kept
-            fewer |= {"quantize_convolutions": len(kept), "quantize_outputs": sum(map(convolutions.kernels, kept))}
+            fewer |= dict.fromkeys(("quantize_convolutions", "divide_apart"), len(kept))
+            fewer["quantize_outputs"] = sum(map(convolutions.kernels, kept))
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
 
 

@@ -41,6 +41,7 @@ class Decoder(nn.Module):
             "split_qkv": 0,
             "dynamic": 0,
             "quantize_convolutions": kernels,
+            "divide_apart": kernels,
             "quantize_outputs": kernels + 3 * doubled,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }

@@ -37,6 +37,8 @@ MIDDLE = LEVELS + 1  # of u8: the zero point of outputs, which are signed
 BIASES = 2**30  # the largest that is stored
 LINES = 6  # of a picture, and columns: where they cross, a call's sample is drawn
 SAMPLES, SEED = 2, 2000  # latents of the search; the seed is not calibration's
+MEASURED = 8  # convolutions of the search, each of which costs a compilation and a picture
+STREAM = 2.0  # how much more an error of the residual stream counts than that of a branch beside it
 MARGIN = 1.0  # dB that the search stays above the limit: other latents, and a CPU whose floats are bf16
 UP = "up"  # the kind of a sub-pixel convolution, which is four
 Floats = NDArray[np.float32]
@@ -225,7 +227,21 @@ def passes(backend: str, layers: Sequence[Convolution], chosen: Mapping[str, Cho
         graph.cleanup().toposort()
         return len(matches)
 
-    return (quantize_outputs, *LOWERINGS[backend]) if backend == "onnxruntime" else LOWERINGS[backend]
+    return (divide_apart, quantize_outputs, *LOWERINGS[backend]) if backend == "onnxruntime" else LOWERINGS[backend]
+
+
+def divide_apart(graph: gs.Graph) -> int:
+    """Take the divisors out of Q's steps, where a kernel for steps a channel is slow; return how many."""
+    matches = [node for node in graph.nodes if node.op == "QuantizeLinear" and node.inputs[1].values.ndim]
+    for node in matches:
+        x, steps, zeros = node.inputs
+        (grid,) = node.outputs[0].outputs
+        _, step, zero = grid.inputs
+        factors = (step.values / steps.values).reshape(1, -1, *[1] * (len(x.shape) - 2))
+        node.inputs = [onnxfile.layer(graph, "Mul", [x, factors], f"{node.outputs[0].name} x"), step, zero]
+        del node.attrs["axis"]
+    graph.cleanup().toposort()
+    return len(matches)
 
 
 def fewest_in_float(
@@ -240,8 +256,9 @@ def fewest_in_float(
 ) -> FloatConvolutions:
     """Choose the convolutions that stay float, `fixed` among them.
 
-    As few of the others stay float as `limit` needs. They are measured only if it needs some: each stays float alone,
-    and those that gain most come first. Their number is found by halving. `decode` is PyTorch's decoder.
+    As few of the others stay float as `limit` needs, and `decode` is PyTorch's decoder. If it needs some, those of the
+    largest errors are measured: each stays float alone, and those that gain most come first. The number is found by
+    halving.
     """
     rng, (reads,) = np.random.default_rng(SEED), decoder.inputs
     rewrites = passes(backend, find(decoder), chosen)
@@ -269,8 +286,10 @@ def fewest_in_float(
     low, high = 0, 0  # the limit breaks with `low` of them in float, and holds with `high`
     order: list[str] = []
     if values[0] < limit:
-        gains = {name: psnr([name], 1) for name in names}
-        order, high = sorted(names, key=lambda name: -gains[name]), len(names)
+        order = sorted(names, key=lambda name: -chosen[name].error * (STREAM if kernels(name) > 1 else 1))
+        gains = {name: psnr([name], 1) for name in order[:MEASURED]}
+        order = [*sorted(gains, key=lambda name: -gains[name]), *order[MEASURED:]]
+        high = len(order)
         values[high] = psnr(order)
     while high - low > 1:
         middle = (low + high) // 2
