@@ -73,7 +73,7 @@ class Choice(NamedTuple):
     step: float  # of the grid, after the division
     zero: int  # the level of 0
     error: float  # relative L2 of the output on the calibration's rows
-    output: float  # step of the output's grid, where it has one
+    outputs: Floats  # step of each output channel's grid, where outputs have one; (N,), or (4 N,) of four kernels
 
 
 class FloatConvolutions(NamedTuple):
@@ -157,7 +157,7 @@ def _choose(seen: LayerStatistics, weights: Sequence[Floats]) -> Choice:
     assert seen.lowest is not None and seen.output is not None
     rows = seen.sample  # (rows, K)
     exact, best = rows @ _flat(weights), None
-    output = HEADROOM * float(seen.output.max()) / LEVELS
+    outputs = (HEADROOM * np.maximum(seen.output, 1e-12) / LEVELS).astype(np.float32)
     scale = float(np.linalg.norm(exact)) or 1.0
     for alpha in ALPHAS:
         s = choose_divisors(seen.largest, _flat(weights), alpha)
@@ -169,7 +169,7 @@ def _choose(seen: LayerStatistics, weights: Sequence[Floats]) -> Choice:
             grid = (np.clip(np.rint(rows / s / step) + zero, 0, 2 * LEVELS + 1) - zero) * step
             error = float(np.linalg.norm(grid @ scaled - exact)) / scale
             if best is None or error < best.error:
-                best = Choice(s, step, zero, error, output)
+                best = Choice(s, step, zero, error, outputs)
     assert best is not None
     return best
 
@@ -210,9 +210,13 @@ def quantize(decoder: gs.Graph, chosen: Mapping[str, Choice], keep: Collection[s
 
 def passes(backend: str, layers: Sequence[Convolution], chosen: Mapping[str, Choice]) -> tuple[Pass, ...]:
     """Return the passes that make a backend's form of an int8 decoder; its layers are not quantized yet."""
-    steps = {node.outputs[0].name: chosen[layer.name].output for layer in layers for node in layer.nodes}
+    steps: dict[str, Floats] = {}
+    for layer in layers:
+        parts = np.split(chosen[layer.name].outputs, len(layer.nodes))
+        steps |= {node.outputs[0].name: part for node, part in zip(layer.nodes, parts, strict=True)}
 
     def quantize_outputs(graph: gs.Graph) -> int:
+        """The kernel has one step for its output; steps a channel are in the scales of the weights instead."""
         matches = [node for node in graph.nodes if node.op == "Conv" and node.inputs[1].inputs]
         for node in matches:
             (x, step, zero), (weight, scales, zeros) = (tensor.inputs[0].inputs for tensor in node.inputs[:2])
@@ -220,10 +224,12 @@ def passes(backend: str, layers: Sequence[Convolution], chosen: Mapping[str, Cho
             node.outputs.clear()
             unit = np.asarray(scales.values) * float(step.values)
             biases = [np.clip(np.rint(bias.values / unit), -BIASES, BIASES) for bias in node.inputs[2:]]
-            grid = [np.array(steps[out.name], np.float32), np.array(MIDDLE, np.uint8)]
-            reads = [x, step, zero, weight, scales, zeros, *grid, *(bias.astype(np.int32) for bias in biases)]
+            ends, one, level = steps[out.name], np.ones((), np.float32), np.array(MIDDLE, np.uint8)
+            reads = [x, step, zero, weight, scales.values / ends, zeros, one, level]
+            reads += [bias.astype(np.int32) for bias in biases]
             whole = onnxfile.layer(graph, "QLinearConv", reads, f"{out.name} q", **node.attrs)
-            onnxfile.layer(graph, "DequantizeLinear", [whole, *grid], out)
+            levels = onnxfile.layer(graph, "DequantizeLinear", [whole, one, level], f"{out.name} levels")
+            onnxfile.layer(graph, "Mul", [levels, ends.reshape(1, -1, 1, 1)], out)
         graph.cleanup().toposort()
         return len(matches)
 
@@ -234,7 +240,7 @@ def divide_apart(graph: gs.Graph) -> int:
     """Take the divisors out of Q's steps, where a kernel for steps a channel is slow; return how many."""
     matches = [node for node in graph.nodes if node.op == "QuantizeLinear" and node.inputs[1].values.ndim]
     for node in matches:
-        x, steps, zeros = node.inputs
+        x, steps, _ = node.inputs
         (grid,) = node.outputs[0].outputs
         _, step, zero = grid.inputs
         factors = (step.values / steps.values).reshape(1, -1, *[1] * (len(x.shape) - 2))
