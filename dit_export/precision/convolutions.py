@@ -27,7 +27,7 @@ from dit_export.passes import LOWERINGS
 from dit_export.precision.attention import Pass
 from dit_export.precision.calibrate import LARGEST, LOWEST, OUTPUT, SAMPLE, Calibration, LayerStatistics
 from dit_export.precision.layers import DECODER
-from dit_export.precision.smooth import ALPHAS, HEADROOM, LEVELS, SHRINKS, choose_divisors
+from dit_export.precision.smooth import ALPHAS, HEADROOM, LEVELS, choose_divisors
 from dit_runtime import backends, images
 from dit_runtime.backends import Options
 from dit_runtime.errors import UsageError, nearest
@@ -153,7 +153,7 @@ def choose(layers: Sequence[Convolution], calibration: Calibration) -> dict[str,
 
 
 def _choose(seen: LayerStatistics, weights: Sequence[Floats]) -> Choice:
-    """Try each alpha with each step, with the kernel's places as outputs of their own: rows are pixels."""
+    """Try each alpha, with the kernel's places as outputs of their own: rows are pixels."""
     assert seen.lowest is not None and seen.output is not None
     rows = seen.sample  # (rows, K)
     exact, best = rows @ _flat(weights), None
@@ -163,13 +163,12 @@ def _choose(seen: LayerStatistics, weights: Sequence[Floats]) -> Choice:
         s = choose_divisors(seen.largest, _flat(weights), alpha)
         scaled = _flat([_stored(weight, s).astype(np.float32) * _steps(weight, s) for weight in weights])
         low, high = float(min((seen.lowest / s).min(), 0)), float((seen.largest / s).max()) or 1.0
-        for shrink in SHRINKS:
-            step = HEADROOM * shrink * (high - low) / (2 * LEVELS + 1)
-            zero = round(-low * HEADROOM * shrink / step)
-            grid = (np.clip(np.rint(rows / s / step) + zero, 0, 2 * LEVELS + 1) - zero) * step
-            error = float(np.linalg.norm(grid @ scaled - exact)) / scale
-            if best is None or error < best.error:
-                best = Choice(s, step, zero, error, outputs)
+        step = HEADROOM * (high - low) / (2 * LEVELS + 1)  # and nothing is cut off: rare pictures would pay for it
+        zero = round(-low * HEADROOM / step)
+        grid = (np.clip(np.rint(rows / s / step) + zero, 0, 2 * LEVELS + 1) - zero) * step
+        error = float(np.linalg.norm(grid @ scaled - exact)) / scale
+        if best is None or error < best.error:
+            best = Choice(s, step, zero, error, outputs)
     assert best is not None
     return best
 

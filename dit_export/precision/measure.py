@@ -96,7 +96,7 @@ def measure(
             graph = graphs[stage.name].copy()  # a file has no shapes of what is in between
             is_step = stage is contract.step
             add_taps(graph, layers and is_step, half, rng, convolutions=convolutions and not is_step)
-            calls = total if is_step else -(-2 * plan.batch // stage.max_batch)
+            calls = total if is_step else -(-(plan.pictures + plan.batch) // stage.max_batch)
             engine = RecordingEngine(graph, folder / f"{stage.name}.tapped.onnx", max(1, ROWS // calls), rng)
             recorders[stage.name] = engine
         pipe = stack.enter_context(Pipeline(folder, contract, recorders))
@@ -109,7 +109,7 @@ def measure(
                 steps=plan.steps,
                 guidance=plan.guidance,
                 seed=seed if prompts.condition else [plan.seed + picture for picture in seeds],
-                output="images" if contract.end in stages and index == 0 else "latents",
+                output="images" if contract.end in stages and (convolutions or index == 0) else "latents",
                 on_step=tick,
             )
         if convolutions and contract.end:  # its gate decodes noise

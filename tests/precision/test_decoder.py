@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from dit_export.precision.measure import RecordingEngine, add_taps
 from dit_export.verify.parity import DECODER_PSNR
 from dit_runtime import backends, images
 from dit_runtime.backends import Options
+from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 
@@ -173,3 +175,17 @@ def test_the_search_keeps_the_fewest(fused, tmp_path) -> None:
     held = search(bad)
     assert held.kept == spoilt and held.psnr >= limit
     assert not list(tmp_path.glob("decoder.tried*"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bundle(narrow, backend) -> None:
+    """Its calibration run reads the decoder too, and the manifest says what came of it."""
+    bundle = narrow("int8", backend)
+    contract = manifest.read(bundle)
+    assert contract.end is not None and (contract.end.precision, contract.end.backend) == ("int8", backend)
+    passes, outcome = contract.built_with["passes"]["decoder"], contract.built_with["convolutions"]
+    assert passes["quantize_convolutions"] == outcome["quantized"] > 0
+    assert outcome["psnr"] >= DECODER_PSNR["int8"]
+    checks = json.loads((bundle / "parity.json").read_text())["checks"]
+    (check, *_) = [check for check in checks if check["name"] == "decoder: pictures at a batch, PSNR in dB"]
+    assert check["passed"] and check["limit"] == DECODER_PSNR["int8"] and check["value"] < 70
