@@ -32,6 +32,8 @@ class Decoder(nn.Module):
             return sum(isinstance(module, kinds) for module in self.modules())
 
         doubled = count(Upsample2D)  # their convolutions become four each
+        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        kernels = sum(max(conv.kernel_size) > 1 for conv in convs) - 2  # but the first and the last
         return {
             "subpixel": doubled,
             "depth_to_space": doubled,
@@ -40,5 +42,8 @@ class Decoder(nn.Module):
             "masked_attention": 0,
             "split_qkv": 0,
             "dynamic": 0,
+            "quantize_convolutions": kernels,
+            "divide_apart": kernels,
+            "quantize_outputs": kernels + 3 * doubled,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }
