@@ -37,6 +37,6 @@ class Decoder(nn.Module):
             "group_norm": count(nn.GroupNorm),
             "plain_attention": count(Attention),
             "split_qkv": 0,
-            "dynamic": 0,
+            "integer_products": 0,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }

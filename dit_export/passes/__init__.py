@@ -11,10 +11,10 @@ import onnx_graphsurgeon as gs
 from dit_export.passes.attention import plain_attention
 from dit_export.passes.cut import VECTORS, Cut
 from dit_export.passes.dependence import Miss
-from dit_export.passes.dynamic import dynamic
 from dit_export.passes.gains import fold_gains
 from dit_export.passes.group_norm import group_norm
 from dit_export.passes.guidance import guide, share_rows, unguided
+from dit_export.passes.integer_products import integer_products
 from dit_export.passes.pack import Pack
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.stages import Stage, split_stages
@@ -36,7 +36,7 @@ SHOWN = 5  # refusals in an error
 
 # What was measured to be faster (ARCHITECTURE.md, "Forms for backends"), on top of what the backend fuses by itself.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
-    "onnxruntime": (plain_attention, group_norm, dynamic),
+    "onnxruntime": (plain_attention, group_norm, integer_products),
     "openvino": (split_qkv, group_norm),
 }
 
