@@ -23,6 +23,9 @@ inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manif
 inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // what such stages run
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
+// What other inputs and outputs of the stages are called, so that no port may be.
+inline const std::vector<std::string> RESERVED = {GUIDANCE,       "prediction", "variance", "previous",
+                                                  "coefficients", "kept",       "next",     "images"};
 
 // One input of the network.
 struct Port {
