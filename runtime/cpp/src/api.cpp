@@ -158,6 +158,7 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
         filled.solver = manifest.process.sampler.solver.c_str();
         filled.backend = pipe->backend.c_str();
         filled.precision = manifest.step().precision.c_str();
+        filled.batch_invariant = manifest.batch_invariant;
         std::memcpy(info, &filled, info->struct_size);
     });
 }

@@ -95,6 +95,7 @@ struct Manifest {
     Process process;
     std::vector<Stage> stages;  // in the order of running, but for "update": here solvers step on the host
     std::map<std::string, File> files;
+    bool batch_invariant = false;  // verification saw that a sample has the same bits in each batch
 
     const Port& state() const;  // the port that the loop changes
     const Port& time() const;

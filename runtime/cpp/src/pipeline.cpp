@@ -63,6 +63,11 @@ const Backend& Pipeline::backend(const Stage& stage) const {
     return choose(stage, options_);
 }
 
+bool Pipeline::on_cpu(const Stage& stage) const {
+    const std::string name = backend(stage).name, device = lower(options_.device);
+    return (name == "onnxruntime" || name == "openvino") && (device.empty() || device == "cpu");
+}
+
 // The stage's engine, opened where it is not; with low memory, the others are closed first.
 Engine& Pipeline::engine(const Stage& stage) {
     const auto open = engines_.find(stage.name);

@@ -35,6 +35,7 @@ class Pipeline {
 
     void require_decoder() const;
     const Backend& backend(const Stage& stage) const;
+    bool on_cpu(const Stage& stage) const;
 
     const Path folder;
     const Manifest manifest;

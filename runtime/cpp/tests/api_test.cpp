@@ -32,6 +32,7 @@ TEST_P(Api, Info) {
     EXPECT_EQ(info.state_rank, 3);
     EXPECT_EQ(info.state_shape[2], 4);
     EXPECT_EQ(info.state_shape[3], 0);
+    EXPECT_EQ(info.batch_invariant, 0);  // this bundle's maker does not say
     EXPECT_STREQ(info.backend, GetParam());
     EXPECT_STREQ(info.solver, "ddim");
     EXPECT_STREQ(dit_label(pipe.get(), 4), "elk");

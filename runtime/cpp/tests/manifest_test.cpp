@@ -43,6 +43,14 @@ TEST_F(ManifestTest, TheUntouchedCopyIsRead) {
     for (const Stage& stage : manifest.stages) check_files(copy.folder, manifest, stage.files());
 }
 
+TEST_F(ManifestTest, BatchInvariant) {
+    EXPECT_FALSE(read(copy.folder).batch_invariant);
+    copy.edit([](Json& table) { table["batch_invariant"] = true; });
+    EXPECT_TRUE(read(copy.folder).batch_invariant);
+    copy.edit([](Json& table) { table["batch_invariant"] = 1; });
+    refused({"batch_invariant"});
+}
+
 TEST_F(ManifestTest, Format) {
     for (const Json& format : {Json(3), Json(99), Json(UINT64_MAX)}) {
         copy.edit([&](Json& table) { table["format"] = format; });

@@ -95,10 +95,12 @@ typedef struct dit_info {
     int64_t caption_shape[2]; /* of the port "captions": the most tokens, and numbers a token; both 0 without it */
     int state_rank;           /* of what a run changes, such as latents */
     int64_t state_shape[8];   /* its sizes, channels first */
+    int batch_invariant; /* 1: the build saw that a sample has the same bits in each batch; 0: it differs, or was not
+                            measured */
 } dit_info;
 
 #define DIT_INFO_INIT \
-    {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, {0, 0, 0, 0, 0, 0, 0, 0}}
+    {sizeof(dit_info), 0, 0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, {0, 0, 0, 0, 0, 0, 0, 0}, 0}
 
 typedef enum dit_dtype { DIT_FLOAT32 = 0, DIT_INT64 = 1 } dit_dtype;
 
@@ -256,8 +258,8 @@ DIT_API void dit_run_cancel(dit_run* run);
 /* NULL is fine. Not while another call on the run is inside. */
 DIT_API void dit_run_free(dit_run* run);
 
-/* One gate of dit_verify: the value, the limit that it must not exceed, or reach where at_least is 1, and where it was
- * measured. It must not throw and must not call this pipeline. */
+/* One figure of dit_verify: the value, the limit that it must not exceed, or reach where at_least is 1 (infinite for a
+ * value that is only reported), and where it was measured. It must not throw and must not call this pipeline. */
 typedef void (*dit_on_check)(const char* name, double value, double limit, int at_least, int passed, const char* where,
                              void* user);
 

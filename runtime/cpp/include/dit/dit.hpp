@@ -91,7 +91,8 @@ struct Images {
 
 struct Check {
     std::string name;
-    double value, limit;
+    double value;
+    double limit;   // infinite for a value that is only reported
     bool at_least;  // the value must reach the limit, else not exceed it
     bool passed;
     std::string where;
