@@ -7,6 +7,7 @@
 #include "images.hpp"
 #include "run.hpp"
 #include "sha256.hpp"
+#include "warming.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -28,13 +29,15 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 
 }  // namespace
 
-Pipeline::Pipeline(const Path& where, const Options& options)
+Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<std::int64_t>& warm)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
     if (!options_.low_memory) options_.cache = cache();  // reading it takes more memory than compiling
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
+    require_warmable(manifest, warm, options.low_memory);
     for (const Stage& stage : manifest.stages) check_files(folder, manifest, stage.files(backend(stage).name));
     if (!options_.low_memory)
         for (const Stage& stage : manifest.stages) engine(stage);
+    dit_runtime::warm(*this, warm);
 }
 
 // The folder for what backends compile of this bundle: in the user's cache, by the bundle's sums; "" without a cache.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime import warming
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -39,13 +40,16 @@ class Pipeline:
         threads: int | None = None,
         provider: str | None = None,
         low_memory: bool = False,
+        warm: Sequence[int] = (),
     ) -> Pipeline:
         """Open a bundle, after its manifest and the sha256 of each file that is opened have been checked.
 
-        With `low_memory` only one stage is open at a time, and only while it is needed.
+        With `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every
+        stage runs at each of them, so that a later request of such a size compiles nothing.
         """
         folder = Path(folder)
         contract = manifest.read(folder)
+        warming.require(contract, warm, low_memory)
         manifest.check_files(folder, contract, {file: None for stage in contract.stages for file in stage.files})
         cache = None if low_memory else _cache(contract)  # to read what is kept takes more memory than to compile
         options = Options(threads=threads, provider=provider, cache=cache, low_memory=low_memory)
@@ -55,6 +59,7 @@ class Pipeline:
             for stage in () if low_memory else contract.stages:
                 if stage.runs != "update":  # which is opened where it is needed
                     pipe.engines.open(stage)
+            warming.warm(pipe.engines, warm)
             undo.pop_all()
         return pipe
 

@@ -76,9 +76,12 @@ typedef struct dit_open_options {
                             cuda, cuda:1; NULL: CPU, or the first GPU */
     int threads;         /* of an engine on the CPU; 0: its own choice */
     int low_memory;      /* 1: one engine in memory at a time, opened when a run comes to it; slower */
+    const int64_t* warm; /* batch sizes, from 1 to max_batch: dit_open runs every stage once at each of them, guided and
+                            not, so that a later request of such a size compiles nothing; not with low_memory */
+    size_t num_warm;
 } dit_open_options;
 
-#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0}
+#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0}
 
 typedef struct dit_info {
     size_t struct_size;
