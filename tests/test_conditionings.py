@@ -71,7 +71,7 @@ def test_a_bundle_of_every_conditioning(bundles, way: str) -> None:
     assert contract.parity["passed"] and contract.parity["proof"] == "sensitive"
     assert contract.model["conditioning"] == way
     counts = contract.built_with["passes"]["denoiser"]
-    expected = dit_network(model).counts | {"dynamic": 0}
+    expected = dit_network(model).counts | {"integer_products": 0}
     assert counts == {name: expected[name] for name in counts}
     vectors = {"adaln-zero": 6 * 3 + 2, "adaln": 4 * 3 + 2, "in-context": 2, "cross-attention": 4 * 3}
     gives = [tensor for stage in contract.stages if stage.runs != "step" for tensor in stage.gives]

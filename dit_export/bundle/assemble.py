@@ -294,7 +294,8 @@ class Assembly:
         attentions = sum(entry.endswith(ATTENTION) for entry in self.float_layers)
         if "quantize" in expected:  # a decoder has no such layer, and diffusers' classes do not predict them
             quantized = max(expected["quantize"] - (len(self.float_layers) - attentions), 0)
-            expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
+            products = quantized if self.recipe.precision in QUANTIZED else 0
+            expected |= {"quantize": quantized, "integer_products": products}
         fewer = {"cast_to_half": islands, "quantize_attention": attentions}
         if self.convolutions is not None:
             kept = self.convolutions.kept

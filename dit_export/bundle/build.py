@@ -30,6 +30,7 @@ from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
+from dit_runtime.verify import batch_invariant
 
 PARITY = "parity.json"
 SEARCHED = 2  # copies of the weights that a search has on disk: the smoothed graphs, and two forms in int8
@@ -103,7 +104,8 @@ def build(
         text = report.html(partial, report.page(folder.name, contract, built))
         (partial / report.NAME).write_text(text, encoding="utf-8")
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
-        manifest.write(partial, replace(contract, files=files, parity=summary(built)))
+        invariant = batch_invariant(contract, built.checks)
+        manifest.write(partial, replace(contract, files=files, parity=summary(built), batch_invariant=invariant))
         built = replace(built, folder=_put_in_place(partial, folder, built.passed))
     if assembly.measured.calibration is not None and recipe.calibration is None:
         assembly.measured.calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_runtime.bundle.parsing import check_network
-from dit_runtime.bundle.records import PACKS, RESERVED, Port
+from dit_runtime.bundle.records import PACKS, Port
 from dit_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # the command line imports this package and must not wait for PyTorch
@@ -36,7 +36,7 @@ class Network:
         if len(set(names)) != len(names):
             raise UsageError(f"ports {', '.join(names)}: expected distinct names")
         for name in names:
-            if name in RESERVED or re.fullmatch(rf"({'|'.join(PACKS.values())})(_\d+)?", name):
+            if re.fullmatch(rf"({'|'.join(PACKS.values())})(_\d+)?", name):
                 raise UsageError(f"a port is called {name!r}, as a tensor of a bundle's stages; give it another name")
         try:
             check_network(self.ports, self.null, self.guided_channels)

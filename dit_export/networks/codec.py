@@ -41,7 +41,7 @@ class Decoder(nn.Module):
             "plain_attention": count(Attention),
             "masked_attention": 0,
             "split_qkv": 0,
-            "dynamic": 0,
+            "integer_products": 0,
             "quantize_convolutions": kernels,
             "divide_apart": kernels,
             "quantize_outputs": kernels + 3 * doubled,

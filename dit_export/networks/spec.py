@@ -167,7 +167,7 @@ def expected_counts(spec: ModelSpec) -> dict[str, int]:
         "guide": 1,
         "quantize": layers,
         "quantize_attention": spec.depth,
-        "dynamic": 0,
+        "integer_products": 0,
         "plain_attention": attentions,
         "split_qkv": spec.depth,
         "group_norm": 0,

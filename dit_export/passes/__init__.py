@@ -12,10 +12,10 @@ from dit_export.passes.attention import masked_attention, plain_attention
 from dit_export.passes.cut import VECTORS, Cut
 from dit_export.passes.dependence import Miss
 from dit_export.passes.depth_to_space import depth_to_space
-from dit_export.passes.dynamic import dynamic
 from dit_export.passes.gains import fold_gains
 from dit_export.passes.group_norm import group_norm
 from dit_export.passes.guidance import guide, share_rows, unguided
+from dit_export.passes.integer_products import integer_products
 from dit_export.passes.pack import Pack
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.stages import Stage, split_stages
@@ -38,7 +38,7 @@ SHOWN = 5  # refusals in an error
 # What was measured to be faster on CPUs (docs/precision.md), on top of what the backend fuses by itself. On CUDA, ONNX
 # Runtime keeps Attention, for which it has a kernel; it has none for GroupNormalization, nor for DepthToSpace in bf16.
 LOWERINGS: dict[str, tuple[Callable[[gs.Graph], int], ...]] = {
-    "onnxruntime": (plain_attention, group_norm, dynamic),
+    "onnxruntime": (plain_attention, group_norm, integer_products),
     "onnxruntime-cuda": (masked_attention, group_norm, depth_to_space),
     "openvino": (split_qkv, group_norm),
 }

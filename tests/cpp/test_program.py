@@ -20,6 +20,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.sampling.process import FLOW_SOLVERS, NOISE_SOLVERS, SPACINGS
 from tests.handmade import module
+from tests.tamper import leak
 
 CPP = Path(__file__).parents[2] / "runtime/cpp"
 CONSUMER = Path(__file__).with_name("consumer")
@@ -111,6 +112,7 @@ def test_verify_says_what_python_says(tiny, dit_generate, tmp_path):
         assert found.items() <= check.items()
         # Sums in another order: errors are some 1e-7.
         assert value == wanted if isinstance(wanted, str) else value == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert [check["metric"] for check in said["checks"]].count(verify.INVARIANCE) == 2
     assert {str(check["name"]) for check in said["checks"] if not check["passed"]} == {
         "conditioner: fingerprint, rel-L2"
     }
@@ -125,6 +127,14 @@ def test_a_note_where_the_cpu_has_no_bf16(tiny, dit_generate, tmp_path):
     done = dit_generate(tmp_path / "bundle", "--labels", 1, "--steps", 2, "-o", tmp_path / "x.npy")
     line = backends.note("openvino", "bf16")
     assert done.returncode == 0 and done.stderr == (f"note: {line}\n" if line else "")
+
+
+@pytest.mark.parametrize(("graph", "output"), [("denoiser", "prediction"), ("decoder", "images")])
+def test_verify_sees_a_row_that_depends_on_its_batch(tiny, dit_generate, tmp_path, graph, output):
+    bundle = changed(tiny, tmp_path / "bundle", lambda folder: leak(folder, graph, output), max_batch=3)
+    done = dit_generate(bundle, "--verify", "--json")
+    failed = [check["name"] for check in json.loads(done.stdout)["checks"] if not check["passed"]]
+    assert done.returncode == 1 and failed == [f"{graph}: {verify.INVARIANCE}"]
 
 
 @pytest.mark.parametrize("kind", ["tiny", "captioned"])

@@ -18,7 +18,7 @@ from dit_export.checkpoints.diffusers import read_process
 from dit_export.cli import main
 from dit_export.graph import onnxfile, trace
 from dit_export.passes.dependence import Miss
-from dit_export.passes.dynamic import dynamic
+from dit_export.passes.integer_products import integer_products
 from dit_export.precision import measure
 from dit_export.precision.calibrate import Calibration, LayerStatistics
 from dit_export.precision.layers import coverage, everything, find
@@ -172,8 +172,10 @@ def test_q_and_dq_stand_around_the_token_gemms_only(bundle, calibration, tmp_pat
     assert onnxfile.weight_bytes(denoiser) < 0.32 * size
     files = onnxfile.save(denoiser, tmp_path / "a.onnx")
     form = denoiser.copy()
-    assert dynamic(form) == 12 and "QuantizeLinear" not in onnxfile.census(form)
-    assert dynamic(bundle.graphs()["denoiser"]) == 0
+    assert integer_products(form) == 12
+    census = onnxfile.census(form)
+    assert census["MatMulIntegerToFloat"] == census["QuantizeLinear"] == 12 and "DequantizeLinear" not in census
+    assert integer_products(bundle.graphs()["denoiser"]) == 0
     assert onnxfile.save(form, tmp_path / "b.onnx")[1:] == files[1:]  # the int8 weights are there once
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,9 @@ def test_a_bundle_in_a_few_lines(handmade) -> None:
     assert "once a timestep and condition, reads moment, modulation, summary" in conditioner
     labels = summary(handmade("labels"), manifest.read(handmade("labels")))
     assert "5 classes with names" in labels and "0 to 5, guidance leads away from 5" in labels
+    assert "batch      a sample may depend on the others of its batch" in lines
+    invariant = replace(manifest.read(handmade("wave")), batch_invariant=True)
+    assert "a sample does not depend on the others of its batch" in summary(handmade("wave"), invariant)
     assert "no guidance" in summary(handmade("free"), manifest.read(handmade("free")))
 
 
@@ -96,3 +100,4 @@ def test_every_kind_is_timed(handmade, capsys, kind) -> None:
     assert {f"{stage.name}, a row" for stage in contract.before_loop} <= {*names}
     assert ("denoiser, a guided step" in names) == contract.mixes_guidance
     assert ("decoder" in names) == (contract.end is not None)
+    assert names[0].startswith("the first ") and names[0].removeprefix("the first ") in names  # of a warm pipeline

@@ -134,6 +134,8 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         (("process", "sampler", "steps_offset"), 1 << 25, "expected an integer from 0 to 16777216"),
         (("process", "beta_start"), 10**400, "expected a finite number"),
         (("process", "beta_end"), 0.999999, "the betas leave no signal at the last step"),
+        (("process", "beta_start"), 1e-17, "process: the betas add no noise at the first step"),
+        (("ports", 2, "name"), "previous", "a port is called 'previous', as a tensor of a bundle's stages"),
         (("files",), None, "manifest lacks 'files'"),
         (("files", "denoiser.onnx", "size"), -1, "files: denoiser.onnx: size: got -1, expected 0 or more"),
         ((*STEP, "runs"), "loop", "runs: got loop, expected one of condition, time"),
@@ -160,6 +162,7 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         ((*BEFORE, "gives", 0, "name"), "guidance", "port or tensor 'guidance' stands there 2 times"),
         (("stages", 2, "gives", 0, "name"), "before", "stage update gives: got before, next, expected kept, next"),
         (("stages", 3, "gives", 0, "shape", 1), 4, 'expected ["batch", 3, height, width]'),
+        (("batch_invariant",), 1, "batch_invariant: got 1, expected bool"),
     ],
     ids=str,
 )  # fmt: skip

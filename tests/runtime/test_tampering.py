@@ -15,7 +15,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.cli import main
 from dit_runtime.sampling.process import Process
 from dit_runtime.verify import load_reference, sampler
-from tests.tamper import edit, seal, weight
+from tests.tamper import edit, leak, seal, weight
 
 CLASSES = 5  # of the hand-made bundle
 REFERENCE_LABELS = {1, 3}
@@ -157,6 +157,15 @@ def test_swapped_guidance(bundle, verify):
     code, failed = verify()
     assert code == 1 and PREDICTION in failed
     assert UNGUIDED not in failed and NULL not in failed
+
+
+@pytest.mark.parametrize(("graph", "output"), [("denoiser", "prediction"), ("decoder", "images")])
+def test_a_row_that_depends_on_its_batch(bundle, verify, graph, output):
+    """By a few ulps, as by a kernel that sums in another order: far below all other limits."""
+    leak(bundle, graph, output)
+    code, failed = verify()
+    name = f"{graph}: a row in a batch and alone, max abs difference"
+    assert code == 1 and [*failed] == [name] and 0 < failed[name][0]["value"] < 1e-4
 
 
 @pytest.mark.parametrize(

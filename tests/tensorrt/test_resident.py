@@ -199,6 +199,15 @@ def test_uneven_parts_are_recorded_once(pipe, device) -> None:
     assert device.instantiated == recorded
 
 
+def test_a_warmed_pipeline_opens_nothing_more(bundle, monkeypatch) -> None:
+    """The update's engine is opened where a run comes to it."""
+    with Pipeline.load(bundle) as pipe:
+        assert "update" not in pipe.engines.opened
+    with Pipeline.load(bundle, warm=(3,)) as pipe:
+        monkeypatch.setattr(Flavour, "open", None)
+        assert np.isfinite(pipe.sample(LABELS[:3], **OPTIONS)).all()
+
+
 def test_low_memory_keeps_nothing(pipe, device) -> None:
     pipe.close()
     pipe.engines.options = Options(low_memory=True)

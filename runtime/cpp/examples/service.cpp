@@ -140,7 +140,9 @@ std::size_t queue_size(const std::string& word) {
 int main(int count, char** words) try {
     if (count < 3) return std::cerr << "usage: " << words[0] << " BUNDLE SOCKET [QUEUE]\n", 2;
     const std::size_t queue = queue_size(count > 3 ? words[3] : "8");
-    dit::Pipeline pipe(words[1]);
+    dit::OpenOptions options;
+    options.warm = {1};  // pictures are drawn one at a time, and the first client waits for no compiler
+    dit::Pipeline pipe(words[1], options);
     if (!pipe.info().image_shape[0]) throw std::runtime_error("this bundle has no decoder");
     sockaddr_un address = {};
     address.sun_family = AF_UNIX;

@@ -68,8 +68,11 @@ int verify(dit::Pipeline& pipe, bool json) {
                 "\"where\": %s, \"passed\": %s}",
                 first ? "" : ",", json_text(check.name).c_str(), json_text(check.name.substr(0, colon)).c_str(),
                 json_text(check.name.substr(colon + 2)).c_str(), json_number(check.value).c_str(),
-                json_number(check.limit).c_str(), check.at_least ? "true" : "false", json_text(check.where).c_str(),
-                check.passed ? "true" : "false");
+                std::isinf(check.limit) ? "null" : json_number(check.limit).c_str(), check.at_least ? "true" : "false",
+                json_text(check.where).c_str(), check.passed ? "true" : "false");
+        else if (std::isinf(check.limit))
+            std::printf("%-*s %10.3g  %-11s %-6s  %s\n", static_cast<int>(width), check.name.c_str(), check.value, "",
+                        "ok", check.where.c_str());
         else
             std::printf("%-*s %10.3g  %s %-8.3g %-6s  %s\n", static_cast<int>(width), check.name.c_str(), check.value,
                         check.at_least ? ">=" : "<=", check.limit, check.passed ? "ok" : "FAILED", check.where.c_str());

@@ -123,6 +123,7 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
         dit::require(bundle, "bundle");
         if (pipe->open) throw dit::UsageError("this pipeline has a bundle already; take another dit_new");
         dit::Options options;
+        std::vector<std::int64_t> warm;
         if (arguments) {
             const dit_open_options from =
                 dit::known(arguments, dit_open_options DIT_OPEN_OPTIONS_INIT, "dit_open_options");
@@ -130,8 +131,10 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
             if (from.device) options.device = from.device;
             options.threads = from.threads;
             options.low_memory = from.low_memory != 0;
+            if (from.num_warm) dit::require(from.warm, "warm");
+            if (from.warm) warm.assign(from.warm, from.warm + from.num_warm);
         }
-        auto open = std::make_unique<dit::Pipeline>(bundle, options);
+        auto open = std::make_unique<dit::Pipeline>(bundle, options, warm);
         pipe->backend = open->backend(open->manifest.step()).name;
         pipe->note = open->note();
         pipe->open = std::move(open);
@@ -161,6 +164,7 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
         filled.backend = pipe->backend.c_str();
         filled.precision = manifest.step().precision.c_str();
         filled.note = pipe->note.c_str();
+        filled.batch_invariant = manifest.batch_invariant;
         std::memcpy(info, &filled, info->struct_size);
     });
 }

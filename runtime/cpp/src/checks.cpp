@@ -42,6 +42,10 @@ void require_distinct(const std::string& what, std::vector<std::string> names) {
 }
 
 void check_ports(const Manifest& manifest) {
+    for (const Port& port : manifest.ports)
+        if (contains(RESERVED, port.name))
+            throw std::invalid_argument(
+                text("a port is called '", port.name, "', as a tensor of a bundle's stages; give it another name"));
     for (const char* role : {"state", "time"}) {
         const auto ports = std::count_if(manifest.ports.begin(), manifest.ports.end(),
                                          [&](const Port& port) { return port.role == role; });

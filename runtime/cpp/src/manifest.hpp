@@ -19,12 +19,15 @@ using Shape = std::vector<std::int64_t>;
 
 inline constexpr std::uint64_t FORMAT = 2;
 inline const char* const MANIFEST = "manifest.json";
-inline const char* const ENGINE = ".engine";  // what a file that a backend has compiled ends in
+inline const char* const ENGINE = ".engine";                 // what a file that a backend has compiled ends in
 inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
 
 inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // what such stages run
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
+// What other inputs and outputs of the stages are called, so that no port may be.
+inline const std::vector<std::string> RESERVED = {GUIDANCE,       "prediction", "variance", "previous",
+                                                  "coefficients", "kept",       "next",     "images"};
 
 // One input of the network.
 struct Port {
@@ -94,6 +97,7 @@ struct Manifest {
     Process process;
     std::vector<Stage> stages;  // in the order of running, but for "update": here solvers step on the host
     std::map<std::string, File> files;
+    bool batch_invariant = false;  // verification saw that a sample has the same bits in each batch
 
     const Port& state() const;  // the port that the loop changes
     const Port& time() const;

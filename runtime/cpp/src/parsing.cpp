@@ -125,7 +125,7 @@ void parse_engines(const Json& table, Manifest& manifest) {
 Manifest parse_table(const Json& table) {
     json::known_keys(table, "the manifest",
                      {"format", "model", "ports", "null", "labels", "guidance", "process", "stages", "files", "source",
-                      "built_with", "parity"});
+                      "built_with", "parity", "batch_invariant"});
     for (const char* key : {"source", "built_with", "parity"})
         if (table.contains(key)) json::table(table[key], key);
     Manifest manifest;
@@ -154,6 +154,8 @@ Manifest parse_table(const Json& table) {
         const std::string sum = json::string(json::need(entry.value(), "sha256"), "sha256 of " + entry.key());
         manifest.files[entry.key()] = {static_cast<std::uintmax_t>(size), sum};
     }
+    if (table.contains("batch_invariant"))
+        manifest.batch_invariant = json::boolean(table["batch_invariant"], "batch_invariant");
     check(manifest);
     parse_engines(table, manifest);
     auto& stages = manifest.stages;

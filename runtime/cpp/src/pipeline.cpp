@@ -7,6 +7,7 @@
 #include "images.hpp"
 #include "run.hpp"
 #include "sha256.hpp"
+#include "warming.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -31,10 +32,11 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 
 }  // namespace
 
-Pipeline::Pipeline(const Path& where, const Options& options)
+Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<std::int64_t>& warm)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
     options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
+    require_warmable(manifest, warm, options.low_memory);
     std::vector<std::string> files;
     for (const Stage& stage : manifest.stages)
         for (const auto& file : files_for(stage, backend(stage), options_.device)) files.push_back(file);
@@ -47,6 +49,7 @@ Pipeline::Pipeline(const Path& where, const Options& options)
         throw;
     }
     sums.finish();
+    dit_runtime::warm(*this, warm);
 }
 
 // The folder for what backends compile of this bundle: in the user's cache, by the bundle's sums; "" without a cache.
@@ -80,6 +83,11 @@ std::string Pipeline::note() const {
         if (const auto note = backend(stage).note)
             if (const std::string line = note(stage.precision, options_); !line.empty()) return line;
     return "";
+}
+
+bool Pipeline::on_cpu(const Stage& stage) const {
+    const std::string name = backend(stage).name, device = lower(options_.device);
+    return (name == "onnxruntime" || name == "openvino") && (device.empty() || device == "cpu");
 }
 
 // The stage's engine, opened where it is not; with low memory, the others are closed first.

@@ -18,8 +18,9 @@ using Conditioned = std::function<const Arrays&(std::size_t first, std::size_t l
 
 class Pipeline {
   public:
-    // Opens a bundle, and checks its manifest and the sha256 of each file that is opened.
-    Pipeline(const Path& folder, const Options& options);
+    // Opens a bundle, and checks its manifest and the sha256 of each file that is opened. Every stage runs at the batch
+    // sizes of `warm`, so that a later request of such a size compiles nothing.
+    Pipeline(const Path& folder, const Options& options, const std::vector<std::int64_t>& warm = {});
 
     std::vector<std::uint8_t> images(const Request& request);  // [N, H, W, 3]
     std::vector<float> latents(const Request& request);        // [N, *state]
@@ -37,6 +38,7 @@ class Pipeline {
     const Backend& backend(const Stage& stage) const;
     // A line for people where a stage does not compute here in its precision; else empty.
     std::string note() const;
+    bool on_cpu(const Stage& stage) const;
 
     const Path folder;
     const Manifest manifest;

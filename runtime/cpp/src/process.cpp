@@ -150,8 +150,11 @@ Process process_from_json(const Json& table) {
     if ((process.kind() == "flow") != flow)
         throw std::invalid_argument(text("process: prediction is '", process.prediction, "', which fits kind ",
                                          process.kind(), ", not ", flow ? "flow" : "noise"));
-    if (!flow && process.alpha_bar().back() == 0)
-        throw std::invalid_argument("process: the betas leave no signal at the last step");
+    if (!flow) {
+        const Array levels = process.alpha_bar();
+        if (levels.front() == 1) throw std::invalid_argument("process: the betas add no noise at the first step");
+        if (levels.back() == 0) throw std::invalid_argument("process: the betas leave no signal at the last step");
+    }
     return process;
 }
 

@@ -17,6 +17,8 @@ inline void require(const void* pointer, const char* name) {
 template <typename Struct>
 constexpr std::size_t first_version = sizeof(Struct);
 template <>
+constexpr std::size_t first_version<dit_open_options> = offsetof(dit_open_options, warm);
+template <>
 constexpr std::size_t first_version<dit_info> = offsetof(dit_info, caption_shape);
 template <>
 constexpr std::size_t first_version<dit_request> = offsetof(dit_request, captions);

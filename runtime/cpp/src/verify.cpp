@@ -31,6 +31,8 @@ const double CONTRAST = facts().at("contrast").get<double>();
 
 namespace {
 
+const char* const INVARIANCE = "a row in a batch and alone, max abs difference";
+
 // ||value − reference|| / ||reference||; NaN and inf stay what they are.
 double relative_error(const std::vector<float>& value, const float* reference) {
     double difference = 0, norm = 0;
@@ -103,6 +105,105 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
         if (!memo.guided() || (step != 0 && step != steps / 2 && step != steps - 1)) continue;
         report("unguided", denoise(Groups::OWN).prediction, reference.conditional, limits.prediction);
         report("null condition", denoise(Groups::NULLS).prediction, reference.null, limits.prediction);
+    }
+}
+
+// The largest absolute difference; NaN where a number of them is.
+double difference(const float* values, const float* others, std::size_t size) {
+    double most = 0;
+    for (std::size_t i = 0; i < size && !std::isnan(most); ++i) {
+        const double gap = std::abs(static_cast<double>(values[i]) - others[i]);
+        if (!(gap <= most)) most = gap;
+    }
+    return most;
+}
+
+Figure invariance(const Pipeline& pipe, const Stage& stage, double difference, const std::string& where) {
+    const double limit = pipe.on_cpu(stage) ? 0 : std::numeric_limits<double>::infinity();
+    return {stage.name, INVARIANCE, difference, limit, false, {}, where};
+}
+
+// Appends what the step reads of one sample, [G, 1, ...], to that of others, [G, B, ...].
+void put_beside(Arrays& all, const Arrays& sample) {
+    for (const auto& [name, tensor] : sample) {
+        Tensor& joined = all[name];
+        if (joined.shape.empty()) {
+            joined = tensor;
+            continue;
+        }
+        const auto groups = static_cast<std::size_t>(tensor.shape[0]), row = count(tensor.shape) / groups;
+        const auto before = static_cast<std::size_t>(joined.shape[1]++) * row;
+        const auto join = [&](auto& to, const auto& from) {
+            auto values = to;
+            values.clear();
+            for (std::size_t group = 0; group < groups && !from.empty(); ++group) {
+                const auto old = to.begin() + static_cast<std::ptrdiff_t>(group * before);
+                const auto own = from.begin() + static_cast<std::ptrdiff_t>(group * row);
+                values.insert(values.end(), old, old + static_cast<std::ptrdiff_t>(before));
+                values.insert(values.end(), own, own + static_cast<std::ptrdiff_t>(row));
+            }
+            to = std::move(values);
+        };
+        join(joined.floats, tensor.floats);
+        join(joined.integers, tensor.integers);
+    }
+}
+
+// Asks for a row alone and between two others, each with its own timestep, condition and guidance. What the row reads
+// from the stages before the loop is made for it alone, too.
+void check_step_row(Pipeline& pipe, const Reference& reference, const OnFigure& on_figure) {
+    const Stage& stage = pipe.manifest.step();
+    const std::size_t last = reference.timesteps.size() - 1, samples = reference.batch();
+    const std::size_t each = count(pipe.manifest.state().shape);
+    std::vector<std::pair<std::size_t, std::size_t>> places = {// sample and step
+                                                               {0, 0},
+                                                               {1 % samples, (last + 1) / 2},
+                                                               {0, last}};
+    places.resize(std::min(places.size(), static_cast<std::size_t>(stage.max_batch)));
+    const std::size_t row = places.size() / 2, sample = places[row].first;
+    Array times;
+    std::vector<float> states, weights;
+    for (const auto& [own, step] : places) {
+        times.push_back(reference.timesteps[step]);
+        const auto state = reference.latents.begin() + static_cast<std::ptrdiff_t>((step * samples + own) * each);
+        states.insert(states.end(), state, state + static_cast<std::ptrdiff_t>(each));
+        weights.push_back(reference.guidance[own]);
+    }
+    Memo whole = pipe.memo(times, reference.condition, reference.negative);
+    Arrays mixed;
+    for (std::size_t step = 0; step < places.size(); ++step)
+        put_beside(mixed, whole(step, places[step].first, places[step].first + 1));
+    Memo own = pipe.memo({times[row]}, slice(reference.condition, sample, sample + 1), reference.negative);
+    const Arrays alone = own(0, 0, 1);
+    const Prediction batch =
+        pipe.denoise(states, [&](std::size_t, std::size_t) -> const Arrays& { return mixed; }, weights);
+    const auto state = states.begin() + static_cast<std::ptrdiff_t>(row * each);
+    const Prediction single =
+        pipe.denoise({state, state + static_cast<std::ptrdiff_t>(each)},
+                     [&](std::size_t, std::size_t) -> const Arrays& { return alone; }, {weights[row]});
+    double most = difference(&batch.prediction[row * each], single.prediction.data(), each);
+    if (!single.variance.empty() && !std::isnan(most)) {
+        const double gap = difference(&batch.variance[row * each], single.variance.data(), each);
+        if (!(gap <= most)) most = gap;
+    }
+    on_figure(invariance(pipe, stage, most,
+                         text("sample ", sample, " at t = ", times[row], " in a batch of ", places.size())));
+}
+
+// Decodes a sample of the reference alone and in a batch with the others.
+void check_end_row(Pipeline& pipe, const Reference& reference, const OnFigure& on_figure) {
+    const Stage& stage = *pipe.manifest.end();
+    const std::size_t each = count(pipe.manifest.state().shape), pixels = count(pipe.manifest.image_shape());
+    const std::size_t batch = std::min(reference.batch(), static_cast<std::size_t>(stage.max_batch));
+    const std::size_t sample = batch / 2;
+    const float* const latents = &reference.latents[reference.timesteps.size() * reference.batch() * each];
+    try {
+        const std::vector<float> together = pipe.decode({latents, latents + batch * each});
+        const std::vector<float> alone = pipe.decode({latents + sample * each, latents + (sample + 1) * each});
+        on_figure(invariance(pipe, stage, difference(&together[sample * pixels], alone.data(), pixels),
+                             text("sample ", sample, " in a batch of ", batch)));
+    } catch (const EngineError& error) {
+        on_figure(invariance(pipe, stage, std::nan(""), error.what()));
     }
 }
 
@@ -207,20 +308,18 @@ void verify(Pipeline& pipe, const OnFigure& on_figure) {
     const std::vector<std::uint64_t> seeds(reference.seeds.begin(), reference.seeds.end());
     const std::size_t each = reference.latents.size() / (steps + 1);
     const std::vector<float> noise = draw(seeds, reference.batch())(each);
-    double apart = 0;
-    for (std::size_t i = 0; i < each && !std::isnan(apart); ++i) {
-        const double gap = std::abs(static_cast<double>(noise[i]) - reference.latents[i]);
-        if (!(gap <= apart)) apart = gap;
-    }
+    const double apart = difference(noise.data(), reference.latents.data(), each);
     on_figure({"sampler", "noise, max abs error", apart, NOISE_ATOL});
     const Tolerances& denoiser = TOLERANCES.at(manifest.step().precision);
     if (conditioner > 0) check_before_loop(pipe, reference, conditioner, on_figure);
     teacher_forced(pipe, reference, denoiser, on_figure);
+    check_step_row(pipe, reference, on_figure);
     const std::vector<float> latents = free_run(pipe, reference, denoiser, on_figure);
     if (!latents.empty() && manifest.end()) {
         const double least = std::min(denoiser.pictures, TOLERANCES.at(manifest.end()->precision).pictures);
         check_pictures(pipe, reference, latents, least, denoiser.nearest, on_figure);
     }
+    if (manifest.end()) check_end_row(pipe, reference, on_figure);
 }
 
 }  // namespace dit_runtime

@@ -31,7 +31,8 @@ extern const double CONTRAST;  // least standard deviation of a picture, in leve
 struct Figure {
     std::string stage;   // of the bundle; "sampler" and "run" are no stages of it
     std::string metric;  // with its unit: "prediction, rel-L2"
-    double value, limit;
+    double value;
+    double limit;                          // infinite: reported, no gate
     bool at_least = false;                 // the value must reach the limit, else stay below it
     std::optional<std::size_t> step = {};  // of the run, from 1
     std::string where = {};                // for people

@@ -2,7 +2,9 @@
 #include <cmath>
 #include <filesystem>
 #include <future>
+#include <iterator>
 #include <thread>
+#include <utility>
 
 #include "api.hpp"
 #include "dit/dit.hpp"
@@ -32,6 +34,7 @@ TEST_P(Api, Info) {
     EXPECT_EQ(info.state_rank, 3);
     EXPECT_EQ(info.state_shape[2], 4);
     EXPECT_EQ(info.state_shape[3], 0);
+    EXPECT_EQ(info.batch_invariant, 0);  // this bundle's maker does not say
     EXPECT_STREQ(info.backend, GetParam());
     EXPECT_STREQ(info.solver, "ddim");
     EXPECT_STREQ(dit_label(pipe.get(), 4), "elk");
@@ -224,6 +227,31 @@ TEST(Threads, APipelineEach) {
     second.join();
     EXPECT_EQ(alone[0], together[0]);
     EXPECT_EQ(alone[1], together[1]);
+}
+
+// To open or to compile a graph takes its file, and the bundle is gone; a cold OpenVINO needs it again.
+TEST_P(Api, AfterWarmingRequestsNeedNoFile) {
+    const int64_t batches[] = {1, 3};
+    for (const bool warm : {false, true}) {
+        pipe.reset(dit_new());
+        options.threads = 2;
+        options.warm = warm ? batches : nullptr;
+        options.num_warm = warm ? std::size(batches) : 0;
+        {
+            const BundleCopy copy;
+            ASSERT_EQ(dit_open(pipe.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(pipe.get());
+        }
+        dit_status status = DIT_OK;
+        for (const auto& [count, strength] : {std::pair(1, 1.0f), std::pair(3, 4.0f), std::pair(1, 4.0f)}) {
+            request.count = static_cast<std::size_t>(count);
+            request.guidance = &strength;
+            request.num_guidance = 1;
+            std::vector<uint8_t> images(request.count * PIXELS);
+            if (status == DIT_OK) status = dit_generate(pipe.get(), &request, images.data(), images.size());
+        }
+        const bool needs_none = warm || GetParam() != std::string("openvino");
+        EXPECT_EQ(status, needs_none ? DIT_OK : DIT_BAD_BUNDLE) << dit_message(pipe.get());
+    }
 }
 
 // The message is the call's that runs: who finds the pipeline busy does not read it.

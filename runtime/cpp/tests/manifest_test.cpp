@@ -43,6 +43,14 @@ TEST_F(ManifestTest, TheUntouchedCopyIsRead) {
     for (const Stage& stage : manifest.stages) check_files(copy.folder, manifest, stage.files());
 }
 
+TEST_F(ManifestTest, BatchInvariant) {
+    EXPECT_FALSE(read(copy.folder).batch_invariant);
+    copy.edit([](Json& table) { table["batch_invariant"] = true; });
+    EXPECT_TRUE(read(copy.folder).batch_invariant);
+    copy.edit([](Json& table) { table["batch_invariant"] = 1; });
+    refused({"batch_invariant"});
+}
+
 TEST_F(ManifestTest, Format) {
     for (const Json& format : {Json(3), Json(99), Json(UINT64_MAX)}) {
         copy.edit([&](Json& table) { table["format"] = format; });
@@ -123,7 +131,8 @@ TEST(Ports, Refusals) {
     bad("size: got 0, expected 1 or more", [](Json& table) { table["ports"][4]["dtype"] = "int64"; });
     bad("size: got 3, expected 0", [](Json& table) { table["ports"][4]["size"] = 3; });
     bad("port or tensor 'words'", [](Json& table) { table["ports"][3]["name"] = "words"; });
-    bad("port or tensor 'guidance'", [](Json& table) { table["ports"][3]["name"] = "guidance"; });
+    for (const std::string& name : RESERVED)
+        bad(("a port is called '" + name + "'").c_str(), [&](Json& table) { table["ports"][3]["name"] = name; });
     bad("no mask", [](Json& table) { table["ports"][3]["masks"] = "wrods"; });
     bad("no mask", [](Json& table) { table["ports"][2]["masks"] = "words_mask"; });
     bad("no mask", [](Json& table) { table["ports"][0]["masks"] = "words"; });
@@ -146,6 +155,7 @@ TEST(Ports, Refusals) {
     refused_change(FREE, "reads guidance: got no condition port", [](Json& table) {
         stage(table, "denoiser")["reads"].push_back({{"name", "guidance"}, {"dtype", "float32"}, {"shape", {"batch"}}});
     });
+    refused_change(BUNDLE, "add no noise at the first", [](Json& table) { table["process"]["beta_start"] = 1e-17; });
     refused_change(BUNDLE, "leave no signal", [](Json& table) { table["process"]["beta_end"] = 0.999999; });
     refused_change(BUNDLE, "after all classes", [](Json& table) { table["null"]["labels"] = 0; });
     refused_change(BUNDLE, "labels: got 5 names, expected 6", [](Json& table) { table["null"] = Json::object(); });

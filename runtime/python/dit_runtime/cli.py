@@ -293,7 +293,8 @@ def _compile(options: argparse.Namespace) -> int:
             figures = _figures(options)
             code = report(figures, options.json)
             parity = verify.summary(contract.parity.get("proof", "none"), figures)
-            compiled = replace(compiled, parity=parity)
+            invariant = verify.batch_invariant(compiled, figures)
+            compiled = replace(compiled, parity=parity, batch_invariant=invariant)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)
         try:

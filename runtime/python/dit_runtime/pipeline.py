@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import backends
+from dit_runtime import backends, warming
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -40,13 +40,16 @@ class Pipeline:
         threads: int | None = None,
         provider: str | None = None,
         low_memory: bool = False,
+        warm: Sequence[int] = (),
     ) -> Pipeline:
         """Open a bundle; its manifest, and the sha256 of each file that is opened, are checked.
 
-        With `low_memory` only one stage is open at a time, and only while it is needed.
+        With `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every
+        stage runs at each of them, so that a later request of such a size compiles nothing.
         """
         folder = Path(folder)
         contract = manifest.read(folder)
+        warming.require(contract, warm, low_memory)
         options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
         opened = {file: None for stage in contract.stages for file in backends.files(stage, options)}
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory
@@ -56,6 +59,7 @@ class Pipeline:
                 for stage in () if low_memory else contract.stages:
                     if stage.runs != "update":  # which is opened where it is needed
                         pipe.engines.open(stage)
+            warming.warm(pipe.engines, warm)
             undo.pop_all()
         return pipe
 

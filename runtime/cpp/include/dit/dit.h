@@ -76,9 +76,12 @@ typedef struct dit_open_options {
                             TensorRT: cuda, cuda:1; NULL: CPU, or the first GPU */
     int threads;         /* of an engine on the CPU; 0: its own choice */
     int low_memory;      /* 1: one engine in memory at a time, opened when a run comes to it; slower */
+    const int64_t* warm; /* batch sizes, from 1 to max_batch: dit_open runs every stage once at each of them, guided and
+                            not, so that a later request of such a size compiles nothing; not with low_memory */
+    size_t num_warm;
 } dit_open_options;
 
-#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0}
+#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0}
 
 typedef struct dit_info {
     size_t struct_size;
@@ -96,11 +99,13 @@ typedef struct dit_info {
     int state_rank;           /* of what a run changes, such as latents */
     int64_t state_shape[8];   /* its sizes, channels first */
     const char* note;         /* a line for people where a graph does not compute here in its precision; else "" */
+    int batch_invariant; /* 1: the build saw that a sample has the same bits in each batch; 0: it differs, or was not
+                            measured */
 } dit_info;
 
-#define DIT_INFO_INIT                                                                                 \
-    {sizeof(dit_info),         0,   0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, \
-     {0, 0, 0, 0, 0, 0, 0, 0}, NULL}
+#define DIT_INFO_INIT                                                                                  \
+    {sizeof(dit_info),         0,    0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, \
+     {0, 0, 0, 0, 0, 0, 0, 0}, NULL, 0}
 
 typedef enum dit_dtype { DIT_FLOAT32 = 0, DIT_INT64 = 1 } dit_dtype;
 
@@ -258,8 +263,8 @@ DIT_API void dit_run_cancel(dit_run* run);
 /* NULL is fine. Not while another call on the run is inside. */
 DIT_API void dit_run_free(dit_run* run);
 
-/* One gate of dit_verify: the value, the limit that it must not exceed, or reach where at_least is 1, and where it was
- * measured. It must not throw and must not call this pipeline. */
+/* One figure of dit_verify: the value, the limit that it must not exceed, or reach where at_least is 1 (infinite for a
+ * value that is only reported), and where it was measured. It must not throw and must not call this pipeline. */
 typedef void (*dit_on_check)(const char* name, double value, double limit, int at_least, int passed, const char* where,
                              void* user);
 

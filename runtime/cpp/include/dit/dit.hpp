@@ -34,6 +34,7 @@ struct OpenOptions {
     std::string device;   // empty: the CPU
     int threads = 0;      // 0: the engine's own choice
     bool low_memory = false;
+    std::vector<std::int64_t> warm = {};  // batch sizes that every stage runs at before the first request
 };
 
 // Rows for a port: floats, or integers.
@@ -91,7 +92,8 @@ struct Images {
 
 struct Check {
     std::string name;
-    double value, limit;
+    double value;
+    double limit;   // infinite for a value that is only reported
     bool at_least;  // the value must reach the limit, else not exceed it
     bool passed;
     std::string where;
@@ -108,6 +110,8 @@ class Pipeline {
         if (!options.device.empty()) from.device = options.device.c_str();
         from.threads = options.threads;
         from.low_memory = options.low_memory;
+        if (!options.warm.empty()) from.warm = options.warm.data();
+        from.num_warm = options.warm.size();
         check(dit_open(pipe_.get(), bundle.c_str(), &from));
         check(dit_get_info(pipe_.get(), &info_));
     }

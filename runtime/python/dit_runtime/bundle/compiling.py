@@ -50,7 +50,8 @@ def compile_stages(folder: Path, contract: Manifest, backend: str, options: Opti
         undo.pop_all()
     built_with = {**contract.built_with, **({"engines": engines} if engines else {})}
     proof = {key: contract.parity[key] for key in ("proof",) if key in contract.parity}  # which is of the weights
-    return replace(contract, stages=tuple(stages), files=files, built_with=built_with, parity=proof)
+    changed = replace(contract, stages=tuple(stages), files=files, built_with=built_with, parity=proof)
+    return replace(changed, batch_invariant=False)
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from dit_runtime.bundle.records import (
     DTYPES,
     GUIDANCE,
     LABELS,
+    RESERVED,
     ROLES,
     RUNS,
     File,
@@ -144,6 +145,8 @@ def check_network(ports: Sequence[Port], null: Mapping[str, int | float], channe
     guided channels (None: all)."""
     for index, port in enumerate(ports):
         _check_port(port, f"port {index} ({port.name})")
+        if port.name in RESERVED:
+            raise ValueError(f"a port is called {port.name!r}, as a tensor of a bundle's stages; give it another name")
     for role in ("state", "time"):
         names = [port.name for port in ports if port.role == role]
         _expect(len(names) == 1, f"{role} ports", names, "exactly one")

@@ -112,6 +112,7 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)
     built_with: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
+    batch_invariant: bool = False  # verification saw that a sample has the same bits in each batch
     format: int = FORMAT
 
     @property

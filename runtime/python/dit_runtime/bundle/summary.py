@@ -35,6 +35,8 @@ def summary(folder: Path, contract: Manifest) -> str:
     parity = contract.parity
     outcome = ("passed" if parity["passed"] else "FAILED") if "passed" in parity else "not verified"
     lines.append(f"parity     {outcome}, proof: {parity.get('proof', 'none')}")
+    depends = "does not depend" if contract.batch_invariant else "may depend"
+    lines.append(f"batch      a sample {depends} on the others of its batch")
     origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
     lines.append(f"weights    {', '.join(origin)}")
     return "\n".join(lines)

@@ -106,8 +106,12 @@ class Process:
             for beta in self.trained_betas:
                 _require(is_number(beta) and 0 < beta < 1, "trained_betas", beta, "numbers between 0 and 1")
         require_fit(self, self.sampler.solver)
-        if self.kind == "noise" and self.alpha_bar[-1] == 0:
-            raise UsageError("the betas leave no signal at the last step")
+        if self.kind == "noise":
+            levels = self.alpha_bar
+            if levels[0] == 1:
+                raise UsageError("the betas add no noise at the first step")
+            if levels[-1] == 0:
+                raise UsageError("the betas leave no signal at the last step")
 
     @property
     def kind(self) -> str:

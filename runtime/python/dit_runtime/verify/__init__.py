@@ -1,19 +1,32 @@
 """Replays reference.npz, PyTorch's own answer, with NumPy and the engines alone, and judges what they give."""
 
 from dit_runtime.verify.figures import Figure, jsonable, summary, table, worst
-from dit_runtime.verify.judge import NOISE_ATOL, TOLERANCES, Tolerances, judge, sampler, tolerances, verify
+from dit_runtime.verify.judge import (
+    INVARIANCE,
+    NOISE_ATOL,
+    TOLERANCES,
+    Tolerances,
+    batch_invariant,
+    judge,
+    sampler,
+    tolerances,
+    verify,
+)
 from dit_runtime.verify.reference import REFERENCE, Reference, fingerprint, load_reference
-from dit_runtime.verify.replay import Answer, Replay, cosine, relative_error, replay
+from dit_runtime.verify.replay import Answer, Invariance, Replay, cosine, relative_error, replay
 
 __all__ = [
+    "INVARIANCE",
     "NOISE_ATOL",
     "REFERENCE",
     "TOLERANCES",
     "Answer",
     "Figure",
+    "Invariance",
     "Reference",
     "Replay",
     "Tolerances",
+    "batch_invariant",
     "cosine",
     "fingerprint",
     "jsonable",

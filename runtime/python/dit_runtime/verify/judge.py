@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dit_runtime import images
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.errors import BundleError
 from dit_runtime.facts import FACTS
 from dit_runtime.pipeline import Pipeline
@@ -48,6 +48,7 @@ class Tolerances:
 # fp8 is E4M3, 4 bits wherever a number lies: inputs and weights are off by up to 6 %, measured 1.9e-2 over 12 blocks.
 TOLERANCES = {precision: Tolerances(**limits) for precision, limits in FACTS["tolerances"].items()}
 CONTRAST: float = FACTS["contrast"]  # least standard deviation of a picture's levels of 255
+INVARIANCE = "a row in a batch and alone, max abs difference"
 NOISE_ATOL: float = FACTS["noise_atol"]  # PyTorch's vector code differs from libm's by an ulp of values up to 5
 
 
@@ -75,7 +76,9 @@ def judge(contract: Manifest, reference: Reference, answers: Replay) -> list[Fig
         *sampler(contract, reference),
         *_before_loop(contract, reference, answers),
         *_step(contract, reference, answers, step),
+        *_invariance(answers, contract.step),
         *_run(contract, reference, answers, step),
+        *(_invariance(answers, contract.end) if contract.end else ()),
     ]
 
 
@@ -118,6 +121,20 @@ def _step(contract: Manifest, reference: Reference, answers: Replay, limits: Tol
         where = f"step {answer.step + 1} of {steps}, t = {reference.timesteps[answer.step]:g}"
         metric, step = f"{answer.name}, rel-L2", answer.step + 1
         yield Figure(contract.step.name, metric, answer.error, limit, step=step, where=where)
+
+
+def _invariance(answers: Replay, stage: Stage) -> Iterator[Figure]:
+    """Hold engines on a CPU to the same bits; report what others differ by."""
+    for row in answers.invariance:
+        if row.stage == stage.name:
+            yield Figure(row.stage, INVARIANCE, row.difference, 0 if row.on_cpu else None, where=row.where)
+
+
+def batch_invariant(contract: Manifest, figures: Iterable[Figure]) -> bool:
+    """Return whether a row had the same bits in a batch as alone, in each stage that was measured."""
+    stages = {stage.name for stage in contract.stages}
+    values = [figure.value for figure in figures if figure.metric == INVARIANCE and figure.stage in stages]
+    return bool(values) and not any(values)  # NaN is true
 
 
 def _run(contract: Manifest, reference: Reference, answers: Replay, limits: Tolerances) -> Iterator[Figure]:

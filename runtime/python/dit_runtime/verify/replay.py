@@ -6,17 +6,20 @@ The reference holds one sampling run in fp32. Per step the engine is asked the s
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import images
-from dit_runtime.bundle.manifest import Manifest
+from dit_runtime import backends, images
+from dit_runtime.bundle.manifest import Manifest, Stage
+from dit_runtime.bundle.records import GUIDANCE
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.conditions.memo import StepInputs
+from dit_runtime.engines import Engines
 from dit_runtime.errors import BundleError, EngineError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Request
@@ -33,6 +36,15 @@ class Answer(NamedTuple):
     cosine: float
 
 
+class Invariance(NamedTuple):
+    """How a row that runs alone differs from the same row in a batch of other rows."""
+
+    stage: str
+    difference: float  # largest, absolute; NaN where the stage failed
+    on_cpu: bool
+    where: str
+
+
 class Replay(NamedTuple):
     """The engines' answers; where one broke down, `failures` says how; the missing outputs are None or absent."""
 
@@ -43,6 +55,7 @@ class Replay(NamedTuple):
     decoded: NDArray[np.uint8] | None  # of the reference's last latents, where that was asked for
     failures: Mapping[str, str]  # by the field it concerns
     seconds: list[float]  # of each guided evaluation
+    invariance: Sequence[Invariance] = ()  # of the step stage and of the decoder
 
 
 def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
@@ -76,6 +89,7 @@ def replay(
     alone = range(steps) if thorough else {0, steps // 2, steps - 1}
     seconds: list[float] = []
     answers = list(_teacher_forced(pipe, reference, alone, tick, seconds))
+    invariance = [_step_invariance(pipe, reference)]
 
     latents: list[NDArray[Any]] = []
     failures: dict[str, str] = {}
@@ -90,13 +104,16 @@ def replay(
         failures["latents"] = str(error)
     pictures: dict[str, NDArray[np.uint8] | None] = {"pictures": None, "decoded": None}
     if contract.end is not None:
+        invariance.append(_end_invariance(pipe.engines, contract.end, reference))
         last = {} if "latents" in failures else {"pictures": latents[-1]}
         for name, x in (last | ({"decoded": reference.latents[-1]} if thorough else {})).items():
             try:
                 pictures[name] = images.to_uint8(pipe.engines.decode(x))
             except EngineError as error:
                 failures[name] = str(error)
-    return Replay(prints, answers, latents, failures=failures, seconds=seconds, **pictures)
+    return Replay(
+        prints, answers, latents, failures=failures, seconds=seconds, invariance=tuple(invariance), **pictures
+    )
 
 
 def _request(contract: Manifest, reference: Reference) -> Request:
@@ -150,3 +167,56 @@ def _teacher_forced(
             for name, (rows, expected) in others.items():
                 prediction, _ = pipe.engines.denoise(latents, rows, step)
                 yield answer(name, step, prediction, expected[step])
+
+
+def _step_invariance(pipe: Pipeline, reference: Reference) -> Invariance:
+    """Ask for a row alone and between two others, each with its own timestep, condition and guidance.
+
+    What the row reads from the stages before the loop is made for it alone, too.
+    """
+    engines, contract, stage = pipe.engines, pipe.manifest, pipe.manifest.step
+    last, samples = len(reference.timesteps) - 1, len(reference.seeds)
+    places = [(0, 0), (1 % samples, (last + 1) // 2), (0, last)][: stage.max_batch]  # sample and step
+    times = reference.timesteps[[step for _, step in places]]
+    states = np.stack([reference.latents[step, sample] for sample, step in places])
+    row = len(places) // 2
+    sample = places[row][0]
+
+    def inputs(timesteps: NDArray[Any], some: slice) -> StepInputs:
+        own = {name: rows[some] for name, rows in reference.condition.items()}
+        away = reference.negative if contract.mixes_guidance else None
+        return engines.inputs(timesteps, own, away, reference.guidance[some])
+
+    whole = inputs(times, slice(None))
+    mixed = _side_by_side([whole(step, slice(own, own + 1)) for step, (own, _) in enumerate(places)])
+    alone = inputs(times[row : row + 1], slice(sample, sample + 1))(0, slice(0, 1))
+    batch = engines.run(stage, {contract.state.name: states, **mixed})
+    single = engines.run(stage, {contract.state.name: states[row : row + 1], **alone})
+    difference = float(np.max([np.abs(batch[name][row] - single[name][0]).max() for name in single]))
+    where = f"sample {sample} at t = {times[row]:g} in a batch of {len(places)}"
+    return Invariance(stage.name, difference, _on_cpu(engines, stage), where)
+
+
+def _side_by_side(parts: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """Join [G, 1, ...] of several rows to [G, B, ...]; guidance is [B]."""
+    return {
+        name: np.concatenate([np.asarray(part[name]) for part in parts], axis=0 if name == GUIDANCE else 1)
+        for name in parts[0]
+    }
+
+
+def _end_invariance(engines: Engines, stage: Stage, reference: Reference) -> Invariance:
+    """Decode a sample of the reference alone and in a batch with the others."""
+    latents = reference.latents[-1][: stage.max_batch]
+    sample = len(latents) // 2
+    try:
+        batch, single = engines.decode(latents), engines.decode(latents[sample : sample + 1])
+        difference = float(np.abs(batch[sample] - single[0]).max())
+        where = f"sample {sample} in a batch of {len(latents)}"
+    except EngineError as error:
+        difference, where = math.nan, str(error)
+    return Invariance(stage.name, difference, _on_cpu(engines, stage), where)
+
+
+def _on_cpu(engines: Engines, stage: Stage) -> bool:
+    return stage.backend in backends.CPU and engines.options.provider in (None, "cpu")
