@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,21 +16,9 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.records import GUIDANCE
 
 LABEL, SEED, STRENGTH, STEPS = 207, 3, 4.0, 3
-FREE_SHAPES = "OpenVINO computes the first shape that runs by other kernels than later ones"
-ROUNDING = "null + 1 (own - null) is rounded, and own without guidance is not"
-
-
-def case(backend: str, precision: str, *marks: Any) -> Any:
-    return pytest.param(backend, precision, id=f"{precision} on {backend}", marks=marks)
-
-
-def cases(*of_openvino: Any) -> pytest.MarkDecorator:
-    own = [case("onnxruntime", precision) for precision in ("fp32", "int8")]
-    other = [case("openvino", precision, *of_openvino) for precision in ("fp32", "int8")]
-    return pytest.mark.parametrize(("backend", "precision"), [*own, *other])
-
-
-not_yet = pytest.mark.xfail(strict=True, reason=FREE_SHAPES)
+cases = pytest.mark.parametrize(
+    ("backend", "precision"), [(name, kind) for name in ("onnxruntime", "openvino") for kind in ("fp32", "int8")]
+)
 
 
 @pytest.fixture
@@ -65,7 +52,7 @@ def same(first: tuple[np.ndarray, ...], second: tuple[np.ndarray, ...]) -> bool:
     return all(np.array_equal(*pair) for pair in zip(first, second, strict=True))
 
 
-@cases(not_yet)
+@cases
 def test_a_sample_beside_others(bundle, backend, precision) -> None:
     folder = bundle(backend, precision)
     with Pipeline.load(folder, threads=1) as pipe:
@@ -77,7 +64,7 @@ def test_a_sample_beside_others(bundle, backend, precision) -> None:
         assert same(draw(pipe, (360, 4, 1.5)), alone) and same(draw(pipe), alone)
 
 
-@cases(not_yet)
+@cases
 def test_history(bundle, backend, precision) -> None:
     folder = bundle(backend, precision)
     with Pipeline.load(folder, threads=1) as pipe:
@@ -88,7 +75,7 @@ def test_history(bundle, backend, precision) -> None:
         assert same(draw(pipe), alone)
 
 
-@cases()
+@cases
 def test_threads(bundle, backend, precision) -> None:
     folder, drawn = bundle(backend, precision), []
     for threads in (1, 2):
@@ -97,7 +84,7 @@ def test_threads(bundle, backend, precision) -> None:
     assert same(*drawn)
 
 
-@cases()
+@cases
 def test_a_warmed_pipeline(bundle, backend, precision) -> None:
     folder, drawn = bundle(backend, precision), []
     for warm in ((), (1,)):
@@ -106,7 +93,7 @@ def test_a_warmed_pipeline(bundle, backend, precision) -> None:
     assert same(*drawn)
 
 
-@cases(not_yet)
+@cases
 def test_rows_of_other_timesteps(bundle, backend, precision) -> None:
     """As a service batches the steps of several runs."""
     with Pipeline.load(bundle(backend, precision), threads=1) as pipe:
@@ -126,8 +113,7 @@ def test_rows_of_other_timesteps(bundle, backend, precision) -> None:
             assert np.array_equal(denoise(slice(row, row + 1))[0], both[row])
 
 
-@pytest.mark.xfail(strict=True, reason=ROUNDING)
-@cases()
+@cases
 def test_an_unguided_sample_beside_guided_ones(bundle, backend, precision) -> None:
     with Pipeline.load(bundle(backend, precision), threads=1) as pipe:
         assert same(draw(pipe, (360, 4, 4.0), guidance=1.0), draw(pipe, guidance=1.0))

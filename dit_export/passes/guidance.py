@@ -4,9 +4,10 @@ Rows stay B until the first op that mixes in what stages give: what stands befor
 computed once and repeated to G·B rows there. Where the graph reads its own batch size, the state itself is repeated at
 the input. At the end, over the guided channels,
 
-    guided = last + guidance · (first − last),  first = out[0], last = out[G − 1]
+    guided = first + (guidance − 1) · (first − last),  first = out[0], last = out[G − 1]
 
-and every other channel is that of `first`. With G = 1 this is the identity.
+and every other channel is that of `first`. With G = 1 this is the identity; to the bit it also is one for a sample of
+guidance 1 beside others that are guided.
 """
 
 from __future__ import annotations
@@ -72,11 +73,12 @@ def guide(graph: gs.Graph, state: str, guided: int | None = None) -> int:
     moved = [_channels(graph, tensor, 0, guided) for tensor in (first, last)]
     guidance = gs.Variable("guidance", dtype=np.float32, shape=["batch"])
     weight = layer(graph, "Reshape", [guidance, np.array([-1] + [1] * (1 + len(rest)))], "guidance_weight")
-    change = layer(graph, "Mul", [weight, layer(graph, "Sub", moved, "guidance_direction")], "guidance_change")
+    excess = layer(graph, "Sub", [weight, np.array(1, np.float32)], "guidance_excess")
+    change = layer(graph, "Mul", [excess, layer(graph, "Sub", moved, "guidance_direction")], "guidance_change")
     if guided == channels:
-        layer(graph, "Add", [moved[1], change], prediction)
+        layer(graph, "Add", [moved[0], change], prediction)
     else:
-        result = layer(graph, "Add", [moved[1], change], "guided")
+        result = layer(graph, "Add", [moved[0], change], "guided")
         layer(graph, "Concat", [result, _channels(graph, first, guided, channels)], prediction, axis=1)
     graph.inputs.append(guidance)
     graph.outputs = [prediction]
