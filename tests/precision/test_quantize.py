@@ -93,7 +93,7 @@ def test_both_halves_of_guidance_are_seen(tmp_path, monkeypatch) -> None:
     assert recorder.io[1] == ("prediction",)
     groups = np.stack([np.full((4, 1, 1), 1.0), np.full((4, 1, 1), 1e6)])
     assert recorder.run({"conditioning": groups}).keys() == {"prediction"}
-    sample = recorder.calibration(PLAN).layers["layer"].sample
+    sample = recorder.statistics()["layer"].sample
     assert sorted(set(sample.ravel().tolist())) == [1.0, 65504.0]  # float16's end
 
 
