@@ -297,7 +297,7 @@ def test_integer_products_are_exact(tmp_path: Path, without_vnni: bool) -> None:
 
 def test_the_grid_of_a_gelu_has_its_levels_where_values_are(run: Run) -> None:
     """Half of a symmetric grid would lie below the least value of a GELU."""
-    graph, x = quantized(gelu=True), normal(3, 5, 96) * 2
+    graph, x = quantized(gelu=True), np.clip(2 * normal(3, 5, 96), -6, 6)  # the grid ends at 6.35
     portable = graph.copy()
     weights, steps, _ = (tensor.values for tensor in graph.nodes[3].inputs)
     bias = graph.nodes[-1].inputs[1].values
