@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
+import torch
 from numpy.typing import NDArray
 
 from dit_export.bundle.describe import Written, describe
@@ -26,8 +27,9 @@ from dit_export.passes.dependence import Miss
 from dit_export.passes.stages import Pack
 from dit_export.passes.subpixel import subpixel
 from dit_export.passes.update import update
-from dit_export.precision import attention
+from dit_export.precision import attention, convolutions
 from dit_export.precision.calibrate import Calibration
+from dit_export.precision.convolutions import FloatConvolutions
 from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
 from dit_export.precision.layers import ATTENTION, coverage, find, named
 from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure
@@ -35,6 +37,7 @@ from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed, pack_divisors, smooth
 from dit_export.recipe import Recipe
+from dit_export.verify.parity import DECODER_PSNR
 from dit_runtime import backends
 from dit_runtime.backends import PORTABLE_BACKEND, QUANTIZED
 from dit_runtime.bundle import manifest
@@ -91,8 +94,10 @@ class Assembly:
     measured: Measured = field(default_factory=Measured)
     smoothed: Smoothed | None = None
     float_layers: list[str] = field(default_factory=list)  # the layers and attentions that the recipe keeps in float
+    convolutions: FloatConvolutions | None = None  # of an int8 decoder; None: not searched yet
     covered: float = 0.0  # share of the loop's weights in int8 or fp8
     lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
+    decoder_lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # by pack
     contract: Manifest | None = None
 
@@ -110,7 +115,7 @@ class Assembly:
         second = Assembly(
             self.folder, self.traced, self.loaded, self.decoder, self.recipe, self.backend, self.progress, self.inputs
         )
-        second.measured = self.measured
+        second.measured, second.convolutions = self.measured, self.convolutions
         with self.progress.stage("fuse and smooth again"):
             second.fuse()
             second.smooth()
@@ -118,10 +123,10 @@ class Assembly:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """Return the precision by how a stage runs; a decoder has that of the float parts of an int8 denoiser."""
+        """Return the precision by how a stage runs; a float decoder has that of the float parts of an int8 denoiser."""
         precision = self.recipe.precision
         around = backends.backend(self.backend).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
-        return {"step": precision, "end": around}
+        return {"step": precision, "end": "int8" if self.convolutions and self.convolutions.quantized else around}
 
     def precision_of(self, stage: str) -> str:
         return self.precisions.get(self.runs[stage], "fp32")
@@ -155,6 +160,11 @@ class Assembly:
         return self.recipe.precision in QUANTIZED
 
     @property
+    def quantizes_decoder(self) -> bool:
+        here = self.recipe.precision == "int8" and self.backend in convolutions.BACKENDS and self.decoder is not None
+        return here and bool(convolutions.find(self.graphs["decoder"]))
+
+    @property
     def may_overflow(self) -> bool:
         return backends.typed(self.backend, self.recipe.precision) in ENDS
 
@@ -180,7 +190,7 @@ class Assembly:
             def tick(done: int, total: int) -> None:
                 self.progress.step(done, total, "measure")
 
-            wants = {"layers": taps, "half": self.may_overflow}
+            wants = {"layers": taps, "half": self.may_overflow, "convolutions": taps and self.quantizes_decoder}
             self.measured = measure(self.folder, self.graphs, network, plan, prompts, **wants, on_step=tick)
         if calibration is not None:
             self.measured = Measured(calibration, self.measured.peaks)
@@ -216,15 +226,39 @@ class Assembly:
         self.counts["denoiser"]["quantize"] = quantized
         self.smoothed = None  # its graph is quantized now
 
+    def quantize_decoder(self) -> None:
+        """Put the decoder's convolutions in int8, but the fewest that its gate needs in float."""
+        graph, decoder, calibration = self.graphs["decoder"], self.decoder, self.measured.calibration
+        assert decoder is not None and calibration is not None
+        layers = convolutions.find(graph)
+        chosen = convolutions.choose(layers, calibration)
+        if self.convolutions is None:
+
+            def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
+                with torch.no_grad():
+                    return np.asarray(decoder(torch.from_numpy(latents)))
+
+            def tick(done: int, total: int) -> None:
+                self.progress.step(done, total, "convolutions")
+
+            fixed = convolutions.named(layers, self.recipe.keep_float or [])
+            limit = DECODER_PSNR["int8"] + convolutions.MARGIN
+            self.convolutions = convolutions.fewest_in_float(
+                graph, chosen, fixed, self.backend, self.folder, decode, limit, tick
+            )
+        self.decoder_lowerings = {backend: convolutions.passes(backend, layers, chosen) for backend in LOWERINGS}
+        quantized = convolutions.quantize(graph, chosen, self.convolutions.kept)
+        self.counts["decoder"]["quantize_convolutions"] = quantized
+
     def write(self) -> None:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""
         written = {}
         for name, graph in self.graphs.items():
-            lowerings = self.lowerings if self.runs[name] == "step" else LOWERINGS
-            lowered = self.runs[name] in ("step", "end")
-            written[name] = self._write(name, graph, lowerings if lowered else {})
+            lowerings = {"step": self.lowerings, "end": self.decoder_lowerings}
+            written[name] = self._write(name, graph, lowerings.get(self.runs[name], {}))
         contract = describe(self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
         facts = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
+        facts |= {"convolutions": self.convolutions._asdict()} if self.convolutions else {}
         self.contract = replace(contract, built_with={**contract.built_with, **facts})
 
     def _write(self, name: str, graph: gs.Graph, lowerings: Lowerings) -> Written:
@@ -260,6 +294,10 @@ class Assembly:
             quantized = max(expected["quantize"] - (len(self.float_layers) - attentions), 0)
             expected |= {"quantize": quantized, "dynamic": quantized if self.recipe.precision in QUANTIZED else 0}
         fewer = {"cast_to_half": islands, "quantize_attention": attentions}
+        if self.convolutions is not None:
+            kept = self.convolutions.kept
+            fewer |= dict.fromkeys(("quantize_convolutions", "divide_apart"), len(kept))
+            fewer["quantize_outputs"] = sum(map(convolutions.kernels, kept))
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
 
 
@@ -293,5 +331,6 @@ STEPS: tuple[Step, ...] = (
     ("measure: the fused graphs at work", Assembly.measure, lambda assembly: assembly.measures),
     ("smooth", Assembly.smooth, lambda assembly: assembly.quantizes and assembly.smoothed is None),
     ("quantize", Assembly.quantize, lambda assembly: assembly.quantizes),
+    ("quantize: the decoder", Assembly.quantize_decoder, lambda assembly: assembly.quantizes_decoder),
     ("write", Assembly.write, lambda assembly: True),
 )

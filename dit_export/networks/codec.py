@@ -32,11 +32,16 @@ class Decoder(nn.Module):
             return sum(isinstance(module, kinds) for module in self.modules())
 
         doubled = count(Upsample2D)  # their convolutions become four each
+        convs = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        kernels = sum(max(conv.kernel_size) > 1 for conv in convs) - 2  # but the first and the last
         return {
             "subpixel": doubled,
             "group_norm": count(nn.GroupNorm),
             "plain_attention": count(Attention),
             "split_qkv": 0,
             "dynamic": 0,
+            "quantize_convolutions": kernels,
+            "divide_apart": kernels,
+            "quantize_outputs": kernels + 3 * doubled,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }

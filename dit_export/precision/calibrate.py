@@ -1,4 +1,4 @@
-"""Statistics of the token GEMMs' inputs, from which int8 and fp8 are planned; `measure.py` records them."""
+"""Statistics of what GEMMs and convolutions read, from which int8 and fp8 are planned; `measure.py` records them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dit_runtime.errors import UsageError
 
 TOKENS = 8  # of a picture, from which a step's sample is drawn
 END = float(np.finfo(np.float16).max)
-LARGEST, SAMPLE, OUTPUT = "/largest", "/sample", "/output"  # ends of the taps' names
+LARGEST, LOWEST, SAMPLE, OUTPUT = "/largest", "/lowest", "/sample", "/output"  # ends of the taps' names
 Floats = NDArray[np.float32]
 
 
@@ -27,6 +27,7 @@ class LayerStatistics:
     largest: Floats  # (K,): magnitude a channel, over everything
     sample: Floats  # (rows, K)
     output: Floats | None = None  # (N,): magnitude a channel of the layer's output, where attention scores read it
+    lowest: Floats | None = None  # (K,): value a channel, of a convolution's input
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Calibration:
         arrays: dict[str, Any] = {f"{name}{LARGEST}": seen.largest for name, seen in self.layers.items()}
         arrays |= {f"{name}{SAMPLE}": seen.sample.astype(np.float16) for name, seen in self.layers.items()}
         arrays |= {f"{name}{OUTPUT}": seen.output for name, seen in self.layers.items() if seen.output is not None}
+        arrays |= {f"{name}{LOWEST}": seen.lowest for name, seen in self.layers.items() if seen.lowest is not None}
         arrays["provenance"] = np.array(repr(dict(self.provenance)))
         np.savez_compressed(path, **arrays)
 
@@ -52,6 +54,7 @@ class Calibration:
                     arrays[f"{name}{LARGEST}"],
                     arrays[f"{name}{SAMPLE}"].astype(np.float32),
                     arrays.get(f"{name}{OUTPUT}"),
+                    arrays.get(f"{name}{LOWEST}"),
                 )
                 for name in names
             }
@@ -94,6 +97,7 @@ def collect(
             largest[f"{name}{LARGEST}"],
             np.concatenate(samples[f"{name}{SAMPLE}"]).astype(np.float32),
             largest.get(f"{name}{OUTPUT}"),
+            largest.get(f"{name}{LOWEST}"),
         )
         for name in names
     }

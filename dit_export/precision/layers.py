@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from dit_runtime.errors import UsageError, nearest
 
 ATTENTION = "attention"  # its scores, q kᵀ
+DECODER = "decoder"  # begins the names of its convolutions, which `convolutions.py` has
 FIRST = {"qkv", "query", "key", "value"}  # a block begins with the first of them
 MOVERS = {"Reshape", "Transpose", "Identity", "Cast", "Tile"}
 
@@ -89,7 +90,7 @@ def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
     """Return the layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
     meanings = {name: {name, *name.rsplit(" ", 1)} for name in everything(layers)}
     known = set().union(*meanings.values())
-    if unknown := [entry for entry in entries if entry not in known]:
+    if unknown := [entry for entry in entries if entry not in known and entry.split()[:1] != [DECODER]]:
         raise UsageError(
             f"layer {unknown[0]!r} is not in this network{nearest(unknown[0], known)}; "
             'expected one such as "block 0 fc2", "block 0" or "fc2"'

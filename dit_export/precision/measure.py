@@ -19,7 +19,19 @@ from numpy.typing import NDArray
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
 from dit_export.passes import LOWERINGS
-from dit_export.precision.calibrate import LARGEST, OUTPUT, SAMPLE, Calibration, add_layer_taps, choose_rows, collect
+from dit_export.precision.calibrate import (
+    LARGEST,
+    LOWEST,
+    OUTPUT,
+    SAMPLE,
+    Calibration,
+    LayerStatistics,
+    add_layer_taps,
+    choose_rows,
+    collect,
+)
+from dit_export.precision.convolutions import add_convolution_taps
+from dit_export.precision.convolutions import find as find_convolutions
 from dit_export.precision.half import PEAK, add_peak_taps, half_tensors
 from dit_export.precision.layers import find
 from dit_export.precision.prompts import Prompts, batches
@@ -28,7 +40,7 @@ from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
 
-TAPS = (LARGEST, SAMPLE, OUTPUT, PEAK)
+TAPS = (LARGEST, LOWEST, SAMPLE, OUTPUT, PEAK)
 ROWS = 256  # inputs stored for each layer: 115 MB for XL/2, as float16
 
 
@@ -61,13 +73,15 @@ def measure(
     layers: bool,
     half: bool,
     on_step: Callable[[int, int], None],
+    convolutions: bool = False,
 ) -> Measured:
     """Run the fp32 bundle in `folder` once, with taps on its `graphs`, and return what they recorded.
 
-    `layers` asks for the statistics of the token GEMMs, `half` for the largest magnitudes; `own` are a user's prompts.
+    `layers` asks for the statistics of the token GEMMs, `convolutions` for the decoder's, `half` for the largest
+    magnitudes; `own` are a user's prompts.
     """
     contract, rng = manifest.read(folder), np.random.default_rng(plan.seed)
-    stages = [contract.step] + ([contract.end] if half and contract.end else [])
+    stages = [contract.step] + ([contract.end] if (half or convolutions) and contract.end else [])
     total = -(-plan.pictures // plan.batch) * plan.steps
     done = 0
 
@@ -80,8 +94,10 @@ def measure(
         recorders: dict[str, RecordingEngine] = {}
         for stage in stages:
             graph = graphs[stage.name].copy()  # a file has no shapes of what is in between
-            add_taps(graph, layers and stage is contract.step, half, rng)
-            engine = RecordingEngine(graph, folder / f"{stage.name}.tapped.onnx", max(1, ROWS // total), rng)
+            is_step = stage is contract.step
+            add_taps(graph, layers and is_step, half, rng, convolutions=convolutions and not is_step)
+            calls = total if is_step else -(-(plan.pictures + plan.batch) // stage.max_batch)
+            engine = RecordingEngine(graph, folder / f"{stage.name}.tapped.onnx", max(1, ROWS // calls), rng)
             recorders[stage.name] = engine
         pipe = stack.enter_context(Pipeline(folder, contract, recorders))
         for index, prompts in enumerate(batches(network, own, plan.pictures, plan.batch)):
@@ -93,24 +109,29 @@ def measure(
                 steps=plan.steps,
                 guidance=plan.guidance,
                 seed=seed if prompts.condition else [plan.seed + picture for picture in seeds],
-                output="images" if contract.end in stages and index == 0 else "latents",
+                output="images" if contract.end in stages and (convolutions or index == 0) else "latents",
                 on_step=tick,
             )
+        if convolutions and contract.end:  # its gate decodes noise
+            pipe.engines.decode(rng.normal(size=(plan.batch, *contract.state.shape)))
     calibration = None
     if layers:
-        calibration = recorders[contract.step.name].calibration(plan)
+        statistics = {name: seen for recorder in recorders.values() for name, seen in recorder.statistics().items()}
+        calibration = Calibration(statistics, {"plan": str(plan)})
     return Measured(calibration, {name: recorder.peaks() for name, recorder in recorders.items()} if half else {})
 
 
-def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator) -> None:
+def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator, convolutions: bool = False) -> None:
     """Give a fused graph the form that the backend runs, and taps on what is looked up in the portable one."""
     gemms = find(graph) if layers else []
+    kernels = find_convolutions(graph) if convolutions else []
     tensors = half_tensors(graph) if half else []
     for rewrite in LOWERINGS[PORTABLE_BACKEND]:
         rewrite(graph)
     count = len(graph.nodes)
     place = {id(tensor): index for index, node in enumerate(graph.nodes) for tensor in node.outputs}
     add_layer_taps(graph, gemms, rng)
+    add_convolution_taps(graph, kernels, rng)
     add_peak_taps(graph, tensors)
 
     def tapped(node: gs.Node) -> int:
@@ -148,11 +169,12 @@ class RecordingEngine:
             if name.endswith(SAMPLE):
                 self._samples.setdefault(name, []).append(choose_rows(values, self._rows, self._rng))
             else:
-                self._largest[name] = np.maximum(self._largest.get(name, values), values)
+                furthest = np.minimum if name.endswith(LOWEST) else np.maximum
+                self._largest[name] = furthest(self._largest.get(name, values), values)
         return outputs
 
-    def calibration(self, plan: Plan) -> Calibration:
-        return Calibration(collect(self._largest, self._samples), {"plan": str(plan)})
+    def statistics(self) -> dict[str, LayerStatistics]:
+        return collect(self._largest, self._samples)
 
     def peaks(self) -> dict[str, float]:
         return {name.removesuffix(PEAK): float(value) for name, value in self._largest.items() if name.endswith(PEAK)}

@@ -56,7 +56,7 @@ def choose(seen: LayerStatistics, weight: Floats, smooth: bool) -> Chosen:
     exact = seen.sample @ weight
     scale = float(np.linalg.norm(exact)) or 1.0
     for alpha in ALPHAS if smooth else ALPHAS[:1]:
-        divisors = _divisors(seen.largest, weight, alpha)
+        divisors = choose_divisors(seen.largest, weight, alpha)
         sample, scaled = seen.sample / divisors, fake_weight(weight * divisors[:, None])
         largest = float((seen.largest / divisors).max()) or 1.0
         for shrink in SHRINKS:
@@ -69,7 +69,8 @@ def choose(seen: LayerStatistics, weight: Floats, smooth: bool) -> Chosen:
     return best
 
 
-def _divisors(largest: Floats, weight: Floats, alpha: float) -> Floats:
+def choose_divisors(largest: Floats, weight: Floats, alpha: float) -> Floats:
+    """Return s for the input channels of a weight (K, N), from the largest magnitude that each has; (K,)."""
     if alpha == 0:
         return np.ones_like(largest)
     columns = np.abs(weight).max(axis=1)
