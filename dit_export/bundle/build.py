@@ -19,8 +19,9 @@ from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import Decoder
 from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
+from dit_export.precision.budget import SearchOptions
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.search import Found, OutOfReach, Search, SearchOptions
+from dit_export.precision.search import Found, OutOfReach, Search
 from dit_export.recipe import PRECISIONS, Recipe, latent_size
 from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, compare, summary

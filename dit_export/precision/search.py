@@ -18,6 +18,7 @@ from dit_export.graph import onnxfile
 from dit_export.networks import Network, fixtures
 from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
+from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.layers import ATTENTION, everything, find, named
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed
@@ -39,43 +40,6 @@ FASTER = 1.02  # less may be one measurement's difference from the next
 Latents = NDArray[np.float32]
 Tick = Callable[[int, int], None]
 Check = Callable[[Pipeline], Sequence[Figure]]  # holds where every figure keeps its limit
-
-
-class Budget(NamedTuple):
-    """The distance that the worst sample of a run may end from fp32's."""
-
-    metric: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        metric, _, number = text.partition("=")
-        try:
-            limit = float(number)
-        except ValueError:
-            limit = 0.0
-        if metric not in ("PSNR", "latent-rel-l2") or not limit > 0:
-            raise UsageError(f"budget {text!r}; expected PSNR=DECIBELS or latent-rel-l2=ERROR, such as PSNR=35")
-        return cls(metric, limit)
-
-    def figure(self, value: float) -> Figure:
-        return Figure("budget", self.metric, value, self.limit, at_least=self.metric == "PSNR")
-
-    def __str__(self) -> str:
-        return f"{self.metric}={self.limit:g}"
-
-
-class SearchOptions(NamedTuple):
-    """Options of the search that `dit-export quantize` asks for."""
-
-    budget: Budget | None = None
-    tune: bool = False
-
-    def check(self, backend: str, has_decoder: bool) -> None:
-        if self.budget is not None and self.budget.metric == "PSNR" and not has_decoder:
-            raise UsageError(f"budget {self.budget} needs pictures, and there is no decoder; expected latent-rel-l2=…")
-        if self.tune and backend not in backends.CPU:
-            raise UsageError(f"--tune cannot time {backend} where it is built; expected {' or '.join(backends.CPU)}")
 
 
 class OutOfReach(UsageError):

@@ -18,9 +18,10 @@ from dit_export.bundle import build
 from dit_export.cli import main
 from dit_export.graph import onnxfile
 from dit_export.precision import search
+from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import find, named
-from dit_export.precision.search import Budget, Found, Search, SearchOptions
+from dit_export.precision.search import Found, Search
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.bundle import manifest

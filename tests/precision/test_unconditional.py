@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dit_export.networks import Network
+from dit_export.precision.budget import SearchOptions
 from dit_export.precision.measure import Plan
-from dit_export.precision.search import SearchOptions
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.pipeline import Pipeline
 from tests.precision.conftest import Scratch, open_search, scratch
