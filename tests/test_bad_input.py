@@ -69,6 +69,7 @@ BUILD = [
     (["--checkpoint", "."], ["config.json"]),
     (["B/4"], ["no public weights", "B/4", "--checkpoint", "--synthetic"]),
     (["S/8", "--synthetic", "--keep-float", "fc2"], ["keep-float ['fc2']", "int8", "fp32"]),
+    (["S/8", "--synthetic", "--strict"], ["strict True", "int8", "fp32"]),
     (["S/8", "--synthetic", "--calibration", "c.npz"], ["calibration c.npz", "int8", "fp32"]),
     (
         ["S/8", "--precision", "int8", "--calibration", "c.npz", "--conditions", "p.npz"],

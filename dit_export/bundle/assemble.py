@@ -1,6 +1,6 @@
-"""Make the files of a bundle from a network in named steps: trace, fuse, measure, search, quantize, write.
+"""Make the files of a bundle from a network in named steps: trace, fuse, measure, smooth, quantize, write.
 
-The network is traced and fused once, in fp32. What a precision must know is measured in one run of those fused graphs.
+The network is traced once. What a precision must know is measured in one run of the fused fp32 graphs.
 Nothing here proves that the result is right; `build.py` does.
 """
 
@@ -35,8 +35,7 @@ from dit_export.precision.layers import ATTENTION, coverage, find, named
 from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure
 from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
-from dit_export.precision.search import LayerSensitivity, Search, SearchOptions
-from dit_export.precision.smooth import pack_divisors, smooth
+from dit_export.precision.smooth import Smoothed, pack_divisors, smooth
 from dit_export.recipe import Recipe
 from dit_export.verify.parity import DECODER_PSNR
 from dit_runtime import backends
@@ -85,7 +84,6 @@ class Assembly:
     progress: Progress
     inputs: Inputs = NO_INPUTS
     plan: Plan | None = None  # of the measuring run; None: as the precision needs it
-    options: SearchOptions | None = None  # of the search for what stays float
     # Filled by the steps.
     graphs: dict[str, gs.Graph] = field(default_factory=dict)  # by stage
     runs: dict[str, str] = field(default_factory=dict)
@@ -94,11 +92,10 @@ class Assembly:
     packs: tuple[Pack, ...] = ()
     cut: dict[str, Any] = field(default_factory=dict)  # what left the loop, what crosses, what is cheaper in it
     measured: Measured = field(default_factory=Measured)
-    keep_float: list[str] = field(default_factory=list)  # entries of a recipe
-    float_layers: list[str] = field(default_factory=list)  # the layers and attentions that they mean
+    smoothed: Smoothed | None = None
+    float_layers: list[str] = field(default_factory=list)  # the layers and attentions that the recipe keeps in float
     convolutions: FloatConvolutions | None = None  # of an int8 decoder; None: not searched yet
     covered: float = 0.0  # share of the loop's weights in int8 or fp8
-    sensitivity: list[LayerSensitivity] = field(default_factory=list)
     lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     decoder_lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # by pack
@@ -112,6 +109,17 @@ class Assembly:
                     step(self)
         assert self.contract is not None
         return self.contract
+
+    def once_more(self) -> Assembly:
+        """Return the same bundle in the making, fused and smoothed again and not quantized yet; nothing is measured."""
+        second = Assembly(
+            self.folder, self.traced, self.loaded, self.decoder, self.recipe, self.backend, self.progress, self.inputs
+        )
+        second.measured, second.convolutions = self.measured, self.convolutions
+        with self.progress.stage("fuse and smooth again"):
+            second.fuse()
+            second.smooth()
+        return second
 
     @property
     def precisions(self) -> dict[str, str]:
@@ -162,21 +170,20 @@ class Assembly:
 
     @property
     def measures(self) -> bool:
-        return self.quantizes or self.may_overflow
+        """Return whether something must be measured that is not known yet."""
+        return (self.quantizes or self.may_overflow) and not (self.measured.calibration or self.measured.peaks)
 
     def measure(self) -> None:
         """Run the fused fp32 graphs once, where something must be known of what they reach."""
-        self.keep_float = list(self.recipe.keep_float or [])
         if self.quantizes:  # before the long work
             layers = find(self.graphs["denoiser"])
-            named(layers, self.keep_float)
+            named(layers, self.recipe.keep_float or [])
             if not layers:
                 raise UsageError(f"{self.recipe.precision} has no layer in this network; build fp32, bf16 or fp16")
         calibration = self.inputs.calibration
         taps = self.quantizes and calibration is None
-        if taps or self.may_overflow or self.options is not None:
-            self._write_fp32()
         if taps or self.may_overflow:
+            self._write_fp32()
             plan = self.plan or (Plan() if taps else PEAKS_PLAN)
             network, prompts = self.loaded.network, self.inputs.prompts
 
@@ -199,30 +206,25 @@ class Assembly:
         sizes = {file: File((self.folder / file).stat().st_size, "") for file in files}
         manifest.write(self.folder, replace(contract, files=sizes))
 
-    def search(self) -> None:
-        """Choose the layers that stay float, and name them in the recipe."""
-        calibration = self.measured.calibration
-        assert self.options is not None and calibration is not None
-
-        def tick(done: int, total: int) -> None:
-            self.progress.step(done, total, "layers")
-
-        with Search(self.folder, self.loaded.network, calibration, self.backend, tick) as search:
-            self.keep_float, self.sensitivity = search.run(self.options, self.keep_float)
-        self.recipe = replace(self.recipe, keep_float=self.keep_float or None)
-
-    def quantize(self) -> None:
+    def smooth(self) -> None:
+        """Fold the divisors into the fused graphs; they are the same whatever stays float."""
         denoiser, calibration = self.graphs["denoiser"], self.measured.calibration
         assert calibration is not None
         before = [graph for name, graph in self.graphs.items() if self.runs[name] not in ("step", "update", "end")]
-        self.float_layers = named(find(denoiser), self.keep_float)
-        chosen = smooth(before, denoiser, calibration)
+        self.smoothed = Smoothed(denoiser, smooth(before, denoiser, calibration), calibration)
+        self.divisors = pack_divisors(denoiser, self.smoothed.chosen)
+
+    def quantize(self) -> None:
+        assert self.smoothed is not None
+        denoiser, chosen, calibration = self.smoothed
+        layers = find(denoiser)
+        self.float_layers = named(layers, self.recipe.keep_float or [])
         grids = attention.steps(denoiser, calibration, self.float_layers)
         self.lowerings = {backend: attention.passes(backend, grids) for backend in LOWERINGS}
-        self.divisors = pack_divisors(denoiser, chosen)
-        self.covered = coverage(denoiser, [layer for layer in find(denoiser) if layer.name not in self.float_layers])
+        self.covered = coverage(denoiser, [layer for layer in layers if layer.name not in self.float_layers])
         quantized = quantize(denoiser, chosen, self.float_layers, kind=self.recipe.precision)
         self.counts["denoiser"]["quantize"] = quantized
+        self.smoothed = None  # its graph is quantized now
 
     def quantize_decoder(self) -> None:
         """Put the decoder's convolutions in int8, but the fewest that its gate needs in float."""
@@ -328,10 +330,11 @@ def build_scratch_bundle(
     return contract
 
 
-STEPS: tuple[tuple[str, Callable[[Assembly], None], Callable[[Assembly], bool]], ...] = (  # and whether it is needed
-    ("fuse: hoist, fold gains, pack, guidance, sub-pixel", Assembly.fuse, lambda assembly: True),
+Step = tuple[str, Callable[[Assembly], None], Callable[[Assembly], bool]]  # the last: whether it is still to be done
+STEPS: tuple[Step, ...] = (
+    ("fuse: hoist, fold gains, pack, guidance, sub-pixel", Assembly.fuse, lambda assembly: not assembly.graphs),
     ("measure: the fused graphs at work", Assembly.measure, lambda assembly: assembly.measures),
-    ("search: layers in turn", Assembly.search, lambda assembly: assembly.options is not None),
+    ("smooth", Assembly.smooth, lambda assembly: assembly.quantizes and assembly.smoothed is None),
     ("quantize", Assembly.quantize, lambda assembly: assembly.quantizes),
     ("quantize: the decoder", Assembly.quantize_decoder, lambda assembly: assembly.quantizes_decoder),
     ("write", Assembly.write, lambda assembly: True),

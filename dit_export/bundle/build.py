@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
 from dit_export.checkpoints import Loaded, load
+from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import Decoder
 from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
+from dit_export.precision.budget import SearchOptions
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.search import SearchOptions
+from dit_export.precision.search import Found, OutOfReach, Search
 from dit_export.recipe import PRECISIONS, Recipe, latent_size
 from dit_export.verify import features, report, traced
-from dit_export.verify.check import Built, check, summary
+from dit_export.verify.check import Built, check, compare, summary
+from dit_export.verify.metrics import PROOF
 from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import backends
 from dit_runtime.backends import Options
@@ -29,8 +33,9 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.verify import batch_invariant
+from dit_runtime.verify import Figure, batch_invariant
 
 PARITY = "parity.json"
 SEARCHED = 2  # copies of the weights that a search has on disk: the smoothed graphs, and two forms in int8
@@ -54,7 +59,9 @@ def build(
 ) -> Built:
     """Build and verify a bundle; `loaded` is a network of the caller's own instead of the recipe's checkpoint.
 
-    With `options`, an int8 build also searches which layers stay float; the manifest's recipe then names them."""
+    An int8 or fp8 build whose gates fail keeps in float the fewest layers with which they pass, unless the recipe is
+    strict. With `options` it also searches before. The manifest's recipe names what stays float.
+    """
     _require_consistent(recipe)
     output = Path(recipe.output).expanduser() if recipe.output else None
     if output is not None:
@@ -72,43 +79,31 @@ def build(
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
-    with _partial(folder) as partial:
+    with _workplace(folder) as work:
+        partial, plain = work / "bundle", work / "plain"
+        partial.mkdir()
         copies = 4 if backends.typed(backend, recipe.precision) else 2
         _require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
         decoder = Decoder(loaded.vae).eval() if loaded.vae is not None else None
-        plain = partial / "plain"
         oracle = trace_graphs(plain, loaded, decoder, progress)
-        assembly = Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs, options=options)
-        contract = _with_judge(partial, assembly.run(), recipe)
+        making = Making(Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs))
+        making.write()
+        _make_reference(making.assembly, oracle)
         if options is not None:
-            table = [entry._asdict() for entry in assembly.sensitivity]
-            (partial / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(plain)
-        with progress.stage("reference by PyTorch"):
-            origins = traced.trace_back(assembly.graphs[contract.step.name], assembly.packs, oracle)
-            traced.write(partial, origins)
-            reference = make_reference(
-                loaded.network,
-                decoder,
-                loaded.process,
-                oracle,
-                origins.packs,
-                assembly.divisors,
-                lambda done, steps: progress.step(done, steps, "reference"),
-            )
-            save_reference(partial, reference, origins.packs, assembly.divisors)
-        contract = replace(contract, files=manifest.describe_files(partial))
-        contract = compile_stages(partial, contract, backend, Options(tuning=recipe.tuning), progress)
-        manifest.write(partial, contract)
-        built = _verify(partial, loaded, decoder, progress)
+            making.search(lambda search, fixed: search.run(options, fixed))
+        built = making.verify()
+        if not built.passed and recipe.precision in backends.QUANTIZED:
+            built = _within_gates(making, built)
+        contract = making.contract
         text = report.html(partial, report.page(folder.name, contract, built))
         (partial / report.NAME).write_text(text, encoding="utf-8")
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         invariant = batch_invariant(contract, built.checks)
         manifest.write(partial, replace(contract, files=files, parity=summary(built), batch_invariant=invariant))
         built = replace(built, folder=_put_in_place(partial, folder, built.passed))
-    if assembly.measured.calibration is not None and recipe.calibration is None:
-        assembly.measured.calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))
+    calibration = making.assembly.measured.calibration
+    if calibration is not None and recipe.calibration is None:
+        calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))
     return built
 
 
@@ -121,7 +116,8 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"caption-tokens {recipe.caption_tokens}; expected at least 1")
     if recipe.resolution is not None:
         latent_size(recipe.resolution)
-    for name in ("keep_float", "calibration", "conditions") if recipe.precision not in backends.QUANTIZED else ():
+    quantized_only = ("keep_float", "calibration", "conditions", "strict")
+    for name in () if recipe.precision in backends.QUANTIZED else quantized_only:
         if value := getattr(recipe, name):
             option = name.replace("_", "-")
             raise UsageError(f"{option} {value} is for int8 and fp8; this build is {recipe.precision}")
@@ -162,13 +158,108 @@ def _with_judge(partial: Path, contract: Manifest, recipe: Recipe) -> Manifest:
     return replace(contract, built_with={**contract.built_with, "judge": names})
 
 
-def _verify(partial: Path, loaded: Loaded, decoder: Decoder | None, progress: Progress) -> Built:
-    """Run the proof, then each graph against PyTorch, then the replay that `dit-run verify` does."""
-    built = check(partial, loaded, decoder, progress)
-    figures = {"proof_figures": built.proof, "checks": built.checks}
-    table = summary(built) | {name: [figure.to_dict() for figure in rows] for name, rows in figures.items()}
-    (partial / PARITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    return built
+@dataclass
+class Making:
+    """A bundle that is written, compiled and verified, and written again where a search keeps layers in float."""
+
+    assembly: Assembly
+    contract: Manifest = field(init=False)
+
+    def write(self) -> None:
+        assembly = self.assembly
+        (assembly.folder / PARITY).unlink(missing_ok=True)  # of what was there before
+        self.contract = _with_judge(assembly.folder, assembly.run(), assembly.recipe)
+
+    def search(self, look: Callable[[Search, Sequence[str]], Found]) -> Found:
+        """Let `look` find what stays float, and write the bundle again with that."""
+        first, folder = self.assembly, self.assembly.folder
+        _require_disk(folder, first.loaded, SEARCHED)
+        self.assembly = first.once_more()
+        smoothed, fixed = self.assembly.smoothed, first.recipe.keep_float or []
+        assert smoothed is not None
+
+        def tick(done: int, total: int) -> None:
+            first.progress.step(done, total, "layers")
+
+        with (
+            first.progress.stage("search: layers in turn"),
+            Search(folder, self.contract, smoothed, first.loaded.network, tick) as search,
+        ):
+            found = look(search, fixed)
+        self.assembly.recipe = replace(first.recipe, keep_float=found.keep or None)
+        self.write()
+        if found.cost:
+            self.contract = replace(self.contract, built_with={**self.contract.built_with, "kept_float": found.cost})
+        table = [layer._asdict() for layer in found.layers]
+        (folder / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        return found
+
+    def verify(self) -> Built:
+        """Compile, then run the proof, each graph against PyTorch, and the replay that `dit-run verify` does."""
+        assembly, folder = self.assembly, self.assembly.folder
+        contract = replace(self.contract, files=manifest.describe_files(folder))
+        tuning = Options(tuning=assembly.recipe.tuning)
+        self.contract = compile_stages(folder, contract, assembly.backend, tuning, assembly.progress)
+        manifest.write(folder, self.contract)
+        built = check(folder, assembly.loaded, assembly.decoder, assembly.progress)
+        figures = {"proof_figures": built.proof, "checks": built.checks}
+        table = summary(built) | {name: [figure.to_dict() for figure in rows] for name, rows in figures.items()}
+        (folder / PARITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        return built
+
+
+def _make_reference(assembly: Assembly, oracle: Oracle) -> None:
+    """Write PyTorch's run, and what leads from the bundle back to PyTorch."""
+    loaded, folder = assembly.loaded, assembly.folder
+    (step,) = [graph for name, graph in assembly.graphs.items() if assembly.runs[name] == "step"]
+    with assembly.progress.stage("reference by PyTorch"):
+        origins = traced.trace_back(step, assembly.packs, oracle)
+        traced.write(folder, origins)
+        reference = make_reference(
+            loaded.network,
+            assembly.decoder,
+            loaded.process,
+            oracle,
+            origins.packs,
+            assembly.divisors,
+            lambda done, steps: assembly.progress.step(done, steps, "reference"),
+        )
+        save_reference(folder, reference, origins.packs, assembly.divisors)
+
+
+def _within_gates(making: Making, built: Built) -> Built:
+    """Verify the bundle again with the fewest layers in float with which its gates pass, or say why there are none."""
+    assembly, precision = making.assembly, making.contract.step.precision
+    end = making.contract.end
+    broken = [figure for figure in built.checks if end is None or not figure.stage.endswith(end.name)]
+    if all(figure.passed for figure in broken):  # the decoder's own
+        return built
+    if assembly.recipe.strict:
+        text = "strict: no layer was tried in float; without --strict the build keeps the fewest that the gates need"
+        return replace(built, advice=text)
+
+    def gates(pipe: Pipeline) -> Sequence[Figure]:
+        return compare({"": pipe}, built.reference, assembly.loaded, None, Progress(io.StringIO())).checks
+
+    known = broken if assembly.backend in backends.CPU else ()  # elsewhere the portable graphs are searched
+
+    try:
+        found = making.search(lambda search, fixed: search.meet(gates, f"{precision}'s gate", fixed, known))
+    except OutOfReach as error:
+        making.assembly = assembly
+        return replace(built, advice=f"{error}\n{_other_ways(error.figure, assembly.backend)}")
+    again = making.verify()
+    if again.passed or found.cost:
+        return again
+    around = making.contract.end.precision if making.contract.end else "float"
+    return replace(again, advice=f"{precision} passes in fp32; what fails is {around} around it")
+
+
+def _other_ways(figure: Figure, backend: str) -> str:
+    if figure.stage == PROOF:
+        return "these weights hardly react to their inputs: no precision passes; check the checkpoint"
+    wider = [f"--precision {name}" for name in backends.backend(backend).PRECISIONS if name not in backends.QUANTIZED]
+    return f"try {' or '.join(wider)}, or more of your own --conditions to calibrate with"
 
 
 def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
@@ -189,16 +280,16 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def _partial(folder: Path) -> Iterator[Path]:
+def _workplace(folder: Path) -> Iterator[Path]:
     """Make a folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
     _refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-    partial.mkdir()  # no pid in its name: a killed build's stays, and in containers pids return
+    work = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    work.mkdir()  # no pid in its name: a killed build's stays, and in containers pids return
     try:
-        yield partial
+        yield work
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, folder: Path, passed: bool) -> Path:

@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 
 def report_built(built: Built, as_json: bool) -> int:
     """Print the verdict of a build and the next command; return the exit code."""
+    from dit_export.verify.metrics import kept_in_float
+
     code = report_checks(built, as_json)
     out = sys.stderr if as_json else sys.stdout
     if code:
-        print(f"the bundle that failed: {built.folder}", file=out)
+        print(f"the bundle that failed: {built.folder}" + (f"\n{built.advice}" if built.advice else ""), file=out)
         return code
     contract = manifest.read(built.folder)
     if share := contract.built_with.get("quantized"):
         print(f"{contract.step.precision}: {share:.0%} of the weights that every step multiplies with", file=out)
+    if cost := contract.built_with.get("kept_float"):
+        print(*kept_in_float(cost, contract.step.precision), sep="\n", file=out)
     if layers := contract.built_with.get("convolutions"):
         count, kept = layers["quantized"], f"; in float: {', '.join(layers['kept'])}" if layers["kept"] else ""
         print(f"decoder: {count} convolutions in int8, {layers['psnr']} dB to fp32{kept}", file=out)

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from dit_export.bundle.build import build
-    from dit_export.precision.search import Budget, SearchOptions
+    from dit_export.precision.budget import Budget, SearchOptions
 
     recipe = read_recipe(options)
     if options.precision == "fp32" or recipe.precision not in ("fp32", "int8"):

@@ -41,6 +41,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", fc2, "decoder up"')
     parser.add_argument(
+        "--strict", action="store_true", default=None, help="int8, fp8: fail where a gate needs other layers in float"
+    )
+    parser.add_argument(
         "--judge",
         metavar="FILE.onnx",
         help="a network for the bundle that looks at its pictures; FILE.npz beside it: mu and sigma of real ones",

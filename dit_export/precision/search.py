@@ -1,14 +1,15 @@
-"""Search the token GEMMs that stay float: those that int8 does not speed up, and the worst until a budget holds."""
+"""Search the token GEMMs that stay float: those that int8 does not speed up, and the fewest that a check needs."""
 
 from __future__ import annotations
 
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,62 +18,36 @@ from dit_export.graph import onnxfile
 from dit_export.networks import Network, fixtures
 from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
-from dit_export.precision.calibrate import Calibration
+from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.layers import ATTENTION, everything, find, named
 from dit_export.precision.qdq import quantize
-from dit_export.precision.smooth import smooth
+from dit_export.precision.smooth import Smoothed
+from dit_export.verify.metrics import sentence
 from dit_runtime import backends, images
-from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
-from dit_runtime.bundle import manifest
+from dit_runtime.backends import PORTABLE_BACKEND, Options
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import plan
-from dit_runtime.verify import relative_error
+from dit_runtime.verify import Figure, jsonable, relative_error, worst
 
 STEPS, GUIDANCE, SEED, SAMPLES = 10, 4.0, 2000, 2  # of the runs that are compared; the seed is no calibration's
 ASKED = (1, 5, 9)  # of these steps, where each layer is tried alone: in noise, in between, nearly done
 ROUNDS = 9  # of each pair that is timed
+clock = time.perf_counter
 FASTER = 1.02  # less may be one measurement's difference from the next
 Latents = NDArray[np.float32]
 Tick = Callable[[int, int], None]
+Check = Callable[[Pipeline], Sequence[Figure]]  # holds where every figure keeps its limit
 
 
-class Budget(NamedTuple):
-    """The distance that the worst sample of a run may end from fp32's."""
+class OutOfReach(UsageError):
+    """A check that no choice of layers meets; `figure` is what breaks it."""
 
-    metric: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        metric, _, number = text.partition("=")
-        try:
-            limit = float(number)
-        except ValueError:
-            limit = 0.0
-        if metric not in ("PSNR", "latent-rel-l2") or not limit > 0:
-            raise UsageError(f"budget {text!r}; expected PSNR=DECIBELS or latent-rel-l2=ERROR, such as PSNR=35")
-        return cls(metric, limit)
-
-    def holds(self, value: float) -> bool:
-        return value >= self.limit if self.metric == "PSNR" else value <= self.limit
-
-    def __str__(self) -> str:
-        return f"{self.metric}={self.limit:g}"
-
-
-class SearchOptions(NamedTuple):
-    """Options of the search that precedes quantization."""
-
-    budget: Budget | None = None
-    tune: bool = False
-
-    def check(self, backend: str, has_decoder: bool) -> None:
-        if self.budget is not None and self.budget.metric == "PSNR" and not has_decoder:
-            raise UsageError(f"budget {self.budget} needs pictures, and there is no decoder; expected latent-rel-l2=…")
-        if self.tune and backend not in backends.CPU:
-            raise UsageError(f"--tune cannot time {backend} where it is built; expected {' or '.join(backends.CPU)}")
+    def __init__(self, message: str, figure: Figure) -> None:
+        super().__init__(message)
+        self.figure = figure
 
 
 class LayerSensitivity(NamedTuple):
@@ -84,42 +59,43 @@ class LayerSensitivity(NamedTuple):
     why: str
 
 
-class Search:
-    """Try forms of the fused fp32 graphs in `folder`.
+class Found(NamedTuple):
+    """The outcome of a search."""
 
-    It works in a folder of its own in there. Closing it closes its engines and removes that folder.
+    keep: list[str]  # entries of a recipe
+    layers: list[LayerSensitivity]
+    cost: Mapping[str, Any] = {}  # what a check's layers in float changed, for the manifest
+
+
+class Search:
+    """Try other forms of the step stage of the bundle in `folder`, whose other stages stay what they are.
+
+    Forms are written to a folder of their own in there. Closing it closes its engines and removes that folder.
     """
 
-    def __init__(self, folder: Path, network: Network, calibration: Calibration, backend: str, tick: Tick) -> None:
-        self._calibration = calibration
-        self._work, self._contract, self._tick = folder / "search", manifest.read(folder), tick
-        step, before, end = self._contract.step, self._contract.before_loop, self._contract.end
-        self._denoiser = onnxfile.load(folder / step.onnx)
-        graphs = {stage.name: onnxfile.load(folder / stage.onnx) for stage in before}
-        self._chosen = smooth([*graphs.values()], self._denoiser, calibration)
+    def __init__(self, folder: Path, contract: Manifest, smoothed: Smoothed, network: Network, tick: Tick) -> None:
+        self._folder, self._smoothed, self._tick = folder, smoothed, tick
+        self._kind, self._form = contract.step.precision, contract.step.backend
+        # Engines of other backends do not run where they are built; the portable graphs do.
+        self._backend = self._form if self._form in backends.CPU else PORTABLE_BACKEND
+        stages = contract.stages
+        if self._form != self._backend:
+            stages = tuple(replace(stage, backend=self._backend, engines={}) for stage in stages)
+        self._contract = replace(contract, stages=stages)
+        self._work = folder / "search"
+        self._count = 0  # of the forms that were tried
+        self._condition, self._null = fixtures.conditions(network, SAMPLES), fixtures.null(network)
+        self.layers = find(smoothed.denoiser)
+        in_int8 = self._form in attention.BACKENDS
+        self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
         with ExitStack() as stack:
             self._work.mkdir()
             stack.callback(shutil.rmtree, self._work)
-
-            def opened(files: Sequence[Path]) -> Engine:
-                engine: Engine = backends.backend(PORTABLE_BACKEND).open(files, Options())
-                stack.callback(engine.close)
-                return engine
-
-            onnxfile.save(self._denoiser, self._work / step.onnx)
-            self._before: dict[str, Engine] = {}
-            for name, graph in graphs.items():
-                files = onnxfile.save(graph, self._work / f"{name}.onnx")
-                self._before[name] = opened([self._work / file for file in files])
-            self._decoder = opened([folder / end.onnx]) if end else None
+            onnxfile.save(smoothed.denoiser, self._work / self._contract.step.onnx)
+            self._others = stack.enter_context(Pipeline(folder, self._contract, {}))
+            for stage in (*self._contract.before_loop, *filter(None, [self._contract.end])):
+                self._others.engines.open(stage)
             self._resources = stack.pop_all()
-        self.layers = find(self._denoiser)
-        in_int8 = backend in attention.BACKENDS
-        self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
-        # Engines of other backends do not run where they are built; the portable graph does.
-        self._form, self._backend = backend, backend if backend in backends.CPU else PORTABLE_BACKEND
-        self._count = 0  # of the forms that were tried
-        self._condition, self._null = fixtures.conditions(network, SAMPLES), fixtures.null(network)
 
     def __enter__(self) -> Search:
         return self
@@ -127,9 +103,9 @@ class Search:
     def __exit__(self, *_: object) -> None:
         self._resources.close()
 
-    def run(self, options: SearchOptions, fixed: Sequence[str]) -> tuple[list[str], list[LayerSensitivity]]:
-        """Return what stays float: `fixed`, what int8 does not speed up, and the worst until the budget holds."""
-        names, keep = self.names, list(fixed)
+    def run(self, options: SearchOptions, fixed: Sequence[str]) -> Found:
+        """Return what stays float: `fixed`, what int8 does not speed up, and the fewest that the budget needs."""
+        keep = list(fixed)
         why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
         if options.tune:
             for kind, ratio in self.speed().items():
@@ -138,28 +114,90 @@ class Search:
                     why |= dict.fromkeys(
                         named(self.layers, [kind]), f"float {kind} is {ratio:.2f} times as fast a step"
                     )
-        with self._opened(names, self._backend, "fp32") as exact:
-            trajectory = self._trajectory(exact)
-            errors = self._rank(exact, trajectory)
-        order = sorted((name for name in names if name not in why), key=lambda name: -errors[name])
-        text = "no budget was asked for"
-        if options.budget is not None:
-            count, values = self._within(options.budget, [*why], order, trajectory[-1])
-            keep += order[:count]
-            if count:
-                last = f"{options.budget}: {values[count - 1]:.4g} with it in int8, {values[count]:.4g} without"
-                why |= dict.fromkeys(order[:count], last)
-            text = f"{options.budget} holds: {values[count]:.4g}"
-        return keep, [LayerSensitivity(name, errors[name], name in why, why.get(name, text)) for name in names]
+        check = None if options.budget is None else self._ends_within(options.budget)
+        return self._least(check, f"budget {options.budget}", keep, why)
+
+    def meet(self, check: Check, name: str, fixed: Sequence[str], broken: Sequence[Figure]) -> Found:
+        """Return what stays float: `fixed`, and the fewest layers more with which the check holds.
+
+        `broken` are its figures with none more in float.
+        """
+        why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
+        return self._least(check, name, list(fixed), why, broken)
+
+    def _least(
+        self, check: Check | None, name: str, keep: list[str], why: dict[str, str], broken: Sequence[Figure] = ()
+    ) -> Found:
+        """Keep the fewest of the worst layers in float with which the check holds, found by halving.
+
+        `why` has the layers that stay float anyway.
+        """
+        free, figures = [layer for layer in self.names if layer not in why], dict[int, Sequence[Figure]]()
+
+        def holds(order: list[str], count: int) -> bool:
+            assert check is not None
+            if count not in figures:
+                with self._opened([*why, *order[:count]], self._kind) as pipe:
+                    figures[count] = check(pipe)
+            return all(figure.passed for figure in figures[count])
+
+        if broken:
+            figures[0] = broken
+        fits = check is None or holds(free, 0)
+        if not fits and not holds(free, len(free)):
+            figure = first_broken(figures[len(free)])
+            text = f"{name} does not hold on {self._form} even with every layer in float: {sentence(figure)}"
+            raise OutOfReach(text, figure)
+        errors = self._rank()
+        order = sorted(free, key=lambda layer: -errors[layer])
+        low, high = (-1, 0) if fits else (0, len(free))  # it breaks with `low` of them in float, and holds with `high`
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(order, middle) else (middle, high)
+        if high == len(free) and free:
+            figure = first_broken(figures[low])
+            text = f"{name} holds on {self._form} with no layer in {self._kind} only: with {order[-1]} alone in it, "
+            raise OutOfReach(text + sentence(figure), figure)
+        text = "no budget was asked for" if check is None else f"{name} holds"
+        cost: dict[str, Any] = {}
+        if check is not None and high:
+            why |= dict.fromkeys(order[:high], compared(figures[low], figures[high], f"with it in {self._kind}"))
+            cost = self._cost(order[:high], [*why], figures[0], figures[high])
+        elif check is not None:
+            text += f": {worst(figures[0])[0].value:.4g}"
+        layers = [LayerSensitivity(name, errors[name], name in why, why.get(name, text)) for name in self.names]
+        return Found([*keep, *order[:high]], layers, cost)
+
+    def _cost(
+        self, kept: list[str], in_float: list[str], before: Sequence[Figure], after: Sequence[Figure]
+    ) -> dict[str, Any]:
+        """Return what these layers in float changed: the figures that broke, and the time of a guided step."""
+        now = {figure.name: figure for figure in worst(after)}
+        broken = [figure for figure in worst(before) if not figure.passed]
+        gates = [
+            {
+                "name": figure.name,
+                "limit": figure.limit,
+                "before": jsonable(figure.value),
+                "after": jsonable(now[figure.name].value) if figure.name in now else None,
+            }
+            for figure in broken
+        ]
+        cost: dict[str, Any] = {"layers": kept, "of": len(self.names), "gates": gates}
+        if self._form == self._backend:
+            already = [name for name in in_float if name not in kept]
+            with self._opened(in_float, self._kind) as mixed, self._opened(already, self._kind) as quantized:
+                cost["step_time"] = round(_ratio(self._step(mixed), self._step(quantized)), 3)
+        return cost
 
     def speed(self) -> dict[str, float]:
         """Return, by kind of layer, how many times as fast a guided step is where all of that kind are float."""
         ratios = {}
         kinds = list(dict.fromkeys(name.split()[-1] for name in self.names))
-        with self._opened([], self._backend, "int8") as quantized:
+        with self._opened([], self._kind) as quantized:
             for done, kind in enumerate(kinds):
                 self._tick(done, len(kinds))
-                with self._opened(named(self.layers, [kind]), self._backend, "int8") as mixed:
+                with self._opened(named(self.layers, [kind]), self._kind) as mixed:
                     ratios[kind] = _ratio(self._step(quantized), self._step(mixed))
         return ratios
 
@@ -174,13 +212,15 @@ class Search:
     def _first_condition(self) -> Rows:
         return {name: rows[:1] for name, rows in self._condition.items()}
 
-    def _rank(self, exact: Pipeline, trajectory: Sequence[Latents]) -> dict[str, float]:
-        """Return, by layer, the error of the predictions where that layer alone is int8."""
-        names = self.names
-        expected, errors = self._answers(exact, trajectory), {}
+    def _rank(self) -> dict[str, float]:
+        """Return, by layer, the error of the predictions where that layer alone is int8, in fp32 around it."""
+        names, errors = self.names, {}
+        with self._opened(names, "fp32") as exact:
+            trajectory = self._trajectory(exact)
+            expected = self._answers(exact, trajectory)
         for done, name in enumerate(names):
             self._tick(done, len(names))
-            with self._opened([other for other in names if other != name], self._backend, "fp32") as pipe:
+            with self._opened([other for other in names if other != name], "fp32") as pipe:
                 errors[name] = relative_error(self._answers(pipe, trajectory), expected)
         return errors
 
@@ -211,57 +251,51 @@ class Search:
         )
         return seen
 
-    def _within(
-        self, budget: Budget, fixed: list[str], order: list[str], exact: Latents
-    ) -> tuple[int, dict[int, float]]:
-        """Find by halving the fewest of the worst layers that must stay float; return them and what each count gave."""
-        values: dict[int, float] = {}
-
-        def holds(count: int) -> bool:
-            with self._opened([*fixed, *order[:count]], self._backend, "int8") as pipe:
-                values[count] = self._distance(budget, self._trajectory(pipe)[-1], exact)
-            return budget.holds(values[count])
-
-        low, high = -1, len(order)  # the budget breaks with `low` of them in float, and holds with `high`
-        for count in (0, high):
-            if holds(count):
-                high = count
-                break
-            low = count
-        if low == high:
-            raise UsageError(
-                f"budget {budget} does not hold on {self._form} even with every layer in float: {values[high]:.4g}"
-            )
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if holds(middle) else (middle, high)
-        if high == len(order) and order:
-            raise UsageError(f"budget {budget} holds with no layer in int8 only; build fp32, or ask for less")
-        return high, values
+    def _ends_within(self, budget: Budget) -> Check:
+        """Return the check of how far whole runs end from those in fp32."""
+        with self._opened(self.names, "fp32") as pipe:
+            exact = self._trajectory(pipe)[-1]
+        return lambda pipe: [budget.figure(self._distance(budget, self._trajectory(pipe)[-1], exact))]
 
     def _distance(self, budget: Budget, latents: Latents, exact: Latents) -> float:
         if budget.metric == "latent-rel-l2":
             return max(relative_error(*pair) for pair in zip(latents, exact, strict=True))
-        assert self._decoder is not None
-        pictures = [
-            images.to_uint8(self._decoder.run({self._contract.state.name: x})["images"]) for x in (latents, exact)
-        ]
+        pictures = [images.to_uint8(self._others.engines.decode(x)) for x in (latents, exact)]
         return min(images.psnr(*pair) for pair in zip(*pictures, strict=True))
 
     @contextmanager
-    def _opened(self, keep: Collection[str], backend: str, precision: str) -> Iterator[Pipeline]:
-        """Open the denoiser as it is built, with all layers in int8 but those to keep, and `precision` around them."""
-        graph = self._denoiser.copy()
-        grids = attention.steps(graph, self._calibration, keep)
-        quantize(graph, self._chosen, keep)
-        for rewrite in attention.passes(backend, grids) if backend == self._form else (plain_attention,):
+    def _opened(self, keep: Collection[str], precision: str) -> Iterator[Pipeline]:
+        """Open the bundle with all layers in int8 but those to keep, and the float of `precision` around them."""
+        graph = self._smoothed.denoiser.copy()
+        grids = attention.steps(graph, self._smoothed.calibration, keep)
+        quantize(graph, self._smoothed.chosen, keep, self._kind)
+        own = self._form == self._backend
+        for rewrite in attention.passes(self._backend, grids) if own else (plain_attention,):
             rewrite(graph)
         path = self._work / f"tried-{self._count}.onnx"  # beside the weights that all of them share
         self._count += 1
         with onnxfile.temporary(graph, path) as files:
-            engine = backends.backend(backend).open(files, Options(precision=precision))
-            with closing(engine):
-                yield Pipeline(self._work, self._contract, {**self._before, self._contract.step.name: engine})
+            names = tuple(file.relative_to(self._folder).as_posix() for file in files)
+            step = replace(self._contract.step, precision=precision, engines={self._backend: names})
+            stages = (step if stage.runs == "step" else stage for stage in self._contract.stages)
+            pipe = Pipeline(self._folder, replace(self._contract, stages=tuple(stages)), self._others.engines.opened)
+            if not own:  # this backend may not have the precision by name
+                options = Options(precision=self._kind)
+                pipe.engines.opened[step.name] = backends.backend(self._backend).open(files, options)
+            with closing(pipe.engines.open(step)):
+                yield pipe
+
+
+def first_broken(figures: Sequence[Figure]) -> Figure:
+    return next(figure for figure in worst(figures) if not figure.passed)
+
+
+def compared(broken: Sequence[Figure], held: Sequence[Figure], what: str) -> str:
+    """Return what broke first, with its value before and after."""
+    figure = first_broken(broken)
+    after = {other.name: other.value for other in worst(held)}.get(figure.name)
+    text = f"{sentence(figure)}: {what}"
+    return text if after is None else f"{text}, {after:.4g} without"
 
 
 def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
@@ -270,9 +304,9 @@ def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
     for round_ in range(ROUNDS + 1):
         seconds = []
         for call in (slow, fast):
-            began = time.perf_counter()
+            began = clock()
             call()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(clock() - began)
         if round_:  # the first compiles
             ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)

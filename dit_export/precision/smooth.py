@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -39,6 +40,14 @@ class Chosen:
     step: float  # of the activations' grid, after the division
     error: float  # relative L2 of the GEMM's output on the calibration's rows
     largest: float = 0.0  # magnitude of the input, after the division
+
+
+class Smoothed(NamedTuple):
+    """A denoiser that is ready to be quantized."""
+
+    denoiser: gs.Graph
+    chosen: Mapping[str, Chosen]  # by layer
+    calibration: Calibration
 
 
 def choose(seen: LayerStatistics, weight: Floats, smooth: bool) -> Chosen:

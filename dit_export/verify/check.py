@@ -29,6 +29,7 @@ class Built:
     checks: list[Figure]  # the gates; the proof is one of them unless the weights are a user's and fail it
     reference: Reference
     replay: Replay
+    advice: str = ""  # what to do where a gate failed
 
     @property
     def passed(self) -> bool:

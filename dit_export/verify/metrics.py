@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from dit_runtime.verify import TOLERANCES, Figure, Reference, Replay, judge, rel
 from dit_runtime.verify.reference import fingerprinted
 
 PROOF, SAMPLER, RUN = "proof", "sampler", "run"  # stages of figures that are none of a bundle's
+SHOWN = 6  # layers in a line
 
 
 class Fingerprinted(NamedTuple):
@@ -81,6 +82,23 @@ def sentence(figure: Figure) -> str:
     if figure.limit is not None:
         limit = f", expected at {'least' if figure.at_least else 'most'} {number(figure, figure.limit)}"
     return f"{figure.name}{place}: {number(figure, figure.value)}{limit}"
+
+
+def kept_in_float(cost: Mapping[str, Any], precision: str) -> list[str]:
+    """Say which layers stayed float for which gate, and what it cost; `cost` is the manifest's `kept_float`."""
+    names, count = cost["layers"], len(cost["layers"])
+    shown = ", ".join(names[:SHOWN]) + (f" and {count - SHOWN} more" if count > SHOWN else "")
+    lines = [f"in float, so that these limits hold: {shown} ({count} of {cost['of']} layers)"]
+    for gate in cost["gates"]:
+        before, after, limit = (_short(gate[key]) for key in ("before", "after", "limit"))
+        lines.append(f"{gate['name']}: {before} with them in {precision}, {after} in float, limit {limit}")
+    if "step_time" in cost:
+        lines.append(f"a guided step takes {cost['step_time']:.2f} times as long as with them in {precision}")
+    return lines
+
+
+def _short(value: float | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float | int) else str(value)
 
 
 def insensitive(folder: Path, proof: Sequence[Figure]) -> str:

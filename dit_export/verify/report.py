@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.verify import curves
-from dit_export.verify.metrics import number, sentence
+from dit_export.verify.metrics import kept_in_float, number, sentence
 from dit_runtime import backends, images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -95,7 +95,7 @@ def html(bundle: Path, page: Page) -> str:
         _pictures(page),
         _exhibits(page.exhibits),
         _curves(page),
-        _sensitivity(read_sensitivity(bundle, contract)),
+        _sensitivity(read_sensitivity(bundle, contract), contract),
         _sizes(page),
         _gates(page.figures),
         _origin(contract),
@@ -209,7 +209,7 @@ def read_sensitivity(bundle: Path, contract: Manifest) -> list[Sensitivity]:
     return sorted(layers, key=lambda layer: -layer.error)
 
 
-def _sensitivity(layers: Sequence[Sensitivity]) -> str:
+def _sensitivity(layers: Sequence[Sensitivity], contract: Manifest) -> str:
     if not layers:
         return ""
     most = layers[0].error or 1.0
@@ -229,8 +229,11 @@ def _sensitivity(layers: Sequence[Sensitivity]) -> str:
     if rest := layers[BARS:]:
         more = "".join(map(bar, rest))
         text += f'<details><summary>the other {len(rest)} layers</summary><div class="bars">{more}</div></details>'
-    line = f"The error that quantizing one layer alone causes. {in_float} of {len(layers)} stay in float."
-    return f'<h2>Sensitivity of layers</h2>\n<p class="quiet">{line}</p>\n{text}'
+    lines = [f"The error that quantizing one layer alone causes. {in_float} of {len(layers)} stay in float."]
+    if cost := contract.built_with.get("kept_float"):
+        lines += kept_in_float(cost, contract.step.precision)
+    head = "".join(f'<p class="quiet">{escape(line)}</p>\n' for line in lines)
+    return f"<h2>Sensitivity of layers</h2>\n{head}{text}"
 
 
 def _sizes(page: Page) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +14,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from dit_export.bundle.assemble import Assembly, trace_graphs
+from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.diffusers import read_process
 from dit_export.checkpoints.synthetic import synthetic_dit
@@ -25,6 +27,7 @@ from dit_export.passes.attention import plain_attention
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.measure import Plan, measure
 from dit_export.precision.prompts import Prompts
+from dit_export.precision.search import Search
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Options
@@ -88,6 +91,25 @@ def scratch(folder: Path, network: Network) -> Scratch:
     contract = assembly.run()
     manifest.write(folder, replace(contract, files=manifest.describe_files(folder)))
     return Scratch(folder, network, assembly.graphs)
+
+
+@contextmanager
+def open_search(folder: Path, bundle: Scratch, calibration: Calibration, backend: str) -> Iterator[Search]:
+    """Open the search of an int8 bundle of the same network; `backend` is the one that it says to be for."""
+    folder.mkdir()
+    built_for = backend if backend in backends.CPU else "onnxruntime"
+    process = read_process(None, bundle.network.learned_variance)
+    loaded = Loaded(bundle.network, None, (), process, {"kind": "synthetic"})
+    recipe = Recipe(precision="int8", backend=built_for, max_batch=4)
+    traced, inputs = bundle.folder.with_name("traced"), Inputs(calibration)
+    assembly = Assembly(folder, traced, loaded, None, recipe, built_for, Progress(io.StringIO()), inputs=inputs)
+    contract = assembly.run()
+    stages = (replace(stage, backend=backend) if stage.runs == "step" else stage for stage in contract.stages)
+    smoothed = assembly.once_more().smoothed
+    assert smoothed is not None
+    own = replace(contract, stages=tuple(stages))
+    with Search(folder, own, smoothed, bundle.network, lambda done, total: None) as search:
+        yield search
 
 
 def outlying_pixart() -> torch.nn.Module:

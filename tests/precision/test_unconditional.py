@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from dit_export.networks import Network
+from dit_export.precision.budget import SearchOptions
 from dit_export.precision.measure import Plan
-from dit_export.precision.search import Search, SearchOptions
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.pipeline import Pipeline
-from tests.precision.conftest import Scratch, scratch
+from tests.precision.conftest import Scratch, open_search, scratch
 
 
 class Tokens(nn.Module):
@@ -46,6 +46,6 @@ def test_a_seed_for_each_picture(tokens: Scratch, monkeypatch: pytest.MonkeyPatc
 
 def test_it_can_be_timed(tokens: Scratch, tmp_path: Path) -> None:
     calibration = tokens.calibrate(Plan(pictures=2, steps=2))
-    with Search(tokens.folder, tokens.network, calibration, "onnxruntime", lambda done, total: None) as search:
-        _, table = search.run(SearchOptions(tune=True), [])
-    assert [entry.layer for entry in table] == ["block 0 fc1", "block 0 fc2"]
+    with open_search(tmp_path / "search", tokens, calibration, "onnxruntime") as search:
+        found = search.run(SearchOptions(tune=True), [])
+    assert [entry.layer for entry in found.layers] == ["block 0 fc1", "block 0 fc2"]

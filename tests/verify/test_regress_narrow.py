@@ -87,6 +87,20 @@ def test_the_proof_is_not_met_by_rounding(int8, tmp_path):
     assert len(checks) == 3 and all(check.passed for check in checks.values())
 
 
+def test_the_proof_asks_for_what_a_condition_changes(int8, tmp_path):
+    """Every label has one embedding: however far int8 is from PyTorch, nothing of a condition is left."""
+    name = "proof: what a condition changes in int8, share of PyTorch's"
+    bundle = Path(shutil.copytree(int8, tmp_path / "unconditional"))
+    for changed, share in ((False, 1.0), (True, 0.0)):
+        if changed:
+            table = weight(bundle, "conditioner", (META_CLASSES + 1, HIDDEN))
+            table[:] = table[0]
+            seal(bundle)
+        with Pipeline.load(bundle, threads=1) as pipe:
+            checks = {figure.name: figure for figure in proof(pipe, load_reference(bundle, pipe.manifest))}
+        assert abs(checks[name].value - share) < 0.1 and checks[name].passed == (not changed)
+
+
 def test_a_stale_conditioner_in_int8(int8, later, regress, tmp_path):
     """The denoiser, which reads PyTorch's tensors divided as the reference says, is right."""
     bundle = Path(shutil.copytree(int8, tmp_path / "stale"))

@@ -113,6 +113,8 @@ class OrtEngine:
         settings.log_severity_level = 3
         if _saturates():  # then as u8 × u8, exact, and at 0.4 of the speed also where it would not be needed
             settings.add_session_config_entry("session.x64quantprecision", "1")
+        if options.precision == "fp8":  # of a GPU's graph, tried here: its fusions of Q and DQ are for int8 alone
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         if options.threads:
             settings.intra_op_num_threads = options.threads
         if options.low_memory:  # blocks go back to the system when they are free, not when the session ends

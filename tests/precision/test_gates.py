@@ -1,0 +1,129 @@
+"""int8 builds whose gates fail: the fewest layers stay float, or one sentence says why none would help."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dit_runtime.verify
+from dit_export.bundle import build
+from dit_export.checkpoints import Loaded
+from dit_export.checkpoints.diffusers import read_process
+from dit_export.cli import main
+from dit_export.graph import onnxfile
+from dit_export.networks import Network
+from dit_export.recipe import Recipe
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Port
+from dit_runtime.progress import Progress
+from tests.conftest import HEADS, META_DEPTH, meta_state
+from tests.precision.test_unconditional import Tokens
+
+HOT = 300.0  # of one channel between GELU and fc2, where the others are around 1
+LAYERS = 4 * META_DEPTH
+
+
+@pytest.fixture(scope="module")
+def hot(tmp_path_factory) -> Path:
+    """A checkpoint whose first block has a large, constant channel before fc2, which no smoothing reaches."""
+    state = meta_state()
+    state["blocks.0.mlp.fc2.weight"] *= 3
+    state["blocks.0.mlp.fc1.weight"][0] *= 0.1
+    state["blocks.0.mlp.fc1.bias"][0] = HOT
+    share = state["blocks.0.mlp.fc2.weight"][:, 0] * F.gelu(torch.tensor(HOT))
+    state["blocks.0.mlp.fc2.bias"] -= share
+    path = tmp_path_factory.mktemp("hot") / "checkpoint.pt"
+    torch.save({"ema": state}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory) -> dict[str, object]:
+    return {"folder": tmp_path_factory.mktemp("trace")}
+
+
+@pytest.fixture
+def run(hot, traces, tmp_path, monkeypatch, capsys, one_thread):
+    """Build the checkpoint in int8 on ONNX Runtime; it is traced once."""
+    trace = build.trace_graphs
+
+    def once(folder: Path, *inputs: object) -> object:
+        if "oracle" not in traces:
+            traces["oracle"] = trace(traces["folder"] / "plain", *inputs)
+        shutil.copytree(traces["folder"] / "plain", folder)
+        return traces["oracle"]
+
+    monkeypatch.setattr(build, "trace_graphs", once)
+
+    def command(*options: str) -> tuple[int, str]:
+        checkpoint = ["--checkpoint", str(hot), "--heads", str(HEADS), "--latents-only", "--max-batch", "2"]
+        with one_thread():
+            int8 = ["--precision", "int8", "--backend", "onnxruntime", "-o", str(tmp_path / "bundle")]
+            code = main(["build", *checkpoint, *int8, *options])
+        return code, capsys.readouterr().out
+
+    return command
+
+
+def test_the_layer_that_breaks_a_gate_stays_float(run, tmp_path, capsys) -> None:
+    code, text = run()
+    assert code == 0 and not (tmp_path / "bundle.failed").exists()
+    bundle = tmp_path / "bundle"
+    contract = manifest.read(bundle)
+    assert contract.parity["passed"] and contract.source["recipe"]["keep_float"] == ["block 0 fc2"]
+    cost = contract.built_with["kept_float"]
+    assert (cost["layers"], cost["of"]) == (["block 0 fc2"], LAYERS) and cost["step_time"] > 0
+    gate = next(gate for gate in cost["gates"] if gate["name"] == "denoiser: unguided, rel-L2")
+    assert gate["after"] <= gate["limit"] < gate["before"]
+
+    said = f"in float, so that these limits hold: block 0 fc2 (1 of {LAYERS} layers)"
+    assert said in text and "denoiser: unguided, rel-L2: " in text and "a guided step takes " in text
+    assert said in (bundle / "report.html").read_text()
+    table = json.loads((bundle / "sensitivity.json").read_text())
+    assert [entry["layer"] for entry in table if entry["kept"]] == ["block 0 fc2"] and len(table) == LAYERS
+    assert contract.built_with["passes"]["denoiser"]["quantize"] == LAYERS - 1
+    assert onnxfile.census(onnxfile.load(bundle / "denoiser.onnx"))["QuantizeLinear"] == LAYERS - 1
+    assert (tmp_path / "bundle.calibration.npz").is_file() and len([*tmp_path.iterdir()]) == 2  # with the bundle
+    assert main(["verify", str(bundle)]) == 0
+
+
+def test_a_strict_build_searches_nothing(run, tmp_path) -> None:
+    code, text = run("--strict")
+    assert code == 1 and "without --strict the build keeps the fewest that the gates need" in text
+    contract = manifest.read(tmp_path / "bundle.failed")
+    assert contract.source["recipe"]["keep_float"] is None and "sensitivity.json" not in contract.files
+
+
+def test_a_network_that_needs_every_layer_in_float(tmp_path, one_thread) -> None:
+    """Both of its layers read a large channel that their weights ignore, and no smoothing reaches either."""
+    torch.manual_seed(0)
+    module = Tokens().eval().requires_grad_(False)
+    for bias, linear in ((module.time.bias, module.mlp[0]), (module.mlp[0].bias, module.mlp[2])):
+        bias[0] = 100 * HOT
+        linear.weight *= 4
+        linear.weight[:, 0] = 0
+    ports = (Port("x", "state", "float32", (6, 8)), Port("t", "time", "float32", ()))
+    network = Network(module, ports, model={"name": "tokens"})
+    loaded = Loaded(network, None, (), read_process(None, False), {"kind": "python"})
+    recipe = Recipe(precision="int8", backend="onnxruntime", output=str(tmp_path / "bundle"))
+    with one_thread():
+        built = build.build(recipe, Progress(io.StringIO()), loaded=loaded)
+    assert not built.passed and built.folder.name == "bundle.failed"
+    assert not manifest.read(built.folder).parity["passed"]
+    assert "int8's gate holds on onnxruntime with no layer in int8 only: with block 0 fc" in built.advice
+    assert "alone in it, denoiser: prediction, rel-L2" in built.advice
+    assert "try --precision fp32 or --precision fp16" in built.advice
+
+
+def test_a_gate_that_float_breaks_too(run, monkeypatch) -> None:
+    none = replace(dit_runtime.verify.TOLERANCES["int8"], latents=0.0)
+    monkeypatch.setitem(dit_runtime.verify.TOLERANCES, "int8", none)
+    code, text = run()
+    assert code == 1 and "does not hold on onnxruntime even with every layer in float: run: latents, rel-L2" in text
