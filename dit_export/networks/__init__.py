@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_runtime.bundle.parsing import check_network
-from dit_runtime.bundle.records import PACKS, Port
+from dit_runtime.bundle.records import PACKS, Port, WithPorts
 from dit_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # the command line imports this package and must not wait for PyTorch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the command line imports this package and must not wait for
 
 
 @dataclass(frozen=True)
-class Network:
+class Network(WithPorts):
     """A module that predicts, called as `module(**{port.name: rows})`: (rows, C, …), or (rows, 2 C, …) with a variance.
 
     The module is in eval mode, float32 and without gradients.
@@ -42,15 +42,3 @@ class Network:
             check_network(self.ports, self.null, self.guided_channels)
         except ValueError as error:
             raise UsageError(str(error)) from None
-
-    @property
-    def state(self) -> Port:
-        return next(port for port in self.ports if port.role == "state")
-
-    @property
-    def time(self) -> Port:
-        return next(port for port in self.ports if port.role == "time")
-
-    @property
-    def conditions(self) -> tuple[Port, ...]:
-        return tuple(port for port in self.ports if port.role == "condition")

@@ -99,21 +99,10 @@ class File:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Manifest:
-    model: Mapping[str, Any]  # for people: name, resolution, …
+class WithPorts:
+    """What has the ports of a network."""
+
     ports: tuple[Port, ...]
-    null: Mapping[str, int | float]  # what guidance leads away from: a constant by condition port
-    labels: tuple[str, ...]  # class names of the port "labels"; empty where they are unknown
-    guidance: Guidance
-    process: Process
-    stages: tuple[Stage, ...]  # in the order of running
-    files: Mapping[str, File] = field(default_factory=dict)
-    source: Mapping[str, Any] = field(default_factory=dict)
-    built_with: Mapping[str, Any] = field(default_factory=dict)
-    parity: Mapping[str, Any] = field(default_factory=dict)
-    batch_invariant: bool = False  # verification saw that a sample has the same bits in each batch
-    format: int = FORMAT
 
     @property
     def state(self) -> Port:
@@ -128,6 +117,23 @@ class Manifest:
     def conditions(self) -> tuple[Port, ...]:
         """Return all condition ports, including masks."""
         return tuple(port for port in self.ports if port.role == "condition")
+
+
+@dataclass(frozen=True)
+class Manifest(WithPorts):
+    model: Mapping[str, Any]  # for people: name, resolution, …
+    ports: tuple[Port, ...]
+    null: Mapping[str, int | float]  # what guidance leads away from: a constant by condition port
+    labels: tuple[str, ...]  # class names of the port "labels"; empty where they are unknown
+    guidance: Guidance
+    process: Process
+    stages: tuple[Stage, ...]  # in the order of running
+    files: Mapping[str, File] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    built_with: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    batch_invariant: bool = False  # verification saw that a sample has the same bits in each batch
+    format: int = FORMAT
 
     def port(self, name: str) -> Port:
         return next(port for port in self.ports if port.name == name)
