@@ -60,7 +60,7 @@ def capabilities() -> frozenset[str]:
 
 
 def compile(folder: Path, stage: Stage, options: Options, progress: Progress) -> Compiled:
-    """Make no files in the bundle: what it compiles fits one CPU, and belongs in the user's cache."""
+    """Make no files: what it compiles fits one CPU, and is made anew when a bundle is opened."""
     return Compiled()
 
 
