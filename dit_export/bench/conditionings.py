@@ -29,8 +29,9 @@ from dit_export.networks.spec import CONDITIONINGS, ModelSpec, model, with_condi
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
-from dit_runtime.bundle.manifest import Stage
+from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.cli import Parser, guarded
+from dit_runtime.engines import Engines
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import Process
@@ -42,7 +43,7 @@ class Cost(NamedTuple):
     seconds: float  # of a guided step
 
 
-def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) -> Stage:
+def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) -> Manifest:
     """A bundle of made-up weights, of which only the denoiser's files are kept."""
     network = dit_network(synthetic_dit(spec, 0))
     loaded = Loaded(network, None, (), Process(), {"kind": "synthetic", "seed": 0})
@@ -50,7 +51,7 @@ def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) ->
     for file in folder.iterdir():
         if file.is_file() and not file.name.startswith("denoiser."):
             file.unlink()
-    return contract.step
+    return contract
 
 
 def inputs(stage: Stage) -> dict[str, np.ndarray]:
@@ -75,11 +76,11 @@ def measure(
             f"{len(specs)} denoisers on {backend} take {needed / 1e9:.0f} GB, {available_memory() / 1e9:.0f} GB are "
             "free; pass fewer --conditionings, or --backend onnxruntime"
         )
-    stages = {name: denoiser(spec, folder / name, backend, progress) for name, spec in specs.items()}
+    contracts = {name: denoiser(spec, folder / name, backend, progress) for name, spec in specs.items()}
     ready: dict[str, tuple[Engine, dict[str, np.ndarray]]] = {}
-    for name, stage in stages.items():
-        files = [folder / name / file for file in stage.files]
-        ready[name] = backends.backend(backend).open(files, Options(threads=threads)), inputs(stage)
+    for name, contract in contracts.items():
+        engine = Engines(folder / name, contract, {}, Options(threads=threads)).open(contract.step)
+        ready[name] = engine, inputs(contract.step)
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     with progress.stage(f"{rounds} rounds of {', '.join(ready)}"):
         for number in range(rounds + 1):

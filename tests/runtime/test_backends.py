@@ -174,6 +174,26 @@ def test_the_cpu_decides_what_floats_are_computed_in(
             assert request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string() == floats
 
 
+def test_a_graph_that_reads_more_than_the_manifest_says_is_opened(tmp_path) -> None:
+    """Its inputs' names are compared by who opens it, and nothing is compiled for an input without a shape."""
+    names = [helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in ("x", "surplus", "y")]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "surplus"], ["y"])], "g", names[:2], names[2:])
+    onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
+    engine = backends.backend("openvino").open([tmp_path / "g.onnx"], Options(row={"x": (1, 4)}))
+    assert engine.io == (("x", "surplus"), ("y",))
+
+
+def test_a_refused_provider_leaves_the_bundle_as_it_was(bundle, capsys) -> None:
+    """No machine has kernels for it, so that there is no target to verify it on."""
+    contract = manifest.read(on(bundle, "onnxruntime"))
+    stages = [replace(s, precision="int8") if s.runs == "step" else s for s in contract.stages]
+    manifest.write(bundle, replace(contract, stages=tuple(stages), parity={"passed": True}, batch_invariant=True))
+    before = (bundle / "manifest.json").read_text()
+    assert main(["compile", str(bundle), "--backend", "onnxruntime", "--provider", "cuda"]) == 2
+    assert "int8 has no kernels in ONNX Runtime's CUDA provider" in capsys.readouterr().err
+    assert (bundle / "manifest.json").read_text() == before
+
+
 def test_auto_takes_the_first_that_can(monkeypatch) -> None:
     assert backends.choose("auto") == "openvino"
     assert backends.choose("auto", "fp16") == "onnxruntime"

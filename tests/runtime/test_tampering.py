@@ -14,7 +14,7 @@ import pytest
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main
 from dit_runtime.sampling.process import Process
-from dit_runtime.verify import load_reference, sampler
+from dit_runtime.verify import Figure, load_reference, sampler
 from tests.tamper import edit, leak, seal, weight
 
 CLASSES = 5  # of the hand-made bundle
@@ -142,6 +142,12 @@ def test_a_denoiser_that_gives_nan(bundle, verify):
     code, failed = verify()
     assert code == 1 and {PREDICTION, LATENTS} <= {*failed}
     assert "step 1" in failed[LATENTS][0]["where"]
+
+
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_nan_never_passes(limit) -> None:
+    assert not Figure("denoiser", "error", math.nan, limit).passed
+    assert not Figure("denoiser", "error", math.nan, limit, at_least=True).passed
 
 
 def test_swapped_guidance(bundle, verify):

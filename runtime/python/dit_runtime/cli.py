@@ -276,6 +276,10 @@ def report(figures: list[verify.Figure], as_json: bool) -> int:
 def _compile(options: argparse.Namespace) -> int:
     folder = options.bundle
     contract = manifest.read(folder, engines=False)
+    for stage in contract.stages if options.provider else ():
+        name = backends.choose(options.backend, stage.precision)
+        if reason := backends.refusal(name, stage.precision, options.provider):
+            raise UsageError(reason)
     settings = Options(options.threads, options.provider, tuning=tuning(options))
     compiled = compile_stages(folder, contract, options.backend, settings, Progress())
     code = 1

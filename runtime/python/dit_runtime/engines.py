@@ -18,7 +18,7 @@ from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.conditions.condition import Rows, group
 from dit_runtime.conditions.memo import Device, StepInputs
-from dit_runtime.errors import BundleError, EngineError, UsageError
+from dit_runtime.errors import BundleError, EngineError, NotFinite, UsageError
 
 AT_ONCE = {"step": 2, "end": 1}  # rows: two of a decoder would need twice the memory for their activations
 
@@ -129,7 +129,7 @@ class Engines:
             parts.append(self.run(stage, {self.manifest.state.name: some})["images"])
         pictures = np.concatenate(parts)
         if not np.isfinite(pictures).all():
-            raise EngineError(f"the {stage.name}'s pictures hold values that are not finite")
+            raise NotFinite(f"the {stage.name}'s pictures hold values that are not finite")
         return pictures
 
     def close(self) -> None:

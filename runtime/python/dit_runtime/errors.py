@@ -17,6 +17,10 @@ class EngineError(RuntimeError):
     """An engine gave something that no sound engine gives."""
 
 
+class NotFinite(EngineError):
+    """An engine gave NaN or infinity."""
+
+
 class Stopped(Exception):
     """A run was cancelled, or `on_step` asked to stop it."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from dit_runtime.bundle.records import LABELS, Manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.engines import Engines
-from dit_runtime.errors import UsageError
+from dit_runtime.errors import NotFinite, UsageError
 from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.request import Request
 from dit_runtime.run import Run
@@ -48,10 +49,12 @@ def warm(engines: Engines, batches: Sequence[int]) -> None:
                 output="latents",
             )
             run = Run(engines, request)
-            for _ in range(EVALUATIONS):
-                run.step()
+            with suppress(NotFinite):  # numbers that are made up may leave the range of a narrow type
+                for _ in range(EVALUATIONS):
+                    run.step()
             if contract.end is not None:
-                engines.decode(run.state)
+                with suppress(NotFinite):
+                    engines.decode(run.state)
 
 
 def _steps(contract: Manifest) -> int:

@@ -1,9 +1,10 @@
 """OpenVINO on the CPU.
 
-A stage of the loop, and the decoder, runs a row at a time: one sample, and of a step stage one of its groups. Rows of a
-call share two streams, each with half of the threads; that takes less time than all of them in one batch. So there is
-one shape to compile, when the stage is opened, and a row's bits depend neither on its batch nor on what ran before.
-Stages before the loop keep their free dimension: their rows come out the same at any number of rows.
+A stage of the loop, and the decoder, runs a row at a time: one sample, and of a step stage one of its groups. Two rows
+of a step run at once, each on half of the threads; that takes less time than both in one batch. So there is one shape,
+and a row's bits depend neither on its batch nor on what ran before. It is compiled when the stage is opened, and a
+second time when a call first has a single row, which gets all threads; each copy packs the weights. Stages before the
+loop keep their free dimension: their rows come out the same at any number of rows.
 """
 
 from __future__ import annotations
@@ -141,22 +142,24 @@ class RowEngine(OvEngine):
         rows = self._cut(model)
         mixes = rows is not model
         self._names = tuple(name for name in self.io[0] if not mixes or name != GUIDANCE)
-        if mixes or not self._grouped:  # else a row has as many groups as a call brings
+        known = all(name in self._options.row for name in self._names)  # else the caller refuses the graph
+        if known and (mixes or not self._grouped):  # else a row has as many groups as a call brings
             shapes = tuple(self._options.row[name] for name in self._names)
             self._fixed(shapes, self._at_once if mixes else 1, rows)
 
     @property
     def _at_once(self) -> int:
         """Return how many rows run at once: two where each can have half of the threads, of cores that are alike."""
-        threads = self._options.threads or len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-        alike = threads % 2 == 0 and not UNLIKE.exists() and not self._options.low_memory
-        return min(self._options.at_once, 2 if alike else 1)
+        if sys.platform != "linux" or UNLIKE.exists() or self._options.low_memory:
+            return 1
+        threads = self._options.threads or len(os.sched_getaffinity(0))
+        return min(self._options.at_once, 2 if threads % 2 == 0 else 1)
 
     def _cut(self, model: Any) -> Any:
         """Return the model of a row; where groups meet in it, keep what mixes them."""
         outputs = (output for node in model.get_ordered_ops() for output in node.outputs())
         meeting = next((output for output in outputs if MEETING in output.get_names()), None)
-        if meeting is None:
+        if meeting is None or GUIDANCE not in self.io[0]:
             return model
         from openvino import Model, opset13
 
@@ -235,8 +238,8 @@ def _give_back(folder: Path) -> None:
     import ctypes  # here, so that importing the runtime stays quick
 
     library, prefix = ctypes.CDLL(None), f"{folder.resolve()}/"
-    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-        span, rights, *_, path = line.split(None, 5)
+    for line in Path("/proc/self/maps").read_text(errors="replace").split("\n"):
+        span, rights, *_, path = [*line.split(None, 5), "", ""][:6] if line else ("", "", "")
         if path.startswith(prefix) and rights == "r--s":  # shared and only read: what is read again is as it was
             first, last = (int(address, 16) for address in span.split("-"))
             library.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), DONTNEED)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.errors import EngineError
+from dit_runtime.errors import NotFinite
 from dit_runtime.sampling.solvers import Array, Solver
 
 Home = Callable[[], Array]
@@ -39,7 +39,7 @@ def with_solver(solver: Solver, timesteps: Array, denoise: Denoise) -> Advance:
         nonlocal state
         prediction, variance = denoise(state, step)
         if not np.isfinite(prediction).all():
-            raise EngineError(
+            raise NotFinite(
                 f"step {step + 1} (t = {timesteps[step]:g}): the prediction holds values that are not finite"
             )
         try:
@@ -74,7 +74,7 @@ def with_matrices(matrices: Array, device: Device, x: NDArray[Any], inputs: Inpu
         def home() -> Array:
             state = np.concatenate([np.asarray(part) for part in states]).astype(np.float64)
             if not np.isfinite(state).all():
-                raise EngineError(f"step {step + 1} or one before: the state holds values that are not finite")
+                raise NotFinite(f"step {step + 1} or one before: the state holds values that are not finite")
             return state
 
         return home

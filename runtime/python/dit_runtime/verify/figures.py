@@ -25,7 +25,7 @@ class Figure:
     @property
     def passed(self) -> bool:
         if self.limit is None:
-            return True
+            return not math.isnan(self.value)
         return self.value >= self.limit if self.at_least else self.value <= self.limit  # False for NaN
 
     def to_dict(self) -> dict[str, Any]:
