@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime import backends, warming
-from dit_runtime.backends import Engine, Options
+from dit_runtime.backends import CPU, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.engines import Engines
@@ -56,9 +56,8 @@ class Pipeline:
         with ExitStack() as undo:
             undo.callback(pipe.close)
             with manifest.checking(folder, contract, opened):
-                for stage in () if low_memory else contract.stages:
-                    if stage.runs != "update":  # which is opened where it is needed
-                        pipe.engines.open(stage)
+                if not low_memory:
+                    _open(pipe.engines)
             warming.warm(pipe.engines, warm)
             undo.pop_all()
         return pipe
@@ -91,6 +90,24 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open(engines: Engines) -> None:
+    """Open all stages but the update, which is opened where it is needed."""
+    contract = engines.manifest
+    stages = [stage for stage in contract.stages if stage.runs != "update"]
+    if engines.options.provider or any(stage.backend not in CPU for stage in stages):
+        for stage in stages:  # in their order: engines of a GPU share the stream of the first
+            engines.open(stage)
+        return
+    from concurrent.futures import ThreadPoolExecutor  # here, so that importing the runtime stays quick
+
+    with ThreadPoolExecutor(1) as beside:
+        step = beside.submit(engines.open, contract.step)  # the largest
+        for stage in stages:
+            if stage is not contract.step:
+                engines.open(stage)
+        step.result()
 
 
 def _cache(contract: Manifest) -> Path | None:
