@@ -118,6 +118,20 @@ def test_verify_says_what_python_says(tiny, dit_generate, tmp_path):
     }
 
 
+def test_a_nan_without_a_limit_has_failed(tiny, dit_generate, tmp_path):
+    """On a device other than the CPU, a row that differs in a batch is only reported; NaN is no difference."""
+
+    def spoil(folder: Path) -> None:
+        weights = np.fromfile(folder / "conditioner.onnx.data", np.float32)
+        weights[3 * 16] = np.nan  # label 3 is in the reference
+        weights.tofile(folder / "conditioner.onnx.data")
+
+    bundle = changed(tiny, tmp_path / "bundle", spoil, max_batch=3)
+    done = dit_generate(bundle, "--verify", "--backend", "openvino", "--device", "AUTO")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"denoiser: {verify.INVARIANCE}")]
+    assert done.returncode == 1 and re.search(r" nan +FAILED ", line), line
+
+
 def test_a_note_where_the_cpu_has_no_bf16(tiny, dit_generate, tmp_path):
     """The program's note is the one of Python on the same machine."""
     contract = manifest.read(tiny)

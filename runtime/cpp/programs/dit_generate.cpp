@@ -72,7 +72,7 @@ int verify(dit::Pipeline& pipe, bool json) {
                 json_text(check.where).c_str(), check.passed ? "true" : "false");
         else if (std::isinf(check.limit))
             std::printf("%-*s %10.3g  %-11s %-6s  %s\n", static_cast<int>(width), check.name.c_str(), check.value, "",
-                        "ok", check.where.c_str());
+                        check.passed ? "ok" : "FAILED", check.where.c_str());
         else
             std::printf("%-*s %10.3g  %s %-8.3g %-6s  %s\n", static_cast<int>(width), check.name.c_str(), check.value,
                         check.at_least ? ">=" : "<=", check.limit, check.passed ? "ok" : "FAILED", check.where.c_str());

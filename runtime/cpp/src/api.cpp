@@ -1,6 +1,7 @@
 // The C ABI: checks what comes in, and is the one place where exceptions end.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <new>
@@ -282,8 +283,10 @@ dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user) {
         std::string failure;
         dit::verify(opened(pipe), [&](const dit::Figure& figure) {
             if (!figure.passed() && failure.empty())
-                failure = dit::text(figure.name(), " is ", figure.value, " ", figure.where, ", expected ",
-                                    figure.at_least ? ">= " : "<= ", figure.limit);
+                failure =
+                    dit::text(figure.name(), " is ", figure.value, " ", figure.where, ", expected ",
+                              std::isinf(figure.limit) ? dit::text("a number")
+                                                       : dit::text(figure.at_least ? ">= " : "<= ", figure.limit));
             if (on_check)
                 on_check(figure.name().c_str(), figure.value, figure.limit, figure.at_least, figure.passed(),
                          figure.where.c_str(), user);

@@ -32,13 +32,13 @@ struct Figure {
     std::string stage;   // of the bundle; "sampler" and "run" are no stages of it
     std::string metric;  // with its unit: "prediction, rel-L2"
     double value;
-    double limit;                          // infinite: reported, no gate
+    double limit;                          // infinite: reported, no gate but for NaN
     bool at_least = false;                 // the value must reach the limit, else stay below it
     std::optional<std::size_t> step = {};  // of the run, from 1
     std::string where = {};                // for people
 
     std::string name() const { return stage + ": " + metric; }
-    bool passed() const { return at_least ? value >= limit : value <= limit; }  // false for NaN
+    bool passed() const { return at_least ? value >= limit : value <= limit; }  // false for NaN, limit or none
 };
 
 using OnFigure = std::function<void(const Figure& figure)>;
