@@ -102,6 +102,14 @@ dit::Pipeline& opened(dit_pipeline* pipe) {
     return *pipe->open;
 }
 
+// Whether the build measured rows of the loop and of the decoder on the engines that run them here.
+bool measured_here(const dit::Pipeline& pipe) {
+    return std::all_of(pipe.manifest.stages.begin(), pipe.manifest.stages.end(), [&](const dit::Stage& stage) {
+        return (stage.runs != "step" && stage.runs != "end") ||
+               (pipe.on_cpu(stage) && pipe.backend(stage).name == stage.backend);
+    });
+}
+
 // Refuses a buffer in which `count` samples of the row's size do not fit, before any work is done.
 void require_room(std::size_t size, std::size_t count, const dit::Shape& row, const char* unit) {
     const std::size_t numbers = dit::count(row);
@@ -165,7 +173,7 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
         filled.backend = pipe->backend.c_str();
         filled.precision = manifest.step().precision.c_str();
         filled.note = pipe->note.c_str();
-        filled.batch_invariant = manifest.batch_invariant;
+        filled.batch_invariant = manifest.batch_invariant && measured_here(*pipe->open);
         std::memcpy(info, &filled, info->struct_size);
     });
 }

@@ -50,6 +50,35 @@ TEST_P(Api, Info) {
         EXPECT_EQ(dit_find_label(pipe.get(), name, &label), DIT_BAD_ARGUMENT) << name;
 }
 
+// The build measured its own backend's kernels on the CPU; others are not known.
+TEST_P(Api, BatchInvarianceIsOfTheBuildsOwnEngines) {
+    const auto invariant = [this](const char* backend, const char* device, const char* stages) {
+        const BundleCopy copy;
+        copy.edit([&](nlohmann::json& table) {
+            table["batch_invariant"] = true;
+            for (const char* name : {"denoiser", "decoder"})
+                if (stages == std::string("all") || stages == std::string(name))
+                    stage(table, name)["backend"] = GetParam();
+        });
+        options.backend = backend;
+        options.device = device;
+        pipe.reset(dit_new());
+        EXPECT_EQ(dit_open(pipe.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(pipe.get());
+        dit_info info = DIT_INFO_INIT;
+        EXPECT_EQ(dit_get_info(pipe.get(), &info), DIT_OK);
+        return info.batch_invariant;
+    };
+    const bool openvino = GetParam() == std::string("openvino");
+    EXPECT_EQ(invariant(nullptr, nullptr, "all"), 1);
+    EXPECT_EQ(invariant("auto", "CPU", "all"), 1);
+    if (openvino) {
+        EXPECT_EQ(invariant("openvino", "AUTO", "all"), 0);
+        EXPECT_EQ(invariant("openvino", nullptr, "denoiser"), 0);  // the decoder was built for onnxruntime
+        EXPECT_EQ(invariant("openvino", nullptr, "decoder"), 0);
+        EXPECT_EQ(invariant("openvino", nullptr, "all"), 1);  // in the stages before the loop, rows are as alone
+    }
+}
+
 TEST_P(Api, Verify) {
     struct Seen {
         int checks = 0, failed = 0;

@@ -99,8 +99,8 @@ typedef struct dit_info {
     int state_rank;           /* of what a run changes, such as latents */
     int64_t state_shape[8];   /* its sizes, channels first */
     const char* note;         /* a line for people where a graph does not compute here in its precision; else "" */
-    int batch_invariant; /* 1: the build saw that a sample has the same bits in each batch; 0: it differs, or was not
-                            measured */
+    int batch_invariant; /* 1: the build saw on these engines, on a CPU, that a sample has the same bits in each batch;
+                            0: it differs, or was not measured */
 } dit_info;
 
 #define DIT_INFO_INIT                                                                                  \
