@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <sstream>
 
 namespace dit_runtime {
 namespace {
@@ -25,6 +26,12 @@ std::size_t matches(const std::string& a, const std::string& b) {
 }
 
 }  // namespace
+
+std::string concatenate(std::initializer_list<Part> parts) {
+    std::ostringstream out;
+    for (const Part& part : parts) part.write(out, part.value);
+    return out.str();
+}
 
 std::string join(const std::vector<std::string>& words, const std::string& separator) {
     std::string joined;

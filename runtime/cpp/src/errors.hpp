@@ -3,7 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
+#include <initializer_list>
+#include <ostream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -30,12 +31,24 @@ struct Stopped : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// A value and how to write it: so that what joins them is compiled once, not for each message.
+struct Part {
+    template <typename Value>
+    Part(const Value& value)
+        : value(&value), write([](std::ostream& out, const void* it) { out << *static_cast<const Value*>(it); }) {}
+    Part(const char* words)
+        : value(words), write([](std::ostream& out, const void* it) { out << static_cast<const char*>(it); }) {}
+
+    const void* value;
+    void (*write)(std::ostream& out, const void* value);
+};
+
+std::string concatenate(std::initializer_list<Part> parts);
+
 // The parts as one text: text("steps is ", 0).
 template <typename... Parts>
 std::string text(const Parts&... parts) {
-    std::ostringstream out;
-    (out << ... << parts);
-    return out.str();
+    return concatenate({Part(parts)...});
 }
 
 inline bool contains(const std::vector<std::string>& known, const std::string& word) {
