@@ -7,7 +7,11 @@
 #include <filesystem>
 #include <openvino/op/parameter.hpp>
 #include <openvino/op/result.hpp>
+#ifdef __linux__
+#include <sched.h>
+
 #include <thread>
+#endif
 
 #include "errors.hpp"
 #include "facts.hpp"
@@ -23,6 +27,15 @@ const std::string& meeting() {
     static const std::string name = constant_name("groups_meet");
     return name;
 }
+
+#ifdef __linux__
+// The CPUs that this thread may use, fewer than the machine's in a container that has a set of them.
+std::size_t usable_cpus() {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return static_cast<std::size_t>(CPU_COUNT(&set));
+    return std::thread::hardware_concurrency();  // more than fit into the set
+}
+#endif
 
 ov::Tensor view(const Input& input) {
     const ov::Shape shape(input.shape.begin(), input.shape.end());
@@ -145,7 +158,7 @@ class RowEngine : public Engine {
     static std::size_t rows_at_once(const OvGraph& graph, const Options& options) {
         std::size_t threads = 1;
 #ifdef __linux__
-        threads = options.threads ? static_cast<std::size_t>(options.threads) : std::thread::hardware_concurrency();
+        threads = options.threads ? static_cast<std::size_t>(options.threads) : usable_cpus();
 #endif
         const bool alike =
             graph.device.name == "CPU" && threads && threads % 2 == 0 && !std::filesystem::exists(UNLIKE);

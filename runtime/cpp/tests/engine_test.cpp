@@ -3,6 +3,7 @@
 #include "engine.hpp"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <map>
@@ -273,6 +274,26 @@ TEST(Note, IsTheBundlesWhereAStageComputesInFp32) {
 }
 
 #ifdef __linux__
+// One CPU runs a row at a time, so that what was compiled for one row is enough; the bundle is gone.
+TEST_P(Rows, CountTheCpusOfTheirThread) {
+    if (GetParam() == std::string(WAVE)) return;  // which is compiled when it runs
+    cpu_set_t all, first;
+    ASSERT_EQ(sched_getaffinity(0, sizeof all, &all), 0);
+    CPU_ZERO(&first);
+    int cpu = 0;
+    while (!CPU_ISSET(cpu, &all)) ++cpu;
+    CPU_SET(cpu, &first);
+    ASSERT_EQ(sched_setaffinity(0, sizeof first, &first), 0);
+    std::unique_ptr<Engine> engine;
+    {
+        const BundleCopy copy(GetParam());
+        engine = backend->open({copy.folder / stage.onnx}, stage, of_threads(0));
+    }
+    EXPECT_EQ(sched_setaffinity(0, sizeof all, &all), 0);
+    run(*engine, {0}, 1);
+    run(*engine, {0, 1, 2}, 2);
+}
+
 // They are packed when a graph is compiled, and would stay in memory a second time.
 TEST_P(Rows, MappedWeightsAreGivenBack) {
     if (GetParam() == std::string(WAVE)) return;  // which is compiled when it runs
