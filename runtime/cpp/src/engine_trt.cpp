@@ -277,11 +277,13 @@ class TrtEngine : public Engine {
     void keep_kernels() const {
         const std::unique_ptr<nvinfer1::IHostMemory> content(kernels_.empty() ? nullptr : runtime_cache_->serialize());
         if (!content || !content->size()) return;
+        std::error_code failure;
+        if (std::filesystem::create_directories(kernels_.parent_path(), failure))
+            std::filesystem::permissions(kernels_.parent_path(), std::filesystem::perms::owner_all, failure);
         Path part = kernels_;
         part += text(".", std::random_device{}());  // another process may write its own
         std::ofstream(part, std::ios::binary)
             .write(static_cast<const char*>(content->data()), static_cast<std::streamsize>(content->size()));
-        std::error_code failure;
         std::filesystem::rename(part, kernels_, failure);
         if (failure) std::filesystem::remove(part, failure);
     }

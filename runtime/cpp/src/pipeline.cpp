@@ -52,7 +52,8 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
     dit_runtime::warm(*this, warm);
 }
 
-// The folder for what backends compile of this bundle: in the user's cache, by the bundle's sums; "" without a cache.
+// The folder for what backends compile of this bundle, which they make: in the user's cache, by the bundle's sums; ""
+// without a cache.
 Path Pipeline::cache() const {
     std::string content;
     for (const auto& [name, file] : manifest.files) content += name + " " + file.sha256 + "\n";
@@ -62,11 +63,7 @@ Path Pipeline::cache() const {
     if (!home || !*home) return {};
     Sha256 sum;
     sum.update(reinterpret_cast<const unsigned char*>(content.data()), content.size());
-    const Path path = (own ? Path(home) : Path(home) / ".cache") / "dit-run" / sum.hex().substr(0, 32);
-    std::error_code failure;
-    std::filesystem::create_directories(path, failure);
-    std::filesystem::permissions(path, std::filesystem::perms::owner_all, failure);
-    return failure ? Path() : path;
+    return (own ? Path(home) : Path(home) / ".cache") / "dit-run" / sum.hex().substr(0, 32);
 }
 
 // The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on

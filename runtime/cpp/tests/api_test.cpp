@@ -1,5 +1,6 @@
 // The C ABI and its C++ face on a whole bundle: what they draw.
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <future>
 #include <iterator>
@@ -217,6 +218,20 @@ TEST(Face, TheFolderMayBeLeft) {
     request.steps = 2;
     EXPECT_EQ(pipe.generate(request).pixels.size(), PIXELS);
     std::filesystem::current_path(here);
+}
+
+// These engines compile nothing that is kept.
+TEST_P(Api, NoCacheIsMade) {
+    const char* const before = std::getenv("XDG_CACHE_HOME");
+    const std::string kept = before ? before : "";
+    const BundleCopy copy;
+    const std::filesystem::path cache = copy.folder / "cache";
+    setenv("XDG_CACHE_HOME", cache.c_str(), 1);
+    pipe.reset(dit_new());
+    EXPECT_EQ(dit_open(pipe.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(pipe.get());
+    EXPECT_EQ(generate(), DIT_OK) << dit_message(pipe.get());
+    EXPECT_FALSE(std::filesystem::exists(cache));
+    before ? setenv("XDG_CACHE_HOME", kept.c_str(), 1) : unsetenv("XDG_CACHE_HOME");
 }
 
 // A device that only OpenVINO has: in low memory too, no stage is moved to another backend.

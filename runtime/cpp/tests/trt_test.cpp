@@ -136,19 +136,24 @@ TEST_F(Trt, WhatDoesNotOpenLeavesNothing) {
 
 #ifdef DOUBLE_OF_RTX
 TEST_F(Trt, KernelsAreKeptForTheNextOne) {
-    run(*open("", folder_), 2);
+    const Path cache = folder_ / "user" / "bundle";
+    std::unique_ptr<Engine> engine = open("", cache);
+    run(*engine, 2);
+    EXPECT_FALSE(std::filesystem::exists(cache));  // nothing is written yet
+    engine.reset();
+    EXPECT_EQ(std::filesystem::status(cache).permissions(), std::filesystem::perms::owner_all);
     EXPECT_TRUE(Double::here().kernels.empty());
-    run(*open("", folder_), 2);
+    run(*open("", cache), 2);
     EXPECT_EQ(Double::here().kernels, std::vector<std::string>{"compiled"});
     std::size_t files = 0;
-    for (const auto& file : std::filesystem::directory_iterator(folder_)) files += file.is_regular_file();
-    EXPECT_EQ(files, 2u);  // and no part of one
+    for (const auto& file : std::filesystem::directory_iterator(cache)) files += file.is_regular_file();
+    EXPECT_EQ(files, 1u);  // and no part of one
     EXPECT_EQ(Double::here().eager, 2);
     EXPECT_EQ(Double::here().whole_graphs, 2);
     EXPECT_EQ(CudaDouble::here().instantiated, 0);  // it captures by itself
-    std::filesystem::remove(folder_ / "step.kernels.bin");
-    std::filesystem::create_directory(folder_ / "step.kernels.bin");  // it cannot be read, nor written
-    EXPECT_EQ(run(*open("", folder_), 2, 1), all(2, 2));
+    std::filesystem::remove(cache / "step.kernels.bin");
+    std::filesystem::create_directory(cache / "step.kernels.bin");  // it cannot be read, nor written
+    EXPECT_EQ(run(*open("", cache), 2, 1), all(2, 2));
 }
 #else
 TEST_F(Trt, EachShapeIsCapturedOnce) {
