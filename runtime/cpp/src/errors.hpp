@@ -26,6 +26,11 @@ struct EngineError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// Values of an engine that are not finite.
+struct NotFinite : EngineError {
+    using EngineError::EngineError;
+};
+
 // `on_step` asked to stop the run.
 struct Stopped : std::runtime_error {
     using std::runtime_error::runtime_error;

@@ -149,7 +149,7 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
         const Input state = {port.name, with_rows(batch, port.shape), latents.data() + first * numbers};
         append(images, run(*manifest.end(), {state}, batch).at("images"));
     }
-    if (!all_finite(images)) throw EngineError("the decoder's pictures hold values that are not finite");
+    if (!all_finite(images)) throw NotFinite("the decoder's pictures hold values that are not finite");
     return images;
 }
 

@@ -34,8 +34,8 @@ bool Run::step() {
     };
     const Prediction answer = pipe_.denoise({state().begin(), state().end()}, inputs, checked_.weights);
     if (!all_finite(answer.prediction))
-        throw EngineError(text("step ", done_ + 1, " (t = ", t, "): the ", pipe_.manifest.step().name,
-                               "'s prediction holds values not finite"));
+        throw NotFinite(text("step ", done_ + 1, " (t = ", t, "): the ", pipe_.manifest.step().name,
+                             "'s prediction holds values not finite"));
     solver_.send(answer);
     ++done_;
     if (on_step_ && on_step_(done_, steps(), state())) cancel();

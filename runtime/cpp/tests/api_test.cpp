@@ -9,6 +9,7 @@
 
 #include "api.hpp"
 #include "dit/dit.hpp"
+#include "sha256.hpp"
 
 namespace {
 
@@ -291,6 +292,45 @@ TEST_P(Api, AfterWarmingRequestsNeedNoFile) {
         std::vector<uint8_t> images(request.count * PIXELS);
         EXPECT_EQ(dit_generate(pipe.get(), &request, images.data(), images.size()), DIT_OK) << dit_message(pipe.get());
     }
+}
+
+// Nobody made the conditions of warming: what a network gives for them is no reason to refuse a bundle.
+TEST_P(Api, WarmingTakesAnyValues) {
+    const int64_t batches[] = {1, 3};
+    options.warm = batches;
+    options.num_warm = std::size(batches);
+    const auto spoiled = [this](const char* file, std::size_t first, std::size_t size) {
+        const BundleCopy copy;
+        std::string content = copy.bytes(file);
+        content.replace(first, size ? size : content.size(), size ? size : content.size(), '\xff');  // NaN
+        copy.write(file, content);
+        copy.edit(
+            [&](nlohmann::json& table) { table["files"][file]["sha256"] = dit_runtime::sha256(copy.folder / file); });
+        pipe.reset(dit_new());
+        EXPECT_EQ(dit_open(pipe.get(), copy.folder.c_str(), &options), DIT_OK) << dit_message(pipe.get());
+        EXPECT_EQ(dit_generate(pipe.get(), &request, pixels, sizeof pixels), DIT_ENGINE_FAILED);
+        EXPECT_NE(std::string(dit_message(pipe.get())).find("not finite"), std::string::npos)
+            << dit_message(pipe.get());
+    };
+    spoiled("denoiser.onnx.data", 0, 0);
+    const std::string weights = "colours\x4a\x18";  // the decoder's, 24 bytes in its graph
+    const std::size_t place = BundleCopy().bytes("decoder.onnx").find(weights);
+    ASSERT_NE(place, std::string::npos);
+    spoiled("decoder.onnx", place + weights.size(), 24);
+}
+
+// An engine that fails has failed: this one takes 3 rows, and its manifest says 8.
+TEST_P(Api, WarmingThatFailsRefusesTheBundle) {
+    if (GetParam() != std::string("onnxruntime")) return;  // the other takes more
+    const BundleCopy copy;
+    copy.edit([](nlohmann::json& table) {
+        for (auto& entry : table["stages"]) entry["max_batch"] = 8;
+    });
+    const int64_t batch = 8;
+    options.warm = &batch;
+    options.num_warm = 1;
+    pipe.reset(dit_new());
+    EXPECT_EQ(dit_open(pipe.get(), copy.folder.c_str(), &options), DIT_ENGINE_FAILED) << dit_message(pipe.get());
 }
 
 // The message is the call's that runs: who finds the pipeline busy does not read it.
