@@ -76,8 +76,8 @@ typedef struct dit_open_options {
                             TensorRT: cuda, cuda:1; NULL: CPU, or the first GPU */
     int threads;         /* of an engine on the CPU; 0: its own choice */
     int low_memory;      /* 1: one engine in memory at a time, opened when a run comes to it; slower */
-    const int64_t* warm; /* batch sizes, from 1 to max_batch: dit_open runs every stage once at each of them, guided and
-                            not, so that a later request of such a size compiles nothing; not with low_memory */
+    const int64_t* warm; /* batch sizes, from 1 to max_batch: dit_open runs every stage at each of them, guided and not,
+                            so that a later request of such a size compiles nothing; not with low_memory */
     size_t num_warm;
 } dit_open_options;
 
@@ -208,9 +208,10 @@ DIT_API dit_pipeline* dit_new(void);
 /* NULL is fine. */
 DIT_API void dit_free(dit_pipeline* pipe);
 
-/* Opens a bundle: its manifest and the sha256 of each file are checked before an engine sees them. That is done once:
- * an engine that is opened later, as all are with low_memory, takes its files as they are then. A pipeline opens one
- * bundle; options may be NULL. What TensorRT-RTX compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
+/* Opens a bundle. Its manifest is checked first; the sha256 of an engine file is checked before that is opened, the one
+ * of a graph while it is. A wrong sum refuses the bundle. All of this is done once: an engine that is opened later, as
+ * all are with low_memory, takes its files as they are then. A pipeline opens one bundle; options may be NULL. What
+ * TensorRT-RTX compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
 DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* options);
 
 DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
