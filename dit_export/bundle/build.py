@@ -183,7 +183,7 @@ class Making:
 
         with (
             first.progress.stage("search: layers in turn"),
-            Search(folder, self.contract, smoothed, first.loaded.network, tick) as search,
+            Search(folder, self.contract, smoothed, first.loaded.network, tick, first.decode) as search,
         ):
             found = look(search, fixed)
         self.assembly.recipe = replace(first.recipe, keep_float=found.keep or None)

@@ -139,6 +139,17 @@ def test_budgets_that_are_none(text, wrong) -> None:
         assert Budget.parse(budget).figure(good).passed and not Budget.parse(budget).figure(bad).passed
 
 
+def test_a_budget_in_decibels_counts_the_decoder(calibration, opened, monkeypatch) -> None:
+    """With the latents of fp32, the bundle's decoder alone is what ends at a distance."""
+    with opened(calibration, "onnxruntime") as tried:
+        tried._decode = lambda latents: np.full((len(latents), 3, 16, 16), 0.5, np.float32)
+        monkeypatch.setattr(tried._others.engines, "decode", lambda latents: tried._decode(latents) + 0.1)
+        check = tried._ends_within(Budget("PSNR", 30))
+        with tried._opened(tried.names, "fp32") as pipe:
+            (figure,) = check(pipe)
+    assert 19.5 < figure.value < 20.5 and not figure.passed
+
+
 def test_what_int8_makes_no_faster_stays_float(calibration, searched, monkeypatch) -> None:
     """The figures are given: what is measured differs from machine to machine."""
     ratios = iter([1.5, 0.9, 0.8, 1.01, 1.2])
