@@ -68,6 +68,17 @@ class Found(NamedTuple):
     layers: list[LayerSensitivity]
     cost: Mapping[str, Any] = {}  # what a check's layers in float changed, for the manifest
 
+    def then(self, later: Found) -> Found:
+        """Return the outcome of both searches; what the later one found fixed has the reason of this one."""
+        why = {layer.layer: layer.why for layer in self.layers if layer.kept}
+        layers = [layer._replace(why=why.get(layer.layer, layer.why)) for layer in later.layers]
+        cost = {**self.cost, **later.cost}
+        if self.cost and later.cost:
+            cost |= {key: [*self.cost[key], *later.cost[key]] for key in ("layers", "gates")}
+            if "step_time" in cost:  # the later one is timed against what this one kept
+                cost["step_time"] = round(self.cost["step_time"] * later.cost["step_time"], 3)
+        return Found(later.keep, layers, cost)
+
 
 class Search:
     """Try other forms of the step stage of the bundle in `folder`, whose other stages stay what they are.
