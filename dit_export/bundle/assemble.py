@@ -29,9 +29,10 @@ from dit_export.passes.subpixel import subpixel
 from dit_export.passes.update import update
 from dit_export.precision import attention, convolutions
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.convolutions import FloatConvolutions
+from dit_export.precision.convolutions import Convolution, FloatConvolutions
 from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
 from dit_export.precision.layers import ATTENTION, coverage, find, named
+from dit_export.precision.layers import DECODER as DECODER_LAYERS
 from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure
 from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
@@ -161,8 +162,19 @@ class Assembly:
 
     @property
     def quantizes_decoder(self) -> bool:
+        return bool(self.decoder_layers) and not self.lacks_decoder
+
+    @property
+    def decoder_layers(self) -> list[Convolution]:
+        """Return the decoder's convolutions that this build may quantize."""
         here = self.recipe.precision == "int8" and self.backend in convolutions.BACKENDS and self.decoder is not None
-        return here and bool(convolutions.find(self.graphs["decoder"]))
+        return convolutions.find(self.graphs["decoder"]) if here else []
+
+    @property
+    def lacks_decoder(self) -> bool:
+        """Return whether a user's calibration is of a build whose decoder was not in int8."""
+        own = self.inputs.calibration
+        return own is not None and not any(name.startswith(DECODER_LAYERS) for name in own.layers)
 
     @property
     def may_overflow(self) -> bool:
@@ -177,9 +189,16 @@ class Assembly:
         """Run the fused fp32 graphs once, where something must be known of what they reach."""
         if self.quantizes:  # before the long work
             layers = find(self.graphs["denoiser"])
-            named(layers, self.recipe.keep_float or [])
+            entries, decoder_layers = self.recipe.keep_float or [], self.decoder_layers
+            named(layers, entries)
+            convolutions.named(decoder_layers, entries)
             if not layers:
                 raise UsageError(f"{self.recipe.precision} has no layer in this network; build fp32, bf16 or fp16")
+            if decoder_layers and self.lacks_decoder:
+                self.progress.say(
+                    "the decoder stays in float: the calibration is of a build without a decoder in int8; "
+                    "without --calibration this build calibrates both"
+                )
         calibration = self.inputs.calibration
         taps = self.quantizes and calibration is None
         if taps or self.may_overflow:
@@ -228,15 +247,11 @@ class Assembly:
 
     def quantize_decoder(self) -> None:
         """Put the decoder's convolutions in int8, but the fewest that its gate needs in float."""
-        graph, decoder, calibration = self.graphs["decoder"], self.decoder, self.measured.calibration
-        assert decoder is not None and calibration is not None
+        graph, calibration = self.graphs["decoder"], self.measured.calibration
+        assert calibration is not None
         layers = convolutions.find(graph)
         chosen = convolutions.choose(layers, calibration)
         if self.convolutions is None:
-
-            def decode(latents: NDArray[np.float32]) -> NDArray[np.float32]:
-                with torch.no_grad():
-                    return np.asarray(decoder(torch.from_numpy(latents)))
 
             def tick(done: int, total: int) -> None:
                 self.progress.step(done, total, "convolutions")
@@ -244,11 +259,18 @@ class Assembly:
             fixed = convolutions.named(layers, self.recipe.keep_float or [])
             limit = DECODER_PSNR["int8"] + convolutions.MARGIN
             self.convolutions = convolutions.fewest_in_float(
-                graph, chosen, fixed, self.backend, self.folder, decode, limit, tick
+                graph, chosen, fixed, self.backend, self.folder, self.decode, limit, tick
             )
-        self.decoder_lowerings = {backend: convolutions.passes(backend, layers, chosen) for backend in LOWERINGS}
+        if self.convolutions.quantized:  # the other backends open the portable graph: theirs was not searched
+            self.decoder_lowerings = {self.backend: convolutions.passes(self.backend, layers, chosen)}
         quantized = convolutions.quantize(graph, chosen, self.convolutions.kept)
         self.counts["decoder"]["quantize_convolutions"] = quantized
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the pictures of PyTorch's decoder."""
+        assert self.decoder is not None
+        with torch.no_grad():
+            return np.asarray(self.decoder(torch.from_numpy(latents)))
 
     def write(self) -> None:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""

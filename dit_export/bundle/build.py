@@ -21,11 +21,11 @@ from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
 from dit_export.precision.budget import SearchOptions
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.search import Found, OutOfReach, Search
+from dit_export.precision.search import Found, OutOfReach, Search, first_broken
 from dit_export.recipe import PRECISIONS, Recipe, latent_size
 from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, compare, summary
-from dit_export.verify.metrics import PROOF
+from dit_export.verify.metrics import PROOF, sentence
 from dit_export.verify.reference import make_reference, save_reference
 from dit_runtime import backends
 from dit_runtime.backends import Options
@@ -158,12 +158,17 @@ def _with_judge(partial: Path, contract: Manifest, recipe: Recipe) -> Manifest:
     return replace(contract, built_with={**contract.built_with, "judge": names})
 
 
+class DiskFull(UsageError):
+    """A disk without room for what comes next."""
+
+
 @dataclass
 class Making:
     """A bundle that is written, compiled and verified, and written again where a search keeps layers in float."""
 
     assembly: Assembly
     contract: Manifest = field(init=False)
+    found: Found | None = None  # by all searches so far
 
     def write(self) -> None:
         assembly = self.assembly
@@ -183,14 +188,15 @@ class Making:
 
         with (
             first.progress.stage("search: layers in turn"),
-            Search(folder, self.contract, smoothed, first.loaded.network, tick) as search,
+            Search(folder, self.contract, smoothed, first.loaded.network, tick, first.decode) as search,
         ):
             found = look(search, fixed)
+        self.found = both = found if self.found is None else self.found.then(found)
         self.assembly.recipe = replace(first.recipe, keep_float=found.keep or None)
         self.write()
-        if found.cost:
-            self.contract = replace(self.contract, built_with={**self.contract.built_with, "kept_float": found.cost})
-        table = [layer._asdict() for layer in found.layers]
+        if both.cost:
+            self.contract = replace(self.contract, built_with={**self.contract.built_with, "kept_float": both.cost})
+        table = [layer._asdict() for layer in both.layers]
         (folder / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         return found
 
@@ -232,8 +238,11 @@ def _within_gates(making: Making, built: Built) -> Built:
     assembly, precision = making.assembly, making.contract.step.precision
     end = making.contract.end
     broken = [figure for figure in built.checks if end is None or not figure.stage.endswith(end.name)]
-    if all(figure.passed for figure in broken):  # the decoder's own
-        return built
+    if end is not None and all(figure.passed for figure in broken):
+        text = f"only the decoder fails, which is in {end.precision}: "
+        if end.precision == "int8":
+            text += "keep it in float with --keep-float decoder, or "
+        return replace(built, advice=text + _wider(assembly.backend, end.precision))
     if assembly.recipe.strict:
         text = "strict: no layer was tried in float; without --strict the build keeps the fewest that the gates need"
         return replace(built, advice=text)
@@ -248,18 +257,30 @@ def _within_gates(making: Making, built: Built) -> Built:
     except OutOfReach as error:
         making.assembly = assembly
         return replace(built, advice=f"{error}\n{_other_ways(error.figure, assembly.backend)}")
+    except DiskFull as error:
+        text = "a search for the layers that must stay in float needs this room: make it, and build again"
+        return replace(built, advice=f"{error}\n{text}")
     again = making.verify()
-    if again.passed or found.cost:
+    if again.passed:
         return again
+    if found.cost:
+        text = f"with {', '.join(found.keep)} in float a gate still fails: {sentence(first_broken(again.checks))}"
+        return replace(again, advice=f"{text}\n{_wider(assembly.backend)}")
     around = making.contract.end.precision if making.contract.end else "float"
-    return replace(again, advice=f"{precision} passes in fp32; what fails is {around} around it")
+    text = f"{precision} passes in fp32; what fails is {around} around it"
+    return replace(again, advice=f"{text}\n{_wider(assembly.backend, around)}")
 
 
 def _other_ways(figure: Figure, backend: str) -> str:
     if figure.stage == PROOF:
         return "these weights hardly react to their inputs: no precision passes; check the checkpoint"
-    wider = [f"--precision {name}" for name in backends.backend(backend).PRECISIONS if name not in backends.QUANTIZED]
-    return f"try {' or '.join(wider)}, or more of your own --conditions to calibrate with"
+    return f"{_wider(backend)}, or more of your own --conditions to calibrate with"
+
+
+def _wider(backend: str, *failed: str) -> str:
+    """Name the float precisions to build in, but those that `failed`."""
+    names = [name for name in backends.backend(backend).PRECISIONS if name not in (*backends.QUANTIZED, *failed)]
+    return f"try {' or '.join(f'--precision {name}' for name in names)}"
 
 
 def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
@@ -271,7 +292,7 @@ def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     needed, free = copies * weights + (64 << 20), shutil.disk_usage(partial).free
     if free < needed:
-        raise UsageError(f"{partial.parent}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for this build")
+        raise DiskFull(f"{partial.parent}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for this build")
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -34,7 +34,8 @@ def report_built(built: Built, as_json: bool) -> int:
         print(*kept_in_float(cost, contract.step.precision), sep="\n", file=out)
     if layers := contract.built_with.get("convolutions"):
         count, kept = layers["quantized"], f"; in float: {', '.join(layers['kept'])}" if layers["kept"] else ""
-        print(f"decoder: {count} convolutions in int8, {layers['psnr']} dB to fp32{kept}", file=out)
+        near = "" if layers["psnr"] is None else f", {layers['psnr']} dB to fp32"
+        print(f"decoder: {count} convolutions in int8{near}{kept}", file=out)
     print(f"bundle: {built.folder}\nsample: {sample_command(built.folder, contract)}", file=out)
     if reason := why_unavailable(contract):
         print(

@@ -26,11 +26,12 @@ from dit_export.graph import onnxfile
 from dit_export.passes import LOWERINGS
 from dit_export.precision.attention import Pass
 from dit_export.precision.calibrate import LARGEST, LOWEST, OUTPUT, SAMPLE, Calibration, LayerStatistics
-from dit_export.precision.layers import DECODER
+from dit_export.precision.halving import fewest
+from dit_export.precision.layers import DECODER, resolve
 from dit_export.precision.smooth import ALPHAS, HEADROOM, LEVELS, choose_divisors
 from dit_runtime import backends, images
 from dit_runtime.backends import Options
-from dit_runtime.errors import UsageError, nearest
+from dit_runtime.errors import UsageError
 
 BACKENDS = ("onnxruntime", "openvino")  # where it was measured to gain
 MIDDLE = LEVELS + 1  # of u8: the zero point of outputs, which are signed
@@ -81,7 +82,7 @@ class FloatConvolutions(NamedTuple):
 
     kept: list[str]  # in float
     quantized: int
-    psnr: float  # dB of the worst picture
+    psnr: float | None  # dB of the worst picture; None: no convolution is quantized, and nothing was tried
 
 
 def find(decoder: gs.Graph) -> list[Convolution]:
@@ -104,16 +105,15 @@ def kernels(name: str) -> int:
 
 
 def named(layers: Sequence[Convolution], entries: Collection[str]) -> list[str]:
-    """Return the convolutions that a recipe's entries mean: "decoder conv 3", "decoder up", or "decoder"."""
+    """Return the convolutions that a recipe's entries mean: "decoder conv 3", "decoder up", or "decoder".
+
+    `layers` is empty where the decoder is not quantized.
+    """
     meanings = {layer.name: {" ".join(layer.name.split()[:count]) for count in (1, 2, 3)} for layer in layers}
-    known = set().union(*meanings.values())
     mine = [entry for entry in entries if entry.split()[:1] == [DECODER]]
-    if unknown := [entry for entry in mine if entry not in known]:
-        raise UsageError(
-            f"{unknown[0]!r} is not in this decoder{nearest(unknown[0], known)}; "
-            'expected one such as "decoder conv 0", "decoder up" or "decoder"'
-        )
-    return [name for name, meaning in meanings.items() if meaning & set(mine)]
+    if mine and not layers:
+        raise UsageError(f"layer {mine[0]!r}: this build has no decoder in int8; expected entries of the denoiser only")
+    return resolve(meanings, mine, "decoder", '"decoder conv 0", "decoder up" or "decoder"')
 
 
 def add_convolution_taps(graph: gs.Graph, layers: Sequence[Convolution], rng: np.random.Generator) -> None:
@@ -265,16 +265,19 @@ def fewest_in_float(
     largest errors are measured: each stays float alone, and those that gain most come first. The number is found by
     halving.
     """
+    names = [name for name in chosen if name not in fixed]
+    if not names:
+        return FloatConvolutions([*chosen], 0, None)
     rng, (reads,) = np.random.default_rng(SEED), decoder.inputs
     rewrites = passes(backend, find(decoder), chosen)
     latents = rng.normal(size=(SAMPLES, *reads.shape[1:])).astype(np.float32)
-    exact, names = decode(latents), [name for name in chosen if name not in fixed]
-    done = 0
+    exact, done = decode(latents), 0
+    most = 2 + min(MEASURED, len(names)) + len(names).bit_length()  # none, all, each alone, and the halving
 
     def psnr(keep: Collection[str], samples: int = SAMPLES) -> float:
         nonlocal done
         done += 1
-        on_try(done, len(names))
+        on_try(done, most)
         form = decoder.copy()
         quantize(form, chosen, {*fixed, *keep})
         for rewrite in rewrites:
@@ -287,18 +290,18 @@ def fewest_in_float(
                 engine.close()
         return min(images.psnr(*pair, peak=1.0) for pair in zip(pictures, exact, strict=False))
 
-    values = {0: psnr(())}
-    low, high = 0, 0  # the limit breaks with `low` of them in float, and holds with `high`
+    values, count = {0: psnr(())}, 0
     order: list[str] = []
     if values[0] < limit:
         order = sorted(names, key=lambda name: -chosen[name].error * (STREAM if kernels(name) > 1 else 1))
         gains = {name: psnr([name], 1) for name in order[:MEASURED]}
         order = [*sorted(gains, key=lambda name: -gains[name]), *order[MEASURED:]]
-        high = len(order)
-        values[high] = psnr(order)
-    while high - low > 1:
-        middle = (low + high) // 2
-        values[middle] = psnr(order[:middle])
-        low, high = (low, middle) if values[middle] >= limit else (middle, high)
-    kept = [name for name in chosen if name in fixed or name in order[:high]]
-    return FloatConvolutions(kept, len(chosen) - len(kept), round(values[high], 2))
+        values[len(order)] = psnr(order)
+
+        def holds(count: int) -> bool:
+            values[count] = psnr(order[:count])
+            return values[count] >= limit
+
+        count = fewest(len(order), holds)
+    kept = [name for name in chosen if name in fixed or name in order[:count]]
+    return FloatConvolutions(kept, len(chosen) - len(kept), round(values[count], 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,11 +89,16 @@ def everything(layers: Sequence[Layer]) -> list[str]:
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
     """Return the layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
     meanings = {name: {name, *name.rsplit(" ", 1)} for name in everything(layers)}
+    mine = [entry for entry in entries if entry.split()[:1] != [DECODER]]
+    return resolve(meanings, mine, "network", '"block 0 fc2", "block 0" or "fc2"')
+
+
+def resolve(meanings: Mapping[str, set[str]], entries: Collection[str], place: str, examples: str) -> list[str]:
+    """Return the names that an entry means; `meanings` has by name all entries that mean it."""
     known = set().union(*meanings.values())
-    if unknown := [entry for entry in entries if entry not in known and entry.split()[:1] != [DECODER]]:
+    if unknown := [entry for entry in entries if entry not in known]:
         raise UsageError(
-            f"layer {unknown[0]!r} is not in this network{nearest(unknown[0], known)}; "
-            'expected one such as "block 0 fc2", "block 0" or "fc2"'
+            f"layer {unknown[0]!r} is not in this {place}{nearest(unknown[0], known)}; expected one such as {examples}"
         )
     return [name for name, meaning in meanings.items() if meaning & set(entries)]
 

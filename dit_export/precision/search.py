@@ -19,6 +19,7 @@ from dit_export.networks import Network, fixtures
 from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
 from dit_export.precision.budget import Budget, SearchOptions
+from dit_export.precision.halving import fewest
 from dit_export.precision.layers import ATTENTION, everything, find, named
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed
@@ -38,6 +39,7 @@ ROUNDS = 9  # of each pair that is timed
 clock = time.perf_counter
 FASTER = 1.02  # less may be one measurement's difference from the next
 Latents = NDArray[np.float32]
+Decode = Callable[[Latents], NDArray[np.float32]]
 Tick = Callable[[int, int], None]
 Check = Callable[[Pipeline], Sequence[Figure]]  # holds where every figure keeps its limit
 
@@ -66,15 +68,35 @@ class Found(NamedTuple):
     layers: list[LayerSensitivity]
     cost: Mapping[str, Any] = {}  # what a check's layers in float changed, for the manifest
 
+    def then(self, later: Found) -> Found:
+        """Return the outcome of both searches; what the later one found fixed has the reason of this one."""
+        why = {layer.layer: layer.why for layer in self.layers if layer.kept}
+        layers = [layer._replace(why=why.get(layer.layer, layer.why)) for layer in later.layers]
+        cost = {**self.cost, **later.cost}
+        if self.cost and later.cost:
+            cost |= {key: [*self.cost[key], *later.cost[key]] for key in ("layers", "gates")}
+            if "step_time" in cost:  # the later one is timed against what this one kept
+                cost["step_time"] = round(self.cost["step_time"] * later.cost["step_time"], 3)
+        return Found(later.keep, layers, cost)
+
 
 class Search:
     """Try other forms of the step stage of the bundle in `folder`, whose other stages stay what they are.
 
     Forms are written to a folder of their own in there. Closing it closes its engines and removes that folder.
+    `decode` is PyTorch's decoder, which a budget in PSNR needs.
     """
 
-    def __init__(self, folder: Path, contract: Manifest, smoothed: Smoothed, network: Network, tick: Tick) -> None:
-        self._folder, self._smoothed, self._tick = folder, smoothed, tick
+    def __init__(
+        self,
+        folder: Path,
+        contract: Manifest,
+        smoothed: Smoothed,
+        network: Network,
+        tick: Tick,
+        decode: Decode | None = None,
+    ) -> None:
+        self._folder, self._smoothed, self._tick, self._decode = folder, smoothed, tick, decode
         self._kind, self._form = contract.step.precision, contract.step.backend
         # Engines of other backends do not run where they are built; the portable graphs do.
         self._backend = self._form if self._form in backends.CPU else PORTABLE_BACKEND
@@ -115,7 +137,14 @@ class Search:
                         named(self.layers, [kind]), f"float {kind} is {ratio:.2f} times as fast a step"
                     )
         check = None if options.budget is None else self._ends_within(options.budget)
-        return self._least(check, f"budget {options.budget}", keep, why)
+        try:
+            return self._least(check, f"budget {options.budget}", keep, why)
+        except OutOfReach as error:
+            end = self._contract.end
+            if end is None or end.precision != "int8" or error.figure.metric != "PSNR":
+                raise
+            text = f"{error}; the decoder in int8 is a part of this distance: try --keep-float decoder"
+            raise OutOfReach(text, error.figure) from None
 
     def meet(self, check: Check, name: str, fixed: Sequence[str], broken: Sequence[Figure]) -> Found:
         """Return what stays float: `fixed`, and the fewest layers more with which the check holds.
@@ -150,18 +179,15 @@ class Search:
             raise OutOfReach(text, figure)
         errors = self._rank()
         order = sorted(free, key=lambda layer: -errors[layer])
-        low, high = (-1, 0) if fits else (0, len(free))  # it breaks with `low` of them in float, and holds with `high`
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if holds(order, middle) else (middle, high)
+        high = 0 if fits else fewest(len(free), lambda count: holds(order, count))
         if high == len(free) and free:
-            figure = first_broken(figures[low])
+            figure = first_broken(figures[high - 1])
             text = f"{name} holds on {self._form} with no layer in {self._kind} only: with {order[-1]} alone in it, "
             raise OutOfReach(text + sentence(figure), figure)
         text = "no budget was asked for" if check is None else f"{name} holds"
         cost: dict[str, Any] = {}
         if check is not None and high:
-            why |= dict.fromkeys(order[:high], compared(figures[low], figures[high], f"with it in {self._kind}"))
+            why |= dict.fromkeys(order[:high], compared(figures[high - 1], figures[high], f"with it in {self._kind}"))
             cost = self._cost(order[:high], [*why], figures[0], figures[high])
         elif check is not None:
             text += f": {worst(figures[0])[0].value:.4g}"
@@ -255,12 +281,16 @@ class Search:
         """Return the check of how far whole runs end from those in fp32."""
         with self._opened(self.names, "fp32") as pipe:
             exact = self._trajectory(pipe)[-1]
+        if budget.metric == "PSNR":  # the bundle's decoder is not fp32's, and its error counts
+            assert self._decode is not None
+            exact = self._decode(exact)
         return lambda pipe: [budget.figure(self._distance(budget, self._trajectory(pipe)[-1], exact))]
 
-    def _distance(self, budget: Budget, latents: Latents, exact: Latents) -> float:
+    def _distance(self, budget: Budget, latents: Latents, exact: NDArray[np.float32]) -> float:
+        """Return how far the worst sample is from `exact`: latents, or for a PSNR their pictures."""
         if budget.metric == "latent-rel-l2":
             return max(relative_error(*pair) for pair in zip(latents, exact, strict=True))
-        pictures = [images.to_uint8(self._others.engines.decode(x)) for x in (latents, exact)]
+        pictures = (images.to_uint8(pictures) for pictures in (self._others.engines.decode(latents), exact))
         return min(images.psnr(*pair) for pair in zip(*pictures, strict=True))
 
     @contextmanager

@@ -13,7 +13,7 @@ from dit_export.checkpoints import Loaded
 from dit_export.networks.codec import Decoder
 from dit_export.precision.twin import twins
 from dit_export.verify.metrics import by_cause, figures_of
-from dit_export.verify.parity import FINITE_RUNS, finite, graph_parity, proof
+from dit_export.verify.parity import FINITE_RUNS, condition_share, finite, graph_parity, proof, reacts
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import why_unavailable
 from dit_runtime.bundle.manifest import Manifest
@@ -70,18 +70,20 @@ def compare(
 ) -> Built:
     """Compare what is open with PyTorch's network and with its reference run.
 
-    Random weights must be sensitive; a user's may not be, and that is reported.
+    Random weights must be sensitive; a user's may not be, and that is reported. What a condition changes is a gate
+    wherever PyTorch's network itself reacts to it.
     """
     first = next(iter(pipes.values()))
     contract, network = first.manifest, loaded.network
     with progress.stage("verify: proof that the checks can fail"):
         proven = proof(first, reference)
     required = loaded.source.get("kind") == "synthetic" or all(figure.passed for figure in proven)
-    checks = list(proven) if required else []
+    checks, shares = list(proven) if required else [], required or reacts(reference)
     answers = []
     for name, pipe in pipes.items():
         with progress.stage(f"verify: {name}each graph against PyTorch"):
             figures = list(graph_parity(pipe, network, decoder))
+            figures += condition_share(pipe, reference) if shares else []
         with progress.stage(f"verify: {name}replay of the reference"):
             tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731
             answers.append(replay(pipe, reference, tick, thorough=thorough))

@@ -20,7 +20,7 @@ from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import EVALUATIONS
 from dit_runtime.verify import TOLERANCES, Figure, Reference, relative_error
 
-PROOF_FACTOR = 10  # a wrong input must miss fp32's tolerance by this much
+PROOF_LIMIT = 10 * TOLERANCES["fp32"].guided  # by which a wrong input must miss
 LEAST_SHARE = 0.5  # of what a condition changes in PyTorch, in a lower precision
 TIMESTEP_SHIFT = 0.05  # of the schedule
 FINITE_RUNS = 16
@@ -34,28 +34,14 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Figure]:
     adaLN-Zero at initialisation predicts zero, and weak random weights hardly depend on their condition; parity on such
     weights proves nothing. The error is taken to the engine's own answer to the reference's question, for beside
     PyTorch's a low precision's rounding alone would miss by as much.
-
-    A lower precision must also keep what guidance multiplies. With d = conditional − null, its d is projected on
-    PyTorch's: ⟨d, d_PyTorch⟩ / ||d_PyTorch||² is 1 for an exact engine and 0 for one that rounds the condition away.
-    Rounding has no direction, so this needs no tolerance of the precision.
     """
     contract, step = pipe.manifest, len(reference.timesteps) // 2
-    t, guidance, state = float(reference.timesteps[step]), reference.guidance, reference.latents[step]
+    t, guidance = float(reference.timesteps[step]), reference.guidance
     condition, null = reference.condition, reference.negative or {}
-    span, limit, place = contract.process.span, PROOF_FACTOR * TOLERANCES["fp32"].guided, f"t = {t:g}"
+    span, place = contract.process.span, f"t = {t:g}"
     moved = t + TIMESTEP_SHIFT * span * (1 if t < span / 2 else -1)
     other = fixtures.another(contract.conditions, condition, null) if condition else {}
-
-    def answer(time: float, own: Rows, null: Rows, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        size, parts = contract.step.max_batch, []
-        for first in range(0, len(state), size):
-            part = slice(first, first + size)
-            some = {name: values[part] for name, values in own.items()}
-            times = np.full(len(state[part]), time, np.float32)
-            parts.append(_denoise(pipe, state[part], times, some, null, weights[part])["prediction"])
-        return np.concatenate(parts)
-
-    own = answer(t, condition, null, guidance)
+    own = _answer(pipe, reference, t, condition, null, guidance)
     questions = {"t moved by 5 %": (moved, condition, guidance)}
     if condition:
         questions = {"another condition": (t, other, guidance)} | questions
@@ -63,16 +49,50 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Figure]:
         questions["guidance x 2"] = (t, condition, 2 * guidance)
     figures = []
     for name, (time, asked, weights) in questions.items():
-        error = relative_error(answer(time, asked, null, weights), own)
-        figures.append(Figure("proof", f"{name}, rel-L2", error, limit, at_least=True, step=step + 1, where=place))
-    precision = contract.step.precision
-    if precision != "fp32" and condition:
-        repeated = {name: np.repeat(rows, len(state), axis=0) for name, rows in null.items()}
-        change = answer(t, condition, {}, guidance) - answer(t, repeated, {}, guidance)
-        share = _share(change, reference.conditional[step] - reference.null[step])
-        name = f"what a condition changes in {precision}, share of PyTorch's"
-        figures.append(Figure("proof", name, share, LEAST_SHARE, at_least=True, step=step + 1, where=place))
+        error = relative_error(_answer(pipe, reference, time, asked, null, weights), own)
+        figure = Figure("proof", f"{name}, rel-L2", error, PROOF_LIMIT, at_least=True, step=step + 1, where=place)
+        figures.append(figure)
     return figures
+
+
+def reacts(reference: Reference) -> bool:
+    """Return whether a condition changes PyTorch's own prediction by what the proof asks for."""
+    step = len(reference.timesteps) // 2
+    if not reference.null.size:
+        return False
+    pair = reference.conditional[step], reference.null[step]
+    return relative_error(*pair) >= PROOF_LIMIT
+
+
+def condition_share(pipe: Pipeline, reference: Reference) -> list[Figure]:
+    """Compare what a condition changes with PyTorch's: a lower precision must keep what guidance multiplies.
+
+    With d = conditional − null, the engine's d is projected on PyTorch's: ⟨d, d_PyTorch⟩ / ||d_PyTorch||² is 1 for an
+    exact engine and 0 for one that rounds the condition away. Rounding has no direction, so this needs no tolerance of
+    the precision.
+    """
+    stage, step, condition = pipe.manifest.step, len(reference.timesteps) // 2, reference.condition
+    if stage.precision == "fp32" or not reference.null.size:
+        return []
+    t, rows = float(reference.timesteps[step]), len(reference.latents[step])
+    null = {name: np.repeat(values, rows, axis=0) for name, values in (reference.negative or {}).items()}
+    change, other = (_answer(pipe, reference, t, own, {}, reference.guidance) for own in (condition, null))
+    share = _share(change - other, reference.conditional[step] - reference.null[step])
+    name, place = f"what a condition changes in {stage.precision}, share of PyTorch's", f"t = {t:g}"
+    return [Figure(stage.name, name, share, LEAST_SHARE, at_least=True, step=step + 1, where=place)]
+
+
+def _answer(
+    pipe: Pipeline, reference: Reference, time: float, own: Rows, null: Rows, weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return the predictions for the latents in the middle of the reference's run."""
+    state, size, parts = reference.latents[len(reference.timesteps) // 2], pipe.manifest.step.max_batch, []
+    for first in range(0, len(state), size):
+        part = slice(first, first + size)
+        some = {name: values[part] for name, values in own.items()}
+        times = np.full(len(state[part]), time, np.float32)
+        parts.append(_denoise(pipe, state[part], times, some, null, weights[part])["prediction"])
+    return np.concatenate(parts)
 
 
 def _share(change: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +13,10 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
+from dit_export.bundle import assemble
+from dit_export.bundle.assemble import Assembly, Inputs
+from dit_export.checkpoints import Loaded
+from dit_export.checkpoints.diffusers import read_process
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_vae
 from dit_export.graph import onnxfile, trace
 from dit_export.networks.codec import Decoder
@@ -20,12 +25,14 @@ from dit_export.precision import convolutions
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.convolutions import Choice
 from dit_export.precision.measure import RecordingEngine, add_taps
+from dit_export.recipe import Recipe
 from dit_export.verify.parity import DECODER_PSNR
 from dit_runtime import backends, images
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
+from dit_runtime.progress import Progress
 
 CONFIG = SD_VAE | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}
 SIDE, OUTLIERS = 8, 2
@@ -163,9 +170,14 @@ def test_the_search_keeps_the_fewest(fused, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(convolutions, "MEASURED", 4)
     limit = DECODER_PSNR["int8"] - 4  # of few channels, whose rounding does not average out; spoilt ones miss it by far
 
+    tries: list[tuple[int, int]] = []
+
+    def on_try(done: int, most: int) -> None:
+        tries.append((done, most))
+
     def search(chosen: dict[str, Choice], fixed: Collection[str] = ()) -> convolutions.FloatConvolutions:
         return convolutions.fewest_in_float(
-            fused.graph, chosen, fixed, "onnxruntime", tmp_path, fused.decode, limit, lambda *_: None
+            fused.graph, chosen, fixed, "onnxruntime", tmp_path, fused.decode, limit, on_try
         )
 
     good = fused.choose()
@@ -176,6 +188,44 @@ def test_the_search_keeps_the_fewest(fused, tmp_path, monkeypatch) -> None:
     held = search(bad)
     assert held.kept == spoilt and held.psnr >= limit
     assert not list(tmp_path.glob("decoder.tried*"))
+    assert len(tries) > 4 and all(0 < done <= most for done, most in tries)
+    tries.clear()
+    assert search(bad, list(bad)) == (list(bad), 0, None) and not tries  # nothing is left to try
+
+
+@pytest.fixture
+def assembly(fused, bundle, tmp_path):
+    """A bundle with the decoder that is fused and not measured yet."""
+
+    def make(calibration: Calibration | None, backend: str, *keep: str) -> Assembly:
+        network = bundle.network
+        loaded = Loaded(network, None, (), read_process(None, network.learned_variance), {"kind": "synthetic"})
+        recipe = Recipe(precision="int8", backend=backend, keep_float=[*keep])
+        progress, inputs = Progress(io.StringIO()), Inputs(calibration)
+        made = Assembly(tmp_path, tmp_path, loaded, fused.decoder, recipe, backend, progress, inputs=inputs)
+        made.graphs |= {"denoiser": bundle.graphs()["denoiser"], "decoder": fused.graph.copy()}
+        return made
+
+    return make
+
+
+def test_entries_are_refused_before_the_long_work(assembly, monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "measure", lambda *_, **__: pytest.fail("it was measured first"))
+    with pytest.raises(UsageError, match="'decoder typo' is not in this decoder"):
+        assembly(None, "onnxruntime", "decoder typo").measure()
+    with pytest.raises(UsageError, match="'decoder conv 1': this build has no decoder in int8"):
+        assembly(None, "tensorrt", "decoder conv 1").measure()
+
+
+def test_a_calibration_of_a_build_without_this_decoder(assembly, fused) -> None:
+    """It is good for the denoiser, and the decoder stays float."""
+    made = assembly(Calibration({"block 0 fc1": fused.calibration.layers["decoder conv 1"]}, {}), "onnxruntime")
+    made.measure()
+    assert not made.quantizes_decoder
+    assert "the decoder stays in float: the calibration is of a build without" in made.progress._stream.getvalue()
+    made = assembly(fused.calibration, "onnxruntime")
+    made.measure()
+    assert made.quantizes_decoder and not made.progress._stream.getvalue()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,7 +6,9 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +21,13 @@ from dit_export.checkpoints.diffusers import read_process
 from dit_export.cli import main
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
+from dit_export.precision import search
 from dit_export.recipe import Recipe
+from dit_export.verify.check import Built
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.progress import Progress
+from dit_runtime.verify import Figure
 from tests.conftest import HEADS, META_DEPTH, meta_state
 from tests.precision.test_unconditional import Tokens
 
@@ -62,11 +67,11 @@ def run(hot, traces, tmp_path, monkeypatch, capsys, one_thread):
 
     monkeypatch.setattr(build, "trace_graphs", once)
 
-    def command(*options: str) -> tuple[int, str]:
+    def command(*options: str, verb: str = "build") -> tuple[int, str]:
         checkpoint = ["--checkpoint", str(hot), "--heads", str(HEADS), "--latents-only", "--max-batch", "2"]
         with one_thread():
             int8 = ["--precision", "int8", "--backend", "onnxruntime", "-o", str(tmp_path / "bundle")]
-            code = main(["build", *checkpoint, *int8, *options])
+            code = main([verb, *checkpoint, *int8, *options])
         return code, capsys.readouterr().out
 
     return command
@@ -127,3 +132,46 @@ def test_a_gate_that_float_breaks_too(run, monkeypatch) -> None:
     monkeypatch.setitem(dit_runtime.verify.TOLERANCES, "int8", none)
     code, text = run()
     assert code == 1 and "does not hold on onnxruntime even with every layer in float: run: latents, rel-L2" in text
+
+
+def test_two_searches_leave_one_record(run, tmp_path, monkeypatch) -> None:
+    """A kind stays float for its speed, then a layer for a gate."""
+    ratios = chain([1.5, 0.9, 0.9, 0.9], repeat(1.1))
+    monkeypatch.setattr(search, "_ratio", lambda slow, fast: next(ratios))
+    code, text = run("--tune", verb="quantize")
+    assert code == 0 and "in float: qkv, block 0 fc2" in text
+    table = json.loads((tmp_path / "bundle" / "sensitivity.json").read_text())
+    why = {entry["layer"]: entry["why"] for entry in table if entry["kept"]}
+    assert why.keys() == {"block 0 fc2", *(f"block {n} qkv" for n in range(META_DEPTH))}
+    assert why["block 0 qkv"] == "float qkv is 1.50 times as fast a step" and "with it in int8" in why["block 0 fc2"]
+
+
+def test_a_search_without_room_keeps_the_bundle(run, tmp_path, monkeypatch) -> None:
+    usage = build.shutil.disk_usage(tmp_path)
+    free = chain([usage], repeat(usage._replace(free=0)))  # the build has room, the search has none
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: next(free))
+    code, text = run()
+    assert code == 1 and (tmp_path / "bundle.failed" / "manifest.json").is_file()
+    assert "0.0 GB free" in text and "make it, and build again" in text
+
+
+def test_a_second_failure_names_the_next_step(run, monkeypatch) -> None:
+    verify, count = build.Making.verify, iter((0, 1))
+    failed = Figure("run", "latents, rel-L2", 9.0, 0.5)
+    monkeypatch.setattr(
+        build.Making, "verify", lambda making: replace(verify(making), **{"checks": [failed]} if next(count) else {})
+    )
+    code, text = run()
+    assert code == 1 and "with block 0 fc2 in float a gate still fails: run: latents, rel-L2: 9" in text
+    assert "try --precision fp32" in text
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("int8", "--keep-float decoder, or try"), ("fp32", "in fp32: try")])
+def test_a_decoder_that_fails_alone(kind, advice) -> None:
+    """No layer of the denoiser is tried for it."""
+    assembly = SimpleNamespace(backend="onnxruntime", recipe=Recipe())
+    end = SimpleNamespace(name="decoder", precision=kind)
+    making = SimpleNamespace(assembly=assembly, contract=SimpleNamespace(step=end, end=end))
+    checks = [Figure("denoiser", "prediction", 0.1, 0.5), Figure("decoder", "PSNR", 30.0, 40.0, at_least=True)]
+    built = build._within_gates(making, Built(Path(), [], checks, None, None))
+    assert not built.passed and advice in built.advice and "--precision fp16" in built.advice

@@ -21,7 +21,7 @@ from dit_export.precision import search
 from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import find, named
-from dit_export.precision.search import Found, Search
+from dit_export.precision.search import Found, LayerSensitivity, Search
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.bundle import manifest
@@ -137,6 +137,29 @@ def test_budgets_that_are_none(text, wrong) -> None:
         Budget.parse(text)
     for budget, good, bad in (("PSNR=30", 31, 29), ("latent-rel-l2=0.1", 0.05, np.nan)):
         assert Budget.parse(budget).figure(good).passed and not Budget.parse(budget).figure(bad).passed
+
+
+def test_a_budget_in_decibels_counts_the_decoder(calibration, opened, monkeypatch) -> None:
+    """With the latents of fp32, the bundle's decoder alone is what ends at a distance."""
+    with opened(calibration, "onnxruntime") as tried:
+        tried._decode = lambda latents: np.full((len(latents), 3, 16, 16), 0.5, np.float32)
+        monkeypatch.setattr(tried._others.engines, "decode", lambda latents: tried._decode(latents) + 0.1)
+        check = tried._ends_within(Budget("PSNR", 30))
+        with tried._opened(tried.names, "fp32") as pipe:
+            (figure,) = check(pipe)
+    assert 19.5 < figure.value < 20.5 and not figure.passed
+
+
+def test_the_records_of_two_searches() -> None:
+    """The later one found fixed what the first one kept."""
+    layers = [LayerSensitivity("a", 0.3, True, "slow"), LayerSensitivity("b", 0.2, False, "held")]
+    cost = {"layers": ["a"], "of": 2, "gates": ["budget"], "step_time": 1.1}
+    first = Found(["a"], layers, cost)
+    again = [LayerSensitivity("a", 0.3, True, "the recipe keeps it"), LayerSensitivity("b", 0.2, True, "a gate")]
+    both = first.then(Found(["a", "b"], again, {"layers": ["b"], "of": 2, "gates": ["gate"], "step_time": 1.2}))
+    assert both.keep == ["a", "b"] and [layer.why for layer in both.layers] == ["slow", "a gate"]
+    assert both.cost == {"layers": ["a", "b"], "of": 2, "gates": ["budget", "gate"], "step_time": 1.32}
+    assert first.then(Found(["a"], again)).cost == cost
 
 
 def test_what_int8_makes_no_faster_stays_float(calibration, searched, monkeypatch) -> None:
