@@ -80,7 +80,8 @@ GPU = $(if $(PACK),--pack '$(PACK)') $(if $(ONLY),--only $(foreach name,$(ONLY),
 	$(if $(SECONDS),--seconds '$(SECONDS)')
 gpu-pack: $(STAMP)
 	$(CPP_SETUP)
-	$(CPP_CONFIGURE) -B build/cpp-gpu -DDIT_OPENVINO=OFF -DDIT_PROGRAMS=ON
+	runtime/cpp/tools/cuda.sh $(VENV) $(CPP_CUDA)
+	$(CPP_CONFIGURE) -B build/cpp-gpu -DDIT_OPENVINO=OFF -DDIT_PROGRAMS=ON -DCUDA_ROOT='$(or $(CUDA_ROOT),$(CPP_CUDA))'
 	cmake --build build/cpp-gpu --parallel $(JOBS)
 	PYTHONPATH=.:runtime/python $(BIN)/python -m tests.gpu.pack --program build/cpp-gpu
 

@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -135,16 +136,49 @@ def test_one_architectures_code_stays_where_it_was(tmp_path) -> None:
     assert after.startswith(host) and after.endswith(b"end") and b"between" in after
 
 
-def test_a_pack_that_one_call_does_not_carry_is_refused(tmp_path, monkeypatch) -> None:
+def test_a_pack_over_the_upload_limit_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pack, "LIMIT", 1000)
     (tmp_path / "noise").write_bytes(np.random.default_rng(0).bytes(2000))
-    with pytest.raises(UsageError, match=r"expected at most 0\.0 MB, which one call carries"):
+    with pytest.raises(UsageError, match=r"expected at most 0\.0 MB, the upload limit"):
         pack.write_pack(tmp_path / "pack.tar.xz", tmp_path, [tmp_path / "noise"])
 
 
 def test_a_wheel_that_cannot_be_had_is_one_sentence(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"onnxruntime-gpu==1.* for CPython 312 cannot be downloaded here"):
         pack.fetch_wheel(tmp_path)  # the tests ask no registry
+
+
+def test_only_a_wheel_of_the_pinned_version_is_taken(tmp_path, monkeypatch) -> None:
+    (tmp_path / f"onnxruntime_gpu-1.0-cp{pack.PYTHON}-cp{pack.PYTHON}-linux.whl").touch()  # of an earlier pin
+    monkeypatch.setattr(pack.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    with pytest.raises(UsageError, match="cannot be downloaded here"):
+        pack.fetch_wheel(tmp_path)
+
+
+@pytest.mark.parametrize("engine", [b"", pack.ENGINE])
+def test_a_program_without_the_engine_of_gpus_is_refused(tmp_path, monkeypatch, engine) -> None:
+    library = tmp_path / "libdit.so.1.2"
+    library.write_bytes(b"symbols " + engine)
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "dit-generate").write_bytes(b"program")
+    listed = f"\tlibdit.so.1 => {library} (0x1)\n\tlibc.so.6 => /lib/libc.so.6 (0x2)\n\t/lib64/ld-linux (0x3)\n"
+    monkeypatch.setattr(pack.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed))
+    if engine:
+        pack.copy_program(tmp_path, tmp_path / "packed")
+        assert {path.name for path in (tmp_path / "packed").iterdir()} == {"dit-generate", "libdit.so.1"}
+    else:
+        with pytest.raises(UsageError, match="built without CUDA_ROOT"):
+            pack.copy_program(tmp_path, tmp_path / "packed")
+
+
+def test_a_folder_for_packs_keeps_what_else_it_holds(tmp_path, monkeypatch) -> None:
+    for name in (*pack.PACKS, "notes.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys, "argv", ["pack", "-o", str(tmp_path), "--program", str(tmp_path)])
+    monkeypatch.setattr(pack, "fetch_wheel", lambda folder: folder / "no wheel")
+    with pytest.raises(FileNotFoundError):
+        pack.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("float32", ""), ("float16", "_10"), ("bfloat16", "_16")])
