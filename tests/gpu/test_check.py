@@ -100,6 +100,32 @@ def test_a_step_that_dies_or_hangs_loses_nothing(tmp_path, monkeypatch) -> None:
     assert {} in rows and rows[-1]["end"] == "passed"
 
 
+def test_a_second_call_adds_to_the_first(tmp_path, monkeypatch) -> None:
+    """It unpacks only what is new, keeps the rows of the first, and does not take them for its own."""
+    packs, work, out = (tmp_path / name for name in ("packs", "work", "out"))
+    packs.mkdir()
+    (tmp_path / "manifest.json").write_text("as packed")
+    pack.write_pack(packs / "first.tar.xz", tmp_path, [tmp_path / "manifest.json"])
+    row = json.dumps({"step": "writes", "end": "passed", "seconds": 0})
+    codes = iter([f"print({row!r}, file=open({str(out / check.ROWS)!r}, 'a'))", ""])
+    start = check.subprocess.Popen
+    monkeypatch.setattr(
+        check.subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", next(codes)], **options)
+    )
+    monkeypatch.setattr(check, "STEPS", (Step("writes", 60.0, ""),))
+    ends = check.check(packs, work, out)
+    (work / "manifest.json").write_text("as filled")
+    (tmp_path / "program").touch()
+    pack.write_pack(packs / "second.tar.xz", tmp_path, [tmp_path / "program"])
+    ends += check.check(packs, work, out)
+    assert (work / "manifest.json").read_text() == "as filled" and (work / "program").is_file()
+    assert [end["end"] for end in ends] == ["passed", "killed"]  # the second process wrote nothing
+    rows = check.read(out)
+    assert [row["packs"] for row in rows if "packs" in row] == [["first.tar.xz"], ["second.tar.xz"]]
+    assert [row["end"] for row in rows if "end" in row] == ["passed", "killed"]
+    assert (out / check.LOG).read_text() == "==== writes\n==== writes\n"
+
+
 def test_what_does_not_fit_in_time_is_not_started(tmp_path) -> None:
     ends = check.check(tmp_path / "no packs", tmp_path / "work", tmp_path, seconds=1)
     assert {end["end"] for end in ends} == {"not started"} and len(ends) == len(check.STEPS)
