@@ -69,9 +69,8 @@ class OrtCudaEngine:
     def __init__(self, ort: Any, path: Path, options: Options, number: int) -> None:
         """Open a graph with the module onnxruntime, on GPU `number`."""
         self._ort = ort
-        if PROVIDER not in ort.get_available_providers():
-            command = "pip uninstall onnxruntime; pip install 'dit-export[onnxruntime-gpu]'"
-            raise UsageError(f"provider {options.provider!r} is not in this onnxruntime: {command}")
+        if reason := why_without(ort):
+            raise UsageError(f"provider {options.provider!r} {reason}")
         if reason := why_unavailable():
             raise UsageError(f"provider {options.provider!r} cannot run here: {reason}")
         preload(ort)
@@ -232,6 +231,13 @@ class OrtCudaEngine:
     def _without(self, reason: str) -> None:
         self._records = False
         print(f"no CUDA graph of ONNX Runtime's work, it runs without: {reason}", file=sys.stderr)
+
+
+def why_without(ort: Any) -> str | None:
+    """Return what to install where the module onnxruntime was built without the provider."""
+    if PROVIDER in ort.get_available_providers():
+        return None
+    return "is not in this onnxruntime: pip uninstall onnxruntime; pip install 'dit-export[onnxruntime-gpu]'"
 
 
 def preload(ort: Any) -> None:
