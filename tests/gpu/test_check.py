@@ -7,7 +7,8 @@ import shutil
 import struct
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +24,9 @@ from dit_runtime.sampling.process import Process
 from tests.bench.test_run import SMALL_VAE
 from tests.gpu import check, pack, steps
 from tests.gpu.check import Step
+from tests.gpu.place import Place, Skipped
 from tests.gpu.steps import cut, stored
+from tests.tensorrt.fakes import TensorRT
 
 ABSENT = ["diffusers", "onnx_graphsurgeon", "openvino", "tensorrt", "tensorrt_rtx", "modelopt"]
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8, num_classes=10)
@@ -37,6 +40,10 @@ DRY = (
     "pipeline-fp32",
     "torch-*-fp32",
     "torch-graph-*",
+    "ceilings",
+    "program",
+    "sanitizer",
+    "rtx",
 )
 
 
@@ -50,8 +57,12 @@ def packed(tmp_path, shared_embedders, one_thread) -> Path:
     with one_thread():
         bundles = pack.write_graphs(folder, job, ["fp32", "fp16"], Progress())
     demo = shutil.copytree(shared_embedders.bundle, folder / "demo-fp32")
+    (folder / "program").mkdir()
+    program = folder / "program" / "dit-generate"
+    program.write_text('#!/bin/sh\necho "$*" >&2\ntest "$2 $3" = "--device cpu"\n')
+    program.chmod(0o755)
     pack.write_pack(packs / "first.tar.xz", folder, [folder / "job.json", *bundles])
-    pack.write_pack(packs / "second.tar.xz", folder, [Path(demo)])
+    pack.write_pack(packs / "second.tar.xz", folder, [Path(demo), program.parent])
     assert (packs / "first.tar.xz").stat().st_size < 200_000  # graphs alone; the weights are 1 MB
     return packs
 
@@ -65,7 +76,8 @@ def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
     log = (tmp_path / "out" / check.LOG).read_text()
     how = {end["step"]: end["end"] for end in ends}
     skipped = {name for name, end in how.items() if end == "skipped"}
-    assert skipped == {"demo-tf32", "demo-fp16", "demo-bf16", "torch-graph-fp16"}, log
+    need_gpu = {"demo-tf32", "torch-graph-fp16", "sanitizer", "rtx"}
+    assert skipped == need_gpu | {"demo-fp16", "demo-bf16"}, log
     assert {end for name, end in how.items() if name not in skipped} == {"passed"}, log
     rows = check.read(tmp_path / "out")
     timed = [row for row in rows if row["step"].startswith("ort-") and "ms" in row]
@@ -75,6 +87,11 @@ def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
         assert max(errors.values()) < limit
     (verified,) = [row for row in rows if row["step"] == "demo-fp32" and "checks" in row]
     assert verified["checks"] > 5 and verified["failed"] == []
+    program = [
+        (row.get("mode", "verify"), row["passed"]) for row in rows if row["step"] == "program" and "end" not in row
+    ]
+    assert program == [("verify", True), ("open and draw", True)]
+    assert {row["precision"] for row in rows if "floor_ms" in row} == {"fp32", "bf16"}
     assert "ort-fp32" in check.table(rows) and "graph fp32 8" in check.table(rows)
 
 
@@ -129,6 +146,35 @@ def test_a_second_call_adds_to_the_first(tmp_path, monkeypatch) -> None:
 def test_what_does_not_fit_in_time_is_not_started(tmp_path) -> None:
     ends = check.check(tmp_path / "no packs", tmp_path / "work", tmp_path, seconds=1)
     assert {end["end"] for end in ends} == {"not started"} and len(ends) == len(check.STEPS)
+
+
+def test_a_program_that_draws_nothing_fails(tmp_path) -> None:
+    for name in ("program", "demo-fp32"):
+        (tmp_path / name).mkdir()
+    binary = tmp_path / "program" / "dit-generate"
+    binary.write_text('#!/bin/sh\ncase "$*" in *--verify*) exit 0; esac\nexit 3\n')
+    binary.chmod(0o755)
+    assert [row["passed"] for row in steps.program(Place(tmp_path))] == [True, False]
+
+
+def test_a_sanitizer_that_is_not_installed_is_skipped(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Skipped, match="compute-sanitizer is not installed"):
+        next(steps.sanitizer(Place(tmp_path)))
+
+
+def test_what_tensorrt_rtx_says_of_a_gpu_is_recorded(tmp_path, monkeypatch) -> None:
+    def refuse(logger: Any) -> None:
+        logger.log(1, "compute capability 9.0 is not supported\nand more")
+        raise TypeError("factory function returned nullptr")
+
+    module = ModuleType("tensorrt_rtx")
+    vars(module).update(__version__="1", ILogger=TensorRT.ILogger, Runtime=lambda logger: object(), Builder=refuse)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    runtime, builder = steps.rtx(Place(tmp_path))
+    assert (runtime["starts"], runtime["error"], runtime["says"]) == ("Runtime", "", "")
+    assert builder["error"] == "TypeError: factory function returned nullptr"
+    assert builder["says"] == "compute capability 9.0 is not supported"
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", ("CUDAExecutionProvider", {"use_tf32": "0"})])
