@@ -46,7 +46,7 @@ help:
 	@echo "make check                     the quick tests, under a minute: no bundle is built, no C++"
 	@echo "make test | test-all | lint    all tests, under 10 minutes; test-all also runs what takes minutes or gigabytes;"
 	@echo "                               WORKERS processes share the work, by default one a core"
-	@echo "make test-gpu                  the TensorRT engines where there is a GPU"
+	@echo "make test-gpu                  the tests that need an NVIDIA GPU"
 	@echo "make gpu-pack | gpu-check      what a GPU without a network needs, packed here; its check there (docs/gpu.md)"
 
 setup: $(STAMP)
@@ -80,7 +80,8 @@ GPU = $(if $(PACK),--pack '$(PACK)') $(if $(ONLY),--only $(foreach name,$(ONLY),
 	$(if $(SECONDS),--seconds '$(SECONDS)')
 gpu-pack: $(STAMP)
 	$(CPP_SETUP)
-	$(CPP_CONFIGURE) -B build/cpp-gpu -DDIT_OPENVINO=OFF -DDIT_PROGRAMS=ON
+	runtime/cpp/tools/cuda.sh $(VENV) $(CPP_CUDA)
+	$(CPP_CONFIGURE) -B build/cpp-gpu -DDIT_OPENVINO=OFF -DDIT_PROGRAMS=ON -DCUDA_ROOT='$(or $(CUDA_ROOT),$(CPP_CUDA))'
 	cmake --build build/cpp-gpu --parallel $(JOBS)
 	PYTHONPATH=.:runtime/python $(BIN)/python -m tests.gpu.pack --program build/cpp-gpu
 
@@ -133,7 +134,7 @@ check: $(STAMP)
 test: cpp-unit browser
 	$(PYTEST)
 
-# Skipped, with the reason, where there is no GPU that an installed TensorRT runs on.
+# They need an NVIDIA GPU and are skipped, with the reason, without one; tests of TensorRT also where it is not installed.
 test-gpu:
 	$(HERE) -m pytest -m gpu -rs
 

@@ -22,7 +22,7 @@ from dit_export.networks.codec import Decoder
 from dit_export.networks.dit import DiT, dit_network
 from dit_export.recipe import Recipe
 from dit_runtime import backends
-from dit_runtime.backends import Options
+from dit_runtime.backends import Options, ort, ort_cuda
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.cli import guarded
@@ -51,7 +51,7 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
         traced = folder / "plain"
         trace_graphs(traced, loaded, decoder, progress)
         for ours in (competitor for competitor in competitors if competitor.kind == "ours"):
-            if reason := backends.backend(ours.library).why_unavailable():  # before minutes of compiling for nothing
+            if reason := _why_unavailable(ours.library, job.device):  # before minutes of compiling for nothing
                 left_out[ours.name] = reason
                 continue
             recipe = Recipe(precision=ours.precision, backend=ours.library, max_batch=job.batch)
@@ -65,6 +65,12 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
         _fix_rows(traced / NETWORK, 2 * job.batch)
         _fix_rows(traced / DECODER, job.batch)
     return left_out
+
+
+def _why_unavailable(library: str, device: str) -> str | None:
+    if library == "onnxruntime" and device == "cuda" and (reason := ort_cuda.why_without(ort.load())):
+        return f"provider {device!r} {reason}"
+    return backends.backend(library).why_unavailable()
 
 
 def _save_pipeline(folder: Path, model: DiT, vae: object) -> None:

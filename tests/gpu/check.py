@@ -26,6 +26,7 @@ from tests.gpu.place import Place, Row, Skipped
 
 ROOT = Path(__file__).parents[2]
 ROWS, LOG = "gpu.jsonl", "gpu.log"
+UNPACKED = "unpacked.json"  # in the work folder: the archives that were unpacked there, and their sizes
 SHORTEST = 5.0  # seconds that a step is started with
 SLOWER = 4  # a dry run, which a busy machine may do beside other work
 
@@ -86,10 +87,8 @@ def check(
     """Unpack, run the steps one after the other, and return the rows that say how each ended."""
     deadline = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
-    for name in (ROWS, LOG):
-        (out / name).write_text("")
     record(out, {"step": "unpack"} | unpack(pack, work))
-    ends, printed = [], 0
+    ends, printed = [], _size(out)
     for step in STEPS:
         if only and not any(fnmatch(step.name, pattern) for pattern in only):
             continue
@@ -98,20 +97,23 @@ def check(
             ends.append(_run(step, work, out, dry, min(limit, left)))
         else:
             ends.append(_end(out, step, "not started", 0.0, "the time of the whole check is over"))
-        rows = read(out)
-        print(table(rows[printed:]), flush=True)
-        printed = len(rows)
+        print(table(read(out, printed)), flush=True)
+        printed = _size(out)
     return ends
 
 
 def unpack(pack: Path, work: Path) -> Row:
-    """Unpack what is there; a second pack joins what an earlier call unpacked."""
+    """Unpack the packs that an earlier call has not: the step `fill` has since rewritten some of their files."""
     began = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    archives = sorted(pack.glob("*.tar.xz"))
+    stamp = work / UNPACKED
+    sizes = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    archives = [path for path in sorted(pack.glob("*.tar.xz")) if sizes.get(path.name) != path.stat().st_size]
     for path in archives:
         with tarfile.open(path) as archive:
             archive.extractall(work, filter="data")
+        sizes[path.name] = path.stat().st_size
+        stamp.write_text(json.dumps(sizes), encoding="utf-8")
     return {"packs": [path.name for path in archives], "seconds": time.monotonic() - began}
 
 
@@ -120,8 +122,15 @@ def record(out: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read(out: Path) -> list[Row]:
-    return [json.loads(line) for line in (out / ROWS).read_text(encoding="utf-8").splitlines()]
+def read(out: Path, start: int = 0) -> list[Row]:
+    """Return the rows from a byte on; an earlier call's stand before those of this one."""
+    with (out / ROWS).open("rb") as file:
+        file.seek(start)
+        return [json.loads(line) for line in file]
+
+
+def _size(out: Path) -> int:
+    return (out / ROWS).stat().st_size
 
 
 def _end(out: Path, step: Step, end: str, seconds: float, why: str = "") -> Row:
@@ -139,7 +148,7 @@ def _run(step: Step, work: Path, out: Path, dry: bool, limit: float) -> Row:
     environment |= {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton"}
     environment |= {"XDG_CACHE_HOME": caches, "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "tests.gpu.check", "--step", step.name, "--work", str(work), "--out", str(out)]
-    began = time.monotonic()
+    began, start = time.monotonic(), _size(out)
     with (out / LOG).open("a") as log:
         log.write(f"==== {step.name}\n")
         log.flush()
@@ -155,7 +164,7 @@ def _run(step: Step, work: Path, out: Path, dry: bool, limit: float) -> Row:
             with suppress(ProcessLookupError):  # what it started itself, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    last = read(out)[-1]
+    last = next(reversed(read(out, start)), {})
     if code == 0 and last.get("step") == step.name and "end" in last:
         return last
     return _end(out, step, "killed", time.monotonic() - began, why)

@@ -44,10 +44,12 @@ from dit_runtime.sampling.process import Process
 ROOT = Path(__file__).parents[2]
 BACKEND = "onnxruntime"
 KEEP = 90  # compute capability 9.0, an H100's
-LIMIT = 50 << 20  # bytes of a pack: one call carries 64 MiB, and the repository takes 14 of them
+LIMIT = 50 << 20  # bytes of a pack: the upload limit
+PACKS = ("first.tar.xz", "second.tar.xz")
 PYTHON = "312"  # of the machine
 LEFT_OUT = ("transformers", "tools", "quantization", "datasets")
 PROVIDER = "libonnxruntime_providers_cuda.so"
+ENGINE = b"OrtCudaEngine"  # the C++ class, whose name its type information holds
 LIBRARY = "libonnxruntime.so.1"  # as it calls itself; the wheel has it under its full version
 WEIGHTS = "weights.json"  # in a bundle's folder: what its files of weights hold
 FAT_BINARY = struct.pack("<I", 0xBA55ED50)
@@ -104,14 +106,15 @@ def fetch_wheel(folder: Path) -> Path:
     """Download onnxruntime-gpu in the version of ONNX Runtime that the project pins, for the machine's Python."""
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     wanted = f"onnxruntime-gpu=={pins['onnxruntime']}"
-    found = sorted(folder.glob(f"onnxruntime_gpu-{pins['onnxruntime']}-cp{PYTHON}-*.whl"))
+    pattern = f"onnxruntime_gpu-{pins['onnxruntime']}-cp{PYTHON}-*.whl"
+    found = sorted(folder.glob(pattern))
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
         platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27)]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += [f"--python-version={PYTHON}", "--implementation=cp", *platforms, "-d", str(folder), wanted]
         done = subprocess.run(command, stdout=sys.stderr)
-        found = sorted(folder.glob("onnxruntime_gpu-*.whl"))
+        found = sorted(folder.glob(pattern))
         if done.returncode or not found:
             raise UsageError(f"{wanted} for CPython {PYTHON} cannot be downloaded here, so there is no pack")
     return found[-1]
@@ -196,24 +199,28 @@ def copy_program(build: Path, target: Path) -> None:
     program = build / "programs" / "dit-generate"
     if not program.is_file():
         raise UsageError(f"{program}: no C++ program here; `make gpu-pack` builds it")
+    needed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    pairs = [line.strip().partition(" => ")[::2] for line in needed.splitlines()]
+    libraries = {
+        name: Path(path.split()[0]).resolve() for name, path in pairs if name.startswith(("libdit.", "libpng", "libz."))
+    }
+    if not any(ENGINE in path.read_bytes() for path in (program, *libraries.values())):
+        raise UsageError(f"{program}: built without CUDA_ROOT, so its arrays cannot stay on a GPU; run `make gpu-pack`")
     target.mkdir()
     shutil.copy2(program, target)
-    needed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
-    for line in needed.splitlines():
-        name, _, path = line.strip().partition(" => ")
-        if name.startswith(("libdit.", "libpng", "libz.")):
-            shutil.copy2(Path(path.split()[0]).resolve(), target / name)
+    for name, path in libraries.items():
+        shutil.copy2(path, target / name)
 
 
 def write_pack(path: Path, folder: Path, names: Sequence[Path]) -> None:
-    """Compress with xz, which Python unpacks without a tool; refuse what one call does not carry."""
+    """Compress with xz, which Python unpacks without a tool; refuse what is over the upload limit."""
     with tarfile.open(path, "w:xz", preset=9) as archive:
         for name in names:
             archive.add(name, name.relative_to(folder))
     size = path.stat().st_size
     print(f"{path}: {size / 1e6:.1f} MB")
     if size > LIMIT:
-        raise UsageError(f"{path}: {size / 1e6:.1f} MB, expected at most {LIMIT / 1e6:.1f} MB, which one call carries")
+        raise UsageError(f"{path}: {size / 1e6:.1f} MB, expected at most {LIMIT / 1e6:.1f} MB, the upload limit")
 
 
 def main() -> int:
@@ -224,8 +231,10 @@ def main() -> int:
     options = parser.parse_args()
     precisions = [name for name in backends.backend(BACKEND).PRECISIONS if name not in backends.QUANTIZED]
     job = Job(model(options.model), Process(), 1, STEPS, 1, (), {}, "cuda")
-    shutil.rmtree(options.output, ignore_errors=True)
-    options.output.mkdir(parents=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    first, second = (options.output / name for name in PACKS)
+    for path in (first, second):
+        path.unlink(missing_ok=True)
     progress = Progress()
     with tempfile.TemporaryDirectory(prefix="dit-gpu-", dir=options.output) as temporary:
         folder = Path(temporary)
@@ -236,10 +245,10 @@ def main() -> int:
         python = [path for path in site.rglob("*") if path.is_file() and path != library]
         bundles = write_graphs(folder, job, precisions, progress)
         with progress.stage("compress"):
-            write_pack(options.output / "first.tar.xz", folder, [*python, folder / "job.json", *bundles])
+            write_pack(first, folder, [*python, folder / "job.json", *bundles])
         demos = build_demo(folder, precisions)
         copy_program(options.program, folder / "program")
-        write_pack(options.output / "second.tar.xz", folder, [*demos, folder / "program", library])
+        write_pack(second, folder, [*demos, folder / "program", library])
     return 0
 
 

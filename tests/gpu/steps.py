@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from dit_export.bench.subject import SEED
 from dit_runtime import cli
+from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.bundle import manifest
 from tests.gpu.place import Place, Row, Skipped
 
@@ -146,6 +148,8 @@ def device_tests(place: Place, *before: str, tests: Sequence[str] = TESTS) -> It
 def sanitizer(place: Place) -> Iterator[Row]:
     if place.dry:
         raise Skipped("compute-sanitizer needs a GPU")
+    if not shutil.which("compute-sanitizer"):
+        raise Skipped("compute-sanitizer is not installed")
     memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
     yield from device_tests(place, *memcheck, tests=TESTS[:1])  # PyTorch under it would take minutes
 
@@ -198,7 +202,8 @@ def program(place: Place) -> Iterator[Row]:
         command += ["--labels", "0", "1", "-o", str(place.work / "program.npy")]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         yield {"bundle": folder.name, "mode": "open and draw", "seconds": time.perf_counter() - began} | {
-            "returncode": done.returncode
+            "returncode": done.returncode,
+            "passed": done.returncode == 0,
         }
 
 
@@ -212,12 +217,18 @@ def _cuda_libraries() -> list[str]:
 
 
 def rtx(place: Place) -> Iterator[Row]:
-    """Let TensorRT-RTX say what it says of this GPU."""
+    """Start TensorRT-RTX's runtime and builder on this GPU, and record what it says."""
+    if place.dry:
+        raise Skipped("TensorRT-RTX needs a GPU")
     try:
         import tensorrt_rtx
     except ImportError:
         raise Skipped("tensorrt_rtx is not installed") from None
-    folder = place.bundle("demo-fp32")
-    command = [sys.executable, "-m", "dit_runtime.cli", "compile", str(folder), "--backend", "tensorrt-rtx"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    yield {"version": tensorrt_rtx.__version__, "returncode": done.returncode, "says": done.stderr.strip()[-500:]}
+    for kind in ("Runtime", "Builder"):
+        logger = logger_of(tensorrt_rtx)
+        try:
+            getattr(tensorrt_rtx, kind)(logger)
+            error = ""
+        except Exception as reason:  # a constructor that returns nothing is a TypeError
+            error = f"{type(reason).__name__}: {reason}"
+        yield {"version": tensorrt_rtx.__version__, "starts": kind, "error": error, "says": logger.last}

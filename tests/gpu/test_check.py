@@ -7,6 +7,8 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +24,9 @@ from dit_runtime.sampling.process import Process
 from tests.bench.test_run import SMALL_VAE
 from tests.gpu import check, pack, steps
 from tests.gpu.check import Step
+from tests.gpu.place import Place, Skipped
 from tests.gpu.steps import cut, stored
+from tests.tensorrt.fakes import TensorRT
 
 ABSENT = ["diffusers", "onnx_graphsurgeon", "openvino", "tensorrt", "tensorrt_rtx", "modelopt"]
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8, num_classes=10)
@@ -36,6 +40,10 @@ DRY = (
     "pipeline-fp32",
     "torch-*-fp32",
     "torch-graph-*",
+    "ceilings",
+    "program",
+    "sanitizer",
+    "rtx",
 )
 
 
@@ -49,8 +57,12 @@ def packed(tmp_path, shared_embedders, one_thread) -> Path:
     with one_thread():
         bundles = pack.write_graphs(folder, job, ["fp32", "fp16"], Progress())
     demo = shutil.copytree(shared_embedders.bundle, folder / "demo-fp32")
+    (folder / "program").mkdir()
+    program = folder / "program" / "dit-generate"
+    program.write_text('#!/bin/sh\necho "$*" >&2\ntest "$2 $3" = "--device cpu"\n')
+    program.chmod(0o755)
     pack.write_pack(packs / "first.tar.xz", folder, [folder / "job.json", *bundles])
-    pack.write_pack(packs / "second.tar.xz", folder, [Path(demo)])
+    pack.write_pack(packs / "second.tar.xz", folder, [Path(demo), program.parent])
     assert (packs / "first.tar.xz").stat().st_size < 200_000  # graphs alone; the weights are 1 MB
     return packs
 
@@ -64,7 +76,8 @@ def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
     log = (tmp_path / "out" / check.LOG).read_text()
     how = {end["step"]: end["end"] for end in ends}
     skipped = {name for name, end in how.items() if end == "skipped"}
-    assert skipped == {"demo-tf32", "demo-fp16", "demo-bf16", "torch-graph-fp16"}, log
+    need_gpu = {"demo-tf32", "torch-graph-fp16", "sanitizer", "rtx"}
+    assert skipped == need_gpu | {"demo-fp16", "demo-bf16"}, log
     assert {end for name, end in how.items() if name not in skipped} == {"passed"}, log
     rows = check.read(tmp_path / "out")
     timed = [row for row in rows if row["step"].startswith("ort-") and "ms" in row]
@@ -74,6 +87,11 @@ def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
         assert max(errors.values()) < limit
     (verified,) = [row for row in rows if row["step"] == "demo-fp32" and "checks" in row]
     assert verified["checks"] > 5 and verified["failed"] == []
+    program = [
+        (row.get("mode", "verify"), row["passed"]) for row in rows if row["step"] == "program" and "end" not in row
+    ]
+    assert program == [("verify", True), ("open and draw", True)]
+    assert {row["precision"] for row in rows if "floor_ms" in row} == {"fp32", "bf16"}
     assert "ort-fp32" in check.table(rows) and "graph fp32 8" in check.table(rows)
 
 
@@ -99,9 +117,64 @@ def test_a_step_that_dies_or_hangs_loses_nothing(tmp_path, monkeypatch) -> None:
     assert {} in rows and rows[-1]["end"] == "passed"
 
 
+def test_a_second_call_adds_to_the_first(tmp_path, monkeypatch) -> None:
+    """It unpacks only what is new, keeps the rows of the first, and does not take them for its own."""
+    packs, work, out = (tmp_path / name for name in ("packs", "work", "out"))
+    packs.mkdir()
+    (tmp_path / "manifest.json").write_text("as packed")
+    pack.write_pack(packs / "first.tar.xz", tmp_path, [tmp_path / "manifest.json"])
+    row = json.dumps({"step": "writes", "end": "passed", "seconds": 0})
+    codes = iter([f"print({row!r}, file=open({str(out / check.ROWS)!r}, 'a'))", ""])
+    start = check.subprocess.Popen
+    monkeypatch.setattr(
+        check.subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", next(codes)], **options)
+    )
+    monkeypatch.setattr(check, "STEPS", (Step("writes", 60.0, ""),))
+    ends = check.check(packs, work, out)
+    (work / "manifest.json").write_text("as filled")
+    (tmp_path / "program").touch()
+    pack.write_pack(packs / "second.tar.xz", tmp_path, [tmp_path / "program"])
+    ends += check.check(packs, work, out)
+    assert (work / "manifest.json").read_text() == "as filled" and (work / "program").is_file()
+    assert [end["end"] for end in ends] == ["passed", "killed"]  # the second process wrote nothing
+    rows = check.read(out)
+    assert [row["packs"] for row in rows if "packs" in row] == [["first.tar.xz"], ["second.tar.xz"]]
+    assert [row["end"] for row in rows if "end" in row] == ["passed", "killed"]
+    assert (out / check.LOG).read_text() == "==== writes\n==== writes\n"
+
+
 def test_what_does_not_fit_in_time_is_not_started(tmp_path) -> None:
     ends = check.check(tmp_path / "no packs", tmp_path / "work", tmp_path, seconds=1)
     assert {end["end"] for end in ends} == {"not started"} and len(ends) == len(check.STEPS)
+
+
+def test_a_program_that_draws_nothing_fails(tmp_path) -> None:
+    for name in ("program", "demo-fp32"):
+        (tmp_path / name).mkdir()
+    binary = tmp_path / "program" / "dit-generate"
+    binary.write_text('#!/bin/sh\ncase "$*" in *--verify*) exit 0; esac\nexit 3\n')
+    binary.chmod(0o755)
+    assert [row["passed"] for row in steps.program(Place(tmp_path))] == [True, False]
+
+
+def test_a_sanitizer_that_is_not_installed_is_skipped(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Skipped, match="compute-sanitizer is not installed"):
+        next(steps.sanitizer(Place(tmp_path)))
+
+
+def test_what_tensorrt_rtx_says_of_a_gpu_is_recorded(tmp_path, monkeypatch) -> None:
+    def refuse(logger: Any) -> None:
+        logger.log(1, "compute capability 9.0 is not supported\nand more")
+        raise TypeError("factory function returned nullptr")
+
+    module = ModuleType("tensorrt_rtx")
+    vars(module).update(__version__="1", ILogger=TensorRT.ILogger, Runtime=lambda logger: object(), Builder=refuse)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    runtime, builder = steps.rtx(Place(tmp_path))
+    assert (runtime["starts"], runtime["error"], runtime["says"]) == ("Runtime", "", "")
+    assert builder["error"] == "TypeError: factory function returned nullptr"
+    assert builder["says"] == "compute capability 9.0 is not supported"
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", ("CUDAExecutionProvider", {"use_tf32": "0"})])
@@ -135,16 +208,49 @@ def test_one_architectures_code_stays_where_it_was(tmp_path) -> None:
     assert after.startswith(host) and after.endswith(b"end") and b"between" in after
 
 
-def test_a_pack_that_one_call_does_not_carry_is_refused(tmp_path, monkeypatch) -> None:
+def test_a_pack_over_the_upload_limit_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pack, "LIMIT", 1000)
     (tmp_path / "noise").write_bytes(np.random.default_rng(0).bytes(2000))
-    with pytest.raises(UsageError, match=r"expected at most 0\.0 MB, which one call carries"):
+    with pytest.raises(UsageError, match=r"expected at most 0\.0 MB, the upload limit"):
         pack.write_pack(tmp_path / "pack.tar.xz", tmp_path, [tmp_path / "noise"])
 
 
 def test_a_wheel_that_cannot_be_had_is_one_sentence(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"onnxruntime-gpu==1.* for CPython 312 cannot be downloaded here"):
         pack.fetch_wheel(tmp_path)  # the tests ask no registry
+
+
+def test_only_a_wheel_of_the_pinned_version_is_taken(tmp_path, monkeypatch) -> None:
+    (tmp_path / f"onnxruntime_gpu-1.0-cp{pack.PYTHON}-cp{pack.PYTHON}-linux.whl").touch()  # of an earlier pin
+    monkeypatch.setattr(pack.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    with pytest.raises(UsageError, match="cannot be downloaded here"):
+        pack.fetch_wheel(tmp_path)
+
+
+@pytest.mark.parametrize("engine", [b"", pack.ENGINE])
+def test_a_program_without_the_engine_of_gpus_is_refused(tmp_path, monkeypatch, engine) -> None:
+    library = tmp_path / "libdit.so.1.2"
+    library.write_bytes(b"symbols " + engine)
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "dit-generate").write_bytes(b"program")
+    listed = f"\tlibdit.so.1 => {library} (0x1)\n\tlibc.so.6 => /lib/libc.so.6 (0x2)\n\t/lib64/ld-linux (0x3)\n"
+    monkeypatch.setattr(pack.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed))
+    if engine:
+        pack.copy_program(tmp_path, tmp_path / "packed")
+        assert {path.name for path in (tmp_path / "packed").iterdir()} == {"dit-generate", "libdit.so.1"}
+    else:
+        with pytest.raises(UsageError, match="built without CUDA_ROOT"):
+            pack.copy_program(tmp_path, tmp_path / "packed")
+
+
+def test_a_folder_for_packs_keeps_what_else_it_holds(tmp_path, monkeypatch) -> None:
+    for name in (*pack.PACKS, "notes.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys, "argv", ["pack", "-o", str(tmp_path), "--program", str(tmp_path)])
+    monkeypatch.setattr(pack, "fetch_wheel", lambda folder: folder / "no wheel")
+    with pytest.raises(FileNotFoundError):
+        pack.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("float32", ""), ("float16", "_10"), ("bfloat16", "_16")])

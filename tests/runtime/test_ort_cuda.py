@@ -6,6 +6,7 @@ import ctypes
 import gc
 import math
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -38,17 +39,29 @@ class Status(IntEnum):
 
 
 class Device(Cuda):
-    """Records which GPU was made current."""
+    """Records which GPU is current, and which ones memory and streams were made on."""
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
-        self.selected: set[int] = set()
+        self.current = 0
+        self.used: set[int] = set()
+
+    def cudaGetDevice(self):
+        return Status.cudaSuccess, self.current
 
     def cudaSetDevice(self, number):
         if number >= self.devices:
             return (Status.cudaErrorInvalidDevice,)
-        self.selected.add(number)
+        self.current = number
         return (Status.cudaSuccess,)
+
+    def cudaStreamCreateWithFlags(self, flags):
+        self.used.add(self.current)
+        return super().cudaStreamCreateWithFlags(flags)
+
+    def cudaMalloc(self, size):
+        self.used.add(self.current)
+        return super().cudaMalloc(size)
 
 
 class Binding:
@@ -74,6 +87,7 @@ class Session:
         ((name, self.options),) = providers
         assert name == ort_cuda.PROVIDER
         self.runtime, self.path = runtime, path
+        runtime.cuda.cudaSetDevice(int(self.options["device_id"]))  # and leaves it so, as ONNX Runtime does
         self.real = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
         self.recorded: dict[str, dict] = {}
@@ -377,16 +391,69 @@ def test_low_memory_keeps_nothing(on_gpu, opened, device) -> None:
     assert device.open == {}
 
 
+def update_shapes(runtime: Runtime) -> dict[str, list[int]]:
+    """Return the shapes of the inputs of the session that was opened first, for two rows."""
+    tensors = runtime.sessions[0].get_inputs()
+    return {tensor.name: [2 if isinstance(size, str) else size for size in tensor.shape] for tensor in tensors}
+
+
 def test_any_gpu(engine, runtime, device) -> None:
     with pytest.raises(UsageError, match="provider 'cuda:1' cannot run here: cudaSetDevice: cudaErrorInvalidDevice"):
         engine(provider="cuda:1")
     device.devices = 2
-    made = engine(provider="cuda:1")
-    assert device.selected == {1} and runtime.sessions[0].options["device_id"] == "1"
+    made = engine("update", provider="cuda:1")
+    assert device.current == 0 and runtime.sessions[0].options["device_id"] == "1"
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in update_shapes(runtime).items()}
+    made.run(arrays | {"latents": made.put(arrays["latents"])})
+    made.empty((2, 3), np.dtype(np.float32))
     made.close()
+    assert device.current == 0 and device.used == {1}  # the caller's stays current
     for odd in ("cuda:", "cuda:x", "cuda:-1", "CUDA", "tpu"):
         with pytest.raises(UsageError, match="known: cpu, cuda, cuda:N"):
             engine(provider=odd)
+
+
+@pytest.fixture
+def ends(runtime, monkeypatch) -> list[str]:
+    """What has gone, in its order."""
+    gone: list[str] = []
+
+    def noted(kind, make):
+        def made(*arguments):
+            thing = make(*arguments)
+            weakref.finalize(thing, gone.append, kind)
+            return thing
+
+        return made
+
+    for module, name in ((ort_cuda, "Stream"), (ort_cuda, "Buffer"), (sys.modules[__name__], "Session")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    monkeypatch.setattr(sys.modules[__name__], "Binding", noted("Binding", Binding))
+    return gone
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_the_stream_goes_last(engine, runtime, ends, closed) -> None:
+    made = engine("update")
+    made.run({name: np.zeros(shape, np.float32) for name, shape in update_shapes(runtime).items()})
+    runtime.sessions.clear()
+    if closed:
+        made.close()
+        assert ends[:2] == ["Binding", "Session"]
+    del made
+    gc.collect()
+    assert ends.index("Session") < ends.index("Buffer") and ends[-1] == "Stream"
+
+
+def test_the_stream_of_an_engine_that_does_not_open_goes_last(engine, runtime, ends) -> None:
+    runtime.on_cpu = ("MatMul",)
+    with pytest.raises(UsageError) as refused:
+        engine()
+    runtime.sessions.clear()
+    assert ends == []
+    del refused
+    gc.collect()
+    assert ends == ["Session", "Stream"]
 
 
 def test_fp32_is_fp32(engine, runtime) -> None:
@@ -400,11 +467,7 @@ def test_fp32_is_fp32(engine, runtime) -> None:
 
 def test_shapes_that_do_not_fit(engine, runtime) -> None:
     made = engine("update")
-    names = {tensor.name: tensor.shape for tensor in runtime.sessions[0].get_inputs()}
-    arrays = {
-        name: np.zeros([2 if isinstance(size, str) else size for size in shape], np.float32)
-        for name, shape in names.items()
-    }
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in update_shapes(runtime).items()}
     arrays["previous"] = arrays["previous"][:1]
     with pytest.raises(UsageError, match=r"has shape \[\d, .*expected \['batch'"):
         made.run(arrays)

@@ -215,6 +215,9 @@ class Unset:
     def __len__(self):
         return -1
 
+    def __getitem__(self, index):
+        raise IndexError(index)
+
 
 class Engine:
     num_io_tensors, num_optimization_profiles, streamable_weights_size = 2, 2, 100

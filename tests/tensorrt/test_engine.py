@@ -20,7 +20,7 @@ from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.errors import BundleError, EngineError
 from dit_runtime.progress import Progress
-from tests.tensorrt.fakes import Cuda, TensorRT
+from tests.tensorrt.fakes import Context, Cuda, TensorRT, Unset
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
 
@@ -220,6 +220,13 @@ def test_a_context_that_says_no(device, trt, plan, call, told) -> None:
         backend("tensorrt").open([plan], Options(built=BUILT)).run({"x": rows(2)})
     gc.collect()
     assert device.open == {}
+
+
+@pytest.mark.parametrize("shape", [(-1, 3), Unset()], ids=["of a free size", "of no answer"])
+def test_an_output_of_unknown_shape_is_refused(device, trt, plan, monkeypatch, shape) -> None:
+    monkeypatch.setattr(Context, "get_tensor_shape", lambda self, name: shape)
+    with pytest.raises(EngineError, match=r"^tensorrt does not know the shape of y: "):
+        backend("tensorrt").open([plan], Options(built=BUILT))
 
 
 def test_what_a_plan_was_built_with_is_done_for_it(device, trt, plan) -> None:

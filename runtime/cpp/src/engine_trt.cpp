@@ -113,7 +113,7 @@ class TrtEngine : public Engine {
             throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger().last(), command));
         if (built.weight_streaming && engine_->getStreamableWeightsSize() > 0)
             engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget());
-        records_ = OWN_GRAPHS && !built.weight_streaming;  // each run then waits for weights, which no CUDA graph can
+        records_ = CAPTURES && !built.weight_streaming;  // each run then waits for weights, which no CUDA graph can
         for (std::int32_t index = 0; index < engine_->getNbIOTensors(); ++index) {
             const std::string name = engine_->getIOTensorName(index);
             const bool in = engine_->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
@@ -246,7 +246,7 @@ class TrtEngine : public Engine {
     }
 
 #ifdef TRT_MAJOR_RTX
-    static constexpr bool OWN_GRAPHS = false;  // it captures them by itself
+    static constexpr bool CAPTURES = false;  // it captures graphs by itself
 
     std::unique_ptr<nvinfer1::IExecutionContext> create_context() {
         if (!settings_) {
@@ -282,13 +282,14 @@ class TrtEngine : public Engine {
             std::filesystem::permissions(kernels_.parent_path(), std::filesystem::perms::owner_all, failure);
         Path part = kernels_;
         part += text(".", std::random_device{}());  // another process may write its own
-        std::ofstream(part, std::ios::binary)
-            .write(static_cast<const char*>(content->data()), static_cast<std::streamsize>(content->size()));
-        std::filesystem::rename(part, kernels_, failure);
-        if (failure) std::filesystem::remove(part, failure);
+        std::ofstream file(part, std::ios::binary);
+        file.write(static_cast<const char*>(content->data()), static_cast<std::streamsize>(content->size()));
+        file.close();
+        if (file) std::filesystem::rename(part, kernels_, failure);
+        if (!file || failure) std::filesystem::remove(part, failure);  // a disk may be full
     }
 #else
-    static constexpr bool OWN_GRAPHS = true;
+    static constexpr bool CAPTURES = true;
 
     std::unique_ptr<nvinfer1::IExecutionContext> create_context() {
         return std::unique_ptr<nvinfer1::IExecutionContext>(engine_->createExecutionContext(OWNED));

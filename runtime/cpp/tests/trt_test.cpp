@@ -2,7 +2,9 @@
 // tests/tensorrt/test_resident.py.
 #include <NvInferRuntime.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 
@@ -154,6 +156,22 @@ TEST_F(Trt, KernelsAreKeptForTheNextOne) {
     std::filesystem::remove(cache / "step.kernels.bin");
     std::filesystem::create_directory(cache / "step.kernels.bin");  // it cannot be read, nor written
     EXPECT_EQ(run(*open("", cache), 2, 1), all(2, 2));
+}
+
+TEST_F(Trt, HalfWrittenKernelsAreNotKept) {
+    std::ofstream(folder_ / "step.kernels.bin") << "old";
+    rlimit before{};
+    ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+    const rlimit short_of_room{4, before.rlim_max};
+    const auto handler = std::signal(SIGXFSZ, SIG_IGN);  // writing then fails, as on a full disk
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &short_of_room), 0);
+    run(*open("", folder_), 2);
+    setrlimit(RLIMIT_FSIZE, &before);
+    std::signal(SIGXFSZ, handler);
+    EXPECT_EQ(std::filesystem::file_size(folder_ / "step.kernels.bin"), 3u);
+    std::size_t files = 0;
+    for (const auto& file : std::filesystem::directory_iterator(folder_)) files += file.is_regular_file();
+    EXPECT_EQ(files, 2u);
 }
 #else
 TEST_F(Trt, EachShapeIsCapturedOnce) {

@@ -10,8 +10,8 @@ import ctypes
 import io
 import sys
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
@@ -54,24 +54,37 @@ class Bound:
     recorded: bool = False
 
 
+@contextmanager
+def selected(number: int) -> Iterator[None]:
+    """Make a GPU the calling thread's own, and afterwards the one that was; a pipeline may move between threads."""
+    before = call("cudaGetDevice")
+    call("cudaSetDevice", number)
+    try:
+        yield
+    finally:
+        call("cudaSetDevice", before)
+
+
 class OrtCudaEngine:
     def __init__(self, ort: Any, path: Path, options: Options, number: int) -> None:
         """Open a graph with the module onnxruntime, on GPU `number`."""
         self._ort = ort
-        if PROVIDER not in ort.get_available_providers():
-            command = "pip uninstall onnxruntime; pip install 'dit-export[onnxruntime-gpu]'"
-            raise UsageError(f"provider {options.provider!r} is not in this onnxruntime: {command}")
+        if reason := why_without(ort):
+            raise UsageError(f"provider {options.provider!r} {reason}")
         if reason := why_unavailable():
             raise UsageError(f"provider {options.provider!r} cannot run here: {reason}")
         preload(ort)
         self._number = number
+        # An engine that is dropped loses its attributes in this order, and the stream outlives what works in it.
+        self._session: Any = None
+        self._bound: dict[Shapes, Bound] = {}  # the last used one is the last
+        self._records = True
         try:
-            self._select()
+            with selected(number):
+                self._stream: Stream = options.beside._stream if options.beside else Stream()
+                self._session = self._open(path, options)
         except CudaError as error:
             raise UsageError(f"provider {options.provider!r} cannot run here: {error}") from None
-        self._stream: Stream = options.beside._stream if options.beside else Stream()
-        self._records = True
-        self._session: Any = self._open(path, options)
         if PROVIDER not in self._session.get_providers():
             raise UsageError(f"provider {options.provider!r} did not start here: {_loader_reason(ort)}")
         self._require_placement(path)
@@ -80,7 +93,6 @@ class OrtCudaEngine:
         for tensor in (*self._inputs.values(), *self._outputs.values()):
             if tensor.type not in DTYPES:
                 raise BundleError(f"{path}: {tensor.name} is {tensor.type}; expected {' or '.join(DTYPES)}")
-        self._bound: dict[Shapes, Bound] = {}  # the last used one is the last
         self._numbers = count(1)
         self._plain = self._run_settings(NO_GRAPH)
 
@@ -89,43 +101,41 @@ class OrtCudaEngine:
         return tuple(self._inputs), tuple(self._outputs)
 
     def put(self, values: np.ndarray) -> Rows:
-        self._select()
-        return Rows.put(values, self._stream)
+        with selected(self._number):
+            return Rows.put(values, self._stream)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Rows:
-        self._select()
-        return Rows.empty(shape, dtype, self._stream)
+        with selected(self._number):
+            return Rows.empty(shape, dtype, self._stream)
 
     def run(self, inputs: Mapping[str, Any], into: Mapping[str, Rows] | None = None) -> dict[str, np.ndarray]:
-        self._select()
-        shapes = tuple(tuple(inputs[name].shape) for name in self._inputs)
-        bound = self._prepare(shapes)
-        for name, target in (into or {}).items():
-            if target.shape != bound.shapes[name]:
-                raise EngineError(f"{name} has shape {[*bound.shapes[name]]}, expected {[*target.shape]}")
-        for name in self._inputs:
-            bound.buffers[name].upload(inputs[name], self._stream)
-        self._enqueue(bound)
-        if into is not None:
-            for name, target in into.items():
-                target.fill(bound.buffers[name].device)
-            return {}
-        views = {name: bound.buffers[name].download(shape, self._stream) for name, shape in bound.shapes.items()}
-        self._stream.wait()
-        return {name: view.copy() for name, view in views.items()}
+        with selected(self._number):
+            shapes = tuple(tuple(inputs[name].shape) for name in self._inputs)
+            bound = self._prepare(shapes)
+            for name, target in (into or {}).items():
+                if target.shape != bound.shapes[name]:
+                    raise EngineError(f"{name} has shape {[*bound.shapes[name]]}, expected {[*target.shape]}")
+            for name in self._inputs:
+                bound.buffers[name].upload(inputs[name], self._stream)
+            self._enqueue(bound)
+            if into is not None:
+                for name, target in into.items():
+                    target.fill(bound.buffers[name].device)
+                return {}
+            views = {name: bound.buffers[name].download(shape, self._stream) for name, shape in bound.shapes.items()}
+            self._stream.wait()
+            return {name: view.copy() for name, view in views.items()}
 
     def close(self) -> None:
         if self._session is None:
             return
-        self._select()
-        self._stream.wait()
-        self._session = None  # what it has recorded reads and writes the memory
-        self._bound.clear()
-        del self._stream
-
-    def _select(self) -> None:
-        """Make the GPU the calling thread's own."""
-        call("cudaSetDevice", self._number)
+        with selected(self._number):
+            self._stream.wait()
+            for shapes in self._bound:
+                self._bound[shapes].binding = None  # which belongs to the session
+            self._session = None  # what it has recorded reads and writes the memory
+            self._bound.clear()
+            del self._stream
 
     def _open(self, path: Path, options: Options) -> Any:
         """Open a session that records, or where ONNX Runtime cannot record this graph, one that does not."""
@@ -221,6 +231,13 @@ class OrtCudaEngine:
     def _without(self, reason: str) -> None:
         self._records = False
         print(f"no CUDA graph of ONNX Runtime's work, it runs without: {reason}", file=sys.stderr)
+
+
+def why_without(ort: Any) -> str | None:
+    """Return what to install where the module onnxruntime was built without the provider."""
+    if PROVIDER in ort.get_available_providers():
+        return None
+    return "is not in this onnxruntime: pip uninstall onnxruntime; pip install 'dit-export[onnxruntime-gpu]'"
 
 
 def preload(ort: Any) -> None:

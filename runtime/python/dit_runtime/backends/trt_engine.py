@@ -181,7 +181,16 @@ class TrtEngine:
             if not context.set_input_shape(name, shape):
                 raise EngineError(f"{self._flavour.name} does not take {name} {list(shape)}: {self._logger.last}")
         context.set_device_memory(self._activations.address, self._activations.size)
-        return Execution(context, {name: tuple(context.get_tensor_shape(name)) for name in self._outputs})
+        return Execution(context, {name: self._output(context, name) for name in self._outputs})
+
+    def _output(self, context: Any, name: str) -> tuple[int, ...]:
+        """Return the shape of an output, which must be known before the run."""
+        shape: tuple[int, ...] = (-1,)
+        with suppress(ValueError):  # Dims of -1 dimensions
+            shape = tuple(context.get_tensor_shape(name))
+        if any(size < 0 for size in shape):
+            raise EngineError(f"{self._flavour.name} does not know the shape of {name}: {self._logger.last}")
+        return shape
 
     def _bound(self, name: str, profile: int) -> list[tuple[int, ...]]:
         """Return an input's smallest, usual and largest shape; a static one is in no profile."""
