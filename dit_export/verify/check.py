@@ -77,8 +77,9 @@ def compare(
     contract, network = first.manifest, loaded.network
     with progress.stage("verify: proof that the checks can fail"):
         proven = proof(first, reference)
-    required = loaded.source.get("kind") == "synthetic" or all(figure.passed for figure in proven)
-    checks, shares = list(proven) if required else [], required or reacts(reference)
+    synthetic = loaded.source.get("kind") == "synthetic"
+    checks = list(proven) if synthetic or all(figure.passed for figure in proven) else []
+    shares = synthetic or reacts(reference)  # an int8 engine's own rounding may pass the proof
     answers = []
     for name, pipe in pipes.items():
         with progress.stage(f"verify: {name}each graph against PyTorch"):
