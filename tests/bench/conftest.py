@@ -1,10 +1,12 @@
-"""A run's result, made up."""
+"""A run's result, made up; and PyTorch left as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from dit_export.bench.competitors import Competitor
 from dit_export.bench.run import spread
@@ -64,3 +66,14 @@ def result() -> dict[str, Any]:
         "left_out": {"gemm-openvino": "ModuleNotFoundError: No module named 'openvino'"},
         "problems": [],
     }
+
+
+@pytest.fixture(autouse=True)
+def pytorch_as_it_was() -> Iterator[None]:
+    """A competitor's process is its own, so it switches gradients off for good; here other tests come after it."""
+    gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_grad_enabled(gradients)
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
