@@ -78,7 +78,7 @@ class Choice(NamedTuple):
 
 
 class FloatConvolutions(NamedTuple):
-    """What the search for convolutions that stay float ends with."""
+    """The outcome of the search for convolutions that stay float."""
 
     kept: list[str]  # in float
     quantized: int

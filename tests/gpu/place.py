@@ -1,4 +1,4 @@
-"""Where a check runs, and why a step may not."""
+"""The place where a check runs, and why a step may not."""
 
 from __future__ import annotations
 

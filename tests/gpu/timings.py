@@ -1,4 +1,4 @@
-"""What a step takes: the machine's ceilings, ONNX Runtime alone, PyTorch in its ways, and our own runtime."""
+"""Times of a step: the machine's ceilings, ONNX Runtime alone, PyTorch in its ways, and our own runtime."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_every_network_ends_in_a_bundle_that_passes(traced, tmp_path, monkeypatc
 
 
 class End(NamedTuple):
-    """Where the run of a sample ends."""
+    """Return where the run of a sample ends."""
 
     step: float  # largest error of an evaluation without guidance, of both samples
     guided: float

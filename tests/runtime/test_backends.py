@@ -87,7 +87,7 @@ def test_products_do_not_saturate_where_there_is_no_vnni(bundle, tmp_path, monke
 
 
 def asked(pipe: Pipeline, batches: Sequence[int]) -> list[np.ndarray]:
-    """What the step stage answers to the first samples of one set, for each batch with guidance and without."""
+    """Return what the step stage answers to the first samples of one set, for each batch with guidance and without."""
     noise = np.random.default_rng(3).normal(size=(3, *pipe.manifest.state.shape))
     labels, weights, found = np.array([2, 0, 4]), np.array([4, 1.5, 7], np.float32), []
     for batch in batches:

@@ -32,7 +32,7 @@ OPTIONS = {
 
 @pytest.fixture
 def shapes(monkeypatch) -> Shapes:
-    """What the engines that are opened run at, by stage: of the loop and of the decoder, their inputs' shapes."""
+    """Record the shapes that opened engines run at, by stage: of the loop and of the decoder, their inputs' shapes."""
     seen: Shapes = set()
     module = backends.backend("onnxruntime")
     open_ = module.open

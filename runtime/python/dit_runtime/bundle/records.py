@@ -100,7 +100,7 @@ class File:
 
 
 class WithPorts:
-    """What has the ports of a network."""
+    """An owner of a network's ports."""
 
     ports: tuple[Port, ...]
 

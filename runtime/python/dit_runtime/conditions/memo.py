@@ -22,7 +22,7 @@ Compute = Callable[..., Mapping[str, NDArray[Any]]]  # stage, inputs, and where 
 
 
 class Device(NamedTuple):
-    """Where the step stage reads its inputs; its arrays are indexed as NumPy's."""
+    """The memory that the step stage reads its inputs from; its arrays are indexed as NumPy's."""
 
     put: Callable[[NDArray[Any]], Any]
     empty: Callable[[tuple[int, ...], np.dtype[Any]], Any]
