@@ -69,7 +69,7 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: Decoder | None, progress
         with progress.stage("trace: decoder to ONNX"):
             trace.export_decoder(decoder, loaded.network.state).save(folder / DECODER, external_data=True)
     assert program.exported_program is not None
-    return Oracle(program.exported_program)
+    return Oracle(program.exported_program, loaded.network.weights)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from dit_runtime.bundle.records import PACKS, Port, WithPorts
 from dit_runtime.errors import UsageError
 
 if TYPE_CHECKING:  # the command line imports this package and must not wait for PyTorch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Network(WithPorts):
     learned_variance: bool = False
     model: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)  # how often each pass must fire; {}: nothing is predicted
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # by name, of a module that streams them; {}: its own
 
     def __post_init__(self) -> None:
         names = [port.name for port in self.ports]
