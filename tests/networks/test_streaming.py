@@ -69,7 +69,7 @@ def test_the_same_answers(pair) -> None:
     expected = tiny.run(plain, values)
     assert torch.equal(tiny.run(network, values), expected)
     parts = [sum(p.nbytes for p in part.parameters(recurse=False)) for part in plain.module.modules()]
-    assert watched.peak <= 2 * max(parts) < sum(parts) / 4 and watched.bytes == 0
+    assert watched.peak <= 1.1 * max(parts) < sum(parts) / 4 and watched.bytes == 0
     assert all(isinstance(parameter, FakeTensor) for parameter in network.module.parameters())
 
     stream(network.module, {name: 1.01 * value for name, value in plain.module.state_dict().items()})
