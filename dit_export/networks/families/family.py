@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
+from dit_export.recipe import PIXELS
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Family:
     network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, tokens of a caption
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
+    pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
