@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dit_export.bundle.describe import Written, describe
 from dit_export.checkpoints import Loaded
-from dit_export.graph import DECODER, NETWORK, onnxfile, trace
+from dit_export.graph import DECODER, NETWORK, RULE, onnxfile, trace
 from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import Decoder
 from dit_export.passes import LOWERINGS, fuse, require
@@ -65,6 +65,8 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: Decoder | None, progress
     with progress.stage("trace: network to ONNX"):
         program = trace.trace_network(loaded.network)
         program.save(folder / NETWORK, external_data=True)
+    if loaded.network.mixes_guidance:
+        trace.trace_rule(loaded.network).save(folder / RULE)
     if decoder is not None:
         with progress.stage("trace: decoder to ONNX"):
             trace.export_decoder(decoder, loaded.network.state).save(folder / DECODER, external_data=True)
@@ -134,7 +136,8 @@ class Assembly:
 
     def fuse(self) -> None:
         network = self.loaded.network
-        fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, network.guided_channels)
+        rule = onnxfile.load(self.traced / RULE) if network.mixes_guidance else None
+        fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, rule)
         self.misses, self.cut = fused.misses, fused.cut.summary()
         require(fused.counts, network.counts, self.misses)
         for stage in fused.stages:

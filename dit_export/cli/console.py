@@ -61,7 +61,8 @@ def sample_command(folder: Path, contract: Manifest) -> str:
     parts = [dit_run(), "sample", str(folder)]
     if contract.classes:
         parts.append(f"--labels {contract.classes // 4} {3 * contract.classes // 4}")
-    if any(not (contract.classes and port.name == LABELS) for port in contract.conditions):
+    named = {contract.guidance.port, LABELS if contract.classes else ""}
+    if any(port.name not in named for port in contract.conditions):
         parts.append("--condition CONDITION.npz")
     if contract.without_null and contract.mixes_guidance:
         parts.append("--negative NEGATIVE.npz")

@@ -47,7 +47,7 @@ class _Instant:
         pass
 
 
-def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progress) -> list[Timing]:
+def measure(pipe: Pipeline, batch: int, steps: int | None, rounds: int, progress: Progress) -> list[Timing]:
     contract = pipe.manifest
     largest = contract.step.max_batch
     if not 1 <= batch <= largest or rounds < 1:
@@ -57,6 +57,7 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
     negative = {name: rows[:1] for name, rows in condition.items()} if contract.without_null else None
     request = Request(condition=condition, negative=negative, steps=steps, seed=[*range(batch)], output=output)
     checked = request.check(contract)
+    condition, steps = checked.condition, checked.steps
     middle, weights = np.array([contract.process.span / 2]), checked.weights
     unguided = pipe.engines.inputs(middle, condition, None, weights)
     single = {name: rows[:1] for name, rows in condition.items()}
