@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
-from dit_export.networks import Network
+from dit_export.networks import Network, rules
 from dit_export.networks.text import PromptEncoder
 from dit_runtime.bundle.manifest import Port
 
@@ -57,6 +57,14 @@ def repaired(program: torch.export.ExportedProgram) -> GraphModule | None:
 def trace_network(network: Network) -> torch.onnx.ONNXProgram:
     """Trace the plain graph: inputs named as the ports, output `prediction` (with the variance)."""
     return export(network.module, examples(network.ports), ["prediction"])
+
+
+def trace_rule(network: Network) -> torch.onnx.ONNXProgram:
+    """Trace how the network's predictions are mixed: (conditional, negative, weight) -> guided."""
+    channels, *rest = network.state.shape
+    shape = (2, network.guided_channels or channels, *rest)
+    inputs = {"conditional": torch.zeros(shape), "negative": torch.zeros(shape)}
+    return export(rules.rule(network), inputs | {"weight": torch.zeros(2, 1, *[1] * len(rest))}, ["guided"])
 
 
 def examples(ports: Sequence[Port], rows: int = 2) -> dict[str, Tensor]:
