@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
+from dit_export.networks.text import Text
 from dit_export.recipe import PIXELS
 
 
@@ -23,6 +24,7 @@ class Family:
     pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
+    text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
     @property
