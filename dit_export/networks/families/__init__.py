@@ -7,11 +7,12 @@ from typing import Any
 
 from dit_export.networks import Network
 from dit_export.networks.families.pixart import PIXART
+from dit_export.networks.families.sana import SANA
 from dit_export.networks.families.sd3 import SD3
 from dit_export.recipe import resolution_name
 from dit_runtime.errors import UsageError, nearest
 
-FAMILIES = {family.name: family for family in (PIXART, SD3)}
+FAMILIES = {family.name: family for family in (PIXART, SANA, SD3)}
 
 
 def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens: int | None = None) -> Network:
@@ -31,17 +32,17 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
         sides = " x ".join(map(str, size))
         raise UsageError(f"{name}: latents of {sides} do not divide into patches of {config.patch_size}")
     channels = config.in_channels
-    if transformer.out_channels not in (channels, 2 * channels):
-        raise UsageError(f"{name}: out_channels is {transformer.out_channels}, expected {channels} or {2 * channels}")
+    out_channels = vars(transformer).get("out_channels", config.get("out_channels")) or channels
+    if out_channels not in (channels, 2 * channels):
+        raise UsageError(f"{name}: out_channels is {out_channels}, expected {channels} or {2 * channels}")
     tokens = family.default_tokens if tokens is None else tokens
     network = family.network(transformer.eval().float().requires_grad_(False), size, tokens)
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     model = {"name": name, "resolution": resolution_name(size, family.pixels)} | public
-    learned_variance = transformer.out_channels == 2 * channels
     return replace(
         network,
         model=model,
-        learned_variance=learned_variance,
+        learned_variance=out_channels == 2 * channels,
         pixels=family.pixels,
         counts=family.counts(transformer),
     )

@@ -24,6 +24,7 @@ class Family:
     pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
+    linear_attention: tuple[type, ...] = ()  # processors of attentions without a softmax
     text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
@@ -34,7 +35,10 @@ class Family:
 
     def counts(self, transformer: Any) -> dict[str, int]:
         """Return how often passes must fire, as far as that does not depend on sizes, which price the cut."""
-        attentions = sum(isinstance(module, Attention) for module in transformer.modules())
+        attentions = sum(
+            isinstance(module, Attention) and not isinstance(module.processor, self.linear_attention)
+            for module in transformer.modules()
+        )
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
         return {"share_rows": 2, "guide": 1, "plain_attention": attentions} | gains
 
