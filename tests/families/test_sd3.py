@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from dit_runtime import Pipeline, UsageError
+from dit_runtime.bundle import manifest
 from tests.families import tiny
 from tests.networks.tiny import SD3_5, sd3
 
 T5_TOKENS = 32
+CALL = {"height": 64, "width": 64, "max_sequence_length": T5_TOKENS}
 
 
 def make_pipeline(with_t5: bool = True) -> StableDiffusion3Pipeline:
@@ -32,8 +41,78 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
     pipeline = make_pipeline()
     with one_thread():
         bundle = tiny.build(pipeline, tmp_path_factory.mktemp("sd3"), caption_tokens=77 + T5_TOKENS)
-    return tiny.Case(pipeline, bundle, {"height": 64, "width": 64, "max_sequence_length": T5_TOKENS})
+    return tiny.Case(pipeline, bundle, CALL)
 
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+def test_a_negative_prompt(case) -> None:
+    """Another is another picture; none is the empty one, as in the pipeline."""
+    expected = case.theirs()
+    assert max(tiny.distances(case.ours(negative_prompt="a dog"), expected)) < tiny.ANOTHER
+    empty = replace(case, negative=None)
+    assert min(tiny.distances(empty.ours(), empty.theirs())) >= tiny.SAME
+    assert max(tiny.distances(empty.ours(), expected)) < tiny.ANOTHER
+
+
+def test_a_prompt_that_clip_cuts(case) -> None:
+    """T5 takes the whole of it, so it is drawn as the pipeline does; one that T5 cuts too is refused."""
+    long, longer = (("the " * count,) for count in (30, 35))
+    expected = case.theirs(long)
+    assert min(tiny.distances(case.ours(long), expected)) >= tiny.SAME
+    changed = (long[0].removeprefix("the"),)
+    assert max(tiny.distances(case.ours(changed), expected)) < tiny.ANOTHER
+    with pytest.raises(UsageError, match=r"too long: it has 107 of at most 77, 107 of at most 77, 36 of at most 32"):
+        case.ours(longer)
+
+
+# Draws from words where importing what made the bundle fails.
+CHILD = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "diffusers", "dit_export", "onnx", "huggingface_hub"):
+            raise ModuleNotFoundError(f"blocked: {name}")
+sys.meta_path.insert(0, Blocker())
+import numpy
+from dit_runtime import Pipeline
+with Pipeline.load(sys.argv[1], threads=1, low_memory=True) as pipe:
+    options = {"steps": 2, "guidance": 3.0, "seed": 1, "output": "latents"}
+    numpy.save(sys.argv[2], pipe.sample(prompt="a photo of a cat", negative_prompt="blurry", **options))
+"""
+
+
+def test_without_what_made_it(case, tmp_path) -> None:
+    """Neither PyTorch nor transformers is there, and one stage at a time is open."""
+    out = tmp_path / "latents.npy"
+    command = [sys.executable, "-c", CHILD, str(case.bundle), str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    options = {"steps": 2, "guidance": 3.0, "seed": 1, "output": "latents"}
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        expected = pipe.sample(prompt="a photo of a cat", negative_prompt="blurry", **options)
+    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-5)
+
+
+def test_the_build_checks_the_encoders(case) -> None:
+    """Each condition port at 1, 2 and 3 prompts, and that another prompt would be seen."""
+    checks = json.loads((case.bundle / "parity.json").read_text())["checks"]
+    prompt = {(check["metric"], check["where"]) for check in checks if check["stage"] == "prompt"}
+    for port in ("captions", "pooled"):
+        assert {(f"{port} at a batch, rel-L2", f"batch {count}") for count in (1, 2, 3)} <= prompt
+        assert (f"{port} of another prompt, rel-L2", "") in prompt
+
+
+@pytest.mark.slow
+def test_without_t5(tmp_path, one_thread) -> None:
+    """The pipeline has zeros in the place of its captions."""
+    pipeline = make_pipeline(with_t5=False)
+    with one_thread():
+        bundle = tiny.build(pipeline, tmp_path, caption_tokens=77 + T5_TOKENS, max_batch=1)
+    case = tiny.Case(pipeline, bundle, CALL)
+    assert [prompt.ids for prompt in manifest.read(bundle).prompts] == ["ids", "ids_2"]
+    expected = case.theirs()
+    assert min(tiny.distances(case.ours(), expected)) >= tiny.SAME
+    assert max(tiny.distances(case.ours((tiny.OTHER,)), expected)) < tiny.ANOTHER
