@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor
 
 from dit_export.networks import Network
@@ -43,6 +50,23 @@ def sd3(**config: Any) -> SD3Transformer2DModel:
 
 
 SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
+
+
+def qwen_image(**config: Any) -> QwenImageTransformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "axes_dims_rope": (8, 12, 12)}
+    return randomize(QwenImageTransformer2DModel(**fields | {"joint_attention_dim": 48} | config))
+
+
+def lumina2(**config: Any) -> Lumina2Transformer2DModel:
+    fields = {"num_attention_heads": 4, "num_kv_heads": 2, "hidden_size": 96, "num_layers": 2, "sample_size": 8}
+    sizes = {"axes_dim_rope": (8, 8, 8), "axes_lens": (300, 16, 16), "cap_feat_dim": 48, "multiple_of": 16}
+    return randomize(Lumina2Transformer2DModel(**fields | sizes | {"num_refiner_layers": 1} | config))
+
+
+def z_image(**config: Any) -> ZImageTransformer2DModel:
+    fields = {"dim": 96, "n_heads": 3, "n_kv_heads": 3, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": 48}
+    sizes = {"axes_dims": [8, 12, 12], "axes_lens": [600, 16, 16]}
+    return randomize(ZImageTransformer2DModel(**fields | sizes | config))
 
 
 def inputs(network: Network, rows: int, seed: int = 0, span: float = 1.0) -> dict[str, Tensor]:

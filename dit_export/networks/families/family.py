@@ -20,6 +20,8 @@ class Family:
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
+    size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
+    patch: int | None = None  # cells of the latents along a token, where the config has no patch_size
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 

@@ -1,0 +1,72 @@
+"""Lumina-Image 2.0 (Qin et al., arXiv 2503.21758): prompt and image in one sequence, the image after the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_export.networks import Network
+from dit_export.networks.families.family import Family
+from dit_export.networks.families.positions import Positions, pack, unpack
+from dit_runtime.bundle.manifest import Port
+
+
+class Lumina2Velocity(nn.Module):
+    """Run the layers of Lumina2Transformer2DModel, which read 1 - σ and give -dx/dσ, with masks for prompts' lengths."""
+
+    def __init__(self, transformer: Any, size: tuple[int, int], tokens: int) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.size, self.patch = size, transformer.config.patch_size
+        height, width = (side // self.patch for side in size)
+        self.positions = Positions(transformer.rope_embedder.freqs_cis, torch.arange(tokens), (height, width))
+
+    def forward(self, latents: Tensor, timesteps: Tensor, captions: Tensor, mask: Tensor) -> Tensor:
+        model = self.transformer
+        time, text = model.time_caption_embed(latents, 1 - timesteps, captions)
+        positions = self.positions(mask.sum(1).long())
+        for_text, for_image = (torch.view_as_complex(part) for part in positions)
+        for layer in model.context_refiner:
+            text = layer(text, mask > 0.5, for_text)
+        image = model.x_embedder(pack(latents, self.patch))
+        for layer in model.noise_refiner:
+            image = layer(image, None, for_image, time)
+        joint, for_joint = torch.cat([text, image], 1), torch.view_as_complex(torch.cat(positions, 1))
+        present = torch.cat([mask > 0.5, torch.ones_like(image[..., 0], dtype=torch.bool)], 1)
+        for layer in model.layers:
+            joint = layer(joint, present, for_joint, time)
+        velocity = model.norm_out(joint, time)[:, captions.shape[1] :]
+        return -unpack(velocity, self.size, self.patch)
+
+
+class RestoredNorm(nn.Module):
+    """Guide, and give each row of the latents the norm that it has in the conditional prediction."""
+
+    def forward(self, conditional: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
+        guided = negative + weight * (conditional - negative)
+        own, changed = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (conditional, guided))
+        return guided * (own / changed)
+
+
+def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
+    config = transformer.config
+    return Network(
+        Lumina2Velocity(transformer, size, tokens).eval(),
+        ports=(
+            Port("latents", "state", "float32", (config.in_channels, *size)),
+            Port("timesteps", "time", "float32", ()),
+            Port("captions", "condition", "float32", (tokens, config.cap_feat_dim)),
+            Port("mask", "condition", "float32", (tokens,), masks="captions"),
+        ),
+    )
+
+
+LUMINA2 = Family(
+    "Lumina2Transformer2DModel",
+    network,
+    tokens={"Lumina2Pipeline": 256},
+    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
+    flow_spacing="trailing",
+)

@@ -1,0 +1,78 @@
+"""Qwen-Image (Wu et al., arXiv 2508.02324): packed latents, prompts of any length, each token's norm restored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_export.networks import Network
+from dit_export.networks.families.family import Family
+from dit_runtime.bundle.manifest import Port
+
+PATCH = 2  # cells of the latents along a token, which the pipeline packs
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Return the tokens of latents, row by row: (B, C, H, W) to (B, H·W / 4, 4 C), channels first in a token."""
+    return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Return the latents of tokens: the inverse of `pack`."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH)), PATCH)
+
+
+class QwenImageVelocity(nn.Module):
+    """Name the inputs of QwenImageTransformer2DModel, which reads σ and packed latents and gives dx/dσ.
+
+    The positions of text start where those of the picture end, whatever the prompt.
+    """
+
+    def __init__(self, transformer: Any, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.size = size
+
+    def forward(self, latents: Tensor, timesteps: Tensor, captions: Tensor, mask: Tensor) -> Tensor:
+        height, width = self.size
+        velocity = self.transformer(
+            pack(latents),
+            timestep=timesteps,
+            encoder_hidden_states=captions,
+            encoder_hidden_states_mask=mask > 0.5,
+            img_shapes=[[(1, height // PATCH, width // PATCH)]],
+            return_dict=False,
+        )[0]
+        return unpack(velocity, height, width)
+
+
+def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
+    config = transformer.config
+    return Network(
+        QwenImageVelocity(transformer, size).eval(),
+        ports=(
+            Port("latents", "state", "float32", (config.in_channels // PATCH**2, *size)),
+            Port("timesteps", "time", "float32", ()),
+            Port("captions", "condition", "float32", (tokens, config.joint_attention_dim)),
+            Port("mask", "condition", "float32", (tokens,), masks="captions"),
+        ),
+    )
+
+
+QWEN_IMAGE = Family(
+    "QwenImageTransformer2DModel",
+    network,
+    tokens={"QwenImagePipeline": 512},
+    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift_terminal": 0.02},
+    flow_spacing="trailing",
+    size=128,
+    supported={
+        "patch_size": (PATCH,),
+        "guidance_embeds": (False,),
+        "zero_cond_t": (False,),
+        "use_additional_t_cond": (False,),
+        "use_layer3d_rope": (False,),
+    },
+)

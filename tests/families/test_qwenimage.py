@@ -1,0 +1,62 @@
+"""Qwen-Image from a whole pipeline of diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImagePipeline,
+)
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from dit_export.networks.families import family_network
+from dit_runtime.bundle import manifest
+from tests.families.tiny import Case, accept, build, byte_tokenizer
+from tests.networks import tiny
+from tests.networks.tiny import TOKENS, randomize
+
+BLOCKS, SIDE, WIDTH, CAPTION = 2, 8, 48, 200
+
+
+def language(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL with a small vision half, which prompts do not reach."""
+    last = len(tokenizer) - 1
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": WIDTH}
+    special = {f"{name}_token_id": last for name in ("image", "video", "vision_start", "vision_end")}
+    return randomize(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)))
+
+
+def codec() -> AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    vae = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight *= 3  # pictures that use a good part of 0 to 1
+    return vae.eval()
+
+
+def pipeline() -> QwenImagePipeline:
+    tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>", pad="<|endoftext|>")
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(
+        transformer=tiny.qwen_image(num_layers=BLOCKS),
+        scheduler=scheduler,
+        vae=codec(),
+        text_encoder=language(tokenizer),
+        tokenizer=tokenizer,
+    )
