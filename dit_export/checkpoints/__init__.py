@@ -79,6 +79,8 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     if class_name(folder) not in CLASSES:
         network, files, family = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
+        if family.shift_tokens is not None:
+            tokens = family.shift_tokens(network)
         process = read_process(
             path,
             network.learned_variance,

@@ -37,7 +37,9 @@ def language(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     }
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": WIDTH}
     special = {f"{name}_token_id": last for name in ("image", "video", "vision_start", "vision_end")}
-    return randomize(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)))
+    return randomize(
+        Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special))
+    )
 
 
 def codec() -> AutoencoderKLQwenImage:
@@ -53,10 +55,34 @@ def pipeline() -> QwenImagePipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
+    transformer = tiny.qwen_image(num_layers=BLOCKS)
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.attn.norm_added_k.weight *= 3  # attention that looks at few tokens of the prompt, not at all equally
     return QwenImagePipeline(
-        transformer=tiny.qwen_image(num_layers=BLOCKS),
+        transformer=transformer,
         scheduler=scheduler,
         vae=codec(),
         text_encoder=language(tokenizer),
         tokenizer=tokenizer,
     )
+
+
+def test_a_wrapper_is_diffusers() -> None:
+    """Packing, positions and masks as the pipeline has them, at a size that is no square."""
+    transformer, size = tiny.qwen_image(), (8, 12)
+    network = family_network(transformer, size, TOKENS)
+    values = tiny.inputs(network, 3)
+    packed = QwenImagePipeline._pack_latents(values["latents"][:, None], 3, 16, *size)
+    velocity = transformer(
+        packed,
+        timestep=values["timesteps"],
+        encoder_hidden_states=values["captions"],
+        encoder_hidden_states_mask=values["mask"],
+        img_shapes=[[(1, 4, 6)]] * 3,
+    ).sample
+    expected = QwenImagePipeline._unpack_latents(velocity, 64, 96, 8)[:, :, 0]
+    assert torch.equal(tiny.run(network, values), expected)
+    others = tiny.inputs(network, 3, seed=1)
+    for port in network.ports:
+        assert tiny.distance(tiny.run(network, values | {port.name: others[port.name]}), expected) > 0.01, port.name

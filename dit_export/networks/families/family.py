@@ -22,6 +22,8 @@ class Family:
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
     patch: int | None = None  # cells of the latents along a token, where the config has no patch_size
+    ahead: tuple[str, ...] = ()  # submodules that read no latents, so that their layers leave the loop
+    shift_tokens: Callable[[Network], int] | None = None  # what a dynamic shift counts; None: the image's tokens
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
@@ -32,7 +34,10 @@ class Family:
 
     def counts(self, transformer: Any) -> dict[str, int]:
         """Return how often passes must fire, as far as that does not depend on sizes, which price the cut."""
-        attentions = sum(isinstance(module, Attention) for module in transformer.modules())
+        attentions = sum(
+            isinstance(module, Attention) and not name.startswith(self.ahead)
+            for name, module in transformer.named_modules()
+        )
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
         return {"share_rows": 2, "guide": 1, "plain_attention": attentions} | gains
 

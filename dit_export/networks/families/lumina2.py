@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_export.networks import Network
@@ -34,20 +35,11 @@ class Lumina2Velocity(nn.Module):
         for layer in model.noise_refiner:
             image = layer(image, None, for_image, time)
         joint, for_joint = torch.cat([text, image], 1), torch.view_as_complex(torch.cat(positions, 1))
-        present = torch.cat([mask > 0.5, torch.ones_like(image[..., 0], dtype=torch.bool)], 1)
+        present = F.pad(mask > 0.5, (0, image.shape[1]), value=True)
         for layer in model.layers:
             joint = layer(joint, present, for_joint, time)
         velocity = model.norm_out(joint, time)[:, captions.shape[1] :]
         return -unpack(velocity, self.size, self.patch)
-
-
-class RestoredNorm(nn.Module):
-    """Guide, and give each row of the latents the norm that it has in the conditional prediction."""
-
-    def forward(self, conditional: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
-        guided = negative + weight * (conditional - negative)
-        own, changed = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (conditional, guided))
-        return guided * (own / changed)
 
 
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
@@ -69,4 +61,6 @@ LUMINA2 = Family(
     tokens={"Lumina2Pipeline": 256},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
     flow_spacing="trailing",
+    ahead=("context_refiner",),
+    shift_tokens=lambda network: network.state.shape[0],  # the pipeline takes the channels for the tokens
 )

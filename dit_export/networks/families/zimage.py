@@ -42,7 +42,9 @@ class ZImageVelocity(nn.Module):
         for_text, for_image = self.positions(filled[:, 0] + 1)
         image = model.all_x_embedder[f"{PATCH}-1"](pack(latents, PATCH))
         if self.filling:
-            image = torch.cat([image, model.x_pad_token.expand(image.shape[0], self.filling, -1)], 1)
+            there = image.shape[1]
+            tokens = F.pad(model.x_pad_token.expand(self.filling, -1), (0, 0, there, 0))  # zeros at the image's own
+            image = F.pad(image, (0, 0, 0, self.filling)) + tokens
             still = torch.tensor([1.0, 0.0]).expand(*for_image.shape[:1], self.filling, *for_image.shape[2:])
             for_image = torch.cat([for_image, still], 1)
         joint_positions = torch.cat([for_image, for_text], 1)
@@ -81,5 +83,6 @@ Z_IMAGE = Family(
     flow_spacing="trailing",
     size=128,
     patch=PATCH,
+    ahead=("context_refiner",),
     supported={"all_patch_size": ((PATCH,), [PATCH]), "all_f_patch_size": ((1,), [1]), "siglip_feat_dim": (None,)},
 )
