@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -12,8 +11,7 @@ from diffusers import (
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dit_export.networks.families import family_network
-from dit_runtime.bundle import manifest
-from tests.families.tiny import Case, accept, build, byte_tokenizer
+from tests.families.tiny import byte_tokenizer
 from tests.networks import tiny
 from tests.networks.tiny import TOKENS, randomize
 

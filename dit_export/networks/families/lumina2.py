@@ -15,7 +15,7 @@ from dit_runtime.bundle.manifest import Port
 
 
 class Lumina2Velocity(nn.Module):
-    """Run the layers of Lumina2Transformer2DModel, which read 1 - σ and give -dx/dσ, with masks for prompts' lengths."""
+    """Run the layers of Lumina2Transformer2DModel, which read 1 - σ and give -dx/dσ; masks stand for prompts' lengths."""
 
     def __init__(self, transformer: Any, size: tuple[int, int], tokens: int) -> None:
         super().__init__()
