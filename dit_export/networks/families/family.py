@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
+from dit_export.networks.text import Text
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Family:
     ahead: tuple[str, ...] = ()  # submodules that read no latents, so that their layers leave the loop
     shift_tokens: Callable[[Network], int] | None = None  # what a dynamic shift counts; None: the image's tokens
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
+    text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
     @property
