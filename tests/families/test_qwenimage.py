@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
@@ -11,7 +12,8 @@ from diffusers import (
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dit_export.networks.families import family_network
-from tests.families.tiny import byte_tokenizer
+from dit_runtime.bundle import manifest
+from tests.families import tiny as families
 from tests.networks import tiny
 from tests.networks.tiny import TOKENS, randomize
 
@@ -48,8 +50,8 @@ def codec() -> AutoencoderKLQwenImage:
     return vae.eval()
 
 
-def pipeline() -> QwenImagePipeline:
-    tokenizer = byte_tokenizer("<|im_start|>", "<|im_end|>", pad="<|endoftext|>")
+def make_pipeline() -> QwenImagePipeline:
+    tokenizer = families.byte_tokenizer("<|im_start|>", "<|im_end|>", pad="<|endoftext|>")
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
@@ -64,6 +66,25 @@ def pipeline() -> QwenImagePipeline:
         text_encoder=language(tokenizer),
         tokenizer=tokenizer,
     )
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, one_thread) -> families.Case:
+    pipeline, folder = make_pipeline(), tmp_path_factory.mktemp("qwenimage")
+    with one_thread():
+        bundle = families.build(pipeline, folder, caption_tokens=CAPTION, resolution=8 * SIDE)
+    return families.Case(pipeline, bundle, {"height": 8 * SIDE, "width": 8 * SIDE}, weight="true_cfg_scale")
+
+
+def test_a_prompt_is_diffusers(case) -> None:
+    families.accept(case)
+
+
+def test_what_leaves_the_loop(case) -> None:
+    """Each block's modulation leaves, 6 vectors a stream, 2 of the last block's text stream, and 2 at the end."""
+    contract = manifest.read(case.bundle)
+    timed = [tensor for stage in contract.stages if stage.runs.startswith("time") for tensor in stage.gives]
+    assert [tensor.shape for tensor in timed] == [("rows", 12 * BLOCKS - 2, 64)]
 
 
 def test_a_wrapper_is_diffusers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,18 @@ from torch import Tensor, nn
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
 from dit_export.networks.families.positions import Positions, pack, unpack
+from dit_export.networks.rules import Linear
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
+
+SYSTEM = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start> "
+)
 
 
 class Lumina2Velocity(nn.Module):
-    """Run the layers of Lumina2Transformer2DModel, which read 1 - σ and give -dx/dσ; masks stand for prompts' lengths."""
+    """Run the layers of Lumina2Transformer2DModel, which read 1 - σ and give -dx/dσ, with a mask of prompts."""
 
     def __init__(self, transformer: Any, size: tuple[int, int], tokens: int) -> None:
         super().__init__()
@@ -42,6 +50,27 @@ class Lumina2Velocity(nn.Module):
         return -unpack(velocity, self.size, self.patch)
 
 
+class RowsRenormalized(Linear):
+    """Linear guidance after which each row of each channel has the norm of its conditional prediction again."""
+
+    def forward(self, conditional: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
+        guided = super().forward(conditional, negative, weight)
+        own, new = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (conditional, guided))
+        return guided * (own / new)
+
+
+class Lumina2Prompt(nn.Module):
+    """Return the hidden states before Gemma 2's last layer, and the mask of a prompt's tokens."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.language = encoders["text_encoder"]
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.language(ids, attention_mask=ids_mask, output_hidden_states=True, use_cache=False)
+        return output.hidden_states[-2], ids_mask.float()
+
+
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     return Network(
@@ -52,6 +81,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("captions", "condition", "float32", (tokens, config.cap_feat_dim)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
         ),
+        rule=RowsRenormalized(),
     )
 
 
@@ -61,6 +91,11 @@ LUMINA2 = Family(
     tokens={"Lumina2Pipeline": 256},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
     flow_spacing="trailing",
+    text=Text(
+        Lumina2Prompt,
+        prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=SYSTEM + "{}", negative="{}", side="right"),),
+        gives=("captions", "mask"),
+    ),
     ahead=("context_refiner",),
     shift_tokens=lambda network: network.state.shape[0],  # the pipeline takes the channels for the tokens
 )

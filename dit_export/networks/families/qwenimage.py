@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,9 +10,16 @@ from torch import Tensor, nn
 
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
+from dit_export.networks.rules import Renormalized
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
 PATCH = 2  # cells of the latents along a token, which the pipeline packs
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+DROPPED = 34  # tokens of the template before the prompt, which the transformer does not read
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -48,6 +56,19 @@ class QwenImageVelocity(nn.Module):
         return unpack(velocity, height, width)
 
 
+class QwenImagePrompt(nn.Module):
+    """Return the last hidden states of Qwen2.5-VL's language half after the template's start, zeros after the end."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.language = encoders["text_encoder"].model.language_model
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.language(input_ids=ids, attention_mask=ids_mask, use_cache=False).last_hidden_state
+        mask = ids_mask[:, DROPPED:].float()
+        return hidden[:, DROPPED:] * mask[..., None], mask
+
+
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     return Network(
@@ -58,6 +79,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("captions", "condition", "float32", (tokens, config.joint_attention_dim)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
         ),
+        rule=Renormalized(PATCH, PATCH),
     )
 
 
@@ -65,9 +87,20 @@ QWEN_IMAGE = Family(
     "QwenImageTransformer2DModel",
     network,
     tokens={"QwenImagePipeline": 512},
-    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift_terminal": 0.02},
+    scheduler={
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "use_dynamic_shifting": True,
+        "max_shift": 0.9,
+        "max_image_seq_len": 8192,
+        "shift_terminal": 0.02,
+    },
     flow_spacing="trailing",
     size=128,
+    text=Text(
+        QwenImagePrompt,
+        prompts=(Tokens("ids", "tokenizer", extra=DROPPED, mask="ids_mask", template=TEMPLATE, side="right"),),
+        gives=("captions", "mask"),
+    ),
     supported={
         "patch_size": (PATCH,),
         "guidance_embeds": (False,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
 from dit_export.networks.families.positions import Positions, pack, unpack
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 
 PATCH, FILLED = 2, 32  # cells along a token; prompts and images are filled up to a multiple of so many tokens
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # what Qwen3's makes of a message
 
 
 class ZImageVelocity(nn.Module):
@@ -60,6 +63,18 @@ class ZImageVelocity(nn.Module):
         return -unpack(model.all_final_layer[f"{PATCH}-1"](tokens, c=time), self.size, PATCH)
 
 
+class ZImagePrompt(nn.Module):
+    """Return the hidden states before Qwen3's last layer, and the mask of a prompt's tokens."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.language = encoders["text_encoder"]
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.language(ids, attention_mask=ids_mask, output_hidden_states=True, use_cache=False)
+        return output.hidden_states[-2], ids_mask.float()
+
+
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     if tokens % FILLED:
@@ -83,6 +98,11 @@ Z_IMAGE = Family(
     flow_spacing="trailing",
     size=128,
     patch=PATCH,
+    text=Text(
+        ZImagePrompt,
+        prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=TEMPLATE, side="right"),),
+        gives=("captions", "mask"),
+    ),
     ahead=("context_refiner",),
     supported={"all_patch_size": ((PATCH,), [PATCH]), "all_f_patch_size": ((1,), [1]), "siglip_feat_dim": (None,)},
 )
