@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
 from torch import nn
 
 from dit_export.checkpoints import keys
@@ -46,7 +45,7 @@ class Loaded:
     """Hold what a build starts from."""
 
     network: Network
-    vae: AutoencoderKL | None
+    vae: Any  # one of CODECS' classes, or None
     labels: tuple[str, ...]  # by id; () where unknown
     process: Process
     source: dict[str, Any]  # provenance, JSON-able
@@ -177,7 +176,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     return replace(loaded, vae=vae, source=source)
 
 
-def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[AutoencoderKL | None, dict[str, Any]]:
+def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[Any, dict[str, Any]]:
     """Load the recipe's VAE, or the checkpoint's own, and say where it came from."""
     if recipe.latents_only:
         return None, {}
@@ -190,7 +189,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple
         path, source = checkpoint / "vae", {}
     else:
         raise UsageError(f"{checkpoint}: holds no VAE: pass --vae PATH or HUB-ID, or --latents-only")
-    vae, files = read_vae(path, network.state.shape[0])
+    vae, files = read_vae(path, network.state.shape[0], network.pixels)
     return vae, {"vae": source | {"sha256": sha256(files)}}
 
 

@@ -11,6 +11,7 @@ from diffusers import (
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from dit_export.networks.codec import make_decoder
 from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
 from tests.families import tiny as families
@@ -105,3 +106,16 @@ def test_a_wrapper_is_diffusers() -> None:
     others = tiny.inputs(network, 3, seed=1)
     for port in network.ports:
         assert tiny.distance(tiny.run(network, values | {port.name: others[port.name]}), expected) > 0.01, port.name
+
+
+def test_its_decoder_is_diffusers() -> None:
+    vae = codec()
+    decoder = make_decoder(vae)
+    assert (decoder.channels, decoder.pixels) == (16, 8)
+    latents = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        images = decoder(latents)
+        expected = (vae.decode(latents[:, :, None] * std + mean).sample[:, :, 0] / 2 + 0.5).clamp(0, 1)
+        assert tiny.distance(images, expected) <= 1e-6  # without the products with zeros
+        assert tiny.distance(decoder(latents.flip(2)), expected) > 0.01

@@ -41,6 +41,12 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     if transformer.out_channels not in (channels, 2 * channels):
         raise UsageError(f"{name}: out_channels is {transformer.out_channels}, expected {channels} or {2 * channels}")
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    model = {"name": name, "resolution": resolution_name(size), "patch_size": patch} | public
+    model = {"name": name, "resolution": resolution_name(size, family.pixels), "patch_size": patch} | public
     learned_variance = transformer.out_channels == 2 * channels
-    return replace(network, model=model, learned_variance=learned_variance, counts=family.counts(transformer))
+    return replace(
+        network,
+        model=model,
+        learned_variance=learned_variance,
+        pixels=family.pixels,
+        counts=family.counts(transformer),
+    )

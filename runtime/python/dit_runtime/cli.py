@@ -21,7 +21,7 @@ from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.process import SOLVERS, SPACINGS
+from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def _parser() -> Parser:
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
-    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)}; default: the bundle's")
+    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))}")
     sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
     sample.add_argument(
         "-o", "--output", type=Path, default=Path("sample.png"), help=".png (a grid), .npz or .npy (latents)"

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from dit_runtime.errors import BundleError, UsageError, nearest
 from dit_runtime.facts import DEFAULT_STEPS, FACTS, LIMITS
 
-SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kind of process, order, evaluations a step, multistep
-NOISE_SOLVERS = tuple(name for name, facts in SOLVERS.items() if facts["process"] == "noise")
-FLOW_SOLVERS = tuple(name for name, facts in SOLVERS.items() if facts["process"] == "flow")
+SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kinds of process, order, evaluations a step, multistep
+NOISE_SOLVERS = tuple(name for name, facts in SOLVERS.items() if "noise" in facts["processes"])
+FLOW_SOLVERS = tuple(name for name, facts in SOLVERS.items() if "flow" in facts["processes"])
 MULTISTEP = tuple(name for name, facts in SOLVERS.items() if facts.get("multistep"))
 PREDICTIONS: dict[str, str] = FACTS["predictions"]  # name -> kind of process
 SPACINGS = tuple(FACTS["spacings"]["noise"])
@@ -37,7 +37,7 @@ CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
 }
 FLOW_FIELDS = ("train_steps", "shift", "shift_terminal", "sigma_min", "sampler")
-FLOW_SAMPLER_FIELDS = ("solver", "steps", "flow_spacing")
+FLOW_SAMPLER_FIELDS = ("solver", "steps", "solver_type", "lower_order_final", "euler_at_final", "flow_spacing")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def require_fit(process: Process, solver: str) -> None:
     """Refuse a solver that is not known, or that is made for the other kind of process."""
     if solver not in SOLVERS:
         raise UsageError(f"solver {solver!r} is not known{nearest(str(solver), SOLVERS)}; known: {', '.join(SOLVERS)}")
-    if SOLVERS[solver]["process"] != process.kind:
+    if process.kind not in SOLVERS[solver]["processes"]:
         fit = ", ".join(FLOW_SOLVERS if process.kind == "flow" else NOISE_SOLVERS)
         raise UsageError(
             f"solver {solver!r} does not fit a model that predicts {process.prediction}; take one of {fit}"
