@@ -91,6 +91,8 @@ class KLQwenImage(Decoder):
     """
 
     supported: ClassVar = {"input_channels": (3,)}
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, vae: Any) -> None:
         super().__init__(vae.config.z_dim, vae.spatial_compression_ratio)

@@ -2,15 +2,73 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import transformers
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from torch import Tensor
 
 from dit_export.networks.families import family_network
+from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
+from tests.families import tiny as families
 from tests.networks import tiny
 
 TOKENS, SIZE = 20, (8, 12)
+CAPTION, SIDE = 256, 8  # a byte is a token, and the system's prompt has 164
+
+
+def gemma(tokenizer: Any) -> Any:
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tiny.randomize(transformers.Gemma2Model(config))
+
+
+def make_pipeline(**scheduler: Any) -> Lumina2Pipeline:
+    tokenizer = families.byte_tokenizer(bos="<bos>", eos="", pad="<pad>")
+    transformer = tiny.lumina2()
+    with torch.no_grad():
+        for block in transformer.layers:
+            block.attn.norm_k.weight *= 3  # attention that looks at few tokens of the prompt, not at all equally
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 6.0} | scheduler),
+        vae=families.vae(),
+        text_encoder=gemma(tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, one_thread) -> families.Case:
+    pipeline, folder = make_pipeline(), tmp_path_factory.mktemp("lumina2")
+    with one_thread():
+        bundle = families.build(pipeline, folder, caption_tokens=CAPTION, resolution=8 * SIDE)
+    call = {"height": 8 * SIDE, "width": 8 * SIDE, "max_sequence_length": CAPTION}
+    return families.Case(pipeline, bundle, call)
+
+
+def test_a_prompt_is_diffusers(case) -> None:
+    families.accept(case)
+
+
+def test_what_leaves_the_loop(case) -> None:
+    """Each block's modulation leaves, 4 vectors, that of the refined image too, and 1 at the end."""
+    contract = manifest.read(case.bundle)
+    timed = [tensor for stage in contract.stages if stage.runs.startswith("time") for tensor in stage.gives]
+    assert [tensor.shape for tensor in timed] == [("rows", 4 * (2 + 1) + 1, 96)]
 
 
 def theirs(transformer: torch.nn.Module, values: dict[str, Tensor]) -> Tensor:

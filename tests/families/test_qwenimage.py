@@ -18,7 +18,7 @@ from tests.families import tiny as families
 from tests.networks import tiny
 from tests.networks.tiny import TOKENS, randomize
 
-BLOCKS, SIDE, WIDTH, CAPTION = 2, 8, 48, 200
+BLOCKS, SIDE, WIDTH, CAPTION = 2, 8, 48, 224
 
 
 def language(tokenizer) -> Qwen2_5_VLForConditionalGeneration:

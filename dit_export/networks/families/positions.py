@@ -30,6 +30,10 @@ def unpack(tokens: Tensor, size: tuple[int, int], patch: int) -> Tensor:
 class Positions(nn.Module):
     """Return rotary factors, complex as [..., 2]: of text at (place, 0, 0), of an image at (start, row, column)."""
 
+    starts: Tensor
+    text: Tensor
+    image: Tensor
+
     def __init__(self, tables: Sequence[Tensor], places: Tensor, grid: tuple[int, int]) -> None:
         super().__init__()
         starts, rows, columns = (torch.view_as_real(table.to(torch.complex64)) for table in tables)
