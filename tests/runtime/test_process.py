@@ -26,7 +26,7 @@ def test_a_flow_holds_its_own_fields_alone():
     assert table == {
         "kind": "flow",
         "train_steps": 1000,
-        "sampler": {"solver": "heun", "flow_spacing": "linspace"},
+        "sampler": {"solver": "heun", "steps": 25, "flow_spacing": "linspace"},
         "shift": 3.0,
         "shift_terminal": 0.1,
         "sigma_min": 0.001,

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from dit_export.networks import Network
+from dit_export.networks.families.chroma import CHROMA
+from dit_export.networks.families.flux import FLUX
 from dit_export.networks.families.pixart import PIXART
 from dit_export.networks.families.sd3 import SD3
 from dit_export.recipe import resolution_name
 from dit_runtime.errors import UsageError, nearest
 
-FAMILIES = {family.name: family for family in (PIXART, SD3)}
+FAMILIES = {family.name: family for family in (CHROMA, FLUX, PIXART, SD3)}
 
 
 def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens: int | None = None) -> Network:
@@ -23,19 +25,21 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     name, config = type(transformer).__name__, transformer.config
     if name not in FAMILIES:
         raise UsageError(f"{name}: not a known transformer{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
-    family, size = FAMILIES[name], size or (config.sample_size,) * 2
+    family = FAMILIES[name]
+    size = size or (family.size or config.sample_size,) * 2
+    patch = family.patch or config.patch_size
     for field, values in family.supported.items():
         if config[field] not in values:
             raise UsageError(f"{name}: {field} is {config[field]!r}, expected {' or '.join(map(repr, values))}")
-    if any(side % config.patch_size for side in size):
+    if any(side % patch for side in size):
         sides = " x ".join(map(str, size))
-        raise UsageError(f"{name}: latents of {sides} do not divide into patches of {config.patch_size}")
+        raise UsageError(f"{name}: latents of {sides} do not divide into patches of {patch}")
     channels = config.in_channels
     if transformer.out_channels not in (channels, 2 * channels):
         raise UsageError(f"{name}: out_channels is {transformer.out_channels}, expected {channels} or {2 * channels}")
     tokens = family.default_tokens if tokens is None else tokens
     network = family.network(transformer.eval().float().requires_grad_(False), size, tokens)
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    model = {"name": name, "resolution": resolution_name(size)} | public
+    model = {"name": name, "resolution": resolution_name(size)} | public | {"patch_size": patch}
     learned_variance = transformer.out_channels == 2 * channels
-    return replace(network, model=model, learned_variance=learned_variance, counts=family.counts(transformer))
+    return replace(network, model=model, learned_variance=learned_variance, counts=family.counts(transformer, network))

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
+from dit_runtime.facts import DEFAULT_STEPS
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Family:
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
+    steps: Callable[[Mapping[str, Any]], int] = lambda config: DEFAULT_STEPS  # of the pipeline's runs, by the config
+    size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
+    patch: int | None = None  # cells of the latents along a token, where that is not the config's patch_size
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
@@ -28,11 +33,11 @@ class Family:
         """Return the kind of process that the network's predictions and times belong to: "flow" or "noise"."""
         return "noise" if self.flow_spacing is None else "flow"
 
-    def counts(self, transformer: Any) -> dict[str, int]:
+    def counts(self, transformer: Any, network: Network) -> dict[str, int]:
         """Return how often passes must fire, as far as that does not depend on sizes, which price the cut."""
-        attentions = sum(isinstance(module, Attention) for module in transformer.modules())
+        attentions = sum(isinstance(module, Attention | AttentionModuleMixin) for module in transformer.modules())
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
-        return {"share_rows": 2, "guide": 1, "plain_attention": attentions} | gains
+        return {"share_rows": 2, "guide": int(network.mixes_guidance), "plain_attention": attentions} | gains
 
     @property
     def default_tokens(self) -> int:

@@ -47,6 +47,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("captions", "condition", "float32", (tokens, channels)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
         ),
+        guidance=4.5,
     )
 
 
@@ -54,5 +55,6 @@ PIXART = Family(
     "PixArtTransformer2DModel",
     network,
     tokens={"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300},
+    steps=lambda config: 20,
     supported={"attention_type": ("default",)},
 )

@@ -42,6 +42,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("captions", "condition", "float32", (tokens, config.joint_attention_dim)),
             Port("pooled", "condition", "float32", (config.pooled_projection_dim,)),
         ),
+        guidance=7.0,
     )
 
 
@@ -51,5 +52,6 @@ SD3 = Family(
     tokens={"StableDiffusion3Pipeline": 77 + 256},  # CLIP's, then T5's
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     flow_spacing="linspace",
+    steps=lambda config: 28,
     gains=3,  # 4 with the attention's; the last text stream has 1 instead of 2, and the head 1
 )
