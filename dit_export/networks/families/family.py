@@ -10,6 +10,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
+from dit_export.networks.text import Text
 from dit_runtime.facts import DEFAULT_STEPS
 
 
@@ -26,6 +27,7 @@ class Family:
     size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
     patch: int | None = None  # cells of the latents along a token, where that is not the config's patch_size
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
+    text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
     @property
