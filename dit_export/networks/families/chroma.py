@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
 from dit_export.networks.families.packing import PATCH, pack, positions, unpack
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
 
@@ -56,6 +58,18 @@ class ChromaVelocity(nn.Module):
         return unpack(velocity, self.size)
 
 
+class ChromaPrompt(nn.Module):
+    """captions: T5's last layer; mask: 1 for each token of the prompt and the first one after it."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.t5, self.tokens = encoders["text_encoder"], tokens
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
+        mask = torch.arange(self.tokens) <= ids_mask.sum(dim=1, keepdim=True)
+        return self.t5(ids, attention_mask=ids_mask)[0], mask.float()
+
+
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     return Network(
@@ -78,5 +92,6 @@ CHROMA = Family(
     steps=lambda config: 35,
     size=128,
     patch=PATCH,
+    text=Text(ChromaPrompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask"),), gives=("captions", "mask")),
     supported={"patch_size": (1,)},
 )

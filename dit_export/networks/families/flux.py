@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
 from dit_export.networks.families.packing import PATCH, pack, positions, unpack
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
+CLIP_TOKENS = 77
 WEIGHT = Port("guidance_scale", "condition", "float32", ())
 
 
@@ -40,6 +43,17 @@ class FluxVelocity(nn.Module):
         return unpack(velocity, self.size)
 
 
+class FluxPrompt(nn.Module):
+    """captions: T5's last layer, padding with the rest; pooled: that of CLIP, which alone sees its prompt."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.clip, self.t5 = encoders["text_encoder"], encoders["text_encoder_2"]
+
+    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+        return self.t5(ids_2)[0], self.clip(ids).pooler_output
+
+
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     embedded = config.guidance_embeds
@@ -65,5 +79,10 @@ FLUX = Family(
     steps=lambda config: 28 if config["guidance_embeds"] else 4,
     size=128,
     patch=PATCH,
+    text=Text(
+        FluxPrompt,
+        prompts=(Tokens("ids", "tokenizer", CLIP_TOKENS), Tokens("ids_2", "tokenizer_2")),
+        gives=("captions", "pooled"),
+    ),
     supported={"patch_size": (1,)},
 )
