@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
+    FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -47,6 +49,20 @@ def sd3(**config: Any) -> SD3Transformer2DModel:
     fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 8}
     widths = {"joint_attention_dim": 48, "caption_projection_dim": 64, "pooled_projection_dim": 40}
     return randomize(SD3Transformer2DModel(**fields | widths | {"pos_embed_max_size": 16} | config))
+
+
+FLUX = {"num_attention_heads": 2, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12), "joint_attention_dim": 48}
+
+
+def flux(**config: Any) -> FluxTransformer2DModel:
+    """FLUX.1-dev; schnell has guidance_embeds=False."""
+    fields = {"num_layers": 2, "num_single_layers": 1, "pooled_projection_dim": 40, "guidance_embeds": True}
+    return randomize(FluxTransformer2DModel(**FLUX | fields | config))
+
+
+def chroma(**config: Any) -> ChromaTransformer2DModel:
+    fields = {"num_layers": 2, "num_single_layers": 1, "approximator_hidden_dim": 48, "approximator_layers": 2}
+    return randomize(ChromaTransformer2DModel(**FLUX | fields | config))
 
 
 SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}

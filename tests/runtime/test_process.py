@@ -28,6 +28,7 @@ def test_a_flow_holds_its_own_fields_alone():
         "train_steps": 1000,
         "sampler": {
             "solver": "heun",
+            "steps": 25,
             "solver_type": "midpoint",
             "lower_order_final": True,
             "euler_at_final": False,

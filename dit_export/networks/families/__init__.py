@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from dit_export.networks import Network
+from dit_export.networks.families.chroma import CHROMA
+from dit_export.networks.families.flux import FLUX
 from dit_export.networks.families.lumina2 import LUMINA2
 from dit_export.networks.families.pixart import PIXART
 from dit_export.networks.families.qwenimage import QWEN_IMAGE
@@ -14,7 +16,7 @@ from dit_export.networks.families.zimage import Z_IMAGE
 from dit_export.recipe import resolution_name
 from dit_runtime.errors import UsageError, nearest
 
-FAMILIES = {family.name: family for family in (LUMINA2, PIXART, QWEN_IMAGE, SD3, Z_IMAGE)}
+FAMILIES = {family.name: family for family in (CHROMA, FLUX, LUMINA2, PIXART, QWEN_IMAGE, SD3, Z_IMAGE)}
 
 
 def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens: int | None = None) -> Network:
@@ -37,16 +39,17 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
         raise UsageError(f"{name}: latents of {sides} do not divide into patches of {patch}")
     tokens = family.default_tokens if tokens is None else tokens
     network = family.network(transformer.eval().float().requires_grad_(False), size, tokens)
-    channels = network.state.shape[0]
+    packed = patch // config.get("patch_size", patch)  # cells along a token of what the transformer calls channels
+    channels = network.state.shape[0] * packed**2
     if transformer.out_channels not in (channels, 2 * channels):
         raise UsageError(f"{name}: out_channels is {transformer.out_channels}, expected {channels} or {2 * channels}")
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    model = {"name": name, "resolution": resolution_name(size, family.pixels), "patch_size": patch} | public
+    model = {"name": name, "resolution": resolution_name(size, family.pixels)} | public | {"patch_size": patch}
     learned_variance = transformer.out_channels == 2 * channels
     return replace(
         network,
         model=model,
         learned_variance=learned_variance,
         pixels=family.pixels,
-        counts=family.counts(transformer),
+        counts=family.counts(transformer, network),
     )

@@ -91,6 +91,7 @@ LUMINA2 = Family(
     tokens={"Lumina2Pipeline": 256},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
     flow_spacing="trailing",
+    steps=lambda config: 30,
     text=Text(
         Lumina2Prompt,
         prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=SYSTEM + "{}", negative="{}", side="right"),),

@@ -5,31 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
+from dit_export.networks.families.packing import PATCH, pack, unpack
 from dit_export.networks.rules import Renormalized
 from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
-PATCH = 2  # cells of the latents along a token, which the pipeline packs
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 DROPPED = 34  # tokens of the template before the prompt, which the transformer does not read
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Return the tokens of latents, row by row: (B, C, H, W) to (B, H·W / 4, 4 C), channels first in a token."""
-    return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Return the latents of tokens: the inverse of `pack`."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH)), PATCH)
 
 
 class QwenImageVelocity(nn.Module):
@@ -53,7 +42,7 @@ class QwenImageVelocity(nn.Module):
             img_shapes=[[(1, height // PATCH, width // PATCH)]],
             return_dict=False,
         )[0]
-        return unpack(velocity, height, width)
+        return unpack(velocity, self.size)
 
 
 class QwenImagePrompt(nn.Module):
@@ -95,6 +84,7 @@ QWEN_IMAGE = Family(
         "shift_terminal": 0.02,
     },
     flow_spacing="trailing",
+    steps=lambda config: 50,
     size=128,
     text=Text(
         QwenImagePrompt,

@@ -97,6 +97,7 @@ Z_IMAGE = Family(
     tokens={"ZImagePipeline": 512},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     flow_spacing="trailing",
+    steps=lambda config: 50,
     size=128,
     patch=PATCH,
     text=Text(
