@@ -12,6 +12,7 @@ from diffusers import (
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -43,6 +44,12 @@ def dit(**config: Any) -> DiTTransformer2DModel:
 def pixart(**config: Any) -> PixArtTransformer2DModel:
     fields = {"num_attention_heads": 2, "attention_head_dim": 36, "num_layers": 2, "sample_size": 8}
     return randomize(PixArtTransformer2DModel(**fields | {"cross_attention_dim": 72, "caption_channels": 48} | config))
+
+
+def sana(**config: Any) -> SanaTransformer2DModel:
+    fields = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "in_channels": 8}
+    fields |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64}
+    return randomize(SanaTransformer2DModel(**fields | {"out_channels": 8, "caption_channels": 48} | config))
 
 
 def sd3(**config: Any) -> SD3Transformer2DModel:

@@ -11,12 +11,13 @@ from dit_export.networks.families.flux import FLUX
 from dit_export.networks.families.lumina2 import LUMINA2
 from dit_export.networks.families.pixart import PIXART
 from dit_export.networks.families.qwenimage import QWEN_IMAGE
+from dit_export.networks.families.sana import SANA
 from dit_export.networks.families.sd3 import SD3
 from dit_export.networks.families.zimage import Z_IMAGE
 from dit_export.recipe import resolution_name
 from dit_runtime.errors import UsageError, nearest
 
-FAMILIES = {family.name: family for family in (CHROMA, FLUX, LUMINA2, PIXART, QWEN_IMAGE, SD3, Z_IMAGE)}
+FAMILIES = {family.name: family for family in (CHROMA, FLUX, LUMINA2, PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE)}
 
 
 def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens: int | None = None) -> Network:
@@ -41,15 +42,15 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     network = family.network(transformer.eval().float().requires_grad_(False), size, tokens)
     packed = patch // config.get("patch_size", patch)  # cells along a token of what the transformer calls channels
     channels = network.state.shape[0] * packed**2
-    if transformer.out_channels not in (channels, 2 * channels):
-        raise UsageError(f"{name}: out_channels is {transformer.out_channels}, expected {channels} or {2 * channels}")
+    out_channels = vars(transformer).get("out_channels", config.get("out_channels")) or channels
+    if out_channels not in (channels, 2 * channels):
+        raise UsageError(f"{name}: out_channels is {out_channels}, expected {channels} or {2 * channels}")
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     model = {"name": name, "resolution": resolution_name(size, family.pixels)} | public | {"patch_size": patch}
-    learned_variance = transformer.out_channels == 2 * channels
     return replace(
         network,
         model=model,
-        learned_variance=learned_variance,
+        learned_variance=out_channels == 2 * channels,
         pixels=family.pixels,
         counts=family.counts(transformer, network),
     )

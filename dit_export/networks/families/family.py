@@ -31,6 +31,7 @@ class Family:
     ahead: tuple[str, ...] = ()  # submodules that read no latents, so that their layers leave the loop
     shift_tokens: Callable[[Network], int] | None = None  # what a dynamic shift counts; None: the image's tokens
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
+    linear_attention: tuple[type, ...] = ()  # processors of attentions without a softmax
     text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
@@ -42,7 +43,9 @@ class Family:
     def counts(self, transformer: Any, network: Network) -> dict[str, int]:
         """Return how often passes must fire, as far as that does not depend on sizes, which price the cut."""
         attentions = sum(
-            isinstance(module, Attention | AttentionModuleMixin) and not name.startswith(self.ahead)
+            isinstance(module, Attention | AttentionModuleMixin)
+            and not isinstance(module.processor, self.linear_attention)
+            and not name.startswith(self.ahead)
             for name, module in transformer.named_modules()
         )
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
