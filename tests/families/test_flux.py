@@ -13,7 +13,7 @@ from dit_runtime.bundle import manifest
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
-JOINT, SINGLE, T5_TOKENS = 2, 2, 32
+JOINT, SINGLE, T5_TOKENS = 2, 1, 32
 
 
 def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
@@ -23,9 +23,9 @@ def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
         transformer=flux(guidance_embeds=embedded, num_layers=JOINT, num_single_layers=SINGLE, **widths),
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=tiny.vae(),
-        text_encoder=tiny.clip(clip, projection=None),
+        text_encoder=tiny.clip(clip, projection=None, layers=1),
         tokenizer=clip,
-        text_encoder_2=tiny.t5(t5),
+        text_encoder_2=tiny.t5(t5, layers=1),
         tokenizer_2=t5,
     )
 
