@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from dit_runtime import cli as runtime
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.verify import verify
+from tests.families.tiny import on_backend
 from tests.verify import tiny
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -53,22 +53,11 @@ def renormalized() -> Network:
     return replace(tiny.network("labels"), rule=rules.Renormalized(2))
 
 
-def on(backend: str, bundle: Path, folder: Path) -> Path:
-    """Return the bundle with the same portable graphs on a backend."""
-    folder.mkdir()
-    for file in bundle.iterdir():
-        (folder / file.name).hardlink_to(file)
-    contract = manifest.read(bundle)
-    (folder / manifest.NAME).unlink()
-    manifest.write(folder, replace(contract, stages=tuple(replace(s, backend=backend) for s in contract.stages)))
-    return folder
-
-
 @pytest.fixture(scope="module", params=BACKENDS)
 def opened(request, tmp_path_factory, bundles) -> Iterator[dict[str, Pipeline]]:
     folder = tmp_path_factory.mktemp(request.param)
     pipes = {
-        name: Pipeline.load(on(request.param, bundle.folder, folder / name), threads=1)
+        name: Pipeline.load(on_backend(request.param, bundle.folder, folder / name), threads=1)
         for name, bundle in bundles.items()
     }
     yield pipes
@@ -193,8 +182,7 @@ def test_a_manifest_says_so(bundles, capsys) -> None:
 
 def test_the_command_line_takes_the_bundles_defaults(bundles, tmp_path) -> None:
     folder = bundles["embedded"].folder
-    changed = tmp_path / "bundle"
-    on("onnxruntime", folder, changed)
+    changed = on_backend("onnxruntime", folder, tmp_path / "bundle")
     table = json.loads((changed / manifest.NAME).read_text())
     table["process"]["sampler"]["steps"] = 3
     (changed / manifest.NAME).write_text(json.dumps(table))

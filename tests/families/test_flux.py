@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,6 +45,13 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    expected = case.theirs()
+    assert min(tiny.distances(moved.ours(), expected)) >= tiny.SAME
+    assert max(tiny.distances(moved.ours(guidance=2 * tiny.GUIDANCE), expected)) < tiny.ANOTHER
 
 
 @pytest.mark.slow
