@@ -231,7 +231,8 @@ class Search:
         time, noise = self._contract.process.span / 2, np.random.default_rng(SEED)
         state = noise.normal(size=(1, *self._contract.state.shape)).astype(np.float32)
         weights = np.full(1, self._contract.guidance.default, np.float32)
-        inputs = pipe.engines.inputs(np.array([time]), self._first_condition, self._null or None, weights)
+        away = self._null if self._contract.mixes_guidance else None
+        inputs = pipe.engines.inputs(np.array([time]), self._first_condition, away, weights)
         return lambda: pipe.engines.denoise(state, inputs, 0)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from dit_runtime.bundle import manifest
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
-JOINT, SINGLE, T5_TOKENS = 2, 2, 32
+JOINT, SINGLE, T5_TOKENS = 2, 1, 32
 
 
 def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
@@ -23,9 +24,9 @@ def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
         transformer=flux(guidance_embeds=embedded, num_layers=JOINT, num_single_layers=SINGLE, **widths),
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=tiny.vae(),
-        text_encoder=tiny.clip(clip, projection=None),
+        text_encoder=tiny.clip(clip, projection=None, layers=1),
         tokenizer=clip,
-        text_encoder_2=tiny.t5(t5),
+        text_encoder_2=tiny.t5(t5, layers=1),
         tokenizer_2=t5,
     )
 
@@ -44,6 +45,13 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    expected = case.theirs()
+    assert min(tiny.distances(moved.ours(), expected)) >= tiny.SAME
+    assert max(tiny.distances(moved.ours(guidance=2 * tiny.GUIDANCE), expected)) < tiny.ANOTHER
 
 
 @pytest.mark.slow
