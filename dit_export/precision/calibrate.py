@@ -1,4 +1,4 @@
-"""Statistics of what GEMMs and convolutions read, from which int8 and fp8 are planned; `measure.py` records them."""
+"""Statistics of what layers and convolutions read, from which int8 and fp8 are planned; `measure.py` records them."""
 
 from __future__ import annotations
 

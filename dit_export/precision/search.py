@@ -1,4 +1,4 @@
-"""Search the token GEMMs that stay float: those that int8 does not speed up, and the fewest that a check needs."""
+"""Search the layers that stay float: those that int8 does not speed up, and the fewest that a check needs."""
 
 from __future__ import annotations
 

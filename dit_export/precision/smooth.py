@@ -2,11 +2,10 @@
 
     x W = (x / s) (s W),  s_k = max|x_k|^alpha / max|W_k|^(1 − alpha)
 
-for each input channel k of a GEMM. The division folds into what makes x: the gain and the shift of the norm before it,
-which are adaLN's, made by the conditioner, or the norm's own; the rows of W_v and b_v for proj (a convex mix of v's
-rows is proj's input), or for a cross-attention's proj the values that are made outside the loop. Between GELU and fc2,
-and where a cross-attention reads the residual stream as it is, nothing can be folded. alpha is searched for each GEMM,
-as is the step of its activations' grid.
+for each input channel k of a layer. The division folds into what makes x, which `makers.py` finds: a norm's gain and
+shift, columns of a weight, vectors that are made before the loop. Between GELU and fc2, and where a cross-attention
+reads the residual stream as it is, nothing can be folded. alpha is searched for each group of layers that share
+divisors, the step of the activations' grid for each tensor that they read.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Chosen:
-    """The quantization of a GEMM's input."""
+    """The quantization of a layer's input."""
 
     alpha: float
     divisors: Floats  # (K,)
     step: float  # of the activations' grid, after the division
-    error: float  # relative L2 of the GEMM's output on the calibration's rows
+    error: float  # relative L2 of the layer's output on the calibration's rows
     largest: float = 0.0  # magnitude of the input, after the division
 
 

@@ -1,6 +1,6 @@
 """int8 of layers as diffusers' transformers have them: which are found, what their divisors fold into, and the error.
 
-`pytest -s -m "" tests/precision/test_families.py` prints the table of docs/precision.md.
+`pytest -s tests/precision/test_families.py` prints the table of docs/precision.md.
 """
 
 from __future__ import annotations
