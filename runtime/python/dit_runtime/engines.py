@@ -32,7 +32,7 @@ class Engines:
         self.folder, self.manifest, self.options = folder, contract, options
         self._opened = dict(opened)
         self._ahead: dict[str, Future[Engine]] = {}  # by stage, until it is first used
-        self._compared: set[str] = set()  # files whose sums are those of the manifest
+        self.unchecked: set[str] = set()  # files whose sums are compared when they are opened
 
     @property
     def opened(self) -> dict[str, Engine]:
@@ -69,14 +69,14 @@ class Engines:
         names = backends.files(stage, self.options)
         files = [manifest.inside(self.folder, name) for name in names]
         with ExitStack() as undo:
-            with manifest.checking(self.folder, self.manifest, set(names) - self._compared):
+            with manifest.checking(self.folder, self.manifest, self.unchecked.intersection(names)):
                 engine: Engine = module.open(files, self._settings(stage))
                 undo.callback(engine.close)
                 expected = [sorted(spec.name for spec in specs) for specs in (stage.reads, stage.gives)]
                 if (io := [sorted(side) for side in engine.io]) != expected:
                     raise BundleError(f"{self.folder}: {stage.name} has inputs and outputs {io}, expected {expected}")
             undo.pop_all()
-        self._compared.update(names)
+        self.unchecked.difference_update(names)
         return engine
 
     def _lean(self, stage: Stage) -> Stage:
