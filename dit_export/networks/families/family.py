@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
 from dit_export.networks.text import Text
 from dit_export.recipe import PIXELS
+from dit_runtime.facts import DEFAULT_STEPS
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Family:
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
+    steps: Callable[[Mapping[str, Any]], int] = lambda config: DEFAULT_STEPS  # of the pipeline's runs, by the config
+    size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
+    patch: int | None = None  # cells of the latents along a token, where that is not the config's patch_size
+    ahead: tuple[str, ...] = ()  # submodules that read no latents, so that their layers leave the loop
+    shift_tokens: Callable[[Network], int] | None = None  # what a dynamic shift counts; None: the image's tokens
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     linear_attention: tuple[type, ...] = ()  # processors of attentions without a softmax
     text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
@@ -33,14 +40,16 @@ class Family:
         """Return the kind of process that the network's predictions and times belong to: "flow" or "noise"."""
         return "noise" if self.flow_spacing is None else "flow"
 
-    def counts(self, transformer: Any) -> dict[str, int]:
+    def counts(self, transformer: Any, network: Network) -> dict[str, int]:
         """Return how often passes must fire, as far as that does not depend on sizes, which price the cut."""
         attentions = sum(
-            isinstance(module, Attention) and not isinstance(module.processor, self.linear_attention)
-            for module in transformer.modules()
+            isinstance(module, Attention | AttentionModuleMixin)
+            and not isinstance(module.processor, self.linear_attention)
+            and not name.startswith(self.ahead)
+            for name, module in transformer.named_modules()
         )
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
-        return {"share_rows": 2, "guide": 1, "plain_attention": attentions} | gains
+        return {"share_rows": 2, "guide": int(network.mixes_guidance), "plain_attention": attentions} | gains
 
     @property
     def default_tokens(self) -> int:

@@ -96,7 +96,9 @@ SANA = Family(
     linear_attention=(SanaLinearAttnProcessor2_0,),
     text=Text(
         SanaPrompt,
-        prompts=(Tokens("ids", "tokenizer", extra=-EXTRA, mask="ids_mask", before=instruction, lowercase=True, side="right"),),
+        prompts=(
+            Tokens("ids", "tokenizer", extra=-EXTRA, mask="ids_mask", before=instruction, lowercase=True, side="right"),
+        ),
         gives=("captions", "mask"),
     ),
     supported={"guidance_embeds": (False,)},
