@@ -76,5 +76,9 @@ def test_what_leaves_the_loop(case) -> None:
     given = {stage.runs: [tensor.shape[1:] for tensor in stage.gives] for stage in contract.stages}
     assert given["time"] == [(6 * BLOCKS + 2, 64)]
     assert sum(shape[0] for shape in given["condition"] if shape[-1] == 64) == 2 * BLOCKS * TOKENS
-    assert contract.guidance.default == 4.5 and contract.process.sampler.solver == "dpm++"
+    assert (
+        contract.guidance.default == 4.5
+        and contract.process.sampler.steps == 20
+        and contract.process.sampler.solver == "dpm++"
+    )
     assert contract.model["resolution"] == 128

@@ -93,6 +93,7 @@ SANA = Family(
     },
     pixels=32,
     flow_spacing="linspace",
+    steps=lambda config: 20,
     linear_attention=(SanaLinearAttnProcessor2_0,),
     text=Text(
         SanaPrompt,
