@@ -136,8 +136,8 @@ def test_older_class(tmp_path):
         ("qk_norm", "rms", "has no field qk_norm"),
         (
             "_class_name",
-            "SanaTransformer2DModel",
-            "_class_name is 'SanaTransformer2DModel', expected DiTTransformer2DModel",
+            "StableAudioDiTModel",
+            "_class_name is 'StableAudioDiTModel', expected DiTTransformer2DModel",
         ),
         ("num_embeds_ada_norm", 12, r"embedding_table.weight is \[11, 64\], expected \[13, 64\]"),
     ],
