@@ -86,6 +86,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             family.scheduler,
             tokens=tokens,
             spacing=family.flow_spacing,
+            mu=family.mu,
         )
         if process.kind != family.process:
             what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from dit_export.networks import Network
+from dit_export.networks.families.auraflow import AURAFLOW
+from dit_export.networks.families.flux2 import FLUX2
 from dit_export.networks.families.pixart import PIXART
 from dit_export.networks.families.sd3 import SD3
 from dit_export.recipe import resolution_name
 from dit_runtime.errors import UsageError, nearest
 
-FAMILIES = {family.name: family for family in (PIXART, SD3)}
+FAMILIES = {family.name: family for family in (AURAFLOW, FLUX2, PIXART, SD3)}
 
 
 def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens: int | None = None) -> Network:
@@ -23,7 +25,8 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     name, config = type(transformer).__name__, transformer.config
     if name not in FAMILIES:
         raise UsageError(f"{name}: not a known transformer{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
-    family, size = FAMILIES[name], size or (config.sample_size,) * 2
+    family = FAMILIES[name]
+    size = size or (family.size or config.sample_size,) * 2
     for field, values in family.supported.items():
         if config[field] not in values:
             raise UsageError(f"{name}: {field} is {config[field]!r}, expected {' or '.join(map(repr, values))}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
@@ -20,6 +21,8 @@ class Family:
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
+    mu: Callable[[int], tuple[float, float]] | None = None  # the pipeline's own; see `read_scheduler_config`
+    size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
@@ -30,7 +33,7 @@ class Family:
 
     def counts(self, transformer: Any) -> dict[str, int]:
         """Return how often passes must fire, as far as that does not depend on sizes, which price the cut."""
-        attentions = sum(isinstance(module, Attention) for module in transformer.modules())
+        attentions = sum(isinstance(module, Attention | AttentionModuleMixin) for module in transformer.modules())
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
         return {"share_rows": 2, "guide": 1, "plain_attention": attentions} | gains
 

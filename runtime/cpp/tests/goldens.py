@@ -49,6 +49,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
         "shift_terminal": 0.05,
         "sampler": {"solver": "heun", "flow_spacing": "linspace"},
     },
+    "growing": {"kind": "flow", "shift": 7.5, "shift_growth": -0.0076},
     "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
 }
 
