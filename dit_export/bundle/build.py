@@ -16,7 +16,7 @@ import onnx
 from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.oracle import Oracle
-from dit_export.networks.codec import Decoder
+from dit_export.networks.codec import make_decoder
 from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
 from dit_export.precision.budget import SearchOptions
@@ -84,7 +84,7 @@ def build(
         partial.mkdir()
         copies = 4 if backends.typed(backend, recipe.precision) else 2
         _require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
-        decoder = Decoder(loaded.vae).eval() if loaded.vae is not None else None
+        decoder = make_decoder(loaded.vae) if loaded.vae is not None else None
         oracle = trace_graphs(plain, loaded, decoder, progress)
         making = Making(Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs))
         making.write()

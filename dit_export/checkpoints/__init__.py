@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
-
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.diffusers import CLASSES, read_process, read_transformer
 from dit_export.checkpoints.families import class_name, read_family
@@ -43,7 +41,7 @@ class Loaded:
     """Hold what a build starts from."""
 
     network: Network
-    vae: AutoencoderKL | None
+    vae: Any  # one of CODECS' classes, or None
     labels: tuple[str, ...]  # by id; () where unknown
     process: Process
     source: dict[str, Any]  # provenance, JSON-able
@@ -157,7 +155,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     return replace(loaded, vae=vae, source=source)
 
 
-def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[AutoencoderKL | None, dict[str, Any]]:
+def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[Any, dict[str, Any]]:
     """Load the recipe's VAE, or the checkpoint's own, and say where it came from."""
     if recipe.latents_only:
         return None, {}
@@ -170,7 +168,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple
         path, source = checkpoint / "vae", {}
     else:
         raise UsageError(f"{checkpoint}: holds no VAE: pass --vae PATH or HUB-ID, or --latents-only")
-    vae, files = read_vae(path, network.state.shape[0])
+    vae, files = read_vae(path, network.state.shape[0], network.pixels)
     return vae, {"vae": source | {"sha256": sha256(files)}}
 
 

@@ -1,19 +1,38 @@
-"""The decoder of a VAE of diffusers: latents to images."""
+"""VAEs of diffusers as decoders, latents to images: one small class a VAE class, in CODECS."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from dit_runtime.errors import UsageError, nearest
+
 
 class Decoder(nn.Module):
-    """images = clamp(VAE(latents / scaling + shift) / 2 + 1/2), in [0, 1]."""
+    """Decode latents (B, channels, H, W) to images in [0, 1], (B, 3, pixels · H, pixels · W)."""
+
+    supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of the VAE's config fields
+
+    def __init__(self, channels: int, pixels: int) -> None:
+        super().__init__()
+        self.channels, self.pixels = channels, pixels
+
+    def expected_counts(self) -> dict[str, int]:
+        """Return how often each pass must fire in this decoder's graph; {}: nothing is predicted."""
+        return {}
+
+
+class KL(Decoder):
+    """images = clamp(VAE(latents / scaling + shift) / 2 + 1/2); each stage but one doubles the side."""
+
+    supported: ClassVar = {"out_channels": (3,), "latents_mean": (None,), "latents_std": (None,)}
 
     def __init__(self, vae: Any) -> None:
-        super().__init__()
+        super().__init__(vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
         self.scaling = float(vae.config.scaling_factor)
@@ -26,8 +45,6 @@ class Decoder(nn.Module):
         return (self.decoder(latents) / 2 + 0.5).clamp(0, 1)  # (B, 3, 8H, 8W)
 
     def expected_counts(self) -> dict[str, int]:
-        """Return how often each pass must fire in this decoder's graph."""
-
         def count(*kinds: type[nn.Module]) -> int:
             return sum(isinstance(module, kinds) for module in self.modules())
 
@@ -47,3 +64,29 @@ class Decoder(nn.Module):
             "quantize_outputs": kernels + 3 * doubled,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }
+
+
+class DC(Decoder):
+    """images = clamp(VAE(latents / scaling) / 2 + 1/2) (Chen et al. 2024, arXiv 2410.10733)."""
+
+    supported: ClassVar = {"in_channels": (3,)}
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae.config.latent_channels, vae.spatial_compression_ratio)
+        self.decoder = vae.decoder
+        self.scaling = float(vae.config.scaling_factor)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return (self.decoder(latents / self.scaling) / 2 + 0.5).clamp(0, 1)
+
+
+CODECS: dict[str, Any] = {"AutoencoderKL": KL, "AutoencoderDC": DC}  # by the class of the VAE in diffusers
+
+
+def make_decoder(vae: Any) -> Decoder:
+    """Return the decoder of a VAE of diffusers, in eval mode; its weights are the VAE's."""
+    name = type(vae).__name__
+    if name not in CODECS:
+        raise UsageError(f"{name}: not a known VAE{nearest(name, CODECS)}; known: {', '.join(CODECS)}")
+    decoder: Decoder = CODECS[name](vae)
+    return decoder.eval()

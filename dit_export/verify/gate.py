@@ -104,12 +104,12 @@ def gate(settings: Settings, progress: Progress) -> Result:
                 answers = replay(pipe, reference, tick, thorough=True)
             checks, proven = figures_of(contract, reference, answers), []
         else:
-            from dit_export.networks.codec import Decoder
+            from dit_export.networks.codec import make_decoder
             from dit_export.verify.check import compare, pipelines
 
             pipes = stack.enter_context(pipelines(settings.bundle, contract, **options))
             pipe = next(iter(pipes.values()))
-            decoder = None if loaded.vae is None else Decoder(loaded.vae).eval()
+            decoder = None if loaded.vae is None else make_decoder(loaded.vae)
             built = compare(pipes, reference, loaded, decoder, progress, thorough=True)
             answers, checks, proven = built.replay, built.checks, built.proof
         judged, asked = _distribution(settings, pipe, other, reference, (table or {}).get("measured", {}), progress)

@@ -50,7 +50,7 @@ def make_reference(
     `packs` are the tensors that the step stage reads from other stages, in the order of its reads.
     """
     solver, shape = process.sampler.solver, network.state.shape
-    steps = step_count(shape, process)
+    steps = step_count(shape, process, decoder.pixels if decoder is not None else 0)
     timesteps = plan(process, solver, steps)
     evaluations = len(timesteps)
     condition, null = fixtures.conditions(network, len(SEEDS)), fixtures.null(network)
@@ -103,10 +103,10 @@ def make_reference(
     return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
 
-def step_count(shape: Sequence[int], process: Process) -> int:
-    """Return as many steps as fit the size and the solver's spacing."""
+def step_count(shape: Sequence[int], process: Process, pixels: int) -> int:
+    """Return as many steps as fit the size and the solver's spacing; `pixels` is the side of a cell in the images."""
     bytes_a_step = len(SEEDS) * math.prod(shape) * 4 * 5
-    pictures = len(SEEDS) * 3 * 64 * math.prod(shape[1:])
+    pictures = len(SEEDS) * 3 * pixels**2 * math.prod(shape[1:])
     solver = process.sampler.solver
     fit = (MAX_BYTES - pictures) // bytes_a_step - 1
     most = min(MAX_STEPS, max(LEAST_STEPS, fit)) // EVALUATIONS[solver]

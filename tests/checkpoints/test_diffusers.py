@@ -208,11 +208,12 @@ def test_vae_from_an_older_bin(pipeline):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"latent_channels": 16}, "latent_channels is 16, expected 4"),
+        ({"out_channels": 4}, "out_channels is 4, expected 3"),
+        ({"latent_channels": 16}, "its latents have 16 channels, expected 4"),
         ({"latents_mean": [0.0] * 4}, r"latents_mean is .*, expected None"),
-        ({"block_out_channels": [8, 8, 8]}, "3 stages, expected 4"),
+        ({"block_out_channels": [8, 8, 8]}, "AutoencoderKL refuses it: list index out of range"),
         ({"norm_num_groups": 3}, "AutoencoderKL refuses it"),
-        ({"_class_name": "AutoencoderTiny"}, "expected AutoencoderKL"),
+        ({"_class_name": "AutoencoderTiny"}, "expected AutoencoderKL or AutoencoderDC"),
     ],
 )
 def test_vae_is_refused(pipeline, changes, said):

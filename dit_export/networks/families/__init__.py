@@ -39,6 +39,12 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     tokens = family.default_tokens if tokens is None else tokens
     network = family.network(transformer.eval().float().requires_grad_(False), size, tokens)
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    model = {"name": name, "resolution": resolution_name(size)} | public
+    model = {"name": name, "resolution": resolution_name(size, family.pixels)} | public
     learned_variance = transformer.out_channels == 2 * channels
-    return replace(network, model=model, learned_variance=learned_variance, counts=family.counts(transformer))
+    return replace(
+        network,
+        model=model,
+        learned_variance=learned_variance,
+        pixels=family.pixels,
+        counts=family.counts(transformer),
+    )
