@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from diffusers.models.attention_processor import Attention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dit_runtime.errors import UsageError, nearest
 
@@ -35,8 +36,8 @@ class KL(Decoder):
         super().__init__(vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
-        self.scaling = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor or 0.0)
+        self.scaling = float(vae.config.get("scaling_factor", 1.0))
+        self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = latents / self.scaling + self.shift  # (B, C, H, W)
@@ -66,6 +67,22 @@ class KL(Decoder):
         }
 
 
+class KLFlux2(KL):
+    """KL, of latents whose cells are 2 x 2 of the VAE's, normalized as its batch norm says."""
+
+    supported: ClassVar = {"out_channels": (3,), "patch_size": ((2, 2), [2, 2])}
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae)
+        self.channels, self.pixels = 4 * self.channels, 2 * self.pixels
+        self.bn = vae.bn
+
+    def forward(self, latents: Tensor) -> Tensor:
+        deviation = (self.bn.running_var + self.bn.eps).sqrt()
+        latents = latents * deviation[:, None, None] + self.bn.running_mean[:, None, None]  # (B, 4C, H, W)
+        return super().forward(F.pixel_shuffle(latents, 2))
+
+
 class DC(Decoder):
     """images = clamp(VAE(latents / scaling) / 2 + 1/2) (Chen et al. 2024, arXiv 2410.10733)."""
 
@@ -80,7 +97,11 @@ class DC(Decoder):
         return (self.decoder(latents / self.scaling) / 2 + 0.5).clamp(0, 1)
 
 
-CODECS: dict[str, Any] = {"AutoencoderKL": KL, "AutoencoderDC": DC}  # by the class of the VAE in diffusers
+CODECS: dict[str, Any] = {  # by the class of the VAE in diffusers
+    "AutoencoderKL": KL,
+    "AutoencoderKLFlux2": KLFlux2,
+    "AutoencoderDC": DC,
+}
 
 
 def make_decoder(vae: Any) -> Decoder:

@@ -63,6 +63,7 @@ FLUX2 = Family(
     network,
     tokens={"Flux2KleinPipeline": 512},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
+    pixels=16,
     flow_spacing="trailing",
     mu=mu,
     size=64,
