@@ -1,3 +1,3 @@
 """ONNX graphs: traced from PyTorch, read, written and described."""
 
-NETWORK, DECODER = "network.onnx", "decoder.onnx"  # files of the plain exports
+NETWORK, DECODER, PROMPT = "network.onnx", "decoder.onnx", "prompt.onnx"  # files of the plain exports

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
 from dit_export.networks import Network
+from dit_export.networks.text import PromptEncoder
 from dit_runtime.bundle.manifest import Port
 
 OPSET = 23  # the first with Attention, so that a backend's passes choose its form
@@ -64,6 +65,17 @@ def examples(ports: Sequence[Port], rows: int = 2) -> dict[str, Tensor]:
         port.name: torch.full((rows, *port.shape), int(bool(port.masks)), dtype=getattr(torch, port.dtype))
         for port in ports
     }
+
+
+def export_prompt(text: PromptEncoder) -> torch.onnx.ONNXProgram:
+    """Trace text encoders: ids and masks to condition ports."""
+    inputs = {
+        name: torch.full((2, prompt.tokens), value, dtype=torch.int64)
+        for prompt in text.prompts
+        for name, value in ((prompt.ids, 0), (prompt.mask, 1))
+        if name
+    }
+    return export(text.module, inputs, text.gives)
 
 
 def export_decoder(decoder: nn.Module, state: Port) -> torch.onnx.ONNXProgram:

@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
 from dit_export.recipe import PIXELS
+from dit_export.networks.text import Text
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Family:
     mu: Callable[[int], tuple[float, float]] | None = None  # the pipeline's own; see `read_scheduler_config`
     size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
+    text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
     @property

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dit_runtime.bundle.records import LABELS, Manifest
+from dit_runtime.bundle.records import LABELS, Manifest, Port
 from dit_runtime.conditions.condition import Condition, Rows, as_array, fit, null_condition
 from dit_runtime.conditions.labels import class_number
+from dit_runtime.conditions.text import Tokenizers, Words
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.sampling.noise import Draw, draw
@@ -25,8 +26,8 @@ class Checked(NamedTuple):
     """A request's values as a run needs them."""
 
     samples: int
-    condition: Rows  # (samples, …)
-    negative: Rows | None  # one row, or one a sample; None where nothing is guided
+    condition: Rows  # (samples, …) by port, or token ids in the place of the ports that the prompt stage gives
+    negative: Rows | None  # as condition, one row, or one a sample; None where nothing is guided
     weights: NDArray[np.float32]  # (samples,)
     solver: str
     timesteps: Array  # one an evaluation of the network
@@ -36,16 +37,19 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One picture for each label, or for each row of the condition; the same for the same seed.
+    """One picture for each label, prompt or row of the condition; the same for the same seed.
 
     `labels` fills the port "labels" with class names or numbers; `condition` has arrays by port, rows first.
     `negative` is what guidance leads away from, in one row or one for each sample; a port that has a constant of the
-    bundle's for that may be left out.
+    bundle's for that may be left out. `prompt` and `negative_prompt` are words, for bundles with text encoders; token
+    ids may stand in `condition` and `negative` instead, by their names in the manifest's `prompts`.
     """
 
     labels: str | int | Sequence[str | int] = ()
     condition: Condition | None = None
     negative: Condition | None = None
+    prompt: Words | None = None
+    negative_prompt: Words | None = None  # None: "", where the bundle takes prompts and `negative` has none
     steps: int = DEFAULT_STEPS
     guidance: float | Sequence[float] = DEFAULT_GUIDANCE  # one for all, or one a sample; networks without it ignore it
     seed: int | Sequence[int] = 0  # one for all, or one a sample
@@ -55,20 +59,23 @@ class Request:
     latents: ArrayLike | None = None  # the state to start from
     output: str = "images"  # uint8 [N, H, W, 3], or "latents": the final state, float32
 
-    def check(self, manifest: Manifest) -> Checked:
-        """Validate everything against the manifest, and return the values that a run needs."""
+    def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
+        """Validate everything against the manifest, and return the values that a run needs.
+
+        Words need the tokenizers of an open bundle.
+        """
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
         if self.output == "images":
             manifest.require_end()
-        condition = self._condition(manifest)
+        condition = self._condition(manifest, tokenizers)
         latents = None if self.latents is None else as_array(self.latents, "latents")
         count = len(next(iter(condition.values()))) if condition else self._count(latents)
         weights = self._weights(manifest, count)
         guided = is_guided(manifest, weights)
         negative = None
-        if guided or self.negative:
-            negative = null_condition(manifest.conditions, manifest.null, self.negative)
+        if guided or self.negative or self.negative_prompt is not None:
+            negative = self._negative(manifest, tokenizers)
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
@@ -82,7 +89,7 @@ class Request:
         solve(process, solver, self.steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
         return Checked(count, condition, negative if guided else None, weights, solver, timesteps, stream, latents)
 
-    def _condition(self, manifest: Manifest) -> Rows:
+    def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         labels = [self.labels] if isinstance(self.labels, str | int | np.integer) else list(self.labels)
         condition = dict(self.condition or {})
         if labels and LABELS in condition:
@@ -94,7 +101,16 @@ class Request:
             condition[LABELS] = np.array([class_number(label, manifest.labels, manifest.classes) for label in labels])
         elif manifest.classes and LABELS not in condition:
             raise UsageError("no labels; pass at least one class name or number")
-        return fit(condition, manifest.conditions)
+        if manifest.prompts and self.prompt is None and not _has_prompt(manifest, condition):
+            raise UsageError("no prompt; pass at least one")
+        return fit(*_with_words(manifest, condition, self.prompt, tokenizers, negative=False))
+
+    def _negative(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
+        negative, words = dict(self.negative or {}), self.negative_prompt
+        if words is None and manifest.prompts and not _has_prompt(manifest, negative):
+            words = ""
+        arrays, ports = _with_words(manifest, negative, words, tokenizers, negative=True)
+        return null_condition(ports, manifest.null, arrays)
 
     def _count(self, latents: NDArray[Any] | None) -> int:
         """Return the number of samples of a network without conditions."""
@@ -115,6 +131,33 @@ class Request:
         if manifest.guidance.unguided_up_to_one:
             weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
         return np.broadcast_to(weights, (count,)).copy()
+
+
+def _has_prompt(manifest: Manifest, condition: Condition) -> bool:
+    """Return whether arrays stand for a prompt: its ids, or what the prompt stage would give."""
+    assert manifest.prompt is not None
+    names = {spec.name for spec in (*manifest.prompt.reads, *manifest.prompt.gives)}
+    return bool(names & condition.keys())
+
+
+def _with_words(
+    manifest: Manifest, condition: Condition, words: Words | None, tokenizers: Tokenizers | None, negative: bool
+) -> tuple[Condition, tuple[Port, ...]]:
+    """Return the condition with the ids of the words, and the ports that it must fill."""
+    what = "negative prompt" if negative else "prompt"
+    if words is not None:
+        if not manifest.prompts:
+            names = ", ".join(port.name for port in manifest.conditions) or "no condition"
+            raise UsageError(f"this bundle takes {names}, and no {what}: it holds no text encoders")
+        if _has_prompt(manifest, condition):
+            raise UsageError(f"got both a {what} and arrays in its place: pass one of them")
+        if tokenizers is None:
+            raise UsageError(f"a {what} needs an open bundle's tokenizers; pass token ids")
+        condition = {**condition, **tokenizers(words, negative)}
+    ids = manifest.prompt_ports
+    if any(port.name in condition for port in ids):
+        return condition, (*ids, *manifest.ports_beside_prompts)
+    return condition, manifest.conditions
 
 
 def is_guided(manifest: Manifest, weights: NDArray[np.float32]) -> bool:

@@ -70,11 +70,15 @@ def _steps(contract: Manifest) -> int:
 
 
 def made_up(manifest: Manifest, count: int) -> Rows:
-    """Return a condition of made-up numbers, all tokens counted; labels one after the other."""
+    """Return a condition of made-up numbers, all tokens counted; labels one after the other.
+
+    A bundle that takes prompts gets token ids, so that its prompt stage runs too.
+    """
     rows: Rows = {}
-    for number, port in enumerate(manifest.conditions):
+    masks = {prompt.mask for prompt in manifest.prompts}
+    for number, port in enumerate((*manifest.prompt_ports, *manifest.ports_beside_prompts)):
         shape = (count, *port.shape)
-        if port.masks:
+        if port.masks or port.name in masks:
             rows[port.name] = np.ones(shape, port.dtype)
         elif port.dtype == "int64":
             values = np.arange(math.prod(shape)) % max(1, manifest.classes if port.name == LABELS else port.size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit_runtime import backends
-from dit_runtime.bundle.records import Manifest, Port
+from dit_runtime.bundle.records import Manifest, Port, Prompt
 
 PER = {
+    "prompt": "once a prompt",
     "condition": "once a condition",
     "time": "once a timestep",
     "time+condition": "once a timestep and condition",
@@ -26,6 +27,7 @@ def summary(folder: Path, contract: Manifest) -> str:
         f"sampling   {sampler.solver} on {contract.process.prediction}, {_guidance(contract)}",
     ]
     lines += [f"port       {_port(port, contract)}" for port in (state, contract.time, *contract.conditions)]
+    lines += [f"prompt     {_prompt(prompt)}" for prompt in contract.prompts]
     for stage in contract.stages:
         size = sum(contract.files[file].size for file in stage.files)
         reads = ", ".join(spec.name for spec in stage.reads)
@@ -46,6 +48,11 @@ def _guidance(contract: Manifest) -> str:
     if not contract.mixes_guidance:
         return "no guidance"
     return f"guidance on {contract.guidance.channels} of {contract.state.shape[0]} channels"
+
+
+def _prompt(prompt: Prompt) -> str:
+    words = f"{prompt.ids}: up to {prompt.tokens} tokens by {prompt.tokenizer}"
+    return words + (f", in {prompt.template!r}" if prompt.template != "{}" else "")
 
 
 def _port(port: Port, contract: Manifest) -> str:
