@@ -10,8 +10,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
-from dit_export.recipe import PIXELS
 from dit_export.networks.text import Text
+from dit_export.recipe import PIXELS
 
 
 @dataclass(frozen=True)
