@@ -13,10 +13,9 @@ from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from tests.families import tiny
-from tests.families.embedded import Embedded
 from tests.networks.tiny import randomize
 
-JOINT, SINGLE, TOKENS = 2, 1, 40
+JOINT, SINGLE, TOKENS = 2, 1, 96
 
 
 def transformer(**config: Any) -> AuraFlowTransformer2DModel:
@@ -42,15 +41,9 @@ def make_pipeline() -> AuraFlowPipeline:
 def case(tmp_path_factory, one_thread) -> tiny.Case:
     pipeline = make_pipeline()
     with one_thread():
-        bundle = tiny.build(
-            pipeline, tmp_path_factory.mktemp("auraflow"), caption_tokens=TOKENS, resolution="64x96"
-        )
+        bundle = tiny.build(pipeline, tmp_path_factory.mktemp("auraflow"), caption_tokens=TOKENS, resolution="64x96")
 
-    def encode(prompts):
-        with torch.no_grad():
-            return pipeline.encode_prompt(prompts, None, False, max_sequence_length=TOKENS)[0].numpy()
-
-    return Embedded(pipeline, bundle, {"height": 64, "width": 96, "max_sequence_length": TOKENS}, encode=encode)
+    return tiny.Case(pipeline, bundle, {"height": 64, "width": 96, "max_sequence_length": TOKENS})
 
 
 def test_a_prompt_is_diffusers(case) -> None:

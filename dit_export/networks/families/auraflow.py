@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 
@@ -21,6 +23,17 @@ class AuraFlowVelocity(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, captions: Tensor) -> Tensor:
         return self.transformer(latents, timestep=timesteps, encoder_hidden_states=captions, return_dict=False)[0]
+
+
+class AuraFlowPrompt(nn.Module):
+    """captions: UMT5's, with zeros after the prompt."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.umt5 = encoders["text_encoder"]
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> Tensor:
+        return self.umt5(ids, attention_mask=ids_mask)[0] * ids_mask[..., None]
 
 
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
@@ -44,4 +57,5 @@ AURAFLOW = Family(
     tokens={"AuraFlowPipeline": 256},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73},
     flow_spacing="linspace",
+    text=Text(AuraFlowPrompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask"),), gives=("captions",)),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
 # μ = slope · tokens + offset at two numbers of steps, between which it is linear: diffusers' fit.
 FEW, MANY = (10, 8.73809524e-05, 1.89833333), (200, 0.00016927, 0.45666666)
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # Qwen3's template
+LAYERS = (9, 18, 27)  # of Qwen3, whose outputs are a token's channels
 LARGE = 4300  # image tokens above which μ is that of MANY steps, however many there are
 
 
@@ -37,6 +41,18 @@ class Flux2Velocity(nn.Module):
             return_dict=False,
         )[0]
         return velocity.transpose(1, 2).unflatten(2, latents.shape[2:])
+
+
+class Flux2Prompt(nn.Module):
+    """captions: the outputs of three of Qwen3's layers, along channels; padding is not masked."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.qwen3 = encoders["text_encoder"].model
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> Tensor:
+        states = self.qwen3(ids, attention_mask=ids_mask, output_hidden_states=True, use_cache=False).hidden_states
+        return torch.cat([states[layer] for layer in LAYERS], dim=-1)
 
 
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
@@ -65,6 +81,7 @@ FLUX2 = Family(
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
     pixels=16,
     flow_spacing="trailing",
+    text=Text(Flux2Prompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=CHAT),), gives=("captions",)),
     mu=mu,
     size=64,
     supported={"patch_size": (1,), "guidance_embeds": (False,)},
