@@ -84,8 +84,8 @@ def read_scheduler_config(
     defaults for the rest, with two exceptions, because those defaults are made for pixels and for networks without a
     variance: latents are clipped, and a learned variance is left unused, only where the config says so in words.
     A flow's config does not say what its pipeline does: `tokens` is the count of image tokens that a dynamic shift
-    depends on, and `spacing` that of its timesteps. `mu` maps the tokens to the pipeline's own μ: its value for 0 steps,
-    and what each step adds; without it, μ is the config's.
+    depends on, and `spacing` that of its timesteps. `mu` maps the tokens to the pipeline's own μ: its value for 0
+    steps, and what each step adds; without it, μ is the config's.
     """
     if config is None:
         solver = "euler" if prediction == "velocity" else "ddim"

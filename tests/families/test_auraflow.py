@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 import transformers
-from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
 
 from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from tests.families import tiny
-from tests.networks.tiny import randomize
+from tests.networks.tiny import auraflow, randomize
 
-JOINT, SINGLE, TOKENS = 2, 1, 96
-
-
-def transformer(**config: Any) -> AuraFlowTransformer2DModel:
-    fields = {"sample_size": 8, "num_mmdit_layers": JOINT, "num_single_dit_layers": SINGLE, "num_attention_heads": 2}
-    fields |= {"attention_head_dim": 32, "joint_attention_dim": 48, "caption_projection_dim": 64}
-    return randomize(AuraFlowTransformer2DModel(**fields | {"pos_embed_max_size": 64} | config))
+TOKENS = 96
 
 
 def make_pipeline() -> AuraFlowPipeline:
@@ -29,7 +20,7 @@ def make_pipeline() -> AuraFlowPipeline:
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # the pipeline passes all of them to the encoder
     config = transformers.UMT5Config(vocab_size=len(tokenizer), d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4)
     return AuraFlowPipeline(
-        transformer=transformer(),
+        transformer=auraflow(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=tiny.vae(4, shift_factor=None, scaling_factor=0.13025, use_quant_conv=True, use_post_quant_conv=True),
         text_encoder=randomize(transformers.UMT5EncoderModel(config)),
@@ -53,10 +44,18 @@ def test_a_prompt_is_diffusers(case) -> None:
 def test_what_leaves_the_loop(case) -> None:
     """Each block's modulation leaves, 6 vectors a stream, and 2 of the end."""
     timed = [tensor for stage in manifest.read(case.bundle).stages if stage.runs == "time" for tensor in stage.gives]
-    assert [tensor.shape for tensor in timed] == [("rows", 12 * JOINT + 6 * SINGLE + 2, 64)]
+    assert [tensor.shape for tensor in timed] == [("rows", 12 * 2 + 6 * 1 + 2, 64)]
 
 
 def test_a_size_beyond_the_position_table() -> None:
-    assert family_network(transformer(), (16, 16), TOKENS).state.shape == (4, 16, 16)
+    assert family_network(auraflow(), (16, 16), TOKENS).state.shape == (4, 16, 16)
     with pytest.raises(UsageError, match="latents of side 18; its position table ends at 16"):
-        family_network(transformer(), (8, 18), TOKENS)
+        family_network(auraflow(), (8, 18), TOKENS)
+
+
+@pytest.mark.slow
+def test_openvino(tmp_path, one_thread) -> None:
+    pipeline = make_pipeline()
+    with one_thread():
+        bundle = tiny.build(pipeline, tmp_path, caption_tokens=TOKENS, resolution="64x96", backend="openvino")
+    tiny.accept(tiny.Case(pipeline, bundle, {"height": 64, "width": 96, "max_sequence_length": TOKENS}))

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
-)
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from dit_export.checkpoints.scheduler import read_scheduler_config
@@ -25,6 +20,7 @@ from dit_runtime.sampling.process import Process
 from dit_runtime.sampling.schedule import sigmas
 from tests.families import tiny
 from tests.networks.tiny import distance, randomize
+from tests.networks.tiny import flux2 as tiny_flux2
 
 TOKENS, LAYERS = 128, (1, 2, 3)
 CHAT = (
@@ -32,12 +28,6 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-
-
-def transformer(**config: Any) -> Flux2Transformer2DModel:
-    fields = {"in_channels": 16, "num_layers": 2, "num_single_layers": 1, "num_attention_heads": 2}
-    fields |= {"attention_head_dim": 32, "joint_attention_dim": 48, "axes_dims_rope": (8, 8, 8, 8)}
-    return randomize(Flux2Transformer2DModel(**fields | {"guidance_embeds": False} | config))
 
 
 def make_vae() -> AutoencoderKLFlux2:
@@ -68,7 +58,7 @@ def make_pipeline() -> Flux2KleinPipeline:
         head_dim=8,
     )
     return Flux2KleinPipeline(
-        transformer=transformer(),
+        transformer=tiny_flux2(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=make_vae(),
         text_encoder=randomize(transformers.Qwen3ForCausalLM(config)),
@@ -149,6 +139,6 @@ def test_a_decoder_undoes_the_batch_norm() -> None:
 
 
 def test_ports() -> None:
-    network = family_network(transformer())
+    network = family_network(tiny_flux2())
     assert [port.shape for port in network.ports] == [(16, 64, 64), (), (512, 48)]
     assert network.pixels == 16 and network.model["resolution"] == 1024

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    DiTTransformer2DModel,
+    Flux2Transformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from torch import Tensor
 
 from dit_export.networks import Network
@@ -40,6 +46,18 @@ def sd3(**config: Any) -> SD3Transformer2DModel:
     fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 8}
     widths = {"joint_attention_dim": 48, "caption_projection_dim": 64, "pooled_projection_dim": 40}
     return randomize(SD3Transformer2DModel(**fields | widths | {"pos_embed_max_size": 16} | config))
+
+
+def auraflow(**config: Any) -> AuraFlowTransformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_mmdit_layers": 2, "num_single_dit_layers": 1}
+    fields |= {"sample_size": 8, "joint_attention_dim": 48, "caption_projection_dim": 64, "pos_embed_max_size": 64}
+    return randomize(AuraFlowTransformer2DModel(**fields | config))
+
+
+def flux2(**config: Any) -> Flux2Transformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "num_single_layers": 1}
+    widths = {"in_channels": 16, "joint_attention_dim": 48, "axes_dims_rope": (8, 8, 8, 8), "guidance_embeds": False}
+    return randomize(Flux2Transformer2DModel(**fields | widths | config))
 
 
 SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}
