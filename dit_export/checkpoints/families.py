@@ -27,12 +27,24 @@ def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Fami
     config = read_config(folder, *CLASSES, *FAMILIES)
     family, files = FAMILIES[config["_class_name"]], find_weights(folder)
     transformer = read_module(family.name, config, files, str(folder / "config.json"))
-    size = latent_size(recipe.resolution, family.pixels) if recipe.resolution else None
+    size = state_size(recipe, family)
     tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
         return family_network(transformer, size, tokens), files, family, transformer
     except UsageError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
+
+
+def state_size(recipe: Recipe, family: Family) -> tuple[int, ...] | None:
+    """Return (H, W) of the latents, of videos (F, H, W); None where the recipe leaves both to the family."""
+    sides = latent_size(recipe.resolution, family.pixels) if recipe.resolution else None
+    if family.size is None or not family.frames:
+        return sides
+    if recipe.frames is not None and (recipe.frames < 1 or (recipe.frames - 1) % family.frames):
+        near = f"{family.frames + 1} or {2 * family.frames + 1}"
+        raise UsageError(f"frames {recipe.frames}; expected 1, or a multiple of {family.frames} more, such as {near}")
+    times = family.size[0] if recipe.frames is None else (recipe.frames - 1) // family.frames + 1
+    return times, *(sides or family.size[1:])
 
 
 def read_module(name: str, config: Mapping[str, Any], files: list[Path], where: str) -> nn.Module:

@@ -14,7 +14,7 @@ from dit_runtime.errors import UsageError, nearest
 
 
 class Decoder(nn.Module):
-    """Decode latents (B, channels, H, W) to images in [0, 1], (B, 3, pixels · H, pixels · W)."""
+    """Decode latents (B, channels, H, W) to images in [0, 1], (B, 3, pixels · H, pixels · W); of videos with frames."""
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of the VAE's config fields
 
@@ -83,6 +83,26 @@ class KLFlux2(KL):
         return super().forward(F.pixel_shuffle(latents, 2))
 
 
+class LTXVideo(Decoder):
+    """videos = clamp(VAE(latents deviation / scaling + mean) / 2 + 1/2), (B, 3, 8 (F - 1) + 1, 32 H, 32 W)."""
+
+    supported: ClassVar = {
+        "out_channels": (3,),
+        "timestep_conditioning": (False,),
+        "patch_size_t": (1,),
+        "temporal_compression_ratio": (None, 8),
+    }
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae.config.latent_channels, vae.spatial_compression_ratio)
+        self.vae = vae
+        self.scaling = float(vae.config.scaling_factor)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        mean, deviation = (value[:, None, None, None] for value in (self.vae.latents_mean, self.vae.latents_std))
+        return (self.vae.decoder(latents * deviation / self.scaling + mean) / 2 + 0.5).clamp(0, 1)
+
+
 class DC(Decoder):
     """images = clamp(VAE(latents / scaling) / 2 + 1/2) (Chen et al. 2024, arXiv 2410.10733)."""
 
@@ -100,6 +120,7 @@ class DC(Decoder):
 CODECS: dict[str, Any] = {  # by the class of the VAE in diffusers
     "AutoencoderKL": KL,
     "AutoencoderKLFlux2": KLFlux2,
+    "AutoencoderKLLTXVideo": LTXVideo,
     "AutoencoderDC": DC,
 }
 

@@ -9,6 +9,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
+    LTXVideoTransformer3DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
 )
@@ -58,6 +59,13 @@ def flux2(**config: Any) -> Flux2Transformer2DModel:
     fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "num_single_layers": 1}
     widths = {"in_channels": 16, "joint_attention_dim": 48, "axes_dims_rope": (8, 8, 8, 8), "guidance_embeds": False}
     return randomize(Flux2Transformer2DModel(**fields | widths | config))
+
+
+def ltx(**config: Any) -> LTXVideoTransformer3DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "in_channels": 8, "out_channels": 8}
+    return randomize(
+        LTXVideoTransformer3DModel(**fields | {"cross_attention_dim": 64, "caption_channels": 48} | config)
+    )
 
 
 SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}

@@ -19,13 +19,15 @@ class Family:
     """State how a transformer of one class becomes a Network, and which of its configs are covered."""
 
     name: str  # the class in diffusers
-    network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, tokens of a caption
+    network: Callable[[Any, Any, int], Network]  # transformer, size of the latents (`size`), tokens of a caption
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     mu: Callable[[int], tuple[float, float]] | None = None  # the pipeline's own; see `read_scheduler_config`
-    size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
+    size: tuple[int, ...] | None = None  # (H, W) that the pipeline takes, where no config says it; (F, H, W) of videos
+    frames: int = 0  # video frames along a cell of the state, but for the first, which has one; 0: images
+    shared: int = 2  # tensors of the state alone that conditions meet: both groups of guidance share them
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
@@ -39,7 +41,7 @@ class Family:
         """Return how often passes must fire, as far as that does not depend on sizes, which price the cut."""
         attentions = sum(isinstance(module, Attention | AttentionModuleMixin) for module in transformer.modules())
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
-        return {"share_rows": 2, "guide": 1, "plain_attention": attentions} | gains
+        return {"share_rows": self.shared, "guide": 1, "plain_attention": attentions} | gains
 
     @property
     def default_tokens(self) -> int:

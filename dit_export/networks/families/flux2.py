@@ -83,6 +83,6 @@ FLUX2 = Family(
     flow_spacing="trailing",
     text=Text(Flux2Prompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=CHAT),), gives=("captions",)),
     mu=mu,
-    size=64,
+    size=(64, 64),
     supported={"patch_size": (1,), "guidance_embeds": (False,)},
 )
