@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dit_export.bundle.describe import Written, describe
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded
-from dit_export.graph import DECODER, NETWORK, PROMPT, onnxfile
+from dit_export.graph import DECODER, NETWORK, PROMPT, RULE, onnxfile
 from dit_export.networks.codec import Decoder
 from dit_export.passes import LOWERINGS, fuse, require
 from dit_export.passes.dependence import Miss
@@ -121,7 +121,8 @@ class Assembly:
 
     def fuse(self) -> None:
         network = self.loaded.network
-        fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, network.guided_channels)
+        rule = onnxfile.load(self.traced / RULE) if network.mixes_guidance else None
+        fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, rule)
         self.misses, self.cut = fused.misses, fused.cut.summary()
         require(fused.counts, network.counts, self.misses)
         for stage in fused.stages:

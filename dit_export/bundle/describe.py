@@ -71,7 +71,10 @@ def describe(
         null=network.null,
         labels=loaded.labels,
         guidance=Guidance(
-            channels=network.guided_channels or network.state.shape[0], unguided_up_to_one=network.unguided_up_to_one
+            channels=network.guided_channels or network.state.shape[0],
+            unguided_up_to_one=network.unguided_up_to_one,
+            default=network.guidance,
+            port=network.guidance_port,
         ),
         process=loaded.process,
         stages=tuple(stages),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit_export.checkpoints import Loaded
-from dit_export.graph import DECODER, NETWORK, PROMPT, trace
+from dit_export.graph import DECODER, NETWORK, PROMPT, RULE, trace
 from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import Decoder
 from dit_runtime.progress import Progress
@@ -17,6 +17,8 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: Decoder | None, progress
     with progress.stage("trace: network to ONNX"):
         program = trace.trace_network(loaded.network)
         program.save(folder / NETWORK, external_data=True)
+    if loaded.network.mixes_guidance:
+        trace.trace_rule(loaded.network).save(folder / RULE)
     if decoder is not None:
         with progress.stage("trace: decoder to ONNX"):
             trace.export_decoder(decoder, loaded.network.state).save(folder / DECODER, external_data=True)

@@ -83,6 +83,8 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     if class_name(folder) not in CLASSES:
         network, files, family, transformer = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
+        if family.shift_tokens is not None:
+            tokens = family.shift_tokens(network)
         process = read_process(
             path,
             network.learned_variance,
@@ -95,6 +97,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
         if process.kind != family.process:
             what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"
             raise UsageError(f"{what}; {family.name} is trained for a {family.process} process")
+        process = replace(process, sampler=replace(process.sampler, steps=family.steps(network.model)))
         loaded = Loaded(network, None, read_names(recipe, network), process, {})
         return with_text(loaded, path, family, transformer, recipe), files
     model, files = read_transformer(folder, recipe.resolution)

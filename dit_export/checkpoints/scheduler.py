@@ -13,8 +13,8 @@ from dit_runtime.errors import UsageError, nearest
 from dit_runtime.sampling.process import CHOICES, PREDICTIONS, SOLVERS, Process, Sampler
 from dit_runtime.sampling.schedule import MULTISTEP
 
-FLOW = "FlowMatchEulerDiscreteScheduler"
-CLASSES = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", FLOW)
+FLOW, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+CLASSES = ("DDIMScheduler", "DDPMScheduler", DPM, FLOW)
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the classes that have clip_sample
 # Fields that the classes share, or that only one has; a config keeps another class's fields for a switch back.
 PROCESS = {
@@ -56,6 +56,7 @@ ONLY = {  # what we do not implement passes where it is switched off
 }
 # Without effect while their switch above is off.
 IDLE = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")
+ORDERS = tuple(SOLVERS[solver]["order"] for solver in MULTISTEP)
 SPECIAL = ("trained_betas", "timestep_spacing", "variance_type", "solver_order", "lambda_min_clipped")
 FLOW_ONLY: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False, True),
@@ -66,6 +67,21 @@ FLOW_ONLY: dict[str, tuple[Any, ...]] = {
     "use_beta_sigmas": (False,),
     "stochastic_sampling": (False,),
 }
+# A flow's multistep solver: fields that are read, and those without effect while its σ do not come from betas.
+DPM_FLOW = ("num_train_timesteps", "flow_shift", "solver_type", "lower_order_final", "euler_at_final")
+DPM_FLOW_IDLE = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "timestep_spacing",
+    "steps_offset",
+    "lambda_min_clipped",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "set_alpha_to_one",
+)
 DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
@@ -99,9 +115,15 @@ def read_scheduler_config(
         )
     defaulted = config.get("_use_default_values", ())  # in a live scheduler's config: what its JSON did not say
     said = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
-    predicted = "velocity" if name == FLOW else said.get("prediction_type", "epsilon")
+    multistep_flow = name == DPM and said.get("use_flow_sigmas") is True
+    predicted = "velocity" if name == FLOW or multistep_flow else said.get("prediction_type", "epsilon")
     try:
-        process = _read_flow(said, tokens, spacing, mu) if name == FLOW else _read_noise(name, said, learned_variance)
+        if multistep_flow:
+            process = _read_multistep_flow(said)
+        elif name == FLOW:
+            process = _read_flow(said, tokens, spacing, mu)
+        else:
+            process = _read_noise(name, said, learned_variance)
     except UsageError as error:
         raise UsageError(f"scheduler config: {error}") from None
     if prediction not in (None, predicted):
@@ -116,10 +138,8 @@ def _read_noise(name: str, said: dict[str, Any], learned_variance: bool) -> Proc
     spacing = said.get("timestep_spacing")
     clipped = said.get("lambda_min_clipped")
     betas = said.get("trained_betas")
-    order = said.get("solver_order", 2)
-    multistep = next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
     sampler = Sampler(
-        solver={"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name, multistep),
+        solver={"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name, _multistep(said)),
         ddpm_spacing=spacing or "leading",
         ddim_spacing=spacing or "leading",
         dpm_spacing=spacing or "linspace",
@@ -172,6 +192,33 @@ def _read_flow(
     return replace(process, sigma_min=float(smallest))
 
 
+def _read_multistep_flow(said: dict[str, Any]) -> Process:
+    """Return the flow of DPM-Solver++ with use_flow_sigmas: its own σ, at which the network reads a training step."""
+    fixed: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in ONLY.items()} | {
+        "use_flow_sigmas": (True,),
+        "prediction_type": ("flow_prediction",),
+        "final_sigmas_type": ("zero",),
+        "solver_order": ORDERS,
+        "solver_type": CHOICES["solver_type"],
+    }
+    said = {"prediction_type": "epsilon"} | said
+    _refuse_unsupported(said, {*DPM_FLOW, *DPM_FLOW_IDLE, *IDLE}, fixed)
+    switches = ("solver_type", "lower_order_final", "euler_at_final")
+    return Process(
+        prediction="velocity",
+        train_steps=said.get("num_train_timesteps", 1000),
+        shift=said.get("flow_shift", 1.0),
+        sampler=Sampler(
+            solver=_multistep(said), flow_spacing="discrete", **{key: said[key] for key in switches if key in said}
+        ),
+    )
+
+
+def _multistep(said: Mapping[str, Any]) -> str:
+    order = said.get("solver_order", 2)
+    return next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
+
+
 def dynamic_mu(said: Mapping[str, Any], tokens: int) -> float:
     """Return μ as diffusers' calculate_shift: linear in the count of image tokens."""
     base_shift, max_shift, base_tokens, max_tokens = (said.get(key, value) for key, value in DYNAMIC.items())
@@ -190,7 +237,7 @@ def _supported(learned_variance: bool) -> dict[str, tuple[Any, ...]]:
     supported |= {key: CHOICES[ours] for key, ours in PROCESS.items() if ours in CHOICES}
     supported |= {key: CHOICES[key] for key in SAMPLER if key in CHOICES}
     supported["prediction_type"] = tuple(name for name, kind in PREDICTIONS.items() if kind == "noise")
-    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": (1, 2, 3)}
+    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": ORDERS}
     supported["variance_type"] = (None, *(key for key in VARIANCES if learned_variance or "learned" not in key))
     return supported
 

@@ -63,7 +63,8 @@ def sample_command(folder: Path, contract: Manifest) -> str:
         parts.append(f"--labels {contract.classes // 4} {3 * contract.classes // 4}")
     if contract.prompts:
         parts.append('--prompt "a photo of a cat"')
-    arrays = [port.name for port in contract.ports_beside_prompts if not (contract.classes and port.name == LABELS)]
+    named = {contract.guidance.port, LABELS if contract.classes else ""}
+    arrays = [port.name for port in contract.ports_beside_prompts if port.name not in named]
     if arrays:
         parts.append("--condition CONDITION.npz")
     if contract.mixes_guidance and {*arrays, LABELS} & {*contract.without_null}:

@@ -97,7 +97,38 @@ def add_masks(module: GraphModule) -> int:
     return changed
 
 
-REPAIRS: tuple[Callable[[GraphModule], int], ...] = (fold, drop_idle_squeezes, keep_tiny_terms, add_masks)
+def pair_complex(module: GraphModule) -> int:
+    """Index and unsqueeze complex tensors, rotary tables for instance, as pairs of reals.
+
+    ONNX has no complex numbers. The exporter writes their products, slices and concatenations as pairs along a last
+    axis of 2, but refuses these two (onnxscript/function_libs/torch_lib/ops/core.py).
+    """
+    moves = [node for node in module.graph.nodes if node.target in (aten.index.Tensor, aten.unsqueeze.default)]
+    changed = 0
+    for node in moves:
+        source, argument = node.args
+        value = source.meta["val"]
+        if value.is_complex():
+            if node.target == aten.unsqueeze.default:
+                argument %= value.ndim + 1  # counted from the front, as the axis of pairs is the last
+            with module.graph.inserting_before(node):
+                pairs = module.graph.call_function(aten.view_as_real.default, (source,))
+                moved = module.graph.call_function(node.target, (pairs, argument))
+                result = module.graph.call_function(aten.view_as_complex.default, (moved,))
+            result.meta = dict(node.meta)
+            node.replace_all_uses_with(result)
+            module.graph.erase_node(node)
+            changed += 1
+    return changed
+
+
+REPAIRS: tuple[Callable[[GraphModule], int], ...] = (
+    fold,
+    drop_idle_squeezes,
+    keep_tiny_terms,
+    add_masks,
+    pair_complex,
+)
 
 
 def split_boolean_wheres(graph: ir.Graph) -> int:
@@ -131,4 +162,6 @@ def _constant(module: GraphModule, node: Node, name: str, value: Tensor) -> Node
     """Register the value as a buffer and read it before the node."""
     module.register_buffer(name, value)
     with module.graph.inserting_before(node):
-        return module.graph.get_attr(name)
+        constant = module.graph.get_attr(name)
+    constant.meta["val"] = value
+    return constant

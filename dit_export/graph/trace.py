@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
-from dit_export.networks import Network
+from dit_export.networks import Network, rules
 from dit_export.networks.text import PromptEncoder
 from dit_runtime.bundle.manifest import Port
 
@@ -38,10 +38,27 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,
+            optimize=False,
         )
-    assert exported is not None
+        assert exported is not None
+        optimize(exported)
     split_boolean_wheres(exported.model.graph)
     return exported
+
+
+def optimize(program: torch.onnx.ONNXProgram) -> None:
+    """Let the exporter fold constants; give linears' weights, which it transposes, the names of their parameters."""
+    transposes = [node for node in program.model.graph if node.op_type == "Transpose"]
+    names = {
+        str(node.outputs[0].name): str(parameter.name)
+        for node in transposes
+        if (parameter := node.inputs[0]) is not None and parameter.is_initializer()
+    }
+    program.optimize()
+    weights = program.model.graph.initializers
+    for name, parameter_name in names.items():
+        if name in weights and parameter_name not in weights:
+            weights[name].name = parameter_name
 
 
 def repaired(program: torch.export.ExportedProgram) -> GraphModule | None:
@@ -57,6 +74,14 @@ def repaired(program: torch.export.ExportedProgram) -> GraphModule | None:
 def trace_network(network: Network) -> torch.onnx.ONNXProgram:
     """Trace the plain graph: inputs named as the ports, output `prediction` (with the variance)."""
     return export(network.module, examples(network.ports), ["prediction"])
+
+
+def trace_rule(network: Network) -> torch.onnx.ONNXProgram:
+    """Trace how the network's predictions are mixed: (conditional, negative, weight) -> guided."""
+    channels, *rest = network.state.shape
+    shape = (2, network.guided_channels or channels, *rest)
+    inputs = {"conditional": torch.zeros(shape), "negative": torch.zeros(shape)}
+    return export(rules.rule(network), inputs | {"weight": torch.zeros(2, 1, *[1] * len(rest))}, ["guided"])
 
 
 def examples(ports: Sequence[Port], rows: int = 2) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dit_runtime.errors import UsageError, nearest
 
@@ -117,11 +120,50 @@ class DC(Decoder):
         return (self.decoder(latents / self.scaling) / 2 + 0.5).clamp(0, 1)
 
 
+class KLQwenImage(Decoder):
+    """images = clamp(VAE(latents · std + mean) / 2 + 1/2): a video's decoder, of one frame.
+
+    Before the first frame a causal convolution sees zeros, so that the last slice of its kernel is all that counts.
+    """
+
+    supported: ClassVar = {"input_channels": (3,)}
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae.config.z_dim, vae.spatial_compression_ratio)
+        decoder = nn.Sequential(vae.post_quant_conv, vae.decoder)
+        shared = {id(parameter): parameter for parameter in decoder.parameters()}
+        frames = {id(conv): FrameConv(conv) for conv in decoder.modules() if isinstance(conv, QwenImageCausalConv3d)}
+        self.decoder = copy.deepcopy(decoder, shared | frames)
+        for name in ("mean", "std"):
+            values = torch.tensor(vae.config[f"latents_{name}"]).view(-1, 1, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        frames = self.decoder(latents[:, :, None] * self.std + self.mean)  # (B, 3, 1, 8H, 8W)
+        return (frames[:, :, 0] / 2 + 0.5).clamp(0, 1)
+
+
+class FrameConv(nn.Module):
+    """Do to one frame what a causal convolution over frames does to the first."""
+
+    def __init__(self, conv: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight[:, :, -1], requires_grad=False)
+        self.bias = conv.bias
+        self.padding = conv._padding[2], conv._padding[0]  # of height and width
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return F.conv2d(frames[:, :, 0], self.weight, self.bias, padding=self.padding)[:, :, None]
+
+
 CODECS: dict[str, Any] = {  # by the class of the VAE in diffusers
     "AutoencoderKL": KL,
+    "AutoencoderDC": DC,
+    "AutoencoderKLQwenImage": KLQwenImage,
     "AutoencoderKLFlux2": KLFlux2,
     "AutoencoderKLLTXVideo": LTXVideo,
-    "AutoencoderDC": DC,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,17 @@ import transformers
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
+from dit_export.checkpoints import load
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.networks.codec import make_decoder
 from dit_export.networks.families import family_network, flux2
+from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.process import Process
 from dit_runtime.sampling.schedule import sigmas
 from tests.families import tiny
-from tests.networks.tiny import distance, randomize
+from tests.networks.tiny import distance, inputs, randomize, run
 from tests.networks.tiny import flux2 as tiny_flux2
 
 TOKENS, LAYERS = 128, (1, 2, 3)
@@ -80,12 +84,48 @@ def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    assert min(tiny.distances(moved.ours(), case.theirs())) >= tiny.SAME
+
+
 def test_another_number_of_steps(case) -> None:
     """The shift of the bundle follows the number of steps, as the pipeline's does."""
     expected = case.theirs(steps=9)
     assert min(tiny.distances(case.ours(steps=9), expected)) >= tiny.SAME
     contract = manifest.read(case.bundle)
     assert contract.process.shift_growth < 0
+    assert (contract.guidance.default, contract.process.sampler.steps) == (4.0, 50)
+
+
+def test_a_distilled_network_runs_without_guidance(tmp_path) -> None:
+    tiny_flux2().save_pretrained(tmp_path / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
+    for distilled, guidance, steps in ((True, 1.0, 4), (False, 4.0, 50)):
+        index = {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        loaded = load(Recipe(checkpoint=str(tmp_path), latents_only=True))
+        assert (loaded.network.guidance, loaded.process.sampler.steps) == (guidance, steps)
+
+
+def test_dev_has_an_embedded_guidance() -> None:
+    transformer = tiny_flux2(guidance_embeds=True)
+    network = family_network(transformer, (4, 6), 12)
+    values = inputs(network, 2) | {"guidance_scale": torch.tensor([1.5, 4.0])}
+    packed = Flux2KleinPipeline._pack_latents(values["latents"])
+    with torch.no_grad():
+        expected = transformer(
+            packed,
+            encoder_hidden_states=values["captions"],
+            timestep=values["timesteps"],
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(values["latents"]),
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(values["captions"]),
+            guidance=values["guidance_scale"],
+        ).sample
+    assert torch.equal(run(network, values).flatten(2).transpose(1, 2), expected)
+    assert (network.guidance, network.guidance_port) == (4.0, "guidance_scale")
+    with pytest.raises(UsageError, match="FLUX.2-dev, by Mistral, are not supported: pass --without-text-encoders"):
+        flux2.Flux2Prompt({}, transformer, 12)
 
 
 def test_what_leaves_the_loop(case) -> None:

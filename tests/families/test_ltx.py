@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,18 @@ def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    assert min(tiny.distances(moved.ours(), case.theirs())) >= tiny.SAME
+
+
 def test_what_leaves_the_loop(case) -> None:
     """6 vectors a block and 2 of the end are made once a timestep, keys and values of the captions once a prompt."""
     contract = manifest.read(case.bundle)
     timed = [tensor for stage in contract.stages if stage.runs == "time" for tensor in stage.gives]
     assert [tensor.shape for tensor in timed] == [("rows", 6 * 2 + 2, 64)]
     assert contract.state.shape == (8, 2, 1, 2) and contract.end.gives[0].shape == ("batch", 3, *SHAPE[:3])
+    assert (contract.guidance.default, contract.process.sampler.steps) == (3.0, 50)
     assert contract.model["frames"] == FRAMES and contract.model["resolution"] == f"{HEIGHT}x{WIDTH}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 from typing import Any
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from dit_export.bundle import build as building
 from dit_export.recipe import Recipe
 from dit_runtime import Pipeline
+from dit_runtime.bundle import manifest
 from dit_runtime.images import psnr
 from dit_runtime.progress import Progress
 from tests.networks.tiny import randomize
@@ -117,6 +118,18 @@ def build(pipeline: Any, folder: Path, **recipe: Any) -> Path:
     built = building.build(Recipe(**fields | {"max_batch": 2} | recipe), Progress(io.StringIO()))
     assert built.passed, [figure for figure in built.checks if not figure.passed]
     return built.folder
+
+
+def on_backend(backend: str, bundle: Path, folder: Path) -> Path:
+    """Return a copy of a bundle whose graphs run on a backend of the CPU."""
+    folder.mkdir()
+    for file in bundle.iterdir():
+        if file.is_file() and file.name != manifest.NAME:
+            (folder / file.name).hardlink_to(file)
+    contract = manifest.read(bundle)
+    stages = tuple(replace(stage, backend=backend) for stage in contract.stages)
+    manifest.write(folder, replace(contract, stages=stages))
+    return folder
 
 
 @dataclass(frozen=True)

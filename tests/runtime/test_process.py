@@ -32,7 +32,14 @@ def test_a_flow_holds_its_own_fields_alone():
     assert table == {
         "kind": "flow",
         "train_steps": 1000,
-        "sampler": {"solver": "heun", "flow_spacing": "linspace"},
+        "sampler": {
+            "solver": "heun",
+            "steps": 25,
+            "solver_type": "midpoint",
+            "lower_order_final": True,
+            "euler_at_final": False,
+            "flow_spacing": "linspace",
+        },
         "shift": 3.0,
         "shift_growth": -0.01,
         "shift_terminal": 0.1,
@@ -93,7 +100,7 @@ def test_every_solver_of_the_facts_has_its_code():
     assert METHODS.keys() == EVALUATIONS.keys() == FACTS["solvers"].keys()
     for solver, facts in FACTS["solvers"].items():
         for process in (Process(), FLOW):
-            if facts["process"] == process.kind:
+            if process.kind in facts["processes"]:
                 require_fit(process, solver)
             else:
                 with pytest.raises(UsageError, match="does not fit a model that predicts"):
@@ -108,7 +115,7 @@ def test_the_schema_names_every_field_and_choice(process):
     sampler = fields["sampler"]["properties"]
     assert fields.keys() == table.keys() and sampler.keys() == table["sampler"].keys()
     assert fields["kind"]["const"] == process.kind
-    of_kind = [name for name, facts in FACTS["solvers"].items() if facts["process"] == process.kind]
+    of_kind = [name for name, facts in FACTS["solvers"].items() if process.kind in facts["processes"]]
     assert sampler["solver"]["enum"] == of_kind
     spacing = schema["noise_spacing"] if process.kind == "noise" else sampler["flow_spacing"]
     assert spacing["enum"] == FACTS["spacings"][process.kind]

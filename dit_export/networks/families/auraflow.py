@@ -48,6 +48,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("timesteps", "time", "float32", ()),
             Port("captions", "condition", "float32", (tokens, config.joint_attention_dim)),
         ),
+        guidance=3.5,
     )
 
 
@@ -57,5 +58,6 @@ AURAFLOW = Family(
     tokens={"AuraFlowPipeline": 256},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73},
     flow_spacing="linspace",
+    steps=lambda config: 50,
     text=Text(AuraFlowPrompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask"),), gives=("captions",)),
 )

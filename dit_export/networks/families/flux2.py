@@ -12,11 +12,13 @@ from dit_export.networks import Network
 from dit_export.networks.families.family import Family
 from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
+from dit_runtime.errors import UsageError
 
 # μ = slope · tokens + offset at two numbers of steps, between which it is linear: diffusers' fit.
 FEW, MANY = (10, 8.73809524e-05, 1.89833333), (200, 0.00016927, 0.45666666)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"  # Qwen3's template
 LAYERS = (9, 18, 27)  # of Qwen3, whose outputs are a token's channels
+WEIGHT = Port("guidance_scale", "condition", "float32", ())  # of dev, whose guidance is embedded
 LARGE = 4300  # image tokens above which μ is that of MANY steps, however many there are
 
 
@@ -30,14 +32,16 @@ class Flux2Velocity(nn.Module):
         self.register_buffer("image_ids", torch.cartesian_prod(none, height, width, none), persistent=False)
         self.register_buffer("text_ids", torch.cartesian_prod(none, none, none, torch.arange(tokens)), persistent=False)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, captions: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, captions: Tensor, guidance_scale: Tensor | None = None
+    ) -> Tensor:
         velocity = self.transformer(
             latents.flatten(2).transpose(1, 2),  # (B, H W, C)
             encoder_hidden_states=captions,
             timestep=timesteps,
             img_ids=self.image_ids,
             txt_ids=self.text_ids,
-            guidance=guidance,
+            guidance=guidance_scale,
             return_dict=False,
         )[0]
         return velocity.transpose(1, 2).unflatten(2, latents.shape[2:])
@@ -48,6 +52,8 @@ class Flux2Prompt(nn.Module):
 
     def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
         super().__init__()
+        if transformer.config.guidance_embeds:
+            raise UsageError("the prompts of FLUX.2-dev, by Mistral, are not supported: pass --without-text-encoders")
         self.qwen3 = encoders["text_encoder"].model
 
     def forward(self, ids: Tensor, ids_mask: Tensor) -> Tensor:
@@ -57,13 +63,17 @@ class Flux2Prompt(nn.Module):
 
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
+    embedded = config.guidance_embeds
     return Network(
         Flux2Velocity(transformer, size, tokens).eval(),
         ports=(
             Port("latents", "state", "float32", (config.in_channels, *size)),
             Port("timesteps", "time", "float32", ()),
             Port("captions", "condition", "float32", (tokens, config.joint_attention_dim)),
+            *([WEIGHT] if embedded else []),
         ),
+        guidance=4.0,
+        guidance_port=WEIGHT.name if embedded else "",
     )
 
 
@@ -77,12 +87,14 @@ def mu(tokens: int) -> tuple[float, float]:
 FLUX2 = Family(
     "Flux2Transformer2DModel",
     network,
-    tokens={"Flux2KleinPipeline": 512},
+    tokens={"Flux2KleinPipeline": 512, "Flux2Pipeline": 512},
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
     pixels=16,
     flow_spacing="trailing",
+    steps=lambda config: 4 if config.get("is_distilled") else 50,
+    distilled="is_distilled",
     text=Text(Flux2Prompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=CHAT),), gives=("captions",)),
     mu=mu,
-    size=(64, 64),
-    supported={"patch_size": (1,), "guidance_embeds": (False,)},
+    size=64,
+    supported={"patch_size": (1,)},
 )

@@ -61,6 +61,7 @@ def network(transformer: Any, size: tuple[int, int, int], tokens: int) -> Networ
             Port("captions", "condition", "float32", (tokens, config.caption_channels)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
         ),
+        guidance=3.0,
     )
 
 
@@ -77,10 +78,11 @@ LTX = Family(
         "shift_terminal": 0.1,
     },
     flow_spacing="trailing",
+    steps=lambda config: 50,
     pixels=PIXELS,
     frames=FRAMES,
     shared=1,  # the norm before the first scale is one op with it
-    size=(21, 16, 22),  # 161 frames of 512 x 704 pixels
+    video=(21, 16, 22),  # 161 frames of 512 x 704 pixels
     text=Text(LTXPrompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask"),), gives=("captions", "mask")),
     supported={"patch_size": (1,), "patch_size_t": (1,)},
 )

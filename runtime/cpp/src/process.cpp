@@ -77,7 +77,7 @@ Sampler sampler_from_json(const Json& table, bool flow) {
                                                 {"set_alpha_to_one", &sampler.set_alpha_to_one},
                                                 {"lower_order_final", &sampler.lower_order_final},
                                                 {"euler_at_final", &sampler.euler_at_final}};
-    std::vector<std::string> known = {"solver", "flow_spacing"};
+    std::vector<std::string> known = {"solver", "solver_type", "lower_order_final", "euler_at_final", "flow_spacing"};
     if (!flow) {
         known = {"steps_offset", "clip_sample_range", "lambda_min_clipped"};
         for (const auto& word : words)

@@ -47,7 +47,7 @@ class _Instant:
         pass
 
 
-def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progress) -> list[Timing]:
+def measure(pipe: Pipeline, batch: int, steps: int | None, rounds: int, progress: Progress) -> list[Timing]:
     contract = pipe.manifest
     largest = contract.step.max_batch
     if not 1 <= batch <= largest or rounds < 1:
@@ -61,7 +61,8 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
     if contract.prompt is not None:
         ids = {port.name: condition[port.name][:1] for port in contract.prompt_ports}
         tasks[f"{contract.prompt.name}, a row"] = partial(pipe.engines.run, contract.prompt, ids)
-    condition, away = pipe.engines.encode(condition), checked.negative and pipe.engines.encode(checked.negative)
+    condition, steps = pipe.engines.encode(checked.condition), checked.steps
+    away = checked.negative and pipe.engines.encode(checked.negative)
     middle, weights = np.array([contract.process.span / 2]), checked.weights
     unguided = pipe.engines.inputs(middle, condition, None, weights)
     single = {name: rows[:1] for name, rows in condition.items()}

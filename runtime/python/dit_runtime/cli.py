@@ -19,10 +19,9 @@ from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_u
 from dit_runtime.bundle.summary import summary
 from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
-from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.process import SOLVERS, SPACINGS
+from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,14 +73,14 @@ def _parser() -> Parser:
     sample.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
     sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
     sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
-    sample.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    sample.add_argument("--steps", type=int, help="default: the bundle's")
     sample.add_argument(
-        "--guidance", "--cfg-scale", type=float, nargs="+", default=[DEFAULT_GUIDANCE], help="one, or one a picture"
+        "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
     )
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
-    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)}; default: the bundle's")
+    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))}")
     sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
     sample.add_argument(
         "-o",
@@ -111,7 +110,7 @@ def _parser() -> Parser:
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
     timing.add_argument("--batch", type=int, default=1)
-    timing.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    timing.add_argument("--steps", type=int, help="default: the bundle's")
     timing.add_argument("--rounds", type=int, default=7)
     timing.set_defaults(command=_bench)
     return parser
@@ -184,7 +183,7 @@ def _sample(options: argparse.Namespace) -> int:
             prompt=options.prompt,
             negative_prompt=options.negative,
             steps=options.steps,
-            guidance=options.guidance if len(options.guidance) > 1 else options.guidance[0],
+            guidance=options.guidance[0] if options.guidance and len(options.guidance) == 1 else options.guidance,
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
             solver=options.solver,
             eta=options.eta,

@@ -14,7 +14,6 @@ from dit_runtime.conditions.condition import Condition, Rows, as_array, fit, nul
 from dit_runtime.conditions.labels import class_number
 from dit_runtime.conditions.text import Tokenizers, Words
 from dit_runtime.errors import UsageError
-from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.sampling.noise import Draw, draw
 from dit_runtime.sampling.solvers import Array, plan, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
@@ -30,6 +29,7 @@ class Checked(NamedTuple):
     negative: Rows | None  # as condition, one row, or one a sample; None where nothing is guided
     weights: NDArray[np.float32]  # (samples,)
     solver: str
+    steps: int
     timesteps: Array  # one an evaluation of the network
     draw: Draw
     latents: NDArray[Any] | None  # the request's own
@@ -50,8 +50,9 @@ class Request:
     negative: Condition | None = None
     prompt: Words | None = None
     negative_prompt: Words | None = None  # None: "", where the bundle takes prompts and `negative` has none
-    steps: int = DEFAULT_STEPS
-    guidance: float | Sequence[float] = DEFAULT_GUIDANCE  # one for all, or one a sample; networks without it ignore it
+    steps: int | None = None  # None: the bundle's
+    # One for all, or one a sample; None: the bundle's. Networks without guidance ignore it.
+    guidance: float | Sequence[float] | None = None
     seed: int | Sequence[int] = 0  # one for all, or one a sample
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
@@ -72,6 +73,13 @@ class Request:
         latents = None if self.latents is None else as_array(self.latents, "latents")
         count = len(next(iter(condition.values()))) if condition else self._count(latents)
         weights = self._weights(manifest, count)
+        if port := manifest.guidance.port:
+            if port not in condition:
+                condition[port] = weights
+            elif self.guidance is not None:
+                raise UsageError(f"got both guidance and a condition with {port}: pass one of them")
+            if self.negative or self.negative_prompt is not None:
+                raise UsageError(f"got a negative, but this bundle takes its guidance as {port}, and no negative")
         guided = is_guided(manifest, weights)
         negative = None
         if guided or self.negative or self.negative_prompt is not None:
@@ -79,17 +87,20 @@ class Request:
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
-        timesteps = plan(process, solver, self.steps, self.spacing)
+        steps = process.sampler.steps if self.steps is None else self.steps
+        timesteps = plan(process, solver, steps, self.spacing)
         if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
             raise lacks_variance(process.sampler.variance)
         stream = draw(self.seed, count)
         shape = (count, *manifest.state.shape)
         if latents is not None and (latents.shape != shape or not np.isfinite(latents).all()):
             raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
-        solve(process, solver, self.steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
-        return Checked(count, condition, negative if guided else None, weights, solver, timesteps, stream, latents)
+        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
+        away = negative if guided else None
+        return Checked(count, condition, away, weights, solver, steps, timesteps, stream, latents)
 
     def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
+        """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""
         labels = [self.labels] if isinstance(self.labels, str | int | np.integer) else list(self.labels)
         condition = dict(self.condition or {})
         if labels and LABELS in condition:
@@ -103,14 +114,16 @@ class Request:
             raise UsageError("no labels; pass at least one class name or number")
         if manifest.prompts and self.prompt is None and not _has_prompt(manifest, condition):
             raise UsageError("no prompt; pass at least one")
-        return fit(*_with_words(manifest, condition, self.prompt, tokenizers, negative=False))
+        condition, ports = _with_words(manifest, condition, self.prompt, tokenizers, negative=False)
+        left_out = {manifest.guidance.port} - condition.keys()
+        return fit(condition, [port for port in ports if port.name not in left_out])
 
     def _negative(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         negative, words = dict(self.negative or {}), self.negative_prompt
         if words is None and manifest.prompts and not _has_prompt(manifest, negative):
             words = ""
-        arrays, ports = _with_words(manifest, negative, words, tokenizers, negative=True)
-        return null_condition(ports, manifest.null, arrays)
+        negative, ports = _with_words(manifest, negative, words, tokenizers, negative=True)
+        return null_condition(ports, manifest.null, negative)
 
     def _count(self, latents: NDArray[Any] | None) -> int:
         """Return the number of samples of a network without conditions."""
@@ -119,16 +132,17 @@ class Request:
         return max(1, len(self.seed)) if isinstance(self.seed, Sequence) else 1
 
     def _weights(self, manifest: Manifest, count: int) -> NDArray[np.float32]:
+        guidance = manifest.guidance.default if self.guidance is None else self.guidance
         try:
             with np.errstate(over="ignore"):  # too big for float32 is inf, and refused as that
-                weights = np.asarray(self.guidance, np.float32)
+                weights = np.asarray(guidance, np.float32)
         except (TypeError, ValueError, OverflowError):
-            raise UsageError(f"guidance is {self.guidance!r}; expected one number, or one a sample") from None
+            raise UsageError(f"guidance is {guidance!r}; expected one number, or one a sample") from None
         if weights.ndim > 1 or (weights.ndim == 1 and len(weights) != count):
             raise UsageError(f"guidance has shape {weights.shape}; expected one number or {count}, one a sample")
         if not np.isfinite(weights).all():
-            raise UsageError(f"guidance is {self.guidance}; expected finite numbers")
-        if manifest.guidance.unguided_up_to_one:
+            raise UsageError(f"guidance is {guidance}; expected finite numbers")
+        if manifest.guidance.unguided_up_to_one and not manifest.guidance.port:
             weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
         return np.broadcast_to(weights, (count,)).copy()
 
@@ -141,8 +155,12 @@ def _has_prompt(manifest: Manifest, condition: Condition) -> bool:
 
 
 def _with_words(
-    manifest: Manifest, condition: Condition, words: Words | None, tokenizers: Tokenizers | None, negative: bool
-) -> tuple[Condition, tuple[Port, ...]]:
+    manifest: Manifest,
+    condition: dict[str, Any],
+    words: Words | None,
+    tokenizers: Tokenizers | None,
+    negative: bool,
+) -> tuple[dict[str, Any], tuple[Port, ...]]:
     """Return the condition with the ids of the words, and the ports that it must fill."""
     what = "negative prompt" if negative else "prompt"
     if words is not None:
@@ -153,7 +171,7 @@ def _with_words(
             raise UsageError(f"got both a {what} and arrays in its place: pass one of them")
         if tokenizers is None:
             raise UsageError(f"a {what} needs an open bundle's tokenizers; pass token ids")
-        condition = {**condition, **tokenizers(words, negative)}
+        condition = condition | tokenizers(words, negative)
     ids = manifest.prompt_ports
     if any(port.name in condition for port in ids):
         return condition, (*ids, *manifest.ports_beside_prompts)

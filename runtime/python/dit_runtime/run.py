@@ -33,12 +33,12 @@ class Run:
             x = checked.draw((checked.samples, *contract.state.shape))
         self._home: loops.Home = lambda: np.asarray(x, np.float64)
         options: dict[str, Any] = {"eta": request.eta, "spacing": request.spacing}
-        solver = solve(contract.process, checked.solver, request.steps, x, checked.draw, **options)
+        solver = solve(contract.process, checked.solver, checked.steps, x, checked.draw, **options)
         inputs = engines.inputs(checked.timesteps, condition, negative, checked.weights)
         step, update = engines.residents()
         matrices = None
         if update is not None:
-            matrices = linear(contract.process, checked.solver, request.steps, **options)
+            matrices = linear(contract.process, checked.solver, checked.steps, **options)
         if step is None or contract.update is None or matrices is None:
             denoise = lambda state, number: engines.denoise(state, inputs, number)  # noqa: E731
             self._advance = loops.with_solver(solver, checked.timesteps, denoise)

@@ -59,7 +59,9 @@ def parse(table: dict[str, Any]) -> Manifest:
         prompts=tuple(_prompt(prompt, f"prompt {index}") for index, prompt in enumerate(_prompts(table))),
         files=files,
     )
-    check_network(manifest.ports, manifest.null, manifest.guidance.channels)
+    default = manifest.guidance.default
+    _expect(is_number(default) and abs(default) <= FLOAT32_MAX, "guidance: default", default, "a number of float32")
+    check_network(manifest.ports, manifest.null, manifest.guidance.channels, manifest.guidance.port)
     _check_stages(manifest)
     _check_prompts(manifest)
     if manifest.labels:
@@ -182,9 +184,11 @@ def _check_row(row: Sequence[int], where: str) -> None:
     _expect(fits, where, f"{[*row]} a row", f"at most {most} numbers in {rank} dimensions")
 
 
-def check_network(ports: Sequence[Port], null: Mapping[str, int | float], channels: int | None = None) -> None:
-    """Raise ValueError where no bundle can hold a network of these ports, with these constants of guidance and as many
-    guided channels (None: all)."""
+def check_network(
+    ports: Sequence[Port], null: Mapping[str, int | float], channels: int | None = None, guidance_port: str = ""
+) -> None:
+    """Raise ValueError where no bundle can hold a network of these ports, with these constants of guidance, as many
+    guided channels (None: all), and this port for the weight of guidance."""
     for index, port in enumerate(ports):
         _check_port(port, f"port {index} ({port.name})")
         if port.name in RESERVED:
@@ -201,6 +205,10 @@ def check_network(ports: Sequence[Port], null: Mapping[str, int | float], channe
         _expect(1 <= channels <= state.shape[0], "guidance: channels", channels, f"1 to {state.shape[0]}")
     conditions = {port.name: port for port in ports if port.role == "condition"}
     _check_masks(ports, conditions)
+    if guidance_port:
+        weight = conditions.get(guidance_port)
+        fits = weight is not None and weight.dtype == "float32" and not weight.shape and guidance_port not in null
+        _expect(fits, "guidance: port", guidance_port, "a condition port of float32 [] without a constant in null")
     for name, value in null.items():
         _expect(name in conditions, "null", name, f"one of the condition ports {', '.join(conditions) or '(none)'}")
         port = conditions[name]
@@ -280,6 +288,8 @@ def _check_step(manifest: Manifest, stage: Stage, sources: Sources) -> None:
             _check_shape(stage, spec, ("batch", *state.shape))
         elif spec.name == GUIDANCE:
             _expect(manifest.conditions, f"stage {stage.name} reads {GUIDANCE}", "no condition port", "at least one")
+            port = manifest.guidance.port
+            _expect(not port, f"stage {stage.name} reads {GUIDANCE}", f"guidance: port {port}", "one of the two")
             _check_shape(stage, spec, ("batch",))
         else:
             _check_source(stage, spec, ("groups", "batch"), sources, ("time", "condition", "time+condition"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_GUIDANCE
 from dit_runtime.sampling.process import Process
 
 FORMAT = 2
@@ -112,6 +113,8 @@ class Prompt:
 class Guidance:
     channels: int  # the leading channels that guidance moves
     unguided_up_to_one: bool = True  # weights below 1 count as 1
+    default: float = DEFAULT_GUIDANCE  # the weight of a request that names none
+    port: str = ""  # the condition port that takes the weight where the network itself is guided; "": it takes none
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ class Manifest(WithPorts):
     @property
     def without_null(self) -> tuple[str, ...]:
         """The condition ports, masks apart, that a guided request must bring a negative for."""
+        if self.guidance.port:
+            return ()
         return tuple(port.name for port in self.conditions if not port.masks and port.name not in self.null)
 
     @property

@@ -24,7 +24,7 @@ def summary(folder: Path, contract: Manifest) -> str:
     lines = [
         f"{folder}",
         f"model      {model.get('name')} at {model.get('resolution')} px" + (f", {names}" if contract.classes else ""),
-        f"sampling   {sampler.solver} on {contract.process.prediction}, {_guidance(contract)}",
+        f"sampling   {sampler.solver} on {contract.process.prediction}, {sampler.steps} steps, {_guidance(contract)}",
     ]
     lines += [f"port       {_port(port, contract)}" for port in (state, contract.time, *contract.conditions)]
     lines += [f"prompt     {_prompt(prompt)}" for prompt in contract.prompts]
@@ -45,9 +45,12 @@ def summary(folder: Path, contract: Manifest) -> str:
 
 
 def _guidance(contract: Manifest) -> str:
+    guidance = contract.guidance
+    if guidance.port:
+        return f"guidance {guidance.default:g} as {guidance.port}"
     if not contract.mixes_guidance:
         return "no guidance"
-    return f"guidance on {contract.guidance.channels} of {contract.state.shape[0]} channels"
+    return f"guidance {guidance.default:g} on {guidance.channels} of {contract.state.shape[0]} channels"
 
 
 def _prompt(prompt: Prompt) -> str:

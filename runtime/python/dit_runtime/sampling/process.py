@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import BundleError, UsageError, nearest
-from dit_runtime.facts import FACTS, LIMITS
+from dit_runtime.facts import DEFAULT_STEPS, FACTS, LIMITS
 
-SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kind of process, order, evaluations a step, multistep
-NOISE_SOLVERS = tuple(name for name, facts in SOLVERS.items() if facts["process"] == "noise")
-FLOW_SOLVERS = tuple(name for name, facts in SOLVERS.items() if facts["process"] == "flow")
+SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kinds of process, order, evaluations a step, multistep
+NOISE_SOLVERS = tuple(name for name, facts in SOLVERS.items() if "noise" in facts["processes"])
+FLOW_SOLVERS = tuple(name for name, facts in SOLVERS.items() if "flow" in facts["processes"])
 MULTISTEP = tuple(name for name, facts in SOLVERS.items() if facts.get("multistep"))
 PREDICTIONS: dict[str, str] = FACTS["predictions"]  # name -> kind of process
 SPACINGS = tuple(FACTS["spacings"]["noise"])
@@ -38,7 +38,7 @@ CHOICES = {
 }
 FLOW_FIELDS = ("train_steps", "shift", "shift_growth", "shift_terminal", "sigma_min", "sampler")
 GREATEST_GROWTH = 100.0  # of the shift's logarithm, over as many steps as a run may take: float64 holds e^100
-FLOW_SAMPLER_FIELDS = ("solver", "flow_spacing")
+FLOW_SAMPLER_FIELDS = ("solver", "steps", "solver_type", "lower_order_final", "euler_at_final", "flow_spacing")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Sampler:
     """A model's sampling defaults, used unless a caller overrides them."""
 
     solver: str = "ddim"
+    steps: int = DEFAULT_STEPS
     # Noise processes
     ddpm_spacing: str = "respaced"
     ddim_spacing: str = "stride"
@@ -70,6 +71,7 @@ class Sampler:
     def __post_init__(self) -> None:
         _check_fields(self)
         most = LIMITS["steps"]
+        _require(1 <= self.steps <= most, "steps", self.steps, f"an integer from 1 to {most}")
         _require(0 <= self.steps_offset <= most, "steps_offset", self.steps_offset, f"an integer from 0 to {most}")
         _require(self.clip_sample_range > 0, "clip_sample_range", self.clip_sample_range, "a number above 0")
 
@@ -195,7 +197,7 @@ def require_fit(process: Process, solver: str) -> None:
     """Refuse a solver that is not known, or that is made for the other kind of process."""
     if solver not in SOLVERS:
         raise UsageError(f"solver {solver!r} is not known{nearest(str(solver), SOLVERS)}; known: {', '.join(SOLVERS)}")
-    if SOLVERS[solver]["process"] != process.kind:
+    if process.kind not in SOLVERS[solver]["processes"]:
         fit = ", ".join(FLOW_SOLVERS if process.kind == "flow" else NOISE_SOLVERS)
         raise UsageError(
             f"solver {solver!r} does not fit a model that predicts {process.prediction}; take one of {fit}"
