@@ -124,7 +124,7 @@ def test_dev_has_an_embedded_guidance() -> None:
         ).sample
     assert torch.equal(run(network, values).flatten(2).transpose(1, 2), expected)
     assert (network.guidance, network.guidance_port) == (4.0, "guidance_scale")
-    with pytest.raises(UsageError, match="FLUX.2-dev, by Mistral, are not supported: pass --without-text-encoders"):
+    with pytest.raises(UsageError, match=r"FLUX\.2-dev, by Mistral, are not supported: pass --without-text-encoders"):
         flux2.Flux2Prompt({}, transformer, 12)
 
 
