@@ -10,13 +10,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline
 
+from dit_export.checkpoints import load
+from dit_export.checkpoints.vae import read_vae
 from dit_export.networks.codec import make_decoder
 from dit_export.networks.families import family_network
+from dit_export.recipe import Recipe
 from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
+from dit_runtime.errors import UsageError
 from tests.families import tiny
-from tests.networks.tiny import ltx
+from tests.networks.tiny import auraflow, ltx
 
 TOKENS, FRAMES, HEIGHT, WIDTH = 96, 9, 32, 64
 SHAPE = (FRAMES, HEIGHT, WIDTH, 3)
@@ -131,6 +135,26 @@ def test_a_decoder_denormalizes() -> None:
         vae.latents_mean[3] += 1
         assert not torch.equal(make_decoder(vae)(latents), expected)
     assert make_decoder(vae).pixels == 32
+
+
+@pytest.mark.parametrize(
+    ("make", "frames", "words"),
+    [
+        (ltx, 10, "frames 10; expected 1, or a multiple of 8 more, such as 9 or 17"),
+        (ltx, 0, "frames 0; expected 1"),
+        (auraflow, 9, "frames 9, but the network draws no videos"),
+    ],
+)
+def test_frames_that_do_not_fit(tmp_path, make, frames, words) -> None:
+    make().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=words):
+        load(Recipe(checkpoint=str(tmp_path), latents_only=True, frames=frames))
+
+
+def test_a_decoder_that_reads_a_timestep_is_refused(tmp_path) -> None:
+    make_vae(timestep_conditioning=True).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="timestep_conditioning is True, expected False"):
+        read_vae(tmp_path, 8, 32)
 
 
 def test_ports() -> None:
