@@ -173,8 +173,10 @@ def _distribution(
             raise UsageError(f"count {count}; expected at least {features.FEWEST} for a distance between distributions")
         if contract.end is None:
             raise UsageError("this bundle has no decoder, so it draws no pictures to judge: pass --samples FILE.npz")
-        height, width = contract.end.gives[0].shape[2:]
-        blank = np.zeros((1, int(height), int(width), 3), np.uint8)
+        sizes = [int(size) for size in contract.end.gives[0].shape[2:]]
+        if len(sizes) > 2:
+            raise UsageError("this bundle draws videos, and a judge looks at images")
+        blank = np.zeros((1, *sizes, 3), np.uint8)
         features.require_width(judge(blank), real)  # before the long work
         draw = features.plan_draw(contract, reference, count)
         with progress.stage(f"verify: {count} pictures before the judge"):
