@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
+from dit_runtime.cli import main as run
 from tests.families import tiny
 from tests.networks.tiny import SD3_5, sd3
 
@@ -105,6 +109,26 @@ def test_the_build_checks_the_encoders(case) -> None:
     for port in ("captions", "pooled"):
         assert {(f"{port} at a batch, rel-L2", f"batch {count}") for count in (1, 2, 3)} <= prompt
         assert (f"{port} of another prompt, rel-L2", "") in prompt
+
+
+def test_the_target_checks_the_encoders(case, tmp_path, capsys) -> None:
+    """Without PyTorch: projections of each port; other weights fail."""
+    assert run(["verify", str(case.bundle), "--threads", "1", "--json"]) == 0
+    checks = {check["metric"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert {f"{port} of ids, fingerprint, rel-L2" for port in ("captions", "pooled")} <= checks
+    bundle = Path(shutil.copytree(case.bundle, tmp_path / "bundle"))
+    graph = onnx.load(bundle / "prompt.onnxruntime.onnx", load_external_data=False)
+    (weight,) = [tensor for tensor in graph.graph.initializer if tensor.name.endswith("clips.1.text_projection.weight")]
+    offset = next(int(entry.value) for entry in weight.external_data if entry.key == "offset")
+    data = bytearray((bundle / "prompt.onnx.data").read_bytes())
+    values = np.frombuffer(data, np.float32, POOLED // 2, offset)
+    values *= 1.01
+    (bundle / "prompt.onnx.data").write_bytes(data)
+    contract = manifest.read(bundle)
+    manifest.write(bundle, replace(contract, files=manifest.describe_files(bundle)))
+    assert run(["verify", str(bundle), "--threads", "1", "--json"]) == 1
+    failed = [check["metric"] for check in json.loads(capsys.readouterr().out)["checks"] if not check["passed"]]
+    assert failed == ["pooled of ids, fingerprint, rel-L2"]
 
 
 def embeddings(seed: int) -> dict[str, np.ndarray]:
