@@ -197,6 +197,21 @@ def test_what_leaves_the_loop(case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("openvino", "fp32"), ("onnxruntime", "fp16"), ("openvino", "int8")]
+)
+def test_other_forms(case, tmp_path, one_thread, backend, precision) -> None:
+    """The encoders stay in fp32, and draw from words in every form of a bundle."""
+    with one_thread():
+        recipe = {"backend": backend, "precision": precision, "caption_tokens": 77 + T5_TOKENS}
+        bundle = tiny.build(case.pipeline, tmp_path, **recipe)
+    stage = manifest.read(bundle).prompt
+    assert (stage.precision, stage.backend) == ("fp32", backend)
+    least = {"fp32": tiny.SAME, "fp16": 30.0, "int8": 15.0}[precision]
+    assert min(tiny.distances(replace(case, bundle=bundle).ours(), case.theirs())) >= least
+
+
+@pytest.mark.slow
 def test_without_t5(tmp_path, one_thread) -> None:
     """The pipeline has zeros in the place of its captions."""
     pipeline = make_pipeline(with_t5=False)
