@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
+from torch import nn
 
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.diffusers import CLASSES, read_process, read_transformer
-from dit_export.checkpoints.families import class_name, read_family
+from dit_export.checkpoints.families import caption_tokens, class_name, read_family
 from dit_export.checkpoints.files import sha256
 from dit_export.checkpoints.hub import locate
 from dit_export.checkpoints.labels import pipeline_labels, read_labels
@@ -21,7 +21,9 @@ from dit_export.checkpoints.vae import read_vae
 from dit_export.networks import Network
 from dit_export.networks import spec as specs
 from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.families.family import Family
 from dit_export.networks.spec import ModelSpec
+from dit_export.networks.text import PromptEncoder
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import count_classes
@@ -43,10 +45,11 @@ class Loaded:
     """Hold what a build starts from."""
 
     network: Network
-    vae: AutoencoderKL | None
+    vae: Any  # one of CODECS' classes, or None
     labels: tuple[str, ...]  # by id; () where unknown
     process: Process
     source: dict[str, Any]  # provenance, JSON-able
+    text: PromptEncoder | None = None  # None: conditions are arrays
 
 
 def load(recipe: Recipe) -> Loaded:
@@ -56,12 +59,13 @@ def load(recipe: Recipe) -> Loaded:
     if recipe.synthetic is not None:
         return load_synthetic(recipe)
     checkpoint = recipe.checkpoint or public_checkpoint(recipe)
-    parts = ("", "transformer/") if recipe.latents_only or recipe.vae else ("", "transformer/", "vae/")
-    path = locate(checkpoint, parts, OTHERWISE)
+    parts = ["", "transformer/"] + ([] if recipe.latents_only or recipe.vae else ["vae/"])
+    parts += [] if recipe.without_text_encoders else ["text_encoder*/", "tokenizer*/"]
+    path = locate(checkpoint, tuple(parts), OTHERWISE)
     source = named(checkpoint, path)
     loaded, files = load_file(path, recipe) if path.is_file() else load_folder(path, recipe)
     agree(loaded.network, recipe, checkpoint)
-    source |= {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
+    source |= loaded.source | {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
     vae, vae_source = load_vae(recipe, path, loaded.network)
     return replace(loaded, vae=vae, source=source | vae_source)
 
@@ -77,8 +81,10 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     """Read a folder that diffusers wrote; the VAE and the source are still to be filled in."""
     folder = transformer_folder(path)
     if class_name(folder) not in CLASSES:
-        network, files, family = read_family(folder, recipe)
+        network, files, family, transformer = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
+        if family.shift_tokens is not None:
+            tokens = family.shift_tokens(network)
         process = read_process(
             path,
             network.learned_variance,
@@ -86,16 +92,32 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             family.scheduler,
             tokens=tokens,
             spacing=family.flow_spacing,
+            mu=family.mu,
         )
         if process.kind != family.process:
             what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"
             raise UsageError(f"{what}; {family.name} is trained for a {family.process} process")
-        return Loaded(network, None, read_names(recipe, network), process, {}), files
+        process = replace(process, sampler=replace(process.sampler, steps=family.steps(network.model)))
+        loaded = Loaded(network, None, read_names(recipe, network), process, {})
+        return with_text(loaded, path, family, transformer, recipe), files
     model, files = read_transformer(folder, recipe.resolution)
     process = read_process(path, model.spec.learned_variance, recipe.prediction)
     loaded = class_conditional(model, process, recipe)
     labels = loaded.labels or pipeline_labels(path, model.spec.num_classes)
     return replace(loaded, labels=labels), files
+
+
+def with_text(loaded: Loaded, path: Path, family: Family, transformer: nn.Module, recipe: Recipe) -> Loaded:
+    """Add a pipeline's text encoders, where it has some and the recipe wants them."""
+    if family.text is None or recipe.without_text_encoders or not (path / "model_index.json").is_file():
+        return loaded
+    from dit_export.checkpoints.text import parts, read_text  # transformers takes a second to import
+
+    if not parts(path):
+        return loaded
+    tokens = recipe.caption_tokens or caption_tokens(path, family)
+    text, files = read_text(path, family.text, transformer, tokens)
+    return replace(loaded, text=text, source={"text": files})
 
 
 def class_conditional(model: DiT, process: Process, recipe: Recipe) -> Loaded:
@@ -156,7 +178,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     return replace(loaded, vae=vae, source=source)
 
 
-def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[AutoencoderKL | None, dict[str, Any]]:
+def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[Any, dict[str, Any]]:
     """Load the recipe's VAE, or the checkpoint's own, and say where it came from."""
     if recipe.latents_only:
         return None, {}
@@ -169,7 +191,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple
         path, source = checkpoint / "vae", {}
     else:
         raise UsageError(f"{checkpoint}: holds no VAE: pass --vae PATH or HUB-ID, or --latents-only")
-    vae, files = read_vae(path, network.state.shape[0])
+    vae, files = read_vae(path, network.state.shape[0], network.pixels)
     return vae, {"vae": source | {"sha256": sha256(files)}}
 
 
@@ -203,6 +225,8 @@ def agree(network: Network, recipe: Recipe, where: str) -> None:
         specs.model(recipe.model)
     if recipe.caption_tokens is not None and all(port.name != "captions" for port in network.conditions):
         raise UsageError(f"{where}: caption-tokens {recipe.caption_tokens}, but the network has no captions")
+    if recipe.frames is not None and "frames" not in network.model:
+        raise UsageError(f"{where}: frames {recipe.frames}, but the network draws no videos")
     for field in ("model", "conditioning", "heads"):
         asked, value = getattr(recipe, field), network.model.get("name" if field == "model" else field)
         if asked is not None and asked != value:

@@ -7,12 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
-from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
-from dit_export.checkpoints.diffusers import CLASSES, read_config
-from dit_export.checkpoints.files import Renamed, check, find_weights, first_line, open_weights, read_json
+from dit_export.checkpoints.diffusers import CLASSES, build_module, read_config
+from dit_export.checkpoints.files import Renamed, check, find_weights, open_weights, read_json
 from dit_export.networks import Network
 from dit_export.networks.families import FAMILIES, family_network
 from dit_export.networks.families.family import Family
@@ -26,45 +24,59 @@ def class_name(folder: Path) -> Any:
     return config.get("_class_name") if isinstance(config, dict) else None
 
 
-def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Family]:
+def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Family, nn.Module]:
     """Read the transformer in `folder` as a Network, for images of the recipe's resolution."""
     config = read_config(folder, *CLASSES, *FAMILIES)
     family, files, where = FAMILIES[config["_class_name"]], find_weights(folder), str(folder / "config.json")
-    transformer, weights = make_module(family.name, config, where), open_weights(files)
+    transformer, weights = build_module(family.name, config, where), open_weights(files)
     check(weights, {key: tuple(tensor.shape) for key, tensor in transformer.state_dict().items()}, where)
-    buffers = dict(transformer.named_buffers())
-    transformer.load_state_dict({key: weights[key].float() for key in buffers.keys() & weights.keys()}, strict=False)
-    size = latent_size(recipe.resolution) if recipe.resolution else None
+    names = parameter_names(transformer)
+    buffers = weights.keys() - names.values()
+    transformer.load_state_dict({key: weights[key].float() for key in buffers}, strict=False)
+    size = state_size(recipe, family)
     tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
         network = family_network(transformer, size, tokens)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    return streamed(network, transformer, weights), files, family
+    network = streamed(network, weights, names)
+    if read_index(folder.parent).get(family.distilled):
+        network = replace(network, guidance=1.0, model={**network.model, family.distilled: True})
+    return network, files, family, transformer
 
 
-def make_module(name: str, config: Mapping[str, Any], where: str) -> nn.Module:
-    """Build diffusers' own module, with parameters that nothing has written yet and that so take no memory."""
-    fields = {key: value for key, value in config.items() if not key.startswith("_")}
-    try:
-        with no_init_weights():
-            module: nn.Module = getattr(diffusers, name)(**fields)
-    except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
-        raise UsageError(f"{where}: {name} refuses it: {first_line(error)}") from None
-    return module
+def state_size(recipe: Recipe, family: Family) -> tuple[int, ...] | None:
+    """Return (H, W) of the latents, of videos (F, H, W); None where the recipe leaves both to the family."""
+    sides = latent_size(recipe.resolution, family.pixels) if recipe.resolution else None
+    if family.video is None:
+        return sides
+    if recipe.frames is not None and (recipe.frames < 1 or (recipe.frames - 1) % family.frames):
+        near = f"{family.frames + 1} or {2 * family.frames + 1}"
+        raise UsageError(f"frames {recipe.frames}; expected 1, or a multiple of {family.frames} more, such as {near}")
+    times = family.video[0] if recipe.frames is None else (recipe.frames - 1) // family.frames + 1
+    return times, *(sides or family.video[1:])
 
 
-def streamed(network: Network, transformer: nn.Module, weights: Mapping[str, Tensor]) -> Network:
-    """Let the network read the transformer's weights part by part, whenever it runs or its graph is written."""
-    names = {parameter: name for name, parameter in transformer.named_parameters(remove_duplicate=False)}
+def parameter_names(transformer: nn.Module) -> dict[nn.Parameter, str]:
+    """Return what a checkpoint calls the parameters, which a family may hold under other names."""
+    return {parameter: name for name, parameter in transformer.named_parameters(remove_duplicate=False)}
+
+
+def streamed(network: Network, weights: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]) -> Network:
+    """Let the network read weights, by their names in the checkpoint, whenever a part runs or its graph is written."""
     inside = network.module.named_parameters(remove_duplicate=False)
     paths = {path: names[parameter] for path, parameter in inside if parameter in names}
-    stream(transformer, weights)
-    return replace(network, weights=Renamed(weights, paths))
+    renamed = Renamed(weights, paths)
+    stream(network.module, renamed)
+    return replace(network, weights=renamed)
 
 
 def caption_tokens(pipeline: Path, family: Family) -> int:
     """Return how many tokens a caption has in the pipeline around a transformer."""
+    return family.tokens.get(str(read_index(pipeline).get("_class_name")), family.default_tokens)
+
+
+def read_index(pipeline: Path) -> dict[str, Any]:
+    """Return the config of a pipeline; {} where the folder is none."""
     index = pipeline / "model_index.json"
-    name = read_json(index).get("_class_name") if index.is_file() else None
-    return family.tokens.get(str(name), family.default_tokens)
+    return read_json(index) if index.is_file() else {}

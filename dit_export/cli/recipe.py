@@ -21,6 +21,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if text.isdecimal() else text,
         help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise",
     )
+    parser.add_argument("--frames", type=int, metavar="N", help="of a video; default: as the checkpoint's pipeline")
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
     parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
     parser.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")
@@ -39,7 +40,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npz",
         help="to calibrate int8 with: arrays by port name, and negative.NAME; of more than 20 rows, 20 spread evenly",
     )
-    parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", fc2, "decoder up"')
+    parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: blocks.3, fc2, "decoder up"')
     parser.add_argument(
         "--strict", action="store_true", default=None, help="int8, fp8: fail where a gate needs other layers in float"
     )
@@ -50,6 +51,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="random weights")
     parser.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
+    parser.add_argument(
+        "--without-text-encoders", action="store_true", default=None, help="for prompt embeddings, not prompts"
+    )
     parser.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")
     parser.add_argument("-o", "--output", metavar="DIR", help="default: a folder in engines/build")
     parser.add_argument("--json", action="store_true", help="the checks, for machines, on standard output")

@@ -11,18 +11,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def stream(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Replace the parameters by fakes, which have a shape and a type, and read `weights` by name where a part runs.
+    """Replace the parameters of parts without parts by fakes, and read their `weights` by name where they run.
 
-    So a module of any size is traced and run in the memory of its largest part. A part that reads the parameters of
-    another one gets fakes, and its result has no values.
+    A fake has a shape and a type. So a module of any size is traced and run in the memory of its largest part. The few
+    tables of larger parts are read at once. A part that reads a fake of another one gives a result without values.
     """
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     for path, part in module.named_modules():
-        names = {key: f"{path}.{key}".lstrip(".") for key, value in part._parameters.items() if value is not None}
-        if names:
-            for key in names:
-                part._parameters[key] = _frozen(fakes.from_tensor(part._parameters[key]))
+        names = {key: f"{path}.{key}".lstrip(".") for key in part._parameters}
+        names = {key: name for key, name in names.items() if name in weights}
+        if names and not any(part.children()):
+            part._parameters.update({key: _frozen(fakes.from_tensor(part._parameters[key])) for key in names})
             _Streamed(part, names, weights)
+        else:
+            part._parameters.update({key: _read(weights, name) for key, name in names.items()})
 
 
 class _Streamed:
@@ -36,10 +38,14 @@ class _Streamed:
 
     def _read(self, part: nn.Module, _: Any) -> None:
         if not torch.compiler.is_exporting():
-            part._parameters.update({key: _frozen(self._weights[name].float()) for key, name in self._names.items()})
+            part._parameters.update({key: _read(self._weights, name) for key, name in self._names.items()})
 
     def _drop(self, part: nn.Module, *_: Any) -> None:
         part._parameters.update(self._fakes)
+
+
+def _read(weights: Mapping[str, Tensor], name: str) -> nn.Parameter:
+    return _frozen(weights[name].float().contiguous())
 
 
 def _frozen(value: Any) -> nn.Parameter:

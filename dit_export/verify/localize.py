@@ -99,7 +99,7 @@ class PyTorchSide:
         inputs = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
         stream = self._oracle(self._taps, **{name: torch.from_numpy(rows) for name, rows in inputs.items()})
         answer = evaluate(network, question.state, times, question.condition, question.null)
-        prediction = guide(answer.conditional, answer.null, question.guidance, network.guided_channels)
+        prediction = guide(network, answer.conditional, answer.null, question.guidance)
         return Answer({name: rows.numpy() for name, rows in stream.items()}, prediction)
 
 
@@ -155,7 +155,8 @@ def locate(
 ) -> Located:
     """Compare at one step of the reference run (from 0); `asked` is compared before the loop."""
     rows, traces = len(reference.guidance), traced.read(pipe.folder, pipe.manifest)
-    null = {name: np.repeat(values, rows, axis=0) for name, values in (reference.negative or {}).items()}
+    away = (reference.negative or {}) if pipe.manifest.mixes_guidance else {}
+    null = {name: np.repeat(values, rows, axis=0) for name, values in away.items()}
     t = float(reference.timesteps[step])
     question = Question(reference.latents[step], t, reference.condition, null, reference.guidance)
     with ExitStack() as stack:

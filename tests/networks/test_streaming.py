@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dit_export.checkpoints.families import streamed
+from dit_export.checkpoints.families import parameter_names, streamed
 from dit_export.checkpoints.files import Weights, open_weights
 from dit_export.graph import onnxfile, trace
 from dit_export.graph.oracle import Oracle
@@ -49,6 +49,11 @@ class Watched(Mapping[str, Tensor]):
         return len(self._weights)
 
 
+def streamed_of(transformer: nn.Module, weights: Mapping[str, Tensor]) -> Network:
+    names = parameter_names(transformer)
+    return streamed(network_of(transformer), weights, names)
+
+
 def network_of(transformer: nn.Module) -> Network:
     return family_network(transformer, tokens=tiny.TOKENS)
 
@@ -59,18 +64,18 @@ def pair(request, tmp_path) -> tuple[Network, Network, Watched]:
     transformer = CASES[request.param]()
     save_file(transformer.state_dict(), tmp_path / "weights.safetensors")
     watched = Watched(Weights([tmp_path / "weights.safetensors"]))
-    own = CASES[request.param]()
-    return network_of(transformer), streamed(network_of(own), own, watched), watched
+    return network_of(transformer), streamed_of(CASES[request.param](), watched), watched
 
 
 def test_the_same_answers(pair) -> None:
     plain, network, watched = pair
-    values = tiny.inputs(plain, 2)
+    values, tables = tiny.inputs(plain, 2), watched.bytes
     expected = tiny.run(plain, values)
     assert torch.equal(tiny.run(network, values), expected)
     parts = [sum(p.nbytes for p in part.parameters(recurse=False)) for part in plain.module.modules()]
-    assert watched.peak <= 1.1 * max(parts) < sum(parts) / 4 and watched.bytes == 0
-    assert all(isinstance(parameter, FakeTensor) for parameter in network.module.parameters())
+    assert watched.peak <= 1.1 * max(parts) < sum(parts) / 4 and watched.bytes == tables < sum(parts) / 50
+    linears = [part for part in network.module.modules() if isinstance(part, nn.Linear)]
+    assert len(linears) > 12 and all(isinstance(linear.weight, FakeTensor) for linear in linears)
 
     stream(network.module, {name: 1.01 * value for name, value in plain.module.state_dict().items()})
     assert not torch.allclose(tiny.run(network, values), expected, rtol=1e-3)
@@ -83,7 +88,7 @@ def test_the_same_graph(pair, tmp_path) -> None:
     watched.peak = 0
     program.save(tmp_path / "streamed.onnx", external_data=True)
     largest = max(parameter.nbytes for parameter in plain.module.parameters())
-    assert watched.peak <= 2 * largest and watched.bytes == 0
+    assert watched.peak <= 1.2 * largest
 
     expected, got = (onnxfile.load(tmp_path / f"{name}.onnx") for name in ("plain", "streamed"))
     assert [(node.op, node.attrs) for node in got.nodes] == [(node.op, node.attrs) for node in expected.nodes]
@@ -102,7 +107,7 @@ def test_the_same_graph(pair, tmp_path) -> None:
     oracle = Oracle(program.exported_program, network.weights)
     answer = oracle(["prediction"], **values)["prediction"]
     assert torch.allclose(answer, tiny.run(plain, values), rtol=1e-4, atol=1e-5)
-    assert watched.bytes == 0
+    assert watched.peak <= 1.2 * largest
 
 
 def test_half_precision_is_cast_when_it_is_read(tmp_path) -> None:
@@ -113,7 +118,7 @@ def test_half_precision_is_cast_when_it_is_read(tmp_path) -> None:
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     transformer.load_state_dict({name: value.float() for name, value in state.items()})
     own = tiny.sd3()
-    plain, network = network_of(transformer), streamed(network_of(own), own, weights)
+    plain, network = network_of(transformer), streamed_of(own, weights)
     values = tiny.inputs(plain, 2)
     with torch.no_grad():
         own.pos_embed.pos_embed.copy_(transformer.pos_embed.pos_embed)  # buffers are the reader's

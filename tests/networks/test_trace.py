@@ -11,10 +11,12 @@ from dit_export.graph.oracle import Oracle
 from dit_export.networks.families import family_network
 from dit_export.passes import fuse, require
 from dit_export.passes.attention import plain_attention
+from dit_export.passes.stages import split_stages
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from tests.networks import tiny
 from tests.networks.conftest import NETWORKS
+from tests.rules import traced_rule
 
 TOLERANCE = 1e-5  # fp32 sums in another order; measured 6e-7
 
@@ -92,6 +94,27 @@ def test_weights_keep_their_names(traced, name) -> None:
     assert biases <= constants
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_stages_together_are_the_whole(traced, tmp_path, name) -> None:
+    """What leaves the loop is computed as in the plain graph, so every bit is the same."""
+    network, _, path, span = traced(name)
+    values = tiny.inputs(network, 3, seed=3, span=span)
+    whole = run(onnxfile.load(path), tmp_path / "whole.onnx", values)["prediction"]
+    stages, denoiser, _ = split_stages(onnxfile.load(path), network.ports)
+
+    def stepped(change: str = "") -> np.ndarray:
+        known = dict(values)
+        for number, graph in enumerate([*(stage.graph for stage in stages), denoiser]):
+            reads = {tensor.name: known[tensor.name] for tensor in graph.inputs}
+            given = run(graph.copy(), tmp_path / f"{number}.onnx", reads)
+            known |= {key: torch.from_numpy(-part if key == change else part) for key, part in given.items()}
+        return known["prediction"].numpy()
+
+    np.testing.assert_array_equal(stepped(), whole)
+    for pack in {tensor.name for tensor in denoiser.inputs} - {port.name for port in network.ports}:
+        assert distance(stepped(pack), torch.from_numpy(whole)) > 1e-3, pack
+
+
 def test_a_decoder_reads_the_state(tmp_path) -> None:
     class Loud(torch.nn.Module):
         def forward(self, latents: torch.Tensor) -> torch.Tensor:
@@ -107,7 +130,7 @@ def test_a_decoder_reads_the_state(tmp_path) -> None:
 def test_passes_fire_as_predicted(traced, name) -> None:
     """An exporter whose graphs look otherwise fails here, and stops a build."""
     network, _, path, _ = traced(name)
-    fused = fuse(onnxfile.load(path), network.ports, network.guided_channels)
+    fused = fuse(onnxfile.load(path), network.ports, traced_rule(network))
     counts = fused.counts | {"plain_attention": plain_attention(fused.denoiser)}
     assert {"share_rows", "guide", "plain_attention"} <= network.counts.keys()
     require(counts, network.counts, fused.misses)
@@ -120,5 +143,5 @@ def test_passes_fire_as_predicted(traced, name) -> None:
 def test_predictions_follow_the_depth(tmp_path, make) -> None:
     network = family_network(make(), tokens=tiny.TOKENS)
     trace.trace_network(network).save(tmp_path / "network.onnx", external_data=True)
-    fused = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports)
+    fused = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports, traced_rule(network))
     require(fused.counts | {"plain_attention": plain_attention(fused.denoiser)}, network.counts, fused.misses)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from dit_export.checkpoints.families import make_module
+from dit_export.checkpoints.diffusers import build_module
 from dit_export.networks import Network
 from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.families import family_network
@@ -16,7 +16,7 @@ from tests.weightless import on_meta, without_weights
 
 def family(name: str, size: tuple[int, int], tokens: int | None = None, **config: Any) -> Network:
     """Return a class of diffusers; fields that `config` leaves out have the class's defaults."""
-    return without_weights(family_network(make_module(name, config, name), size, tokens))
+    return without_weights(family_network(build_module(name, config, name), size, tokens))
 
 
 def dit(name: str) -> Network:

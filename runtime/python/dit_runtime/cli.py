@@ -19,10 +19,9 @@ from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_u
 from dit_runtime.bundle.summary import summary
 from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
-from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.process import SOLVERS, SPACINGS
+from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +60,7 @@ def _parser() -> Parser:
     parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    sample = commands.add_parser("sample", help="pictures from class names or numbers, or from arrays")
+    sample = commands.add_parser("sample", help="pictures from prompts, class names or numbers, or from arrays")
     add_bundle(sample)
     sample.add_argument("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one a picture")
     sample.add_argument(
@@ -71,19 +70,26 @@ def _parser() -> Parser:
         metavar="NAME=FILE.npy",
         help="arrays by port, rows first, a picture a row; or one FILE.npz of them",
     )
-    sample.add_argument("--negative", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance, as above")
-    sample.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    sample.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
+    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
+    sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
+    sample.add_argument("--steps", type=int, help="default: the bundle's")
     sample.add_argument(
-        "--guidance", "--cfg-scale", type=float, nargs="+", default=[DEFAULT_GUIDANCE], help="one, or one a picture"
+        "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
     )
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
-    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(SPACINGS)}; default: the bundle's")
+    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))}")
     sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
     sample.add_argument(
-        "-o", "--output", type=Path, default=Path("sample.png"), help=".png (a grid), .npz or .npy (latents)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("sample.png"),
+        help=".png (a grid), .npz, .npy (latents), .mp4 of videos, or a folder for a .png of each image or frame",
     )
+    sample.add_argument("--fps", type=int, default=25, help="frames a second of .mp4")
     sample.set_defaults(command=_sample)
 
     info = commands.add_parser("info", help="what a bundle holds, and which backends are here")
@@ -104,7 +110,7 @@ def _parser() -> Parser:
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
     timing.add_argument("--batch", type=int, default=1)
-    timing.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    timing.add_argument("--steps", type=int, help="default: the bundle's")
     timing.add_argument("--rounds", type=int, default=7)
     timing.set_defaults(command=_bench)
     return parser
@@ -155,22 +161,29 @@ def _sample(options: argparse.Namespace) -> int:
         ".png": _write_png,
         ".npz": images.write_npz,
         ".npy": np.save,
+        ".mp4": lambda path, videos: images.write_mp4(path, videos, options.fps),
+        "": images.write_folder,
     }
     if options.output.suffix not in writers:
-        raise UsageError(f"output {options.output}: expected a name that ends in {', '.join(writers)}")
+        known = ", ".join(filter(None, writers))
+        raise UsageError(f"output {options.output}: expected a name that ends in {known}, or a folder for PNGs")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
     latents = _read_array(options.latents) if options.latents else None
     condition = read_condition(options.condition, "--condition")
-    negative = read_condition(options.negative, "--negative")
+    negative = read_condition(options.negative_condition, "--negative-condition")
     progress = Progress()
     with _load_bundle(options) as pipe:
+        if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
+            raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
         result = pipe.sample(
             options.labels,
             condition=condition,
             negative=negative,
+            prompt=options.prompt,
+            negative_prompt=options.negative,
             steps=options.steps,
-            guidance=options.guidance if len(options.guidance) > 1 else options.guidance[0],
+            guidance=options.guidance[0] if options.guidance and len(options.guidance) == 1 else options.guidance,
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
             solver=options.solver,
             eta=options.eta,
