@@ -25,6 +25,21 @@ from tests.networks import tiny
 CASES = {"pixart": lambda: tiny.pixart(), "sd3": lambda: tiny.sd3(**tiny.SD3_5)}
 
 
+FAMILIES = {  # and sizes of latents
+    "auraflow": (tiny.auraflow, (8, 12)),
+    "chroma": (tiny.chroma, (8, 12)),
+    "flux": (tiny.flux, (8, 12)),
+    "flux2": (tiny.flux2, (8, 12)),
+    "ltx": (tiny.ltx, (2, 4, 6)),
+    "lumina2": (tiny.lumina2, (8, 12)),
+    "pixart": (tiny.pixart, (8, 12)),
+    "qwenimage": (tiny.qwen_image, (8, 12)),
+    "sana": (tiny.sana, (8, 12)),
+    "sd3": (tiny.sd3, (8, 12)),
+    "zimage": (tiny.z_image, (8, 12)),
+}
+
+
 class Watched(Mapping[str, Tensor]):
     """Weights that count the bytes of those that are in use."""
 
@@ -108,6 +123,18 @@ def test_the_same_graph(pair, tmp_path) -> None:
     answer = oracle(["prediction"], **values)["prediction"]
     assert torch.allclose(answer, tiny.run(plain, values), rtol=1e-4, atol=1e-5)
     assert watched.peak <= 1.2 * largest
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(name) -> None:
+    """No family reads a parameter that belongs to a part which does not run."""
+    make, size = FAMILIES[name]
+    transformer, own = make(), make()
+    weights, names = transformer.state_dict(), parameter_names(own)
+    plain = family_network(transformer, size, 32)
+    network = streamed(family_network(own, size, 32), weights, names)
+    values = tiny.inputs(plain, 2)
+    assert torch.equal(tiny.run(network, values), tiny.run(plain, values))
 
 
 def test_half_precision_is_cast_when_it_is_read(tmp_path) -> None:

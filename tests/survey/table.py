@@ -65,7 +65,7 @@ class Row:
 def survey(network: Network) -> Row:
     """Trace a network without weights and cut it."""
     with tempfile.TemporaryDirectory() as folder:
-        fused = fuse(plain_graph(network, Path(folder)), network.ports, network.guided_channels)
+        fused = fuse(plain_graph(network, Path(folder)), network.ports)
     timed = [stage for stage in fused.stages if stage.runs != "condition"]
     early = [stage for stage in fused.stages if stage.runs == "condition"]
     read = {tensor.name for tensor in fused.denoiser.inputs}
