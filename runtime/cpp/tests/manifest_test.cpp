@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "bundle.hpp"
+#include "changes.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 
@@ -85,22 +86,6 @@ TEST_F(ManifestTest, UnknownKeys) {
     copy.restore();
     copy.edit([](Json& table) { table["process"]["sampler"]["clip"] = true; });
     refused({"sampler", "unknown key 'clip'"});
-}
-
-// The manifest of a bundle with a change, as far as its text goes.
-Manifest changed_manifest(const char* bundle, const std::function<void(Json&)>& change) {
-    Json table = Json::parse(std::ifstream(std::string(bundle) + "/manifest.json"));
-    change(table);
-    return parse(table.dump(), "changed");
-}
-
-void refused_change(const char* bundle, const std::string& words, const std::function<void(Json&)>& change) {
-    try {
-        changed_manifest(bundle, change);
-        ADD_FAILURE() << "not refused: " << words;
-    } catch (const BundleError& error) {
-        EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
-    }
 }
 
 TEST(Ports, OfEachKind) {
