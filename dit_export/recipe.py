@@ -52,6 +52,7 @@ class Recipe(Tuning):
     judge: str | None = None  # an ONNX network that looks at pictures; FILE.npz beside it: mu and sigma of real ones
     synthetic: int | None = None
     latents_only: bool = False
+    without_text_encoders: bool = False  # conditions are prompt embeddings
     max_batch: int = 8
     output: str | None = None
 

@@ -209,10 +209,10 @@ def test_hoist_splits_a_model_from_elsewhere(tmp_path: Path, capsys: Capture) ->
     ("ports", "null", "options"),
     [
         ([LABELS], {"labels": 12}, "--labels 3 9"),
-        ([LABELS], {}, "--labels 3 9 --negative NEGATIVE.npz"),
-        ([LABELS, STYLE], {"labels": 12}, "--labels 3 9 --condition CONDITION.npz --negative NEGATIVE.npz"),
+        ([LABELS], {}, "--labels 3 9 --negative-condition NEGATIVE.npz"),
+        ([LABELS, STYLE], {"labels": 12}, "--labels 3 9 --condition CONDITION.npz --negative-condition NEGATIVE.npz"),
         ([LABELS, STYLE], {"labels": 12, "style": 0.0}, "--labels 3 9 --condition CONDITION.npz"),
-        ([STYLE], {}, "--condition CONDITION.npz --negative NEGATIVE.npz"),
+        ([STYLE], {}, "--condition CONDITION.npz --negative-condition NEGATIVE.npz"),
         ([], {}, ""),
     ],
 )

@@ -172,7 +172,7 @@ def test_embeddings_from_files(pixart, tmp_path, capsys) -> None:
         np.save(tmp_path / f"{name}.npy", rows)
         pairs.append(f"{name}={tmp_path / name}.npy")
     out = tmp_path / "latents.npy"
-    options = ["--condition", *pairs, "--negative", str(tmp_path / "negative.npz"), "--steps", "2"]
+    options = ["--condition", *pairs, "--negative-condition", str(tmp_path / "negative.npz"), "--steps", "2"]
     assert run(["sample", str(bundle), *options, "-o", str(out)]) == 0
     with Pipeline.load(bundle) as pipe:
         expected = pipe.sample(condition=own, negative=negative, steps=2, output="latents")

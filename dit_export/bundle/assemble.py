@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from dit_export.bundle.describe import Written, describe
+from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded
-from dit_export.graph import DECODER, NETWORK, onnxfile, trace
-from dit_export.graph.oracle import Oracle
+from dit_export.graph import DECODER, NETWORK, PROMPT, RULE, onnxfile
 from dit_export.networks.codec import Decoder
 from dit_export.passes import LOWERINGS, fuse, require
 from dit_export.passes.dependence import Miss
@@ -57,19 +57,6 @@ class Inputs(NamedTuple):
 
 
 NO_INPUTS = Inputs()
-
-
-def trace_graphs(folder: Path, loaded: Loaded, decoder: Decoder | None, progress: Progress) -> Oracle:
-    """Write the plain exports of the network and its decoder; return PyTorch's values of the network's tensors."""
-    folder.mkdir()
-    with progress.stage("trace: network to ONNX"):
-        program = trace.trace_network(loaded.network)
-        program.save(folder / NETWORK, external_data=True)
-    if decoder is not None:
-        with progress.stage("trace: decoder to ONNX"):
-            trace.export_decoder(decoder, loaded.network.state).save(folder / DECODER, external_data=True)
-    assert program.exported_program is not None
-    return Oracle(program.exported_program)
 
 
 @dataclass
@@ -134,7 +121,8 @@ class Assembly:
 
     def fuse(self) -> None:
         network = self.loaded.network
-        fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, network.guided_channels)
+        rule = onnxfile.load(self.traced / RULE) if network.mixes_guidance else None
+        fused = fuse(onnxfile.load(self.traced / NETWORK), network.ports, rule)
         self.misses, self.cut = fused.misses, fused.cut.summary()
         require(fused.counts, network.counts, self.misses)
         for stage in fused.stages:
@@ -150,9 +138,9 @@ class Assembly:
             onnxfile.name_rows(decoder, "batch")
             self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
 
-    def _save(self, name: str) -> None:
+    def _save(self, name: str, graph: gs.Graph) -> None:
         """Write a graph in its present form; it is two files, with weights or without."""
-        files = onnxfile.save(self.graphs[name], self.folder / f"{name}.onnx")
+        files = onnxfile.save(graph, self.folder / f"{name}.onnx")
         if len(files) == 1:
             (self.folder / onnxfile.data_name(files[0])).touch()
 
@@ -216,8 +204,8 @@ class Assembly:
 
     def _write_fp32(self) -> None:
         """Write the fused graphs and a manifest without checksums, which nothing but the next steps reads."""
-        for name in self.graphs:
-            self._save(name)
+        for name, graph in self.graphs.items():
+            self._save(name, graph)
         written = {name: Written("fp32") for name in self.graphs}
         recipe = Recipe(backend=PORTABLE_BACKEND, max_batch=self.recipe.max_batch)
         contract = describe(self.loaded, recipe, PORTABLE_BACKEND, self.graphs, self.runs, written)
@@ -274,14 +262,25 @@ class Assembly:
 
     def write(self) -> None:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""
-        written = {}
-        for name, graph in self.graphs.items():
-            lowerings = {"step": self.lowerings, "end": self.decoder_lowerings}
+        written, graphs = {}, self._prompt() | self.graphs
+        for name, graph in graphs.items():
+            lowerings = {"prompt": LOWERINGS, "step": self.lowerings, "end": self.decoder_lowerings}
             written[name] = self._write(name, graph, lowerings.get(self.runs[name], {}))
-        contract = describe(self.loaded, self.recipe, self.backend, self.graphs, self.runs, written)
+        contract = describe(self.loaded, self.recipe, self.backend, graphs, self.runs, written)
         facts = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
         facts |= {"convolutions": self.convolutions._asdict()} if self.convolutions else {}
         self.contract = replace(contract, built_with={**contract.built_with, **facts})
+
+    def _prompt(self) -> dict[str, gs.Graph]:
+        """Return the graph of the text encoders, which no step before needs, and write their tokenizers."""
+        if self.loaded.text is None:
+            return {}
+        for file, content in self.loaded.text.tokenizers.items():
+            (self.folder / file).write_text(content, encoding="utf-8")
+        graph = onnxfile.load(self.traced / PROMPT)
+        onnxfile.name_rows(graph, "rows")
+        self.runs["prompt"] = "prompt"
+        return {"prompt": graph}
 
     def _write(self, name: str, graph: gs.Graph, lowerings: Lowerings) -> Written:
         precision, counts = self.precision_of(name), self.counts.setdefault(name, {})
@@ -290,7 +289,7 @@ class Assembly:
         islands = fp32_products(graph, overflows) if half else []
         if half:
             counts["cast_to_half"] = cast_to_half(graph, half, overflows)
-        self._save(name)
+        self._save(name, graph)
         engines = {}
         for form, passes in lowerings.items():
             backend, provider = PROVIDER_FORMS.get(form, (form, None))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import onnx
 
-from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
+from dit_export.bundle.assemble import Assembly, Inputs
+from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import Decoder
@@ -289,6 +290,7 @@ def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
     A typed bundle has its fp32 form and its engine as well.
     """
     modules = [loaded.network.module] + ([loaded.vae.decoder] if loaded.vae is not None else [])
+    modules += [loaded.text.module] if loaded.text is not None else []
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     needed, free = copies * weights + (64 << 20), shutil.disk_usage(partial).free
     if free < needed:

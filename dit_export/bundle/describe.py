@@ -17,7 +17,7 @@ from dit_runtime.bundle.manifest import Guidance, Manifest, Stage
 
 # Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the decoder's activations for 512 px are
 # hundreds of MB, and a batch gains it nothing on a CPU.
-ROWS = {"condition": 8, "time": 64, "time+condition": 64, "end": 2}
+ROWS = {"prompt": 8, "condition": 8, "time": 64, "time+condition": 64, "end": 2}
 TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
 
 
@@ -70,10 +70,14 @@ def describe(
         null=network.null,
         labels=loaded.labels,
         guidance=Guidance(
-            channels=network.guided_channels or network.state.shape[0], unguided_up_to_one=network.unguided_up_to_one
+            channels=network.guided_channels or network.state.shape[0],
+            unguided_up_to_one=network.unguided_up_to_one,
+            default=network.guidance,
+            port=network.guidance_port,
         ),
         process=loaded.process,
         stages=tuple(stages),
+        prompts=loaded.text.prompts if loaded.text is not None and "prompt" in runs.values() else (),
         source={**loaded.source, "recipe": asdict(replace(recipe, timing_cache=None))},  # a file of this machine alone
         built_with=built_with | ({"wide": overflows} if overflows else {}),
     )

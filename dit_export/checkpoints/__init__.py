@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
+from torch import nn
 
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.diffusers import CLASSES, read_process, read_transformer
-from dit_export.checkpoints.families import class_name, read_family
+from dit_export.checkpoints.families import caption_tokens, class_name, read_family
 from dit_export.checkpoints.files import sha256
 from dit_export.checkpoints.hub import locate
 from dit_export.checkpoints.labels import pipeline_labels, read_labels
@@ -21,7 +22,9 @@ from dit_export.checkpoints.vae import read_vae
 from dit_export.networks import Network
 from dit_export.networks import spec as specs
 from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.families.family import Family
 from dit_export.networks.spec import ModelSpec
+from dit_export.networks.text import PromptEncoder
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import count_classes
@@ -47,6 +50,7 @@ class Loaded:
     labels: tuple[str, ...]  # by id; () where unknown
     process: Process
     source: dict[str, Any]  # provenance, JSON-able
+    text: PromptEncoder | None = None  # None: conditions are arrays
 
 
 def load(recipe: Recipe) -> Loaded:
@@ -56,12 +60,13 @@ def load(recipe: Recipe) -> Loaded:
     if recipe.synthetic is not None:
         return load_synthetic(recipe)
     checkpoint = recipe.checkpoint or public_checkpoint(recipe)
-    parts = ("", "transformer/") if recipe.latents_only or recipe.vae else ("", "transformer/", "vae/")
-    path = locate(checkpoint, parts, OTHERWISE)
+    parts = ["", "transformer/"] + ([] if recipe.latents_only or recipe.vae else ["vae/"])
+    parts += [] if recipe.without_text_encoders else ["text_encoder*/", "tokenizer*/"]
+    path = locate(checkpoint, tuple(parts), OTHERWISE)
     source = named(checkpoint, path)
     loaded, files = load_file(path, recipe) if path.is_file() else load_folder(path, recipe)
     agree(loaded.network, recipe, checkpoint)
-    source |= {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
+    source |= loaded.source | {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
     vae, vae_source = load_vae(recipe, path, loaded.network)
     return replace(loaded, vae=vae, source=source | vae_source)
 
@@ -77,7 +82,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     """Read a folder that diffusers wrote; the VAE and the source are still to be filled in."""
     folder = transformer_folder(path)
     if class_name(folder) not in CLASSES:
-        network, files, family = read_family(folder, recipe)
+        network, files, family, transformer = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
         process = read_process(
             path,
@@ -90,12 +95,26 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
         if process.kind != family.process:
             what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"
             raise UsageError(f"{what}; {family.name} is trained for a {family.process} process")
-        return Loaded(network, None, read_names(recipe, network), process, {}), files
+        loaded = Loaded(network, None, read_names(recipe, network), process, {})
+        return with_text(loaded, path, family, transformer, recipe), files
     model, files = read_transformer(folder, recipe.resolution)
     process = read_process(path, model.spec.learned_variance, recipe.prediction)
     loaded = class_conditional(model, process, recipe)
     labels = loaded.labels or pipeline_labels(path, model.spec.num_classes)
     return replace(loaded, labels=labels), files
+
+
+def with_text(loaded: Loaded, path: Path, family: Family, transformer: nn.Module, recipe: Recipe) -> Loaded:
+    """Add a pipeline's text encoders, where it has some and the recipe wants them."""
+    if family.text is None or recipe.without_text_encoders or not (path / "model_index.json").is_file():
+        return loaded
+    from dit_export.checkpoints.text import parts, read_text  # transformers takes a second to import
+
+    if not parts(path):
+        return loaded
+    tokens = recipe.caption_tokens or caption_tokens(path, family)
+    text, files = read_text(path, family.text, transformer, tokens)
+    return replace(loaded, text=text, source={"text": files})
 
 
 def class_conditional(model: DiT, process: Process, recipe: Recipe) -> Loaded:

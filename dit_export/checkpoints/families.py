@@ -24,7 +24,7 @@ def class_name(folder: Path) -> Any:
     return config.get("_class_name") if isinstance(config, dict) else None
 
 
-def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Family]:
+def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Family, nn.Module]:
     """Read the transformer in `folder` as a Network, for images of the recipe's resolution."""
     config = read_config(folder, *CLASSES, *FAMILIES)
     family, files = FAMILIES[config["_class_name"]], find_weights(folder)
@@ -32,7 +32,7 @@ def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Fami
     size = latent_size(recipe.resolution) if recipe.resolution else None
     tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
-        return family_network(transformer, size, tokens), files, family
+        return family_network(transformer, size, tokens), files, family, transformer
     except UsageError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
 

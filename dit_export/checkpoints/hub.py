@@ -34,8 +34,9 @@ def locate(name: str, parts: tuple[str, ...], instead: str) -> Path:
 
 def fetch(hub_id: str, parts: tuple[str, ...]) -> str:
     """The repository's folder in the user's hub cache, holding one format of the weights and no duplicates."""
-    configs = [*NAMES, *(f"{part}config.json" for part in parts)]
-    weights = [f"{part}{STEM}{end}" for part in parts for end in (".safetensors*", "-*-of-*.safetensors")]
+    configs = [*NAMES, *(f"{part}{'*' if part.startswith('tokenizer') else 'config.json'}" for part in parts)]
+    stems = {part: "model" if part.startswith("text_encoder") else STEM for part in parts}
+    weights = [f"{part}{stem}{end}" for part, stem in stems.items() for end in (".safetensors*", "-*-of-*.safetensors")]
     try:
         listing = huggingface_hub.HfApi().model_info(hub_id, timeout=TIMEOUT).siblings or []
     except Exception:
@@ -44,8 +45,9 @@ def fetch(hub_id: str, parts: tuple[str, ...]) -> str:
         except huggingface_hub.errors.LocalEntryNotFoundError:
             pass
         raise
-    for part in parts:
-        safe = (f"{part}{STEM}.safetensors", f"{part}{STEM}-*-of-*.safetensors")  # not .fp16.safetensors
+    for part, stem in stems.items():
+        safe = (f"{part}{stem}.safetensors", f"{part}{stem}-*-of-*.safetensors")  # not .fp16.safetensors
         if not any(fnmatch(file.rfilename, pattern) for file in listing for pattern in safe):
-            weights += [f"{part}{STEM}{end}" for end in (".bin*", "-*-of-*.bin")]
+            stem = f"pytorch_{stem}" if stem == "model" else stem
+            weights += [f"{part}{stem}{end}" for end in (".bin*", "-*-of-*.bin")]
     return huggingface_hub.snapshot_download(hub_id, allow_patterns=configs + weights, etag_timeout=TIMEOUT)

@@ -61,10 +61,14 @@ def sample_command(folder: Path, contract: Manifest) -> str:
     parts = [dit_run(), "sample", str(folder)]
     if contract.classes:
         parts.append(f"--labels {contract.classes // 4} {3 * contract.classes // 4}")
-    if any(not (contract.classes and port.name == LABELS) for port in contract.conditions):
+    if contract.prompts:
+        parts.append('--prompt "a photo of a cat"')
+    named = {contract.guidance.port, LABELS if contract.classes else ""}
+    arrays = [port.name for port in contract.ports_beside_prompts if port.name not in named]
+    if arrays:
         parts.append("--condition CONDITION.npz")
-    if contract.without_null and contract.mixes_guidance:
-        parts.append("--negative NEGATIVE.npz")
+    if contract.mixes_guidance and {*arrays, LABELS} & {*contract.without_null}:
+        parts.append("--negative-condition NEGATIVE.npz")
     return " ".join(parts + ([] if contract.end else ["-o latents.npy"]))
 
 

@@ -1,3 +1,4 @@
 """ONNX graphs: traced from PyTorch, read, written and described."""
 
-NETWORK, DECODER = "network.onnx", "decoder.onnx"  # files of the plain exports
+# Files of the plain exports.
+NETWORK, RULE, DECODER, PROMPT = "network.onnx", "rule.onnx", "decoder.onnx", "prompt.onnx"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
-from dit_export.networks import Network
+from dit_export.networks import Network, rules
+from dit_export.networks.text import PromptEncoder
 from dit_runtime.bundle.manifest import Port
 
 OPSET = 23  # the first with Attention, so that a backend's passes choose its form
@@ -58,12 +59,31 @@ def trace_network(network: Network) -> torch.onnx.ONNXProgram:
     return export(network.module, examples(network.ports), ["prediction"])
 
 
+def trace_rule(network: Network) -> torch.onnx.ONNXProgram:
+    """Trace how the network's predictions are mixed: (conditional, negative, weight) -> guided."""
+    channels, *rest = network.state.shape
+    shape = (2, network.guided_channels or channels, *rest)
+    inputs = {"conditional": torch.zeros(shape), "negative": torch.zeros(shape)}
+    return export(rules.rule(network), inputs | {"weight": torch.zeros(2, 1, *[1] * len(rest))}, ["guided"])
+
+
 def examples(ports: Sequence[Port], rows: int = 2) -> dict[str, Tensor]:
     """Return values that every network takes: masks of ones, everything else zero."""
     return {
         port.name: torch.full((rows, *port.shape), int(bool(port.masks)), dtype=getattr(torch, port.dtype))
         for port in ports
     }
+
+
+def export_prompt(text: PromptEncoder) -> torch.onnx.ONNXProgram:
+    """Trace text encoders: ids and masks to condition ports."""
+    inputs = {
+        name: torch.full((2, prompt.tokens), value, dtype=torch.int64)
+        for prompt in text.prompts
+        for name, value in ((prompt.ids, 0), (prompt.mask, 1))
+        if name
+    }
+    return export(text.module, inputs, text.gives)
 
 
 def export_decoder(decoder: nn.Module, state: Port) -> torch.onnx.ONNXProgram:

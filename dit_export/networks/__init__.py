@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dit_runtime.bundle.parsing import check_network
 from dit_runtime.bundle.records import PACKS, Port, WithPorts
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:  # the command line imports this package and must not wait for PyTorch
     from torch import nn
@@ -27,6 +28,9 @@ class Network(WithPorts):
     null: Mapping[str, int | float] = field(default_factory=dict)
     guided_channels: int | None = None  # leading channels that guidance moves; None: all
     unguided_up_to_one: bool = True  # guidance <= 1 (not only == 1) runs without the null rows
+    guidance: float = DEFAULT_GUIDANCE  # the weight of a request that names none
+    guidance_port: str = ""  # the condition port that takes the weight, in a network that is guided by itself
+    rule: nn.Module | None = None  # see `rules`; None: linear
     learned_variance: bool = False
     model: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)  # how often each pass must fire; {}: nothing is predicted
@@ -38,7 +42,14 @@ class Network(WithPorts):
         for name in names:
             if re.fullmatch(rf"({'|'.join(PACKS.values())})(_\d+)?", name):
                 raise UsageError(f"a port is called {name!r}, as a tensor of a bundle's stages; give it another name")
+        if self.rule is not None and not self.mixes_guidance:
+            raise UsageError("got a rule of guidance for a network without conditions, or one that is guided by itself")
         try:
-            check_network(self.ports, self.null, self.guided_channels)
+            check_network(self.ports, self.null, self.guided_channels, self.guidance_port)
         except ValueError as error:
             raise UsageError(str(error)) from None
+
+    @property
+    def mixes_guidance(self) -> bool:
+        """Tell whether guidance mixes two predictions, one for the condition and one for the negative."""
+        return bool(self.conditions) and not self.guidance_port

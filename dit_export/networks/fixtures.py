@@ -19,7 +19,8 @@ SHORTEST = 5  # the null row's mask marks one token of so many
 
 
 def conditions(network: Network, count: int) -> Rows:
-    """Return `count` rows: classes spread over the port's values, seeded normal numbers, masks of falling lengths.
+    """Return `count` rows: classes spread over the port's values, seeded normal numbers, masks of falling lengths, and
+    weights of guidance from 1 to 8.
 
     The first mask marks every token. Numbers are float16 values, so that a file can store them as float16.
     """
@@ -88,6 +89,9 @@ def _stream(network: Network, port: Port, row: int) -> Noise:
 
 
 def _numbers(network: Network, port: Port, row: int) -> NDArray[np.float32]:
+    if port.name == network.guidance_port:
+        (bits,) = _stream(network, port, row).bits(1)
+        return np.array(1 + bits % (7 * 16 + 1) / 16, np.float32)
     return _stream(network, port, row).normal(port.shape).astype(np.float16).astype(np.float32)
 
 

@@ -54,8 +54,11 @@ def require(counts: Mapping[str, int], expected: Mapping[str, int], misses: Iter
         raise RuntimeError(f"the exporter's graph is not the one the passes know ({differences}{reasons})")
 
 
-def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = None) -> Fused:
-    """Take the plain traced graph (used up), whose inputs are the ports, to stages and denoiser."""
+def fuse(graph: gs.Graph, ports: Sequence[Port], rule: gs.Graph | None = None) -> Fused:
+    """Take the plain traced graph, whose inputs are the ports, to stages and denoiser.
+
+    `rule` is the traced rule of guidance; without one, guidance mixes nothing. Both graphs are used up.
+    """
     _check(graph, ports)
     stages, denoiser, loop = split_stages(graph, ports)
     misses = list(loop.misses)
@@ -71,10 +74,11 @@ def fuse(graph: gs.Graph, ports: Sequence[Port], guided_channels: int | None = N
         "share_rows": share_rows(denoiser, state, misses),
         "guide": 0,
     }
-    if any(port.role == "condition" for port in ports):
-        if [tensor.name for tensor in denoiser.inputs] == [state]:
-            raise UsageError(f"what the network makes of {state!r} depends on neither its time nor a condition")
-        counts["guide"] = guide(denoiser, state, guided_channels)
+    conditioned = any(port.role == "condition" for port in ports)
+    if conditioned and [tensor.name for tensor in denoiser.inputs] == [state]:
+        raise UsageError(f"what the network makes of {state!r} depends on neither its time nor a condition")
+    if rule is not None:
+        counts["guide"] = guide(denoiser, state, rule)
     else:
         unguided(denoiser, state)
     for stage in stages:

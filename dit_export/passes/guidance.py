@@ -4,13 +4,15 @@ Rows stay B until the first op that mixes in what stages give: what stands befor
 computed once and repeated to G·B rows there. Where the graph reads its own batch size, the state itself is repeated at
 the input. At the end, over the guided channels,
 
-    guided = first + (guidance − 1) · (first − last),  first = out[0], last = out[G − 1]
+    guided = rule(first, last, guidance),  first = out[0], last = out[G − 1]
 
-and every other channel is that of `first`. With G = 1 this is the identity; to the bit it also is one for a sample of
-guidance 1 beside others that are guided.
+and every other channel is that of `first`. The rule is a small traced graph (`networks/rules.py`). With G = 1 it is the
+identity; to the bit it also is one for a sample of guidance 1 beside others that are guided.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -54,15 +56,15 @@ def share_rows(graph: gs.Graph, state: str, misses: list[Miss]) -> int:
     return 0 if obstacle else len(repeated)
 
 
-def guide(graph: gs.Graph, state: str, guided: int | None = None) -> int:
-    """Make the one output [G·B, C or 2 C, ...] `prediction`, guided over its first channels, and, where it is learned,
-    `variance`; return 1."""
+def guide(graph: gs.Graph, state: str, rule: gs.Graph) -> int:
+    """Make the one output [G·B, C or 2 C, ...] `prediction`, guided over as many channels as the rule mixes, and, where
+    it is learned, `variance`; return 1."""
     (latents,) = [tensor for tensor in graph.inputs if tensor.name == state]
     grouped = [tensor for tensor in graph.inputs if tensor is not latents]
     (out,) = graph.outputs
     out.name = "output_rows"
     channels, total, rest = latents.shape[1], out.shape[1], list(out.shape[2:])
-    guided = channels if guided is None else guided
+    guided = rule.outputs[0].shape[1]
     prediction, variance = (
         gs.Variable(name, dtype=out.dtype, shape=["batch", channels, *rest]) for name in ("prediction", "variance")
     )
@@ -70,15 +72,12 @@ def guide(graph: gs.Graph, state: str, guided: int | None = None) -> int:
     grouped_out = layer(graph, "Reshape", [out, shape], MEETING)  # (G, B, C_out, ...)
     first = layer(graph, "Gather", [grouped_out, np.array(0)], "out_first", axis=0)
     last = layer(graph, "Gather", [grouped_out, np.array(-1)], "out_last", axis=0)
-    moved = [_channels(graph, tensor, 0, guided) for tensor in (first, last)]
+    conditional, negative = (_channels(graph, tensor, 0, guided) for tensor in (first, last))
     guidance = gs.Variable("guidance", dtype=np.float32, shape=["batch"])
     weight = layer(graph, "Reshape", [guidance, np.array([-1] + [1] * (1 + len(rest)))], "guidance_weight")
-    excess = layer(graph, "Sub", [weight, np.array(1, np.float32)], "guidance_excess")
-    change = layer(graph, "Mul", [excess, layer(graph, "Sub", moved, "guidance_direction")], "guidance_change")
-    if guided == channels:
-        layer(graph, "Add", [moved[0], change], prediction)
-    else:
-        result = layer(graph, "Add", [moved[0], change], "guided")
+    result = prediction if guided == channels else gs.Variable("guided", dtype=out.dtype)
+    _insert(graph, rule, {"conditional": conditional, "negative": negative, "weight": weight, "guided": result})
+    if guided != channels:
         layer(graph, "Concat", [result, _channels(graph, first, guided, channels)], prediction, axis=1)
     graph.inputs.append(guidance)
     graph.outputs = [prediction]
@@ -122,6 +121,20 @@ def _repeat(graph: gs.Graph, tensor: gs.Variable, groups: gs.Variable) -> gs.Var
     counts = layer(graph, "Concat", [groups, ones], f"{tensor.name}_repeats", axis=0)
     rows = gs.Variable(f"{tensor.name}_rows", dtype=tensor.dtype, shape=["rows", *tensor.shape[1:]])
     return layer(graph, "Tile", [tensor, counts], rows)
+
+
+def _insert(graph: gs.Graph, rule: gs.Graph, outside: Mapping[str, gs.Variable]) -> None:
+    """Append the rule's nodes; `outside` has what stands in the graph for the rule's inputs and outputs, by name."""
+    inside = [tensor for tensor in rule.tensors().values() if tensor.name not in outside]
+    for node in rule.nodes:
+        node.name = f"guidance.{node.name}"
+        node.inputs = [outside.get(tensor.name, tensor) for tensor in node.inputs]
+        node.outputs = [outside.get(tensor.name, tensor) for tensor in node.outputs]
+        graph.nodes.append(node)
+    for tensor in inside:
+        tensor.name = f"guidance.{tensor.name}"
+        if isinstance(tensor, gs.Variable) and tensor.shape is not None:
+            tensor.shape = ["batch" if isinstance(size, str) else size for size in tensor.shape]
 
 
 def _bounds(first: int, last: int) -> list[np.ndarray]:

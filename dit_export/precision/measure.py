@@ -51,7 +51,6 @@ class Plan:
 
     pictures: int = 24
     steps: int = 6
-    guidance: float = 4.0
     seed: int = 1000  # not one of the reference's
     batch: int = 4
 
@@ -106,9 +105,8 @@ def measure(
             seed, seeds = plan.seed + first, range(first, min(first + plan.batch, plan.pictures))
             pipe.sample(
                 condition=prompts.condition,
-                negative=prompts.negative,
+                negative=prompts.negative if network.mixes_guidance else None,
                 steps=plan.steps,
-                guidance=plan.guidance,
                 seed=seed if prompts.condition else [plan.seed + picture for picture in seeds],
                 output="images" if contract.end in stages and (convolutions or index == 0) else "latents",
                 on_step=tick,

@@ -23,7 +23,10 @@ class Prompts(NamedTuple):
 
 
 def read(path: Path, network: Network) -> Prompts:
-    """Read the arrays of the condition ports by name, and `negative.NAME`; without negative ones take the fixtures'."""
+    """Read the arrays of the condition ports by name, and `negative.NAME`; without negative ones take the fixtures'.
+
+    A port for the weight of guidance may be left out.
+    """
     arrays = read_arrays(path, FILE)
     if "" in arrays:
         raise UsageError(f"{path}: one array without a name; expected {FILE}")
@@ -39,7 +42,13 @@ def read(path: Path, network: Network) -> Prompts:
     count = len(next(iter(null.values())))
     if count != 1:
         raise UsageError(f"{path}: {count} negative conditions; expected one")
-    return Prompts(fit(condition, network.conditions, f"{path}"), null)
+    weight = network.guidance_port
+    ports = [port for port in network.conditions if port.name != weight or weight in condition]
+    rows = fit(condition, ports, f"{path}")
+    if weight and weight not in rows:
+        count = max((len(values) for values in rows.values()), default=1)
+        rows[weight] = np.full(count, network.guidance, np.float32)
+    return Prompts(rows, null)
 
 
 def batches(network: Network, own: Prompts | None, pictures: int, batch: int) -> Iterator[Prompts]:

@@ -33,7 +33,7 @@ from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import plan
 from dit_runtime.verify import Figure, jsonable, relative_error, worst
 
-STEPS, GUIDANCE, SEED, SAMPLES = 10, 4.0, 2000, 2  # of the runs that are compared; the seed is no calibration's
+STEPS, SEED, SAMPLES = 10, 2000, 2  # of the runs that are compared; the seed is no calibration's
 ASKED = (1, 5, 9)  # of these steps, where each layer is tried alone: in noise, in between, nearly done
 ROUNDS = 9  # of each pair that is timed
 clock = time.perf_counter
@@ -230,7 +230,7 @@ class Search:
     def _step(self, pipe: Pipeline) -> Callable[[], object]:
         time, noise = self._contract.process.span / 2, np.random.default_rng(SEED)
         state = noise.normal(size=(1, *self._contract.state.shape)).astype(np.float32)
-        weights = np.full(1, GUIDANCE, np.float32)
+        weights = np.full(1, self._contract.guidance.default, np.float32)
         inputs = pipe.engines.inputs(np.array([time]), self._first_condition, self._null or None, weights)
         return lambda: pipe.engines.denoise(state, inputs, 0)
 
@@ -270,7 +270,6 @@ class Search:
             condition=self._condition,
             negative=self._null if self._contract.without_null else None,
             steps=STEPS,
-            guidance=GUIDANCE,
             seed=[SEED + index for index in range(SAMPLES)],
             output="latents",
             on_step=lambda done, steps, x: seen.append(x.astype(np.float32)),

@@ -41,7 +41,7 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
     module = backends.backend(backends.choose(PORTABLE_BACKEND))  # keeps explicit casts, and they overflow
     engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
-        for stage in contract.stages:
+        for stage in (stage for stage in contract.stages if stage.runs != "prompt"):  # no twin runs it
             files = [manifest.inside(folder, file) for file in stage.onnx_files]
             if half := types[stage.name]:
                 form = next((file for file in stage.files if file.endswith(".onnx")), stage.onnx)

@@ -14,6 +14,7 @@ from dit_export.networks.codec import Decoder
 from dit_export.precision.twin import twins
 from dit_export.verify.metrics import by_cause, figures_of
 from dit_export.verify.parity import FINITE_RUNS, condition_share, finite, graph_parity, proof, reacts
+from dit_export.verify.text import prompt_parity
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import why_unavailable
 from dit_runtime.bundle.manifest import Manifest
@@ -83,7 +84,8 @@ def compare(
     answers = []
     for name, pipe in pipes.items():
         with progress.stage(f"verify: {name}each graph against PyTorch"):
-            figures = list(graph_parity(pipe, network, decoder))
+            figures = list(prompt_parity(pipe, loaded.text)) if loaded.text is not None and pipe is first else []
+            figures += graph_parity(pipe, network, decoder)
             figures += condition_share(pipe, reference) if shares else []
         with progress.stage(f"verify: {name}replay of the reference"):
             tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731

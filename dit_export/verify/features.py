@@ -27,7 +27,6 @@ from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.verify import Figure, Reference
 
-STEPS, GUIDANCE = 25, 4.0  # as `dit-run sample` draws
 CHUNK = 64  # pictures at a time
 FEWEST = 100  # for a distance between distributions
 FILE = "an .npz of features or pictures"
@@ -124,7 +123,7 @@ class Draw(NamedTuple):
             part = slice(first, min(first + CHUNK, self.pictures))
             condition = {name: rows[part] for name, rows in self.condition.items()}
             seeds = list(range(part.start, part.stop))
-            yield pipe.sample(condition=condition, negative=self.negative, steps=STEPS, guidance=GUIDANCE, seed=seeds)
+            yield pipe.sample(condition=condition, negative=self.negative, seed=seeds)
 
 
 def plan_draw(contract: Manifest, reference: Reference, count: int) -> Draw:

@@ -99,7 +99,7 @@ class PyTorchSide:
         inputs = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
         stream = self._oracle(self._taps, **{name: torch.from_numpy(rows) for name, rows in inputs.items()})
         answer = evaluate(network, question.state, times, question.condition, question.null)
-        prediction = guide(answer.conditional, answer.null, question.guidance, network.guided_channels)
+        prediction = guide(network, answer.conditional, answer.null, question.guidance)
         return Answer({name: rows.numpy() for name, rows in stream.items()}, prediction)
 
 

@@ -47,6 +47,8 @@ def proof(pipe: Pipeline, reference: Reference) -> list[Figure]:
         questions = {"another condition": (t, other, guidance)} | questions
     if contract.mixes_guidance:
         questions["guidance x 2"] = (t, condition, 2 * guidance)
+    if port := contract.guidance.port:
+        questions["guidance x 2"] = (t, condition | {port: 2 * guidance}, guidance)
     figures = []
     for name, (time, asked, weights) in questions.items():
         error = relative_error(_answer(pipe, reference, time, asked, null, weights), own)
@@ -116,9 +118,7 @@ def graph_parity(pipe: Pipeline, network: Network, decoder: Decoder | None, seed
             condition = {name: np.concatenate([rows[:-1], null[name]]) for name, rows in condition.items()}
         weights = np.linspace(1.0, 4.0, batch, dtype=np.float32)
         expected = evaluate(network, state, timesteps, condition, null)
-        mixed = expected.conditional
-        if contract.mixes_guidance:
-            mixed = guide(expected.conditional, expected.null, weights, network.guided_channels)
+        mixed = guide(network, expected.conditional, expected.null, weights)
         answer = _denoise(pipe, state, timesteps, condition, null, weights)
         limit, place = TOLERANCES[step.precision].guided, f"batch {batch}"
         for name, right in (("prediction", mixed), ("variance", expected.variance)):
@@ -142,9 +142,9 @@ def finite(pipe: Pipeline, network: Network, reference: Reference) -> Figure:
     try:
         pipe.sample(
             condition=fixtures.conditions(network, FINITE_RUNS),
-            negative=reference.negative,
+            negative=reference.negative if network.mixes_guidance else None,
             steps=len(reference.timesteps) // EVALUATIONS[solver],
-            guidance=float(reference.guidance.max()),
+            guidance=float(reference.guidance.max()) if network.mixes_guidance else None,
             seed=list(range(FINITE_SEED, FINITE_SEED + FINITE_RUNS)),
             output="latents",
         )

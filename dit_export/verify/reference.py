@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit_export.graph.oracle import Oracle
-from dit_export.networks import Network, fixtures
+from dit_export.networks import Network, fixtures, rules
 from dit_export.networks.codec import Decoder
 from dit_export.passes.stages import Pack
 from dit_runtime import images
@@ -54,7 +54,10 @@ def make_reference(
     timesteps = plan(process, solver, steps)
     evaluations = len(timesteps)
     condition, null = fixtures.conditions(network, len(SEEDS)), fixtures.null(network)
-    weights = np.array(GUIDANCE if network.conditions else [1.0] * len(SEEDS), np.float32)
+    if network.guidance_port:
+        weights = condition[network.guidance_port]
+    else:
+        weights = np.array(GUIDANCE if network.mixes_guidance else [1.0] * len(SEEDS), np.float32)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
 
     def draw(_: tuple[int, ...]) -> NDArray[np.float32]:
@@ -67,7 +70,7 @@ def make_reference(
     for step in range(evaluations):
         x = state.astype(np.float32)
         answer = evaluate(network, x, np.full(len(SEEDS), t, np.float32), condition, null)
-        mixed = guide(answer.conditional, answer.null, weights, network.guided_channels)
+        mixed = guide(network, answer.conditional, answer.null, weights)
         seen.append(x)
         guided.append(mixed)
         answers.append(answer)
@@ -148,13 +151,17 @@ def evaluate(
 
 
 def guide(
-    conditional: NDArray[np.float32], null: NDArray[np.float32], weights: NDArray[np.float32], channels: int | None
+    network: Network, conditional: NDArray[np.float32], null: NDArray[np.float32], weights: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Return null + w (conditional − null) on the guided channels, the rest of the conditional prediction."""
+    """Return what the network's rule makes of the guided channels, and the rest of the conditional prediction."""
+    if not network.mixes_guidance:
+        return conditional
+    part = slice(0, network.guided_channels)
+    pair = [torch.from_numpy(prediction[:, part]) for prediction in (conditional, null)]
+    with torch.no_grad():
+        guided = rules.rule(network)(*pair, torch.from_numpy(weights).reshape(-1, *[1] * (conditional.ndim - 1)))
     result = conditional.copy()
-    part = slice(0, channels)
-    scale = weights.reshape(-1, *[1] * (conditional.ndim - 1))
-    result[:, part] = null[:, part] + scale * (conditional[:, part] - null[:, part])
+    result[:, part] = guided.numpy()
     return result
 
 

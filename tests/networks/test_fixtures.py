@@ -28,6 +28,14 @@ def test_classes_are_spread_and_are_not_the_null():
     assert 12 not in fixtures.conditions(without, 24)["labels"] and fixtures.null(without)["labels"].tolist() == [12]
 
 
+def test_weights_of_guidance_are_weights():
+    strength = Port("strength", "condition", "float32", ())
+    rows = fixtures.conditions(network(strength, guidance_port="strength"), 50)["strength"]
+    assert rows.shape == (50,) and 1 <= rows.min() < 2 and 7 < rows.max() <= 8
+    assert np.array_equal(rows.astype(np.float16), rows)
+    assert fixtures.conditions(network(strength), 50)["strength"].min() < 0
+
+
 def test_numbers_are_seeded_by_port_and_row():
     prompted = network(PROMPT, POOLED)
     two, five = (fixtures.conditions(prompted, count) for count in (2, 5))

@@ -15,6 +15,7 @@ from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from tests.networks import tiny
 from tests.networks.conftest import NETWORKS
+from tests.rules import traced_rule
 
 TOLERANCE = 1e-5  # fp32 sums in another order; measured 6e-7
 
@@ -107,7 +108,7 @@ def test_a_decoder_reads_the_state(tmp_path) -> None:
 def test_passes_fire_as_predicted(traced, name) -> None:
     """An exporter whose graphs look otherwise fails here, and stops a build."""
     network, _, path, _ = traced(name)
-    fused = fuse(onnxfile.load(path), network.ports, network.guided_channels)
+    fused = fuse(onnxfile.load(path), network.ports, traced_rule(network))
     counts = fused.counts | {"plain_attention": plain_attention(fused.denoiser)}
     assert {"share_rows", "guide", "plain_attention"} <= network.counts.keys()
     require(counts, network.counts, fused.misses)
@@ -120,5 +121,5 @@ def test_passes_fire_as_predicted(traced, name) -> None:
 def test_predictions_follow_the_depth(tmp_path, make) -> None:
     network = family_network(make(), tokens=tiny.TOKENS)
     trace.trace_network(network).save(tmp_path / "network.onnx", external_data=True)
-    fused = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports)
+    fused = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports, traced_rule(network))
     require(fused.counts | {"plain_attention": plain_attention(fused.denoiser)}, network.counts, fused.misses)

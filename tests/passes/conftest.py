@@ -15,6 +15,7 @@ from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.spec import ModelSpec, expected_counts
 from dit_export.passes import Fused, fuse, require
 from dit_runtime.bundle.manifest import Port
+from tests.rules import linear
 
 SMALL = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classes=10, embedders=2)
 Run = Callable[[gs.Graph, dict[str, np.ndarray]], list[np.ndarray]]
@@ -31,7 +32,7 @@ def ports_of(spec: ModelSpec) -> tuple[Port, ...]:
 
 def fuse_dit(graph: gs.Graph, spec: ModelSpec) -> Fused:
     """Fuse a DiT's plain graph, with the counts that its spec predicts."""
-    fused = fuse(graph, ports_of(spec), spec.guided_channels)
+    fused = fuse(graph, ports_of(spec), linear(spec.latent_shape, spec.guided_channels))
     require(fused.counts, expected_counts(spec), fused.misses)
     return fused
 

@@ -12,6 +12,7 @@ from dit_export.passes.pack import Pack, give, plan, take
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run, fuse_dit
 from tests.passes.test_hoist import empty, layer
+from tests.rules import linear
 
 TOLERANCE = 2e-5  # of the largest value: fp32 sums in another order through two blocks; measured 1e-6
 
@@ -136,7 +137,7 @@ def test_where_rows_cannot_change_the_state_itself_is_repeated(graph: gs.Graph, 
     misses: list[Miss] = []
     assert share_rows(graph, "latents", misses) == 0
     assert [miss.reason for miss in misses] == [reason]
-    assert guide(graph, "latents", 1) == 1
+    assert guide(graph, "latents", linear((2, 8), channels=1)) == 1
     assert onnxfile.census(graph)["Tile"] == 1
     weights = np.array([1, 2, 4], np.float32)
     (out,) = run(graph, {"latents": x, "conditioning": c, "guidance": weights})

@@ -17,6 +17,7 @@ from dit_runtime.bundle.manifest import Port, TensorSpec
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run, random_inputs, sensitive
 from tests.passes.test_hoist import empty, layer
+from tests.rules import linear
 
 DEPTH, WIDTH, TOKENS = 2, 64, 10
 TOLERANCE = 2e-5  # of the largest value, as for a DiT
@@ -90,7 +91,7 @@ def test_stages_together_are_the_whole(traced: Path, run: Run) -> None:
 
 
 def test_an_mmdit_hands_over_vectors_and_no_tokens_that_change_every_step(traced: Path) -> None:
-    fused = fuse(onnxfile.load(traced), MMDIT)
+    fused = fuse(onnxfile.load(traced), MMDIT, linear(MMDIT[0].shape))
     vectors = 12 * DEPTH - 2
     context, conditioner = fused.stages
     assert (context.name, context.runs) == ("context", "condition")
@@ -112,7 +113,7 @@ def test_an_mmdit_hands_over_vectors_and_no_tokens_that_change_every_step(traced
 
 
 def test_the_fused_mmdit_is_guided_pytorch(mmdit: nn.Module, traced: Path, run: Run) -> None:
-    fused = fuse(onnxfile.load(traced), MMDIT)
+    fused = fuse(onnxfile.load(traced), MMDIT, linear(MMDIT[0].shape))
     assert fused.counts["fold_gains"] == 4 * DEPTH and fused.counts["guide"] == 1
     inputs, weights = random_inputs(MMDIT), np.array([1, 4, 2.5], np.float32)
     away = inputs | {name: random_inputs(MMDIT, seed=1)[name] for name in ("captions", "pooled")}
@@ -178,7 +179,7 @@ def test_a_port_that_the_loop_reads_keeps_its_name(run: Run) -> None:
         Port("time", "time", "float32", (1, 8)),
         Port("mask", "condition", "float32", (4,)),
     )
-    fused = fuse(graph, ports)
+    fused = fuse(graph, ports, linear(ports[0].shape))
     reads, _ = onnxfile.signature(fused.denoiser)
     assert {spec.name: spec.shape for spec in reads} == {
         "x": ("batch", 4, 8),
@@ -227,4 +228,4 @@ def test_a_network_that_reads_its_state_alone_is_refused() -> None:
     roles = {"x": "state", "time": "time", "text": "condition"}
     ports = [Port(tensor.name, roles[tensor.name], "float32", tuple(tensor.shape[1:])) for tensor in graph.inputs]
     with pytest.raises(UsageError, match="'x' depends on neither its time nor a condition"):
-        fuse(graph, ports)
+        fuse(graph, ports, linear(ports[0].shape))

@@ -24,6 +24,7 @@ from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 from tests.networks import tiny
+from tests.rules import traced_rule
 
 KINDS = {"query", "key", "value", "proj", "fc1", "fc2"}
 CASES = {  # config, layers in int8, share of the weights in percent
@@ -54,7 +55,7 @@ def test_streams_that_one_attention_joins(tmp_path, capsys, one_thread, name, ba
 def test_names_of_streams(tmp_path) -> None:
     network = family_network(tiny.sd3(), tokens=tiny.TOKENS)
     trace_network(network).save(tmp_path / "network.onnx", external_data=True)
-    denoiser = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports).denoiser
+    denoiser = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports, traced_rule(network)).denoiser
     layers = find(denoiser)
     names = {one.name for one in layers}
     second = {f"{kind}-2" for kind in ("query", "key", "value", "proj", "fc1", "fc2")}

@@ -35,7 +35,9 @@ def sample(bundle: Path, *options: str) -> int:
 
 @pytest.mark.parametrize("condition", [["captions=captions.npy", "mask=mask.npy"], ["condition.npz"]], ids=str)
 def test_conditions_from_files(opened, handmade, folder, condition) -> None:
-    assert sample(handmade("captioned"), "--condition", *condition, "--negative", "captions=negative.npy") == 0
+    assert (
+        sample(handmade("captioned"), "--condition", *condition, "--negative-condition", "captions=negative.npy") == 0
+    )
     expected = opened("captioned").sample(
         condition={"captions": CAPTIONS, "mask": np.tri(2, 4)},
         negative={"captions": NEGATIVE},
@@ -65,7 +67,10 @@ def test_labels_and_the_rest_of_the_condition(opened, handmade, folder) -> None:
         (["--condition", "=captions.npy", "a=b"], "expected NAME=FILE.npy"),
         (["--condition", "caption=captions.npy"], "unknown port 'caption' (did you mean \"captions\"?)"),
         (["--condition", "captions=captions.npy"], "guidance needs negative= with captions"),
-        (["--condition", "condition.npz", "--negative", "mask=mask.npy"], "guidance needs negative= with captions"),
+        (
+            ["--condition", "condition.npz", "--negative-condition", "mask=mask.npy"],
+            "guidance needs negative= with captions",
+        ),
         (["--labels", "1"], "this bundle takes captions, mask, and no labels"),
         ([], "condition lacks captions"),
     ],

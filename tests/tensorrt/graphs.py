@@ -13,6 +13,7 @@ from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.spec import ModelSpec
 from dit_export.passes import Fused, fuse, require
 from dit_runtime.bundle.manifest import Stage
+from tests.rules import traced_rule
 
 
 def dit(spec: ModelSpec) -> Network:
@@ -26,7 +27,7 @@ def traced(network: Network, folder: Path) -> Path:
 
 
 def fuse_network(path: Path, network: Network) -> Fused:
-    fused = fuse(onnxfile.load(path), network.ports, network.guided_channels)
+    fused = fuse(onnxfile.load(path), network.ports, traced_rule(network))
     require(fused.counts, network.counts, fused.misses)
     return fused
 

@@ -21,6 +21,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Guidance, Manifest, Port, Stage
 from dit_runtime.sampling.process import Process, Sampler
 from dit_runtime.verify import Reference
+from tests.rules import traced_rule
 
 WIDTH, TOKENS, CHANNELS, WORDS, CLASSES = 16, 6, 4, 5, 7
 STATE, TIME = Port("x", "state", "float32", (CHANNELS, TOKENS)), Port("t", "time", "float32", ())
@@ -115,7 +116,7 @@ def write(folder: Path, net: Network) -> Bundle:
     program = trace_network(net)
     with tempfile.TemporaryDirectory() as plain:  # elsewhere, or the stages would share its file of weights
         program.save(Path(plain) / "network.onnx", external_data=True)
-        fused = fuse(onnxfile.load(Path(plain) / "network.onnx"), net.ports, net.guided_channels)
+        fused = fuse(onnxfile.load(Path(plain) / "network.onnx"), net.ports, traced_rule(net))
     stages = []
     for name, runs, graph, _ in (*fused.stages, ("denoiser", "step", fused.denoiser, ())):
         onnxfile.save(graph, folder / f"{name}.onnx")
@@ -132,7 +133,7 @@ def write(folder: Path, net: Network) -> Bundle:
         ports=net.ports,
         null=net.null,
         labels=(),
-        guidance=Guidance(net.guided_channels or CHANNELS, net.unguided_up_to_one),
+        guidance=Guidance(net.guided_channels or CHANNELS, net.unguided_up_to_one, net.guidance, net.guidance_port),
         process=process,
         stages=tuple(stages),
         files=manifest.describe_files(folder),

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 
 from dit_export.networks import Network
+from dit_export.networks.text import Text
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Family:
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
+    text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
     supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # values of config fields
 
     @property

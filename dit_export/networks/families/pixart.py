@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
 
@@ -36,6 +38,17 @@ class PixArtNoise(nn.Module):
         )[0]
 
 
+class PixArtPrompt(nn.Module):
+    """captions and mask: T5's, of the prompt in small letters."""
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.t5 = encoders["text_encoder"]
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.t5(ids, attention_mask=ids_mask)[0], ids_mask.float()
+
+
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     channels = config.caption_channels or config.cross_attention_dim
@@ -54,5 +67,10 @@ PIXART = Family(
     "PixArtTransformer2DModel",
     network,
     tokens={"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300},
+    text=Text(
+        PixArtPrompt,
+        prompts=(Tokens("ids", "tokenizer", mask="ids_mask", lowercase=True),),
+        gives=("captions", "mask"),
+    ),
     supported={"attention_type": ("default",)},
 )

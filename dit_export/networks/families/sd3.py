@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
+from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
+
+CLIP_TOKENS = 77
 
 
 class SD3Velocity(nn.Module):
@@ -27,6 +32,27 @@ class SD3Velocity(nn.Module):
             pooled_projections=pooled,
             return_dict=False,
         )[0]
+
+
+class SD3Prompt(nn.Module):
+    """captions: [CLIP-L, CLIP-G, 0] along channels, then T5 along tokens; pooled: CLIP's projections of the last token.
+
+    A pipeline without T5 has zeros in its place.
+    """
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.clips = nn.ModuleList([encoders["text_encoder"], encoders["text_encoder_2"]])
+        self.t5 = encoders.get("text_encoder_3")
+        self.shape = tokens - CLIP_TOKENS, transformer.config.joint_attention_dim
+
+    def forward(self, ids: Tensor, ids_2: Tensor, ids_3: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs = [clip(own, output_hidden_states=True) for clip, own in zip(self.clips, (ids, ids_2), strict=True)]
+        short = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, 77, C)
+        long = short.new_zeros(len(ids), *self.shape) if self.t5 is None else self.t5(ids_3)[0]
+        short = nn.functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
+        pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        return torch.cat([short, long], dim=1), pooled
 
 
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
@@ -48,8 +74,17 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
 SD3 = Family(
     "SD3Transformer2DModel",
     network,
-    tokens={"StableDiffusion3Pipeline": 77 + 256},  # CLIP's, then T5's
+    tokens={"StableDiffusion3Pipeline": CLIP_TOKENS + 256},  # CLIP's, then T5's
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     flow_spacing="linspace",
+    text=Text(
+        SD3Prompt,
+        prompts=(
+            Tokens("ids", "tokenizer", CLIP_TOKENS),
+            Tokens("ids_2", "tokenizer_2", CLIP_TOKENS),
+            Tokens("ids_3", "tokenizer_3", extra=-CLIP_TOKENS),
+        ),
+        gives=("captions", "pooled"),
+    ),
     gains=3,  # 4 with the attention's; the last text stream has 1 instead of 2, and the head 1
 )

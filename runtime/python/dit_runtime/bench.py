@@ -47,7 +47,7 @@ class _Instant:
         pass
 
 
-def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progress) -> list[Timing]:
+def measure(pipe: Pipeline, batch: int, steps: int | None, rounds: int, progress: Progress) -> list[Timing]:
     contract = pipe.manifest
     largest = contract.step.max_batch
     if not 1 <= batch <= largest or rounds < 1:
@@ -57,20 +57,25 @@ def measure(pipe: Pipeline, batch: int, steps: int, rounds: int, progress: Progr
     negative = {name: rows[:1] for name, rows in condition.items()} if contract.without_null else None
     request = Request(condition=condition, negative=negative, steps=steps, seed=[*range(batch)], output=output)
     checked = request.check(contract)
+    tasks: dict[str, Callable[[], object]] = {}
+    if contract.prompt is not None:
+        ids = {port.name: condition[port.name][:1] for port in contract.prompt_ports}
+        tasks[f"{contract.prompt.name}, a row"] = partial(pipe.engines.run, contract.prompt, ids)
+    condition, steps = pipe.engines.encode(checked.condition), checked.steps
+    away = checked.negative and pipe.engines.encode(checked.negative)
     middle, weights = np.array([contract.process.span / 2]), checked.weights
     unguided = pipe.engines.inputs(middle, condition, None, weights)
     single = {name: rows[:1] for name, rows in condition.items()}
     sources = open_sources(contract, pipe.engines.run, middle, single, 1, whole=pipe.engines.options.low_memory)
     alone = Pipeline(pipe.folder, contract, {stage.name: _Instant(stage) for stage in contract.stages})
     numbers = np.zeros(1, np.int64)
-    tasks: dict[str, Callable[[], object]] = {}
     for stage in contract.before_loop:
         inputs = {spec.name: sources[spec.name].take(numbers, numbers) for spec in stage.reads}
         tasks[f"{stage.name}, a row"] = partial(pipe.engines.run, stage, inputs)
     tasks[f"{contract.step.name}, a step without guidance"] = lambda: pipe.engines.denoise(state, unguided, 0)
     kind = "steps"
-    if checked.negative is not None:
-        guided = pipe.engines.inputs(middle, condition, checked.negative, weights)
+    if away is not None:
+        guided = pipe.engines.inputs(middle, condition, away, weights)
         tasks[f"{contract.step.name}, a guided step"] = lambda: pipe.engines.denoise(state, guided, 0)
         kind = "guided steps"
     picture = f"{output}, {steps} {kind}"

@@ -19,7 +19,6 @@ from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_u
 from dit_runtime.bundle.summary import summary
 from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
-from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import SOLVERS, SPACINGS
@@ -61,7 +60,7 @@ def _parser() -> Parser:
     parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    sample = commands.add_parser("sample", help="pictures from class names or numbers, or from arrays")
+    sample = commands.add_parser("sample", help="pictures from prompts, class names or numbers, or from arrays")
     add_bundle(sample)
     sample.add_argument("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one a picture")
     sample.add_argument(
@@ -71,10 +70,12 @@ def _parser() -> Parser:
         metavar="NAME=FILE.npy",
         help="arrays by port, rows first, a picture a row; or one FILE.npz of them",
     )
-    sample.add_argument("--negative", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance, as above")
-    sample.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    sample.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
+    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
+    sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
+    sample.add_argument("--steps", type=int, help="default: the bundle's")
     sample.add_argument(
-        "--guidance", "--cfg-scale", type=float, nargs="+", default=[DEFAULT_GUIDANCE], help="one, or one a picture"
+        "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
     )
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
@@ -104,7 +105,7 @@ def _parser() -> Parser:
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
     timing.add_argument("--batch", type=int, default=1)
-    timing.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    timing.add_argument("--steps", type=int, help="default: the bundle's")
     timing.add_argument("--rounds", type=int, default=7)
     timing.set_defaults(command=_bench)
     return parser
@@ -162,15 +163,17 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
     latents = _read_array(options.latents) if options.latents else None
     condition = read_condition(options.condition, "--condition")
-    negative = read_condition(options.negative, "--negative")
+    negative = read_condition(options.negative_condition, "--negative-condition")
     progress = Progress()
     with _load_bundle(options) as pipe:
         result = pipe.sample(
             options.labels,
             condition=condition,
             negative=negative,
+            prompt=options.prompt,
+            negative_prompt=options.negative,
             steps=options.steps,
-            guidance=options.guidance if len(options.guidance) > 1 else options.guidance[0],
+            guidance=options.guidance[0] if options.guidance and len(options.guidance) == 1 else options.guidance,
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
             solver=options.solver,
             eta=options.eta,

@@ -18,6 +18,7 @@ from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.conditions.condition import Rows, group
 from dit_runtime.conditions.memo import Device, StepInputs
+from dit_runtime.conditions.text import PromptMemo, Tokenizers
 from dit_runtime.errors import BundleError, EngineError, NotFinite, UsageError
 
 AT_ONCE = {"step": 2, "end": 1}  # rows: two of a decoder would need twice the memory for their activations
@@ -28,6 +29,8 @@ class Engines:
         """Open nothing yet; `opened` has engines by stage, which are closed with the others."""
         self.folder, self.manifest, self.options = folder, contract, options
         self.opened = dict(opened)
+        self.tokenizers = Tokenizers(folder, contract)
+        self._prompts = PromptMemo(contract.prompt, self.run) if contract.prompt else None
 
     def open(self, stage: Stage) -> Engine:
         """Return the stage's engine; in low memory the others are closed before it is opened."""
@@ -48,7 +51,7 @@ class Engines:
     def _lean(self, stage: Stage) -> Stage:
         """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""
         lean = backends.LEANEST
-        if stage.runs not in BEFORE_LOOP or not backends.versions()[lean]:
+        if stage.runs not in ("prompt", *BEFORE_LOOP) or not backends.versions()[lean]:
             return stage
         if stage.precision not in backends.backend(lean).PRECISIONS:
             return stage
@@ -95,6 +98,13 @@ class Engines:
             return None, None
         update = self.open(self.manifest.update) if self.manifest.update else None
         return step, update if isinstance(update, Resident) else None
+
+    def encode(self, rows: Rows) -> Rows:
+        """Return every condition port's rows, those of token ids through the prompt stage."""
+        if self._prompts is None or self.manifest.prompts[0].ids not in rows:
+            return rows
+        rows = rows | self._prompts(rows)
+        return {port.name: rows[port.name] for port in self.manifest.conditions}
 
     def inputs(
         self, timesteps: NDArray[Any], condition: Rows, negative: Rows | None, weights: NDArray[np.float32]

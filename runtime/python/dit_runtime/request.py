@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dit_runtime.bundle.records import LABELS, Manifest
+from dit_runtime.bundle.records import LABELS, Manifest, Port
 from dit_runtime.conditions.condition import Condition, Rows, as_array, fit, null_condition
 from dit_runtime.conditions.labels import class_number
+from dit_runtime.conditions.text import Tokenizers, Words
 from dit_runtime.errors import UsageError
-from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from dit_runtime.sampling.noise import Draw, draw
 from dit_runtime.sampling.solvers import Array, plan, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
@@ -25,10 +25,11 @@ class Checked(NamedTuple):
     """A request's values as a run needs them."""
 
     samples: int
-    condition: Rows  # (samples, …)
-    negative: Rows | None  # one row, or one a sample; None where nothing is guided
+    condition: Rows  # (samples, …) by port, or token ids in the place of the ports that the prompt stage gives
+    negative: Rows | None  # as condition, one row, or one a sample; None where nothing is guided
     weights: NDArray[np.float32]  # (samples,)
     solver: str
+    steps: int
     timesteps: Array  # one an evaluation of the network
     draw: Draw
     latents: NDArray[Any] | None  # the request's own
@@ -36,18 +37,22 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One picture for each label, or for each row of the condition; the same for the same seed.
+    """One picture for each label, prompt or row of the condition; the same for the same seed.
 
     `labels` fills the port "labels" with class names or numbers; `condition` has arrays by port, rows first.
     `negative` is what guidance leads away from, in one row or one for each sample; a port that has a constant of the
-    bundle's for that may be left out.
+    bundle's for that may be left out. `prompt` and `negative_prompt` are words, for bundles with text encoders; token
+    ids may stand in `condition` and `negative` instead, by their names in the manifest's `prompts`.
     """
 
     labels: str | int | Sequence[str | int] = ()
     condition: Condition | None = None
     negative: Condition | None = None
-    steps: int = DEFAULT_STEPS
-    guidance: float | Sequence[float] = DEFAULT_GUIDANCE  # one for all, or one a sample; networks without it ignore it
+    prompt: Words | None = None
+    negative_prompt: Words | None = None  # None: "", where the bundle takes prompts and `negative` has none
+    steps: int | None = None  # None: the bundle's
+    # One for all, or one a sample; None: the bundle's. Networks without guidance ignore it.
+    guidance: float | Sequence[float] | None = None
     seed: int | Sequence[int] = 0  # one for all, or one a sample
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
@@ -55,34 +60,47 @@ class Request:
     latents: ArrayLike | None = None  # the state to start from
     output: str = "images"  # uint8 [N, H, W, 3], or "latents": the final state, float32
 
-    def check(self, manifest: Manifest) -> Checked:
-        """Validate everything against the manifest, and return the values that a run needs."""
+    def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
+        """Validate everything against the manifest, and return the values that a run needs.
+
+        Words need the tokenizers of an open bundle.
+        """
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
         if self.output == "images":
             manifest.require_end()
-        condition = self._condition(manifest)
+        condition = self._condition(manifest, tokenizers)
         latents = None if self.latents is None else as_array(self.latents, "latents")
         count = len(next(iter(condition.values()))) if condition else self._count(latents)
         weights = self._weights(manifest, count)
+        if port := manifest.guidance.port:
+            if port not in condition:
+                condition[port] = weights
+            elif self.guidance is not None:
+                raise UsageError(f"got both guidance and a condition with {port}: pass one of them")
+            if self.negative or self.negative_prompt is not None:
+                raise UsageError(f"got a negative, but this bundle takes its guidance as {port}, and no negative")
         guided = is_guided(manifest, weights)
         negative = None
-        if guided or self.negative:
-            negative = null_condition(manifest.conditions, manifest.null, self.negative)
+        if guided or self.negative or self.negative_prompt is not None:
+            negative = self._negative(manifest, tokenizers)
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
-        timesteps = plan(process, solver, self.steps, self.spacing)
+        steps = process.sampler.steps if self.steps is None else self.steps
+        timesteps = plan(process, solver, steps, self.spacing)
         if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
             raise lacks_variance(process.sampler.variance)
         stream = draw(self.seed, count)
         shape = (count, *manifest.state.shape)
         if latents is not None and (latents.shape != shape or not np.isfinite(latents).all()):
             raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
-        solve(process, solver, self.steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
-        return Checked(count, condition, negative if guided else None, weights, solver, timesteps, stream, latents)
+        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
+        away = negative if guided else None
+        return Checked(count, condition, away, weights, solver, steps, timesteps, stream, latents)
 
-    def _condition(self, manifest: Manifest) -> Rows:
+    def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
+        """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""
         labels = [self.labels] if isinstance(self.labels, str | int | np.integer) else list(self.labels)
         condition = dict(self.condition or {})
         if labels and LABELS in condition:
@@ -94,7 +112,18 @@ class Request:
             condition[LABELS] = np.array([class_number(label, manifest.labels, manifest.classes) for label in labels])
         elif manifest.classes and LABELS not in condition:
             raise UsageError("no labels; pass at least one class name or number")
-        return fit(condition, manifest.conditions)
+        if manifest.prompts and self.prompt is None and not _has_prompt(manifest, condition):
+            raise UsageError("no prompt; pass at least one")
+        condition, ports = _with_words(manifest, condition, self.prompt, tokenizers, negative=False)
+        left_out = {manifest.guidance.port} - condition.keys()
+        return fit(condition, [port for port in ports if port.name not in left_out])
+
+    def _negative(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
+        negative, words = dict(self.negative or {}), self.negative_prompt
+        if words is None and manifest.prompts and not _has_prompt(manifest, negative):
+            words = ""
+        negative, ports = _with_words(manifest, negative, words, tokenizers, negative=True)
+        return null_condition(ports, manifest.null, negative)
 
     def _count(self, latents: NDArray[Any] | None) -> int:
         """Return the number of samples of a network without conditions."""
@@ -103,18 +132,50 @@ class Request:
         return max(1, len(self.seed)) if isinstance(self.seed, Sequence) else 1
 
     def _weights(self, manifest: Manifest, count: int) -> NDArray[np.float32]:
+        guidance = manifest.guidance.default if self.guidance is None else self.guidance
         try:
             with np.errstate(over="ignore"):  # too big for float32 is inf, and refused as that
-                weights = np.asarray(self.guidance, np.float32)
+                weights = np.asarray(guidance, np.float32)
         except (TypeError, ValueError, OverflowError):
-            raise UsageError(f"guidance is {self.guidance!r}; expected one number, or one a sample") from None
+            raise UsageError(f"guidance is {guidance!r}; expected one number, or one a sample") from None
         if weights.ndim > 1 or (weights.ndim == 1 and len(weights) != count):
             raise UsageError(f"guidance has shape {weights.shape}; expected one number or {count}, one a sample")
         if not np.isfinite(weights).all():
-            raise UsageError(f"guidance is {self.guidance}; expected finite numbers")
-        if manifest.guidance.unguided_up_to_one:
+            raise UsageError(f"guidance is {guidance}; expected finite numbers")
+        if manifest.guidance.unguided_up_to_one and not manifest.guidance.port:
             weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
         return np.broadcast_to(weights, (count,)).copy()
+
+
+def _has_prompt(manifest: Manifest, condition: Condition) -> bool:
+    """Return whether arrays stand for a prompt: its ids, or what the prompt stage would give."""
+    assert manifest.prompt is not None
+    names = {spec.name for spec in (*manifest.prompt.reads, *manifest.prompt.gives)}
+    return bool(names & condition.keys())
+
+
+def _with_words(
+    manifest: Manifest,
+    condition: dict[str, Any],
+    words: Words | None,
+    tokenizers: Tokenizers | None,
+    negative: bool,
+) -> tuple[dict[str, Any], tuple[Port, ...]]:
+    """Return the condition with the ids of the words, and the ports that it must fill."""
+    what = "negative prompt" if negative else "prompt"
+    if words is not None:
+        if not manifest.prompts:
+            names = ", ".join(port.name for port in manifest.conditions) or "no condition"
+            raise UsageError(f"this bundle takes {names}, and no {what}: it holds no text encoders")
+        if _has_prompt(manifest, condition):
+            raise UsageError(f"got both a {what} and arrays in its place: pass one of them")
+        if tokenizers is None:
+            raise UsageError(f"a {what} needs an open bundle's tokenizers; pass token ids")
+        condition = condition | tokenizers(words, negative)
+    ids = manifest.prompt_ports
+    if any(port.name in condition for port in ids):
+        return condition, (*ids, *manifest.ports_beside_prompts)
+    return condition, manifest.conditions
 
 
 def is_guided(manifest: Manifest, weights: NDArray[np.float32]) -> bool:

@@ -20,9 +20,11 @@ class Run:
     """A request under way: `step()` until it returns False, or `result()` at once."""
 
     def __init__(self, engines: Engines, request: Request) -> None:
-        """Check the request; no engine runs before the first step."""
+        """Check the request and encode its prompts; no other stage runs before the first step."""
         contract = engines.manifest
-        checked = request.check(contract)
+        checked = request.check(contract, engines.tokenizers)
+        condition = engines.encode(checked.condition)
+        negative = checked.negative and engines.encode(checked.negative)
         self.steps = len(checked.timesteps)  # evaluations of the network; a step of Heun's method has two
         self.done = 0
         self._engines, self._output, self._cancelled = engines, request.output, False
@@ -31,12 +33,12 @@ class Run:
             x = checked.draw((checked.samples, *contract.state.shape))
         self._home: loops.Home = lambda: np.asarray(x, np.float64)
         options: dict[str, Any] = {"eta": request.eta, "spacing": request.spacing}
-        solver = solve(contract.process, checked.solver, request.steps, x, checked.draw, **options)
-        inputs = engines.inputs(checked.timesteps, checked.condition, checked.negative, checked.weights)
+        solver = solve(contract.process, checked.solver, checked.steps, x, checked.draw, **options)
+        inputs = engines.inputs(checked.timesteps, condition, negative, checked.weights)
         step, update = engines.residents()
         matrices = None
         if update is not None:
-            matrices = linear(contract.process, checked.solver, request.steps, **options)
+            matrices = linear(contract.process, checked.solver, checked.steps, **options)
         if step is None or contract.update is None or matrices is None:
             denoise = lambda state, number: engines.denoise(state, inputs, number)  # noqa: E731
             self._advance = loops.with_solver(solver, checked.timesteps, denoise)

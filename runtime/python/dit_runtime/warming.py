@@ -12,7 +12,7 @@ from dit_runtime.bundle.records import LABELS, Manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.engines import Engines
 from dit_runtime.errors import NotFinite, UsageError
-from dit_runtime.facts import DEFAULT_GUIDANCE, DEFAULT_STEPS
+from dit_runtime.facts import DEFAULT_GUIDANCE
 from dit_runtime.request import Request
 from dit_runtime.run import Run
 from dit_runtime.sampling.noise import Noise
@@ -38,7 +38,7 @@ def warm(engines: Engines, batches: Sequence[int]) -> None:
     for batch in batches:
         condition = made_up(contract, batch)
         negative = {name: rows[:1] for name, rows in condition.items()}
-        for guidance in (DEFAULT_GUIDANCE, 1.0) if contract.mixes_guidance else (1.0,):
+        for guidance in (DEFAULT_GUIDANCE, 1.0) if contract.mixes_guidance else (None,):
             guided = guidance != 1 and contract.without_null
             request = Request(
                 condition=condition,
@@ -58,9 +58,9 @@ def warm(engines: Engines, batches: Sequence[int]) -> None:
 
 
 def _steps(contract: Manifest) -> int:
-    """Return the largest number of steps up to the default that the bundle's schedule has."""
+    """Return the largest number of steps up to its default that the bundle's schedule has."""
     process = contract.process
-    for steps in range(min(DEFAULT_STEPS, process.train_steps), 1, -1):
+    for steps in range(min(process.sampler.steps, process.train_steps), 1, -1):
         try:
             plan(process, process.sampler.solver, steps)
         except UsageError:
@@ -70,11 +70,17 @@ def _steps(contract: Manifest) -> int:
 
 
 def made_up(manifest: Manifest, count: int) -> Rows:
-    """Return a condition of made-up numbers, all tokens counted; labels one after the other."""
+    """Return a condition of made-up numbers, all tokens counted, without guidance; labels one after the other.
+
+    A bundle that takes prompts gets token ids, so that its prompt stage runs too.
+    """
     rows: Rows = {}
-    for number, port in enumerate(manifest.conditions):
+    masks = {prompt.mask for prompt in manifest.prompts}
+    for number, port in enumerate((*manifest.prompt_ports, *manifest.ports_beside_prompts)):
+        if port.name == manifest.guidance.port:
+            continue
         shape = (count, *port.shape)
-        if port.masks:
+        if port.masks or port.name in masks:
             rows[port.name] = np.ones(shape, port.dtype)
         elif port.dtype == "int64":
             values = np.arange(math.prod(shape)) % max(1, manifest.classes if port.name == LABELS else port.size)

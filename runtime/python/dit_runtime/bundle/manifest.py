@@ -9,14 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dit_runtime.bundle.parsing import parse
-from dit_runtime.bundle.records import FORMAT, File, Guidance, Manifest, Port, Stage, TensorSpec
+from dit_runtime.bundle.records import FORMAT, File, Guidance, Manifest, Port, Prompt, Stage, TensorSpec
 from dit_runtime.errors import BundleError
 
 NAME = "manifest.json"
 ENGINE = ".engine"  # what a file that a backend has compiled ends in
 BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
 
-__all__ = ["FORMAT", "File", "Guidance", "Manifest", "Port", "Stage", "TensorSpec"]  # and the functions below
+__all__ = ["FORMAT", "File", "Guidance", "Manifest", "Port", "Prompt", "Stage", "TensorSpec"]  # and the functions below
 
 
 def read(folder: Path, engines: bool = True) -> Manifest:

@@ -19,6 +19,7 @@ from dit_runtime.bundle.records import (
     Guidance,
     Manifest,
     Port,
+    Prompt,
     Stage,
     TensorSpec,
     count_classes,
@@ -27,7 +28,7 @@ from dit_runtime.errors import nearest
 from dit_runtime.facts import LIMITS
 from dit_runtime.sampling.process import Process, is_number
 
-R = TypeVar("R", Port, TensorSpec, Stage, Guidance, File, Manifest)
+R = TypeVar("R", Port, TensorSpec, Stage, Prompt, Guidance, File, Manifest)
 Sources = dict[str, tuple[str, str, tuple[int, ...]]]  # role, dtype and shape of a row, by the tensor's name
 KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
 SIZES = f"sizes of 1 to {LIMITS['size']}"
@@ -55,10 +56,14 @@ def parse(table: dict[str, Any]) -> Manifest:
         guidance=_record(Guidance, table.get("guidance"), "guidance"),
         process=Process.from_dict(table.get("process", {})),
         stages=tuple(_stage(stage, f"stage {index}") for index, stage in enumerate(_list(table, "stages", "manifest"))),
+        prompts=tuple(_prompt(prompt, f"prompt {index}") for index, prompt in enumerate(_prompts(table))),
         files=files,
     )
-    check_network(manifest.ports, manifest.null, manifest.guidance.channels)
+    default = manifest.guidance.default
+    _expect(is_number(default) and abs(default) <= FLOAT32_MAX, "guidance: default", default, "a number of float32")
+    check_network(manifest.ports, manifest.null, manifest.guidance.channels, manifest.guidance.port)
     _check_stages(manifest)
+    _check_prompts(manifest)
     if manifest.labels:
         _expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest
@@ -91,6 +96,45 @@ def _list(table: Any, key: str, where: str) -> list[Any]:
 def _port(table: Any, where: str) -> Port:
     where = f"{where} ({table.get('name')})" if isinstance(table, dict) else where
     return _record(Port, table, where, shape=tuple(_list(table, "shape", where)))
+
+
+def _prompts(table: Any) -> list[Any]:
+    return _list(table, "prompts", "manifest") if "prompts" in table else []
+
+
+def _prompt(table: Any, where: str) -> Prompt:
+    prompt = _record(Prompt, table, where)
+    for key, size in (("tokens", prompt.tokens), ("size", prompt.size)):
+        _expect(_is_size(size), f"{where}: {key}", size, SIZES)
+    for key, template in (("template", prompt.template), ("negative", prompt.negative or "{}")):
+        _expect(template.count("{}") == 1, f"{where}: {key}", template, "text with {} in one place")
+    return prompt
+
+
+def _check_prompts(manifest: Manifest) -> None:
+    """Refuse prompts without a stage that reads just them, and a stage that is not first or gives no condition."""
+    stage, ports = manifest.prompt, manifest.prompt_ports
+    _expect((stage is None) == (not ports), "prompts", len(manifest.prompts), "some where a stage runs 'prompt'")
+    if stage is None:
+        return
+    _expect(stage is manifest.stages[0], f"stage {stage.name} (runs 'prompt')", "a later stage", "the first")
+    _distinct("port or prompt input", [port.name for port in (*manifest.ports, *ports)])
+    shapes: dict[str, tuple[int | str, ...]] = {port.name: ("rows", *port.shape) for port in ports}
+    _check_names(stage, stage.reads, shapes, "reads", "int64")
+    conditions = {port.name: port for port in manifest.conditions}
+    _expect(bool(stage.gives), f"stage {stage.name} gives", "nothing", "condition ports")
+    gives = [spec.name for spec in stage.gives]
+    for spec in stage.gives:
+        known = ", ".join(conditions) or "(none)"
+        _expect(spec.name in conditions, f"stage {stage.name} gives", spec.name, f"condition ports: {known}")
+        port = conditions[spec.name]
+        _check_shape(stage, spec, ("rows", *port.shape), port.dtype)
+    for port in conditions.values():
+        pair = bool(port.masks) and (port.masks in gives) != (port.name in gives)
+        _expect(not pair, f"stage {stage.name} gives", ", ".join(gives), f"both {port.masks} and {port.name}, or none")
+    for prompt in manifest.prompts:
+        if prompt.tokenizer not in manifest.files:
+            raise ValueError(f"{prompt.tokenizer} has no size and sha256 under files")
 
 
 def _check_port(port: Port, where: str) -> None:
@@ -140,9 +184,11 @@ def _check_row(row: Sequence[int], where: str) -> None:
     _expect(fits, where, f"{[*row]} a row", f"at most {most} numbers in {rank} dimensions")
 
 
-def check_network(ports: Sequence[Port], null: Mapping[str, int | float], channels: int | None = None) -> None:
-    """Raise ValueError where no bundle can hold a network of these ports, with these constants of guidance and as many
-    guided channels (None: all)."""
+def check_network(
+    ports: Sequence[Port], null: Mapping[str, int | float], channels: int | None = None, guidance_port: str = ""
+) -> None:
+    """Raise ValueError where no bundle can hold a network of these ports, with these constants of guidance, as many
+    guided channels (None: all), and this port for the weight of guidance."""
     for index, port in enumerate(ports):
         _check_port(port, f"port {index} ({port.name})")
         if port.name in RESERVED:
@@ -159,6 +205,10 @@ def check_network(ports: Sequence[Port], null: Mapping[str, int | float], channe
         _expect(1 <= channels <= state.shape[0], "guidance: channels", channels, f"1 to {state.shape[0]}")
     conditions = {port.name: port for port in ports if port.role == "condition"}
     _check_masks(ports, conditions)
+    if guidance_port:
+        weight = conditions.get(guidance_port)
+        fits = weight is not None and weight.dtype == "float32" and not weight.shape and guidance_port not in null
+        _expect(fits, "guidance: port", guidance_port, "a condition port of float32 [] without a constant in null")
     for name, value in null.items():
         _expect(name in conditions, "null", name, f"one of the condition ports {', '.join(conditions) or '(none)'}")
         port = conditions[name]
@@ -189,11 +239,12 @@ def _check_masks(ports: Sequence[Port], conditions: Mapping[str, Port]) -> None:
 
 
 def _check_stages(manifest: Manifest) -> None:
-    for runs, most in (("step", 1), ("update", 1), ("end", 1)):
+    for runs, most in (("prompt", 1), ("step", 1), ("update", 1), ("end", 1)):
         names = [stage.name for stage in manifest.stages if stage.runs == runs]
         _expect(len(names) <= most and (names or runs != "step"), f"stages that run {runs!r}", names, "one")
     _distinct("stage", [stage.name for stage in manifest.stages])
-    tensors = [spec.name for stage in manifest.stages for spec in stage.gives]
+    # The prompt stage gives what condition ports take: they stay sources, whoever fills them.
+    tensors = [spec.name for stage in manifest.stages if stage.runs != "prompt" for spec in stage.gives]
     _distinct("port or tensor", [*(port.name for port in manifest.ports), GUIDANCE, *tensors])
     checks = {"step": _check_step, "update": _check_update, "end": _check_end}
     sources: Sources = {port.name: (port.role, port.dtype, port.shape) for port in manifest.ports}
@@ -201,7 +252,7 @@ def _check_stages(manifest: Manifest) -> None:
         _distinct(f"input of stage {stage.name}", [spec.name for spec in stage.reads])
         if stage.runs in BEFORE_LOOP:
             _check_before_loop(stage, sources)
-        else:
+        elif stage.runs in checks:
             checks[stage.runs](manifest, stage, sources)
         for name in dict.fromkeys(
             (stage.onnx, *stage.files, *(name for own in stage.engines.values() for name in own))
@@ -237,6 +288,8 @@ def _check_step(manifest: Manifest, stage: Stage, sources: Sources) -> None:
             _check_shape(stage, spec, ("batch", *state.shape))
         elif spec.name == GUIDANCE:
             _expect(manifest.conditions, f"stage {stage.name} reads {GUIDANCE}", "no condition port", "at least one")
+            port = manifest.guidance.port
+            _expect(not port, f"stage {stage.name} reads {GUIDANCE}", f"guidance: port {port}", "one of the two")
             _check_shape(stage, spec, ("batch",))
         else:
             _check_source(stage, spec, ("groups", "batch"), sources, ("time", "condition", "time+condition"))
@@ -263,12 +316,16 @@ def _check_end(manifest: Manifest, stage: Stage, sources: Sources) -> None:
 
 
 def _check_names(
-    stage: Stage, specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int | str, ...]], key: str
+    stage: Stage,
+    specs: Iterable[TensorSpec],
+    shapes: Mapping[str, tuple[int | str, ...]],
+    key: str,
+    dtype: str = "float32",
 ) -> None:
     names = [spec.name for spec in specs]
     _expect(sorted(names) == sorted(shapes), f"stage {stage.name} {key}", ", ".join(names), ", ".join(shapes))
     for spec in specs:
-        _check_shape(stage, spec, shapes[spec.name])
+        _check_shape(stage, spec, shapes[spec.name], dtype)
 
 
 def _check_source(

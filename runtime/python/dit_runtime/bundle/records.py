@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import DEFAULT_GUIDANCE
 from dit_runtime.sampling.process import Process
 
 FORMAT = 2
 ROLES = ("state", "time", "condition")
 BEFORE_LOOP = ("condition", "time", "time+condition")  # what stages before the loop may run once per
-RUNS = (*BEFORE_LOOP, "step", "update", "end")
+RUNS = ("prompt", *BEFORE_LOOP, "step", "update", "end")
 DTYPES = ("float32", "int64")
 LABELS = "labels"  # the port that a user may fill with class names
 GUIDANCE = "guidance"  # the input of the step stage that mixes guidance
@@ -88,9 +89,32 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """One tokenizer's view of a prompt: inputs of the prompt stage."""
+
+    ids: str  # input [rows, tokens] int64 of the prompt stage
+    tokens: int
+    size: int  # ids are 0 … size - 1
+    tokenizer: str  # file of the bundle: a tokenizer.json whose truncation and padding are set to `tokens`
+    mask: str = ""  # input [rows, tokens] int64: 1 for each token of the prompt; "": the encoder reads none
+    template: str = "{}"  # around the prompt
+    negative: str = ""  # the template of negative prompts; "": the same
+    lowercase: bool = False  # strip and lower the user's words before they go into the template
+
+    @property
+    def ports(self) -> tuple[Port, ...]:
+        """Return the inputs as ports, so that they are checked as a condition's arrays are."""
+        ids = Port(self.ids, "condition", "int64", (self.tokens,), self.size)
+        mask = Port(self.mask, "condition", "int64", (self.tokens,), 2)
+        return (ids, mask) if self.mask else (ids,)
+
+
+@dataclass(frozen=True)
 class Guidance:
     channels: int  # the leading channels that guidance moves
     unguided_up_to_one: bool = True  # weights below 1 count as 1
+    default: float = DEFAULT_GUIDANCE  # the weight of a request that names none
+    port: str = ""  # the condition port that takes the weight where the network itself is guided; "": it takes none
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,7 @@ class Manifest(WithPorts):
     guidance: Guidance
     process: Process
     stages: tuple[Stage, ...]  # in the order of running
+    prompts: tuple[Prompt, ...] = ()  # what the prompt stage reads; empty where there is none
     files: Mapping[str, File] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     built_with: Mapping[str, Any] = field(default_factory=dict)
@@ -146,6 +171,8 @@ class Manifest(WithPorts):
     @property
     def without_null(self) -> tuple[str, ...]:
         """The condition ports, masks apart, that a guided request must bring a negative for."""
+        if self.guidance.port:
+            return ()
         return tuple(port.name for port in self.conditions if not port.masks and port.name not in self.null)
 
     @property
@@ -157,6 +184,22 @@ class Manifest(WithPorts):
     def learned_variance(self) -> bool:
         """Tell whether the step stage gives the variance of a step's noise too."""
         return any(spec.name == "variance" for spec in self.step.gives)
+
+    @property
+    def prompt(self) -> Stage | None:
+        """Return the stage that makes condition ports of token ids."""
+        return next((stage for stage in self.stages if stage.runs == "prompt"), None)
+
+    @property
+    def prompt_ports(self) -> tuple[Port, ...]:
+        """Return the prompt stage's inputs as ports."""
+        return tuple(port for prompt in self.prompts for port in prompt.ports)
+
+    @property
+    def ports_beside_prompts(self) -> tuple[Port, ...]:
+        """Return the condition ports that the prompt stage does not give."""
+        given = {spec.name for spec in self.prompt.gives} if self.prompt else set()
+        return tuple(port for port in self.conditions if port.name not in given)
 
     @property
     def before_loop(self) -> tuple[Stage, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit_runtime import backends
-from dit_runtime.bundle.records import Manifest, Port
+from dit_runtime.bundle.records import Manifest, Port, Prompt
 
 PER = {
+    "prompt": "once a prompt",
     "condition": "once a condition",
     "time": "once a timestep",
     "time+condition": "once a timestep and condition",
@@ -23,9 +24,10 @@ def summary(folder: Path, contract: Manifest) -> str:
     lines = [
         f"{folder}",
         f"model      {model.get('name')} at {model.get('resolution')} px" + (f", {names}" if contract.classes else ""),
-        f"sampling   {sampler.solver} on {contract.process.prediction}, {_guidance(contract)}",
+        f"sampling   {sampler.solver} on {contract.process.prediction}, {sampler.steps} steps, {_guidance(contract)}",
     ]
     lines += [f"port       {_port(port, contract)}" for port in (state, contract.time, *contract.conditions)]
+    lines += [f"prompt     {_prompt(prompt)}" for prompt in contract.prompts]
     for stage in contract.stages:
         size = sum(contract.files[file].size for file in stage.files)
         reads = ", ".join(spec.name for spec in stage.reads)
@@ -43,9 +45,17 @@ def summary(folder: Path, contract: Manifest) -> str:
 
 
 def _guidance(contract: Manifest) -> str:
+    guidance = contract.guidance
+    if guidance.port:
+        return f"guidance {guidance.default:g} as {guidance.port}"
     if not contract.mixes_guidance:
         return "no guidance"
-    return f"guidance on {contract.guidance.channels} of {contract.state.shape[0]} channels"
+    return f"guidance {guidance.default:g} on {guidance.channels} of {contract.state.shape[0]} channels"
+
+
+def _prompt(prompt: Prompt) -> str:
+    words = f"{prompt.ids}: up to {prompt.tokens} tokens by {prompt.tokenizer}"
+    return words + (f", in {prompt.template!r}" if prompt.template != "{}" else "")
 
 
 def _port(port: Port, contract: Manifest) -> str:

@@ -57,7 +57,7 @@ def null_condition(conditions: Sequence[Port], null: Mapping[str, Any], negative
     constants = {
         name: np.full((count, *ports[name].shape), value, ports[name].dtype)
         for name, value in null.items()
-        if name not in negative and ports[name].masks not in negative
+        if name in ports and name not in negative and ports[name].masks not in negative
     }
     return fit({**constants, **negative}, conditions, "negative")
 

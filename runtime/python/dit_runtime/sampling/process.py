@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import BundleError, UsageError, nearest
-from dit_runtime.facts import FACTS, LIMITS
+from dit_runtime.facts import DEFAULT_STEPS, FACTS, LIMITS
 
 SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kind of process, order, evaluations a step, multistep
 NOISE_SOLVERS = tuple(name for name, facts in SOLVERS.items() if facts["process"] == "noise")
@@ -37,7 +37,7 @@ CHOICES = {
     "final_sigmas_type": ("zero", "sigma_min"),
 }
 FLOW_FIELDS = ("train_steps", "shift", "shift_terminal", "sigma_min", "sampler")
-FLOW_SAMPLER_FIELDS = ("solver", "flow_spacing")
+FLOW_SAMPLER_FIELDS = ("solver", "steps", "flow_spacing")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Sampler:
     """A model's sampling defaults, used unless a caller overrides them."""
 
     solver: str = "ddim"
+    steps: int = DEFAULT_STEPS
     # Noise processes
     ddpm_spacing: str = "respaced"
     ddim_spacing: str = "stride"
@@ -69,6 +70,7 @@ class Sampler:
     def __post_init__(self) -> None:
         _check_fields(self)
         most = LIMITS["steps"]
+        _require(1 <= self.steps <= most, "steps", self.steps, f"an integer from 1 to {most}")
         _require(0 <= self.steps_offset <= most, "steps_offset", self.steps_offset, f"an integer from 0 to {most}")
         _require(self.clip_sample_range > 0, "clip_sample_range", self.clip_sample_range, "a number above 0")
 

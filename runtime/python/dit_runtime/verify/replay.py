@@ -117,15 +117,19 @@ def replay(
 
 
 def _request(contract: Manifest, reference: Reference) -> Request:
-    """Return the reference's request, with the manifest's constants for what guidance leads away from."""
-    solver = contract.process.sampler.solver
+    """Return the reference's request, with the manifest's constants for what guidance leads away from.
+
+    A network that is guided by itself gets the reference's weights as every request does.
+    """
+    solver, own = contract.process.sampler.solver, dict(reference.condition)
+    own.pop(contract.guidance.port, None)
     negative = {
         port.name: reference.negative[port.name]
         for port in contract.conditions
-        if reference.negative and (port.masks or port.name) not in contract.null
+        if reference.negative and contract.mixes_guidance and (port.masks or port.name) not in contract.null
     }
     return Request(
-        condition=reference.condition,
+        condition=own,
         negative=negative,
         steps=len(reference.timesteps) // EVALUATIONS[solver],
         guidance=[float(weight) for weight in reference.guidance],

@@ -1,0 +1,137 @@
+"""Text encoders and tokenizers of a pipeline that diffusers wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from torch import nn
+from transformers.utils import logging
+
+from dit_export.checkpoints.files import first_line, read_json, sha256
+from dit_export.networks.text import PromptEncoder, Text, Tokens
+from dit_runtime.bundle.manifest import Prompt
+from dit_runtime.errors import UsageError
+
+OTHERWISE = "pass --without-text-encoders to build for prompt embeddings"
+# Texts whose ids must be transformers' own: empty, short, longer than most prompts, and with letters beyond ASCII.
+SAMPLES = ("", "a photo of a cat", "Ünïcode – Größe 12, “quoted”,  and   spaces 東京 🙂", "a long road, " * 200)
+
+
+def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> tuple[PromptEncoder, dict[str, Any]]:
+    """Read the encoders of a pipeline for captions of so many tokens; return their sha256 by file, too."""
+    classes = parts(folder)
+    with quiet():
+        encoders = {name: _encoder(folder / name, kind) for name, kind in classes.items() if "encoder" in name}
+        made = [_tokenizer(folder, entry, classes, tokens) for entry in text.prompts if entry.tokenizer in classes]
+    try:
+        module = text.module(encoders, transformer, tokens).eval().requires_grad_(False)
+    except KeyError as error:
+        raise UsageError(f"{folder}: {error.args[0]} is missing: {OTHERWISE}") from None
+    prompts, contents = zip(*made, strict=True)
+    tokenizers = {prompt.tokenizer: content for prompt, content in made}
+    assert len(contents) == len(tokenizers)
+    files = {name: sha256(sorted((folder / name).glob("*"))) for name in classes}
+    return PromptEncoder(module, prompts, text.gives, tokenizers), files
+
+
+def parts(folder: Path) -> dict[str, str]:
+    """Return the transformers class of each text encoder and tokenizer that a pipeline has, by folder."""
+    index = folder / "model_index.json"
+    table = read_json(index) if index.is_file() else {}
+    classes = {}
+    for name, entry in table.items() if isinstance(table, dict) else ():
+        if name.startswith(("text_encoder", "tokenizer")) and isinstance(entry, list) and entry[-1]:
+            if not (folder / name).is_dir():
+                raise UsageError(f"{folder / name}: not there, and {index.name} names it: {OTHERWISE}")
+            classes[name] = str(entry[-1])
+    return classes
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show no progress bar of transformers."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _encoder(folder: Path, kind: str) -> nn.Module:
+    """Load an encoder in float32; every weight must be there."""
+    loader = getattr(transformers, kind, None)
+    if loader is None:
+        raise UsageError(f"{folder}: transformers has no {kind}: {OTHERWISE}")
+    options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    try:
+        encoder, report = loader.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{folder}: {kind} refuses it: {first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UsageError(f"{folder}: the weights do not fit: {missing[0]} is missing ({len(missing)} in all)")
+    return encoder.eval()
+
+
+def _tokenizer(folder: Path, entry: Tokens, classes: Mapping[str, str], tokens: int) -> tuple[Prompt, str]:
+    """Return a tokenizer's view of prompts, and its tokenizer.json."""
+    where, kind = folder / entry.tokenizer, classes[entry.tokenizer]
+    length = tokens + entry.extra if entry.tokens is None else entry.tokens
+    if length < 1:
+        raise UsageError(
+            f"caption-tokens {tokens}: expected more than {-entry.extra}, for {entry.tokenizer} has the rest"
+        )
+    loader = getattr(transformers, kind, transformers.AutoTokenizer)
+    try:
+        tokenizer = loader.from_pretrained(where, local_files_only=True)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"{where}: {kind} refuses it: {first_line(error)}") from None
+    tokenizer.padding_side = entry.side or tokenizer.padding_side
+    content = tokenizer_json(tokenizer, length, entry.special, str(where))
+    size = max(tokenizer.get_vocab().values()) + 1
+    prompt = Prompt(
+        ids=entry.ids,
+        tokens=length,
+        size=size,
+        tokenizer=f"{entry.ids}.tokenizer.json",
+        mask=entry.mask,
+        template=entry.template,
+        negative=entry.negative,
+        lowercase=entry.lowercase,
+    )
+    return prompt, content
+
+
+def tokenizer_json(tokenizer: Any, length: int, special: bool = True, where: str = "tokenizer") -> str:
+    """Return a tokenizer.json that by itself gives the ids of transformers' tokenizer, cut and padded to `length`."""
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        lacks = "padding token" if tokenizer.is_fast else "form of the package tokenizers"
+        raise UsageError(f"{where}: has no {lacks}: {OTHERWISE}")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.enable_truncation(length, direction=tokenizer.truncation_side)
+    backend.enable_padding(
+        direction=tokenizer.padding_side,
+        pad_id=tokenizer.pad_token_id,
+        pad_type_id=tokenizer.pad_token_type_id,
+        pad_token=tokenizer.pad_token,
+        length=length,
+    )
+    table = json.loads(backend.to_str())
+    if not special:
+        table["post_processor"] = None
+    content = json.dumps(table, ensure_ascii=False)
+    fixed = {"padding": "max_length", "truncation": True, "max_length": length, "add_special_tokens": special}
+    expected = tokenizer(list(SAMPLES), **fixed)
+    got = Tokenizer.from_str(content).encode_batch(list(SAMPLES))
+    for text, encoding, ids, mask in zip(SAMPLES, got, expected.input_ids, expected.attention_mask, strict=True):
+        if encoding.ids != ids or encoding.attention_mask != mask:
+            raise UsageError(f"{where}: its tokenizer.json gives other ids for {text[:20]!r} than transformers does")
+    return content
