@@ -136,7 +136,7 @@ TEST_P(Prompted, Refusals) {
     bad("ids holds other values than the integers from 0 to 7",
         [&] { arrays[0].integers = nullptr, arrays[0].floats = wrong; });
     bad("guidance needs a negative with ids, ids_mask, ids_2", [&] { request.num_negative_arrays = 0; });
-    bad("negative lacks ids_2", [&] { request.num_negative_arrays = 2; });
+    bad("guidance needs a negative with ids_2", [&] { request.num_negative_arrays = 2; });
 }
 
 TEST(Face, Prompts) {
