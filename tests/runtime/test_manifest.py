@@ -78,6 +78,7 @@ def test_the_schema_has_every_field_and_word() -> None:
         (records.Port, SCHEMA["$defs"]["port"]),
         (records.Stage, SCHEMA["$defs"]["stage"]),
         (records.TensorSpec, SCHEMA["$defs"]["tensor"]),
+        (records.Prompt, SCHEMA["$defs"]["prompt"]),
         (records.Guidance, SCHEMA["properties"]["guidance"]),
         (records.File, SCHEMA["properties"]["files"]["additionalProperties"]),
     ):
@@ -144,7 +145,7 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         (("ports", 2, "name"), "previous", "a port is called 'previous', as a tensor of a bundle's stages"),
         (("files",), None, "manifest lacks 'files'"),
         (("files", "denoiser.onnx", "size"), -1, "files: denoiser.onnx: size: got -1, expected 0 or more"),
-        ((*STEP, "runs"), "loop", "runs: got loop, expected one of condition, time"),
+        ((*STEP, "runs"), "loop", "runs: got loop, expected one of prompt, condition, time"),
         ((*STEP, "runs"), "end", "stages that run 'step': got [], expected one"),
         ((*STEP, "name"), "conditioner", "stage 'conditioner' stands there 2 times"),
         ((*STEP, "max_batch"), 0, "max_batch: got 0, expected 1 to 16777216"),
