@@ -131,15 +131,14 @@ typedef struct dit_port {
  * that the encoders give. libdit has no tokenizer: put the words into the template and tokenize them elsewhere. */
 typedef struct dit_prompt {
     size_t struct_size;
-    const char* ids; /* the array of token ids, int64: rows of `tokens` numbers */
-    const char*
-        mask; /* the array that is 1 for each token of the prompt, else 0, of the same shape; "": none is read */
+    const char* ids;  /* the array of token ids, int64 [rows, tokens] */
+    const char* mask; /* the array that is 1 for each token of the prompt, else 0, int64 [rows, tokens]; "": none */
     int64_t tokens;
     int64_t size;                  /* ids are 0 to size - 1 */
     const char* tokenizer;         /* a file of the bundle: a tokenizer.json that truncates and pads to `tokens` */
     const char* prompt_template;   /* the words stand where it has {} */
     const char* negative_template; /* the same for negative prompts, of which the usual one is "" */
-    int lowercase;                 /* 1: the words are stripped and lowered before */
+    int lowercase;                 /* 1: the words are lowered and stripped before, as str.lower and str.strip do */
 } dit_prompt;
 
 #define DIT_PROMPT_INIT {sizeof(dit_prompt), NULL, NULL, 0, 0, NULL, NULL, NULL, 0}
