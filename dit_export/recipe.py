@@ -12,21 +12,23 @@ from dit_runtime.errors import UsageError, nearest
 from dit_runtime.facts import FACTS
 
 PRECISIONS = tuple(FACTS["tolerances"])
+PIXELS = 8  # image pixels along a cell of the latents, where neither a network nor a VAE states another number
 
 
-def latent_size(resolution: int | str) -> tuple[int, int]:
-    """Height and width of the latents for pictures of 256 or "512x256" pixels."""
+def latent_size(resolution: int | str, pixels: int = PIXELS) -> tuple[int, int]:
+    """Return height and width of the latents for images of 256 or "512x256", `pixels` along a cell."""
     numbers = str(resolution).split("x")
-    if len(numbers) > 2 or not all(number.isdecimal() and int(number) and int(number) % 8 == 0 for number in numbers):
+    if len(numbers) > 2 or not all(n.isdecimal() and int(n) and int(n) % pixels == 0 for n in numbers):
         raise UsageError(
-            f"resolution {resolution}; expected a multiple of 8, such as 256 or 512, or two as height x width: 512x256"
+            f"resolution {resolution}; expected a multiple of {pixels}, such as 256 or 512, "
+            "or two as height x width: 512x256"
         )
-    return int(numbers[0]) // 8, int(numbers[-1]) // 8
+    return int(numbers[0]) // pixels, int(numbers[-1]) // pixels
 
 
-def resolution_name(size: tuple[int, int]) -> int | str:
+def resolution_name(size: tuple[int, int], pixels: int = PIXELS) -> int | str:
     """Return a latent size as people write the image's: 256, or "512x256" for height x width."""
-    height, width = (8 * side for side in size)
+    height, width = (pixels * side for side in size)
     return height if height == width else f"{height}x{width}"
 
 
@@ -37,6 +39,7 @@ class Recipe(Tuning):
     model: str | None = None
     conditioning: str | None = None
     resolution: int | str | None = None  # a side in pixels, or "512x256" for height x width
+    frames: int | None = None  # of a video
     precision: str = "fp32"
     backend: str = "auto"
     checkpoint: str | None = None
@@ -47,7 +50,7 @@ class Recipe(Tuning):
     prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
     calibration: str | None = None
     conditions: str | None = None  # to calibrate with: an .npz with arrays by port name, and `negative.NAME`
-    keep_float: list[str] | None = None  # of an int8 denoiser: "block 3 fc2", "block 0", or "fc2" in every block
+    keep_float: list[str] | None = None  # in int8: "blocks.3.mlp.fc2", "blocks.0", or "fc2" in every block
     strict: bool = False  # keep no other layer of an int8 or fp8 denoiser in float, whatever the gates say
     judge: str | None = None  # an ONNX network that looks at pictures; FILE.npz beside it: mu and sigma of real ones
     synthetic: int | None = None

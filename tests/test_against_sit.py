@@ -19,8 +19,9 @@ from dit_runtime import Pipeline, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.process import FLOW_SOLVERS
 from tests.test_against_meta import CHANNELS, CLASSES, LABELS, LATENT, PATCH, distance, prediction
+
+SIT = ("euler", "heun", "sde")  # the solvers of its code
 
 STEPS = 10
 # Two fp32 programs, each summing in its own order: measured 9e-8 to 3e-7, the rest is room for other CPUs' kernels. The
@@ -83,7 +84,7 @@ def bundle(velocity, one_thread):
         yield pipe
 
 
-@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+@pytest.mark.parametrize("solver", SIT)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_latents(bundle, weights, solver, guidance):
     expected = sample(weights, solver, LABELS, guidance)
@@ -95,8 +96,8 @@ def test_latents(bundle, weights, solver, guidance):
 @pytest.mark.parametrize(
     ("solver", "wrong"),
     [
-        *((solver, {"reversed": True}) for solver in FLOW_SOLVERS),
-        *((solver, {"guided": CHANNELS}) for solver in FLOW_SOLVERS),
+        *((solver, {"reversed": True}) for solver in SIT),
+        *((solver, {"guided": CHANNELS}) for solver in SIT),
         ("sde", {"coefficient": 0.99}),
         ("sde", {"last_step": 0.041}),
     ],
@@ -119,7 +120,7 @@ def test_the_channels_that_nothing_reads_are_gone(velocity):
     assert checks["proof"] == "sensitive"  # of t, which the network sees between 0 and 1
 
 
-@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+@pytest.mark.parametrize("solver", SIT)
 def test_the_reference_of_every_default_solver(velocity, tmp_path, one_thread, solver):
     """Heun's method asks twice a step, the SDE draws noise: the replay does as PyTorch did."""
     recipe = manifest.read(velocity.bundle).source["recipe"] | {"output": str(tmp_path / "bundle")}
@@ -131,7 +132,7 @@ def test_the_reference_of_every_default_solver(velocity, tmp_path, one_thread, s
             figures = verify.verify(pipe)
         assert all(figure.passed for figure in figures), verify.table(figures)
         assert sum(figure.name == "run: latents, rel-L2" for figure in figures) == 10
-        other = next(name for name in FLOW_SOLVERS if name != solver)
+        other = next(name for name in SIT if name != solver)
         process = replace(process, sampler=replace(process.sampler, solver=other))
         manifest.write(tmp_path / "bundle", replace(manifest.read(tmp_path / "bundle"), process=process))
         with Pipeline.load(tmp_path / "bundle", threads=1) as pipe:
@@ -171,7 +172,7 @@ def test_a_size_of_the_table(tmp_path, capsys, one_thread):
     contract = manifest.read(folder)
     assert contract.parity["proof"] == "sensitive" and contract.built_with["passes"]["denoiser"]["hoist"] == 6 * 12 + 2
     with Pipeline.load(folder, threads=1) as pipe:
-        for solver in FLOW_SOLVERS:
+        for solver in SIT:
             latents = pipe.sample([207, 360], steps=4, solver=solver, output="latents")
             assert latents.shape == (2, 4, 16, 16) and 0.1 < latents.std() < 10
             assert np.abs(latents[0] - latents[1]).mean() > 0.1

@@ -191,11 +191,11 @@ def _decoder(job: Job, path: Path, dtype: torch.dtype) -> nn.Module:
     from diffusers import AutoencoderKL
 
     from dit_export.checkpoints.synthetic import SD_VAE
-    from dit_export.networks.codec import Decoder
+    from dit_export.networks.codec import make_decoder
 
     with torch.device("meta"):
         vae = AutoencoderKL(**(job.vae or SD_VAE))
-    return filled(Decoder(vae), path, dtype).to(job.device)
+    return filled(make_decoder(vae), path, dtype).to(job.device)
 
 
 def _captured(network: Any, held: tuple[Tensor, ...]) -> Any:

@@ -18,7 +18,7 @@ from dit_export.bundle.assemble import build_scratch_bundle, trace_graphs
 from dit_export.checkpoints import Loaded, keys
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
 from dit_export.graph import DECODER, NETWORK
-from dit_export.networks.codec import Decoder
+from dit_export.networks.codec import make_decoder
 from dit_export.networks.dit import DiT, dit_network
 from dit_export.recipe import Recipe
 from dit_runtime import backends
@@ -38,7 +38,7 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
     with progress.stage("weights"):
         model, vae = synthetic_dit(job.spec, WEIGHTS_SEED), synthetic_vae(WEIGHTS_SEED, job.vae or SD_VAE)
     loaded = Loaded(dit_network(model), vae, (), job.process, {"kind": "synthetic", "seed": WEIGHTS_SEED})
-    decoder = Decoder(vae).eval()
+    decoder = make_decoder(vae)
     (folder / "weights").mkdir()
     save_file(model.state_dict(), folder / "weights" / "dit.safetensors")
     save_file(decoder.state_dict(), folder / "weights" / "decoder.safetensors")

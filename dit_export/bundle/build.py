@@ -17,7 +17,7 @@ from dit_export.bundle.assemble import Assembly, Inputs
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.oracle import Oracle
-from dit_export.networks.codec import Decoder
+from dit_export.networks.codec import make_decoder
 from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
 from dit_export.precision.budget import SearchOptions
@@ -28,6 +28,7 @@ from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, compare, summary
 from dit_export.verify.metrics import PROOF, sentence
 from dit_export.verify.reference import make_reference, save_reference
+from dit_export.verify.text import save_prompts
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
@@ -85,7 +86,7 @@ def build(
         partial.mkdir()
         copies = 4 if backends.typed(backend, recipe.precision) else 2
         _require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
-        decoder = Decoder(loaded.vae).eval() if loaded.vae is not None else None
+        decoder = make_decoder(loaded.vae) if loaded.vae is not None else None
         oracle = trace_graphs(plain, loaded, decoder, progress)
         making = Making(Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs))
         making.write()
@@ -232,6 +233,8 @@ def _make_reference(assembly: Assembly, oracle: Oracle) -> None:
             lambda done, steps: assembly.progress.step(done, steps, "reference"),
         )
         save_reference(folder, reference, origins.packs, assembly.divisors)
+        if loaded.text is not None:
+            save_prompts(folder, loaded.text)
 
 
 def _within_gates(making: Making, built: Built) -> Built:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
 from torch import nn
 
 from dit_export.checkpoints import keys
@@ -46,7 +45,7 @@ class Loaded:
     """Hold what a build starts from."""
 
     network: Network
-    vae: AutoencoderKL | None
+    vae: Any  # one of CODECS' classes, or None
     labels: tuple[str, ...]  # by id; () where unknown
     process: Process
     source: dict[str, Any]  # provenance, JSON-able
@@ -84,6 +83,8 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     if class_name(folder) not in CLASSES:
         network, files, family, transformer = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
+        if family.shift_tokens is not None:
+            tokens = family.shift_tokens(network)
         process = read_process(
             path,
             network.learned_variance,
@@ -91,10 +92,12 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             family.scheduler,
             tokens=tokens,
             spacing=family.flow_spacing,
+            mu=family.mu,
         )
         if process.kind != family.process:
             what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"
             raise UsageError(f"{what}; {family.name} is trained for a {family.process} process")
+        process = replace(process, sampler=replace(process.sampler, steps=family.steps(network.model)))
         loaded = Loaded(network, None, read_names(recipe, network), process, {})
         return with_text(loaded, path, family, transformer, recipe), files
     model, files = read_transformer(folder, recipe.resolution)
@@ -175,7 +178,7 @@ def load_synthetic(recipe: Recipe) -> Loaded:
     return replace(loaded, vae=vae, source=source)
 
 
-def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[AutoencoderKL | None, dict[str, Any]]:
+def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple[Any, dict[str, Any]]:
     """Load the recipe's VAE, or the checkpoint's own, and say where it came from."""
     if recipe.latents_only:
         return None, {}
@@ -188,7 +191,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple
         path, source = checkpoint / "vae", {}
     else:
         raise UsageError(f"{checkpoint}: holds no VAE: pass --vae PATH or HUB-ID, or --latents-only")
-    vae, files = read_vae(path, network.state.shape[0])
+    vae, files = read_vae(path, network.state.shape[0], network.pixels)
     return vae, {"vae": source | {"sha256": sha256(files)}}
 
 
@@ -222,6 +225,8 @@ def agree(network: Network, recipe: Recipe, where: str) -> None:
         specs.model(recipe.model)
     if recipe.caption_tokens is not None and all(port.name != "captions" for port in network.conditions):
         raise UsageError(f"{where}: caption-tokens {recipe.caption_tokens}, but the network has no captions")
+    if recipe.frames is not None and "frames" not in network.model:
+        raise UsageError(f"{where}: frames {recipe.frames}, but the network draws no videos")
     for field in ("model", "conditioning", "heads"):
         asked, value = getattr(recipe, field), network.model.get("name" if field == "model" else field)
         if asked is not None and asked != value:

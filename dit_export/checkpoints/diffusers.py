@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers.models.modeling_utils import no_init_weights
+from torch import nn
 
 from dit_export.checkpoints import keys
-from dit_export.checkpoints.files import find_weights, read_json, read_weights
+from dit_export.checkpoints.files import find_weights, first_line, read_json, read_weights
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import ModelSpec, at_resolution
@@ -58,6 +60,17 @@ def read_config(folder: Path, *classes: str) -> dict[str, Any]:
     if unknown := sorted(config.keys() - fields.keys()):
         raise UsageError(f"{where}: {name} has no field {', '.join(unknown)}; known: {', '.join(fields)}")
     return fields | config | {"_class_name": name}
+
+
+def build_module(name: str, config: Mapping[str, Any], where: str) -> nn.Module:
+    """Build diffusers' own module of a config; its weights are memory that nothing has written yet."""
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    try:
+        with no_init_weights():
+            module: nn.Module = getattr(diffusers, name)(**fields)
+    except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
+        raise UsageError(f"{where}: {name} refuses it: {first_line(error)}") from None
+    return module
 
 
 def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple[DiT, list[Path]]:

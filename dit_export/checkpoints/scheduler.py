@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from dit_runtime.errors import UsageError, nearest
 from dit_runtime.sampling.process import CHOICES, PREDICTIONS, SOLVERS, Process, Sampler
 from dit_runtime.sampling.schedule import MULTISTEP
 
-FLOW = "FlowMatchEulerDiscreteScheduler"
-CLASSES = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", FLOW)
+FLOW, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+CLASSES = ("DDIMScheduler", "DDPMScheduler", DPM, FLOW)
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the classes that have clip_sample
 # Fields that the classes share, or that only one has; a config keeps another class's fields for a switch back.
 PROCESS = {
@@ -56,6 +56,7 @@ ONLY = {  # what we do not implement passes where it is switched off
 }
 # Without effect while their switch above is off.
 IDLE = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")
+ORDERS = tuple(SOLVERS[solver]["order"] for solver in MULTISTEP)
 SPECIAL = ("trained_betas", "timestep_spacing", "variance_type", "solver_order", "lambda_min_clipped")
 FLOW_ONLY: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False, True),
@@ -66,6 +67,21 @@ FLOW_ONLY: dict[str, tuple[Any, ...]] = {
     "use_beta_sigmas": (False,),
     "stochastic_sampling": (False,),
 }
+# A flow's multistep solver: fields that are read, and those without effect while its σ do not come from betas.
+DPM_FLOW = ("num_train_timesteps", "flow_shift", "solver_type", "lower_order_final", "euler_at_final")
+DPM_FLOW_IDLE = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "timestep_spacing",
+    "steps_offset",
+    "lambda_min_clipped",
+    "variance_type",
+    "clip_sample",
+    "clip_sample_range",
+    "set_alpha_to_one",
+)
 DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
@@ -76,6 +92,7 @@ def read_scheduler_config(
     prediction: str | None = None,
     tokens: int | None = None,
     spacing: str | None = None,
+    mu: Callable[[int], tuple[float, float]] | None = None,
 ) -> Process:
     """Return the process and its sampling defaults; without a config, those of Meta's code, for DiT or for SiT.
 
@@ -83,7 +100,8 @@ def read_scheduler_config(
     defaults for the rest, with two exceptions, because those defaults are made for pixels and for networks without a
     variance: latents are clipped, and a learned variance is left unused, only where the config says so in words.
     A flow's config does not say what its pipeline does: `tokens` is the count of image tokens that a dynamic shift
-    depends on, and `spacing` that of its timesteps.
+    depends on, and `spacing` that of its timesteps. `mu` maps the tokens to the pipeline's own μ: its value for 0
+    steps, and what each step adds; without it, μ is the config's.
     """
     if config is None:
         solver = "euler" if prediction == "velocity" else "ddim"
@@ -97,9 +115,15 @@ def read_scheduler_config(
         )
     defaulted = config.get("_use_default_values", ())  # in a live scheduler's config: what its JSON did not say
     said = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
-    predicted = "velocity" if name == FLOW else said.get("prediction_type", "epsilon")
+    multistep_flow = name == DPM and said.get("use_flow_sigmas") is True
+    predicted = "velocity" if name == FLOW or multistep_flow else said.get("prediction_type", "epsilon")
     try:
-        process = _read_flow(said, tokens, spacing) if name == FLOW else _read_noise(name, said, learned_variance)
+        if multistep_flow:
+            process = _read_multistep_flow(said)
+        elif name == FLOW:
+            process = _read_flow(said, tokens, spacing, mu)
+        else:
+            process = _read_noise(name, said, learned_variance)
     except UsageError as error:
         raise UsageError(f"scheduler config: {error}") from None
     if prediction not in (None, predicted):
@@ -114,10 +138,8 @@ def _read_noise(name: str, said: dict[str, Any], learned_variance: bool) -> Proc
     spacing = said.get("timestep_spacing")
     clipped = said.get("lambda_min_clipped")
     betas = said.get("trained_betas")
-    order = said.get("solver_order", 2)
-    multistep = next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
     sampler = Sampler(
-        solver={"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name, multistep),
+        solver={"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name, _multistep(said)),
         ddpm_spacing=spacing or "leading",
         ddim_spacing=spacing or "leading",
         dpm_spacing=spacing or "linspace",
@@ -132,22 +154,34 @@ def _read_noise(name: str, said: dict[str, Any], learned_variance: bool) -> Proc
     )
 
 
-def _read_flow(said: dict[str, Any], tokens: int | None, spacing: str | None) -> Process:
+def _read_flow(
+    said: dict[str, Any],
+    tokens: int | None,
+    spacing: str | None,
+    own_mu: Callable[[int], tuple[float, float]] | None,
+) -> Process:
     """Return a flow whose dynamic shift is settled, because a bundle has one size.
 
     exponential: e^μ / (e^μ + 1/σ - 1),  linear: μ / (μ + 1/σ - 1): the static shift by e^μ, or by μ.
     """
     _refuse_unsupported(said, {"num_train_timesteps", "shift", "shift_terminal", *DYNAMIC}, FLOW_ONLY)
     train_steps, dynamic = said.get("num_train_timesteps", 1000), said.get("use_dynamic_shifting", False)
+    growth = 0.0
     if dynamic:
-        mu = dynamic_mu(said, tokens)
-        shift = math.exp(mu) if said.get("time_shift_type", "exponential") == "exponential" else mu
+        if tokens is None:
+            raise UsageError("use_dynamic_shifting = True needs the count of image tokens, which is not stated")
+        mu, growth = own_mu(tokens) if own_mu else (dynamic_mu(said, tokens), 0.0)
+        exponential = said.get("time_shift_type", "exponential") == "exponential"
+        if growth and not exponential:
+            raise UsageError("time_shift_type = 'linear' is not supported where μ depends on the number of steps")
+        shift = math.exp(mu) if exponential else mu
     else:
         shift = said.get("shift", 1.0)
     process = Process(
         prediction="velocity",
         train_steps=train_steps,
         shift=shift,
+        shift_growth=growth,
         shift_terminal=said.get("shift_terminal") or None,
         sampler=Sampler(solver="euler", flow_spacing=spacing or ("trailing" if dynamic else "linspace")),
     )
@@ -158,10 +192,35 @@ def _read_flow(said: dict[str, Any], tokens: int | None, spacing: str | None) ->
     return replace(process, sigma_min=float(smallest))
 
 
-def dynamic_mu(said: Mapping[str, Any], tokens: int | None) -> float:
+def _read_multistep_flow(said: dict[str, Any]) -> Process:
+    """Return the flow of DPM-Solver++ with use_flow_sigmas: its own σ, at which the network reads a training step."""
+    fixed: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in ONLY.items()} | {
+        "use_flow_sigmas": (True,),
+        "prediction_type": ("flow_prediction",),
+        "final_sigmas_type": ("zero",),
+        "solver_order": ORDERS,
+        "solver_type": CHOICES["solver_type"],
+    }
+    said = {"prediction_type": "epsilon"} | said
+    _refuse_unsupported(said, {*DPM_FLOW, *DPM_FLOW_IDLE, *IDLE}, fixed)
+    switches = ("solver_type", "lower_order_final", "euler_at_final")
+    return Process(
+        prediction="velocity",
+        train_steps=said.get("num_train_timesteps", 1000),
+        shift=said.get("flow_shift", 1.0),
+        sampler=Sampler(
+            solver=_multistep(said), flow_spacing="discrete", **{key: said[key] for key in switches if key in said}
+        ),
+    )
+
+
+def _multistep(said: Mapping[str, Any]) -> str:
+    order = said.get("solver_order", 2)
+    return next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
+
+
+def dynamic_mu(said: Mapping[str, Any], tokens: int) -> float:
     """Return μ as diffusers' calculate_shift: linear in the count of image tokens."""
-    if tokens is None:
-        raise UsageError("use_dynamic_shifting = True needs the count of image tokens, which is not stated")
     base_shift, max_shift, base_tokens, max_tokens = (said.get(key, value) for key, value in DYNAMIC.items())
     for key, value in zip(DYNAMIC, (base_shift, max_shift, base_tokens, max_tokens), strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -178,7 +237,7 @@ def _supported(learned_variance: bool) -> dict[str, tuple[Any, ...]]:
     supported |= {key: CHOICES[ours] for key, ours in PROCESS.items() if ours in CHOICES}
     supported |= {key: CHOICES[key] for key in SAMPLER if key in CHOICES}
     supported["prediction_type"] = tuple(name for name, kind in PREDICTIONS.items() if kind == "noise")
-    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": (1, 2, 3)}
+    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": ORDERS}
     supported["variance_type"] = (None, *(key for key in VARIANCES if learned_variance or "learned" not in key))
     return supported
 

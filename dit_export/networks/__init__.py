@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dit_export.recipe import PIXELS
 from dit_runtime.bundle.parsing import check_network
 from dit_runtime.bundle.records import PACKS, Port, WithPorts
 from dit_runtime.errors import UsageError
@@ -32,6 +33,7 @@ class Network(WithPorts):
     guidance_port: str = ""  # the condition port that takes the weight, in a network that is guided by itself
     rule: nn.Module | None = None  # see `rules`; None: linear
     learned_variance: bool = False
+    pixels: int = PIXELS  # image pixels along a cell of the state
     model: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)  # how often each pass must fire; {}: nothing is predicted
 

@@ -50,7 +50,7 @@ def make_reference(
     `packs` are the tensors that the step stage reads from other stages, in the order of its reads.
     """
     solver, shape = process.sampler.solver, network.state.shape
-    steps = step_count(shape, process)
+    steps = step_count(shape, process, decoder.pixels if decoder is not None else 0)
     timesteps = plan(process, solver, steps)
     evaluations = len(timesteps)
     condition, null = fixtures.conditions(network, len(SEEDS)), fixtures.null(network)
@@ -106,10 +106,10 @@ def make_reference(
     return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
 
-def step_count(shape: Sequence[int], process: Process) -> int:
-    """Return as many steps as fit the size and the solver's spacing."""
+def step_count(shape: Sequence[int], process: Process, pixels: int) -> int:
+    """Return as many steps as fit the size and the solver's spacing; `pixels` is the side of a cell in the images."""
     bytes_a_step = len(SEEDS) * math.prod(shape) * 4 * 5
-    pictures = len(SEEDS) * 3 * 64 * math.prod(shape[1:])
+    pictures = len(SEEDS) * 3 * pixels**2 * math.prod(shape[1:])
     solver = process.sampler.solver
     fit = (MAX_BYTES - pictures) // bytes_a_step - 1
     most = min(MAX_STEPS, max(LEAST_STEPS, fit)) // EVALUATIONS[solver]
@@ -138,9 +138,9 @@ def evaluate(
     null: Rows,
 ) -> Evaluation:
     """Evaluate PyTorch on B rows with their conditions and, in the same call, with `null`, B rows or one."""
-    rows, guided = len(state), bool(network.conditions)
-    inputs = {network.state.name: state, network.time.name: timesteps}
-    if guided:
+    rows = len(state)
+    inputs = {network.state.name: state, network.time.name: timesteps, **condition}
+    if null:
         inputs = {name: np.concatenate([part, part]) for name, part in inputs.items()}
         inputs |= {n: np.concatenate([own, np.broadcast_to(null[n], own.shape)]) for n, own in condition.items()}
     with torch.no_grad():

@@ -98,7 +98,7 @@ def test_what_cannot_run_here_is_not_compiled(tmp_path, monkeypatch, job, librar
     monkeypatch.setattr(prepare, "build_scratch_bundle", None)  # which would be called
     monkeypatch.setattr(prepare, "trace_graphs", lambda folder, *_: folder.mkdir())
     monkeypatch.setattr(prepare, "synthetic_vae", lambda seed, config: None)
-    monkeypatch.setattr(prepare, "Decoder", lambda vae: torch.nn.Identity())
+    monkeypatch.setattr(prepare, "make_decoder", lambda vae: torch.nn.Identity())
     monkeypatch.setattr(prepare, "_fix_rows", lambda path, rows: None)
     left_out = prepare.prepare(tmp_path, job, [YARDSTICK, ours], Progress())
     assert left_out.keys() == {ours.name} and left_out[ours.name].startswith(reason)

@@ -108,7 +108,8 @@ def test_the_solver_is_the_configs():
 
 
 def test_dit_xl_2_256_unclipped_leading_and_linspace():
-    expected = Sampler("ddim", "leading", "leading", "linspace", clip_sample=False, variance="learned_range")
+    spacings = {"ddpm_spacing": "leading", "ddim_spacing": "leading", "dpm_spacing": "linspace"}
+    expected = Sampler("ddim", **spacings, clip_sample=False, variance="learned_range")
     assert read_scheduler_config(DIT_XL_2_256) == Process(sampler=expected)
 
 
@@ -178,7 +179,7 @@ def test_trained_betas_and_infinite_clip():
         ("use_exponential_sigmas", True),
         ("use_beta_sigmas", True),
         ("use_lu_lambdas", True),
-        ("use_flow_sigmas", True),
+        ("use_flow_sigmas", "yes"),
         ("use_dynamic_shifting", True),
         ("beta_schedule", "sigmoid"),
         ("prediction_type", "flow_prediction"),
@@ -299,6 +300,44 @@ def test_what_a_flow_cannot_honour_is_refused(field, value, message):
 def test_a_dynamic_shift_that_cannot_be_made_is_refused(fields, message):
     with pytest.raises(UsageError, match=message):
         read_scheduler_config(config(FLOW, use_dynamic_shifting=True, **fields), tokens=4096)
+
+
+def multistep_flow(**fields):
+    """As Sana's: flow_prediction on flow sigmas, and what is left of the noise schedule of the class."""
+    given = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    return config("DPMSolverMultistepScheduler", **given | fields)
+
+
+def test_a_multistep_flow_is_sanas():
+    flow = read_scheduler_config(multistep_flow())
+    assert (flow.kind, flow.prediction, flow.shift, flow.train_steps) == ("flow", "velocity", 3.0, 1000)
+    assert (flow.sampler.solver, flow.sampler.flow_spacing) == ("dpm++", "discrete")
+    live = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    assert read_scheduler_config(saved(live)) == flow
+    assert read_scheduler_config(saved(live), prediction="velocity", tokens=64, spacing="linspace") == flow
+    assert read_scheduler_config(multistep_flow(beta_start=0.3, timestep_spacing="trailing")) == flow
+    switches = {"solver_type": "heun", "lower_order_final": False, "euler_at_final": True}
+    for order, solver in enumerate(MULTISTEP, 1):
+        sampler = Sampler(solver, flow_spacing="discrete", **switches)
+        assert read_scheduler_config(multistep_flow(solver_order=order, **switches)).sampler == sampler
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prediction_type": "epsilon"}, "prediction_type = 'epsilon' is not supported .supported: flow_prediction"),
+        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min' is not supported"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver.*' is not supported"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas = True is not supported"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting = True is not supported"),
+        ({"solver_order": 4}, "solver_order = 4 is not supported"),
+        ({"flow_shift": 0}, "shift is 0; expected a number above 0"),
+        ({"flow_shfit": 3.0}, r"flow_shfit = 3.0 is not known \(did you mean \"flow_shift\""),
+    ],
+)
+def test_what_a_multistep_flow_cannot_honour_is_refused(fields, message):
+    with pytest.raises(UsageError, match=f"scheduler config: .*{message}"):
+        read_scheduler_config(multistep_flow(**fields))
 
 
 def test_a_flow_predicts_a_velocity():

@@ -16,7 +16,7 @@ import pytest
 from dit_export.bundle.assemble import NO_INPUTS, Assembly, Inputs, build_scratch_bundle, trace_graphs
 from dit_export.checkpoints import load
 from dit_export.demo import run, score, store
-from dit_export.networks.codec import Decoder
+from dit_export.networks.codec import make_decoder
 from dit_export.precision import smooth
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.measure import Plan
@@ -42,7 +42,7 @@ class Seen(NamedTuple):
 def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     base = Recipe(checkpoint=str(store.MODEL), backend=backend, max_batch=run.BATCH)
     loaded, traced, progress = load(base), tmp_path / "traced", Progress()
-    decoder = Decoder(loaded.vae).eval()
+    decoder = make_decoder(loaded.vae)
     trace_graphs(traced, loaded, decoder, progress)
     judge, labels = store.load_judge(), score.balanced_labels(COUNT)
     real = score.reference_features(judge)

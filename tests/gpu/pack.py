@@ -31,7 +31,7 @@ from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
 from dit_export.cli import main as dit_export
 from dit_export.demo import store
-from dit_export.networks.codec import Decoder
+from dit_export.networks.codec import make_decoder
 from dit_export.networks.dit import dit_network
 from dit_export.networks.spec import model
 from dit_export.recipe import Recipe
@@ -137,7 +137,7 @@ def write_graphs(folder: Path, job: Job, precisions: Iterable[str], progress: Pr
     """Write a bundle a precision, whose files of weights are replaced by what they hold in figures."""
     network, vae = dit_network(synthetic_dit(job.spec, 0)), synthetic_vae(0, job.vae or SD_VAE)
     loaded = Loaded(network, vae, (), job.process, {"kind": "synthetic", "seed": 0})
-    decoder, bundles = Decoder(vae).eval(), []
+    decoder, bundles = make_decoder(vae), []
     with tempfile.TemporaryDirectory(prefix="dit-gpu-", dir=folder) as temporary:
         traced = Path(temporary) / "traced"
         trace_graphs(traced, loaded, decoder, progress)

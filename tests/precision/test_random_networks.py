@@ -23,7 +23,7 @@ from dit_export.bundle.assemble import Assembly, build_scratch_bundle, trace_gra
 from dit_export.checkpoints import Loaded
 from dit_export.graph.oracle import Oracle
 from dit_export.networks import fixtures
-from dit_export.networks.codec import Decoder
+from dit_export.networks.codec import Decoder, make_decoder
 from dit_export.precision import search
 from dit_export.precision.search import Search
 from dit_export.recipe import Recipe
@@ -55,7 +55,7 @@ def traced(tmp_path, monkeypatch, one_thread) -> Iterator[Callable[[int], Traced
 
     def trace(seed: int) -> Traced:
         loaded = draw(seed)
-        decoder = Decoder(loaded.vae).eval() if loaded.vae is not None else None
+        decoder = make_decoder(loaded.vae) if loaded.vae is not None else None
         plain = tmp_path / f"plain-{seed}"
         oracle = trace_graphs(plain, loaded, decoder, Progress(io.StringIO()))
 

@@ -1,24 +1,28 @@
-"""Flows: their σ are diffusers' FlowMatchEulerDiscreteScheduler's, their solvers known on Gaussian data, SiT's one."""
+"""Flows: σ and steps of diffusers' two schedulers, the solvers on Gaussian data where the answer is known, SiT."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+import re
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Noise
-from dit_runtime.sampling.process import FLOW_SOLVERS, NOISE_SOLVERS, Process, Sampler
-from dit_runtime.sampling.schedule import sigmas
+from dit_runtime.sampling.process import FLOW_SOLVERS, MULTISTEP, NOISE_SOLVERS, SOLVERS, Process, Sampler
+from dit_runtime.sampling.schedule import flow_times, sigmas
 from dit_runtime.sampling.solvers import plan, solve
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
 
 FLOW = Process(prediction="velocity", sampler=Sampler(solver="euler"))  # SiT's
 SHIFTED = Process(prediction="velocity", shift=3.0, sampler=Sampler(solver="euler", flow_spacing="linspace"))  # SD3's
+SIT = ("euler", "heun", "sde")  # its solvers
 MEAN, SPREAD = 0.7, 0.5  # of the data
 TOKENS = 1024
 COUNTS = (1, 2, 5, 10, 28, 50)
@@ -120,6 +124,69 @@ def test_another_shift_is_seen():
     assert np.abs(ours - sigmas(SHIFTED, "euler", 10, "trailing")).max() > 1e-3
 
 
+# diffusers' multistep scheduler
+
+
+def multistep(steps, **config):
+    """Our process, and diffusers' scheduler as Sana's pipeline sets it."""
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", **config)
+    scheduler.set_timesteps(steps)
+    said = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return read_scheduler_config({"_class_name": "DPMSolverMultistepScheduler", **said}), scheduler
+
+
+@pytest.mark.parametrize("config", [{}, {"flow_shift": 3.0}, {"flow_shift": 0.5}, {"num_train_timesteps": 500}])
+def test_sigmas_and_timesteps_are_the_multistep_schedulers(config):
+    """Bit for bit: the network reads ⌊1000 σ⌋, which the last bit of σ changes."""
+    for steps in range(1, 60):
+        process, scheduler = multistep(steps, **config)
+        np.testing.assert_array_equal(sigmas(process, "dpm++", steps), scheduler.sigmas.numpy())
+        times = flow_times(process, "dpm++", steps)
+        np.testing.assert_array_equal(times[:-1], np.float32(scheduler.timesteps / process.train_steps))
+        np.testing.assert_array_equal(plan(process, "dpm++", steps), times[:-1])
+        assert steps < 10 or (times != sigmas(process, "dpm++", steps)).any()  # rounded down
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["midpoint", "heun"])
+def test_multistep_latents_are_diffusers_step_by_step(order, kind):
+    """Both run freely from one noise; diffusers keeps σ and x in float32."""
+    model = lambda x, sigma: np.tanh(x + sigma) - 0.5 * x  # noqa: E731
+    for steps, lower, euler in product((1, 2, 3, 10, 14, 15, 28), (True, False), (True, False)):
+        switches = {"solver_type": kind, "lower_order_final": lower, "euler_at_final": euler, "solver_order": order}
+        process, scheduler = multistep(steps, flow_shift=3.0, **switches)
+        solver = process.sampler.solver
+        assert SOLVERS[solver]["order"] == order
+        noise = Noise(3).normal((2, 4, 4, 4))
+        theirs = torch.from_numpy(noise)
+        states = trajectory(solver, steps, noise, model=model, process=process)
+        assert len(states) == steps + 1
+        for t, (_, after) in zip(scheduler.timesteps, states[1:], strict=True):
+            output = torch.from_numpy(model(theirs.numpy(), int(t) / 1000).astype(np.float32))
+            theirs = scheduler.step(output, t, theirs).prev_sample
+            assert np.abs(after - theirs.numpy()).max() < 1e-5  # 2.5e-6 was measured
+
+
+@pytest.mark.parametrize("solver", MULTISTEP)
+def test_other_orders_and_switches_are_seen(solver):
+    model = lambda x, sigma: np.tanh(x + sigma) - 0.5 * x  # noqa: E731
+    noise = Noise(3).normal((2, 4, 4, 4))
+
+    def end(solver=solver, **sampler):
+        process = Process(
+            prediction="velocity", shift=3.0, sampler=Sampler(solver=solver, flow_spacing="discrete", **sampler)
+        )
+        return trajectory(solver, 10, noise, model=model, process=process)[-1][1]
+
+    usual = end()
+    others = [end(next(other for other in MULTISTEP if other != solver))]
+    if solver == "dpm++":
+        others += [end(solver_type="heun")]
+    if solver == "dpm++3":
+        others += [end(lower_order_final=False)]
+    assert all(np.abs(other - usual).max() > 1e-4 for other in others)
+
+
 # SiT's own code
 
 
@@ -145,7 +212,7 @@ def sit(solver, steps, x, draw):
     return x
 
 
-@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+@pytest.mark.parametrize("solver", SIT)
 @pytest.mark.parametrize("steps", [2, 10, 50])
 def test_sit_is_a_flow_without_a_shift(solver, steps):
     x = Noise(5).normal((64,)).astype(np.float64)
@@ -169,6 +236,22 @@ def test_sit_is_a_flow_without_a_shift(solver, steps):
 def test_error_falls_with_the_solvers_order(solver, process, low, high):
     x = np.array([-1.5, 0.3, 2.0])
     ends = [trajectory(solver, steps, x, process=process, spacing="trailing")[-1][1] for steps in (40, 80, 160)]
+    errors = [np.abs(end - (MEAN + SPREAD * x)).max() for end in ends]
+    for coarse, fine in pairwise(errors):
+        assert low < np.log2(coarse / fine) < high
+
+
+@pytest.mark.parametrize(
+    ("solver", "low", "high"),
+    [
+        ("dpm++1", 0.97, 1.03),  # measured 0.997 and 0.998
+        ("dpm++", 1.75, 2.05),  # measured 1.785 and 1.814: log N / N², for the first and last steps have no end in λ
+        ("dpm++3", 2.1, 2.5),  # measured 2.22 and 2.24
+    ],
+)
+def test_error_of_the_multistep_solvers(solver, low, high):
+    x = np.array([-1.5, 0.3, 2.0])
+    ends = [trajectory(solver, steps, x)[-1][1] for steps in (160, 320, 640)]
     errors = [np.abs(end - (MEAN + SPREAD * x)).max() for end in ends]
     for coarse, fine in pairwise(errors):
         assert low < np.log2(coarse / fine) < high
@@ -231,17 +314,15 @@ def test_an_exact_velocity_takes_one_step_of_euler_and_heun_to_the_data(solver):
     assert (np.abs(end - data).max() < 1e-12) == (solver != "sde")
 
 
-@pytest.mark.parametrize("solver", NOISE_SOLVERS)
+@pytest.mark.parametrize("solver", [name for name in NOISE_SOLVERS if name not in FLOW_SOLVERS])
 def test_a_velocity_refuses_the_solvers_of_a_noise_schedule(solver):
-    said = f"solver '{solver}' does not fit a model that predicts velocity; take one of euler, heun, sde".replace(
-        "+", r"\+"
-    )
-    with pytest.raises(UsageError, match=said):
+    said = f"solver '{solver}' does not fit a model that predicts velocity; take one of dpm++1, dpm++, dpm++3, euler"
+    with pytest.raises(UsageError, match=re.escape(said)):
         plan(FLOW, solver, 10)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+@pytest.mark.parametrize("solver", [name for name in FLOW_SOLVERS if name not in NOISE_SOLVERS])
 def test_a_noise_schedule_refuses_the_solvers_of_a_velocity(solver, prediction):
     with pytest.raises(
         UsageError, match=rf"'{solver}' does not fit a model that predicts {prediction}; take one of ddpm"
@@ -252,7 +333,12 @@ def test_a_noise_schedule_refuses_the_solvers_of_a_velocity(solver, prediction):
 @pytest.mark.parametrize(
     ("solver", "steps", "options", "message"),
     [
-        ("heun", 10, {"spacing": "leading"}, "spacing is 'leading' with solver heun; take one of trailing, linspace"),
+        (
+            "heun",
+            10,
+            {"spacing": "leading"},
+            "spacing is 'leading' with solver heun; take one of trailing, linspace, discrete",
+        ),
         ("sde", 10, {"spacing": "trailing"}, "spacing is 'trailing' with solver sde; its steps are even"),
         ("euler", 10, {"eta": 0.5}, "eta is 0.5 with solver euler; only ddim takes it"),
         ("sde", 1, {}, "steps is 1 with solver sde; expected at least 2"),

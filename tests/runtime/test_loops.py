@@ -19,6 +19,7 @@ STEPWISE = 1e-6  # a step's coefficients, state and sum in float32, 6e-8 each; w
 WHOLE = 1e-4  # 25 of them, each through the network; measured 4e-7
 LINEAR = [("epsilon", solver) for solver in ("ddim", "dpm++1", "dpm++")]
 LINEAR += [("v_prediction", "ddim"), ("sample", "dpm++"), ("velocity", "euler"), ("velocity", "heun")]
+LINEAR += [("velocity", "dpm++1"), ("velocity", "dpm++")]
 
 
 class Host(ort.OrtEngine):
@@ -138,7 +139,8 @@ def of_process(folder, prediction: str, solver: str):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "solver"), [("epsilon", "ddim"), ("epsilon", "dpm++"), ("velocity", "euler"), ("velocity", "heun")]
+    ("prediction", "solver"),
+    [("epsilon", "ddim"), ("epsilon", "dpm++"), ("velocity", "euler"), ("velocity", "heun"), ("velocity", "dpm++")],
 )
 def test_both_loops_draw_the_same(bundle, stays, prediction, solver) -> None:
     """25 steps from one noise, each compared; more samples than a batch, with a last one that is smaller."""

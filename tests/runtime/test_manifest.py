@@ -169,6 +169,7 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         ((*BEFORE, "gives", 0, "name"), "guidance", "port or tensor 'guidance' stands there 2 times"),
         (("stages", 2, "gives", 0, "name"), "before", "stage update gives: got before, next, expected kept, next"),
         (("stages", 3, "gives", 0, "shape", 1), 4, 'expected ["batch", 3, height, width]'),
+        (("stages", 3, "gives", 0, "shape"), ["batch", 3, 1, 2, 4, 4], "height, width], or frames before the height"),
         (("batch_invariant",), 1, "batch_invariant: got 1, expected bool"),
     ],
     ids=str,

@@ -10,7 +10,13 @@ from dit_runtime.facts import FACTS
 from dit_runtime.sampling.process import CHOICES, Process, Sampler, require_fit
 from dit_runtime.sampling.solvers import EVALUATIONS, METHODS
 
-FLOW = Process(prediction="velocity", shift=3.0, shift_terminal=0.1, sampler=Sampler("heun", flow_spacing="linspace"))
+FLOW = Process(
+    prediction="velocity",
+    shift=3.0,
+    shift_growth=-0.01,
+    shift_terminal=0.1,
+    sampler=Sampler("heun", flow_spacing="linspace"),
+)
 
 
 def test_the_manifest_section_survives_json():
@@ -26,8 +32,16 @@ def test_a_flow_holds_its_own_fields_alone():
     assert table == {
         "kind": "flow",
         "train_steps": 1000,
-        "sampler": {"solver": "heun", "flow_spacing": "linspace"},
+        "sampler": {
+            "solver": "heun",
+            "steps": 25,
+            "solver_type": "midpoint",
+            "lower_order_final": True,
+            "euler_at_final": False,
+            "flow_spacing": "linspace",
+        },
         "shift": 3.0,
+        "shift_growth": -0.01,
         "shift_terminal": 0.1,
         "sigma_min": 0.001,
     }
@@ -58,6 +72,9 @@ def test_a_flow_holds_its_own_fields_alone():
         ({"kind": "flow", "sampler": {"solver": "ddim"}}, "'ddim' does not fit a model that predicts velocity; take"),
         ({"kind": "flow", "sampler": {"flow_spacing": "leading"}}, "flow_spacing is 'leading'; expected one of trail"),
         ({"kind": "flow", "shift": 0}, "shift is 0; expected a number above 0"),
+        ({"kind": "flow", "shift_growth": -0.11}, "shift_growth is -0.11; expected at most 0.1 either way"),
+        ({"kind": "flow", "shift_growth": 0.01, "train_steps": 20000}, "shift_growth is 0.01; expected at most 0.005"),
+        ({"kind": "flow", "shift_growth": None}, "shift_growth is None; expected a finite number"),
         ({"kind": "flow", "shift_terminal": 1}, "shift_terminal is 1; expected a number between 0 and 1"),
         ({"kind": "flow", "sigma_min": 0}, "sigma_min is 0; expected a number between 0 and 1"),
         ({"sampler": {"steps_offset": -1}}, "steps_offset is -1; expected an integer from 0"),
@@ -83,7 +100,7 @@ def test_every_solver_of_the_facts_has_its_code():
     assert METHODS.keys() == EVALUATIONS.keys() == FACTS["solvers"].keys()
     for solver, facts in FACTS["solvers"].items():
         for process in (Process(), FLOW):
-            if facts["process"] == process.kind:
+            if process.kind in facts["processes"]:
                 require_fit(process, solver)
             else:
                 with pytest.raises(UsageError, match="does not fit a model that predicts"):
@@ -98,7 +115,7 @@ def test_the_schema_names_every_field_and_choice(process):
     sampler = fields["sampler"]["properties"]
     assert fields.keys() == table.keys() and sampler.keys() == table["sampler"].keys()
     assert fields["kind"]["const"] == process.kind
-    of_kind = [name for name, facts in FACTS["solvers"].items() if facts["process"] == process.kind]
+    of_kind = [name for name, facts in FACTS["solvers"].items() if process.kind in facts["processes"]]
     assert sampler["solver"]["enum"] == of_kind
     spacing = schema["noise_spacing"] if process.kind == "noise" else sampler["flow_spacing"]
     assert spacing["enum"] == FACTS["spacings"][process.kind]

@@ -16,9 +16,14 @@ from dit_runtime.verify.judge import _run
 @pytest.mark.parametrize(("latent_size", "steps"), [(32, 10), (64, 8), (96, 4), (128, 4)])
 def test_a_run_is_long_enough_to_be_one(latent_size, steps):
     shape = (4, latent_size, latent_size)
-    assert step_count(shape, Process()) == steps
+    assert step_count(shape, Process(), pixels=8) == steps
     velocity = Process(prediction="velocity", sampler=Sampler(solver="heun"))
-    assert step_count(shape, velocity) == steps // 2  # each of two evaluations
+    assert step_count(shape, velocity, pixels=8) == steps // 2  # each of two evaluations
+
+
+@pytest.mark.parametrize(("pixels", "steps"), [(0, 10), (8, 8), (16, 4)])
+def test_larger_pictures_leave_room_for_fewer_steps(pixels, steps):
+    assert step_count((4, 64, 64), Process(), pixels) == steps
 
 
 def reference(**fields) -> Reference:

@@ -60,6 +60,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("captions", "condition", "float32", (tokens, channels)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
         ),
+        guidance=4.5,
     )
 
 
@@ -67,6 +68,7 @@ PIXART = Family(
     "PixArtTransformer2DModel",
     network,
     tokens={"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300},
+    steps=lambda config: 20,
     text=Text(
         PixArtPrompt,
         prompts=(Tokens("ids", "tokenizer", mask="ids_mask", lowercase=True),),

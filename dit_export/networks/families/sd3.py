@@ -68,6 +68,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("captions", "condition", "float32", (tokens, config.joint_attention_dim)),
             Port("pooled", "condition", "float32", (config.pooled_projection_dim,)),
         ),
+        guidance=7.0,
     )
 
 
@@ -77,6 +78,7 @@ SD3 = Family(
     tokens={"StableDiffusion3Pipeline": CLIP_TOKENS + 256},  # CLIP's, then T5's
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     flow_spacing="linspace",
+    steps=lambda config: 28,
     text=Text(
         SD3Prompt,
         prompts=(

@@ -2,6 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "errors.hpp"
 #include "facts_json.hpp"
 
 namespace dit_runtime {
@@ -20,7 +21,7 @@ std::vector<std::string> fact_names(const std::string& table) {
 std::vector<std::string> solvers_of(const std::string& kind) {
     std::vector<std::string> names;
     for (const auto& entry : facts().at("solvers").items())
-        if (entry.value().at("process") == kind) names.push_back(entry.key());
+        if (contains(entry.value().at("processes").get<std::vector<std::string>>(), kind)) names.push_back(entry.key());
     return names;
 }
 

@@ -54,6 +54,13 @@ Array even_points(const Process& process, const std::string& solver, std::int64_
             text("spacing is '", spacing, "' with solver ", solver, "; take one of ", join(FLOW_SPACINGS)));
     if (spacing == "linspace") return linspace(1, process.sigma_min, steps);
     Array points;
+    if (spacing == "discrete") {  // in diffusers' order of operations: ⌊T σ⌋ depends on the last bit
+        points = linspace(1, 1 / static_cast<double>(process.train_steps), steps + 1);
+        for (double& point : points) point = 1 - point;
+        std::reverse(points.begin(), points.end());
+        points.pop_back();
+        return points;
+    }
     for (std::int64_t index = 0; index < steps; ++index)
         points.push_back(1 - static_cast<double>(index) / static_cast<double>(steps));
     return points;
@@ -69,6 +76,29 @@ Array sde_points(std::int64_t steps, const std::string& spacing) {
     Array points;
     for (std::int64_t index = 0; index < steps; ++index)
         points.push_back(1 - static_cast<double>(index) / static_cast<double>(steps - 1) * (1 - LAST_STEP));
+    return points;
+}
+
+Array shifted_points(const Process& process, const std::string& solver, std::int64_t steps,
+                     const std::string& spacing) {
+    require_fit(process, solver);
+    require_steps(process, steps);
+    Array points = solver == "sde" ? sde_points(steps, spacing) : even_points(process, solver, steps, spacing);
+    const double shift = process.shift_over(steps);
+    for (double& sigma : points) sigma = shift * sigma / (1 + (shift - 1) * sigma);
+    if (process.shift_terminal) {
+        if (steps < 2)
+            throw UsageError(
+                text("steps is ", steps, "; expected at least 2, for shift_terminal is ", *process.shift_terminal));
+        const double stretch = (1 - *process.shift_terminal) / (1 - points.back());
+        for (double& sigma : points) sigma = 1 - (1 - sigma) * stretch;
+    }
+    return points;
+}
+
+Array single(Array points) {
+    points.push_back(0);
+    for (double& point : points) point = static_cast<double>(static_cast<float>(point));
     return points;
 }
 
@@ -108,28 +138,23 @@ std::vector<Step> make_schedule(const Process& process, const std::string& solve
                                 const std::string& spacing) {
     if (process.kind() == "noise") return noise_steps(process, solver, steps, spacing);
     std::vector<Step> schedule;
-    const Array points = sigmas(process, solver, steps, spacing);
-    const auto level = [](double sigma) { return Level{sigma, 1 - sigma, sigma}; };
+    const Array times = flow_times(process, solver, steps, spacing), points = sigmas(process, solver, steps, spacing);
+    const auto level = [&](std::size_t index) { return Level{times[index], 1 - points[index], points[index]}; };
     for (std::size_t index = 0; index + 1 < points.size(); ++index)
-        schedule.push_back({level(points[index]), level(points[index + 1])});
+        schedule.push_back({level(index), level(index + 1)});
     return schedule;
 }
 
 Array sigmas(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
-    require_fit(process, solver);
-    require_steps(process, steps);
-    Array points = solver == "sde" ? sde_points(steps, spacing) : even_points(process, solver, steps, spacing);
-    for (double& sigma : points) sigma = process.shift * sigma / (1 + (process.shift - 1) * sigma);
-    if (process.shift_terminal) {
-        if (steps < 2)
-            throw UsageError(
-                text("steps is ", steps, "; expected at least 2, for shift_terminal is ", *process.shift_terminal));
-        const double stretch = (1 - *process.shift_terminal) / (1 - points.back());
-        for (double& sigma : points) sigma = 1 - (1 - sigma) * stretch;
-    }
-    points.push_back(0);
-    for (double& sigma : points) sigma = static_cast<double>(static_cast<float>(sigma));
-    return points;
+    return single(shifted_points(process, solver, steps, spacing));
+}
+
+Array flow_times(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
+    Array points = shifted_points(process, solver, steps, spacing);
+    const double total = static_cast<double>(process.train_steps);
+    if (solver != "sde" && (spacing.empty() ? process.sampler.flow_spacing : spacing) == "discrete")
+        for (double& point : points) point = std::floor(point * total) / total;
+    return single(std::move(points));
 }
 
 std::vector<std::int64_t> timesteps(const Process& process, const std::string& solver, std::int64_t steps,

@@ -16,11 +16,11 @@ extern const double LAST_STEP;  // of the SDE, in σ: its authors' value
 
 // A point of the process, x = α x₀ + σ ε, and the time that the network reads there.
 struct Level {
-    double time;  // a training step, or a flow's σ
+    double time;  // a training step, or a flow's σ ("discrete": rounded down to a training step)
     double alpha;
     double sigma;
 
-    // λ = log(α/σ), half the logarithm of the signal-to-noise ratio; ∞ without noise.
+    // λ = log(α/σ), half the logarithm of the signal-to-noise ratio; ∞ without noise, -∞ without signal.
     double log_snr() const;
 };
 
@@ -35,9 +35,14 @@ std::vector<Step> make_schedule(const Process& process, const std::string& solve
 // The σ before each step of a flow and a last 0; (N + 1,), each one exact in float.
 //
 // "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
-// diffusers' SD3 pipeline. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), s = shift, and
-// 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
+// diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
+// schedulers. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), where
+// s = shift e^(shift_growth · N), and 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
 Array sigmas(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing = "");
+
+// What the network reads at each σ of a flow: σ, or for "discrete" ⌊T σ⌋ / T.
+Array flow_times(const Process& process, const std::string& solver, std::int64_t steps,
+                 const std::string& spacing = "");
 
 // The training steps that a run of a noise process visits, descending.
 //

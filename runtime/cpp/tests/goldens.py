@@ -49,6 +49,18 @@ PROCESSES: dict[str, dict[str, Any]] = {
         "shift_terminal": 0.05,
         "sampler": {"solver": "heun", "flow_spacing": "linspace"},
     },
+    "growing": {"kind": "flow", "shift": 7.5, "shift_growth": -0.0076},
+    "discrete": {
+        "kind": "flow",
+        "shift": 3.0,
+        "sampler": {
+            "solver": "dpm++",
+            "flow_spacing": "discrete",
+            "solver_type": "heun",
+            "lower_order_final": False,
+            "euler_at_final": True,
+        },
+    },
     "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
 }
 
@@ -63,11 +75,11 @@ def respond(x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
 def runs() -> list[dict[str, Any]]:
     """Each solver with each process, spacing and a few numbers of steps: the result, or that it is refused."""
     found = []
-    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, ("", *SPACINGS), (1, 5, 20)):
+    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, ("", *SPACINGS, "discrete"), (1, 5, 20)):
         if spacing and name not in ("defaults", "odd", "shifted"):
             continue  # these show the spacings, the others the rest
         process = Process.from_dict(PROCESSES[name])
-        if SOLVERS[solver]["process"] != process.kind:
+        if process.kind not in SOLVERS[solver]["processes"]:
             continue
         for eta in (0.0, 0.7) if solver == "ddim" else (0.0,):
             entry: dict[str, Any] = {

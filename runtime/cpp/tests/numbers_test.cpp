@@ -109,8 +109,11 @@ TEST(Solvers, EveryGoldenRun) {
 
 // A run can be stepped from outside: it asks where the plan says, and stands still until an answer is sent.
 TEST(Solvers, ARunIsStepped) {
-    for (const std::string& solver : SOLVERS) {
-        const Process made = process(contains(FLOW_SOLVERS, solver) ? "flow" : "defaults");
+    std::vector<std::pair<std::string, std::string>> cases;
+    for (const std::string& solver : NOISE_SOLVERS) cases.emplace_back(solver, "defaults");
+    for (const std::string& solver : FLOW_SOLVERS) cases.emplace_back(solver, "flow");
+    for (const auto& [solver, name] : cases) {
+        const Process made = process(name);
         const Array asked = plan(made, solver, 5);
         const Draw noise = draw({3}, 2);
         Solver run(made, solver, 5, Array(SIZE, 0.5), noise);
@@ -131,7 +134,8 @@ TEST(Solvers, ARunIsStepped) {
 TEST(Solvers, APerturbationShows) {
     int tried = 0;
     for (const Json& golden : goldens()["runs"]) {
-        const bool taken = golden["process"] == "defaults" || golden["process"] == "flow";
+        const std::string name = golden["process"];
+        const bool taken = name == "defaults" || name == "flow" || name == "discrete";
         if (!golden.contains("x") || !taken || golden["steps"] == 1) continue;
         int step = 0;
         const Denoise wrong = [&](const Array& x, double t) {
@@ -181,9 +185,10 @@ TEST(Solvers, RefusalsOfAFlow) {
         }
         return std::string("nothing");
     };
-    for (const auto& solver : NOISE_SOLVERS)
-        EXPECT_NE(refused(solver, 5, 0, "").find("velocity; take one of euler, heun, sde"), std::string::npos);
-    EXPECT_NE(refused("heun", 5, 0, "leading").find("take one of trailing, linspace"), std::string::npos);
+    for (const std::string solver : {"ddpm", "ddim"})
+        EXPECT_NE(refused(solver, 5, 0, "").find("velocity; take one of dpm++1, dpm++, dpm++3, euler"),
+                  std::string::npos);
+    EXPECT_NE(refused("heun", 5, 0, "leading").find("take one of trailing, linspace, discrete"), std::string::npos);
     EXPECT_NE(refused("sde", 5, 0, "trailing").find("its steps are even"), std::string::npos);
     EXPECT_NE(refused("sde", 1, 0, "").find("at least 2"), std::string::npos);
     EXPECT_NE(refused("euler", 1001, 0, "").find("1 to 1000"), std::string::npos);

@@ -27,13 +27,15 @@ LAST_STEP: float = CONSTANTS["sde_last_step"]  # of the SDE, in σ: its authors'
 class Level(NamedTuple):
     """A point of the process, x = α x₀ + σ ε, and the time that the network reads there."""
 
-    time: float  # a training step, or a flow's σ
+    time: float  # a training step, or a flow's σ ("discrete": rounded down to a training step)
     alpha: float
     sigma: float
 
     @property
     def log_snr(self) -> float:
-        """λ = log(α/σ), half the logarithm of the signal-to-noise ratio; ∞ without noise."""
+        """λ = log(α/σ), half the logarithm of the signal-to-noise ratio; ∞ without noise, -∞ without signal."""
+        if not self.alpha:
+            return -math.inf
         return math.log(self.alpha / self.sigma) if self.sigma > 0 else math.inf
 
 
@@ -45,8 +47,12 @@ class Step(NamedTuple):
 def make_schedule(process: Process, solver: str, steps: int, spacing: str | None = None) -> list[Step]:
     """Return a run's steps, noisiest first."""
     if process.kind == "flow":
-        levels = [Level(sigma, 1 - sigma, sigma) for sigma in sigmas(process, solver, steps, spacing).tolist()]
-        return [Step(*pair) for pair in pairwise(levels)]
+        points = zip(
+            flow_times(process, solver, steps, spacing).tolist(),
+            sigmas(process, solver, steps, spacing).tolist(),
+            strict=True,
+        )
+        return [Step(*pair) for pair in pairwise(Level(time, 1 - sigma, sigma) for time, sigma in points)]
     return _noise_steps(process, solver, steps, spacing)
 
 
@@ -54,18 +60,36 @@ def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None
     """Return the σ before each step of a flow and a last 0; (N + 1,), each one exact in float32.
 
     "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
-    diffusers' SD3 pipeline. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), s = shift, and
-    1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
+    diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
+    schedulers. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), where
+    s = shift e^(shift_growth · N), and 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
     """
+    return _single(_shifted_points(process, solver, steps, spacing))
+
+
+def flow_times(process: Process, solver: str, steps: int, spacing: str | None = None) -> NDArray[np.float64]:
+    """Return what the network reads at each σ of a flow: σ, or for "discrete" ⌊T σ⌋ / T."""
+    points = _shifted_points(process, solver, steps, spacing)
+    if solver != "sde" and (spacing or process.sampler.flow_spacing) == "discrete":
+        points = np.floor(points * process.train_steps) / process.train_steps
+    return _single(points)
+
+
+def _single(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.append(points, 0.0).astype(np.float32).astype(np.float64)
+
+
+def _shifted_points(process: Process, solver: str, steps: int, spacing: str | None) -> NDArray[np.float64]:
     require_fit(process, solver)
     require_steps(process, steps)
     points = _sde_points(steps, spacing) if solver == "sde" else _even_points(process, solver, steps, spacing)
-    shifted = process.shift * points / (1 + (process.shift - 1) * points)
+    shift = process.shift_over(steps)
+    shifted = shift * points / (1 + (shift - 1) * points)
     if process.shift_terminal is not None:
         if steps < 2:
             raise UsageError(f"steps is {steps}; expected at least 2, for shift_terminal is {process.shift_terminal}")
         shifted = 1 - (1 - shifted) * ((1 - process.shift_terminal) / (1 - shifted[-1]))
-    return np.append(shifted, 0.0).astype(np.float32).astype(np.float64)
+    return shifted
 
 
 def _even_points(process: Process, solver: str, steps: int, spacing: str | None) -> NDArray[np.float64]:
@@ -74,6 +98,8 @@ def _even_points(process: Process, solver: str, steps: int, spacing: str | None)
         raise UsageError(f"spacing is {spacing!r} with solver {solver}; take one of {', '.join(FLOW_SPACINGS)}")
     if spacing == "linspace":
         return np.linspace(1, process.sigma_min, steps)
+    if spacing == "discrete":  # in diffusers' order of operations: ⌊T σ⌋ depends on the last bit
+        return (1 - np.linspace(1, 1 / process.train_steps, steps + 1))[:0:-1]
     return 1 - np.arange(steps) / steps
 
 

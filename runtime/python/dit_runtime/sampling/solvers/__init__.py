@@ -1,6 +1,6 @@
 """One file a solver. A solver sees (x₀, ε) and the levels of a run, never what the network predicts; float64.
 
-facts.json states each one's kind of process, order and evaluations a step; METHODS holds the code by the same names.
+facts.json states each one's kinds of process, order and evaluations a step; METHODS holds the code by the same names.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def _run(process: Process, method: Method) -> Solver:
 def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spacing: str | None = None) -> Array | None:
     """Return a run as a matrix M an evaluation, (memory', x') = M (x, prediction, memory); (N, 2, 3).
 
-    The memory is the last x₀, or a flow's last velocity. Whether there are such matrices, and which, comes from the
-    solver alone: it steps a few numbers, and where three coefficients do not explain all that it makes of them (it
-    clips, draws noise or looks further back), None is the answer.
+    The memory is the last x₀, or the last velocity of a solver that evaluates twice a step. Whether there are such
+    matrices, and which, comes from the solver alone: it steps a few numbers, and where three coefficients do not
+    explain all that it makes of them (it clips, draws noise or looks further back), None is the answer.
     """
 
     def draw(shape: tuple[int, ...]) -> NDArray[Any]:
@@ -109,7 +109,7 @@ def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spaci
         if np.linalg.norm(known @ coefficients - after) > 1e-9 * np.linalg.norm(after):
             return None
         keeping = np.array([0.0, 1.0])
-        if process.kind == "noise":
+        if EVALUATIONS[solver] == 1:
             x_part, prediction_part = np.eye(2)
             keeping = estimate(process.prediction, x_part, prediction_part, None, schedule[index].now).x0
         matrices.append([[*keeping, 0.0], coefficients])

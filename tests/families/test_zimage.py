@@ -1,0 +1,129 @@
+"""Z-Image from a whole pipeline of diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dit_export.networks.families import family_network
+from dit_export.networks.families.zimage import TEMPLATE
+from dit_runtime.bundle import manifest
+from dit_runtime.errors import UsageError
+from tests.families import tiny as families
+from tests.families.test_lumina2 import with_lengths
+from tests.networks import tiny
+
+TOKENS = 64
+CAPTION, SIDE = 128, 8  # a byte is a token
+
+
+def qwen3(tokenizer: Any) -> Any:
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tiny.randomize(transformers.Qwen3Model(config))
+
+
+def make_pipeline() -> ZImagePipeline:
+    tokenizer = families.byte_tokenizer("<|im_start|>", "<|im_end|>", pad="<|endoftext|>", padding_side="left")
+    tokenizer.chat_template = TEMPLATE.replace("{}", "{{ messages[0].content }}")
+    transformer = tiny.z_image()
+    with torch.no_grad():
+        for block in transformer.layers:
+            block.attention.norm_k.weight *= 3  # attention that looks at few tokens, not at all equally
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=families.vae(),
+        text_encoder=qwen3(tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+class Case(families.Case):
+    """The pipeline's guidance_scale is the weight less 1: at 0 it is not guided."""
+
+    def theirs(self, *args: Any, guidance: float = families.GUIDANCE, **options: Any) -> NDArray[np.float32]:
+        return super().theirs(*args, guidance=guidance - 1, **options)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, one_thread) -> Case:
+    pipeline, folder = make_pipeline(), tmp_path_factory.mktemp("zimage")
+    with one_thread():
+        bundle = families.build(pipeline, folder, caption_tokens=CAPTION, resolution=8 * SIDE)
+    call = {"height": 8 * SIDE, "width": 8 * SIDE, "max_sequence_length": CAPTION}
+    return Case(pipeline, bundle, call)
+
+
+@pytest.mark.slow
+def test_a_prompt_is_diffusers(case) -> None:
+    families.accept(case)
+
+
+@pytest.mark.slow
+def test_what_leaves_the_loop(case) -> None:
+    """Each block's modulation leaves, 4 vectors, that of the refined image too, and 1 at the end."""
+    contract = manifest.read(case.bundle)
+    timed = [tensor for stage in contract.stages if stage.runs.startswith("time") for tensor in stage.gives]
+    assert [tensor.shape for tensor in timed] == [("rows", 4 * (2 + 1) + 1, 96)]
+
+
+def theirs(transformer: torch.nn.Module, values: dict[str, Tensor]) -> Tensor:
+    """Return dx/dσ as the pipeline makes it of the transformer's own forward, with a list of pictures and prompts."""
+    lengths = values["mask"].sum(1).long().tolist()
+    captions = [rows[:length] for rows, length in zip(values["captions"], lengths, strict=True)]
+    pictures = list(values["latents"][:, :, None])
+    return -torch.stack(transformer(pictures, 1 - values["timesteps"], captions).sample)[:, :, 0]
+
+
+@pytest.mark.parametrize("size", [(8, 12), (16, 8)])  # 24 image tokens, which are filled up, and 32
+@pytest.mark.parametrize("lengths", [[64, 64, 64, 64], [1, 31, 32, 33], [40, 40, 40, 40]])
+def test_a_wrapper_is_diffusers(size, lengths) -> None:
+    """Prompts of all lengths in one batch, though diffusers' own forward cuts each to its length."""
+    transformer = tiny.z_image()
+    network = family_network(transformer, size, TOKENS)
+    values = with_lengths(tiny.inputs(network, 4), lengths)
+    got, expected = tiny.run(network, values), theirs(transformer, values)
+    assert max(tiny.distance(*rows) for rows in zip(got, expected, strict=True)) <= 2e-6
+    others = tiny.inputs(network, 4, seed=1)
+    for port in network.ports:
+        changed = tiny.run(network, values | {port.name: others[port.name]})
+        assert tiny.distance(changed, expected) > 0.01, port.name
+
+
+def test_neighbours_change_nothing() -> None:
+    network = family_network(tiny.z_image(), (8, 12), TOKENS)
+    values = with_lengths(tiny.inputs(network, 3), [4, 64, 33])
+    together = tiny.run(network, values)
+    for row in range(3):
+        alone = tiny.run(network, {name: value[row : row + 1] for name, value in values.items()})
+        assert tiny.distance(together[row : row + 1], alone) <= 1e-6
+    beyond = values["captions"] + 9 * (1 - values["mask"])[..., None]  # what a prompt does not have
+    assert tiny.distance(tiny.run(network, values | {"captions": beyond}), together) <= 1e-6
+
+
+def test_what_is_refused() -> None:
+    family_network(tiny.z_image(), (8, 12), 576)
+    with pytest.raises(UsageError, match="captions of 40 tokens; expected a multiple of 32"):
+        family_network(tiny.z_image(), (8, 12), 40)
+    with pytest.raises(UsageError, match="captions of 608 tokens; the position table has room for 598"):
+        family_network(tiny.z_image(), (8, 12), 608)
+    with pytest.raises(UsageError, match="siglip_feat_dim is 8, expected None"):
+        family_network(tiny.z_image(siglip_feat_dim=8), (8, 12), TOKENS)
