@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 NETWORKS: dict[str, Callable[[], Network]] = {
     "flux": lambda: family_network(tiny.flux(num_single_layers=2), (8, 12), tiny.TOKENS),
     "chroma": lambda: family_network(tiny.chroma(num_single_layers=2), (8, 12), tiny.TOKENS),
+    "sana": lambda: family_network(tiny.sana(), (6, 4), tiny.TOKENS),
 }
 TOLERANCE = 1e-5  # fp32 sums in another order; measured 7e-7
 Rows = dict[str, np.ndarray]
