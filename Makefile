@@ -10,7 +10,7 @@ RECIPE ?=
 FLAGS = $(if $(CONDITIONING),--conditioning '$(CONDITIONING)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') $(if $(PRECISION),--precision '$(PRECISION)') \
 	$(if $(BACKEND),--backend '$(BACKEND)') $(if $(CALIBRATION),--calibration '$(CALIBRATION)') $(if $(CONDITIONS),--conditions '$(CONDITIONS)') $(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(VAE),--vae '$(VAE)') \
 	$(if $(LABELS),--labels '$(LABELS)') $(if $(HEADS),--heads '$(HEADS)') $(if $(PREDICTION),--prediction '$(PREDICTION)') $(if $(MAX_BATCH),--max-batch '$(MAX_BATCH)') \
-	$(if $(LATENTS_ONLY),--latents-only) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
+	$(if $(LATENTS_ONLY),--latents-only) $(if $(WITHOUT_TEXT_ENCODERS),--without-text-encoders) $(if $(filter-out 0,$(SYNTHETIC)),--synthetic) $(if $(OUTPUT),-o '$(OUTPUT)')
 
 # The project as it stands here, with the virtual environment where there is one: a machine with a GPU may have no
 # network to make it from.

@@ -39,6 +39,7 @@ class Recipe(Tuning):
     model: str | None = None
     conditioning: str | None = None
     resolution: int | str | None = None  # a side in pixels, or "512x256" for height x width
+    frames: int | None = None  # of a video
     precision: str = "fp32"
     backend: str = "auto"
     checkpoint: str | None = None
@@ -49,7 +50,7 @@ class Recipe(Tuning):
     prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
     calibration: str | None = None
     conditions: str | None = None  # to calibrate with: an .npz with arrays by port name, and `negative.NAME`
-    keep_float: list[str] | None = None  # of an int8 denoiser: "block 3 fc2", "block 0", or "fc2" in every block
+    keep_float: list[str] | None = None  # in int8: "blocks.3.mlp.fc2", "blocks.0", or "fc2" in every block
     strict: bool = False  # keep no other layer of an int8 or fp8 denoiser in float, whatever the gates say
     judge: str | None = None  # an ONNX network that looks at pictures; FILE.npz beside it: mu and sigma of real ones
     synthetic: int | None = None

@@ -40,6 +40,7 @@ BUILDS = (
     "bench/test_conditionings.py",
     "cpp/",
     "demo/",
+    "families/",
     "gpu/test_check.py::test_a_dry_run",
     "networks/test_trace.py",
     "passes/test_sizes.py",
@@ -56,7 +57,6 @@ BUILDS = (
     "test_pixart.py",
     "test_precisions.py",
     "test_readme.py",
-    "test_sd3.py",
     "verify/test_networks.py",
     "verify/test_report.py::test_a_browser_shows_it",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dit_export.networks import Network, fixtures, rules
+from dit_export.verify import parity
 from dit_runtime import Pipeline, UsageError
 from dit_runtime import cli as runtime
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.verify import verify
+from tests.families.tiny import on_backend
 from tests.verify import tiny
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -28,19 +29,19 @@ TOLERANCE = 1e-5  # relative L2: fp32 sums in another order through two blocks; 
 class Embedded(nn.Module):
     """A network that reads the weight of guidance as it reads the time."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, scale: float) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.scale = inner, scale
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, strength: Tensor) -> Tensor:
-        return self.inner(x, t + 40 * strength, labels)
+        return self.inner(x, t + self.scale * strength, labels)
 
 
-def embedded() -> Network:
+def embedded(scale: float = 40.0) -> Network:
     inner = tiny.network("labels")
     return replace(
         inner,
-        module=Embedded(inner.module).eval(),
+        module=Embedded(inner.module, scale).eval(),
         ports=(*inner.ports, STRENGTH),
         null={},
         guidance=DEFAULT,
@@ -52,22 +53,11 @@ def renormalized() -> Network:
     return replace(tiny.network("labels"), rule=rules.Renormalized(2))
 
 
-def on(backend: str, bundle: Path, folder: Path) -> Path:
-    """Return the bundle with the same portable graphs on a backend."""
-    folder.mkdir()
-    for file in bundle.iterdir():
-        (folder / file.name).hardlink_to(file)
-    contract = manifest.read(bundle)
-    (folder / manifest.NAME).unlink()
-    manifest.write(folder, replace(contract, stages=tuple(replace(s, backend=backend) for s in contract.stages)))
-    return folder
-
-
 @pytest.fixture(scope="module", params=BACKENDS)
 def opened(request, tmp_path_factory, bundles) -> Iterator[dict[str, Pipeline]]:
     folder = tmp_path_factory.mktemp(request.param)
     pipes = {
-        name: Pipeline.load(on(request.param, bundle.folder, folder / name), threads=1)
+        name: Pipeline.load(on_backend(request.param, bundle.folder, folder / name), threads=1)
         for name, bundle in bundles.items()
     }
     yield pipes
@@ -90,6 +80,17 @@ def distance(got: np.ndarray, expected: np.ndarray) -> float:
 def test_a_replay_is_pytorch(opened, name) -> None:
     figures = verify(opened[name])
     assert figures and all(figure.passed for figure in figures), [figure for figure in figures if not figure.passed]
+
+
+@pytest.mark.parametrize("make", [embedded, renormalized])
+def test_a_build_proves_it(opened, bundles, make) -> None:
+    """Twice the guidance must be seen, and batches of weights are PyTorch's."""
+    pipe, network = opened[make.__name__], make()
+    proven = parity.proof(pipe, bundles[make.__name__].reference)
+    assert [figure.metric.split(",")[0] for figure in proven] == ["another condition", "t moved by 5 %", "guidance x 2"]
+    assert all(figure.passed for figure in (*proven, *parity.graph_parity(pipe, network, None)))
+    wrong = embedded(41.0) if network.guidance_port else replace(network, rule=None)
+    assert not all(figure.passed for figure in parity.graph_parity(pipe, wrong, None))
 
 
 def test_a_weight_goes_into_the_port(opened) -> None:
@@ -181,8 +182,7 @@ def test_a_manifest_says_so(bundles, capsys) -> None:
 
 def test_the_command_line_takes_the_bundles_defaults(bundles, tmp_path) -> None:
     folder = bundles["embedded"].folder
-    changed = tmp_path / "bundle"
-    on("onnxruntime", folder, changed)
+    changed = on_backend("onnxruntime", folder, tmp_path / "bundle")
     table = json.loads((changed / manifest.NAME).read_text())
     table["process"]["sampler"]["steps"] = 3
     (changed / manifest.NAME).write_text(json.dumps(table))
@@ -219,3 +219,5 @@ def test_a_weight_of_one_is_the_identity(rule) -> None:
     assert torch.equal(rule(*values, torch.ones(2, 1, 1, 1)), values[0])
     assert torch.equal(rule(values[0], values[0], torch.full((2, 1, 1, 1), 5.0)), values[0])
     assert not torch.equal(rule(*values, torch.full((2, 1, 1, 1), 1.5)), values[0])
+    values[0][:, :, :2] = 0  # whole tokens
+    assert torch.equal(rule(*values, torch.ones(2, 1, 1, 1)), values[0])

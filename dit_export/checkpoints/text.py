@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers.utils import logging
 
-from dit_export.checkpoints.files import first_line, read_json, sha256
+from dit_export.checkpoints.files import find_weights, first_line, read_json, sha256
 from dit_export.networks.text import PromptEncoder, Text, Tokens
 from dit_runtime.bundle.manifest import Prompt
 from dit_runtime.errors import UsageError
@@ -28,8 +28,13 @@ def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> 
     """Read the encoders of a pipeline for captions of so many tokens; return their sha256 by file, too."""
     classes = parts(folder)
     with quiet():
-        encoders = {name: _encoder(folder / name, kind) for name, kind in classes.items() if "encoder" in name}
-        made = [_tokenizer(folder, entry, classes, tokens) for entry in text.prompts if entry.tokenizer in classes]
+        loaders = {True: _tokenizer, False: _encoder}
+        encoders = {name: loaders["tokenizer" in name](folder / name, kind) for name, kind in classes.items()}
+        made = [
+            _prompt(encoders[entry.tokenizer], entry, tokens, folder / entry.tokenizer)
+            for entry in text.prompts
+            if entry.tokenizer in encoders
+        ]
     try:
         module = text.module(encoders, transformer, tokens).eval().requires_grad_(False)
     except KeyError as error:
@@ -37,7 +42,7 @@ def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> 
     prompts, contents = zip(*made, strict=True)
     tokenizers = {prompt.tokenizer: content for prompt, content in made}
     assert len(contents) == len(tokenizers)
-    files = {name: sha256(sorted((folder / name).glob("*"))) for name in classes}
+    files = {name: sha256(_files(folder / name)) for name in classes}
     return PromptEncoder(module, prompts, text.gives, tokenizers), files
 
 
@@ -66,6 +71,17 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _files(folder: Path) -> list[Path]:
+    """Return what decides on an encoder or a tokenizer: its weights in one format, or all files."""
+    if folder.name.startswith("tokenizer"):
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    try:
+        weights = find_weights(folder, "model")
+    except UsageError:
+        weights = find_weights(folder, "pytorch_model")
+    return [folder / "config.json", *weights]
+
+
 def _encoder(folder: Path, kind: str) -> nn.Module:
     """Load an encoder in float32; every weight must be there."""
     loader = getattr(transformers, kind, None)
@@ -81,19 +97,23 @@ def _encoder(folder: Path, kind: str) -> nn.Module:
     return encoder.eval()
 
 
-def _tokenizer(folder: Path, entry: Tokens, classes: Mapping[str, str], tokens: int) -> tuple[Prompt, str]:
+def _tokenizer(where: Path, kind: str) -> Any:
+    loader = getattr(transformers, kind, transformers.AutoTokenizer)
+    try:
+        return loader.from_pretrained(where, local_files_only=True)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"{where}: {kind} refuses it: {first_line(error)}") from None
+
+
+def _prompt(tokenizer: Any, entry: Tokens, tokens: int, where: Path) -> tuple[Prompt, str]:
     """Return a tokenizer's view of prompts, and its tokenizer.json."""
-    where, kind = folder / entry.tokenizer, classes[entry.tokenizer]
+    before = entry.before() if entry.before else ""
     length = tokens + entry.extra if entry.tokens is None else entry.tokens
+    length += len(tokenizer.encode(before)) if before else 0
     if length < 1:
         raise UsageError(
             f"caption-tokens {tokens}: expected more than {-entry.extra}, for {entry.tokenizer} has the rest"
         )
-    loader = getattr(transformers, kind, transformers.AutoTokenizer)
-    try:
-        tokenizer = loader.from_pretrained(where, local_files_only=True)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"{where}: {kind} refuses it: {first_line(error)}") from None
     tokenizer.padding_side = entry.side or tokenizer.padding_side
     content = tokenizer_json(tokenizer, length, entry.special, str(where))
     size = max(tokenizer.get_vocab().values()) + 1
@@ -103,8 +123,8 @@ def _tokenizer(folder: Path, entry: Tokens, classes: Mapping[str, str], tokens: 
         size=size,
         tokenizer=f"{entry.ids}.tokenizer.json",
         mask=entry.mask,
-        template=entry.template,
-        negative=entry.negative,
+        template=before + entry.template,
+        negative=entry.negative or (entry.template if before else ""),
         lowercase=entry.lowercase,
     )
     return prompt, content

@@ -21,6 +21,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if text.isdecimal() else text,
         help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise",
     )
+    parser.add_argument("--frames", type=int, metavar="N", help="of a video; default: as the checkpoint's pipeline")
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
     parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
     parser.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")
@@ -39,7 +40,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.npz",
         help="to calibrate int8 with: arrays by port name, and negative.NAME; of more than 20 rows, 20 spread evenly",
     )
-    parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: "block 3 fc2", fc2, "decoder up"')
+    parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: blocks.3, fc2, "decoder up"')
     parser.add_argument(
         "--strict", action="store_true", default=None, help="int8, fp8: fail where a gate needs other layers in float"
     )

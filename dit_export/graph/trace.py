@@ -38,10 +38,27 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
             input_names=list(inputs),
             output_names=list(outputs),
             verbose=False,
+            optimize=False,
         )
-    assert exported is not None
+        assert exported is not None
+        optimize(exported)
     split_boolean_wheres(exported.model.graph)
     return exported
+
+
+def optimize(program: torch.onnx.ONNXProgram) -> None:
+    """Let the exporter fold constants; give linears' weights, which it transposes, the names of their parameters."""
+    transposes = [node for node in program.model.graph if node.op_type == "Transpose"]
+    names = {
+        str(node.outputs[0].name): str(parameter.name)
+        for node in transposes
+        if (parameter := node.inputs[0]) is not None and parameter.is_initializer()
+    }
+    program.optimize()
+    weights = program.model.graph.initializers
+    for name, parameter_name in names.items():
+        if name in weights and parameter_name not in weights:
+            weights[name].name = parameter_name
 
 
 def repaired(program: torch.export.ExportedProgram) -> GraphModule | None:

@@ -23,6 +23,7 @@ class Tokens:
     mask: str = ""  # the name of the input that marks the prompt's tokens; "": the module takes none
     template: str = "{}"  # around the prompt
     negative: str = ""  # the template of negative prompts; "": the same
+    before: Callable[[], str] | None = None  # what stands before a prompt that is no negative, on top of its tokens
     lowercase: bool = False  # strip and lower the user's words before they go into the template
     special: bool = True  # whether the tokenizer adds its own tokens around the template
     side: str = ""  # where padding goes, "left" or "right"; "": where the tokenizer puts it
@@ -32,9 +33,9 @@ class Tokens:
 class Text:
     """State how a family's pipelines make conditions of prompts.
 
-    `module` takes the pipeline's encoders by folder, the transformer, and the number of a caption's tokens. It returns
-    a module that takes ids and masks by name and returns the ports in `gives`. Where a pipeline lacks a tokenizer, the
-    module is called without its ids; a KeyError of an encoder that is missing is the user's error.
+    `module` takes the pipeline's encoders and tokenizers by folder, the transformer, and the number of a caption's
+    tokens. It returns a module that takes ids and masks by name and returns the ports in `gives`. Where a pipeline
+    lacks a tokenizer, the module is called without its ids; a KeyError of an encoder that is missing is the user's.
     """
 
     module: Callable[[Mapping[str, Any], Any, int], nn.Module]

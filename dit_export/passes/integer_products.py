@@ -22,27 +22,49 @@ GELU_LEAST = -0.1701  # the least value of a GELU, by erf or by tanh
 
 
 def integer_products(graph: gs.Graph) -> int:
-    """Rewrite every product between Q/DQ, with its bias; keep the weights as they are stored. Return how many."""
-    matches = [node for node in graph.nodes if node.op == "MatMul" and _is_quantized(node)]
+    """Rewrite every product between Q/DQ, with its bias if it has one; keep the weights as they are stored.
+
+    Return how many. A 1 × 1 convolution becomes a product whose channels come last.
+    """
+    matches = [node for node in graph.nodes if node.op in ("MatMul", "Conv") and _is_quantized(node)]
     grids: dict[tuple[int, float], gs.Variable] = {}  # by tensor and step: layers that share both share the u8 tensor
     for node in matches:
-        quantized, stored = (tensor.inputs[0] for tensor in node.inputs)
+        quantized, stored = (tensor.inputs[0] for tensor in node.inputs[:2])
         x, step, _ = quantized.inputs[0].inputs[0].inputs
         weight, steps, _ = stored.inputs
-        (add,) = node.outputs[0].outputs
-        bias = next(tensor for tensor in add.inputs if isinstance(tensor, gs.Constant))
-        (total,) = add.outputs
-        add.outputs.clear()
+        total, bias = _result(node)
+        total.inputs.clear()
         key = id(x), float(step.values)
         if key not in grids:
             grids[key] = layer(graph, "QuantizeLinear", [x, *_grid(x, float(step.values))], f"{total.name}_u8")
             grids[key].dtype = np.dtype(np.uint8)
         _, scale, zero = grids[key].inputs[0].inputs
         symmetric = gs.Variable.empty()  # weights have no zero point
-        layer(graph, "MatMulIntegerToFloat", [grids[key], weight, scale, steps, zero, symmetric, bias], total)
+        tensor, product = grids[key], total
+        if node.op == "Conv":
+            tensor = layer(graph, "Transpose", [tensor], f"{total.name}_last", perm=[0, 2, 3, 1])
+            flat = layer(graph, "Reshape", [weight, np.array(weight.values.shape[:2])], f"{total.name}_flat")
+            weight = layer(graph, "Transpose", [flat], f"{total.name}_matrix", perm=[1, 0])  # folded when it is opened
+            product = gs.Variable(f"{total.name}_product")
+        inputs = [tensor, weight, scale, steps, zero, symmetric, *bias]
+        layer(graph, "MatMulIntegerToFloat", inputs, product)
         graph.nodes[-1].domain = "com.microsoft"
+        if node.op == "Conv":
+            layer(graph, "Transpose", [product], total, perm=[0, 3, 1, 2])
     graph.cleanup().toposort()
     return len(matches)
+
+
+def _result(node: gs.Node) -> tuple[gs.Variable, list[gs.Constant]]:
+    """Return what a product gives with its bias, and the bias, if it has one."""
+    (total,) = node.outputs
+    if node.op == "Conv":
+        return total, node.inputs[2:]
+    add = total.outputs[0] if len(total.outputs) == 1 and total.outputs[0].op == "Add" else None
+    bias = (
+        [tensor for tensor in add.inputs if isinstance(tensor, gs.Constant) and tensor.values.ndim == 1] if add else []
+    )
+    return (add.outputs[0], bias) if add and bias else (total, [])
 
 
 def _grid(x: gs.Tensor, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -55,14 +77,12 @@ def _grid(x: gs.Tensor, step: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_quantized(node: gs.Node) -> bool:
-    if not all(tensor.inputs and tensor.inputs[0].op == "DequantizeLinear" for tensor in node.inputs):
+    if not all(tensor.inputs and tensor.inputs[0].op == "DequantizeLinear" for tensor in node.inputs[:2]):
         return False
-    quantized, stored = (tensor.inputs[0].inputs[0] for tensor in node.inputs)
-    reader = node.outputs[0].outputs
-    has_bias = len(reader) == 1 and reader[0].op == "Add" and any(isinstance(t, gs.Constant) for t in reader[0].inputs)
+    quantized, stored = (tensor.inputs[0].inputs[0] for tensor in node.inputs[:2])
     return (
         isinstance(stored, gs.Constant)
+        and (node.op == "MatMul" or stored.values.shape[2:] == (1, 1))
         and bool(quantized.inputs)
         and quantized.inputs[0].op == "QuantizeLinear"
-        and has_bias
     )

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from dit_export.passes import LOWERINGS
 from dit_export.passes.attention import decompose, is_plain
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.layers import ATTENTION, find, unmoved
+from dit_export.precision.layers import find
 from dit_export.precision.qdq import between
 from dit_export.precision.smooth import HEADROOM, LEVELS
 from dit_runtime.errors import UsageError
@@ -26,19 +25,15 @@ Steps = Mapping[str, Sequence[float]]  # the grids of q and k, by the name of At
 
 
 def steps(denoiser: gs.Graph, calibration: Calibration, keep: Collection[str]) -> Steps:
-    """Return the grids of all attentions but those to keep; no GEMM of the denoiser is quantized yet."""
-    layers = find(denoiser)
-    outputs = {layer.name: calibration.layers[layer.name].output for layer in layers if layer.scored}
-    if missing := [name for name, output in outputs.items() if output is None]:
-        raise UsageError(f"the calibration has no output of {missing[0]}; calibrate anew")
+    """Return the grids of all attentions but those to keep; no layer of the denoiser is quantized yet."""
+    scores = {layer.scores.name: layer.scores for layer in find(denoiser) if layer.scores}
     grids = {}
-    for proj in (layer for layer in layers if layer.kind == "proj" and f"block {layer.block} {ATTENTION}" not in keep):
-        qkv = outputs.get(f"block {proj.block} qkv")
-        parts = [outputs.get(f"block {proj.block} {kind}") for kind in ("query", "key")]
-        if qkv is not None:
-            parts = list(np.split(qkv, 3)[:2])
-        if all(part is not None for part in parts):
-            grids[unmoved(proj.x).name] = [float(HEADROOM * part.max() / LEVELS) for part in parts if part is not None]
+    for own in (own for name, own in scores.items() if name not in keep):
+        outputs = [(calibration.layers[name].output, name, channels) for name, channels in own.parts]
+        if missing := [name for output, name, _ in outputs if output is None]:
+            raise UsageError(f"the calibration has no output of {missing[0]}; calibrate anew")
+        largest = [output[channels].max() for output, _, channels in outputs if output is not None]
+        grids[own.attention.outputs[0].name] = [float(HEADROOM * value / LEVELS) for value in largest]
     return grids
 
 

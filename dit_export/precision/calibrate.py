@@ -1,4 +1,4 @@
-"""Statistics of what GEMMs and convolutions read, from which int8 and fp8 are planned; `measure.py` records them."""
+"""Statistics of what layers and convolutions read, from which int8 and fp8 are planned; `measure.py` records them."""
 
 from __future__ import annotations
 
@@ -66,11 +66,12 @@ class Calibration:
 def add_layer_taps(graph: gs.Graph, layers: Sequence[Layer], rng: np.random.Generator) -> None:
     """Add the outputs that calibration reads."""
     for layer in layers:
-        count = int(layer.x.shape[1])
+        x = _channels_last(graph, layer)
+        count = int(x.shape[1])
         chosen = np.sort(rng.choice(count, min(TOKENS, count), replace=False))
-        sample = onnxfile.layer(graph, "Gather", [layer.x, chosen], f"{layer.name}{SAMPLE}", axis=1)
-        taps = [(sample, ["rows", len(chosen), *layer.x.shape[2:]])]
-        for tensor, end in ((layer.x, LARGEST), (layer.y, OUTPUT)) if layer.scored else ((layer.x, LARGEST),):
+        sample = onnxfile.layer(graph, "Gather", [x, chosen], f"{layer.name}{SAMPLE}", axis=1)
+        taps = [(sample, ["rows", len(chosen), *x.shape[2:]])]
+        for tensor, end in ((x, LARGEST), (layer.y, OUTPUT)) if layer.scores else ((x, LARGEST),):
             magnitude = onnxfile.layer(graph, "Abs", [tensor], f"{layer.name}{end}/abs")
             axes = np.arange(len(tensor.shape) - 1)  # all but the channels
             largest = onnxfile.layer(graph, "ReduceMax", [magnitude, axes], f"{layer.name}{end}", keepdims=0)
@@ -78,6 +79,15 @@ def add_layer_taps(graph: gs.Graph, layers: Sequence[Layer], rng: np.random.Gene
         for tap, shape in taps:
             tap.dtype, tap.shape = np.dtype(np.float32), shape
             graph.outputs.append(tap)
+
+
+def _channels_last(graph: gs.Graph, layer: Layer) -> gs.Variable:
+    if not layer.is_convolution:
+        return layer.x
+    rows, channels, *sides = layer.x.shape
+    x = onnxfile.layer(graph, "Transpose", [layer.x], f"{layer.name}/last", perm=[0, 2, 3, 1])
+    x.dtype, x.shape = layer.x.dtype, [rows, *sides, channels]
+    return x
 
 
 def choose_rows(sample: NDArray[Any], count: int, rng: np.random.Generator) -> NDArray[np.float16]:

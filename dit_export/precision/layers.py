@@ -1,96 +1,133 @@
-"""Find the token GEMMs of a denoiser by structure: what feeds them and what reads them says which they are."""
+"""Find the layers that int8 covers: products of tokens and a constant, named after their weights.
+
+A layer is x W or a 1 × 1 convolution, with a bias or without, whose input has tokens. Its name is that of its weight in
+the network's state dict, without what the names of all products begin with: `transformer_blocks.3.ff.net.0.proj`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
+from dit_export.passes.dependence import dependents
 from dit_runtime.errors import UsageError, nearest
 
-ATTENTION = "attention"  # its scores, q kᵀ
+ATTENTION = "attention"  # ends the names of attention's scores, q kᵀ
 DECODER = "decoder"  # begins the names of its convolutions, which `convolutions.py` has
-FIRST = {"qkv", "query", "key", "value"}  # a block begins with the first of them
 MOVERS = {"Reshape", "Transpose", "Identity", "Cast", "Tile"}
+PRODUCTS = {"MatMul", "Gemm", "Conv"}
+WEIGHT = ".weight"  # ends their names in a state dict
+GROUPED = "groups"  # the first axis of what stages before the loop give the denoiser
+
+
+class Scores(NamedTuple):
+    """Scores of an attention whose queries and keys are what layers give, neither normalized, rotated nor joined."""
+
+    name: str
+    attention: gs.Node
+    parts: tuple[tuple[str, slice], ...]  # of q and of k: the layer, and which of its output's channels
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A token GEMM and its place in the network."""
+    """A product of tokens and a constant weight."""
 
-    block: int
-    kind: str  # qkv, or query, key and value; proj, fc1, fc2; q and cross, a cross-attention's two
-    gemm: gs.Node  # MatMul(x, W) with a constant W [K, N]
-    stream: int = 0  # which of its kind in the block: streams of tokens that one attention joins have their own
-    attention: gs.Node | None = None  # that reads its output, or makes its input
-    direct: bool = True  # the attention reads its output alone, not normalized, rotated or joined with another
-
-    @property
-    def name(self) -> str:
-        return f"block {self.block} {self.kind}" + (f"-{self.stream + 1}" if self.stream else "")
-
-    @property
-    def scored(self) -> bool:
-        """Return whether attention's scores are made of its output directly."""
-        return self.kind in ("qkv", "query", "key") and self.direct
+    name: str
+    node: gs.Node  # MatMul(x, W) with W [K, N], or Conv(x, W) with W [N, K, 1, 1]
+    scores: Scores | None = None  # that its output makes
 
     @property
     def x(self) -> gs.Variable:
-        return self.gemm.inputs[0]
+        return self.node.inputs[0]
 
     @property
     def y(self) -> gs.Variable:
-        """Return the output, which has the bias."""
-        return self.add.outputs[0]
+        """Return the output, with the bias that is added to it."""
+        (product,) = self.node.outputs
+        if len(product.outputs) != 1 or product.outputs[0].op != "Add":
+            return product
+        (add,) = product.outputs
+        is_biased = any(isinstance(tensor, gs.Constant) and tensor.values.ndim == 1 for tensor in add.inputs)
+        return add.outputs[0] if is_biased else product
 
     @property
-    def weight(self) -> gs.Constant:
-        return self.gemm.inputs[1]
+    def is_convolution(self) -> bool:
+        return self.node.op == "Conv"
 
     @property
-    def add(self) -> gs.Node:
-        """Return the node that adds the bias."""
-        (add,) = self.gemm.outputs[0].outputs
-        return add
+    def channels(self) -> int:
+        """Return the axis of the input's channels."""
+        return 1 if self.is_convolution else len(self.x.shape) - 1
+
+    @property
+    def matrix(self) -> NDArray[np.float32]:
+        """Return the weight as (K, N)."""
+        values = np.asarray(self.node.inputs[1].values)
+        return values[:, :, 0, 0].T if self.is_convolution else values
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens of a row it reads."""
+        return math.prod(size for axis, size in enumerate(self.x.shape) if axis not in (0, self.channels))
 
 
 def find(graph: gs.Graph) -> list[Layer]:
-    """Return the token GEMMs in the loop's order, without the patches and the last linear, which are small."""
-    layers: list[Layer] = []
-    begun: set[int] = set()  # ids of the self-attentions whose blocks have begun
-    for node in graph.nodes:
-        if role := _role(node):
-            if role.kind in FIRST:
-                begun.add(id(role.attention))
-            block = max(len(begun) - 1, 0)
-            stream = sum((layer.block, layer.kind) == (block, role.kind) for layer in layers)
-            layers.append(Layer(block, role.kind, node, stream, role.attention, role.direct))
-    return layers
+    """Return the layers in the loop's order, without the first product of the state and the last of the result."""
+    borders = _borders(graph)
+    inner = [node for node in _linears(graph) if node.outputs[0].name not in borders]
+    layers = [Layer(name, node) for name, node in zip(_names(inner, _prefix(graph)), inner, strict=True)]
+    scores = _scores(graph, {id(layer.y): layer.name for layer in layers})
+    return [replace(layer, scores=scores.get(layer.name)) for layer in layers]
+
+
+def own_weights(layers: Sequence[Layer]) -> None:
+    """Give each layer a weight that no other node reads, under a name that makes the layer's."""
+    for layer in layers:
+        weight = layer.node.inputs[1]
+        stem, others = weight.name.removesuffix(WEIGHT), [node for node in weight.outputs if node is not layer.node]
+        for number, node in enumerate(others, 2):
+            node.inputs[1] = gs.Constant(f"{stem}-{number}{WEIGHT}", weight.values)
 
 
 def coverage(graph: gs.Graph, layers: Sequence[Layer]) -> float:
-    """Return the layers' share of the weights that the loop multiplies with."""
-    weights = [node.inputs[1].values.size for node in graph.nodes if _is_linear(node)]
-    return sum(layer.weight.values.size for layer in layers) / max(sum(weights), 1)
+    """Return the layers' share of the weights that the loop multiplies tokens with."""
+    weights = [node.inputs[1].values.size for node in _linears(graph)]
+    return sum(layer.node.inputs[1].values.size for layer in layers) / max(sum(weights), 1)
 
 
 def everything(layers: Sequence[Layer]) -> list[str]:
-    """Return the names of all that int8 may touch: the GEMMs, and the scores of each attention after its inputs."""
+    """Return the names of all that int8 may touch: the layers, and the scores of each attention after its inputs."""
     names = []
+    ends = {layer.scores.name: layer.name for layer in layers if layer.scores}
     for layer in layers:
         names.append(layer.name)
-        if layer.kind in ("qkv", "value") and layer.direct:
-            names.append(f"block {layer.block} {ATTENTION}")
+        names += [name for name, end in ends.items() if end == layer.name]
     return names
 
 
+def tokens(layers: Sequence[Layer]) -> dict[str, int]:
+    """Return how many tokens each of everything reads."""
+    own = {layer.name: layer.tokens for layer in layers}
+    return own | {layer.scores.name: layer.tokens for layer in layers if layer.scores}
+
+
 def named(layers: Sequence[Layer], entries: Collection[str]) -> list[str]:
-    """Return the layers that a recipe's entries mean: "block 3 fc1", all of "block 3", or "fc1" in every block."""
-    meanings = {name: {name, *name.rsplit(" ", 1)} for name in everything(layers)}
+    """Return what a recipe's entries mean: a name, or parts of it that follow each other.
+
+    "blocks.3.mlp.fc1" is a layer, "blocks.3" all of a block, "fc1" or "mlp.fc1" that of every block.
+    """
+    meanings = {name: _parts(name) for name in everything(layers)}
     mine = [entry for entry in entries if entry.split()[:1] != [DECODER]]
-    return resolve(meanings, mine, "network", '"block 0 fc2", "block 0" or "fc2"')
+    names = list(meanings)
+    examples = f'"{names[-1]}" or "{kind(names[-1])}"' if names else "none"
+    return resolve(meanings, mine, "network", examples)
 
 
 def resolve(meanings: Mapping[str, set[str]], entries: Collection[str], place: str, examples: str) -> list[str]:
@@ -103,64 +140,11 @@ def resolve(meanings: Mapping[str, set[str]], entries: Collection[str], place: s
     return [name for name, meaning in meanings.items() if meaning & set(entries)]
 
 
-class _Role(NamedTuple):
-    kind: str
-    attention: gs.Node | None = None
-    direct: bool = True
-
-
-def _role(node: gs.Node) -> _Role | None:
-    if not _is_linear(node):
-        return None
-    (product,) = node.outputs
-    if len(product.outputs) != 1 or not _is_bias(product.outputs[0]):
-        return None
-    source = unmoved(node.inputs[0], {*MOVERS, "Slice"})
-    maker = source.inputs[0] if source.inputs else None
-    if maker is not None and maker.op == "Attention":
-        return _Role("cross" if _is_crossed(maker) else "proj", maker)
-    if maker is not None and maker.op == "Gelu":
-        return _Role("fc2")
-    result = product.outputs[0].outputs[0]
-    reader, _ = _reader(result)
-    if reader is None:
-        return None
-    if reader.op == "Split":
-        readers = [_reader(part)[0] for part in reader.outputs]
-        attended = readers[-1] is not None and readers[-1].op == "Attention"
-        return _Role("qkv", readers[-1], all(other is readers[-1] for other in readers)) if attended else _Role("fc1")
-    if reader.op == "Gelu":
-        return _Role("fc1")
-    reader, tensor = _reader(result, {*MOVERS, "Concat"})
-    if reader is None or reader.op != "Attention":
-        return None
-    if _is_crossed(reader):
-        return _Role("q", reader)
-    direct = reader is _reader(result)[0]
-    return _Role(("query", "key", "value")[reader.inputs.index(tensor)], reader, direct)
-
-
-def _reader(tensor: gs.Tensor, through: Collection[str] = MOVERS) -> tuple[gs.Node | None, gs.Tensor]:
-    """Return the only node that reads a tensor, and as what, after what moves it; None where several do."""
-    while len(tensor.outputs) == 1 and tensor.outputs[0].op in through:
-        (tensor,) = tensor.outputs[0].outputs
-    return (tensor.outputs[0] if len({id(reader) for reader in tensor.outputs}) == 1 else None), tensor
-
-
-def _is_crossed(attention: gs.Node) -> bool:
-    """Return whether the attention's keys are made outside the loop."""
-    keys = unmoved(attention.inputs[1])
-    if keys.inputs and keys.inputs[0].op == "Split":
-        keys = unmoved(keys.inputs[0].inputs[0])
-    return not keys.inputs
-
-
-def _is_linear(node: gs.Node) -> bool:
-    return node.op == "MatMul" and isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.ndim == 2
-
-
-def _is_bias(node: gs.Node) -> bool:
-    return node.op == "Add" and any(isinstance(tensor, gs.Constant) for tensor in node.inputs)
+def kind(name: str) -> str:
+    """Return what layers of this name's kind are called in every block: the part after the block's number."""
+    parts = name.split(".")
+    number = next((index for index, part in enumerate(parts[:-1]) if part.isdigit()), -1)
+    return ".".join(parts[number + 1 :])
 
 
 def unmoved(tensor: gs.Tensor, through: Collection[str] = MOVERS) -> gs.Tensor:
@@ -168,3 +152,79 @@ def unmoved(tensor: gs.Tensor, through: Collection[str] = MOVERS) -> gs.Tensor:
     while tensor.inputs and tensor.inputs[0].op in through:
         tensor = tensor.inputs[0].inputs[0]
     return tensor
+
+
+def _parts(name: str) -> set[str]:
+    parts = name.split(".")
+    runs = (parts[first:last] for last in range(len(parts) + 1) for first in range(last))
+    return {".".join(run) for run in runs if not all(part.isdigit() for part in run)}
+
+
+def _linears(graph: gs.Graph) -> list[gs.Node]:
+    """Return the products of tokens and a constant matrix."""
+    return [node for node in graph.nodes if _has_weight(node) and _is_linear(node)]
+
+
+def _has_weight(node: gs.Node) -> bool:
+    return node.op in PRODUCTS and isinstance(node.inputs[1], gs.Constant) and node.inputs[1].values.ndim > 1
+
+
+def _is_linear(node: gs.Node) -> bool:
+    rank, weight = len(node.inputs[0].shape or ()), node.inputs[1].values.shape
+    if node.op == "Conv":
+        pads, strides = (node.attrs.get(name, default) for name, default in (("pads", (0,)), ("strides", (1,))))
+        return weight[2:] == (1, 1) and node.attrs.get("group", 1) == 1 and not any(pads) and set(strides) == {1}
+    return node.op == "MatMul" and len(weight) == 2 and rank > 2
+
+
+def _borders(graph: gs.Graph) -> set[str]:
+    """Return the outputs of products that the state reaches, or that reach the result, through no other product."""
+    products = {node.outputs[0].name for node in graph.nodes if _has_weight(node)}
+    counts = {node.outputs[0].name for node in graph.nodes if node.op == "Shape"}
+    state = [tensor.name for tensor in graph.inputs if tensor.shape[0] != GROUPED]
+    entered = dependents(graph, state, without=products | counts)
+    first = {node.outputs[0].name for node in graph.nodes if any(tensor.name in entered for tensor in node.inputs)}
+    leaving = {tensor.name for tensor in graph.outputs}
+    for node in reversed(graph.nodes):
+        if any(tensor.name in leaving for tensor in node.outputs) and node.outputs[0].name not in products:
+            leaving.update(tensor.name for tensor in node.inputs)
+    return products & (first | leaving)
+
+
+def _prefix(graph: gs.Graph) -> str:
+    """Return what all weights' names begin with: the attribute of a module that wraps the network."""
+    names = [node.inputs[1].name for node in graph.nodes if _has_weight(node)]
+    paths = [name.split(".") for name in names if name.endswith(WEIGHT)]
+    wrapped = len({path[0] for path in paths}) == 1 and not any(path[1].isdigit() for path in paths)
+    return f"{paths[0][0]}." if wrapped and min(map(len, paths)) > 2 else ""
+
+
+def _names(nodes: Sequence[gs.Node], prefix: str) -> list[str]:
+    """Return a name for each node, that of its weight; from the second node that reads a weight on with a number."""
+    names: list[str] = []
+    for node in nodes:
+        name = node.inputs[1].name.removeprefix(prefix).removesuffix(WEIGHT)
+        numbers = (name if number == 1 else f"{name}-{number}" for number in count(1))
+        names.append(next(free for free in numbers if free not in names))
+    return names
+
+
+def _scores(graph: gs.Graph, outputs: Mapping[int, str]) -> dict[str, Scores]:
+    """Return by layer the scores that its output makes directly; `outputs` has layers' names by id of their outputs."""
+    scores: dict[str, Scores] = {}
+    for node in [node for node in graph.nodes if node.op == "Attention"]:
+        parts = []
+        for tensor in map(unmoved, node.inputs[:2]):
+            channels = slice(None)
+            if tensor.inputs and tensor.inputs[0].op == "Split":
+                split = tensor.inputs[0]
+                sizes = np.cumsum([0, *(part.shape[-1] for part in split.outputs)])
+                place = split.outputs.index(tensor)
+                if split.inputs[0].shape[-1] == sizes[-1]:
+                    tensor, channels = split.inputs[0], slice(int(sizes[place]), int(sizes[place + 1]))
+            if id(tensor) in outputs:
+                parts.append((outputs[id(tensor)], channels))
+        if len(parts) == 2:
+            own = Scores(f"{parts[0][0].rpartition('.')[0]}.{ATTENTION}", node, tuple(parts))
+            scores |= {name: own for name, _ in parts}
+    return scores

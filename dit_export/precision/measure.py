@@ -1,7 +1,7 @@
 """Measure in one run of the fp32 bundle what int8 and half precision must fit.
 
 The sampler itself runs: solver, guidance, conditional and null rows, the whole schedule. Taps on the denoiser and the
-decoder record statistics, so no activation is stored. Each token GEMM's input leaves its largest magnitude a channel
+decoder record statistics, so no activation is stored. Each layer's input leaves its largest magnitude a channel
 and a few rows; each tensor that half precision would store leaves its largest magnitude.
 """
 
@@ -77,7 +77,7 @@ def measure(
 ) -> Measured:
     """Run the fp32 bundle in `folder` once, with taps on its `graphs`, and return what they recorded.
 
-    `layers` asks for the statistics of the token GEMMs, `convolutions` for the decoder's, `half` for the largest
+    `layers` asks for the statistics of the denoiser's, `convolutions` for the decoder's, `half` for the largest
     magnitudes; `own` are a user's prompts.
     """
     contract, rng = manifest.read(folder), np.random.default_rng(plan.seed)

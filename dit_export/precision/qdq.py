@@ -1,4 +1,4 @@
-"""Q/DQ on the token GEMMs: weights with a step a column, activations with a step a tensor, int8 or fp8 (E4M3).
+"""Q/DQ on the layers: weights with a step a column, activations with a step a tensor, int8 or fp8 (E4M3).
 
 x W ≈ DQ(Q(x)) DQ(W8),  all symmetric, as every backend of this form takes them. fp8 keeps its relative precision over
 its range, so its step is largest / 448 and nothing is gained by clipping.
@@ -32,18 +32,18 @@ GRIDS = {
 
 
 def quantize(graph: gs.Graph, chosen: Mapping[str, Chosen], keep: Collection[str] = (), kind: str = "int8") -> int:
-    """Put every token GEMM but those to `keep` between Q and DQ; return how many."""
+    """Put every layer but those to `keep` between Q and DQ; return how many."""
     layers, grid = [layer for layer in find(graph) if layer.name not in keep], GRIDS[kind]
     for layer in layers:
-        weight = np.asarray(layer.weight.values)
-        steps = weight_steps(weight, grid.end)
-        whole = _rounded(weight / steps, grid)
-        stored = onnxfile.layer(
-            graph, "DequantizeLinear", [whole, steps, np.zeros(len(steps), grid.dtype)], f"{layer.name} W", axis=1
-        )
+        values, outputs = np.asarray(layer.node.inputs[1].values), 0 if layer.is_convolution else 1
+        steps = weight_steps(layer.matrix, grid.end)
+        whole = _rounded(values / np.expand_dims(steps, [axis for axis in range(values.ndim) if axis != outputs]), grid)
+        zeros = np.zeros(len(steps), grid.dtype)
+        stored = onnxfile.layer(graph, "DequantizeLinear", [whole, steps, zeros], f"{layer.name} W", axis=outputs)
         choice = chosen[layer.name]
         step = choice.step if kind == "int8" else choice.largest / grid.end
-        layer.gemm.inputs = [between(graph, layer.x, step, layer.name, grid.dtype), stored]
+        layer.node.inputs[0] = between(graph, layer.x, step, layer.name, grid.dtype)
+        layer.node.inputs[1] = stored
     graph.cleanup().toposort()
     return len(layers)
 

@@ -1,4 +1,4 @@
-"""Search the token GEMMs that stay float: those that int8 does not speed up, and the fewest that a check needs."""
+"""Search the layers that stay float: those that int8 does not speed up, and the fewest that a check needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dit_export.passes.attention import plain_attention
 from dit_export.precision import attention
 from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.halving import fewest
-from dit_export.precision.layers import ATTENTION, everything, find, named
+from dit_export.precision.layers import ATTENTION, everything, find, kind, named, tokens
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed
 from dit_export.verify.metrics import sentence
@@ -130,11 +130,11 @@ class Search:
         keep = list(fixed)
         why = dict.fromkeys(named(self.layers, fixed), "the recipe keeps it")
         if options.tune:
-            for kind, ratio in self.speed().items():
-                if ratio >= FASTER and kind not in keep:
-                    keep.append(kind)
+            for sort, ratio in self.speed().items():
+                if ratio >= FASTER and sort not in keep:
+                    keep.append(sort)
                     why |= dict.fromkeys(
-                        named(self.layers, [kind]), f"float {kind} is {ratio:.2f} times as fast a step"
+                        named(self.layers, [sort]), f"float {sort} is {ratio:.2f} times as fast a step"
                     )
         check = None if options.budget is None else self._ends_within(options.budget)
         try:
@@ -157,8 +157,9 @@ class Search:
     def _least(
         self, check: Check | None, name: str, keep: list[str], why: dict[str, str], broken: Sequence[Figure] = ()
     ) -> Found:
-        """Keep the fewest of the worst layers in float with which the check holds, found by halving.
+        """Keep the fewest layers in float with which the check holds, found by halving.
 
+        Those with the largest error a token are first: the fewer tokens a layer has, the less it costs in float.
         `why` has the layers that stay float anyway.
         """
         free, figures = [layer for layer in self.names if layer not in why], dict[int, Sequence[Figure]]()
@@ -178,7 +179,8 @@ class Search:
             text = f"{name} does not hold on {self._form} even with every layer in float: {sentence(figure)}"
             raise OutOfReach(text, figure)
         errors = self._rank()
-        order = sorted(free, key=lambda layer: -errors[layer])
+        count = tokens(self.layers)
+        order = sorted(free, key=lambda name: -errors[name] / count[name])
         high = 0 if fits else fewest(len(free), lambda count: holds(order, count))
         if high == len(free) and free:
             figure = first_broken(figures[high - 1])
@@ -219,19 +221,20 @@ class Search:
     def speed(self) -> dict[str, float]:
         """Return, by kind of layer, how many times as fast a guided step is where all of that kind are float."""
         ratios = {}
-        kinds = list(dict.fromkeys(name.split()[-1] for name in self.names))
+        kinds = list(dict.fromkeys(map(kind, self.names)))
         with self._opened([], self._kind) as quantized:
-            for done, kind in enumerate(kinds):
+            for done, sort in enumerate(kinds):
                 self._tick(done, len(kinds))
-                with self._opened(named(self.layers, [kind]), self._kind) as mixed:
-                    ratios[kind] = _ratio(self._step(quantized), self._step(mixed))
+                with self._opened(named(self.layers, [sort]), self._kind) as mixed:
+                    ratios[sort] = _ratio(self._step(quantized), self._step(mixed))
         return ratios
 
     def _step(self, pipe: Pipeline) -> Callable[[], object]:
         time, noise = self._contract.process.span / 2, np.random.default_rng(SEED)
         state = noise.normal(size=(1, *self._contract.state.shape)).astype(np.float32)
         weights = np.full(1, self._contract.guidance.default, np.float32)
-        inputs = pipe.engines.inputs(np.array([time]), self._first_condition, self._null or None, weights)
+        away = self._null if self._contract.mixes_guidance else None
+        inputs = pipe.engines.inputs(np.array([time]), self._first_condition, away, weights)
         return lambda: pipe.engines.denoise(state, inputs, 0)
 
     @property

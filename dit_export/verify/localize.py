@@ -155,7 +155,8 @@ def locate(
 ) -> Located:
     """Compare at one step of the reference run (from 0); `asked` is compared before the loop."""
     rows, traces = len(reference.guidance), traced.read(pipe.folder, pipe.manifest)
-    null = {name: np.repeat(values, rows, axis=0) for name, values in (reference.negative or {}).items()}
+    away = (reference.negative or {}) if pipe.manifest.mixes_guidance else {}
+    null = {name: np.repeat(values, rows, axis=0) for name, values in away.items()}
     t = float(reference.timesteps[step])
     question = Question(reference.latents[step], t, reference.condition, null, reference.guidance)
     with ExitStack() as stack:

@@ -163,7 +163,8 @@ def _denoise(
 ) -> dict[str, NDArray[np.float32]]:
     """Evaluate the denoiser once, guided where there is a null row, at a timestep for each row."""
     contract = pipe.manifest
-    inputs = {contract.state.name: state, **grouped(pipe.engines, timesteps, condition, null)}
+    away = null if contract.mixes_guidance else {}
+    inputs = {contract.state.name: state, **grouped(pipe.engines, timesteps, condition, away)}
     if contract.mixes_guidance:
         inputs[GUIDANCE] = weights
     return pipe.engines.run(contract.step, inputs)

@@ -138,9 +138,9 @@ def evaluate(
     null: Rows,
 ) -> Evaluation:
     """Evaluate PyTorch on B rows with their conditions and, in the same call, with `null`, B rows or one."""
-    rows, guided = len(state), bool(network.conditions)
-    inputs = {network.state.name: state, network.time.name: timesteps}
-    if guided:
+    rows = len(state)
+    inputs = {network.state.name: state, network.time.name: timesteps, **condition}
+    if null:
         inputs = {name: np.concatenate([part, part]) for name, part in inputs.items()}
         inputs |= {n: np.concatenate([own, np.broadcast_to(null[n], own.shape)]) for n, own in condition.items()}
     with torch.no_grad():

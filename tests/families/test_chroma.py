@@ -11,7 +11,7 @@ from dit_runtime.bundle import manifest
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, chroma, distance, inputs, run
 
-JOINT, SINGLE, T5_TOKENS = 2, 1, 48
+JOINT, SINGLE, T5_TOKENS = 1, 1, 72
 
 
 def make_pipeline() -> ChromaPipeline:
@@ -20,7 +20,7 @@ def make_pipeline() -> ChromaPipeline:
         transformer=chroma(num_layers=JOINT, num_single_layers=SINGLE, joint_attention_dim=64),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=tiny.vae(),
-        text_encoder=tiny.t5(t5),
+        text_encoder=tiny.t5(t5, layers=1),
         tokenizer=t5,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
+from dit_runtime.errors import UsageError
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
-JOINT, SINGLE, T5_TOKENS = 2, 2, 32
+JOINT, SINGLE, T5_TOKENS = 2, 1, 32
 
 
 def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
@@ -23,9 +25,9 @@ def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
         transformer=flux(guidance_embeds=embedded, num_layers=JOINT, num_single_layers=SINGLE, **widths),
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=tiny.vae(),
-        text_encoder=tiny.clip(clip, projection=None),
+        text_encoder=tiny.clip(clip, projection=None, layers=1),
         tokenizer=clip,
-        text_encoder_2=tiny.t5(t5),
+        text_encoder_2=tiny.t5(t5, layers=1),
         tokenizer_2=t5,
     )
 
@@ -44,6 +46,13 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    expected = case.theirs()
+    assert min(tiny.distances(moved.ours(), expected)) >= tiny.SAME
+    assert max(tiny.distances(moved.ours(guidance=2 * tiny.GUIDANCE), expected)) < tiny.ANOTHER
 
 
 @pytest.mark.slow
@@ -73,6 +82,14 @@ def test_defaults_are_the_pipelines(case) -> None:
         prompt=tiny.PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **case.call
     ).images
     assert min(tiny.distances(case.ours(seed=0, guidance=None, steps=None), expected)) >= tiny.SAME
+
+
+def test_ports() -> None:
+    network = family_network(flux())
+    assert [port.shape for port in network.ports] == [(16, 128, 128), (), (512, 48), (40,), ()]
+    assert network.model["resolution"] == 1024 and not network.learned_variance
+    with pytest.raises(UsageError, match="latents of 9 x 8 do not divide into patches of 2"):
+        family_network(flux(), (9, 8))
 
 
 @pytest.mark.parametrize("embedded", [True, False])

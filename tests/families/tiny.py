@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_lowercase, digits, punctuation
 from typing import Any
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from dit_export.bundle import build as building
 from dit_export.recipe import Recipe
 from dit_runtime import Pipeline
+from dit_runtime.bundle import manifest
 from dit_runtime.images import psnr
 from dit_runtime.progress import Progress
 from tests.networks.tiny import randomize
@@ -119,6 +120,18 @@ def build(pipeline: Any, folder: Path, **recipe: Any) -> Path:
     return built.folder
 
 
+def on_backend(backend: str, bundle: Path, folder: Path) -> Path:
+    """Return a copy of a bundle whose graphs run on a backend of the CPU."""
+    folder.mkdir()
+    for file in bundle.iterdir():
+        if file.is_file() and file.name != manifest.NAME:
+            (folder / file.name).hardlink_to(file)
+    contract = manifest.read(bundle)
+    stages = tuple(replace(stage, backend=backend) for stage in contract.stages)
+    manifest.write(folder, replace(contract, stages=stages))
+    return folder
+
+
 @dataclass(frozen=True)
 class Case:
     """A pipeline of diffusers and its bundle."""
@@ -132,14 +145,15 @@ class Case:
     def theirs(
         self, prompts: Sequence[str] = (PROMPT,), seed: int = SEED, guidance: float = GUIDANCE, steps: int = STEPS
     ) -> NDArray[np.float32]:
-        """Return the pipeline's pictures [N, H, W, 3] in [0, 1]; a picture's seed is `seed` and its number."""
+        """Return pictures [N, H, W, 3] or videos [N, F, H, W, 3] in [0, 1]; seeds count up from `seed`."""
         options = {self.weight: guidance, "num_inference_steps": steps, "output_type": "np", **self.call}
         if self.negative is not None:
             options["negative_prompt"] = [self.negative] * len(prompts)
         generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
         self.pipeline.set_progress_bar_config(disable=True)
         with torch.no_grad():
-            return np.asarray(self.pipeline(prompt=list(prompts), generator=generators, **options).images)
+            result = self.pipeline(prompt=list(prompts), generator=generators, **options)
+        return np.asarray(result.frames if "frames" in result else result.images)
 
     def ours(
         self,
@@ -154,7 +168,7 @@ class Case:
         options = {"prompt": list(prompts), "negative_prompt": self.negative} | request
         with Pipeline.load(self.bundle, threads=1) as pipe:
             options |= {"seed": seeds, "guidance": guidance, "steps": steps, "output": "latents"}
-            return pipe.engines.decode(pipe.sample(**options)).transpose(0, 2, 3, 1)
+            return np.moveaxis(pipe.engines.decode(pipe.sample(**options)), 1, -1)
 
 
 def distances(got: NDArray[Any], expected: NDArray[Any]) -> list[float]:

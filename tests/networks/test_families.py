@@ -30,6 +30,9 @@ def theirs(transformer: nn.Module, values: dict[str, Tensor], pixels: tuple[int,
     if pixels:
         size = torch.tensor([[*map(float, pixels)]]).repeat(len(values["latents"]), 1)
         added = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+    if hasattr(transformer.config, "timestep_scale"):
+        times = 1000 * values["timesteps"] * transformer.config.timestep_scale
+        return transformer(**rows, timestep=times, encoder_attention_mask=values["mask"]).sample
     added = {"resolution": None, "aspect_ratio": None} | added
     rows |= {"encoder_attention_mask": values["mask"], "added_cond_kwargs": added}
     return transformer(**rows, timestep=values["timesteps"]).sample
@@ -39,6 +42,8 @@ CASES = {  # transformer, latents, what the pipeline says of the image's size, s
     "pixart": (tiny.pixart, {}, None, None, 1000.0),
     "pixart at another size": (tiny.pixart, {"interpolation_scale": 2}, (8, 16), None, 1000.0),
     "pixart with its size": (tiny.pixart, {"use_additional_conditions": True}, (16, 8), (128, 64), 1000.0),
+    "sana": (tiny.sana, {}, None, None, 1.0),
+    "sana at another size": (tiny.sana, {"qk_norm": "rms_norm_across_heads", "timestep_scale": 0.5}, (4, 6), None, 1.0),
     "sd3": (tiny.sd3, {}, None, None, 1.0),
     "sd3.5": (tiny.sd3, tiny.SD3_5, None, None, 1.0),
     "sd3.5 at another size": (tiny.sd3, tiny.SD3_5, (12, 32), None, 1.0),
@@ -162,7 +167,7 @@ def rewrite(path: Path, **changes: object) -> None:
         (tiny.pixart, {"num_layers": "two"}, "PixArtTransformer2DModel refuses it"),
         (tiny.sd3, {"qk_norm": "group"}, "SD3Transformer2DModel refuses it"),
         (tiny.sd3, {"num_layers": 3}, "transformer_blocks.2.* is missing"),
-        (tiny.sd3, {"_class_name": "SanaTransformer2DModel"}, "expected .*SD3Transformer2DModel"),
+        (tiny.sd3, {"_class_name": "StableAudioDiTModel"}, "expected .*SD3Transformer2DModel"),
         (tiny.sd3, {"sample_size": 64}, "latents of side 64; its position table ends at 32"),
         (tiny.sd3, {"sample_size": 9}, "latents of 9 x 9 do not divide into patches of 2"),
     ],

@@ -117,11 +117,11 @@ def test_q_reads_what_there_is_and_dq_gives_the_product_its_type(plain: gs.Graph
     quantize(denoiser, chosen(denoiser), kind=kind)
     cast_to_half(denoiser, "fp16")
     read = {node.name: node.inputs[1].dtype for node in denoiser.nodes if node.op == "QuantizeLinear"}
-    assert {name.split()[2]: dtype.name for name, dtype in read.items()} == {
-        "qkv": "float32",  # behind a LayerNorm's modulation, an island
-        "fc1": "float32",
-        "proj": "float16",
-        "fc2": "float16",
+    assert {".".join(name.split()[0].split(".")[2:]): dtype.name for name, dtype in read.items()} == {
+        "attn.qkv": "float32",  # behind a LayerNorm's modulation, an island
+        "mlp.fc1": "float32",
+        "attn.proj": "float16",
+        "mlp.fc2": "float16",
     }
     scales = {node.inputs[1].dtype for node in denoiser.nodes if node.op == "DequantizeLinear"}
     assert scales == {HALF}

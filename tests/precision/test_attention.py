@@ -29,7 +29,7 @@ def prediction(bundle: Scratch, denoiser: gs.Graph, folder: Path) -> np.ndarray:
 def test_scores_on_their_grids(bundle, calibration, tmp_path) -> None:
     graph = bundle.graphs()["denoiser"]
     before, expected = onnxfile.census(graph), prediction(bundle, graph.copy(), tmp_path)
-    kept = named(find(graph), ["block 1 attention"])
+    kept = named(find(graph), ["blocks.1.attn.attention"])
     grids = attention.steps(graph, calibration, kept)
     rewrite, *others = attention.passes("openvino", grids)
     assert tuple(others) == LOWERINGS["openvino"]
@@ -67,7 +67,10 @@ def test_q_and_k_of_layers_of_their_own(captioned, captioned_calibration) -> Non
     grids = attention.steps(graph, captioned_calibration, [])
     assert [*grids] == [node.outputs[0].name for node in attentions[::2]] and len(attentions) == 4
     for block, pair in enumerate(grids.values()):
-        largest = [captioned_calibration.layers[f"block {block} {kind}"].output.max() for kind in ("query", "key")]
+        largest = [
+            captioned_calibration.layers[f"transformer_blocks.{block}.attn1.{kind}"].output.max()
+            for kind in ("to_q", "to_k")
+        ]
         np.testing.assert_allclose(pair, np.array(largest) * 1.1 / 127, rtol=1e-6)
     assert attention.passes("openvino", grids)[0](graph) == 2
 

@@ -82,17 +82,17 @@ def test_the_layer_that_breaks_a_gate_stays_float(run, tmp_path, capsys) -> None
     assert code == 0 and not (tmp_path / "bundle.failed").exists()
     bundle = tmp_path / "bundle"
     contract = manifest.read(bundle)
-    assert contract.parity["passed"] and contract.source["recipe"]["keep_float"] == ["block 0 fc2"]
+    assert contract.parity["passed"] and contract.source["recipe"]["keep_float"] == ["blocks.0.mlp.fc2"]
     cost = contract.built_with["kept_float"]
-    assert (cost["layers"], cost["of"]) == (["block 0 fc2"], LAYERS) and cost["step_time"] > 0
+    assert (cost["layers"], cost["of"]) == (["blocks.0.mlp.fc2"], LAYERS) and cost["step_time"] > 0
     gate = next(gate for gate in cost["gates"] if gate["name"] == "denoiser: unguided, rel-L2")
     assert gate["after"] <= gate["limit"] < gate["before"]
 
-    said = f"in float, so that these limits hold: block 0 fc2 (1 of {LAYERS} layers)"
+    said = f"in float, so that these limits hold: blocks.0.mlp.fc2 (1 of {LAYERS} layers)"
     assert said in text and "denoiser: unguided, rel-L2: " in text and "a guided step takes " in text
     assert said in (bundle / "report.html").read_text()
     table = json.loads((bundle / "sensitivity.json").read_text())
-    assert [entry["layer"] for entry in table if entry["kept"]] == ["block 0 fc2"] and len(table) == LAYERS
+    assert [entry["layer"] for entry in table if entry["kept"]] == ["blocks.0.mlp.fc2"] and len(table) == LAYERS
     assert contract.built_with["passes"]["denoiser"]["quantize"] == LAYERS - 1
     assert onnxfile.census(onnxfile.load(bundle / "denoiser.onnx"))["QuantizeLinear"] == LAYERS - 1
     assert (tmp_path / "bundle.calibration.npz").is_file() and len([*tmp_path.iterdir()]) == 2  # with the bundle
@@ -122,7 +122,7 @@ def test_a_network_that_needs_every_layer_in_float(tmp_path, one_thread) -> None
         built = build.build(recipe, Progress(io.StringIO()), loaded=loaded)
     assert not built.passed and built.folder.name == "bundle.failed"
     assert not manifest.read(built.folder).parity["passed"]
-    assert "int8's gate holds on onnxruntime with no layer in int8 only: with block 0 fc" in built.advice
+    assert "int8's gate holds on onnxruntime with no layer in int8 only: with mlp." in built.advice
     assert "alone in it, denoiser: prediction, rel-L2" in built.advice
     assert "try --precision fp32 or --precision fp16" in built.advice
 
@@ -139,11 +139,14 @@ def test_two_searches_leave_one_record(run, tmp_path, monkeypatch) -> None:
     ratios = chain([1.5, 0.9, 0.9, 0.9], repeat(1.1))
     monkeypatch.setattr(search, "_ratio", lambda slow, fast: next(ratios))
     code, text = run("--tune", verb="quantize")
-    assert code == 0 and "in float: qkv, block 0 fc2" in text
+    assert code == 0 and "in float: attn.qkv, blocks.0.mlp.fc2" in text
     table = json.loads((tmp_path / "bundle" / "sensitivity.json").read_text())
     why = {entry["layer"]: entry["why"] for entry in table if entry["kept"]}
-    assert why.keys() == {"block 0 fc2", *(f"block {n} qkv" for n in range(META_DEPTH))}
-    assert why["block 0 qkv"] == "float qkv is 1.50 times as fast a step" and "with it in int8" in why["block 0 fc2"]
+    assert why.keys() == {"blocks.0.mlp.fc2", *(f"blocks.{n}.attn.qkv" for n in range(META_DEPTH))}
+    assert (
+        why["blocks.0.attn.qkv"] == "float attn.qkv is 1.50 times as fast a step"
+        and "with it in int8" in why["blocks.0.mlp.fc2"]
+    )
 
 
 def test_a_search_without_room_keeps_the_bundle(run, tmp_path, monkeypatch) -> None:
@@ -162,7 +165,7 @@ def test_a_second_failure_names_the_next_step(run, monkeypatch) -> None:
         build.Making, "verify", lambda making: replace(verify(making), **{"checks": [failed]} if next(count) else {})
     )
     code, text = run()
-    assert code == 1 and "with block 0 fc2 in float a gate still fails: run: latents, rel-L2: 9" in text
+    assert code == 1 and "with blocks.0.mlp.fc2 in float a gate still fails: run: latents, rel-L2: 9" in text
     assert "try --precision fp32" in text
 
 

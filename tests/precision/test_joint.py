@@ -17,7 +17,7 @@ from dit_export.graph.trace import trace_network
 from dit_export.networks import Network
 from dit_export.networks.families import family_network
 from dit_export.passes import fuse
-from dit_export.precision.layers import coverage, everything, find, named
+from dit_export.precision.layers import coverage, everything, find, kind, named, tokens
 from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
@@ -26,10 +26,9 @@ from dit_runtime.progress import Progress
 from tests.networks import tiny
 from tests.rules import traced_rule
 
-KINDS = {"query", "key", "value", "proj", "fc1", "fc2"}
 CASES = {  # config, layers in int8, share of the weights in percent
     "sd3": ({}, 12 + 9, 98),  # the last block makes no text of its own
-    "sd3.5": (tiny.SD3_5, 15, 75),  # linears whose outputs are normalized as queries and keys stay float
+    "sd3.5": (tiny.SD3_5, 12 + 9 + 4, 98),  # the first block has a second attention, of the image alone
 }
 
 
@@ -57,17 +56,23 @@ def test_names_of_streams(tmp_path) -> None:
     trace_network(network).save(tmp_path / "network.onnx", external_data=True)
     denoiser = fuse(onnxfile.load(tmp_path / "network.onnx"), network.ports, traced_rule(network)).denoiser
     layers = find(denoiser)
-    names = {one.name for one in layers}
-    second = {f"{kind}-2" for kind in ("query", "key", "value", "proj", "fc1", "fc2")}
-    assert {name.removeprefix("block 0 ") for name in names if name.startswith("block 0")} == {*KINDS, *second}
-    assert {name.removeprefix("block 1 ") for name in names if name.startswith("block 1")} == {
-        *KINDS,
-        *second - {"proj-2", "fc1-2", "fc2-2"},
-    }
-    assert len(names) == len(layers) and not [one for one in layers if one.scored]
+    names = {layer.name for layer in layers}
+    inner = {name.removeprefix("transformer.") for name, _ in network.module.named_modules()}
+    assert len(names) == len(layers) and names <= inner
     assert set(everything(layers)) == names  # the scores of an attention that joins streams stay float
-    assert 0.9 < coverage(denoiser, layers) < 1
-    assert named(layers, ["fc1-2"]) == ["block 0 fc1-2"] and named(layers, ["fc1"]) == ["block 0 fc1", "block 1 fc1"]
+    assert 0.95 < coverage(denoiser, layers) < 1
+    assert named(layers, ["ff_context.net.2"]) == ["transformer_blocks.0.ff_context.net.2"]
+    assert named(layers, ["ff"]) == [f"transformer_blocks.{n}.ff.net.{k}" for n in range(2) for k in ("0.proj", "2")]
+    assert {kind(name) for name in named(layers, ["transformer_blocks.1"])} == {
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    }
+    count = tokens(layers)
+    assert (
+        count["transformer_blocks.0.ff.net.2"] == 16 and count["transformer_blocks.0.ff_context.net.2"] == tiny.TOKENS
+    )
+    with pytest.raises(UsageError, match='expected one such as "transformer_blocks'):
+        named(layers, ["block 0 fc2"])  # as layers were called before they had their weights' names
 
 
 class Plain(nn.Module):

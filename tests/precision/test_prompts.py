@@ -23,7 +23,7 @@ def test_what_captions_reach_is_seen(captioned, tmp_path) -> None:
         np.savez(tmp_path / "own.npz", captions=own, **{"negative.captions": own[:1]})
         prompts = None if size is None else read(tmp_path / "own.npz", captioned.network)
         layers = captioned.calibrate(Plan(pictures=8, steps=2), prompts).layers
-        return np.array([layers[f"block {n} cross"].largest.max() for n in range(2)])
+        return np.array([layers[f"transformer_blocks.{n}.attn2.to_out.0"].largest.max() for n in range(2)])
 
     usual = reached(None)
     assert (reached(20.0) > 3 * usual).all()
@@ -39,7 +39,7 @@ def test_all_captions_are_seen(captioned, tmp_path) -> None:
         np.savez(tmp_path / "own.npz", captions=np.append(own[:4], size * own[4:], axis=0))
         prompts = read(tmp_path / "own.npz", captioned.network)
         layers = captioned.calibrate(Plan(pictures=12, steps=2), prompts).layers
-        largest.append(layers["block 0 cross"].largest.max())
+        largest.append(layers["transformer_blocks.0.attn2.to_out.0"].largest.max())
     assert largest[1] > 3 * largest[0]
 
 

@@ -21,7 +21,7 @@ from dit_export.passes.dependence import Miss
 from dit_export.passes.integer_products import integer_products
 from dit_export.precision import measure
 from dit_export.precision.calibrate import Calibration, LayerStatistics
-from dit_export.precision.layers import coverage, everything, find
+from dit_export.precision.layers import coverage, everything, find, kind
 from dit_export.precision.measure import Plan, RecordingEngine
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import choose, pack_divisors, smooth
@@ -50,15 +50,20 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 def test_the_layers_are_found_by_structure(bundle, captioned) -> None:
     graph = bundle.graphs()["denoiser"]
     layers = find(graph)
-    assert [one.name for one in layers] == [f"block {n} {k}" for n in range(3) for k in ("qkv", "proj", "fc1", "fc2")]
+    assert [one.name for one in layers] == [
+        f"blocks.{n}.{k}" for n in range(3) for k in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
     last = SPEC.hidden * 8 * SPEC.patch**2  # the final linear's weights
     inner = SPEC.depth * 12 * SPEC.hidden**2
     assert coverage(graph, layers) == inner / (inner + last)
-    kinds = ("query", "key", "value", "proj", "q", "cross", "fc1", "fc2")
+    own, crossed = [f"attn1.{kind}" for kind in ("to_q", "to_k", "to_v", "to_out.0")], ["attn2.to_q", "attn2.to_out.0"]
+    kinds = [*own, *crossed, "ff.net.0.proj", "ff.net.2"]
     layers = find(captioned.graphs()["denoiser"])
-    assert [one.name for one in layers] == [f"block {n} {kind}" for n in range(2) for kind in kinds]
-    assert [one.kind for one in layers if one.scored] == 2 * ["query", "key"]
-    assert everything(layers)[:5] == [f"block 0 {kind}" for kind in ("query", "key", "value", "attention", "proj")]
+    assert [one.name for one in layers] == [f"transformer_blocks.{n}.{kind}" for n in range(2) for kind in kinds]
+    assert [kind(one.name) for one in layers if one.scores] == 2 * own[:2]
+    assert everything(layers)[:4] == [
+        f"transformer_blocks.0.attn1.{name}" for name in ("to_q", "to_k", "attention", "to_v")
+    ]
 
 
 def test_calibration_looks_on_and_changes_nothing(bundle, calibration) -> None:
@@ -68,7 +73,7 @@ def test_calibration_looks_on_and_changes_nothing(bundle, calibration) -> None:
         np.testing.assert_array_equal(seen.sample, again.layers[name].sample)
         assert (np.abs(seen.sample).max(axis=0) <= seen.largest * 1.001).all()  # the sample is kept in float16
         assert 100 < len(seen.sample) <= 256
-    outlying = calibration.layers["block 1 fc1"].largest
+    outlying = calibration.layers["blocks.1.mlp.fc1"].largest
     assert outlying.max() > 5 * np.median(outlying)
 
 
@@ -105,7 +110,7 @@ def test_the_fold_changes_no_answer_and_adds_no_op_to_the_loop(bundle, calibrati
     chosen = smooth([conditioner], denoiser, calibration)
     assert onnxfile.census(denoiser) == every_step
     assert onnxfile.census(conditioner) == once | {"Mul": once["Mul"] + 4 * 3}  # a gain and a shift twice a block
-    assert {name for name, choice in chosen.items() if choice.alpha == 0} == {f"block {n} fc2" for n in range(3)}
+    assert {name for name, choice in chosen.items() if choice.alpha == 0} == {f"blocks.{n}.mlp.fc2" for n in range(3)}
     assert error(predictions(bundle, graphs, tmp_path), expected) <= 1e-5
     # Teeth: the folded denoiser with the old conditioner is another function.
     assert error(predictions(bundle, bundle.graphs() | {"denoiser": denoiser}, tmp_path), expected) > 1e-2
@@ -125,14 +130,17 @@ def test_layers_that_read_one_tensor_share_their_divisors(captioned, captioned_c
     chosen = smooth(before, denoiser, captioned_calibration)
     assert onnxfile.census(denoiser) == every_step
     for block in range(2):
-        query, key, value = (chosen[f"block {block} {kind}"] for kind in ("query", "key", "value"))
+        query, key, value = (chosen[f"transformer_blocks.{block}.attn1.{kind}"] for kind in ("to_q", "to_k", "to_v"))
         assert query is key is value and query.alpha > 0
         outlying = np.sort(np.argsort(-query.divisors)[:3])
-        assert outlying.tolist() == np.sort(np.argsort(-chosen[f"block {block} cross"].divisors)[:3]).tolist()
+        assert (
+            outlying.tolist()
+            == np.sort(np.argsort(-chosen[f"transformer_blocks.{block}.attn2.to_out.0"].divisors)[:3]).tolist()
+        )
         assert outlying.tolist() == [5, 23, 61]
     # Nothing can be folded into what reads the residual stream as it is, or a GELU.
     assert {name for name, choice in chosen.items() if choice.alpha == 0} == {
-        f"block {n} {kind}" for n in range(2) for kind in ("q", "fc2")
+        f"transformer_blocks.{n}.{kind}" for n in range(2) for kind in ("attn2.to_q", "ff.net.2")
     }
     assert error(predictions(captioned, graphs, tmp_path), expected) <= 1e-5
     for name in graphs.keys() - {"denoiser"}:  # teeth
@@ -163,7 +171,7 @@ def test_q_and_dq_stand_around_the_token_gemms_only(bundle, calibration, tmp_pat
     conditioner, denoiser = bundle.graphs().values()
     plain, size = onnxfile.census(denoiser), onnxfile.weight_bytes(denoiser)
     chosen = smooth([conditioner], denoiser, calibration)
-    assert quantize(denoiser, chosen, keep=["block 0 fc2", "block 2 qkv"]) == 10
+    assert quantize(denoiser, chosen, keep=["blocks.0.mlp.fc2", "blocks.2.attn.qkv"]) == 10
     census = onnxfile.census(denoiser)
     assert (census["QuantizeLinear"], census["DequantizeLinear"]) == (10, 20)
     assert {op: n for op, n in census.items() if "Linear" not in op} == plain
@@ -185,7 +193,8 @@ def test_choose_prefers_less_error() -> None:
     sample[:, 3] *= 50
     seen = LayerStatistics(np.abs(sample).max(axis=0), sample)
     weight = rng.normal(size=(32, 16)).astype(np.float32)
-    plain, smoothed = choose(seen, weight, smooth=False), choose(seen, weight, smooth=True)
+    none, every = np.empty(0, np.int64), np.arange(32)
+    (plain,), (smoothed,) = (choose([(seen, weight)], channels, every) for channels in (none, every))
     assert smoothed.error < 0.5 * plain.error and smoothed.divisors[3] == smoothed.divisors.max()
 
 
@@ -193,7 +202,9 @@ def test_a_calibration_is_kept_and_read_again(calibration, tmp_path) -> None:
     calibration.save(tmp_path / "c.npz")
     again = Calibration.load(tmp_path / "c.npz")
     assert again.layers.keys() == calibration.layers.keys()
-    np.testing.assert_array_equal(again.layers["block 2 fc2"].sample, calibration.layers["block 2 fc2"].sample)
+    np.testing.assert_array_equal(
+        again.layers["blocks.2.mlp.fc2"].sample, calibration.layers["blocks.2.mlp.fc2"].sample
+    )
     whole, array = (tmp_path / "c.npz").read_bytes(), io.BytesIO()
     np.save(array, np.zeros(3))
     for content in (b"no", b"", whole[: len(whole) // 2], whole[:200] + bytes(50) + whole[250:], array.getvalue()):

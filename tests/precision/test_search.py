@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import tomllib
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
 from dit_export.bundle import build
@@ -20,17 +22,17 @@ from dit_export.graph import onnxfile
 from dit_export.precision import search
 from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.layers import find, named
+from dit_export.precision.layers import Layer, find, named
 from dit_export.precision.search import Found, LayerSensitivity, Search
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.verify import relative_error
+from dit_runtime.verify import Figure, relative_error
 from tests.precision.conftest import open_search
 
-RUINED = "block 1 fc2"
-KINDS = ("qkv", "attention", "proj", "fc1", "fc2")
+RUINED = "blocks.1.mlp.fc2"
+KINDS = ("attn.qkv", "attn.attention", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 @pytest.fixture
@@ -81,10 +83,10 @@ def test_fp8_is_tried_in_the_portable_graph(calibration, opened) -> None:
 def test_names_of_layers(bundle) -> None:
     layers = find(bundle.graphs()["denoiser"])
     assert named(layers, []) == []
-    assert named(layers, ["fc1", "block 0 fc1"]) == [f"block {n} fc1" for n in range(3)]
-    assert named(layers, ["block 2"]) == [f"block 2 {kind}" for kind in KINDS]
-    with pytest.raises(UsageError, match="'block 1 fc' is not in this network"):
-        named(layers, ["block 1 fc"])
+    assert named(layers, ["fc1", "blocks.0.mlp.fc1"]) == [f"blocks.{n}.mlp.fc1" for n in range(3)]
+    assert named(layers, ["blocks.2"]) == [f"blocks.2.{kind}" for kind in KINDS]
+    with pytest.raises(UsageError, match=r"'blocks\.1\.fc1' is not in this network"):
+        named(layers, ["blocks.1.fc1"])
 
 
 def test_the_layer_that_int8_ruins_is_the_one_kept(calibration, searched) -> None:
@@ -108,17 +110,50 @@ def test_the_layer_that_int8_ruins_is_the_one_kept(calibration, searched) -> Non
 
 def test_the_worst_are_kept_and_no_more_than_needed(calibration, searched) -> None:
     """ONNX Runtime's own form, activations measured as they come; a layer the recipe names is kept besides."""
-    fixed = ("block 0 proj",)
+    fixed = ("blocks.0.attn.proj",)
     free = searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 10.0)), fixed)
     assert free.keep == [*fixed]
     # Far below: on busy machines the same run differs by a tenth, for one rounding that falls otherwise moves the rest.
     found = searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 0.7 * values(free)[0])), fixed)
-    assert found.keep[0] == "block 0 proj" and 2 <= len(found.keep) < len(found.layers)
+    assert found.keep[0] == "blocks.0.attn.proj" and 2 <= len(found.keep) < len(found.layers)
     by_error = sorted(found.layers, key=lambda entry: -entry.error)
-    worst = [entry.layer for entry in by_error if entry.layer != "block 0 proj"]
+    worst = [entry.layer for entry in by_error if entry.layer != "blocks.0.attn.proj"]
     assert found.keep[1:] == worst[: len(found.keep) - 1]
     assert {entry.layer for entry in found.layers if entry.kept} == set(found.keep)
-    assert next(entry.why for entry in found.layers if entry.layer == "block 0 proj") == "the recipe keeps it"
+    assert next(entry.why for entry in found.layers if entry.layer == "blocks.0.attn.proj") == "the recipe keeps it"
+
+
+def test_fewer_tokens_stay_float_first() -> None:
+    """Of two layers with one error, that of the prompt's 4 tokens costs less in float than that of the image's 16."""
+
+    def layer(name: str, tokens: int) -> Layer:
+        x = gs.Variable("x", np.float32, ["rows", tokens, 8])
+        return Layer(name, gs.Node("MatMul", name, inputs=[x, gs.Constant(f"{name}.weight", np.ones((8, 8)))]))
+
+    errors = {"image": 0.02, "image worse": 0.1, "text": 0.02}
+    layers = [layer(name, 4 if name == "text" else 16) for name in errors]
+    tried: list[list[str]] = []
+
+    class Stub(Search):
+        def __init__(self) -> None:
+            self.layers, self.names, self._kind, self._form, self._backend = layers, [*errors], "int8", "x", "y"
+
+        def _rank(self) -> dict[str, float]:
+            return errors
+
+        @contextmanager
+        def _opened(self, keep, precision):
+            tried.append([*keep])
+            yield keep
+
+    for needed, keep in (({"image worse"}, ["image worse"]), ({"text"}, ["image worse", "text"])):
+        tried.clear()
+
+        def check(kept: list[str], needed: set[str] = needed) -> list[Figure]:
+            return [Figure("run", "error", float(not needed <= {*kept}), 0.5)]
+
+        assert Stub()._least(check, "budget", [], {}).keep == keep
+        assert [*errors] in tried
 
 
 def test_budgets_that_cannot_be_held(calibration, searched) -> None:
@@ -167,9 +202,9 @@ def test_what_int8_makes_no_faster_stays_float(calibration, searched, monkeypatc
     ratios = iter([1.5, 0.9, 0.8, 1.01, 1.2])
     monkeypatch.setattr(search, "_ratio", lambda slow, fast: (slow(), fast()) and next(ratios))
     found = searched(calibration, "openvino", SearchOptions(tune=True))
-    assert found.keep == ["qkv", "fc2"]
+    assert found.keep == ["attn.qkv", "mlp.fc2"]
     assert {entry.layer for entry in found.layers if entry.kept} == {
-        f"block {n} {kind}" for n in range(3) for kind in found.keep
+        f"blocks.{n}.{kind}" for n in range(3) for kind in found.keep
     }
     with pytest.raises(UsageError, match="cannot time tensorrt"):
         SearchOptions(tune=True).check("tensorrt", has_decoder=True)
@@ -187,19 +222,23 @@ def test_the_command_writes_a_recipe_that_builds_the_same(
     copies, require = [], build._require_disk
     monkeypatch.setattr(build, "_require_disk", lambda *which: copies.append(which[-1]) or require(*which))
     with one_thread():
-        assert main(["quantize", *options, "--budget", "PSNR=20", "--keep-float", "block 0 fc2", "-o", "first"]) == 0
+        assert (
+            main(["quantize", *options, "--budget", "PSNR=20", "--keep-float", "blocks.0.mlp.fc2", "-o", "first"]) == 0
+        )
     table = json.loads(Path("first/sensitivity.json").read_text())
-    errors = {entry["layer"]: entry["error"] for entry in table if entry["layer"] != "block 0 fc2"}
+    errors = {entry["layer"]: entry["error"] for entry in table if entry["layer"] != "blocks.0.mlp.fc2"}
     worst = max(errors, key=errors.__getitem__)
-    assert {entry["layer"] for entry in table if entry["kept"]} == {"block 0 fc2", worst}
-    assert f"in float: block 0 fc2, {worst}" in capsys.readouterr().out
+    assert {entry["layer"] for entry in table if entry["kept"]} == {"blocks.0.mlp.fc2", worst}
+    assert f"in float: blocks.0.mlp.fc2, {worst}" in capsys.readouterr().out
     assert copies == [4, 2] and not Path("first/search").exists()
     assert all(entry["error"] > 0 for entry in table) and len(table) == 12
     assert "Sensitivity of layers" in Path("first/report.html").read_text()
     assert "sensitivity.json" in manifest.read(Path("first")).files
 
     recipe = tomllib.loads(Path("first.toml").read_text())
-    assert recipe["keep_float"] == ["block 0 fc2", worst] and Recipe.from_toml(Path("first.toml")).precision == "int8"
+    assert (
+        recipe["keep_float"] == ["blocks.0.mlp.fc2", worst] and Recipe.from_toml(Path("first.toml")).precision == "int8"
+    )
     with one_thread():
         assert main(["build", "first.toml", "-o", "again", "--calibration", "first.calibration.npz"]) == 0
     first, again = (manifest.read(Path(name)).step for name in ("first", "again"))
@@ -209,7 +248,7 @@ def test_the_command_writes_a_recipe_that_builds_the_same(
 
 
 def test_recipes_as_files(tmp_path) -> None:
-    recipe = Recipe(checkpoint='a "b" ü', precision="int8", keep_float=["fc2", "block 1 qkv"], latents_only=True)
+    recipe = Recipe(checkpoint='a "b" ü', precision="int8", keep_float=["fc2", "blocks.1.attn.qkv"], latents_only=True)
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert Recipe.from_toml(path) == recipe

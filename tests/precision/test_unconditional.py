@@ -17,15 +17,16 @@ from tests.precision.conftest import Scratch, open_search, scratch
 
 
 class Tokens(nn.Module):
-    """An MLP on normalized tokens, moved by the time."""
+    """An MLP on normalized tokens, moved by the time, between a linear that reads the state and one that gives it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.time = nn.LayerNorm(8), nn.Linear(1, 8)
+        self.first, self.norm, self.time, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(1, 8), nn.Linear(8, 8)
         self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(approximate="tanh"), nn.Linear(32, 8))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return x + self.mlp(self.norm(x) + self.time(t[:, None] / 1000)[:, None])
+        x = self.first(x)
+        return self.last(x + self.mlp(self.norm(x) + self.time(t[:, None] / 1000)[:, None]))
 
 
 @pytest.fixture(scope="module")
@@ -48,4 +49,4 @@ def test_it_can_be_timed(tokens: Scratch, tmp_path: Path) -> None:
     calibration = tokens.calibrate(Plan(pictures=2, steps=2))
     with open_search(tmp_path / "search", tokens, calibration, "onnxruntime") as search:
         found = search.run(SearchOptions(tune=True), [])
-    assert [entry.layer for entry in found.layers] == ["block 0 fc1", "block 0 fc2"]
+    assert [entry.layer for entry in found.layers] == ["mlp.0", "mlp.2"]

@@ -22,7 +22,10 @@ MODULES = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 )
-FOREIGN = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "dit_export", "diffusers", "safetensors")
+FOREIGN = (
+    *("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "dit_export", "diffusers", "safetensors"),
+    *("tokenizers", "transformers"),
+)
 
 # Nothing but the standard library, NumPy and the runtime itself may be imported.
 BLOCKER = """

@@ -83,6 +83,7 @@ def test_first_requests_need_no_file(bundle, tmp_path, monkeypatch, backend, war
 
     edit(bundle, change)
     with Pipeline.load(bundle, threads=2, warm=warm) as pipe:
+        assert len(pipe.engines.opened) == 3  # none is still being opened
         shutil.rmtree(bundle)
         requests = [([1], 1.0), ([2, 3, 4], 4.0), ([2], 4.0), ([1, 2, 3], 1.0)]
         if warm or backend == "onnxruntime":

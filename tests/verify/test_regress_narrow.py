@@ -58,7 +58,7 @@ def test_int8_is_localized_through_its_smoothing(meta, int8, regress, tmp_path, 
     assert regress(int8, *options).code == 0
 
     bundle = Path(shutil.copytree(int8, tmp_path / "scale"))
-    double_scale(bundle, "block 0 fc2", "denoiser.openvino.onnx")
+    double_scale(bundle, "blocks.0.mlp.fc2", "denoiser.openvino.onnx")
     seal(bundle)
     verdict = regress(bundle, *options)
     assert (verdict.code, verdict.first["stage"], verdict.first["step"]) == (1, "denoiser", 1)

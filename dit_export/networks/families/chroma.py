@@ -40,6 +40,7 @@ class ChromaVelocity(nn.Module):
     def __init__(self, transformer: Any, size: tuple[int, int], tokens: int) -> None:
         super().__init__()
         self.transformer, self.size = transformer, size
+        self.count = size[0] * size[1] // PATCH**2  # tokens of an image
         if isinstance(transformer.time_text_embed, ChromaCombinedTimestepTextProjEmbeddings):
             transformer.time_text_embed = Embedding(transformer.time_text_embed)
         self.register_buffer("image_ids", positions(size), persistent=False)
@@ -50,7 +51,7 @@ class ChromaVelocity(nn.Module):
             hidden_states=pack(latents),
             timestep=1000 * timesteps / 1000,
             encoder_hidden_states=captions,
-            attention_mask=F.pad(mask, (0, self.image_ids.shape[0]), value=1.0),
+            attention_mask=F.pad(mask, (0, self.count), value=1.0),
             img_ids=self.image_ids,
             txt_ids=self.text_ids,
             return_dict=False,

@@ -49,7 +49,7 @@ class SD3Prompt(nn.Module):
     def forward(self, ids: Tensor, ids_2: Tensor, ids_3: Tensor | None = None) -> tuple[Tensor, Tensor]:
         outputs = [clip(own, output_hidden_states=True) for clip, own in zip(self.clips, (ids, ids_2), strict=True)]
         short = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)  # (B, 77, C)
-        long = short.new_zeros(len(ids), *self.shape) if self.t5 is None else self.t5(ids_3)[0]
+        long = short.new_zeros(ids.shape[0], *self.shape) if self.t5 is None else self.t5(ids_3)[0]
         short = nn.functional.pad(short, (0, long.shape[-1] - short.shape[-1]))
         pooled = torch.cat([output.text_embeds for output in outputs], dim=-1)
         return torch.cat([short, long], dim=1), pooled

@@ -20,6 +20,7 @@ namespace {
 using json::Json;
 
 const double PI = 3.141592653589793;
+const double GREATEST_GROWTH = 100.0;  // of the shift's logarithm, over as many steps as a run may take
 const std::int64_t MOST_STEPS = limit("steps");
 
 const std::map<std::string, std::vector<std::string>> CHOICES = {
@@ -112,6 +113,8 @@ void take_field(Process& process, const std::string& name, const Json& value, bo
         process.beta_end = fraction(name, value);
     } else if (name == "shift") {
         process.shift = positive(name, value);
+    } else if (name == "shift_growth") {
+        process.shift_growth = json::number(value, name);
     } else if (name == "sigma_min") {
         process.sigma_min = fraction(name, value);
     } else if (name == "sampler") {
@@ -136,12 +139,15 @@ Process process_from_json(const Json& table) {
     if (flow) process.prediction = "velocity", process.sampler.solver = "euler";
     std::vector<std::string> known = {"kind",          "train_steps", "prediction", "sampler",
                                       "beta_schedule", "beta_start",  "beta_end",   "trained_betas"};
-    if (flow) known = {"kind", "train_steps", "shift", "shift_terminal", "sigma_min", "sampler"};
+    if (flow) known = {"kind", "train_steps", "shift", "shift_growth", "shift_terminal", "sigma_min", "sampler"};
     each(table, "process", known,
          [&](const std::string& name, const Json& value) { take_field(process, name, value, flow); });
     if (process.trained_betas && process.trained_betas->size() != static_cast<std::size_t>(process.train_steps))
         throw std::invalid_argument(
             text("trained_betas is ", process.trained_betas->size(), " values; expected ", process.train_steps));
+    const double growth = GREATEST_GROWTH / static_cast<double>(process.train_steps);
+    if (std::abs(process.shift_growth) > growth)
+        json::refuse("shift_growth", process.shift_growth, text("at most ", growth, " either way"));
     try {
         require_fit(process, process.sampler.solver);
     } catch (const UsageError& error) {
@@ -186,6 +192,10 @@ Array Process::alpha_bar() const {
     double product = 1;
     for (double& level : levels) level = product *= 1 - level;
     return levels;
+}
+
+double Process::shift_over(std::int64_t steps) const {
+    return shift * std::exp(shift_growth * static_cast<double>(steps));
 }
 
 void require_fit(const Process& process, const std::string& solver) {

@@ -84,7 +84,8 @@ Array shifted_points(const Process& process, const std::string& solver, std::int
     require_fit(process, solver);
     require_steps(process, steps);
     Array points = solver == "sde" ? sde_points(steps, spacing) : even_points(process, solver, steps, spacing);
-    for (double& sigma : points) sigma = process.shift * sigma / (1 + (process.shift - 1) * sigma);
+    const double shift = process.shift_over(steps);
+    for (double& sigma : points) sigma = shift * sigma / (1 + (shift - 1) * sigma);
     if (process.shift_terminal) {
         if (steps < 2)
             throw UsageError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from dit_runtime.conditions.memo import Device, StepInputs
 from dit_runtime.conditions.text import PromptMemo, Tokenizers
 from dit_runtime.errors import BundleError, EngineError, NotFinite, UsageError
 
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
 AT_ONCE = {"step": 2, "end": 1}  # rows: two of a decoder would need twice the memory for their activations
 
 
@@ -28,25 +31,56 @@ class Engines:
     def __init__(self, folder: Path, contract: Manifest, opened: Mapping[str, Engine], options: Options) -> None:
         """Open nothing yet; `opened` has engines by stage, which are closed with the others."""
         self.folder, self.manifest, self.options = folder, contract, options
-        self.opened = dict(opened)
+        self._opened = dict(opened)
+        self._ahead: dict[str, Future[Engine]] = {}  # by stage, until it is first used
         self.tokenizers = Tokenizers(folder, contract)
         self._prompts = PromptMemo(contract.prompt, self.run) if contract.prompt else None
+        self.unchecked: set[str] = set()  # files whose sums are compared when they are opened
+
+    @property
+    def opened(self) -> dict[str, Engine]:
+        """The engines that are open, by stage, after a wait for those that open in the background."""
+        for name in [*self._ahead]:
+            self._opened[name] = self._ahead.pop(name).result()
+        return self._opened
 
     def open(self, stage: Stage) -> Engine:
         """Return the stage's engine; in low memory the others are closed before it is opened."""
-        if stage.name not in self.opened:
+        if stage.name not in self._opened:
             if self.options.low_memory:
                 self.close()
-                stage = self._lean(stage)
-            module = backends.backend(backends.choose(stage.backend, stage.precision))
-            files = [manifest.inside(self.folder, file) for file in backends.files(stage, self.options)]
-            engine: Engine = module.open(files, self._settings(stage))
-            expected = [sorted(spec.name for spec in specs) for specs in (stage.reads, stage.gives)]
-            if (names := [sorted(names) for names in engine.io]) != expected:
-                engine.close()
-                raise BundleError(f"{self.folder}: {stage.name} has inputs and outputs {names}, expected {expected}")
-            self.opened[stage.name] = engine
-        return self.opened[stage.name]
+            ahead = self._ahead.pop(stage.name, None)
+            self._opened[stage.name] = self._engine(stage) if ahead is None else ahead.result()
+        return self._opened[stage.name]
+
+    def open_ahead(self, stages: Iterable[Stage]) -> None:
+        """Begin to open stages in the background, one after the other.
+
+        The first use of a stage waits for it. An error is raised by the next call of `run`, whichever stage that runs.
+        """
+        from concurrent.futures import ThreadPoolExecutor  # here, so that importing the runtime stays quick
+
+        pool = ThreadPoolExecutor(1)
+        self._ahead |= {stage.name: pool.submit(self._engine, stage) for stage in stages}
+        pool.shutdown(wait=False)
+
+    def _engine(self, stage: Stage) -> Engine:
+        """Open a stage while the sums of its files are compared."""
+        if self.options.low_memory:
+            stage = self._lean(stage)
+        module = backends.backend(backends.choose(stage.backend, stage.precision))
+        names = backends.files(stage, self.options)
+        files = [manifest.inside(self.folder, name) for name in names]
+        with ExitStack() as undo:
+            with manifest.checking(self.folder, self.manifest, self.unchecked.intersection(names)):
+                engine: Engine = module.open(files, self._settings(stage))
+                undo.callback(engine.close)
+                expected = [sorted(spec.name for spec in specs) for specs in (stage.reads, stage.gives)]
+                if (io := [sorted(side) for side in engine.io]) != expected:
+                    raise BundleError(f"{self.folder}: {stage.name} has inputs and outputs {io}, expected {expected}")
+            undo.pop_all()
+        self.unchecked.difference_update(names)
+        return engine
 
     def _lean(self, stage: Stage) -> Stage:
         """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""
@@ -55,9 +89,7 @@ class Engines:
             return stage
         if stage.precision not in backends.backend(lean).PRECISIONS:
             return stage
-        stage = replace(stage, backend=lean)
-        manifest.check_files(self.folder, self.manifest, backends.files(stage, self.options))
-        return stage
+        return replace(stage, backend=lean)
 
     def _settings(self, stage: Stage) -> Options:
         settings = replace(self.options, precision=stage.precision, built=manifest.built(self.manifest, stage))
@@ -71,11 +103,13 @@ class Engines:
 
     def _beside(self, stage: Stage) -> Resident | None:
         """Return an open engine of the same backend whose arrays stay with it: all of them work in one order."""
-        same = (self.opened.get(other.name) for other in self.manifest.stages if other.backend == stage.backend)
+        same = (self._opened.get(other.name) for other in self.manifest.stages if other.backend == stage.backend)
         return next((engine for engine in same if isinstance(engine, Resident)), None)
 
     def run(self, stage: Stage, inputs: Mapping[str, Any], *into: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Return the engine's outputs in the manifest's shapes; with `into`, they go there and stay with the engine."""
+        for failed in [ahead for ahead in self._ahead.values() if ahead.done() and ahead.exception()]:
+            failed.result()
         engine = self.open(stage)
         if not isinstance(engine, Resident):
             inputs = {name: np.asarray(values) for name, values in inputs.items()}
@@ -132,7 +166,7 @@ class Engines:
         return outputs["prediction"], outputs.get("variance")
 
     def decode(self, state: NDArray[Any]) -> NDArray[Any]:
-        """[N, *state] -> [N, 3, H, W] in [0, 1]."""
+        """[N, *state] -> [N, 3, H, W] in [0, 1], of videos [N, 3, F, H, W]."""
         stage, parts = self.manifest.require_end(), []
         for first in range(0, len(state), stage.max_batch):
             some = state[first : first + stage.max_batch].astype(np.float32)
@@ -145,6 +179,10 @@ class Engines:
     def close(self) -> None:
         """Close every engine, whichever fails; the update's, which works in the step's stream, is closed before it."""
         with ExitStack() as stack:
-            for engine in self.opened.values():
+            for ahead in self._ahead.values():
+                if not ahead.cancel() and not ahead.exception():
+                    stack.callback(ahead.result().close)
+            for engine in self._opened.values():
                 stack.callback(engine.close)
-            self.opened.clear()
+            self._opened.clear()
+            self._ahead.clear()

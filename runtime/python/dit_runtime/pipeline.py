@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import backends, warming
+from dit_runtime import warming
 from dit_runtime.backends import CPU, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -44,20 +44,20 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle; its manifest, and the sha256 of each file that is opened, are checked.
 
-        With `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every
-        stage runs at each of them, so that a later request of such a size compiles nothing.
+        On a CPU this returns when the step stage is open; the others are opened in the background meanwhile. With
+        `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every stage
+        runs at each of them, so that a later request of such a size compiles nothing.
         """
         folder = Path(folder)
         contract = manifest.read(folder)
         warming.require(contract, warm, low_memory)
         options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
-        opened = {file: None for stage in contract.stages for file in backends.files(stage, options)}
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory
         with ExitStack() as undo:
             undo.callback(pipe.close)
-            with manifest.checking(folder, contract, opened):
-                if not low_memory:
-                    _open(pipe.engines)
+            pipe.engines.unchecked.update(contract.files)
+            if not low_memory:
+                _open(pipe.engines)
             warming.warm(pipe.engines, warm)
             undo.pop_all()
         return pipe
@@ -93,21 +93,17 @@ class Pipeline:
 
 
 def _open(engines: Engines) -> None:
-    """Open all stages but the update, which is opened where it is needed."""
+    """Open all stages but the update, which is opened where it is needed.
+
+    On a CPU all but the step stage are opened in the background.
+    """
     contract = engines.manifest
     stages = [stage for stage in contract.stages if stage.runs != "update"]
-    if engines.options.provider or any(stage.backend not in CPU for stage in stages):
-        for stage in stages:  # in their order: engines of a GPU share the stream of the first
-            engines.open(stage)
-        return
-    from concurrent.futures import ThreadPoolExecutor  # here, so that importing the runtime stays quick
-
-    with ThreadPoolExecutor(1) as beside:
-        step = beside.submit(engines.open, contract.step)  # the largest
-        for stage in stages:
-            if stage is not contract.step:
-                engines.open(stage)
-        step.result()
+    if not engines.options.provider and all(stage.backend in CPU for stage in stages):
+        engines.open_ahead(stage for stage in stages if stage is not contract.step)
+        stages = [contract.step]
+    for stage in stages:  # in their order: engines of a GPU share the stream of the first
+        engines.open(stage)
 
 
 def _cache(contract: Manifest) -> Path | None:

@@ -25,16 +25,17 @@ class Tokenizers:
         self._folder, self._contract = folder, contract
         self._opened: dict[str, Any] = {}  # by file
 
-    def __call__(self, words: Words, negative: bool = False) -> Rows:
-        """Return the prompt stage's inputs, a row for each text; refuse a text that no tokenizer takes whole.
+    def __call__(self, words: Words, negative: bool = False, whole: bool = True) -> Rows:
+        """Return the prompt stage's inputs, a row for each text.
 
-        A tokenizer that takes less than the whole text cuts it, as diffusers' pipelines do.
+        A tokenizer that takes less than the whole text cuts it, as diffusers' pipelines do. Where all would cut it,
+        it is refused, unless it need not be `whole`.
         """
         texts = as_texts(words, "negative prompt" if negative else "prompt")
         prompts = self._contract.prompts
         encoded = [self._open(prompt).encode_batch(_templated(texts, prompt, negative)) for prompt in prompts]
         for text, encodings in zip(texts, zip(*encoded, strict=True), strict=True):
-            if all(encoding.overflowing for encoding in encodings):
+            if whole and all(encoding.overflowing for encoding in encodings):
                 pairs = zip(encodings, prompts, strict=True)
                 counts = ", ".join(f"{_count(encoding)} of at most {prompt.tokens}" for encoding, prompt in pairs)
                 raise UsageError(f"the prompt {text[:40]!r}… is too long: it has {counts} tokens; shorten it")

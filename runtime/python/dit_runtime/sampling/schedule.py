@@ -61,8 +61,8 @@ def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None
 
     "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
     diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
-    schedulers. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), s = shift, and
-    1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
+    schedulers. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), where
+    s = shift e^(shift_growth · N), and 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
     """
     return _single(_shifted_points(process, solver, steps, spacing))
 
@@ -83,7 +83,8 @@ def _shifted_points(process: Process, solver: str, steps: int, spacing: str | No
     require_fit(process, solver)
     require_steps(process, steps)
     points = _sde_points(steps, spacing) if solver == "sde" else _even_points(process, solver, steps, spacing)
-    shifted = process.shift * points / (1 + (process.shift - 1) * points)
+    shift = process.shift_over(steps)
+    shifted = shift * points / (1 + (shift - 1) * points)
     if process.shift_terminal is not None:
         if steps < 2:
             raise UsageError(f"steps is {steps}; expected at least 2, for shift_terminal is {process.shift_terminal}")

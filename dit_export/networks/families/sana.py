@@ -1,0 +1,106 @@
+"""Sana (Xie et al., arXiv 2410.10629): linear attention over latents of 32 pixels a cell, captions by Gemma 2."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
+from torch import Tensor, nn
+
+from dit_export.networks import Network
+from dit_export.networks.families.family import Family
+from dit_export.networks.text import Text, Tokens
+from dit_runtime.bundle.manifest import Port
+
+
+class SanaVelocity(nn.Module):
+    """Name the inputs of SanaTransformer2DModel, which reads 1000 σ and gives dx/dσ."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.span = 1000 * transformer.config.timestep_scale
+
+    def forward(self, latents: Tensor, timesteps: Tensor, captions: Tensor, mask: Tensor) -> Tensor:
+        return self.transformer(
+            latents,
+            encoder_hidden_states=captions,
+            timestep=self.span * timesteps,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+
+
+class SanaPrompt(nn.Module):
+    """captions and mask: Gemma's, of the first token and of the last ones after the instruction.
+
+    A negative prompt has no instruction: its captions are of the first tokens.
+    """
+
+    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
+        super().__init__()
+        self.gemma = encoders["text_encoder"]
+        start = encoders["tokenizer"].encode(instruction())[:-EXTRA]  # the prompt may change the last ones
+        self.register_buffer("start", torch.tensor(start), persistent=False)
+        self.tokens, self.started = tokens, len(start)
+
+    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
+        captions = self.gemma(ids, attention_mask=ids_mask)[0]
+        instructed = (ids[:, : self.started] == self.get_buffer("start")).all(1)
+        return self.choose(instructed[:, None, None], captions), self.choose(instructed[:, None], ids_mask.float())
+
+    def choose(self, instructed: Tensor, rows: Tensor) -> Tensor:
+        last = rows[:, rows.shape[1] - self.tokens + 1 :]
+        return torch.where(instructed, torch.cat([rows[:, :1], last], 1), rows[:, : self.tokens])
+
+
+EXTRA = 2  # tokens of the instruction that its pipeline counts to the prompt
+
+
+def instruction() -> str:
+    """Return what diffusers' pipeline writes before a prompt."""
+    from diffusers import SanaPipeline  # imports transformers
+
+    return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
+
+
+def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
+    config = transformer.config
+    return Network(
+        SanaVelocity(transformer).eval(),
+        ports=(
+            Port("latents", "state", "float32", (config.in_channels, *size)),
+            Port("timesteps", "time", "float32", ()),
+            Port("captions", "condition", "float32", (tokens, config.caption_channels)),
+            Port("mask", "condition", "float32", (tokens,), masks="captions"),
+        ),
+        guidance=4.5,
+    )
+
+
+SANA = Family(
+    "SanaTransformer2DModel",
+    network,
+    tokens={"SanaPipeline": 300},
+    scheduler={
+        "_class_name": "DPMSolverMultistepScheduler",
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "flow_shift": 3.0,
+    },
+    pixels=32,
+    flow_spacing="linspace",
+    steps=lambda config: 20,
+    linear_attention=(SanaLinearAttnProcessor2_0,),
+    text=Text(
+        SanaPrompt,
+        prompts=(
+            Tokens("ids", "tokenizer", extra=-EXTRA, mask="ids_mask", before=instruction, lowercase=True, side="right"),
+        ),
+        gives=("captions", "mask"),
+    ),
+    supported={"guidance_embeds": (False,)},
+)

@@ -1,0 +1,355 @@
+"""Find what makes the channels that a layer reads, so that they can be divided there, without an op more in the loop.
+
+MAKERS has a rule for each op that a division can be passed on through: it goes to all terms of a sum, to one factor of
+a product, to the values of an attention. It ends in parameters (a norm's gain; columns of a weight, and its bias) or in
+what stages before the loop give (adaLN's gains and shifts; the values of a cross-attention). On the way each tensor
+must have one reader, but for the layers themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from dit_export.precision.layers import GROUPED, Layer, unmoved
+
+Ints = NDArray[np.int64]
+TOKENS = 1  # the axis along which stages pack vectors and tokens
+
+
+class Lanes(NamedTuple):
+    """Channels of a layer, and where a tensor has them."""
+
+    tensor: gs.Tensor
+    axes: tuple[int, ...]  # of the tensor, those of other tokens and rows left out
+    at: Ints  # coordinates along these axes, (len(axes), n)
+    channels: Ints  # of the layer, (n,)
+
+
+class Place(NamedTuple):
+    """A node's input, a parameter or a tensor made before the loop, that can be divided in place of a layer's input."""
+
+    node: gs.Node
+    input: int  # which of the node's
+    axis: int  # of the input's channels
+    at: Ints  # the input's channels, (n,)
+    channels: Ints  # of the layer, which they make, (n,)
+
+
+class Group(NamedTuple):
+    """Layers that read one tensor, or parts of its tokens, and so share divisors."""
+
+    layers: list[Layer]
+    places: list[Place]  # to be divided, all of them
+
+    @property
+    def channels(self) -> Ints:
+        """Return the layers' channels that can be divided."""
+        return np.unique(np.concatenate([place.channels for place in self.places] or [np.empty(0, np.int64)]))
+
+    @property
+    def inputs(self) -> list[list[Layer]]:
+        """Return the layers by what they read."""
+        by_tensor: dict[int, list[Layer]] = {}
+        for layer in self.layers:
+            by_tensor.setdefault(id(layer.x), []).append(layer)
+        return list(by_tensor.values())
+
+
+def grouped(layers: Sequence[Layer]) -> list[Group]:
+    """Return the layers that share divisors, and the places where the divisors go."""
+    roots: dict[tuple[int, tuple[int, ...], bytes], tuple[Lanes, list[Layer], set[int]]] = {}
+    for layer in layers:
+        channels = np.arange(len(layer.matrix))
+        lanes, passed = _root(Lanes(layer.x, (layer.channels,), channels[None], channels))
+        key = id(lanes.tensor), lanes.axes, lanes.at.tobytes()
+        _, members, readers = roots.setdefault(key, (lanes, [], set()))
+        members.append(layer)
+        readers |= {id(layer.node), *passed}
+    return [Group(members, _by_parts(lanes, readers)) for lanes, members, readers in roots.values()]
+
+
+def _root(lanes: Lanes) -> tuple[Lanes, list[int]]:
+    """Return the same channels in the tensor that is moved to a layer, or part of whose tokens is; and the movers."""
+    passed: list[int] = []
+    while (node := _maker(lanes.tensor)) and _axis(node) not in lanes.axes and (source := _before(lanes, node)):
+        passed.append(id(node))
+        lanes = source
+    return lanes, passed
+
+
+def _by_parts(lanes: Lanes, readers: Collection[int]) -> list[Place]:
+    """Return the places to divide; of channels that several tensors make, those that can be divided."""
+    node = _maker(lanes.tensor)
+    if node and node.op == "Concat" and _axis(node) in lanes.axes and _has_readers(lanes, readers):
+        parts = [_places(part, {id(node)}) for part in _concatenated(lanes, node)]
+        return [place for part in parts if part for place in part]
+    return _places(lanes, readers) or []
+
+
+def _places(lanes: Lanes, readers: Collection[int]) -> list[Place] | None:
+    """Return what can be divided in the place of these channels; None where nothing can."""
+    node = _maker(lanes.tensor)
+    if node is None or not _has_readers(lanes, readers):
+        return None
+    if node.op == "Split" and _axis(node) == TOKENS and _is_given(node.inputs[0]):
+        if lanes.axes != (len(lanes.tensor.shape) - 1,):
+            return None
+        reader = lanes.tensor.outputs[0]
+        return [Place(reader, reader.inputs.index(lanes.tensor), lanes.axes[0], lanes.at[0], lanes.channels)]
+    if node.op in MAKERS:
+        return MAKERS[node.op](lanes, node)
+    if node.op in ("Split", "Slice") and _axis(node) not in lanes.axes:
+        return None  # the other tokens are not to be divided
+    source = _before(lanes, node)
+    return _places(source, {id(node)}) if source else None
+
+
+def _maker(tensor: gs.Tensor) -> gs.Node | None:
+    return tensor.inputs[0] if tensor.inputs and tensor.shape is not None else None
+
+
+def _is_given(tensor: gs.Tensor) -> bool:
+    source = unmoved(tensor)
+    return not source.inputs and bool(source.shape) and source.shape[0] == GROUPED
+
+
+def _has_readers(lanes: Lanes, readers: Collection[int]) -> bool:
+    """Return whether only `readers` read these channels."""
+    return all(id(node) in readers or _spares(node, lanes) for node in lanes.tensor.outputs)
+
+
+def _spares(node: gs.Node, lanes: Lanes) -> bool:
+    """Return whether a node takes other channels of the tensor."""
+    if node.op != "Slice" or (bounds := _bounds(node)) is None or bounds[0] not in lanes.axes:
+        return False
+    axis, first, last = bounds
+    at = lanes.at[lanes.axes.index(axis)]
+    return not ((at >= first) & (at < last)).any()
+
+
+# The rules: what a node's output is divided by, its inputs are.
+
+
+def _operand(lanes: Lanes, node: gs.Node, index: int) -> list[Place] | None:
+    """Return the places of an input that is as wide as the output, or of a vector that is added or multiplied."""
+    tensor = node.inputs[index]
+    if tensor.shape is None:
+        return None
+    shift = len(tensor.shape) - len(lanes.tensor.shape)
+    axes = tuple(axis + shift for axis in lanes.axes)
+    if min(axes) < 0 or any(tensor.shape[axis] != lanes.tensor.shape[axis - shift] for axis in axes):
+        return None
+    if isinstance(tensor, gs.Constant):
+        return [Place(node, index, axes[0], lanes.at[0], lanes.channels)] if len(axes) == 1 else None
+    return _places(lanes._replace(tensor=tensor, axes=axes), {id(node)})
+
+
+def _all(found: Sequence[list[Place] | None]) -> list[Place] | None:
+    places = [place for part in found if part is not None for place in part]
+    return places if None not in found else None
+
+
+def _sum(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    return _all([_operand(lanes, node, index) for index in range(len(node.inputs))])
+
+
+def _product(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    """Divide a factor, the smaller one first: a vector, or the linear half of a gated unit."""
+    if node.inputs[0] is node.inputs[1]:
+        return None
+    sizes = [np.prod([size for size in tensor.shape or () if isinstance(size, int)]) for tensor in node.inputs]
+    found = (_operand(lanes, node, index) for index in np.argsort(sizes, kind="stable"))
+    return next((places for places in found if places), None)
+
+
+def _first(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    return _operand(lanes, node, 0)
+
+
+def _norm(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    """Divide the gain and the shift of a norm over the channels."""
+    last = len(lanes.tensor.shape) - 1
+    if lanes.axes != (last,) or node.attrs.get("axis", -1) not in (-1, last):
+        return None
+    return _all([_operand(lanes, node, index) for index in range(1, len(node.inputs))])
+
+
+def _matmul(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    """Divide columns of a weight; of two tensors, the one that has the channels."""
+    x, weight = node.inputs
+    last = len(lanes.tensor.shape) - 1
+    if isinstance(weight, gs.Constant):
+        is_linear = lanes.axes == (last,) and weight.values.ndim == 2
+        return [Place(node, 1, 1, lanes.at[0], lanes.channels)] if is_linear else None
+    if x.shape is None or weight.shape is None or (last in lanes.axes) == (last - 1 in lanes.axes):
+        return None
+    tensor = weight if last in lanes.axes else x
+    same = len(tensor.shape) == last + 1 and all(tensor.shape[a] == lanes.tensor.shape[a] for a in lanes.axes)
+    return _places(lanes._replace(tensor=tensor), {id(node)}) if same and x is not weight else None
+
+
+def _convolution(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    parameters = all(isinstance(tensor, gs.Constant) for tensor in node.inputs[1:])
+    if lanes.axes != (1,) or not parameters:
+        return None
+    return [Place(node, index, 0, lanes.at[0], lanes.channels) for index in range(1, len(node.inputs))]
+
+
+def _attention(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    """Divide the values, whose rows it mixes; several heads of queries may share those of one head."""
+    value = node.inputs[2]
+    ranks = {len(tensor.shape) if tensor.shape else 0 for tensor in (value, lanes.tensor)}
+    if ranks != {4} or len(node.outputs) != 1 or not {1, 3}.issuperset(lanes.axes) or node.inputs.count(value) != 1:
+        return None
+    heads, shared = lanes.tensor.shape[1], value.shape[1]
+    at = np.array(
+        [row // (heads // shared) if axis == 1 else row for axis, row in zip(lanes.axes, lanes.at, strict=True)]
+    )
+    return _places(lanes._replace(tensor=value, at=at), {id(node)})
+
+
+def _pad(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    source, pads = node.inputs[0], node.inputs[1]
+    if not isinstance(pads, gs.Constant) or node.attrs.get("mode", "constant") != "constant" or source.shape is None:
+        return None
+    at = lanes.at - np.array([[pads.values[axis]] for axis in lanes.axes])
+    inside = (at >= 0) & (at < np.array([[source.shape[axis]] for axis in lanes.axes]))
+    return _places(lanes._replace(tensor=source, at=at), {id(node)}) if inside.all() and len(node.inputs) < 4 else None
+
+
+def _concat(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    if _axis(node) in lanes.axes:
+        return _all([_places(part, {id(node)}) for part in _concatenated(lanes, node)])
+    return _all([_places(lanes._replace(tensor=tensor), {id(node)}) for tensor in node.inputs])
+
+
+MAKERS: dict[str, Callable[[Lanes, gs.Node], list[Place] | None]] = {
+    "Add": _sum,
+    "Sub": _sum,
+    "Mul": _product,
+    "Div": _first,
+    "Relu": _first,  # divisors are positive
+    "Neg": _first,
+    "LayerNormalization": _norm,
+    "RMSNormalization": _norm,
+    "MatMul": _matmul,
+    "Conv": _convolution,
+    "Attention": _attention,
+    "Pad": _pad,
+    "Concat": _concat,
+}
+
+
+# Channels on their way through what moves them.
+
+
+def _axis(node: gs.Node) -> int | None:
+    """Return the axis along which a node splits, slices or joins; None where it does not."""
+    if node.op == "Slice":
+        bounds = _bounds(node)
+        return bounds[0] if bounds else None
+    rank = len(node.outputs[0].shape or ())
+    return node.attrs.get("axis", 0) % rank if node.op in ("Split", "Concat") and rank else None
+
+
+def _bounds(node: gs.Node) -> tuple[int, int, int] | None:
+    """Return axis, start and end of a Slice along one axis, without gaps."""
+    source, *bounds = node.inputs
+    if len(bounds) < 3 or any(not isinstance(t, gs.Constant) or t.values.size != 1 for t in bounds) or not source.shape:
+        return None
+    first, last, axis, *step = (int(tensor.values.item()) for tensor in bounds)
+    size = source.shape[axis]
+    if not isinstance(size, int) or step not in ([], [1]):
+        return None
+    first, last, _ = slice(first, last).indices(size)
+    return axis % len(source.shape), first, last
+
+
+def _concatenated(lanes: Lanes, node: gs.Node) -> list[Lanes]:
+    """Return the channels by the input of a Concat that has them."""
+    row, parts, first = lanes.axes.index(_axis(node) or 0), [], 0
+    for tensor in node.inputs:
+        size = tensor.shape[lanes.axes[row]]
+        inside = (lanes.at[row] >= first) & (lanes.at[row] < first + size)
+        at = lanes.at[:, inside].copy()
+        at[row] -= first
+        if inside.any():
+            parts.append(Lanes(tensor, lanes.axes, at, lanes.channels[inside]))
+        first += size
+    return parts
+
+
+def _before(lanes: Lanes, node: gs.Node) -> Lanes | None:
+    """Return the same channels in what a mover moves; None where they cannot be followed, or the node is no mover."""
+    source, result = node.inputs[0], lanes.tensor
+    if source.shape is None:
+        return None
+    if node.op in ("Identity", "Cast"):
+        return lanes._replace(tensor=source)
+    if node.op == "Transpose":
+        return lanes._replace(tensor=source, axes=tuple(node.attrs["perm"][axis] for axis in lanes.axes))
+    if node.op in ("Reshape", "Unsqueeze", "Squeeze"):
+        return _reshaped(lanes, source)
+    if node.op in ("Expand", "Tile"):
+        shift = len(source.shape) - len(result.shape)
+        pairs = [(axis + shift, row) for axis, row in zip(lanes.axes, lanes.at, strict=True) if axis + shift >= 0]
+        if not pairs or not all(isinstance(source.shape[axis], int) for axis, _ in pairs):
+            return None
+        at = np.array([row % source.shape[axis] for axis, row in pairs])
+        return lanes._replace(tensor=source, axes=tuple(axis for axis, _ in pairs), at=at)
+    if node.op in ("Split", "Slice") and (axis := _axis(node)) is not None:
+        if axis not in lanes.axes:
+            return lanes._replace(tensor=source)
+        if node.op == "Slice":
+            bounds = _bounds(node)
+            first = bounds[1] if bounds else 0
+        else:
+            first = sum(part.shape[axis] for part in node.outputs[: node.outputs.index(result)])
+        at = lanes.at.copy()
+        at[lanes.axes.index(axis)] += first
+        return lanes._replace(tensor=source, at=at)
+    return None
+
+
+def _reshaped(lanes: Lanes, source: gs.Tensor) -> Lanes | None:
+    """Return the channels before a Reshape, where axes that hold nothing but channels become such axes."""
+    before, after = list(source.shape), list(lanes.tensor.shape)
+    wide = [index for index, axis in enumerate(lanes.axes) if after[axis] != 1]
+    axes, rows = [lanes.axes[index] for index in wide], [lanes.at[index] for index in wide]
+    found: list[int] = []
+    at: list[Ints] = []
+    runs = _runs(before, after)
+    while axes:
+        old, new = next(((old, new) for old, new in runs if axes[0] in new), ([], []))
+        if not new or axes[: len(new)] != new:
+            return None
+        flat = np.ravel_multi_index(rows[: len(new)], [after[axis] for axis in new])
+        at += np.unravel_index(flat, [before[axis] for axis in old])
+        found += old
+        axes, rows = axes[len(new) :], rows[len(new) :]
+    return lanes._replace(tensor=source, axes=tuple(found), at=np.array(at)) if found else None
+
+
+def _runs(before: Sequence[int | str], after: Sequence[int | str]) -> list[tuple[list[int], list[int]]]:
+    """Return which axes before and after a Reshape hold the same numbers, those of size 1 left out."""
+    first = int(not isinstance(before[0], int) and not isinstance(after[0], int))  # rows
+    if not all(isinstance(size, int) for size in (*before[first:], *after[first:])):
+        return []
+    runs, old, new, i, j = [], [], [], first, first
+    left = right = 1
+    while i < len(before) or j < len(after):
+        if j == len(after) or (i < len(before) and left <= right):
+            left, i = left * int(before[i]), i + 1
+            old += [i - 1] if before[i - 1] != 1 else []
+        else:
+            right, j = right * int(after[j]), j + 1
+            new += [j - 1] if after[j - 1] != 1 else []
+        if left == right and old and new:
+            runs.append((old, new))
+            old, new, left, right = [], [], 1, 1
+    return runs
