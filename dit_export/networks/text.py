@@ -33,9 +33,9 @@ class Tokens:
 class Text:
     """State how a family's pipelines make conditions of prompts.
 
-    `module` takes the pipeline's encoders and tokenizers by folder, the transformer, and the number of a caption's tokens. It returns
-    a module that takes ids and masks by name and returns the ports in `gives`. Where a pipeline lacks a tokenizer, the
-    module is called without its ids; a KeyError of an encoder that is missing is the user's error.
+    `module` takes the pipeline's encoders and tokenizers by folder, the transformer, and the number of a caption's
+    tokens. It returns a module that takes ids and masks by name and returns the ports in `gives`. Where a pipeline
+    lacks a tokenizer, the module is called without its ids; a KeyError of an encoder that is missing is the user's.
     """
 
     module: Callable[[Mapping[str, Any], Any, int], nn.Module]

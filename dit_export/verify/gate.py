@@ -19,7 +19,17 @@ from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.verify import REFERENCE, Figure, Reference, Replay, jsonable, load_reference, replay, tolerances
+from dit_runtime.verify import (
+    REFERENCE,
+    Figure,
+    Reference,
+    Replay,
+    jsonable,
+    load_reference,
+    prompt_figures,
+    replay,
+    tolerances,
+)
 
 if TYPE_CHECKING:  # a gate that loads no weights needs no PyTorch
     from dit_export.checkpoints import Loaded
@@ -102,7 +112,7 @@ def gate(settings: Settings, progress: Progress) -> Result:
             with progress.stage("verify: replay of the reference"):
                 tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731
                 answers = replay(pipe, reference, tick, thorough=True)
-            checks, proven = figures_of(contract, reference, answers), []
+            checks, proven = [*prompt_figures(pipe), *figures_of(contract, reference, answers)], []
         else:
             from dit_export.networks.codec import make_decoder
             from dit_export.verify.check import compare, pipelines
@@ -110,7 +120,7 @@ def gate(settings: Settings, progress: Progress) -> Result:
             pipes = stack.enter_context(pipelines(settings.bundle, contract, **options))
             pipe = next(iter(pipes.values()))
             decoder = None if loaded.vae is None else make_decoder(loaded.vae)
-            built = compare(pipes, reference, loaded, decoder, progress, thorough=True)
+            built = compare(pipes, reference, loaded, decoder, progress, thorough=True, text=loaded.text)
             answers, checks, proven = built.replay, built.checks, built.proof
         judged, asked = _distribution(settings, pipe, other, reference, (table or {}).get("measured", {}), progress)
         checks = checks + judged

@@ -108,7 +108,8 @@ def test_the_solver_is_the_configs():
 
 
 def test_dit_xl_2_256_unclipped_leading_and_linspace():
-    expected = Sampler("ddim", "leading", "leading", "linspace", clip_sample=False, variance="learned_range")
+    spacings = {"ddpm_spacing": "leading", "ddim_spacing": "leading", "dpm_spacing": "linspace"}
+    expected = Sampler("ddim", **spacings, clip_sample=False, variance="learned_range")
     assert read_scheduler_config(DIT_XL_2_256) == Process(sampler=expected)
 
 

@@ -9,7 +9,6 @@ import torch
 import transformers
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
 
-from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
 from tests.families import tiny
 from tests.networks import tiny as networks
@@ -69,3 +68,17 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+def test_what_leaves_the_loop(case) -> None:
+    """Six vectors a block and two at the end change with the time; each block's keys and values with the prompt."""
+    contract = manifest.read(case.bundle)
+    given = {stage.runs: [tensor.shape[1:] for tensor in stage.gives] for stage in contract.stages}
+    assert given["time"] == [(6 * BLOCKS + 2, 64)]
+    assert sum(shape[0] for shape in given["condition"] if shape[-1] == 64) == 2 * BLOCKS * TOKENS
+    assert (
+        contract.guidance.default == 4.5
+        and contract.process.sampler.steps == 20
+        and contract.process.sampler.solver == "dpm++"
+    )
+    assert contract.model["resolution"] == 128

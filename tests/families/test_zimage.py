@@ -72,10 +72,12 @@ def case(tmp_path_factory, one_thread) -> Case:
     return Case(pipeline, bundle, call)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
 
 
+@pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:
     """Each block's modulation leaves, 4 vectors, that of the refined image too, and 1 at the end."""
     contract = manifest.read(case.bundle)

@@ -45,11 +45,11 @@ class SanaPrompt(nn.Module):
         self.gemma = encoders["text_encoder"]
         start = encoders["tokenizer"].encode(instruction())[:-EXTRA]  # the prompt may change the last ones
         self.register_buffer("start", torch.tensor(start), persistent=False)
-        self.tokens = tokens
+        self.tokens, self.started = tokens, len(start)
 
     def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
         captions = self.gemma(ids, attention_mask=ids_mask)[0]
-        instructed = (ids[:, : len(self.start)] != self.start).sum(1) == 0
+        instructed = (ids[:, : self.started] == self.get_buffer("start")).all(1)
         return self.choose(instructed[:, None, None], captions), self.choose(instructed[:, None], ids_mask.float())
 
     def choose(self, instructed: Tensor, rows: Tensor) -> Tensor:
@@ -93,6 +93,7 @@ SANA = Family(
     },
     pixels=32,
     flow_spacing="linspace",
+    steps=lambda config: 20,
     linear_attention=(SanaLinearAttnProcessor2_0,),
     text=Text(
         SanaPrompt,
