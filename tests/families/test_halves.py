@@ -31,6 +31,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "flux2 dev": lambda: family_network(tiny.flux2(guidance_embeds=True), (8, 12), tiny.TOKENS),
     "ltx": lambda: family_network(tiny.ltx(), (2, 4, 6), tiny.TOKENS),
     "chroma": lambda: family_network(tiny.chroma(num_single_layers=2), (8, 12), tiny.TOKENS),
+    "sana": lambda: family_network(tiny.sana(), (6, 4), tiny.TOKENS),
 }
 TOLERANCE = 1e-5  # fp32 sums in another order; measured 7e-7
 Rows = dict[str, np.ndarray]

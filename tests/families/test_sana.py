@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,15 @@ import torch
 import transformers
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline
 
+from dit_export.checkpoints import load
+from dit_export.networks.families.sana import EXTRA, instruction
+from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
+from dit_runtime.errors import UsageError
 from tests.families import tiny
 from tests.networks import tiny as networks
 
-TOKENS, BLOCKS = 80, 3
+TOKENS, BLOCKS = 80, 2
 
 
 def gemma(tokenizer: Any, width: int = 48) -> Any:
@@ -37,10 +42,10 @@ def dc(channels: int) -> Any:
     """A DC-AE of six stages, so 32 pixels a latent, of both kinds of blocks."""
     torch.manual_seed(0)
     fields = {
-        "block_types": ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2,
+        "block_types": ("ResBlock",) * 5 + ("EfficientViTBlock",),
         "block_out_channels": (8, 8, 16, 16, 32, 32),
         "layers_per_block": (1,) * 6,
-        "qkv_multiscales": ((),) * 4 + ((5,),) * 2,
+        "qkv_multiscales": ((),) * 5 + ((5,),),
     }
     sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in fields.items()}
     return AutoencoderDC(latent_channels=channels, attention_head_dim=8, scaling_factor=0.41407, **sides).eval()
@@ -57,17 +62,60 @@ def make_pipeline() -> SanaPipeline:
     )
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory, one_thread) -> tiny.Case:
+def make_case(folder: Path, **recipe: Any) -> tiny.Case:
     pipeline = make_pipeline()
-    with one_thread():
-        bundle = tiny.build(pipeline, tmp_path_factory.mktemp("sana"), caption_tokens=TOKENS)
+    bundle = tiny.build(pipeline, folder, caption_tokens=TOKENS, **recipe)
     call = {"height": 128, "width": 128, "max_sequence_length": TOKENS, "use_resolution_binning": False}
     return tiny.Case(pipeline, bundle, call)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, one_thread) -> tiny.Case:
+    with one_thread():
+        return make_case(tmp_path_factory.mktemp("sana"))
+
+
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+@pytest.mark.slow
+def test_a_prompt_is_diffusers_on_openvino(tmp_path, one_thread) -> None:
+    with one_thread():
+        tiny.accept(make_case(tmp_path, backend="openvino"))
+
+
+def test_a_negative_prompt_has_no_instruction(case) -> None:
+    """The bundle knows both templates, and the tokens of the instruction come on top of a caption's."""
+    (prompt,) = manifest.read(case.bundle).prompts
+    tokenizer = case.pipeline.tokenizer
+    assert prompt.template == f"{instruction()}{{}}" and prompt.negative == "{}" and prompt.lowercase
+    assert prompt.tokens == len(tokenizer.encode(instruction())) + TOKENS - EXTRA
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe", "said"),
+    [
+        ({"guidance_embeds": True}, {}, "guidance_embeds is True, expected False"),
+        ({}, {"resolution": 48}, "resolution 48; expected a multiple of 32"),
+        ({"out_channels": 12}, {}, "out_channels is 12, expected 8 or 16"),
+    ],
+)
+def test_what_is_refused(tmp_path, changes, recipe, said) -> None:
+    networks.sana(**changes).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        load(Recipe(checkpoint=str(tmp_path), latents_only=True, **recipe))
+
+
+def test_a_size_in_pixels(tmp_path) -> None:
+    networks.sana().save_pretrained(tmp_path)
+    network = load(Recipe(checkpoint=str(tmp_path), latents_only=True, resolution="64x96")).network
+    assert network.state.shape == (8, 2, 3) and network.model["resolution"] == "64x96" and network.pixels == 32
+    process = load(Recipe(checkpoint=str(tmp_path), latents_only=True)).process
+    assert (process.shift, process.sampler.solver, process.sampler.flow_spacing) == (3.0, "dpm++", "discrete")
 
 
 def test_what_leaves_the_loop(case) -> None:

@@ -42,7 +42,7 @@ def qwen3(tokenizer: Any) -> Any:
 
 def make_pipeline() -> ZImagePipeline:
     tokenizer = families.byte_tokenizer("<|im_start|>", "<|im_end|>", pad="<|endoftext|>", padding_side="left")
-    tokenizer.chat_template = TEMPLATE.replace("{}", "{{ messages[0].content }}")
+    tokenizer.chat_template = TEMPLATE.replace("{}", "{{ messages[0].content }}") + "\n"  # one is dropped at the end
     transformer = tiny.z_image()
     with torch.no_grad():
         for block in transformer.layers:

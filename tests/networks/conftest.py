@@ -24,10 +24,9 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "pixart": lambda: family_network(
         tiny.pixart(use_additional_conditions=True, interpolation_scale=2), (8, 12), tiny.TOKENS
     ),
-    "sana": lambda: family_network(tiny.sana(), (6, 4), tiny.TOKENS),
     "sd3": lambda: family_network(tiny.sd3(**tiny.SD3_5), (12, 8), tiny.TOKENS),
 }
-SPANS = {"dit": 1000.0, "pixart": 1000.0, "sana": 1.0, "sd3": 1.0}
+SPANS = {"dit": 1000.0, "pixart": 1000.0, "sd3": 1.0}
 
 
 class Traced(NamedTuple):

@@ -11,7 +11,6 @@ from dit_export.graph.oracle import Oracle
 from dit_export.networks.families import family_network
 from dit_export.passes import fuse, require
 from dit_export.passes.attention import plain_attention
-from dit_export.passes.stages import split_stages
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 from tests.networks import tiny
@@ -92,27 +91,6 @@ def test_weights_keep_their_names(traced, name) -> None:
     constants = {tensor.name for tensor in onnxfile.constants(onnxfile.load(path))}
     biases = {key for key, weight in network.module.named_parameters() if weight.ndim == 1}
     assert biases <= constants
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_stages_together_are_the_whole(traced, tmp_path, name) -> None:
-    """What leaves the loop is computed as in the plain graph, so every bit is the same."""
-    network, _, path, span = traced(name)
-    values = tiny.inputs(network, 3, seed=3, span=span)
-    whole = run(onnxfile.load(path), tmp_path / "whole.onnx", values)["prediction"]
-    stages, denoiser, _ = split_stages(onnxfile.load(path), network.ports)
-
-    def stepped(change: str = "") -> np.ndarray:
-        known = dict(values)
-        for number, graph in enumerate([*(stage.graph for stage in stages), denoiser]):
-            reads = {tensor.name: known[tensor.name] for tensor in graph.inputs}
-            given = run(graph.copy(), tmp_path / f"{number}.onnx", reads)
-            known |= {key: torch.from_numpy(-part if key == change else part) for key, part in given.items()}
-        return known["prediction"].numpy()
-
-    np.testing.assert_array_equal(stepped(), whole)
-    for pack in {tensor.name for tensor in denoiser.inputs} - {port.name for port in network.ports}:
-        assert distance(stepped(pack), torch.from_numpy(whole)) > 1e-3, pack
 
 
 def test_a_decoder_reads_the_state(tmp_path) -> None:

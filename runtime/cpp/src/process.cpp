@@ -77,9 +77,10 @@ Sampler sampler_from_json(const Json& table, bool flow) {
                                                 {"set_alpha_to_one", &sampler.set_alpha_to_one},
                                                 {"lower_order_final", &sampler.lower_order_final},
                                                 {"euler_at_final", &sampler.euler_at_final}};
-    std::vector<std::string> known = {"solver", "solver_type", "lower_order_final", "euler_at_final", "flow_spacing"};
+    std::vector<std::string> known = {"solver",         "steps",       "solver_type", "lower_order_final",
+                                      "euler_at_final", "flow_spacing"};
     if (!flow) {
-        known = {"steps_offset", "clip_sample_range", "lambda_min_clipped"};
+        known = {"steps", "steps_offset", "clip_sample_range", "lambda_min_clipped"};
         for (const auto& word : words)
             if (word.first != "flow_spacing") known.push_back(word.first);
         for (const auto& flag : flags) known.push_back(flag.first);
@@ -89,6 +90,8 @@ Sampler sampler_from_json(const Json& table, bool flow) {
             *words.at(name) = choice(name, value);
         } else if (flags.count(name)) {
             *flags.at(name) = json::boolean(value, name);
+        } else if (name == "steps") {
+            sampler.steps = json::integer(value, name, 1, MOST_STEPS);
         } else if (name == "steps_offset") {
             sampler.steps_offset = json::integer(value, name, 0, MOST_STEPS);
         } else if (name == "clip_sample_range") {

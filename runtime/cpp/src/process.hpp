@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "facts.hpp"
+
 namespace dit_runtime {
 
 using Array = std::vector<double>;
@@ -21,6 +23,7 @@ extern const std::vector<std::string> SOLVERS, NOISE_SOLVERS, FLOW_SOLVERS, SPAC
 // The sampling defaults of a model.
 struct Sampler {
     std::string solver = "ddim";
+    std::int64_t steps = default_steps();  // of a run
     // Noise processes
     std::string ddpm_spacing = "respaced";
     std::string ddim_spacing = "stride";
