@@ -33,7 +33,7 @@ def make_pipeline(with_t5: bool = True, **scheduler: Any) -> StableDiffusion3Pip
         transformer=sd3(**SD3_5, **widths, num_layers=BLOCKS, sample_size=SIDE),
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
         vae=tiny.vae(),
-        text_encoder=tiny.clip(clip),
+        text_encoder=tiny.clip(clip, eos_token_id=2),  # as the public CLIP-L says; it pools at the largest id
         tokenizer=clip,
         text_encoder_2=tiny.clip(clip, seed=1),
         tokenizer_2=clip,
