@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_export.recipe import PIXELS
-from dit_runtime.bundle.parsing import check_network
+from dit_runtime.bundle.checks import check_network
 from dit_runtime.bundle.records import PACKS, Port, WithPorts
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_GUIDANCE
