@@ -32,7 +32,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "ltx": lambda: family_network(tiny.ltx(), (2, 4, 6), tiny.TOKENS),
     "qwen-image": lambda: family_network(tiny.qwen_image(), (8, 12), 96),
     "lumina2": lambda: family_network(tiny.lumina2(), (8, 12), 96),
-    "z-image": lambda: family_network(tiny.z_image(), (8, 12), 96),
+    "z-image": lambda: family_network(tiny.z_image(), (8, 12), 128),
     "chroma": lambda: family_network(tiny.chroma(num_single_layers=2), (8, 12), tiny.TOKENS),
 }
 TOLERANCE = 1e-5  # fp32 sums in another order; measured 7e-7
