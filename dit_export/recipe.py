@@ -39,6 +39,7 @@ class Recipe(Tuning):
     model: str | None = None
     conditioning: str | None = None
     resolution: int | str | None = None  # a side in pixels, or "512x256" for height x width
+    frames: int | None = None  # of a video
     precision: str = "fp32"
     backend: str = "auto"
     checkpoint: str | None = None

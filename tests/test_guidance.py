@@ -219,3 +219,5 @@ def test_a_weight_of_one_is_the_identity(rule) -> None:
     assert torch.equal(rule(*values, torch.ones(2, 1, 1, 1)), values[0])
     assert torch.equal(rule(values[0], values[0], torch.full((2, 1, 1, 1), 5.0)), values[0])
     assert not torch.equal(rule(*values, torch.full((2, 1, 1, 1), 1.5)), values[0])
+    values[0][:, :, :2] = 0  # whole tokens
+    assert torch.equal(rule(*values, torch.ones(2, 1, 1, 1)), values[0])

@@ -264,8 +264,8 @@ class Assembly:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""
         written, graphs = {}, self._prompt() | self.graphs
         for name, graph in graphs.items():
-            lowerings = {"prompt": LOWERINGS, "step": self.lowerings, "end": self.decoder_lowerings}
-            written[name] = self._write(name, graph, lowerings.get(self.runs[name], {}))
+            lowerings = {"step": self.lowerings, "end": self.decoder_lowerings}.get(self.runs[name], LOWERINGS)
+            written[name] = self._write(name, graph, lowerings)
         contract = describe(self.loaded, self.recipe, self.backend, graphs, self.runs, written)
         facts = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
         facts |= {"convolutions": self.convolutions._asdict()} if self.convolutions else {}

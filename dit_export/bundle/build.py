@@ -28,6 +28,7 @@ from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, compare, summary
 from dit_export.verify.metrics import PROOF, sentence
 from dit_export.verify.reference import make_reference, save_reference
+from dit_export.verify.text import save_prompts
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
@@ -232,6 +233,8 @@ def _make_reference(assembly: Assembly, oracle: Oracle) -> None:
             lambda done, steps: assembly.progress.step(done, steps, "reference"),
         )
         save_reference(folder, reference, origins.packs, assembly.divisors)
+        if loaded.text is not None:
+            save_prompts(folder, loaded.text)
 
 
 def _within_gates(making: Making, built: Built) -> Built:

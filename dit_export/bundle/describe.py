@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -13,10 +13,11 @@ from dit_export.checkpoints import Loaded
 from dit_export.graph import onnxfile
 from dit_export.recipe import Recipe
 from dit_runtime import backends
-from dit_runtime.bundle.manifest import Guidance, Manifest, Stage
+from dit_runtime.bundle.manifest import Guidance, Manifest, Stage, TensorSpec
 
 # Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the decoder's activations for 512 px are
-# hundreds of MB, and a batch gains it nothing on a CPU.
+# hundreds of MB, and a batch gains it nothing on a CPU. Videos are decoded alone: each has those of all its frames, and
+# a CPU's convolutions in three dimensions round otherwise in a batch.
 ROWS = {"prompt": 8, "condition": 8, "time": 64, "time+condition": 64, "end": 2}
 TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
 
@@ -51,7 +52,7 @@ def describe(
                 reads=reads,
                 gives=gives,
                 onnx=f"{name}.onnx",
-                max_batch=ROWS.get(runs[name], recipe.max_batch),
+                max_batch=1 if _gives_videos(gives) else ROWS.get(runs[name], recipe.max_batch),
                 precision=written[name].precision,
                 backend=backends.choose(backend, written[name].precision),
                 engines=written[name].engines,
@@ -81,6 +82,10 @@ def describe(
         source={**loaded.source, "recipe": asdict(replace(recipe, timing_cache=None))},  # a file of this machine alone
         built_with=built_with | ({"wide": overflows} if overflows else {}),
     )
+
+
+def _gives_videos(gives: Sequence[TensorSpec]) -> bool:
+    return any(spec.name == "images" and len(spec.shape) == 5 for spec in gives)
 
 
 def _versions() -> dict[str, str]:

@@ -92,6 +92,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             family.scheduler,
             tokens=tokens,
             spacing=family.flow_spacing,
+            mu=family.mu,
         )
         if process.kind != family.process:
             what = f"{path}: its scheduler, or --prediction, describes a {process.kind} process"
@@ -224,6 +225,8 @@ def agree(network: Network, recipe: Recipe, where: str) -> None:
         specs.model(recipe.model)
     if recipe.caption_tokens is not None and all(port.name != "captions" for port in network.conditions):
         raise UsageError(f"{where}: caption-tokens {recipe.caption_tokens}, but the network has no captions")
+    if recipe.frames is not None and "frames" not in network.model:
+        raise UsageError(f"{where}: frames {recipe.frames}, but the network draws no videos")
     for field in ("model", "conditioning", "heads"):
         asked, value = getattr(recipe, field), network.model.get("name" if field == "model" else field)
         if asked is not None and asked != value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,27 @@ def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Fami
     config = read_config(folder, *CLASSES, *FAMILIES)
     family, files = FAMILIES[config["_class_name"]], find_weights(folder)
     transformer = read_module(family.name, config, files, str(folder / "config.json"))
-    size = latent_size(recipe.resolution, family.pixels) if recipe.resolution else None
+    size = state_size(recipe, family)
     tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
-        return family_network(transformer, size, tokens), files, family, transformer
+        network = family_network(transformer, size, tokens)
     except UsageError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
+    if read_index(folder.parent).get(family.distilled):
+        network = replace(network, guidance=1.0, model={**network.model, family.distilled: True})
+    return network, files, family, transformer
+
+
+def state_size(recipe: Recipe, family: Family) -> tuple[int, ...] | None:
+    """Return (H, W) of the latents, of videos (F, H, W); None where the recipe leaves both to the family."""
+    sides = latent_size(recipe.resolution, family.pixels) if recipe.resolution else None
+    if family.video is None:
+        return sides
+    if recipe.frames is not None and (recipe.frames < 1 or (recipe.frames - 1) % family.frames):
+        near = f"{family.frames + 1} or {2 * family.frames + 1}"
+        raise UsageError(f"frames {recipe.frames}; expected 1, or a multiple of {family.frames} more, such as {near}")
+    times = family.video[0] if recipe.frames is None else (recipe.frames - 1) // family.frames + 1
+    return times, *(sides or family.video[1:])
 
 
 def read_module(name: str, config: Mapping[str, Any], files: list[Path], where: str) -> nn.Module:
@@ -46,6 +62,10 @@ def read_module(name: str, config: Mapping[str, Any], files: list[Path], where: 
 
 def caption_tokens(pipeline: Path, family: Family) -> int:
     """Return how many tokens a caption has in the pipeline around a transformer."""
+    return family.tokens.get(str(read_index(pipeline).get("_class_name")), family.default_tokens)
+
+
+def read_index(pipeline: Path) -> dict[str, Any]:
+    """Return the config of a pipeline; {} where the folder is none."""
     index = pipeline / "model_index.json"
-    name = read_json(index).get("_class_name") if index.is_file() else None
-    return family.tokens.get(str(name), family.default_tokens)
+    return read_json(index) if index.is_file() else {}

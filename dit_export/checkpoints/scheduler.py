@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +93,7 @@ def read_scheduler_config(
     prediction: str | None = None,
     tokens: int | None = None,
     spacing: str | None = None,
+    mu: Callable[[int], tuple[float, float]] | None = None,
 ) -> Process:
     """Return the process and its sampling defaults; without a config, those of Meta's code, for DiT or for SiT.
 
@@ -100,7 +101,8 @@ def read_scheduler_config(
     defaults for the rest, with two exceptions, because those defaults are made for pixels and for networks without a
     variance: latents are clipped, and a learned variance is left unused, only where the config says so in words.
     A flow's config does not say what its pipeline does: `tokens` is the count of image tokens that a dynamic shift
-    depends on, and `spacing` that of its timesteps.
+    depends on, and `spacing` that of its timesteps. `mu` maps the tokens to the pipeline's own μ: its value for 0
+    steps, and what each step adds; without it, μ is the config's.
     """
     if config is None:
         solver = "euler" if prediction == "velocity" else "ddim"
@@ -121,8 +123,10 @@ def read_scheduler_config(
             process = _read_multistep_flow(said)
         elif name == SCM:
             process = _read_scm(said)
+        elif name == FLOW:
+            process = _read_flow(said, tokens, spacing, mu)
         else:
-            process = _read_flow(said, tokens, spacing) if name == FLOW else _read_noise(name, said, learned_variance)
+            process = _read_noise(name, said, learned_variance)
     except UsageError as error:
         raise UsageError(f"scheduler config: {error}") from None
     if prediction not in (None, predicted):
@@ -153,22 +157,34 @@ def _read_noise(name: str, said: dict[str, Any], learned_variance: bool) -> Proc
     )
 
 
-def _read_flow(said: dict[str, Any], tokens: int | None, spacing: str | None) -> Process:
+def _read_flow(
+    said: dict[str, Any],
+    tokens: int | None,
+    spacing: str | None,
+    own_mu: Callable[[int], tuple[float, float]] | None,
+) -> Process:
     """Return a flow whose dynamic shift is settled, because a bundle has one size.
 
     exponential: e^μ / (e^μ + 1/σ - 1),  linear: μ / (μ + 1/σ - 1): the static shift by e^μ, or by μ.
     """
     _refuse_unsupported(said, {"num_train_timesteps", "shift", "shift_terminal", *DYNAMIC}, FLOW_ONLY)
     train_steps, dynamic = said.get("num_train_timesteps", 1000), said.get("use_dynamic_shifting", False)
+    growth = 0.0
     if dynamic:
-        mu = dynamic_mu(said, tokens)
-        shift = math.exp(mu) if said.get("time_shift_type", "exponential") == "exponential" else mu
+        if tokens is None:
+            raise UsageError("use_dynamic_shifting = True needs the count of image tokens, which is not stated")
+        mu, growth = own_mu(tokens) if own_mu else (dynamic_mu(said, tokens), 0.0)
+        exponential = said.get("time_shift_type", "exponential") == "exponential"
+        if growth and not exponential:
+            raise UsageError("time_shift_type = 'linear' is not supported where μ depends on the number of steps")
+        shift = math.exp(mu) if exponential else mu
     else:
         shift = said.get("shift", 1.0)
     process = Process(
         prediction="velocity",
         train_steps=train_steps,
         shift=shift,
+        shift_growth=growth,
         shift_terminal=said.get("shift_terminal") or None,
         sampler=Sampler(solver="euler", flow_spacing=spacing or ("trailing" if dynamic else "linspace")),
     )
@@ -214,10 +230,8 @@ def _multistep(said: Mapping[str, Any]) -> str:
     return next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
 
 
-def dynamic_mu(said: Mapping[str, Any], tokens: int | None) -> float:
+def dynamic_mu(said: Mapping[str, Any], tokens: int) -> float:
     """Return μ as diffusers' calculate_shift: linear in the count of image tokens."""
-    if tokens is None:
-        raise UsageError("use_dynamic_shifting = True needs the count of image tokens, which is not stated")
     base_shift, max_shift, base_tokens, max_tokens = (said.get(key, value) for key, value in DYNAMIC.items())
     for key, value in zip(DYNAMIC, (base_shift, max_shift, base_tokens, max_tokens), strict=True):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers.utils import logging
 
-from dit_export.checkpoints.files import first_line, read_json, sha256
+from dit_export.checkpoints.files import find_weights, first_line, read_json, sha256
 from dit_export.networks.text import PromptEncoder, Text, Tokens
 from dit_runtime.bundle.manifest import Prompt
 from dit_runtime.errors import UsageError
@@ -42,7 +42,7 @@ def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> 
     prompts, contents = zip(*made, strict=True)
     tokenizers = {prompt.tokenizer: content for prompt, content in made}
     assert len(contents) == len(tokenizers)
-    files = {name: sha256(sorted((folder / name).glob("*"))) for name in classes}
+    files = {name: sha256(_files(folder / name)) for name in classes}
     return PromptEncoder(module, prompts, text.gives, tokenizers), files
 
 
@@ -69,6 +69,17 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return what decides on an encoder or a tokenizer: its weights in one format, or all files."""
+    if folder.name.startswith("tokenizer"):
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    try:
+        weights = find_weights(folder, "model")
+    except UsageError:
+        weights = find_weights(folder, "pytorch_model")
+    return [folder / "config.json", *weights]
 
 
 def _encoder(folder: Path, kind: str) -> nn.Module:

@@ -21,6 +21,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if text.isdecimal() else text,
         help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise",
     )
+    parser.add_argument("--frames", type=int, metavar="N", help="of a video; default: as the checkpoint's pipeline")
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
     parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
     parser.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")

@@ -59,9 +59,14 @@ class Oracle:
 
     def _arguments(self, inputs: Mapping[str, Tensor]) -> list[Any]:
         program, arguments = self._program, []
+        rows = next((len(value) for value in inputs.values()), 1)
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
-                arguments.append(inputs.get(spec.arg.name))
+                value = inputs.get(spec.arg.name)
+                if value is None:  # its number of rows may be read all the same
+                    shape = self._nodes[spec.arg.name].meta["val"].shape
+                    value = torch.zeros(()).expand(rows, *shape[1:])
+                arguments.append(value)
             elif spec.target in program.state_dict:
                 arguments.append(program.state_dict[spec.target])
             else:

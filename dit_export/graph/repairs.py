@@ -6,13 +6,15 @@ Each repair but the last rewrites a traced module in place and returns how often
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+
+from dit_runtime.errors import UsageError
 
 aten = torch.ops.aten
 TINY = 1e-7  # additions below this are taken for additions of 0
@@ -98,28 +100,41 @@ def add_masks(module: GraphModule) -> int:
 
 
 def pair_complex(module: GraphModule) -> int:
-    """Index and unsqueeze complex tensors, rotary tables for instance, as pairs of reals.
+    """Write complex tensors, which rotary embeddings multiply, as pairs of reals along a last axis of 2.
 
-    ONNX has no complex numbers. The exporter writes their products, slices and concatenations as pairs along a last
-    axis of 2, but refuses these two (onnxscript/function_libs/torch_lib/ops/core.py).
+    ONNX has no complex numbers. The exporter refuses to index or unsqueeze them, and what it makes of their products
+    has no name in PyTorch (onnxscript/function_libs/torch_lib/ops/core.py).
     """
-    moves = [node for node in module.graph.nodes if node.target in (aten.index.Tensor, aten.unsqueeze.default)]
-    changed = 0
-    for node in moves:
-        source, argument = node.args
-        value = source.meta["val"]
-        if value.is_complex():
-            if node.target == aten.unsqueeze.default:
-                argument %= value.ndim + 1  # counted from the front, as the axis of pairs is the last
+    pairs: dict[Node, Node] = {}
+    for node in list(module.graph.nodes):
+        if node.target == aten.view_as_real.default:
+            node.replace_all_uses_with(pairs[node.args[0]])
+        elif isinstance(value := node.meta.get("val"), Tensor) and value.is_complex():
             with module.graph.inserting_before(node):
-                pairs = module.graph.call_function(aten.view_as_real.default, (source,))
-                moved = module.graph.call_function(node.target, (pairs, argument))
-                result = module.graph.call_function(aten.view_as_complex.default, (moved,))
-            result.meta = dict(node.meta)
-            node.replace_all_uses_with(result)
-            module.graph.erase_node(node)
-            changed += 1
-    return changed
+                pairs[node] = _pair(module, node, pairs)
+    module.graph.eliminate_dead_code()
+    return len(pairs)
+
+
+def _pair(module: GraphModule, node: Node, pairs: Mapping[Node, Node]) -> Node:
+    """Return the pairs of reals that stand for a complex tensor, made of those of its terms."""
+    call, rank = module.graph.call_function, node.meta["val"].ndim
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(module)
+        return _constant(module, node, f"pair_{len(pairs)}", torch.view_as_real(value).contiguous())
+    args = torch.fx.node.map_arg(node.args, lambda term: pairs.get(term, term))
+    if node.target == aten.view_as_complex.default:
+        return args[0]
+    if node.target == aten.index.Tensor:
+        return call(node.target, args)
+    if node.target in (aten.unsqueeze.default, aten.slice.Tensor, aten.cat.default):
+        axis = args[1] if len(args) > 1 else 0
+        return call(node.target, (args[0], axis % rank, *args[2:]))  # from the front: the pairs' axis is the last
+    if node.target == aten.mul.Tensor and pairs.keys() >= set(node.args):
+        (a, b), (c, d) = ([call(aten.select.int, (pair, -1, part)) for part in (0, 1)] for pair in args)
+        ac, bd, ad, bc = (call(aten.mul.Tensor, terms) for terms in ((a, c), (b, d), (a, d), (b, c)))
+        return call(aten.stack.default, ([call(aten.sub.Tensor, (ac, bd)), call(aten.add.Tensor, (ad, bc))], -1))
+    raise UsageError(f"{node.name}: {node.target} of complex numbers, which has no form in pairs of reals here")
 
 
 REPAIRS: tuple[Callable[[GraphModule], int], ...] = (

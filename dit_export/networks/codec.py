@@ -17,7 +17,7 @@ from dit_runtime.errors import UsageError, nearest
 
 
 class Decoder(nn.Module):
-    """Decode latents (B, channels, H, W) to images in [0, 1], (B, 3, pixels · H, pixels · W)."""
+    """Decode latents (B, channels, H, W) to images in [0, 1], (B, 3, pixels · H, pixels · W); of videos with frames."""
 
     supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values of the VAE's config fields
 
@@ -39,8 +39,8 @@ class KL(Decoder):
         super().__init__(vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
-        self.scaling = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor or 0.0)
+        self.scaling = float(vae.config.get("scaling_factor", 1.0))
+        self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = latents / self.scaling + self.shift  # (B, C, H, W)
@@ -68,6 +68,42 @@ class KL(Decoder):
             "quantize_outputs": kernels + 3 * doubled,
             "cast_to_half": count(nn.Conv2d, nn.Linear, Attention) + 3 * doubled,
         }
+
+
+class KLFlux2(KL):
+    """KL, of latents whose cells are 2 x 2 of the VAE's, normalized as its batch norm says."""
+
+    supported: ClassVar = {"out_channels": (3,), "patch_size": ((2, 2), [2, 2])}
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae)
+        self.channels, self.pixels = 4 * self.channels, 2 * self.pixels
+        self.bn = vae.bn
+
+    def forward(self, latents: Tensor) -> Tensor:
+        deviation = (self.bn.running_var + self.bn.eps).sqrt()
+        latents = latents * deviation[:, None, None] + self.bn.running_mean[:, None, None]  # (B, 4C, H, W)
+        return super().forward(F.pixel_shuffle(latents, 2))
+
+
+class LTXVideo(Decoder):
+    """videos = clamp(VAE(latents deviation / scaling + mean) / 2 + 1/2), (B, 3, 8 (F - 1) + 1, 32 H, 32 W)."""
+
+    supported: ClassVar = {
+        "out_channels": (3,),
+        "timestep_conditioning": (False,),
+        "patch_size_t": (1,),
+        "temporal_compression_ratio": (None, 8),
+    }
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae.config.latent_channels, vae.spatial_compression_ratio)
+        self.vae = vae
+        self.scaling = float(vae.config.scaling_factor)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        mean, deviation = (value[:, None, None, None] for value in (self.vae.latents_mean, self.vae.latents_std))
+        return (self.vae.decoder(latents * deviation / self.scaling + mean) / 2 + 0.5).clamp(0, 1)
 
 
 class DC(Decoder):
@@ -126,6 +162,8 @@ CODECS: dict[str, Any] = {  # by the class of the VAE in diffusers
     "AutoencoderKL": KL,
     "AutoencoderDC": DC,
     "AutoencoderKLQwenImage": KLQwenImage,
+    "AutoencoderKLFlux2": KLFlux2,
+    "AutoencoderKLLTXVideo": LTXVideo,
 }
 
 

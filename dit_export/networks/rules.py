@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dit_export.networks import Network
 
+LEAST = 1e-30  # a token of zeros stays one
+
 
 class Linear(nn.Module):
     """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): conditional + (w - 1) (conditional - negative)."""
@@ -31,7 +33,7 @@ class Renormalized(Linear):
     def forward(self, conditional: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
         guided = super().forward(conditional, negative, weight)
         own, new = self._tokens(conditional), self._tokens(guided)
-        return (new * (_norm(own) / _norm(new))).reshape(guided.shape)
+        return (new * (_norm(own) / _norm(new).clamp_min(LEAST))).reshape(guided.shape)
 
     def _tokens(self, values: Tensor) -> Tensor:
         """Return (B, C, patches, positions, patches, positions, …)."""

@@ -85,4 +85,5 @@ def _is_quantized(node: gs.Node) -> bool:
         and (node.op == "MatMul" or stored.values.shape[2:] == (1, 1))
         and bool(quantized.inputs)
         and quantized.inputs[0].op == "QuantizeLinear"
+        and not quantized.inputs[0].inputs[2].values.any()
     )

@@ -86,10 +86,10 @@ class FloatConvolutions(NamedTuple):
 
 
 def find(decoder: gs.Graph) -> list[Convolution]:
-    """Return the convolutions that int8 may have, in the graph's order."""
+    """Return the convolutions over pixels that int8 may have, in the graph's order; those over frames stay float."""
     readers: dict[int, list[gs.Node]] = {}  # by id of what they read
     for node in decoder.nodes:
-        if node.op == "Conv" and isinstance(node.inputs[1], gs.Constant) and max(node.inputs[1].shape[2:]) > 1:
+        if node.op == "Conv" and isinstance(node.inputs[1], gs.Constant) and _over_pixels(node.inputs[1].shape):
             readers.setdefault(id(node.inputs[0]), []).append(node)
     layers: list[Convolution] = []
     for nodes in list(readers.values())[1:-1]:
@@ -97,6 +97,11 @@ def find(decoder: gs.Graph) -> list[Convolution]:
         count = sum(layer.name.startswith(kind) for layer in layers)
         layers.append(Convolution(f"{kind} {count}", tuple(nodes)))
     return layers
+
+
+def _over_pixels(shape: Sequence[int]) -> bool:
+    """Return whether weights of this shape are of a convolution in two dimensions that sees more than one pixel."""
+    return len(shape) == 4 and max(shape[2:]) > 1
 
 
 def kernels(name: str) -> int:

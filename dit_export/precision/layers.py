@@ -91,10 +91,9 @@ def own_weights(layers: Sequence[Layer]) -> None:
     """Give each layer a weight that no other node reads, under a name that makes the layer's."""
     for layer in layers:
         weight = layer.node.inputs[1]
-        if len(weight.outputs) > 1:
-            stem = weight.name.removesuffix(WEIGHT)
-            number = "" if stem.endswith(layer.name) else f"-{layer.name.rpartition('-')[2]}"
-            layer.node.inputs[1] = gs.Constant(f"{stem}{number}{WEIGHT}", weight.values)
+        stem, others = weight.name.removesuffix(WEIGHT), [node for node in weight.outputs if node is not layer.node]
+        for number, node in enumerate(others, 2):
+            node.inputs[1] = gs.Constant(f"{stem}-{number}{WEIGHT}", weight.values)
 
 
 def coverage(graph: gs.Graph, layers: Sequence[Layer]) -> float:

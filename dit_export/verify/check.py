@@ -11,6 +11,7 @@ from typing import Any
 import dit_runtime.verify
 from dit_export.checkpoints import Loaded
 from dit_export.networks.codec import Decoder
+from dit_export.networks.text import PromptEncoder
 from dit_export.precision.twin import twins
 from dit_export.verify.metrics import by_cause, figures_of
 from dit_export.verify.parity import FINITE_RUNS, condition_share, finite, graph_parity, proof, reacts
@@ -46,7 +47,7 @@ def check(folder: Path, loaded: Loaded, decoder: Decoder | None, progress: Progr
     contract = manifest.read(folder)
     reference = load_reference(folder, contract)
     with pipelines(folder, contract, **options) as pipes:
-        return compare(pipes, reference, loaded, decoder, progress)
+        return compare(pipes, reference, loaded, decoder, progress, text=loaded.text)
 
 
 @contextmanager
@@ -68,6 +69,7 @@ def compare(
     decoder: Decoder | None,
     progress: Progress,
     thorough: bool = False,
+    text: PromptEncoder | None = None,
 ) -> Built:
     """Compare what is open with PyTorch's network and with its reference run.
 
@@ -84,8 +86,8 @@ def compare(
     answers = []
     for name, pipe in pipes.items():
         with progress.stage(f"verify: {name}each graph against PyTorch"):
-            figures = list(prompt_parity(pipe, loaded.text)) if loaded.text is not None and pipe is first else []
-            figures += graph_parity(pipe, network, decoder)
+            figures = list(graph_parity(pipe, network, decoder))
+            figures += prompt_parity(pipe, text) if text is not None and pipe is first else []
             figures += condition_share(pipe, reference) if shares else []
         with progress.stage(f"verify: {name}replay of the reference"):
             tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731

@@ -19,7 +19,17 @@ from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.verify import REFERENCE, Figure, Reference, Replay, jsonable, load_reference, replay, tolerances
+from dit_runtime.verify import (
+    REFERENCE,
+    Figure,
+    Reference,
+    Replay,
+    jsonable,
+    load_reference,
+    prompt_figures,
+    replay,
+    tolerances,
+)
 
 if TYPE_CHECKING:  # a gate that loads no weights needs no PyTorch
     from dit_export.checkpoints import Loaded
@@ -102,7 +112,7 @@ def gate(settings: Settings, progress: Progress) -> Result:
             with progress.stage("verify: replay of the reference"):
                 tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731
                 answers = replay(pipe, reference, tick, thorough=True)
-            checks, proven = figures_of(contract, reference, answers), []
+            checks, proven = [*prompt_figures(pipe), *figures_of(contract, reference, answers)], []
         else:
             from dit_export.networks.codec import make_decoder
             from dit_export.verify.check import compare, pipelines
@@ -110,7 +120,7 @@ def gate(settings: Settings, progress: Progress) -> Result:
             pipes = stack.enter_context(pipelines(settings.bundle, contract, **options))
             pipe = next(iter(pipes.values()))
             decoder = None if loaded.vae is None else make_decoder(loaded.vae)
-            built = compare(pipes, reference, loaded, decoder, progress, thorough=True)
+            built = compare(pipes, reference, loaded, decoder, progress, thorough=True, text=loaded.text)
             answers, checks, proven = built.replay, built.checks, built.proof
         judged, asked = _distribution(settings, pipe, other, reference, (table or {}).get("measured", {}), progress)
         checks = checks + judged
@@ -173,8 +183,10 @@ def _distribution(
             raise UsageError(f"count {count}; expected at least {features.FEWEST} for a distance between distributions")
         if contract.end is None:
             raise UsageError("this bundle has no decoder, so it draws no pictures to judge: pass --samples FILE.npz")
-        height, width = contract.end.gives[0].shape[2:]
-        blank = np.zeros((1, int(height), int(width), 3), np.uint8)
+        sizes = [int(size) for size in contract.end.gives[0].shape[2:]]
+        if len(sizes) > 2:
+            raise UsageError("this bundle draws videos, and a judge looks at images")
+        blank = np.zeros((1, *sizes, 3), np.uint8)
         features.require_width(judge(blank), real)  # before the long work
         draw = features.plan_draw(contract, reference, count)
         with progress.stage(f"verify: {count} pictures before the judge"):

@@ -123,8 +123,8 @@ def _pictures(page: Page) -> str:
         largest = f"largest {gap.max()} of 255, shown × {gain}" if gap.max() else "none"
         parts = (("PyTorch, fp32", theirs), ("engine", ours), (f"difference: {largest}", (gap * gain).astype(np.uint8)))
         trio = "".join(
-            f'<figure><img {"class=small " if max(ours.shape[:2]) <= SMALL else ""}alt="{escape(text)}" '
-            f'src="{_data(picture)}"><figcaption>{escape(text)}</figcaption></figure>'
+            f'<figure><img {"class=small " if max(images.still(ours).shape) <= SMALL else ""}alt="{escape(text)}" '
+            f'src="{_data(images.still(picture))}"><figcaption>{escape(text)}</figcaption></figure>'
             for text, picture in parts
         )
         name = _asked(page, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from dit_export.networks.text import PromptEncoder
 from dit_export.verify.parity import PROOF_LIMIT
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.verify import TOLERANCES, Figure, relative_error
+from dit_runtime.sampling.noise import Noise
+from dit_runtime.verify import TOLERANCES, Figure, prompts, relative_error
 
 TEXTS = ("a photo of a cat", "", "two red boats at sea, seen from a hill, in the style of an old map of 1920")
 
@@ -33,6 +35,18 @@ def prompt_parity(pipe: Pipeline, text: PromptEncoder) -> Iterator[Figure]:
     for name, values in first.items():
         error = relative_error(other[name], values)
         yield Figure(stage.name, f"{name} of another prompt, rel-L2", error, PROOF_LIMIT, at_least=True)
+
+
+def save_prompts(folder: Path, text: PromptEncoder) -> None:
+    """Write ids, whose second mask is half empty, and PyTorch's answer to them, for machines without PyTorch."""
+    ids: Rows = {}
+    for number, prompt in enumerate(text.prompts):
+        bits = Noise(number).bits(2 * prompt.tokens).reshape(2, prompt.tokens)
+        ids[prompt.ids] = (bits % prompt.size).astype(np.int64)
+        if prompt.mask:
+            lengths = np.array([prompt.tokens, (prompt.tokens + 1) // 2])
+            ids[prompt.mask] = (np.arange(prompt.tokens) < lengths[:, None]).astype(np.int64)
+    prompts.save(folder, ids, encode(text, ids))
 
 
 @torch.no_grad()

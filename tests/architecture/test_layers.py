@@ -11,8 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOMES = {"dit_export": ROOT / "dit_export", "dit_runtime": ROOT / "runtime/python/dit_runtime"}
-# What dit_runtime may name: NumPy always, an engine or the tokenizers inside the function that opens them.
-ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "tokenizers", "dit_runtime"}
+# What dit_runtime may name: NumPy always, an engine, the tokenizers or PyAV inside the function that opens them.
+ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "tokenizers", "av", "dit_runtime"}
 
 Modules = Mapping[str, ast.Module]
 

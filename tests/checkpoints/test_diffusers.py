@@ -234,6 +234,12 @@ def test_hub_fetches_one_format(pipeline, monkeypatch):
         "transformer/config.json",
         "scheduler/scheduler_config.json",
         "model_index.json",
+        "text_encoder_2/config.json",
+        "text_encoder_2/model-00001-of-00002.safetensors",
+        "text_encoder_2/model.safetensors.index.json",
+        "text_encoder_2/model.fp16.safetensors",
+        "text_encoder_2/pytorch_model.bin",
+        "tokenizer_2/spiece.model",
     ]
 
     def info(_, hub_id, timeout):
@@ -247,9 +253,12 @@ def test_hub_fetches_one_format(pipeline, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = load(Recipe(checkpoint="someone/dit"))
-    kept = (0, 2, 5, 6, 7)
-    assert sorted(asked["files"]) == sorted(listing[n] for n in kept)
+    kept = [listing[n] for n in (0, 2, 5, 6, 7)]
+    text = [listing[n] for n in (8, 9, 10, 13)]
+    assert sorted(asked["files"]) == sorted(kept + text)
     assert loaded.source["hub"] == "someone/dit" and loaded.source["revision"] == "pipeline"
+    load(Recipe(checkpoint="someone/dit", without_text_encoders=True))
+    assert sorted(asked["files"]) == sorted(kept)
 
 
 def test_the_installed_diffusers_has_the_fields_we_check():

@@ -17,7 +17,7 @@ STEPS = 4
 def condition_flags(folder: Path, condition: Condition, negative: Condition | None = None) -> list[object]:
     """The flags that read these arrays, each of a file of its own."""
     flags: list[object] = []
-    for name, arrays in (("condition", condition), ("negative", negative or {})):
+    for name, arrays in (("condition", condition), ("negative-condition", negative or {})):
         for port, array in arrays.items():
             np.save(folder / f"{name}-{port}.npy", array)
         files = [f"{port}={folder / f'{name}-{port}.npy'}" for port in arrays]
@@ -73,7 +73,7 @@ def test_an_archive_says_the_same(bundles, dit_generate, tmp_path) -> None:
     condition, negative = arrays(3)["wave"]
     np.savez(tmp_path / "condition.npz", **condition)
     np.savez(tmp_path / "negative.npz", **negative)
-    archives = ["--condition", tmp_path / "condition.npz", "--negative", tmp_path / "negative.npz"]
+    archives = ["--condition", tmp_path / "condition.npz", "--negative-condition", tmp_path / "negative.npz"]
     for name, arguments in (("a", condition_flags(tmp_path, condition, negative)), ("b", archives)):
         done = dit_generate(bundles["wave"], *arguments, "--steps", STEPS, "-o", tmp_path / f"{name}.npy", "--json")
         assert done.returncode == 0 and '"shape": [3, 6]' in done.stdout, done.stderr

@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
+from dit_runtime.errors import UsageError
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
@@ -81,6 +82,14 @@ def test_defaults_are_the_pipelines(case) -> None:
         prompt=tiny.PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **case.call
     ).images
     assert min(tiny.distances(case.ours(seed=0, guidance=None, steps=None), expected)) >= tiny.SAME
+
+
+def test_ports() -> None:
+    network = family_network(flux())
+    assert [port.shape for port in network.ports] == [(16, 128, 128), (), (512, 48), (40,), ()]
+    assert network.model["resolution"] == 1024 and not network.learned_variance
+    with pytest.raises(UsageError, match="latents of 9 x 8 do not divide into patches of 2"):
+        family_network(flux(), (9, 8))
 
 
 @pytest.mark.parametrize("embedded", [True, False])

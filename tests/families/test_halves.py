@@ -26,6 +26,10 @@ from tests.tensorrt.graphs import save
 pytestmark = pytest.mark.slow
 NETWORKS: dict[str, Callable[[], Network]] = {
     "flux": lambda: family_network(tiny.flux(num_single_layers=2), (8, 12), tiny.TOKENS),
+    "auraflow": lambda: family_network(tiny.auraflow(), (8, 12), tiny.TOKENS),
+    "flux2 klein": lambda: family_network(tiny.flux2(), (8, 12), tiny.TOKENS),
+    "flux2 dev": lambda: family_network(tiny.flux2(guidance_embeds=True), (8, 12), tiny.TOKENS),
+    "ltx": lambda: family_network(tiny.ltx(), (2, 4, 6), tiny.TOKENS),
     "chroma": lambda: family_network(tiny.chroma(num_single_layers=2), (8, 12), tiny.TOKENS),
     "sana": lambda: family_network(tiny.sana(), (6, 4), tiny.TOKENS),
 }

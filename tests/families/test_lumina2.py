@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
+from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 from torch import Tensor
 
+from dit_export.checkpoints import load
 from dit_export.networks.families import family_network
+from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from tests.families import tiny as families
@@ -60,10 +64,12 @@ def case(tmp_path_factory, one_thread) -> families.Case:
     return families.Case(pipeline, bundle, call)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
 
 
+@pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:
     """Each block's modulation leaves, 4 vectors, that of the refined image too, and 1 at the end."""
     contract = manifest.read(case.bundle)
@@ -110,6 +116,14 @@ def test_neighbours_change_nothing() -> None:
         assert tiny.distance(together[row : row + 1], alone) <= 1e-6
     beyond = values["captions"] + 9 * (1 - values["mask"])[..., None]  # what a prompt does not have
     assert tiny.distance(tiny.run(network, values | {"captions": beyond}), together) <= 1e-6
+
+
+def test_a_dynamic_shift_counts_channels(tmp_path) -> None:
+    """The pipeline takes the second axis of its latents for their tokens."""
+    make_pipeline(use_dynamic_shifting=True).save_pretrained(tmp_path)
+    process = load(Recipe(checkpoint=str(tmp_path), latents_only=True, without_text_encoders=True)).process
+    assert process.shift == pytest.approx(math.exp(calculate_shift(16)))
+    assert process.sampler.steps == 30 and process.sampler.flow_spacing == "trailing"
 
 
 def test_what_its_position_tables_hold() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
+from dit_runtime.cli import main as run
 from tests.families import tiny
 from tests.networks.tiny import SD3_5, sd3
 
@@ -107,6 +111,26 @@ def test_the_build_checks_the_encoders(case) -> None:
         assert (f"{port} of another prompt, rel-L2", "") in prompt
 
 
+def test_the_target_checks_the_encoders(case, tmp_path, capsys) -> None:
+    """Without PyTorch: projections of each port; other weights fail."""
+    assert run(["verify", str(case.bundle), "--threads", "1", "--json"]) == 0
+    checks = {check["metric"] for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert {f"{port} of ids, fingerprint, rel-L2" for port in ("captions", "pooled")} <= checks
+    bundle = Path(shutil.copytree(case.bundle, tmp_path / "bundle"))
+    graph = onnx.load(bundle / "prompt.onnxruntime.onnx", load_external_data=False)
+    (weight,) = [tensor for tensor in graph.graph.initializer if tensor.name.endswith("clips.1.text_projection.weight")]
+    offset = next(int(entry.value) for entry in weight.external_data if entry.key == "offset")
+    data = bytearray((bundle / "prompt.onnx.data").read_bytes())
+    values = np.frombuffer(data, np.float32, POOLED // 2, offset)
+    values *= 1.01
+    (bundle / "prompt.onnx.data").write_bytes(data)
+    contract = manifest.read(bundle)
+    manifest.write(bundle, replace(contract, files=manifest.describe_files(bundle)))
+    assert run(["verify", str(bundle), "--threads", "1", "--json"]) == 1
+    failed = [check["metric"] for check in json.loads(capsys.readouterr().out)["checks"] if not check["passed"]]
+    assert failed == ["pooled of ids, fingerprint, rel-L2"]
+
+
 def embeddings(seed: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     captions, pooled = random.normal(size=(1, 77 + T5_TOKENS, WIDTH)), random.normal(size=(1, POOLED))
@@ -170,6 +194,21 @@ def test_what_leaves_the_loop(case) -> None:
     assert contract.stages[0].runs == "prompt"
     assert [stage.runs for stage in contract.stages][-3:] == ["step", "update", "end"]
     assert "captions" not in {tensor.name for tensor in stages["denoiser"].reads}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("openvino", "fp32"), ("onnxruntime", "fp16"), ("openvino", "int8")]
+)
+def test_other_forms(case, tmp_path, one_thread, backend, precision) -> None:
+    """The encoders stay in fp32, and draw from words in every form of a bundle."""
+    with one_thread():
+        recipe = {"backend": backend, "precision": precision, "caption_tokens": 77 + T5_TOKENS}
+        bundle = tiny.build(case.pipeline, tmp_path, **recipe)
+    stage = manifest.read(bundle).prompt
+    assert (stage.precision, stage.backend) == ("fp32", backend)
+    least = {"fp32": tiny.SAME, "fp16": 30.0, "int8": 15.0}[precision]
+    assert min(tiny.distances(replace(case, bundle=bundle).ours(), case.theirs())) >= least
 
 
 @pytest.mark.slow

@@ -145,14 +145,15 @@ class Case:
     def theirs(
         self, prompts: Sequence[str] = (PROMPT,), seed: int = SEED, guidance: float = GUIDANCE, steps: int = STEPS
     ) -> NDArray[np.float32]:
-        """Return the pipeline's pictures [N, H, W, 3] in [0, 1]; a picture's seed is `seed` and its number."""
+        """Return pictures [N, H, W, 3] or videos [N, F, H, W, 3] in [0, 1]; seeds count up from `seed`."""
         options = {self.weight: guidance, "num_inference_steps": steps, "output_type": "np", **self.call}
         if self.negative is not None:
             options["negative_prompt"] = [self.negative] * len(prompts)
         generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
         self.pipeline.set_progress_bar_config(disable=True)
         with torch.no_grad():
-            return np.asarray(self.pipeline(prompt=list(prompts), generator=generators, **options).images)
+            result = self.pipeline(prompt=list(prompts), generator=generators, **options)
+        return np.asarray(result.frames if "frames" in result else result.images)
 
     def ours(
         self,
@@ -167,7 +168,7 @@ class Case:
         options = {"prompt": list(prompts), "negative_prompt": self.negative} | request
         with Pipeline.load(self.bundle, threads=1) as pipe:
             options |= {"seed": seeds, "guidance": guidance, "steps": steps, "output": "latents"}
-            return pipe.engines.decode(pipe.sample(**options)).transpose(0, 2, 3, 1)
+            return np.moveaxis(pipe.engines.decode(pipe.sample(**options)), 1, -1)
 
 
 def distances(got: NDArray[Any], expected: NDArray[Any]) -> list[float]:

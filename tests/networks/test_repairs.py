@@ -11,6 +11,7 @@ from torch import nn
 
 from dit_export.graph import onnxfile, repairs, trace
 from dit_export.passes.attention import plain_attention
+from dit_runtime.errors import UsageError
 
 REPAIRS = {repair.__name__: repair for repair in (*repairs.REPAIRS, repairs.split_boolean_wheres)}
 
@@ -54,6 +55,7 @@ class RotaryTable(nn.Module):
     def forward(self, x):
         x = x.view(-1, 4, 1, 4)
         turns = self.table[x.sum((2, 3)).abs().long() % 9].unsqueeze(-2)  # (B, 4, 1, 2)
+        turns = torch.cat([turns[..., 1:], turns[..., :1]], -1)
         return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (2, 2))) * turns)
 
 
@@ -105,6 +107,15 @@ def test_without_the_repair(name, tmp_path, monkeypatch) -> None:
         assert any(refusal in str(error) for refusal in refusals)
     else:
         assert not np.allclose(got, expected, rtol=0, atol=1e-6)
+
+
+def test_what_has_no_form_in_pairs() -> None:
+    class Conjugate(nn.Module):
+        def forward(self, x):
+            return torch.view_as_real(torch.view_as_complex(x.view(-1, 2)).reciprocal())
+
+    with pytest.raises(UsageError, match=r"aten\.reciprocal\.default of complex numbers, which has no form"):
+        trace.export(Conjugate().eval(), {"x": torch.ones(4, 2)}, ["y"])
 
 
 def test_what_must_not_be_repaired(tmp_path) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -70,6 +73,25 @@ def flux(**config: Any) -> FluxTransformer2DModel:
 def chroma(**config: Any) -> ChromaTransformer2DModel:
     fields = {"num_layers": 2, "num_single_layers": 1, "approximator_hidden_dim": 48, "approximator_layers": 2}
     return randomize(ChromaTransformer2DModel(**FLUX | fields | config))
+
+
+def auraflow(**config: Any) -> AuraFlowTransformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_mmdit_layers": 2, "num_single_dit_layers": 1}
+    fields |= {"sample_size": 8, "joint_attention_dim": 48, "caption_projection_dim": 64, "pos_embed_max_size": 64}
+    return randomize(AuraFlowTransformer2DModel(**fields | config))
+
+
+def flux2(**config: Any) -> Flux2Transformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "num_single_layers": 1}
+    widths = {"in_channels": 16, "joint_attention_dim": 48, "axes_dims_rope": (8, 8, 8, 8), "guidance_embeds": False}
+    return randomize(Flux2Transformer2DModel(**fields | widths | config))
+
+
+def ltx(**config: Any) -> LTXVideoTransformer3DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "in_channels": 8, "out_channels": 8}
+    return randomize(
+        LTXVideoTransformer3DModel(**fields | {"cross_attention_dim": 64, "caption_channels": 48} | config)
+    )
 
 
 SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}

@@ -333,8 +333,43 @@ def test_integer_products_of_a_row_do_not_depend_on_its_batch(run: Run) -> None:
     assert np.array_equal(batch[:1], alone)
 
 
+def test_an_integer_product_needs_no_bias(run: Run) -> None:
+    """What is added may be no bias: here it is a number for each token."""
+    graph, x = quantized(bias=False), normal(3, 5, 96)
+    graph.outputs = [layer(graph, "Add", [graph.outputs[0], normal(5, 24)], ["n", 5, 24])]
+    (expected,) = run(graph.copy(), {"x": x})
+    assert integer_products(graph) == 1
+    assert onnxfile.census(graph) == {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1, "Add": 1}
+    (got,) = run(graph, {"x": x})
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def convolution(kernel: int, zero: int = 0) -> gs.Graph:
+    """A convolution and its bias between Q/DQ."""
+    graph = empty(x=["n", 32, 6, 6])
+    graph.opset = 21
+    grid = [np.array(STEP, np.float32), np.array(zero, np.int8)]
+    whole = layer(graph, "QuantizeLinear", [graph.inputs[0], *grid], ["n", 32, 6, 6], np.int8)
+    x = layer(graph, "DequantizeLinear", [whole, *grid], ["n", 32, 6, 6])
+    shape = [24, 32, kernel, kernel]
+    stored = [RNG.integers(-127, 128, shape).astype(np.int8), normal(24) ** 2 + 0.01, np.zeros(24, np.int8)]
+    weight = layer(graph, "DequantizeLinear", stored, shape, axis=0)
+    side = 7 - kernel
+    graph.outputs = [layer(graph, "Conv", [x, weight, normal(24)], ["n", 24, side, side])]
+    return graph
+
+
+def test_a_convolution_of_one_pixel_is_an_integer_product(run: Run) -> None:
+    graph, x = convolution(1), normal(2, 32, 6, 6)
+    (expected,), weights = run(graph.copy(), {"x": x}), onnxfile.weight_bytes(graph)
+    assert integer_products(graph) == 1 and "Conv" not in onnxfile.census(graph)
+    assert onnxfile.weight_bytes(graph) <= weights + 64  # shapes
+    (got,) = run(graph, {"x": x})
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 def test_other_products_stay_float() -> None:
-    assert integer_products(quantized(bias=False)) == 0
+    assert integer_products(convolution(3)) == integer_products(convolution(1, zero=5)) == 0
     assert integer_products(projected()) == 0  # no Q/DQ
     graph = quantized()
     activations = next(node for node in graph.nodes if node.op == "DequantizeLinear")

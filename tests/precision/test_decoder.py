@@ -128,6 +128,18 @@ def test_the_layers(fused) -> None:
     assert shapes == [(4, 4, 1, 1), (64, 4, 3, 3), (32, 64, 1, 1), (3, 32, 3, 3)]
 
 
+@pytest.mark.parametrize(("frames", "count"), [((), 2), ((3,), 0)])
+def test_convolutions_over_frames_stay_float(frames, count) -> None:
+    x = gs.Variable("latents", np.float32, ["n", 4, *(5 for _ in frames), 8, 8])
+    graph = gs.Graph(inputs=[x])
+    for index in range(4):
+        kernel = gs.Constant(f"w{index}", np.zeros((4, 4, *frames, 3, 3), np.float32))
+        x, read = gs.Variable(f"y{index}", np.float32, x.shape), x
+        graph.nodes.append(gs.Node("Conv", inputs=[read, kernel], outputs=[x]))
+    graph.outputs = [x]
+    assert len(convolutions.find(graph)) == count
+
+
 def test_entries_of_a_recipe(fused) -> None:
     layers = convolutions.find(fused.graph)
     assert convolutions.named(layers, ["decoder up", "decoder conv 3", "block 0"]) == [

@@ -1,6 +1,6 @@
 """int8 of layers as diffusers' transformers have them: which are found, what their divisors fold into, and the error.
 
-`pytest -s tests/precision/test_families.py` prints the table of docs/precision.md.
+`pytest -s -m "" tests/precision/test_families.py` prints the table of docs/precision.md.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def family(request, tmp_path_factory, one_thread) -> Family:
         return Family(request.param, bundle, bundle.calibrate(Plan(pictures=8, steps=4)))
 
 
-def predictions(bundle: Scratch, graphs: dict, folder: Path) -> np.ndarray:
-    """Return conditional and null rows over the schedule, before guidance, in the form that ONNX Runtime opens."""
+def predictions(bundle: Scratch, graphs: dict, folder: Path, backend: str = "onnxruntime") -> np.ndarray:
+    """Return conditional and null rows over the schedule, before guidance, in the form that a backend opens."""
     form = graphs | {"denoiser": graphs["denoiser"].copy()}
-    for rewrite in LOWERINGS["onnxruntime"]:
+    for rewrite in LOWERINGS[backend]:
         rewrite(form["denoiser"])
-    with bundle.open(form, folder, "onnxruntime") as pipe:
+    with bundle.open(form, folder, backend) as pipe:
         times = np.array([999, 700, 400, 100], np.float32)
         noise = np.random.default_rng(7).normal(size=(4, 2, *bundle.network.state.shape)).astype(np.float32)
         inputs = pipe.engines.inputs(times, bundle.rows(), None, np.ones(2, np.float32))
@@ -97,7 +97,8 @@ def test_the_fold_changes_no_answer(family: Family, tmp_path: Path) -> None:
     assert relative_error(predictions(bundle, bundle.graphs() | {"denoiser": denoiser}, tmp_path), expected) > 1e-2
 
 
-def test_the_error_of_int8(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_the_error_of_int8(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     bundle = family.bundle
     expected, errors = predictions(bundle, bundle.graphs(), tmp_path), []
     for alphas in (smoothing.ALPHAS, smoothing.ALPHAS[:1]):
@@ -106,10 +107,11 @@ def test_the_error_of_int8(family: Family, tmp_path: Path, monkeypatch: pytest.M
         *before, denoiser = graphs.values()
         share, layers = coverage(denoiser, find(denoiser)), len(find(denoiser))
         assert quantize(denoiser, smooth(before, denoiser, family.calibration)) == layers
-        errors.append(relative_error(predictions(bundle, graphs, tmp_path), expected))
+        errors.append(relative_error(predictions(bundle, graphs, tmp_path, backend), expected))
         form = denoiser.copy()
-        assert [rewrite(form) for rewrite in LOWERINGS["onnxruntime"]][-1] == layers
-        assert "DequantizeLinear" not in onnxfile.census(form)
+        counts = [rewrite(form) for rewrite in LOWERINGS[backend]]
+        if backend == "onnxruntime":
+            assert counts[-1] == layers and "DequantizeLinear" not in onnxfile.census(form)
     smoothed, plain = errors
-    print(f"| {family.name} | {layers} | {100 * share:.1f} % | {plain:.4f} | {smoothed:.4f} |")
+    print(f"| {family.name} | {backend} | {layers} | {100 * share:.1f} % | {plain:.4f} | {smoothed:.4f} |")
     assert 1e-4 < smoothed <= 0.05 and smoothed <= 0.7 * plain

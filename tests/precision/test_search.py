@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import tomllib
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
 from dit_export.bundle import build
@@ -20,13 +22,13 @@ from dit_export.graph import onnxfile
 from dit_export.precision import search
 from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.layers import find, named
+from dit_export.precision.layers import Layer, find, named
 from dit_export.precision.search import Found, LayerSensitivity, Search
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
-from dit_runtime.verify import relative_error
+from dit_runtime.verify import Figure, relative_error
 from tests.precision.conftest import open_search
 
 RUINED = "blocks.1.mlp.fc2"
@@ -119,6 +121,39 @@ def test_the_worst_are_kept_and_no_more_than_needed(calibration, searched) -> No
     assert found.keep[1:] == worst[: len(found.keep) - 1]
     assert {entry.layer for entry in found.layers if entry.kept} == set(found.keep)
     assert next(entry.why for entry in found.layers if entry.layer == "blocks.0.attn.proj") == "the recipe keeps it"
+
+
+def test_fewer_tokens_stay_float_first() -> None:
+    """Of two layers with one error, that of the prompt's 4 tokens costs less in float than that of the image's 16."""
+
+    def layer(name: str, tokens: int) -> Layer:
+        x = gs.Variable("x", np.float32, ["rows", tokens, 8])
+        return Layer(name, gs.Node("MatMul", name, inputs=[x, gs.Constant(f"{name}.weight", np.ones((8, 8)))]))
+
+    errors = {"image": 0.02, "image worse": 0.1, "text": 0.02}
+    layers = [layer(name, 4 if name == "text" else 16) for name in errors]
+    tried: list[list[str]] = []
+
+    class Stub(Search):
+        def __init__(self) -> None:
+            self.layers, self.names, self._kind, self._form, self._backend = layers, [*errors], "int8", "x", "y"
+
+        def _rank(self) -> dict[str, float]:
+            return errors
+
+        @contextmanager
+        def _opened(self, keep, precision):
+            tried.append([*keep])
+            yield keep
+
+    for needed, keep in (({"image worse"}, ["image worse"]), ({"text"}, ["image worse", "text"])):
+        tried.clear()
+
+        def check(kept: list[str], needed: set[str] = needed) -> list[Figure]:
+            return [Figure("run", "error", float(not needed <= {*kept}), 0.5)]
+
+        assert Stub()._least(check, "budget", [], {}).keep == keep
+        assert [*errors] in tried
 
 
 def test_budgets_that_cannot_be_held(calibration, searched) -> None:

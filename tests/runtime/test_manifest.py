@@ -17,7 +17,7 @@ from dit_runtime.bundle.parsing import parse
 from dit_runtime.cli import main
 from dit_runtime.facts import FACTS
 
-KINDS = ("labels", "captioned", "wave", "video", "free")
+KINDS = ("labels", "captioned", "wave", "video", "free", "prompted", "embedded")
 SCHEMA = json.loads((Path(__file__).parents[2] / "runtime/manifest.schema.json").read_text())
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {
@@ -169,6 +169,7 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         ((*BEFORE, "gives", 0, "name"), "guidance", "port or tensor 'guidance' stands there 2 times"),
         (("stages", 2, "gives", 0, "name"), "before", "stage update gives: got before, next, expected kept, next"),
         (("stages", 3, "gives", 0, "shape", 1), 4, 'expected ["batch", 3, height, width]'),
+        (("stages", 3, "gives", 0, "shape"), ["batch", 3, 1, 2, 4, 4], "height, width], or frames before the height"),
         (("batch_invariant",), 1, "batch_invariant: got 1, expected bool"),
     ],
     ids=str,

@@ -10,7 +10,13 @@ from dit_runtime.facts import FACTS
 from dit_runtime.sampling.process import CHOICES, Process, Sampler, require_fit
 from dit_runtime.sampling.solvers import EVALUATIONS, METHODS
 
-FLOW = Process(prediction="velocity", shift=3.0, shift_terminal=0.1, sampler=Sampler("heun", flow_spacing="linspace"))
+FLOW = Process(
+    prediction="velocity",
+    shift=3.0,
+    shift_growth=-0.01,
+    shift_terminal=0.1,
+    sampler=Sampler("heun", flow_spacing="linspace"),
+)
 
 
 def test_the_manifest_section_survives_json():
@@ -35,6 +41,7 @@ def test_a_flow_holds_its_own_fields_alone():
             "flow_spacing": "linspace",
         },
         "shift": 3.0,
+        "shift_growth": -0.01,
         "shift_terminal": 0.1,
         "sigma_min": 0.001,
     }
@@ -65,6 +72,9 @@ def test_a_flow_holds_its_own_fields_alone():
         ({"kind": "flow", "sampler": {"solver": "ddim"}}, "'ddim' does not fit a model that predicts velocity; take"),
         ({"kind": "flow", "sampler": {"flow_spacing": "leading"}}, "flow_spacing is 'leading'; expected one of trail"),
         ({"kind": "flow", "shift": 0}, "shift is 0; expected a number above 0"),
+        ({"kind": "flow", "shift_growth": -0.11}, "shift_growth is -0.11; expected at most 0.1 either way"),
+        ({"kind": "flow", "shift_growth": 0.01, "train_steps": 20000}, "shift_growth is 0.01; expected at most 0.005"),
+        ({"kind": "flow", "shift_growth": None}, "shift_growth is None; expected a finite number"),
         ({"kind": "flow", "shift_terminal": 1}, "shift_terminal is 1; expected a number between 0 and 1"),
         ({"kind": "flow", "sigma_min": 0}, "sigma_min is 0; expected a number between 0 and 1"),
         ({"sampler": {"steps_offset": -1}}, "steps_offset is -1; expected an integer from 0"),

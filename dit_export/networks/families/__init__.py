@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from dit_export.networks import Network
+from dit_export.networks.families.auraflow import AURAFLOW
 from dit_export.networks.families.chroma import CHROMA
 from dit_export.networks.families.flux import FLUX
+from dit_export.networks.families.flux2 import FLUX2
+from dit_export.networks.families.ltx import LTX
 from dit_export.networks.families.lumina2 import LUMINA2
 from dit_export.networks.families.pixart import PIXART
 from dit_export.networks.families.qwenimage import QWEN_IMAGE
@@ -17,20 +20,24 @@ from dit_export.networks.families.zimage import Z_IMAGE
 from dit_export.recipe import resolution_name
 from dit_runtime.errors import UsageError, nearest
 
-FAMILIES = {family.name: family for family in (CHROMA, FLUX, LUMINA2, PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE)}
+FAMILIES = {
+    family.name: family
+    for family in (AURAFLOW, CHROMA, FLUX, FLUX2, LTX, LUMINA2, PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE)
+}
 
 
-def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens: int | None = None) -> Network:
+def family_network(transformer: Any, size: tuple[int, ...] | None = None, tokens: int | None = None) -> Network:
     """State the ports of a live transformer of diffusers.
 
-    `size` is (H, W) of the latents, by default the trained one; `tokens` is how many a caption has, by default as many
-    as the class's first pipeline makes. The transformer is changed: eval mode, float32, no gradients.
+    `size` is (H, W) of the latents, of videos (F, H, W), by default the trained one; `tokens` is how many a caption
+    has, by default as many as the class's first pipeline makes. The transformer is changed: eval mode, float32, no
+    gradients.
     """
     name, config = type(transformer).__name__, transformer.config
     if name not in FAMILIES:
         raise UsageError(f"{name}: not a known transformer{nearest(name, FAMILIES)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    size = size or (family.size or config.sample_size,) * 2
+    size = size or family.video or (family.size or config.sample_size,) * 2
     patch = family.patch or config.patch_size
     for field, values in family.supported.items():
         if config[field] not in values:
@@ -46,7 +53,10 @@ def family_network(transformer: Any, size: tuple[int, int] | None = None, tokens
     if out_channels not in (channels, 2 * channels):
         raise UsageError(f"{name}: out_channels is {out_channels}, expected {channels} or {2 * channels}")
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    model = {"name": name, "resolution": resolution_name(size, family.pixels)} | public | {"patch_size": patch}
+    resolution = resolution_name((size[-2], size[-1]), family.pixels)
+    model = {"name": name, "resolution": resolution} | public | {"patch_size": patch}
+    if family.video:
+        model["frames"] = (size[0] - 1) * family.frames + 1
     return replace(
         network,
         model=model,

@@ -20,16 +20,21 @@ class Family:
     """State how a transformer of one class becomes a Network, and which of its configs are covered."""
 
     name: str  # the class in diffusers
-    network: Callable[[Any, tuple[int, int], int], Network]  # transformer, (H, W) of the latents, tokens of a caption
+    network: Callable[[Any, Any, int], Network]  # transformer, size of the latents (`size`), tokens of a caption
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
+    mu: Callable[[int], tuple[float, float]] | None = None  # the pipeline's own; see `read_scheduler_config`
     steps: Callable[[Mapping[str, Any]], int] = lambda config: DEFAULT_STEPS  # of the pipeline's runs, by the config
     size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
+    video: tuple[int, int, int] | None = None  # (F, H, W) of the latents that a video pipeline takes
+    frames: int = 0  # of a video along a cell of the latents; the first cell has one
     patch: int | None = None  # cells of the latents along a token, where that is not the config's patch_size
     ahead: tuple[str, ...] = ()  # submodules that read no latents, so that their layers leave the loop
     shift_tokens: Callable[[Network], int] | None = None  # what a dynamic shift counts; None: the image's tokens
+    distilled: str = ""  # field of a pipeline's config by which its network is made to run without guidance
+    shared: int = 2  # tensors of the state alone that conditions meet: both groups of guidance share them
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     linear_attention: tuple[type, ...] = ()  # processors of attentions without a softmax
     text: Text | None = None  # how its pipelines encode prompts; None: conditions are embeddings
@@ -49,7 +54,7 @@ class Family:
             for name, module in transformer.named_modules()
         )
         gains = {} if self.gains is None else {"fold_gains": self.gains * transformer.config.num_layers + attentions}
-        return {"share_rows": 2, "guide": int(network.mixes_guidance), "plain_attention": attentions} | gains
+        return {"share_rows": self.shared, "guide": int(network.mixes_guidance), "plain_attention": attentions} | gains
 
     @property
     def default_tokens(self) -> int:

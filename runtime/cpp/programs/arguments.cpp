@@ -8,18 +8,19 @@
 
 const char* const USAGE =
     R"(usage: dit-generate BUNDLE --labels CLASS … [-o FILE] [options]
-       dit-generate BUNDLE --condition NAME=FILE.npy … [--negative NAME=FILE.npy …] [-o FILE] [options]
+       dit-generate BUNDLE --condition NAME=FILE.npy … [--negative-condition NAME=FILE.npy …] [-o FILE] [options]
        dit-generate BUNDLE --verify
 
 Draws pictures from a bundle of dit-export.
 
   --labels CLASS …      names or numbers, one a picture
   --condition NAME=FILE.npy … | FILE.npz
-                        arrays by port, rows first, one a picture: prompt embeddings, masks, …
-  --negative NAME=FILE.npy … | FILE.npz
+                        arrays by port, rows first, one a picture: prompt embeddings, masks, …; of a bundle with text
+                        encoders also token ids, as `dit-run info` names them; NAME=FILE.txt has integers, a row a line
+  --negative-condition NAME=FILE.npy … | FILE.npz
                         for guidance, as above: one row, or one a picture
-  --steps N             25
-  --guidance W …        one, or one a picture; 4 (also: --cfg-scale)
+  --steps N             default: the bundle's
+  --guidance W …        one, or one a picture; default: the bundle's (also: --cfg-scale)
   --seed N …            one for all, or one a picture; 0
   --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
                         dpm++3, euler, heun, sde, scm; default: the bundle's
@@ -69,6 +70,11 @@ std::uint64_t seed(const std::string& flag, const std::string& word) {
     return value;
 }
 
+[[noreturn]] void refuse_words(const std::string& flag, const std::vector<std::string>&) {
+    throw std::invalid_argument(flag + ": this program has no tokenizer; pass token ids with " +
+                                (flag == "--prompt" ? "--condition" : "--negative-condition"));
+}
+
 bool is_flag(const std::string& word) {
     return word.size() > 1 && word[0] == '-' && word.find_first_of("0123456789.") != 1;
 }
@@ -112,7 +118,9 @@ Arguments parse_arguments(int count, char** words) {
         {"--spacing", {1, 1, word_of(arguments.request.spacing)}},
         {"--latents", {1, 1, word_of(arguments.latents)}},
         {"--condition", {1, any, [&](const std::string&, const Values& v) { arguments.condition = v; }}},
-        {"--negative", {1, any, [&](const std::string&, const Values& v) { arguments.negative = v; }}},
+        {"--negative-condition", {1, any, [&](const std::string&, const Values& v) { arguments.negative = v; }}},
+        {"--prompt", {1, any, refuse_words}},
+        {"--negative", {1, any, refuse_words}},
         {"--output", {1, 1, word_of(arguments.output)}},
         {"--backend", {1, 1, word_of(arguments.open.backend)}},
         {"--device", {1, 1, word_of(arguments.open.device)}},

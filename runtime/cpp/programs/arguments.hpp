@@ -13,7 +13,7 @@ struct Arguments {
     std::vector<std::string> labels;
     dit::Request request;                          // but for labels and what files hold
     std::string latents;                           // a .npy file to start from
-    std::vector<std::string> condition, negative;  // NAME=FILE.npy …, or FILE.npz
+    std::vector<std::string> condition, negative;  // NAME=FILE.npy, NAME=FILE.txt …, or FILE.npz
     std::string output = "sample.png";
     bool json = false, verify = false, help = false, version = false;
 };

@@ -82,6 +82,16 @@ int verify(dit::Pipeline& pipe, bool json) {
     return passed ? 0 : 1;
 }
 
+// What --condition may name: the ports, and the token ids and masks that the text encoders read.
+std::vector<dit::Port> inputs(dit::Pipeline& pipe) {
+    std::vector<dit::Port> all = pipe.ports();
+    for (const dit::Prompt& prompt : pipe.prompts()) {
+        all.push_back({prompt.ids, DIT_INT64, {prompt.tokens}, prompt.size, "", false});
+        if (!prompt.mask.empty()) all.push_back({prompt.mask, DIT_INT64, {prompt.tokens}, 2, "", false});
+    }
+    return all;
+}
+
 std::string suffix(const std::string& path) {
     const std::string ending = std::filesystem::path(path).extension().string();
     if (ending != ".png" && ending != ".npz" && ending != ".npy")
@@ -103,8 +113,8 @@ int run(int count, char** words) {
 
     dit::Request& request = arguments.request;
     for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
-    request.condition = read_condition(arguments.condition, "--condition", pipe.ports());
-    request.negative_condition = read_condition(arguments.negative, "--negative", pipe.ports());
+    request.condition = read_condition(arguments.condition, "--condition", inputs(pipe));
+    request.negative_condition = read_condition(arguments.negative, "--negative-condition", inputs(pipe));
     std::vector<std::int64_t> shape(pipe.info().state_shape, pipe.info().state_shape + pipe.info().state_rank);
     if (!arguments.latents.empty()) {
         const std::size_t rows = pipe.ports().empty() ? 0 : pipe.count(request);  // the file says how many, or must fit

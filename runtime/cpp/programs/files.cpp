@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <map>
+#include <sstream>
 #include <stdexcept>
 
 #include "errors.hpp"
@@ -35,6 +37,28 @@ dit_runtime::NpyArray read(const std::string& path, const std::string& what) {
     }
 }
 
+// Integers, a row a line, such as token ids: all lines have as many.
+dit_runtime::NpyArray read_lines(const std::string& path) {
+    std::ifstream file(path);
+    if (!file) throw std::invalid_argument(path + ": cannot be read");
+    std::vector<std::int64_t> numbers;
+    dit_runtime::NpyArray array{{0, 0}, "i8", {}};
+    for (std::string line; std::getline(file, line);) {
+        std::istringstream words(line);
+        std::int64_t length = 0, number = 0;
+        for (; words >> number; ++length) numbers.push_back(number);
+        if (words.eof() && !length) continue;
+        if (!array.shape[0]++) array.shape[1] = length;
+        if (!words.eof() || length != array.shape[1])
+            throw std::invalid_argument(
+                dit_runtime::text(path, ": line ", array.shape[0], " has ", length,
+                                  " integers; expected a row of them a line, all of one length"));
+    }
+    array.bytes.resize(numbers.size() * sizeof(std::int64_t));
+    if (!numbers.empty()) std::memcpy(array.bytes.data(), numbers.data(), array.bytes.size());
+    return array;
+}
+
 using NpyArrays = std::map<std::string, dit_runtime::NpyArray>;
 
 NpyArrays read_arrays(const std::vector<std::string>& words, const std::string& flag) {
@@ -52,7 +76,9 @@ NpyArrays read_arrays(const std::vector<std::string>& words, const std::string& 
         if (name.empty() || equals + 1 >= word.size() || equals == std::string::npos || arrays.count(name))
             throw std::invalid_argument(flag + " '" + word +
                                         "'; expected NAME=FILE.npy, each name once, or one FILE.npz");
-        arrays[name] = read(word.substr(equals + 1), "a .npy file of numbers");
+        const std::string path = word.substr(equals + 1);
+        const bool lines = std::filesystem::path(path).extension() == ".txt";
+        arrays[name] = lines ? read_lines(path) : read(path, "a .npy file of numbers");
     }
     return arrays;
 }
@@ -135,7 +161,7 @@ dit::Condition read_condition(const std::vector<std::string>& words, const std::
     const NpyArrays arrays = read_arrays(words, flag);
     dit::Condition condition;
     for (const auto& [name, from] : arrays) {
-        const std::string where = flag.substr(2) + ": " + name;
+        const std::string where = (flag == "--condition" ? "condition: " : "negative: ") + name;
         if (from.shape.empty() || !from.size())
             throw std::invalid_argument(where + ": not a condition: expected numbers in rows, one a picture");
         for (const dit::Port& port : ports)

@@ -15,8 +15,8 @@ void write_npz(const std::string& path, const dit::Images& images);
 
 void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::int64_t>& shape);
 
-// Arrays by port from NAME=FILE.npy …, or from one FILE.npz; none without words. Refuses shapes that are not the
-// port's.
+// Arrays by port from NAME=FILE.npy …, or from one FILE.npz; none without words. FILE.txt has integers, a row a line.
+// Refuses shapes that are not the port's.
 dit::Condition read_condition(const std::vector<std::string>& words, const std::string& flag,
                               const std::vector<dit::Port>& ports);
 

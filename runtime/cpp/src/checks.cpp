@@ -56,8 +56,15 @@ void check_ports(const Manifest& manifest) {
         refuse("port " + state.name, state.dtype + " " + dit_runtime::shown(state.shape), "float32 of rank 1 or more");
     if (time.dtype != "float32" || !time.shape.empty())
         refuse("port " + time.name, time.dtype + " " + dit_runtime::shown(time.shape), "float32 of rank 0");
-    if (manifest.guided_channels < 1 || manifest.guided_channels > state.shape[0])
-        refuse("guidance: channels", manifest.guided_channels, text("1 to ", state.shape[0]));
+    const Guidance& guidance = manifest.guidance;
+    if (guidance.channels < 1 || guidance.channels > state.shape[0])
+        refuse("guidance: channels", guidance.channels, text("1 to ", state.shape[0]));
+    if (std::abs(guidance.weight) > double{std::numeric_limits<float>::max()})
+        refuse("guidance: default", guidance.weight, "a number of float32");
+    const Port* const weight = manifest.port(guidance.port);
+    const bool scalar = weight && weight->role == "condition" && weight->dtype == "float32" && weight->shape.empty();
+    if (!guidance.port.empty() && (!scalar || manifest.null.count(guidance.port)))
+        refuse("guidance: port", guidance.port, "a condition port of float32 [] without a constant in null");
     std::vector<std::string> masked;
     for (const Port& port : manifest.ports) {
         if (port.masks.empty()) continue;
@@ -115,6 +122,51 @@ void check_source(const Stage& stage, const TensorSpec& spec, const FreeShape& f
     check_shape(stage, spec, with_free(free, source->second.row), source->second.dtype);
 }
 
+void check_names(const Stage& stage, const std::vector<TensorSpec>& specs, const std::string& key,
+                 const std::map<std::string, FreeShape>& shapes, const std::string& dtype = "float32") {
+    std::vector<std::string> names, expected;
+    for (const TensorSpec& spec : specs) names.push_back(spec.name);
+    for (const auto& entry : shapes) expected.push_back(entry.first);
+    std::sort(names.begin(), names.end());
+    if (names != expected) refuse(text("stage ", stage.name, " ", key), join(names), join(expected));
+    for (const TensorSpec& spec : specs) check_shape(stage, spec, shapes.at(spec.name), dtype);
+}
+
+// The prompt stage reads all token ids and their masks, and gives condition ports as a request would bring them.
+void check_prompt(const Manifest& manifest, const Stage& stage) {
+    std::map<std::string, FreeShape> reads, gives;
+    std::vector<std::string> names;
+    for (const Prompt& prompt : manifest.prompts)
+        for (const std::string& name : {prompt.ids, prompt.mask})
+            if (!name.empty()) reads[name] = {"rows", prompt.tokens}, names.push_back(name);
+    require_distinct("input of prompts", names);
+    check_names(stage, stage.reads, "reads", reads, "int64");
+    for (const TensorSpec& spec : stage.gives) {
+        const Port* const port = manifest.port(spec.name);
+        if (!port || port->role != "condition" || port->name == manifest.guidance.port)
+            refuse(text("stage ", stage.name, " gives"), spec.name, "a condition port");
+        gives[spec.name] = with_free({"rows"}, port->shape);
+    }
+    if (gives.empty()) refuse(text("stage ", stage.name, " gives"), "nothing", "condition ports");
+    for (const Port& port : manifest.ports)
+        if (!port.masks.empty() && gives.count(port.name) != gives.count(port.masks))
+            refuse(text("stage ", stage.name, " gives"), gives.count(port.name) ? port.name : port.masks,
+                   text("both ", port.masks, " and ", port.name, ", or none"));
+    check_names(stage, stage.gives, "gives", gives);
+}
+
+void check_prompts(const Manifest& manifest) {
+    const Stage* const stage = manifest.prompt();
+    if (!stage != manifest.prompts.empty())
+        refuse("prompts", manifest.prompts.size(),
+               text(stage ? "one or more" : "none", ", as inputs of a stage that runs 'prompt'"));
+    if (stage && stage != &manifest.stages.front())
+        refuse("the first stage runs", manifest.stages.front().runs, PROMPT);
+    for (const Prompt& prompt : manifest.prompts)
+        if (!manifest.files.count(prompt.tokenizer))
+            throw std::invalid_argument(prompt.tokenizer + " has no size and sha256 under files");
+}
+
 void check_before_loop(const Stage& stage, Sources& sources) {
     // The roles that a stage before the loop may depend on.
     static const std::map<std::string, std::vector<std::string>> READABLE = {
@@ -128,16 +180,6 @@ void check_before_loop(const Stage& stage, Sources& sources) {
     }
 }
 
-void check_names(const Stage& stage, const std::vector<TensorSpec>& specs, const std::string& key,
-                 const std::map<std::string, FreeShape>& shapes) {
-    std::vector<std::string> names, expected;
-    for (const TensorSpec& spec : specs) names.push_back(spec.name);
-    for (const auto& entry : shapes) expected.push_back(entry.first);
-    std::sort(names.begin(), names.end());
-    if (names != expected) refuse(text("stage ", stage.name, " ", key), join(names), join(expected));
-    for (const TensorSpec& spec : specs) check_shape(stage, spec, shapes.at(spec.name));
-}
-
 void check_step(const Manifest& manifest, const Stage& stage, const Sources& sources) {
     const Port& state = manifest.state();
     const FreeShape like_state = with_free({"batch"}, state.shape);
@@ -149,6 +191,9 @@ void check_step(const Manifest& manifest, const Stage& stage, const Sources& sou
             check_source(stage, spec, {"groups", "batch"}, sources, BEFORE_LOOP);
         else if (manifest.conditions().empty())
             refuse(text("stage ", stage.name, " reads ", GUIDANCE), "no condition port", "at least one");
+        else if (!manifest.guidance.port.empty())
+            refuse(text("stage ", stage.name, " reads ", GUIDANCE), text("guidance: port ", manifest.guidance.port),
+                   "one of the two");
         else
             check_shape(stage, spec, {"batch"});
     }
@@ -183,11 +228,11 @@ void check_stages(const Manifest& manifest) {
     for (const Stage& stage : manifest.stages) {
         stages.push_back(stage.name);
         ++runs[stage.runs];
-        for (const TensorSpec& spec : stage.gives) tensors.push_back(spec.name);
+        for (const TensorSpec& spec : stage.runs == PROMPT ? stage.reads : stage.gives) tensors.push_back(spec.name);
     }
     if (runs["step"] != 1) refuse("stages that run 'step'", runs["step"], "one");
-    for (const char* last : {"update", "end"})
-        if (runs[last] > 1) refuse(text("stages that run '", last, "'"), runs[last], "one at most");
+    for (const char* once : {PROMPT, "update", "end"})
+        if (runs[once] > 1) refuse(text("stages that run '", once, "'"), runs[once], "one at most");
     require_distinct("stage", stages);
     require_distinct("port or tensor", tensors);
     Sources sources;
@@ -196,6 +241,7 @@ void check_stages(const Manifest& manifest) {
         std::vector<std::string> inputs, named = stage.files();
         for (const TensorSpec& spec : stage.reads) inputs.push_back(spec.name);
         require_distinct(text("input of stage ", stage.name), inputs);
+        if (stage.runs == PROMPT) check_prompt(manifest, stage);
         if (stage.before_loop()) check_before_loop(stage, sources);
         if (stage.runs == "step") check_step(manifest, stage, sources);
         if (stage.runs == "update") check_update(manifest, stage);
@@ -212,6 +258,7 @@ void check_stages(const Manifest& manifest) {
 void check(const Manifest& manifest) {
     check_ports(manifest);
     check_null(manifest);
+    check_prompts(manifest);
     check_stages(manifest);
 }
 

@@ -9,8 +9,8 @@ namespace dit_runtime {
 namespace {
 
 // The mask that marks this port's tokens; NULL where there is none.
-const Port* mask_of(const Manifest& manifest, const Port& port) {
-    for (const Port& mask : manifest.ports)
+const Port* mask_of(const std::vector<Port>& ports, const Port& port) {
+    for (const Port& mask : ports)
         if (mask.masks == port.name) return &mask;
     return nullptr;
 }
@@ -112,10 +112,10 @@ const unsigned char* Tensor::data() const {
                         : reinterpret_cast<const unsigned char*>(floats.data());
 }
 
-Rows fit(const Manifest& manifest, const Arrays& arrays, const std::string& what) {
+Rows fit(const std::vector<Port>& ports, const Arrays& arrays, const std::string& what) {
     Rows fitted;
     std::vector<std::string> known, missing, rows;
-    for (const Port& port : manifest.conditions()) {
+    for (const Port& port : ports) {
         known.push_back(port.name);
         if (port.masks.empty() && !arrays.count(port.name)) missing.push_back(port.name);
     }
@@ -125,9 +125,9 @@ Rows fit(const Manifest& manifest, const Arrays& arrays, const std::string& what
                                   "; known: ", known.empty() ? "none" : join(known)));
     if (!missing.empty())
         throw UsageError(text(what, " lacks ", join(missing), "; expected an array for each of ", join(known)));
-    for (const Port& port : manifest.conditions()) {
+    for (const Port& port : ports) {
         if (!port.masks.empty()) continue;
-        const Port* const mask = mask_of(manifest, port);
+        const Port* const mask = mask_of(ports, port);
         Tensor values = values_of(port, arrays.at(port.name), text(what, ": ", port.name), mask);
         if (mask) {
             const auto marked = arrays.find(mask->name);
@@ -147,10 +147,10 @@ Rows fit(const Manifest& manifest, const Arrays& arrays, const std::string& what
     return fitted;
 }
 
-Rows null_condition(const Manifest& manifest, const Arrays& negative) {
+Rows null_condition(const std::vector<Port>& ports, const std::map<std::string, double>& null, const Arrays& negative) {
     std::vector<std::string> missing;
-    for (const std::string& name : manifest.without_null())
-        if (!negative.count(name)) missing.push_back(name);
+    for (const Port& port : ports)
+        if (port.masks.empty() && !null.count(port.name) && !negative.count(port.name)) missing.push_back(port.name);
     if (!missing.empty())
         throw UsageError(
             text("guidance needs a negative with ", join(missing), ", to lead away from; or pass guidance 1"));
@@ -158,17 +158,17 @@ Rows null_condition(const Manifest& manifest, const Arrays& negative) {
     std::size_t rows = 1;
     for (const auto& entry : negative)
         if (!entry.second.shape.empty()) rows = std::max(rows, entry.second.rows());
-    for (const auto& [name, value] : manifest.null) {
-        const Port& port = *manifest.port(name);
-        if (negative.count(name) || negative.count(port.masks)) continue;
-        Tensor& tensor = arrays[name];
+    for (const Port& port : ports) {
+        const auto constant = null.find(port.name);
+        if (constant == null.end() || negative.count(port.name) || negative.count(port.masks)) continue;
+        Tensor& tensor = arrays[port.name];
         tensor.shape = with_rows(rows, port.shape);
         if (port.dtype == "int64")
-            tensor.integers.assign(count(tensor.shape), static_cast<std::int64_t>(value));
+            tensor.integers.assign(count(tensor.shape), static_cast<std::int64_t>(constant->second));
         else
-            tensor.floats.assign(count(tensor.shape), static_cast<float>(value));
+            tensor.floats.assign(count(tensor.shape), static_cast<float>(constant->second));
     }
-    return fit(manifest, arrays, "negative");
+    return fit(ports, arrays, "negative");
 }
 
 Rows stack(const Rows& first, const Rows& second) {

@@ -37,10 +37,10 @@ struct Rows {
 
 // Every port's rows as the network takes them: a port that is masked is padded with zeros, and a mask that is left out
 // is 1 for each token that was passed. `what` begins each message.
-Rows fit(const Manifest& manifest, const Arrays& arrays, const std::string& what = "condition");
+Rows fit(const std::vector<Port>& ports, const Arrays& arrays, const std::string& what = "condition");
 
-// The rows that guidance leads away from: the user's negative, else the manifest's constants; one row, or more.
-Rows null_condition(const Manifest& manifest, const Arrays& negative);
+// The rows that guidance leads away from: the user's negative, else the constants in `null`; one row, or more.
+Rows null_condition(const std::vector<Port>& ports, const std::map<std::string, double>& null, const Arrays& negative);
 
 // The rows of the first condition, then of the second.
 Rows stack(const Rows& first, const Rows& second);

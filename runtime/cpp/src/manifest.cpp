@@ -67,11 +67,13 @@ std::int64_t Manifest::classes() const {
 std::vector<std::string> Manifest::without_null() const {
     std::vector<std::string> names;
     for (const Port& port : conditions())
-        if (port.masks.empty() && !null.count(port.name)) names.push_back(port.name);
+        if (guidance.port.empty() && port.masks.empty() && !null.count(port.name)) names.push_back(port.name);
     return names;
 }
 
 bool Manifest::mixes_guidance() const { return find(step().reads, GUIDANCE) != nullptr; }
+
+const Stage* Manifest::prompt() const { return that_runs(stages, PROMPT); }
 
 const Stage& Manifest::step() const { return *that_runs(stages, "step"); }
 

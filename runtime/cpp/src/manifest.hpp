@@ -25,6 +25,7 @@ inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manif
 inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // what such stages run
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
+inline const char* const PROMPT = "prompt";      // what the stage runs that turns token ids into condition ports
 // What other inputs and outputs of the stages are called, so that no port may be.
 inline const std::vector<std::string> RESERVED = {GUIDANCE,       "prediction", "variance", "previous",
                                                   "coefficients", "kept",       "next",     "images"};
@@ -37,6 +38,26 @@ struct Port {
     Shape shape;             // of one row
     std::int64_t size = 0;   // int64 only: values are 0 … size - 1
     std::string masks = {};  // the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+};
+
+// One tokenizer's view of a prompt: inputs of the stage that runs "prompt". Its template is for those who tokenize.
+struct Prompt {
+    std::string ids;  // input [rows, tokens] int64
+    std::int64_t tokens = 0;
+    std::int64_t size = 0;  // ids are 0 … size - 1
+    std::string tokenizer;  // a file of the bundle: a tokenizer.json that truncates and pads to `tokens`
+    std::string mask = {};  // input [rows, tokens] int64: 1 for each token of the prompt; empty: none is read
+    std::string prompt_template = "{}";  // around the prompt
+    std::string negative_template = {};  // that of negative prompts; empty: the same
+    bool lowercase = false;              // strip and lower the user's words before they go into the template
+};
+
+// How guidance reaches the network.
+struct Guidance {
+    std::int64_t channels = 0;       // the leading channels that guidance moves
+    bool unguided_up_to_one = true;  // weights below 1 count as 1
+    double weight = 0;               // where a request names none
+    std::string port = {};           // the condition port that takes the weight; empty: two groups are mixed
 };
 
 // One input or output of a stage; a name in the shape is a free dimension.
@@ -61,7 +82,7 @@ struct Built {
 // One graph of the bundle: when it runs, its portable ONNX form, and the files that backends open instead.
 struct Stage {
     std::string name;
-    std::string runs;  // "condition", "time", "time+condition", "step", "update" or "end"
+    std::string runs;  // "prompt", "condition", "time", "time+condition", "step", "update" or "end"
     std::vector<TensorSpec> reads, gives;
     std::string onnx;
     std::int64_t max_batch = 8;  // rows that it takes at a time
@@ -92,10 +113,10 @@ struct Manifest {
     std::vector<Port> ports;
     std::map<std::string, double> null;  // what guidance leads away from: a constant by condition port
     std::vector<std::string> labels;     // class names of the port "labels"; empty where they are unknown
-    std::int64_t guided_channels = 0;    // the leading channels that guidance moves
-    bool unguided_up_to_one = true;      // weights below 1 count as 1
+    Guidance guidance;
     Process process;
-    std::vector<Stage> stages;  // in the order of running, but for "update": here solvers step on the host
+    std::vector<Stage> stages;    // in the order of running, but for "update": here solvers step on the host
+    std::vector<Prompt> prompts;  // what the stage reads that runs "prompt"
     std::map<std::string, File> files;
     bool batch_invariant = false;  // verification saw that a sample has the same bits in each batch
 
@@ -109,6 +130,7 @@ struct Manifest {
     std::vector<std::string> without_null() const;
     // True if the step stage takes guidance weights; else guidance changes nothing.
     bool mixes_guidance() const;
+    const Stage* prompt() const;  // NULL where no stage runs "prompt"
     const Stage& step() const;
     const Stage* end() const;   // NULL without a decoder
     Shape image_shape() const;  // (3, H, W); empty without a decoder

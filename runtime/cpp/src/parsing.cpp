@@ -16,7 +16,7 @@ const std::int64_t MOST = limit("size");     // of classes and rows
 const std::int64_t ROW_MOST = limit("row");  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
 const std::size_t RANK_MOST = static_cast<std::size_t>(limit("rank"));
 const std::vector<std::string> ROLES = {"state", "time", "condition"};
-const std::vector<std::string> RUNS = {"condition", "time", "time+condition", "step", "update", "end"};
+const std::vector<std::string> RUNS = {PROMPT, "condition", "time", "time+condition", "step", "update", "end"};
 const std::vector<std::string> DTYPES = {"float32", "int64"};
 
 std::string name_of(const Json& table, const std::string& where) {
@@ -97,6 +97,46 @@ Stage parse_stage(const Json& table) {
     return stage;
 }
 
+void require_template(const std::string& where, const std::string& words) {
+    const std::size_t place = words.find("{}");
+    if (place == std::string::npos || words.find("{}", place + 2) != std::string::npos)
+        refuse(where, words, "text with {} in one place");
+}
+
+Prompt parse_prompt(const Json& table) {
+    json::known_keys(table, "a prompt",
+                     {"ids", "tokens", "size", "tokenizer", "mask", "template", "negative", "lowercase"});
+    const auto word = [&](const char* key, const std::string& otherwise) {
+        return table.contains(key) ? json::string(table[key], text("a prompt: ", key)) : otherwise;
+    };
+    Prompt prompt;
+    prompt.ids = json::string(json::need(table, "ids"), "a prompt: ids");
+    const std::string where = "prompt " + prompt.ids;
+    if (prompt.ids.empty()) refuse("a prompt: ids", prompt.ids, "a name");
+    prompt.tokens = json::integer(json::need(table, "tokens"), where + ": tokens", 1, MOST);
+    prompt.size = json::integer(json::need(table, "size"), where + ": size", 1, MOST);
+    prompt.tokenizer = json::string(json::need(table, "tokenizer"), where + ": tokenizer");
+    prompt.mask = word("mask", prompt.mask);
+    prompt.prompt_template = word("template", prompt.prompt_template);
+    prompt.negative_template = word("negative", prompt.negative_template);
+    require_template(where + ": template", prompt.prompt_template);
+    if (!prompt.negative_template.empty()) require_template(where + ": negative", prompt.negative_template);
+    if (table.contains("lowercase")) prompt.lowercase = json::boolean(table["lowercase"], where + ": lowercase");
+    return prompt;
+}
+
+Guidance parse_guidance(const Json& table) {
+    json::known_keys(table, "guidance", {"channels", "unguided_up_to_one", "default", "port"});
+    Guidance guidance;
+    guidance.weight = default_guidance();
+    guidance.channels = json::integer(json::need(table, "channels"), "guidance: channels", 0, MOST);
+    if (table.contains("unguided_up_to_one"))
+        guidance.unguided_up_to_one = json::boolean(table["unguided_up_to_one"], "guidance: unguided_up_to_one");
+    if (table.contains("default")) guidance.weight = json::number(table["default"], "guidance: default");
+    if (table.contains("port")) guidance.port = json::string(table["port"], "guidance: port");
+    return guidance;
+}
+
 Built parse_built(const Json& table) {
     Built built;
     if (json::table(table, "an engine").contains("version")) built.version = json::string(table["version"], "version");
@@ -124,8 +164,8 @@ void parse_engines(const Json& table, Manifest& manifest) {
 
 Manifest parse_table(const Json& table) {
     json::known_keys(table, "the manifest",
-                     {"format", "model", "ports", "null", "labels", "guidance", "process", "stages", "files", "source",
-                      "built_with", "parity", "batch_invariant"});
+                     {"format", "model", "ports", "null", "labels", "guidance", "process", "stages", "prompts", "files",
+                      "source", "built_with", "parity", "batch_invariant"});
     for (const char* key : {"source", "built_with", "parity"})
         if (table.contains(key)) json::table(table[key], key);
     Manifest manifest;
@@ -139,14 +179,13 @@ Manifest parse_table(const Json& table) {
     }
     for (const Json& name : json::list(json::need(table, "labels"), "labels"))
         manifest.labels.push_back(json::string(name, "a label"));
-    const Json& guidance = json::need(table, "guidance");
-    json::known_keys(guidance, "guidance", {"channels", "unguided_up_to_one"});
-    manifest.guided_channels = json::integer(json::need(guidance, "channels"), "guidance: channels", 0, MOST);
-    if (guidance.contains("unguided_up_to_one"))
-        manifest.unguided_up_to_one = json::boolean(guidance["unguided_up_to_one"], "guidance: unguided_up_to_one");
+    manifest.guidance = parse_guidance(json::need(table, "guidance"));
     manifest.process = process_from_json(json::need(table, "process"));
     for (const Json& stage : json::list(json::need(table, "stages"), "stages"))
         manifest.stages.push_back(parse_stage(stage));
+    if (table.contains("prompts"))
+        for (const Json& prompt : json::list(table["prompts"], "prompts"))
+            manifest.prompts.push_back(parse_prompt(prompt));
     for (const auto& entry : json::table(json::need(table, "files"), "files").items()) {
         json::known_keys(entry.value(), "files: " + entry.key(), {"size", "sha256"});
         const std::string where = "size of " + entry.key();

@@ -69,7 +69,8 @@ Path Pipeline::cache() const {
 // The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on
 // the one that loads in the least memory.
 const Backend& Pipeline::backend(const Stage& stage) const {
-    if (options_.low_memory && options_.backend.empty() && options_.device.empty() && stage.before_loop())
+    if (options_.low_memory && options_.backend.empty() && options_.device.empty() &&
+        (stage.runs == PROMPT || stage.before_loop()))
         for (const Backend& known : backends())
             if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
     return choose(stage, options_);
@@ -116,7 +117,7 @@ Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& n
     const auto run = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
         return this->run(stage, inputs, rows);
     };
-    return Memo(manifest, run, timesteps, condition, negative);
+    return Memo(manifest, run, timesteps, prompts_(manifest, run, condition), prompts_(manifest, run, negative));
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,

@@ -9,6 +9,7 @@
 
 #include "engine.hpp"
 #include "memo.hpp"
+#include "prompts.hpp"
 #include "request.hpp"
 
 namespace dit_runtime {
@@ -51,6 +52,7 @@ class Pipeline {
 
     Options options_;
     std::map<std::string, std::unique_ptr<Engine>> engines_;
+    PromptMemo prompts_;
 };
 
 }  // namespace dit_runtime

@@ -20,6 +20,7 @@ namespace {
 using json::Json;
 
 const double PI = 3.141592653589793;
+const double GREATEST_GROWTH = 100.0;  // of the shift's logarithm, over as many steps as a run may take
 const std::int64_t MOST_STEPS = limit("steps");
 
 const std::map<std::string, std::vector<std::string>> CHOICES = {
@@ -76,9 +77,10 @@ Sampler sampler_from_json(const Json& table, bool flow) {
                                                 {"set_alpha_to_one", &sampler.set_alpha_to_one},
                                                 {"lower_order_final", &sampler.lower_order_final},
                                                 {"euler_at_final", &sampler.euler_at_final}};
-    std::vector<std::string> known = {"solver", "solver_type", "lower_order_final", "euler_at_final", "flow_spacing"};
+    std::vector<std::string> known = {"solver",         "steps",       "solver_type", "lower_order_final",
+                                      "euler_at_final", "flow_spacing"};
     if (!flow) {
-        known = {"steps_offset", "clip_sample_range", "lambda_min_clipped"};
+        known = {"steps", "steps_offset", "clip_sample_range", "lambda_min_clipped"};
         for (const auto& word : words)
             if (word.first != "flow_spacing") known.push_back(word.first);
         for (const auto& flag : flags) known.push_back(flag.first);
@@ -88,6 +90,8 @@ Sampler sampler_from_json(const Json& table, bool flow) {
             *words.at(name) = choice(name, value);
         } else if (flags.count(name)) {
             *flags.at(name) = json::boolean(value, name);
+        } else if (name == "steps") {
+            sampler.steps = json::integer(value, name, 1, MOST_STEPS);
         } else if (name == "steps_offset") {
             sampler.steps_offset = json::integer(value, name, 0, MOST_STEPS);
         } else if (name == "clip_sample_range") {
@@ -112,6 +116,8 @@ void take_field(Process& process, const std::string& name, const Json& value, bo
         process.beta_end = fraction(name, value);
     } else if (name == "shift") {
         process.shift = positive(name, value);
+    } else if (name == "shift_growth") {
+        process.shift_growth = json::number(value, name);
     } else if (name == "sigma_min") {
         process.sigma_min = fraction(name, value);
     } else if (name == "sampler") {
@@ -136,12 +142,15 @@ Process process_from_json(const Json& table) {
     if (flow) process.prediction = "velocity", process.sampler.solver = "euler";
     std::vector<std::string> known = {"kind",          "train_steps", "prediction", "sampler",
                                       "beta_schedule", "beta_start",  "beta_end",   "trained_betas"};
-    if (flow) known = {"kind", "train_steps", "shift", "shift_terminal", "sigma_min", "sampler"};
+    if (flow) known = {"kind", "train_steps", "shift", "shift_growth", "shift_terminal", "sigma_min", "sampler"};
     each(table, "process", known,
          [&](const std::string& name, const Json& value) { take_field(process, name, value, flow); });
     if (process.trained_betas && process.trained_betas->size() != static_cast<std::size_t>(process.train_steps))
         throw std::invalid_argument(
             text("trained_betas is ", process.trained_betas->size(), " values; expected ", process.train_steps));
+    const double growth = GREATEST_GROWTH / static_cast<double>(process.train_steps);
+    if (std::abs(process.shift_growth) > growth)
+        json::refuse("shift_growth", process.shift_growth, text("at most ", growth, " either way"));
     try {
         require_fit(process, process.sampler.solver);
     } catch (const UsageError& error) {
@@ -186,6 +195,10 @@ Array Process::alpha_bar() const {
     double product = 1;
     for (double& level : levels) level = product *= 1 - level;
     return levels;
+}
+
+double Process::shift_over(std::int64_t steps) const {
+    return shift * std::exp(shift_growth * static_cast<double>(steps));
 }
 
 void require_fit(const Process& process, const std::string& solver) {

@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "facts.hpp"
+
 namespace dit_runtime {
 
 using Array = std::vector<double>;
@@ -21,6 +23,7 @@ extern const std::vector<std::string> SOLVERS, NOISE_SOLVERS, FLOW_SOLVERS, SPAC
 // The sampling defaults of a model.
 struct Sampler {
     std::string solver = "ddim";
+    std::int64_t steps = default_steps();  // of a run
     // Noise processes
     std::string ddpm_spacing = "respaced";
     std::string ddim_spacing = "stride";
@@ -55,6 +58,7 @@ struct Process {
     std::optional<Array> trained_betas;  // instead of the three fields above
     // Flows: σ' = s σ / (1 + (s - 1) σ) (Esser et al. 2024, equation 23)
     double shift = 1.0;
+    double shift_growth = 0.0;             // a run of N steps has the shift s e^(growth · N)
     std::optional<double> shift_terminal;  // stretch the shifted σ so that a run's last one is this
     double sigma_min = 0.001;              // where the spacing "linspace" ends, before the shift
 
@@ -64,6 +68,8 @@ struct Process {
     Array betas() const;
     // ᾱ_t = Π (1 - β_s) over s ≤ t.
     Array alpha_bar() const;
+    // The shift of a run of so many steps.
+    double shift_over(std::int64_t steps) const;
 };
 
 // A std::invalid_argument names what does not fit.

@@ -31,7 +31,7 @@ Rows conditions(const Manifest& manifest, const std::map<std::string, NpyArray>&
         condition.arrays[port.name] = std::move(tensor);
     }
     try {
-        fit(manifest, condition.arrays, "its " + prefix);
+        fit(manifest.conditions(), condition.arrays, "its " + prefix);
     } catch (const UsageError& error) {
         throw NpyError(error.what());
     }

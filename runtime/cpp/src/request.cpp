@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "errors.hpp"
+#include "prompts.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -20,6 +21,12 @@ void check_label(const Manifest& manifest, std::int64_t label) {
         throw UsageError(text("label ", label, " is out of range; expected 0 to ", manifest.classes() - 1));
 }
 
+std::vector<std::string> prompt_names(const Manifest& manifest) {
+    std::vector<std::string> names;
+    for (const Port& port : prompt_ports(manifest)) names.push_back(port.name);
+    return names;
+}
+
 Rows fit_condition(const Manifest& manifest, const Request& request) {
     Arrays arrays = request.condition;
     if (!request.labels.empty()) {
@@ -30,7 +37,9 @@ Rows fit_condition(const Manifest& manifest, const Request& request) {
     } else if (manifest.classes() && !arrays.count(LABELS)) {
         throw UsageError("no labels; pass at least one class name or number");
     }
-    Rows condition = fit(manifest, arrays);
+    if (manifest.prompt() && !has_prompt(manifest, arrays))
+        throw UsageError(text("no prompt; pass its token ids as ", join(prompt_names(manifest))));
+    Rows condition = fit(filled_ports(manifest, arrays), arrays);
     if (condition.rows && request.count && request.count != condition.rows)
         throw UsageError(text("count is ", request.count, ", the condition has ", condition.rows, " rows"));
     if (!condition.rows)
@@ -38,13 +47,14 @@ Rows fit_condition(const Manifest& manifest, const Request& request) {
     return condition;
 }
 
-std::vector<float> guidance(const Manifest& manifest, const std::vector<float>& numbers, std::size_t count) {
+std::vector<float> guidance(const Manifest& manifest, std::vector<float> numbers, std::size_t count) {
+    if (numbers.empty()) numbers = {static_cast<float>(manifest.guidance.weight)};
     if (numbers.size() != 1 && numbers.size() != count)
         throw UsageError(text("guidance has ", numbers.size(), " numbers; expected one, or ", count, ", one a sample"));
     for (const float number : numbers)
         if (!std::isfinite(number)) throw UsageError(text("guidance is ", number, "; expected finite numbers"));
     std::vector<float> weights = numbers.size() == 1 ? std::vector<float>(count, numbers[0]) : numbers;
-    if (manifest.unguided_up_to_one)
+    if (manifest.guidance.unguided_up_to_one && manifest.guidance.port.empty())
         // As it would be alone: a sample does not depend on its batch.
         for (float& weight : weights) weight = std::max(weight, 1.0f);
     return weights;
@@ -56,9 +66,24 @@ bool is_guided(const Manifest& manifest, const std::vector<float>& weights) {
            !std::all_of(weights.begin(), weights.end(), [](float weight) { return weight == 1; });
 }
 
+// The weights as rows of the port that takes them, unless the condition has rows of its own for it.
+void embed_guidance(const Manifest& manifest, const Request& request, Checked& checked) {
+    const std::string& port = manifest.guidance.port;
+    if (port.empty()) return;
+    if (!request.negative.empty())
+        throw UsageError(text("got a negative, but this bundle takes its guidance as ", port, ", and no negative"));
+    const bool own = checked.condition.arrays.count(port) != 0;
+    if (own && !request.guidance.empty())
+        throw UsageError(text("got both guidance and a condition with ", port, ": pass one of them"));
+    if (!own) checked.condition.arrays[port] = {with_rows(checked.condition.rows, {}), checked.weights};
+}
+
 Rows fit_negative(const Manifest& manifest, const Request& request, std::size_t count, bool guided) {
     if (!guided && request.negative.empty()) return {};
-    Rows negative = null_condition(manifest, request.negative);
+    if (manifest.prompt() && !has_prompt(manifest, request.negative))
+        throw UsageError(text("guidance needs a negative with ", join(prompt_names(manifest)),
+                              ", to lead away from; or pass guidance 1"));
+    Rows negative = null_condition(filled_ports(manifest, request.negative), manifest.null, request.negative);
     if (negative.rows != 1 && negative.rows != count)
         throw UsageError(
             text("negative has ", negative.rows, " rows; expected one, or one for each of ", count, " samples"));
@@ -72,10 +97,12 @@ Checked check(const Manifest& manifest, const Request& request) {
     checked.condition = fit_condition(manifest, request);
     const std::size_t count = checked.condition.rows, size = count * dit_runtime::count(manifest.state().shape);
     checked.weights = guidance(manifest, request.guidance, count);
+    embed_guidance(manifest, request, checked);
     checked.negative = fit_negative(manifest, request, count, is_guided(manifest, checked.weights));
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
-    checked.timesteps = plan(manifest.process, checked.solver, request.steps, request.spacing);
-    Solver(manifest.process, checked.solver, request.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
+    checked.steps = request.steps ? request.steps : manifest.process.sampler.steps;
+    checked.timesteps = plan(manifest.process, checked.solver, checked.steps, request.spacing);
+    Solver(manifest.process, checked.solver, checked.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
     if (checked.solver == "ddpm") require_variance(manifest.process.sampler, find(manifest.step().gives, "variance"));
     draw(request.seeds, count);  // refuses another number of seeds
     if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "condition.hpp"
-#include "facts.hpp"
 #include "solvers.hpp"
 
 namespace dit_runtime {
@@ -16,14 +15,14 @@ namespace dit_runtime {
 using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
 
 struct Request {
-    std::vector<std::int64_t> labels;  // class numbers: rows of the port "labels"
-    Arrays condition;                  // by port
-    Arrays negative;                   // what guidance leads away from: one row, or one for each picture
-    std::size_t count = 0;             // of pictures, where no condition says it; 0: one for each seed
-    std::int64_t steps = default_steps();
-    std::vector<float> guidance = {static_cast<float>(default_guidance())};  // one, or one a picture
-    std::vector<std::uint64_t> seeds = {0};                                  // one, or one a picture
-    std::string solver, spacing;                                             // empty: the bundle's
+    std::vector<std::int64_t> labels;        // class numbers: rows of the port "labels"
+    Arrays condition;                        // by port, or by inputs of the prompt stage
+    Arrays negative;                         // what guidance leads away from: one row, or one for each picture
+    std::size_t count = 0;                   // of pictures, where no condition says it; 0: one for each seed
+    std::int64_t steps = 0;                  // 0: the bundle's
+    std::vector<float> guidance;             // one, or one a picture; empty: the bundle's
+    std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
+    std::string solver, spacing;             // empty: the bundle's
     double eta = 0.0;
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;
@@ -31,9 +30,10 @@ struct Request {
 
 // A request that a bundle can answer.
 struct Checked {
-    Rows condition, negative;    // negative has no rows without guidance
+    Rows condition, negative;    // with token ids as they came; negative has no rows without guidance
     std::vector<float> weights;  // of guidance, (N,)
     std::string solver;
+    std::int64_t steps;
     Array timesteps;  // of each evaluation
 };
 

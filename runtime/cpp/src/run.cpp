@@ -12,7 +12,7 @@ Solver start(const Manifest& manifest, const Request& request, const Checked& ch
     const Draw draw = dit_runtime::draw(request.seeds, count);
     const std::vector<float> x =
         request.latents ? *request.latents : draw(count * dit_runtime::count(manifest.state().shape));
-    return {manifest.process, checked.solver, request.steps, {x.begin(), x.end()}, draw, request.eta, request.spacing};
+    return {manifest.process, checked.solver, checked.steps, {x.begin(), x.end()}, draw, request.eta, request.spacing};
 }
 
 }  // namespace

@@ -102,7 +102,8 @@ Array shifted_points(const Process& process, const std::string& solver, std::int
     require_steps(process, steps);
     const auto own = OWN_POINTS.find(solver);
     Array points = own != OWN_POINTS.end() ? own->second(steps, spacing) : even_points(process, solver, steps, spacing);
-    for (double& sigma : points) sigma = process.shift * sigma / (1 + (process.shift - 1) * sigma);
+    const double shift = process.shift_over(steps);
+    for (double& sigma : points) sigma = shift * sigma / (1 + (shift - 1) * sigma);
     if (process.shift_terminal) {
         if (steps < 2)
             throw UsageError(

@@ -1,6 +1,9 @@
 #include "translate.hpp"
 
+#include <algorithm>
+
 #include "errors.hpp"
+#include "prompts.hpp"
 #include "structs.hpp"
 
 namespace dit_runtime {
@@ -15,18 +18,21 @@ dit_array array_at(const dit_array* arrays, std::size_t index) {
 
 // Numbers as rows of a port: its shape, of fewer tokens where there are fewer numbers.
 Tensor rows_of(const Manifest& manifest, const dit_array& from) {
-    const Port* port = manifest.port(from.name);
-    if (port && port->role != "condition") port = nullptr;  // to be refused by name
+    std::vector<Port> ports = prompt_ports(manifest);
+    for (Port& port : manifest.conditions()) ports.push_back(std::move(port));
+    const auto named = [&](const Port& port) { return port.name == from.name; };
+    const auto port = std::find_if(ports.begin(), ports.end(), named);
+    const bool known = port != ports.end();  // else it is refused by name
     if (!from.floats == !from.integers)
         throw UsageError(text(from.name, ": expected either floats or integers, the other NULL"));
     if (!from.rows || !from.size || from.size % from.rows)
         throw UsageError(text(from.name, " has ", from.size, " numbers in ", from.rows,
                               " rows; expected a multiple of its rows, one or more"));
-    Shape shape = port ? port->shape : Shape();
+    Shape shape = known ? port->shape : Shape();
     const std::size_t row = from.size / from.rows;
     if (row != count(shape)) {
         const std::size_t token = shape.empty() ? 0 : count({shape.begin() + 1, shape.end()});
-        if (port && (!token || row % token))
+        if (known && (!token || row % token))
             throw UsageError(text(from.name, " has ", row, " numbers a row; expected ", shown(shape)));
         if (token) shape[0] = static_cast<std::int64_t>(row / token);
     }
@@ -96,9 +102,10 @@ Request translate(const Manifest& manifest, const dit_request* original) {
     add(manifest, from.negative, "negative captions", request.negative);
     add(manifest, from.arrays, from.num_arrays, "arrays", request.condition);
     add(manifest, from.negative_arrays, from.num_negative_arrays, "negative_arrays", request.negative);
-    const bool others = !request.condition.empty() || manifest.conditions().empty();
+    const bool free = filled_ports(manifest, {}).empty();  // nothing but guidance conditions the network
+    const bool others = !request.condition.empty() || free;
     if (from.count && !others) require(from.labels, "labels");
-    if (!from.count && manifest.conditions().empty())
+    if (!from.count && free)
         throw UsageError("count is 0; expected how many pictures, for nothing conditions this network");
     if (from.labels) request.labels.assign(from.labels, from.labels + from.count);
     request.count = from.count;

@@ -230,6 +230,7 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, const To
     const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
     Request request;
     request.condition = reference.condition.arrays;
+    request.condition.erase(pipe.manifest.guidance.port);  // filled by the weights, as in every request
     // The manifest's constants are part of what is verified; a mask goes with its port.
     for (const Port& port : pipe.manifest.conditions())
         if (pipe.manifest.mixes_guidance() && !pipe.manifest.null.count(port.masks.empty() ? port.name : port.masks))

@@ -7,6 +7,7 @@
 #include "facts.hpp"
 #include "noise.hpp"
 #include "pipeline.hpp"
+#include "prompts.hpp"
 #include "run.hpp"
 
 namespace dit_runtime {
@@ -16,7 +17,7 @@ const int EVALUATIONS = 2;  // as in Python
 
 // The largest number of steps up to the default that the bundle's schedule has.
 std::int64_t steps_of(const Process& process) {
-    for (std::int64_t steps = std::min(default_steps(), process.train_steps); steps > 1; --steps) {
+    for (std::int64_t steps = std::min(process.sampler.steps, process.train_steps); steps > 1; --steps) {
         try {
             plan(process, process.sampler.solver, steps);
             return steps;
@@ -53,15 +54,16 @@ void warm(Pipeline& pipe, const std::vector<std::int64_t>& batches) {
     for (const std::int64_t batch : batches) {
         const auto count = static_cast<std::size_t>(batch);
         const Rows condition = made_up(manifest, count);
-        std::vector<float> weights = {1.0f};
-        if (manifest.mixes_guidance()) weights.insert(weights.begin(), static_cast<float>(default_guidance()));
-        for (const float guidance : weights) {
+        std::vector<std::vector<float>> weights = {{}};
+        if (manifest.mixes_guidance()) weights = {{static_cast<float>(default_guidance())}, {1.0f}};
+        for (const std::vector<float>& guidance : weights) {
             Request request;
             request.condition = condition.arrays;
-            if (guidance != 1 && !manifest.without_null().empty()) request.negative = slice(condition, 0, 1).arrays;
+            if (guidance != std::vector<float>{1.0f} && !manifest.without_null().empty())
+                request.negative = slice(condition, 0, 1).arrays;
             request.count = count;
             request.steps = steps_of(manifest.process);
-            request.guidance = {guidance};
+            request.guidance = guidance;
             request.seeds.resize(count);
             std::iota(request.seeds.begin(), request.seeds.end(), std::uint64_t{0});
             Run run(pipe, request);
@@ -74,11 +76,14 @@ void warm(Pipeline& pipe, const std::vector<std::int64_t>& batches) {
 Rows made_up(const Manifest& manifest, std::size_t count) {
     Rows rows{count};
     std::uint64_t number = 0;
-    for (const Port& port : manifest.conditions()) {
+    Arrays ids;
+    std::vector<std::string> masks;
+    for (const Prompt& prompt : manifest.prompts) ids[prompt.ids], masks.push_back(prompt.mask);
+    for (const Port& port : filled_ports(manifest, ids)) {
         Tensor tensor{with_rows(count, port.shape)};
         const std::size_t size = dit_runtime::count(tensor.shape);
         const bool is_integer = port.dtype == "int64";
-        if (!port.masks.empty()) {
+        if (!port.masks.empty() || contains(masks, port.name)) {
             (is_integer ? tensor.integers.assign(size, 1) : tensor.floats.assign(size, 1.0f));
         } else if (is_integer) {
             const std::int64_t values = std::max<std::int64_t>(1, port.name == LABELS ? manifest.classes() : port.size);

@@ -17,7 +17,8 @@ void require_warmable(const Manifest& manifest, const std::vector<std::int64_t>&
 // Begins a run at each batch size, with guidance and without, and decodes what it has reached.
 void warm(Pipeline& pipe, const std::vector<std::int64_t>& batches);
 
-// A condition of made-up numbers, all tokens counted; labels one after the other.
+// A condition of made-up numbers, all tokens counted, without guidance; labels one after the other. A bundle that takes
+// prompts gets token ids, so that its prompt stage runs too.
 Rows made_up(const Manifest& manifest, std::size_t count);
 
 }  // namespace dit_runtime

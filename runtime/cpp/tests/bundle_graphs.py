@@ -1,63 +1,21 @@
-"""The hand-made graphs of make_bundle.py, of each kind, and the stages that they are in a manifest."""
+"""The hand-made graphs of make_bundle.py, and the stages that they are in a manifest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from bundle_ports import PORTS, PROMPTS
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from dit_runtime.facts import CONSTANTS
 
-CLASSES, VECTORS, WIDTH = 5, 2, 8
+VECTORS, WIDTH = 2, 8
 MAX_BATCH = 3
-
-
-def port(name: str, role: str, *shape: int, size: int = 0, masks: str = "") -> dict[str, Any]:
-    dtype = "int64" if size else "float32"
-    return {"name": name, "role": role, "dtype": dtype, "shape": list(shape), "size": size, "masks": masks}
-
-
-# By kind: ports, and what guidance leads away from.
-PORTS: dict[str, list[dict[str, Any]]] = {
-    "labels": [
-        port("latents", "state", 2, 4, 4),
-        port("timesteps", "time"),
-        port("labels", "condition", size=CLASSES + 1),
-    ],
-    "captioned": [
-        port("latents", "state", 2, 4, 4),
-        port("timesteps", "time"),
-        port("captions", "condition", 5, 3),
-        port("mask", "condition", 5, masks="captions"),
-    ],
-    "wave": [
-        port("signal", "state", 6),
-        port("moment", "time"),
-        port("words", "condition", 3, 4),
-        port("words_mask", "condition", 3, masks="words"),
-        port("pooled", "condition", 5),
-    ],
-    "video": [
-        port("latents", "state", 2, 3, 4, 4),
-        port("timesteps", "time"),
-        port("labels", "condition", size=4),
-        port("rate", "condition"),
-    ],
-    "free": [port("latents", "state", 2, 4, 4), port("timesteps", "time")],
-}
-NULL: dict[str, dict[str, float]] = {
-    "labels": {"labels": CLASSES},
-    "captioned": {},
-    "wave": {"words": 0.0, "pooled": 0.0},
-    "video": {"labels": 3, "rate": 0.0},
-    "free": {},
-}
 
 
 class Maker:
@@ -65,11 +23,14 @@ class Maker:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.random, self.stages = folder, np.random.default_rng(0), list[dict[str, Any]]()
-        self.guided = kind != "free"
+        self.guided = kind not in ("free", "embedded")
         # OpenVINO cuts the step where groups meet; in a wave, it keeps a sample's groups together.
         self.meeting = CONSTANTS["groups_meet"] if self.guided and kind != "wave" else "each"
         self.state = next(port for port in PORTS[kind] if port["role"] == "state")
         self.shapes = {port["name"]: (port["dtype"], port["shape"]) for port in PORTS[kind]}  # of a row
+        for prompt in PROMPTS.get(kind, ()):
+            for name in (prompt["ids"], prompt.get("mask", "")):
+                self.shapes |= {name: ("int64", [prompt["tokens"]])} if name else {}
 
     def weight(self, *shape: int) -> NDArray[np.float32]:
         return self.random.standard_normal(shape).astype(np.float32)
@@ -173,142 +134,3 @@ class Maker:
 
 def tensor(name: str, dtype: str, *shape: int | str) -> dict[str, Any]:
     return {"name": name, "dtype": dtype, "shape": list(shape)}
-
-
-def labels(make: Maker) -> None:
-    make.stage(
-        "conditioner", "time+condition", ["timesteps", "labels"], {"conditioning": [VECTORS, WIDTH]},
-        ("table", make.weight(CLASSES + 1, VECTORS, WIDTH)),
-        ("direction", 0.001 * make.weight(VECTORS, WIDTH)),
-        ("axes", np.array([1, 2])),
-        ("one", np.array(1)),
-        ("room", np.zeros(MAX_BATCH, np.float32)),  # for so many rows: ONNX Runtime refuses more
-        ("Size", ["timesteps"], ["count"], {}),
-        ("Sub", ["count", "one"], ["last"], {}),
-        ("Gather", ["room", "last"], ["nothing"], {"axis": 0}),
-        ("Gather", ["table", "labels"], ["entries"], {"axis": 0}),
-        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
-        ("Mul", ["times", "direction"], ["moved"], {}),
-        ("Add", ["entries", "moved"], ["all"], {}),
-        ("Add", ["all", "nothing"], ["conditioning"], {}),
-    )  # fmt: skip
-    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}), variance=True)
-    make.update()
-    make.decoder()
-
-
-def captioned(make: Maker) -> None:
-    make.stage(
-        "context", "condition", ["captions", "mask"], {"context": [5, WIDTH], "context_mask": [5]},
-        ("words", make.weight(3, WIDTH)),
-        ("far", np.array(100, np.float32)),
-        ("MatMul", ["captions", "words"], ["context"], {}),
-        ("Mul", ["mask", "far"], ["present"], {}),
-        ("Sub", ["present", "far"], ["context_mask"], {}),
-    )  # fmt: skip
-    make.stage(
-        "modulation", "time", ["timesteps"], {"modulation": [VECTORS, WIDTH]},
-        ("own", make.weight(VECTORS, WIDTH)),
-        ("direction", 0.001 * make.weight(VECTORS, WIDTH)),
-        ("axes", np.array([1, 2])),
-        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
-        ("Mul", ["times", "direction"], ["moved"], {}),
-        ("Add", ["own", "moved"], ["modulation"], {}),
-    )  # fmt: skip
-    make.step(
-        ["modulation", "context", "context_mask"],
-        ("row", np.array([2])),
-        ("Softmax", ["context_mask"], ["shares"], {"axis": -1}),
-        ("Unsqueeze", ["shares", "row"], ["weights"], {}),
-        ("MatMul", ["weights", "context"], ["mean"], {}),
-        ("Add", ["modulation", "mean"], ["told"], {}),
-        variance=True,
-    )
-    make.decoder()
-
-
-def wave(make: Maker) -> None:
-    make.stage(
-        "context", "condition", ["words", "words_mask"], {"context": [3, WIDTH]},
-        ("wide", np.array([2])),
-        ("read", make.weight(4, WIDTH)),
-        ("bias", make.weight(WIDTH)),
-        ("MatMul", ["words", "read"], ["product"], {}),
-        ("Add", ["product", "bias"], ["all"], {}),
-        ("Unsqueeze", ["words_mask", "wide"], ["present"], {}),
-        ("Mul", ["all", "present"], ["context"], {}),
-    )  # fmt: skip
-    make.stage(
-        "summary", "condition", ["context", "pooled"], {"summary": [WIDTH]},
-        ("tokens", np.array([1])),
-        ("read", make.weight(5, WIDTH)),
-        ("MatMul", ["pooled", "read"], ["product"], {}),
-        ("ReduceMean", ["context", "tokens"], ["mean"], {"keepdims": 0}),
-        ("Add", ["product", "mean"], ["summary"], {}),
-    )  # fmt: skip
-    make.stage(
-        "modulation", "time", ["moment"], {"modulation": [WIDTH]},
-        ("wide", np.array([1])),
-        ("direction", 0.001 * make.weight(WIDTH)),
-        ("Unsqueeze", ["moment", "wide"], ["times"], {}),
-        ("Mul", ["times", "direction"], ["modulation"], {}),
-    )  # fmt: skip
-    make.stage(
-        "conditioner", "time+condition", ["moment", "modulation", "summary"], {"conditioning": [VECTORS, WIDTH]},
-        ("wide", np.array([1])),
-        ("axes", np.array([1, 2])),
-        ("table", make.weight(VECTORS, WIDTH)),
-        ("Sin", ["moment"], ["turned"], {}),
-        ("Unsqueeze", ["turned", "axes"], ["turn"], {}),
-        ("Add", ["modulation", "summary"], ["sum"], {}),
-        ("Unsqueeze", ["sum", "wide"], ["vector"], {}),
-        ("Mul", ["vector", "table"], ["vectors"], {}),
-        ("Add", ["vectors", "turn"], ["conditioning"], {}),
-    )  # fmt: skip
-    make.step(
-        ["conditioning", "context", "words_mask", "modulation"],
-        ("row", np.array([2])),
-        ("Unsqueeze", ["words_mask", "row"], ["weights"], {}),
-        ("MatMul", ["weights", "context"], ["sums"], {}),
-        ("Unsqueeze", ["modulation", "row"], ["slow"], {}),
-        ("Add", ["conditioning", "sums"], ["some"], {}),
-        ("Add", ["some", "slow"], ["told"], {}),
-    )
-
-
-def video(make: Maker) -> None:
-    make.stage(
-        "conditioner", "time+condition", ["timesteps", "labels", "rate"], {"conditioning": [VECTORS, WIDTH]},
-        ("table", make.weight(4, VECTORS, WIDTH)),
-        *((name, scale * make.weight(VECTORS, WIDTH)) for name, scale in (("direction", 0.001), ("faster", 1))),
-        ("axes", np.array([1, 2])),
-        ("Gather", ["table", "labels"], ["entries"], {"axis": 0}),
-        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
-        ("Unsqueeze", ["rate", "axes"], ["rates"], {}),
-        ("Mul", ["times", "direction"], ["moved"], {}),
-        ("Mul", ["rates", "faster"], ["more"], {}),
-        ("Add", ["entries", "moved"], ["some"], {}),
-        ("Add", ["some", "more"], ["conditioning"], {}),
-    )  # fmt: skip
-    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}))
-
-
-def free(make: Maker) -> None:
-    make.stage(
-        "modulation", "time", ["timesteps"], {"modulation": [VECTORS, WIDTH]},
-        ("axes", np.array([1, 2])),
-        ("direction", 0.001 * make.weight(VECTORS, WIDTH)),
-        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
-        ("Mul", ["times", "direction"], ["modulation"], {}),
-    )  # fmt: skip
-    make.step(["modulation"], ("Identity", ["modulation"], ["told"], {}))
-    make.decoder()
-
-
-KINDS: dict[str, Callable[[Maker], None]] = {
-    "labels": labels,
-    "captioned": captioned,
-    "wave": wave,
-    "video": video,
-    "free": free,
-}

@@ -34,16 +34,16 @@ void refused(const std::string& sentence, const std::function<void()>& call) {
 
 TEST(Condition, FewerTokensArePadded) {
     const Manifest manifest = read(WAVE);
-    const Rows fitted = fit(manifest, words(2, 2));
+    const Rows fitted = fit(manifest.conditions(), words(2, 2));
     EXPECT_EQ(fitted.rows, 2u);
     EXPECT_EQ(fitted.arrays.at("words").shape, (Shape{2, 3, 4}));
     EXPECT_EQ(fitted.arrays.at("words").floats,
               (Floats{1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 9, 10, 11, 12, 13, 14, 15, 16, 0, 0, 0, 0}));
     EXPECT_EQ(fitted.arrays.at("words_mask").floats, (Floats{1, 1, 0, 1, 1, 0}));
-    EXPECT_EQ(fit(manifest, words(1, 3)).arrays.at("words_mask").floats, (Floats{1, 1, 1}));
+    EXPECT_EQ(fit(manifest.conditions(), words(1, 3)).arrays.at("words_mask").floats, (Floats{1, 1, 1}));
     Arrays masked = words(2, 2);
     masked["words_mask"] = {{2, 2}, {}, {1, 0, 1, 1}};  // integers fit a port of floats
-    EXPECT_EQ(fit(manifest, masked).arrays.at("words_mask").floats, (Floats{1, 0, 0, 1, 1, 0}));
+    EXPECT_EQ(fit(manifest.conditions(), masked).arrays.at("words_mask").floats, (Floats{1, 0, 0, 1, 1, 0}));
 }
 
 TEST(Condition, AMaskOfEitherType) {
@@ -52,9 +52,10 @@ TEST(Condition, AMaskOfEitherType) {
     mask.dtype = "int64", mask.size = 2;
     Arrays arrays = words(1, 2);
     arrays["words_mask"] = {{1, 2}, {0, 1}};
-    EXPECT_EQ(fit(manifest, arrays).arrays.at("words_mask").integers, (std::vector<std::int64_t>{0, 1, 0}));
+    EXPECT_EQ(fit(manifest.conditions(), arrays).arrays.at("words_mask").integers,
+              (std::vector<std::int64_t>{0, 1, 0}));
     arrays["words_mask"].floats[1] = 0.5f;
-    refused("of 0 and 1", [&] { fit(manifest, arrays); });
+    refused("of 0 and 1", [&] { fit(manifest.conditions(), arrays); });
 }
 
 TEST(Condition, Refusals) {
@@ -62,7 +63,7 @@ TEST(Condition, Refusals) {
     const auto bad = [&](const char* sentence, const std::function<void(Arrays&)>& change) {
         Arrays arrays = words(2, 2);
         change(arrays);
-        refused(sentence, [&] { fit(manifest, arrays); });
+        refused(sentence, [&] { fit(manifest.conditions(), arrays); });
     };
     bad("condition has the unknown port 'wrods' (did you mean \"words\"?); known: words, words_mask, pooled",
         [](Arrays& arrays) { arrays["wrods"] = arrays["words"]; });
@@ -79,26 +80,30 @@ TEST(Condition, Refusals) {
         bad("expected [2, 2] of 0 and 1, a 1 in every row", [&](Arrays& arrays) { arrays["words_mask"] = mask; });
     for (const std::int64_t value : {-1, 6})
         refused("condition: labels holds other values than the integers from 0 to 5",
-                [&, value = value] { fit(labels, {{"labels", {{1}, {}, {value}}}}); });
-    refused("integers from 0 to 5", [&] { fit(labels, {{"labels", {{1}, {1.0f}}}}); });
-    EXPECT_EQ(fit(labels, {{"labels", {{1}, {}, {5}}}}).rows, 1u);  // the null label is a value like others
+                [&, value = value] { fit(labels.conditions(), {{"labels", {{1}, {}, {value}}}}); });
+    refused("integers from 0 to 5", [&] { fit(labels.conditions(), {{"labels", {{1}, {1.0f}}}}); });
+    EXPECT_EQ(fit(labels.conditions(), {{"labels", {{1}, {}, {5}}}}).rows,
+              1u);  // the null label is a value like others
 }
 
 TEST(Condition, WhatGuidanceLeadsAwayFrom) {
-    const Manifest manifest = read(WAVE), captioned = read(CAPTIONED);
-    const Rows constants = null_condition(manifest, {});
+    const Manifest manifest = read(WAVE), captioned = read(CAPTIONED), labels = read(BUNDLE);
+    const Rows constants = null_condition(manifest.conditions(), manifest.null, {});
     EXPECT_EQ(constants.rows, 1u);
     EXPECT_EQ(constants.arrays.at("words").floats, Floats(12));
     EXPECT_EQ(constants.arrays.at("words_mask").floats, Floats(3, 1));
-    EXPECT_EQ(null_condition(read(BUNDLE), {}).arrays.at("labels").integers, (std::vector<std::int64_t>{5}));
+    EXPECT_EQ(null_condition(labels.conditions(), labels.null, {}).arrays.at("labels").integers,
+              (std::vector<std::int64_t>{5}));
     Arrays half = words(2, 1);
     half.erase("pooled");
-    const Rows mixed = null_condition(manifest, half);  // the other port has a constant
+    const Rows mixed = null_condition(manifest.conditions(), manifest.null, half);  // the other port has a constant
     EXPECT_EQ(mixed.rows, 2u);
     EXPECT_EQ(mixed.arrays.at("pooled").floats, Floats(10));
     EXPECT_EQ(mixed.arrays.at("words_mask").floats, (Floats{1, 0, 0, 1, 0, 0}));
-    refused("guidance needs a negative with captions", [&] { null_condition(captioned, {}); });
-    refused("negative: captions has shape", [&] { null_condition(captioned, {{"captions", {{1, 5}, Floats(5)}}}); });
+    refused("guidance needs a negative with captions",
+            [&] { null_condition(captioned.conditions(), captioned.null, {}); });
+    refused("negative: captions has shape",
+            [&] { null_condition(captioned.conditions(), captioned.null, {{"captions", {{1, 5}, Floats(5)}}}); });
 }
 
 TEST(Condition, RowsThatAreEqualHaveOneNumber) {

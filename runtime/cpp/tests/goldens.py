@@ -49,6 +49,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
         "shift_terminal": 0.05,
         "sampler": {"solver": "heun", "flow_spacing": "linspace"},
     },
+    "growing": {"kind": "flow", "shift": 7.5, "shift_growth": -0.0076},
     "discrete": {
         "kind": "flow",
         "shift": 3.0,

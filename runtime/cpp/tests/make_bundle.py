@@ -2,7 +2,9 @@
 
 labels: 5 classes, a learned variance, a decoder;  captioned: captions with a mask, and no null;
 wave: a state of rank 1, two conditions of different widths, and stages that read what others give;
-video: a state of rank 4, labels without names and a number;  free: no condition at all, and no guidance.
+video: a state of rank 4, labels without names and a number;  free: no condition at all, and no guidance;
+prompted: two tokenizers, and a stage that makes three of the four condition ports of their ids;
+embedded: a port takes the weight of guidance, with defaults of the bundle's own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from bundle_graphs import CLASSES, KINDS, NULL, PORTS, Maker
+from bundle_graphs import Maker
+from bundle_kinds import KINDS
+from bundle_ports import CLASSES, NULL, PORTS, PROMPTS
 from numpy.typing import NDArray
 
 from dit_runtime import images
@@ -27,6 +31,8 @@ from dit_runtime.sampling.solvers import plan
 
 NAMES = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
 STEPS, SEEDS = 4, (11, 12)
+WEIGHTS = (4.0, 2.0)  # of guidance, one per seed
+GUIDANCE_PORT = {"embedded": "strength"}
 BEFORE = ("condition", "time", "time+condition")  # the loop
 DIFFUSION = Process(sampler=Sampler(solver="ddim"))
 Rows = dict[str, NDArray[Any]]
@@ -67,6 +73,19 @@ class Graphs:
         return self.run("denoiser", inputs | {state: x, "guidance": guidance})
 
 
+def prompts(kind: str, rows: int, seed: int) -> Rows:
+    """Return token ids and their masks, with fewer tokens in each further row."""
+    random = np.random.default_rng(seed)
+    found: Rows = {}
+    for prompt in PROMPTS.get(kind, ()):
+        tokens = prompt["tokens"]
+        mask = np.tri(rows, tokens, tokens - rows, dtype=np.int64)[::-1]
+        found[prompt["ids"]] = random.integers(1, prompt["size"], (rows, tokens)) * mask
+        if "mask" in prompt:
+            found[prompt["mask"]] = mask
+    return found
+
+
 def conditions(kind: str) -> tuple[Rows, Rows]:
     """Return the reference's conditions, one per seed, and the null that guidance leads away from."""
     random = np.random.default_rng(7)
@@ -78,6 +97,8 @@ def conditions(kind: str) -> tuple[Rows, Rows]:
         shape, constant = port["shape"], NULL[kind].get(port["name"])
         if port["dtype"] == "int64":
             own[port["name"]] = np.array([1, 3 % (port["size"] - 1)])
+        elif port["name"] == GUIDANCE_PORT.get(kind):
+            own[port["name"]] = np.array(WEIGHTS, np.float32)
         elif port["masks"]:
             own[port["name"]] = np.tri(2, *shape, shape[0] - 2, dtype=np.float32)
         else:
@@ -88,7 +109,7 @@ def conditions(kind: str) -> tuple[Rows, Rows]:
             null[port["name"]] = np.ones((1, *shape), np.float32)
         else:
             null[port["name"]] = random.standard_normal((1, *shape)).astype(np.float32)
-    return own, null
+    return own, {} if kind in GUIDANCE_PORT else null
 
 
 def fingerprint(graphs: Graphs, t: float, own: Rows, null: Rows) -> NDArray[np.float32]:
@@ -98,7 +119,7 @@ def fingerprint(graphs: Graphs, t: float, own: Rows, null: Rows) -> NDArray[np.f
     if single is not None and single["size"] and not single["shape"]:
         rows = {single["name"]: np.arange(single["size"])}
     else:
-        rows = {name: np.concatenate([own[name], null[name]]) for name in own}
+        rows = {name: np.concatenate([own[name], *([null[name]] if null else [])]) for name in own}
     count = len(next(iter(rows.values()))) if rows else len(SEEDS) + 1
     made, ports = graphs.before(t, rows, count), {*graphs.ports.values(), *own, "guidance"}
     whole = np.concatenate([made[name].reshape(count, -1) for name in graphs.reads if name not in ports], axis=1)
@@ -109,7 +130,10 @@ def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
     """reference.npz, with NumPy in PyTorch's place; the solver is DDIM, x' = √ᾱ' x₀ + √(1 - ᾱ') ε."""
     graphs, (own, null) = Graphs(folder, table), conditions(kind)
     times, batch = plan(DIFFUSION, "ddim", STEPS), len(SEEDS)
-    guidance = np.array([4.0, 2.0] if graphs.guided else [1.0, 1.0], np.float32)
+    guidance = np.array(WEIGHTS if graphs.guided or kind in GUIDANCE_PORT else [1.0, 1.0], np.float32)
+    ids, null_ids = prompts(kind, batch, 3), prompts(kind, 1, 4)
+    if ids:
+        own, null = own | graphs.run("text", ids), null | graphs.run("text", null_ids)
     levels = np.cumprod(1 - DIFFUSION.betas)[times.astype(int)]
     shape = next(port["shape"] for port in PORTS[kind] if port["role"] == "state")
     x = draw(list(SEEDS), batch)((batch, *shape)).astype(np.float64)
@@ -117,13 +141,14 @@ def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
     states = [x.astype(np.float32)]
     for t, level, after in zip(times, levels, [*levels[1:], 1.0], strict=True):
         rows = graphs.before(t, own, batch)
-        away = graphs.before(t, {name: np.repeat(row, batch, axis=0) for name, row in null.items()}, batch)
-        answer = graphs.denoise(states[-1], guidance, rows, *[away] * graphs.guided)
+        away = {name: np.repeat(row, batch, axis=0) for name, row in null.items()}
+        groups = [rows, *([graphs.before(t, away, batch)] if graphs.guided else [])]
+        answer = graphs.denoise(states[-1], guidance, *groups)
         for name in answer:
             run[name].append(answer[name])
         run["conditional"].append(graphs.denoise(states[-1], guidance, rows)["prediction"])
         if graphs.guided:
-            run["null"].append(graphs.denoise(states[-1], guidance, away)["prediction"])
+            run["null"].append(graphs.denoise(states[-1], guidance, groups[1])["prediction"])
         epsilon = answer["prediction"].astype(np.float64)
         clean = (x - np.sqrt(1 - level) * epsilon) / np.sqrt(level)
         x = np.sqrt(after) * clean + np.sqrt(1 - after) * epsilon
@@ -143,6 +168,8 @@ def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
         **{name: np.stack(values) if values else np.empty(0, np.float32) for name, values in run.items()},
         **{f"condition.{name}": array for name, array in own.items()},
         **{f"null.{name}": array for name, array in null.items()},
+        **{f"prompt.{name}": array for name, array in ids.items()},
+        **{f"null prompt.{name}": array for name, array in null_ids.items()},
     )
 
 
@@ -161,10 +188,14 @@ def make(folder: Path, kind: str = "labels") -> None:
         "guidance": {"channels": state[0], "unguided_up_to_one": kind == "video"},
         "process": DIFFUSION.to_dict(),
         "stages": maker.stages,
+        **({"prompts": PROMPTS[kind]} if kind in PROMPTS else {}),
         "source": {},
         "built_with": {},
         "parity": {},
     }
+    if kind in GUIDANCE_PORT:
+        table["guidance"] |= {"default": 3.5, "port": GUIDANCE_PORT[kind]}
+        table["process"]["sampler"]["steps"] = 3
     reference(folder, kind, table)
     files = {name: asdict(file) for name, file in manifest.describe_files(folder).items()}
     manifest.write_file(folder, manifest.NAME, json.dumps(table | {"files": files}, indent=1).encode())

@@ -145,7 +145,7 @@ TEST(Memo, EachStageOnceForWhatItDependsOn) {
     for (const float text : {1.0f, 2.0f, 1.0f, 2.0f}) words.floats.insert(words.floats.end(), 12, text);
     for (const float sum : {0.0f, 1.0f, 0.0f, 0.0f}) pooled.floats.insert(pooled.floats.end(), 5, sum);
     const Rows condition{4, {{"words", words}, {"words_mask", mask}, {"pooled", pooled}}};
-    const Rows negative = null_condition(manifest, {});
+    const Rows negative = null_condition(manifest.conditions(), manifest.null, {});
     const Array times = {30, 20, 20, 10};  // a solver that asks twice
     for (const std::size_t budget : {std::size_t{1}, MEMO_BYTES}) {
         rows.clear();

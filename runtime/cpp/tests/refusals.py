@@ -1,4 +1,7 @@
-"""List of manifest changes that Python refuses: `refusals.py BUNDLE FILE.json`. The C++ tests must refuse them too."""
+"""List of manifest changes that Python refuses: `refusals.py BUNDLE FILE.json [PLACE …]`. C++ must refuse them too.
+
+With places, which are JSON pointers, only what is inside of them is changed.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +44,12 @@ def change(table: dict[str, Any], place: str, odd: Any) -> dict[str, Any]:
     return changed
 
 
-def refused(bundle: Path) -> list[dict[str, Any]]:
+def refused(bundle: Path, within: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
     good = json.loads((bundle / manifest.NAME).read_text(encoding="utf-8"))
     found = []
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(shutil.copytree(bundle, Path(folder) / "bundle"))
-        for place in places(good):
+        for place in filter(lambda place: place.startswith(within), places(good)):
             for odd in ODD:
                 (copied / manifest.NAME).write_text(json.dumps(change(good, place, odd)), encoding="utf-8")
                 try:
@@ -57,4 +60,5 @@ def refused(bundle: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(refused(Path(sys.argv[1]))), encoding="utf-8")
+    found = refused(Path(sys.argv[1]), tuple(sys.argv[3:]) or ("",))
+    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")

@@ -83,8 +83,13 @@ def _parser() -> Parser:
     sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))}")
     sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
     sample.add_argument(
-        "-o", "--output", type=Path, default=Path("sample.png"), help=".png (a grid), .npz or .npy (latents)"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("sample.png"),
+        help=".png (a grid), .npz, .npy (latents), .mp4 of videos, or a folder for a .png of each image or frame",
     )
+    sample.add_argument("--fps", type=int, default=25, help="frames a second of .mp4")
     sample.set_defaults(command=_sample)
 
     info = commands.add_parser("info", help="what a bundle holds, and which backends are here")
@@ -156,9 +161,12 @@ def _sample(options: argparse.Namespace) -> int:
         ".png": _write_png,
         ".npz": images.write_npz,
         ".npy": np.save,
+        ".mp4": lambda path, videos: images.write_mp4(path, videos, options.fps),
+        "": images.write_folder,
     }
     if options.output.suffix not in writers:
-        raise UsageError(f"output {options.output}: expected a name that ends in {', '.join(writers)}")
+        known = ", ".join(filter(None, writers))
+        raise UsageError(f"output {options.output}: expected a name that ends in {known}, or a folder for PNGs")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
     latents = _read_array(options.latents) if options.latents else None
@@ -166,6 +174,8 @@ def _sample(options: argparse.Namespace) -> int:
     negative = read_condition(options.negative_condition, "--negative-condition")
     progress = Progress()
     with _load_bundle(options) as pipe:
+        if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
+            raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
         result = pipe.sample(
             options.labels,
             condition=condition,

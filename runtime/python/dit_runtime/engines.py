@@ -166,7 +166,7 @@ class Engines:
         return outputs["prediction"], outputs.get("variance")
 
     def decode(self, state: NDArray[Any]) -> NDArray[Any]:
-        """[N, *state] -> [N, 3, H, W] in [0, 1]."""
+        """[N, *state] -> [N, 3, H, W] in [0, 1], of videos [N, 3, F, H, W]."""
         stage, parts = self.manifest.require_end(), []
         for first in range(0, len(state), stage.max_batch):
             some = state[first : first + stage.max_batch].astype(np.float32)

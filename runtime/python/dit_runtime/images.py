@@ -1,4 +1,4 @@
-"""Pictures as arrays and files: uint8 [N, H, W, 3], PNG and ADM's .npz, with the standard library alone."""
+"""Pictures as arrays and files: uint8 [N, H, W, 3], videos [N, F, H, W, 3]; PNG and ADM's .npz need NumPy alone."""
 
 from __future__ import annotations
 
@@ -9,22 +9,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime.errors import UsageError
+
 Pictures = NDArray[np.uint8]
 
 
 def to_uint8(images: NDArray[Any]) -> Pictures:
-    """[N, 3, H, W] in [0, 1] -> uint8 [N, H, W, 3] by round-half-even(255 x)."""
-    return np.rint(np.clip(images, 0, 1).astype(np.float64) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    """[N, 3, H, W] or [N, 3, F, H, W] in [0, 1] -> uint8 with channels last, by round-half-even(255 x)."""
+    return np.moveaxis(np.rint(np.clip(images, 0, 1).astype(np.float64) * 255).astype(np.uint8), 1, -1)
 
 
 def grid(pictures: Pictures, columns: int | None = None) -> NDArray[np.uint8]:
-    """Return one picture of all: rows of `columns`, by default as near to a square as can be; (H', W', 3)."""
+    """Return one picture of all, (H', W', 3): rows of `columns`, by default as near to a square as can be.
+
+    Of videos it has a row each, of all frames.
+    """
+    if pictures.ndim == 5:
+        columns, pictures = pictures.shape[1], pictures.reshape(-1, *pictures.shape[2:])
     count, height, width, _ = pictures.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
     sheet = np.zeros((rows * columns, height, width, 3), np.uint8)
     sheet[:count] = pictures
     return sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def still(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a picture (H, W, 3) as it is, and a video (F, H, W, 3) as a grid of its frames."""
+    return grid(picture) if picture.ndim == 4 else picture
 
 
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
@@ -57,6 +69,30 @@ def write_npz(path: Path, pictures: Pictures) -> None:
         np.savez(file, arr_0=pictures)
 
 
+def write_folder(path: Path, pictures: Pictures) -> None:
+    """Write a PNG for each picture, 0.png …, or for each frame of each video, 0-0.png …, with zeros before a number."""
+    path.mkdir(exist_ok=True)
+    widths = [len(str(count - 1)) for count in pictures.shape[:-3]]
+    for index in np.ndindex(*pictures.shape[:-3]):
+        name = "-".join(f"{number:0{width}}" for number, width in zip(index, widths, strict=True))
+        write_png(path / f"{name}.png", pictures[index])
+
+
+def write_mp4(path: Path, videos: Pictures, rate: int) -> None:
+    """Write videos [N, F, H, W, 3] as one of `rate` frames a second, with H.264 in 4:2:0; several are a grid."""
+    try:
+        import av
+    except ImportError:
+        raise UsageError(f"{path}: needs PyAV: pip install 'dit-export[video]', or pass -o FOLDER for PNGs") from None
+    with av.open(str(path), "w") as file:
+        sheets = [grid(frames) for frames in videos.swapaxes(0, 1)]
+        height, width, _ = sheets[0].shape
+        stream = file.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")
+        for sheet in sheets:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(sheet, format="rgb24")))
+        file.mux(stream.encode())
+
+
 def psnr(first: NDArray[Any], second: NDArray[Any], peak: float = 255.0) -> float:
     """10 log10(peak² / mean((a − b)²)) in dB; ∞ where they are equal."""
     error = np.mean(np.square(first.astype(np.float64) - second.astype(np.float64)))
@@ -64,7 +100,7 @@ def psnr(first: NDArray[Any], second: NDArray[Any], peak: float = 255.0) -> floa
 
 
 def ssim(first: NDArray[Any], second: NDArray[Any], peak: float = 255.0) -> float:
-    """Mean structural similarity of (H, W, C) pictures, as Wang et al. (IEEE TIP 13, 2004) define it:
+    """Mean structural similarity of pictures (H, W, C) or videos (F, H, W, C), by Wang et al. (IEEE TIP 13, 2004):
 
     (2 μa μb + c1) (2 σab + c2) / ((μa² + μb² + c1) (σa² + σb² + c2)),  c1 = (0.01 peak)², c2 = (0.03 peak)²
 
@@ -80,10 +116,10 @@ def ssim(first: NDArray[Any], second: NDArray[Any], peak: float = 255.0) -> floa
 
 
 def _windows(picture: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian means, (H - 10, W - 10, C): down the columns, then along the rows."""
+    """Gaussian means, (…, H - 10, W - 10, C): down the columns, then along the rows."""
     weights = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
-    for axis in (0, 1):
+    for axis in (-3, -2):
         length = picture.shape[axis] - 10
         picture = sum(weight * picture.take(range(place, place + length), axis) for place, weight in enumerate(weights))
     return picture

@@ -58,7 +58,7 @@ class Request:
     eta: float = 0.0
     spacing: str | None = None
     latents: ArrayLike | None = None  # the state to start from
-    output: str = "images"  # uint8 [N, H, W, 3], or "latents": the final state, float32
+    output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
     def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
         """Validate everything against the manifest, and return the values that a run needs.

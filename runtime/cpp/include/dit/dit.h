@@ -101,11 +101,15 @@ typedef struct dit_info {
     const char* note;         /* a line for people where a graph does not compute here in its precision; else "" */
     int batch_invariant; /* 1: the build saw on these engines, on a CPU, that a sample has the same bits in each batch;
                             0: it differs, or was not measured */
+    int64_t steps;       /* the bundle's default */
+    double guidance;     /* the bundle's default */
+    const char* guidance_port; /* the port that takes the weight of a network which is guided by itself; a request
+                                  leaves it out, and has no negative. "": guidance leads away from a negative */
 } dit_info;
 
-#define DIT_INFO_INIT                                                                                  \
-    {sizeof(dit_info),         0,    0, {0, 0, 0}, {0, 0, 0}, 0, 0, NULL, NULL, NULL, NULL, {0, 0}, 0, \
-     {0, 0, 0, 0, 0, 0, 0, 0}, NULL, 0}
+#define DIT_INFO_INIT                                                                                    \
+    {sizeof(dit_info),         0,    0, {0, 0, 0}, {0, 0, 0}, 0,   0, NULL, NULL, NULL, NULL, {0, 0}, 0, \
+     {0, 0, 0, 0, 0, 0, 0, 0}, NULL, 0, 0,         0.0,       NULL}
 
 typedef enum dit_dtype { DIT_FLOAT32 = 0, DIT_INT64 = 1 } dit_dtype;
 
@@ -123,15 +127,31 @@ typedef struct dit_port {
 
 #define DIT_PORT_INIT {sizeof(dit_port), NULL, DIT_FLOAT32, 0, {0, 0, 0, 0, 0, 0, 0, 0}, 0, NULL, 0}
 
+/* What a prompt becomes with one tokenizer. A bundle with text encoders takes these arrays in the place of the ports
+ * that the encoders give. libdit has no tokenizer: put the words into the template and tokenize them elsewhere. */
+typedef struct dit_prompt {
+    size_t struct_size;
+    const char* ids;  /* the array of token ids, int64 [rows, tokens] */
+    const char* mask; /* the array that is 1 for each token of the prompt, else 0, int64 [rows, tokens]; "": none */
+    int64_t tokens;
+    int64_t size;                  /* ids are 0 to size - 1 */
+    const char* tokenizer;         /* a file of the bundle: a tokenizer.json that truncates and pads to `tokens` */
+    const char* prompt_template;   /* the words stand where it has {} */
+    const char* negative_template; /* the same for negative prompts, of which the usual one is "" */
+    int lowercase;                 /* 1: the words are lowered and stripped before, as str.lower and str.strip do */
+} dit_prompt;
+
+#define DIT_PROMPT_INIT {sizeof(dit_prompt), NULL, NULL, 0, 0, NULL, NULL, NULL, 0}
+
 /* Called after each evaluation of the network, of which a step of solver heun needs two; what is not 0 stops the run.
  * `latents` holds the numbers of state_shape for each picture. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
-/* Rows for one port. A port that another one masks takes shorter rows too; a mask that is not there is 1 for each of
- * their tokens. */
+/* Rows for one port, or token ids or their mask for a dit_prompt. A port that another one masks takes shorter rows too;
+ * a mask of a port that is not there is 1 for each of their tokens. */
 typedef struct dit_array {
     size_t struct_size;
-    const char* name;        /* of the port */
+    const char* name;        /* of the port, or of dit_prompt */
     size_t rows;             /* one a picture; of a negative one for all, or one each */
     size_t size;             /* numbers in all, a multiple of rows */
     const float* floats;     /* size numbers; or NULL, and */
@@ -160,9 +180,9 @@ typedef struct dit_request {
     const uint64_t* seeds; /* NULL: 0 */
     size_t num_seeds;      /* 1: one stream of noise for all, as PyTorch draws; count: one each, so that a picture does
                               not depend on its neighbours */
-    const float* guidance; /* NULL: 4 */
+    const float* guidance; /* NULL: the bundle's */
     size_t num_guidance;   /* 1, or count */
-    int steps;             /* 0: 25 */
+    int steps;             /* 0: the bundle's */
     const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
                               dpm++3, euler, heun, sde, scm; NULL: the bundle's */
     const char* spacing;   /* stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete;
@@ -173,7 +193,7 @@ typedef struct dit_request {
     void* user;            /* for on_step */
     const dit_captions* captions; /* instead of labels; count is then 0 or theirs */
     const dit_captions* negative; /* of an empty text, which guidance leads away from: one, or one a caption */
-    const dit_array* arrays;      /* conditions by port, beside labels or captions or alone */
+    const dit_array* arrays;      /* conditions by port or by token ids, beside labels or captions or alone */
     size_t num_arrays;
     const dit_array* negative_arrays; /* what guidance leads away from, where a port has no constant for that */
     size_t num_negative_arrays;
@@ -222,6 +242,12 @@ DIT_API size_t dit_port_count(const dit_pipeline* pipe);
 
 /* The ports from 0 to dit_port_count - 1; start from DIT_PORT_INIT. */
 DIT_API dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port);
+
+/* The number of tokenizers that a prompt goes through; 0 without text encoders or without a bundle. */
+DIT_API size_t dit_prompt_count(const dit_pipeline* pipe);
+
+/* The prompts from 0 to dit_prompt_count - 1; start from DIT_PROMPT_INIT. */
+DIT_API dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt);
 
 /* The name of a class; NULL where there is none. */
 DIT_API const char* dit_label(const dit_pipeline* pipe, int64_t label);

@@ -12,92 +12,14 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
-#include <map>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "dit/dit.h"
+#include "dit/types.hpp"
 
 namespace dit {
-
-class Error : public std::runtime_error {
-  public:
-    Error(dit_status status, const std::string& message) : std::runtime_error(message), status(status) {}
-    const dit_status status;
-};
-
-struct OpenOptions {
-    std::string backend;  // empty: the bundle's own
-    std::string device;   // empty: the CPU
-    int threads = 0;      // 0: the engine's own choice
-    bool low_memory = false;
-    std::vector<std::int64_t> warm = {};  // batch sizes that every stage runs at before the first request
-};
-
-// Rows for a port: floats, or integers.
-struct Array {
-    std::size_t rows = 0;  // one a picture
-    std::vector<float> floats;
-    std::vector<std::int64_t> integers;
-};
-
-using Condition = std::map<std::string, Array>;  // by port
-
-// An input that conditions the network.
-struct Port {
-    std::string name;
-    dit_dtype dtype;
-    std::vector<std::int64_t> shape;  // of a row
-    std::int64_t size;                // of integers: values are 0 to size - 1
-    std::string masks;                // the port whose tokens this one marks with 1 or 0; empty: none
-    bool has_null;                    // whether a negative for it is not needed
-};
-
-// Prompt embeddings: the ports "captions" and "mask".
-struct Captions {
-    std::size_t count = 0, tokens = 0;
-    std::vector<float> embeddings;  // [count, tokens, numbers a token]
-    std::vector<float> mask;        // [count, tokens]: 1 where a caption has a token, else 0; empty: all are tokens
-};
-
-struct Request {
-    std::vector<std::int64_t> labels;
-    std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
-    std::vector<float> guidance;             // one, or one a label; empty: the library's default
-    int steps = 0;                           // 0: the library's default
-    std::string solver, spacing;             // empty: the bundle's
-    double eta = 0.0;
-    std::vector<float> latents;  // to start from; empty: the seeds' noise
-    // Called after each step; true stops the run, and what it throws reaches the caller of generate.
-    std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;
-    Captions captions;             // instead of labels
-    Captions negative;             // of an empty text, for guidance: one for all, or one a caption
-    Condition condition;           // by port, beside labels or captions or alone
-    Condition negative_condition;  // what guidance leads away from: one row for all, or one a picture
-
-    std::size_t count() const {
-        if (captions.count) return captions.count;
-        if (!labels.empty()) return labels.size();
-        return condition.empty() ? 0 : condition.begin()->second.rows;
-    }
-};
-
-struct Images {
-    std::vector<std::uint8_t> pixels;  // [count, height, width, 3]
-    std::size_t count = 0, height = 0, width = 0;
-};
-
-struct Check {
-    std::string name;
-    double value;
-    double limit;   // infinite for a value that is only reported
-    bool at_least;  // the value must reach the limit, else not exceed it
-    bool passed;
-    std::string where;
-};
 
 class Run;
 
@@ -147,9 +69,21 @@ class Pipeline {
         return all;
     }
 
+    // What a prompt becomes; empty where the bundle has no text encoders.
+    std::vector<Prompt> prompts() {
+        std::vector<Prompt> all;
+        for (std::size_t index = 0; index < dit_prompt_count(pipe_.get()); ++index) {
+            dit_prompt prompt = DIT_PROMPT_INIT;
+            check(dit_get_prompt(pipe_.get(), index, &prompt));
+            all.push_back({prompt.ids, prompt.mask, prompt.tokens, prompt.size, prompt.tokenizer,
+                           prompt.prompt_template, prompt.negative_template, prompt.lowercase != 0});
+        }
+        return all;
+    }
+
     // The number of pictures; where nothing conditions the network, of its latents, else of its seeds.
     std::size_t count(const Request& request) const {
-        if (dit_port_count(pipe_.get())) return request.count();
+        if (dit_port_count(pipe_.get()) > (*info_.guidance_port ? 1u : 0u)) return request.count();
         return request.latents.empty() ? request.seeds.size() : request.latents.size() / row();
     }
 

@@ -310,8 +310,9 @@ def _check_update(manifest: Manifest, stage: Stage, sources: Sources) -> None:
 def _check_end(manifest: Manifest, stage: Stage, sources: Sources) -> None:
     _check_names(stage, stage.reads, {manifest.state.name: ("batch", *manifest.state.shape)}, "reads")
     shape = stage.gives[0].shape if stage.gives else ()
-    pictures = len(shape) == 4 and shape[:2] == ("batch", 3) and all(isinstance(size, int) for size in shape[2:])
-    _expect(pictures, f"stage {stage.name} gives the shape", list(shape), '["batch", 3, height, width]')
+    pictures = len(shape) in (4, 5) and shape[:2] == ("batch", 3) and all(isinstance(size, int) for size in shape[2:])
+    forms = '["batch", 3, height, width], or frames before the height'
+    _expect(pictures, f"stage {stage.name} gives the shape", list(shape), forms)
     _check_names(stage, stage.gives, {"images": shape}, "gives")
 
 

@@ -36,7 +36,8 @@ CHOICES = {
     "solver_type": ("midpoint", "heun"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
-FLOW_FIELDS = ("train_steps", "shift", "shift_terminal", "sigma_min", "sampler")
+FLOW_FIELDS = ("train_steps", "shift", "shift_growth", "shift_terminal", "sigma_min", "sampler")
+GREATEST_GROWTH = 100.0  # of the shift's logarithm, over as many steps as a run may take: float64 holds e^100
 FLOW_SAMPLER_FIELDS = ("solver", "steps", "solver_type", "lower_order_final", "euler_at_final", "flow_spacing")
 
 
@@ -89,6 +90,7 @@ class Process:
     trained_betas: tuple[float, ...] | None = None  # instead of the three fields above
     # Flows: σ' = s σ / (1 + (s - 1) σ) (Esser et al. 2024, equation 23)
     shift: float = 1.0
+    shift_growth: float = 0.0  # a run of N steps has the shift s e^(growth · N)
     shift_terminal: float | None = None  # stretch the shifted σ so that a run's last one is this
     sigma_min: float = 0.001  # where the spacing "linspace" ends, before the shift
 
@@ -99,6 +101,8 @@ class Process:
         _require(0 < self.beta_start < 1, "beta_start", self.beta_start, fraction)
         _require(0 < self.beta_end < 1, "beta_end", self.beta_end, fraction)
         _require(self.shift > 0, "shift", self.shift, "a number above 0")
+        growth = GREATEST_GROWTH / self.train_steps
+        _require(abs(self.shift_growth) <= growth, "shift_growth", self.shift_growth, f"at most {growth:g} either way")
         _require(0 < self.sigma_min < 1, "sigma_min", self.sigma_min, fraction)
         if self.shift_terminal is not None:
             _require(0 < self.shift_terminal < 1, "shift_terminal", self.shift_terminal, fraction)
@@ -147,6 +151,10 @@ class Process:
     def alpha_bar(self) -> NDArray[np.float64]:
         """ᾱ_t = Π (1 - β_s) over s ≤ t."""
         return np.cumprod(1 - self.betas, dtype=np.float64)
+
+    def shift_over(self, steps: int) -> float:
+        """Return the shift of a run of so many steps."""
+        return self.shift * math.exp(self.shift_growth * steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest's table."""
@@ -218,7 +226,7 @@ def _known(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the fields of a process of this kind, and those of its sampler."""
     if kind == "flow":
         return FLOW_FIELDS, FLOW_SAMPLER_FIELDS
-    flow_only = {"shift", "shift_terminal", "sigma_min", "flow_spacing"}
+    flow_only = {"shift", "shift_growth", "shift_terminal", "sigma_min", "flow_spacing"}
     names = [tuple(entry.name for entry in fields(cls) if entry.name not in flow_only) for cls in (Process, Sampler)]
     return names[0], names[1]
 

@@ -64,7 +64,8 @@ def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None
     "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
     diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
     schedulers. The SDE's are even down to LAST_STEP; SCM's come from angles φ, σ = sin φ / (sin φ + cos φ). Then
-    σ' = s σ / (1 + (s - 1) σ), s = shift, and 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
+    σ' = s σ / (1 + (s - 1) σ), where s = shift e^(shift_growth · N), and
+    1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
     """
     return _single(_shifted_points(process, solver, steps, spacing))
 
@@ -86,7 +87,8 @@ def _shifted_points(process: Process, solver: str, steps: int, spacing: str | No
     require_steps(process, steps)
     own = OWN_POINTS.get(solver)
     points = own(steps, spacing) if own else _even_points(process, solver, steps, spacing)
-    shifted = process.shift * points / (1 + (process.shift - 1) * points)
+    shift = process.shift_over(steps)
+    shifted = shift * points / (1 + (shift - 1) * points)
     if process.shift_terminal is not None:
         if steps < 2:
             raise UsageError(f"steps is {steps}; expected at least 2, for shift_terminal is {process.shift_terminal}")

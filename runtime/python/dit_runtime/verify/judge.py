@@ -17,6 +17,7 @@ from dit_runtime.facts import FACTS
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.noise import draw
 from dit_runtime.sampling.solvers import EVALUATIONS, plan
+from dit_runtime.verify import prompts
 from dit_runtime.verify.figures import Figure
 from dit_runtime.verify.reference import REFERENCE, Reference, load_reference
 from dit_runtime.verify.replay import Replay, relative_error, replay
@@ -62,7 +63,16 @@ def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) ->
     manifest.check_files(pipe.folder, pipe.manifest, [REFERENCE])
     reference = load_reference(pipe.folder, pipe.manifest)
     tolerances(pipe.manifest)  # before the long work
-    return judge(pipe.manifest, reference, replay(pipe, reference, on_step))
+    figures = list(prompt_figures(pipe))
+    return figures + judge(pipe.manifest, reference, replay(pipe, reference, on_step))
+
+
+def prompt_figures(pipe: Pipeline) -> Iterator[Figure]:
+    """Return one figure a port that the prompt stage gives; none where a bundle takes no prompts."""
+    if (stage := pipe.manifest.prompt) is not None:
+        limit = TOLERANCES[stage.precision].conditioner
+        for name, row, error in prompts.errors(pipe):
+            yield Figure(stage.name, f"{name} of ids, fingerprint, rel-L2", error, limit, where=f"prompt {row}")
 
 
 def tolerances(contract: Manifest) -> dict[str, Tolerances]:

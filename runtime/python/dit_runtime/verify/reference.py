@@ -39,7 +39,7 @@ class Reference(NamedTuple):
     null: NDArray[np.float32]  # (S, B, *state), of what guidance leads away from; empty where there is none
     variance: NDArray[np.float32]  # (S, B, *state), or empty where it is not learned
     fingerprint: NDArray[np.float32]  # (F, FINGERPRINTS) of the conditions at the middle timestep
-    images: NDArray[np.uint8]  # (B, H, W, 3), or empty without a decoder
+    images: NDArray[np.uint8]  # (B, H, W, 3), of videos (B, F, H, W, 3), or empty without a decoder
     condition: Rows  # (B, …) by port; "condition.NAME" in the file
     negative: Rows | None  # (1, …) by port, what guidance leads away from; "null.NAME" in the file
 
@@ -92,8 +92,7 @@ def _check_shapes(contract: Manifest, reference: Reference) -> None:
     if contract.learned_variance:
         shapes["variance"] = steps, *each
     if contract.end is not None:
-        height, width = (int(size) for size in contract.end.gives[0].shape[2:])
-        shapes["images"] = batch, height, width, 3
+        shapes["images"] = batch, *(int(size) for size in contract.end.gives[0].shape[2:]), 3
     actual: dict[str, tuple[int, ...]] = {name: getattr(reference, name).shape for name in shapes}
     for prefix, condition, rows in (("condition", reference.condition, batch), ("null", reference.negative or {}, 1)):
         actual |= {f"{prefix}.{name}": values.shape for name, values in condition.items()}

@@ -1,0 +1,118 @@
+// The calls of the C ABI that describe a bundle: what it draws, what it takes, its classes.
+#include <algorithm>
+#include <cstring>
+
+#include "errors.hpp"
+#include "handle.hpp"
+#include "request.hpp"
+#include "structs.hpp"
+
+namespace dit = dit_runtime;
+
+namespace {
+
+// Whether the build measured rows of the loop and of the decoder on the engines that run them here.
+bool measured_here(const dit::Pipeline& pipe) {
+    return std::all_of(pipe.manifest.stages.begin(), pipe.manifest.stages.end(), [&](const dit::Stage& stage) {
+        return (stage.runs != "step" && stage.runs != "end") ||
+               (pipe.on_cpu(stage) && pipe.backend(stage).name == stage.backend);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
+    return dit::guarded(pipe, [&] {
+        dit_info filled = dit::known(info, dit_info DIT_INFO_INIT, "dit_info");
+        const dit::Manifest& manifest = dit::opened(pipe).manifest;
+        const dit::Shape image = manifest.image_shape(), &state = manifest.state().shape;
+        filled.num_classes = manifest.classes();
+        filled.has_labels = !manifest.labels.empty();
+        for (std::size_t axis = 0; axis < 3; ++axis) {
+            filled.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
+            filled.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
+        }
+        const dit::Port* const captions = manifest.port("captions");
+        for (std::size_t axis = 0; axis < 2; ++axis)
+            filled.caption_shape[axis] = captions && captions->shape.size() == 2 ? captions->shape[axis] : 0;
+        filled.state_rank = static_cast<int>(state.size());
+        std::copy(state.begin(), state.end(), filled.state_shape);
+        filled.max_batch = manifest.step().max_batch;
+        filled.train_steps = manifest.process.train_steps;
+        filled.model = manifest.model_name.c_str();
+        filled.solver = manifest.process.sampler.solver.c_str();
+        filled.backend = pipe->backend.c_str();
+        filled.precision = manifest.step().precision.c_str();
+        filled.note = pipe->note.c_str();
+        filled.batch_invariant = manifest.batch_invariant && measured_here(*pipe->open);
+        filled.steps = manifest.process.sampler.steps;
+        filled.guidance = manifest.guidance.weight;
+        filled.guidance_port = manifest.guidance.port.c_str();
+        std::memcpy(info, &filled, info->struct_size);
+    });
+}
+
+size_t dit_port_count(const dit_pipeline* pipe) {
+    return pipe && pipe->open ? pipe->open->manifest.conditions().size() : 0;
+}
+
+dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port) {
+    return dit::guarded(pipe, [&] {
+        dit_port filled = dit::known(port, dit_port DIT_PORT_INIT, "dit_port");
+        const dit::Manifest& manifest = dit::opened(pipe).manifest;
+        const std::size_t count = dit_port_count(pipe);
+        if (index >= count) throw dit::UsageError(dit::text("port ", index, " is not there; this bundle has ", count));
+        const dit::Port& from = *manifest.port(manifest.conditions()[index].name);
+        filled.name = from.name.c_str();
+        filled.dtype = from.dtype == "int64" ? DIT_INT64 : DIT_FLOAT32;
+        filled.rank = static_cast<int>(from.shape.size());
+        std::copy(from.shape.begin(), from.shape.end(), filled.shape);
+        filled.size = from.size;
+        filled.masks = from.masks.c_str();
+        filled.has_null = manifest.null.count(from.name) != 0;
+        std::memcpy(port, &filled, port->struct_size);
+    });
+}
+
+size_t dit_prompt_count(const dit_pipeline* pipe) {
+    return pipe && pipe->open ? pipe->open->manifest.prompts.size() : 0;
+}
+
+dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt) {
+    return dit::guarded(pipe, [&] {
+        dit_prompt filled = dit::known(prompt, dit_prompt DIT_PROMPT_INIT, "dit_prompt");
+        const std::vector<dit::Prompt>& prompts = dit::opened(pipe).manifest.prompts;
+        if (index >= prompts.size())
+            throw dit::UsageError(dit::text("prompt ", index, " is not there; this bundle has ", prompts.size()));
+        const dit::Prompt& from = prompts[index];
+        filled.ids = from.ids.c_str();
+        filled.mask = from.mask.c_str();
+        filled.tokens = from.tokens;
+        filled.size = from.size;
+        filled.tokenizer = from.tokenizer.c_str();
+        filled.prompt_template = from.prompt_template.c_str();
+        filled.negative_template =
+            (from.negative_template.empty() ? from.prompt_template : from.negative_template).c_str();
+        filled.lowercase = from.lowercase;
+        std::memcpy(prompt, &filled, prompt->struct_size);
+    });
+}
+
+const char* dit_label(const dit_pipeline* pipe, int64_t label) {
+    if (!pipe || !pipe->open) return nullptr;
+    const auto& labels = pipe->open->manifest.labels;
+    if (label < 0 || static_cast<std::uint64_t>(label) >= labels.size()) return nullptr;
+    return labels[static_cast<std::size_t>(label)].c_str();
+}
+
+dit_status dit_find_label(dit_pipeline* pipe, const char* name, int64_t* label) {
+    return dit::guarded(pipe, [&] {
+        dit::require(name, "name");
+        dit::require(label, "label");
+        *label = dit::class_number(dit::opened(pipe).manifest, name);
+    });
+}
+
+}  // extern "C"
