@@ -39,15 +39,18 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
     return tiny.Case(pipeline, bundle, {"height": 64, "width": 96, "max_sequence_length": TOKENS})
 
 
+@pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
+@pytest.mark.slow
 def test_openvino_draws_it(case, tmp_path) -> None:
     moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
     assert min(tiny.distances(moved.ours(), case.theirs())) >= tiny.SAME
 
 
+@pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:
     """Each block's modulation leaves, 6 vectors a stream, and 2 of the end."""
     contract = manifest.read(case.bundle)

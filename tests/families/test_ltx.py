@@ -98,7 +98,7 @@ def test_files_of_a_video(case, tmp_path, capsys) -> None:
 def test_an_mp4(case, tmp_path) -> None:
     av = pytest.importorskip("av")
     with Pipeline.load(case.bundle) as pipe:
-        videos = pipe.sample(prompt=[tiny.PROMPT, tiny.OTHER], negative_prompt="", steps=2)
+        videos = pipe.sample(prompt=[tiny.PROMPT, tiny.OTHER], negative_prompt="", steps=2, seed=[0, 1])
     assert (
         run(
             [
