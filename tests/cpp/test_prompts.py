@@ -123,7 +123,7 @@ def test_verify(request, dit_generate, kind, engine) -> None:
 def test_pipelines_of_diffusers(dit_generate, tmp_path, one_thread, family) -> None:
     """Ids of three prompts of different lengths become the pictures that Python draws of the words.
 
-    SD3 has two CLIPs and T5, and a negative prompt; FLUX.1-dev has CLIP and T5, and takes the weight of guidance itself.
+    SD3 has two CLIPs and T5, and a negative prompt; FLUX.1-dev has CLIP and T5, and takes the guidance itself.
     """
     from tests.families import test_flux, test_sd3, tiny
 
