@@ -32,13 +32,14 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup demo engine bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
+.PHONY: help setup demo engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
 	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CONDITIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
+	@echo "make families-table            what leaves the loop of each network at its real size: docs/families.md; also FAMILY"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
 	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make bench-gpu MODEL=XL/2      the same on an NVIDIA GPU"
@@ -63,6 +64,9 @@ demo: $(STAMP)
 engine: $(STAMP)
 	$(if $(and $(RECIPE),$(MODEL)),$(error RECIPE names its own model: pass RECIPE or MODEL))
 	@$(BIN)/dit-export build $(if $(RECIPE)$(MODEL),'$(or $(RECIPE),$(MODEL))') $(FLAGS)
+
+families-table: $(STAMP)
+	PYTHONPATH=.:runtime/python $(BIN)/python -m tests.survey.table $(if $(FAMILY),'$(FAMILY)')
 
 BENCH = $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') \
 	$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \

@@ -262,7 +262,7 @@ def test_sample(refused, meta, arguments, said):
     [
         ("missing/x.npy", ["missing", "does not exist"]),
         ("x.jpg", ["x.jpg", ".png", ".npz", ".npy"]),
-        ("x", [".png"]),
+        ("x", ["no decoder"]),  # a folder of images
         ("x.png", ["no decoder"]),
         ("x.npz", ["no decoder"]),
     ],

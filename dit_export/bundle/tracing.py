@@ -26,4 +26,4 @@ def trace_graphs(folder: Path, loaded: Loaded, decoder: Decoder | None, progress
         with progress.stage("trace: text encoders to ONNX"):
             trace.export_prompt(loaded.text).save(folder / PROMPT, external_data=True)
     assert program.exported_program is not None
-    return Oracle(program.exported_program)
+    return Oracle(program.exported_program, loaded.network.weights)

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dit_export.checkpoints.diffusers import CLASSES, build_module, read_config
-from dit_export.checkpoints.files import check, find_weights, read_json, read_weights
+from dit_export.checkpoints.files import Renamed, check, find_weights, open_weights, read_json
 from dit_export.networks import Network
 from dit_export.networks.families import FAMILIES, family_network
 from dit_export.networks.families.family import Family
+from dit_export.networks.streaming import stream
 from dit_export.recipe import Recipe, latent_size
 from dit_runtime.errors import UsageError
 
@@ -26,14 +27,19 @@ def class_name(folder: Path) -> Any:
 def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Family, nn.Module]:
     """Read the transformer in `folder` as a Network, for images of the recipe's resolution."""
     config = read_config(folder, *CLASSES, *FAMILIES)
-    family, files = FAMILIES[config["_class_name"]], find_weights(folder)
-    transformer = read_module(family.name, config, files, str(folder / "config.json"))
+    family, files, where = FAMILIES[config["_class_name"]], find_weights(folder), str(folder / "config.json")
+    transformer, weights = build_module(family.name, config, where), open_weights(files)
+    check(weights, {key: tuple(tensor.shape) for key, tensor in transformer.state_dict().items()}, where)
+    names = parameter_names(transformer)
+    buffers = weights.keys() - names.values()
+    transformer.load_state_dict({key: weights[key].float() for key in buffers}, strict=False)
     size = state_size(recipe, family)
     tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
         network = family_network(transformer, size, tokens)
     except UsageError as error:
-        raise UsageError(f"{folder / 'config.json'}: {error}") from None
+        raise UsageError(f"{where}: {error}") from None
+    network = streamed(network, weights, names)
     if read_index(folder.parent).get(family.distilled):
         network = replace(network, guidance=1.0, model={**network.model, family.distilled: True})
     return network, files, family, transformer
@@ -51,13 +57,18 @@ def state_size(recipe: Recipe, family: Family) -> tuple[int, ...] | None:
     return times, *(sides or family.video[1:])
 
 
-def read_module(name: str, config: Mapping[str, Any], files: list[Path], where: str) -> nn.Module:
-    """Build diffusers' own module and give it exactly the weights of the files, in float32."""
-    module = build_module(name, config, where)
-    state = read_weights(files)
-    check(state, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}, where)
-    module.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
-    return module
+def parameter_names(transformer: nn.Module) -> dict[nn.Parameter, str]:
+    """Return what a checkpoint calls the parameters, which a family may hold under other names."""
+    return {parameter: name for name, parameter in transformer.named_parameters(remove_duplicate=False)}
+
+
+def streamed(network: Network, weights: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]) -> Network:
+    """Let the network read weights, by their names in the checkpoint, whenever a part runs or its graph is written."""
+    inside = network.module.named_parameters(remove_duplicate=False)
+    paths = {path: names[parameter] for path, parameter in inside if parameter in names}
+    renamed = Renamed(weights, paths)
+    stream(network.module, renamed)
+    return replace(network, weights=renamed)
 
 
 def caption_tokens(pipeline: Path, family: Family) -> int:

@@ -8,12 +8,12 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -59,6 +59,54 @@ def read_weights(paths: list[Path]) -> dict[str, Tensor]:
     for path in paths:
         state |= read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     return state
+
+
+def open_weights(paths: list[Path]) -> Mapping[str, Tensor]:
+    """Return tensors by name, each read from its file whenever it is looked up; those of a pickle are memory maps."""
+    return Weights(paths) if all(path.suffix == ".safetensors" for path in paths) else read_weights(paths)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of safetensors files; one that is not in use takes no memory."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._files: dict[str, Path] = {}
+        for path in paths:
+            with _open(path) as file:
+                self._files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _open(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """The same tensors under other names."""
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._weights, self._names = weights, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: damaged, or not a safetensors file: {first_line(error)}") from None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

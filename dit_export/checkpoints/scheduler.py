@@ -14,7 +14,8 @@ from dit_runtime.sampling.process import CHOICES, PREDICTIONS, SOLVERS, Process,
 from dit_runtime.sampling.schedule import MULTISTEP
 
 FLOW, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
-CLASSES = ("DDIMScheduler", "DDPMScheduler", DPM, FLOW)
+SCM = "SCMScheduler"
+CLASSES = ("DDIMScheduler", "DDPMScheduler", DPM, FLOW, SCM)
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the classes that have clip_sample
 # Fields that the classes share, or that only one has; a config keeps another class's fields for a switch back.
 PROCESS = {
@@ -116,10 +117,12 @@ def read_scheduler_config(
     defaulted = config.get("_use_default_values", ())  # in a live scheduler's config: what its JSON did not say
     said = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
     multistep_flow = name == DPM and said.get("use_flow_sigmas") is True
-    predicted = "velocity" if name == FLOW or multistep_flow else said.get("prediction_type", "epsilon")
+    predicted = "velocity" if name in (FLOW, SCM) or multistep_flow else said.get("prediction_type", "epsilon")
     try:
         if multistep_flow:
             process = _read_multistep_flow(said)
+        elif name == SCM:
+            process = _read_scm(said)
         elif name == FLOW:
             process = _read_flow(said, tokens, spacing, mu)
         else:
@@ -211,6 +214,14 @@ def _read_multistep_flow(said: dict[str, Any]) -> Process:
         sampler=Sampler(
             solver=_multistep(said), flow_spacing="discrete", **{key: said[key] for key in switches if key in said}
         ),
+    )
+
+
+def _read_scm(said: dict[str, Any]) -> Process:
+    """Return the flow of a consistency network: its angles are a flow's σ, and sigma_data scales its latents alone."""
+    _refuse_unsupported(said, {"num_train_timesteps", "sigma_data"}, {"prediction_type": ("trigflow",)})
+    return Process(
+        prediction="velocity", train_steps=said.get("num_train_timesteps", 1000), sampler=Sampler(solver="scm")
     )
 
 

@@ -28,20 +28,19 @@ def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> 
     """Read the encoders of a pipeline for captions of so many tokens; return their sha256 by file, too."""
     classes = parts(folder)
     with quiet():
-        loaders = {True: _tokenizer, False: _encoder}
-        encoders = {name: loaders["tokenizer" in name](folder / name, kind) for name, kind in classes.items()}
-        made = [
-            _prompt(encoders[entry.tokenizer], entry, tokens, folder / entry.tokenizer)
-            for entry in text.prompts
-            if entry.tokenizer in encoders
-        ]
+        models = {
+            name: (_tokenizer if name.startswith("tokenizer") else _encoder)(folder / name, kind)
+            for name, kind in classes.items()
+        }
+    entries = [entry for entry in text.prompts if entry.tokenizer in models]
     try:
-        module = text.module(encoders, transformer, tokens).eval().requires_grad_(False)
+        module = text.module(models, transformer, tokens).eval().requires_grad_(False)
+        if not entries:
+            raise KeyError(text.prompts[0].tokenizer)
     except KeyError as error:
         raise UsageError(f"{folder}: {error.args[0]} is missing: {OTHERWISE}") from None
-    prompts, contents = zip(*made, strict=True)
-    tokenizers = {prompt.tokenizer: content for prompt, content in made}
-    assert len(contents) == len(tokenizers)
+    made = [_prompt(models[entry.tokenizer], entry, tokens, folder / entry.tokenizer) for entry in entries]
+    prompts, tokenizers = tuple(prompt for prompt, _ in made), {prompt.tokenizer: content for prompt, content in made}
     files = {name: sha256(_files(folder / name)) for name in classes}
     return PromptEncoder(module, prompts, text.gives, tokenizers), files
 

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.export.graph_signature import InputKind
+from torch.fx.node import map_aggregate
 
 from dit_runtime.errors import UsageError
+
+NONE: Mapping[str, Tensor] = {}  # every parameter is real
 
 
 class Place(NamedTuple):
@@ -19,15 +22,30 @@ class Place(NamedTuple):
     part: int | None = None  # of a node that gives several tensors
 
 
+class Unread:
+    """A weight that is read whenever an operator takes it."""
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def read(self) -> Tensor:
+        return self._weights[self._name].float()
+
+
 class Oracle:
-    """Runs a traced program in PyTorch, not a hand-written twin of it.
+    """Runs a traced program in PyTorch, not a hand-written twin of it; `weights` stand for parameters that are fake.
 
     The program is `ONNXProgram.exported_program`: decomposed, and with the names of the ONNX graph. `names` lists every
     tensor that it can value. Missing are those within one operator of PyTorch, such as the product before a bias.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram, outputs: Sequence[str] = ("prediction",)) -> None:
-        self._program = program
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        weights: Mapping[str, Tensor] = NONE,
+        outputs: Sequence[str] = ("prediction",),
+    ) -> None:
+        self._program, self._weights = program, weights
         self._places: dict[str, Place] = {}
         self._nodes = {node.name: node for node in program.graph.nodes}
         for node in program.graph.nodes:
@@ -58,7 +76,7 @@ class Oracle:
         return {name: recorder[place] for name, place in places.items()}
 
     def _arguments(self, inputs: Mapping[str, Tensor]) -> list[Any]:
-        program, arguments = self._program, []
+        program, arguments = self._program, list[Any]()
         rows = next((len(value) for value in inputs.values()), 1)
         for spec in program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
@@ -67,6 +85,8 @@ class Oracle:
                     shape = self._nodes[spec.arg.name].meta["val"].shape
                     value = torch.zeros(()).expand(rows, *shape[1:])
                 arguments.append(value)
+            elif spec.target in self._weights:
+                arguments.append(Unread(self._weights, str(spec.target)))
             elif spec.target in program.state_dict:
                 arguments.append(program.state_dict[spec.target])
             else:
@@ -94,6 +114,10 @@ class Recorder(torch.fx.Interpreter):
         if node in self._wanted:
             self._values[node.name] = value
         return value
+
+    def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> Any:
+        values = super().fetch_args_kwargs_from_env(n)
+        return map_aggregate(values, lambda value: value.read() if isinstance(value, Unread) else value)
 
     def __getitem__(self, place: Place) -> Tensor:
         value = self._values[place.node]

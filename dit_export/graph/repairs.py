@@ -122,9 +122,10 @@ def _pair(module: GraphModule, node: Node, pairs: Mapping[Node, Node]) -> Node:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(module)
         return _constant(module, node, f"pair_{len(pairs)}", torch.view_as_real(value).contiguous())
-    args = torch.fx.node.map_arg(node.args, lambda term: pairs.get(term, term))
     if node.target == aten.view_as_complex.default:
-        return args[0]
+        (pair,) = node.all_input_nodes
+        return pair
+    args = torch.fx.node.map_arg(node.args, lambda term: pairs.get(term, term))
     if node.target == aten.index.Tensor:
         return call(node.target, args)
     if node.target in (aten.unsqueeze.default, aten.slice.Tensor, aten.cat.default):

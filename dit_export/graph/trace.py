@@ -9,18 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
+from dit_export.graph.references import refer
 from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
 from dit_export.networks import Network, rules
 from dit_export.networks.text import PromptEncoder
 from dit_runtime.bundle.manifest import Port
 
 OPSET = 23  # the first with Attention, so that a backend's passes choose its form
+NONE: Mapping[str, Tensor] = {}
 
 
-def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> torch.onnx.ONNXProgram:
-    """Trace a module to ONNX, axis 0 of inputs and outputs free; `save(…, external_data=True)` has no 2 GB limit."""
+def export(
+    module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], weights: Mapping[str, Tensor] = NONE
+) -> torch.onnx.ONNXProgram:
+    """Trace a module to ONNX, axis 0 of inputs and outputs free; `save(…, external_data=True)` has no 2 GB limit.
+
+    `weights` are the values of parameters that are fake; they are read when the graph is saved.
+    """
+    if fakes := detect_fake_mode(list(module.parameters())):
+        inputs = {name: fakes.from_tensor(value) for name, value in inputs.items()}
     # A named Dim wants a range, and diffusers' upsampling branches at 64 rows; several inputs have as many rows each.
     rows: Any = torch.export.Dim.DYNAMIC if len(inputs) == 1 else torch.export.Dim("rows")
     with warnings.catch_warnings(), torch.no_grad():
@@ -41,24 +51,10 @@ def export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[st
             optimize=False,
         )
         assert exported is not None
-        optimize(exported)
+        refer(exported.model.graph, weights)
+        exported.optimize()
     split_boolean_wheres(exported.model.graph)
     return exported
-
-
-def optimize(program: torch.onnx.ONNXProgram) -> None:
-    """Let the exporter fold constants; give linears' weights, which it transposes, the names of their parameters."""
-    transposes = [node for node in program.model.graph if node.op_type == "Transpose"]
-    names = {
-        str(node.outputs[0].name): str(parameter.name)
-        for node in transposes
-        if (parameter := node.inputs[0]) is not None and parameter.is_initializer()
-    }
-    program.optimize()
-    weights = program.model.graph.initializers
-    for name, parameter_name in names.items():
-        if name in weights and parameter_name not in weights:
-            weights[name].name = parameter_name
 
 
 def repaired(program: torch.export.ExportedProgram) -> GraphModule | None:
@@ -73,7 +69,7 @@ def repaired(program: torch.export.ExportedProgram) -> GraphModule | None:
 
 def trace_network(network: Network) -> torch.onnx.ONNXProgram:
     """Trace the plain graph: inputs named as the ports, output `prediction` (with the variance)."""
-    return export(network.module, examples(network.ports), ["prediction"])
+    return export(network.module, examples(network.ports), ["prediction"], network.weights)
 
 
 def trace_rule(network: Network) -> torch.onnx.ONNXProgram:

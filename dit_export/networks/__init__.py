@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_export.recipe import PIXELS
-from dit_runtime.bundle.parsing import check_network
+from dit_runtime.bundle.checks import check_network
 from dit_runtime.bundle.records import PACKS, Port, WithPorts
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_GUIDANCE
 
 if TYPE_CHECKING:  # the command line imports this package and must not wait for PyTorch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Network(WithPorts):
     pixels: int = PIXELS  # image pixels along a cell of the state
     model: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)  # how often each pass must fire; {}: nothing is predicted
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # by name, of a module that streams them; {}: its own
 
     def __post_init__(self) -> None:
         names = [port.name for port in self.ports]

@@ -86,10 +86,13 @@ class FloatConvolutions(NamedTuple):
 
 
 def find(decoder: gs.Graph) -> list[Convolution]:
-    """Return the convolutions over pixels that int8 may have, in the graph's order; those over frames stay float."""
+    """Return the convolutions over pixels that int8 may have, in the graph's order.
+
+    Convolutions over frames stay float, and those of single channels, which are a small part of the work.
+    """
     readers: dict[int, list[gs.Node]] = {}  # by id of what they read
     for node in decoder.nodes:
-        if node.op == "Conv" and isinstance(node.inputs[1], gs.Constant) and _over_pixels(node.inputs[1].shape):
+        if node.op == "Conv" and isinstance(node.inputs[1], gs.Constant) and _over_pixels(node):
             readers.setdefault(id(node.inputs[0]), []).append(node)
     layers: list[Convolution] = []
     for nodes in list(readers.values())[1:-1]:
@@ -99,9 +102,10 @@ def find(decoder: gs.Graph) -> list[Convolution]:
     return layers
 
 
-def _over_pixels(shape: Sequence[int]) -> bool:
-    """Return whether weights of this shape are of a convolution in two dimensions that sees more than one pixel."""
-    return len(shape) == 4 and max(shape[2:]) > 1
+def _over_pixels(conv: gs.Node) -> bool:
+    """Return whether a convolution of all channels in two dimensions sees more than one pixel."""
+    shape = conv.inputs[1].shape
+    return len(shape) == 4 and max(shape[2:]) > 1 and conv.attrs.get("group", 1) == 1
 
 
 def kernels(name: str) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx.helper import tensor_dtype_to_np_dtype
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from dit_export.graph.onnxfile import layer
 from dit_export.passes.attention import scores_of
@@ -26,6 +27,18 @@ PEAK = "/peak"  # ends the names of the taps
 FOLLOWERS = {"Reshape", "Transpose", "Split", "Gelu", "Concat", "DepthToSpace", "QuantizeLinear"}  # as their input is
 
 
+class Rounded(LazyValues):
+    """Values in another type, which take no memory until the graph is saved."""
+
+    def __init__(self, values: np.ndarray, dtype: np.dtype) -> None:
+        self.shape, self.dtype, self.nbytes = values.shape, dtype, values.size * dtype.itemsize
+        self._values = values
+
+    def load(self) -> np.ndarray:
+        with np.errstate(over="ignore"):  # it is inf then, which the twin shows
+            return self._values.astype(self.dtype)
+
+
 def cast_to_half(graph: gs.Graph, precision: str, overflows: Collection[str] = ()) -> int:
     """Give the products and what hangs between them the half-precision type; return how many products are in it."""
     narrow_type, wide_type = TYPES[precision], onnx.TensorProto.FLOAT
@@ -35,8 +48,7 @@ def cast_to_half(graph: gs.Graph, precision: str, overflows: Collection[str] = (
 
     def cast(tensor: gs.Tensor, to: int) -> gs.Tensor:
         if isinstance(tensor, gs.Constant):
-            with np.errstate(over="ignore"):  # it is inf then, which the twin shows
-                return gs.Constant(f"{tensor.name}_{to}", tensor.values.astype(tensor_dtype_to_np_dtype(to)))
+            return gs.Constant(f"{tensor.name}_{to}", Rounded(tensor.values, tensor_dtype_to_np_dtype(to)))
         suffix = "wide" if to == wide_type else "narrow"
         result = layer(graph, "Cast", [tensor], f"{tensor.name}_{suffix}", to=to)
         result.dtype, result.shape = tensor_dtype_to_np_dtype(to), tensor.shape

@@ -78,7 +78,7 @@ def trace(loaded: Loaded, progress: Progress) -> PyTorch:
     with progress.stage("trace: network"):
         program = trace_network(loaded.network)
     assert program.exported_program is not None
-    return PyTorch(loaded.network, Oracle(program.exported_program))
+    return PyTorch(loaded.network, Oracle(program.exported_program, loaded.network.weights))
 
 
 class PyTorchSide:

@@ -340,6 +340,14 @@ def test_what_a_multistep_flow_cannot_honour_is_refused(fields, message):
         read_scheduler_config(multistep_flow(**fields))
 
 
+def test_a_consistency_scheduler_is_a_flow():
+    given = config("SCMScheduler", num_train_timesteps=1000, prediction_type="trigflow", sigma_data=0.5)
+    flow = read_scheduler_config(given)
+    assert flow == Process(prediction="velocity", sampler=Sampler(solver="scm"))
+    with pytest.raises(UsageError, match=r"prediction_type = 'sample' is not supported .supported: trigflow"):
+        read_scheduler_config(given | {"prediction_type": "sample"})
+
+
 def test_a_flow_predicts_a_velocity():
     with pytest.raises(
         UsageError, match="prediction 'epsilon' was asked for, but the scheduler config says 'velocity'"

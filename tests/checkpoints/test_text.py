@@ -138,6 +138,7 @@ def test_refused_in_one_line(folder) -> None:
     for change, words in (
         ({"text_encoder": ["transformers", "T6EncoderModel"]}, "transformers has no T6EncoderModel: pass --without"),
         ({"text_encoder": [None, None]}, "text_encoder is missing: pass --without-text-encoders"),
+        ({"tokenizer": [None, None]}, "tokenizer is missing: pass --without-text-encoders"),
         ({"text_encoder_2": ["transformers", "T5EncoderModel"]}, "text_encoder_2: not there, and model_index.json"),
     ):
         (folder / "model_index.json").write_text(json.dumps(index | change))

@@ -30,6 +30,9 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "flux2 klein": lambda: family_network(tiny.flux2(), (8, 12), tiny.TOKENS),
     "flux2 dev": lambda: family_network(tiny.flux2(guidance_embeds=True), (8, 12), tiny.TOKENS),
     "ltx": lambda: family_network(tiny.ltx(), (2, 4, 6), tiny.TOKENS),
+    "qwen-image": lambda: family_network(tiny.qwen_image(), (8, 12), 96),
+    "lumina2": lambda: family_network(tiny.lumina2(), (8, 12), 96),
+    "z-image": lambda: family_network(tiny.z_image(), (8, 12), 128),
     "chroma": lambda: family_network(tiny.chroma(num_single_layers=2), (8, 12), tiny.TOKENS),
     "sana": lambda: family_network(tiny.sana(), (6, 4), tiny.TOKENS),
 }

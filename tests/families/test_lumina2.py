@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,14 @@ def case(tmp_path_factory, one_thread) -> families.Case:
 @pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
+
+
+@pytest.mark.slow
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    expected = case.theirs(families.PROMPTS)
+    assert min(families.distances(moved.ours(families.PROMPTS), expected)) >= families.SAME
+    assert max(families.distances(moved.ours(families.PROMPTS, seed=families.SEED + 9), expected)) < families.ANOTHER
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
@@ -79,6 +81,13 @@ def case(tmp_path_factory, one_thread) -> families.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
+
+
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    expected = case.theirs(families.PROMPTS)
+    assert min(families.distances(moved.ours(families.PROMPTS), expected)) >= families.SAME
+    assert max(families.distances(moved.ours(families.PROMPTS, seed=families.SEED + 9), expected)) < families.ANOTHER
 
 
 def test_what_leaves_the_loop(case) -> None:

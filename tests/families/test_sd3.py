@@ -33,7 +33,7 @@ def make_pipeline(with_t5: bool = True, **scheduler: Any) -> StableDiffusion3Pip
         transformer=sd3(**SD3_5, **widths, num_layers=BLOCKS, sample_size=SIDE),
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
         vae=tiny.vae(),
-        text_encoder=tiny.clip(clip),
+        text_encoder=tiny.clip(clip, eos_token_id=2),  # as the public CLIP-L says; it pools at the largest id
         tokenizer=clip,
         text_encoder_2=tiny.clip(clip, seed=1),
         tokenizer_2=clip,
@@ -197,9 +197,7 @@ def test_what_leaves_the_loop(case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "precision"), [("openvino", "fp32"), ("onnxruntime", "fp16"), ("openvino", "int8")]
-)
+@pytest.mark.parametrize(("backend", "precision"), [("openvino", "fp32"), ("openvino", "int8")])
 def test_other_forms(case, tmp_path, one_thread, backend, precision) -> None:
     """The encoders stay in fp32, and draw from words in every form of a bundle."""
     with one_thread():
@@ -207,7 +205,7 @@ def test_other_forms(case, tmp_path, one_thread, backend, precision) -> None:
         bundle = tiny.build(case.pipeline, tmp_path, **recipe)
     stage = manifest.read(bundle).prompt
     assert (stage.precision, stage.backend) == ("fp32", backend)
-    least = {"fp32": tiny.SAME, "fp16": 30.0, "int8": 15.0}[precision]
+    least = {"fp32": tiny.SAME, "int8": 15.0}[precision]
     assert min(tiny.distances(replace(case, bundle=bundle).ours(), case.theirs())) >= least
 
 

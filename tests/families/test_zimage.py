@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,14 @@ def case(tmp_path_factory, one_thread) -> Case:
 @pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
+
+
+@pytest.mark.slow
+def test_openvino_draws_it(case, tmp_path) -> None:
+    moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
+    expected = case.theirs(families.PROMPTS)
+    assert min(families.distances(moved.ours(families.PROMPTS), expected)) >= families.SAME
+    assert max(families.distances(moved.ours(families.PROMPTS, seed=families.SEED + 9), expected)) < families.ANOTHER
 
 
 @pytest.mark.slow

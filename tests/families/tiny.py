@@ -72,9 +72,12 @@ def byte_tokenizer(*special: str, bos: str = "", eos: str = "", pad: str = "<pad
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names | options)
 
 
-def clip(tokenizer: Any, width: int = 32, projection: int | None = 24, layers: int = 2, seed: int = 0) -> Any:
+def clip(
+    tokenizer: Any, width: int = 32, projection: int | None = 24, layers: int = 2, seed: int = 0, **config: Any
+) -> Any:
     """CLIP's text encoder with its projection, or without."""
-    config = transformers.CLIPTextConfig(
+    fields = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    settings = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -82,12 +85,11 @@ def clip(tokenizer: Any, width: int = 32, projection: int | None = 24, layers: i
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
         projection_dim=projection or width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **fields | config,
     )
     kind = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
-    return randomize(kind(config), seed)
+    return randomize(kind(settings), seed)
 
 
 def t5(tokenizer: Any, width: int = 64, layers: int = 2, seed: int = 0) -> Any:

@@ -31,8 +31,10 @@ def theirs(transformer: nn.Module, values: dict[str, Tensor], pixels: tuple[int,
         size = torch.tensor([[*map(float, pixels)]]).repeat(len(values["latents"]), 1)
         added = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
     if hasattr(transformer.config, "timestep_scale"):
-        times = 1000 * values["timesteps"] * transformer.config.timestep_scale
-        return transformer(**rows, timestep=times, encoder_attention_mask=values["mask"]).sample
+        rows["encoder_attention_mask"] = values["mask"]
+        if "guidance_scale" in values:
+            return transformer(**rows, timestep=values["timesteps"], guidance=0.1 * values["guidance_scale"]).sample
+        return transformer(**rows, timestep=1000 * values["timesteps"] * transformer.config.timestep_scale).sample
     added = {"resolution": None, "aspect_ratio": None} | added
     rows |= {"encoder_attention_mask": values["mask"], "added_cond_kwargs": added}
     return transformer(**rows, timestep=values["timesteps"]).sample
@@ -44,6 +46,7 @@ CASES = {  # transformer, latents, what the pipeline says of the image's size, s
     "pixart with its size": (tiny.pixart, {"use_additional_conditions": True}, (16, 8), (128, 64), 1000.0),
     "sana": (tiny.sana, {}, None, None, 1.0),
     "sana at another size": (tiny.sana, {"qk_norm": "rms_norm_across_heads", "timestep_scale": 0.5}, (4, 6), None, 1.0),
+    "sana-sprint": (tiny.sana, {"guidance_embeds": True, "num_layers": 1}, None, None, 1.0),
     "sd3": (tiny.sd3, {}, None, None, 1.0),
     "sd3.5": (tiny.sd3, tiny.SD3_5, None, None, 1.0),
     "sd3.5 at another size": (tiny.sd3, tiny.SD3_5, (12, 32), None, 1.0),

@@ -12,7 +12,7 @@ from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import expected_counts
 from dit_export.passes.attention import plain_attention, scores_of
-from dit_export.precision.half import PRODUCTS, TYPES, cast_to_half, fp32_products, half_tensors
+from dit_export.precision.half import PRODUCTS, TYPES, Rounded, cast_to_half, fp32_products, half_tensors
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
@@ -52,6 +52,20 @@ def test_products_are_narrow_and_islands_wide(typed: gs.Graph) -> None:
     assert inside == {"float32"}
     weights = [tensor.values for tensor in onnxfile.constants(typed) if tensor.values.dtype.kind == "f"]
     assert all(values.dtype == HALF for values in weights if values.ndim > 1 and values.shape[0] > 1)
+
+
+def test_weights_are_rounded_when_they_are_saved(plain: gs.Graph, small_dit: DiT, tmp_path: Path) -> None:
+    denoiser = fuse_dit(plain, small_dit.spec).denoiser
+    wide = {f"{t.name}_{TYPES['fp16']}": t.values for t in onnxfile.constants(denoiser)}
+    cast_to_half(denoiser, "fp16")
+    waiting = {t.name: t for t in onnxfile.constants(denoiser) if isinstance(t._values, Rounded)}
+    assert waiting and waiting.keys() <= wide.keys()
+    assert all(t.dtype == HALF and t._values.nbytes == wide[name].nbytes / 2 for name, t in waiting.items())
+    onnxfile.save(denoiser, tmp_path / "denoiser.onnx")
+    saved = {t.name: t.values for t in onnxfile.constants(onnxfile.load(tmp_path / "denoiser.onnx"))}
+    for name in waiting:
+        assert np.array_equal(saved[name], wide[name].astype(HALF)), name
+    assert not any(isinstance(t._values, Rounded) for t in onnxfile.constants(denoiser))
 
 
 def test_the_graph_checks_and_stays_near(typed: gs.Graph, plain_path, small_dit: DiT, run: Run, inputs: dict) -> None:

@@ -4,15 +4,14 @@ here, and nothing that could leave the loop stays in it."""
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
-import torch
 
-from dit_export.graph import onnxfile, trace
+from dit_export.graph import onnxfile
 from dit_export.networks.dit import DiT, dit_network
 from dit_export.networks.spec import CONDITIONINGS, MODELS, ModelSpec, with_conditioning
 from dit_export.passes import Fused
 from tests.passes.conftest import fuse_dit
+from tests.weightless import on_meta, plain_graph, without_weights
 
 DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
 # By depth d: tensors that cross out of the loop, vectors K of a step.
@@ -32,25 +31,8 @@ CASES = [
 
 
 def fuse_without_weights(spec: ModelSpec, folder: Path) -> Fused:
-    """Weights of the right shapes, all zero, in a sparse file."""
-    with torch.device("meta"):
-        model = DiT(spec).eval().requires_grad_(False)
-    model.to_empty(device="cpu")
-    for index, parameter in enumerate(model.parameters()):
-        parameter.view(-1)[0] = index  # else equal linears of equal inputs become one
-    traced = trace.trace_network(dit_network(model)).model
-    largest = 0
-    for value in traced.graph.initializers.values():
-        tensor = value.const_value
-        if tensor.dtype == ir.DataType.FLOAT and tensor.nbytes >= onnxfile.INLINE_BYTES:
-            largest = max(largest, tensor.nbytes)
-            value.const_value = ir.ExternalTensor(
-                "zeros", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
-            )
-    with (folder / "zeros").open("wb") as zeros:
-        zeros.truncate(largest)
-    ir.save(traced, folder / "dit.onnx")
-    return fuse_dit(onnxfile.load(folder / "dit.onnx"), spec)
+    network = without_weights(dit_network(on_meta(DiT, spec)))
+    return fuse_dit(plain_graph(network, folder), spec)
 
 
 def loop_weights(spec: ModelSpec) -> int:

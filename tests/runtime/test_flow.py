@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SCMScheduler
 
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_runtime.errors import UsageError
@@ -187,6 +187,37 @@ def test_other_orders_and_switches_are_seen(solver):
     assert all(np.abs(other - usual).max() > 1e-4 for other in others)
 
 
+# diffusers' scheduler of consistency networks
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_consistency_is_diffusers_step_by_step(steps):
+    """Sana-Sprint's pipeline turns a flow's network into the scheduler's, scales by sigma_data, and draws for each
+    step."""
+    scheduler, shape = SCMScheduler(sigma_data=0.5), (2, 4, 4, 4)
+    scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+    process = read_scheduler_config({"_class_name": "SCMScheduler", "sigma_data": 0.5})
+    model = lambda x, sigma: np.tanh(x + sigma) - 0.5 * x  # noqa: E731
+    ours = trajectory("scm", steps, (noise := Noise(3)).normal(shape), noise.normal, model, process)
+    generator = torch.Generator().manual_seed(3)
+    theirs = torch.randn(shape, generator=generator) * 0.5
+    assert len(ours) == steps + 1
+    for angle, (sigma, _), (_, after) in zip(scheduler.timesteps[:-1], ours, ours[1:], strict=False):
+        share = torch.sin(angle) / (torch.cos(angle) + torch.sin(angle))
+        assert abs(float(share) - sigma) < 2e-7  # float32
+        norm = torch.sqrt(share**2 + (1 - share) ** 2)
+        x = theirs / 0.5 * norm
+        velocity = torch.from_numpy(model(x.numpy(), float(share)).astype(np.float32))
+        output = ((1 - 2 * share) * x + norm**2 * velocity) / norm * 0.5
+        theirs, data = scheduler.step(output, angle, theirs, generator=generator, return_dict=False)
+        following = scheduler.timesteps[scheduler.step_index]
+        expected = theirs / 0.5 / (torch.cos(following) + torch.sin(following)) if following else data / 0.5
+        # The noise at the first angle, 1.5708, is a flow's times 1 + 4e-6. 5e-6 was measured, of states above 1.
+        assert np.abs(after - expected.numpy()).max() < 1e-5 * max(1, np.abs(after).max())
+    other = trajectory("euler", steps, Noise(3).normal(shape), model=model)[-1][1]
+    assert np.abs(other - ours[-1][1]).max() > (0.01 if steps > 1 else 0)
+
+
 # SiT's own code
 
 
@@ -293,6 +324,7 @@ def test_the_sde_ends_with_its_drift_alone():
     [
         ("euler", [1, 0.75, 0.5, 0.25], 0),
         ("heun", [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0], 0),
+        ("scm", np.sin(a := 0.3927 * np.arange(4, 0, -1)) / (np.sin(a) + np.cos(a)), 3),
         ("sde", [1, 0.68, 0.36, 0.04], 3),  # as its authors': four points, and a last step of 0.04 without noise
     ],
 )
@@ -311,7 +343,7 @@ def test_an_exact_velocity_takes_one_step_of_euler_and_heun_to_the_data(solver):
     """ε - x₀ is constant along a straight line, so the ODE's solvers are exact at any number of steps."""
     data, noise = np.array([0.3, -2.0]), Noise(1).normal((2,)).astype(np.float64)
     end = trajectory(solver, 2, noise, lambda shape: np.zeros(shape, np.float32), lambda x, sigma: noise - data)[-1][1]
-    assert (np.abs(end - data).max() < 1e-12) == (solver != "sde")
+    assert (np.abs(end - data).max() < 1e-12) == (solver not in ("sde", "scm"))  # which draw noise
 
 
 @pytest.mark.parametrize("solver", [name for name in NOISE_SOLVERS if name not in FLOW_SOLVERS])
@@ -340,6 +372,7 @@ def test_a_noise_schedule_refuses_the_solvers_of_a_velocity(solver, prediction):
             "spacing is 'leading' with solver heun; take one of trailing, linspace, discrete",
         ),
         ("sde", 10, {"spacing": "trailing"}, "spacing is 'trailing' with solver sde; its steps are even"),
+        ("scm", 2, {"spacing": "linspace"}, "spacing is 'linspace' with solver scm; its angles are even from 1.5708"),
         ("euler", 10, {"eta": 0.5}, "eta is 0.5 with solver euler; only ddim takes it"),
         ("sde", 1, {}, "steps is 1 with solver sde; expected at least 2"),
         ("euler", 0, {}, "steps is 0; expected an integer from 1 to 1000"),

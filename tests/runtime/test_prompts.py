@@ -246,6 +246,7 @@ def test_a_tokenizer_is_checked(prompted, tmp_path) -> None:
         (("prompts", 0, "mask"), "", "reads: got ids, ids_mask, long_ids, expected ids, long_ids"),
         (("prompts", 0, "ids"), "captions", "port or prompt input 'captions' stands there 2 times"),
         (("prompts", 0, "tokens"), 6, "ids is: got int64 ['rows', 5], expected int64 ['rows', 6]"),
+        (("prompts", 0, "ids"), "", "prompt 0: ids: got '', expected a name"),
         (("prompts", 0, "tokens"), 0, "prompt 0: tokens: got 0, expected sizes of 1 to"),
         (("prompts", 0, "size"), 0, "prompt 0: size: got 0, expected sizes of 1 to"),
         (("prompts", 0, "template"), "words", "prompt 0: template: got words, expected text with {} in one place"),

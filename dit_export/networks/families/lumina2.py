@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dit_export.networks import Network
 from dit_export.networks.families.family import Family
 from dit_export.networks.families.positions import Positions, pack, unpack
-from dit_export.networks.rules import Linear
+from dit_export.networks.rules import LEAST, Linear
 from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
@@ -56,7 +56,7 @@ class RowsRenormalized(Linear):
     def forward(self, conditional: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
         guided = super().forward(conditional, negative, weight)
         own, new = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (conditional, guided))
-        return guided * (own / new)
+        return guided * (own / new.clamp_min(LEAST))
 
 
 class Lumina2Prompt(nn.Module):

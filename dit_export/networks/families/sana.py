@@ -1,4 +1,7 @@
-"""Sana (Xie et al., arXiv 2410.10629): linear attention over latents of 32 pixels a cell, captions by Gemma 2."""
+"""Sana (Xie et al., arXiv 2410.10629) and Sana-Sprint (arXiv 2503.09641), a consistency network with embedded guidance.
+
+Attention is linear, a latent is 32 pixels wide, and captions are Gemma 2's.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,27 @@ from dit_export.networks.families.family import Family
 from dit_export.networks.text import Text, Tokens
 from dit_runtime.bundle.manifest import Port
 
+WEIGHT = Port("guidance_scale", "condition", "float32", ())
+
 
 class SanaVelocity(nn.Module):
-    """Name the inputs of SanaTransformer2DModel, which reads 1000 σ and gives dx/dσ."""
+    """Name the inputs of SanaTransformer2DModel, which reads 1000 σ, or σ with embedded guidance, and gives dx/dσ."""
 
     def __init__(self, transformer: Any) -> None:
         super().__init__()
         self.transformer = transformer
-        self.span = 1000 * transformer.config.timestep_scale
+        config = transformer.config
+        self.span = 1 if config.guidance_embeds else 1000 * config.timestep_scale
+        self.unit = config.guidance_embeds_scale
 
-    def forward(self, latents: Tensor, timesteps: Tensor, captions: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, captions: Tensor, mask: Tensor, guidance_scale: Tensor | None = None
+    ) -> Tensor:
         return self.transformer(
             latents,
             encoder_hidden_states=captions,
             timestep=self.span * timesteps,
+            guidance=None if guidance_scale is None else self.unit * guidance_scale,
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]
@@ -76,15 +86,17 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("timesteps", "time", "float32", ()),
             Port("captions", "condition", "float32", (tokens, config.caption_channels)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
+            *[WEIGHT] * config.guidance_embeds,
         ),
         guidance=4.5,
+        guidance_port=WEIGHT.name if config.guidance_embeds else "",
     )
 
 
 SANA = Family(
     "SanaTransformer2DModel",
     network,
-    tokens={"SanaPipeline": 300},
+    tokens={"SanaPipeline": 300, "SanaSprintPipeline": 300},
     scheduler={
         "_class_name": "DPMSolverMultistepScheduler",
         "use_flow_sigmas": True,
@@ -93,7 +105,7 @@ SANA = Family(
     },
     pixels=32,
     flow_spacing="linspace",
-    steps=lambda config: 20,
+    steps=lambda config: 2 if config["guidance_embeds"] else 20,
     linear_attention=(SanaLinearAttnProcessor2_0,),
     text=Text(
         SanaPrompt,
@@ -102,5 +114,4 @@ SANA = Family(
         ),
         gives=("captions", "mask"),
     ),
-    supported={"guidance_embeds": (False,)},
 )

@@ -23,7 +23,7 @@ Draws pictures from a bundle of dit-export.
   --guidance W …        one, or one a picture; default: the bundle's (also: --cfg-scale)
   --seed N …            one for all, or one a picture; 0
   --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                        dpm++3, euler, heun, sde; default: the bundle's
+                        dpm++3, euler, heun, sde, scm; default: the bundle's
   --eta X               noise of ddim, 0 to 1
   --spacing NAME        stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete;
                         default: the bundle's

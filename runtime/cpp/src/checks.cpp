@@ -1,4 +1,4 @@
-// Mirrors the checks in dit_runtime/bundle/parsing.py.
+// Mirrors dit_runtime/bundle/checks.py.
 #include "checks.hpp"
 
 #include <algorithm>

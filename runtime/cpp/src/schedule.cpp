@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 
 #include "errors.hpp"
 #include "facts.hpp"
@@ -10,6 +11,7 @@
 namespace dit_runtime {
 
 const std::vector<std::string> MULTISTEP = multistep_solvers();
+const double FIRST_ANGLE = constant("scm_first_angle"), SECOND_ANGLE = constant("scm_second_angle");
 const double LAST_STEP = constant("sde_last_step");
 
 namespace {
@@ -79,11 +81,27 @@ Array sde_points(std::int64_t steps, const std::string& spacing) {
     return points;
 }
 
+Array scm_points(std::int64_t steps, const std::string& spacing) {
+    if (!spacing.empty())
+        throw UsageError(
+            text("spacing is '", spacing, "' with solver scm; its angles are even from ", FIRST_ANGLE, " on"));
+    Array points = linspace(FIRST_ANGLE, 0, steps + 1);
+    points.pop_back();
+    if (steps == 2) points[1] = SECOND_ANGLE;
+    for (double& angle : points) angle = std::sin(angle) / (std::cos(angle) + std::sin(angle));
+    return points;
+}
+
+// The points of solvers that take no spacing.
+const std::map<std::string, Array (*)(std::int64_t, const std::string&)> OWN_POINTS = {{"sde", sde_points},
+                                                                                       {"scm", scm_points}};
+
 Array shifted_points(const Process& process, const std::string& solver, std::int64_t steps,
                      const std::string& spacing) {
     require_fit(process, solver);
     require_steps(process, steps);
-    Array points = solver == "sde" ? sde_points(steps, spacing) : even_points(process, solver, steps, spacing);
+    const auto own = OWN_POINTS.find(solver);
+    Array points = own != OWN_POINTS.end() ? own->second(steps, spacing) : even_points(process, solver, steps, spacing);
     const double shift = process.shift_over(steps);
     for (double& sigma : points) sigma = shift * sigma / (1 + (shift - 1) * sigma);
     if (process.shift_terminal) {
@@ -152,7 +170,7 @@ Array sigmas(const Process& process, const std::string& solver, std::int64_t ste
 Array flow_times(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
     Array points = shifted_points(process, solver, steps, spacing);
     const double total = static_cast<double>(process.train_steps);
-    if (solver != "sde" && (spacing.empty() ? process.sampler.flow_spacing : spacing) == "discrete")
+    if (!OWN_POINTS.count(solver) && (spacing.empty() ? process.sampler.flow_spacing : spacing) == "discrete")
         for (double& point : points) point = std::floor(point * total) / total;
     return single(std::move(points));
 }

@@ -12,7 +12,8 @@ namespace dit_runtime {
 
 // As facts.json has them; not for use before main.
 extern const std::vector<std::string> MULTISTEP;
-extern const double LAST_STEP;  // of the SDE, in σ: its authors' value
+extern const double FIRST_ANGLE, SECOND_ANGLE;  // of SCM: its authors' values, the second in a run of two steps
+extern const double LAST_STEP;                  // of the SDE, in σ: its authors' value
 
 // A point of the process, x = α x₀ + σ ε, and the time that the network reads there.
 struct Level {
@@ -36,8 +37,9 @@ std::vector<Step> make_schedule(const Process& process, const std::string& solve
 //
 // "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
 // diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
-// schedulers. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), where
-// s = shift e^(shift_growth · N), and 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
+// schedulers. The SDE's are even down to LAST_STEP; SCM's come from angles φ, σ = sin φ / (sin φ + cos φ). Then
+// σ' = s σ / (1 + (s - 1) σ), where s = shift e^(shift_growth · N), and
+// 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
 Array sigmas(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing = "");
 
 // What the network reads at each σ of a flow: σ, or for "discrete" ⌊T σ⌋ / T.

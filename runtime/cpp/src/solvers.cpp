@@ -23,7 +23,8 @@ const std::map<std::string, Make>& methods() {
                                                       {"dpm++3", multistep("dpm++3")},
                                                       {"euler", euler},
                                                       {"heun", heun},
-                                                      {"sde", sde}};
+                                                      {"sde", sde},
+                                                      {"scm", scm}};
     return table;
 }
 

@@ -184,7 +184,7 @@ typedef struct dit_request {
     size_t num_guidance;   /* 1, or count */
     int steps;             /* 0: the bundle's */
     const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                              dpm++3, euler, heun, sde; NULL: the bundle's */
+                              dpm++3, euler, heun, sde, scm; NULL: the bundle's */
     const char* spacing;   /* stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete;
                               NULL: the bundle's */
     double eta;            /* noise of ddim, 0 to 1 */

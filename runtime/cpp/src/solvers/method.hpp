@@ -86,4 +86,9 @@ std::unique_ptr<Method> heun(Setting setting);
 // x' = x + (σ - σ') (x₀ - 2 ε) + √(2 σ (σ - σ')) z. The last step is the drift alone.
 std::unique_ptr<Method> sde(Setting setting);
 
+// Multistep consistency sampling, Song et al. 2023 (arXiv 2303.01469), algorithm 1: x' = α' x₀ + σ' z.
+//
+// A consistency network predicts the end of the path, so each step starts again with new noise; the last has none.
+std::unique_ptr<Method> scm(Setting setting);
+
 }  // namespace dit_runtime

@@ -21,6 +21,8 @@ from dit_runtime.sampling.process import (
     require_steps,
 )
 
+FIRST_ANGLE: float = CONSTANTS["scm_first_angle"]  # of SCM: its authors' values, the second in a run of two steps
+SECOND_ANGLE: float = CONSTANTS["scm_second_angle"]
 LAST_STEP: float = CONSTANTS["sde_last_step"]  # of the SDE, in σ: its authors' value
 
 
@@ -61,8 +63,9 @@ def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None
 
     "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
     diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
-    schedulers. The SDE's are even down to LAST_STEP. Then σ' = s σ / (1 + (s - 1) σ), where
-    s = shift e^(shift_growth · N), and 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
+    schedulers. The SDE's are even down to LAST_STEP; SCM's come from angles φ, σ = sin φ / (sin φ + cos φ). Then
+    σ' = s σ / (1 + (s - 1) σ), where s = shift e^(shift_growth · N), and
+    1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
     """
     return _single(_shifted_points(process, solver, steps, spacing))
 
@@ -70,7 +73,7 @@ def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None
 def flow_times(process: Process, solver: str, steps: int, spacing: str | None = None) -> NDArray[np.float64]:
     """Return what the network reads at each σ of a flow: σ, or for "discrete" ⌊T σ⌋ / T."""
     points = _shifted_points(process, solver, steps, spacing)
-    if solver != "sde" and (spacing or process.sampler.flow_spacing) == "discrete":
+    if solver not in OWN_POINTS and (spacing or process.sampler.flow_spacing) == "discrete":
         points = np.floor(points * process.train_steps) / process.train_steps
     return _single(points)
 
@@ -82,7 +85,8 @@ def _single(points: NDArray[np.float64]) -> NDArray[np.float64]:
 def _shifted_points(process: Process, solver: str, steps: int, spacing: str | None) -> NDArray[np.float64]:
     require_fit(process, solver)
     require_steps(process, steps)
-    points = _sde_points(steps, spacing) if solver == "sde" else _even_points(process, solver, steps, spacing)
+    own = OWN_POINTS.get(solver)
+    points = own(steps, spacing) if own else _even_points(process, solver, steps, spacing)
     shift = process.shift_over(steps)
     shifted = shift * points / (1 + (shift - 1) * points)
     if process.shift_terminal is not None:
@@ -109,6 +113,18 @@ def _sde_points(steps: int, spacing: str | None) -> NDArray[np.float64]:
     if steps < 2:
         raise UsageError(f"steps is {steps} with solver sde; expected at least 2, for its last is one of {LAST_STEP}")
     return 1 - np.arange(steps) / (steps - 1) * (1 - LAST_STEP)
+
+
+def _scm_points(steps: int, spacing: str | None) -> NDArray[np.float64]:
+    if spacing:
+        raise UsageError(f"spacing is {spacing!r} with solver scm; its angles are even from {FIRST_ANGLE} on")
+    angles = np.linspace(FIRST_ANGLE, 0, steps + 1)[:-1]
+    if steps == 2:
+        angles[1] = SECOND_ANGLE
+    return np.sin(angles) / (np.cos(angles) + np.sin(angles))
+
+
+OWN_POINTS = {"sde": _sde_points, "scm": _scm_points}  # of solvers that take no spacing
 
 
 def _noise_steps(process: Process, solver: str, steps: int, spacing: str | None) -> list[Step]:

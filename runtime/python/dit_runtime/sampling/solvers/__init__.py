@@ -22,6 +22,7 @@ from dit_runtime.sampling.solvers.ddpm import ddpm
 from dit_runtime.sampling.solvers.dpm import dpm
 from dit_runtime.sampling.solvers.euler import euler
 from dit_runtime.sampling.solvers.heun import heun
+from dit_runtime.sampling.solvers.scm import scm
 from dit_runtime.sampling.solvers.sde import sde
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "euler": euler,
     "heun": heun,
     "sde": sde,
+    "scm": scm,
 }
 EVALUATIONS: dict[str, int] = {name: facts["evaluations"] for name, facts in SOLVERS.items()}  # a step
 # A run: yields x and the time there, is sent (prediction, variance or None), and returns the final x.
