@@ -19,7 +19,7 @@ from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.diffusers import read_process
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_vae
 from dit_export.graph import onnxfile, trace
-from dit_export.networks.codec import Decoder
+from dit_export.networks.codec import Decoder, make_decoder
 from dit_export.passes.subpixel import subpixel
 from dit_export.precision import convolutions
 from dit_export.precision.calibrate import Calibration
@@ -68,7 +68,7 @@ def fused(tmp_path_factory, one_thread) -> Fused:
     with one_thread():
         vae = synthetic_vae(0, CONFIG)
         add_outliers(vae)
-        decoder = Decoder(vae).eval()
+        decoder = make_decoder(vae)
         program = trace.export_decoder(decoder, Port("latents", "state", "float32", (4, SIDE, SIDE)))
     program.save(folder / "decoder.onnx")
     graph = onnxfile.load(folder / "decoder.onnx")
