@@ -93,7 +93,7 @@ def read_scheduler_config(
     prediction: str | None = None,
     tokens: int | None = None,
     spacing: str | None = None,
-    mu: Callable[[int], tuple[float, float]] | None = None,
+    mu: Callable[[int, Mapping[str, float]], tuple[float, float]] | None = None,
 ) -> Process:
     """Return the process and its sampling defaults; without a config, those of Meta's code, for DiT or for SiT.
 
@@ -101,8 +101,8 @@ def read_scheduler_config(
     defaults for the rest, with two exceptions, because those defaults are made for pixels and for networks without a
     variance: latents are clipped, and a learned variance is left unused, only where the config says so in words.
     A flow's config does not say what its pipeline does: `tokens` is the count of image tokens that a dynamic shift
-    depends on, and `spacing` that of its timesteps. `mu` maps the tokens to the pipeline's own μ: its value for 0
-    steps, and what each step adds; without it, μ is the config's.
+    depends on, and `spacing` that of its timesteps. `mu` maps the tokens and the fields of `read_dynamic` to
+    the pipeline's own μ: its value for 0 steps, and what each step adds; without it, μ is that of `dynamic_mu`.
     """
     if config is None:
         solver = "euler" if prediction == "velocity" else "ddim"
@@ -161,7 +161,7 @@ def _read_flow(
     said: dict[str, Any],
     tokens: int | None,
     spacing: str | None,
-    own_mu: Callable[[int], tuple[float, float]] | None,
+    own_mu: Callable[[int, Mapping[str, float]], tuple[float, float]] | None,
 ) -> Process:
     """Return a flow whose dynamic shift is settled, because a bundle has one size.
 
@@ -173,7 +173,7 @@ def _read_flow(
     if dynamic:
         if tokens is None:
             raise UsageError("use_dynamic_shifting = True needs the count of image tokens, which is not stated")
-        mu, growth = own_mu(tokens) if own_mu else (dynamic_mu(said, tokens), 0.0)
+        mu, growth = own_mu(tokens, read_dynamic(said)) if own_mu else (dynamic_mu(said, tokens), 0.0)
         exponential = said.get("time_shift_type", "exponential") == "exponential"
         if growth and not exponential:
             raise UsageError("time_shift_type = 'linear' is not supported where μ depends on the number of steps")
@@ -230,12 +230,18 @@ def _multistep(said: Mapping[str, Any]) -> str:
     return next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
 
 
-def dynamic_mu(said: Mapping[str, Any], tokens: int) -> float:
-    """Return μ as diffusers' calculate_shift: linear in the count of image tokens."""
-    base_shift, max_shift, base_tokens, max_tokens = (said.get(key, value) for key, value in DYNAMIC.items())
-    for key, value in zip(DYNAMIC, (base_shift, max_shift, base_tokens, max_tokens), strict=True):
+def read_dynamic(said: Mapping[str, Any]) -> dict[str, float]:
+    """Return the fields of a dynamic shift, diffusers' defaults where the config lacks one."""
+    fields = {key: said.get(key, value) for key, value in DYNAMIC.items()}
+    for key, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UsageError(f"{key} is {value!r}; expected a finite number")
+    return fields
+
+
+def dynamic_mu(said: Mapping[str, Any], tokens: int) -> float:
+    """Return μ as diffusers' calculate_shift: linear in the count of image tokens."""
+    base_shift, max_shift, base_tokens, max_tokens = read_dynamic(said).values()
     if base_tokens == max_tokens:
         raise UsageError(f"base_image_seq_len and max_image_seq_len are both {max_tokens!r}; expected two numbers")
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)

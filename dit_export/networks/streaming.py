@@ -41,7 +41,8 @@ class _Streamed:
             part._parameters.update({key: _read(self._weights, name) for key, name in self._names.items()})
 
     def _drop(self, part: nn.Module, *_: Any) -> None:
-        part._parameters.update(self._fakes)
+        if not torch.compiler.is_exporting():  # a part that runs twice must find the trace's own parameters again
+            part._parameters.update(self._fakes)
 
 
 def _read(weights: Mapping[str, Tensor], name: str) -> nn.Parameter:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 NETWORKS: dict[str, Callable[[], Network]] = {
     "flux": lambda: family_network(tiny.flux(num_single_layers=2), (8, 12), tiny.TOKENS),
     "auraflow": lambda: family_network(tiny.auraflow(), (8, 12), tiny.TOKENS),
+    "cogview4": lambda: family_network(tiny.cogview4(), (8, 12), 64),
     "flux2 klein": lambda: family_network(tiny.flux2(), (8, 12), tiny.TOKENS),
     "flux2 dev": lambda: family_network(tiny.flux2(guidance_embeds=True), (8, 12), tiny.TOKENS),
     "ltx": lambda: family_network(tiny.ltx(), (2, 4, 6), tiny.TOKENS),

@@ -28,6 +28,7 @@ CASES = {"pixart": lambda: tiny.pixart(), "sd3": lambda: tiny.sd3(**tiny.SD3_5)}
 FAMILIES = {  # and sizes of latents
     "auraflow": (tiny.auraflow, (8, 12)),
     "chroma": (tiny.chroma, (8, 12)),
+    "cogview4": (tiny.cogview4, (8, 12)),
     "flux": (tiny.flux, (8, 12)),
     "flux2": (tiny.flux2, (8, 12)),
     "ltx": (tiny.ltx, (2, 4, 6)),

@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
+    CogView4Transformer2DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -92,6 +93,12 @@ def ltx(**config: Any) -> LTXVideoTransformer3DModel:
     return randomize(
         LTXVideoTransformer3DModel(**fields | {"cross_attention_dim": 64, "caption_channels": 48} | config)
     )
+
+
+def cogview4(**config: Any) -> CogView4Transformer2DModel:
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "sample_size": 8, "in_channels": 4}
+    widths = {"out_channels": 4, "text_embed_dim": 48, "time_embed_dim": 64, "condition_dim": 16}
+    return randomize(CogView4Transformer2DModel(**fields | widths | {"rope_axes_dim": (32, 32)} | config))
 
 
 SD3_5 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}

@@ -369,7 +369,7 @@ def test_a_noise_schedule_refuses_the_solvers_of_a_velocity(solver, prediction):
             "heun",
             10,
             {"spacing": "leading"},
-            "spacing is 'leading' with solver heun; take one of trailing, linspace, discrete",
+            "spacing is 'leading' with solver heun; take one of trailing, linspace, discrete, integer",
         ),
         ("sde", 10, {"spacing": "trailing"}, "spacing is 'trailing' with solver sde; its steps are even"),
         ("scm", 2, {"spacing": "linspace"}, "spacing is 'linspace' with solver scm; its angles are even from 1.5708"),

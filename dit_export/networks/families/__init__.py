@@ -8,6 +8,7 @@ from typing import Any
 from dit_export.networks import Network
 from dit_export.networks.families.auraflow import AURAFLOW
 from dit_export.networks.families.chroma import CHROMA
+from dit_export.networks.families.cogview4 import COGVIEW4
 from dit_export.networks.families.flux import FLUX
 from dit_export.networks.families.flux2 import FLUX2
 from dit_export.networks.families.ltx import LTX
@@ -22,7 +23,7 @@ from dit_runtime.errors import UsageError, nearest
 
 FAMILIES = {
     family.name: family
-    for family in (AURAFLOW, CHROMA, FLUX, FLUX2, LTX, LUMINA2, PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE)
+    for family in (AURAFLOW, CHROMA, COGVIEW4, FLUX, FLUX2, LTX, LUMINA2, PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE)
 }
 
 

@@ -25,7 +25,8 @@ class Family:
     scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
     pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
-    mu: Callable[[int], tuple[float, float]] | None = None  # the pipeline's own; see `read_scheduler_config`
+    # The pipeline's own μ; see `read_scheduler_config`.
+    mu: Callable[[int, Mapping[str, float]], tuple[float, float]] | None = None
     steps: Callable[[Mapping[str, Any]], int] = lambda config: DEFAULT_STEPS  # of the pipeline's runs, by the config
     size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
     video: tuple[int, int, int] | None = None  # (F, H, W) of the latents that a video pipeline takes

@@ -77,8 +77,8 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     )
 
 
-def mu(tokens: int) -> tuple[float, float]:
-    """Return the μ of the scheduler's shift for 0 steps, and what each step adds, for this count of image tokens."""
+def mu(tokens: int, fields: Mapping[str, float]) -> tuple[float, float]:
+    """Return the μ of the scheduler's shift for 0 steps, and what each step adds, by image tokens alone."""
     (few, low), (many, high) = ((steps, slope * tokens + offset) for steps, slope, offset in (FEW, MANY))
     growth = 0.0 if tokens > LARGE else (high - low) / (many - few)
     return high - many * growth, growth

@@ -25,8 +25,8 @@ Draws pictures from a bundle of dit-export.
   --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
                         dpm++3, euler, heun, sde, scm; default: the bundle's
   --eta X               noise of ddim, 0 to 1
-  --spacing NAME        stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete;
-                        default: the bundle's
+  --spacing NAME        stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
+                        integer; default: the bundle's
   --latents FILE.npy    start from these instead of the seed's
   -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
   --verify              replay PyTorch's reference with the engines here, and draw nothing

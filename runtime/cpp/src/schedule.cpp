@@ -63,6 +63,12 @@ Array even_points(const Process& process, const std::string& solver, std::int64_
         points.pop_back();
         return points;
     }
+    if (spacing == "integer") {
+        const double total = static_cast<double>(process.train_steps);
+        points = linspace(total, 1, steps);
+        for (double& point : points) point = std::floor(point) / total;
+        return points;
+    }
     for (std::int64_t index = 0; index < steps; ++index)
         points.push_back(1 - static_cast<double>(index) / static_cast<double>(steps));
     return points;
@@ -170,8 +176,12 @@ Array sigmas(const Process& process, const std::string& solver, std::int64_t ste
 Array flow_times(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
     Array points = shifted_points(process, solver, steps, spacing);
     const double total = static_cast<double>(process.train_steps);
-    if (!OWN_POINTS.count(solver) && (spacing.empty() ? process.sampler.flow_spacing : spacing) == "discrete")
-        for (double& point : points) point = std::floor(point * total) / total;
+    if (!OWN_POINTS.count(solver)) {
+        const std::string kind = spacing.empty() ? process.sampler.flow_spacing : spacing;
+        if (kind == "discrete")
+            for (double& point : points) point = std::floor(point * total) / total;
+        if (kind == "integer") points = even_points(process, solver, steps, spacing);
+    }
     return single(std::move(points));
 }
 

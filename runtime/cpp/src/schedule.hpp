@@ -17,7 +17,7 @@ extern const double LAST_STEP;                  // of the SDE, in σ: its author
 
 // A point of the process, x = α x₀ + σ ε, and the time that the network reads there.
 struct Level {
-    double time;  // a training step, or a flow's σ ("discrete": rounded down to a training step)
+    double time;  // a training step, or a flow's σ, or what flow_times makes of it
     double alpha;
     double sigma;
 
@@ -37,12 +37,13 @@ std::vector<Step> make_schedule(const Process& process, const std::string& solve
 //
 // "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
 // diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
-// schedulers. The SDE's are even down to LAST_STEP; SCM's come from angles φ, σ = sin φ / (sin φ + cos φ). Then
+// schedulers. "integer" is training steps from T to 1, each rounded down, over T, as in diffusers' CogView4 pipeline.
+// The SDE's are even down to LAST_STEP; SCM's come from angles φ, σ = sin φ / (sin φ + cos φ). Then
 // σ' = s σ / (1 + (s - 1) σ), where s = shift e^(shift_growth · N), and
 // 1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
 Array sigmas(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing = "");
 
-// What the network reads at each σ of a flow: σ, or for "discrete" ⌊T σ⌋ / T.
+// What the network reads at each σ of a flow: σ; ⌊T σ⌋ / T for "discrete"; σ before the shift for "integer".
 Array flow_times(const Process& process, const std::string& solver, std::int64_t steps,
                  const std::string& spacing = "");
 

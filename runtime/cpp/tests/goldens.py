@@ -61,6 +61,7 @@ PROCESSES: dict[str, dict[str, Any]] = {
             "euler_at_final": True,
         },
     },
+    "integer": {"kind": "flow", "shift": 3.0, "sampler": {"solver": "euler", "flow_spacing": "integer"}},
     "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
 }
 
@@ -75,7 +76,7 @@ def respond(x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
 def runs() -> list[dict[str, Any]]:
     """Each solver with each process, spacing and a few numbers of steps: the result, or that it is refused."""
     found = []
-    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, ("", *SPACINGS, "discrete"), (1, 5, 20)):
+    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, ("", *SPACINGS, "discrete", "integer"), (1, 5, 20)):
         if spacing and name not in ("defaults", "odd", "shifted"):
             continue  # these show the spacings, the others the rest
         process = Process.from_dict(PROCESSES[name])

@@ -185,8 +185,8 @@ typedef struct dit_request {
     int steps;             /* 0: the bundle's */
     const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
                               dpm++3, euler, heun, sde, scm; NULL: the bundle's */
-    const char* spacing;   /* stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete;
-                              NULL: the bundle's */
+    const char* spacing;   /* stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
+                              integer; NULL: the bundle's */
     double eta;            /* noise of ddim, 0 to 1 */
     const float* latents;  /* for each picture the numbers of state_shape to start from; NULL: the seeds' noise */
     dit_on_step on_step;   /* NULL: none */

@@ -29,7 +29,7 @@ LAST_STEP: float = CONSTANTS["sde_last_step"]  # of the SDE, in σ: its authors'
 class Level(NamedTuple):
     """A point of the process, x = α x₀ + σ ε, and the time that the network reads there."""
 
-    time: float  # a training step, or a flow's σ ("discrete": rounded down to a training step)
+    time: float  # a training step, or a flow's σ, or what `flow_times` makes of it
     alpha: float
     sigma: float
 
@@ -63,7 +63,8 @@ def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None
 
     "trailing" is 1, 1 - 1/N … 1/N, as SiT and diffusers' Flux pipeline have it; "linspace" ends at sigma_min, as in
     diffusers' SD3 pipeline. "discrete" is "trailing" times 1 - 1/T of T training steps, as in diffusers' multistep
-    schedulers. The SDE's are even down to LAST_STEP; SCM's come from angles φ, σ = sin φ / (sin φ + cos φ). Then
+    schedulers. "integer" is training steps from T to 1, each rounded down, over T, as in diffusers' CogView4 pipeline.
+    The SDE's are even down to LAST_STEP; SCM's come from angles φ, σ = sin φ / (sin φ + cos φ). Then
     σ' = s σ / (1 + (s - 1) σ), where s = shift e^(shift_growth · N), and
     1 - σ'' = (1 - σ') (1 - shift_terminal) / (1 - σ' of the last step).
     """
@@ -71,10 +72,16 @@ def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None
 
 
 def flow_times(process: Process, solver: str, steps: int, spacing: str | None = None) -> NDArray[np.float64]:
-    """Return what the network reads at each σ of a flow: σ, or for "discrete" ⌊T σ⌋ / T."""
+    """Return what the network reads at each σ of a flow.
+
+    It reads σ itself; ⌊T σ⌋ / T for "discrete"; σ before the shift for "integer".
+    """
     points = _shifted_points(process, solver, steps, spacing)
-    if solver not in OWN_POINTS and (spacing or process.sampler.flow_spacing) == "discrete":
+    kind = None if solver in OWN_POINTS else spacing or process.sampler.flow_spacing
+    if kind == "discrete":
         points = np.floor(points * process.train_steps) / process.train_steps
+    if kind == "integer":
+        points = _even_points(process, solver, steps, spacing)
     return _single(points)
 
 
@@ -104,6 +111,8 @@ def _even_points(process: Process, solver: str, steps: int, spacing: str | None)
         return np.linspace(1, process.sigma_min, steps)
     if spacing == "discrete":  # in diffusers' order of operations: ⌊T σ⌋ depends on the last bit
         return (1 - np.linspace(1, 1 / process.train_steps, steps + 1))[:0:-1]
+    if spacing == "integer":
+        return np.floor(np.linspace(process.train_steps, 1, steps)) / process.train_steps
     return 1 - np.arange(steps) / steps
 
 
