@@ -1,4 +1,4 @@
-"""Prompts in C++ as token ids: Python's pictures of the words, on hand-made bundles and on Stable Diffusion 3.5."""
+"""Prompts in C++ as token ids: Python's pictures of the words, on hand-made bundles, SD3 and FLUX.1."""
 
 from __future__ import annotations
 
@@ -119,27 +119,31 @@ def test_verify(request, dit_generate, kind, engine) -> None:
 
 
 @pytest.mark.slow  # it builds the bundle
-def test_stable_diffusion(dit_generate, tmp_path, one_thread) -> None:
-    """Two CLIPs and T5: ids of three prompts of different lengths become the pictures that Python draws of words."""
-    from tests.families import tiny
-    from tests.families.test_sd3 import T5_TOKENS, make_pipeline
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_pipelines_of_diffusers(dit_generate, tmp_path, one_thread, family) -> None:
+    """Ids of three prompts of different lengths become the pictures that Python draws of the words.
+
+    SD3 has two CLIPs and T5, and a negative prompt; FLUX.1-dev has CLIP and T5, and takes the guidance itself.
+    """
+    from tests.families import test_flux, test_sd3, tiny
 
     with one_thread():
-        bundle = tiny.build(make_pipeline(), tmp_path, caption_tokens=77 + T5_TOKENS)
+        if family == "sd3":
+            tokens = {"caption_tokens": 77 + test_sd3.T5_TOKENS}
+            bundle = tiny.build(test_sd3.make_pipeline(), tmp_path, **tokens)
+        else:
+            bundle = test_flux.make_case(test_flux.make_pipeline(), tmp_path).bundle
     options = {"steps": tiny.STEPS, "guidance": tiny.GUIDANCE, "seed": tiny.SEED}
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    prompts, negative = [*tiny.PROMPTS], tiny.NEGATIVE if family == "sd3" else None
     for engine in ENGINES:
         with load(bundle, engine) as pipe:
-            prompts = [*tiny.PROMPTS]
-            own, away = ids(pipe, prompts), ids(pipe, [tiny.NEGATIVE], negative=True)
-            latents = pipe.sample(prompt=prompts, negative_prompt=tiny.NEGATIVE, output="latents", **options)
-            pictures = pipe.sample(prompt=prompts, negative_prompt=tiny.NEGATIVE, **options)
-            other = pipe.sample(
-                prompt=[tiny.OTHER, *prompts[1:]], negative_prompt=tiny.NEGATIVE, output="latents", **options
-            )
-        flags = [*condition_flags(tmp_path, own, away), *arguments, "--backend", engine]
+            flags = condition_flags(tmp_path, ids(pipe, prompts), ids(pipe, [negative], True) if negative else None)
+            words = {"prompt": prompts, "negative_prompt": negative, **options}
+            latents, pictures = pipe.sample(**words, output="latents"), pipe.sample(**words)
+            other = pipe.sample(**words | {"prompt": [tiny.OTHER, *prompts[1:]]}, output="latents")
         for name in ("x.npy", "x.npz"):
-            done = dit_generate(bundle, *flags, "-o", tmp_path / name)
+            done = dit_generate(bundle, *flags, *arguments, "--backend", engine, "-o", tmp_path / name)
             assert done.returncode == 0, done.stderr
         assert same_latents(np.load(tmp_path / "x.npy"), latents), engine
         assert not same_latents(np.load(tmp_path / "x.npy"), other)

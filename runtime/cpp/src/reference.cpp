@@ -89,12 +89,15 @@ Reference load_reference(const Pipeline& pipe) {
         if (const auto each_step = static_cast<std::size_t>(evaluations(solver)); steps % each_step)
             throw NpyError(text("timesteps has ", steps, " numbers, expected ", each_step, " a step of ", solver));
         reference.condition = conditions(manifest, arrays, "condition", batch);
-        if (manifest.mixes_guidance()) reference.negative = conditions(manifest, arrays, "null", 1);
+        const auto has_null = [&](const Port& port) { return arrays.count("null." + port.name) != 0; };
+        const std::vector<Port> ports = manifest.conditions();
+        if (manifest.mixes_guidance() || std::any_of(ports.begin(), ports.end(), has_null))
+            reference.negative = conditions(manifest, arrays, "null", 1);
         expect("guidance", reference.guidance.size(), batch);
         expect("latents", reference.latents.size(), (steps + 1) * each);
         expect("prediction", reference.prediction.size(), steps * each);
         expect("conditional", reference.conditional.size(), steps * each);
-        if (manifest.mixes_guidance()) expect("null", reference.null.size(), steps * each);
+        if (manifest.mixes_guidance() || !reference.null.empty()) expect("null", reference.null.size(), steps * each);
         expect("fingerprint", reference.fingerprint.size(), fingerprinted(manifest, reference).rows * FINGERPRINTS);
         if (!reference.variance.empty()) expect("variance", reference.variance.size(), steps * each);
         const Shape image = manifest.image_shape();

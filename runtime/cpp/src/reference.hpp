@@ -22,11 +22,11 @@ struct Reference {
     std::vector<std::int64_t> seeds;                   // (B,)
     std::vector<float> guidance;                       // (B,)
     std::vector<float> latents;                        // (S + 1, B, *state)
-    std::vector<float> prediction, conditional, null;  // (S, B, *state); null is empty where nothing mixes guidance
+    std::vector<float> prediction, conditional, null;  // (S, B, *state); null may be empty where nothing mixes guidance
     std::vector<float> variance;                       // (S, B, *state), or empty where it is not learned
     std::vector<float> fingerprint;                    // (F, FINGERPRINTS)
     std::vector<std::uint8_t> images;                  // (B, H, W, 3), or empty without a decoder
-    Rows condition, negative;                          // B rows and one: arrays condition.NAME and null.NAME
+    Rows condition, negative;                          // B rows and one (or none): arrays condition.NAME and null.NAME
 
     std::size_t batch() const { return seeds.size(); }
 };

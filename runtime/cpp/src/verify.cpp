@@ -80,6 +80,7 @@ void check_before_loop(Pipeline& pipe, const Reference& reference, double limit,
 void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances& limits, const OnFigure& on_figure) {
     const std::size_t steps = reference.timesteps.size();
     const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
+    const bool guided = pipe.manifest.mixes_guidance();
     Memo memo = pipe.memo(reference.timesteps, reference.condition, reference.negative);
     for (std::size_t step = 0; step < steps; ++step) {
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);
@@ -95,16 +96,17 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
             on_figure({pipe.manifest.step().name, text(name, ", rel-L2"),
                        relative_error(values, &expected[step * each]), limit, false, step + 1, where});
         };
-        const Prediction both = denoise(Groups::BOTH);
+        const Prediction both = denoise(guided ? Groups::BOTH : Groups::OWN);
         report("prediction", both.prediction, reference.prediction, limits.guided);
         if (!both.variance.empty()) {
             if (reference.variance.empty())
                 throw BundleError("the reference has no variance, but the denoiser gives one");
             report("variance", both.variance, reference.variance, limits.guided);
         }
-        if (!memo.guided() || (step != 0 && step != steps / 2 && step != steps - 1)) continue;
-        report("unguided", denoise(Groups::OWN).prediction, reference.conditional, limits.prediction);
-        report("null condition", denoise(Groups::NULLS).prediction, reference.null, limits.prediction);
+        if (step != 0 && step != steps / 2 && step != steps - 1) continue;
+        if (guided) report("unguided", denoise(Groups::OWN).prediction, reference.conditional, limits.prediction);
+        if (reference.negative.rows && !reference.null.empty())
+            report("null condition", denoise(Groups::NULLS).prediction, reference.null, limits.prediction);
     }
 }
 
@@ -169,11 +171,12 @@ void check_step_row(Pipeline& pipe, const Reference& reference, const OnFigure& 
         states.insert(states.end(), state, state + static_cast<std::ptrdiff_t>(each));
         weights.push_back(reference.guidance[own]);
     }
-    Memo whole = pipe.memo(times, reference.condition, reference.negative);
+    const Rows away = pipe.manifest.mixes_guidance() ? reference.negative : Rows();
+    Memo whole = pipe.memo(times, reference.condition, away);
     Arrays mixed;
     for (std::size_t step = 0; step < places.size(); ++step)
         put_beside(mixed, whole(step, places[step].first, places[step].first + 1));
-    Memo own = pipe.memo({times[row]}, slice(reference.condition, sample, sample + 1), reference.negative);
+    Memo own = pipe.memo({times[row]}, slice(reference.condition, sample, sample + 1), away);
     const Arrays alone = own(0, 0, 1);
     const Prediction batch =
         pipe.denoise(states, [&](std::size_t, std::size_t) -> const Arrays& { return mixed; }, weights);

@@ -94,22 +94,20 @@ def conditions(kind: str) -> tuple[Rows, Rows]:
     for port in PORTS[kind]:
         if port["role"] != "condition":
             continue
-        shape, constant = port["shape"], NULL[kind].get(port["name"])
-        if port["dtype"] == "int64":
-            own[port["name"]] = np.array([1, 3 % (port["size"] - 1)])
-        elif port["name"] == GUIDANCE_PORT.get(kind):
-            own[port["name"]] = np.array(WEIGHTS, np.float32)
+        name, shape, constant = port["name"], port["shape"], NULL[kind].get(port["name"])
+        if name == GUIDANCE_PORT.get(kind):
+            own[name] = np.array(WEIGHTS, np.float32)
+        elif port["dtype"] == "int64":
+            own[name] = np.array([1, 3 % (port["size"] - 1)])
         elif port["masks"]:
-            own[port["name"]] = np.tri(2, *shape, shape[0] - 2, dtype=np.float32)
+            own[name] = np.tri(2, *shape, shape[0] - 2, dtype=np.float32)
         else:
-            own[port["name"]] = random.standard_normal((2, *shape)).astype(np.float32)
-        if constant is not None:
-            null[port["name"]] = np.full((1, *shape), constant, own[port["name"]].dtype)
-        elif port["masks"]:
-            null[port["name"]] = np.ones((1, *shape), np.float32)
+            own[name] = random.standard_normal((2, *shape)).astype(np.float32)
+        if constant is None and port["dtype"] == "float32" and not port["masks"]:
+            null[name] = random.standard_normal((1, *shape)).astype(np.float32)
         else:
-            null[port["name"]] = random.standard_normal((1, *shape)).astype(np.float32)
-    return own, {} if kind in GUIDANCE_PORT else null
+            null[name] = np.full((1, *shape), 1 if constant is None else constant, own[name].dtype)
+    return own, null
 
 
 def fingerprint(graphs: Graphs, t: float, own: Rows, null: Rows) -> NDArray[np.float32]:
@@ -119,7 +117,7 @@ def fingerprint(graphs: Graphs, t: float, own: Rows, null: Rows) -> NDArray[np.f
     if single is not None and single["size"] and not single["shape"]:
         rows = {single["name"]: np.arange(single["size"])}
     else:
-        rows = {name: np.concatenate([own[name], *([null[name]] if null else [])]) for name in own}
+        rows = {name: np.concatenate([own[name], null[name]]) for name in own}
     count = len(next(iter(rows.values()))) if rows else len(SEEDS) + 1
     made, ports = graphs.before(t, rows, count), {*graphs.ports.values(), *own, "guidance"}
     whole = np.concatenate([made[name].reshape(count, -1) for name in graphs.reads if name not in ports], axis=1)
@@ -142,13 +140,13 @@ def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
     for t, level, after in zip(times, levels, [*levels[1:], 1.0], strict=True):
         rows = graphs.before(t, own, batch)
         away = {name: np.repeat(row, batch, axis=0) for name, row in null.items()}
-        groups = [rows, *([graphs.before(t, away, batch)] if graphs.guided else [])]
-        answer = graphs.denoise(states[-1], guidance, *groups)
+        negative = graphs.before(t, away, batch)
+        answer = graphs.denoise(states[-1], guidance, rows, *[negative] * graphs.guided)
         for name in answer:
             run[name].append(answer[name])
         run["conditional"].append(graphs.denoise(states[-1], guidance, rows)["prediction"])
-        if graphs.guided:
-            run["null"].append(graphs.denoise(states[-1], guidance, groups[1])["prediction"])
+        if null:
+            run["null"].append(graphs.denoise(states[-1], guidance, negative)["prediction"])
         epsilon = answer["prediction"].astype(np.float64)
         clean = (x - np.sqrt(1 - level) * epsilon) / np.sqrt(level)
         x = np.sqrt(after) * clean + np.sqrt(1 - after) * epsilon
