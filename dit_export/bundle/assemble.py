@@ -6,6 +6,7 @@ Nothing here proves that the result is right; `build.py` does.
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,6 +138,7 @@ class Assembly:
             require(self.counts["decoder"], self.decoder.expected_counts())
             onnxfile.name_rows(decoder, "batch")
             self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
+        gc.collect()  # graphs are cycles, and the plain ones would keep what is read of their weights in memory
 
     def _save(self, name: str, graph: gs.Graph) -> None:
         """Write a graph in its present form; it is two files, with weights or without."""

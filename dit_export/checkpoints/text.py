@@ -106,6 +106,11 @@ def _tokenizer(where: Path, kind: str) -> Any:
 
 def _prompt(tokenizer: Any, entry: Tokens, tokens: int, where: Path) -> tuple[Prompt, str]:
     """Return a tokenizer's view of prompts, and its tokenizer.json."""
+    if entry.chat is not None:
+        message, options = {"role": "user", "content": "{}"}, {"tokenize": False, "add_generation_prompt": True}
+        made = tokenizer.apply_chat_template([message], **options, **entry.chat)
+        if made != entry.template:
+            raise UsageError(f"{where}: its chat template makes {made!r} of a prompt, expected {entry.template!r}")
     before = entry.before() if entry.before else ""
     length = tokens + entry.extra if entry.tokens is None else entry.tokens
     length += len(tokenizer.encode(before)) if before else 0

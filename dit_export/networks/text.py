@@ -23,6 +23,7 @@ class Tokens:
     mask: str = ""  # the name of the input that marks the prompt's tokens; "": the module takes none
     template: str = "{}"  # around the prompt
     negative: str = ""  # the template of negative prompts; "": the same
+    chat: Mapping[str, Any] | None = None  # options by which the tokenizer's chat template must make the template
     before: Callable[[], str] | None = None  # what stands before a prompt that is no negative, on top of its tokens
     lowercase: bool = False  # strip and lower the user's words before they go into the template
     special: bool = True  # whether the tokenizer adds its own tokens around the template

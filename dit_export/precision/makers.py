@@ -3,12 +3,13 @@
 MAKERS has a rule for each op that a division can be passed on through: it goes to all terms of a sum, to one factor of
 a product, to the values of an attention. It ends in parameters (a norm's gain; columns of a weight, and its bias) or in
 what stages before the loop give (adaLN's gains and shifts; the values of a cross-attention). On the way each tensor
-must have one reader, but for the layers themselves.
+must have one reader. Where several blocks are modulated by one vector, all their layers share divisors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ class Place(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Layers that read one tensor, or parts of its tokens, and so share divisors."""
+    """Layers that share divisors: they read one tensor, parts of its tokens, or what one vector modulates."""
 
     layers: list[Layer]
     places: list[Place]  # to be divided, all of them
@@ -50,6 +51,12 @@ class Group(NamedTuple):
     def channels(self) -> Ints:
         """Return the layers' channels that can be divided."""
         return np.unique(np.concatenate([place.channels for place in self.places] or [np.empty(0, np.int64)]))
+
+    @property
+    def vectors(self) -> set[int]:
+        """Return the ids of the tensors from before the loop that are divided."""
+        tensors = [place.node.inputs[place.input] for place in self.places]
+        return {id(tensor) for tensor in tensors if not isinstance(tensor, gs.Constant)}
 
     @property
     def inputs(self) -> list[list[Layer]]:
@@ -70,7 +77,34 @@ def grouped(layers: Sequence[Layer]) -> list[Group]:
         _, members, readers = roots.setdefault(key, (lanes, [], set()))
         members.append(layer)
         readers |= {id(layer.node), *passed}
-    return [Group(members, _by_parts(lanes, readers)) for lanes, members, readers in roots.values()]
+    return _joined([Group(members, _by_parts(lanes, readers)) for lanes, members, readers in roots.values()])
+
+
+def _joined(groups: Sequence[Group]) -> list[Group]:
+    """Join the groups that divide one vector; what others read, too, is not divided."""
+    clusters: list[list[Group]] = []
+    for group in groups:
+        same = [cluster for cluster in clusters if any(group.vectors & other.vectors for other in cluster)]
+        clusters = [cluster for cluster in clusters if not any(cluster is other for other in same)]
+        clusters.append([*chain(*same), group])
+    joined = []
+    for cluster in clusters:
+        layers, places = (list(chain(*parts)) for parts in zip(*cluster, strict=True))
+        whole = Group(layers, places)
+        joined += [whole] if _has_all_readers(whole) else [Group(group.layers, []) for group in cluster]
+    return joined
+
+
+def _has_all_readers(group: Group) -> bool:
+    """Return whether nothing else reads the group's vectors, which are its layers' inputs channel by channel."""
+    readers = {id(place.node) for place in group.places} | {id(layer.node) for layer in group.layers}
+    for place in group.places:
+        tensor = place.node.inputs[place.input]
+        if id(tensor) in group.vectors and len(tensor.outputs) > 1:
+            same = np.array_equal(place.at, place.channels) and len({len(layer.matrix) for layer in group.layers}) == 1
+            if not same or not readers.issuperset(map(id, tensor.outputs)):
+                return False
+    return True
 
 
 def _root(lanes: Lanes) -> tuple[Lanes, list[int]]:
@@ -94,13 +128,15 @@ def _by_parts(lanes: Lanes, readers: Collection[int]) -> list[Place]:
 def _places(lanes: Lanes, readers: Collection[int]) -> list[Place] | None:
     """Return what can be divided in the place of these channels; None where nothing can."""
     node = _maker(lanes.tensor)
-    if node is None or not _has_readers(lanes, readers):
+    if node is None:
         return None
     if node.op == "Split" and _axis(node) == TOKENS and _is_given(node.inputs[0]):
         if lanes.axes != (len(lanes.tensor.shape) - 1,):
             return None
-        reader = lanes.tensor.outputs[0]
+        reader = next(reader for reader in lanes.tensor.outputs if id(reader) in readers)
         return [Place(reader, reader.inputs.index(lanes.tensor), lanes.axes[0], lanes.at[0], lanes.channels)]
+    if not _has_readers(lanes, readers):
+        return None
     if node.op in MAKERS:
         return MAKERS[node.op](lanes, node)
     if node.op in ("Split", "Slice") and _axis(node) not in lanes.axes:

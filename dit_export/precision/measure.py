@@ -92,10 +92,12 @@ def measure(
 
     with ExitStack() as stack:
         recorders: dict[str, RecordingEngine] = {}
-        for stage in stages:
+        for stage in [*contract.before_loop, *stages]:
             graph = graphs[stage.name].copy()  # a file has no shapes of what is in between
-            is_step = stage is contract.step
-            add_taps(graph, layers and is_step, half, rng, convolutions=convolutions and not is_step)
+            is_step, tapped = stage is contract.step, stage in stages
+            add_taps(
+                graph, layers and is_step, half and tapped, rng, convolutions=convolutions and stage is contract.end
+            )
             calls = total if is_step else -(-(plan.pictures + plan.batch) // stage.max_batch)
             engine = RecordingEngine(graph, folder / f"{stage.name}.tapped.onnx", max(1, ROWS // calls), rng)
             recorders[stage.name] = engine

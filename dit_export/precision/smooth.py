@@ -50,22 +50,31 @@ class Smoothed(NamedTuple):
     calibration: Calibration
 
 
-def choose(parts: Sequence[tuple[LayerStatistics, Floats]], channels: Ints, ties: Ints) -> list[Chosen]:
+class Part(NamedTuple):
+    """A tensor that layers read."""
+
+    seen: LayerStatistics
+    matrices: Sequence[Floats]  # the layers' weights, (K, N) each; a large network's are memory maps
+
+    @property
+    def weight(self) -> Floats:
+        return np.concatenate(self.matrices, axis=1)
+
+
+def choose(parts: Sequence[Part], channels: Ints, ties: Ints) -> list[Chosen]:
     """Return, per part, the alpha and the step whose quantized products have the least error on the calibration's rows.
 
-    A part is what was seen of a tensor, and the columns of all layers that read it. The divisors are shared; they are 1
-    but for these `channels`, and equal where `ties` has one number for several.
+    The parts share the divisors. These are 1 but for `channels`, and equal where `ties` has one number for several.
     """
-    largest = np.max([seen.largest for seen, _ in parts], axis=0)
-    columns = np.max([np.abs(weight).max(axis=1) for _, weight in parts], axis=0)
-    exact = [seen.sample @ weight for seen, weight in parts]
-    best, least = [], np.inf
-    for alpha, divisors in _candidates(largest, columns, channels, ties):
-        tried = [_grid(*part, product, alpha, divisors) for part, product in zip(parts, exact, strict=True)]
-        error = sum(choice.error**2 for choice in tried)
-        if error < least:
-            best, least = tried, error
-    return best
+    largest = np.max([part.seen.largest for part in parts], axis=0)
+    columns = np.max([np.abs(weight).max(axis=1) for part in parts for weight in part.matrices], axis=0)
+    candidates, tried = [*_candidates(largest, columns, channels, ties)], []
+    for part in parts:
+        weight = part.weight
+        exact = part.seen.sample @ weight
+        tried.append([_grid(part.seen, weight, exact, *candidate) for candidate in candidates])
+    best = np.argmin([sum(choice.error**2 for choice in choices) for choices in zip(*tried, strict=True)])
+    return [choices[best] for choices in tried]
 
 
 def _candidates(largest: Floats, columns: Floats, channels: Ints, ties: Ints) -> Iterator[tuple[float, Floats]]:
@@ -135,7 +144,7 @@ def smooth(stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibrat
     chosen: dict[str, Chosen] = {}
     for group in grouped(layers):
         parts = [_part(readers, calibration) for readers in group.inputs]
-        choices = choose(parts, group.channels, _ties(group, len(parts[0][1])))
+        choices = choose(parts, group.channels, _ties(group, len(parts[0].seen.largest)))
         for readers, choice in zip(group.inputs, choices, strict=True):
             chosen |= {layer.name: choice for layer in readers}
         divisors = choices[0].divisors
@@ -144,21 +153,24 @@ def smooth(stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibrat
         for layer in group.layers:
             axis = 1 if layer.is_convolution else 0
             _divide(layer.node, 1, axis, np.arange(len(divisors)), np.float32(1) / divisors)
+        vectors = group.vectors
         for place in group.places:
-            if isinstance(place.node.inputs[place.input], gs.Constant):
+            tensor = place.node.inputs[place.input]
+            if isinstance(tensor, gs.Constant):
                 _divide(place.node, place.input, place.axis, place.at, divisors[place.channels])
-            else:
+            elif id(tensor) in vectors:  # that several blocks read
+                vectors.remove(id(tensor))
                 _divide_vector(stages, place, divisors)
     return chosen
 
 
-def _part(readers: Sequence[Layer], calibration: Calibration) -> tuple[LayerStatistics, Floats]:
-    """Return what was seen of a tensor, and the columns of all that read it."""
-    seen, weight = calibration.layers[readers[0].name], np.concatenate([layer.matrix for layer in readers], axis=1)
-    if len(seen.largest) != len(weight):
-        got, expected = len(seen.largest), len(weight)
+def _part(readers: Sequence[Layer], calibration: Calibration) -> Part:
+    """Return what was seen of a tensor, and the weights of all layers that read it."""
+    seen, matrices = calibration.layers[readers[0].name], [layer.matrix for layer in readers]
+    if len(seen.largest) != len(matrices[0]):
+        got, expected = len(seen.largest), len(matrices[0])
         raise UsageError(f"the calibration's {readers[0].name} has {got} channels, expected {expected}")
-    return seen, weight
+    return Part(seen, matrices)
 
 
 def _ties(group: Group, count: int) -> Ints:

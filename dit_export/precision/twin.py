@@ -43,11 +43,14 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
     with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
         for stage in (stage for stage in contract.stages if stage.runs != "prompt"):  # no twin runs it
             files = [manifest.inside(folder, file) for file in stage.onnx_files]
-            if half := types[stage.name]:
-                form = next((file for file in stage.files if file.endswith(".onnx")), stage.onnx)
-                graph = onnxfile.load(manifest.inside(folder, form))  # the form that its backend opens, if it is ONNX
+            half, form = types[stage.name], stage.onnx
+            if half:  # the form that its backend opens, if it is ONNX
+                form = next((file for file in stage.files if file.endswith(".onnx")), form)
+            graph = onnxfile.load(manifest.inside(folder, form))
+            if half:
                 twin(graph, tensor_dtype_to_np_dtype(TYPES[half]))
-                plain_attention(graph)  # the portable backend refuses a mask with one row for all queries
+            # The portable backend refuses a mask with one row for all queries.
+            if plain_attention(graph) or half:
                 path = Path(temporary) / f"{stage.name}.onnx"
                 files = [path.with_name(file) for file in onnxfile.save(graph, path)]
             engines[stage.name] = module.open(files, Options())

@@ -71,7 +71,7 @@ class Scratch(NamedTuple):
         contract, engines = manifest.read(self.folder), {}
         for name, graph in graphs.items():
             form = graph.copy()
-            if backend == "onnxruntime":
+            if backend == "onnxruntime" or name != contract.step.name:
                 plain_attention(form)  # as builds do: it refuses a mask with one row for all queries
             files = [folder / file for file in onnxfile.save(form, folder / f"{name}.onnx")]
             if name == contract.step.name:
@@ -81,8 +81,8 @@ class Scratch(NamedTuple):
         return Pipeline(self.folder, contract, engines)
 
 
-def scratch(folder: Path, network: Network) -> Scratch:
-    process = read_process(None, network.learned_variance)
+def scratch(folder: Path, network: Network, prediction: str | None = None) -> Scratch:
+    process = read_process(None, network.learned_variance, prediction)
     loaded = Loaded(network, None, (), process, {"kind": "synthetic"})
     recipe, traced = Recipe(backend="onnxruntime", max_batch=4), folder.with_name("traced")
     trace_graphs(traced, loaded, None, Progress())

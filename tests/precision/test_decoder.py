@@ -128,14 +128,14 @@ def test_the_layers(fused) -> None:
     assert shapes == [(4, 4, 1, 1), (64, 4, 3, 3), (32, 64, 1, 1), (3, 32, 3, 3)]
 
 
-@pytest.mark.parametrize(("frames", "count"), [((), 2), ((3,), 0)])
-def test_convolutions_over_frames_stay_float(frames, count) -> None:
+@pytest.mark.parametrize(("frames", "group", "count"), [((), 1, 2), ((3,), 1, 0), ((), 4, 0)])
+def test_convolutions_over_frames_and_of_single_channels_stay_float(frames, group, count) -> None:
     x = gs.Variable("latents", np.float32, ["n", 4, *(5 for _ in frames), 8, 8])
     graph = gs.Graph(inputs=[x])
     for index in range(4):
-        kernel = gs.Constant(f"w{index}", np.zeros((4, 4, *frames, 3, 3), np.float32))
+        kernel = gs.Constant(f"w{index}", np.zeros((4, 4 // group, *frames, 3, 3), np.float32))
         x, read = gs.Variable(f"y{index}", np.float32, x.shape), x
-        graph.nodes.append(gs.Node("Conv", inputs=[read, kernel], outputs=[x]))
+        graph.nodes.append(gs.Node("Conv", inputs=[read, kernel], outputs=[x], attrs={"group": group}))
     graph.outputs = [x]
     assert len(convolutions.find(graph)) == count
 

@@ -24,22 +24,19 @@ from dit_runtime.verify import relative_error
 from tests.precision import transformers
 from tests.precision.conftest import Scratch, scratch
 
-NOT_DIVIDED = {  # layers that read what nothing linear makes alone
-    "Flux": {"ff.net.2", "ff_context.net.2"},  # a GELU
-    "AuraFlow": set(),
+NOT_DIVIDED = {  # kinds of layers that read what nothing linear makes alone
+    "FLUX.1": {"ff.net.2", "ff_context.net.2"},  # a GELU
     "Sana": {"attn2.to_q"},  # the residual stream
-    "Lumina": set(),
 }
-SHARED = {  # layers of the first block that have divisors in common
-    "Flux": [
-        {"attn.to_q", "attn.to_k", "attn.to_v"},
-        {"attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"},
-        {"attn.to_out.0", "attn.to_add_out"},
-        {"proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v"},
-    ],
-    "AuraFlow": [{"attn.to_out.0", "attn.to_add_out"}, {"ff.linear_1", "ff.linear_2"}],
+SLOW = {"FLUX.2", "AuraFlow"}  # what they have is in the others, or in test_makers.py
+QKV, ADDED = {"attn.to_q", "attn.to_k", "attn.to_v"}, {"attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"}
+OUT = {"attn.to_out.0", "attn.to_add_out"}
+SHARED = {  # kinds of layers that have divisors in common
+    "FLUX.1": [QKV, ADDED, OUT, {"proj_mlp", *QKV}],
+    "FLUX.2": [QKV, ADDED, OUT],
+    "AuraFlow": [QKV, ADDED, OUT, {"ff.linear_1", "ff.linear_2"}],
     "Sana": [{"attn1.to_q", "attn1.to_k", "attn1.to_v"}],
-    "Lumina": [{"attn.to_q", "attn.to_k", "attn.to_v"}, {"feed_forward.linear_1", "feed_forward.linear_3"}],
+    "Lumina 2": [QKV, {"feed_forward.linear_1", "feed_forward.linear_3"}],
 }
 
 
@@ -49,10 +46,14 @@ class Family(NamedTuple):
     calibration: Calibration
 
 
-@pytest.fixture(scope="module", params=[*transformers.CASES])
+def marked(name: str) -> object:
+    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+
+
+@pytest.fixture(scope="module", params=map(marked, transformers.CASES))
 def family(request, tmp_path_factory, one_thread) -> Family:
     with one_thread():
-        bundle = scratch(tmp_path_factory.mktemp(request.param) / "bundle", transformers.network(request.param))
+        bundle = scratch(tmp_path_factory.mktemp("family") / "bundle", transformers.network(request.param), "velocity")
         return Family(request.param, bundle, bundle.calibrate(Plan(pictures=8, steps=4)))
 
 
@@ -62,7 +63,7 @@ def predictions(bundle: Scratch, graphs: dict, folder: Path, backend: str = "onn
     for rewrite in LOWERINGS[backend]:
         rewrite(form["denoiser"])
     with bundle.open(form, folder, backend) as pipe:
-        times = np.array([999, 700, 400, 100], np.float32)
+        times = np.array([0.99, 0.7, 0.4, 0.1], np.float32)
         noise = np.random.default_rng(7).normal(size=(4, 2, *bundle.network.state.shape)).astype(np.float32)
         inputs = pipe.engines.inputs(times, bundle.rows(), None, np.ones(2, np.float32))
         return np.concatenate([pipe.engines.denoise(state, inputs, step)[0] for step, state in enumerate(noise)])
@@ -77,9 +78,12 @@ def test_layers_and_their_divisors(family: Family) -> None:
     groups = grouped(layers)
     shared = [{kind(layer.name) for layer in group.layers} for group in groups]
     assert all(names in shared for names in SHARED[family.name])
-    assert {kind(group.layers[0].name) for group in groups if not group.places} == NOT_DIVIDED[family.name]
+    blocks = {len(group.layers) for group in groups if {kind(layer.name) for layer in group.layers} == QKV}
+    assert blocks == ({6} if family.name == "FLUX.2" else {3} if QKV in shared else set())  # its 2 blocks share vectors
+    bare = [group for group in groups if not group.places]
+    assert {kind(group.layers[0].name) for group in bare} == NOT_DIVIDED.get(family.name, set())
     partly = [group for group in groups if 0 < len(group.channels) < len(group.layers[0].matrix)]
-    assert [kind(group.layers[0].name) for group in partly] == (["proj_out"] if family.name == "Flux" else [])
+    assert [kind(group.layers[0].name) for group in partly] == (["proj_out"] if family.name == "FLUX.1" else [])
     assert sum(len(group.channels) for group in partly) in (0, 64)  # attention's channels, beside those of a GELU
 
 

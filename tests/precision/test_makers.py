@@ -69,6 +69,15 @@ def a_vector_that_others_read(make: Builder) -> list[gs.Variable]:
     return [make.add("Mul", make.shape(), result, make.vectors[1])]
 
 
+def blocks_with_one_modulation(make: Builder) -> list[gs.Variable]:
+    results = []
+    for n in range(2):
+        norm = make.add("LayerNormalization", make.shape(), make.x, np.ones(CHANNELS, np.float32), axis=-1)
+        scaled = make.add("Mul", make.shape(), norm, make.vectors[0])
+        results.append(make.linear(f"layer{n}", make.add("Add", make.shape(), scaled, make.vectors[1])))
+    return results
+
+
 def the_residual_stream(make: Builder) -> list[gs.Variable]:
     x = make.add("Add", make.shape(), make.x, make.linear("inner", modulated(make)))
     return [make.add("Add", make.shape(), make.linear("layer", x), x)]
@@ -138,6 +147,7 @@ def channels_mixed_with_tokens(make: Builder) -> list[gs.Variable]:
         (a_norm, ["Mul", "Add"]),
         (a_norm_that_others_read, []),
         (a_vector_that_others_read, []),
+        (blocks_with_one_modulation, ["Mul", "Add", "Mul", "Add"]),
         (the_residual_stream, []),
         (a_gate, ["MatMul"]),
         (two_gates, []),
@@ -158,7 +168,7 @@ def test_what_can_be_divided(build: Callable[[Builder], list[gs.Variable]], divi
     offset = CHANNELS if build is halves_of_the_channels else 0
     for place in group.places:
         np.testing.assert_array_equal(place.at, place.channels + offset)
-    assert len(group.inputs) == (2 if build is parts_of_the_tokens else 1)
+    assert len(group.inputs) == (2 if build in (parts_of_the_tokens, blocks_with_one_modulation) else 1)
 
 
 def test_a_weight_that_two_layers_read() -> None:

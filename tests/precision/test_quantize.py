@@ -24,7 +24,7 @@ from dit_export.precision.calibrate import Calibration, LayerStatistics
 from dit_export.precision.layers import coverage, everything, find, kind
 from dit_export.precision.measure import Plan, RecordingEngine
 from dit_export.precision.qdq import quantize
-from dit_export.precision.smooth import choose, pack_divisors, smooth
+from dit_export.precision.smooth import Part, choose, pack_divisors, smooth
 from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.conditions.condition import Rows
@@ -194,7 +194,7 @@ def test_choose_prefers_less_error() -> None:
     seen = LayerStatistics(np.abs(sample).max(axis=0), sample)
     weight = rng.normal(size=(32, 16)).astype(np.float32)
     none, every = np.empty(0, np.int64), np.arange(32)
-    (plain,), (smoothed,) = (choose([(seen, weight)], channels, every) for channels in (none, every))
+    (plain,), (smoothed,) = (choose([Part(seen, [weight])], channels, every) for channels in (none, every))
     assert smoothed.error < 0.5 * plain.error and smoothed.divisors[3] == smoothed.divisors.max()
 
 

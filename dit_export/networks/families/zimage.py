@@ -102,7 +102,11 @@ Z_IMAGE = Family(
     patch=PATCH,
     text=Text(
         ZImagePrompt,
-        prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=TEMPLATE, side="right"),),
+        prompts=(
+            Tokens(
+                "ids", "tokenizer", mask="ids_mask", template=TEMPLATE, chat={"enable_thinking": True}, side="right"
+            ),
+        ),
         gives=("captions", "mask"),
     ),
     ahead=("context_refiner",),
