@@ -34,8 +34,6 @@ class Memo {
     // call. Those without a timestep are stacked once for the same samples (62 MB a caption in XL/2).
     const Arrays& operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups = Groups::BOTH);
 
-    bool guided() const { return negative_rows_ > 0; }
-
   private:
     using Pairs = std::vector<std::pair<std::size_t, std::size_t>>;  // a timestep's number and a row
 

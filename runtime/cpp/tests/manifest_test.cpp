@@ -142,9 +142,8 @@ TEST(Ports, Refusals) {
     });
     refused_change(BUNDLE, "add no noise at the first", [](Json& table) { table["process"]["beta_start"] = 1e-17; });
     refused_change(BUNDLE, "leave no signal", [](Json& table) { table["process"]["beta_end"] = 0.999999; });
-    refused_change(WAVE, "shift_growth: got 0.2, expected at most 0.1 either way", [](Json& table) {
-        table["process"] = {{"kind", "flow"}, {"shift_growth", 0.2}};
-    });
+    refused_change(WAVE, "shift_growth: got 0.2, expected at most 0.1 either way",
+                   [](Json& table) { table["process"] = {{"kind", "flow"}, {"shift_growth", 0.2}}; });
     refused_change(BUNDLE, "after all classes", [](Json& table) { table["null"]["labels"] = 0; });
     refused_change(BUNDLE, "labels: got 5 names, expected 6", [](Json& table) { table["null"] = Json::object(); });
 }
