@@ -44,7 +44,7 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle; its manifest, and the sha256 of each file that is opened, are checked.
 
-        On a CPU this returns when the step stage is open; the others are opened in the background meanwhile. With
+        On a CPU this returns when the step stage is open; the others are opened in the background then. With
         `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every stage
         runs at each of them, so that a later request of such a size compiles nothing.
         """
@@ -95,13 +95,14 @@ class Pipeline:
 def _open(engines: Engines) -> None:
     """Open all stages but the update, which is opened where it is needed.
 
-    On a CPU all but the step stage are opened in the background.
+    On a CPU all but the step stage are opened in the background, after it: beside it they would slow it down.
     """
     contract = engines.manifest
     stages = [stage for stage in contract.stages if stage.runs != "update"]
     if not engines.options.provider and all(stage.backend in CPU for stage in stages):
+        engines.open(contract.step)
         engines.open_ahead(stage for stage in stages if stage is not contract.step)
-        stages = [contract.step]
+        return
     for stage in stages:  # in their order: engines of a GPU share the stream of the first
         engines.open(stage)
 
