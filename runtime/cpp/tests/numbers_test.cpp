@@ -188,7 +188,8 @@ TEST(Solvers, RefusalsOfAFlow) {
     for (const std::string solver : {"ddpm", "ddim"})
         EXPECT_NE(refused(solver, 5, 0, "").find("velocity; take one of dpm++1, dpm++, dpm++3, euler"),
                   std::string::npos);
-    EXPECT_NE(refused("heun", 5, 0, "leading").find("take one of trailing, linspace, discrete, integer"), std::string::npos);
+    EXPECT_NE(refused("heun", 5, 0, "leading").find("take one of trailing, linspace, discrete, integer"),
+              std::string::npos);
     EXPECT_NE(refused("sde", 5, 0, "trailing").find("its steps are even"), std::string::npos);
     EXPECT_NE(refused("sde", 1, 0, "").find("at least 2"), std::string::npos);
     EXPECT_NE(refused("euler", 1001, 0, "").find("1 to 1000"), std::string::npos);
