@@ -119,7 +119,7 @@ def measure(
     if layers:
         statistics = {name: seen for recorder in recorders.values() for name, seen in recorder.statistics().items()}
         calibration = Calibration(statistics, {"plan": str(plan)})
-    return Measured(calibration, {name: recorder.peaks() for name, recorder in recorders.items()} if half else {})
+    return Measured(calibration, {stage.name: recorders[stage.name].peaks() for stage in stages} if half else {})
 
 
 def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator, convolutions: bool = False) -> None:

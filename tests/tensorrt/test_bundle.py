@@ -100,12 +100,12 @@ def test_without_a_driver(built, capsys, command) -> None:
 
 
 def test_a_flipped_byte_is_seen_first(bundle, capsys) -> None:
-    path = bundle / "denoiser.tensorrt-rtx.engine"
+    path = bundle / "conditioner.tensorrt-rtx.engine"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     code, told = run(capsys, "verify", str(bundle))
-    assert code == 2 and "denoiser.tensorrt-rtx.engine does not have the sha256 of its manifest" in told
+    assert code == 2 and "conditioner.tensorrt-rtx.engine does not have the sha256 of its manifest" in told
 
 
 @pytest.mark.parametrize("version", ["1.6.0", "2.0"])
