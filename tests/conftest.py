@@ -54,6 +54,7 @@ BUILDS = (
     "test_build.py",
     "test_conditionings.py",
     "test_custom_network.py",
+    "test_examples.py",
     "test_pixart.py",
     "test_precisions.py",
     "test_readme.py",
