@@ -37,6 +37,7 @@ PUBLIC: dict[tuple[str, int | str], str] = {  # model, resolution -> the hub's c
     ("XL/2", 256): "facebook/DiT-XL-2-256",
     ("XL/2", 512): "facebook/DiT-XL-2-512",
 }
+LORA = "pytorch_lora_weights.safetensors"  # as diffusers saves adapters
 KINDS = ("synthetic", "file", "diffusers")  # of a source that a recipe finds again
 
 
@@ -80,6 +81,10 @@ def load_file(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
 def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     """Read a folder that diffusers wrote; the VAE and the source are still to be filled in."""
     folder = transformer_folder(path)
+    for place in (path, folder):
+        if (place / LORA).exists():
+            how = "fuse it (`pipe.fuse_lora()`), save the pipeline and build that; or move the file away"
+            raise UsageError(f"{place / LORA}: a LoRA beside the weights, which do not hold it: {how}")
     if class_name(folder) not in CLASSES:
         network, files, family, transformer = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])

@@ -113,6 +113,16 @@ def test_a_shard_outside_the_folder(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("place", [".", "transformer"])
+def test_a_lora_is_no_part_of_the_weights(tmp_path, place):
+    """Its pictures would be those without it."""
+    transformer(shared=True).save_pretrained(tmp_path / "transformer")
+    read(tmp_path)
+    (tmp_path / place / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UsageError, match=r"a LoRA beside the weights, .* fuse it"):
+        read(tmp_path)
+
+
 def test_older_class(tmp_path):
     theirs = transformer(shared=True)
     theirs.save_pretrained(tmp_path)
