@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from dit_export.checkpoints import keys
-from dit_export.checkpoints.diffusers import CLASSES, read_process, read_transformer
-from dit_export.checkpoints.families import caption_tokens, class_name, read_family
+from dit_export.checkpoints.diffusers import CLASSES, class_name, read_process, read_transformer
+from dit_export.checkpoints.families import caption_tokens, read_family
 from dit_export.checkpoints.files import sha256
 from dit_export.checkpoints.hub import locate
 from dit_export.checkpoints.labels import pipeline_labels, read_labels

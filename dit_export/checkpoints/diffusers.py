@@ -44,19 +44,30 @@ NUMBERS = (
     "num_embeds_ada_norm",
 )
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+RETIRED = {"QwenImageTransformer2DModel": ("pooled_projection_dim",)}  # fields of published configs that nothing reads
 # Read by no forward pass in fp32: dropout, norm_num_groups, upcast_attention. The rest: out_channels, norm_eps.
+
+
+def class_name(folder: Path) -> Any:
+    """Return the class of a config in today's diffusers, which reads PixArt's published ones as its own class."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        return None
+    older = config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
+    return "PixArtTransformer2DModel" if older else config.get("_class_name")
 
 
 def read_config(folder: Path, *classes: str) -> dict[str, Any]:
     """config.json with its class's defaults filled in; a class or a field that we do not know is refused."""
     where = folder / "config.json"
-    config = read_json(where)
-    name = config.get("_class_name") if isinstance(config, dict) else None
+    name, config = class_name(folder), read_json(where)
     if name not in classes:
         raise UsageError(f"{where}: _class_name is {name!r}, expected {' or '.join(classes)}")
     signature = inspect.signature(getattr(diffusers, name).__init__)
     fields = {key: parameter.default for key, parameter in signature.parameters.items() if key != "self"}
     config = {key: value for key, value in config.items() if not key.startswith("_")}
+    idle = {key for key in config.keys() - fields.keys() if key in FIXED and config[key] == FIXED[key]}
+    config = {key: value for key, value in config.items() if key not in idle.union(RETIRED.get(name, ()))}
     if unknown := sorted(config.keys() - fields.keys()):
         raise UsageError(f"{where}: {name} has no field {', '.join(unknown)}; known: {', '.join(fields)}")
     return fields | config | {"_class_name": name}

@@ -19,11 +19,6 @@ from dit_export.recipe import Recipe, latent_size
 from dit_runtime.errors import UsageError
 
 
-def class_name(folder: Path) -> Any:
-    config = read_json(folder / "config.json")
-    return config.get("_class_name") if isinstance(config, dict) else None
-
-
 def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Family, nn.Module]:
     """Read the transformer in `folder` as a Network, for images of the recipe's resolution."""
     config = read_config(folder, *CLASSES, *FAMILIES)

@@ -129,8 +129,8 @@ def test_older_class(tmp_path):
     older = {"cross_attention_dim": None, "num_vector_embeds": None, "use_linear_projection": False}
     rewrite(tmp_path / "config.json", _class_name="Transformer2DModel", only_cross_attention=False, **older)
     assert distance(output(read(tmp_path).network.module), output(theirs)) <= ROUNDING
-    rewrite(tmp_path / "config.json", norm_type="ada_norm_single")
-    with pytest.raises(UsageError, match="norm_type is 'ada_norm_single', expected 'ada_norm_zero'"):
+    rewrite(tmp_path / "config.json", only_cross_attention=True)
+    with pytest.raises(UsageError, match="only_cross_attention is True, expected False"):
         read(tmp_path)
 
 

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from torch import Tensor, nn
 
 from dit_export.checkpoints import load
+from dit_export.checkpoints.diffusers import class_name, read_config
 from dit_export.networks import Network
 from dit_export.networks.families import family_network
 from dit_export.recipe import Recipe
@@ -113,6 +114,29 @@ def test_from_a_folder(tmp_path, make, form) -> None:
     assert loaded.vae is None and loaded.labels == ()
     module = loaded.network.module
     assert not module.training and not any(weight.requires_grad for weight in module.parameters())
+
+
+OLDER = {"num_vector_embeds": None, "double_self_attention": False, "use_linear_projection": False}
+
+
+@pytest.mark.parametrize(
+    ("make", "published"),
+    [
+        (tiny.pixart, {"_class_name": "Transformer2DModel", "only_cross_attention": False, **OLDER}),
+        (tiny.qwen_image, {"pooled_projection_dim": 768}),
+    ],
+)
+def test_published_configs(tmp_path, make, published) -> None:
+    """The hub's configs are older than diffusers, which maps PixArt's class and reads over retired fields."""
+    transformer = make()
+    transformer.save_pretrained(tmp_path)
+    name = type(transformer).__name__
+    today = read_config(tmp_path, name)
+    rewrite(tmp_path / "config.json", **published)
+    assert class_name(tmp_path) == name and read_config(tmp_path, name) == today
+    rewrite(tmp_path / "config.json", only_cross_attention=True)
+    with pytest.raises(UsageError, match="has no field only_cross_attention"):
+        read_config(tmp_path, name)
 
 
 def test_half_precision_becomes_float32(tmp_path) -> None:

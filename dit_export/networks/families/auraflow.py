@@ -59,5 +59,6 @@ AURAFLOW = Family(
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73},
     flow_spacing="linspace",
     steps=lambda config: 50,
+    size=128,
     text=Text(AuraFlowPrompt, prompts=(Tokens("ids", "tokenizer", mask="ids_mask"),), gives=("captions",)),
 )

@@ -28,7 +28,7 @@ class Family:
     # The pipeline's own μ; see `read_scheduler_config`.
     mu: Callable[[int, Mapping[str, float]], tuple[float, float]] | None = None
     steps: Callable[[Mapping[str, Any]], int] = lambda config: DEFAULT_STEPS  # of the pipeline's runs, by the config
-    size: int | None = None  # side of the latents that the pipeline takes, where the config has no sample_size
+    size: int | None = None  # side of the latents that the pipeline takes, where that is not the config's sample_size
     video: tuple[int, int, int] | None = None  # (F, H, W) of the latents that a video pipeline takes
     frames: int = 0  # of a video along a cell of the latents; the first cell has one
     patch: int | None = None  # cells of the latents along a token, where that is not the config's patch_size

@@ -41,7 +41,7 @@ class Engines:
     def opened(self) -> dict[str, Engine]:
         """The engines that are open, by stage, after a wait for those that open in the background."""
         for name in [*self._ahead]:
-            self._opened[name] = self._ahead.pop(name).result()
+            self._settle(name)
         return self._opened
 
     def open(self, stage: Stage) -> Engine:
@@ -49,9 +49,20 @@ class Engines:
         if stage.name not in self._opened:
             if self.options.low_memory:
                 self.close()
-            ahead = self._ahead.pop(stage.name, None)
-            self._opened[stage.name] = self._engine(stage) if ahead is None else ahead.result()
+            if stage.name in self._ahead:
+                self._settle(stage.name)
+            else:
+                self._opened[stage.name] = self._engine(stage)
         return self._opened[stage.name]
+
+    def _settle(self, name: str) -> None:
+        """Wait for a stage that opens in the background; one that failed is opened again at its next use."""
+        ahead = self._ahead[name]
+        if error := ahead.exception():  # an interrupted wait leaves it where close() finds it
+            del self._ahead[name]
+            raise error
+        self._opened[name] = ahead.result()
+        del self._ahead[name]
 
     def open_ahead(self, stages: Iterable[Stage]) -> None:
         """Begin to open stages in the background, one after the other.
@@ -179,8 +190,8 @@ class Engines:
     def close(self) -> None:
         """Close every engine, whichever fails; the update's, which works in the step's stream, is closed before it."""
         with ExitStack() as stack:
-            for ahead in self._ahead.values():
-                if not ahead.cancel() and not ahead.exception():
+            for ahead in [ahead for ahead in self._ahead.values() if not ahead.cancel()]:  # those that wait go first
+                if not ahead.exception():
                     stack.callback(ahead.result().close)
             for engine in self._opened.values():
                 stack.callback(engine.close)

@@ -191,7 +191,8 @@ def check_prompts(manifest: Manifest) -> None:
     gives = [spec.name for spec in stage.gives]
     for spec in stage.gives:
         known = ", ".join(conditions) or "(none)"
-        expect(spec.name in conditions, f"stage {stage.name} gives", spec.name, f"condition ports: {known}")
+        made = spec.name in conditions and spec.name != manifest.guidance.port  # a weight is no part of a prompt
+        expect(made, f"stage {stage.name} gives", spec.name, f"condition ports: {known}")
         port = conditions[spec.name]
         _check_shape(stage, spec, ("rows", *port.shape), port.dtype)
     for port in conditions.values():
