@@ -24,6 +24,8 @@ from tests.families import tiny as families
 from tests.families.test_lumina2 import with_lengths
 from tests.networks import tiny
 
+pytestmark = pytest.mark.slow  # its schedule is in tests/runtime and its network in tests/networks
+
 BLOCKS, CAPTION, SIZE = 2, 64, {"height": 64, "width": 96}  # a byte is a token
 SCHEDULE = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
 
