@@ -69,15 +69,23 @@ class Group(NamedTuple):
 
 def grouped(layers: Sequence[Layer]) -> list[Group]:
     """Return the layers that share divisors, and the places where the divisors go."""
-    roots: dict[tuple[int, tuple[int, ...], bytes], tuple[Lanes, list[Layer], set[int]]] = {}
+    roots: dict[tuple[int, tuple[int, ...], bytes], tuple[Lanes, list[Layer], list[gs.Node]]] = {}
     for layer in layers:
         channels = np.arange(len(layer.matrix))
         lanes, passed = _root(Lanes(layer.x, (layer.channels,), channels[None], channels))
         key = id(lanes.tensor), lanes.axes, lanes.at.tobytes()
-        _, members, readers = roots.setdefault(key, (lanes, [], set()))
+        _, members, readers = roots.setdefault(key, (lanes, [], []))
         members.append(layer)
-        readers |= {id(layer.node), *passed}
-    return _joined([Group(members, _by_parts(lanes, readers)) for lanes, members, readers in roots.values()])
+        readers += [layer.node, *passed]
+    return _joined([Group(members, _shared(lanes, members, readers)) for lanes, members, readers in roots.values()])
+
+
+def _shared(lanes: Lanes, layers: Sequence[Layer], readers: Sequence[gs.Node]) -> list[Place]:
+    """Return the places to divide; none where another node reads what is moved from there to the layers."""
+    known, ends = {id(node) for node in readers}, {id(layer.node) for layer in layers}
+    moved = [tensor for node in readers if id(node) not in ends for tensor in node.outputs]
+    alone = known.issuperset(id(user) for tensor in moved for user in tensor.outputs)
+    return _by_parts(lanes, known) if alone else []
 
 
 def _joined(groups: Sequence[Group]) -> list[Group]:
@@ -107,11 +115,11 @@ def _has_all_readers(group: Group) -> bool:
     return True
 
 
-def _root(lanes: Lanes) -> tuple[Lanes, list[int]]:
+def _root(lanes: Lanes) -> tuple[Lanes, list[gs.Node]]:
     """Return the same channels in the tensor that is moved to a layer, or part of whose tokens is; and the movers."""
-    passed: list[int] = []
+    passed: list[gs.Node] = []
     while (node := _maker(lanes.tensor)) and _axis(node) not in lanes.axes and (source := _before(lanes, node)):
-        passed.append(id(node))
+        passed.append(node)
         lanes = source
     return lanes, passed
 
@@ -191,6 +199,8 @@ def _all(found: Sequence[list[Place] | None]) -> list[Place] | None:
 
 
 def _sum(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    if len({id(tensor) for tensor in node.inputs}) < len(node.inputs):
+        return None  # one tensor twice would be divided twice
     return _all([_operand(lanes, node, index) for index in range(len(node.inputs))])
 
 

@@ -115,6 +115,24 @@ def a_part_of_the_tokens(make: Builder) -> list[gs.Variable]:
     return [make.linear("layer", sliced(make, x, 0, 3, axis=1)), sliced(make, x, 3, 6, axis=1)]
 
 
+def moved_for_others(make: Builder) -> list[gs.Variable]:
+    """What another node reads is no longer the norm itself."""
+    moved = make.add("Reshape", make.shape(), modulated(make), np.array([-1, TOKENS, CHANNELS]))
+    return [make.add("Add", make.shape(), make.linear("layer", moved), moved)]
+
+
+def split_for_others(make: Builder) -> list[gs.Variable]:
+    parts = [gs.Variable(f"part{n}", np.float32, make.shape(tokens=3)) for n in range(2)]
+    sizes = gs.Constant("halves", np.array([3, 3]))
+    make.graph.nodes.append(gs.Node("Split", "halves", {"axis": 1}, [modulated(make), sizes], parts))
+    return [make.linear("layer", parts[1]), make.add("Sigmoid", parts[0].shape, parts[0])]
+
+
+def a_sum_of_one_tensor(make: Builder) -> list[gs.Variable]:
+    made = make.linear("inner", modulated(make))
+    return [make.linear("layer", make.add("Add", make.shape(), made, made))]
+
+
 def halves_of_the_channels(make: Builder) -> list[gs.Variable]:
     made = make.linear("inner", modulated(make), 2 * CHANNELS)
     gate = make.add("Sigmoid", make.shape(), sliced(make, made, 0, CHANNELS, axis=2))
@@ -154,6 +172,9 @@ def channels_mixed_with_tokens(make: Builder) -> list[gs.Variable]:
         (a_square, []),
         (parts_of_the_tokens, ["Mul", "Add"]),
         (a_part_of_the_tokens, []),
+        (moved_for_others, []),
+        (split_for_others, []),
+        (a_sum_of_one_tensor, []),
         (halves_of_the_channels, ["MatMul"]),
         (overlapping_channels, []),
         (heads, ["MatMul"]),
