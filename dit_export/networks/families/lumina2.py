@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_export.networks import Network
+from dit_export.networks.families.encoders import SecondLastLayer
 from dit_export.networks.families.family import Family
 from dit_export.networks.families.positions import Positions, pack, unpack
 from dit_export.networks.rules import LEAST, Linear
@@ -59,18 +59,6 @@ class RowsRenormalized(Linear):
         return guided * (own / new.clamp_min(LEAST))
 
 
-class Lumina2Prompt(nn.Module):
-    """Return the hidden states before Gemma 2's last layer, and the mask of a prompt's tokens."""
-
-    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
-        super().__init__()
-        self.language = encoders["text_encoder"]
-
-    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.language(ids, attention_mask=ids_mask, output_hidden_states=True, use_cache=False)
-        return output.hidden_states[-2], ids_mask.float()
-
-
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     return Network(
@@ -93,7 +81,7 @@ LUMINA2 = Family(
     flow_spacing="trailing",
     steps=lambda config: 30,
     text=Text(
-        Lumina2Prompt,
+        SecondLastLayer,
         prompts=(Tokens("ids", "tokenizer", mask="ids_mask", template=SYSTEM + "{}", negative="{}", side="right"),),
         gives=("captions", "mask"),
     ),

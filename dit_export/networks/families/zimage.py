@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_export.networks import Network
+from dit_export.networks.families.encoders import SecondLastLayer
 from dit_export.networks.families.family import Family
 from dit_export.networks.families.positions import Positions, pack, unpack
 from dit_export.networks.text import Text, Tokens
@@ -63,18 +63,6 @@ class ZImageVelocity(nn.Module):
         return -unpack(model.all_final_layer[f"{PATCH}-1"](tokens, c=time), self.size, PATCH)
 
 
-class ZImagePrompt(nn.Module):
-    """Return the hidden states before Qwen3's last layer, and the mask of a prompt's tokens."""
-
-    def __init__(self, encoders: Mapping[str, Any], transformer: Any, tokens: int) -> None:
-        super().__init__()
-        self.language = encoders["text_encoder"]
-
-    def forward(self, ids: Tensor, ids_mask: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.language(ids, attention_mask=ids_mask, output_hidden_states=True, use_cache=False)
-        return output.hidden_states[-2], ids_mask.float()
-
-
 def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     config = transformer.config
     if tokens % FILLED:
@@ -101,7 +89,7 @@ Z_IMAGE = Family(
     size=128,
     patch=PATCH,
     text=Text(
-        ZImagePrompt,
+        SecondLastLayer,
         prompts=(
             Tokens(
                 "ids", "tokenizer", mask="ids_mask", template=TEMPLATE, chat={"enable_thinking": True}, side="right"
