@@ -157,7 +157,7 @@ def test_a_decoder_denormalizes() -> None:
 def test_frames_that_do_not_fit(tmp_path, make, frames, words) -> None:
     make().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=words):
-        load(Recipe(checkpoint=str(tmp_path), latents_only=True, frames=frames))
+        load(Recipe(checkpoint=str(tmp_path), latents_only=True, frames=frames, resolution="32x32"))
 
 
 def test_a_decoder_that_reads_a_timestep_is_refused(tmp_path) -> None:
