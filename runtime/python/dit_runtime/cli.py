@@ -184,6 +184,8 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"output {options.output}: expected a name that ends in {known}, or a folder for PNGs")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
+    if options.output.suffix == ".mp4":
+        images.require_mp4(options.output, options.fps)
     latents = _read_array(options.latents) if options.latents else None
     condition = read_condition(options.condition, "--condition")
     negative = read_condition(options.negative_condition, "--negative-condition")
