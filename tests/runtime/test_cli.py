@@ -36,7 +36,9 @@ def sample(bundle: Path, *options: str) -> int:
     return main(["sample", str(bundle), "--steps", "3", "-o", "x.npy", "--threads", "1", *options])
 
 
-@pytest.mark.parametrize("options", [["info", "BUNDLE"], ["info", "BUNDLE", "--json"], ["--help"], ["verify", "BUNDLE"]])
+@pytest.mark.parametrize(
+    "options", [["info", "BUNDLE"], ["info", "BUNDLE", "--json"], ["--help"], ["verify", "BUNDLE"]]
+)
 def test_nobody_reads_the_output(handmade, options) -> None:
     """Quiet, with the code of a program that SIGPIPE ended: in `dit-run info BUNDLE | head` nothing failed."""
     reader, writer = os.pipe()

@@ -24,7 +24,6 @@ from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
-
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other programs
 
 
