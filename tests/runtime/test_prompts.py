@@ -193,9 +193,11 @@ def test_refused_in_one_line(pipe, request_, words) -> None:
 
 
 def test_a_bundle_without_encoders(handmade, opened) -> None:
-    with pytest.raises(UsageError, match="takes captions, mask, and no prompt: it holds no text encoders"):
+    with pytest.raises(UsageError, match=r"takes captions, mask, and no prompts, .*; pass arrays \(dit-run: --condi"):
         draw(opened("captioned"), prompt="a cat")
-    with pytest.raises(UsageError, match="and no negative prompt"):
+    with pytest.raises(UsageError, match=r"takes labels, and no prompts, .*; pass labels \(dit-run: --labels\)"):
+        draw(opened("labels"), prompt="a cat")
+    with pytest.raises(UsageError, match="takes captions, mask, and no prompts"):
         draw(opened("captioned"), condition=CAPTIONS, negative_prompt="", negative=CAPTIONS)
     with pytest.raises(UsageError, match="needs an open bundle's tokenizers; pass token ids"):
         contract = manifest.read(handmade("captioned"))

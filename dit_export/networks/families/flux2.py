@@ -88,7 +88,7 @@ FLUX2 = Family(
     "Flux2Transformer2DModel",
     network,
     tokens={"Flux2KleinPipeline": 512, "Flux2Pipeline": 512},
-    scheduler=lambda config: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
+    scheduler=lambda config: {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
     pixels=16,
     flow_spacing="trailing",
     steps=lambda config: 4 if config.get("distilled") else 50,
