@@ -71,9 +71,9 @@ TEST(Prompts, Refusals) {
             table["prompts"][1]["ids"] = name;
             stage(table, "text")["reads"][2]["name"] = name;
         });
-    bad("null: pooled: got 0, expected none, for the text stage gives it",
+    bad("null: pooled: got 0.0, expected none, for the text stage gives it",
         [](Json& table) { table["null"]["pooled"] = 0; });
-    bad("null: mask: got 1, expected none", [](Json& table) { table["null"]["mask"] = 1; });
+    bad("null: mask: got 1.0, expected none", [](Json& table) { table["null"]["mask"] = 1; });
     bad("stage context (runs 'condition') reads: got ids",
         [](Json& table) { stage(table, "context")["reads"][0] = stage(table, "text")["reads"][0]; });
     changed_manifest(PROMPTED, [](Json& table) { stage(table, "text")["gives"].erase(2); });  // a request brings it
