@@ -47,16 +47,6 @@ def weight(bundle: Path, graph: str, shape: tuple[int, ...] | None = None, name:
     return np.memmap(bundle / where["location"], dtype=np.float32, mode="r+", offset=offset, shape=dims)
 
 
-def double(bundle: Path, graph: str, name: str) -> None:
-    """Double a weight that the graph holds itself."""
-    path = bundle / f"{graph}.onnx"
-    model = onnx.load(path, load_external_data=False)
-    (weight,) = [weight for weight in model.graph.initializer if weight.name == name]
-    weight.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(weight), name))
-    onnx.save(model, path)
-    seal(bundle)
-
-
 def leak(bundle: Path, graph: str, output: str) -> None:
     """A row depends a little on the others of its batch: a millionth of their mean is added to an output."""
     path = bundle / f"{graph}.onnx"

@@ -136,7 +136,10 @@ def test_verify_runs_the_encoders(prompted, dit_generate, tmp_path, capsys, prog
     code, text = verified()
     rows = [line.split() for line in text.splitlines() if " of ids, fingerprint" in line]
     assert code == 0 and [row[1] for row in rows] == ["captions", "mask", "pooled"]
-    tamper.double(bundle, "text", "table_2")
+    table = tamper.weight(bundle, "text", name="table_2")
+    table *= 2
+    table.flush()
+    tamper.seal(bundle)
     code, text = verified()
     failed = [line.split()[:2] for line in text.splitlines() if "FAILED" in line and "fingerprint" in line]
     assert code == 1 and failed == [["text:", "pooled"]]
