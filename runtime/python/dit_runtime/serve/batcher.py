@@ -49,20 +49,20 @@ class Batcher:
         """
         self.pipe, self._clock = pipe, clock
         engines, contract = pipe.engines, pipe.manifest
-        self.memo = engines.compute = SharedMemo(engines.run, memo_bytes)
         self.curve = measure(engines)
+        self.memo = engines.compute = SharedMemo(engines.run, memo_bytes)
         if places is None:
             places = knee(self.curve) if contract.batch_invariant else 1
         self.costs = Costs()
         nearest = max(size for size in self.curve if size <= max(places, 1))
         self.costs.update("row", self.curve[nearest] / nearest / (2 if contract.mixes_guidance else 1))
-        self._scheduler = Scheduler(places, self.costs)
+        self._scheduler: Scheduler[Ticket] = Scheduler(places, self.costs)
         self._undecoded: deque[Ticket] = deque()
         self.counts: Counter[str] = Counter()  # calls, rows, drawn, refused, late, cancelled, failed
-        self.seconds: Counter[str] = Counter()  # of "step" and "decode" calls
+        self.seconds = {"step": 0.0, "decode": 0.0}  # in calls
         self._wake = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._loop, name="batcher", daemon=True)
+        self._thread = threading.Thread(target=self._guarded_loop, name="batcher", daemon=True)
         self._thread.start()
 
     @property
@@ -141,6 +141,18 @@ class Batcher:
         self._thread.join()
         self.pipe.close()
 
+    def _guarded_loop(self) -> None:
+        """Leave nobody waiting where the loop itself breaks down."""
+        try:
+            self._loop()
+        except BaseException as error:
+            with self._wake:
+                self._closing = True
+            for ticket in [*self._scheduler.jobs, *self._undecoded]:
+                if not ticket.future.done():
+                    ticket.future.set_exception(error)
+            raise
+
     def _loop(self) -> None:
         while True:
             with self._wake:
@@ -193,6 +205,8 @@ class Batcher:
             self._advance(ticket, True)
             if ticket.ask is not None:
                 ticket.ask.inputs(slice(0, ticket.places))
+            else:
+                self._finish(ticket)
         except Exception as error:
             self._fail(ticket, error)
         spent = self._clock() - began
@@ -265,20 +279,25 @@ class Batcher:
         if ticket.listener:
             ticket.listener(run.done, ticket.evaluations, pictures)
         if ticket.ask is None:
-            self._leave(ticket)
-            with self._wake:
-                self._undecoded.append(ticket)
-                self._scheduler.undecoded += ticket.samples
+            self._finish(ticket)
+
+    def _finish(self, ticket: Ticket) -> None:
+        """Let a request leave the line for the decoder's."""
+        self._leave(ticket)
+        with self._wake:
+            self._undecoded.append(ticket)
+            self._scheduler.undecoded += ticket.samples
 
     def _advance(self, ticket: Ticket, more: bool) -> None:
         """Find what the next call of a run needs; go steps that need no network."""
         run = ticket.run
         assert run is not None
         ticket.ask = None
-        while more and (ask := run.ask()) is None:
-            more = run.tell()
-        if more:
-            ticket.ask, ticket.kind, ticket.places = ask, len(ask.numbers), len(ask.state)
+        while more and ticket.ask is None:
+            if ask := run.ask():
+                ticket.ask, ticket.kind, ticket.places = ask, len(ask.numbers), len(ask.state)
+            else:
+                more = run.tell()
         planned = run.planned_rows or ticket.rows
         ticket.left = ticket.samples * max(0, planned - run.rows)
 

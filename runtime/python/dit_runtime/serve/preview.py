@@ -26,7 +26,9 @@ def spread(count: int, evaluations: int) -> Collection[int]:
     return {evaluations * (number + 1) // (count + 1) for number in range(count)} - {0, evaluations}
 
 
-def pictures(pipe: Pipeline, level: Level, state: NDArray[np.float64], prediction: NDArray[np.float32]) -> images.Pictures:
+def pictures(
+    pipe: Pipeline, level: Level, state: NDArray[np.float64], prediction: NDArray[np.float32]
+) -> images.Pictures:
     """Return the decoded x₀ that follows from a prediction at this level."""
     x0 = estimate(pipe.manifest.process.prediction, state, prediction, None, level).x0
     return images.to_uint8(pipe.engines.decode(x0))

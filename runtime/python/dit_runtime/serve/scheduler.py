@@ -2,8 +2,8 @@
 
 Nothing here runs an engine or reads a clock; the batcher does both.
 
-A job that arrives at time a with w seconds of work is due at a + STRETCH · w, and the earliest due goes first. So a short
-request passes a long one that is under way, and no request waits for all that come after it.
+A job that arrives at time a with w seconds of work is due at a + STRETCH · w, and the earliest due goes first. So a
+short request passes a long one that is under way, and no request waits for all that come after it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from math import inf
+from typing import Generic, TypeVar
 
 STRETCH = 8.0  # times its work: the latency up to which a job goes before all later ones
 MARGIN = 0.8  # of the time up to a deadline that an estimate may take: estimates are off
@@ -31,6 +33,9 @@ class Job:
     due: float = field(default=0.0, init=False)  # set by the scheduler
 
 
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
 class Costs:
     """Seconds of work, as running means of what was measured: the slower of a fast mean and of a slow one."""
 
@@ -46,31 +51,29 @@ class Costs:
         return max(self._means.get(what, (0.0, 0.0)))
 
 
-class Scheduler:
+class Scheduler(Generic[AnyJob]):
     """Jobs in the order in which they are due."""
 
     def __init__(self, places: int, costs: Costs) -> None:
         """`places` is the number of samples that one call has at most."""
         self.places, self.costs = places, costs
-        self.jobs: list[Job] = []
+        self.jobs: list[AnyJob] = []
         self.undecoded = 0  # samples that have left, and whose pictures are still to be decoded
 
-    def push(self, job: Job) -> None:
-        job.due = job.arrived + STRETCH * self.work(job)
-        if job.deadline is not None:  # so that a long job starts well before its deadline
-            job.due = min(job.due, (job.arrived + job.deadline) / 2)
+    def push(self, job: AnyJob) -> None:
+        job.due = self._due(job)
         insort(self.jobs, job, key=lambda other: other.due)
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: AnyJob) -> None:
         self.jobs.remove(job)
 
-    def pick(self) -> list[Job]:
+    def pick(self) -> list[AnyJob]:
         """Return the jobs of the next call: the first one due, and of its kind those that fit.
 
         At most twice as many are under way as fit one call, because each holds memory.
         """
         under_way = sum(job.places for job in self.jobs if job.started)
-        picked: list[Job] = []
+        picked: list[AnyJob] = []
         free = self.places
         for job in self.jobs:
             if not job.started and under_way and under_way + job.places > 2 * self.places:
@@ -84,31 +87,29 @@ class Scheduler:
                 break
         return picked
 
-    def work(self, job: Job) -> float:
+    def work(self, job: AnyJob) -> float:
         """Return the seconds that a job would take in full batches."""
         start = 0.0 if job.started else self.costs("start")
         return start + job.left * self.costs("row") + job.samples * self.costs("decode")
 
-    def backlog(self) -> float:
-        """Return the seconds of work that are left."""
-        return sum(map(self.work, self.jobs)) + self.undecoded * self.costs("decode")
+    def lateness(self, job: AnyJob) -> float:
+        """Return by how many seconds what is ahead of a newcomer exceeds MARGIN of the time up to its deadline, or that
+        and its own work exceed all of it.
 
-    def lateness(self, job: Job) -> float:
-        """Return how many seconds a newcomer, or the worst of the jobs that it delays, would miss its margin by.
-
-        In a full batch an evaluation of a job takes as long as the whole batch's. So a job ends after what is due before
-        it and the batches that it is in; at the latest when all work is done.
+        Ahead is what is due before it, and whatever has an earlier deadline. The newcomer's own work does not count for
+        MARGIN: otherwise there would never be room for long requests where short ones take all that becomes free.
         """
-        decode = self.costs("decode")
-        self.push(job)
-        end_of_all, before, worst, delayed = self.backlog(), self.undecoded * decode, 0.0, False
-        for other in self.jobs:
-            delayed = delayed or other is job
-            if delayed and other.deadline is not None:
-                batches = other.left * self.costs("row") * max(1.0, self.places / other.places)
-                end = min(end_of_all, before + batches + other.samples * decode)
-                allowed = MARGIN * (other.deadline - other.arrived) - (job.arrived - other.arrived)
-                worst = max(worst, end - allowed)
-            before += self.work(other)
-        self.remove(job)
-        return worst
+        if job.deadline is None:
+            return 0.0
+        due, deadline = self._due(job), job.deadline
+        others = [other for other in self.jobs if other.due <= due or (other.deadline or inf) <= deadline]
+        ahead = sum(map(self.work, others)) + self.undecoded * self.costs("decode")
+        time = deadline - job.arrived
+        return max(0.0, ahead - MARGIN * time, ahead + self.work(job) - time)
+
+    def _due(self, job: AnyJob) -> float:
+        """Return when a job is due; so early that what passes it until then leaves it the time before its deadline."""
+        stretched = STRETCH * self.work(job)
+        if job.deadline is not None:
+            stretched = min(stretched, (1 - MARGIN) * (job.deadline - job.arrived))
+        return job.arrived + stretched

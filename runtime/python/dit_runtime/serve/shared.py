@@ -42,7 +42,9 @@ class SharedMemo:
         self.hits += len(keys) - len(first)
         if first:
             rows = [*first.values()]
-            outputs = self._compute(stage, {spec.name: array[rows] for spec, array in zip(stage.reads, arrays, strict=True)})
+            outputs = self._compute(
+                stage, {spec.name: array[rows] for spec, array in zip(stage.reads, arrays, strict=True)}
+            )
             for number, key in enumerate(first):
                 known[key] = tuple(outputs[name][number].copy() for name in names)
         for key in keys:
