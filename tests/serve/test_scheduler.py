@@ -98,7 +98,7 @@ def percentiles(served: Served, steps: int | None = None) -> tuple[float, float]
 
 
 def test_short_requests_do_not_wait_for_long_ones() -> None:
-    """Lengths are mixed and the load is 1.2 of what one at a time can do. Measured: 0.55, 0.25 and 0.86."""
+    """Lengths are mixed and the load is 1.2 of what one at a time can do. Counted: 0.54, 0.29 and 0.96."""
     jobs = [*arrivals(1.2, 1500)]
     requests, (steps, _) = by_request(jobs), by_step(jobs)
     assert len(steps) == len(requests) == len(jobs)

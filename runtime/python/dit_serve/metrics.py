@@ -32,7 +32,11 @@ class Metrics:
         labels = ["model", "code"]
         self.requests = Counter("dit_requests", "requests for images by answer", labels, registry=self.registry)
         self.latency = Histogram(
-            "dit_request_seconds", "from a request's head to its answer", ["model"], buckets=BUCKETS, registry=self.registry
+            "dit_request_seconds",
+            "from a request's head to its answer",
+            ["model"],
+            buckets=BUCKETS,
+            registry=self.registry,
         )
         self.queue = Histogram(
             "dit_queue_seconds", "until an image was started", ["model"], buckets=BUCKETS, registry=self.registry

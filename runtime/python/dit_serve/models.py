@@ -76,8 +76,8 @@ class Model:
     def swap(self) -> bool:
         """Serve the bundle that its folder holds now, if that is another one; return whether it is served.
 
-        It is opened and verified beside the old one, which goes on drawing. Then requests go to the new one, and the old
-        one finishes what it has. Where the new one is refused, the old one stays.
+        It is opened and verified beside the old one, which goes on drawing. Then requests go to the new one, and the
+        old one finishes what it has. Where the new one is refused, the old one stays.
         """
         with self._swapping:
             try:
