@@ -1,5 +1,6 @@
 // reference.npz, one sampling run of PyTorch, and the fingerprint of the stages before the loop; prompts.npz, token ids
-// and the fingerprint of what PyTorch's text encoders give for them. Mirrors dit_runtime/verify/reference.py, prompts.py.
+// and the fingerprint of what PyTorch's text encoders give for them. Mirrors dit_runtime/verify/reference.py,
+// prompts.py.
 #pragma once
 
 #include <cstdint>

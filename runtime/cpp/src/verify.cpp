@@ -69,8 +69,9 @@ void check_prompts(Pipeline& pipe, const OnFigure& on_figure) {
     const Stage* const stage = pipe.manifest.prompt();
     if (!stage) return;
     if (!pipe.manifest.files.count(PROMPTS))
-        throw BundleError(text(pipe.folder.string(), ": ", PROMPTS, " is not in the manifest, and nothing else checks the ",
-                               stage->name, " stage; rebuild the bundle"));
+        throw BundleError(text(pipe.folder.string(), ": ", PROMPTS,
+                               " is not in the manifest, and nothing else checks the ", stage->name,
+                               " stage; rebuild the bundle"));
     check_files(pipe.folder, pipe.manifest, {PROMPTS});
     const PromptReference reference = load_prompts(pipe);
     const double limit = TOLERANCES.at(stage->precision).conditioner;
