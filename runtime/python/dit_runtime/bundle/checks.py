@@ -131,7 +131,7 @@ def check_stages(manifest: Manifest) -> None:
         elif stage.runs in checks:
             checks[stage.runs](manifest, stage, sources)
         for name in dict.fromkeys(
-            (stage.onnx, *stage.files, *(name for own in stage.engines.values() for name in own))
+            (stage.onnx, *stage.shared, *stage.files, *(name for own in stage.engines.values() for name in own))
         ):
             if name not in manifest.files:
                 raise ValueError(f"{name} has no size and sha256 under files")

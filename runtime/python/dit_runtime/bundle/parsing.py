@@ -138,7 +138,9 @@ def _stage(table: Any, where: str) -> Stage:
         key: tuple(_tensor(spec, f"{where}: {key}") for spec in _list(table, key, where)) for key in ("reads", "gives")
     }
     files = {str(backend): tuple(names) for backend, names in engines.items()}
-    stage = _record(Stage, table, where, **specs, engines=files)
+    shared = _list(table, "shared", where) if isinstance(table, dict) and "shared" in table else []
+    expect(all(isinstance(name, str) for name in shared), f"{where}: shared", shared, "a list of files")
+    stage = _record(Stage, table, where, **specs, engines=files, shared=tuple(shared))
     expect(bool(stage.name), f"{where}: name", stage.name, "a name")
     expect(stage.runs in RUNS, f"{where}: runs", stage.runs, f"one of {', '.join(RUNS)}")
     expect(is_size(stage.max_batch), f"{where}: max_batch", stage.max_batch, f"1 to {LIMITS['size']}")

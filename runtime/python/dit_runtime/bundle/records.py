@@ -67,10 +67,11 @@ class Stage:
     precision: str = "fp32"
     backend: str = "onnxruntime"
     engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by backend, or its provider's form
+    shared: tuple[str, ...] = ()  # files of weights that the portable form has in common with other sizes'
 
     @property
     def onnx_files(self) -> tuple[str, ...]:
-        return (self.onnx, self.onnx + ".data")
+        return (self.onnx, self.onnx + ".data", *self.shared)
 
     @property
     def files(self) -> tuple[str, ...]:
