@@ -40,7 +40,7 @@ class Recipe(Tuning):
     model: str | None = None
     conditioning: str | None = None
     # A side in pixels, or "512x256" for height x width; a list: the sizes of one bundle, its default first.
-    resolution: int | str | list[Any] | None = None
+    resolution: Any = None
     frames: int | None = None  # of a video
     precision: str = "fp32"
     backend: str = "auto"
@@ -84,7 +84,7 @@ class Recipe(Tuning):
     @property
     def sizes(self) -> list[int | str | None]:
         """Return the resolution of each size of the bundle."""
-        return self.resolution if isinstance(self.resolution, list) else [self.resolution]
+        return list(self.resolution) if isinstance(self.resolution, list | tuple) else [self.resolution]
 
     @property
     def tuning(self) -> Tuning:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +13,8 @@ from typing import NamedTuple
 import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
-from dit_export.bundle.sizes import join, together
+from dit_export.bundle.place import DiskFull, put_in_place, refuse_foreign, require_disk, workplace
+from dit_export.bundle.sizes import join, load_again, together
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.oracle import Oracle
@@ -76,7 +75,7 @@ def build(
         raise UsageError(f"resolution {recipe.resolution}; expected one, for this network is the caller's own")
     output = Path(recipe.output).expanduser() if recipe.output else None
     if output is not None:
-        _refuse_foreign(output)  # before the long work
+        refuse_foreign(output)  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)
     backends.require(backend, recipe.precision, recipe.tuning)
     if line := backends.note(backend, recipe.precision):
@@ -90,7 +89,7 @@ def build(
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
-    with _workplace(folder) as work:
+    with workplace(folder) as work:
         made = _make(
             work / "first", loaded, replace(recipe, resolution=recipe.sizes[0]), backend, progress, inputs, options
         )
@@ -100,7 +99,7 @@ def build(
             if not made.built.passed:
                 break
             with progress.stage(f"weights, for {size}"):
-                loaded = _load_again(recipe, size, loaded)
+                loaded = load_again(recipe, size, loaded)
             last = replace(last, resolution=size, judge=None)
             again = Inputs(calibration) if calibration is not None else inputs
             made = _make(work / "next", loaded, last, backend, progress, again, options, LEAST_STEPS)
@@ -119,7 +118,7 @@ def build(
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
         manifest.write(partial, _with_new_files(partial, contract))
-        built = replace(together(sizes), folder=_put_in_place(partial, folder, made.built.passed))
+        built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
     if calibration is not None and recipe.calibration is None:
         calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))
     return built
@@ -149,7 +148,7 @@ def _make(
     partial, plain = work / "bundle", work / "plain"
     partial.mkdir(parents=True)
     copies = 4 if backends.typed(backend, recipe.precision) else 2
-    _require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
+    require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
     decoder = make_decoder(loaded.vae) if loaded.vae is not None else None
     oracle = trace_graphs(plain, loaded, decoder, progress)
     making = Making(Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs))
@@ -163,15 +162,6 @@ def _make(
     invariant = batch_invariant(making.contract, built.checks)
     contract = replace(making.contract, parity=summary(built), batch_invariant=invariant)
     return Made(partial, contract, making.assembly.recipe, built, making.assembly.measured.calibration)
-
-
-def _load_again(recipe: Recipe, size: int | str | None, first: Loaded) -> Loaded:
-    """Load the network for another size; its text encoders are there already."""
-    loaded = load(replace(recipe, without_text_encoders=True), size)
-    source = {key: value for key, value in first.source.items() if key != "text"}
-    if loaded.source != source:
-        raise UsageError(f"size {size}: the weights are {loaded.source}, expected {source} as of the first size")
-    return replace(loaded, source=first.source)
 
 
 def _with_new_files(folder: Path, contract: Manifest) -> Manifest:
@@ -232,10 +222,6 @@ def _with_judge(partial: Path, contract: Manifest, recipe: Recipe) -> Manifest:
     return replace(contract, built_with={**contract.built_with, "judge": names})
 
 
-class DiskFull(UsageError):
-    """A disk without room for what comes next."""
-
-
 @dataclass
 class Making:
     """A bundle that is written, compiled and verified, and written again where a search keeps layers in float."""
@@ -252,7 +238,7 @@ class Making:
     def search(self, look: Callable[[Search, Sequence[str]], Found]) -> Found:
         """Let `look` find what stays float, and write the bundle again with that."""
         first, folder = self.assembly, self.assembly.folder
-        _require_disk(folder, first.loaded, SEARCHED)
+        require_disk(folder, first.loaded, SEARCHED)
         self.assembly = first.once_more()
         smoothed, fixed = self.assembly.smoothed, first.recipe.keep_float or []
         assert smoothed is not None
@@ -358,47 +344,3 @@ def _wider(backend: str, *failed: str) -> str:
     """Name the float precisions to build in, but those that `failed`."""
     names = [name for name in backends.backend(backend).PRECISIONS if name not in (*backends.QUANTIZED, *failed)]
     return f"try {' or '.join(f'--precision {name}' for name in names)}"
-
-
-def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
-    """Refuse a disk without room for `copies` of the weights: two are the traced graph and the bundle's own.
-
-    A typed bundle has its fp32 form and its engine as well.
-    """
-    modules = [loaded.network.module] + ([loaded.vae.decoder] if loaded.vae is not None else [])
-    modules += [loaded.text.module] if loaded.text is not None else []
-    weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    needed, free = copies * weights + (64 << 20), shutil.disk_usage(partial).free
-    if free < needed:
-        raise DiskFull(f"{partial.parent}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for this build")
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not (folder / manifest.NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: exists and is no bundle; refusing to replace it: choose another -o")
-
-
-@contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
-    """Make a folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
-    _refuse_foreign(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-    work.mkdir()  # no pid in its name: a killed build's stays, and in containers pids return
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, folder: Path, passed: bool) -> Path:
-    """Rename the folder; a bundle that failed goes to FOLDER.failed, to be looked at, and replaces nothing."""
-    if not passed:
-        folder = folder.with_name(folder.name + ".failed")
-        _refuse_foreign(folder)
-    old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder

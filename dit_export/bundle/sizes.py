@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 from onnx.external_data_helper import uses_external_data
 
+from dit_export.checkpoints import Loaded, load
 from dit_export.graph.onnxfile import ALIGNMENT, data_name
+from dit_export.recipe import Recipe
 from dit_export.verify import report
 from dit_export.verify.check import Built
 from dit_runtime.bundle import manifest
@@ -35,6 +37,15 @@ class Place(NamedTuple):
     length: int
 
 
+def load_again(recipe: Recipe, size: int | str | None, first: Loaded) -> Loaded:
+    """Load the network for another size; its text encoders are there already."""
+    loaded = load(replace(recipe, without_text_encoders=True), size)
+    source = {key: value for key, value in first.source.items() if key != "text"}
+    if loaded.source != source:
+        raise UsageError(f"size {size}: the weights are {loaded.source}, expected {source} as of the first size")
+    return replace(loaded, source=first.source)
+
+
 def join(folder: Path, contract: Manifest, other_folder: Path, other: Manifest) -> Manifest:
     """Move a bundle of another size into a bundle; return the manifest of both.
 
@@ -46,7 +57,7 @@ def join(folder: Path, contract: Manifest, other_folder: Path, other: Manifest) 
     suffix = f"-{other.size}"
     stages, moved = [stage for stage in contract.stages if stage.runs == "prompt"], dict[str, str]()
     for stage in other.stages:
-        known = [own for size in (contract, *contract.sizes) for own in size.stages if _base(own, size) == stage.name]
+        known = [own for size in contract.each_size for own in size.stages if _base(own, size) == stage.name]
         models = {name: onnx.load(other_folder / name, load_external_data=False) for name in _graphs(stage)}
         data = data_name(f"{stage.name}{suffix}.onnx")
         _share(folder, known, other_folder, models, data)
@@ -75,7 +86,7 @@ def together(sizes: Mapping[str, Built]) -> Built:
     return replace(first, proof=figures[0], checks=figures[1])
 
 
-def _base(stage: Stage, size: Manifest | Size) -> str:
+def _base(stage: Stage, size: Manifest) -> str:
     return stage.name.removesuffix(size.suffix)
 
 
@@ -118,7 +129,7 @@ def _bytes(folder: Path, place: Place) -> NDArray[np.uint8]:
 
 
 def _sum(folder: Path, place: Place) -> str:
-    return hashlib.sha256(memoryview(_bytes(folder, place))).hexdigest()
+    return hashlib.sha256(_bytes(folder, place).data).hexdigest()
 
 
 def _append(path: Path, content: NDArray[np.uint8]) -> Place:

@@ -315,10 +315,10 @@ def _compile(options: argparse.Namespace) -> int:
             figures = _figures(options)
             code = report(figures, options.json)
             for size, own in verify.by_size(compiled, figures).items():
-                sized = compiled.at(size or None)
+                sized = compiled.at(size)
                 parity = verify.summary(sized.parity.get("proof", "none"), own)
                 sized = replace(sized, parity=parity, batch_invariant=verify.batch_invariant(sized, own))
-                compiled = sized.at(compiled.size or None)
+                compiled = sized.at(compiled.size)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)
         try:

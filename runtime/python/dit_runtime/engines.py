@@ -125,8 +125,8 @@ class Engines:
 
     def _beside(self, stage: Stage) -> Resident | None:
         """Return an open engine of the same backend whose arrays stay with it: all of them work in one order."""
-        sizes = (self.manifest, *self.manifest.sizes)
-        same = {other.name for size in sizes for other in size.stages if other.backend == stage.backend}
+        stages = (other for size in self.manifest.each_size for other in size.stages)
+        same = {other.name for other in stages if other.backend == stage.backend}
         engines = (engine for name, engine in self._opened.items() if name in same)
         return next((engine for engine in engines if isinstance(engine, Resident)), None)
 

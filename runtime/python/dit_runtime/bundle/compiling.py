@@ -29,8 +29,7 @@ def compile_stages(folder: Path, contract: Manifest, backend: str, options: Opti
     What the new engines replace is named no more, and still there; engines that are missing or cut short, of whichever
     backend, are not named either. Nothing was verified yet.
     """
-    sizes = [contract.at(name) for name in contract.size_names or (None,)]
-    owners = {stage.name: (stage, size) for size in sizes for stage in size.stages}
+    owners = {stage.name: (stage, size) for size in contract.each_size for stage in size.stages}
     names = {name: backends.choose(backend, stage.precision) for name, (stage, _) in owners.items()}
     for name, (stage, _) in owners.items():
         backends.require(names[name], stage.precision, options.tuning)
@@ -58,10 +57,10 @@ def compile_stages(folder: Path, contract: Manifest, backend: str, options: Opti
             undo.callback(remove, folder, {*made} - {*contract.files})
             files |= {file: manifest.describe(manifest.inside(folder, file)) for file in made}
         undo.pop_all()
-    compiled = contract
-    for name in contract.size_names or (None,):
-        compiled = _compiled(compiled.at(name), changes)
-    return replace(compiled.at(contract.size or None), files=files)
+    compiled = _compiled(contract, changes)
+    for other in contract.sizes:
+        compiled = _compiled(compiled.at(other.size), changes)
+    return replace(compiled.at(contract.size), files=files)
 
 
 def _compiled(contract: Manifest, changes: Mapping[str, Change]) -> Manifest:

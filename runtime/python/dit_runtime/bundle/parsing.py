@@ -52,8 +52,8 @@ def parse(table: dict[str, Any]) -> Manifest:
     default = manifest.guidance.default
     expect(is_number(default) and abs(default) <= FLOAT32_MAX, "guidance: default", default, "a number of float32")
     check_sizes(manifest)
-    for name in manifest.size_names or (None,):
-        check_network_of(manifest.at(name))
+    for sized in manifest.each_size:
+        check_network_of(sized)
     if manifest.labels:
         expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest

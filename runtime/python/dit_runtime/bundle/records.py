@@ -202,6 +202,11 @@ class Manifest(WithPorts):
         """Return the names of all sizes, that of this one first."""
         return tuple(filter(None, (self.size, *(other.size for other in self.sizes))))
 
+    @property
+    def each_size(self) -> tuple[Manifest, ...]:
+        """Return the manifest at each size, this one first."""
+        return (self, *(self.at(other.size) for other in self.sizes))
+
     def own(self, file: str) -> str:
         """Return the name that a file of each size has at this size."""
         stem, dot, extension = file.partition(".")

@@ -79,7 +79,7 @@ def _prefix(size: Size) -> str:
 
 def by_size(contract: Manifest, figures: Iterable[Figure]) -> dict[str, list[Figure]]:
     """Return the figures of each size, by the stages' own names."""
-    own: dict[str, list[Figure]] = {contract.size: []} | {other.size: [] for other in contract.sizes}
+    own: dict[str, list[Figure]] = {size.size: [] for size in contract.each_size}
     for figure in figures:
         other = next((size for size in contract.sizes if figure.stage.startswith(_prefix(size))), None)
         name = contract.size if other is None else other.size
