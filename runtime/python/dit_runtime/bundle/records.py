@@ -195,7 +195,7 @@ class Manifest(WithPorts):
                 rest = tuple(own if entry is other else entry for entry in self.sizes)
                 return replace(self, sizes=rest, **vars(other))
         names = ", ".join(self.size_names)
-        raise UsageError(f"size {size} is not in this bundle; " + (f"it has {names}" if names else "it has one size"))
+        raise UsageError(f"size {size_name(size)} is not in this bundle; " + (f"it has {names}" if names else "it has one size"))
 
     @property
     def size_names(self) -> tuple[str, ...]:
