@@ -194,8 +194,8 @@ class Manifest(WithPorts):
             if other.size == size_name(size):
                 rest = tuple(own if entry is other else entry for entry in self.sizes)
                 return replace(self, sizes=rest, **vars(other))
-        names = ", ".join(self.size_names)
-        raise UsageError(f"size {size_name(size)} is not in this bundle; " + (f"it has {names}" if names else "it has one size"))
+        names = ", ".join(self.size_names) or "one size"
+        raise UsageError(f"size {size_name(size)} is not in this bundle; it has {names}")
 
     @property
     def size_names(self) -> tuple[str, ...]:
