@@ -1,4 +1,7 @@
-"""PyTorch's own answer: one sampling run in fp32, written into the bundle as reference.npz (8 MB, or four steps)."""
+"""PyTorch's own answer: one sampling run in fp32, written into the bundle as reference.npz (8 MB, or four steps).
+
+Of large videos it holds one sample, and some of its frames.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,8 @@ GUIDANCE = (4.0, 1.5)  # what pictures are made with, and what FID is measured w
 MAX_STEPS = 10
 MAX_BYTES = 7_500_000  # of steps and pictures; the fingerprint, the schedule and the conditions are extra
 LEAST_STEPS = 4  # fewer are no run: larger pictures take more bytes, of 1024 px 17 MB
+MOST_BYTES = 64_000_000  # of so many steps of all samples; where they take more, there is one sample
+FRAMES_BYTES = 32_000_000  # of the pictures; of a video that takes more, some frames stand for it
 MAX_ROWS = 16  # of conditions that PyTorch evaluates in one call
 
 DIVISORS = "divisors."  # begins the names of their arrays in reference.npz
@@ -54,12 +59,13 @@ def make_reference(
     steps = step_count(shape, process, decoder.pixels if decoder is not None else 0, most)
     timesteps = plan(process, solver, steps)
     evaluations = len(timesteps)
-    condition, null = fixtures.conditions(network, len(SEEDS)), fixtures.null(network)
+    seeds = SEEDS[: sample_count(shape)]
+    condition, null = fixtures.conditions(network, len(seeds)), fixtures.null(network)
     if network.guidance_port:
         weights = condition[network.guidance_port]
     else:
-        weights = np.array(GUIDANCE if network.mixes_guidance else [1.0] * len(SEEDS), np.float32)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+        weights = np.array(GUIDANCE if network.mixes_guidance else [1.0] * len(SEEDS), np.float32)[: len(seeds)]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def draw(_: tuple[int, ...]) -> NDArray[np.float32]:
         rows = [torch.randn(1, *shape, generator=generator) for generator in generators]
@@ -70,7 +76,7 @@ def make_reference(
     state, t = next(run)
     for step in range(evaluations):
         x = state.astype(np.float32)
-        answer = evaluate(network, x, np.full(len(SEEDS), t, np.float32), condition, null)
+        answer = evaluate(network, x, np.full(len(seeds), t, np.float32), condition, null)
         mixed = guide(network, answer.conditional, answer.null, weights)
         seen.append(x)
         guided.append(mixed)
@@ -82,15 +88,16 @@ def make_reference(
             state = end.value
     seen.append(state.astype(np.float32))
 
-    pictures = np.empty(0, np.uint8)
+    pictures, frames = np.empty(0, np.uint8), np.empty(0, np.int64)
     if decoder is not None:
         with torch.no_grad():
             decoded = [decoder(torch.from_numpy(latents[None])) for latents in seen[-1]]
         pictures = images.to_uint8(torch.cat(decoded).numpy())
+        frames = choose_frames(pictures)
     reference = Reference(
         betas=process.betas,
         timesteps=timesteps,
-        seeds=np.array(SEEDS, np.int64),
+        seeds=np.array(seeds, np.int64),
         guidance=weights,
         latents=np.stack(seen),
         prediction=np.stack(guided),
@@ -98,9 +105,10 @@ def make_reference(
         null=np.stack([answer.null for answer in answers]) if condition else np.empty(0, np.float32),
         variance=np.stack([answer.variance for answer in answers]),
         fingerprint=np.empty(0, np.float32),
-        images=pictures,
+        images=pictures[:, frames] if frames.size else pictures,
         condition=condition,
         negative=null if condition else None,
+        frames=frames,
     )
     rows, count = fingerprinted(network.conditions, reference)
     crossing = Crossing(network, oracle, packs, divisors)
@@ -109,8 +117,9 @@ def make_reference(
 
 def step_count(shape: Sequence[int], process: Process, pixels: int, longest: int = MAX_STEPS) -> int:
     """Return as many steps as fit the size and the solver's spacing; `pixels` is the side of a cell in the images."""
-    bytes_a_step = len(SEEDS) * math.prod(shape) * 4 * 5
-    pictures = len(SEEDS) * 3 * pixels**2 * math.prod(shape[1:])
+    samples = sample_count(shape)
+    bytes_a_step = samples * math.prod(shape) * 4 * 5
+    pictures = samples * 3 * pixels**2 * math.prod(shape[1:])
     solver = process.sampler.solver
     fit = (MAX_BYTES - pictures) // bytes_a_step - 1
     most = min(longest, max(LEAST_STEPS, fit)) // EVALUATIONS[solver]
@@ -121,6 +130,18 @@ def step_count(shape: Sequence[int], process: Process, pixels: int, longest: int
             continue
         return steps
     raise UsageError(f"{solver} has no run of up to {longest} steps with this schedule")
+
+
+def sample_count(shape: Sequence[int]) -> int:
+    """Return how many samples the run has: one where several take too many bytes."""
+    return len(SEEDS) if len(SEEDS) * math.prod(shape) * 4 * 5 * (LEAST_STEPS + 1) <= MOST_BYTES else 1
+
+
+def choose_frames(pictures: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return the frames of videos that are kept, spread evenly from the first to the last; empty: all, or no videos."""
+    frames = pictures.shape[1] if pictures.ndim == 5 else 0
+    most = max(2, FRAMES_BYTES // max(1, pictures.nbytes // max(1, frames)))
+    return np.rint(np.linspace(0, frames - 1, most)).astype(np.int64) if frames > most else np.empty(0, np.int64)
 
 
 class Evaluation(NamedTuple):
@@ -204,6 +225,7 @@ def fingerprint(crossing: Crossing, conditions: Rows, count: int, timestep: floa
 def save_reference(folder: Path, reference: Reference, packs: Sequence[Pack], divisors: Divisors) -> None:
     """Write reference.npz; a pack's divisors are stored once for each of its tensors."""
     arrays = {name: getattr(reference, name) for name in ARRAYS}
+    arrays |= {"frames": reference.frames} if reference.frames.size else {}
     for prefix, condition in (("condition", reference.condition), ("null", reference.negative or {})):
         for name, rows in condition.items():
             arrays[f"{prefix}.{name}"] = _narrowed(rows)

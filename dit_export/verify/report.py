@@ -133,7 +133,10 @@ def _pictures(page: Page) -> str:
         line = f"{name}, seed {reference.seeds[index]}, guidance {reference.guidance[index]:g}: {near}, "
         line += f"SSIM {images.ssim(ours, theirs):.4f}"
         samples.append(f'<div class="sample"><div class="trio">{trio}</div><p class="quiet">{escape(line)}</p></div>')
-    return "<h2>Pictures of the same seeds</h2>\n" + "\n".join(samples)
+    title = "<h2>Pictures of the same seeds</h2>\n"
+    if count := reference.frames.size:
+        title += f'<p class="quiet">{count} frames of each video, which stand for all of them</p>\n'
+    return title + "\n".join(samples)
 
 
 def _asked(page: Page, sample: int) -> str:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dit_export.verify.reference import save_reference, step_count
+from dit_export.verify.reference import choose_frames, sample_count, save_reference, step_count
 from dit_runtime.sampling.process import Process, Sampler
 from dit_runtime.verify import TOLERANCES, Reference, Replay
 from dit_runtime.verify.judge import _run
@@ -24,6 +24,33 @@ def test_a_run_is_long_enough_to_be_one(latent_size, steps):
 @pytest.mark.parametrize(("pixels", "steps"), [(0, 10), (8, 8), (16, 4)])
 def test_larger_pictures_leave_room_for_fewer_steps(pixels, steps):
     assert step_count((4, 64, 64), Process(), pixels) == steps
+
+
+@pytest.mark.parametrize(
+    ("shape", "pictures", "samples", "frames"),
+    [
+        ((16, 128, 128), (2, 1024, 1024, 3), 2, []),
+        ((8, 3, 4, 6), (2, 17, 32, 48, 3), 2, []),
+        ((128, 21, 16, 22), (1, 161, 512, 704, 3), 1, [0, 6, 11, 17]),  # LTX-Video's default: 477 MB otherwise
+    ],
+)
+def test_a_large_video_has_one_sample_and_some_frames(shape, pictures, samples, frames):
+    assert sample_count(shape) == samples
+    chosen = choose_frames(np.broadcast_to(np.uint8(0), pictures))
+    assert chosen[:4].tolist() == frames
+    if frames:
+        assert len(chosen) == 29 and chosen[-1] == pictures[1] - 1
+        assert samples * 20 * np.prod(shape) * 5 + len(chosen) * 512 * 704 * 3 < 130e6
+
+
+def test_frames_of_a_video_are_compared_with_the_same_ones(tmp_path):
+    videos = np.arange(2 * 5 * 3, dtype=np.uint8).reshape(2, 5, 1, 1, 3)
+    kept = reference(images=videos[:, [0, 4]], frames=np.array([0, 4]))
+    np.testing.assert_array_equal(kept.shown(videos), kept.images)
+    np.testing.assert_array_equal(reference().shown(videos), videos)
+    save_reference(tmp_path, kept, (), {})
+    with np.load(tmp_path / "reference.npz") as arrays:
+        assert arrays["frames"].tolist() == [0, 4]
 
 
 def reference(**fields) -> Reference:

@@ -42,9 +42,14 @@ class Reference(NamedTuple):
     images: NDArray[np.uint8]  # (B, H, W, 3), of videos (B, F, H, W, 3), or empty without a decoder
     condition: Rows  # (B, …) by port; "condition.NAME" in the file
     negative: Rows | None  # (1, …) by port, what guidance leads away from; "null.NAME" in the file
+    frames: NDArray[np.int64] = np.empty(0, np.int64)  # (F,) of the videos, those that `images` has; empty: all
+
+    def shown(self, pictures: NDArray[Any]) -> NDArray[Any]:
+        """Return what `images` has of pictures or videos."""
+        return pictures[:, self.frames] if self.frames.size else pictures
 
 
-ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "negative"))
+ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "negative", "frames"))
 
 
 def load_reference(folder: Path, contract: Manifest) -> Reference:
@@ -62,7 +67,8 @@ def load_reference(folder: Path, contract: Manifest) -> Reference:
     try:
         rows = fit(condition, contract.conditions, "its condition")
         away = fit(negative, contract.conditions, "its null") if negative or contract.mixes_guidance else None
-        reference = Reference(**{key: arrays[key] for key in ARRAYS}, condition=rows, negative=away)
+        frames = arrays.get("frames", np.empty(0, np.int64))
+        reference = Reference(**{key: arrays[key] for key in ARRAYS}, condition=rows, negative=away, frames=frames)
         _check_shapes(contract, reference)
     except UsageError as error:
         raise BundleError(f"{folder}: {name} does not fit the manifest: {error}; rebuild the bundle") from None
@@ -93,7 +99,12 @@ def _check_shapes(contract: Manifest, reference: Reference) -> None:
     if contract.learned_variance:
         shapes["variance"] = steps, *each
     if contract.end is not None:
-        shapes["images"] = batch, *(int(size) for size in contract.end.gives[0].shape[2:]), 3
+        sizes = [int(size) for size in contract.end.gives[0].shape[2:]]
+        if (frames := reference.frames).size:
+            if len(sizes) != 3 or frames.dtype.kind not in "iu" or not ((frames >= 0) & (frames < sizes[0])).all():
+                raise UsageError(f"frames are {frames.tolist()}, expected numbers of a video's frames")
+            sizes[0] = frames.size
+        shapes["images"] = batch, *sizes, 3
     actual: dict[str, tuple[int, ...]] = {name: getattr(reference, name).shape for name in shapes}
     for prefix, condition, rows in (("condition", reference.condition, batch), ("null", reference.negative or {}, 1)):
         actual |= {f"{prefix}.{name}": values.shape for name, values in condition.items()}

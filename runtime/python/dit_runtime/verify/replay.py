@@ -107,7 +107,7 @@ def replay(
         last = {} if "latents" in failures else {"pictures": latents[-1]}
         for name, x in (last | ({"decoded": reference.latents[-1]} if thorough else {})).items():
             try:
-                pictures[name] = images.to_uint8(pipe.engines.decode(x))
+                pictures[name] = reference.shown(images.to_uint8(pipe.engines.decode(x)))
             except EngineError as error:
                 failures[name] = str(error)
     return Replay(
