@@ -51,7 +51,7 @@ Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
 
 
 class Inputs(NamedTuple):
-    """A user's own inputs for int8 and fp8."""
+    """What int8 and fp8 are calibrated with."""
 
     calibration: Calibration | None = None
     prompts: Prompts | None = None

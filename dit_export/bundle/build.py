@@ -23,6 +23,7 @@ from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
 from dit_export.precision.budget import SearchOptions
 from dit_export.precision.calibrate import Calibration
+from dit_export.precision.captions import embed
 from dit_export.precision.search import Found, OutOfReach, Search, first_broken
 from dit_export.recipe import PRECISIONS, Recipe, latent_size
 from dit_export.verify import features, report, traced
@@ -192,10 +193,13 @@ def _require_consistent(recipe: Recipe) -> None:
 
 
 def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
-    return Inputs(
-        Calibration.load(Path(recipe.calibration).expanduser()) if recipe.calibration else None,
-        prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None,
-    )
+    """Read a user's calibration or conditions; without both, take captions of ours where there are text encoders."""
+    own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
+    if recipe.calibration:
+        return Inputs(Calibration.load(Path(recipe.calibration).expanduser()), own)
+    if own is None and loaded.text is not None and recipe.precision in backends.QUANTIZED:
+        own = embed(loaded.network, loaded.text)
+    return Inputs(None, own)
 
 
 def _require_one_negative(loaded: Loaded) -> None:
