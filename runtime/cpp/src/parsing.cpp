@@ -2,6 +2,8 @@
 #include "parsing.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "checks.hpp"
 #include "facts.hpp"
@@ -137,6 +139,30 @@ Guidance parse_guidance(const Json& table) {
     return guidance;
 }
 
+// A number that fits a float.
+double float_number(const Json& value, const std::string& where) {
+    const double number = json::number(value, where);
+    if (std::abs(number) > double{std::numeric_limits<float>::max()}) refuse(where, value, "a number of float32");
+    return number;
+}
+
+Preset parse_preset(const Json& table, const std::string& name, const Process& process) {
+    if (name.empty()) refuse("presets", name, "a name");
+    const std::string where = "preset " + name;
+    std::vector<std::string> known = fact_names("preset_fields");
+    known.push_back("measured");
+    json::known_keys(table, where, known);
+    Preset preset;
+    if (table.contains("steps"))
+        preset.steps = json::integer(table["steps"], where + ": steps", 1, process.train_steps);
+    if (table.contains("guidance")) preset.guidance = float_number(table["guidance"], where + ": guidance");
+    if (table.contains("solver")) preset.solver = choice(table, "solver", where, solvers_of(process.kind()));
+    if (table.contains("spacing")) preset.spacing = choice(table, "spacing", where, spacings_of(process.kind()));
+    if (table.contains("eta")) preset.eta = float_number(table["eta"], where + ": eta");
+    if (table.contains("measured")) json::table(table["measured"], where + ": measured");
+    return preset;
+}
+
 Built parse_built(const Json& table) {
     Built built;
     if (json::table(table, "an engine").contains("version")) built.version = json::string(table["version"], "version");
@@ -165,7 +191,7 @@ void parse_engines(const Json& table, Manifest& manifest) {
 Manifest parse_table(const Json& table) {
     json::known_keys(table, "the manifest",
                      {"format", "model", "ports", "null", "labels", "guidance", "process", "stages", "prompts", "files",
-                      "source", "built_with", "parity", "batch_invariant"});
+                      "source", "built_with", "parity", "batch_invariant", "presets"});
     for (const char* key : {"source", "built_with", "parity"})
         if (table.contains(key)) json::table(table[key], key);
     Manifest manifest;
@@ -195,6 +221,9 @@ Manifest parse_table(const Json& table) {
     }
     if (table.contains("batch_invariant"))
         manifest.batch_invariant = json::boolean(table["batch_invariant"], "batch_invariant");
+    if (table.contains("presets"))
+        for (const auto& entry : json::table(table["presets"], "presets").items())
+            manifest.presets[entry.key()] = parse_preset(entry.value(), entry.key(), manifest.process);
     check(manifest);
     parse_engines(table, manifest);
     auto& stages = manifest.stages;

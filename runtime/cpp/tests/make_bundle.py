@@ -32,6 +32,7 @@ from dit_runtime.sampling.solvers import plan
 NAMES = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
 STEPS, SEEDS = 4, (11, 12)
 WEIGHTS = (4.0, 2.0)  # of guidance, one per seed
+PRESET = {"steps": 3, "guidance": 2.0, "solver": "dpm++", "spacing": "trailing", "eta": 0.0}  # of "labels"
 GUIDANCE_PORT = {"embedded": "strength"}
 BEFORE = ("condition", "time", "time+condition")  # the loop
 DIFFUSION = Process(sampler=Sampler(solver="ddim"))
@@ -190,6 +191,7 @@ def make(folder: Path, kind: str = "labels") -> None:
         "source": {},
         "built_with": {},
         "parity": {},
+        "presets": {"quick": {**PRESET, "measured": {"rows": 6}}} if kind == "labels" else {},
     }
     if kind in GUIDANCE_PORT:
         table["guidance"] |= {"default": 3.5, "port": GUIDANCE_PORT[kind]}

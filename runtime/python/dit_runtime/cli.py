@@ -73,6 +73,7 @@ def _parser() -> Parser:
     sample.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
     sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
     sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
+    sample.add_argument("--preset", help="values for the options below, as `dit-run info` lists them; yours win")
     sample.add_argument("--steps", type=int, help="default: the bundle's")
     sample.add_argument(
         "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
@@ -110,6 +111,7 @@ def _parser() -> Parser:
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
     timing.add_argument("--batch", type=int, default=1)
+    timing.add_argument("--preset", help="of the bundle; default: none")
     timing.add_argument("--steps", type=int, help="default: the bundle's")
     timing.add_argument("--rounds", type=int, default=7)
     timing.set_defaults(command=_bench)
@@ -188,6 +190,7 @@ def _sample(options: argparse.Namespace) -> int:
             solver=options.solver,
             eta=options.eta,
             spacing=options.spacing,
+            preset=options.preset,
             latents=latents,
             output="latents" if options.output.suffix == ".npy" else "images",
             on_step=(lambda step, steps, _: progress.step(step, steps, "sample")) if progress.shown else None,
@@ -323,7 +326,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     with _load_bundle(options) as pipe:
-        rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress())
+        rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress(), options.preset)
     print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +58,7 @@ class Request:
     eta: float = 0.0
     spacing: str | None = None
     latents: ArrayLike | None = None  # the state to start from
+    preset: str | None = None  # of the bundle: values for the fields above that the request leaves at their defaults
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
     def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
@@ -65,6 +66,8 @@ class Request:
 
         Words need the tokenizers of an open bundle.
         """
+        if self.preset is not None:
+            return self.with_preset(manifest).check(manifest, tokenizers)
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
         if self.output == "images":
@@ -98,6 +101,16 @@ class Request:
         solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
         away = negative if guided else None
         return Checked(count, condition, away, weights, solver, steps, timesteps, stream, latents)
+
+    def with_preset(self, manifest: Manifest) -> Request:
+        """Return the request with the values of its preset; a field that it states itself stays."""
+        values = {} if self.preset is None else manifest.preset(self.preset)
+        values = {name: value for name, value in values.items() if not self._states(name)}
+        return replace(self, preset=None, **values)
+
+    def _states(self, name: str) -> bool:
+        value, default = getattr(self, name), getattr(Request, name)
+        return value is not None if default is None else value != default
 
     def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""

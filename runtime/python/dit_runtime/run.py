@@ -22,6 +22,7 @@ class Run:
     def __init__(self, engines: Engines, request: Request) -> None:
         """Check the request and encode its prompts; no other stage runs before the first step."""
         contract = engines.manifest
+        request = request.with_preset(contract)
         checked = request.check(contract, engines.tokenizers)
         condition = engines.encode(checked.condition)
         negative = checked.negative and engines.encode(checked.negative)

@@ -198,6 +198,7 @@ typedef struct dit_request {
     const dit_array* negative_arrays; /* what guidance leads away from, where a port has no constant for that */
     size_t num_negative_arrays;
     size_t latents_size; /* numbers in latents, which is checked; 0: it is not */
+    const char* preset;  /* of the bundle (dit_preset): values for the fields above that are 0 or NULL; NULL: none */
 } dit_request;
 
 #define DIT_REQUEST_INIT  \
@@ -221,7 +222,8 @@ typedef struct dit_request {
      0,                   \
      NULL,                \
      0,                   \
-     0}
+     0,                   \
+     NULL}
 
 /* A pipeline without a bundle; NULL where memory is short. */
 DIT_API dit_pipeline* dit_new(void);
@@ -248,6 +250,9 @@ DIT_API size_t dit_prompt_count(const dit_pipeline* pipe);
 
 /* The prompts from 0 to dit_prompt_count - 1; start from DIT_PROMPT_INIT. */
 DIT_API dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt);
+
+/* The name of a preset, from 0 on; NULL where there is none. */
+DIT_API const char* dit_preset(const dit_pipeline* pipe, size_t index);
 
 /* The name of a class; NULL where there is none. */
 DIT_API const char* dit_label(const dit_pipeline* pipe, int64_t label);

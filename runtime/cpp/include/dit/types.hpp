@@ -70,6 +70,7 @@ struct Request {
     int steps = 0;                           // 0: the bundle's
     std::string solver, spacing;             // empty: the bundle's
     double eta = 0.0;
+    std::string preset;          // of the bundle: values for the fields above that are 0 or empty; empty: none
     std::vector<float> latents;  // to start from; empty: the seeds' noise
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
     std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;

@@ -10,6 +10,7 @@ from dit_runtime.bundle.records import (
     DTYPES,
     GUIDANCE,
     LABELS,
+    MEASURED,
     RESERVED,
     ROLES,
     Manifest,
@@ -18,8 +19,9 @@ from dit_runtime.bundle.records import (
     TensorSpec,
     count_classes,
 )
-from dit_runtime.facts import LIMITS
-from dit_runtime.sampling.process import is_number
+from dit_runtime.errors import nearest
+from dit_runtime.facts import FACTS, LIMITS, PRESET_FIELDS
+from dit_runtime.sampling.process import SOLVERS, is_number
 
 Sources = dict[str, tuple[str, str, tuple[int, ...]]]  # role, dtype and shape of a row, by the tensor's name
 SIZES = f"sizes of 1 to {LIMITS['size']}"
@@ -201,6 +203,36 @@ def check_prompts(manifest: Manifest) -> None:
     for prompt in manifest.prompts:
         if prompt.tokenizer not in manifest.files:
             raise ValueError(f"{prompt.tokenizer} has no size and sha256 under files")
+
+
+def check_presets(manifest: Manifest) -> None:
+    """Refuse a preset that no request of this bundle can take."""
+    process = manifest.process
+    solvers = [name for name, facts in SOLVERS.items() if process.kind in facts["processes"]]
+    choices = {"solver": solvers, "spacing": FACTS["spacings"][process.kind]}
+    known = (*PRESET_FIELDS, MEASURED)
+    for name, preset in manifest.presets.items():
+        where = f"preset {name}"
+        expect(bool(name), "presets", name, "a name")
+        expect(isinstance(preset, Mapping), where, preset, f"a table of {', '.join(known)}")
+        for key, value in preset.items():
+            if key not in known:
+                close = nearest(str(key), known)
+                raise ValueError(f"{where} has the unknown key {key!r}{close}; known: {', '.join(known)}")
+            kind, place = PRESET_FIELDS.get(key), f"{where}: {key}"
+            if kind is None:
+                expect(isinstance(value, Mapping), place, value, "a table")
+            elif key in choices:
+                expect(value in choices[key], place, value, f"one of {', '.join(choices[key])}")
+            elif kind == "integer":
+                expect(
+                    type(value) is int and 1 <= value <= process.train_steps,
+                    place,
+                    value,
+                    f"1 to {process.train_steps}",
+                )
+            elif kind == "number":
+                expect(is_number(value) and abs(value) <= FLOAT32_MAX, place, value, "a number of float32")
 
 
 def _check_names(

@@ -9,6 +9,7 @@ from dit_runtime.bundle.checks import (
     FLOAT32_MAX,
     SIZES,
     check_network,
+    check_presets,
     check_prompts,
     check_row,
     check_stages,
@@ -26,7 +27,7 @@ KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
 
 def parse(table: dict[str, Any]) -> Manifest:
     """Return the manifest that a JSON table holds; raise ValueError with one line where something is wrong."""
-    for key in ("model", "null", "files", "source", "built_with", "parity"):
+    for key in ("model", "null", "files", "source", "built_with", "parity", "presets"):
         expect(isinstance(table.get(key, {}), dict), key, table.get(key), "a table")
     if "files" not in table:
         raise ValueError("manifest lacks 'files'")
@@ -53,6 +54,7 @@ def parse(table: dict[str, Any]) -> Manifest:
     check_network(manifest.ports, manifest.null, manifest.guidance.channels, manifest.guidance.port)
     check_stages(manifest)
     check_prompts(manifest)
+    check_presets(manifest)
     if manifest.labels:
         expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest
