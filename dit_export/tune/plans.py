@@ -1,0 +1,80 @@
+"""Plans, how a picture is sampled: a request's fields as a preset has them, and the plans one change away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.facts import FACTS, PRESET_FIELDS
+from dit_runtime.sampling.process import SOLVERS
+
+Plan = Mapping[str, Any]
+
+FEWEST = 4  # steps
+MOVES = (-3, -2, -1, 1, 2)  # of the number of steps
+EDGE = 0.1  # by which an end of the guidance interval moves, of the time's range
+FIRST_INTERVAL = (0.2, 0.7)  # Kynkäänniemi et al., arXiv 2404.07724: guidance in the middle of the noise levels
+FIRST_STEPS = (1.0, 0.6, 0.5, 0.4)  # of the bundle's steps
+INTERVAL = "guidance_interval"
+CACHES: tuple[dict[str, Any], ...] = (
+    {"cache": "taylorseer", "cache_interval": 2, "max_order": 0},
+    {"cache": "taylorseer", "cache_interval": 2, "max_order": 1},
+    {"cache": "taylorseer", "cache_interval": 3, "max_order": 1},
+    {"cache": "easycache", "cache_threshold": 0.05},
+)
+CACHE_FIELDS = {name for name in PRESET_FIELDS if "cache" in name or name == "max_order"}
+
+
+def key(plan: Plan) -> str:
+    return json.dumps(plan, sort_keys=True)
+
+
+def default(contract: Manifest) -> Plan:
+    """Return the plan of a request that states none."""
+    sampler = contract.process.sampler
+    return {"solver": sampler.solver, "steps": sampler.steps}
+
+
+def first(contract: Manifest) -> Iterator[Plan]:
+    """Yield the plans that a search starts from: the bundle's with fewer steps, guided throughout and in the middle."""
+    base = default(contract)
+    for share in FIRST_STEPS:
+        plan = {**base, "steps": max(FEWEST, round(share * base["steps"]))}
+        yield plan
+        if may_interval(contract):
+            yield {**plan, INTERVAL: list(FIRST_INTERVAL)}
+
+
+def may_interval(contract: Manifest) -> bool:
+    return INTERVAL in PRESET_FIELDS and contract.mixes_guidance
+
+
+def neighbours(plan: Plan, contract: Manifest) -> dict[str, list[Plan]]:
+    """Return the plans one change away, by what changes; some of them may not fit the bundle."""
+    kind = contract.process.kind
+    solvers = [name for name, facts in SOLVERS.items() if kind in facts["processes"]]
+    found: dict[str, list[Plan]] = {
+        "steps": [{**plan, "steps": plan["steps"] + move} for move in MOVES if plan["steps"] + move >= FEWEST],
+        "solver": [{**plan, "solver": name} for name in solvers if name != plan["solver"]],
+        "spacing": [{**plan, "spacing": name} for name in FACTS["spacings"][kind] if name != plan.get("spacing")],
+    }
+    if may_interval(contract):
+        found[INTERVAL] = list(_intervals(plan))
+    if "cache" in PRESET_FIELDS:
+        without = {name: value for name, value in plan.items() if name not in CACHE_FIELDS}
+        found["cache"] = [other for other in (without, *({**without, **cache} for cache in CACHES)) if other != plan]
+    return {name: plans for name, plans in found.items() if plans}
+
+
+def _intervals(plan: Plan) -> Iterator[Plan]:
+    if INTERVAL not in plan:
+        yield {**plan, INTERVAL: list(FIRST_INTERVAL)}
+        return
+    yield {name: value for name, value in plan.items() if name != INTERVAL}
+    low, high = plan[INTERVAL]
+    for move_low, move_high in ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1)):
+        ends = [round(low + EDGE * move_low, 3), round(high + EDGE * move_high, 3)]
+        if 0 <= ends[0] < ends[1] <= 1:
+            yield {**plan, INTERVAL: ends}
