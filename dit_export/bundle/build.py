@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
+from dit_export.bundle.presets import read_presets
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.oracle import Oracle
@@ -78,6 +79,7 @@ def build(
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
+        presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
@@ -101,7 +103,8 @@ def build(
         (partial / report.NAME).write_text(text, encoding="utf-8")
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         invariant = batch_invariant(contract, built.checks)
-        manifest.write(partial, replace(contract, files=files, parity=summary(built), batch_invariant=invariant))
+        contract = replace(contract, files=files, parity=summary(built), batch_invariant=invariant, presets=presets)
+        manifest.write(partial, contract)
         built = replace(built, folder=_put_in_place(partial, folder, built.passed))
     calibration = making.assembly.measured.calibration
     if calibration is not None and recipe.calibration is None:

@@ -86,28 +86,40 @@ def figures(preset: str, limits: Limits, score: Score, base: Score, unrelated: f
     return rows
 
 
-def choose(
+def ranked(
     preset: str, limits: Limits, scores: Mapping[str, Score], base: Score, unrelated: float
-) -> tuple[str | None, list[Figure]]:
-    """Return the key of the plan for a preset, and the figures of the one that is nearest where none keeps the limits.
+) -> list[tuple[str, list[Figure]]]:
+    """Return plans and their figures, the best one for the preset first.
 
-    A budget of rows is spent on quality: of the plans within it the best counts. Without one, that of the fewest rows.
+    Plans within the limits come first. A budget of rows is spent on quality: of the plans within it the best counts.
+    Without one, that of the fewest rows.
     """
     spends = limits.rows is not None or preset == BEST
     if spends and limits.rows is None:
         limits = limits._replace(rows=base.rows)
-
-    def order(key: str) -> tuple[float, float]:
-        score = scores[key]
-        return (score.quality, score.rows) if spends else (score.rows, score.quality)
-
     verdicts = {key: figures(preset, limits, score, base, unrelated) for key, score in scores.items()}
-    passed = [key for key, verdict in verdicts.items() if all(figure.passed for figure in verdict)]
-    if passed:
-        best = min(passed, key=order)
-        return best, verdicts[best]
-    near = min(scores, key=lambda key: (sum(not figure.passed for figure in verdicts[key]), *order(key)))
-    return None, verdicts[near]
+
+    def order(key: str) -> tuple[float, float, float]:
+        score, broken = scores[key], sum(_excess(figure) for figure in verdicts[key])
+        return (broken, score.quality, score.rows) if spends else (broken, score.rows, score.quality)
+
+    return [(key, verdicts[key]) for key in sorted(scores, key=order)]
+
+
+def _excess(figure: Figure) -> float:
+    """Return by how much of its limit a figure fails; 0 where it passes."""
+    if figure.passed or figure.limit is None:
+        return 0.0
+    part = abs(figure.value - figure.limit) / (abs(figure.limit) or 1.0)
+    return math.inf if math.isnan(part) else part
+
+
+def shortlist(
+    limits: Mapping[str, Limits], scores: Mapping[str, Score], base: Score, unrelated: float, count: int
+) -> list[str]:
+    """Return the best plans of each preset in turn, up to `count`."""
+    columns = [[key for key, _ in ranked(name, limit, scores, base, unrelated)] for name, limit in limits.items()]
+    return [*dict.fromkeys(key for place in zip(*columns, strict=True) for key in place)][:count]
 
 
 def front(scores: Mapping[str, Score]) -> list[str]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dit_export.tune import plans
-from dit_export.tune.gate import Score, front
+from dit_export.tune import gate, plans
+from dit_export.tune.gate import Limits, Score, front
 from dit_export.tune.plans import Plan, key
 from dit_export.tune.trial import Block, Trial
 from dit_runtime.bundle.manifest import write_file
@@ -33,7 +33,7 @@ FAR = 1_000_000  # the first seed of the last round: no plan was chosen by its p
 class Settings:
     trials: int = 160  # plans on few pictures
     pictures: int = 200  # of a plan in the first round
-    finalists: int = 6
+    finalists: int = 9
     final: tuple[int, int] = (5, 2_000)  # blocks of seeds, and pictures of each, for a finalist
 
 
@@ -60,7 +60,7 @@ class Results:
 
     def score(self, trial: Trial, plan: Plan, block: Block) -> Score:
         """Return a plan's score over a block; draw its pictures only where the file has none."""
-        known, name = self.scores.setdefault(key(plan), {}), f"{block.first}+{block.count}"
+        known, name = self.scores.setdefault(key(plan), {}), f"{block.first}+{block.size}"
         if name not in known:
             known[name] = list(trial(plan, block))
             table = {"format": FORMAT, "bundle": self.bundle, "scores": self.scores}
@@ -70,32 +70,38 @@ class Results:
 
 def mean(scores: Iterable[Score]) -> Score:
     """Return the mean of each figure over blocks of as many pictures."""
-    columns = zip(*scores, strict=True)
-    return Score(*(None if None in column else fmean(column) for column in columns))
+    columns: Any = zip(*scores, strict=True)
+    means: Any = (None if None in column else fmean(column) for column in columns)
+    return Score(*means)
 
 
 @dataclass
 class Search:
     trial: Trial
     results: Results
+    limits: Mapping[str, Limits]  # by preset
     settings: Settings
     progress: Progress
 
     def run(self) -> dict[str, Score]:
         """Return the scores of the finalists, and of the bundle's own plan, by the plan's key."""
         settings = self.settings
-        scores = self._explore()
-        count = settings.pictures
-        while len(scores) // SHARE > settings.finalists and GROWTH * count < settings.final[0] * settings.final[1]:
+        scores, count = self._explore(), settings.pictures
+        most = settings.final[0] * settings.final[1]
+        while len(scores) // SHARE > settings.finalists and GROWTH * count < most:
             count *= GROWTH
-            best = nearest_to_front(scores, max(settings.finalists, len(scores) // SHARE))
+            best = self._shortlist(scores, len(scores) // SHARE)
             with self.progress.stage(f"{len(best)} plans on {count} pictures"):
                 scores = {plan: self._score(plan, Block(0, count)) for plan in best}
-        base = key(plans.default(self.trial.pipe.manifest))
-        chosen = dict.fromkeys([base, *nearest_to_front(scores, settings.finalists)])
-        return {plan: self.finally_(json.loads(plan)) for plan in chosen}
+        finalists = self._shortlist(scores, settings.finalists)
+        return {plan: self.last(json.loads(plan)) for plan in finalists}
 
-    def finally_(self, plan: Plan) -> Score:
+    def _shortlist(self, scores: dict[str, Score], count: int) -> list[str]:
+        base = key(plans.default(self.trial.pipe.manifest))
+        best = gate.shortlist(self.limits, scores, scores[base], self.trial.unrelated, count)
+        return list(dict.fromkeys([base, *best]))
+
+    def last(self, plan: Plan) -> Score:
         """Return a plan's score over all pictures of the last round."""
         blocks, size = self.settings.final
         with self.progress.stage(f"{blocks} × {size} pictures: {key(plan)}"):
@@ -112,7 +118,8 @@ class Search:
         rng = random.Random(0)  # the same plans in each run, so that one that was stopped goes on
         scores: dict[str, Score] = {}
         with self.progress.stage(f"{settings.trials} plans on {settings.pictures} pictures"):
-            queue = [key(plan) for plan in plans.first(contract) if self.trial.fits(plan)]
+            fitting = [self.trial.fit(plan) for plan in plans.first(contract)]
+            queue = list(dict.fromkeys(key(plan) for plan in fitting if plan is not None))
             while len(scores) < settings.trials and queue:
                 for plan in queue[: settings.trials - len(scores)]:
                     scores[plan] = self._score(plan, block)
@@ -121,26 +128,19 @@ class Search:
         return scores
 
     def _children(self, scores: dict[str, Score], rng: random.Random) -> list[str]:
-        parents, found = front(scores), {}
+        parents = front(scores)
+        found: dict[str, None] = {}
         most = max(score.rows for score in scores.values())
         for _ in range(ATTEMPTS * CHILDREN):
             plan: Plan = json.loads(rng.choice(parents))
             for _ in range(rng.choice((1, 1, 2))):
                 changes = plans.neighbours(plan, self.trial.pipe.manifest)
                 plan = rng.choice(changes[rng.choice(sorted(changes))])
-            if key(plan) not in scores and key(plan) not in found and self.trial.fits(plan):
-                if self.trial.rows(plan) <= most:
-                    found[key(plan)] = None
+            fitting = self.trial.fit(plan)
+            if fitting is None or key(fitting) in scores or key(fitting) in found:
+                continue
+            if self.trial.rows(fitting) <= most:
+                found[key(fitting)] = None
             if len(found) == CHILDREN:
                 break
         return list(found)
-
-
-def nearest_to_front(scores: dict[str, Score], count: int) -> list[str]:
-    """Return the plans with the smallest loss of quality against the best one of no more rows."""
-
-    def loss(name: str) -> float:
-        least = min(score.quality for score in scores.values() if score.rows <= scores[name].rows)
-        return scores[name].quality - least
-
-    return sorted(scores, key=lambda name: (loss(name), scores[name].rows))[:count]

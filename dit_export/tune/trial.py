@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,10 @@ Tick = Callable[[int, int], None]
 
 
 class Block(NamedTuple):
-    """Pictures of consecutive seeds: picture i has seed `first` + i, so that two blocks may have none in common."""
+    """Pictures of consecutive seeds; two blocks may have none in common."""
 
-    first: int
-    count: int
+    first: int  # seed
+    size: int
 
 
 class Trial:
@@ -41,26 +41,34 @@ class Trial:
         self._reference = reference
         self._long: dict[int, Pictures] = {}  # by a block's first seed
 
-    def fits(self, plan: Plan) -> bool:
-        """Tell whether the bundle takes the plan."""
+    def fit(self, plan: Plan) -> Plan | None:
+        """Return the plan, without a spacing that changes nothing; None where the bundle does not take it."""
+        plain = {name: value for name, value in plan.items() if name != "spacing"}
         try:
-            self._request(plan, Block(0, 1)).check(self.pipe.manifest)
+            times, usual = (
+                self._request(one, Block(0, 1)).check(self.pipe.manifest).timesteps for one in (plan, plain)
+            )
         except UsageError:
-            return False
-        return True
+            return None
+        return plain if np.array_equal(times, usual) else plan
+
+    def rows(self, plan: Plan) -> int:
+        """Return the rows of a picture, at most where a cache decides while it is drawn."""
+        run = self.pipe.run(self._request(plan, Block(0, 1)))
+        return run.steps * 2 if run.planned_rows is None else run.planned_rows
 
     def __call__(self, plan: Plan, block: Block) -> Score:
         """Draw the block's pictures and score them."""
         long, drawn, judged, rows = self.long(block), [], [], 0.0
-        for first in range(0, block.count, CHUNK):
-            part = Block(block.first + first, min(CHUNK, block.count - first))
+        for first in range(0, block.size, CHUNK):
+            part = Block(block.first + first, min(CHUNK, block.size - first))
             run = self.pipe.run(self._request(plan, part))
             pictures = run.result()
-            rows = max(rows, float(np.mean(run.rows)))
+            rows += float(np.mean(run.rows)) * part.size / block.size
             if self.judge is not None:
                 judged.append(self.judge(pictures))
             drawn.append(pictures[: max(0, len(long) - first)])
-            self.tick(first + part.count, block.count)
+            self.tick(first + part.size, block.size)
         pairs = zip(np.concatenate(drawn), long, strict=True)
         psnr = float(np.mean([min(images.psnr(*pair), 100.0) for pair in pairs]))  # equal pictures are ∞ dB
         return Score(rows, psnr, *self._verdict(judged, self._labels(block)))
@@ -77,7 +85,7 @@ class Trial:
 
     def long(self, block: Block) -> Pictures:
         """Return the long run's pictures of the first seeds of a block."""
-        count, have = min(NEAR, block.count), self._long.get(block.first)
+        count, have = min(NEAR, block.size), self._long.get(block.first)
         if have is None or len(have) < count:
             plan = default(self.pipe.manifest)
             steps = min(LONG * plan["steps"], self.pipe.manifest.process.train_steps)
@@ -98,19 +106,21 @@ class Trial:
 
     def _labels(self, block: Block) -> NDArray[np.int64] | None:
         classes = self.pipe.manifest.classes
-        return (block.first + np.arange(block.count)) % classes if classes else None
+        return (block.first + np.arange(block.size)) % classes if classes else None
 
     def _request(self, plan: Plan, block: Block) -> Request:
         condition, negative = self._conditions(block)
-        seeds = list(range(block.first, block.first + block.count))
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in plan.items()}
+        seeds = list(range(block.first, block.first + block.size))
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in plan.items()
+        }
         return Request(condition=condition, negative=negative, seed=seeds, **fields)
 
     def _conditions(self, block: Block) -> tuple[Rows, Rows | None]:
         """Return conditions in turn, so that a picture's depends on its seed alone."""
-        draw = plan_draw(self.pipe.manifest, self._reference, block.count)
+        draw = plan_draw(self.pipe.manifest, self._reference, block.size)
         own = {
-            name: rows[(block.first + np.arange(block.count)) % len(rows)]
+            name: rows[(block.first + np.arange(block.size)) % len(rows)]
             for name, rows in self._reference.condition.items()
         }
         if (labels := self._labels(block)) is not None:

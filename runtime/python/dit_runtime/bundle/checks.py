@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dit_runtime.bundle.records import (
     BEFORE_LOOP,
@@ -21,7 +22,7 @@ from dit_runtime.bundle.records import (
 )
 from dit_runtime.errors import nearest
 from dit_runtime.facts import FACTS, LIMITS, PRESET_FIELDS
-from dit_runtime.sampling.process import SOLVERS, is_number
+from dit_runtime.sampling.process import SOLVERS, Process, is_number
 
 Sources = dict[str, tuple[str, str, tuple[int, ...]]]  # role, dtype and shape of a row, by the tensor's name
 SIZES = f"sizes of 1 to {LIMITS['size']}"
@@ -205,13 +206,12 @@ def check_prompts(manifest: Manifest) -> None:
             raise ValueError(f"{prompt.tokenizer} has no size and sha256 under files")
 
 
-def check_presets(manifest: Manifest) -> None:
-    """Refuse a preset that no request of this bundle can take."""
-    process = manifest.process
+def check_presets(presets: Mapping[str, Any], process: Process) -> None:
+    """Refuse a preset that no request of a bundle with this process can take."""
     solvers = [name for name, facts in SOLVERS.items() if process.kind in facts["processes"]]
     choices = {"solver": solvers, "spacing": FACTS["spacings"][process.kind]}
     known = (*PRESET_FIELDS, MEASURED)
-    for name, preset in manifest.presets.items():
+    for name, preset in presets.items():
         where = f"preset {name}"
         expect(bool(name), "presets", name, "a name")
         expect(isinstance(preset, Mapping), where, preset, f"a table of {', '.join(known)}")

@@ -54,7 +54,7 @@ def parse(table: dict[str, Any]) -> Manifest:
     check_network(manifest.ports, manifest.null, manifest.guidance.channels, manifest.guidance.port)
     check_stages(manifest)
     check_prompts(manifest)
-    check_presets(manifest)
+    check_presets(manifest.presets, manifest.process)
     if manifest.labels:
         expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest
