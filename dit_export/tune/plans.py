@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dit_runtime.bundle.manifest import Manifest
-from dit_runtime.facts import FACTS, PRESET_FIELDS
+from dit_runtime.facts import FACTS
 from dit_runtime.sampling.process import SOLVERS
 
 Plan = Mapping[str, Any]
@@ -22,9 +22,9 @@ CACHES: tuple[dict[str, Any], ...] = (
     {"cache": "taylorseer", "cache_interval": 2, "max_order": 0},
     {"cache": "taylorseer", "cache_interval": 2, "max_order": 1},
     {"cache": "taylorseer", "cache_interval": 3, "max_order": 1},
-    {"cache": "easycache", "cache_threshold": 0.05},
+    {"cache": "easycache"},
 )
-CACHE_FIELDS = {name for name in PRESET_FIELDS if "cache" in name or name == "max_order"}
+CACHE_FIELDS = {"cache", *(name for settings in FACTS["caches"].values() for name in settings)}
 
 
 def key(plan: Plan) -> str:
@@ -43,12 +43,8 @@ def first(contract: Manifest) -> Iterator[Plan]:
     for share in FIRST_STEPS:
         plan = {**base, "steps": max(FEWEST, round(share * base["steps"]))}
         yield plan
-        if may_interval(contract):
+        if contract.mixes_guidance:
             yield {**plan, INTERVAL: list(FIRST_INTERVAL)}
-
-
-def may_interval(contract: Manifest) -> bool:
-    return INTERVAL in PRESET_FIELDS and contract.mixes_guidance
 
 
 def neighbours(plan: Plan, contract: Manifest) -> dict[str, list[Plan]]:
@@ -60,11 +56,10 @@ def neighbours(plan: Plan, contract: Manifest) -> dict[str, list[Plan]]:
         "solver": [{**plan, "solver": name} for name in solvers if name != plan["solver"]],
         "spacing": [{**plan, "spacing": name} for name in FACTS["spacings"][kind] if name != plan.get("spacing")],
     }
-    if may_interval(contract):
+    if contract.mixes_guidance:
         found[INTERVAL] = list(_intervals(plan))
-    if "cache" in PRESET_FIELDS:
-        without = {name: value for name, value in plan.items() if name not in CACHE_FIELDS}
-        found["cache"] = [other for other in (without, *({**without, **cache} for cache in CACHES)) if other != plan]
+    without = {name: value for name, value in plan.items() if name not in CACHE_FIELDS}
+    found["cache"] = [other for other in (without, *({**without, **cache} for cache in CACHES)) if other != plan]
     return {name: plans for name, plans in found.items() if plans}
 
 

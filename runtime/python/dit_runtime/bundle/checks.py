@@ -207,9 +207,7 @@ def check_prompts(manifest: Manifest) -> None:
 
 
 def check_presets(presets: Mapping[str, Any], process: Process) -> None:
-    """Refuse a preset that no request of a bundle with this process can take."""
-    solvers = [name for name, facts in SOLVERS.items() if process.kind in facts["processes"]]
-    choices = {"solver": solvers, "spacing": FACTS["spacings"][process.kind]}
+    """Refuse a preset that has other fields than a request, or values of other kinds."""
     known = (*PRESET_FIELDS, MEASURED)
     for name, preset in presets.items():
         where = f"preset {name}"
@@ -219,20 +217,28 @@ def check_presets(presets: Mapping[str, Any], process: Process) -> None:
             if key not in known:
                 close = nearest(str(key), known)
                 raise ValueError(f"{where} has the unknown key {key!r}{close}; known: {', '.join(known)}")
-            kind, place = PRESET_FIELDS.get(key), f"{where}: {key}"
-            if kind is None:
-                expect(isinstance(value, Mapping), place, value, "a table")
-            elif key in choices:
-                expect(value in choices[key], place, value, f"one of {', '.join(choices[key])}")
-            elif kind == "integer":
-                expect(
-                    type(value) is int and 1 <= value <= process.train_steps,
-                    place,
-                    value,
-                    f"1 to {process.train_steps}",
-                )
-            elif kind == "number":
-                expect(is_number(value) and abs(value) <= FLOAT32_MAX, place, value, "a number of float32")
+            fits, expected = _fits(PRESET_FIELDS.get(key), value, process)
+            expect(fits, f"{where}: {key}", value, expected)
+
+
+def _fits(kind: str | None, value: Any, process: Process) -> tuple[bool, str]:
+    """Tell whether a value is of the kind that a preset's field has, and what the kind is; None: of MEASURED."""
+    solvers = [name for name, facts in SOLVERS.items() if process.kind in facts["processes"]]
+    for choice, names in (("solver", solvers), ("cache", list(FACTS["caches"]))):
+        if kind == choice:
+            return value in names, f"one of {', '.join(names)}"
+    if kind == "steps":
+        return type(value) is int and 1 <= value <= process.train_steps, f"1 to {process.train_steps}"
+    if kind == "integer":
+        return type(value) is int and abs(value) <= LIMITS["steps"], f"an integer up to {LIMITS['steps']} either way"
+    if kind == "number":
+        return is_number(value) and abs(value) <= FLOAT32_MAX, "a number of float32"
+    if kind == "interval":
+        pair = isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+        return pair and 0 <= value[0] <= value[1] <= 1, "two numbers from 0 to 1, the lower one first"
+    if kind == "text":
+        return isinstance(value, str) and bool(value), "a text"
+    return isinstance(value, Mapping), "a table"
 
 
 def _check_names(
