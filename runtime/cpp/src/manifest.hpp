@@ -55,10 +55,14 @@ struct Prompt {
 
 // Values for fields of a request that names the preset and leaves them at their defaults.
 struct Preset {
-    std::int64_t steps = 0;  // 0: not stated
-    std::optional<double> guidance = {};
+    std::int64_t steps = 0;                 // 0: not stated
     std::string solver = {}, spacing = {};  // empty: not stated
+    std::string guidance_policy = {}, cache = {};
     double eta = 0;
+    std::optional<double> guidance = {}, cache_threshold = {};
+    std::vector<double> guidance_interval = {};  // two fractions, or none
+    std::optional<std::int64_t> cache_interval = {}, max_order = {};
+    std::optional<std::int64_t> disable_cache_before_step = {}, disable_cache_after_step = {};
 };
 
 // How guidance reaches the network.

@@ -117,6 +117,8 @@ Request with_preset(const Manifest& manifest, Request request, const std::string
     if (request.solver.empty()) request.solver = preset.solver;
     if (request.spacing.empty()) request.spacing = preset.spacing;
     if (request.eta == 0) request.eta = preset.eta;
+    if (!preset.guidance_interval.empty() || !preset.guidance_policy.empty() || !preset.cache.empty())
+        throw UsageError(text("preset '", name, "' has fields that libdit does not take yet; draw it with dit-run"));
     return request;
 }
 
