@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from dit_export.bundle.presets import read_presets
 from dit_export.cli import main
 from dit_export.tune import plans
 from dit_export.tune.gate import UNJUDGED, Score
@@ -23,7 +24,7 @@ from dit_runtime import Pipeline, Request
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
-from dit_runtime.sampling.process import NOISE_SOLVERS
+from dit_runtime.sampling.process import NOISE_SOLVERS, Process
 from dit_runtime.verify import load_reference
 from tests.verify.test_features import network
 
@@ -166,6 +167,23 @@ def test_a_budget_that_no_plan_keeps(bundle: Path, capsys: pytest.CaptureFixture
     assert "fast: no plan keeps its limits; the nearest: " in (said := capsys.readouterr().err)
     assert "rows a picture" in said and "expected at most 1" in said
     assert manifest.read(bundle).presets.keys() == {"quick", "quality", "balanced"}
+
+
+def test_presets_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "presets.json"
+    with pytest.raises(UsageError, match=r"presets.json: no such file; make it with `dit-export tune BUNDLE --presets"):
+        read_presets(path, Process())
+    for text, said in (
+        ("{", "presets.json: "),
+        ("[]", "got list, expected a table of presets by name"),
+        ('{"fast": {"steps": 0}}', "preset fast: steps: got 0, expected 1 to 1000"),
+        ('{"fast": {"solver": "euler"}}', "preset fast: solver: got euler, expected one of ddpm"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            read_presets(path, Process())
+    path.write_text('{"fast": {"steps": 9, "guidance_interval": [0.2, 0.7]}}')
+    assert read_presets(path, Process())["fast"]["steps"] == 9
 
 
 @pytest.mark.parametrize(
