@@ -24,6 +24,9 @@ def latents(pipe: Any, **fields: Any) -> np.ndarray:
 
 def test_a_preset_is_its_fields(opened) -> None:
     pipe = opened()
+    lean = module("make_bundle").LEAN
+    assert np.array_equal(latents(pipe, preset="lean"), latents(pipe, **lean))
+    assert not np.array_equal(latents(pipe, preset="lean", max_order=1), latents(pipe, **lean))
     assert np.array_equal(latents(pipe, preset="quick"), latents(pipe, **QUICK))
     assert not np.array_equal(latents(pipe, preset="quick"), latents(pipe))
     run = pipe.run(Request("ant", preset="quick"))
@@ -39,13 +42,15 @@ def test_a_field_of_the_request_wins(opened, name, value) -> None:
 
 
 def test_an_unknown_preset_is_one_line(opened, handmade, capsys, tmp_path) -> None:
-    with pytest.raises(UsageError, match=r"preset 'quack' is not known \(did you mean \"quick\"\?\); known: quick"):
+    with pytest.raises(
+        UsageError, match=r"preset 'quack' is not known \(did you mean \"quick\"\?\); known: quick, lean"
+    ):
         Request("ant", preset="quack").check(opened().manifest)
     with pytest.raises(UsageError, match=r"this bundle has none \(dit-export tune\)"):
         Request(preset="quick").check(manifest.read(handmade("free")))
     output = ["-o", str(tmp_path / "x.npy")]
     assert main(["sample", str(handmade("labels")), "--labels", "ant", "--preset", "quack", *output]) == 2
-    assert "known: quick" in capsys.readouterr().err
+    assert "known: quick, lean" in capsys.readouterr().err
 
 
 def test_the_command_takes_it(opened, handmade, tmp_path) -> None:

@@ -148,7 +148,7 @@ def test_the_command_writes_presets(bundle: Path, capsys: pytest.CaptureFixture[
     assert main(["tune", str(bundle), *QUICK, "--presets", str(presets), "--json"]) == 0
     assert results.read_text() == drawn  # nothing was drawn again
     after, printed = manifest.read(bundle), json.loads(capsys.readouterr().out)
-    assert after.files == before.files and after.presets.keys() == {"quick", "quality", "balanced", "fast"}
+    assert after.files == before.files and after.presets.keys() == {"quick", "lean", "quality", "balanced", "fast"}
     assert json.loads(presets.read_text()) == printed["presets"]
     fast = after.presets["fast"]
     assert fast["measured"]["default"]["rows"] == 50 and fast["measured"]["pictures"] == 4
@@ -166,7 +166,7 @@ def test_a_budget_that_no_plan_keeps(bundle: Path, capsys: pytest.CaptureFixture
     assert main(["tune", str(bundle), *QUICK, "--budget", "fast:rows=1"]) == 1
     assert "fast: no plan keeps its limits; the nearest: " in (said := capsys.readouterr().err)
     assert "rows a picture" in said and "expected at most 1" in said
-    assert manifest.read(bundle).presets.keys() == {"quick", "quality", "balanced"}
+    assert manifest.read(bundle).presets.keys() == {"quick", "lean", "quality", "balanced"}
 
 
 def test_presets_from_a_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -57,12 +58,19 @@ struct Prompt {
 struct Preset {
     std::int64_t steps = 0;                 // 0: not stated
     std::string solver = {}, spacing = {};  // empty: not stated
-    std::string guidance_policy = {}, cache = {};
     double eta = 0;
-    std::optional<double> guidance = {}, cache_threshold = {};
-    std::vector<double> guidance_interval = {};  // two fractions, or none
-    std::optional<std::int64_t> cache_interval = {}, max_order = {};
-    std::optional<std::int64_t> disable_cache_before_step = {}, disable_cache_after_step = {};
+    std::optional<double> guidance = {};
+    std::optional<std::pair<double, double>> guidance_interval = {};
+    std::string guidance_policy = {}, cache = {};
+    std::map<std::string, double> cache_settings = {};
+};
+// empty: not stated
+std::string guidance_policy = {}, cache = {};
+double eta = 0;
+std::optional<double> guidance = {}, cache_threshold = {};
+std::vector<double> guidance_interval = {};  // two fractions, or none
+std::optional<std::int64_t> cache_interval = {}, max_order = {};
+std::optional<std::int64_t> disable_cache_before_step = {}, disable_cache_after_step = {};
 };
 
 // How guidance reaches the network.

@@ -146,12 +146,12 @@ double float_number(const Json& value, const std::string& where) {
     return number;
 }
 
-std::vector<double> parse_interval(const Json& value, const std::string& where) {
-    const char* const expected = "two numbers from 0 to 1, the lower one first";
+std::pair<double, double> parse_interval(const Json& value, const std::string& where) {
     std::vector<double> ends;
     for (const Json& end : json::list(value, where)) ends.push_back(json::number(end, where));
-    if (ends.size() != 2 || ends[0] < 0 || ends[0] > ends[1] || ends[1] > 1) refuse(where, value, expected);
-    return ends;
+    if (ends.size() != 2 || ends[0] < 0 || ends[0] > ends[1] || ends[1] > 1)
+        refuse(where, value, "two numbers from 0 to 1, the lower one first");
+    return {ends[0], ends[1]};
 }
 
 Preset parse_preset(const Json& table, const std::string& name, const Process& process) {
@@ -166,28 +166,22 @@ Preset parse_preset(const Json& table, const std::string& name, const Process& p
         if (table.contains(key) && text.empty()) refuse(place(key), table[key], "a text");
         return text;
     };
-    const auto number = [&](const char* key) {
-        return table.contains(key) ? std::optional(float_number(table[key], place(key))) : std::nullopt;
-    };
-    const auto integer = [&](const char* key) {
-        const std::int64_t most = limit("steps");
-        return table.contains(key) ? std::optional(json::integer(table[key], place(key), -most, most)) : std::nullopt;
-    };
     Preset preset;
     if (table.contains("steps")) preset.steps = json::integer(table["steps"], place("steps"), 1, process.train_steps);
     if (table.contains("solver")) preset.solver = choice(table, "solver", where, solvers_of(process.kind()));
     if (table.contains("cache")) preset.cache = choice(table, "cache", where, fact_names("caches"));
     preset.spacing = word("spacing");
     preset.guidance_policy = word("guidance_policy");
-    preset.eta = number("eta").value_or(0);
-    preset.guidance = number("guidance");
-    preset.cache_threshold = number("cache_threshold");
+    if (table.contains("eta")) preset.eta = float_number(table["eta"], place("eta"));
+    if (table.contains("guidance")) preset.guidance = float_number(table["guidance"], place("guidance"));
     if (table.contains("guidance_interval"))
         preset.guidance_interval = parse_interval(table["guidance_interval"], place("guidance_interval"));
-    preset.cache_interval = integer("cache_interval");
-    preset.max_order = integer("max_order");
-    preset.disable_cache_before_step = integer("disable_cache_before_step");
-    preset.disable_cache_after_step = integer("disable_cache_after_step");
+    const std::int64_t most = limit("steps");
+    for (const char* key : {"cache_interval", "max_order", "disable_cache_before_step", "disable_cache_after_step"})
+        if (table.contains(key))
+            preset.cache_settings[key] = static_cast<double>(json::integer(table[key], place(key), -most, most));
+    if (table.contains("cache_threshold"))
+        preset.cache_settings["cache_threshold"] = float_number(table["cache_threshold"], place("cache_threshold"));
     if (table.contains("measured")) json::table(table["measured"], place("measured"));
     return preset;
 }
