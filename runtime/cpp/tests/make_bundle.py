@@ -37,7 +37,7 @@ PRESET = {"steps": 3, "guidance": 2.0, "solver": "dpm++", "spacing": "trailing",
 LEAN = {
     **{"steps": 6, "guidance_interval": [0.3, 0.9], "guidance_policy": "rescale guidance_rescale=0.5"},
     **{"cache": "taylorseer", "cache_interval": 2, "max_order": 0, "disable_cache_before_step": 2},
-    **{"disable_cache_after_step": -1, "cache_threshold": 0.1},
+    **{"disable_cache_after_step": -1},
 }
 GUIDANCE_PORT = {"embedded": "strength"}
 BEFORE = ("condition", "time", "time+condition")  # the loop
