@@ -73,6 +73,7 @@ class Request:
     cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
     preset: str | None = None  # of the bundle: values for the fields above that the request leaves at their defaults
+    size: str | int | None = None  # one of the bundle's: 512, or "512x768" for height x width; None: the pipeline's
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
     def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
@@ -80,6 +81,7 @@ class Request:
 
         Words need the tokenizers of an open bundle.
         """
+        manifest = manifest.at(self.size)
         if self.preset is not None:
             return self.with_preset(manifest).check(manifest, tokenizers)
         if self.output not in OUTPUTS:
