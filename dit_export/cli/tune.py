@@ -8,7 +8,5 @@ from dit_export.tune import command
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "tune", help="search solver, steps, spacing, guidance interval and cache; write presets"
-    )
+    parser = commands.add_parser("tune", help="search solver, steps, spacing, guidance and cache; write presets")
     parser.set_defaults(command=command.add_options(parser))

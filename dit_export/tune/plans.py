@@ -16,6 +16,7 @@ FEWEST = 4  # steps
 MOVES = (-3, -2, -1, 1, 2)  # of the number of steps
 EDGE = 0.1  # by which an end of the guidance interval moves, of the time's range
 FIRST_INTERVAL = (0.2, 0.7)  # Kynkäänniemi et al., arXiv 2404.07724: guidance in the middle of the noise levels
+WEIGHTS = (0.8, 1.25)  # of guidance: an interval leaves room for a greater one
 FIRST_STEPS = (1.0, 0.6, 0.5, 0.4)  # of the bundle's steps
 INTERVAL = "guidance_interval"
 CACHES: tuple[dict[str, Any], ...] = (
@@ -58,6 +59,8 @@ def neighbours(plan: Plan, contract: Manifest) -> dict[str, list[Plan]]:
     }
     if contract.mixes_guidance:
         found[INTERVAL] = list(_intervals(plan))
+        weight = plan.get("guidance", contract.guidance.default)
+        found["guidance"] = [{**plan, "guidance": round(factor * weight, 2)} for factor in WEIGHTS]
     without = {name: value for name, value in plan.items() if name not in CACHE_FIELDS}
     found["cache"] = [other for other in (without, *({**without, **cache} for cache in CACHES)) if other != plan]
     return {name: plans for name, plans in found.items() if plans}
