@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='such as compile-bf16 or "ours-*"')
     parser.add_argument("--memory", type=float, metavar="GB", help="for all together; default: 90 %% of what is free")
     parser.add_argument(
-        "--presets", type=Path, metavar="FILE.json", help="for our pictures, as `dit-export tune` writes them"
+        "--presets", type=Path, metavar="FILE.json", help="for our pictures, of `dit-export tune`; default: the demo's"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="everything that was measured")
     parser.add_argument("--svg", metavar="FILE", type=Path, help="a bar chart of the steps")
@@ -51,11 +51,12 @@ def run(options: argparse.Namespace) -> int:
     for folder in folders:  # before the long work
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
+    presets = options.presets or (DEMO if DEMO.is_file() else None)
     settings = Settings(
         spec=at_resolution(model(options.model), options.resolution),
         memory=None if options.memory is None else 1e9 * options.memory,
         folder=options.output,
-        presets=read_presets(options.presets or DEMO, Process()),
+        presets=read_presets(presets, Process()) if presets else {},
         **{key: getattr(options, key) for key in ("device", "batch", "steps", "rounds", "images", "threads", "only")},
     )
     result = {"command": shlex.join(["dit-export", *sys.argv[1:]]), **bench(settings, Progress())}
