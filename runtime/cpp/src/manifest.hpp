@@ -64,14 +64,6 @@ struct Preset {
     std::string guidance_policy = {}, cache = {};
     std::map<std::string, double> cache_settings = {};
 };
-// empty: not stated
-std::string guidance_policy = {}, cache = {};
-double eta = 0;
-std::optional<double> guidance = {}, cache_threshold = {};
-std::vector<double> guidance_interval = {};  // two fractions, or none
-std::optional<std::int64_t> cache_interval = {}, max_order = {};
-std::optional<std::int64_t> disable_cache_before_step = {}, disable_cache_after_step = {};
-};
 
 // How guidance reaches the network.
 struct Guidance {
