@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dit_runtime.bundle.manifest import Manifest
@@ -48,15 +48,24 @@ def first(contract: Manifest) -> Iterator[Plan]:
             yield {**plan, INTERVAL: list(FIRST_INTERVAL)}
 
 
-def neighbours(plan: Plan, contract: Manifest) -> dict[str, list[Plan]]:
-    """Return the plans one change away, by what changes; some of them may not fit the bundle."""
+def neighbours(plan: Plan, contract: Manifest, times: Sequence[float]) -> dict[str, list[Plan]]:
+    """Return the plans one change away, by what changes; some of them may not fit the bundle.
+
+    `times` are those that the plan's network reads.
+    """
     kind = contract.process.kind
     solvers = [name for name, facts in SOLVERS.items() if kind in facts["processes"]]
+    named = {name: value for name, value in plan.items() if name != "spacing" or value in FACTS["spacings"][kind]}
     found: dict[str, list[Plan]] = {
-        "steps": [{**plan, "steps": plan["steps"] + move} for move in MOVES if plan["steps"] + move >= FEWEST],
+        "steps": [{**named, "steps": plan["steps"] + move} for move in MOVES if plan["steps"] + move >= FEWEST],
         "solver": [{**plan, "solver": name} for name in solvers if name != plan["solver"]],
         "spacing": [{**plan, "spacing": name} for name in FACTS["spacings"][kind] if name != plan.get("spacing")],
     }
+    if kind == "noise":  # of a flow, σ that are listed are not shifted
+        found["times"] = [
+            {**plan, "steps": len(other), "spacing": ", ".join(f"{time:.0f}" for time in other)}
+            for other in _times(times)
+        ]
     if contract.mixes_guidance:
         found[INTERVAL] = list(_intervals(plan))
         weight = plan.get("guidance", contract.guidance.default)
@@ -64,6 +73,17 @@ def neighbours(plan: Plan, contract: Manifest) -> dict[str, list[Plan]]:
     without = {name: value for name, value in plan.items() if name not in CACHE_FIELDS}
     found["cache"] = [other for other in (without, *({**without, **cache} for cache in CACHES)) if other != plan]
     return {name: plans for name, plans in found.items() if plans}
+
+
+def _times(times: Sequence[float]) -> Iterator[list[float]]:
+    """Yield the times with one of them left out, or a third of the way to the next or the last one."""
+    for index, time in enumerate(times):
+        before, after = times[:index], times[index + 1 :]
+        if len(times) > FEWEST:
+            yield [*before, *after]
+        for other in (times[index - 1] if index else None, times[index + 1] if after else 0.0):
+            if other is not None:
+                yield [*before, round(time + (other - time) / 3), *after]
 
 
 def _intervals(plan: Plan) -> Iterator[Plan]:

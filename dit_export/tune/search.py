@@ -134,7 +134,7 @@ class Search:
         for _ in range(ATTEMPTS * CHILDREN):
             plan: Plan = json.loads(rng.choice(parents))
             for _ in range(rng.choice((1, 1, 2))):
-                changes = plans.neighbours(plan, self.trial.pipe.manifest)
+                changes = plans.neighbours(plan, self.trial.pipe.manifest, self.trial.times(plan))
                 plan = rng.choice(changes[rng.choice(sorted(changes))])
             fitting = self.trial.fit(plan)
             if fitting is None or key(fitting) in scores or key(fitting) in found:

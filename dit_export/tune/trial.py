@@ -44,13 +44,17 @@ class Trial:
     def fit(self, plan: Plan) -> Plan | None:
         """Return the plan, without a spacing that changes nothing; None where the bundle does not take it."""
         plain = {name: value for name, value in plan.items() if name != "spacing"}
-        try:
-            times, usual = (
-                self._request(one, Block(0, 1)).check(self.pipe.manifest).timesteps for one in (plan, plain)
-            )
-        except UsageError:
+        times = self.times(plan)
+        if not times:
             return None
-        return plain if np.array_equal(times, usual) else plan
+        return plain if times == self.times(plain) else plan
+
+    def times(self, plan: Plan) -> list[float]:
+        """Return the times that the plan's network reads; [] where the bundle does not take it."""
+        try:
+            return self._request(plan, Block(0, 1)).check(self.pipe.manifest).timesteps.tolist()
+        except UsageError:
+            return []
 
     def rows(self, plan: Plan) -> int:
         """Return the rows of a picture, at most where a cache decides while it is drawn."""

@@ -127,7 +127,8 @@ def test_a_judge_looks_at_all_pictures(bundle: Path, tmp_path: Path) -> None:
 
 def test_plans_are_of_the_facts(trial: Counting) -> None:
     contract = trial.pipe.manifest
-    around = plans.neighbours(plans.default(contract), contract)
+    around = plans.neighbours(plans.default(contract), contract, [900.0, 600.0, 300.0, 150.0, 30.0])
+    assert {plan["spacing"] for plan in around["times"]} >= {"900, 600, 300, 30", "900, 600, 400, 150, 30"}
     assert {"ddim"} | {plan["solver"] for plan in around["solver"]} == {*NOISE_SOLVERS}
     for change, others in around.items():
         for plan in others:
