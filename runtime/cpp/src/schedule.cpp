@@ -114,8 +114,8 @@ Array shifted_points(const Process& process, const std::string& solver, std::int
         if (steps < 2)
             throw UsageError(
                 text("steps is ", steps, "; expected at least 2, for shift_terminal is ", *process.shift_terminal));
-        const double stretch = (1 - *process.shift_terminal) / (1 - points.back());
-        for (double& sigma : points) sigma = 1 - (1 - sigma) * stretch;
+        const double scale = (1 - points.back()) / (1 - *process.shift_terminal);
+        for (double& sigma : points) sigma = 1 - (1 - sigma) / scale;
     }
     return points;
 }
