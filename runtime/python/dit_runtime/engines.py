@@ -20,6 +20,7 @@ from dit_runtime.conditions.condition import Rows, group
 from dit_runtime.conditions.memo import Device, StepInputs
 from dit_runtime.conditions.text import PromptMemo, Tokenizers
 from dit_runtime.errors import BundleError, EngineError, NotFinite, UsageError
+from dit_runtime.sampling.guidance import Groups
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -152,11 +153,19 @@ class Engines:
         return {port.name: rows[port.name] for port in self.manifest.conditions}
 
     def inputs(
-        self, timesteps: NDArray[Any], condition: Rows, negative: Rows | None, weights: NDArray[np.float32]
+        self,
+        timesteps: NDArray[Any],
+        condition: Rows,
+        negative: Rows | None,
+        weights: NDArray[np.float32],
+        host: bool = False,
     ) -> StepInputs:
-        """Return what the step stage reads at these timesteps, for samples with these conditions and weights."""
+        """Return what the step stage reads at these timesteps, for samples with these conditions and weights.
+
+        With `host` its arrays stay in the host's memory, whatever engine reads them.
+        """
         rows, groups = group(len(weights), condition, negative)
-        step, _ = self.residents()
+        step = None if host else self.residents()[0]
         device = None if step is None else Device(step.put, step.empty, self._joins)
         # In low memory a stage's outputs are made at once, so that its engine can be closed.
         whole = self.options.low_memory
@@ -166,13 +175,15 @@ class Engines:
         """Return whether a stage's engine can write where the step's engine reads."""
         return stage.backend == self.manifest.step.backend and isinstance(self.open(stage), Resident)
 
-    def denoise(self, state: NDArray[Any], inputs: StepInputs, step: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """[B, *state] -> guided prediction and, where it is learned, variance, [B, *state]."""
+    def denoise(
+        self, state: NDArray[Any], inputs: StepInputs, step: int, groups: Groups = Groups.BOTH
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """[B, *state] -> prediction, guided with both groups, and, where it is learned, variance, [B, *state]."""
         stage, parts = self.manifest.step, []
         for first in range(0, len(state), stage.max_batch):
             samples = slice(first, first + stage.max_batch)
             own = {self.manifest.state.name: state[samples].astype(np.float32)}
-            parts.append(self.run(stage, own | inputs(step, samples)))
+            parts.append(self.run(stage, own | inputs(step, samples, groups)))
         outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return outputs["prediction"], outputs.get("variance")
 

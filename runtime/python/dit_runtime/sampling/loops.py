@@ -1,22 +1,21 @@
-"""The sampling loop: with the solver, or as its matrices where the state can stay with the engine.
+"""The sampling loop: with the solver on the host, or as its matrices where the state can stay with the engine.
 
-Both return a function of the step's number that goes this step and returns what brings the state home. A step that an
-engine failed in can be gone again.
+A step that an engine failed in can be gone again in both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.errors import NotFinite
+from dit_runtime.errors import NotFinite, UsageError
+from dit_runtime.sampling.guidance import Groups
 from dit_runtime.sampling.solvers import Array, Solver
 
 Home = Callable[[], Array]
-Denoise = Callable[[NDArray[Any], int], tuple[NDArray[Any], NDArray[Any] | None]]  # state, step
 Into = Callable[[Mapping[str, Any], Mapping[str, Any]], object]  # what is made of the first goes into the second
 Advance = Callable[[int], Home]  # steps in their order
 Inputs = Callable[[int, slice], Mapping[str, Any]]  # step, samples -> what the network reads but the state
@@ -31,29 +30,38 @@ class Device(NamedTuple):
     state: str  # the name of their input
 
 
-def with_solver(solver: Solver, timesteps: Array, denoise: Denoise) -> Advance:
-    """Let the solver, in float64 on the host, make each state."""
-    state, _ = next(solver)
+class Trajectory:
+    """The loop with the solver, in float64: it says what each step needs of the network, and calls nothing."""
 
-    def advance(step: int) -> Home:
-        nonlocal state
-        prediction, variance = denoise(state, step)
+    def __init__(self, solver: Solver, timesteps: Array, groups: Sequence[Groups]) -> None:
+        """Stand before the first step; `groups` are those of each evaluation."""
+        self.state, _ = next(solver)
+        self.done = 0
+        self._solver, self._timesteps, self._groups = solver, timesteps, groups
+
+    def asks(self) -> Groups | None:
+        """Return the groups that the next step evaluates; None where it needs no network, or none is left."""
+        return self._groups[self.done] if self.done < len(self._groups) else None
+
+    def tell(self, prediction: NDArray[Any] | None, variance: NDArray[Any] | None) -> None:
+        """Go the next step with what the network predicts of its groups."""
+        where = f"step {self.done + 1} (t = {self._timesteps[self.done]:g})"
+        if prediction is None:
+            raise UsageError(f"{where}: got no prediction; ask() says what the step needs")
         if not np.isfinite(prediction).all():
-            raise NotFinite(
-                f"step {step + 1} (t = {timesteps[step]:g}): the prediction holds values that are not finite"
-            )
+            raise NotFinite(f"{where}: the prediction holds values that are not finite")
         try:
-            state, _ = solver.send((prediction, variance))
+            self.state, _ = self._solver.send((prediction, variance))
         except StopIteration as end:
-            state = end.value
-        reached = state
-        return lambda: reached
-
-    return advance
+            self.state = end.value
+        self.done += 1
 
 
 def with_matrices(matrices: Array, device: Device, x: NDArray[Any], inputs: Inputs, size: int) -> Advance:
-    """Go `size` samples at once; the host queues each step and waits for none that nobody looks at."""
+    """Return a function of the step's number that goes this step and returns what brings the state home.
+
+    It goes `size` samples at once; the host queues each step and waits for none that nobody looks at.
+    """
     chunks = _chunks(len(x), size)
     states = [device.put(x[samples].astype(np.float32)) for samples in chunks]
     zeros = [np.zeros(part.shape, np.float32) for part in states]
