@@ -99,9 +99,7 @@ def test_curves_are_diffusers(betas, scheduler, name):
     """Its float32 logarithms can lose a step at the noisy end, and anywhere between two steps by chance."""
     process = Process(beta_schedule=betas, beta_start=0.00085, beta_end=0.012)
     solver = {"D": "dpm++", "U": "unipc"}[scheduler.__name__[0]] if scheduler is not DEISMultistepScheduler else "deis"
-    reference = scheduler(
-        beta_schedule=betas, beta_start=0.00085, beta_end=0.012, **{f"use_{name}_sigmas": True}
-    )
+    reference = scheduler(beta_schedule=betas, beta_start=0.00085, beta_end=0.012, **{f"use_{name}_sigmas": True})
     for steps in (1, 2, 7, 25, 100):
         reference.set_timesteps(steps)
         ours, theirs = timesteps(process, solver, steps, name), reference.timesteps.numpy()

@@ -100,7 +100,8 @@ Checked check(const Manifest& manifest, const Request& request) {
     embed_guidance(manifest, request, checked);
     checked.negative = fit_negative(manifest, request, count, is_guided(manifest, checked.weights));
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
-    checked.steps = request.steps ? request.steps : manifest.process.sampler.steps;
+    checked.steps = request.steps ? request.steps : static_cast<std::int64_t>(listed(request.spacing).size());
+    if (!checked.steps) checked.steps = manifest.process.sampler.steps;
     checked.timesteps = plan(manifest.process, checked.solver, checked.steps, request.spacing);
     Solver(manifest.process, checked.solver, checked.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
     if (checked.solver == "ddpm") require_variance(manifest.process.sampler, find(manifest.step().gives, "variance"));

@@ -22,7 +22,7 @@ struct Request {
     std::int64_t steps = 0;                  // 0: the bundle's
     std::vector<float> guidance;             // one, or one a picture; empty: the bundle's
     std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
-    std::string solver, spacing;             // empty: the bundle's
+    std::string solver, spacing;             // empty: the bundle's; a spacing may list the times: "999, 640, 300"
     double eta = 0.0;
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;

@@ -80,7 +80,8 @@ def _parser() -> Parser:
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
-    sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))}")
+    spacings = ", ".join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))
+    sample.add_argument("--spacing", help=f"of the timesteps: {spacings}; or the times themselves: 999,640,300")
     sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
     sample.add_argument(
         "-o",

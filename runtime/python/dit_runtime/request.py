@@ -15,6 +15,7 @@ from dit_runtime.conditions.labels import class_number
 from dit_runtime.conditions.text import Tokenizers, Words
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.noise import Draw, draw
+from dit_runtime.sampling.schedule import listed
 from dit_runtime.sampling.solvers import Array, plan, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
 
@@ -30,6 +31,7 @@ class Checked(NamedTuple):
     weights: NDArray[np.float32]  # (samples,)
     solver: str
     steps: int
+    spacing: str | None
     timesteps: Array  # one an evaluation of the network
     draw: Draw
     latents: NDArray[Any] | None  # the request's own
@@ -56,7 +58,7 @@ class Request:
     seed: int | Sequence[int] = 0  # one for all, or one a sample
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
-    spacing: str | None = None
+    spacing: str | Sequence[float] | None = None  # a name, or the times themselves: "999, 640, 300"
     latents: ArrayLike | None = None  # the state to start from
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
@@ -87,17 +89,18 @@ class Request:
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
-        steps = process.sampler.steps if self.steps is None else self.steps
-        timesteps = plan(process, solver, steps, self.spacing)
+        spacing = _spacing_words(self.spacing)
+        steps = (len(listed(spacing)) or process.sampler.steps) if self.steps is None else self.steps
+        timesteps = plan(process, solver, steps, spacing)
         if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
             raise lacks_variance(process.sampler.variance)
         stream = draw(self.seed, count)
         shape = (count, *manifest.state.shape)
         if latents is not None and (latents.shape != shape or not np.isfinite(latents).all()):
             raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
-        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
+        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=spacing)
         away = negative if guided else None
-        return Checked(count, condition, away, weights, solver, steps, timesteps, stream, latents)
+        return Checked(count, condition, away, weights, solver, steps, spacing, timesteps, stream, latents)
 
     def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""
@@ -145,6 +148,17 @@ class Request:
         if manifest.guidance.unguided_up_to_one and not manifest.guidance.port:
             weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
         return np.broadcast_to(weights, (count,)).copy()
+
+
+def _spacing_words(spacing: str | Sequence[float] | None) -> str | None:
+    """Return a spacing as the manifest's words; a list is the text of its numbers."""
+    if spacing is None or isinstance(spacing, str):
+        return spacing
+    try:
+        times = np.asarray(spacing, np.float64).tolist()
+        return ", ".join(map(repr, times)) or "[]"
+    except (TypeError, ValueError):
+        raise UsageError(f"spacing is {spacing!r}; expected a name, or falling times") from None
 
 
 def _has_prompt(manifest: Manifest, condition: Condition) -> bool:

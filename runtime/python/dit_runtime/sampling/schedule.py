@@ -96,7 +96,9 @@ def flow_times(process: Process, solver: str, steps: int, spacing: str | None = 
         points = np.floor(points * process.train_steps) / process.train_steps
     if base == "integer":
         if bend != "none" or listed(spacing):
-            raise UsageError(f"spacing is {spacing or bend!r}; this network reads σ before its shift, so take 'integer'")
+            raise UsageError(
+                f"spacing is {spacing or bend!r}; this network reads σ before its shift, so take 'integer'"
+            )
         points = _even_points(process, solver, steps, spacing)
     return _single(points)
 

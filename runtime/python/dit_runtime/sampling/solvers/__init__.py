@@ -27,7 +27,12 @@ from dit_runtime.sampling.solvers.scm import scm
 from dit_runtime.sampling.solvers.sde import sde
 from dit_runtime.sampling.solvers.unipc import unipc
 
-MULTISTEP_METHODS = {"dpm++": dpm, "sde-dpm++": partial(dpm, noisy=True), "unipc": unipc, "deis": deis}
+MULTISTEP_METHODS: dict[str, Callable[..., Method]] = {
+    "dpm++": dpm,
+    "sde-dpm++": partial(dpm, noisy=True),
+    "unipc": unipc,
+    "deis": deis,
+}
 METHODS: dict[str, Callable[..., Method]] = {
     "ddpm": ddpm,
     "ddim": ddim,
