@@ -19,7 +19,7 @@ from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import NOISE_SOLVERS
 
 USUAL = [("dpm++", 25, 0), ("dpm++1", 50, 0), ("dpm++3", 25, 0), ("ddim", 50, 0), ("ddim", 50, 1), ("ddpm", 250, 0)]
-# Order 3 is for networks without guidance, as its authors say: with it, few steps of DEIS draw 18 % of the classes.
+# Order 3 is for networks without guidance, as UniPC's authors say: with it, 15 steps of DEIS drew 7 of 40 classes.
 USUAL += [("unipc", 15, 0), ("deis", 25, 0), ("sde-dpm++", 25, 0)]
 OTHER_ORDERS = [("unipc1", 15, 0), ("unipc3", 30, 0), ("deis3", 50, 0), ("sde-dpm++1", 50, 0)]
 COUNT, LEAST = 400, 0.97
