@@ -59,11 +59,16 @@ class Run:
         options: dict[str, Any] = {"eta": request.eta, "spacing": checked.spacing}
         solver = solve(contract.process, checked.solver, checked.steps, x, checked.draw, **options)
         self._times, self._weights = checked.timesteps, checked.weights
-        self._groups = [Groups.BOTH if negative else Groups.OWN] * self.steps
+        self._groups, self._cache, policy = checked.groups, checked.cache, checked.policy
         self._inputs = inputs = engines.inputs(checked.timesteps, condition, negative, checked.weights, host)
-        self._trajectory = loops.Trajectory(solver, checked.timesteps, self._groups)
+        mix: loops.Mix | None = None
+        if policy is not None:
+            mix = partial(policy.mix, weights=checked.weights, channels=contract.guidance.channels)
+        self._trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache)
         self._home: loops.Home = lambda: self._trajectory.state
         self._advance: loops.Advance | None = None
+        planned = [groups for groups in self._groups if groups is not None]
+        host = host or policy is not None or self._cache is not None or len(planned) < self.steps
         step, update = (None, None) if host else engines.residents()
         matrices = None
         if update is not None:
@@ -71,13 +76,15 @@ class Run:
         if step is not None and contract.update is not None and matrices is not None:
             stages = partial(engines.run, contract.step), partial(engines.run, contract.update)
             device = loops.Device(step.put, *stages, contract.state.name)
-            grouped = lambda number, samples: inputs(number, samples, self._groups[number])  # noqa: E731
+            grouped = lambda number, samples: inputs(number, samples, planned[number])  # noqa: E731
             self._advance = loops.with_matrices(matrices, device, x, grouped, contract.step.max_batch)
 
     @property
-    def planned_rows(self) -> int:
-        """Return what `rows` is when the run has ended."""
-        return sum(groups.rows for groups in self._groups)
+    def planned_rows(self) -> int | None:
+        """Return what `rows` is when the run has ended; None where its cache decides that step by step."""
+        if self._cache is not None:
+            return self._cache.count_rows(self._groups)
+        return sum(groups.rows for groups in self._groups if groups is not None)
 
     def step(self) -> bool:
         """Go one step; return whether there is more to do.

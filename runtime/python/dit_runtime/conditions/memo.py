@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -227,3 +227,13 @@ class StepInputs:
             self._resident[name] = self._device.put(values) if isinstance(values, np.ndarray) else values, number
         values, number = self._resident[name]
         return values[number[rows]]
+
+
+def side_by_side(parts: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """Join the step stage's inputs of several calls: [G, B, *row] by name, and guidance [B]."""
+    if len(parts) == 1:
+        return {name: np.asarray(values) for name, values in parts[0].items()}
+    return {
+        name: np.concatenate([np.asarray(part[name]) for part in parts], axis=0 if name == GUIDANCE else 1)
+        for name in parts[0]
+    }
