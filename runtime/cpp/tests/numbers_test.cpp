@@ -202,8 +202,10 @@ TEST(Solvers, RefusalsOfAFlow) {
 TEST(Solvers, NothingUnclipped) {
     Process clipped;
     clipped.sampler.lambda_min_clipped = 100;
-    for (const auto& spacing : SPACINGS)
-        if (!contains(CURVES, spacing)) EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
+    for (const auto& spacing : SPACINGS) {
+        if (contains(CURVES, spacing)) continue;  // they bend σ between the ends of all training steps
+        EXPECT_THROW(timesteps(clipped, "dpm++", 1, spacing), UsageError) << spacing;
+    }
 }
 
 TEST(Solvers, RefusalsOfLists) {
