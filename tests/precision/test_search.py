@@ -219,8 +219,8 @@ def test_the_command_writes_a_recipe_that_builds_the_same(
     options = ["--checkpoint", str(shared_embedders.checkpoint), "--backend", "onnxruntime", "--max-batch", "2"]
     distances = chain([10.0], repeat(30.0))  # the budget breaks with all layers in int8, and holds without the worst
     monkeypatch.setattr(Search, "_distance", lambda *_: next(distances))
-    copies, require = [], build._require_disk
-    monkeypatch.setattr(build, "_require_disk", lambda *which: copies.append(which[-1]) or require(*which))
+    copies, require = [], build.require_disk
+    monkeypatch.setattr(build, "require_disk", lambda *which: copies.append(which[-1]) or require(*which))
     with one_thread():
         assert (
             main(["quantize", *options, "--budget", "PSNR=20", "--keep-float", "blocks.0.mlp.fc2", "-o", "first"]) == 0

@@ -76,6 +76,7 @@ def _parser() -> Parser:
     sample.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
     sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
     sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
+    add_size(sample)
     sample.add_argument("--steps", type=int, help="default: the bundle's")
     sample.add_argument(
         "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
@@ -131,6 +132,7 @@ def _parser() -> Parser:
 
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
+    add_size(timing)
     timing.add_argument("--batch", type=int, default=1)
     timing.add_argument("--steps", type=int, help="default: the bundle's")
     timing.add_argument("--rounds", type=int, default=7)
@@ -144,6 +146,10 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     parser.add_argument("--low-memory", action="store_true", help="open one stage at a time, while it is needed")
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", help="one of the bundle's, 512 or 512x768 for height x width; default: its first")
 
 
 def add_tuning(parser: argparse.ArgumentParser) -> None:
@@ -167,10 +173,9 @@ def tuning(options: argparse.Namespace) -> Tuning:
     return replace(Tuning(), **{name: value for name, value in values.items() if value is not None})
 
 
-def _load_bundle(options: argparse.Namespace) -> Pipeline:
-    pipe = Pipeline.load(
-        options.bundle, threads=options.threads, provider=options.provider, low_memory=options.low_memory
-    )
+def _load_bundle(options: argparse.Namespace, size: str | None = None) -> Pipeline:
+    names = ("threads", "provider", "low_memory")
+    pipe = Pipeline.load(options.bundle, size=size, **{name: getattr(options, name) for name in names})
     lines = [backends.note(stage.backend, stage.precision) for stage in pipe.manifest.stages]
     for line in dict.fromkeys(lines):
         if line:
@@ -195,7 +200,7 @@ def _sample(options: argparse.Namespace) -> int:
     condition = read_condition(options.condition, "--condition")
     negative = read_condition(options.negative_condition, "--negative-condition")
     progress = Progress()
-    with _load_bundle(options) as pipe:
+    with _load_bundle(options, options.size) as pipe:
         if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
             raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
         request = Request(
@@ -298,9 +303,11 @@ def _compile(options: argparse.Namespace) -> int:
         else:
             figures = _figures(options)
             code = report(figures, options.json)
-            parity = verify.summary(contract.parity.get("proof", "none"), figures)
-            invariant = verify.batch_invariant(compiled, figures)
-            compiled = replace(compiled, parity=parity, batch_invariant=invariant)
+            for size, own in verify.by_size(compiled, figures).items():
+                sized = compiled.at(size)
+                parity = verify.summary(sized.parity.get("proof", "none"), own)
+                sized = replace(sized, parity=parity, batch_invariant=verify.batch_invariant(sized, own))
+                compiled = sized.at(compiled.size)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)
         try:
@@ -311,7 +318,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    with _load_bundle(options) as pipe:
+    with _load_bundle(options, options.size) as pipe:
         rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress())
     print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
     return 0

@@ -72,6 +72,7 @@ class Request:
     disable_cache_after_step: int | None = None  # below 0: from the end
     cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
+    size: str | int | None = None  # one of the bundle's: 512, or "512x768" for height x width; None: the pipeline's
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
     def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
@@ -79,6 +80,7 @@ class Request:
 
         Words need the tokenizers of an open bundle.
         """
+        manifest = manifest.at(self.size)
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
         if self.output == "images":

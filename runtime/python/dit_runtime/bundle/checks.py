@@ -17,6 +17,7 @@ from dit_runtime.bundle.records import (
     Stage,
     TensorSpec,
     count_classes,
+    size_name,
 )
 from dit_runtime.facts import LIMITS
 from dit_runtime.sampling.process import is_number
@@ -98,6 +99,21 @@ def _check_masks(ports: Sequence[Port], conditions: Mapping[str, Port]) -> None:
         masked.add(port.masks)
 
 
+def check_sizes(manifest: Manifest) -> None:
+    """Refuse sizes that share a name, their own files, or the name of stages that differ."""
+    if not manifest.sizes:
+        return
+    names = [manifest.size, *(other.size for other in manifest.sizes)]
+    for name in names:
+        expect(name and name == size_name(name), "size", name, "the name of a size, such as 512 or 512x768")
+    _distinct("size", names)
+    _distinct("suffix", [manifest.suffix, *(other.suffix for other in manifest.sizes)])
+    stages: dict[str, Stage] = {}
+    for stage in (*manifest.stages, *(stage for other in manifest.sizes for stage in other.stages)):
+        same = stages.setdefault(stage.name, stage) == stage
+        expect(same, f"stage {stage.name}", "another one in another size", "the same stage, or another name")
+
+
 def check_stages(manifest: Manifest) -> None:
     for runs, most in (("prompt", 1), ("step", 1), ("update", 1), ("end", 1)):
         names = [stage.name for stage in manifest.stages if stage.runs == runs]
@@ -115,7 +131,7 @@ def check_stages(manifest: Manifest) -> None:
         elif stage.runs in checks:
             checks[stage.runs](manifest, stage, sources)
         for name in dict.fromkeys(
-            (stage.onnx, *stage.files, *(name for own in stage.engines.values() for name in own))
+            (stage.onnx, *stage.shared, *stage.files, *(name for own in stage.engines.values() for name in own))
         ):
             if name not in manifest.files:
                 raise ValueError(f"{name} has no size and sha256 under files")
