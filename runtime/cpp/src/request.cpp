@@ -115,7 +115,8 @@ Checked check(const Manifest& manifest, const Request& request) {
     const bool guided = is_guided(manifest, checked.weights);
     const Rows negative = fit_negative(manifest, request, count, guided);
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
-    checked.steps = request.steps ? request.steps : manifest.process.sampler.steps;
+    checked.steps = request.steps ? request.steps : static_cast<std::int64_t>(listed(request.spacing).size());
+    if (!checked.steps) checked.steps = manifest.process.sampler.steps;
     checked.timesteps = plan(manifest.process, checked.solver, checked.steps, request.spacing);
     Solver(manifest.process, checked.solver, checked.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
     const std::int64_t each = evaluations(checked.solver);
