@@ -65,8 +65,10 @@ class Request:
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
     spacing: str | None = None
-    cache: str | None = None  # of outputs: taylorseer or easycache; its settings' defaults are in facts.json
-    cache_interval: int | None = None  # taylorseer computes each step of so many
+    cache: str | None = None  # of outputs: taylorseer, or easycache, which decides for all samples of the run at once
+    cache_interval: int | None = (
+        None  # taylorseer computes each step of so many; this and the next: None is facts.json's
+    )
     max_order: int | None = None  # of taylorseer, 0 to 2
     disable_cache_before_step: int | None = None
     disable_cache_after_step: int | None = None  # below 0: from the end
