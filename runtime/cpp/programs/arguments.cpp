@@ -26,11 +26,13 @@ Draws pictures from a bundle of dit-export.
   --guidance-policy NAME KEY=VALUE …
                         constant, rescale, zero_star, apg, with numbers that are not the defaults
   --seed N …            one for all, or one a picture; 0
-  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                        dpm++3, euler, heun, sde, scm; default: the bundle's
+  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3;
+                        of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm, sde-dpm++1,
+                        sde-dpm++, unipc1, unipc, unipc3, deis, deis3; default: the bundle's
   --eta X               noise of ddim, 0 to 1
-  --spacing NAME        stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
-                        integer; default: the bundle's
+  --spacing NAME        stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity trailing,
+                        linspace, discrete, integer, karras, exponential, beta; or the times themselves: 999,640,300;
+                        default: the bundle's
   --cache NAME          of outputs: taylorseer, easycache; default: none
   --cache-interval N    taylorseer evaluates each step of N
   --max-order N         of taylorseer, 0 to 2

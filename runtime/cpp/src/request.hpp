@@ -25,7 +25,7 @@ struct Request {
     Interval guidance_interval;              // steps are guided between these fractions of the time; none: all steps
     std::string guidance_policy;             // "NAME KEY=VALUE …"; empty: the network's own guidance
     std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
-    std::string solver, spacing;             // empty: the bundle's
+    std::string solver, spacing;             // empty: the bundle's; a spacing may list the times: "999, 640, 300"
     double eta = 0.0;
     std::string cache;                          // of outputs: taylorseer or easycache
     Settings cache_settings;                    // those that are not the defaults

@@ -186,10 +186,12 @@ typedef struct dit_request {
     const float* guidance; /* NULL: the bundle's */
     size_t num_guidance;   /* 1, or count */
     int steps;             /* 0: the bundle's */
-    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                              dpm++3, euler, heun, sde, scm; NULL: the bundle's */
-    const char* spacing;   /* stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
-                              integer; NULL: the bundle's */
+    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis,
+                              deis3; of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm,
+                              sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3; NULL: the bundle's */
+    const char* spacing;   /* stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity
+                              trailing, linspace, discrete, integer, karras, exponential, beta; or the times themselves,
+                              "999, 640, 300": training steps, or σ of a velocity; NULL: the bundle's */
     double eta;            /* noise of ddim, 0 to 1 */
     const float* latents;  /* for each picture the numbers of state_shape to start from; NULL: the seeds' noise */
     dit_on_step on_step;   /* NULL: none */

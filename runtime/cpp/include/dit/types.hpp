@@ -68,7 +68,8 @@ struct Request {
     std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
     std::vector<float> guidance;             // one, or one a label; empty: the bundle's
     int steps = 0;                           // 0: the bundle's
-    std::string solver, spacing;             // empty: the bundle's
+    std::string solver;                      // empty: the bundle's
+    std::string spacing;                     // a name, or the times themselves, "999, 640, 300"; empty: the bundle's
     double eta = 0.0;
     std::vector<float> latents;            // to start from; empty: the seeds' noise
     double guidance_interval[2] = {0, 1};  // steps are guided between these fractions of the time

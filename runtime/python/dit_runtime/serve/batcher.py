@@ -130,7 +130,7 @@ class Batcher:
     def _previews(self, request: Request, checked: Checked, count: int) -> Mapping[int, Level]:
         if not count:
             return {}
-        known = preview.levels(self.pipe.manifest.process, checked.solver, checked.steps, request.spacing)
+        known = preview.levels(self.pipe.manifest.process, checked.solver, checked.steps, checked.spacing)
         return {evaluation: known[evaluation - 1] for evaluation in preview.spread(count, len(known))}
 
     def close(self, drain: bool = True) -> None:
