@@ -124,7 +124,8 @@ Checked check(const Manifest& manifest, const Request& request) {
                                    request.guidance_policy);
     for (const auto& groups : checked.groups)
         if (groups && *groups != Groups::OWN) checked.negative = negative;
-    make_cache(request.cache, request.cache_settings, checked.steps, each);  // refuses
+    const auto asked = static_cast<std::int64_t>(checked.timesteps.size());
+    make_cache(request.cache, request.cache_settings, asked, each);  // refuses
     if (checked.solver == "ddpm") require_variance(manifest.process.sampler, find(manifest.step().gives, "variance"));
     draw(request.seeds, count);  // refuses another number of seeds
     if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))

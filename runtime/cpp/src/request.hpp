@@ -12,7 +12,7 @@
 
 namespace dit_runtime {
 
-// Called after each evaluation of the network; true stops the run.
+// Called after each step; true stops the run.
 using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
 
 struct Request {

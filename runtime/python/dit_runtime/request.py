@@ -67,7 +67,8 @@ class Request:
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
     spacing: str | Sequence[float] | None = None  # a name, or the times themselves: "999, 640, 300"
-    cache: str | None = None  # of outputs: taylorseer or easycache; its settings' defaults are in facts.json
+    cache: str | None = None  # of outputs: taylorseer, or easycache, which decides for all samples of the run at once
+    # Settings of the cache; None: those of facts.json.
     cache_interval: int | None = None  # taylorseer computes each step of so many
     max_order: int | None = None  # of taylorseer, 0 to 2
     disable_cache_before_step: int | None = None

@@ -51,7 +51,7 @@ class Run:
         checked = request.check(contract, engines.tokenizers)
         condition = engines.encode(checked.condition)
         negative = checked.negative and engines.encode(checked.negative)
-        self.steps = len(checked.timesteps)  # evaluations of the network; a step of Heun's method has two
+        self.steps = len(checked.timesteps)  # Heun's method has two for each of the request's
         self.done = 0
         self.rows = 0  # of the network, for each sample: evaluations × groups
         self._engines, self._output, self._cancelled = engines, request.output, False

@@ -143,7 +143,7 @@ typedef struct dit_prompt {
 
 #define DIT_PROMPT_INIT {sizeof(dit_prompt), NULL, NULL, 0, 0, NULL, NULL, NULL, 0}
 
-/* Called after each step, of which solver heun has two for each of its own; what is not 0 stops the run.
+/* Called after each step; solver heun has two for each of the request's. What is not 0 stops the run.
  * `latents` holds the numbers of state_shape for each picture. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
