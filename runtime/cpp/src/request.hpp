@@ -6,12 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "caches.hpp"
 #include "condition.hpp"
 #include "solvers.hpp"
 
 namespace dit_runtime {
 
-// Called after each evaluation of the network; true stops the run.
+// Called after each step; true stops the run.
 using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
 
 struct Request {
@@ -21,9 +22,13 @@ struct Request {
     std::size_t count = 0;                   // of pictures, where no condition says it; 0: one for each seed
     std::int64_t steps = 0;                  // 0: the bundle's
     std::vector<float> guidance;             // one, or one a picture; empty: the bundle's
+    Interval guidance_interval;              // steps are guided between these fractions of the time; none: all steps
+    std::string guidance_policy;             // "NAME KEY=VALUE …"; empty: the network's own guidance
     std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
-    std::string solver, spacing;             // empty: the bundle's
+    std::string solver, spacing;             // empty: the bundle's; a spacing may list the times: "999, 640, 300"
     double eta = 0.0;
+    std::string cache;                          // of outputs: taylorseer or easycache
+    Settings cache_settings;                    // those that are not the defaults
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;
 };
@@ -34,11 +39,15 @@ struct Checked {
     std::vector<float> weights;  // of guidance, (N,)
     std::string solver;
     std::int64_t steps;
-    Array timesteps;  // of each evaluation
+    Array timesteps;                            // of each evaluation
+    std::vector<std::optional<Groups>> groups;  // of each evaluation; none where the prediction is 0
 };
 
 // Refuses what this bundle does not take, before any work is done.
 Checked check(const Manifest& manifest, const Request& request);
+
+// The request with the values of a preset; a field that it states itself stays.
+Request with_preset(const Manifest& manifest, Request request, const std::string& name);
 
 // The class of a name ("golden retriever", one of its synonyms, or "207").
 std::int64_t class_number(const Manifest& manifest, const std::string& label);

@@ -9,6 +9,7 @@
 #ifndef DIT_DIT_HPP
 #define DIT_DIT_HPP
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -45,6 +46,13 @@ class Pipeline {
     std::string label(std::int64_t label) const {
         const char* name = dit_label(pipe_.get(), label);
         return name ? name : "";
+    }
+
+    // The names of the bundle's presets.
+    std::vector<std::string> presets() const {
+        std::vector<std::string> names;
+        while (const char* const name = dit_preset(pipe_.get(), names.size())) names.emplace_back(name);
+        return names;
     }
 
     std::int64_t find_label(const std::string& name) {
@@ -217,8 +225,17 @@ class Pipeline {
         if (!request.solver.empty()) to.solver = request.solver.c_str();
         if (!request.spacing.empty()) to.spacing = request.spacing.c_str();
         to.eta = request.eta;
+        if (!request.preset.empty()) to.preset = request.preset.c_str();
         if (!request.latents.empty()) to.latents = request.latents.data();
         to.latents_size = request.latents.size();
+        std::copy(request.guidance_interval, request.guidance_interval + 2, to.guidance_interval);
+        if (!request.guidance_policy.empty()) to.guidance_policy = request.guidance_policy.c_str();
+        if (!request.cache.empty()) to.cache = request.cache.c_str();
+        to.cache_interval = request.cache_interval;
+        to.max_order = request.max_order;
+        to.disable_cache_before_step = request.disable_cache_before_step;
+        to.disable_cache_after_step = request.disable_cache_after_step;
+        to.cache_threshold = request.cache_threshold;
         if (request.on_step) to.on_step = &Pipeline::on_step;
         to.user = &step;
         const dit_status status = generate(to);
@@ -265,7 +282,7 @@ class Run {
         run_.reset(made);
     }
 
-    // Evaluates the network once; true while there is more to do.
+    // Goes one step; true while there is more to do.
     bool step() {
         int more = 0;
         finish(dit_run_step(run_.get(), &more));
@@ -277,6 +294,12 @@ class Run {
         std::vector<float> numbers(count_ * pipe_.row());
         finish(dit_run_latents(run_.get(), numbers.data(), numbers.size()));
         return numbers;
+    }
+
+    Rows rows() {
+        Rows rows;
+        finish(dit_run_rows(run_.get(), &rows.done, &rows.planned));
+        return rows;
     }
 
     // Does what is left of the run and decodes it.
