@@ -100,3 +100,38 @@ def double_scale(bundle: Path, layer: str, form: str = FORM) -> None:
     (scale,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
     scale.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(scale), name))
     onnx.save(model, path)
+
+
+def swap_streams(bundle: Path, form: str = FORM) -> None:
+    """The first joint block's queries of the image have the weight of those of the text, and the other way round."""
+    path = bundle / form
+    model = onnx.load(path, load_external_data=False)
+    made = {node.output[0]: node for node in model.graph.node}
+    products = []
+    for bias in ("to_q.bias", "add_q_proj.bias"):
+        (add,) = [
+            node
+            for node in model.graph.node
+            if node.op_type == "Add" and any(name.endswith(f".transformer_blocks.0.attn.{bias}") for name in node.input)
+        ]
+        products += [made[name] for name in add.input if name in made]
+    first, second = products
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+    onnx.save(model, path)
+    seal(bundle)
+
+
+def shift_tables(bundle: Path, tokens: int) -> None:
+    """Each token has the place of the one before it in the tables that PyTorch computed beforehand."""
+    names = [name for name, dims in shapes(bundle, "denoiser") if name.startswith("folded") and tokens in dims[:2]]
+    assert names
+    for name in names:
+        table = weight(bundle, "denoiser", name=name)
+        table[:] = np.roll(table, 1, axis=table.shape.index(tokens))
+        table.flush()
+    seal(bundle)
+
+
+def shift_schedule(bundle: Path) -> None:
+    """The flow is shifted by a tenth more than that of the pipeline."""
+    edit(bundle, lambda table: table["process"].update(shift=1.1 * table["process"]["shift"]))

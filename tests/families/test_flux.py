@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+from dit_export.cli import main as regress
 from dit_export.networks.families import family_network
 from dit_runtime import Pipeline, Request, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run_command
 from dit_runtime.errors import UsageError
 from dit_runtime.serve import Batcher
+from tests import tamper
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
@@ -199,3 +203,20 @@ def test_each_size_is_verified(case, capsys) -> None:
         failed = [figure.name for figure in verify.verify(pipe) if not figure.passed]
     assert failed and all(name.startswith(f"{SQUARE}: ") for name in failed)
     assert [bool(figures) for figures in verify.by_size(contract, []).values()] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (tamper.swap_streams, "denoiser: prediction, rel-L2"),
+        (lambda bundle: tamper.shift_tables(bundle, T5_TOKENS + 24), "denoiser: prediction, rel-L2"),
+        (tamper.shift_schedule, "sampler: timesteps that differ"),
+    ],
+    ids=["streams", "tables", "schedule"],
+)
+def test_the_gate_names_what_is_broken(case, tmp_path, capsys, break_it, named) -> None:
+    bundle = Path(shutil.copytree(case.bundle, tmp_path / "bundle"))
+    break_it(bundle)
+    assert regress(["regress", str(bundle)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED ")]
+    assert failed[0].startswith(f"FAILED {named}"), failed

@@ -16,9 +16,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
+from dit_export.cli import main as regress
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
+from tests import tamper
 from tests.families import tiny
 from tests.networks.tiny import SD3_5, sd3
 
@@ -220,3 +222,20 @@ def test_without_t5(tmp_path, one_thread) -> None:
     expected = case.theirs()
     assert min(tiny.distances(case.ours(), expected)) >= tiny.SAME
     assert max(tiny.distances(case.ours((tiny.OTHER,)), expected)) < tiny.ANOTHER
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (tamper.swap_streams, "denoiser: prediction, rel-L2"),
+        (lambda bundle: tamper.shift_tables(bundle, (SIDE // 2) ** 2), "denoiser: prediction, rel-L2"),
+        (tamper.shift_schedule, "sampler: timesteps that differ"),
+    ],
+    ids=["streams", "tables", "schedule"],
+)
+def test_the_gate_names_what_is_broken(case, tmp_path, capsys, break_it, named) -> None:
+    bundle = Path(shutil.copytree(case.bundle, tmp_path / "bundle"))
+    break_it(bundle)
+    assert regress(["regress", str(bundle)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED ")]
+    assert failed[0].startswith(f"FAILED {named}"), failed
