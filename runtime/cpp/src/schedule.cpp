@@ -318,8 +318,7 @@ std::vector<std::int64_t> timesteps(const Process& process, const std::string& s
         for (const double ratio : curve_ratios(process, spacing, steps)) {
             const double place = place_in(logs, std::log(ratio));
             const bool nearest_one = spacing == "karras" && !steep;
-            // The last bit of a logarithm is not worth a step.
-            places.push_back(static_cast<std::int64_t>(nearest_one ? std::nearbyint(place) : std::floor(place + 1e-6)));
+            places.push_back(static_cast<std::int64_t>(nearest_one ? std::nearbyint(place) : std::floor(place)));
         }
         return places;
     }

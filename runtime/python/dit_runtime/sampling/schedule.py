@@ -256,7 +256,7 @@ def timesteps(process: Process, solver: str, steps: int, spacing: str | None = N
         steep = process.beta_schedule == "squaredcos_cap_v2" and SOLVERS[solver].get("multistep") in CLIPPED
         if spacing == "karras" and not steep:
             return places.round().astype(np.int64)
-        return np.floor(places + 1e-6).astype(np.int64)  # the last bit of a logarithm is not worth a step
+        return np.floor(places).astype(np.int64)
 
     multistep = solver in MULTISTEP
     end = _count_unclipped(process) if SOLVERS[solver].get("multistep") in CLIPPED else total
