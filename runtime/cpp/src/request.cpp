@@ -133,6 +133,20 @@ Checked check(const Manifest& manifest, const Request& request) {
     return checked;
 }
 
+Request with_preset(const Manifest& manifest, Request request, const std::string& name) {
+    const Preset& preset = manifest.preset(name);
+    if (!request.steps) request.steps = preset.steps;
+    if (request.guidance.empty() && preset.guidance) request.guidance = {static_cast<float>(*preset.guidance)};
+    if (request.solver.empty()) request.solver = preset.solver;
+    if (request.spacing.empty()) request.spacing = preset.spacing;
+    if (request.eta == 0) request.eta = preset.eta;
+    if (!request.guidance_interval) request.guidance_interval = preset.guidance_interval;
+    if (request.guidance_policy.empty()) request.guidance_policy = preset.guidance_policy;
+    if (request.cache.empty()) request.cache = preset.cache;
+    request.cache_settings.insert(preset.cache_settings.begin(), preset.cache_settings.end());
+    return request;
+}
+
 std::int64_t class_number(const Manifest& manifest, const std::string& label) {
     const std::int64_t classes = manifest.classes();
     if (!classes) refuse_labels(manifest);

@@ -47,6 +47,7 @@ class Run:
         """Check the request and encode its prompts; no other stage runs before the first step."""
         engines = engines.at(request.size)
         contract = engines.manifest
+        request = request.with_preset(contract)
         checked = request.check(contract, engines.tokenizers)
         condition = engines.encode(checked.condition)
         negative = checked.negative and engines.encode(checked.negative)
