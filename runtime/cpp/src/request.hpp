@@ -24,6 +24,7 @@ struct Request {
     std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
     std::string solver, spacing;             // empty: the bundle's
     double eta = 0.0;
+    std::string size;  // one of the bundle's: 512, or 512x768 for height x width; empty: the pipeline's
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;
 };

@@ -18,10 +18,10 @@ Solver start(const Manifest& manifest, const Request& request, const Checked& ch
 }  // namespace
 
 Run::Run(Pipeline& pipe, const Request& request)
-    : pipe_(pipe),
-      checked_(check(pipe.manifest, request)),
+    : pipe_(pipe.at(request.size)),
+      checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),
-      solver_(start(pipe.manifest, request, checked_)) {}
+      solver_(start(pipe_.manifest, request, checked_)) {}
 
 bool Run::step() {
     require_going();

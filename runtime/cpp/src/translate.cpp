@@ -117,6 +117,7 @@ Request translate(const Manifest& manifest, const dit_request* original) {
     if (from.solver) request.solver = from.solver;
     if (from.spacing) request.spacing = from.spacing;
     request.eta = from.eta;
+    if (from.size) request.size = from.size;
     if (from.latents) {
         const std::size_t size = from.count * count(manifest.state().shape);
         if (from.latents_size && from.latents_size != size)

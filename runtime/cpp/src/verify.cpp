@@ -281,10 +281,8 @@ void check_pictures(Pipeline& pipe, const Reference& reference, const std::vecto
     on_figure({"run", "pictures, contrast", flattest, CONTRAST, true, {}, text("sample ", flat)});
 }
 
-}  // namespace
-
-void verify(Pipeline& pipe, const OnFigure& on_figure) {
-    check_files(pipe.folder, pipe.manifest, {REFERENCE});
+void verify_size(Pipeline& pipe, const OnFigure& on_figure) {
+    check_files(pipe.folder, pipe.manifest, {pipe.manifest.own(REFERENCE)});
     const Reference reference = load_reference(pipe);
     const Manifest& manifest = pipe.manifest;
     const Process& process = manifest.process;
@@ -324,6 +322,19 @@ void verify(Pipeline& pipe, const OnFigure& on_figure) {
         check_pictures(pipe, reference, latents, least, denoiser.nearest, on_figure);
     }
     if (manifest.end()) check_end_row(pipe, reference, on_figure);
+}
+
+}  // namespace
+
+void verify(Pipeline& pipe, const OnFigure& on_figure) {
+    verify_size(pipe, on_figure);
+    for (const Manifest& other : pipe.manifest.sizes) {
+        pipe.close();
+        verify_size(pipe.at(other.size), [&](Figure figure) {
+            figure.stage = other.size + ": " + figure.stage;
+            on_figure(figure);
+        });
+    }
 }
 
 }  // namespace dit_runtime
