@@ -82,6 +82,7 @@ def build(
         progress.say(line)
     with progress.stage("weights"):
         loaded = loaded or load(recipe)
+        _require_one_negative(loaded)
         inputs = _read_inputs(recipe, loaded)
         if options is not None:
             options.check(backend, loaded.vae is not None)
@@ -195,6 +196,13 @@ def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
         Calibration.load(Path(recipe.calibration).expanduser()) if recipe.calibration else None,
         prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None,
     )
+
+
+def _require_one_negative(loaded: Loaded) -> None:
+    """Refuse constants for ports that the text encoders fill: a negative prompt stands in their place."""
+    both = [name for name in loaded.network.null if loaded.text is not None and name in loaded.text.gives]
+    if both:
+        raise UsageError(f"null has a constant for {both[0]}, which the text encoders give: leave it out of null")
 
 
 def _require_judge(recipe: Recipe, loaded: Loaded) -> None:

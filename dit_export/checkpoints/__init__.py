@@ -99,7 +99,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             path,
             network.learned_variance,
             recipe.prediction,
-            family.scheduler,
+            family.scheduler(network.model),
             tokens=tokens,
             spacing=family.flow_spacing,
             mu=family.mu,

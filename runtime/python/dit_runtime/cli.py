@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -26,15 +27,28 @@ from dit_runtime.sampling.caches import CACHES, SETTINGS
 from dit_runtime.sampling.guidance import POLICIES
 from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other programs
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     return guarded("dit-run", lambda: _main(arguments))
 
 
 def guarded(program: str, command: Callable[[], int]) -> int:
-    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130."""
+    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130.
+
+    Where nobody reads the output any more, as behind `| head`, it ends in silence.
+    """
     try:
-        return command()
+        try:
+            return command()
+        finally:
+            print(end="", flush=True)  # here, where a closed pipe is caught; else at exit
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())  # what is left to be written at exit
+        return CLOSED_PIPE
     except (UsageError, OSError) as error:
         message = " ".join(str(error).split())
         code = 2
@@ -196,6 +210,8 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"output {options.output}: expected a name that ends in {known}, or a folder for PNGs")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
+    if options.output.suffix == ".mp4":
+        images.require_mp4(options.output, options.fps)
     latents = read_array(options.latents) if options.latents else None
     condition = read_condition(options.condition, "--condition")
     negative = read_condition(options.negative_condition, "--negative-condition")

@@ -121,6 +121,7 @@ def check_stages(manifest: Manifest) -> None:
     _distinct("stage", [stage.name for stage in manifest.stages])
     # The prompt stage gives what condition ports take: they stay sources, whoever fills them.
     tensors = [spec.name for stage in manifest.stages if stage.runs != "prompt" for spec in stage.gives]
+    tensors += [port.name for port in manifest.prompt_ports]
     _distinct("port or tensor", [*(port.name for port in manifest.ports), GUIDANCE, *tensors])
     checks = {"step": _check_step, "update": _check_update, "end": _check_end}
     sources: Sources = {port.name: (port.role, port.dtype, port.shape) for port in manifest.ports}
@@ -199,7 +200,6 @@ def check_prompts(manifest: Manifest) -> None:
     if stage is None:
         return
     expect(stage is manifest.stages[0], f"stage {stage.name} (runs 'prompt')", "a later stage", "the first")
-    _distinct("port or prompt input", [port.name for port in (*manifest.ports, *ports)])
     shapes: dict[str, tuple[int | str, ...]] = {port.name: ("rows", *port.shape) for port in ports}
     _check_names(stage, stage.reads, shapes, "reads", "int64")
     conditions = {port.name: port for port in manifest.conditions}
@@ -211,6 +211,8 @@ def check_prompts(manifest: Manifest) -> None:
         expect(made, f"stage {stage.name} gives", spec.name, f"condition ports: {known}")
         port = conditions[spec.name]
         _check_shape(stage, spec, ("rows", *port.shape), port.dtype)
+        null = manifest.null.get(spec.name)
+        expect(null is None, f"null: {spec.name}", null, f"none, for the {stage.name} stage gives it")
     for port in conditions.values():
         pair = bool(port.masks) and (port.masks in gives) != (port.name in gives)
         expect(not pair, f"stage {stage.name} gives", ", ".join(gives), f"both {port.masks} and {port.name}, or none")
