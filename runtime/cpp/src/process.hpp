@@ -64,6 +64,8 @@ struct Process {
 
     // "noise" or "flow".
     std::string kind() const;
+    // The range of the network's time, from 0.
+    double span() const { return kind() == "flow" ? 1.0 : static_cast<double>(train_steps); }
     // β of each training step: Ho et al. 2020 (linear), Rombach et al. 2022 (scaled), Nichol & Dhariwal 2021 (cos).
     Array betas() const;
     // ᾱ_t = Π (1 - β_s) over s ≤ t.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.errors import UsageError
+from dit_runtime.sampling.caches import CACHES, make_cache
+from dit_runtime.sampling.guidance import POLICIES, Groups, make_policy, plan_guidance
+from dit_runtime.sampling.loops import Trajectory
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
 from dit_runtime.sampling.schedule import make_schedule, timesteps
@@ -109,6 +113,58 @@ def runs() -> list[dict[str, Any]]:
     return found
 
 
+WEIGHTS, CHANNELS = [3.0, 2.0], 2  # of the trajectories' samples; guided of 3 channels of 2 × 2
+PLANS: list[dict[str, Any]] = [
+    {},
+    {"interval": [0.2, 0.7]},
+    *({"policy": name} for name in POLICIES),
+    {"policy": "apg eta=0.5 momentum=0.25 norm_threshold=2", "interval": [0.3, 1.0]},
+    {"policy": "zero_star zero_init_steps=0", "interval": [0.0, 0.5]},
+    *({"cache": name} for name in CACHES),
+    *({"cache": "taylorseer", "settings": {"max_order": order, "cache_interval": 3}} for order in (0, 2)),
+    {
+        "cache": "taylorseer",
+        "settings": {"disable_cache_before_step": 0, "disable_cache_after_step": 12},
+        "interval": [0.25, 0.75],
+    },
+    {"cache": "easycache", "settings": {"cache_threshold": 0.2, "disable_cache_before_step": 2}, "policy": "zero_star"},
+]
+
+
+def evaluate(x: np.ndarray, t: float, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a network of `respond` predicts, and variance of each sample: its negatives see half the time."""
+    own, variance = respond(x, t)
+    away, _ = respond(x, t / 2)
+    away = away * np.float32(0.75)
+    if groups is Groups.OWN:
+        return own, variance
+    if groups is Groups.APART:
+        return np.concatenate([own, away]), np.concatenate([variance, variance])
+    weights = np.array(WEIGHTS, np.float32).reshape(-1, 1, 1, 1)
+    guided = own + (weights - 1) * (own - away)
+    return np.concatenate([guided[:, :CHANNELS], own[:, CHANNELS:]], axis=1), variance
+
+
+def trajectories() -> list[dict[str, Any]]:
+    """Each policy and cache with a solver of each kind of process: the result, and the rows of each sample."""
+    found = []
+    for (name, solver), plan_ in product([("defaults", "ddpm"), ("odd", "dpm++"), ("flow", "euler")], PLANS):
+        process, steps, noise = Process.from_dict(PROCESSES[name]), 16, draw(3, 2)
+        settings, words, times = plan_.get("settings", {}), plan_.get("policy"), plan(process, solver, steps)
+        groups = plan_guidance(process, times.tolist(), 1, True, plan_.get("interval"), words)
+        policy, cache = make_policy(words), make_cache(plan_.get("cache"), settings, steps, 1)
+        mix = partial(policy.mix, weights=np.array(WEIGHTS), channels=CHANNELS) if policy else None
+        run = Trajectory(solve(process, solver, steps, noise((2, 3, 2, 2)), noise), times, groups, mix, cache)
+        asked = []
+        while run.done < steps:
+            asked.append(now := run.asks())
+            run.tell(*(None, None) if now is None else evaluate(run.state, times[run.done], now))
+        x = run.state.reshape(-1)
+        entry = {"process": name, "solver": solver, "steps": steps, **plan_}
+        found.append(entry | {"rows": [0 if now is None else now.rows for now in asked], "x": x.tolist()})
+    return found
+
+
 def noises() -> list[dict[str, Any]]:
     found = []
     for seed in (0, 42, 2**32 + 7, 2**64 - 1):
@@ -129,6 +185,7 @@ def goldens() -> dict[str, Any]:
         "alpha_bar": {name: Process.from_dict(table).alpha_bar[::7].tolist() for name, table in PROCESSES.items()},
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": runs(),
+        "trajectories": trajectories(),
         "noise": noises(),
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
     }

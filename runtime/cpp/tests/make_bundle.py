@@ -201,7 +201,7 @@ def make_size(folder: Path, kind: str, suffix: str = "") -> dict[str, Any]:
         "model": {"name": "tiny", "resolution": 32},
         "ports": PORTS[kind],
         "null": NULL[kind],
-        "labels": list(NAMES[:CLASSES]) if kind == "labels" else [],
+        "labels": list(NAMES[:CLASSES]) if kind in ("labels", "sizes", "wide") else [],
         "guidance": {"channels": state[0], "unguided_up_to_one": kind == "video"},
         "process": DIFFUSION.to_dict(),
         "stages": maker.stages,
