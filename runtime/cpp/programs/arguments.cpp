@@ -20,6 +20,7 @@ Draws pictures from a bundle of dit-export.
   --negative-condition NAME=FILE.npy … | FILE.npz
                         for guidance, as above: one row, or one a picture
   --size NAME           one of the bundle's, 512 or 512x768 for height x width; default: its first
+  --preset NAME         values for the options below, as `dit-run info` lists them; yours win
   --steps N             default: the bundle's
   --guidance W …        one, or one a picture; default: the bundle's (also: --cfg-scale)
   --guidance-interval LOW HIGH
@@ -27,11 +28,13 @@ Draws pictures from a bundle of dit-export.
   --guidance-policy NAME KEY=VALUE …
                         constant, rescale, zero_star, apg, with numbers that are not the defaults
   --seed N …            one for all, or one a picture; 0
-  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                        dpm++3, euler, heun, sde, scm; default: the bundle's
+  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3;
+                        of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm, sde-dpm++1,
+                        sde-dpm++, unipc1, unipc, unipc3, deis, deis3; default: the bundle's
   --eta X               noise of ddim, 0 to 1
-  --spacing NAME        stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
-                        integer; default: the bundle's
+  --spacing NAME        stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity trailing,
+                        linspace, discrete, integer, karras, exponential, beta; or the times themselves: 999,640,300;
+                        default: the bundle's
   --cache NAME          of outputs: taylorseer, easycache; default: none
   --cache-interval N    taylorseer evaluates each step of N
   --max-order N         of taylorseer, 0 to 2
@@ -153,6 +156,7 @@ Arguments parse_arguments(int count, char** words) {
          {1, 1, [&](const std::string& flag, const Values& v) { arguments.open.threads = small_integer(flag, v[0]); }}},
         {"--eta",
          {1, 1, [&](const std::string& flag, const Values& v) { arguments.request.eta = number(flag, v[0]); }}},
+        {"--preset", {1, 1, word_of(arguments.request.preset)}},
         {"--solver", {1, 1, word_of(arguments.request.solver)}},
         {"--spacing", {1, 1, word_of(arguments.request.spacing)}},
         {"--latents", {1, 1, word_of(arguments.latents)}},

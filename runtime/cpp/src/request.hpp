@@ -12,7 +12,7 @@
 
 namespace dit_runtime {
 
-// Called after each evaluation of the network; true stops the run.
+// Called after each step; true stops the run.
 using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
 
 struct Request {
@@ -25,7 +25,7 @@ struct Request {
     Interval guidance_interval;              // steps are guided between these fractions of the time; none: all steps
     std::string guidance_policy;             // "NAME KEY=VALUE …"; empty: the network's own guidance
     std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
-    std::string solver, spacing;             // empty: the bundle's
+    std::string solver, spacing;             // empty: the bundle's; a spacing may list the times: "999, 640, 300"
     double eta = 0.0;
     std::string size;         // one of the bundle's: 512, or 512x768 for height x width; empty: the pipeline's
     std::string cache;        // of outputs: taylorseer or easycache
@@ -46,6 +46,9 @@ struct Checked {
 
 // Refuses what this bundle does not take, before any work is done.
 Checked check(const Manifest& manifest, const Request& request);
+
+// The request with the values of a preset; a field that it states itself stays.
+Request with_preset(const Manifest& manifest, Request request, const std::string& name);
 
 // The class of a name ("golden retriever", one of its synonyms, or "207").
 std::int64_t class_number(const Manifest& manifest, const std::string& label);

@@ -13,6 +13,7 @@ import numpy as np
 
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.caches import CACHES, make_cache
+from dit_runtime.sampling.curves import beta_quantile
 from dit_runtime.sampling.guidance import POLICIES, Groups, make_policy, plan_guidance
 from dit_runtime.sampling.loops import Trajectory
 from dit_runtime.sampling.noise import Noise, draw
@@ -20,6 +21,7 @@ from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
 from dit_runtime.sampling.schedule import make_schedule, timesteps
 from dit_runtime.sampling.solvers import plan, solve
 
+LISTS = ("99, 60, 41.0, 7, 0", "0.9, 0.55, 0.3, 0.2, 0.01")  # of 5 times, of a noise process and of a flow
 FILE = Path(__file__).with_name("goldens.json")
 SHAPE = (2, 1, 3, 4)  # of the solvers' runs: 24 numbers, so noise is drawn by blocks and redrawn at the end
 PROCESSES: dict[str, dict[str, Any]] = {
@@ -66,6 +68,16 @@ PROCESSES: dict[str, dict[str, Any]] = {
         },
     },
     "integer": {"kind": "flow", "shift": 3.0, "sampler": {"solver": "euler", "flow_spacing": "integer"}},
+    "bent": {
+        "sampler": {
+            "solver": "unipc",
+            "dpm_spacing": "karras",
+            "solver_type": "bh1",
+            "lower_order_final": False,
+            "final_sigmas_type": "sigma_min",
+        }
+    },
+    "bent flow": {"kind": "flow", "shift": 3.0, "sampler": {"flow_curve": "beta", "solver_type": "bh1"}},
     "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
 }
 
@@ -80,9 +92,12 @@ def respond(x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
 def runs() -> list[dict[str, Any]]:
     """Each solver with each process, spacing and a few numbers of steps: the result, or that it is refused."""
     found = []
-    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, ("", *SPACINGS, "discrete", "integer"), (1, 5, 20)):
+    spacings = ("", *SPACINGS, "discrete", "integer", *LISTS)
+    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, spacings, (1, 5, 20)):
         if spacing and name not in ("defaults", "odd", "shifted"):
             continue  # these show the spacings, the others the rest
+        if spacing and "multistep" in SOLVERS[solver] and SOLVERS[solver]["order"] != 2:
+            continue  # one solver of a method shows its spacings
         process = Process.from_dict(PROCESSES[name])
         if process.kind not in SOLVERS[solver]["processes"]:
             continue
@@ -185,6 +200,7 @@ def goldens() -> dict[str, Any]:
         "alpha_bar": {name: Process.from_dict(table).alpha_bar[::7].tolist() for name, table in PROCESSES.items()},
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": runs(),
+        "beta_quantiles": {str(p): beta_quantile(np.array([p])).item() for p in (1e-9, 0.001, 0.2, 0.5, 0.7, 0.999)},
         "trajectories": trajectories(),
         "noise": noises(),
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},

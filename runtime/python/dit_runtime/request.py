@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.sampling.caches import SETTINGS, Cache, make_cache
 from dit_runtime.sampling.guidance import Groups, Policy, make_policy, plan_guidance
 from dit_runtime.sampling.noise import Draw, draw
+from dit_runtime.sampling.schedule import listed
 from dit_runtime.sampling.solvers import EVALUATIONS, Array, plan, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
 
@@ -32,6 +33,7 @@ class Checked(NamedTuple):
     weights: NDArray[np.float32]  # (samples,)
     solver: str
     steps: int
+    spacing: str | None
     timesteps: Array  # one an evaluation of the network
     groups: tuple[Groups | None, ...]  # of each evaluation; None where the prediction is 0
     policy: Policy | None  # None: the network's own guidance
@@ -64,14 +66,16 @@ class Request:
     seed: int | Sequence[int] = 0  # one for all, or one a sample
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
-    spacing: str | None = None
-    cache: str | None = None  # of outputs: taylorseer or easycache; its settings' defaults are in facts.json
+    spacing: str | Sequence[float] | None = None  # a name, or the times themselves: "999, 640, 300"
+    cache: str | None = None  # of outputs: taylorseer, or easycache, which decides for all samples of the run at once
+    # Settings of the cache; None: those of facts.json.
     cache_interval: int | None = None  # taylorseer computes each step of so many
     max_order: int | None = None  # of taylorseer, 0 to 2
     disable_cache_before_step: int | None = None
     disable_cache_after_step: int | None = None  # below 0: from the end
     cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
+    preset: str | None = None  # of the bundle: values for the fields above that the request leaves at their defaults
     size: str | int | None = None  # one of the bundle's: 512, or "512x768" for height x width; None: the pipeline's
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
@@ -81,6 +85,8 @@ class Request:
         Words need the tokenizers of an open bundle.
         """
         manifest = manifest.at(self.size)
+        if self.preset is not None:
+            return self.with_preset(manifest).check(manifest, tokenizers)
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
         if self.output == "images":
@@ -104,15 +110,16 @@ class Request:
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
-        steps = process.sampler.steps if self.steps is None else self.steps
-        timesteps = plan(process, solver, steps, self.spacing)
+        spacing = _spacing_words(self.spacing)
+        steps = (len(listed(spacing)) or process.sampler.steps) if self.steps is None else self.steps
+        timesteps = plan(process, solver, steps, spacing)
         if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
             raise lacks_variance(process.sampler.variance)
         stream = draw(self.seed, count)
         shape = (count, *manifest.state.shape)
         if latents is not None and (latents.shape != shape or not np.isfinite(latents).all()):
             raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
-        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
+        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=spacing)
         evaluations, words = EVALUATIONS[solver], self.guidance_policy
         groups = plan_guidance(process, timesteps.tolist(), evaluations, guided, self.guidance_interval, words)
         settings = {key: value for key in SETTINGS if (value := getattr(self, key)) is not None}
@@ -125,6 +132,7 @@ class Request:
             weights,
             solver,
             steps,
+            spacing,
             timesteps,
             groups,
             make_policy(words),
@@ -132,6 +140,16 @@ class Request:
             stream,
             latents,
         )
+
+    def with_preset(self, manifest: Manifest) -> Request:
+        """Return the request with the values of its preset; a field that it states itself stays."""
+        values = {} if self.preset is None else manifest.preset(self.preset)
+        values = {name: value for name, value in values.items() if not self._states(name)}
+        return replace(self, preset=None, **values)
+
+    def _states(self, name: str) -> bool:
+        value, default = getattr(self, name), getattr(Request, name)
+        return value is not None if default is None else value != default
 
     def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""
@@ -181,6 +199,17 @@ class Request:
         if manifest.guidance.unguided_up_to_one and not manifest.guidance.port:
             weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
         return np.broadcast_to(weights, (count,)).copy()
+
+
+def _spacing_words(spacing: str | Sequence[float] | None) -> str | None:
+    """Return a spacing as the manifest's words; a list is the text of its numbers."""
+    if spacing is None or isinstance(spacing, str):
+        return spacing
+    try:
+        times = np.asarray(spacing, np.float64).tolist()
+        return ", ".join(map(repr, times)) or "[]"
+    except (TypeError, ValueError):
+        raise UsageError(f"spacing is {spacing!r}; expected a name, or falling times") from None
 
 
 def _takes_no_prompts(manifest: Manifest) -> UsageError:

@@ -47,17 +47,18 @@ class Run:
         """Check the request and encode its prompts; no other stage runs before the first step."""
         engines = engines.at(request.size)
         contract = engines.manifest
+        request = request.with_preset(contract)
         checked = request.check(contract, engines.tokenizers)
         condition = engines.encode(checked.condition)
         negative = checked.negative and engines.encode(checked.negative)
-        self.steps = len(checked.timesteps)  # evaluations of the network; a step of Heun's method has two
+        self.steps = len(checked.timesteps)  # Heun's method has two for each of the request's
         self.done = 0
         self.rows = 0  # of the network, for each sample: evaluations × groups
         self._engines, self._output, self._cancelled = engines, request.output, False
         x = checked.latents
         if x is None:
             x = checked.draw((checked.samples, *contract.state.shape))
-        options: dict[str, Any] = {"eta": request.eta, "spacing": request.spacing}
+        options: dict[str, Any] = {"eta": request.eta, "spacing": checked.spacing}
         solver = solve(contract.process, checked.solver, checked.steps, x, checked.draw, **options)
         self._times, self._weights = checked.timesteps, checked.weights
         self._groups, self._cache, policy = checked.groups, checked.cache, checked.policy

@@ -157,7 +157,7 @@ typedef struct dit_prompt {
 
 #define DIT_PROMPT_INIT {sizeof(dit_prompt), NULL, NULL, 0, 0, NULL, NULL, NULL, 0}
 
-/* Called after each step, of which solver heun has two for each of its own; what is not 0 stops the run.
+/* Called after each step; solver heun has two for each of the request's. What is not 0 stops the run.
  * `latents` holds the numbers of state_shape for each picture. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
@@ -200,10 +200,12 @@ typedef struct dit_request {
     const float* guidance; /* NULL: the bundle's */
     size_t num_guidance;   /* 1, or count */
     int steps;             /* 0: the bundle's */
-    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                              dpm++3, euler, heun, sde, scm; NULL: the bundle's */
-    const char* spacing;   /* stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
-                              integer; NULL: the bundle's */
+    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis,
+                              deis3; of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm,
+                              sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3; NULL: the bundle's */
+    const char* spacing;   /* stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity
+                              trailing, linspace, discrete, integer, karras, exponential, beta; or the times themselves,
+                              "999, 640, 300": training steps, or σ of a velocity; NULL: the bundle's */
     double eta;            /* noise of ddim, 0 to 1 */
     const float* latents;  /* for each picture the numbers of state_shape to start from; NULL: the seeds' noise */
     dit_on_step on_step;   /* NULL: none */
@@ -225,6 +227,8 @@ typedef struct dit_request {
     int disable_cache_before_step; /* earlier steps are evaluated */
     int disable_cache_after_step;  /* this step and later ones are evaluated; below 0: from the end */
     double cache_threshold;        /* the error that easycache lets grow; below 0: its default */
+    const char* preset;            /* of the bundle (dit_preset): values for the fields above that have their _INIT
+                                      values; NULL: none */
     const char* size;              /* one of the bundle's, as dit_size names it; its shapes are then those of the
                                       buffers and of latents; NULL: the pipeline's */
 } dit_request;
@@ -259,6 +263,7 @@ typedef struct dit_request {
      DIT_DEFAULT,         \
      DIT_DEFAULT,         \
      -1.0,                \
+     NULL,                \
      NULL}
 
 /* A pipeline without a bundle; NULL where memory is short. */
@@ -292,6 +297,9 @@ DIT_API size_t dit_prompt_count(const dit_pipeline* pipe);
 
 /* The prompts from 0 to dit_prompt_count - 1; start from DIT_PROMPT_INIT. */
 DIT_API dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt);
+
+/* The name of a preset, from 0 on; NULL where there is none. */
+DIT_API const char* dit_preset(const dit_pipeline* pipe, size_t index);
 
 /* The name of a class; NULL where there is none. */
 DIT_API const char* dit_label(const dit_pipeline* pipe, int64_t label);
