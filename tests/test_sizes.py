@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from dit_export.bundle.sizes import join
+from dit_export.cli import main
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -102,6 +103,17 @@ def test_what_must_be_the_same(handmade, tmp_path) -> None:
 
     with pytest.raises(UsageError, match="size 32x64: guidance is"):
         joined(handmade, tmp_path, change)
+
+
+def test_regress_checks_each_size(handmade, capsys) -> None:
+    assert main(["regress", str(handmade("sizes"))]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("size ")] == [
+        "size 32:",
+        "size 32x64:",
+    ]
+    assert main(["regress", str(handmade("sizes")), "--size", "32x64", "--json"]) == 0
+    names = [check["name"] for check in json.loads(capsys.readouterr().out)["checks"]]
+    assert "denoiser-32x64: prediction, rel-L2" in names
 
 
 def save(model: onnx.ModelProto, folder: Path, name: str) -> None:
