@@ -307,10 +307,8 @@ void check_pictures(Pipeline& pipe, const Reference& reference, const std::vecto
     on_figure({"run", "pictures, contrast", flattest, CONTRAST, true, {}, text("sample ", flat)});
 }
 
-}  // namespace
-
-void verify(Pipeline& pipe, const OnFigure& on_figure) {
-    check_files(pipe.folder, pipe.manifest, {REFERENCE});
+void verify_size(Pipeline& pipe, bool prompts, const OnFigure& on_figure) {
+    check_files(pipe.folder, pipe.manifest, {pipe.manifest.own(REFERENCE)});
     const Reference reference = load_reference(pipe);
     const Manifest& manifest = pipe.manifest;
     const Process& process = manifest.process;
@@ -321,7 +319,7 @@ void verify(Pipeline& pipe, const OnFigure& on_figure) {
                 text(stage.name, " has precision '", stage.precision, "', for which this library has no limits"));
         if (stage.before_loop()) conditioner = std::max(conditioner, TOLERANCES.at(stage.precision).conditioner);
     }
-    check_prompts(pipe, on_figure);
+    if (prompts) check_prompts(pipe, on_figure);
     const Array betas = process.betas();
     const std::vector<std::size_t> wrong = differences(betas, reference.betas);
     on_figure({"sampler",
@@ -351,6 +349,19 @@ void verify(Pipeline& pipe, const OnFigure& on_figure) {
         check_pictures(pipe, reference, latents, least, denoiser.nearest, on_figure);
     }
     if (manifest.end()) check_end_row(pipe, reference, on_figure);
+}
+
+}  // namespace
+
+void verify(Pipeline& pipe, const OnFigure& on_figure) {
+    verify_size(pipe, true, on_figure);
+    for (const Manifest& other : pipe.manifest.sizes) {
+        pipe.close();
+        verify_size(pipe.at(other.size), false, [&](Figure figure) {
+            figure.stage = other.size + ": " + figure.stage;
+            on_figure(figure);
+        });
+    }
 }
 
 }  // namespace dit_runtime
