@@ -94,6 +94,8 @@ def build(
         if options is not None:
             making.search(lambda search, fixed: search.run(options, fixed))
         built = making.verify()
+        if (broken := text_figure(making.contract, built)) and not making.assembly.text_in_fp32:
+            built = making.with_text_in_fp32(broken)
         if not built.passed and recipe.precision in backends.QUANTIZED:
             built = _within_gates(making, built)
         contract = making.contract
@@ -202,6 +204,16 @@ class Making:
         (folder / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         return found
 
+    def with_text_in_fp32(self, broken: Figure) -> Built:
+        """Write the text encoders again in fp32, and verify the bundle with them."""
+        reason = sentence(broken)
+        self.assembly.progress.say(f"the text encoders stay in fp32: {reason}")
+        self.assembly.write_text_in_fp32(reason)
+        assert self.assembly.contract is not None
+        stages, built_with = self.assembly.contract.stages, self.assembly.contract.built_with
+        self.contract = replace(self.contract, stages=stages, built_with={**self.contract.built_with, **built_with})
+        return self.verify()
+
     def verify(self) -> Built:
         """Compile, then run the proof, each graph against PyTorch, and the replay that `dit-run verify` does."""
         assembly, folder = self.assembly, self.assembly.folder
@@ -235,6 +247,15 @@ def _make_reference(assembly: Assembly, oracle: Oracle) -> None:
         save_reference(folder, reference, origins.packs, assembly.divisors)
         if loaded.text is not None:
             save_prompts(folder, loaded.text)
+
+
+def text_figure(contract: Manifest, built: Built) -> Figure | None:
+    """Return the first gate that the text encoders fail in another precision than fp32."""
+    stage = contract.prompt
+    if stage is None or contract.step.precision == "fp32":
+        return None
+    figures = (figure for figure in built.checks if figure.stage.removeprefix("twin: ") == stage.name)
+    return next((figure for figure in figures if not figure.passed), None)
 
 
 def _within_gates(making: Making, built: Built) -> Built:

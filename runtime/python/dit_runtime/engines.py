@@ -94,16 +94,26 @@ class Engines:
         return engine
 
     def _lean(self, stage: Stage) -> Stage:
-        """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""
+        """Give a stage before the loop the backend that needs the least memory to load, where that is installed.
+
+        A graph that its own backend computes in a narrow type without holding it is one in fp32 to another.
+        """
         lean = backends.LEANEST
         if stage.runs not in ("prompt", *BEFORE_LOOP) or not backends.versions()[lean]:
             return stage
-        if stage.precision not in backends.backend(lean).PRECISIONS:
+        is_typed = backends.typed(stage.backend, stage.precision)
+        precision = stage.precision if is_typed or stage.precision in backends.QUANTIZED else "fp32"
+        if precision not in backends.backend(lean).PRECISIONS or backends.refusal(lean, precision):
             return stage
-        return replace(stage, backend=lean)
+        return replace(stage, backend=lean, precision=precision)
 
     def _settings(self, stage: Stage) -> Options:
-        settings = replace(self.options, precision=stage.precision, built=manifest.built(self.manifest, stage))
+        settings = replace(
+            self.options,
+            precision=stage.precision,
+            streamed=stage.runs == "prompt",
+            built=manifest.built(self.manifest, stage),
+        )
         if stage.runs in ("step", "end"):
             grouped = tuple(spec.name for spec in stage.grouped)
             row = {

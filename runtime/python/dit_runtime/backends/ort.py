@@ -20,6 +20,7 @@ FLOAT_AROUND_INT8 = "fp32"
 NEEDS_TYPED_GRAPH = ("fp16", "bf16")
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 CPU = Path("/proc/cpuinfo")
+FOLDED = 1 << 20  # bytes of the largest constant that a streamed graph is given
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 (CUDA_FORM,) = PROVIDER_FORMS
 
@@ -117,8 +118,11 @@ class OrtEngine:
             settings.add_session_config_entry("session.disable_quant_qdq", "1")
         if options.threads:
             settings.intra_op_num_threads = options.threads
-        if options.low_memory:  # blocks go back to the system when they are free, not when the session ends
+        if options.low_memory or options.streamed:  # free blocks go back to the system before the session ends
             settings.enable_cpu_mem_arena = False
+        if options.streamed:  # so that weights stay in the file, and what is made of one goes before the next comes
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+            settings.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(FOLDED))
         try:
             self._session: Any = ort.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]])
         except Exception as error:  # its exceptions share no base class but this
