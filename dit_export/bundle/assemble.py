@@ -122,7 +122,7 @@ class Assembly:
         return {
             "step": precision,
             "end": "int8" if self.convolutions and self.convolutions.quantized else around,
-            "prompt": "fp32" if self.text_in_fp32 else around,
+            "prompt": (not self.text_in_fp32 and backends.typed(self.backend, precision)) or "fp32",
         }
 
     def precision_of(self, stage: str) -> str:
@@ -318,16 +318,16 @@ class Assembly:
         islands = fp32_products(graph, overflows) if half else []
         if half:
             counts["cast_to_half"] = cast_to_half(graph, half, overflows)
-        is_text = self.runs[name] == "prompt"
-        if is_text:
+        if self.runs[name] == "prompt":
             counts["store_half"] = self._store_half(graph, half)
         self._save(name, graph)
         engines = {}
-        opened = "fp32" if is_text and not half else precision  # in low memory, other backends open what is in fp32
         for form, passes in lowerings.items():
             backend, provider = PROVIDER_FORMS.get(form, (form, None))
-            able = opened in backends.backend(backend).PRECISIONS and not backends.refusal(backend, opened, provider)
-            if able and backends.typed(backend, opened) == half:
+            able = precision in backends.backend(backend).PRECISIONS and not backends.refusal(
+                backend, precision, provider
+            )
+            if able and backends.typed(backend, precision) == half:
                 lowered = graph.copy()
                 fired = {rewrite.__name__: rewrite(lowered) for rewrite in passes}
                 counts |= fired
@@ -337,13 +337,16 @@ class Assembly:
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
 
     def _store_half(self, graph: gs.Graph, half: str | None) -> int:
-        """Store the text encoders' weights in the checkpoint's own 16 bits, and fp32 in bf16 unless the build is it."""
+        """Store the text encoders' weights in the checkpoint's own 16 bits, and fp32 in fp16 unless the build is fp32.
+
+        fp16 ends at 65504, which no weight reaches, and has three bits more than bf16.
+        """
         text = self.loaded.text
         assert text is not None
         types = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         own = {name: types[kind] for name in text.weights if (kind := text.weights[name].dtype) in types}
         in_fp32 = bool(self.text_in_fp32) or self.recipe.precision == "fp32"
-        return store_half(graph, {} if half else own, half or (None if in_fp32 else "bf16"))
+        return store_half(graph, {} if half else own, half or (None if in_fp32 else "fp16"))
 
     def _expected(self, name: str, islands: int) -> dict[str, int]:
         """Return how often each pass must fire on a stage; {}: nothing is predicted."""

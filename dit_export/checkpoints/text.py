@@ -102,10 +102,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _weights(folder: Path) -> list[Path]:
     """Return an encoder's files of weights, whose names may be older than safetensors."""
-    try:
-        return find_weights(folder, "model")
-    except UsageError:
-        return find_weights(folder, "pytorch_model")
+    older = any((folder / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json"))
+    return find_weights(folder, "pytorch_model" if older and not any(folder.glob("model*.safetensors*")) else "model")
 
 
 def _encoder(folder: Path, kind: str) -> Encoder:

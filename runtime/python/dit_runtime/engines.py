@@ -79,6 +79,8 @@ class Engines:
         """Open a stage while the sums of its files are compared."""
         if self.options.low_memory:
             stage = self._lean(stage)
+        if stage.runs == "prompt" and not backends.versions()[stage.backend]:  # where the loop's backend is alone
+            stage = replace(stage, backend=self.manifest.step.backend)
         module = backends.backend(backends.choose(stage.backend, stage.precision))
         names = backends.files(stage, self.options)
         files = [manifest.inside(self.folder, name) for name in names]
@@ -94,24 +96,19 @@ class Engines:
         return engine
 
     def _lean(self, stage: Stage) -> Stage:
-        """Give a stage before the loop the backend that needs the least memory to load, where that is installed.
-
-        A graph that its own backend computes in a narrow type without holding it is one in fp32 to another.
-        """
+        """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""
         lean = backends.LEANEST
         if stage.runs not in ("prompt", *BEFORE_LOOP) or not backends.versions()[lean]:
             return stage
-        is_typed = backends.typed(stage.backend, stage.precision)
-        precision = stage.precision if is_typed or stage.precision in backends.QUANTIZED else "fp32"
-        if precision not in backends.backend(lean).PRECISIONS or backends.refusal(lean, precision):
+        if stage.precision not in backends.backend(lean).PRECISIONS:
             return stage
-        return replace(stage, backend=lean, precision=precision)
+        return replace(stage, backend=lean)
 
     def _settings(self, stage: Stage) -> Options:
         settings = replace(
             self.options,
             precision=stage.precision,
-            streamed=stage.runs == "prompt",
+            streamed=stage.runs == "prompt" and stage.precision == "fp32",
             built=manifest.built(self.manifest, stage),
         )
         if stage.runs in ("step", "end"):
