@@ -38,7 +38,7 @@ from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure, me
 from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed, pack_divisors, smooth
-from dit_export.precision.stored import store_half
+from dit_export.precision.stored import own_types, store_half
 from dit_export.recipe import Recipe
 from dit_export.verify.parity import DECODER_PSNR
 from dit_runtime import backends
@@ -337,16 +337,11 @@ class Assembly:
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
 
     def _store_half(self, graph: gs.Graph, half: str | None) -> int:
-        """Store the text encoders' weights in the checkpoint's own 16 bits, and fp32 in fp16 unless the build is fp32.
-
-        fp16 ends at 65504, which no weight reaches, and has three bits more than bf16.
-        """
-        text = self.loaded.text
-        assert text is not None
-        types = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-        own = {name: types[kind] for name in text.weights if (kind := text.weights[name].dtype) in types}
+        """Store the encoders' weights in the checkpoint's own 16 bits, and fp32 in fp16 unless the build is fp32."""
+        assert self.loaded.text is not None
+        own = {} if half else own_types(self.loaded.text.weights)
         in_fp32 = bool(self.text_in_fp32) or self.recipe.precision == "fp32"
-        return store_half(graph, {} if half else own, half or (None if in_fp32 else "fp16"))
+        return store_half(graph, own, half or (None if in_fp32 else "fp16"))
 
     def _expected(self, name: str, islands: int) -> dict[str, int]:
         """Return how often each pass must fire on a stage; {}: nothing is predicted."""

@@ -20,7 +20,7 @@ from dit_export.checkpoints.synthetic import synthetic_dit, synthetic_vae
 from dit_export.checkpoints.vae import read_vae
 from dit_export.networks import Network
 from dit_export.networks import spec as specs
-from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.dit import DiT, dit_network, resized
 from dit_export.networks.families.family import Family
 from dit_export.networks.spec import ModelSpec
 from dit_export.networks.text import PromptEncoder
@@ -53,13 +53,18 @@ class Loaded:
     text: PromptEncoder | None = None  # None: conditions are arrays
 
 
-def load(recipe: Recipe) -> Loaded:
-    """Read the recipe's checkpoint, or the public one of its model; make weights up where the recipe says so."""
+def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
+    """Read the recipe's checkpoint, or the public one of its model; make weights up where the recipe says so.
+
+    The network is for images of `size`, by default of the recipe's first resolution; its weights are the same at each.
+    """
+    first = replace(recipe, resolution=recipe.sizes[0])
+    recipe = first if size is None else replace(recipe, resolution=size)
     if recipe.latents_only and recipe.vae:
         raise UsageError(f"got both a VAE ({recipe.vae}) and --latents-only: pass one of them")
     if recipe.synthetic is not None:
-        return load_synthetic(recipe)
-    checkpoint = recipe.checkpoint or public_checkpoint(recipe)
+        return load_synthetic(recipe, first.resolution)
+    checkpoint = recipe.checkpoint or public_checkpoint(first)
     parts = ["", "transformer/"] + ([] if recipe.latents_only or recipe.vae else ["vae/"])
     parts += [] if recipe.without_text_encoders else ["text_encoder*/", "tokenizer*/"]
     path = locate(checkpoint, tuple(parts), OTHERWISE)
@@ -94,7 +99,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             path,
             network.learned_variance,
             recipe.prediction,
-            family.scheduler,
+            family.scheduler(network.model),
             tokens=tokens,
             spacing=family.flow_spacing,
             mu=family.mu,
@@ -161,18 +166,21 @@ def load_source(contract: Manifest, folder: Path) -> Loaded:
     return loaded
 
 
-def load_synthetic(recipe: Recipe) -> Loaded:
+def load_synthetic(recipe: Recipe, made_for: Any) -> Loaded:
+    """Make up weights for images of the resolution `made_for`, and return them at the recipe's."""
     if recipe.checkpoint:
         raise UsageError(f"got both a checkpoint ({recipe.checkpoint}) and --synthetic: pass one of them")
     if recipe.model is None:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
     process = read_process(None, prediction=recipe.prediction)
-    spec = specs.at_resolution(specs.model(recipe.model), recipe.resolution)
+    spec = specs.at_resolution(specs.model(recipe.model), made_for)
     if recipe.conditioning is not None:
         spec = specs.with_conditioning(spec, recipe.conditioning)
     spec = replace(spec, learned_variance=process.prediction != "velocity")
-    loaded = class_conditional(synthetic_dit(spec, recipe.synthetic, process.span), process, recipe)
+    model = synthetic_dit(spec, recipe.synthetic, process.span)
+    model = resized(model, specs.at_resolution(spec, recipe.resolution))
+    loaded = class_conditional(model, process, recipe)
     agree(loaded.network, recipe, "--synthetic")
     source: dict[str, Any] = {"kind": "synthetic", "seed": recipe.synthetic}
     if recipe.vae or recipe.latents_only:

@@ -46,7 +46,9 @@ def checkpoint(tmp_path_factory) -> Path:
 def build(checkpoint: Path, output: Path, backend: str, precision: str, **recipe) -> tuple[Built, Manifest, str]:
     out = io.StringIO()
     fields = {"checkpoint": str(checkpoint), "output": str(output), "backend": backend, "precision": precision}
-    built = building.build(Recipe(**fields, caption_tokens=TOKENS, latents_only=True, max_batch=2, **recipe), Progress(out))
+    built = building.build(
+        Recipe(**fields, caption_tokens=TOKENS, latents_only=True, max_batch=2, **recipe), Progress(out)
+    )
     assert built.passed, [figure for figure in built.checks if not figure.passed]
     return built, manifest.read(built.folder), out.getvalue()
 
@@ -56,7 +58,9 @@ def text_size(contract: Manifest) -> int:
 
 
 def errors(built: Built, prefix: str = "") -> list[float]:
-    return [figure.value for figure in built.checks if figure.stage == f"{prefix}prompt" and "captions at" in figure.metric]
+    return [
+        figure.value for figure in built.checks if figure.stage == f"{prefix}prompt" and "captions at" in figure.metric
+    ]
 
 
 @pytest.mark.builds
@@ -74,7 +78,9 @@ def test_sixteen_bits_on_a_cpu(checkpoint, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(backends, "versions", lambda: versions() | {"onnxruntime": None})
     with Pipeline.load(built.folder, threads=1) as pipe:  # where OpenVINO is alone
         alone = pipe.engines.encode(pipe.engines.tokenizers(["a cat"]))["captions"]
-        assert "openvino" in type(pipe.engines.open(text)).__module__ or "ov" in type(pipe.engines.open(text)).__module__
+        assert (
+            "openvino" in type(pipe.engines.open(text)).__module__ or "ov" in type(pipe.engines.open(text)).__module__
+        )
     assert abs(alone - expected).max() < 1e-3
 
 

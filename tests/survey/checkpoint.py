@@ -68,7 +68,7 @@ def save_config(model: Any, folder: Path) -> None:
     model.save_config(folder) if hasattr(model, "save_config") else model.config.save_pretrained(folder)
 
 
-def sana(folder: Path, transformer: Mapping[str, Any] = TRANSFORMER, gemma: Mapping[str, Any] = {}) -> None:  # noqa: B006
+def sana(folder: Path, transformer: Mapping[str, Any] = TRANSFORMER, gemma: Mapping[str, Any] = {}) -> None:
     """Write the pipeline; the sizes are the published ones unless these fields say otherwise."""
     tokenizer = byte_tokenizer(bos="<bos>", padding_side="left")
     ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None}
