@@ -55,7 +55,7 @@ def describe(
                 onnx=f"{name}.onnx",
                 max_batch=1 if _gives_videos(gives) else ROWS.get(runs[name], recipe.max_batch),
                 precision=written[name].precision,
-                backend=backends.choose(_place(runs[name], backend), written[name].precision),
+                backend=backends.choose(backends.place(runs[name], backend), written[name].precision),
                 engines=written[name].engines,
             )
         )
@@ -84,12 +84,6 @@ def describe(
         source={**loaded.source, "recipe": asdict(replace(recipe, timing_cache=None))},  # a file of this machine alone
         built_with=built_with | ({"wide": overflows} if overflows else {}),
     )
-
-
-def _place(runs: str, backend: str) -> str:
-    """Return the backend of a stage: on a CPU, text encoders run on the one that needs the least memory for them."""
-    on_cpu = runs == "prompt" and backend in backends.CPU and backends.versions()[backends.LEANEST]
-    return backends.LEANEST if on_cpu else backend
 
 
 def _gives_videos(gives: Sequence[TensorSpec]) -> bool:

@@ -165,6 +165,12 @@ def versions() -> dict[str, str | None]:
     return {name: backend(name).version() for name in BACKENDS}
 
 
+def place(runs: str, name: str) -> str:
+    """Return the backend of a stage in a bundle of another's: on a CPU, text encoders run where that takes the least
+    memory."""
+    return LEANEST if runs == "prompt" and name in CPU and versions()[LEANEST] else name
+
+
 def choose(name: str, precision: str = "fp32") -> str:
     """Return the name, or for `auto` the fastest that has the precision and runs here, or else compiles here."""
     installed = versions()
