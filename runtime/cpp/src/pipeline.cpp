@@ -67,8 +67,8 @@ Path Pipeline::cache() const {
 }
 
 // The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on
-// the one that loads in the least memory. Text encoders run where the loop does if their own backend is not here, or the
-// user chose a device, which is the loop's.
+// the one that loads in the least memory. Text encoders run where the loop does if their own backend is not here, or
+// the user chose a device, which is the loop's.
 const Backend& Pipeline::backend(const Stage& stage) const {
     if (options_.low_memory && options_.backend.empty() && options_.device.empty() &&
         (stage.runs == PROMPT || stage.before_loop()))

@@ -64,8 +64,8 @@ std::pair<std::size_t, double> worst_row(const std::vector<float>& prints, const
     return worst;
 }
 
-// Runs the prompt stage on the ids of prompts.npz; one figure a port that it gives. Its encoders keep to the limit of an
-// evaluation, as they are networks of their own.
+// Runs the prompt stage on the ids of prompts.npz; one figure a port that it gives. Its encoders keep to the limit of
+// an evaluation, as they are networks of their own.
 void check_prompts(Pipeline& pipe, const OnFigure& on_figure) {
     const Stage* const stage = pipe.manifest.prompt();
     if (!stage) return;
