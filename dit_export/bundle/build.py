@@ -275,6 +275,7 @@ class Making:
         reason = sentence(broken)
         self.assembly.progress.say(f"the text encoders stay in fp32: {reason}")
         self.assembly.write_text_in_fp32(reason)
+        (self.assembly.folder / PARITY).unlink()  # of what was there before
         assert self.assembly.contract is not None
         stages, built_with = self.assembly.contract.stages, self.assembly.contract.built_with
         self.contract = replace(self.contract, stages=stages, built_with={**self.contract.built_with, **built_with})

@@ -24,9 +24,9 @@ class Change(NamedTuple):
 
 
 def compile_stages(folder: Path, contract: Manifest, backend: str, options: Options, progress: Progress) -> Manifest:
-    """Return the manifest with this backend for each stage that has no other place, and with the engines that it made; write no manifest.
+    """Return the manifest with this backend, or its place beside it, for every stage, and with the engines made.
 
-    What the new engines replace is named no more, and still there; engines that are missing or cut short, of whichever
+    No manifest is written. What the new engines replace is named no more, and still there; engines that are missing or cut short, of whichever
     backend, are not named either. Nothing was verified yet.
     """
     owners = {stage.name: (stage, size) for size in contract.each_size for stage in size.stages}
