@@ -26,8 +26,8 @@ class Change(NamedTuple):
 def compile_stages(folder: Path, contract: Manifest, backend: str, options: Options, progress: Progress) -> Manifest:
     """Return the manifest with this backend, or its place beside it, for every stage, and with the engines made.
 
-    No manifest is written. What the new engines replace is named no more, and still there; engines that are missing or cut short, of whichever
-    backend, are not named either. Nothing was verified yet.
+    No manifest is written. What the new engines replace is named no more, and still there; engines that are missing or
+    cut short, of whichever backend, are not named either. Nothing was verified yet.
     """
     owners = {stage.name: (stage, size) for size in contract.each_size for stage in size.stages}
     places = {name: backends.place(stage.runs, backend) for name, (stage, _) in owners.items()}
