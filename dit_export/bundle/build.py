@@ -14,6 +14,7 @@ import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
 from dit_export.bundle.place import DiskFull, put_in_place, refuse_foreign, require_disk, workplace
+from dit_export.bundle.presets import read_presets
 from dit_export.bundle.sizes import join, load_again, together
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
@@ -87,6 +88,7 @@ def build(
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
+        presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
@@ -118,7 +120,7 @@ def build(
             sized = contract.at(name)
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
-        manifest.write(partial, _with_new_files(partial, contract))
+        manifest.write(partial, replace(_with_new_files(partial, contract), presets=presets))
         built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
     if calibration is not None and recipe.calibration is None:
         calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))
