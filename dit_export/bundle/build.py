@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
@@ -78,6 +79,8 @@ def build(
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
+    if loaded.note:
+        progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
@@ -99,6 +102,8 @@ def build(
         contract = making.contract
         text = report.html(partial, report.page(folder.name, contract, built))
         (partial / report.NAME).write_text(text, encoding="utf-8")
+        for name, arrays in loaded.examples.items():
+            np.savez(partial / f"{name}.npz", **arrays)
         files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
         invariant = batch_invariant(contract, built.checks)
         manifest.write(partial, replace(contract, files=files, parity=summary(built), batch_invariant=invariant))

@@ -1,0 +1,235 @@
+"""A pipeline of diffusers whose transformer has no family: it is run a few times, and what passes is sorted."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.utils import logging
+from numpy.typing import NDArray
+
+from dit_export.checkpoints.files import find_weights, first_line, sha256
+from dit_export.checkpoints.scheduler import read_scheduler_config
+from dit_export.checkpoints.text import quiet
+from dit_export.checkpoints.vae import read_vae
+from dit_export.networks import Network
+from dit_export.networks.caller import network
+from dit_export.networks.captured import CLOSE, WEIGHT, Captured, Runs, distance
+from dit_export.networks.codec import CODECS, make_decoder
+from dit_export.networks.diffusers import Recording, record
+from dit_export.recipe import Recipe, latent_size
+from dit_runtime.errors import UsageError
+from dit_runtime.facts import FACTS
+from dit_runtime.images import psnr
+from dit_runtime.sampling.noise import draw
+from dit_runtime.sampling.process import Process
+from dit_runtime.sampling.solvers import solve
+
+PROMPT, OTHER = "a photo of a cat", "two red boats at sea, 1920, and a lighthouse"
+GUIDED = 3.0  # the weight of the runs where the pipeline's own is none
+SAME = 60.0  # dB between the pipeline's picture and the decoder's
+
+
+class Read(NamedTuple):
+    """A pipeline as a build takes it."""
+
+    network: Network
+    process: Process
+    vae: Any  # None: latents alone
+    source: dict[str, Any]
+    examples: dict[str, dict[str, NDArray[np.float32]]]  # conditions of the recorded prompts, by file
+    note: str
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Show neither progress bars nor warnings of diffusers and transformers."""
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def open_pipeline(folder: Path) -> Any:
+    """Load a pipeline from a folder, by diffusers' own classes; nothing is fetched, and no code of the folder runs."""
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(f"{folder}: no model_index.json here; expected a pipeline that diffusers saved")
+    options = {"dtype": torch.float32, "local_files_only": True, "low_cpu_mem_usage": False, "trust_remote_code": False}
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+    except Exception as error:  # what loading a folder of somebody's raises shares no base class but this
+        raise UsageError(f"{folder}: diffusers does not load it: {first_line(error)}") from None
+    for name in ("transformer", "scheduler"):
+        if getattr(pipeline, name, None) is None:
+            raise UsageError(f"{folder}: {type(pipeline).__name__} has no {name}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call_arguments(pipeline: Any, recipe: Recipe) -> dict[str, Any]:
+    """Return what every run of the pipeline is called with; refuse a call that needs more than a prompt."""
+    where, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    needed = [name for name, each in parameters.items() if each.default is each.empty and name != "prompt"]
+    if needed or "prompt" not in parameters:
+        raise UsageError(f"{where}: its call needs {', '.join(needed) or 'no prompt'}; expected a prompt alone")
+    arguments: dict[str, Any] = {"output_type": "latent"}
+    if recipe.resolution is not None:
+        arguments["height"], arguments["width"] = latent_size(recipe.resolution, 1)
+        if "use_resolution_binning" in parameters:
+            arguments["use_resolution_binning"] = False
+    if recipe.frames is not None:
+        arguments["num_frames"] = recipe.frames
+    if recipe.caption_tokens is not None:
+        arguments["max_sequence_length"] = recipe.caption_tokens
+    if unknown := [name for name in arguments if name not in parameters and name != "output_type"]:
+        raise UsageError(f"{where}: its call has no {unknown[0]}")
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def default_of(pipeline: Any, name: str) -> Any:
+    """Return the default of an argument of the pipeline's call; None where there is none."""
+    parameter = inspect.signature(pipeline.__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
+    """Run the pipeline five times, two to four steps each."""
+    arguments, weight = call_arguments(pipeline, recipe), default_of(pipeline, WEIGHT)
+    guided = GUIDED if weight is None or weight <= 1 else float(weight)
+    weights = {} if weight is None else {WEIGHT: guided}
+
+    def once(prompt: Any, seeds: Sequence[int], steps: int, **changes: Any) -> Recording:
+        options = arguments | weights | {"num_inference_steps": steps} | changes
+        try:
+            return record(pipeline, seeds, prompt=prompt, **options)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a pipeline raises
+            raise UsageError(f"{type(pipeline).__name__}: a run of it fails: {first_line(error)}") from error
+
+    pictures = {"output_type": "np"} if decode else {}
+    return Runs(
+        first=once(PROMPT, [0], 2, **pictures),
+        prompt=once(OTHER, [0], 2),
+        seed=once(PROMPT, [1], 3),
+        batch=once([PROMPT, OTHER], [0, 1], 2),
+        unguided=once(PROMPT, [0], 4, **{name: 1.0 for name in weights}),
+        weight=guided,
+    )
+
+
+def read_pipeline(folder: Path, recipe: Recipe) -> Read:
+    """Run a pipeline and return its transformer as a Network, with what else a build takes of it."""
+    with _silent():
+        pipeline = open_pipeline(folder)
+        codec = type(getattr(pipeline, "vae", None)).__name__
+        runs = run(pipeline, recipe, decode=codec in CODECS and not recipe.latents_only)
+    captured = Captured(pipeline.transformer.eval().requires_grad_(False), runs)
+    process = fit_process(pipeline, captured)
+    steps = default_of(pipeline, "num_inference_steps") or process.sampler.steps
+    process = replace(process, sampler=replace(process.sampler, steps=steps))
+    made = network(captured, process, float(default_of(pipeline, WEIGHT) or 1.0))
+    config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
+    model = {"name": type(pipeline.transformer).__name__, "pipeline": type(pipeline).__name__}
+    if recipe.resolution is not None:
+        model["resolution"] = recipe.resolution
+    if recipe.frames is not None:
+        model["frames"] = recipe.frames
+    files = {"sha256": sha256(find_weights(folder / "transformer"))}
+    vae, note = None, f"{codec}: not a known VAE; the bundle ends at the latents"
+    if recipe.latents_only:
+        note = ""
+    elif codec in CODECS:
+        try:
+            vae, vae_files = _read_decoder(folder / "vae", captured)
+            files |= {"vae": {"sha256": sha256(vae_files)}}
+            note = ""
+        except UsageError as error:
+            note = f"{error}; the bundle ends at the latents"
+    made = replace(made, model=config | model, pixels=make_decoder(vae).pixels if vae is not None else made.pixels)
+    return Read(made, process, vae, files, condition_arrays(captured), note)
+
+
+def _read_decoder(folder: Path, captured: Captured) -> tuple[Any, list[Path]]:
+    """Return the VAE whose decoder draws the first run's picture, and its files."""
+    state = captured.drawn(captured.runs.first.final)
+    picture = np.asarray(captured.runs.first.result)  # (1, H, W, 3), of videos (1, F, H, W, 3)
+    if state.ndim < 4:
+        raise UsageError(f"{folder}: its latents have no height and width")
+    vae, files = read_vae(folder, state.shape[1], picture.shape[-2] // state.shape[-1])
+    with torch.no_grad():
+        drawn = np.moveaxis(make_decoder(vae)(state).numpy(), 1, -1)
+    if drawn.shape != picture.shape or not psnr(drawn, picture, peak=1.0) >= SAME:
+        raise UsageError(f"{folder}: its decoder does not draw the pipeline's picture")
+    return vae, files
+
+
+def condition_arrays(captured: Captured) -> dict[str, dict[str, NDArray[np.float32]]]:
+    """Return the conditions of the recorded prompts by file and port, a row each, and the negative's, one row."""
+    runs, ports = captured.runs, captured.condition_ports()
+    groups = {"conditions": [captured.own(runs.first), captured.own(runs.prompt)]}
+    if captured.guided:
+        groups["negative"] = [captured.negative(runs.first)]
+    return {
+        file: {
+            port.name: torch.cat([row.inputs[argument] for row in rows]).float().numpy()
+            for argument, port in ports.items()
+            if argument != captured.sorted.weight
+        }
+        for file, rows in groups.items()
+    }
+
+
+def fit_process(pipeline: Any, captured: Captured) -> Process:
+    """Return the process whose solver repeats the scheduler's steps in every run."""
+    scheduler = pipeline.scheduler
+    shifts = {len(each.steps): each.schedule.get("mu") for each in captured.runs.recordings}
+    mu = None
+    if shifts[2] is not None:
+        growth = shifts[3] - shifts[2]
+        mu = lambda tokens, fields: (shifts[2] - 2 * growth, growth)  # noqa: E731
+    errors: dict[str, float] = {}
+    for spacing in FACTS["spacings"]["flow"]:
+        process = read_scheduler_config(scheduler.config, learned_variance=False, tokens=0, spacing=spacing, mu=mu)
+        try:
+            errors[spacing] = max(replay(process, captured, each) for each in captured.runs.recordings)
+        except UsageError:  # a spacing that does not fit so few steps
+            continue
+        if errors[spacing] <= CLOSE:
+            return process
+    least = min(errors, key=errors.__getitem__)
+    raise UsageError(
+        f"{type(scheduler).__name__}: no schedule that is known repeats the pipeline's steps; "
+        f"{least} comes nearest, and differs by {errors[least]:.2g} (relative L2)"
+    )
+
+
+def replay(process: Process, captured: Captured, recording: Recording) -> float:
+    """Return the largest relative L2 between a recording's states and our solver's, given its predictions."""
+    seeds = recording.seeds if len(recording.seeds) > 1 else recording.seeds[0]
+    stream = draw(seeds, len(recording.seeds))
+    noise = stream((len(recording.seeds), *captured.shape))
+    solver = solve(process, process.sampler.solver, len(recording.steps), noise, stream)
+    state, _ = next(solver)
+    worst = 0.0
+    for step in recording.steps:
+        worst = max(worst, distance(torch.from_numpy(state), captured.drawn(step.sample).double()))
+        prediction = captured.drawn(step.prediction).numpy()
+        try:
+            state, _ = solver.send((prediction, None))
+        except StopIteration as end:
+            state = end.value
+    return max(worst, distance(torch.from_numpy(state), captured.drawn(recording.final).double()))
