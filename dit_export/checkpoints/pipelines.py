@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from numpy.typing import NDArray
+from torch import Tensor
 
-from dit_export.checkpoints.files import find_weights, first_line, sha256
+from dit_export.checkpoints.diffusers import class_name
+from dit_export.checkpoints.families import parameter_names, read_index, read_module
+from dit_export.checkpoints.files import Renamed, first_line, sha256
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.checkpoints.text import quiet
 from dit_export.checkpoints.vae import read_vae
@@ -24,6 +27,7 @@ from dit_export.networks.caller import network
 from dit_export.networks.captured import CLOSE, WEIGHT, Captured, Runs, distance
 from dit_export.networks.codec import CODECS, make_decoder
 from dit_export.networks.diffusers import Recording, record
+from dit_export.networks.streaming import stream
 from dit_export.recipe import Recipe, latent_size
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import FACTS
@@ -34,6 +38,7 @@ from dit_runtime.sampling.solvers import solve
 
 PROMPT, OTHER = "a photo of a cat", "two red boats at sea, 1920, and a lighthouse"
 GUIDED = 3.0  # the weight of the runs where the pipeline's own is none
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 SAME = 60.0  # dB between the pipeline's picture and the decoder's
 
 
@@ -63,26 +68,36 @@ def _silent() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def open_pipeline(folder: Path) -> Any:
-    """Load a pipeline from a folder, by diffusers' own classes; nothing is fetched, and no code of the folder runs."""
-    if not (folder / "model_index.json").is_file():
-        raise UsageError(f"{folder}: no model_index.json here; expected a pipeline that diffusers saved")
-    options = {"dtype": torch.float32, "local_files_only": True, "low_cpu_mem_usage": False, "trust_remote_code": False}
+def open_pipeline(folder: Path) -> tuple[Any, Mapping[str, Tensor], list[Path]]:
+    """Load a pipeline by diffusers' own classes, its transformer with weights that it reads where they are used.
+
+    Nothing is fetched, and no code of the folder runs. Return the transformer's weights by name and their files, too.
+    """
+    place = folder / "transformer"
+    for path in (folder / "model_index.json", place / "config.json"):
+        if not path.is_file():
+            raise UsageError(f"{path}: not there; expected a pipeline that diffusers saved, with a transformer")
+    kind, name = (str(each) for each in (read_index(folder).get("_class_name"), class_name(place)))
+    for known, path in ((kind, folder / "model_index.json"), (name, place / "config.json")):
+        if not isinstance(getattr(diffusers, known, None), type):
+            raise UsageError(f"{path}: diffusers {diffusers.__version__} has no class {known}")
+    transformer, weights, files = read_module(place, name)
+    stream(transformer.eval().requires_grad_(False), weights)
+    options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+        pipeline = getattr(diffusers, kind).from_pretrained(folder, transformer=transformer, **options)
     except Exception as error:  # what loading a folder of somebody's raises shares no base class but this
         raise UsageError(f"{folder}: diffusers does not load it: {first_line(error)}") from None
-    for name in ("transformer", "scheduler"):
-        if getattr(pipeline, name, None) is None:
-            raise UsageError(f"{folder}: {type(pipeline).__name__} has no {name}")
+    if getattr(pipeline, "scheduler", None) is None:
+        raise UsageError(f"{folder}: {type(pipeline).__name__} has no scheduler")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline, weights, files
 
 
 def call_arguments(pipeline: Any, recipe: Recipe) -> dict[str, Any]:
     """Return what every run of the pipeline is called with; refuse a call that needs more than a prompt."""
     where, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    needed = [name for name, each in parameters.items() if each.default is each.empty and name != "prompt"]
+    needed = [name for name, each in parameters.items() if each.default is each.empty and each.kind in NAMED and name != "prompt"]
     if needed or "prompt" not in parameters:
         raise UsageError(f"{where}: its call needs {', '.join(needed) or 'no prompt'}; expected a prompt alone")
     arguments: dict[str, Any] = {"output_type": "latent"}
@@ -91,7 +106,7 @@ def call_arguments(pipeline: Any, recipe: Recipe) -> dict[str, Any]:
         if "use_resolution_binning" in parameters:
             arguments["use_resolution_binning"] = False
     if recipe.frames is not None:
-        arguments["num_frames"] = recipe.frames
+        arguments["video_length" if "video_length" in parameters else "num_frames"] = recipe.frames
     if recipe.caption_tokens is not None:
         arguments["max_sequence_length"] = recipe.caption_tokens
     if unknown := [name for name in arguments if name not in parameters and name != "output_type"]:
@@ -114,11 +129,14 @@ def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
     def once(prompt: Any, seeds: Sequence[int], steps: int, **changes: Any) -> Recording:
         options = arguments | weights | {"num_inference_steps": steps} | changes
         try:
-            return record(pipeline, seeds, prompt=prompt, **options)
+            recording = record(pipeline, seeds, prompt=prompt, **options)
         except UsageError:
             raise
         except Exception as error:  # whatever a pipeline raises
             raise UsageError(f"{type(pipeline).__name__}: a run of it fails: {first_line(error)}") from error
+        if len(recording.steps) != steps:
+            raise UsageError(f"{type(pipeline).__name__}: steps {len(recording.steps)} times where {steps} were asked for")
+        return recording
 
     pictures = {"output_type": "np"} if decode else {}
     return Runs(
@@ -134,10 +152,10 @@ def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
 def read_pipeline(folder: Path, recipe: Recipe) -> Read:
     """Run a pipeline and return its transformer as a Network, with what else a build takes of it."""
     with _silent():
-        pipeline = open_pipeline(folder)
+        pipeline, weights, weight_files = open_pipeline(folder)
         codec = type(getattr(pipeline, "vae", None)).__name__
         runs = run(pipeline, recipe, decode=codec in CODECS and not recipe.latents_only)
-    captured = Captured(pipeline.transformer.eval().requires_grad_(False), runs)
+    captured = Captured(pipeline.transformer, runs)
     process = fit_process(pipeline, captured)
     steps = default_of(pipeline, "num_inference_steps") or process.sampler.steps
     process = replace(process, sampler=replace(process.sampler, steps=steps))
@@ -148,7 +166,7 @@ def read_pipeline(folder: Path, recipe: Recipe) -> Read:
         model["resolution"] = recipe.resolution
     if recipe.frames is not None:
         model["frames"] = recipe.frames
-    files = {"sha256": sha256(find_weights(folder / "transformer"))}
+    files = {"sha256": sha256(weight_files)}
     vae, note = None, f"{codec}: not a known VAE; the bundle ends at the latents"
     if recipe.latents_only:
         note = ""
@@ -159,7 +177,9 @@ def read_pipeline(folder: Path, recipe: Recipe) -> Read:
             note = ""
         except UsageError as error:
             note = f"{error}; the bundle ends at the latents"
-    made = replace(made, model=config | model, pixels=make_decoder(vae).pixels if vae is not None else made.pixels)
+    pixels = make_decoder(vae).pixels if vae is not None else made.pixels
+    names = {f"transformer.{name}": name for name in parameter_names(pipeline.transformer).values()}
+    made = replace(made, model=config | model, pixels=pixels, weights=Renamed(weights, names))
     return Read(made, process, vae, files, condition_arrays(captured), note)
 
 
@@ -196,6 +216,7 @@ def condition_arrays(captured: Captured) -> dict[str, dict[str, NDArray[np.float
 def fit_process(pipeline: Any, captured: Captured) -> Process:
     """Return the process whose solver repeats the scheduler's steps in every run."""
     scheduler = pipeline.scheduler
+    config = dict(scheduler.config) | {"_class_name": type(scheduler).__name__}
     shifts = {len(each.steps): each.schedule.get("mu") for each in captured.runs.recordings}
     mu = None
     if shifts[2] is not None:
@@ -203,7 +224,7 @@ def fit_process(pipeline: Any, captured: Captured) -> Process:
         mu = lambda tokens, fields: (shifts[2] - 2 * growth, growth)  # noqa: E731
     errors: dict[str, float] = {}
     for spacing in FACTS["spacings"]["flow"]:
-        process = read_scheduler_config(scheduler.config, learned_variance=False, tokens=0, spacing=spacing, mu=mu)
+        process = read_scheduler_config(config, learned_variance=False, tokens=0, spacing=spacing, mu=mu)
         try:
             errors[spacing] = max(replay(process, captured, each) for each in captured.runs.recordings)
         except UsageError:  # a spacing that does not fit so few steps

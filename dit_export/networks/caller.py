@@ -45,6 +45,7 @@ class Caller(nn.Module):
         self.values = dict(captured.own(captured.runs.first).inputs)  # of constants; of others, their type and rank
         for number, (name, value) in enumerate(self.values.items()):
             if isinstance(value, Tensor):
+                value = value.float() if value.is_floating_point() else value
                 self.register_buffer(f"constant_{number}", value, persistent=False)
 
         def forward(**inputs: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def network(captured: Captured, process: Process, guidance: float) -> Network:
     )
     names = {argument: port.name for argument, port in conditions.items()}
     times = {argument: _fit_time(captured, process, argument) for argument in captured.sorted.times}
-    caller = Caller(captured, ports, names, times).eval().float().requires_grad_(False)
+    caller = Caller(captured, ports, names, times).eval()
 
     def predict(run: Recording, step: int, group: Group) -> Tensor:
         state = captured.drawn(run.steps[step].sample)

@@ -97,6 +97,8 @@ class Captured:
     def conditional(self) -> int:
         """Return which of a guided step's groups reads the prompt."""
         both = [self.groups(run.steps[0]) for run in (self.runs.first, self.runs.prompt)]
+        for group in (*both[0][1:], *both[1]):
+            self._require_sizes(both[0][0], group)
         moved = [index for index, pair in enumerate(zip(*both, strict=True)) if _differ(pair[0].inputs, pair[1].inputs)]
         if len(both[0]) == 2 and len(moved) != 1:
             raise UsageError(f"unknown guidance: the prompt is read by {len(moved)} of 2 predictions; expected one")
@@ -108,8 +110,8 @@ class Captured:
 
     def own(self, run: Recording, step: int = 0) -> Group:
         """Return the group of a step that reads the prompt."""
-        groups = self.groups(run.steps[step])
-        return groups[self.conditional if len(groups) == 2 else 0]
+        groups, index = self.groups(run.steps[step]), self.conditional
+        return groups[index if len(groups) == 2 else 0]
 
     def negative(self, run: Recording, step: int = 0) -> Group:
         return self.groups(run.steps[step])[1 - self.conditional]
@@ -118,12 +120,9 @@ class Captured:
     def sorted(self) -> Sorted:
         """Sort arguments by what moves them: a step, a prompt, the weight of guidance, or nothing."""
         first, runs = self.own(self.runs.first), self.runs
-        for run in runs.recordings:
-            self._require_nesting(run)
         states, times, conditions, weights = [], [], [], []
         for name, value in first.inputs.items():
             after, other = self.own(runs.first, 1).inputs[name], self.own(runs.prompt).inputs[name]
-            self._require_sizes(name, value, other)
             if not _equal(value, after):
                 self._require_moving_tensor(name, value)
                 (times if value.numel() == 1 else states).append(name)
@@ -146,24 +145,18 @@ class Captured:
             raise UsageError(f"{', '.join(states if len(states) > 1 else weights)}: expected one argument of this role")
         return Sorted(states[0], tuple(times), tuple(conditions), weights[0] if weights else "")
 
-    def _require_nesting(self, run: Recording) -> None:
-        names = [[set(call.inputs) for call in step.calls] for step in (self.runs.first.steps[0], run.steps[0])]
-        for call in (names[0] + names[1])[1:]:
-            if lacking := sorted(call ^ names[0][0]):
-                raise UsageError(f"{lacking[0]}: an argument of some calls only; a data-dependent length? refused")
-
-    def _require_sizes(self, name: str, value: Any, other: Any) -> None:
-        """Refuse what has another shape for another prompt."""
-        shapes = [tuple(each.shape) if isinstance(each, Tensor) else each for each in (value, other)]
-        if self.guided:
-            negative = self.negative(self.runs.first).inputs[name]
-            shapes.append(tuple(negative.shape) if isinstance(negative, Tensor) else negative)
-        for shape in shapes[1:]:
-            if not isinstance(value, Tensor) and not _equal(value, shape):
-                raise UsageError(f"{name} is {value!r} for one prompt and {shape!r} for another: refused")
-            if isinstance(value, Tensor) and shape != shapes[0]:
-                what = f"{name} has the shape {[*shapes[0]]} for one prompt and {[*shape]} for another"
+    def _require_sizes(self, one: Group, other: Group) -> None:
+        """Refuse what has another shape, or another value of Python, for another prompt."""
+        for name, value in one.inputs.items():
+            if name not in other.inputs:
+                raise UsageError(f"{name}: an argument of some calls only: refused")
+            second = other.inputs[name]
+            shapes = [[*each.shape] if isinstance(each, Tensor) else each for each in (value, second)]
+            if isinstance(value, Tensor) and isinstance(second, Tensor) and shapes[0] != shapes[1]:
+                what = f"{name} has the shape {shapes[0]} for one prompt and {shapes[1]} for another"
                 raise UsageError(f"{what}: a data-dependent length, which no port has: refused")
+            if not (isinstance(value, Tensor) and isinstance(second, Tensor)) and not _equal(value, second):
+                raise UsageError(f"{name} is {shapes[0]!r} for one prompt and {shapes[1]!r} for another: refused")
 
     def _require_moving_tensor(self, name: str, value: Any) -> None:
         if not isinstance(value, Tensor):
