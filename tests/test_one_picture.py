@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,6 +83,16 @@ def test_threads(bundle, backend, precision) -> None:
         with Pipeline.load(folder, threads=threads) as pipe:
             drawn.append(draw(pipe))
     assert same(*drawn)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux says which cores a thread may use")
+def test_no_thread_is_tied_to_a_core(bundle) -> None:
+    before = {*Path("/proc/self/task").iterdir()}
+    with Pipeline.load(bundle("openvino", "int8"), threads=2) as pipe:
+        draw(pipe)
+        threads = {*Path("/proc/self/task").iterdir()} - before
+        cores = {frozenset(os.sched_getaffinity(int(thread.name))) for thread in threads}
+        assert cores == {frozenset(os.sched_getaffinity(0))}
 
 
 @cases

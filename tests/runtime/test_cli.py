@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit_runtime import Request
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.summary import summary
 from dit_runtime.cli import main
@@ -52,6 +53,26 @@ def test_labels_and_the_rest_of_the_condition(opened, handmade, folder) -> None:
     assert sample(handmade("video"), "--labels", "0", "2", "--condition", "rate=rate.npy") == 0
     expected = opened("video").sample([0, 2], condition={"rate": np.array([0.5, 2])}, steps=3, output="latents")
     np.testing.assert_array_equal(np.load("x.npy"), expected)
+
+
+def test_policies_and_caches(opened, handmade, folder, capsys) -> None:
+    """Flags are fields of a request; the JSON says what the network evaluated for each sample."""
+    interval = ["--guidance-interval", "0", "0.8", "--guidance-policy", "apg", "eta=0.5", "--steps", "9"]
+    cache = ["--cache", "taylorseer", "--cache-interval", "3", "--max-order", "0", "--disable-cache-before-step", "1"]
+    cache += ["--disable-cache-after-step", "-2"]
+    fields = {"steps": 9, "guidance_interval": (0, 0.8), "guidance_policy": "apg eta=0.5", "output": "latents"}
+    chosen = {"cache_interval": 3, "max_order": 0, "disable_cache_before_step": 1, "disable_cache_after_step": -2}
+    pipe = opened("labels")
+    for flags, request in ((interval, fields), (interval + cache, fields | chosen | {"cache": "taylorseer"})):
+        assert sample(handmade("labels"), "--labels", "1", "3", "--json", *flags) == 0
+        run = pipe.run(Request([1, 3], **request))
+        np.testing.assert_array_equal(np.load("x.npy"), run.result())
+        assert json.loads(capsys.readouterr().out)["rows"] == run.rows
+    plain = pipe.run(Request([1, 3], steps=9, output="latents"))
+    assert not np.array_equal(plain.result(), np.load("x.npy")) and run.rows < 12 < plain.planned_rows == 18
+    flags = ["--cache", "easycache", "--cache-threshold", "0.5", "--disable-cache-before-step", "2", "--steps", "9"]
+    assert sample(handmade("labels"), "--labels", "1", "--json", *flags) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] < 18
 
 
 @pytest.mark.parametrize(

@@ -201,9 +201,9 @@ def stacks(monkeypatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     call = StepInputs.__call__
 
-    def counted(self, step, samples):
+    def counted(self, step, samples, groups):
         before = self._held[1]
-        values = call(self, step, samples)
+        values = call(self, step, samples, groups)
         if self._held[1] is not before:
             found.append((step, samples.start))
         return values
@@ -219,9 +219,9 @@ def test_a_run_that_fits_the_engine_stacks_once(opened, stacks, monkeypatch, gui
     assert stacks == [(0, 0)]
     call = StepInputs.__call__
 
-    def forgetful(self, step, samples):
+    def forgetful(self, step, samples, groups):
         self._held = None, {}
-        return call(self, step, samples)
+        return call(self, step, samples, groups)
 
     monkeypatch.setattr(StepInputs, "__call__", forgetful)
     np.testing.assert_array_equal(draw(pipe, 3, guidance=guidance), kept)

@@ -72,6 +72,8 @@ std::string OvDevice::float_type(const std::string& precision) const {
 OvGraph::OvGraph(const Path& path, const Stage& stage, const Options& options)
     : device(options), type(device.float_type(stage.precision)), path_(path) {
     settings_ = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
+    // A CPU's threads are not tied to cores: models that are open side by side may get the same one.
+    if (device.name == "CPU") settings_.insert(ov::hint::enable_cpu_pinning(false));
     if (options.threads) settings_.insert(ov::inference_num_threads(options.threads));
 }
 

@@ -17,10 +17,13 @@ from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
-from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
+from dit_runtime.files import read_array, read_condition
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from dit_runtime.request import Request
+from dit_runtime.sampling.caches import CACHES, SETTINGS
+from dit_runtime.sampling.guidance import POLICIES
 from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
 
@@ -77,10 +80,29 @@ def _parser() -> Parser:
     sample.add_argument(
         "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
     )
+    sample.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide the steps between these fractions of the time; others evaluate half the rows. Default: 0 1",
+    )
+    sample.add_argument(
+        "--guidance-policy",
+        nargs="+",
+        metavar=("NAME", "KEY=VALUE"),
+        help=f"{', '.join(POLICIES)}, with numbers that are not the defaults",
+    )
     sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
     sample.add_argument("--spacing", help=f"of the timesteps: {', '.join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))}")
+    sample.add_argument("--cache", help=f"of outputs: {', '.join(CACHES)}; default: none")
+    sample.add_argument("--cache-interval", type=int, metavar="N", help="taylorseer evaluates each step of N")
+    sample.add_argument("--max-order", type=int, metavar="N", help="of taylorseer, 0 to 2")
+    sample.add_argument("--disable-cache-before-step", type=int, metavar="STEP")
+    sample.add_argument("--disable-cache-after-step", type=int, metavar="STEP", help="below 0: from the end")
+    sample.add_argument("--cache-threshold", type=float, metavar="X", help="the error that easycache lets grow")
     sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
     sample.add_argument(
         "-o",
@@ -169,14 +191,14 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"output {options.output}: expected a name that ends in {known}, or a folder for PNGs")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
-    latents = _read_array(options.latents) if options.latents else None
+    latents = read_array(options.latents) if options.latents else None
     condition = read_condition(options.condition, "--condition")
     negative = read_condition(options.negative_condition, "--negative-condition")
     progress = Progress()
     with _load_bundle(options) as pipe:
         if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
             raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
-        result = pipe.sample(
+        request = Request(
             options.labels,
             condition=condition,
             negative=negative,
@@ -184,18 +206,25 @@ def _sample(options: argparse.Namespace) -> int:
             negative_prompt=options.negative,
             steps=options.steps,
             guidance=options.guidance[0] if options.guidance and len(options.guidance) == 1 else options.guidance,
+            guidance_interval=options.guidance_interval,
+            guidance_policy=options.guidance_policy and " ".join(options.guidance_policy),
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
             solver=options.solver,
             eta=options.eta,
             spacing=options.spacing,
+            cache=options.cache,
+            **{key: getattr(options, key) for key in SETTINGS},
             latents=latents,
             output="latents" if options.output.suffix == ".npy" else "images",
-            on_step=(lambda step, steps, _: progress.step(step, steps, "sample")) if progress.shown else None,
         )
+        run = pipe.run(request)
+        while run.step():
+            progress.step(run.done, run.steps, "sample")
+        result = run.result()
     progress.end()
     writers[options.output.suffix](options.output, result)
     if options.json:
-        print(json.dumps({"output": str(options.output), "shape": list(result.shape)}))
+        print(json.dumps({"output": str(options.output), "shape": list(result.shape), "rows": run.rows}))
     else:
         print(options.output)
     return 0
@@ -203,46 +232,6 @@ def _sample(options: argparse.Namespace) -> int:
 
 def _write_png(path: Path, pictures: np.ndarray) -> None:
     images.write_png(path, images.grid(pictures))
-
-
-def read_condition(values: Sequence[str], option: str) -> Condition | None:
-    """Return the arrays of NAME=FILE.npy …, or of one FILE.npz, by port; None where there are none."""
-    if not values:
-        return None
-    if len(values) == 1 and "=" not in values[0]:
-        arrays = _load(Path(values[0]), ".npz")
-        return {name: _numbers(array, f"{values[0]}: {name}") for name, array in arrays.items()}
-    condition: dict[str, np.ndarray] = {}
-    for value in values:
-        name, sign, file = value.partition("=")
-        if not (name and sign and file) or name in condition:
-            raise UsageError(f"{option} {value!r}; expected NAME=FILE.npy, each name once, or one FILE.npz")
-        condition[name] = _read_array(Path(file))
-    return condition
-
-
-def _read_array(path: Path) -> np.ndarray:
-    return _numbers(_load(path, ".npy"), str(path))
-
-
-def _load(path: Path, suffix: str) -> Any:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if suffix == ".npz":  # members are read, and may be damaged, when they are asked for
-            members = {name: loaded[name] for name in loaded.files}
-            loaded.close()
-            return members
-    except OSError:
-        raise
-    except Exception as error:  # what a damaged file raises shares no base class but this
-        raise UsageError(f"{path}: not a {suffix} file of numbers: {error}") from None
-    return loaded
-
-
-def _numbers(array: Any, what: str) -> np.ndarray:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise UsageError(f"{what}: not an array of numbers")
-    return array
 
 
 def _info(options: argparse.Namespace) -> int:

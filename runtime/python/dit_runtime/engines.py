@@ -17,9 +17,10 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.conditions.condition import Rows, group
-from dit_runtime.conditions.memo import Device, StepInputs
+from dit_runtime.conditions.memo import Compute, Device, StepInputs
 from dit_runtime.conditions.text import PromptMemo, Tokenizers
 from dit_runtime.errors import BundleError, EngineError, NotFinite, UsageError
+from dit_runtime.sampling.guidance import Groups
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -33,6 +34,7 @@ class Engines:
         self.folder, self.manifest, self.options = folder, contract, options
         self._opened = dict(opened)
         self._ahead: dict[str, Future[Engine]] = {}  # by stage, until it is first used
+        self.compute: Compute = self.run  # for the stages before the loop; a service shares what they give
         self.tokenizers = Tokenizers(folder, contract)
         self._prompts = PromptMemo(contract.prompt, self.run) if contract.prompt else None
         self.unchecked: set[str] = set()  # files whose sums are compared when they are opened
@@ -152,27 +154,37 @@ class Engines:
         return {port.name: rows[port.name] for port in self.manifest.conditions}
 
     def inputs(
-        self, timesteps: NDArray[Any], condition: Rows, negative: Rows | None, weights: NDArray[np.float32]
+        self,
+        timesteps: NDArray[Any],
+        condition: Rows,
+        negative: Rows | None,
+        weights: NDArray[np.float32],
+        host: bool = False,
     ) -> StepInputs:
-        """Return what the step stage reads at these timesteps, for samples with these conditions and weights."""
+        """Return what the step stage reads at these timesteps, for samples with these conditions and weights.
+
+        With `host` its arrays stay in the host's memory, whatever engine reads them.
+        """
         rows, groups = group(len(weights), condition, negative)
-        step, _ = self.residents()
+        step = None if host else self.residents()[0]
         device = None if step is None else Device(step.put, step.empty, self._joins)
         # In low memory a stage's outputs are made at once, so that its engine can be closed.
         whole = self.options.low_memory
-        return StepInputs(self.manifest, self.run, timesteps, rows, groups, weights, device=device, whole=whole)
+        return StepInputs(self.manifest, self.compute, timesteps, rows, groups, weights, device=device, whole=whole)
 
     def _joins(self, stage: Stage) -> bool:
         """Return whether a stage's engine can write where the step's engine reads."""
         return stage.backend == self.manifest.step.backend and isinstance(self.open(stage), Resident)
 
-    def denoise(self, state: NDArray[Any], inputs: StepInputs, step: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """[B, *state] -> guided prediction and, where it is learned, variance, [B, *state]."""
+    def denoise(
+        self, state: NDArray[Any], inputs: StepInputs, step: int, groups: Groups = Groups.BOTH
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """[B, *state] -> prediction, guided with both groups, and, where it is learned, variance, [B, *state]."""
         stage, parts = self.manifest.step, []
         for first in range(0, len(state), stage.max_batch):
             samples = slice(first, first + stage.max_batch)
             own = {self.manifest.state.name: state[samples].astype(np.float32)}
-            parts.append(self.run(stage, own | inputs(step, samples)))
+            parts.append(self.run(stage, own | inputs(step, samples, groups)))
         outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return outputs["prediction"], outputs.get("variance")
 

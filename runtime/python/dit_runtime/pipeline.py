@@ -62,9 +62,9 @@ class Pipeline:
             undo.pop_all()
         return pipe
 
-    def run(self, request: Request) -> Run:
-        """Start a trajectory, to be stepped by the caller."""
-        return Run(self.engines, request)
+    def run(self, request: Request, *, host: bool = False) -> Run:
+        """Start a trajectory, to be stepped by the caller; by a batcher, on the `host`."""
+        return Run(self.engines, request, host=host)
 
     def sample(
         self, labels: str | int | Sequence[str | int] = (), *, on_step: OnStep | None = None, **options: Any

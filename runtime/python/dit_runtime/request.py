@@ -14,8 +14,10 @@ from dit_runtime.conditions.condition import Condition, Rows, as_array, fit, nul
 from dit_runtime.conditions.labels import class_number
 from dit_runtime.conditions.text import Tokenizers, Words
 from dit_runtime.errors import UsageError
+from dit_runtime.sampling.caches import SETTINGS, Cache, make_cache
+from dit_runtime.sampling.guidance import Groups, Policy, make_policy, plan_guidance
 from dit_runtime.sampling.noise import Draw, draw
-from dit_runtime.sampling.solvers import Array, plan, solve
+from dit_runtime.sampling.solvers import EVALUATIONS, Array, plan, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
 
 OUTPUTS = ("images", "latents")
@@ -31,6 +33,9 @@ class Checked(NamedTuple):
     solver: str
     steps: int
     timesteps: Array  # one an evaluation of the network
+    groups: tuple[Groups | None, ...]  # of each evaluation; None where the prediction is 0
+    policy: Policy | None  # None: the network's own guidance
+    cache: Cache | None
     draw: Draw
     latents: NDArray[Any] | None  # the request's own
 
@@ -53,10 +58,19 @@ class Request:
     steps: int | None = None  # None: the bundle's
     # One for all, or one a sample; None: the bundle's. Networks without guidance ignore it.
     guidance: float | Sequence[float] | None = None
+    # Steps are guided between these fractions of the time's range: t of a noise process, σ of a flow. None: all steps.
+    guidance_interval: Sequence[float] | None = None
+    guidance_policy: str | None = None  # "NAME", or "NAME KEY=VALUE …"; None: the network's own guidance
     seed: int | Sequence[int] = 0  # one for all, or one a sample
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
     spacing: str | None = None
+    cache: str | None = None  # of outputs: taylorseer or easycache; its settings' defaults are in facts.json
+    cache_interval: int | None = None  # taylorseer computes each step of so many
+    max_order: int | None = None  # of taylorseer, 0 to 2
+    disable_cache_before_step: int | None = None
+    disable_cache_after_step: int | None = None  # below 0: from the end
+    cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
@@ -81,6 +95,7 @@ class Request:
             if self.negative or self.negative_prompt is not None:
                 raise UsageError(f"got a negative, but this bundle takes its guidance as {port}, and no negative")
         guided = is_guided(manifest, weights)
+        _require_mixing(manifest, guidance_interval=self.guidance_interval, guidance_policy=self.guidance_policy)
         negative = None
         if guided or self.negative or self.negative_prompt is not None:
             negative = self._negative(manifest, tokenizers)
@@ -96,8 +111,25 @@ class Request:
         if latents is not None and (latents.shape != shape or not np.isfinite(latents).all()):
             raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
         solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
-        away = negative if guided else None
-        return Checked(count, condition, away, weights, solver, steps, timesteps, stream, latents)
+        evaluations, words = EVALUATIONS[solver], self.guidance_policy
+        groups = plan_guidance(process, timesteps.tolist(), evaluations, guided, self.guidance_interval, words)
+        settings = {key: value for key in SETTINGS if (value := getattr(self, key)) is not None}
+        cache = make_cache(self.cache, settings, len(timesteps), evaluations)
+        away = negative if {Groups.BOTH, Groups.APART}.intersection(groups) else None
+        return Checked(
+            count,
+            condition,
+            away,
+            weights,
+            solver,
+            steps,
+            timesteps,
+            groups,
+            make_policy(words),
+            cache,
+            stream,
+            latents,
+        )
 
     def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""
@@ -181,3 +213,12 @@ def _with_words(
 def is_guided(manifest: Manifest, weights: NDArray[np.float32]) -> bool:
     """Return whether the negative's rows are needed: not where they cannot change the result."""
     return manifest.mixes_guidance and bool((weights != 1).any())
+
+
+def _require_mixing(manifest: Manifest, **fields: Any) -> None:
+    """Refuse policies where the step stage has no two predictions to mix."""
+    for name, value in fields.items():
+        if value is not None and not manifest.mixes_guidance:
+            port = manifest.guidance.port
+            why = f"takes its guidance as {port}" if port else "has no guidance"
+            raise UsageError(f"{name} is {value!r}, but this bundle {why}; leave it out")

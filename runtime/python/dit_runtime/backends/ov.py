@@ -5,6 +5,9 @@ of a step run at once, each on half of the threads; that takes less time than bo
 and a row's bits depend neither on its batch nor on what ran before. It is compiled when the stage is opened, and a
 second time when a call first has a single row, which gets all threads; each copy packs the weights. Stages before the
 loop keep their free dimension: their rows come out the same at any number of rows.
+
+Threads are not tied to cores: OpenVINO counts what each open model has taken, and gave all threads of a decoder, opened
+beside a step stage, the same core.
 """
 
 from __future__ import annotations
@@ -89,6 +92,7 @@ class OvEngine:
         self._core: Any = _openvino().Core()
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": HINTS[float_type(options.precision)],
         }
         if options.threads:

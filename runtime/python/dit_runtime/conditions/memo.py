@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dit_runtime.bundle.records import GUIDANCE, Manifest, Stage
 from dit_runtime.conditions.condition import Rows, unique_rows
 from dit_runtime.facts import CONSTANTS
+from dit_runtime.sampling.guidance import Groups
 
 BUDGET: int = CONSTANTS["memo_bytes"]  # of a memo; of XL/2's 783 kB a (timestep, label) that is 342
 Numbers = NDArray[np.int64]
@@ -187,21 +188,31 @@ class StepInputs:
         self._sources = {spec.name: sources[spec.name] for spec in manifest.step.grouped}
         self._groups, self._device = groups, device
         self._weights = {GUIDANCE: device.put(weights) if device else weights} if manifest.mixes_guidance else {}
-        self._conditions, self._count = conditions, count
+        self.conditions, self._count = conditions, count
         self._resident: dict[str, tuple[Any, Numbers]] = {}  # distinct rows on the device, and each row's number
-        self._held: tuple[slice | None, dict[str, Any]] = None, {}
+        self._held: tuple[tuple[slice, Groups] | None, dict[str, Any]] = None, {}
 
-    def __call__(self, step: int, samples: slice) -> dict[str, Any]:
-        """Return [G, B, *row] by name for some samples; guidance is [B].
+    def numbers(self, groups: Groups) -> Numbers:
+        """Return the numbers of condition rows that a step reads, (G, B)."""
+        if groups is Groups.OWN:
+            return self._groups[:1]
+        return self._groups.reshape(1, -1) if groups is Groups.APART else self._groups
+
+    def __call__(self, step: int, samples: slice, groups: Groups = Groups.BOTH) -> dict[str, Any]:
+        """Return [G, B, *row] by name for some samples of these groups; guidance is [B].
 
         What does not change with the step is held for the last samples only: of XL/2's captions it is 62 MB a sample. A
         run that fits the engine always asks for the same samples.
         """
-        time, rows = self._time_of_step[step], self._groups[:, samples]
-        if self._held[0] != samples:
+        time, rows = self._time_of_step[step], self.numbers(groups)[:, samples]
+        if self._held[0] != (samples, groups):
             self._held = None, {}  # before there are others
             held = {name: self._untimed(name, rows) for name, source in self._sources.items() if not source.timed}
-            self._held = samples, held | {name: weights[samples] for name, weights in self._weights.items()}
+            chosen: Any = samples
+            if groups is Groups.APART:  # a negative has its sample's weight
+                chosen = (np.arange(self._groups.size) % self._groups.shape[1])[samples]
+            weights = {name: values[chosen] for name, values in self._weights.items()}
+            self._held = (samples, groups), held | weights
         timed = {name: source.at(time, rows) for name, source in self._sources.items() if source.timed}
         return {**self._held[1], **timed}
 
@@ -211,8 +222,18 @@ class StepInputs:
         if self._device is None:
             return source.at(0, rows)
         if name not in self._resident:
-            first, number = unique_rows(self._conditions, source.ports, self._count)
+            first, number = unique_rows(self.conditions, source.ports, self._count)
             values = source.at(0, first)
             self._resident[name] = self._device.put(values) if isinstance(values, np.ndarray) else values, number
         values, number = self._resident[name]
         return values[number[rows]]
+
+
+def side_by_side(parts: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
+    """Join the step stage's inputs of several calls: [G, B, *row] by name, and guidance [B]."""
+    if len(parts) == 1:
+        return {name: np.asarray(values) for name, values in parts[0].items()}
+    return {
+        name: np.concatenate([np.asarray(part[name]) for part in parts], axis=0 if name == GUIDANCE else 1)
+        for name in parts[0]
+    }

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from dit_runtime import backends, images
 from dit_runtime.bundle.manifest import Manifest, Stage
-from dit_runtime.bundle.records import GUIDANCE
 from dit_runtime.conditions.condition import Rows
-from dit_runtime.conditions.memo import StepInputs
+from dit_runtime.conditions.memo import StepInputs, side_by_side
 from dit_runtime.engines import Engines
 from dit_runtime.errors import BundleError, EngineError
 from dit_runtime.pipeline import Pipeline
@@ -192,21 +191,13 @@ def _step_invariance(pipe: Pipeline, reference: Reference) -> Invariance:
         return engines.inputs(timesteps, own, away, reference.guidance[some])
 
     whole = inputs(times, slice(None))
-    mixed = _side_by_side([whole(step, slice(own, own + 1)) for step, (own, _) in enumerate(places)])
+    mixed = side_by_side([whole(step, slice(own, own + 1)) for step, (own, _) in enumerate(places)])
     alone = inputs(times[row : row + 1], slice(sample, sample + 1))(0, slice(0, 1))
     batch = engines.run(stage, {contract.state.name: states, **mixed})
     single = engines.run(stage, {contract.state.name: states[row : row + 1], **alone})
     difference = float(np.max([np.abs(batch[name][row] - single[name][0]).max() for name in single]))
     where = f"sample {sample} at t = {times[row]:g} in a batch of {len(places)}"
     return Invariance(stage.name, difference, _on_cpu(engines, stage), where)
-
-
-def _side_by_side(parts: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
-    """Join [G, 1, ...] of several rows to [G, B, ...]; guidance is [B]."""
-    return {
-        name: np.concatenate([np.asarray(part[name]) for part in parts], axis=0 if name == GUIDANCE else 1)
-        for name in parts[0]
-    }
 
 
 def _end_invariance(engines: Engines, stage: Stage, reference: Reference) -> Invariance:

@@ -1,0 +1,323 @@
+"""Step-level batching: requests that wait for the step stage share its next call.
+
+Requests may differ in step, number of steps, solver, guidance, condition and seed. Each gets the bits that it gets
+alone, because a bundle's engines are batch invariant; where they are not, a call has one request. One thread owns the
+engines. Between two calls requests join, leave, fail or are cancelled.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.conditions.memo import BUDGET, side_by_side
+from dit_runtime.errors import Stopped
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.request import Checked, Request
+from dit_runtime.sampling.guidance import Groups
+from dit_runtime.sampling.schedule import Level
+from dit_runtime.serve import preview
+from dit_runtime.serve.rows import knee, measure
+from dit_runtime.serve.scheduler import Costs, Scheduler
+from dit_runtime.serve.shared import SharedMemo
+from dit_runtime.serve.ticket import Busy, Closed, Late, Listener, Ticket
+
+Answer = tuple[NDArray[Any], NDArray[Any] | None]  # prediction, variance
+
+
+class Batcher:
+    """Draws requests of one open bundle; any thread may submit."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        *,
+        places: int | None = None,
+        memo_bytes: int = BUDGET,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Measure the step stage, and start the thread. `places` is the most samples that share a call; None: as
+        many as the measured times say.
+
+        From now on the pipeline belongs to the batcher, which closes it.
+        """
+        self.pipe, self._clock = pipe, clock
+        engines, contract = pipe.engines, pipe.manifest
+        self.curve = measure(engines)
+        self.memo = engines.compute = SharedMemo(engines.run, memo_bytes)
+        if places is None:
+            places = knee(self.curve) if contract.batch_invariant else 1
+        self.costs = Costs()
+        nearest = max(size for size in self.curve if size <= max(places, 1))
+        self.costs.update("row", self.curve[nearest] / nearest / (2 if contract.mixes_guidance else 1))
+        self._scheduler: Scheduler[Ticket] = Scheduler(places, self.costs)
+        self._undecoded: deque[Ticket] = deque()
+        self.counts: Counter[str] = Counter()  # calls, rows, drawn, refused, late, cancelled, failed
+        self.seconds = {"step": 0.0, "decode": 0.0}  # in calls
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._guarded_loop, name="batcher", daemon=True)
+        self._thread.start()
+
+    @property
+    def places(self) -> int:
+        return self._scheduler.places
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def queued(self) -> int:
+        """Return how many requests wait to be started."""
+        with self._wake:
+            return sum(not job.started for job in self._scheduler.jobs)
+
+    @property
+    def active(self) -> int:
+        """Return how many requests are under way."""
+        with self._wake:
+            return sum(job.started for job in self._scheduler.jobs) + len(self._undecoded)
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        deadline: float | None = None,
+        listener: Listener | None = None,
+        previews: int = 0,
+    ) -> Ticket:
+        """Check a request and put it in line; raise UsageError, or Busy where its `deadline`
+        in seconds is out of reach.
+
+        The listener gets so many `previews`, evenly spread over the steps.
+        """
+        now = self._clock()
+        checked = request.check(self.pipe.manifest, self.pipe.engines.tokenizers)
+        evaluations = len(checked.timesteps)
+        groups = 1 if checked.negative is None else 2
+        ticket = Ticket(
+            samples=checked.samples,
+            left=checked.samples * evaluations * groups,
+            kind=groups,
+            places=checked.samples,
+            arrived=now,
+            deadline=None if deadline is None else now + deadline,
+            request=request,
+            evaluations=evaluations,
+            rows=evaluations * groups,
+            listener=listener,
+            previews=self._previews(request, checked, previews),
+        )
+        with self._wake:
+            if self._closing:
+                raise Closed("this bundle takes no more requests")
+            if (late := self._scheduler.lateness(ticket)) > 0:
+                self.counts["refused"] += 1
+                raise Busy(late)
+            self._scheduler.push(ticket)
+            self._wake.notify()
+        return ticket
+
+    def _previews(self, request: Request, checked: Checked, count: int) -> Mapping[int, Level]:
+        if not count:
+            return {}
+        known = preview.levels(self.pipe.manifest.process, checked.solver, checked.steps, request.spacing)
+        return {evaluation: known[evaluation - 1] for evaluation in preview.spread(count, len(known))}
+
+    def close(self, drain: bool = True) -> None:
+        """Finish what is in line, or without `drain` stop it; then close the pipeline."""
+        with self._wake:
+            self._closing = True
+            for job in [] if drain else self._scheduler.jobs:
+                job.cancel()
+            self._wake.notify()
+        self._thread.join()
+        self.pipe.close()
+
+    def _guarded_loop(self) -> None:
+        """Leave nobody waiting where the loop itself breaks down."""
+        try:
+            self._loop()
+        except BaseException as error:
+            with self._wake:
+                self._closing = True
+            for ticket in [*self._scheduler.jobs, *self._undecoded]:
+                if not ticket.future.done():
+                    ticket.future.set_exception(error)
+            raise
+
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._scheduler.jobs or self._undecoded or self._closing):
+                    self._wake.wait()
+                if not (self._scheduler.jobs or self._undecoded):
+                    return
+                self._drop_out()
+                picked = self._scheduler.pick()
+                for ticket in picked:
+                    if not ticket.started:
+                        ticket.started, ticket.stats.queue = True, self._clock() - ticket.arrived
+            fresh = [ticket for ticket in picked if ticket.run is None]
+            for ticket in fresh:
+                self._start(ticket)
+            if fresh:  # their first call may be of another kind
+                continue
+            if picked:
+                self._step(picked)
+            self._decode()
+
+    def _drop_out(self) -> None:
+        """Let go of requests that were cancelled or whose deadline is over, those that wait for the decoder too."""
+        now = self._clock()
+        for ticket in [*self._scheduler.jobs, *self._undecoded]:
+            if ticket.cancelled:
+                self._fail(ticket, Stopped(f"stopped after step {ticket.done} of {ticket.evaluations}"), "cancelled")
+            elif ticket.deadline is not None and now > ticket.deadline:
+                self._fail(ticket, Late(f"not finished within {ticket.deadline - ticket.arrived:g} s"), "late")
+
+    def _fail(self, ticket: Ticket, error: Exception, count: str = "failed") -> None:
+        self._leave(ticket)
+        self.counts[count] += 1
+        ticket.run = ticket.ask = None
+        ticket.future.set_exception(error)
+
+    def _leave(self, ticket: Ticket) -> None:
+        with self._wake:
+            if ticket in self._undecoded:
+                self._undecoded.remove(ticket)
+                self._scheduler.undecoded -= ticket.samples
+            else:
+                self._scheduler.remove(ticket)
+
+    def _start(self, ticket: Ticket) -> None:
+        """Encode the prompts, and run the stages before the loop."""
+        began = self._clock()
+        try:
+            ticket.run = self.pipe.run(ticket.request, host=True)
+            self._advance(ticket, True)
+            if ticket.ask is not None:
+                ticket.ask.inputs(slice(0, ticket.places))
+            else:
+                self._finish(ticket)
+        except Exception as error:
+            self._fail(ticket, error)
+        spent = self._clock() - began
+        ticket.stats.conditions += spent
+        self.costs.update("start", spent)
+
+    def _step(self, tickets: Sequence[Ticket]) -> None:
+        began = self._clock()
+        try:
+            answers: Sequence[Answer | Exception] = self._evaluate(tickets)
+        except Exception as error:
+            # Each of them alone: then only those fail that the engine fails for.
+            answers = [error] if len(tickets) == 1 else [self._alone(ticket) for ticket in tickets]
+        spent = self._clock() - began
+        places = sum(ticket.places for ticket in tickets)
+        rows = sum(ticket.ask.numbers.size for ticket in tickets if ticket.ask)
+        if places >= self.places // 2:  # a small batch has a higher price that no full one pays
+            self.costs.update("row", spent / rows)
+        self.counts.update(calls=1, rows=rows, samples=places)
+        self.seconds["step"] += spent
+        for ticket, answer in zip(tickets, answers, strict=True):
+            ticket.stats.calls += 1
+            ticket.stats.batched += places
+            ticket.stats.steps += spent
+            try:
+                if isinstance(answer, Exception):
+                    raise answer
+                self._tell(ticket, answer)
+            except Exception as error:
+                self._fail(ticket, error)
+
+    def _alone(self, ticket: Ticket) -> Answer | Exception:
+        try:
+            return self._evaluate([ticket])[0]
+        except Exception as error:
+            return error
+
+    def _evaluate(self, tickets: Sequence[Ticket]) -> list[Answer]:
+        """Return each ticket's answer, from as few calls of the step stage as its largest batch allows."""
+        state = self.pipe.manifest.state.name
+        asks = [ticket.ask for ticket in tickets if ticket.ask]
+        inputs = side_by_side([ask.inputs(slice(0, len(ask.state))) for ask in asks])
+        inputs[state] = np.concatenate([ask.state for ask in asks]).astype(np.float32)
+        outputs = self._call(inputs, len(inputs[state]))
+        ends = np.cumsum([len(ask.state) for ask in asks])[:-1]
+        parts = {name: np.split(values, ends) for name, values in outputs.items()}
+        variances = parts.get("variance", [None] * len(asks))
+        return [*zip(parts["prediction"], variances, strict=True)]
+
+    def _call(self, inputs: Mapping[str, NDArray[Any]], places: int) -> Mapping[str, NDArray[Any]]:
+        """Run the step stage, on parts where one request has more samples than it takes."""
+        stage, parts = self.pipe.manifest.step, []
+        grouped = {spec.name for spec in stage.grouped}
+        for first in range(0, places, stage.max_batch):
+            some = slice(first, first + stage.max_batch)
+            part = {name: values[:, some] if name in grouped else values[some] for name, values in inputs.items()}
+            parts.append(self.pipe.engines.run(stage, part))
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+    def _tell(self, ticket: Ticket, answer: Answer) -> None:
+        """Let the run go its step; those that need no network are gone with it."""
+        run, ask = ticket.run, ticket.ask
+        assert run is not None and ask is not None
+        more = run.tell(*answer)
+        ticket.done = run.done
+        pictures = None
+        if ticket.done in ticket.previews and ask.groups is not Groups.APART:  # whose rows a policy mixes
+            pictures = preview.pictures(self.pipe, ticket.previews[ticket.done], ask.state, answer[0])
+        self._advance(ticket, more)
+        if ticket.listener:
+            ticket.listener(run.done, ticket.evaluations, pictures)
+        if ticket.ask is None:
+            self._finish(ticket)
+
+    def _finish(self, ticket: Ticket) -> None:
+        """Let a request leave the line for the decoder's."""
+        self._leave(ticket)
+        with self._wake:
+            self._undecoded.append(ticket)
+            self._scheduler.undecoded += ticket.samples
+
+    def _advance(self, ticket: Ticket, more: bool) -> None:
+        """Find what the next call of a run needs; go steps that need no network."""
+        run = ticket.run
+        assert run is not None
+        ticket.ask = None
+        while more and ticket.ask is None:
+            if ask := run.ask():
+                ticket.ask, ticket.kind, ticket.places = ask, len(ask.numbers), len(ask.state)
+            else:
+                more = run.tell()
+        planned = run.planned_rows or ticket.rows
+        ticket.left = ticket.samples * max(0, planned - run.rows)
+
+    def _decode(self) -> None:
+        """Decode the picture that has waited longest; where more wait than a call has samples, all but so many."""
+        for _ in range(max(1, len(self._undecoded) - self.places)):
+            if not self._undecoded:
+                return
+            ticket, began = self._undecoded[0], self._clock()
+            try:
+                assert ticket.run is not None
+                result = ticket.run.result()
+            except Exception as error:
+                self._fail(ticket, error)
+                continue
+            now = self._clock()
+            self._leave(ticket)
+            ticket.stats.decode, ticket.stats.total = now - began, now - ticket.arrived
+            self.costs.update("decode", ticket.stats.decode / ticket.samples)
+            self.seconds["decode"] += ticket.stats.decode
+            self.counts["drawn"] += ticket.samples
+            ticket.run = None
+            ticket.future.set_result(result)

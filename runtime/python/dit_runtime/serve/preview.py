@@ -1,0 +1,34 @@
+"""Pictures of a run that is under way: what the network predicts of the end, decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime import images
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.sampling.denoiser import estimate
+from dit_runtime.sampling.process import Process
+from dit_runtime.sampling.schedule import Level, make_schedule
+from dit_runtime.sampling.solvers import EVALUATIONS
+
+
+def levels(process: Process, solver: str, steps: int, spacing: str | None) -> list[Level]:
+    """Return the level at which each evaluation reads the state."""
+    schedule = make_schedule(process, solver, steps, spacing)
+    return [level for step in schedule for level in step[: EVALUATIONS[solver]]]
+
+
+def spread(count: int, evaluations: int) -> Collection[int]:
+    """Return after which evaluations `count` previews are drawn, evenly, none after the last."""
+    return {evaluations * (number + 1) // (count + 1) for number in range(count)} - {0, evaluations}
+
+
+def pictures(
+    pipe: Pipeline, level: Level, state: NDArray[np.float64], prediction: NDArray[np.float32]
+) -> images.Pictures:
+    """Return the decoded x₀ that follows from a prediction at this level."""
+    x0 = estimate(pipe.manifest.process.prediction, state, prediction, None, level).x0
+    return images.to_uint8(pipe.engines.decode(x0))

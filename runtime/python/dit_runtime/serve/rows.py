@@ -1,0 +1,54 @@
+"""How many samples one call of the step stage should have, from its measured time at each batch size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from dit_runtime.engines import Engines
+from dit_runtime.warming import made_up
+
+TOLERANCE = 0.1  # time a sample above the least: a larger batch must gain more to be worth its latency
+REPEATS, SECONDS = 5, 1.0  # of a batch size: the least of so many calls, or of those that fit
+
+
+def measure(engines: Engines, clock: Callable[[], float] = time.perf_counter) -> dict[int, float]:
+    """Return the seconds of a call of the step stage by its samples, guided where the stage mixes guidance.
+
+    Sizes double up to the stage's largest. They end where three sizes in a row have gained nothing, so that a network
+    whose curve is flat is not measured at its slowest sizes.
+    """
+    contract = engines.manifest
+    times = np.array([contract.process.train_steps / 2])
+    curve: dict[int, float] = {}
+    for size in sizes(contract.step.max_batch):
+        condition = made_up(contract, size)
+        if port := contract.guidance.port:
+            condition[port] = np.full((size, *contract.port(port).shape), contract.guidance.default, np.float32)
+        negative = {name: rows[:1] for name, rows in condition.items()} if contract.mixes_guidance else None
+        encoded = engines.encode(condition), negative and engines.encode(negative)
+        inputs = engines.inputs(times, *encoded, np.full(size, contract.guidance.default, np.float32))
+        state = np.zeros((size, *contract.state.shape), np.float32)
+        engines.denoise(state, inputs, 0)  # what is compiled or filled once
+        spent: list[float] = []
+        while len(spent) < REPEATS and (not spent or sum(spent) < SECONDS):
+            began = clock()
+            engines.denoise(state, inputs, 0)
+            spent.append(clock() - began)
+        curve[size] = min(spent)
+        if len(curve) > 2 and knee(curve) <= size // 4:
+            break
+    return curve
+
+
+def sizes(largest: int) -> list[int]:
+    """Return 1, 2, 4, … and the largest."""
+    return sorted({2**power for power in range(largest.bit_length())} | {largest})
+
+
+def knee(curve: Mapping[int, float]) -> int:
+    """Return the smallest batch size whose time a sample is within TOLERANCE of the least; 1 on a flat curve."""
+    least = min(seconds / size for size, seconds in curve.items())
+    return min(size for size, seconds in curve.items() if seconds / size <= (1 + TOLERANCE) * least)

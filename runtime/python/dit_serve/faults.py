@@ -1,0 +1,32 @@
+"""Answers that are errors, in the form that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class Fault(Exception):
+    """An error that the client gets to read; it repeats nothing of the request but names that are known here."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.headers = status, message, param, headers
+
+    @property
+    def body(self) -> dict[str, object]:
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -1,0 +1,198 @@
+"""The bundles that are served by name, and how one is swapped for another."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_runtime import verify
+from dit_runtime.bundle import manifest
+from dit_runtime.bundle.records import LABELS, Manifest
+from dit_runtime.conditions.labels import class_number
+from dit_runtime.errors import BundleError, EngineError, UsageError
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.request import Request
+from dit_runtime.serve.batcher import Batcher
+from dit_serve.body import Body
+from dit_serve.faults import Fault
+
+log = logging.getLogger("dit_serve")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How bundles are opened."""
+
+    threads: int | None = None
+    provider: str | None = None
+    places: int | None = None  # None: as many samples share a call as the measured times say
+    verify: bool = True
+    pins: Collection[str] = ()  # sha256 of the manifests that may be served; empty: of any
+
+
+@dataclass
+class Served:
+    """A bundle that is open."""
+
+    batcher: Batcher
+    sha256: str  # of its manifest, which has the sums of all other files
+    opened: float = field(default_factory=time.time)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.batcher.pipe.manifest
+
+
+class Model:
+    """A name that clients ask for, and the bundle that draws for it now."""
+
+    def __init__(self, name: str, folder: Path, opening: Opening) -> None:
+        self.name, self.folder, self._opening = name, folder, opening
+        self.swaps: Counter[str] = Counter()  # by result
+        self.refusal = ""  # why the last swap failed
+        self._swapping = threading.Lock()
+        self.served = open_bundle(folder, opening)
+
+    @property
+    def batcher(self) -> Batcher:
+        return self.served.batcher
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.served.manifest
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return the width and the height of its pictures."""
+        height, width = self.manifest.require_end().gives[0].shape[-2:]
+        return int(width), int(height)
+
+    def swap(self) -> bool:
+        """Serve the bundle that its folder holds now, if that is another one; return whether it is served.
+
+        It is opened and verified beside the old one, which goes on drawing. Then requests go to the new one, and the
+        old one finishes what it has. Where the new one is refused, the old one stays.
+        """
+        with self._swapping:
+            try:
+                if manifest.sha256(self.folder / manifest.NAME) == self.served.sha256:
+                    return True
+                fresh = open_bundle(self.folder, self._opening, verified=True)
+            except (UsageError, EngineError, OSError) as error:
+                self.refusal = " ".join(str(error).split())
+                self.swaps["refused"] += 1
+                log.error("swap refused", extra={"fields": {"model": self.name, "reason": self.refusal}})
+                return False
+            old, self.served, self.refusal = self.served, fresh, ""
+            self.swaps["swapped"] += 1
+            log.info("swapped", extra={"fields": {"model": self.name, "sha256": fresh.sha256}})
+            old.batcher.close()
+            return True
+
+    def requests(self, body: Body) -> list[Request]:
+        """Return a request for each image; raise Fault(400) where the bundle does not take what the body has."""
+        contract = self.manifest
+        width, height = self.size
+        if body.size not in (None, "auto", f"{width}x{height}"):
+            raise Fault(400, f"size must be {width}x{height}, or auto, for the model {self.name}", "size")
+        fields: dict[str, Any] = {
+            "steps": body.num_inference_steps,
+            "guidance": body.guidance_scale,
+            "solver": body.solver,
+        }
+        if body.preset is not None:
+            fields["preset"] = body.preset
+        if body.negative_prompt is not None and not contract.prompts:
+            raise Fault(400, f"the model {self.name} takes no negative_prompt", "negative_prompt")
+        if contract.prompts:
+            fields |= {"prompt": body.prompt, "negative_prompt": body.negative_prompt}
+        elif contract.classes:
+            try:
+                fields["labels"] = class_number(body.prompt.strip(), contract.labels, contract.classes)
+            except UsageError as error:
+                raise Fault(400, str(error), "prompt") from None
+        return [Request(seed=seed, **fields) for seed in body.seeds]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model as `/v1/models` lists it: OpenAI's fields, then what the bundle takes."""
+        contract, (width, height) = self.manifest, self.size
+        sampler = contract.process.sampler
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": int(self.served.opened),
+            "owned_by": "dit-export",
+            "size": f"{width}x{height}",
+            "prompt": "words" if contract.prompts else "class" if contract.classes else "none",
+            "labels": list(contract.labels),
+            "classes": contract.classes,
+            "num_inference_steps": sampler.steps,
+            "guidance_scale": contract.guidance.default,
+            "solver": sampler.solver,
+            "batch_invariant": contract.batch_invariant,
+            "batch": self.batcher.places,
+            "sha256": self.served.sha256,
+        }
+
+
+def open_bundle(folder: Path, opening: Opening, verified: bool = False) -> Served:
+    """Open, verify and measure a bundle; raise UsageError or EngineError where it cannot be served.
+
+    The folder may be a link to the version that is to be served.
+    """
+    folder = folder.resolve()
+    digest = manifest.sha256(folder / manifest.NAME) if (folder / manifest.NAME).is_file() else ""
+    if opening.pins and digest not in opening.pins:
+        raise BundleError(f"{folder}: its manifest has the sha256 {digest or 'of no file'}, which no --pin names")
+    pipe = Pipeline.load(folder, threads=opening.threads, provider=opening.provider)
+    try:
+        require_servable(folder, pipe.manifest)
+        if manifest.sha256(folder / manifest.NAME) != digest:
+            raise BundleError(f"{folder}: its manifest changed while it was opened; try again")
+        if opening.verify or verified:
+            require_verified(pipe)
+        return Served(Batcher(pipe, places=opening.places), digest)
+    except BaseException:
+        pipe.close()
+        raise
+
+
+def require_servable(folder: Path, contract: Manifest) -> None:
+    """Refuse bundles whose requests a prompt cannot state, and those that draw no images."""
+    if len(contract.require_end().gives[0].shape) != 4:
+        raise BundleError(f"{folder}: this bundle draws videos, and dit-serve serves images")
+    beside = contract.ports_beside_prompts if contract.prompts else contract.conditions
+    taken = {contract.guidance.port} | ({LABELS} if contract.classes else set())
+    if others := [port.name for port in beside if port.name not in taken]:
+        raise BundleError(f"{folder}: this bundle takes arrays ({', '.join(others)}), and a prompt does not give them")
+
+
+def require_verified(pipe: Pipeline) -> None:
+    """Replay PyTorch's reference on this device; refuse a bundle that does not draw the same."""
+    failed = [figure for figure in verify.verify(pipe) if not figure.passed]
+    if failed:
+        first = failed[0]
+        where = f" ({first.where})" if first.where else ""
+        raise BundleError(
+            f"{pipe.folder}: verification failed: {first.stage}: {first.metric} is {first.value:.4g}{where}"
+        )
+
+
+def open_models(named: Mapping[str, Path], opening: Opening, say: Callable[[str], object]) -> dict[str, Model]:
+    """Open all bundles, or none."""
+    models: dict[str, Model] = {}
+    try:
+        for name, folder in named.items():
+            models[name] = Model(name, folder, opening)
+            say(f"{name}: {folder}, {models[name].batcher.places} samples share a call")
+    except BaseException:
+        for model in models.values():
+            model.batcher.close(drain=False)
+        raise
+    return models
