@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from diffusers.utils import logging
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dit_export.checkpoints.diffusers import class_name
-from dit_export.checkpoints.families import parameter_names, read_index, read_module
-from dit_export.checkpoints.files import Renamed, first_line, sha256
+from dit_export.checkpoints.families import read_index, read_module
+from dit_export.checkpoints.files import first_line, sha256
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.checkpoints.text import quiet
 from dit_export.checkpoints.vae import read_vae
@@ -27,7 +26,6 @@ from dit_export.networks.caller import network
 from dit_export.networks.captured import CLOSE, WEIGHT, Captured, Runs, distance
 from dit_export.networks.codec import CODECS, make_decoder
 from dit_export.networks.diffusers import Recording, record
-from dit_export.networks.streaming import stream
 from dit_export.recipe import Recipe, latent_size
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import FACTS
@@ -68,10 +66,10 @@ def _silent() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def open_pipeline(folder: Path) -> tuple[Any, Mapping[str, Tensor], list[Path]]:
-    """Load a pipeline by diffusers' own classes, its transformer with weights that it reads where they are used.
+def open_pipeline(folder: Path) -> tuple[Any, list[Path]]:
+    """Load a pipeline by diffusers' own classes; return the files of its transformer's weights, too.
 
-    Nothing is fetched, and no code of the folder runs. Return the transformer's weights by name and their files, too.
+    Nothing is fetched, and no code of the folder runs.
     """
     place = folder / "transformer"
     for path in (folder / "model_index.json", place / "config.json"):
@@ -82,7 +80,8 @@ def open_pipeline(folder: Path) -> tuple[Any, Mapping[str, Tensor], list[Path]]:
         if not isinstance(getattr(diffusers, known, None), type):
             raise UsageError(f"{path}: diffusers {diffusers.__version__} has no class {known}")
     transformer, weights, files = read_module(place, name)
-    stream(transformer.eval().requires_grad_(False), weights)
+    transformer.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    transformer.eval().requires_grad_(False)
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(folder, transformer=transformer, **options)
@@ -91,13 +90,17 @@ def open_pipeline(folder: Path) -> tuple[Any, Mapping[str, Tensor], list[Path]]:
     if getattr(pipeline, "scheduler", None) is None:
         raise UsageError(f"{folder}: {type(pipeline).__name__} has no scheduler")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, weights, files
+    return pipeline, files
 
 
 def call_arguments(pipeline: Any, recipe: Recipe) -> dict[str, Any]:
     """Return what every run of the pipeline is called with; refuse a call that needs more than a prompt."""
     where, parameters = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    needed = [name for name, each in parameters.items() if each.default is each.empty and each.kind in NAMED and name != "prompt"]
+    needed = [
+        name
+        for name, each in parameters.items()
+        if each.default is each.empty and each.kind in NAMED and name != "prompt"
+    ]
     if needed or "prompt" not in parameters:
         raise UsageError(f"{where}: its call needs {', '.join(needed) or 'no prompt'}; expected a prompt alone")
     arguments: dict[str, Any] = {"output_type": "latent"}
@@ -135,7 +138,9 @@ def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
         except Exception as error:  # whatever a pipeline raises
             raise UsageError(f"{type(pipeline).__name__}: a run of it fails: {first_line(error)}") from error
         if len(recording.steps) != steps:
-            raise UsageError(f"{type(pipeline).__name__}: steps {len(recording.steps)} times where {steps} were asked for")
+            raise UsageError(
+                f"{type(pipeline).__name__}: steps {len(recording.steps)} times where {steps} were asked for"
+            )
         return recording
 
     pictures = {"output_type": "np"} if decode else {}
@@ -144,7 +149,7 @@ def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
         prompt=once(OTHER, [0], 2),
         seed=once(PROMPT, [1], 3),
         batch=once([PROMPT, OTHER], [0, 1], 2),
-        unguided=once(PROMPT, [0], 4, **{name: 1.0 for name in weights}),
+        unguided=once(PROMPT, [0], 4, **dict.fromkeys(weights, 1.0)),
         weight=guided,
     )
 
@@ -152,7 +157,7 @@ def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
 def read_pipeline(folder: Path, recipe: Recipe) -> Read:
     """Run a pipeline and return its transformer as a Network, with what else a build takes of it."""
     with _silent():
-        pipeline, weights, weight_files = open_pipeline(folder)
+        pipeline, weight_files = open_pipeline(folder)
         codec = type(getattr(pipeline, "vae", None)).__name__
         runs = run(pipeline, recipe, decode=codec in CODECS and not recipe.latents_only)
     captured = Captured(pipeline.transformer, runs)
@@ -161,12 +166,10 @@ def read_pipeline(folder: Path, recipe: Recipe) -> Read:
     process = replace(process, sampler=replace(process.sampler, steps=steps))
     made = network(captured, process, float(default_of(pipeline, WEIGHT) or 1.0))
     config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
-    model = {"name": type(pipeline.transformer).__name__, "pipeline": type(pipeline).__name__}
-    if recipe.resolution is not None:
-        model["resolution"] = recipe.resolution
-    if recipe.frames is not None:
-        model["frames"] = recipe.frames
-    files = {"sha256": sha256(weight_files)}
+    sizes = {"resolution": recipe.resolution, "frames": recipe.frames}
+    model: dict[str, Any] = {"name": type(pipeline.transformer).__name__, "pipeline": type(pipeline).__name__}
+    model |= {name: value for name, value in sizes.items() if value is not None}
+    files: dict[str, Any] = {"sha256": sha256(weight_files)}
     vae, note = None, f"{codec}: not a known VAE; the bundle ends at the latents"
     if recipe.latents_only:
         note = ""
@@ -178,8 +181,7 @@ def read_pipeline(folder: Path, recipe: Recipe) -> Read:
         except UsageError as error:
             note = f"{error}; the bundle ends at the latents"
     pixels = make_decoder(vae).pixels if vae is not None else made.pixels
-    names = {f"transformer.{name}": name for name in parameter_names(pipeline.transformer).values()}
-    made = replace(made, model=config | model, pixels=pixels, weights=Renamed(weights, names))
+    made = replace(made, model=config | model, pixels=pixels)
     return Read(made, process, vae, files, condition_arrays(captured), note)
 
 

@@ -43,7 +43,7 @@ class Caller(nn.Module):
         self.nesting = captured.runs.first.steps[0].calls[0].nesting
         self.rowed = captured.rowed
         self.values = dict(captured.own(captured.runs.first).inputs)  # of constants; of others, their type and rank
-        for number, (name, value) in enumerate(self.values.items()):
+        for number, value in enumerate(self.values.values()):
             if isinstance(value, Tensor):
                 value = value.float() if value.is_floating_point() else value
                 self.register_buffer(f"constant_{number}", value, persistent=False)

@@ -120,7 +120,10 @@ class Captured:
     def sorted(self) -> Sorted:
         """Sort arguments by what moves them: a step, a prompt, the weight of guidance, or nothing."""
         first, runs = self.own(self.runs.first), self.runs
-        states, times, conditions, weights = [], [], [], []
+        states: list[str] = []
+        times: list[str] = []
+        conditions: list[str] = []
+        weights: list[str] = []
         for name, value in first.inputs.items():
             after, other = self.own(runs.first, 1).inputs[name], self.own(runs.prompt).inputs[name]
             if not _equal(value, after):
@@ -217,9 +220,7 @@ class Captured:
     def _place(self, name: str) -> Indices | None:
         """Return where each element of an argument is in the scheduler's state; None where one is not there."""
         runs = self.runs.first, self.runs.seed
-        return locate(
-            _pair([self.own(run).inputs[name] for run in runs]), _pair([run.steps[0].sample for run in runs])
-        )
+        return locate(_pair([self.own(run).inputs[name] for run in runs]), _pair([run.steps[0].sample for run in runs]))
 
     @cached_property
     def state_view(self) -> Strides:
@@ -252,18 +253,14 @@ class Captured:
     def condition_ports(self) -> dict[str, Port]:
         """Return the condition ports by argument."""
         values = {name: self.own(self.runs.first).inputs[name] for name in self.sorted.conditions}
-        ports = {
-            name: Port(port_name(name), "condition", "float32", tuple(value.shape[1:])) for name, value in values.items()
-        }
+        ports = {}
         for name, value in values.items():
+            masks = ""
             both = torch.cat([value, self.own(self.runs.prompt).inputs[name]])
-            masked = [
-                port.name
-                for other, port in ports.items()
-                if value.ndim == 2 and len(port.shape) > 1 and port.shape[:1] == value.shape[1:]
-            ]
-            if ((both == 0) | (both == 1)).all() and len(masked) == 1:
-                ports[name] = Port(port_name(name), "condition", "float32", tuple(value.shape[1:]), masks=masked[0])
+            if value.ndim == 2 and ((both == 0) | (both == 1)).all():
+                masked = [key for key, each in values.items() if each.ndim > 2 and each.shape[1] == value.shape[1]]
+                masks = port_name(masked[0]) if len(masked) == 1 else ""
+            ports[name] = Port(port_name(name), "condition", "float32", tuple(value.shape[1:]), masks=masks)
         if self.sorted.weight:
             ports[self.sorted.weight] = Port(WEIGHT, "condition", "float32", ())
         return ports

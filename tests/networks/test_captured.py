@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -17,7 +15,7 @@ from dit_export.networks.strides import locate, strides
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
-from tests.networks.toy import CHANNELS, SIDE, TOKENS, WIDTH, ToyPipeline
+from tests.networks.toy import CHANNELS, SIDE, TOKENS, WIDTH, ToyPipeline, pack
 
 
 def capture(pipeline: ToyPipeline) -> tuple[Captured, Network]:
@@ -56,8 +54,7 @@ def test_what_is_repeated() -> None:
     _, made = capture(pipeline)
     x, caption, mask = torch.randn(3, *made.state.shape), torch.randn(3, TOKENS, WIDTH), torch.ones(3, TOKENS)
     got = made.module(x=x, t=torch.full((3,), 0.5), caption=caption, mask=mask)
-    packed = x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    output = pipeline.predict(packed, torch.tensor(500.0), caption, mask, 1.0, False)
+    output = pipeline.predict(pack(x), torch.tensor(500.0), caption, mask, 1.0, False)
     expected = output.unflatten(1, (2, 2)).unflatten(3, (CHANNELS, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -159,7 +156,7 @@ def test_a_call_that_needs_more() -> None:
 
 VIEWS = {
     "transposed": lambda x: x.flatten(2).transpose(1, 2),
-    "packed": lambda x: x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2),
+    "packed": pack,
     "the second half": lambda x: x.chunk(2, 1)[1],
     "a part of two axes": lambda x: x[:, 1:4, 2:],
     "every second one": lambda x: x[..., 1::2],

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 CHANNELS, SIDE, TOKENS, WIDTH, WEIGHT = 4, 4, 12, 8, 5.0
 
 
+def pack(x: Tensor) -> Tensor:
+    """Return (B, C, H, W) as (B, H W / 4, 4 C)."""
+    return x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
 class Toy(nn.Module):
     """Reads latents (B, C, H, W) or tokens (B, N, D), a time a row or a token, and a caption."""
 
@@ -52,7 +57,6 @@ class ToyPipeline:
     packed: bool = False  # 2 x 2 cells are a token
     lists: bool = False
     longest: bool = False  # captions have as many tokens as the prompt
-    extra: tuple[Any, ...] = ()
     scheduler: Any = field(default_factory=lambda: FlowMatchEulerDiscreteScheduler(shift=3.0))
 
     def __post_init__(self) -> None:
@@ -77,7 +81,7 @@ class ToyPipeline:
         generators = generator if isinstance(generator, list) else [generator]
         x = torch.cat([torch.randn((1, CHANNELS, SIDE, SIDE), generator=each) for each in generators])
         if self.packed:
-            x = x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+            x = pack(x)
         caption, mask = self.encode(prompts)
         guided = guidance_scale > 1 and self.guidance != "embedded"
         if guided:
@@ -109,8 +113,10 @@ class ToyPipeline:
             half = rows // 2
             outputs = []
             for part in (slice(half, rows), slice(half)):
-                cut = {key: value[part] if key in ("x", "caption", "mask", "t", "style") else value
-                       for key, value in inputs.items()}
+                cut = {
+                    key: value[part] if key in ("x", "caption", "mask", "t", "style") else value
+                    for key, value in inputs.items()
+                }
                 outputs.append(self.transformer(**cut)[0])
             own, away = outputs
         else:
