@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,9 @@ NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 SAME = 60.0  # dB between the pipeline's picture and the decoder's
 
 
+Examples = dict[str, dict[str, NDArray[np.float32]]]  # conditions by file and port, a row a prompt
+
+
 class Read(NamedTuple):
     """A pipeline as a build takes it."""
 
@@ -47,7 +51,7 @@ class Read(NamedTuple):
     process: Process
     vae: Any  # None: latents alone
     source: dict[str, Any]
-    examples: dict[str, dict[str, NDArray[np.float32]]]  # conditions of the recorded prompts, by file
+    examples: Examples
     note: str
 
 
@@ -123,35 +127,53 @@ def default_of(pipeline: Any, name: str) -> Any:
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
+def run_once(
+    pipeline: Any, recipe: Recipe, prompt: Any, seeds: Sequence[int] = (0,), steps: int = 2, **changes: Any
+) -> Recording:
+    """Run the pipeline for a few steps, with the weight of guidance of `guided_weight` unless `changes` has another."""
+    options = call_arguments(pipeline, recipe) | {"num_inference_steps": steps}
+    if default_of(pipeline, WEIGHT) is not None:
+        options[WEIGHT] = guided_weight(pipeline)
+    try:
+        recording = record(pipeline, seeds, prompt=prompt, **options | changes)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a pipeline raises
+        raise UsageError(f"{type(pipeline).__name__}: a run of it fails: {first_line(error)}") from error
+    if len(recording.steps) != steps:
+        where = f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
+        raise UsageError(f"{where}: {len(recording.steps)} steps where {steps} were asked for")
+    return recording
+
+
+def guided_weight(pipeline: Any) -> float:
+    """Return a weight of guidance above 1, the pipeline's own where it has one."""
+    weight = default_of(pipeline, WEIGHT)
+    return GUIDED if weight is None or weight <= 1 else float(weight)
+
+
 def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
     """Run the pipeline five times, two to four steps each."""
-    arguments, weight = call_arguments(pipeline, recipe), default_of(pipeline, WEIGHT)
-    guided = GUIDED if weight is None or weight <= 1 else float(weight)
-    weights = {} if weight is None else {WEIGHT: guided}
-
-    def once(prompt: Any, seeds: Sequence[int], steps: int, **changes: Any) -> Recording:
-        options = arguments | weights | {"num_inference_steps": steps} | changes
-        try:
-            recording = record(pipeline, seeds, prompt=prompt, **options)
-        except UsageError:
-            raise
-        except Exception as error:  # whatever a pipeline raises
-            raise UsageError(f"{type(pipeline).__name__}: a run of it fails: {first_line(error)}") from error
-        if len(recording.steps) != steps:
-            raise UsageError(
-                f"{type(pipeline).__name__}: steps {len(recording.steps)} times where {steps} were asked for"
-            )
-        return recording
-
-    pictures = {"output_type": "np"} if decode else {}
+    once = partial(run_once, pipeline, recipe)
+    pictures: dict[str, Any] = {"output_type": "np"} if decode else {}
+    unguided: dict[str, Any] = {} if default_of(pipeline, WEIGHT) is None else {WEIGHT: 1.0}
     return Runs(
-        first=once(PROMPT, [0], 2, **pictures),
-        prompt=once(OTHER, [0], 2),
-        seed=once(PROMPT, [1], 3),
-        batch=once([PROMPT, OTHER], [0, 1], 2),
-        unguided=once(PROMPT, [0], 4, **dict.fromkeys(weights, 1.0)),
-        weight=guided,
+        first=once(PROMPT, **pictures),
+        prompt=once(OTHER),
+        seed=once(PROMPT, seeds=[1], steps=3),
+        batch=once([PROMPT, OTHER], seeds=[0, 1]),
+        unguided=once(PROMPT, steps=4, **unguided),
+        weight=guided_weight(pipeline),
     )
+
+
+def record_conditions(folder: Path, recipe: Recipe, prompts: Sequence[str], negative: str = "") -> Examples:
+    """Return what a pipeline gives its transformer for prompts and a negative one, as `Loaded.examples` has it."""
+    with _silent():
+        pipeline, _ = open_pipeline(folder)
+        captured = Captured(pipeline.transformer, run(pipeline, recipe))
+        changes = {"negative_prompt": negative} if negative else {}
+        return condition_arrays(captured, [run_once(pipeline, recipe, prompt, **changes) for prompt in prompts])
 
 
 def read_pipeline(folder: Path, recipe: Recipe) -> Read:
@@ -199,12 +221,15 @@ def _read_decoder(folder: Path, captured: Captured) -> tuple[Any, list[Path]]:
     return vae, files
 
 
-def condition_arrays(captured: Captured) -> dict[str, dict[str, NDArray[np.float32]]]:
-    """Return the conditions of the recorded prompts by file and port, a row each, and the negative's, one row."""
-    runs, ports = captured.runs, captured.condition_ports()
-    groups = {"conditions": [captured.own(runs.first), captured.own(runs.prompt)]}
+def condition_arrays(captured: Captured, recordings: Sequence[Recording] = ()) -> Examples:
+    """Return the conditions of recorded prompts by file and port, a row each, and those of the first's negative.
+
+    Without recordings they are those of the captured runs.
+    """
+    recordings, ports = recordings or (captured.runs.first, captured.runs.prompt), captured.condition_ports()
+    groups = {"conditions": [captured.own(each) for each in recordings]}
     if captured.guided:
-        groups["negative"] = [captured.negative(runs.first)]
+        groups["negative"] = [captured.negative(recordings[0])]
     return {
         file: {
             port.name: torch.cat([row.inputs[argument] for row in rows]).float().numpy()

@@ -1,4 +1,4 @@
-"""`dit-export build --pipeline`: transformers without a family, and the same latents as a family's where there is one."""
+"""`dit-export build --pipeline`: transformers without a family, and the latents of a family where there is one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from dit_export.checkpoints.pipelines import read_pipeline
+from dit_export.cli import main as export
 from dit_export.recipe import Recipe
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
@@ -52,6 +53,22 @@ def test_what_its_manifest_says(case) -> None:
     assert contract.source["kind"] == "pipeline" and "sha256" in contract.source["vae"]
 
 
+def test_conditions_of_other_prompts(case, tmp_path, capsys) -> None:
+    """Recorded by the pipeline, they draw what it draws."""
+    file, words = tmp_path / "own.npz", "two dogs"
+    command = ["conditions", str(case.bundle), "--prompt", words, pipelines.PROMPT, "--negative", "blurry"]
+    assert export([*command, "-o", str(file)]) == 0
+    away = tmp_path / "own-negative.npz"
+    assert f"--condition {file} --negative-condition {away}" in capsys.readouterr().out
+    own, negative = (dict(np.load(path).items()) for path in (file, away))
+    options: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "output": "latents"}
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        got = pipe.sample(condition=own, negative=negative, seed=[SEED, SEED + 1], **options)
+    expected = case.theirs([words, pipelines.PROMPT], [SEED, SEED + 1], negative_prompt=["blurry"] * 2)
+    assert pipelines.distance(got, expected) >= tiny.SAME
+    assert pipelines.distance(case.ours(), expected[1:]) < tiny.ANOTHER  # with the empty negative, and another seed
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "encoder_hidden_states has the shape [1, 6, 64] for one prompt and [1, 43, 64] for another: a data-dependent": (
         pipelines.latte,
@@ -78,7 +95,7 @@ def test_code_in_a_folder_does_not_run(tmp_path) -> None:
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"_class_name": "MyTransformer"}))
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "MyPipeline"]}))
     (tmp_path / "pipeline.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MyPipeline: pass\n")
-    with pytest.raises(UsageError, match="has no class .*MyPipeline"):
+    with pytest.raises(UsageError, match=r"has no class .*MyPipeline"):
         read_pipeline(tmp_path, Recipe())
     assert not (tmp_path / "ran").exists()
 
