@@ -172,7 +172,7 @@ def record_conditions(folder: Path, recipe: Recipe, prompts: Sequence[str], nega
     with _silent():
         pipeline, _ = open_pipeline(folder)
         captured = Captured(pipeline.transformer, run(pipeline, recipe))
-        changes = {"negative_prompt": negative} if negative else {}
+        changes: dict[str, Any] = {"negative_prompt": negative} if negative else {}
         return condition_arrays(captured, [run_once(pipeline, recipe, prompt, **changes) for prompt in prompts])
 
 
