@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
@@ -89,6 +90,8 @@ def build(
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
         presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
+    if loaded.note:
+        progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
@@ -120,6 +123,8 @@ def build(
             sized = contract.at(name)
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
+        for name, arrays in loaded.examples.items():
+            np.savez(partial / f"{name}.npz", **arrays)
         manifest.write(partial, replace(_with_new_files(partial, contract), presets=presets))
         built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
     if calibration is not None and recipe.calibration is None:
