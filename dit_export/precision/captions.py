@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from dit_export.networks import Network, fixtures
 from dit_export.networks.text import PromptEncoder
 from dit_export.precision.prompts import Prompts
 from dit_export.verify.text import encode
 from dit_runtime.conditions.condition import Rows
-from dit_runtime.conditions.text import tokenize
 
 # Short and long, of all that people ask for: the encoders' outliers depend on the words and on how many there are.
 CAPTIONS = (
@@ -48,8 +46,7 @@ def embed(network: Network, text: PromptEncoder) -> Prompts:
 
 
 def _encode(text: PromptEncoder, words: Sequence[str], negative: bool) -> Rows:
-    opened = {prompt.ids: Tokenizer.from_str(text.tokenizers[prompt.tokenizer]) for prompt in text.prompts}
-    rows = tokenize(text.prompts, lambda prompt: opened[prompt.ids], words, negative, whole=False)
+    rows = fixtures.tokenize(text, words, negative)
     parts = [
         encode(text, {name: values[first : first + ROWS] for name, values in rows.items()})
         for first in range(0, len(words), ROWS)

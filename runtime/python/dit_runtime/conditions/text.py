@@ -26,11 +26,28 @@ class Tokenizers:
         self._opened: dict[str, Any] = {}  # by file
 
     def __call__(self, words: Words, negative: bool = False, whole: bool = True) -> Rows:
-        """Return the prompt stage's inputs, a row for each text; see `tokenize`."""
-        try:
-            return tokenize(self._contract.prompts, self._open, words, negative, whole)
-        except BundleError as error:
-            raise BundleError(f"{self._folder}: {error}") from None
+        """Return the prompt stage's inputs, a row for each text.
+
+        A tokenizer that takes less than the whole text cuts it, as diffusers' pipelines do. Where all would cut it,
+        it is refused, unless it need not be `whole`.
+        """
+        texts = as_texts(words, "negative prompt" if negative else "prompt")
+        prompts = self._contract.prompts
+        encoded = [self._open(prompt).encode_batch(templated(texts, prompt, negative)) for prompt in prompts]
+        for text, encodings in zip(texts, zip(*encoded, strict=True), strict=True):
+            if whole and all(encoding.overflowing for encoding in encodings):
+                pairs = zip(encodings, prompts, strict=True)
+                counts = ", ".join(f"{_count(encoding)} of at most {prompt.tokens}" for encoding, prompt in pairs)
+                raise UsageError(f"the prompt {text[:40]!r}… is too long: it has {counts} tokens; shorten it")
+        rows: Rows = {}
+        for prompt, encodings in zip(prompts, encoded, strict=True):
+            if wrong := {len(encoding.ids) for encoding in encodings} - {prompt.tokens}:
+                what = f"{prompt.tokenizer} gives {wrong.pop()} ids, expected {prompt.tokens}"
+                raise BundleError(f"{self._folder}: {what}; rebuild the bundle")
+            rows[prompt.ids] = np.array([encoding.ids for encoding in encodings], np.int64)
+            if prompt.mask:
+                rows[prompt.mask] = np.array([encoding.attention_mask for encoding in encodings], np.int64)
+        return rows
 
     def _open(self, prompt: Prompt) -> Any:
         file = prompt.tokenizer
@@ -44,35 +61,8 @@ class Tokenizers:
             try:
                 self._opened[file] = Tokenizer.from_file(str(manifest.inside(self._folder, file)))
             except Exception as error:  # the package raises no class of its own
-                raise BundleError(f"{file} is no tokenizer: {error}") from None
+                raise BundleError(f"{self._folder}: {file} is no tokenizer: {error}") from None
         return self._opened[file]
-
-
-def tokenize(
-    prompts: Sequence[Prompt], opened: Callable[[Prompt], Any], words: Words, negative: bool, whole: bool
-) -> Rows:
-    """Return ids and masks by name, a row for each text, by the tokenizer that is `opened` for each prompt.
-
-    A tokenizer that takes less than the whole text cuts it, as diffusers' pipelines do. Where all would cut it,
-    it is refused, unless it need not be `whole`.
-    """
-    texts = as_texts(words, "negative prompt" if negative else "prompt")
-    encoded = [opened(prompt).encode_batch(_templated(texts, prompt, negative)) for prompt in prompts]
-    for text, encodings in zip(texts, zip(*encoded, strict=True), strict=True):
-        if whole and all(encoding.overflowing for encoding in encodings):
-            pairs = zip(encodings, prompts, strict=True)
-            counts = ", ".join(f"{_count(encoding)} of at most {prompt.tokens}" for encoding, prompt in pairs)
-            raise UsageError(f"the prompt {text[:40]!r}… is too long: it has {counts} tokens; shorten it")
-    rows: Rows = {}
-    for prompt, encodings in zip(prompts, encoded, strict=True):
-        if wrong := {len(encoding.ids) for encoding in encodings} - {prompt.tokens}:
-            raise BundleError(
-                f"{prompt.tokenizer} gives {wrong.pop()} ids, expected {prompt.tokens}; rebuild the bundle"
-            )
-        rows[prompt.ids] = np.array([encoding.ids for encoding in encodings], np.int64)
-        if prompt.mask:
-            rows[prompt.mask] = np.array([encoding.attention_mask for encoding in encodings], np.int64)
-    return rows
 
 
 def as_texts(words: Words, what: str) -> list[str]:
@@ -90,7 +80,8 @@ def as_texts(words: Words, what: str) -> list[str]:
     return texts
 
 
-def _templated(texts: Sequence[str], prompt: Prompt, negative: bool) -> list[str]:
+def templated(texts: Sequence[str], prompt: Prompt, negative: bool = False) -> list[str]:
+    """Return the prompts as a tokenizer takes them."""
     template = (negative and prompt.negative) or prompt.template
     return [template.replace("{}", text.lower().strip() if prompt.lowercase else text) for text in texts]
 
