@@ -55,7 +55,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[export,onnxruntime,openvino,tensorrt-rtx,dev]"
+		--editable ".[export,onnxruntime,openvino,tensorrt-rtx,serve,dev]"
 	@touch $@
 
 demo: $(STAMP)

@@ -6,6 +6,7 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dit_runtime.backends import Tuning
 from dit_runtime.errors import UsageError, nearest
@@ -38,7 +39,8 @@ class Recipe(Tuning):
 
     model: str | None = None
     conditioning: str | None = None
-    resolution: int | str | None = None  # a side in pixels, or "512x256" for height x width
+    # A side in pixels, or "512x256" for height x width; a list: the sizes of one bundle, its default first.
+    resolution: Any = None
     frames: int | None = None  # of a video
     precision: str = "fp32"
     backend: str = "auto"
@@ -69,6 +71,7 @@ class Recipe(Tuning):
         known = [field.name for field in fields(cls)]
         kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
         kinds = {name: "list" if kind in ("list[str]", "tuple[str, ...]") else kind for name, kind in kinds.items()}
+        kinds["resolution"] = "int | str | list"
         names = [key.replace("-", "_") for key in table]
         for key, name in zip(table, names, strict=True):
             if name not in known:
@@ -78,6 +81,11 @@ class Recipe(Tuning):
             if kinds[name] == "list" and not all(isinstance(entry, str) for entry in table[key]):
                 raise UsageError(f"{path}: {key} is {table[key]!r}, expected strings")
         return cls(**dict(zip(names, table.values(), strict=True)))
+
+    @property
+    def sizes(self) -> list[int | str | None]:
+        """Return the resolution of each size of the bundle."""
+        return list(self.resolution) if isinstance(self.resolution, list | tuple) else [self.resolution]
 
     @property
     def tuning(self) -> Tuning:

@@ -7,6 +7,7 @@ timestep, and a condition `notes` of another width that enters by a cross-attent
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from dit_export.bundle.build import build
 from dit_export.checkpoints import Loaded
 from dit_export.cli import main
 from dit_export.networks import Network
+from dit_export.networks.text import PromptEncoder
 from dit_export.recipe import Recipe
-from dit_runtime import Pipeline
+from dit_runtime import Pipeline, UsageError
 from dit_runtime import cli as runtime
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
@@ -168,3 +170,11 @@ def compiled(bundle: Path, tmp_path: Path, backend: str) -> Path:
     folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     assert runtime.main(["compile", str(folder), "--backend", backend, "--threads", "1"]) == 0
     return folder
+
+
+def test_a_constant_in_the_place_of_a_negative_prompt(tmp_path) -> None:
+    text = PromptEncoder(nn.Identity(), (), ("style",), {})
+    guided = replace(network(), null={"style": 0.0})
+    loaded = Loaded(guided, None, (), Process(), {"kind": "python"}, text)
+    with pytest.raises(UsageError, match="null has a constant for style, which the text encoders give"):
+        build(Recipe(backend="onnxruntime", output=str(tmp_path / "x")), Progress(), loaded=loaded)

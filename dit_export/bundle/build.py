@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
+from dit_export.bundle.place import DiskFull, put_in_place, refuse_foreign, require_disk, workplace
+from dit_export.bundle.sizes import join, load_again, together
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.oracle import Oracle
@@ -28,13 +29,14 @@ from dit_export.recipe import PRECISIONS, Recipe, latent_size
 from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, compare, summary
 from dit_export.verify.metrics import PROOF, sentence
-from dit_export.verify.reference import make_reference, save_reference
+from dit_export.verify.reference import LEAST_STEPS, MAX_STEPS, make_reference, save_reference
 from dit_export.verify.text import save_prompts
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.records import size_name
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -50,7 +52,8 @@ def default_folder(loaded: Loaded, recipe: Recipe, backend: str) -> Path:
     name = str(model.get("name", "network")).replace("/", "-").lower()
     way = model.get("conditioning", ModelSpec.conditioning)
     way = "" if way == ModelSpec.conditioning else way
-    parts = ("dit", name, way, str(model.get("resolution", "")), recipe.prediction, recipe.precision, backend)
+    size = "+".join(map(str, recipe.sizes)) if recipe.sizes[1:] else str(model.get("resolution", ""))
+    parts = ("dit", name, way, size, recipe.prediction, recipe.precision, backend)
     return Path("engines/build") / "-".join(part for part in parts if part)
 
 
@@ -62,19 +65,25 @@ def build(
 ) -> Built:
     """Build and verify a bundle; `loaded` is a network of the caller's own instead of the recipe's checkpoint.
 
+    Several sizes are built one after the other; each has the calibration of the first, and keeps in float what those
+    before it do.
+
     An int8 or fp8 build whose gates fail keeps in float the fewest layers with which they pass, unless the recipe is
     strict. With `options` it also searches before. The manifest's recipe names what stays float.
     """
     _require_consistent(recipe)
+    if loaded is not None and recipe.sizes[1:]:
+        raise UsageError(f"resolution {recipe.resolution}; expected one, for this network is the caller's own")
     output = Path(recipe.output).expanduser() if recipe.output else None
     if output is not None:
-        _refuse_foreign(output)  # before the long work
+        refuse_foreign(output)  # before the long work
     backend = backends.choose(recipe.backend, recipe.precision)
     backends.require(backend, recipe.precision, recipe.tuning)
     if line := backends.note(backend, recipe.precision):
         progress.say(line)
     with progress.stage("weights"):
         loaded = loaded or load(recipe)
+        _require_one_negative(loaded)
         inputs = _read_inputs(recipe, loaded)
         if options is not None:
             options.check(backend, loaded.vae is not None)
@@ -84,34 +93,85 @@ def build(
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
-    with _workplace(folder) as work:
-        partial, plain = work / "bundle", work / "plain"
-        partial.mkdir()
-        copies = 4 if backends.typed(backend, recipe.precision) else 2
-        _require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
-        decoder = make_decoder(loaded.vae) if loaded.vae is not None else None
-        oracle = trace_graphs(plain, loaded, decoder, progress)
-        making = Making(Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs))
-        making.write()
-        _make_reference(making.assembly, oracle)
-        if options is not None:
-            making.search(lambda search, fixed: search.run(options, fixed))
-        built = making.verify()
-        if not built.passed and recipe.precision in backends.QUANTIZED:
-            built = _within_gates(making, built)
-        contract = making.contract
-        text = report.html(partial, report.page(folder.name, contract, built))
-        (partial / report.NAME).write_text(text, encoding="utf-8")
+    with workplace(folder) as work:
+        made = _make(
+            work / "first", loaded, replace(recipe, resolution=recipe.sizes[0]), backend, progress, inputs, options
+        )
+        calibration, sizes = made.calibration, {made.contract.size: made.built}
+        partial, contract, last = made.folder, made.contract, made.recipe
+        for size in recipe.sizes[1:]:
+            if not made.built.passed:
+                break
+            with progress.stage(f"weights, for {size}"):
+                loaded = load_again(recipe, size, loaded)
+            last = replace(last, resolution=size, judge=None)
+            again = Inputs(calibration) if calibration is not None else inputs
+            made = _make(work / "next", loaded, last, backend, progress, again, options, LEAST_STEPS)
+            last = made.recipe
+            if made.built.passed:
+                contract, sizes[made.contract.size] = join(partial, contract, made.folder, made.contract), made.built
+                shutil.rmtree(work / "next")
+            else:  # that one is what there is to look at
+                partial, contract, sizes = made.folder, made.contract, {made.contract.size: made.built}
+        if contract.sizes:
+            table = asdict(replace(last, resolution=recipe.resolution, judge=recipe.judge, timing_cache=None))
+            contract = replace(contract, source={**contract.source, "recipe": table})
         for name, arrays in loaded.examples.items():
             np.savez(partial / f"{name}.npz", **arrays)
-        files = {**contract.files, **manifest.describe_files(partial, skip=contract.files)}
-        invariant = batch_invariant(contract, built.checks)
-        manifest.write(partial, replace(contract, files=files, parity=summary(built), batch_invariant=invariant))
-        built = replace(built, folder=_put_in_place(partial, folder, built.passed))
-    calibration = making.assembly.measured.calibration
+        contract = _with_new_files(partial, contract)
+        for name, built in sizes.items():
+            sized = contract.at(name)
+            text = report.html(partial, report.page(folder.name, sized, built))
+            (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
+        manifest.write(partial, _with_new_files(partial, contract))
+        built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
     if calibration is not None and recipe.calibration is None:
         calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))
     return built
+
+
+class Made(NamedTuple):
+    """A verified bundle of one size."""
+
+    folder: Path
+    contract: Manifest
+    recipe: Recipe  # with the layers that stay float
+    built: Built
+    calibration: Calibration | None
+
+
+def _make(
+    work: Path,
+    loaded: Loaded,
+    recipe: Recipe,
+    backend: str,
+    progress: Progress,
+    inputs: Inputs,
+    options: SearchOptions | None,
+    steps: int = MAX_STEPS,
+) -> Made:
+    """Build and verify one size; its reference has at most so many steps."""
+    partial, plain = work / "bundle", work / "plain"
+    partial.mkdir(parents=True)
+    copies = 4 if backends.typed(backend, recipe.precision) else 2
+    require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
+    decoder = make_decoder(loaded.vae) if loaded.vae is not None else None
+    oracle = trace_graphs(plain, loaded, decoder, progress)
+    making = Making(Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs))
+    making.write()
+    _make_reference(making.assembly, oracle, steps)
+    if options is not None:
+        making.search(lambda search, fixed: search.run(options, fixed))
+    built = making.verify()
+    if not built.passed and recipe.precision in backends.QUANTIZED:
+        built = _within_gates(making, built)
+    invariant = batch_invariant(making.contract, built.checks)
+    contract = replace(making.contract, parity=summary(built), batch_invariant=invariant)
+    return Made(partial, contract, making.assembly.recipe, built, making.assembly.measured.calibration)
+
+
+def _with_new_files(folder: Path, contract: Manifest) -> Manifest:
+    return replace(contract, files={**contract.files, **manifest.describe_files(folder, skip=contract.files)})
 
 
 def _require_consistent(recipe: Recipe) -> None:
@@ -121,8 +181,11 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
     if recipe.caption_tokens is not None and recipe.caption_tokens < 1:
         raise UsageError(f"caption-tokens {recipe.caption_tokens}; expected at least 1")
-    if recipe.resolution is not None:
-        latent_size(recipe.resolution)
+    for size in recipe.sizes:
+        if size is not None:
+            latent_size(size)
+    if len({size_name(str(size)) for size in recipe.sizes}) < len(recipe.sizes) or not recipe.sizes:
+        raise UsageError(f"resolution {recipe.resolution}; expected one or more, each once")
     quantized_only = ("keep_float", "calibration", "conditions", "strict")
     for name in () if recipe.precision in backends.QUANTIZED else quantized_only:
         if value := getattr(recipe, name):
@@ -138,6 +201,13 @@ def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
         Calibration.load(Path(recipe.calibration).expanduser()) if recipe.calibration else None,
         prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None,
     )
+
+
+def _require_one_negative(loaded: Loaded) -> None:
+    """Refuse constants for ports that the text encoders fill: a negative prompt stands in their place."""
+    both = [name for name in loaded.network.null if loaded.text is not None and name in loaded.text.gives]
+    if both:
+        raise UsageError(f"null has a constant for {both[0]}, which the text encoders give: leave it out of null")
 
 
 def _require_judge(recipe: Recipe, loaded: Loaded) -> None:
@@ -165,10 +235,6 @@ def _with_judge(partial: Path, contract: Manifest, recipe: Recipe) -> Manifest:
     return replace(contract, built_with={**contract.built_with, "judge": names})
 
 
-class DiskFull(UsageError):
-    """A disk without room for what comes next."""
-
-
 @dataclass
 class Making:
     """A bundle that is written, compiled and verified, and written again where a search keeps layers in float."""
@@ -185,7 +251,7 @@ class Making:
     def search(self, look: Callable[[Search, Sequence[str]], Found]) -> Found:
         """Let `look` find what stays float, and write the bundle again with that."""
         first, folder = self.assembly, self.assembly.folder
-        _require_disk(folder, first.loaded, SEARCHED)
+        require_disk(folder, first.loaded, SEARCHED)
         self.assembly = first.once_more()
         smoothed, fixed = self.assembly.smoothed, first.recipe.keep_float or []
         assert smoothed is not None
@@ -221,7 +287,7 @@ class Making:
         return built
 
 
-def _make_reference(assembly: Assembly, oracle: Oracle) -> None:
+def _make_reference(assembly: Assembly, oracle: Oracle, steps: int = MAX_STEPS) -> None:
     """Write PyTorch's run, and what leads from the bundle back to PyTorch."""
     loaded, folder = assembly.loaded, assembly.folder
     (step,) = [graph for name, graph in assembly.graphs.items() if assembly.runs[name] == "step"]
@@ -236,6 +302,7 @@ def _make_reference(assembly: Assembly, oracle: Oracle) -> None:
             origins.packs,
             assembly.divisors,
             lambda done, steps: assembly.progress.step(done, steps, "reference"),
+            steps,
         )
         save_reference(folder, reference, origins.packs, assembly.divisors)
         if loaded.text is not None:
@@ -290,47 +357,3 @@ def _wider(backend: str, *failed: str) -> str:
     """Name the float precisions to build in, but those that `failed`."""
     names = [name for name in backends.backend(backend).PRECISIONS if name not in (*backends.QUANTIZED, *failed)]
     return f"try {' or '.join(f'--precision {name}' for name in names)}"
-
-
-def _require_disk(partial: Path, loaded: Loaded, copies: int) -> None:
-    """Refuse a disk without room for `copies` of the weights: two are the traced graph and the bundle's own.
-
-    A typed bundle has its fp32 form and its engine as well.
-    """
-    modules = [loaded.network.module] + ([loaded.vae.decoder] if loaded.vae is not None else [])
-    modules += [loaded.text.module] if loaded.text is not None else []
-    weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    needed, free = copies * weights + (64 << 20), shutil.disk_usage(partial).free
-    if free < needed:
-        raise DiskFull(f"{partial.parent}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for this build")
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not (folder / manifest.NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder}: exists and is no bundle; refusing to replace it: choose another -o")
-
-
-@contextmanager
-def _workplace(folder: Path) -> Iterator[Path]:
-    """Make a folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
-    _refuse_foreign(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-    work.mkdir()  # no pid in its name: a killed build's stays, and in containers pids return
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, folder: Path, passed: bool) -> Path:
-    """Rename the folder; a bundle that failed goes to FOLDER.failed, to be looked at, and replaces nothing."""
-    if not passed:
-        folder = folder.with_name(folder.name + ".failed")
-        _refuse_foreign(folder)
-    old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder

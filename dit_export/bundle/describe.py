@@ -14,6 +14,7 @@ from dit_export.graph import onnxfile
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.bundle.manifest import Guidance, Manifest, Stage, TensorSpec
+from dit_runtime.bundle.records import size_name
 
 # Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the decoder's activations for 512 px are
 # hundreds of MB, and a batch gains it nothing on a CPU. Videos are decoded alone: each has those of all its frames, and
@@ -67,6 +68,7 @@ def describe(
     }
     return Manifest(
         model=network.model,
+        size=size_name(network.model.get("resolution", "")),
         ports=network.ports,
         null=network.null,
         labels=loaded.labels,

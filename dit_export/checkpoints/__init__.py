@@ -21,7 +21,7 @@ from dit_export.checkpoints.synthetic import synthetic_dit, synthetic_vae
 from dit_export.checkpoints.vae import read_vae
 from dit_export.networks import Network
 from dit_export.networks import spec as specs
-from dit_export.networks.dit import DiT, dit_network
+from dit_export.networks.dit import DiT, dit_network, resized
 from dit_export.networks.families.family import Family
 from dit_export.networks.spec import ModelSpec
 from dit_export.networks.text import PromptEncoder
@@ -56,15 +56,20 @@ class Loaded:
     note: str = ""  # what a user should know of it
 
 
-def load(recipe: Recipe) -> Loaded:
-    """Read the recipe's checkpoint, or the public one of its model; make weights up where the recipe says so."""
+def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
+    """Read the recipe's checkpoint, or the public one of its model; make weights up where the recipe says so.
+
+    The network is for images of `size`, by default of the recipe's first resolution; its weights are the same at each.
+    """
+    first = replace(recipe, resolution=recipe.sizes[0])
+    recipe = first if size is None else replace(recipe, resolution=size)
     if recipe.latents_only and recipe.vae:
         raise UsageError(f"got both a VAE ({recipe.vae}) and --latents-only: pass one of them")
     if recipe.pipeline is not None:
         return load_pipeline(recipe)
     if recipe.synthetic is not None:
-        return load_synthetic(recipe)
-    checkpoint = recipe.checkpoint or public_checkpoint(recipe)
+        return load_synthetic(recipe, first.resolution)
+    checkpoint = recipe.checkpoint or public_checkpoint(first)
     parts = ["", "transformer/"] + ([] if recipe.latents_only or recipe.vae else ["vae/"])
     parts += [] if recipe.without_text_encoders else ["text_encoder*/", "tokenizer*/"]
     path = locate(checkpoint, tuple(parts), OTHERWISE)
@@ -85,6 +90,7 @@ def load_pipeline(recipe: Recipe) -> Loaded:
         if (value := getattr(recipe, name)) is not None:
             raise UsageError(f"got both a pipeline ({recipe.pipeline}) and {name} {value}: a pipeline has its own")
     path = Path(recipe.pipeline).expanduser()
+    refuse_lora(path, path / "transformer")
     read = read_pipeline(path, recipe)
     source = {"path": recipe.pipeline, "kind": "pipeline"} | read.source
     return Loaded(read.network, read.vae, (), read.process, source, examples=read.examples, note=read.note)
@@ -100,10 +106,7 @@ def load_file(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
 def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     """Read a folder that diffusers wrote; the VAE and the source are still to be filled in."""
     folder = transformer_folder(path)
-    for place in (path, folder):
-        if (place / LORA).exists():
-            how = "fuse it (`pipe.fuse_lora()`), save the pipeline and build that; or move the file away"
-            raise UsageError(f"{place / LORA}: a LoRA beside the weights, which do not hold it: {how}")
+    refuse_lora(path, folder)
     if class_name(folder) not in CLASSES:
         network, files, family, transformer = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
@@ -113,7 +116,7 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
             path,
             network.learned_variance,
             recipe.prediction,
-            family.scheduler,
+            family.scheduler(network.model),
             tokens=tokens,
             spacing=family.flow_spacing,
             mu=family.mu,
@@ -129,6 +132,13 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     loaded = class_conditional(model, process, recipe)
     labels = loaded.labels or pipeline_labels(path, model.spec.num_classes)
     return replace(loaded, labels=labels), files
+
+
+def refuse_lora(*places: Path) -> None:
+    for place in places:
+        if (place / LORA).exists():
+            how = "fuse it (`pipe.fuse_lora()`), save the pipeline and build that; or move the file away"
+            raise UsageError(f"{place / LORA}: a LoRA beside the weights, which do not hold it: {how}")
 
 
 def with_text(loaded: Loaded, path: Path, family: Family, transformer: nn.Module, recipe: Recipe) -> Loaded:
@@ -180,18 +190,21 @@ def load_source(contract: Manifest, folder: Path) -> Loaded:
     return loaded
 
 
-def load_synthetic(recipe: Recipe) -> Loaded:
+def load_synthetic(recipe: Recipe, made_for: Any) -> Loaded:
+    """Make up weights for images of the resolution `made_for`, and return them at the recipe's."""
     if recipe.checkpoint:
         raise UsageError(f"got both a checkpoint ({recipe.checkpoint}) and --synthetic: pass one of them")
     if recipe.model is None:
         raise UsageError(f"--synthetic needs a model; known: {', '.join(specs.MODELS)}")
     assert recipe.synthetic is not None
     process = read_process(None, prediction=recipe.prediction)
-    spec = specs.at_resolution(specs.model(recipe.model), recipe.resolution)
+    spec = specs.at_resolution(specs.model(recipe.model), made_for)
     if recipe.conditioning is not None:
         spec = specs.with_conditioning(spec, recipe.conditioning)
     spec = replace(spec, learned_variance=process.prediction != "velocity")
-    loaded = class_conditional(synthetic_dit(spec, recipe.synthetic, process.span), process, recipe)
+    model = synthetic_dit(spec, recipe.synthetic, process.span)
+    model = resized(model, specs.at_resolution(spec, recipe.resolution))
+    loaded = class_conditional(model, process, recipe)
     agree(loaded.network, recipe, "--synthetic")
     source: dict[str, Any] = {"kind": "synthetic", "seed": recipe.synthetic}
     if recipe.vae or recipe.latents_only:

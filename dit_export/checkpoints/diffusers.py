@@ -43,6 +43,7 @@ NUMBERS = (
     "patch_size",
     "num_embeds_ada_norm",
 )
+SCHEDULER = "scheduler/scheduler_config.json"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 RETIRED = {"QwenImageTransformer2DModel": ("pooled_projection_dim",)}  # fields of published configs that nothing reads
 # Read by no forward pass in fp32: dropout, norm_num_groups, upcast_attention. The rest: out_channels, norm_eps.
@@ -121,6 +122,12 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
     return keys.read(state, keys.DIFFUSERS, at_resolution(spec, resolution), str(folder)), files
 
 
+def read_scheduler(folder: Path) -> Any:
+    """Return the scheduler's config of a pipeline; None where it has none."""
+    path = folder / SCHEDULER
+    return read_json(path) if path.is_file() else None
+
+
 def read_process(
     folder: Path | None,
     learned_variance: bool = True,
@@ -132,11 +139,8 @@ def read_process(
 
     `flow` is what only a pipeline's code says of a flow: see `read_scheduler_config`.
     """
-    config = otherwise
-    if folder is not None:
-        path = folder / "scheduler" / "scheduler_config.json"
-        if path.is_file():
-            config = read_json(path)
-        elif (folder / "model_index.json").is_file():
-            raise UsageError(f"{path}: not there, and {folder} is a whole pipeline that needs it")
+    config = read_scheduler(folder) if folder is not None else None
+    if config is None and folder is not None and (folder / "model_index.json").is_file():
+        raise UsageError(f"{folder / SCHEDULER}: not there, and {folder} is a whole pipeline that needs it")
+    config = otherwise if config is None else config
     return read_scheduler_config(config, learned_variance=learned_variance, prediction=prediction, **flow)

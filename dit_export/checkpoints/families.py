@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_export.checkpoints.diffusers import CLASSES, build_module, read_config
+from dit_export.checkpoints.diffusers import CLASSES, build_module, read_config, read_scheduler
 from dit_export.checkpoints.files import Renamed, check, find_weights, open_weights, read_json
 from dit_export.networks import Network
 from dit_export.networks.families import FAMILIES, family_network
@@ -31,8 +31,8 @@ def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Fami
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     network = streamed(network, weights, names)
-    if read_index(folder.parent).get(family.distilled):
-        network = replace(network, guidance=1.0, model={**network.model, family.distilled: True})
+    if family.distilled(read_index(folder.parent), read_scheduler(folder.parent) or {}):
+        network = replace(network, guidance=1.0, model={**network.model, "distilled": True})
     return network, files, family, transformer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> 
             raise KeyError(text.prompts[0].tokenizer)
     except KeyError as error:
         raise UsageError(f"{folder}: {error.args[0]} is missing: {OTHERWISE}") from None
+    for entry in entries:
+        _require_embeddings(models, entry.tokenizer, folder)
     made = [_prompt(models[entry.tokenizer], entry, tokens, folder / entry.tokenizer) for entry in entries]
     prompts, tokenizers = tuple(prompt for prompt, _ in made), {prompt.tokenizer: content for prompt, content in made}
     files = {name: sha256(_files(folder / name)) for name in classes}
@@ -102,6 +104,15 @@ def _tokenizer(where: Path, kind: str) -> Any:
         return loader.from_pretrained(where, local_files_only=True)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise UsageError(f"{where}: {kind} refuses it: {first_line(error)}") from None
+
+
+def _require_embeddings(models: Mapping[str, Any], name: str, folder: Path) -> None:
+    """Refuse a tokenizer with ids that the encoder of the same number has no embedding for."""
+    encoder = models.get(name.replace("tokenizer", "text_encoder"))
+    last = max(models[name].get_vocab().values())
+    if encoder is not None and last >= (count := encoder.get_input_embeddings().num_embeddings):
+        what = f"its largest id is {last}, and its encoder embeds ids below {count}"
+        raise UsageError(f"{folder / name}: {what}: take the tokenizer of the encoder, or {OTHERWISE}")
 
 
 def _prompt(tokenizer: Any, entry: Tokens, tokens: int, where: Path) -> tuple[Prompt, str]:

@@ -18,8 +18,10 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint knows its own")
     parser.add_argument(
         "--resolution",
-        type=lambda text: int(text) if text.isdecimal() else text,
-        help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise",
+        action="extend",
+        type=lambda text: [int(size) if size.isdecimal() else size for size in text.split(",")],
+        help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise. More of them, with commas or "
+        "by more flags, are sizes of one bundle, its default first",
     )
     parser.add_argument("--frames", type=int, metavar="N", help="of a video; default: as the checkpoint's pipeline")
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
@@ -66,6 +68,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 def read_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe file's fields, overridden by the flags."""
     recipe, flags = Recipe(), {field.name: getattr(options, field.name) for field in fields(Recipe)}
+    if options.resolution and len(options.resolution) == 1:
+        flags["resolution"] = options.resolution[0]
     if options.model and options.model.endswith(".toml"):
         recipe, flags["model"] = Recipe.from_toml(Path(options.model)), None
     return replace(recipe, **{name: value for name, value in flags.items() if value is not None})

@@ -219,6 +219,12 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
+def resized(model: DiT, spec: ModelSpec) -> DiT:
+    """Turn a network into one of the same weights for images of another size."""
+    model.spec, model.positions = spec, position_table(spec.hidden, spec.grid, spec.position_span)
+    return model
+
+
 class Velocity(nn.Module):
     """dx/dσ = -v(x, 1 - σ): SiT's own time runs from noise at 0 to data at 1."""
 

@@ -128,6 +128,8 @@ def _by_parts(lanes: Lanes, readers: Collection[int]) -> list[Place]:
     """Return the places to divide; of channels that several tensors make, those that can be divided."""
     node = _maker(lanes.tensor)
     if node and node.op == "Concat" and _axis(node) in lanes.axes and _has_readers(lanes, readers):
+        if _repeats(node):
+            return []
         parts = [_places(part, {id(node)}) for part in _concatenated(lanes, node)]
         return [place for part in parts if part for place in part]
     return _places(lanes, readers) or []
@@ -198,15 +200,20 @@ def _all(found: Sequence[list[Place] | None]) -> list[Place] | None:
     return places if None not in found else None
 
 
+def _repeats(node: gs.Node) -> bool:
+    """Return whether a node reads one tensor twice, which would be divided twice."""
+    return len({id(tensor) for tensor in node.inputs}) < len(node.inputs)
+
+
 def _sum(lanes: Lanes, node: gs.Node) -> list[Place] | None:
-    if len({id(tensor) for tensor in node.inputs}) < len(node.inputs):
-        return None  # one tensor twice would be divided twice
+    if _repeats(node):
+        return None
     return _all([_operand(lanes, node, index) for index in range(len(node.inputs))])
 
 
 def _product(lanes: Lanes, node: gs.Node) -> list[Place] | None:
     """Divide a factor, the smaller one first: a vector, or the linear half of a gated unit."""
-    if node.inputs[0] is node.inputs[1]:
+    if _repeats(node):
         return None
     sizes = [np.prod([size for size in tensor.shape or () if isinstance(size, int)]) for tensor in node.inputs]
     found = (_operand(lanes, node, index) for index in np.argsort(sizes, kind="stable"))
@@ -269,6 +276,8 @@ def _pad(lanes: Lanes, node: gs.Node) -> list[Place] | None:
 
 
 def _concat(lanes: Lanes, node: gs.Node) -> list[Place] | None:
+    if _repeats(node):
+        return None
     if _axis(node) in lanes.axes:
         return _all([_places(part, {id(node)}) for part in _concatenated(lanes, node)])
     return _all([_places(lanes._replace(tensor=tensor), {id(node)}) for tensor in node.inputs])

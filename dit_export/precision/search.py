@@ -21,6 +21,7 @@ from dit_export.precision import attention
 from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.halving import fewest
 from dit_export.precision.layers import ATTENTION, everything, find, kind, named, tokens
+from dit_export.precision.portable import portable
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed
 from dit_export.verify.metrics import sentence
@@ -100,10 +101,6 @@ class Search:
         self._kind, self._form = contract.step.precision, contract.step.backend
         # Engines of other backends do not run where they are built; the portable graphs do.
         self._backend = self._form if self._form in backends.CPU else PORTABLE_BACKEND
-        stages = contract.stages
-        if self._form != self._backend:
-            stages = tuple(replace(stage, backend=self._backend, engines={}) for stage in stages)
-        self._contract = replace(contract, stages=stages)
         self._work = folder / "search"
         self._count = 0  # of the forms that were tried
         self._condition, self._null = fixtures.conditions(network, SAMPLES), fixtures.null(network)
@@ -111,6 +108,10 @@ class Search:
         in_int8 = self._form in attention.BACKENDS
         self.names = [name for name in everything(self.layers) if in_int8 or not name.endswith(ATTENTION)]
         with ExitStack() as stack:
+            self._contract = contract
+            if self._form != self._backend:
+                stages = tuple(stack.enter_context(portable(folder, stage)) for stage in contract.stages)
+                self._contract = replace(contract, stages=stages)
             self._work.mkdir()
             stack.callback(shutil.rmtree, self._work)
             onnxfile.save(smoothed.denoiser, self._work / self._contract.step.onnx)

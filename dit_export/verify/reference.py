@@ -44,13 +44,14 @@ def make_reference(
     packs: Sequence[Pack],
     divisors: Divisors,
     on_step: Callable[[int, int], None],
+    most: int = MAX_STEPS,
 ) -> Reference:
-    """Run the bundle's default solver with PyTorch as network and as source of noise.
+    """Run the bundle's default solver with PyTorch as network and as source of noise, for up to `most` evaluations.
 
     `packs` are the tensors that the step stage reads from other stages, in the order of its reads.
     """
     solver, shape = process.sampler.solver, network.state.shape
-    steps = step_count(shape, process, decoder.pixels if decoder is not None else 0)
+    steps = step_count(shape, process, decoder.pixels if decoder is not None else 0, most)
     timesteps = plan(process, solver, steps)
     evaluations = len(timesteps)
     condition, null = fixtures.conditions(network, len(SEEDS)), fixtures.null(network)
@@ -106,20 +107,20 @@ def make_reference(
     return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
 
 
-def step_count(shape: Sequence[int], process: Process, pixels: int) -> int:
+def step_count(shape: Sequence[int], process: Process, pixels: int, longest: int = MAX_STEPS) -> int:
     """Return as many steps as fit the size and the solver's spacing; `pixels` is the side of a cell in the images."""
     bytes_a_step = len(SEEDS) * math.prod(shape) * 4 * 5
     pictures = len(SEEDS) * 3 * pixels**2 * math.prod(shape[1:])
     solver = process.sampler.solver
     fit = (MAX_BYTES - pictures) // bytes_a_step - 1
-    most = min(MAX_STEPS, max(LEAST_STEPS, fit)) // EVALUATIONS[solver]
+    most = min(longest, max(LEAST_STEPS, fit)) // EVALUATIONS[solver]
     for steps in range(most, 0, -1):
         try:
             plan(process, solver, steps)
         except UsageError:
             continue
         return steps
-    raise UsageError(f"{solver} has no run of up to {MAX_STEPS} steps with this schedule")
+    raise UsageError(f"{solver} has no run of up to {longest} steps with this schedule")
 
 
 class Evaluation(NamedTuple):
@@ -221,7 +222,8 @@ def _narrowed(rows: NDArray[Any]) -> NDArray[Any]:
 
 
 def load_divisors(folder: Path, contract: Manifest, packs: Sequence[Pack]) -> Divisors:
-    manifest.check_files(folder, contract, [REFERENCE])
-    with np.load(manifest.inside(folder, REFERENCE), allow_pickle=False) as arrays:
+    name = contract.own(REFERENCE)
+    manifest.check_files(folder, contract, [name])
+    with np.load(manifest.inside(folder, name), allow_pickle=False) as arrays:
         stored = {pack: arrays[DIVISORS + pack.name] for pack in packs if DIVISORS + pack.name in arrays.files}
     return {pack.name: np.repeat(rows, pack.sizes, axis=0) for pack, rows in stored.items()}

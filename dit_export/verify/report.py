@@ -195,17 +195,18 @@ class Sensitivity(NamedTuple):
 
 def read_sensitivity(bundle: Path, contract: Manifest) -> list[Sensitivity]:
     """Return the layers of a searched build, the most sensitive first; none of another build."""
-    if SENSITIVITY not in contract.files:
+    name = contract.own(SENSITIVITY)
+    if name not in contract.files:
         return []
-    manifest.check_files(bundle, contract, [SENSITIVITY])
+    manifest.check_files(bundle, contract, [name])
     try:
-        table = json.loads(manifest.inside(bundle, SENSITIVITY).read_text(encoding="utf-8"))
+        table = json.loads(manifest.inside(bundle, name).read_text(encoding="utf-8"))
         layers = [
             Sensitivity(str(row["layer"]), float(row["error"]), bool(row["kept"]), str(row.get("why") or ""))
             for row in table
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{bundle}: {SENSITIVITY} cannot be read: {error}; rebuild the bundle") from None
+        raise BundleError(f"{bundle}: {name} cannot be read: {error}; rebuild the bundle") from None
     return sorted(layers, key=lambda layer: -layer.error)
 
 

@@ -20,7 +20,10 @@ TEXTS = ("a photo of a cat", "", "two red boats at sea, seen from a hill, in the
 
 
 def prompt_parity(pipe: Pipeline, text: PromptEncoder) -> Iterator[Figure]:
-    """Compare the stage at 1, 2 and 3 prompts of different lengths, then with the answer to another prompt."""
+    """Compare the stage at 1, 2 and 3 prompts of different lengths, and its answers with each other.
+
+    Captions of a few tokens have the same mask for all prompts; nothing is asked of such a mask.
+    """
     stage = pipe.manifest.prompt
     assert stage is not None
     limit = TOLERANCES[stage.precision].conditioner
@@ -30,11 +33,17 @@ def prompt_parity(pipe: Pipeline, text: PromptEncoder) -> Iterator[Figure]:
         for name, values in got.items():
             error, place = relative_error(values, expected[name]), f"batch {count}"
             yield Figure(stage.name, f"{name} at a batch, rel-L2", error, limit, where=place)
-    answers = (pipe.engines.run(stage, pipe.engines.tokenizers(words, whole=False)) for words in (TEXTS[0], TEXTS[2]))
-    first, other = answers
-    for name, values in first.items():
-        error = relative_error(other[name], values)
-        yield Figure(stage.name, f"{name} of another prompt, rel-L2", error, PROOF_LIMIT, at_least=True)
+    masks = {port.name for port in pipe.manifest.conditions if port.masks}
+    for name, values in got.items():
+        changes, expected_changes = (_changes(rows) for rows in (values, expected[name]))
+        if name not in masks or any(expected_changes):
+            metric = f"{name} of another prompt, rel-L2"
+            yield Figure(stage.name, metric, max(changes), PROOF_LIMIT, at_least=True)
+
+
+def _changes(rows: NDArray[np.float32]) -> list[float]:
+    """Return how far each further row is from the first."""
+    return [relative_error(row, rows[0]) for row in rows[1:]]
 
 
 def save_prompts(folder: Path, text: PromptEncoder) -> None:

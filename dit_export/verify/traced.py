@@ -51,10 +51,11 @@ def write(folder: Path, traced: Traced) -> None:
 
 
 def read(folder: Path, contract: Manifest) -> Traced:
-    manifest.check_files(folder, contract, [NAME])
+    name = contract.own(NAME)
+    manifest.check_files(folder, contract, [name])
     try:
-        table: Any = json.loads(manifest.inside(folder, NAME).read_text(encoding="utf-8"))
+        table: Any = json.loads(manifest.inside(folder, name).read_text(encoding="utf-8"))
         packs = [Pack(name, tuple(sizes), tuple(sizes.values())) for name, sizes in table["packs"].items()]
         return Traced(tuple(packs), {str(name): str(place) for name, place in table["places"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{folder}: {NAME} cannot be read: {error}; rebuild the bundle") from None
+        raise BundleError(f"{folder}: {name} cannot be read: {error}; rebuild the bundle") from None

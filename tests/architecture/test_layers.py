@@ -10,7 +10,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HOMES = {"dit_export": ROOT / "dit_export", "dit_runtime": ROOT / "runtime/python/dit_runtime"}
+RUNTIME = ROOT / "runtime/python"
+HOMES = {"dit_export": ROOT / "dit_export", **{name: RUNTIME / name for name in ("dit_runtime", "dit_serve")}}
 # What dit_runtime may name: NumPy always, an engine, the tokenizers or PyAV inside the function that opens them.
 ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "tokenizers", "av", "dit_runtime"}
 
@@ -95,6 +96,15 @@ def test_no_circle():
 
 def test_nothing_uphill():
     assert uphill(sources()) == []
+
+
+def test_the_server_is_a_leaf():
+    """It imports the runtime; the toolchain and the runtime do not import it, nor it the toolchain."""
+    for module, others in graph(sources()).items():
+        homes = {other.partition(".")[0] for other in others}
+        assert homes <= (
+            {"dit_serve", "dit_runtime"} if module.startswith("dit_serve") else {"dit_export", "dit_runtime"}
+        )
 
 
 def test_circles_and_climbs_are_seen():

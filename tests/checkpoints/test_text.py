@@ -147,6 +147,15 @@ def test_refused_in_one_line(folder) -> None:
     assert read(folder).text is not None
 
 
+def test_a_tokenizer_of_another_encoder(folder) -> None:
+    """Its ids would be out of the embedding's range, in the middle of the build."""
+    tokenizer = tiny.t5_tokenizer()
+    count = len(tokenizer)
+    tokenizer.add_tokens(["<sea>"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    refused(folder, f"tokenizer: its largest id is {count}, and its encoder embeds ids below {count}: take the")
+
+
 def refused(folder: Path, words: str) -> None:
     with pytest.raises(UsageError) as error:
         read(folder)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -167,6 +168,17 @@ def test_verify_asks_no_more_than_a_batch(request, dit_generate, tmp_path, kind)
     assert dit_generate(bundle, "--verify").returncode == 0
     bundle = changed(request.getfixturevalue(kind), tmp_path / "wrong", fix, max_batch=2)
     assert "the denoiser failed" in dit_generate(bundle, "--verify").stderr  # it is asked for what the manifest says
+
+
+@pytest.mark.parametrize("options", [["--help"], ["BUNDLE", "--verify"]])
+def test_nobody_reads_the_output(tiny, build, options):
+    """Quiet: a closed pipe ends the program, as it ends others."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [build / "programs/dit-generate", *(tiny if option == "BUNDLE" else option for option in options)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_goldens_are_what_python_computes_now():

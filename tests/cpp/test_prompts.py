@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dit_runtime import Pipeline
+from dit_runtime.cli import main
 from dit_runtime.conditions.condition import Condition
+from tests import tamper
 from tests.cpp.test_conditions import condition_flags
 from tests.cpp.test_same_pictures import ENGINES, load, same_latents, same_pictures
 from tests.handmade import module
@@ -116,6 +119,54 @@ def test_verify(request, dit_generate, kind, engine) -> None:
     done = dit_generate(request.getfixturevalue(kind), "--verify", "--backend", engine)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "verified", done.stdout + done.stderr
     assert dit_generate(request.getfixturevalue(kind), "--verify", "--low-memory").returncode == 0
+
+
+@pytest.mark.parametrize("program", ["dit-run", "dit-generate"])
+def test_verify_runs_the_encoders(prompted, dit_generate, tmp_path, capsys, program) -> None:
+    """Another weight of theirs fails by the name of its port; without the reference of prompts nothing is verified."""
+    bundle = Path(shutil.copytree(prompted, tmp_path / "bundle"))
+
+    def verified() -> tuple[int, str]:
+        if program == "dit-generate":
+            done = dit_generate(bundle, "--verify")
+            return done.returncode, done.stdout + done.stderr
+        code = main(["verify", str(bundle), "--threads", "1"])
+        return code, "".join(capsys.readouterr())
+
+    code, text = verified()
+    rows = [line.split() for line in text.splitlines() if " of ids, fingerprint" in line]
+    assert code == 0 and [row[1] for row in rows] == ["captions", "mask", "pooled"]
+    table = tamper.weight(bundle, "text", name="table_2")
+    table *= 2
+    table.flush()
+    tamper.seal(bundle)
+    code, text = verified()
+    failed = [line.split()[:2] for line in text.splitlines() if "FAILED" in line and "fingerprint" in line]
+    assert code == 1 and failed == [["text:", "pooled"]]
+    tamper.edit(bundle, lambda table: table["files"].pop("prompts.npz"))
+    code, text = verified()
+    assert code == 2 and "prompts.npz is not in the manifest, and nothing else checks the text stage" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("ids", None, "ids"),
+        ("ids", np.full((2, 5), 8), "ids holds other values than the integers from 0 to 7"),
+        ("fingerprint.mask", None, "fingerprint.mask"),
+        ("fingerprint.mask", np.ones((1, 4), np.float32), "fingerprint.mask"),
+    ],
+)
+def test_a_reference_of_prompts_that_does_not_fit(prompted, dit_generate, tmp_path, capsys, name, values, words):
+    bundle = Path(shutil.copytree(prompted, tmp_path / "bundle"))
+    arrays = dict(np.load(bundle / "prompts.npz"))
+    arrays |= {} if values is None else {name: values}
+    np.savez(bundle / "prompts.npz", **{key: array for key, array in arrays.items() if key != name or array is values})
+    tamper.seal(bundle)
+    done = dit_generate(bundle, "--verify")
+    assert main(["verify", str(bundle), "--threads", "1"]) == done.returncode == 2
+    for line in (done.stderr.splitlines()[-1], capsys.readouterr().err.strip()):
+        assert "prompts.npz" in line and words in line and line.endswith("rebuild the bundle"), line
 
 
 @pytest.mark.slow  # it builds the bundle

@@ -131,7 +131,7 @@ def test_a_wrapper_is_diffusers(lengths) -> None:
 def test_a_schedule_is_diffusers(side) -> None:
     """The pipeline shifts σ, and passes times as they were before."""
     tokens, scheduler = (side // 16) ** 2, FlowMatchEulerDiscreteScheduler(**SCHEDULE)
-    process = read_scheduler_config(COGVIEW4.scheduler, tokens=tokens, spacing=COGVIEW4.flow_spacing, mu=mu)
+    process = read_scheduler_config(COGVIEW4.scheduler({}), tokens=tokens, spacing=COGVIEW4.flow_spacing, mu=mu)
     for steps in (1, 4, 7, 50, 1000):
         times = np.linspace(1000, 1, steps).astype(np.int64).astype(np.float32)
         shift = calculate_shift(tokens, scheduler.config.base_image_seq_len, 0.25, 0.75)

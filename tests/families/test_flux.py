@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from dit_export.networks.families import family_network
+from dit_runtime import Pipeline, Request, verify
 from dit_runtime.bundle import manifest
+from dit_runtime.cli import main as run_command
 from dit_runtime.errors import UsageError
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
 JOINT, SINGLE, T5_TOKENS = 2, 1, 32
+WIDE, SQUARE = "64x96", "64"
 
 
 def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
@@ -32,8 +36,8 @@ def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
     )
 
 
-def make_case(pipeline: FluxPipeline, folder: Any, **fields: Any) -> tiny.Case:
-    bundle = tiny.build(pipeline, folder, caption_tokens=T5_TOKENS, resolution="64x96")
+def make_case(pipeline: FluxPipeline, folder: Any, resolution: Any = WIDE, **fields: Any) -> tiny.Case:
+    bundle = tiny.build(pipeline, folder, caption_tokens=T5_TOKENS, resolution=resolution)
     return tiny.Case(pipeline, bundle, {"height": 64, "width": 96, "max_sequence_length": T5_TOKENS}, **fields)
 
 
@@ -41,18 +45,29 @@ def make_case(pipeline: FluxPipeline, folder: Any, **fields: Any) -> tiny.Case:
 def case(tmp_path_factory, one_thread) -> tiny.Case:
     pipeline = make_pipeline(shift=3.0, use_dynamic_shifting=True)
     with one_thread():
-        return make_case(pipeline, tmp_path_factory.mktemp("flux"), negative=None)
+        return make_case(pipeline, tmp_path_factory.mktemp("flux"), [WIDE, 64], negative=None)
+
+
+@pytest.fixture(scope="module")
+def square(case) -> tiny.Case:
+    """The same bundle at its second size, at which shift and rotary tables are others."""
+    return replace(case, call={**case.call, "width": 64}, size=SQUARE)
 
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
-def test_openvino_draws_it(case, tmp_path) -> None:
-    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
-    expected = case.theirs()
-    assert min(tiny.distances(moved.ours(), expected)) >= tiny.SAME
-    assert max(tiny.distances(moved.ours(guidance=2 * tiny.GUIDANCE), expected)) < tiny.ANOTHER
+def test_another_size_is_diffusers(square) -> None:
+    tiny.accept(square)
+
+
+def test_openvino_draws_it(case, square, tmp_path) -> None:
+    folder = tiny.on_backend("openvino", case.bundle, tmp_path / "bundle")
+    for own in (case, square):
+        moved, expected = replace(own, bundle=folder), own.theirs()
+        assert min(tiny.distances(moved.ours(), expected)) >= tiny.SAME
+        assert max(tiny.distances(moved.ours(guidance=2 * tiny.GUIDANCE), expected)) < tiny.ANOTHER
 
 
 @pytest.mark.slow
@@ -113,3 +128,55 @@ def test_a_wrapper_is_diffusers(embedded) -> None:
     others = inputs(network, 3, seed=1)
     for port in network.ports:
         assert distance(run(network, values | {port.name: others[port.name]}), expected) > 0.01, port.name
+
+
+def test_what_both_have_in_common_stands_once(case) -> None:
+    contract = manifest.read(case.bundle)
+    assert contract.size_names == (WIDE, SQUARE)
+    other = contract.at(SQUARE)
+    same = {stage.name for stage in contract.stages} & {stage.name for stage in other.stages}
+    assert same == {"prompt", "context", "modulation", "conditioner"} & {stage.name for stage in contract.stages}
+    assert contract.process != other.process  # the shift counts the tokens
+    for own, first in ((other.step, contract.step), (other.end, contract.end)):
+        assert own.name == f"{first.name}-{SQUARE}" and f"{first.onnx}.data" in own.shared
+        sizes = [contract.files[f"{stage.onnx}.data"].size for stage in (own, first)]
+        assert sizes[0] < 0.1 * sizes[1], own.name
+
+
+def test_one_pipeline_draws_both(case, square) -> None:
+    """Engines that sizes share open once; low memory opens one at a time; noise has the size's shape."""
+    options = {"prompt": tiny.PROMPT, "steps": 2, "seed": 5, "guidance": 2.0}
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        first = pipe.sample(**options)
+        assert pipe.at(SQUARE).manifest.step.name not in pipe.engines.opened
+        second = pipe.sample(size=64, **options)
+        assert (first.shape, second.shape) == ((1, 64, 96, 3), (1, 64, 64, 3))
+        assert np.array_equal(pipe.at("64x64").sample(**options), second)
+        assert np.array_equal(pipe.sample(**options), first)
+        assert len({id(engine) for engine in pipe.engines.opened.values()}) == len(pipe.engines.opened)
+    with Pipeline.load(case.bundle, threads=1, size=SQUARE, low_memory=True) as pipe:
+        assert np.array_equal(pipe.sample(**options), second)
+        assert np.array_equal(pipe.sample(size=WIDE, **options), first) and len(pipe.engines.opened) == 1
+
+
+def test_a_size_that_is_not_there(case, capsys) -> None:
+    words = f"size 128 is not in this bundle; it has {WIDE}, {SQUARE}"
+    with pytest.raises(UsageError, match=words):
+        Request(size=128).check(manifest.read(case.bundle))
+    with pytest.raises(UsageError, match=words):
+        Pipeline.load(case.bundle, size="128x128")
+    assert run_command(["sample", str(case.bundle), "--prompt", "a cat", "--size", "128"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_each_size_is_verified(case, capsys) -> None:
+    """The figures of a size stand behind its name, and an error of one size's graph is that size's."""
+    assert run_command(["verify", str(case.bundle)]) == 0
+    assert f"{SQUARE}: denoiser-{SQUARE}: prediction, rel-L2" in capsys.readouterr().out
+    contract = manifest.read(case.bundle)
+    shifted = replace(contract.at(SQUARE), process=contract.process).at(WIDE)
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        pipe.engines.manifest = shifted
+        failed = [figure.name for figure in verify.verify(pipe) if not figure.passed]
+    assert failed and all(name.startswith(f"{SQUARE}: ") for name in failed)
+    assert [bool(figures) for figures in verify.by_size(contract, []).values()] == [False, False]

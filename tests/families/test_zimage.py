@@ -52,7 +52,7 @@ def make_pipeline() -> ZImagePipeline:
             block.attention.norm_k.weight *= 3  # attention that looks at few tokens, not at all equally
     return ZImagePipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=families.vae(),
         text_encoder=qwen3(tokenizer),
         tokenizer=tokenizer,
@@ -141,6 +141,16 @@ def test_in_int8(tmp_path, one_thread) -> None:
     expected = case.theirs()
     assert min(families.distances(case.ours(), expected)) >= 28  # measured 33.0
     assert max(families.distances(case.ours(seed=families.SEED + 9), expected)) < 20
+
+
+def test_the_schedule_tells_turbo_from_base(tmp_path) -> None:
+    tiny.z_image().save_pretrained(tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    for shift, guidance, steps in ((3.0, 1.0, 8), (6.0, 6.0, 50)):
+        FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(tmp_path / "scheduler")
+        loaded = load(Recipe(checkpoint=str(tmp_path), latents_only=True, resolution=64))
+        assert (loaded.network.guidance, loaded.process.sampler.steps) == (guidance, steps)
+        assert loaded.process.shift == shift
 
 
 def test_another_chat_template_is_refused(tmp_path) -> None:

@@ -128,9 +128,11 @@ def on_backend(backend: str, bundle: Path, folder: Path) -> Path:
     for file in bundle.iterdir():
         if file.is_file() and file.name != manifest.NAME:
             (folder / file.name).hardlink_to(file)
-    contract = manifest.read(bundle)
-    stages = tuple(replace(stage, backend=backend) for stage in contract.stages)
-    manifest.write(folder, replace(contract, stages=stages))
+    contract = first = manifest.read(bundle)
+    for size in first.each_size:
+        contract = contract.at(size.size)
+        contract = replace(contract, stages=tuple(replace(stage, backend=backend) for stage in contract.stages))
+    manifest.write(folder, contract.at(first.size))
     return folder
 
 
@@ -143,6 +145,7 @@ class Case:
     call: Mapping[str, Any] = field(default_factory=dict)  # what every call of the pipeline has: height, width, …
     weight: str = "guidance_scale"  # what the pipeline calls guidance
     negative: str | None = NEGATIVE  # None: the pipeline takes no negative prompt
+    size: str | None = None  # of a bundle with several
 
     def theirs(
         self, prompts: Sequence[str] = (PROMPT,), seed: int = SEED, guidance: float = GUIDANCE, steps: int = STEPS
@@ -168,7 +171,7 @@ class Case:
         """Return the bundle's pictures as `theirs`, before they are rounded to 8 bits."""
         seeds = [seed + number for number in range(len(prompts))]
         options = {"prompt": list(prompts), "negative_prompt": self.negative} | request
-        with Pipeline.load(self.bundle, threads=1) as pipe:
+        with Pipeline.load(self.bundle, threads=1, size=self.size) as pipe:
             options |= {"seed": seeds, "guidance": guidance, "steps": steps, "output": "latents"}
             return np.moveaxis(pipe.engines.decode(pipe.sample(**options)), 1, -1)
 

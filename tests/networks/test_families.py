@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,27 @@ def test_published_configs(tmp_path, make, published) -> None:
     rewrite(tmp_path / "config.json", only_cross_attention=True)
     with pytest.raises(UsageError, match="has no field only_cross_attention"):
         read_config(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "solver", "spacing", "shift", "steps"),
+    [
+        (tiny.sana, {}, "dpm++", "discrete", 3.0, 20),
+        (tiny.sana, {"guidance_embeds": True}, "scm", "trailing", 1.0, 2),
+        (tiny.flux, {}, "euler", "trailing", math.exp(0.5), 28),  # 256 image tokens
+        (tiny.flux, {"guidance_embeds": False}, "euler", "trailing", 1.0, 4),
+        (tiny.chroma, {}, "euler", "trailing", math.exp(0.5), 35),
+        (tiny.z_image, {}, "euler", "trailing", 6.0, 50),
+    ],
+)
+def test_a_transformer_alone_has_the_schedule_of_its_pipeline(
+    tmp_path, make, config, solver, spacing, shift, steps
+) -> None:
+    make(**config).save_pretrained(tmp_path)
+    pixels = 256 if solver == "euler" else None
+    process = load(Recipe(checkpoint=str(tmp_path), latents_only=True, resolution=pixels)).process
+    assert (process.sampler.solver, process.sampler.flow_spacing, process.sampler.steps) == (solver, spacing, steps)
+    assert process.shift == pytest.approx(shift, rel=1e-6)
 
 
 def test_half_precision_becomes_float32(tmp_path) -> None:

@@ -104,7 +104,9 @@ def open_search(folder: Path, bundle: Scratch, calibration: Calibration, backend
     traced, inputs = bundle.folder.with_name("traced"), Inputs(calibration)
     assembly = Assembly(folder, traced, loaded, None, recipe, built_for, Progress(io.StringIO()), inputs=inputs)
     contract = assembly.run()
-    stages = (replace(stage, backend=backend) if stage.runs == "step" else stage for stage in contract.stages)
+    stages = (
+        replace(stage, backend=backend, engines={}) if backend != built_for else stage for stage in contract.stages
+    )
     smoothed = assembly.once_more().smoothed
     assert smoothed is not None
     own = replace(contract, stages=tuple(stages))

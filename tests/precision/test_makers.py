@@ -133,6 +133,22 @@ def a_sum_of_one_tensor(make: Builder) -> list[gs.Variable]:
     return [make.linear("layer", make.add("Add", make.shape(), made, made))]
 
 
+def tokens_twice(make: Builder) -> list[gs.Variable]:
+    made = make.linear("inner", modulated(make))
+    return [make.linear("layer", make.add("Concat", make.shape(tokens=2 * TOKENS), made, made, axis=1))]
+
+
+def channels_twice(make: Builder) -> list[gs.Variable]:
+    made = make.linear("inner", modulated(make), CHANNELS // 2)
+    return [make.linear("layer", make.add("Concat", make.shape(), made, made, axis=2))]
+
+
+def channels_twice_behind_a_relu(make: Builder) -> list[gs.Variable]:
+    made = make.linear("inner", modulated(make), CHANNELS // 2)
+    twice = make.add("Concat", make.shape(), made, made, axis=2)
+    return [make.linear("layer", make.add("Relu", make.shape(), twice))]
+
+
 def halves_of_the_channels(make: Builder) -> list[gs.Variable]:
     made = make.linear("inner", modulated(make), 2 * CHANNELS)
     gate = make.add("Sigmoid", make.shape(), sliced(make, made, 0, CHANNELS, axis=2))
@@ -175,6 +191,9 @@ def channels_mixed_with_tokens(make: Builder) -> list[gs.Variable]:
         (moved_for_others, []),
         (split_for_others, []),
         (a_sum_of_one_tensor, []),
+        (tokens_twice, []),
+        (channels_twice, []),
+        (channels_twice_behind_a_relu, []),
         (halves_of_the_channels, ["MatMul"]),
         (overlapping_channels, []),
         (heads, ["MatMul"]),

@@ -13,23 +13,30 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from onnx import TensorProto, helper
+from onnxruntime import InferenceSession
 
 from dit_export.bundle import build
 from dit_export.cli import main
 from dit_export.graph import onnxfile
+from dit_export.networks.families import family_network
 from dit_export.precision import search
 from dit_export.precision.budget import Budget, SearchOptions
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.layers import Layer, find, named
+from dit_export.precision.portable import portable
 from dit_export.precision.search import Found, LayerSensitivity, Search
 from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Stage
 from dit_runtime.errors import UsageError
 from dit_runtime.verify import Figure, relative_error
-from tests.precision.conftest import open_search
+from tests.networks import tiny
+from tests.precision.conftest import PLAN, open_search, scratch
 
 RUINED = "blocks.1.mlp.fc2"
 KINDS = ("attn.qkv", "attn.attention", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -219,8 +226,8 @@ def test_the_command_writes_a_recipe_that_builds_the_same(
     options = ["--checkpoint", str(shared_embedders.checkpoint), "--backend", "onnxruntime", "--max-batch", "2"]
     distances = chain([10.0], repeat(30.0))  # the budget breaks with all layers in int8, and holds without the worst
     monkeypatch.setattr(Search, "_distance", lambda *_: next(distances))
-    copies, require = [], build._require_disk
-    monkeypatch.setattr(build, "_require_disk", lambda *which: copies.append(which[-1]) or require(*which))
+    copies, require = [], build.require_disk
+    monkeypatch.setattr(build, "require_disk", lambda *which: copies.append(which[-1]) or require(*which))
     with one_thread():
         assert (
             main(["quantize", *options, "--budget", "PSNR=20", "--keep-float", "blocks.0.mlp.fc2", "-o", "first"]) == 0
@@ -255,3 +262,36 @@ def test_recipes_as_files(tmp_path) -> None:
     path.write_text("keep-float = [1]")
     with pytest.raises(UsageError, match="expected strings"):
         Recipe.from_toml(path)
+
+
+def test_a_mask_of_one_row_is_opened_on_a_cpu(tmp_path) -> None:
+    """ONNX Runtime's own Attention refuses it, as the portable graph of a context with a mask has it."""
+    rows = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 2, 3, 4]) for name in "qkvy"}
+    mask = helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["rows", 1, 1, 3])
+    nodes = [helper.make_node("Attention", ["q", "k", "v", "mask"], ["y"])]
+    graph = helper.make_graph(nodes, "context", [rows["q"], rows["k"], rows["v"], mask], [rows["y"]])
+    opsets = [helper.make_opsetid("", 23)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "context.onnx")
+    stage = Stage("context", "condition", (), (), "context.onnx", backend="tensorrt", engines={"tensorrt": ("x",)})
+    inputs = {name: np.ones((2, 2, 3, 4), np.float32) for name in "qkv"} | {"mask": np.zeros((2, 1, 1, 3), np.float32)}
+
+    def run(file: str) -> np.ndarray:
+        return InferenceSession(tmp_path / file, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+    with portable(tmp_path, stage) as form:
+        assert form.backend == "onnxruntime"
+        np.testing.assert_allclose(run(form.files[0]), 1, atol=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["context.onnx"]
+    with pytest.raises(Exception, match="mask"):
+        run("context.onnx")
+
+
+@pytest.mark.slow  # it builds a bundle
+def test_a_search_for_a_gpu_opens_a_masked_context(tmp_path, one_thread) -> None:
+    with one_thread():
+        made = scratch(tmp_path / "bundle", family_network(tiny.z_image(), (8, 8), 32))
+        calibration = made.calibrate(PLAN)
+        with open_search(tmp_path / "copy", made, calibration, "tensorrt") as tried:
+            assert {stage.backend for stage in tried._contract.stages} == {"onnxruntime"}
+            with tried._opened([], "int8") as pipe:
+                assert np.isfinite(tried._step(pipe)()[0]).all()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +35,20 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def sample(bundle: Path, *options: str) -> int:
     return main(["sample", str(bundle), "--steps", "3", "-o", "x.npy", "--threads", "1", *options])
+
+
+@pytest.mark.parametrize(
+    "options", [["info", "BUNDLE"], ["info", "BUNDLE", "--json"], ["--help"], ["verify", "BUNDLE"]]
+)
+def test_nobody_reads_the_output(handmade, options) -> None:
+    """Quiet, with the code of a program that SIGPIPE ended: in `dit-run info BUNDLE | head` nothing failed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [str(handmade("captioned")) if option == "BUNDLE" else option for option in options]
+    command = [sys.executable, "-m", "dit_runtime.cli", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0 if options == ["--help"] else 141, "")  # argparse passes over it
 
 
 @pytest.mark.parametrize("condition", [["captions=captions.npy", "mask=mask.npy"], ["condition.npz"]], ids=str)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
 import pytest
 
 from dit_runtime import images
+from dit_runtime.cli import main
 from dit_runtime.errors import UsageError
 
 VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 11, 12, 14, 3), dtype=np.uint8)
@@ -45,7 +47,22 @@ def test_a_folder_has_a_png_for_each_picture_or_frame(tmp_path) -> None:
     assert (tmp_path / "pictures" / "03.png").read_bytes() == images.png(VIDEOS[0, 3])
 
 
+PYAV = r"needs PyAV: pip install 'dit-export[video]', or pass -o FOLDER for PNGs"
+
+
 def test_an_mp4_without_pyav_names_the_extra(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UsageError, match=r"needs PyAV: pip install 'dit-export\[video\]', or pass -o FOLDER for PNGs"):
+    with pytest.raises(UsageError, match=re.escape(PYAV)):
         images.write_mp4(tmp_path / "a.mp4", VIDEOS, 25)
+
+
+@pytest.mark.parametrize(
+    ("rate", "av", "words"),
+    [("25", None, PYAV), ("0", sys, "0 frames a second; expected 1 or more"), ("-1", sys, "-1 frames a second")],
+)
+def test_an_mp4_is_refused_before_the_sampling(tmp_path, monkeypatch, capsys, rate, av, words) -> None:
+    """Before the bundle is looked at, which is none here."""
+    monkeypatch.setitem(sys.modules, "av", av)
+    file = str(tmp_path / "a.mp4")
+    assert main(["sample", str(tmp_path), "--prompt", "a cat", "--fps", rate, "-o", file]) == 2
+    assert f"a.mp4: {words}" in capsys.readouterr().err

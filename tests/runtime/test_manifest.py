@@ -76,6 +76,7 @@ def test_the_schema_has_every_field_and_word() -> None:
     for record, part in (
         (records.Manifest, SCHEMA),
         (records.Port, SCHEMA["$defs"]["port"]),
+        (records.Size, SCHEMA["$defs"]["of_a_size"]),
         (records.Stage, SCHEMA["$defs"]["stage"]),
         (records.TensorSpec, SCHEMA["$defs"]["tensor"]),
         (records.Prompt, SCHEMA["$defs"]["prompt"]),

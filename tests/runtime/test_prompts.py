@@ -193,9 +193,11 @@ def test_refused_in_one_line(pipe, request_, words) -> None:
 
 
 def test_a_bundle_without_encoders(handmade, opened) -> None:
-    with pytest.raises(UsageError, match="takes captions, mask, and no prompt: it holds no text encoders"):
+    with pytest.raises(UsageError, match=r"takes captions, mask, and no prompts, .*; pass arrays \(dit-run: --condi"):
         draw(opened("captioned"), prompt="a cat")
-    with pytest.raises(UsageError, match="and no negative prompt"):
+    with pytest.raises(UsageError, match=r"takes labels, and no prompts, .*; pass labels \(dit-run: --labels\)"):
+        draw(opened("labels"), prompt="a cat")
+    with pytest.raises(UsageError, match="takes captions, mask, and no prompts"):
         draw(opened("captioned"), condition=CAPTIONS, negative_prompt="", negative=CAPTIONS)
     with pytest.raises(UsageError, match="needs an open bundle's tokenizers; pass token ids"):
         contract = manifest.read(handmade("captioned"))
@@ -244,7 +246,11 @@ def test_a_tokenizer_is_checked(prompted, tmp_path) -> None:
         (("stages", 0), None, "prompts: got 2, expected some where a stage runs 'prompt'"),
         (("prompts", 1), None, "reads: got ids, ids_mask, long_ids, expected ids, ids_mask"),
         (("prompts", 0, "mask"), "", "reads: got ids, ids_mask, long_ids, expected ids, long_ids"),
-        (("prompts", 0, "ids"), "captions", "port or prompt input 'captions' stands there 2 times"),
+        (("prompts", 0, "ids"), "captions", "port or tensor 'captions' stands there 2 times"),
+        (("prompts", 0, "ids"), "context", "port or tensor 'context' stands there 2 times"),
+        (("prompts", 0, "ids"), "guidance", "port or tensor 'guidance' stands there 2 times"),
+        (("null", "captions"), 0.0, "null: captions: got 0.0, expected none, for the prompt stage gives it"),
+        (("null", "mask"), 1.0, "null: mask: got 1.0, expected none"),
         (("prompts", 0, "tokens"), 6, "ids is: got int64 ['rows', 5], expected int64 ['rows', 6]"),
         (("prompts", 0, "ids"), "", "prompt 0: ids: got '', expected a name"),
         (("prompts", 0, "tokens"), 0, "prompt 0: tokens: got 0, expected sizes of 1 to"),

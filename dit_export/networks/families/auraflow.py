@@ -56,7 +56,7 @@ AURAFLOW = Family(
     "AuraFlowTransformer2DModel",
     network,
     tokens={"AuraFlowPipeline": 256},
-    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73},
+    scheduler=lambda config: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.73},
     flow_spacing="linspace",
     steps=lambda config: 50,
     size=128,

@@ -89,6 +89,7 @@ CHROMA = Family(
     "ChromaTransformer2DModel",
     network,
     tokens={"ChromaPipeline": 512},
+    scheduler=lambda config: {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
     flow_spacing="trailing",
     steps=lambda config: 35,
     size=128,

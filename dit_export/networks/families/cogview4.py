@@ -121,7 +121,7 @@ COGVIEW4 = Family(
     "CogView4Transformer2DModel",
     network,
     tokens={"CogView4Pipeline": 1024},
-    scheduler={
+    scheduler=lambda config: {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "use_dynamic_shifting": True,
         "time_shift_type": "linear",

@@ -22,7 +22,8 @@ class Family:
     name: str  # the class in diffusers
     network: Callable[[Any, Any, int], Network]  # transformer, size of the latents (`size`), tokens of a caption
     tokens: Mapping[str, int]  # of a caption, by the class of the pipeline; the first where there is no pipeline
-    scheduler: Mapping[str, Any] | None = None  # diffusers' config, where no folder has one
+    # diffusers' config of a scheduler, by the transformer's, where no folder has one
+    scheduler: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda config: None
     pixels: int = PIXELS  # image pixels along a cell of the state
     flow_spacing: str | None = None  # of the pipeline's code, where the network predicts velocities
     # The pipeline's own μ; see `read_scheduler_config`.
@@ -34,7 +35,8 @@ class Family:
     patch: int | None = None  # cells of the latents along a token, where that is not the config's patch_size
     ahead: tuple[str, ...] = ()  # submodules that read no latents, so that their layers leave the loop
     shift_tokens: Callable[[Network], int] | None = None  # what a dynamic shift counts; None: the image's tokens
-    distilled: str = ""  # field of a pipeline's config by which its network is made to run without guidance
+    # Whether a network is made to run without guidance, by the configs of its pipeline and its scheduler ({}: none).
+    distilled: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda pipeline, scheduler: False
     shared: int = 2  # tensors of the state alone that conditions meet: both groups of guidance share them
     gains: int | None = None  # that fold, a block, and one more for each attention; None: not predicted
     linear_attention: tuple[type, ...] = ()  # processors of attentions without a softmax

@@ -75,6 +75,10 @@ FLUX = Family(
     "FluxTransformer2DModel",
     network,
     tokens={"FluxPipeline": 512},
+    scheduler=lambda config: {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "use_dynamic_shifting": config["guidance_embeds"],
+    },
     flow_spacing="trailing",
     steps=lambda config: 28 if config["guidance_embeds"] else 4,
     size=128,

@@ -69,7 +69,7 @@ LTX = Family(
     "LTXVideoTransformer3DModel",
     network,
     tokens={"LTXPipeline": 128},
-    scheduler={
+    scheduler=lambda config: {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "use_dynamic_shifting": True,
         "base_shift": 0.95,

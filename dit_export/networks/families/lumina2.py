@@ -77,7 +77,7 @@ LUMINA2 = Family(
     "Lumina2Transformer2DModel",
     network,
     tokens={"Lumina2Pipeline": 256},
-    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
+    scheduler=lambda config: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
     flow_spacing="trailing",
     steps=lambda config: 30,
     text=Text(

@@ -76,7 +76,7 @@ QWEN_IMAGE = Family(
     "QwenImageTransformer2DModel",
     network,
     tokens={"QwenImagePipeline": 512},
-    scheduler={
+    scheduler=lambda config: {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "use_dynamic_shifting": True,
         "max_shift": 0.9,

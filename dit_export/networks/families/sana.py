@@ -93,16 +93,19 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
     )
 
 
+def scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return diffusers' config: SCM for Sprint, DPM-Solver++ on a flow for Sana."""
+    if config["guidance_embeds"]:
+        return {"_class_name": "SCMScheduler", "prediction_type": "trigflow"}
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    return {"_class_name": "DPMSolverMultistepScheduler", **flow}
+
+
 SANA = Family(
     "SanaTransformer2DModel",
     network,
     tokens={"SanaPipeline": 300, "SanaSprintPipeline": 300},
-    scheduler={
-        "_class_name": "DPMSolverMultistepScheduler",
-        "use_flow_sigmas": True,
-        "prediction_type": "flow_prediction",
-        "flow_shift": 3.0,
-    },
+    scheduler=scheduler,
     pixels=32,
     flow_spacing="linspace",
     steps=lambda config: 2 if config["guidance_embeds"] else 20,

@@ -76,7 +76,7 @@ SD3 = Family(
     "SD3Transformer2DModel",
     network,
     tokens={"StableDiffusion3Pipeline": CLIP_TOKENS + 256},  # CLIP's, then T5's
-    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    scheduler=lambda config: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     flow_spacing="linspace",
     steps=lambda config: 28,
     text=Text(

@@ -18,6 +18,7 @@ from dit_runtime.errors import UsageError
 
 PATCH, FILLED = 2, 32  # cells along a token; prompts and images are filled up to a multiple of so many tokens
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"  # what Qwen3's makes of a message
+TURBO_SHIFT = 3.0  # of the σ; nothing else in published files tells Z-Image-Turbo from Z-Image, which has 6
 
 
 class ZImageVelocity(nn.Module):
@@ -75,7 +76,7 @@ def network(transformer: Any, size: tuple[int, int], tokens: int) -> Network:
             Port("captions", "condition", "float32", (tokens, config.cap_feat_dim)),
             Port("mask", "condition", "float32", (tokens,), masks="captions"),
         ),
-        guidance=6.0,  # the pipeline's guidance_scale is one less; the distilled Turbo takes 1, which is no guidance
+        guidance=6.0,  # the pipeline's guidance_scale is one less
     )
 
 
@@ -83,9 +84,10 @@ Z_IMAGE = Family(
     "ZImageTransformer2DModel",
     network,
     tokens={"ZImagePipeline": 512},
-    scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    scheduler=lambda config: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0},
     flow_spacing="trailing",
-    steps=lambda config: 50,
+    steps=lambda config: 8 if config.get("distilled") else 50,
+    distilled=lambda pipeline, scheduler: scheduler.get("shift") == TURBO_SHIFT,
     size=128,
     patch=PATCH,
     text=Text(

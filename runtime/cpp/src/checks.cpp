@@ -146,6 +146,8 @@ void check_prompt(const Manifest& manifest, const Stage& stage) {
         if (!port || port->role != "condition" || port->name == manifest.guidance.port)
             refuse(text("stage ", stage.name, " gives"), spec.name, "a condition port");
         gives[spec.name] = with_free({"rows"}, port->shape);
+        if (const auto null = manifest.null.find(spec.name); null != manifest.null.end())
+            refuse("null: " + spec.name, null->second, text("none, for the ", stage.name, " stage gives it"));
     }
     if (gives.empty()) refuse(text("stage ", stage.name, " gives"), "nothing", "condition ports");
     for (const Port& port : manifest.ports)

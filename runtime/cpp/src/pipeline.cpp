@@ -113,11 +113,16 @@ std::vector<std::uint8_t> Pipeline::images(const Request& request) {
 
 std::vector<float> Pipeline::latents(const Request& request) { return Run(*this, request).latents(); }
 
-Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative) {
-    const auto run = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
-        return this->run(stage, inputs, rows);
+RunStage Pipeline::runner() {
+    return [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
+        return run(stage, inputs, rows);
     };
-    return Memo(manifest, run, timesteps, prompts_(manifest, run, condition), prompts_(manifest, run, negative));
+}
+
+Rows Pipeline::encode(const Rows& condition) { return prompts_(manifest, runner(), condition); }
+
+Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative) {
+    return Memo(manifest, runner(), timesteps, encode(condition), encode(negative));
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,

@@ -26,6 +26,8 @@ class Pipeline {
     std::vector<std::uint8_t> images(const Request& request);  // [N, H, W, 3]
     std::vector<float> latents(const Request& request);        // [N, *state]
 
+    // The rows of every condition port, those of token ids through the prompt stage.
+    Rows encode(const Rows& condition);
     // The memo of these conditions; without rows of `negative` there is no guidance. The pipeline outlives it.
     Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {});
     // [B, *state], [B] -> prediction and, where it is learned, variance; split into what the engine takes at a time.
@@ -47,6 +49,7 @@ class Pipeline {
   private:
     Path cache() const;
     Engine& engine(const Stage& stage);
+    RunStage runner();
     std::map<std::string, std::vector<float>> run(const Stage& stage, const std::vector<Input>& inputs,
                                                   std::size_t rows);
 

@@ -122,26 +122,67 @@ std::vector<float> fingerprint(Pipeline& pipe, const Rows& conditions, double ti
         if (const auto size = static_cast<std::size_t>(stage.max_batch); stage.before_loop())
             chunk = chunk ? std::min(chunk, size) : size;
     chunk = std::max<std::size_t>(1, chunk);
-    const std::vector<float> directions = Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS);
+    const Projection project(width);
     std::vector<float> prints;
     for (std::size_t first = 0; first < conditions.rows; first += chunk) {
         const std::size_t rows = std::min(chunk, conditions.rows - first);
         Memo memo = pipe.memo({timestep}, slice(conditions, first, first + rows));
         const Arrays& inputs = memo(0, 0, rows);
-        for (std::size_t row = 0; row < rows; ++row) {
-            Array sums(FINGERPRINTS);
-            std::size_t place = 0;
+        std::vector<float> joined;  // (rows, width)
+        joined.reserve(rows * width);
+        for (std::size_t row = 0; row < rows; ++row)
             for (const std::string& name : tensors) {
                 const std::vector<float>& values = inputs.at(name).floats;
-                const std::size_t size = values.size() / rows;
-                for (std::size_t i = 0; i < size; ++i, ++place)
-                    for (std::size_t print = 0; print < FINGERPRINTS; ++print)
-                        sums[print] +=
-                            static_cast<double>(values[row * size + i]) * directions[place * FINGERPRINTS + print];
+                const auto size = static_cast<std::ptrdiff_t>(values.size() / rows);
+                const auto begin = values.begin() + static_cast<std::ptrdiff_t>(row) * size;
+                joined.insert(joined.end(), begin, begin + size);
             }
-            for (const double sum : sums)
-                prints.push_back(static_cast<float>(sum / std::sqrt(std::max(1.0, static_cast<double>(width)))));
+        const std::vector<float> some = project(joined, rows);
+        prints.insert(prints.end(), some.begin(), some.end());
+    }
+    return prints;
+}
+
+PromptReference load_prompts(const Pipeline& pipe) {
+    try {
+        auto arrays = parse_npz(read_bytes(inside(pipe.folder, PROMPTS)));
+        const auto at = [&](const std::string& name) -> const NpyArray& {
+            const auto array = arrays.find(name);
+            if (array == arrays.end()) throw NpyError("it lacks " + name);
+            return array->second;
+        };
+        const std::vector<Port> ports = prompt_ports(pipe.manifest);
+        Arrays ids;
+        for (const Port& port : ports) ids[port.name] = {at(port.name).shape, {}, at(port.name).as<std::int64_t>()};
+        PromptReference reference;
+        reference.ids = fit(ports, ids, PROMPTS);
+        for (const TensorSpec& spec : pipe.manifest.prompt()->gives) {
+            const std::string name = "fingerprint." + spec.name;
+            const Shape expected = {static_cast<std::int64_t>(reference.ids.rows),
+                                    static_cast<std::int64_t>(FINGERPRINTS)};
+            if (at(name).shape != expected)
+                throw NpyError(text(name, " has shape ", shown(at(name).shape), ", expected ", shown(expected)));
+            reference.fingerprints[spec.name] = at(name).as<float>();
         }
+        return reference;
+    } catch (const std::runtime_error& error) {  // NpyError, UsageError
+        throw BundleError(
+            text(pipe.folder.string(), ": ", PROMPTS, " does not fit: ", error.what(), "; rebuild the bundle"));
+    }
+}
+
+Projection::Projection(std::size_t width)
+    : width_(width), directions_(Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS)) {}
+
+std::vector<float> Projection::operator()(const std::vector<float>& values, std::size_t rows) const {
+    std::vector<float> prints;
+    for (std::size_t row = 0; row < rows; ++row) {
+        Array sums(FINGERPRINTS);
+        for (std::size_t i = 0; i < width_; ++i)
+            for (std::size_t print = 0; print < FINGERPRINTS; ++print)
+                sums[print] += static_cast<double>(values[row * width_ + i]) * directions_[i * FINGERPRINTS + print];
+        for (const double sum : sums)
+            prints.push_back(static_cast<float>(sum / std::sqrt(std::max(1.0, static_cast<double>(width_)))));
     }
     return prints;
 }

@@ -1,5 +1,6 @@
-// reference.npz, one sampling run of PyTorch, and the fingerprint of the stages before the loop.
-// Mirrors dit_runtime/verify/reference.py.
+// reference.npz, one sampling run of PyTorch, and the fingerprint of the stages before the loop; prompts.npz, token ids
+// and the fingerprint of what PyTorch's text encoders give for them. Mirrors dit_runtime/verify/reference.py,
+// prompts.py.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 namespace dit_runtime {
 
 inline const char* const REFERENCE = "reference.npz";
+inline const char* const PROMPTS = "prompts.npz";
 // As facts.json has them; not for use before main.
 extern const std::size_t FINGERPRINTS;  // numbers of each condition
 extern const std::uint64_t FINGERPRINT_SEED;
@@ -32,6 +34,25 @@ struct Reference {
 };
 
 Reference load_reference(const Pipeline& pipe);
+
+// N rows of the prompt stage's inputs, and PyTorch's answer by port, (N, FINGERPRINTS).
+struct PromptReference {
+    Rows ids;
+    std::map<std::string, std::vector<float>> fingerprints;
+};
+
+PromptReference load_prompts(const Pipeline& pipe);
+
+// Projects rows of so many numbers onto a few seeded directions.
+class Projection {
+  public:
+    explicit Projection(std::size_t width);
+    std::vector<float> operator()(const std::vector<float>& values, std::size_t rows) const;  // (rows, FINGERPRINTS)
+
+  private:
+    std::size_t width_;
+    std::vector<float> directions_;  // (width, FINGERPRINTS)
+};
 
 // The rows to fingerprint: every value of a single label port, else the reference's condition, then its negative.
 Rows fingerprinted(const Manifest& manifest, const Reference& reference);

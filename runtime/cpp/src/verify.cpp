@@ -52,17 +52,43 @@ std::vector<std::size_t> differences(const Array& values, const Array& reference
     return places;
 }
 
+// The row of fingerprints that differs most from PyTorch's, and by how much; NaN differs most.
+std::pair<std::size_t, double> worst_row(const std::vector<float>& prints, const std::vector<float>& expected) {
+    std::pair<std::size_t, double> worst = {0, -1};
+    for (std::size_t index = 0; index * FINGERPRINTS < prints.size(); ++index) {
+        const auto row = prints.begin() + static_cast<std::ptrdiff_t>(index * FINGERPRINTS);
+        const double error = relative_error({row, row + FINGERPRINTS}, &expected[index * FINGERPRINTS]);
+        if (std::isnan(worst.second) || error <= worst.second) continue;
+        worst = {index, error};
+    }
+    return worst;
+}
+
+// Runs the prompt stage on the ids of prompts.npz; one figure a port that it gives.
+void check_prompts(Pipeline& pipe, const OnFigure& on_figure) {
+    const Stage* const stage = pipe.manifest.prompt();
+    if (!stage) return;
+    if (!pipe.manifest.files.count(PROMPTS))
+        throw BundleError(text(pipe.folder.string(), ": ", PROMPTS,
+                               " is not in the manifest, and nothing else checks the ", stage->name,
+                               " stage; rebuild the bundle"));
+    check_files(pipe.folder, pipe.manifest, {PROMPTS});
+    const PromptReference reference = load_prompts(pipe);
+    const double limit = TOLERANCES.at(stage->precision).conditioner;
+    const Rows conditions = pipe.encode(reference.ids);
+    for (const TensorSpec& spec : stage->gives) {
+        const Projection project(count(spec.row()));
+        const std::vector<float> prints = project(conditions.arrays.at(spec.name).floats, conditions.rows);
+        const auto [row, error] = worst_row(prints, reference.fingerprints.at(spec.name));
+        const std::string metric = spec.name + " of ids, fingerprint, rel-L2";
+        on_figure({stage->name, metric, error, limit, false, {}, text("prompt ", row)});
+    }
+}
+
 void check_before_loop(Pipeline& pipe, const Reference& reference, double limit, const OnFigure& on_figure) {
     const double middle = reference.timesteps[reference.timesteps.size() / 2];
     const std::vector<float> prints = fingerprint(pipe, fingerprinted(pipe.manifest, reference), middle);
-    double worst = -1;
-    std::size_t place = 0;
-    for (std::size_t index = 0; index * FINGERPRINTS < prints.size(); ++index) {
-        const auto row = prints.begin() + static_cast<std::ptrdiff_t>(index * FINGERPRINTS);
-        const double error = relative_error({row, row + FINGERPRINTS}, &reference.fingerprint[index * FINGERPRINTS]);
-        if (std::isnan(worst) || error <= worst) continue;
-        worst = error, place = index;
-    }
+    const auto [place, worst] = worst_row(prints, reference.fingerprint);
     std::vector<std::string> stages;
     for (const Stage& stage : pipe.manifest.stages)
         if (stage.before_loop()) stages.push_back(stage.name);
@@ -295,6 +321,7 @@ void verify(Pipeline& pipe, const OnFigure& on_figure) {
                 text(stage.name, " has precision '", stage.precision, "', for which this library has no limits"));
         if (stage.before_loop()) conditioner = std::max(conditioner, TOLERANCES.at(stage.precision).conditioner);
     }
+    check_prompts(pipe, on_figure);
     const Array betas = process.betas();
     const std::vector<std::size_t> wrong = differences(betas, reference.betas);
     on_figure({"sampler",

@@ -28,6 +28,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.process import Process, Sampler
 from dit_runtime.sampling.solvers import plan
+from dit_runtime.verify.prompts import save as save_prompts
 
 NAMES = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
 STEPS, SEEDS = 4, (11, 12)
@@ -151,6 +152,8 @@ def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
         clean = (x - np.sqrt(1 - level) * epsilon) / np.sqrt(level)
         x = np.sqrt(after) * clean + np.sqrt(1 - after) * epsilon
         states.append(x.astype(np.float32))
+    if ids:
+        save_prompts(folder, ids, graphs.run("text", ids))
     pictures = np.empty(0, np.uint8)
     if "decoder" in graphs.stages:
         pictures = images.to_uint8(graphs.run("decoder", {graphs.ports["state"]: states[-1]})["images"])

@@ -66,6 +66,14 @@ TEST(Prompts, Refusals) {
     bad("stage text gives: got captions, expected both captions and mask, or none",
         [](Json& table) { stage(table, "text")["gives"].erase(1); });
     bad("stage text gives: got nothing", [](Json& table) { stage(table, "text")["gives"] = Json::array(); });
+    for (const char* name : {"context", "guidance"})
+        bad(text("port or tensor '", name, "' is listed").c_str(), [&](Json& table) {
+            table["prompts"][1]["ids"] = name;
+            stage(table, "text")["reads"][2]["name"] = name;
+        });
+    bad("null: pooled: got 0.0, expected none, for the text stage gives it",
+        [](Json& table) { table["null"]["pooled"] = 0; });
+    bad("null: mask: got 1.0, expected none", [](Json& table) { table["null"]["mask"] = 1; });
     bad("stage context (runs 'condition') reads: got ids",
         [](Json& table) { stage(table, "context")["reads"][0] = stage(table, "text")["reads"][0]; });
     changed_manifest(PROMPTED, [](Json& table) { stage(table, "text")["gives"].erase(2); });  // a request brings it

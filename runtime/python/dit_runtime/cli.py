@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -26,15 +27,28 @@ from dit_runtime.sampling.caches import CACHES, SETTINGS
 from dit_runtime.sampling.guidance import POLICIES
 from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
+CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other programs
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     return guarded("dit-run", lambda: _main(arguments))
 
 
 def guarded(program: str, command: Callable[[], int]) -> int:
-    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130."""
+    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130.
+
+    Where nobody reads the output any more, as behind `| head`, it ends in silence.
+    """
     try:
-        return command()
+        try:
+            return command()
+        finally:
+            print(end="", flush=True)  # here, where a closed pipe is caught; else at exit
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())  # what is left to be written at exit
+        return CLOSED_PIPE
     except (UsageError, OSError) as error:
         message = " ".join(str(error).split())
         code = 2
@@ -76,6 +90,7 @@ def _parser() -> Parser:
     sample.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
     sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
     sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
+    add_size(sample)
     sample.add_argument("--steps", type=int, help="default: the bundle's")
     sample.add_argument(
         "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
@@ -131,6 +146,7 @@ def _parser() -> Parser:
 
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
+    add_size(timing)
     timing.add_argument("--batch", type=int, default=1)
     timing.add_argument("--steps", type=int, help="default: the bundle's")
     timing.add_argument("--rounds", type=int, default=7)
@@ -144,6 +160,10 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     parser.add_argument("--low-memory", action="store_true", help="open one stage at a time, while it is needed")
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", help="one of the bundle's, 512 or 512x768 for height x width; default: its first")
 
 
 def add_tuning(parser: argparse.ArgumentParser) -> None:
@@ -167,10 +187,9 @@ def tuning(options: argparse.Namespace) -> Tuning:
     return replace(Tuning(), **{name: value for name, value in values.items() if value is not None})
 
 
-def _load_bundle(options: argparse.Namespace) -> Pipeline:
-    pipe = Pipeline.load(
-        options.bundle, threads=options.threads, provider=options.provider, low_memory=options.low_memory
-    )
+def _load_bundle(options: argparse.Namespace, size: str | None = None) -> Pipeline:
+    names = ("threads", "provider", "low_memory")
+    pipe = Pipeline.load(options.bundle, size=size, **{name: getattr(options, name) for name in names})
     lines = [backends.note(stage.backend, stage.precision) for stage in pipe.manifest.stages]
     for line in dict.fromkeys(lines):
         if line:
@@ -191,11 +210,13 @@ def _sample(options: argparse.Namespace) -> int:
         raise UsageError(f"output {options.output}: expected a name that ends in {known}, or a folder for PNGs")
     if not options.output.parent.is_dir():
         raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
+    if options.output.suffix == ".mp4":
+        images.require_mp4(options.output, options.fps)
     latents = read_array(options.latents) if options.latents else None
     condition = read_condition(options.condition, "--condition")
     negative = read_condition(options.negative_condition, "--negative-condition")
     progress = Progress()
-    with _load_bundle(options) as pipe:
+    with _load_bundle(options, options.size) as pipe:
         if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
             raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
         request = Request(
@@ -298,9 +319,11 @@ def _compile(options: argparse.Namespace) -> int:
         else:
             figures = _figures(options)
             code = report(figures, options.json)
-            parity = verify.summary(contract.parity.get("proof", "none"), figures)
-            invariant = verify.batch_invariant(compiled, figures)
-            compiled = replace(compiled, parity=parity, batch_invariant=invariant)
+            for size, own in verify.by_size(compiled, figures).items():
+                sized = compiled.at(size)
+                parity = verify.summary(sized.parity.get("proof", "none"), own)
+                sized = replace(sized, parity=parity, batch_invariant=verify.batch_invariant(sized, own))
+                compiled = sized.at(compiled.size)
     finally:  # engines that fail do not stay, and only those that do not are put in the place of others
         stays, goes = (contract, compiled) if code else (compiled, contract)
         try:
@@ -311,7 +334,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    with _load_bundle(options) as pipe:
+    with _load_bundle(options, options.size) as pipe:
         rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress())
     print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
     return 0

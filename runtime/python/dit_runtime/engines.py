@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,15 @@ class Engines:
         self.tokenizers = Tokenizers(folder, contract)
         self._prompts = PromptMemo(contract.prompt, self.run) if contract.prompt else None
         self.unchecked: set[str] = set()  # files whose sums are compared when they are opened
+
+    def at(self, size: str | int | None) -> Engines:
+        """Return the engines of a size of the bundle; what is open is open for all sizes."""
+        manifest = self.manifest.at(size)
+        if manifest is self.manifest:
+            return self
+        sized = copy(self)
+        sized.manifest = manifest
+        return sized
 
     @property
     def opened(self) -> dict[str, Engine]:
@@ -116,8 +126,10 @@ class Engines:
 
     def _beside(self, stage: Stage) -> Resident | None:
         """Return an open engine of the same backend whose arrays stay with it: all of them work in one order."""
-        same = (self._opened.get(other.name) for other in self.manifest.stages if other.backend == stage.backend)
-        return next((engine for engine in same if isinstance(engine, Resident)), None)
+        stages = (other for size in self.manifest.each_size for other in size.stages)
+        same = {other.name for other in stages if other.backend == stage.backend}
+        engines = (engine for name, engine in self._opened.items() if name in same)
+        return next((engine for engine in engines if isinstance(engine, Resident)), None)
 
     def run(self, stage: Stage, inputs: Mapping[str, Any], *into: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Return the engine's outputs in the manifest's shapes; with `into`, they go there and stay with the engine."""

@@ -78,12 +78,21 @@ def write_folder(path: Path, pictures: Pictures) -> None:
         write_png(path / f"{name}.png", pictures[index])
 
 
-def write_mp4(path: Path, videos: Pictures, rate: int) -> None:
-    """Write videos [N, F, H, W, 3] as one of `rate` frames a second, with H.264 in 4:2:0; several are a grid."""
+def require_mp4(path: Path, rate: int) -> None:
+    """Refuse what `write_mp4` could not write, before there are videos."""
+    if rate < 1:
+        raise UsageError(f"{path}: {rate} frames a second; expected 1 or more")
     try:
-        import av
+        import av  # noqa: F401
     except ImportError:
         raise UsageError(f"{path}: needs PyAV: pip install 'dit-export[video]', or pass -o FOLDER for PNGs") from None
+
+
+def write_mp4(path: Path, videos: Pictures, rate: int) -> None:
+    """Write videos [N, F, H, W, 3] as one of `rate` frames a second, with H.264 in 4:2:0; several are a grid."""
+    require_mp4(path, rate)
+    import av
+
     with av.open(str(path), "w") as file:
         sheets = [grid(frames) for frames in videos.swapaxes(0, 1)]
         height, width, _ = sheets[0].shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,14 +30,28 @@ class Pipeline:
     def __init__(
         self, folder: Path, contract: Manifest, engines: Mapping[str, Engine], options: Options | None = None
     ) -> None:
-        self.folder, self.manifest = folder, contract
+        self.folder = folder
         self.engines = Engines(folder, contract, engines, options or Options())
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.engines.manifest
+
+    def at(self, size: str | int | None) -> Pipeline:
+        """Return this pipeline at another size of the bundle: requests without a size draw that one.
+
+        Both have the same engines. Those of a size open when it is first drawn.
+        """
+        sized = copy(self)
+        sized.engines = self.engines.at(size)
+        return sized
 
     @classmethod
     def load(
         cls,
         folder: str | Path,
         *,
+        size: str | int | None = None,
         threads: int | None = None,
         provider: str | None = None,
         low_memory: bool = False,
@@ -44,12 +59,14 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle; its manifest, and the sha256 of each file that is opened, are checked.
 
+        Requests without a size draw `size`, by default the bundle's first. The engines of the others open when they are
+        first asked for.
         On a CPU this returns when the step stage is open; the others are opened in the background then. With
         `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every stage
         runs at each of them, so that a later request of such a size compiles nothing.
         """
         folder = Path(folder)
-        contract = manifest.read(folder)
+        contract = manifest.read(folder).at(size)
         warming.require(contract, warm, low_memory)
         options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory

@@ -72,6 +72,7 @@ class Request:
     disable_cache_after_step: int | None = None  # below 0: from the end
     cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
+    size: str | int | None = None  # one of the bundle's: 512, or "512x768" for height x width; None: the pipeline's
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
     def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
@@ -79,6 +80,7 @@ class Request:
 
         Words need the tokenizers of an open bundle.
         """
+        manifest = manifest.at(self.size)
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
         if self.output == "images":
@@ -133,6 +135,8 @@ class Request:
 
     def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""
+        if not manifest.prompts and (self.prompt is not None or self.negative_prompt is not None):
+            raise _takes_no_prompts(manifest)
         labels = [self.labels] if isinstance(self.labels, str | int | np.integer) else list(self.labels)
         condition = dict(self.condition or {})
         if labels and LABELS in condition:
@@ -179,6 +183,12 @@ class Request:
         return np.broadcast_to(weights, (count,)).copy()
 
 
+def _takes_no_prompts(manifest: Manifest) -> UsageError:
+    names = ", ".join(port.name for port in manifest.conditions) or "no condition"
+    way = "pass labels (dit-run: --labels)" if manifest.classes else "pass arrays (dit-run: --condition)"
+    return UsageError(f"this bundle takes {names}, and no prompts, for it has no text encoders; {way}")
+
+
 def _has_prompt(manifest: Manifest, condition: Condition) -> bool:
     """Return whether arrays stand for a prompt: its ids, or what the prompt stage would give."""
     assert manifest.prompt is not None
@@ -196,9 +206,6 @@ def _with_words(
     """Return the condition with the ids of the words, and the ports that it must fill."""
     what = "negative prompt" if negative else "prompt"
     if words is not None:
-        if not manifest.prompts:
-            names = ", ".join(port.name for port in manifest.conditions) or "no condition"
-            raise UsageError(f"this bundle takes {names}, and no {what}: it holds no text encoders")
         if _has_prompt(manifest, condition):
             raise UsageError(f"got both a {what} and arrays in its place: pass one of them")
         if tokenizers is None:

@@ -45,6 +45,7 @@ class Run:
 
     def __init__(self, engines: Engines, request: Request, *, host: bool = False) -> None:
         """Check the request and encode its prompts; no other stage runs before the first step."""
+        engines = engines.at(request.size)
         contract = engines.manifest
         checked = request.check(contract, engines.tokenizers)
         condition = engines.encode(checked.condition)

@@ -18,8 +18,8 @@ BEAT = 10.0  # seconds of silence after which a stream gets a comment, so that w
 class Job:
     """A request under way. Its state changes in the event loop alone."""
 
-    def __init__(self, body: dict[str, Any]) -> None:
-        self.id, self.created, self.body = secrets.token_urlsafe(16), time.time(), body
+    def __init__(self) -> None:
+        self.id, self.created = secrets.token_urlsafe(16), time.time()
         self.status = "queued"  # then running; succeeded, failed or cancelled at the end
         self.progress: list[tuple[int, int]] = []  # evaluations done and in all, of each image
         self.previews: dict[int, tuple[int, str]] = {}  # the last one of each image: its number and base64
@@ -48,7 +48,7 @@ class Job:
             "status": self.status,
             "steps_done": done,
             "steps": total,
-            **({"result": self.result} if self.status == "succeeded" else self.result),
+            **({"result": self.result} if self.status == "succeeded" else self.result),  # or the error
         }
 
     async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
@@ -78,7 +78,7 @@ class Jobs:
         self._jobs: dict[str, Job] = {}  # the oldest first
         self._kept, self._most = kept, most
 
-    def add(self, body: dict[str, Any]) -> Job:
+    def add(self) -> Job:
         """Make room, and take a job; raise Fault(429) where all that are here are under way."""
         now = time.monotonic()
         for job in [job for job in self._jobs.values() if job.ended and now - job.ended > self._kept]:
@@ -88,7 +88,7 @@ class Jobs:
             if oldest is None:
                 raise Fault(429, f"{self._most} jobs are under way", headers={"Retry-After": "5"})
             del self._jobs[oldest.id]
-        job = Job(body)
+        job = Job()
         self._jobs[job.id] = job
         return job
 
@@ -101,9 +101,12 @@ class Jobs:
     def remove(self, job: Job) -> None:
         """Stop a job that is under way; forget one that has ended."""
         if job.ended:
-            self._jobs.pop(job.id, None)
+            self.forget(job)
         else:
             job.cancel()
+
+    def forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
 
     def __len__(self) -> int:
         return sum(not job.ended for job in self._jobs.values())

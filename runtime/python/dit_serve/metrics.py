@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -27,6 +27,7 @@ COUNTERS = {  # of the batcher's counts
 
 class Metrics:
     def __init__(self, models: Mapping[str, Model]) -> None:
+        disable_created_metrics()  # a series more for each of the others
         self.registry = CollectorRegistry()
         self._models = models
         labels = ["model", "code"]
@@ -43,7 +44,6 @@ class Metrics:
         )
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
 
     def image(self, model: str, stats: Stats) -> None:
         self.queue.labels(model).observe(stats.queue)

@@ -18,7 +18,7 @@ from dit_runtime.conditions.labels import class_number
 from dit_runtime.errors import BundleError, EngineError, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Request
-from dit_runtime.serve.batcher import Batcher
+from dit_runtime.serve import Batcher, Closed, Ticket
 from dit_serve.body import Body
 from dit_serve.faults import Fault
 
@@ -95,6 +95,16 @@ class Model:
             old.batcher.close()
             return True
 
+    def submit(self, request: Request, **options: Any) -> Ticket:
+        """Put a request in line, in the new bundle's where the old one closes at this moment."""
+        while True:
+            batcher = self.batcher
+            try:
+                return batcher.submit(request, **options)
+            except Closed:
+                if batcher is self.batcher:
+                    raise
+
     def requests(self, body: Body) -> list[Request]:
         """Return a request for each image; raise Fault(400) where the bundle does not take what the body has."""
         contract = self.manifest
@@ -107,6 +117,8 @@ class Model:
             "solver": body.solver,
         }
         if body.preset is not None:
+            if "preset" not in Request.__dataclass_fields__:
+                raise Fault(400, f"the model {self.name} has no presets", "preset")
             fields["preset"] = body.preset
         if body.negative_prompt is not None and not contract.prompts:
             raise Fault(400, f"the model {self.name} takes no negative_prompt", "negative_prompt")

@@ -17,6 +17,7 @@ from dit_runtime.bundle.records import (
     Stage,
     TensorSpec,
     count_classes,
+    size_name,
 )
 from dit_runtime.facts import LIMITS
 from dit_runtime.sampling.process import is_number
@@ -98,6 +99,21 @@ def _check_masks(ports: Sequence[Port], conditions: Mapping[str, Port]) -> None:
         masked.add(port.masks)
 
 
+def check_sizes(manifest: Manifest) -> None:
+    """Refuse sizes that share a name, their own files, or the name of stages that differ."""
+    if not manifest.sizes:
+        return
+    names = [manifest.size, *(other.size for other in manifest.sizes)]
+    for name in names:
+        expect(name and name == size_name(name), "size", name, "the name of a size, such as 512 or 512x768")
+    _distinct("size", names)
+    _distinct("suffix", [manifest.suffix, *(other.suffix for other in manifest.sizes)])
+    stages: dict[str, Stage] = {}
+    for stage in (*manifest.stages, *(stage for other in manifest.sizes for stage in other.stages)):
+        same = stages.setdefault(stage.name, stage) == stage
+        expect(same, f"stage {stage.name}", "another one in another size", "the same stage, or another name")
+
+
 def check_stages(manifest: Manifest) -> None:
     for runs, most in (("prompt", 1), ("step", 1), ("update", 1), ("end", 1)):
         names = [stage.name for stage in manifest.stages if stage.runs == runs]
@@ -105,6 +121,7 @@ def check_stages(manifest: Manifest) -> None:
     _distinct("stage", [stage.name for stage in manifest.stages])
     # The prompt stage gives what condition ports take: they stay sources, whoever fills them.
     tensors = [spec.name for stage in manifest.stages if stage.runs != "prompt" for spec in stage.gives]
+    tensors += [port.name for port in manifest.prompt_ports]
     _distinct("port or tensor", [*(port.name for port in manifest.ports), GUIDANCE, *tensors])
     checks = {"step": _check_step, "update": _check_update, "end": _check_end}
     sources: Sources = {port.name: (port.role, port.dtype, port.shape) for port in manifest.ports}
@@ -115,7 +132,7 @@ def check_stages(manifest: Manifest) -> None:
         elif stage.runs in checks:
             checks[stage.runs](manifest, stage, sources)
         for name in dict.fromkeys(
-            (stage.onnx, *stage.files, *(name for own in stage.engines.values() for name in own))
+            (stage.onnx, *stage.shared, *stage.files, *(name for own in stage.engines.values() for name in own))
         ):
             if name not in manifest.files:
                 raise ValueError(f"{name} has no size and sha256 under files")
@@ -183,7 +200,6 @@ def check_prompts(manifest: Manifest) -> None:
     if stage is None:
         return
     expect(stage is manifest.stages[0], f"stage {stage.name} (runs 'prompt')", "a later stage", "the first")
-    _distinct("port or prompt input", [port.name for port in (*manifest.ports, *ports)])
     shapes: dict[str, tuple[int | str, ...]] = {port.name: ("rows", *port.shape) for port in ports}
     _check_names(stage, stage.reads, shapes, "reads", "int64")
     conditions = {port.name: port for port in manifest.conditions}
@@ -195,6 +211,8 @@ def check_prompts(manifest: Manifest) -> None:
         expect(made, f"stage {stage.name} gives", spec.name, f"condition ports: {known}")
         port = conditions[spec.name]
         _check_shape(stage, spec, ("rows", *port.shape), port.dtype)
+        null = manifest.null.get(spec.name)
+        expect(null is None, f"null: {spec.name}", null, f"none, for the {stage.name} stage gives it")
     for port in conditions.values():
         pair = bool(port.masks) and (port.masks in gives) != (port.name in gives)
         expect(not pair, f"stage {stage.name} gives", ", ".join(gives), f"both {port.masks} and {port.name}, or none")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.progress import Progress
+
+
+class Change(NamedTuple):
+    """A stage with engines of a backend, and what the manifest no longer says of others."""
+
+    stage: Stage
+    given_up: Collection[str]  # backends whose engines are missing or cut short
+    built: Mapping[str, Any] | None  # with what and for what its engine was made; None: it opens the ONNX form
 
 
 def compile_stages(folder: Path, contract: Manifest, backend: str, options: Options, progress: Progress) -> Manifest:
@@ -20,38 +29,53 @@ def compile_stages(folder: Path, contract: Manifest, backend: str, options: Opti
     What the new engines replace is named no more, and still there; engines that are missing or cut short, of whichever
     backend, are not named either. Nothing was verified yet.
     """
-    names = {stage.name: backends.choose(backend, stage.precision) for stage in contract.stages}
-    for stage in contract.stages:
-        backends.require(names[stage.name], stage.precision, options.tuning)
+    owners = {stage.name: (stage, size) for size in contract.each_size for stage in size.stages}
+    names = {name: backends.choose(backend, stage.precision) for name, (stage, _) in owners.items()}
+    for name, (stage, _) in owners.items():
+        backends.require(names[name], stage.precision, options.tuning)
     lost = manifest.lost_engines(folder, contract)  # another backend's are given up: to be copied or made again
-    stages, files = [], {name: file for name, file in contract.files.items() if name not in lost}
-    engines = dict(contract.built_with.get("engines", {}))
+    files = {name: file for name, file in contract.files.items() if name not in lost}
+    changes: dict[str, Change] = {}
     with ExitStack() as undo:
-        for stage in contract.stages:
+        for stage, size in owners.values():
             name = names[stage.name]
             manifest.check_files(folder, contract, stage.onnx_files)
-            islands = tuple(contract.built_with.get("islands", {}).get(stage.name, ()))
+            islands = tuple(size.built_with.get("islands", {}).get(stage.name, ()))
             settings = replace(options, precision=stage.precision, islands=islands)
             made, built = backends.backend(name).compile(folder, stage, settings, progress)
             whole = {other: own for other, own in stage.engines.items() if lost.isdisjoint(own)}
-            for other in stage.engines.keys() - whole.keys():
-                engines[other] = {key: how for key, how in engines.get(other, {}).items() if key != stage.name}
+            given_up = stage.engines.keys() - whole.keys()
             if made:
                 for file in stage.engines.get(name, ()):
                     if file.endswith(manifest.ENGINE):
                         files.pop(file, None)
-                engines[name] = {**engines.get(name, {}), stage.name: built}
                 whole[name] = made
             else:
                 manifest.check_files(folder, contract, stage.engines.get(name, ()))
-            stages.append(replace(stage, backend=name, engines=whole))
+            changed = replace(stage, backend=name, engines=whole)
+            changes[stage.name] = Change(changed, given_up, built if made else None)
             undo.callback(remove, folder, {*made} - {*contract.files})
             files |= {file: manifest.describe(manifest.inside(folder, file)) for file in made}
         undo.pop_all()
+    compiled = _compiled(contract, changes)
+    for other in contract.sizes:
+        compiled = _compiled(compiled.at(other.size), changes)
+    return replace(compiled.at(contract.size), files=files)
+
+
+def _compiled(contract: Manifest, changes: Mapping[str, Change]) -> Manifest:
+    """Return the manifest with the changed stages of its size."""
+    engines = {name: dict(table) for name, table in contract.built_with.get("engines", {}).items()}
+    for stage in contract.stages:
+        change = changes[stage.name]
+        for other in change.given_up:
+            engines.get(other, {}).pop(stage.name, None)
+        if change.built is not None:
+            engines.setdefault(change.stage.backend, {})[stage.name] = change.built
+    stages = tuple(changes[stage.name].stage for stage in contract.stages)
     built_with = {**contract.built_with, **({"engines": engines} if engines else {})}
     proof = {key: contract.parity[key] for key in ("proof",) if key in contract.parity}  # which is of the weights
-    changed = replace(contract, stages=tuple(stages), files=files, built_with=built_with, parity=proof)
-    return replace(changed, batch_invariant=False)
+    return replace(contract, stages=stages, built_with=built_with, parity=proof, batch_invariant=False)
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:

@@ -11,22 +11,23 @@ from dit_runtime.bundle.checks import (
     check_network,
     check_prompts,
     check_row,
+    check_sizes,
     check_stages,
     expect,
     is_size,
 )
-from dit_runtime.bundle.records import DTYPES, RUNS, File, Guidance, Manifest, Port, Prompt, Stage, TensorSpec
+from dit_runtime.bundle.records import DTYPES, RUNS, File, Guidance, Manifest, Port, Prompt, Size, Stage, TensorSpec
 from dit_runtime.errors import nearest
 from dit_runtime.facts import LIMITS
 from dit_runtime.sampling.process import Process, is_number
 
-R = TypeVar("R", Port, TensorSpec, Stage, Prompt, Guidance, File, Manifest)
+R = TypeVar("R", Port, TensorSpec, Stage, Prompt, Guidance, File, Size, Manifest)
 KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
 
 
 def parse(table: dict[str, Any]) -> Manifest:
     """Return the manifest that a JSON table holds; raise ValueError with one line where something is wrong."""
-    for key in ("model", "null", "files", "source", "built_with", "parity"):
+    for key in ("null", "files", "source"):
         expect(isinstance(table.get(key, {}), dict), key, table.get(key), "a table")
     if "files" not in table:
         raise ValueError("manifest lacks 'files'")
@@ -36,26 +37,51 @@ def parse(table: dict[str, Any]) -> Manifest:
     labels = _list(table, "labels", "manifest")
     for label in labels:
         expect(isinstance(label, str), "a label", label, "a name")
+    others = _list(table, "sizes", "manifest") if "sizes" in table else []
     manifest = _record(
         Manifest,
         table,
         "manifest",
-        ports=tuple(_port(port, f"port {index}") for index, port in enumerate(_list(table, "ports", "manifest"))),
         labels=tuple(labels),
         guidance=_record(Guidance, table.get("guidance"), "guidance"),
-        process=Process.from_dict(table.get("process", {})),
-        stages=tuple(_stage(stage, f"stage {index}") for index, stage in enumerate(_list(table, "stages", "manifest"))),
         prompts=tuple(_prompt(prompt, f"prompt {index}") for index, prompt in enumerate(_prompts(table))),
         files=files,
+        sizes=tuple(_size(size, f"size {index}") for index, size in enumerate(others, 1)),
+        **_of_a_size(table, "manifest"),
     )
     default = manifest.guidance.default
     expect(is_number(default) and abs(default) <= FLOAT32_MAX, "guidance: default", default, "a number of float32")
-    check_network(manifest.ports, manifest.null, manifest.guidance.channels, manifest.guidance.port)
-    check_stages(manifest)
-    check_prompts(manifest)
+    check_sizes(manifest)
+    for sized in manifest.each_size:
+        check_network_of(sized)
     if manifest.labels:
         expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest
+
+
+def check_network_of(manifest: Manifest) -> None:
+    """Check the ports and stages of a manifest's own size."""
+    check_network(manifest.ports, manifest.null, manifest.guidance.channels, manifest.guidance.port)
+    check_stages(manifest)
+    check_prompts(manifest)
+
+
+def _of_a_size(table: Any, where: str) -> dict[str, Any]:
+    """Return what each size has a value of its own for, parsed."""
+    ports, stages = _list(table, "ports", where), _list(table, "stages", where)
+    before = "" if where == "manifest" else f"{where}: "
+    for key in ("model", "built_with", "parity"):
+        expect(isinstance(table.get(key, {}), dict), f"{before}{key}", table.get(key), "a table")
+    return {
+        "ports": tuple(_port(port, f"{before}port {index}") for index, port in enumerate(ports)),
+        "process": Process.from_dict(table.get("process", {})),
+        "stages": tuple(_stage(stage, f"{before}stage {index}") for index, stage in enumerate(stages)),
+    }
+
+
+def _size(table: Any, where: str) -> Size:
+    where = f"{where} ({table.get('size')})" if isinstance(table, dict) else where
+    return _record(Size, table, where, **_of_a_size(table, where))
 
 
 def _record(kind: type[R], table: Any, where: str, **parsed: Any) -> R:
@@ -112,7 +138,9 @@ def _stage(table: Any, where: str) -> Stage:
         key: tuple(_tensor(spec, f"{where}: {key}") for spec in _list(table, key, where)) for key in ("reads", "gives")
     }
     files = {str(backend): tuple(names) for backend, names in engines.items()}
-    stage = _record(Stage, table, where, **specs, engines=files)
+    shared = _list(table, "shared", where) if isinstance(table, dict) and "shared" in table else []
+    expect(all(isinstance(name, str) for name in shared), f"{where}: shared", shared, "a list of files")
+    stage = _record(Stage, table, where, **specs, engines=files, shared=tuple(shared))
     expect(bool(stage.name), f"{where}: name", stage.name, "a name")
     expect(stage.runs in RUNS, f"{where}: runs", stage.runs, f"one of {', '.join(RUNS)}")
     expect(is_size(stage.max_batch), f"{where}: max_batch", stage.max_batch, f"1 to {LIMITS['size']}")

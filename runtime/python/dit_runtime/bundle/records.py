@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -67,10 +67,11 @@ class Stage:
     precision: str = "fp32"
     backend: str = "onnxruntime"
     engines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by backend, or its provider's form
+    shared: tuple[str, ...] = ()  # files of weights that the portable form has in common with other sizes'
 
     @property
     def onnx_files(self) -> tuple[str, ...]:
-        return (self.onnx, self.onnx + ".data")
+        return (self.onnx, self.onnx + ".data", *self.shared)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -144,6 +145,27 @@ class WithPorts:
 
 
 @dataclass(frozen=True)
+class Size:
+    """The keys of a manifest that have a value of their own at each size of the pictures."""
+
+    size: str  # the name that a request says: "512", or "512x768" for height x width
+    model: Mapping[str, Any]
+    ports: tuple[Port, ...]
+    process: Process
+    stages: tuple[Stage, ...]  # those of a name that another size has too are the same stages
+    suffix: str = ""  # ends the names of the size's own files, before their extension: reference-512x768.npz
+    built_with: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    batch_invariant: bool = False
+
+
+def size_name(size: str | int) -> str:
+    """Return a size's one name: 512 for "512x512"."""
+    height, _, width = str(size).partition("x")
+    return height if width == height else str(size)
+
+
+@dataclass(frozen=True)
 class Manifest(WithPorts):
     model: Mapping[str, Any]  # for people: name, resolution, …
     ports: tuple[Port, ...]
@@ -158,7 +180,37 @@ class Manifest(WithPorts):
     built_with: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     batch_invariant: bool = False  # verification saw that a sample has the same bits in each batch
+    size: str = ""  # the name of the size that all of this is of; "": the bundle has one, without a name
+    suffix: str = ""
+    sizes: tuple[Size, ...] = ()  # the others
     format: int = FORMAT
+
+    def at(self, size: str | int | None) -> Manifest:
+        """Return the manifest of a size of the bundle, which then is the one that requests without a size draw."""
+        if size is None or size_name(size) == self.size:
+            return self
+        own = Size(**{key.name: getattr(self, key.name) for key in fields(Size)})
+        for other in self.sizes:
+            if other.size == size_name(size):
+                rest = tuple(own if entry is other else entry for entry in self.sizes)
+                return replace(self, sizes=rest, **vars(other))
+        names = ", ".join(self.size_names) or "one size"
+        raise UsageError(f"size {size_name(size)} is not in this bundle; it has {names}")
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """Return the names of all sizes, that of this one first."""
+        return tuple(filter(None, (self.size, *(other.size for other in self.sizes))))
+
+    @property
+    def each_size(self) -> tuple[Manifest, ...]:
+        """Return the manifest at each size, this one first."""
+        return (self, *(self.at(other.size) for other in self.sizes))
+
+    def own(self, file: str) -> str:
+        """Return the name that a file of each size has at this size."""
+        stem, dot, extension = file.partition(".")
+        return f"{stem}{self.suffix}{dot}{extension}"
 
     def port(self, name: str) -> Port:
         return next(port for port in self.ports if port.name == name)
@@ -225,4 +277,9 @@ class Manifest(WithPorts):
 
     def to_json(self) -> str:
         table = asdict(self) | {"process": self.process.to_dict()}
+        for entry, size in zip(table["sizes"], self.sizes, strict=True):
+            entry["process"] = size.process.to_dict()
+        for key in ("size", "suffix", "sizes"):
+            if not table[key]:
+                del table[key]
         return json.dumps({"format": table.pop("format"), **table}, indent=1, ensure_ascii=False) + "\n"

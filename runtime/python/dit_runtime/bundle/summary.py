@@ -26,6 +26,8 @@ def summary(folder: Path, contract: Manifest) -> str:
         f"model      {model.get('name')} at {model.get('resolution')} px" + (f", {names}" if contract.classes else ""),
         f"sampling   {sampler.solver} on {contract.process.prediction}, {sampler.steps} steps, {_guidance(contract)}",
     ]
+    if contract.sizes:
+        lines.append(f"sizes      {', '.join(contract.size_names)}; what follows is of the first")
     lines += [f"port       {_port(port, contract)}" for port in (state, contract.time, *contract.conditions)]
     lines += [f"prompt     {_prompt(prompt)}" for prompt in contract.prompts]
     for stage in contract.stages:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.conditions.memo import BUDGET, side_by_side
-from dit_runtime.errors import Stopped
+from dit_runtime.errors import Stopped, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Checked, Request
 from dit_runtime.sampling.guidance import Groups
@@ -99,6 +99,8 @@ class Batcher:
         The listener gets so many `previews`, evenly spread over the steps.
         """
         now = self._clock()
+        if self.pipe.manifest.at(request.size) is not self.pipe.manifest:
+            raise UsageError(f"size {request.size}; expected {self.pipe.manifest.size}, which this batcher draws")
         checked = request.check(self.pipe.manifest, self.pipe.engines.tokenizers)
         evaluations = len(checked.timesteps)
         groups = 1 if checked.negative is None else 2

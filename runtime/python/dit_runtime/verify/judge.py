@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest, Stage
+from dit_runtime.bundle.records import Size
 from dit_runtime.errors import BundleError
 from dit_runtime.facts import FACTS
 from dit_runtime.pipeline import Pipeline
@@ -59,8 +60,36 @@ NOISE_ATOL: float = FACTS["noise_atol"]  # PyTorch's vector code differs from li
 
 
 def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) -> list[Figure]:
-    """Return all figures of a bundle against its reference; the caller decides on `passed`."""
-    manifest.check_files(pipe.folder, pipe.manifest, [REFERENCE])
+    """Return all figures of a bundle against its references; the caller decides on `passed`.
+
+    The stages of sizes other than the pipeline's own have the size before their name. Its engines are closed before
+    those of another size open.
+    """
+    figures = _verify_size(pipe, on_step)
+    for other in pipe.manifest.sizes:
+        pipe.engines.close()
+        sized = _verify_size(pipe.at(other.size), on_step)
+        figures += [replace(figure, stage=_prefix(other) + figure.stage) for figure in sized]
+    return figures
+
+
+def _prefix(size: Size) -> str:
+    return f"{size.size}: "
+
+
+def by_size(contract: Manifest, figures: Iterable[Figure]) -> dict[str, list[Figure]]:
+    """Return the figures of each size, by the stages' own names."""
+    own: dict[str, list[Figure]] = {size.size: [] for size in contract.each_size}
+    for figure in figures:
+        other = next((size for size in contract.sizes if figure.stage.startswith(_prefix(size))), None)
+        name = contract.size if other is None else other.size
+        stage = figure.stage if other is None else figure.stage.removeprefix(_prefix(other))
+        own[name].append(replace(figure, stage=stage))
+    return own
+
+
+def _verify_size(pipe: Pipeline, on_step: Callable[[int, int], None] | None) -> list[Figure]:
+    manifest.check_files(pipe.folder, pipe.manifest, [pipe.manifest.own(REFERENCE)])
     reference = load_reference(pipe.folder, pipe.manifest)
     tolerances(pipe.manifest)  # before the long work
     figures = list(prompt_figures(pipe))

@@ -44,8 +44,11 @@ def save(folder: Path, ids: Mapping[str, NDArray[Any]], conditions: Mapping[str,
 def errors(pipe: Pipeline) -> Iterator[tuple[str, int, float]]:
     """Yield, by port, the row whose projections differ most from PyTorch's, and by how much."""
     contract, stage = pipe.manifest, pipe.manifest.prompt
-    if stage is None or PROMPTS not in contract.files:
+    if stage is None:
         return
+    if PROMPTS not in contract.files:
+        lacks = f"{PROMPTS} is not in the manifest, and nothing else checks the {stage.name} stage"
+        raise BundleError(f"{pipe.folder}: {lacks}; rebuild the bundle")
     manifest.check_files(pipe.folder, contract, [PROMPTS])
     names = [port.name for port in contract.prompt_ports]
     try:

@@ -48,23 +48,24 @@ ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "
 
 
 def load_reference(folder: Path, contract: Manifest) -> Reference:
+    name = contract.own(REFERENCE)
     try:
-        with np.load(manifest.inside(folder, REFERENCE), allow_pickle=False) as file:
-            arrays = {name: _wide(file[name]) for name in file.files}
+        with np.load(manifest.inside(folder, name), allow_pickle=False) as file:
+            arrays = {key: _wide(file[key]) for key in file.files}
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{folder}: {REFERENCE} cannot be read: {error}; rebuild the bundle") from None
+        raise BundleError(f"{folder}: {name} cannot be read: {error}; rebuild the bundle") from None
     condition = _by_port(arrays, "condition", contract)
     negative = _by_port(arrays, "null", contract)
     needed = {*ARRAYS, *(f"condition.{port.name}" for port in contract.conditions)}
     if missing := sorted(needed - arrays.keys()):
-        raise BundleError(f"{folder}: {REFERENCE} lacks {', '.join(missing)}; rebuild the bundle")
+        raise BundleError(f"{folder}: {name} lacks {', '.join(missing)}; rebuild the bundle")
     try:
         rows = fit(condition, contract.conditions, "its condition")
         away = fit(negative, contract.conditions, "its null") if negative or contract.mixes_guidance else None
-        reference = Reference(**{name: arrays[name] for name in ARRAYS}, condition=rows, negative=away)
+        reference = Reference(**{key: arrays[key] for key in ARRAYS}, condition=rows, negative=away)
         _check_shapes(contract, reference)
     except UsageError as error:
-        raise BundleError(f"{folder}: {REFERENCE} does not fit the manifest: {error}; rebuild the bundle") from None
+        raise BundleError(f"{folder}: {name} does not fit the manifest: {error}; rebuild the bundle") from None
     return reference
 
 

@@ -1,0 +1,87 @@
+"""A server on the loopback interface, in a thread of this process, and a plain client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import uvicorn
+
+from dit_serve.app import Service, Settings
+from dit_serve.models import Model, Opening, open_models
+from dit_serve.protocol import Protocol
+
+WAIT = 60  # seconds for what takes a fraction of one
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Running(NamedTuple):
+    service: Service
+    port: int
+
+    @property
+    def model(self) -> Model:
+        return next(iter(self.service.models.values()))
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """Send a request on a connection of its own; a body that is no string is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)
+        content = body if body is None or isinstance(body, str | bytes) else json.dumps(body)
+        sent = {"Content-Type": "application/json"} if body is not None else {}
+        connection.request(
+            method, path, content, sent | {name.replace("_", "-"): text for name, text in headers.items()}
+        )
+        response = connection.getresponse()
+        answer = Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        connection.close()
+        return answer
+
+    def draw(self, prompt: str = "1", **fields: Any) -> Answer:
+        return self.ask("POST", "/v1/images/generations", {"prompt": prompt, **fields})
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
+
+
+@contextmanager
+def running(
+    folder: Path, settings: Settings | None = None, protocol: type = Protocol, **opening: Any
+) -> Iterator[Running]:
+    """Serve a bundle as "demo"; stop in order at the end."""
+    models = open_models({"demo": folder}, Opening(**{"threads": 1, "verify": False} | opening), lambda _: None)
+    service = Service(models, settings or Settings(grace=5))
+    config = uvicorn.Config(
+        service.app(),
+        http=protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            yield Running(service, listener.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(WAIT)
+            assert not thread.is_alive()
