@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.errors import UsageError, nearest
-from dit_runtime.sampling.process import CHOICES, PREDICTIONS, SOLVERS, Process, Sampler
-from dit_runtime.sampling.schedule import MULTISTEP
+from dit_runtime.sampling.process import CHOICES, CURVES, PREDICTIONS, Process, Sampler, solver_of_order
 
-FLOW, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
-SCM = "SCMScheduler"
-CLASSES = ("DDIMScheduler", "DDPMScheduler", DPM, FLOW, SCM)
+FLOW, SCM = "FlowMatchEulerDiscreteScheduler", "SCMScheduler"
+DPM, UNIPC, DEIS = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"
+CLASSES = ("DDIMScheduler", "DDPMScheduler", DPM, UNIPC, DEIS, FLOW, SCM)
 CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # the classes that have clip_sample
 # Fields that the classes share, or that only one has; a config keeps another class's fields for a switch back.
 PROCESS = {
@@ -30,7 +29,6 @@ SAMPLER = (
     "clip_sample",
     "clip_sample_range",
     "set_alpha_to_one",
-    "solver_type",
     "lower_order_final",
     "euler_at_final",
     "final_sigmas_type",
@@ -44,33 +42,36 @@ VARIANCES = {  # the two logs are the same numbers, kept as logarithms
     "learned_range": "learned_range",
 }
 LIN_SPACINGS = ("leading", "trailing", "linspace")
+ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "deis")  # diffusers takes the last for the first
+SOLVER_TYPES = (*CHOICES["solver_type"], "logrho")  # each class takes those of another for its own default
+CURVE_SWITCHES = {f"use_{name}_sigmas": name for name in CURVES}
 ONLY = {  # what we do not implement passes where it is switched off
     "thresholding": False,
     "rescale_betas_zero_snr": False,
-    "algorithm_type": "dpmsolver++",
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
     "use_lu_lambdas": False,
     "use_flow_sigmas": False,
     "use_dynamic_shifting": False,
+    "predict_x0": True,
+    "disable_corrector": [],
+    "solver_p": None,
+    "sigma_min": None,
+    "sigma_max": None,
+    "shift_terminal": None,
 }
 # Without effect while their switch above is off.
 IDLE = ("dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type")
-ORDERS = tuple(SOLVERS[solver]["order"] for solver in MULTISTEP)
+ORDERS = tuple(solver_of_order("dpm++"))
 SPECIAL = ("trained_betas", "timestep_spacing", "variance_type", "solver_order", "lambda_min_clipped")
 FLOW_ONLY: dict[str, tuple[Any, ...]] = {
     "use_dynamic_shifting": (False, True),
     "time_shift_type": ("exponential", "linear"),
     "invert_sigmas": (False,),
-    "use_karras_sigmas": (False,),
-    "use_exponential_sigmas": (False,),
-    "use_beta_sigmas": (False,),
+    **dict.fromkeys(CURVE_SWITCHES, (False, True)),
     "stochastic_sampling": (False,),
 }
 # A flow's multistep solver: fields that are read, and those without effect while its σ do not come from betas.
-DPM_FLOW = ("num_train_timesteps", "flow_shift", "solver_type", "lower_order_final", "euler_at_final")
-DPM_FLOW_IDLE = (
+MULTISTEP_FLOW = ("num_train_timesteps", "flow_shift", "lower_order_final", "euler_at_final")
+MULTISTEP_FLOW_IDLE = (
     "beta_start",
     "beta_end",
     "beta_schedule",
@@ -116,11 +117,11 @@ def read_scheduler_config(
         )
     defaulted = config.get("_use_default_values", ())  # in a live scheduler's config: what its JSON did not say
     said = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
-    multistep_flow = name == DPM and said.get("use_flow_sigmas") is True
+    multistep_flow = name in (DPM, UNIPC) and said.get("use_flow_sigmas") is True
     predicted = "velocity" if name in (FLOW, SCM) or multistep_flow else said.get("prediction_type", "epsilon")
     try:
         if multistep_flow:
-            process = _read_multistep_flow(said)
+            process = _read_multistep_flow(name, said)
         elif name == SCM:
             process = _read_scm(said)
         elif name == FLOW:
@@ -138,14 +139,15 @@ def _read_noise(name: str, said: dict[str, Any], learned_variance: bool) -> Proc
     if name not in CLIPPING:
         said.pop("clip_sample", None)  # a leftover of the class that this config was made from
     _refuse_unsupported(said, {*PROCESS, *SAMPLER, *IDLE, *SPECIAL}, _supported(learned_variance))
-    spacing = said.get("timestep_spacing")
+    spacing, curve = said.get("timestep_spacing"), _curve(said)
     clipped = said.get("lambda_min_clipped")
     betas = said.get("trained_betas")
     sampler = Sampler(
-        solver={"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name, _multistep(said)),
+        solver={"DDIMScheduler": "ddim", "DDPMScheduler": "ddpm"}.get(name) or _multistep(name, said),
         ddpm_spacing=spacing or "leading",
         ddim_spacing=spacing or "leading",
-        dpm_spacing=spacing or "linspace",
+        dpm_spacing=curve or spacing or "linspace",
+        solver_type=_solver_type(said),
         variance=VARIANCES[said.get("variance_type") or ("learned_range" if learned_variance else "fixed_small")],
         lambda_min_clipped=None if clipped == -math.inf else clipped,
         **{key: said[key] for key in SAMPLER if key in said},
@@ -186,7 +188,11 @@ def _read_flow(
         shift=shift,
         shift_growth=growth,
         shift_terminal=said.get("shift_terminal") or None,
-        sampler=Sampler(solver="euler", flow_spacing=spacing or ("trailing" if dynamic else "linspace")),
+        sampler=Sampler(
+            solver="euler",
+            flow_spacing=spacing or ("trailing" if dynamic else "linspace"),
+            flow_curve=_curve(said) or "none",
+        ),
     )
     # diffusers shifts its smallest σ when it is made, unless the shift is dynamic, and again with a run's others.
     smallest = np.float32(1 / train_steps)
@@ -195,24 +201,31 @@ def _read_flow(
     return replace(process, sigma_min=float(smallest))
 
 
-def _read_multistep_flow(said: dict[str, Any]) -> Process:
-    """Return the flow of DPM-Solver++ with use_flow_sigmas: its own σ, at which the network reads a training step."""
+def _read_multistep_flow(name: str, said: dict[str, Any]) -> Process:
+    """Return the flow of a multistep class with use_flow_sigmas: its own σ, where the network reads a training step."""
+    terminal = said.pop("shift_terminal", None) if name == UNIPC else None
     fixed: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in ONLY.items()} | {
+        **dict.fromkeys(CURVE_SWITCHES, (False,)),  # diffusers' are those of betas
+        "algorithm_type": ALGORITHMS,
         "use_flow_sigmas": (True,),
         "prediction_type": ("flow_prediction",),
         "final_sigmas_type": ("zero",),
         "solver_order": ORDERS,
-        "solver_type": CHOICES["solver_type"],
+        "solver_type": SOLVER_TYPES,
     }
     said = {"prediction_type": "epsilon"} | said
-    _refuse_unsupported(said, {*DPM_FLOW, *DPM_FLOW_IDLE, *IDLE}, fixed)
-    switches = ("solver_type", "lower_order_final", "euler_at_final")
+    _refuse_unsupported(said, {*MULTISTEP_FLOW, *MULTISTEP_FLOW_IDLE, *IDLE}, fixed)
+    switches = ("lower_order_final", "euler_at_final")
     return Process(
         prediction="velocity",
         train_steps=said.get("num_train_timesteps", 1000),
         shift=said.get("flow_shift", 1.0),
+        shift_terminal=terminal or None,
         sampler=Sampler(
-            solver=_multistep(said), flow_spacing="discrete", **{key: said[key] for key in switches if key in said}
+            solver=_multistep(name, said),
+            flow_spacing="discrete",
+            solver_type=_solver_type(said),
+            **{key: said[key] for key in switches if key in said},
         ),
     )
 
@@ -225,9 +238,28 @@ def _read_scm(said: dict[str, Any]) -> Process:
     )
 
 
-def _multistep(said: Mapping[str, Any]) -> str:
-    order = said.get("solver_order", 2)
-    return next(solver for solver in MULTISTEP if SOLVERS[solver]["order"] == order)
+def _multistep(name: str, said: Mapping[str, Any]) -> str:
+    noisy = name == DPM and said.get("algorithm_type") == "sde-dpmsolver++"
+    method = {UNIPC: "unipc", DEIS: "deis"}.get(name) or ("sde-dpm++" if noisy else "dpm++")
+    order, solvers = said.get("solver_order", 2), solver_of_order(method)
+    if method == "deis":
+        solvers = solver_of_order("dpm++") | solvers  # of order 1 both are DDIM
+    if order not in solvers:
+        known = ", ".join(map(str, solvers))
+        raise UsageError(f"solver_order = {order!r} is not supported with {method} (supported: {known})")
+    return solvers[order]
+
+
+def _solver_type(said: Mapping[str, Any]) -> str:
+    kind = said.get("solver_type", "midpoint")
+    return "midpoint" if kind == "logrho" else kind
+
+
+def _curve(said: Mapping[str, Any]) -> str | None:
+    curves = [name for switch, name in CURVE_SWITCHES.items() if said.get(switch)]
+    if len(curves) > 1:
+        raise UsageError(f"use_{curves[0]}_sigmas and use_{curves[1]}_sigmas are both True; expected one at most")
+    return curves[0] if curves else None
 
 
 def read_dynamic(said: Mapping[str, Any]) -> dict[str, float]:
@@ -254,7 +286,8 @@ def _supported(learned_variance: bool) -> dict[str, tuple[Any, ...]]:
     supported |= {key: CHOICES[ours] for key, ours in PROCESS.items() if ours in CHOICES}
     supported |= {key: CHOICES[key] for key in SAMPLER if key in CHOICES}
     supported["prediction_type"] = tuple(name for name, kind in PREDICTIONS.items() if kind == "noise")
-    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": ORDERS}
+    supported |= {"timestep_spacing": LIN_SPACINGS, "solver_order": ORDERS, "solver_type": SOLVER_TYPES}
+    supported |= {"algorithm_type": ALGORITHMS} | dict.fromkeys(CURVE_SWITCHES, (False, True))
     supported["variance_type"] = (None, *(key for key in VARIANCES if learned_variance or "learned" not in key))
     return supported
 

@@ -40,8 +40,9 @@ def _rewrite(graph: gs.Graph, norm: gs.Node) -> None:
         made += 1
         return layer(graph, op, inputs, f"{out.name}.{made}", **attrs)
 
-    def group_mean(tensor: gs.Tensor) -> gs.Variable:  # (B, C, ...) -> (B, groups, 1)
-        means = node("ReduceMean", tensor, np.arange(2, rank), keepdims=1)
+    def group_mean(tensor: gs.Tensor) -> gs.Variable:  # (B, C, ..., W) -> (B, groups, 1)
+        # Over W alone: with channels last, ONNX Runtime adds up all of a picture in another order where B is 1.
+        means = node("ReduceMean", tensor, np.array([rank - 1]), keepdims=1)
         return node("ReduceMean", node("Reshape", means, np.array([0, groups, -1])), np.array([2]), keepdims=1)
 
     def per_channel(tensor: gs.Tensor) -> gs.Variable:  # (B, groups, C / groups) -> (B, C, 1, ...)

@@ -5,19 +5,24 @@ import pytest
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.process import Process, Sampler
-from dit_runtime.sampling.schedule import MULTISTEP, timesteps
+from dit_runtime.sampling.process import CURVES, Process, Sampler
+from dit_runtime.sampling.schedule import timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
 
 FLOW = "FlowMatchEulerDiscreteScheduler"
-CLASSES = (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler)
+DPM = ("dpm++1", "dpm++", "dpm++3")
+CLASSES = (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler)
+MULTISTEP = {DPMSolverMultistepScheduler: DPM, UniPCMultistepScheduler: ("unipc1", "unipc", "unipc3")}
+MULTISTEP[DEISMultistepScheduler] = ("dpm++1", "deis", "deis3")
 DIT_XL_2_256 = {  # facebook/DiT-XL-2-256, scheduler/scheduler_config.json
     "_class_name": "DDIMScheduler",
     "_diffusers_version": "0.12.0.dev0",
@@ -44,7 +49,7 @@ def config(cls="DDIMScheduler", **fields):
 
 def in_words(given):
     """The config with diffusers' defaults that we do not take over replaced: the fields of which it says nothing."""
-    cannot_clip = given["_class_name"] == "DPMSolverMultistepScheduler"
+    cannot_clip = given["_class_name"].endswith("MultistepScheduler")
     own = {"clip_sample": False, "variance_type": "learned_range"}
     said = {key: value for key, value in given.items() if value is not None and not (cannot_clip and key in own)}
     return given | own | {key: value for key, value in said.items() if key in own}
@@ -64,10 +69,13 @@ def check(process, live):
     for name in [*shared.split(), "final_sigmas_type"]:
         # A live config also holds another class's leftovers; only the fields of its own class count.
         if name in type(live)._get_init_keys(type(live)):
-            assert getattr(sampler, name) == theirs[name], name
+            if name == "solver_type" and not isinstance(live, DPMSolverMultistepScheduler):
+                assert theirs[name] in (sampler.solver_type, "bh2", "logrho")  # theirs for any other class's
+            else:
+                assert getattr(sampler, name) == theirs[name], name
     if isinstance(live, DDPMScheduler):
         assert sampler.variance == theirs.variance_type
-    solver = {DDIMScheduler: "ddim", DDPMScheduler: "ddpm"}.get(type(live), "dpm++")
+    solver = {DDIMScheduler: "ddim", DDPMScheduler: "ddpm"}.get(type(live)) or MULTISTEP[type(live)][1]
     live.set_timesteps(20)
     assert list(timesteps(process, solver, 20)) == live.timesteps.tolist()
 
@@ -102,9 +110,39 @@ def test_every_solver_gets_what_from_config_would_give_it(given, other):
 def test_the_solver_is_the_configs():
     assert read_scheduler_config(config("DDPMScheduler")).sampler.solver == "ddpm"
     assert read_scheduler_config(config("DDIMScheduler")).sampler.solver == "ddim"
-    for order, solver in enumerate(MULTISTEP, 1):
-        given = config("DPMSolverMultistepScheduler", solver_order=order)
+    for cls, solvers in MULTISTEP.items():
+        for order, solver in enumerate(solvers, 1):
+            given = config(cls.__name__, solver_order=order)
+            assert read_scheduler_config(given).sampler.solver == solver
+    for order, solver in ((1, "sde-dpm++1"), (2, "sde-dpm++")):
+        given = config("DPMSolverMultistepScheduler", solver_order=order, algorithm_type="sde-dpmsolver++")
         assert read_scheduler_config(given).sampler.solver == solver
+    with pytest.raises(UsageError, match=r"solver_order = 3 is not supported with sde-dpm\+\+ \(supported: 1, 2\)"):
+        read_scheduler_config(given | {"solver_order": 3})
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_a_curve_is_that_of_the_multistep_solvers(curve):
+    """diffusers' DDIM and DDPM have none."""
+    given = config("UniPCMultistepScheduler", **{f"use_{curve}_sigmas": True}, timestep_spacing="trailing")
+    process = read_scheduler_config(given)
+    assert (process.sampler.dpm_spacing, process.sampler.ddim_spacing) == (curve, "trailing")
+    for cls in CLASSES:
+        check(process, cls.from_config(in_words(given)))
+    other = "beta" if curve == "karras" else "karras"
+    with pytest.raises(UsageError, match="are both True; expected one at most"):
+        read_scheduler_config(given | {f"use_{other}_sigmas": True})
+    flow = read_scheduler_config(config(FLOW, **{f"use_{curve}_sigmas": True}), spacing="trailing")
+    assert (flow.sampler.flow_spacing, flow.sampler.flow_curve) == ("trailing", curve)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("predict_x0", False), ("disable_corrector", [0]), ("solver_p", "x"), ("sigma_min", 0.1), ("shift_terminal", 0.1)],
+)
+def test_what_unipc_cannot_honour_is_refused(field, value):
+    with pytest.raises(UsageError, match=f"{field} = .* is not supported"):
+        read_scheduler_config(config("UniPCMultistepScheduler", **{field: value}))
 
 
 def test_dit_xl_2_256_unclipped_leading_and_linspace():
@@ -120,7 +158,7 @@ def test_latents_are_clipped_only_where_the_config_says_so(cls):
     live = cls.from_config(config(cls.__name__)).config
     assert not read_scheduler_config(dict(live)).sampler.clip_sample
     said = read_scheduler_config(config(cls.__name__, clip_sample=True)).sampler.clip_sample
-    assert said == (cls is not DPMSolverMultistepScheduler)  # which has no such field: a leftover of another class
+    assert said == (cls not in MULTISTEP)  # which has no such field: a leftover of another class
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -174,10 +212,8 @@ def test_trained_betas_and_infinite_clip():
         ("thresholding", True),
         ("rescale_betas_zero_snr", True),
         ("algorithm_type", "dpmsolver"),
-        ("algorithm_type", "sde-dpmsolver++"),
-        ("use_karras_sigmas", True),
-        ("use_exponential_sigmas", True),
-        ("use_beta_sigmas", True),
+        ("algorithm_type", "sde-dpmsolver"),
+        ("use_karras_sigmas", "yes"),
         ("use_lu_lambdas", True),
         ("use_flow_sigmas", "yes"),
         ("use_dynamic_shifting", True),
@@ -185,7 +221,7 @@ def test_trained_betas_and_infinite_clip():
         ("prediction_type", "flow_prediction"),
         ("prediction_type", "velocity"),
         ("timestep_spacing", "stride"),
-        ("solver_type", "bh2"),
+        ("solver_type", "bh3"),
         ("solver_order", 4),
         ("final_sigmas_type", "half"),
         ("variance_type", "wild"),
@@ -270,9 +306,6 @@ def test_a_terminal_shift_is_read_and_zero_is_none():
     ("field", "value", "message"),
     [
         ("invert_sigmas", True, "invert_sigmas = True is not supported"),
-        ("use_karras_sigmas", True, "use_karras_sigmas = True is not supported"),
-        ("use_exponential_sigmas", True, "use_exponential_sigmas = True is not supported"),
-        ("use_beta_sigmas", True, "use_beta_sigmas = True is not supported"),
         ("stochastic_sampling", True, "stochastic_sampling = True is not supported"),
         ("time_shift_type", "cubic", "time_shift_type = 'cubic' is not supported"),
         ("use_dynamic_shifting", "yes", "use_dynamic_shifting = 'yes' is not supported"),
@@ -302,10 +335,10 @@ def test_a_dynamic_shift_that_cannot_be_made_is_refused(fields, message):
         read_scheduler_config(config(FLOW, use_dynamic_shifting=True, **fields), tokens=4096)
 
 
-def multistep_flow(**fields):
+def multistep_flow(cls=DPMSolverMultistepScheduler, **fields):
     """As Sana's: flow_prediction on flow sigmas, and what is left of the noise schedule of the class."""
     given = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-    return config("DPMSolverMultistepScheduler", **given | fields)
+    return config(cls.__name__, **given | fields)
 
 
 def test_a_multistep_flow_is_sanas():
@@ -317,9 +350,16 @@ def test_a_multistep_flow_is_sanas():
     assert read_scheduler_config(saved(live), prediction="velocity", tokens=64, spacing="linspace") == flow
     assert read_scheduler_config(multistep_flow(beta_start=0.3, timestep_spacing="trailing")) == flow
     switches = {"solver_type": "heun", "lower_order_final": False, "euler_at_final": True}
-    for order, solver in enumerate(MULTISTEP, 1):
-        sampler = Sampler(solver, flow_spacing="discrete", **switches)
-        assert read_scheduler_config(multistep_flow(solver_order=order, **switches)).sampler == sampler
+    for cls in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        for order, solver in enumerate(MULTISTEP[cls], 1):
+            sampler = Sampler(solver, flow_spacing="discrete", **switches)
+            assert read_scheduler_config(multistep_flow(cls, solver_order=order, **switches)).sampler == sampler
+    terminal = multistep_flow(UniPCMultistepScheduler, shift_terminal=0.1)
+    assert read_scheduler_config(terminal).shift_terminal == 0.1
+    noisy = multistep_flow(algorithm_type="sde-dpmsolver++")
+    assert read_scheduler_config(noisy).sampler.solver == "sde-dpm++"
+    with pytest.raises(UsageError, match="use_flow_sigmas = True is not supported"):  # its last step would be none
+        read_scheduler_config(multistep_flow(DEISMultistepScheduler))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +367,8 @@ def test_a_multistep_flow_is_sanas():
     [
         ({"prediction_type": "epsilon"}, "prediction_type = 'epsilon' is not supported .supported: flow_prediction"),
         ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min' is not supported"),
-        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver.*' is not supported"),
+        ({"algorithm_type": "dpmsolver"}, "algorithm_type = 'dpmsolver' is not supported"),
+        ({"shift_terminal": 0.1}, "shift_terminal = 0.1 is not supported"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas = True is not supported"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting = True is not supported"),
         ({"solver_order": 4}, "solver_order = 4 is not supported"),

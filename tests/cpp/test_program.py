@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from dit_runtime import Pipeline, backends, verify
+from dit_runtime import Pipeline, Request, backends, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.sampling.process import FLOW_SOLVERS, NOISE_SOLVERS, SPACINGS
 from tests.handmade import module
@@ -37,6 +37,11 @@ CONSUMER = Path(__file__).with_name("consumer")
         (["BUNDLE", "--labels", "1", "--steps", "0"], "--steps is '0'"),
         (["BUNDLE", "--labels", "1", "--guidance", "nan"], "finite"),
         (["BUNDLE", "--labels", "1", "--guidance", "1", "2"], "guidance has 2 numbers"),
+        (["BUNDLE", "--labels", "1", "--guidance-interval", "0.5"], "--guidance-interval needs a value"),
+        (["BUNDLE", "--labels", "1", "--guidance-interval", "0.5", "0.2"], "guidance_interval is (0.5, 0.2)"),
+        (["BUNDLE", "--labels", "1", "--guidance-policy", "apg", "x=1"], "guidance_policy apg has no 'x'"),
+        (["BUNDLE", "--labels", "1", "--cache", "taylor"], 'did you mean "taylorseer"'),
+        (["BUNDLE", "--labels", "1", "--cache-interval", "2"], "got cache_interval without a cache"),
         (["BUNDLE", "--labels", "1", "--seed", str(2**64)], "2**64 - 1"),
         (["BUNDLE", "--labels", "1", "--seed", "1", "2"], "2 seeds for 1 samples"),
         (["BUNDLE", "--labels", "anz"], 'did you mean "ant"'),
@@ -76,9 +81,44 @@ def test_a_bundle_without_a_decoder(meta, dit_generate, tmp_path):
     assert done.returncode == 2 and "no decoder" in done.stderr
 
 
+CACHE = {"cache_interval": 3, "max_order": 2, "disable_cache_before_step": 1, "disable_cache_after_step": -2}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guidance_interval": [0.2, 0.7]},
+        {"guidance_policy": "rescale guidance_rescale=0.4"},
+        {"guidance_policy": "zero_star", "guidance_interval": [0.3, 1]},
+        {"guidance_policy": "apg eta=0.5 norm_threshold=3"},
+        {"cache": "taylorseer"},
+        {"cache": "taylorseer", **CACHE, "guidance_interval": [0.1, 0.6], "guidance_policy": "apg"},
+        {"cache": "easycache", "cache_threshold": 0.3, "disable_cache_before_step": 2},
+    ],
+    ids=str,
+)
+def test_policies_and_caches_are_pythons(tiny, dit_generate, tmp_path, fields):
+    """Two samples with a weight each, of which 1 is none; the same rows are counted."""
+    file, flags = tmp_path / "x.npy", []
+    for name, value in fields.items():
+        words = value if isinstance(value, list) else str(value).split()
+        flags += [f"--{name.replace('_', '-')}", *words]
+    options = ["--labels", 1, 3, "--guidance", 3, 1, "--steps", 12, "--seed", 4, 5, "-o", file, "--json"]
+    done = dit_generate(tiny, *options, *flags)
+    assert done.returncode == 0, done.stderr
+    with Pipeline.load(tiny, threads=1) as pipe:
+        options = {"guidance": [3.0, 1.0], "steps": 12, "seed": [4, 5], "output": "latents"}
+        run, plain = pipe.run(Request([1, 3], **options, **fields)), pipe.sample([1, 3], **options)
+        expected = run.result()
+    assert json.loads(done.stdout)["rows"] == run.rows < 24 + ("guidance_policy" in fields)
+    assert np.linalg.norm(np.load(file) - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(plain - expected) > 1e-3 * np.linalg.norm(expected)
+
+
 def test_json_and_words(tiny, dit_generate, tmp_path):
     done = dit_generate(tiny, "--labels", "honey bee", "elk", "--steps", 2, "-o", tmp_path / "x.npy", "--json")
-    assert json.loads(done.stdout) == {"output": str(tmp_path / "x.npy"), "shape": [2, 2, 4, 4]} and done.stderr == ""
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "x.npy"), "shape": [2, 2, 4, 4], "rows": 4}
+    assert done.stderr == ""
     assert np.load(tmp_path / "x.npy").dtype == np.float32
     assert "onnxruntime" in dit_generate("--version").stdout
     assert "--labels" in dit_generate("--help").stdout

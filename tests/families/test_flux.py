@@ -15,6 +15,7 @@ from dit_runtime import Pipeline, Request, verify
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run_command
 from dit_runtime.errors import UsageError
+from dit_runtime.serve import Batcher
 from tests.families import tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
@@ -157,6 +158,24 @@ def test_one_pipeline_draws_both(case, square) -> None:
     with Pipeline.load(case.bundle, threads=1, size=SQUARE, low_memory=True) as pipe:
         assert np.array_equal(pipe.sample(**options), second)
         assert np.array_equal(pipe.sample(size=WIDE, **options), first) and len(pipe.engines.opened) == 1
+
+
+def test_a_batcher_draws_both(case) -> None:
+    """Images of one size share calls; each is the one that is drawn alone."""
+    requests = [
+        Request(prompt=tiny.PROMPT, steps=3, seed=seed, guidance=2.0, size=size)
+        for seed, size in enumerate((None, SQUARE, WIDE, SQUARE, None))
+    ]
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        alone = [pipe.run(request).result() for request in requests]
+    batcher = Batcher(Pipeline.load(case.bundle, threads=1), places=2)
+    tickets = [batcher.submit(request) for request in requests]
+    for ticket, expected in zip(tickets, alone, strict=True):
+        difference = np.abs(ticket.result(60).astype(int) - expected)
+        assert difference.max() <= (0 if batcher.pipe.manifest.batch_invariant else 1)
+    batcher.close()
+    assert batcher.counts["samples"] == 15 > batcher.counts["calls"]
+    assert set(batcher.sizes) == {WIDE, SQUARE} and batcher.sizes[WIDE].weight == 1
 
 
 def test_a_size_that_is_not_there(case, capsys) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from dit_export.checkpoints.pipelines import read_pipeline
 from dit_export.cli import main as export
@@ -16,8 +15,9 @@ from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
 from tests.families import pipelines, tiny
 from tests.families.pipelines import GUIDANCE, SEED, STEPS, Case, build
+from tests.families.test_flux import T5_TOKENS
+from tests.families.test_flux import make_pipeline as flux_pipeline
 from tests.families.test_sd3 import make_pipeline as sd3_pipeline
-from tests.networks.tiny import flux
 
 
 @pytest.fixture(scope="module")
@@ -117,22 +117,8 @@ def test_other_classes(tmp_path, one_thread, make, frames, shape) -> None:
     pipelines.accept(Case(pipeline, bundle, {"num_frames": frames} if frames else {}))
 
 
-def flux_pipeline() -> Any:
-    clip, t5 = tiny.clip_tokenizer(), tiny.t5_tokenizer()
-    widths = {"joint_attention_dim": 64, "pooled_projection_dim": 32}
-    return FluxPipeline(
-        transformer=flux(**widths),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=tiny.vae(4),
-        text_encoder=tiny.clip(clip, projection=None),
-        tokenizer=clip,
-        text_encoder_2=tiny.t5(t5),
-        tokenizer_2=t5,
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "tokens"), [(sd3_pipeline, 256), (flux_pipeline, 32)])
+@pytest.mark.parametrize(("make", "tokens"), [(sd3_pipeline, 256), (flux_pipeline, T5_TOKENS)])
 def test_the_same_as_a_family(tmp_path, one_thread, make, tokens) -> None:
     """Both doors draw the same latents from the same embeddings; the generic one has names of its own."""
     pipeline = make()

@@ -131,6 +131,19 @@ def test_group_norm_of_a_group_that_is_far_from_zero(run: Run) -> None:
     np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=2e-2)
 
 
+def test_group_norm_of_a_picture_is_the_same_in_a_batch(run: Run) -> None:
+    """With channels last, as ONNX Runtime lays them beside int8 convolutions."""
+    graph = empty(x=["n", 16, 16, 32])
+    graph.opset = 21
+    first = layer(graph, "Transpose", graph.inputs, ["n", 32, 16, 16], perm=[0, 3, 1, 2])
+    norm = layer(graph, "GroupNormalization", [first, normal(32), normal(32)], ["n", 32, 16, 16], num_groups=8)
+    graph.outputs = [layer(graph, "Transpose", [norm], ["n", 16, 16, 32], perm=[0, 2, 3, 1])]
+    assert group_norm(graph) == 1
+    pictures = normal(2, 16, 16, 32)
+    alone = [run(graph, {"x": picture[None]})[0] for picture in pictures]
+    np.testing.assert_array_equal(run(graph, {"x": pictures})[0], np.concatenate(alone))
+
+
 def attention(**attrs: object) -> gs.Graph:
     graph = empty(**{name: ["n", 2, 5, 8] for name in "qkv"})
     graph.opset = 23

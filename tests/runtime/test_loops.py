@@ -19,7 +19,7 @@ STEPWISE = 1e-6  # a step's coefficients, state and sum in float32, 6e-8 each; w
 WHOLE = 1e-4  # 25 of them, each through the network; measured 4e-7
 LINEAR = [("epsilon", solver) for solver in ("ddim", "dpm++1", "dpm++")]
 LINEAR += [("v_prediction", "ddim"), ("sample", "dpm++"), ("velocity", "euler"), ("velocity", "heun")]
-LINEAR += [("velocity", "dpm++1"), ("velocity", "dpm++")]
+LINEAR += [("velocity", "dpm++1"), ("velocity", "dpm++"), ("epsilon", "unipc1"), ("velocity", "unipc1")]
 
 
 class Host(ort.OrtEngine):
@@ -88,7 +88,9 @@ def test_the_matrices_are_the_solver(prediction, solver, steps) -> None:
         assert asked == len(matrices) == (2 * steps if solver == "heun" else steps)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    "spacing", ["leading", "trailing", "linspace", "karras", "999, 800, 600, 400, 300, 200, 9, 3, 1, 0"]
+)
 def test_spacings_have_matrices_of_their_own(spacing) -> None:
     process = Process()
     usual, other = linear(process, "dpm++", 10, spacing="respaced"), linear(process, "dpm++", 10, spacing=spacing)
@@ -114,6 +116,9 @@ def test_ddim_is_the_first_order_solver() -> None:
         ("ddim", {}, {"clip_sample": True}),
         ("ddim", {}, {"clip_sample": True, "clip_sample_range": 100.0}),
         ("dpm++3", {}, {}),
+        ("sde-dpm++1", {}, {}),
+        ("unipc", {}, {}),
+        ("deis", {}, {}),
     ],
 )
 def test_what_has_no_matrices(solver, options, sampler) -> None:

@@ -82,6 +82,31 @@ def test_guidance_per_sample(pipe):
     assert far(together[0], together[1]) > 0.1
 
 
+@pytest.mark.parametrize("solver", ["ddim", "unipc", "deis3"])
+def test_times_of_a_request(pipe, solver):
+    """A list in words or numbers is one and the same run, and its count is the steps."""
+    seen = []
+    watch = lambda step, steps, _: seen.append((step, steps))  # noqa: E731
+
+    def drawn(spacing, steps=None, **options):
+        return latents(pipe, [3], solver=solver, spacing=spacing, steps=steps, **options)
+
+    words = drawn("999, 640, 300", on_step=watch)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    np.testing.assert_array_equal(drawn((999, 640.0, np.int64(300))), words)
+    assert far(drawn("999, 640, 301", steps=3), words) > 1e-6
+    for spacing, message in [
+        ([], r"spacing '\[\]' is not known"),
+        ([[999, 640]], "is not known"),
+        ([999, "x"], "expected a name, or falling times"),
+        ([640, 999], "expected a name, or falling times as in"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            drawn(spacing)
+    with pytest.raises(UsageError, match="steps is 5; expected 2"):
+        drawn("999, 640", steps=5)
+
+
 def test_guidance_below_one_is_none_in_a_batch_too(pipe):
     """A guided neighbour does not change a row whose guidance <= 1 means none."""
     kin = Pipeline(pipe.folder, up_to_one(pipe, True), pipe.engines.opened)

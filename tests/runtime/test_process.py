@@ -39,6 +39,7 @@ def test_a_flow_holds_its_own_fields_alone():
             "lower_order_final": True,
             "euler_at_final": False,
             "flow_spacing": "linspace",
+            "flow_curve": "none",
         },
         "shift": 3.0,
         "shift_growth": -0.01,
@@ -118,6 +119,7 @@ def test_the_schema_names_every_field_and_choice(process):
     of_kind = [name for name, facts in FACTS["solvers"].items() if process.kind in facts["processes"]]
     assert sampler["solver"]["enum"] == of_kind
     spacing = schema["noise_spacing"] if process.kind == "noise" else sampler["flow_spacing"]
-    assert spacing["enum"] == FACTS["spacings"][process.kind]
-    choices = {**fields, **sampler}
-    assert all(choices[key]["enum"] == [*CHOICES[key]] for key in ("beta_schedule", "variance") if key in choices)
+    assert spacing["enum"] + (FACTS["curves"] if process.kind == "flow" else []) == FACTS["spacings"][process.kind]
+    choices = {**fields, **sampler, "solver_type": schema["solver_type"]}
+    names = ("beta_schedule", "variance", "solver_type", "flow_spacing", "flow_curve")
+    assert all(choices[key]["enum"] == [*CHOICES[key]] for key in names if key in choices)

@@ -1,9 +1,18 @@
 import numpy as np
 import pytest
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+import scipy.stats
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 
 from dit_runtime.errors import UsageError
-from dit_runtime.sampling.process import Process, Sampler
+from dit_runtime.sampling.curves import BETA, beta_quantile, curve
+from dit_runtime.sampling.process import CURVES, Process, Sampler
 from dit_runtime.sampling.schedule import make_schedule, timesteps
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
@@ -65,6 +74,76 @@ def test_clipped_lambdas_shorten_the_range(spacing):
     ours = timesteps(process, "dpm++", 20, spacing)
     np.testing.assert_array_equal(ours, reference.timesteps.numpy())
     assert ours[0] < 800
+
+
+def test_the_quantiles_of_the_beta_distribution_are_scipys():
+    for probabilities in (np.linspace(0, 1, 2001), np.logspace(-12, -1, 100), 1 - np.logspace(-12, -1, 100)):
+        ours, theirs = beta_quantile(probabilities), scipy.stats.beta.ppf(probabilities, BETA, BETA)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-14, atol=0)  # 1.6e-15 was measured
+    assert np.abs(beta_quantile(np.array([0.1])) - scipy.stats.beta.ppf(0.1, 0.61, 0.61)) > 1e-4
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_curve_keeps_both_ends_and_falls(name):
+    for steps in (2, 3, 50):
+        points = curve(name, 150.0, 0.01, steps)
+        np.testing.assert_allclose(points[[0, -1]], [150, 0.01], rtol=1e-12)
+        assert (np.diff(points) < 0).all()
+    assert curve(name, 150.0, 0.01, 1) == pytest.approx([150], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_curves_are_diffusers(betas, scheduler, name):
+    """Its float32 logarithms can lose a step at the noisy end, and anywhere between two steps by chance."""
+    process = Process(beta_schedule=betas, beta_start=0.00085, beta_end=0.012)
+    solver = {"D": "dpm++", "U": "unipc"}[scheduler.__name__[0]] if scheduler is not DEISMultistepScheduler else "deis"
+    reference = scheduler(beta_schedule=betas, beta_start=0.00085, beta_end=0.012, **{f"use_{name}_sigmas": True})
+    for steps in (1, 2, 7, 25, 100):
+        reference.set_timesteps(steps)
+        ours, theirs = timesteps(process, solver, steps, name), reference.timesteps.numpy()
+        assert (ours != theirs).sum() <= 3 and np.abs(ours - theirs).max() <= 1
+        ratios = [step.now.sigma / step.now.alpha for step in make_schedule(process, solver, steps, name)]
+        np.testing.assert_allclose(ratios, reference.sigmas.numpy()[:-1], rtol=3e-4)  # of a cosine's; else 1.3e-5
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++", "unipc"])
+def test_listed_timesteps_are_the_runs(solver):
+    """diffusers' DPM-Solver++ takes such a list too."""
+    process, asked = Process(), [999, 640, 41, 0]
+    levels = process.alpha_bar
+    steps = make_schedule(process, solver, 4, "999, 640.0,41,0")
+    assert [step.now.time for step in steps] == asked
+    np.testing.assert_allclose([step.now.alpha**2 for step in steps], levels[asked], rtol=1e-15)
+    np.testing.assert_allclose([step.after.alpha**2 for step in steps], [*levels[asked[1:]], 1], rtol=1e-15)
+    reference = DPMSolverMultistepScheduler()
+    reference.set_timesteps(timesteps=asked)
+    np.testing.assert_allclose(
+        [step.now.sigma / step.now.alpha for step in steps], reference.sigmas[:-1].to(torch.float64), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ("999, 640", "steps is 3; expected 2, for spacing lists so many times"),
+        ("1000, 640, 0", "expected training steps, from 999 down to 0"),
+        ("999, 640, -1", "expected training steps, from 999 down to 0"),
+        ("999, 640.5, 0", "expected training steps, from 999 down to 0"),
+        ("640, 999, 0", "expected a name, or falling times as in '999, 640, 300'"),
+        ("640, 640, 0", "expected a name, or falling times"),
+        ("999, 640, x", "expected a name, or falling times"),
+        ("999, 640, NaN", "expected a name, or falling times"),
+        ("999, 640, [0]", "expected a name, or falling times"),
+        ("999, 640, true", "expected a name, or falling times"),
+        ("9" * 400 + ", 640, 0", "expected a name, or falling times"),
+        ("9, " + "[" * 100_000, "expected a name, or falling times"),
+    ],
+)
+def test_lists_that_are_no_path_are_refused(spacing, message):
+    with pytest.raises(UsageError, match=message):
+        timesteps(Process(), "dpm++", 3, spacing)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

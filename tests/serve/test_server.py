@@ -203,7 +203,7 @@ def test_it_is_not_open_to_others_without_a_key(
 def test_models(server: Running) -> None:
     (model,) = server.ask("GET", "/v1/models").json["data"]
     assert model == server.ask("GET", "/v1/models/demo").json
-    assert (model["size"], model["prompt"], model["classes"]) == (SIZE, "class", 5)
+    assert (model["sizes"], model["prompt"], model["classes"]) == ([SIZE], "class", 5)
     assert model["labels"][1] == "bee, honey bee" and model["batch_invariant"] is False and model["batch"] == 1
 
 

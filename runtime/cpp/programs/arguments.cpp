@@ -21,12 +21,24 @@ Draws pictures from a bundle of dit-export.
                         for guidance, as above: one row, or one a picture
   --steps N             default: the bundle's
   --guidance W …        one, or one a picture; default: the bundle's (also: --cfg-scale)
+  --guidance-interval LOW HIGH
+                        guide the steps between these fractions of the time; others evaluate half the rows. Default: 0 1
+  --guidance-policy NAME KEY=VALUE …
+                        constant, rescale, zero_star, apg, with numbers that are not the defaults
   --seed N …            one for all, or one a picture; 0
-  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                        dpm++3, euler, heun, sde, scm; default: the bundle's
+  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3;
+                        of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm, sde-dpm++1,
+                        sde-dpm++, unipc1, unipc, unipc3, deis, deis3; default: the bundle's
   --eta X               noise of ddim, 0 to 1
-  --spacing NAME        stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
-                        integer; default: the bundle's
+  --spacing NAME        stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity trailing,
+                        linspace, discrete, integer, karras, exponential, beta; or the times themselves: 999,640,300;
+                        default: the bundle's
+  --cache NAME          of outputs: taylorseer, easycache; default: none
+  --cache-interval N    taylorseer evaluates each step of N
+  --max-order N         of taylorseer, 0 to 2
+  --disable-cache-before-step STEP, --disable-cache-after-step STEP
+                        between which the cache works; after: below 0 from the end
+  --cache-threshold X   the error that easycache lets grow
   --latents FILE.npy    start from these instead of the seed's
   -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
   --verify              replay PyTorch's reference with the engines here, and draw nothing
@@ -52,11 +64,17 @@ double number(const std::string& flag, const std::string& word) {
     return value;
 }
 
-int small_integer(const std::string& flag, const std::string& word) {
+int integer(const std::string& flag, const std::string& word) {
     char* end = nullptr;
     const long value = std::strtol(word.c_str(), &end, 10);
-    if (word.empty() || *end || value < 1 || value > 1000000000) refuse(flag, word, "an integer of 1 or more");
+    if (word.empty() || *end || std::abs(value) > 1000000000) refuse(flag, word, "an integer");
     return static_cast<int>(value);
+}
+
+int small_integer(const std::string& flag, const std::string& word) {
+    const int value = integer(flag, word);
+    if (value < 1) refuse(flag, word, "an integer of 1 or more");
+    return value;
 }
 
 // From -2**63 to 2**64 - 1, as Python's seeds.
@@ -92,7 +110,11 @@ Arguments parse_arguments(int count, char** words) {
         int least, most;  // words after it
         std::function<void(const std::string&, const Values&)> take;
     };
+    const auto integer_of = [](int& place) {
+        return [&place](const std::string& flag, const Values& v) { place = integer(flag, v[0]); };
+    };
     const int any = 1 << 30;
+    dit::Request& request = arguments.request;
     std::map<std::string, Flag> flags = {
         {"--labels", {1, any, [&](const std::string&, const Values& v) { arguments.labels = v; }}},
         {"--guidance",
@@ -107,6 +129,24 @@ Arguments parse_arguments(int count, char** words) {
               arguments.request.seeds.clear();
               for (const auto& word : v) arguments.request.seeds.push_back(seed(flag, word));
           }}},
+        {"--guidance-interval",
+         {2, 2,
+          [&](const std::string& flag, const Values& v) {
+              for (const std::size_t bound : {0, 1}) request.guidance_interval[bound] = number(flag, v[bound]);
+          }}},
+        {"--guidance-policy",
+         {1, any,
+          [&](const std::string&, const Values& v) {
+              request.guidance_policy = v[0];
+              for (std::size_t word = 1; word < v.size(); ++word) request.guidance_policy += " " + v[word];
+          }}},
+        {"--cache", {1, 1, word_of(request.cache)}},
+        {"--cache-interval", {1, 1, integer_of(request.cache_interval)}},
+        {"--max-order", {1, 1, integer_of(request.max_order)}},
+        {"--disable-cache-before-step", {1, 1, integer_of(request.disable_cache_before_step)}},
+        {"--disable-cache-after-step", {1, 1, integer_of(request.disable_cache_after_step)}},
+        {"--cache-threshold",
+         {1, 1, [&](const std::string& flag, const Values& v) { request.cache_threshold = number(flag, v[0]); }}},
         {"--steps",
          {1, 1,
           [&](const std::string& flag, const Values& v) { arguments.request.steps = small_integer(flag, v[0]); }}},

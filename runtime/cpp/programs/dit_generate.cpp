@@ -122,21 +122,26 @@ int run(int count, char** words) {
     }
     const std::int64_t samples = static_cast<std::int64_t>(pipe.count(request));
     shape.insert(shape.begin(), samples);
+    std::int64_t rows = 0;
     {
         Progress progress;
         request.on_step = [&](int step, int steps, const double*, std::size_t) { return progress.step(step, steps); };
+        dit::Run run = pipe.run(request);
         if (kind == ".npy") {
-            write_npy(arguments.output, pipe.generate_latents(request), shape);
+            while (run.step()) continue;
+            write_npy(arguments.output, run.latents(), shape);
         } else {
-            const dit::Images images = pipe.generate(request);
+            const dit::Images images = run.result();
             (kind == ".png" ? write_png : write_npz)(arguments.output, images);
             shape = {samples, pipe.info().image_shape[0], pipe.info().image_shape[1], 3};
         }
+        rows = run.rows().done;
     }
     if (!arguments.json) return std::puts(arguments.output.c_str()) < 0;
     std::string sizes;
     for (const auto size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
-    return std::printf("{\"output\": %s, \"shape\": [%s]}\n", json_text(arguments.output).c_str(), sizes.c_str()) < 0;
+    return std::printf("{\"output\": %s, \"shape\": [%s], \"rows\": %lld}\n", json_text(arguments.output).c_str(),
+                       sizes.c_str(), static_cast<long long>(rows)) < 0;
 }
 
 }  // namespace

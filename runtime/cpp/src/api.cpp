@@ -104,6 +104,16 @@ dit_status dit_run_latents(dit_run* run, float* latents, size_t size) {
     });
 }
 
+dit_status dit_run_rows(dit_run* run, int64_t* rows, int64_t* planned) {
+    return dit::guarded(run ? run->pipe : nullptr, [&] {
+        dit::require(rows, "rows");
+        dit::require(planned, "planned");
+        const auto whole = run->run.planned_rows();
+        *rows = static_cast<int64_t>(run->run.rows());
+        *planned = whole ? static_cast<int64_t>(*whole) : -1;
+    });
+}
+
 dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size) {
     return dit::guarded(run ? run->pipe : nullptr, [&] {
         dit::Pipeline& open = dit::opened(run->pipe);

@@ -29,6 +29,8 @@ std::vector<std::string> spacings_of(const std::string& kind) {
     return facts().at("spacings").at(kind).get<std::vector<std::string>>();
 }
 
+std::vector<std::string> curve_names() { return facts().at("curves").get<std::vector<std::string>>(); }
+
 std::vector<std::string> precisions_of(const std::string& backend) {
     return facts().at("precisions").at(backend).get<std::vector<std::string>>();
 }
@@ -39,8 +41,12 @@ double default_guidance() { return facts().at("defaults").at("guidance").get<dou
 std::vector<std::string> multistep_solvers() {
     std::vector<std::string> names;
     for (const auto& entry : facts().at("solvers").items())
-        if (entry.value().value("multistep", false)) names.push_back(entry.key());
+        if (entry.value().contains("multistep")) names.push_back(entry.key());
     return names;
+}
+
+std::string multistep_method(const std::string& solver) {
+    return facts().at("solvers").at(solver).value("multistep", std::string());
 }
 
 std::int64_t limit(const std::string& name) { return facts().at("limits").at(name).get<std::int64_t>(); }

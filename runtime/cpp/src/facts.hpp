@@ -20,6 +20,9 @@ std::vector<std::string> solvers_of(const std::string& kind);
 // The spacings of one kind of process.
 std::vector<std::string> spacings_of(const std::string& kind);
 
+// The spacings that bend σ between two ends.
+std::vector<std::string> curve_names();
+
 // The precisions that a backend runs.
 std::vector<std::string> precisions_of(const std::string& backend);
 
@@ -29,6 +32,9 @@ double default_guidance();
 
 // The solvers that read predictions of earlier steps, in their order.
 std::vector<std::string> multistep_solvers();
+
+// The method of such a solver; empty for any other.
+std::string multistep_method(const std::string& solver);
 
 // A number of the table "limits", which a manifest must keep.
 std::int64_t limit(const std::string& name);

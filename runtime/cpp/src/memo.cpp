@@ -74,11 +74,14 @@ const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t 
     const std::size_t time = time_of_step_.at(step);
     if (!places_.count(time)) fill(step);
     Pairs pairs;
-    if (groups != Groups::NULLS)
-        for (std::size_t sample = first; sample < last; ++sample) pairs.emplace_back(time, sample);
-    if (groups != Groups::OWN && negative_rows_)
-        for (std::size_t sample = first; sample < last; ++sample)
-            pairs.emplace_back(time, condition_rows_ + (negative_rows_ == 1 ? 0 : sample));
+    const auto negative = [&](std::size_t sample) { return condition_rows_ + (negative_rows_ == 1 ? 0 : sample); };
+    for (std::size_t sample = first; sample < last; ++sample)
+        if (groups == Groups::APART)
+            pairs.emplace_back(time, sample < condition_rows_ ? sample : negative(sample - condition_rows_));
+        else if (groups != Groups::NULLS)
+            pairs.emplace_back(time, sample);
+    if (negative_rows_ && (groups == Groups::BOTH || groups == Groups::NULLS))
+        for (std::size_t sample = first; sample < last; ++sample) pairs.emplace_back(time, negative(sample));
     const bool same = first == first_ && last == last_ && groups == groups_;
     first_ = last_ = 0;  // an exception may leave half of the inputs
     const auto batch = static_cast<std::int64_t>(last - first);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "condition.hpp"
+#include "guidance.hpp"
 
 namespace dit_runtime {
 
@@ -17,9 +18,6 @@ using RunStage = std::function<std::map<std::string, std::vector<float>>(
     const Stage& stage, const std::vector<Input>& inputs, std::size_t rows)>;
 
 extern const std::size_t MEMO_BYTES;  // as facts.json has it; of XL/2's 783 kB a (t, label) that is 342
-
-// The groups of the step's inputs: each sample's own condition, then its negative.
-enum class Groups { BOTH, OWN, NULLS };
 
 // The step's inputs for a run's evaluations, in windows of timesteps that stay below the budget. What depends on no
 // timestep is held for the whole run.
@@ -31,7 +29,8 @@ class Memo {
          const Rows& negative = {}, std::size_t budget = MEMO_BYTES);
 
     // [G, B, ...] for the samples from `first` to before `last` at an evaluation, by tensor; they stay until the next
-    // call. Those without a timestep are stacked once for the same samples (62 MB a caption in XL/2).
+    // call. Samples that are apart are twice as many: each one's own condition, then each one's negative. Those without
+    // a timestep are stacked once for the same samples (62 MB a caption in XL/2).
     const Arrays& operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups = Groups::BOTH);
 
   private:

@@ -14,6 +14,7 @@ const std::vector<std::string> NOISE_SOLVERS = solvers_of("noise");
 const std::vector<std::string> FLOW_SOLVERS = solvers_of("flow");
 const std::vector<std::string> SPACINGS = spacings_of("noise");
 const std::vector<std::string> FLOW_SPACINGS = spacings_of("flow");
+const std::vector<std::string> CURVES = curve_names();
 
 namespace {
 
@@ -23,6 +24,19 @@ const double PI = 3.141592653589793;
 const double GREATEST_GROWTH = 100.0;  // of the shift's logarithm, over as many steps as a run may take
 const std::int64_t MOST_STEPS = limit("steps");
 
+std::vector<std::string> flow_bases() {
+    std::vector<std::string> names;
+    for (const std::string& name : FLOW_SPACINGS)
+        if (!contains(CURVES, name)) names.push_back(name);
+    return names;
+}
+
+std::vector<std::string> curves_or_none() {
+    std::vector<std::string> names = CURVES;
+    names.insert(names.begin(), "none");
+    return names;
+}
+
 const std::map<std::string, std::vector<std::string>> CHOICES = {
     {"beta_schedule", {"linear", "scaled_linear", "squaredcos_cap_v2"}},
     {"prediction", fact_names("predictions")},
@@ -30,9 +44,10 @@ const std::map<std::string, std::vector<std::string>> CHOICES = {
     {"ddpm_spacing", SPACINGS},
     {"ddim_spacing", SPACINGS},
     {"dpm_spacing", SPACINGS},
-    {"flow_spacing", FLOW_SPACINGS},
+    {"flow_spacing", flow_bases()},
+    {"flow_curve", curves_or_none()},
     {"variance", {"fixed_small", "fixed_large", "learned", "learned_range"}},
-    {"solver_type", {"midpoint", "heun"}},
+    {"solver_type", {"midpoint", "heun", "bh1", "bh2"}},
     {"final_sigmas_type", {"zero", "sigma_min"}},
 };
 
@@ -70,6 +85,7 @@ Sampler sampler_from_json(const Json& table, bool flow) {
                                                        {"ddim_spacing", &sampler.ddim_spacing},
                                                        {"dpm_spacing", &sampler.dpm_spacing},
                                                        {"flow_spacing", &sampler.flow_spacing},
+                                                       {"flow_curve", &sampler.flow_curve},
                                                        {"variance", &sampler.variance},
                                                        {"solver_type", &sampler.solver_type},
                                                        {"final_sigmas_type", &sampler.final_sigmas_type}};
@@ -77,12 +93,12 @@ Sampler sampler_from_json(const Json& table, bool flow) {
                                                 {"set_alpha_to_one", &sampler.set_alpha_to_one},
                                                 {"lower_order_final", &sampler.lower_order_final},
                                                 {"euler_at_final", &sampler.euler_at_final}};
-    std::vector<std::string> known = {"solver",         "steps",       "solver_type", "lower_order_final",
-                                      "euler_at_final", "flow_spacing"};
+    std::vector<std::string> known = {"solver",         "steps",        "solver_type", "lower_order_final",
+                                      "euler_at_final", "flow_spacing", "flow_curve"};
     if (!flow) {
         known = {"steps", "steps_offset", "clip_sample_range", "lambda_min_clipped"};
         for (const auto& word : words)
-            if (word.first != "flow_spacing") known.push_back(word.first);
+            if (word.first.rfind("flow_", 0) != 0) known.push_back(word.first);
         for (const auto& flag : flags) known.push_back(flag.first);
     }
     each(table, "process.sampler", known, [&](const std::string& name, const Json& value) {

@@ -18,7 +18,7 @@ namespace dit_runtime {
 using Array = std::vector<double>;
 
 // As facts.json has them; not for use before main.
-extern const std::vector<std::string> SOLVERS, NOISE_SOLVERS, FLOW_SOLVERS, SPACINGS, FLOW_SPACINGS;
+extern const std::vector<std::string> SOLVERS, NOISE_SOLVERS, FLOW_SOLVERS, SPACINGS, FLOW_SPACINGS, CURVES;
 
 // The sampling defaults of a model.
 struct Sampler {
@@ -36,14 +36,16 @@ struct Sampler {
     bool set_alpha_to_one = true;  // the run ends at ᾱ = 1, else at the schedule's first ᾱ
     // DDPM
     std::string variance = "learned_range";  // "learned": the network gives σ² itself; "learned_range": v in [-1, 1]
-    // DPM-Solver++
-    std::string solver_type = "midpoint";      // of its second-order steps
-    bool lower_order_final = true;             // the last two steps of a run of fewer than 15 are of order 2 and 1
-    bool euler_at_final = false;               // the last step is of order 1
-    std::string final_sigmas_type = "zero";    // the run ends at σ = 0, else at the schedule's smallest σ
+    // Multistep solvers
+    std::string solver_type = "midpoint";  // of DPM-Solver++: "heun", else midpoint; of UniPC: "bh1", else bh2
+    bool lower_order_final =
+        true;                     // the last two steps of a run of fewer than 15, UniPC's of any, are of order 2 and 1
+    bool euler_at_final = false;  // the last step of DPM-Solver++ is of order 1
+    std::string final_sigmas_type = "zero";  // the run ends at σ = 0, else, and with DEIS, at the schedule's smallest σ
     std::optional<double> lambda_min_clipped;  // timesteps whose log(α/σ) is smaller are left out
     // Flows
     std::string flow_spacing = "trailing";
+    std::string flow_curve = "none";  // bends the σ of the spacing, which keeps its ends
 };
 
 // The manifest's `process` section.
@@ -64,6 +66,8 @@ struct Process {
 
     // "noise" or "flow".
     std::string kind() const;
+    // The range of the network's time, from 0.
+    double span() const { return kind() == "flow" ? 1.0 : static_cast<double>(train_steps); }
     // β of each training step: Ho et al. 2020 (linear), Rombach et al. 2022 (scaled), Nichol & Dhariwal 2021 (cos).
     Array betas() const;
     // ᾱ_t = Π (1 - β_s) over s ≤ t.

@@ -78,6 +78,19 @@ void embed_guidance(const Manifest& manifest, const Request& request, Checked& c
     if (!own) checked.condition.arrays[port] = {with_rows(checked.condition.rows, {}), checked.weights};
 }
 
+// Refuses policies where the step stage has no two predictions to mix.
+void require_mixing(const Manifest& manifest, const Request& request) {
+    if (manifest.mixes_guidance()) return;
+    const std::string& port = manifest.guidance.port;
+    const std::string why = port.empty() ? "has no guidance" : "takes its guidance as " + port;
+    const auto refuse = [&](const std::string& what) {
+        throw UsageError(text(what, ", but this bundle ", why, "; leave it out"));
+    };
+    if (const auto& interval = request.guidance_interval)
+        refuse(text("guidance_interval is (", interval->first, ", ", interval->second, ")"));
+    if (!request.guidance_policy.empty()) refuse(text("guidance_policy is '", request.guidance_policy, "'"));
+}
+
 Rows fit_negative(const Manifest& manifest, const Request& request, std::size_t count, bool guided) {
     if (!guided && request.negative.empty()) return {};
     if (manifest.prompt() && !has_prompt(manifest, request.negative))
@@ -98,11 +111,20 @@ Checked check(const Manifest& manifest, const Request& request) {
     const std::size_t count = checked.condition.rows, size = count * dit_runtime::count(manifest.state().shape);
     checked.weights = guidance(manifest, request.guidance, count);
     embed_guidance(manifest, request, checked);
-    checked.negative = fit_negative(manifest, request, count, is_guided(manifest, checked.weights));
+    require_mixing(manifest, request);
+    const bool guided = is_guided(manifest, checked.weights);
+    const Rows negative = fit_negative(manifest, request, count, guided);
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
-    checked.steps = request.steps ? request.steps : manifest.process.sampler.steps;
+    checked.steps = request.steps ? request.steps : static_cast<std::int64_t>(listed(request.spacing).size());
+    if (!checked.steps) checked.steps = manifest.process.sampler.steps;
     checked.timesteps = plan(manifest.process, checked.solver, checked.steps, request.spacing);
     Solver(manifest.process, checked.solver, checked.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
+    const std::int64_t each = evaluations(checked.solver);
+    checked.groups = plan_guidance(manifest.process, checked.timesteps, each, guided, request.guidance_interval,
+                                   request.guidance_policy);
+    for (const auto& groups : checked.groups)
+        if (groups && *groups != Groups::OWN) checked.negative = negative;
+    make_cache(request.cache, request.cache_settings, checked.steps, each);  // refuses
     if (checked.solver == "ddpm") require_variance(manifest.process.sampler, find(manifest.step().gives, "variance"));
     draw(request.seeds, count);  // refuses another number of seeds
     if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))

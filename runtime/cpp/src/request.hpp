@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "caches.hpp"
 #include "condition.hpp"
 #include "solvers.hpp"
 
@@ -21,9 +22,13 @@ struct Request {
     std::size_t count = 0;                   // of pictures, where no condition says it; 0: one for each seed
     std::int64_t steps = 0;                  // 0: the bundle's
     std::vector<float> guidance;             // one, or one a picture; empty: the bundle's
+    Interval guidance_interval;              // steps are guided between these fractions of the time; none: all steps
+    std::string guidance_policy;             // "NAME KEY=VALUE …"; empty: the network's own guidance
     std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
-    std::string solver, spacing;             // empty: the bundle's
+    std::string solver, spacing;             // empty: the bundle's; a spacing may list the times: "999, 640, 300"
     double eta = 0.0;
+    std::string cache;                          // of outputs: taylorseer or easycache
+    Settings cache_settings;                    // those that are not the defaults
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;
 };
@@ -34,7 +39,8 @@ struct Checked {
     std::vector<float> weights;  // of guidance, (N,)
     std::string solver;
     std::int64_t steps;
-    Array timesteps;  // of each evaluation
+    Array timesteps;                            // of each evaluation
+    std::vector<std::optional<Groups>> groups;  // of each evaluation; none where the prediction is 0
 };
 
 // Refuses what this bundle does not take, before any work is done.

@@ -7,12 +7,31 @@ namespace dit_runtime {
 
 namespace {
 
-Solver start(const Manifest& manifest, const Request& request, const Checked& checked) {
+Trajectory start(const Manifest& manifest, const Request& request, const Checked& checked) {
     const std::size_t count = checked.condition.rows;
     const Draw draw = dit_runtime::draw(request.seeds, count);
-    const std::vector<float> x =
-        request.latents ? *request.latents : draw(count * dit_runtime::count(manifest.state().shape));
-    return {manifest.process, checked.solver, checked.steps, {x.begin(), x.end()}, draw, request.eta, request.spacing};
+    const Port& state = manifest.state();
+    const std::size_t row = dit_runtime::count(state.shape);
+    const std::vector<float> x = request.latents ? *request.latents : draw(count * row);
+    Solver solver(manifest.process, checked.solver, checked.steps, {x.begin(), x.end()}, draw, request.eta,
+                  request.spacing);
+    Mix mix;
+    if (std::shared_ptr<Policy> policy = make_policy(request.guidance_policy))
+        mix = [policy, weights = checked.weights,
+               guided = row / static_cast<std::size_t>(state.shape[0]) *
+                        static_cast<std::size_t>(manifest.guidance.channels)](const std::vector<float>& prediction) {
+            return policy->mix(prediction, weights, guided);
+        };
+    auto cache = make_cache(request.cache, request.cache_settings, checked.steps, evaluations(checked.solver));
+    return {std::move(solver), checked.timesteps, checked.groups, std::move(mix), std::move(cache)};
+}
+
+// Twice the values: what is apart has a sample for each condition.
+template <typename Values>
+Values twice(const Values& values) {
+    Values both = values;
+    both.insert(both.end(), values.begin(), values.end());
+    return both;
 }
 
 }  // namespace
@@ -21,26 +40,29 @@ Run::Run(Pipeline& pipe, const Request& request)
     : pipe_(pipe),
       checked_(check(pipe.manifest, request)),
       on_step_(request.on_step),
-      solver_(start(pipe.manifest, request, checked_)) {}
+      trajectory_(start(pipe.manifest, request, checked_)) {}
 
 bool Run::step() {
     require_going();
-    if (!solver_.asks()) return false;
-    if (!memo_) memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative));
-    const double t = solver_.t();
-    const auto index = static_cast<std::size_t>(done_);
-    const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
-        return (*memo_)(index, first, last);
-    };
-    const Prediction answer = pipe_.denoise({state().begin(), state().end()}, inputs, checked_.weights);
-    if (!all_finite(answer.prediction))
-        throw NotFinite(text("step ", done_ + 1, " (t = ", t, "): the ", pipe_.manifest.step().name,
-                             "'s prediction holds values not finite"));
-    solver_.send(answer);
-    ++done_;
-    if (on_step_ && on_step_(done_, steps(), state())) cancel();
+    if (done() == steps()) return false;
+    if (const auto groups = trajectory_.asks())
+        trajectory_.tell(denoise(*groups));
+    else
+        trajectory_.tell();
+    if (on_step_ && on_step_(done(), steps(), state())) cancel();
     require_going();
-    return solver_.asks();
+    return done() < steps();
+}
+
+Prediction Run::denoise(Groups groups) {
+    if (!memo_) memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative));
+    const std::size_t index = trajectory_.done();
+    const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
+        return (*memo_)(index, first, last, groups);
+    };
+    const std::vector<float> state(this->state().begin(), this->state().end());
+    if (groups == Groups::APART) return pipe_.denoise(twice(state), inputs, twice(checked_.weights));
+    return pipe_.denoise(state, inputs, checked_.weights);
 }
 
 std::vector<float> Run::latents() {
@@ -49,7 +71,7 @@ std::vector<float> Run::latents() {
 }
 
 void Run::require_going() const {
-    if (cancelled_) throw Stopped(text("stopped after step ", done_, " of ", steps()));
+    if (cancelled_) throw Stopped(text("stopped after step ", done(), " of ", steps()));
 }
 
 }  // namespace dit_runtime

@@ -5,9 +5,9 @@
 #include <memory>
 #include <vector>
 
+#include "loops.hpp"
 #include "memo.hpp"
 #include "request.hpp"
-#include "solvers.hpp"
 
 namespace dit_runtime {
 
@@ -18,10 +18,10 @@ class Run {
   public:
     Run(Pipeline& pipe, const Request& request);
 
-    // Evaluates the network once; true while there is more to do. After an engine's failure it can be called again.
+    // Goes one step; true while there is more to do. After an engine's failure it can be called again.
     bool step();
     // The latents after the steps so far, [N, *state]; with one that is the first, the noise.
-    const Array& state() const { return solver_.x(); }
+    const Array& state() const { return trajectory_.state(); }
     // The latents after all steps, with those that are still to do.
     std::vector<float> latents();
     // Any thread may call it: the next step throws Stopped.
@@ -29,16 +29,21 @@ class Run {
 
     std::size_t count() const { return checked_.condition.rows; }
     int steps() const { return static_cast<int>(checked_.timesteps.size()); }
+    // The rows that the network evaluated for each sample: evaluations × groups.
+    std::size_t rows() const { return trajectory_.rows(); }
+    // What that is when the run has ended; none where its cache decides that step by step.
+    std::optional<std::size_t> planned_rows() const { return trajectory_.planned_rows(); }
 
   private:
     void require_going() const;
+    Prediction denoise(Groups groups);
+    int done() const { return static_cast<int>(trajectory_.done()); }
 
     Pipeline& pipe_;
     const Checked checked_;
     const OnStep on_step_;
-    Solver solver_;
+    Trajectory trajectory_;
     std::unique_ptr<Memo> memo_;
-    int done_ = 0;
     std::atomic<bool> cancelled_{false};
 };
 

@@ -4,7 +4,9 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <nlohmann/json.hpp>
 
+#include "curves.hpp"
 #include "errors.hpp"
 #include "facts.hpp"
 
@@ -12,9 +14,12 @@ namespace dit_runtime {
 
 const std::vector<std::string> MULTISTEP = multistep_solvers();
 const double FIRST_ANGLE = constant("scm_first_angle"), SECOND_ANGLE = constant("scm_second_angle");
-const double LAST_STEP = constant("sde_last_step");
+const double LAST_STEP = constant("sde_last_step"), LARGEST = constant("largest_sigma");
 
 namespace {
+
+const std::vector<std::string> NEEDS_SIGNAL = {"unipc", "deis"};
+const std::vector<std::string> CLIPPED = {"dpm++", "sde-dpm++"};  // the methods that keep to lambda_min_clipped
 
 std::string default_spacing(const Sampler& sampler, const std::string& solver) {
     if (contains(MULTISTEP, solver)) return sampler.dpm_spacing;
@@ -49,15 +54,55 @@ std::int64_t find_stride(std::int64_t total, std::int64_t steps) {
                           " training steps; the nearest that do: ", near, " (or take spacing 'respaced')"));
 }
 
-Array even_points(const Process& process, const std::string& solver, std::int64_t steps, const std::string& asked) {
-    const std::string spacing = asked.empty() ? process.sampler.flow_spacing : asked;
+// σ/α of each training step.
+Array ratios(const Process& process) {
+    Array levels = process.alpha_bar();
+    for (double& level : levels) level = std::sqrt((1 - level) / level);
+    return levels;
+}
+
+Array curve_ratios(const Process& process, const std::string& spacing, std::int64_t steps) {
+    const Array all = ratios(process);
+    return curve(spacing, all.back(), all.front(), steps);
+}
+
+// Where in `rising` a value lies, between 0 and the last index; as NumPy's interp.
+double place_in(const Array& rising, double value) {
+    const auto above = std::upper_bound(rising.begin(), rising.end(), value);
+    if (above == rising.begin()) return 0;
+    if (above == rising.end()) return static_cast<double>(rising.size() - 1);
+    const double low = *(above - 1);
+    return 1 / (*above - low) * (value - low) + static_cast<double>(above - rising.begin() - 1);
+}
+
+void require_count(const Array& times, std::int64_t steps) {
+    if (times.size() != static_cast<std::size_t>(steps))
+        throw UsageError(text("steps is ", steps, "; expected ", times.size(), ", for spacing lists so many times"));
+}
+
+// The spacing that gives a flow's σ, or the ends of its curve, and the curve.
+std::pair<std::string, std::string> base_and_curve(const Process& process, const std::string& solver,
+                                                   const std::string& spacing) {
+    const Sampler& sampler = process.sampler;
+    if (spacing.empty()) return {sampler.flow_spacing, sampler.flow_curve};
+    if (!listed(spacing).empty()) return {sampler.flow_spacing, "none"};
     if (!contains(FLOW_SPACINGS, spacing))
         throw UsageError(
             text("spacing is '", spacing, "' with solver ", solver, "; take one of ", join(FLOW_SPACINGS)));
+    if (contains(CURVES, spacing)) return {sampler.flow_spacing, spacing};
+    return {spacing, "none"};
+}
+
+Array even_points(const Process& process, const std::string& solver, std::int64_t steps, const std::string& asked) {
+    const std::string spacing = base_and_curve(process, solver, asked).first;
     if (spacing == "linspace") return linspace(1, process.sigma_min, steps);
     Array points;
     if (spacing == "discrete") {  // in diffusers' order of operations: ⌊T σ⌋ depends on the last bit
         points = linspace(1, 1 / static_cast<double>(process.train_steps), steps + 1);
+        if (multistep_method(solver) == "unipc") {
+            points.pop_back();
+            return points;
+        }
         for (double& point : points) point = 1 - point;
         std::reverse(points.begin(), points.end());
         points.pop_back();
@@ -104,8 +149,6 @@ const std::map<std::string, Array (*)(std::int64_t, const std::string&)> OWN_POI
 
 Array shifted_points(const Process& process, const std::string& solver, std::int64_t steps,
                      const std::string& spacing) {
-    require_fit(process, solver);
-    require_steps(process, steps);
     const auto own = OWN_POINTS.find(solver);
     Array points = own != OWN_POINTS.end() ? own->second(steps, spacing) : even_points(process, solver, steps, spacing);
     const double shift = process.shift_over(steps);
@@ -114,9 +157,29 @@ Array shifted_points(const Process& process, const std::string& solver, std::int
         if (steps < 2)
             throw UsageError(
                 text("steps is ", steps, "; expected at least 2, for shift_terminal is ", *process.shift_terminal));
-        const double stretch = (1 - *process.shift_terminal) / (1 - points.back());
-        for (double& sigma : points) sigma = 1 - (1 - sigma) * stretch;
+        const double scale = (1 - points.back()) / (1 - *process.shift_terminal);
+        for (double& sigma : points) sigma = 1 - (1 - sigma) / scale;
     }
+    return points;
+}
+
+// The σ before each step: those of the list, or the shifted ones, bent; (N,).
+Array final_points(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
+    require_fit(process, solver);
+    require_steps(process, steps);
+    const bool own = OWN_POINTS.count(solver);
+    Array points = own ? Array() : listed(spacing);
+    if (!points.empty()) {
+        require_count(points, steps);
+        if (!(0 < points.back() && points.front() <= 1))
+            throw UsageError(text("spacing is '", spacing, "'; expected σ of a flow, from 1 down to above 0"));
+    } else {
+        points = shifted_points(process, solver, steps, spacing);
+        const std::string bend = own ? "none" : base_and_curve(process, solver, spacing).second;
+        if (bend != "none") points = curve(bend, points.front(), points.back(), steps);
+    }
+    if (contains(NEEDS_SIGNAL, multistep_method(solver)))
+        for (double& sigma : points) sigma = std::min(sigma, LARGEST);
     return points;
 }
 
@@ -127,20 +190,21 @@ Array single(Array points) {
 }
 
 // The level after a step is that of the next timestep, but for DDIM with the spacings of Lin et al.: there it is
-// T // N training steps below, wherever the next timestep lies.
+// T // N training steps below, wherever the next timestep lies. On a curve, levels lie between those of timesteps.
 std::vector<Step> noise_steps(const Process& process, const std::string& solver, std::int64_t steps,
                               const std::string& asked) {
-    const std::vector<std::int64_t> chosen = timesteps(process, solver, steps, asked);
     const Array levels = process.alpha_bar();
     const Sampler& sampler = process.sampler;
+    const std::string spacing = asked.empty() ? default_spacing(sampler, solver) : asked;
+    const std::vector<std::int64_t> chosen = timesteps(process, solver, steps, spacing);
+    const std::string method = multistep_method(solver);
     double final = 1.0;
-    if (contains(MULTISTEP, solver))
-        final = sampler.final_sigmas_type == "zero" ? 1.0 : levels[0];
+    if (!method.empty())  // DEIS, a polynomial in log(σ/α), never ends at σ = 0
+        final = sampler.final_sigmas_type == "zero" && method != "deis" ? 1.0 : levels[0];
     else
         final = solver == "ddpm" || sampler.set_alpha_to_one ? 1.0 : levels[0];
     std::vector<std::int64_t> following(chosen.begin() + 1, chosen.end());
     following.push_back(-1);
-    const std::string spacing = asked.empty() ? sampler.ddim_spacing : asked;
     if (solver == "ddim" && (spacing == "leading" || spacing == "trailing" || spacing == "linspace"))
         for (std::size_t index = 0; index < chosen.size(); ++index)
             following[index] = chosen[index] - process.train_steps / steps;
@@ -149,6 +213,22 @@ std::vector<Step> noise_steps(const Process& process, const std::string& solver,
         return Level{static_cast<double>(time), std::sqrt(bar), std::sqrt(1 - bar)};
     };
     std::vector<Step> schedule;
+    if (contains(CURVES, spacing)) {
+        const Array bent = curve_ratios(process, spacing, steps);
+        std::vector<Level> points;
+        for (std::size_t index = 0; index < chosen.size(); ++index) {
+            const double alpha = 1 / std::sqrt(1 + bent[index] * bent[index]);
+            points.push_back({static_cast<double>(chosen[index]), alpha, bent[index] * alpha});
+        }
+        points.push_back(level(-1));
+        if (final != 1 && steps > 1) {  // the same number, so that the last step is none
+            points[points.size() - 2].alpha = points.back().alpha;
+            points[points.size() - 2].sigma = points.back().sigma;
+        }
+        for (std::size_t index = 0; index + 1 < points.size(); ++index)
+            schedule.push_back({points[index], points[index + 1]});
+        return schedule;
+    }
     for (std::size_t index = 0; index < chosen.size(); ++index)
         schedule.push_back({level(chosen[index]), level(following[index])});
     return schedule;
@@ -170,19 +250,44 @@ std::vector<Step> make_schedule(const Process& process, const std::string& solve
 }
 
 Array sigmas(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
-    return single(shifted_points(process, solver, steps, spacing));
+    Array points = single(final_points(process, solver, steps, spacing));
+    const bool falls = std::adjacent_find(points.begin(), points.end(),
+                                          [](double t, double next) { return next >= t; }) == points.end();
+    if (!falls && (contains(MULTISTEP, solver) || !listed(spacing).empty()))
+        throw UsageError(text(steps, " steps of ", solver, ": two σ are the same in float32; take fewer"));
+    return points;
 }
 
 Array flow_times(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing) {
-    Array points = shifted_points(process, solver, steps, spacing);
+    Array points = final_points(process, solver, steps, spacing);
     const double total = static_cast<double>(process.train_steps);
     if (!OWN_POINTS.count(solver)) {
-        const std::string kind = spacing.empty() ? process.sampler.flow_spacing : spacing;
-        if (kind == "discrete")
+        const auto [base, bend] = base_and_curve(process, solver, spacing);
+        if (base == "discrete")
             for (double& point : points) point = std::floor(point * total) / total;
-        if (kind == "integer") points = even_points(process, solver, steps, spacing);
+        if (base == "integer") {
+            if (bend != "none" || !listed(spacing).empty())
+                throw UsageError(text("spacing is '", spacing.empty() ? bend : spacing,
+                                      "'; this network reads σ before its shift, so take 'integer'"));
+            points = even_points(process, solver, steps, spacing);
+        }
     }
     return single(std::move(points));
+}
+
+Array listed(const std::string& spacing) {
+    if (spacing.empty() || spacing[0] < '0' || spacing[0] > '9') return {};
+    const auto table = nlohmann::json::parse("[" + spacing + "]", nullptr, false);
+    Array times;
+    bool falls = table.is_array();
+    for (const auto& entry : falls ? table : nlohmann::json::array()) {
+        const double time = entry.is_number() ? entry.get<double>() : std::numeric_limits<double>::quiet_NaN();
+        falls = falls && std::isfinite(time) && (times.empty() || time < times.back());
+        times.push_back(time);
+    }
+    if (!falls)
+        throw UsageError(text("spacing is '", spacing, "'; expected a name, or falling times as in '999, 640, 300'"));
+    return times;
 }
 
 std::vector<std::int64_t> timesteps(const Process& process, const std::string& solver, std::int64_t steps,
@@ -192,12 +297,35 @@ std::vector<std::int64_t> timesteps(const Process& process, const std::string& s
     const std::int64_t total = process.train_steps;
     const Sampler& sampler = process.sampler;
     const std::string spacing = asked.empty() ? default_spacing(sampler, solver) : asked;
+    if (const Array times = listed(spacing); !times.empty()) {
+        require_count(times, steps);
+        const bool whole = std::all_of(times.begin(), times.end(), [](double t) { return t == std::floor(t); });
+        if (!whole || times.front() >= static_cast<double>(total) || times.back() < 0)
+            throw UsageError(
+                text("spacing is '", spacing, "'; expected training steps, from ", total - 1, " down to 0"));
+        return {times.begin(), times.end()};
+    }
     if (!contains(SPACINGS, spacing))
         throw UsageError(
             text("spacing '", spacing, "' is not known", nearest(spacing, SPACINGS), "; known: ", join(SPACINGS)));
 
-    const bool multistep = contains(MULTISTEP, solver);
-    const std::int64_t end = multistep ? count_unclipped(process) : total;
+    const std::string method = multistep_method(solver);
+    if (contains(CURVES, spacing)) {
+        Array logs = ratios(process);
+        for (double& value : logs) value = std::log(value);
+        const bool steep = process.beta_schedule == "squaredcos_cap_v2" && contains(CLIPPED, method);
+        std::vector<std::int64_t> places;
+        for (const double ratio : curve_ratios(process, spacing, steps)) {
+            const double place = place_in(logs, std::log(ratio));
+            const bool nearest_one = spacing == "karras" && !steep;
+            // The last bit of a logarithm is not worth a step.
+            places.push_back(static_cast<std::int64_t>(nearest_one ? std::nearbyint(place) : std::floor(place + 1e-6)));
+        }
+        return places;
+    }
+
+    const bool multistep = !method.empty();
+    const std::int64_t end = contains(CLIPPED, method) ? count_unclipped(process) : total;
     if (!end)
         throw UsageError(text("lambda_min_clipped is ", *sampler.lambda_min_clipped, ": it leaves none of the ", total,
                               " timesteps"));

@@ -11,20 +11,25 @@ namespace {
 
 using Make = std::function<std::unique_ptr<Method>(Setting)>;
 
-Make multistep(const std::string& solver) {
-    return [order = solver_numbers("order").at(solver)](Setting setting) { return dpm(std::move(setting), order); };
+const std::map<std::string, std::function<std::unique_ptr<Method>(Setting, int)>> MULTISTEP_METHODS = {
+    {"dpm++", [](Setting setting, int order) { return dpm(std::move(setting), order); }},
+    {"sde-dpm++", [](Setting setting, int order) { return dpm(std::move(setting), order, true); }},
+    {"unipc", unipc},
+    {"deis", deis}};
+
+std::map<std::string, Make> make_methods() {
+    std::map<std::string, Make> table = {{"ddpm", ddpm}, {"ddim", ddim}, {"euler", euler},
+                                         {"heun", heun}, {"sde", sde},   {"scm", scm}};
+    for (const std::string& solver : multistep_solvers())
+        table[solver] = [make = MULTISTEP_METHODS.at(multistep_method(solver)),
+                         order = solver_numbers("order").at(solver)](Setting setting) {
+            return make(std::move(setting), order);
+        };
+    return table;
 }
 
 const std::map<std::string, Make>& methods() {
-    static const std::map<std::string, Make> table = {{"ddpm", ddpm},
-                                                      {"ddim", ddim},
-                                                      {"dpm++1", multistep("dpm++1")},
-                                                      {"dpm++", multistep("dpm++")},
-                                                      {"dpm++3", multistep("dpm++3")},
-                                                      {"euler", euler},
-                                                      {"heun", heun},
-                                                      {"sde", sde},
-                                                      {"scm", scm}};
+    static const std::map<std::string, Make> table = make_methods();
     return table;
 }
 

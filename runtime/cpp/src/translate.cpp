@@ -117,6 +117,17 @@ Request translate(const Manifest& manifest, const dit_request* original) {
     if (from.solver) request.solver = from.solver;
     if (from.spacing) request.spacing = from.spacing;
     request.eta = from.eta;
+    if (from.guidance_interval[0] != 0 || from.guidance_interval[1] != 1)
+        request.guidance_interval.emplace(from.guidance_interval[0], from.guidance_interval[1]);
+    if (from.guidance_policy) request.guidance_policy = from.guidance_policy;
+    if (from.cache) request.cache = from.cache;
+    const std::pair<const char*, int> settings[] = {{"cache_interval", from.cache_interval},
+                                                    {"max_order", from.max_order},
+                                                    {"disable_cache_before_step", from.disable_cache_before_step},
+                                                    {"disable_cache_after_step", from.disable_cache_after_step}};
+    for (const auto& [name, value] : settings)
+        if (value != DIT_DEFAULT) request.cache_settings[name] = value;
+    if (!(from.cache_threshold < 0)) request.cache_settings["cache_threshold"] = from.cache_threshold;
     if (from.latents) {
         const std::size_t size = from.count * count(manifest.state().shape);
         if (from.latents_size && from.latents_size != size)

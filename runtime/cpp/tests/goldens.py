@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.errors import UsageError
+from dit_runtime.sampling.caches import CACHES, make_cache
+from dit_runtime.sampling.curves import beta_quantile
+from dit_runtime.sampling.guidance import POLICIES, Groups, make_policy, plan_guidance
+from dit_runtime.sampling.loops import Trajectory
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
 from dit_runtime.sampling.schedule import make_schedule, timesteps
 from dit_runtime.sampling.solvers import plan, solve
 
+LISTS = ("99, 60, 41.0, 7, 0", "0.9, 0.55, 0.3, 0.2, 0.01")  # of 5 times, of a noise process and of a flow
 FILE = Path(__file__).with_name("goldens.json")
 SHAPE = (2, 1, 3, 4)  # of the solvers' runs: 24 numbers, so noise is drawn by blocks and redrawn at the end
 PROCESSES: dict[str, dict[str, Any]] = {
@@ -62,6 +68,16 @@ PROCESSES: dict[str, dict[str, Any]] = {
         },
     },
     "integer": {"kind": "flow", "shift": 3.0, "sampler": {"solver": "euler", "flow_spacing": "integer"}},
+    "bent": {
+        "sampler": {
+            "solver": "unipc",
+            "dpm_spacing": "karras",
+            "solver_type": "bh1",
+            "lower_order_final": False,
+            "final_sigmas_type": "sigma_min",
+        }
+    },
+    "bent flow": {"kind": "flow", "shift": 3.0, "sampler": {"flow_curve": "beta", "solver_type": "bh1"}},
     "own betas": {"train_steps": 6, "trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2, 0.4]},
 }
 
@@ -76,9 +92,12 @@ def respond(x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
 def runs() -> list[dict[str, Any]]:
     """Each solver with each process, spacing and a few numbers of steps: the result, or that it is refused."""
     found = []
-    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, ("", *SPACINGS, "discrete", "integer"), (1, 5, 20)):
+    spacings = ("", *SPACINGS, "discrete", "integer", *LISTS)
+    for name, solver, spacing, steps in product(PROCESSES, SOLVERS, spacings, (1, 5, 20)):
         if spacing and name not in ("defaults", "odd", "shifted"):
             continue  # these show the spacings, the others the rest
+        if spacing and "multistep" in SOLVERS[solver] and SOLVERS[solver]["order"] != 2:
+            continue  # one solver of a method shows its spacings
         process = Process.from_dict(PROCESSES[name])
         if process.kind not in SOLVERS[solver]["processes"]:
             continue
@@ -109,6 +128,58 @@ def runs() -> list[dict[str, Any]]:
     return found
 
 
+WEIGHTS, CHANNELS = [3.0, 2.0], 2  # of the trajectories' samples; guided of 3 channels of 2 × 2
+PLANS: list[dict[str, Any]] = [
+    {},
+    {"interval": [0.2, 0.7]},
+    *({"policy": name} for name in POLICIES),
+    {"policy": "apg eta=0.5 momentum=0.25 norm_threshold=2", "interval": [0.3, 1.0]},
+    {"policy": "zero_star zero_init_steps=0", "interval": [0.0, 0.5]},
+    *({"cache": name} for name in CACHES),
+    *({"cache": "taylorseer", "settings": {"max_order": order, "cache_interval": 3}} for order in (0, 2)),
+    {
+        "cache": "taylorseer",
+        "settings": {"disable_cache_before_step": 0, "disable_cache_after_step": 12},
+        "interval": [0.25, 0.75],
+    },
+    {"cache": "easycache", "settings": {"cache_threshold": 0.2, "disable_cache_before_step": 2}, "policy": "zero_star"},
+]
+
+
+def evaluate(x: np.ndarray, t: float, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a network of `respond` predicts, and variance of each sample: its negatives see half the time."""
+    own, variance = respond(x, t)
+    away, _ = respond(x, t / 2)
+    away = away * np.float32(0.75)
+    if groups is Groups.OWN:
+        return own, variance
+    if groups is Groups.APART:
+        return np.concatenate([own, away]), np.concatenate([variance, variance])
+    weights = np.array(WEIGHTS, np.float32).reshape(-1, 1, 1, 1)
+    guided = own + (weights - 1) * (own - away)
+    return np.concatenate([guided[:, :CHANNELS], own[:, CHANNELS:]], axis=1), variance
+
+
+def trajectories() -> list[dict[str, Any]]:
+    """Each policy and cache with a solver of each kind of process: the result, and the rows of each sample."""
+    found = []
+    for (name, solver), plan_ in product([("defaults", "ddpm"), ("odd", "dpm++"), ("flow", "euler")], PLANS):
+        process, steps, noise = Process.from_dict(PROCESSES[name]), 16, draw(3, 2)
+        settings, words, times = plan_.get("settings", {}), plan_.get("policy"), plan(process, solver, steps)
+        groups = plan_guidance(process, times.tolist(), 1, True, plan_.get("interval"), words)
+        policy, cache = make_policy(words), make_cache(plan_.get("cache"), settings, steps, 1)
+        mix = partial(policy.mix, weights=np.array(WEIGHTS), channels=CHANNELS) if policy else None
+        run = Trajectory(solve(process, solver, steps, noise((2, 3, 2, 2)), noise), times, groups, mix, cache)
+        asked = []
+        while run.done < steps:
+            asked.append(now := run.asks())
+            run.tell(*(None, None) if now is None else evaluate(run.state, times[run.done], now))
+        x = run.state.reshape(-1)
+        entry = {"process": name, "solver": solver, "steps": steps, **plan_}
+        found.append(entry | {"rows": [0 if now is None else now.rows for now in asked], "x": x.tolist()})
+    return found
+
+
 def noises() -> list[dict[str, Any]]:
     found = []
     for seed in (0, 42, 2**32 + 7, 2**64 - 1):
@@ -129,6 +200,8 @@ def goldens() -> dict[str, Any]:
         "alpha_bar": {name: Process.from_dict(table).alpha_bar[::7].tolist() for name, table in PROCESSES.items()},
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": runs(),
+        "beta_quantiles": {str(p): beta_quantile(np.array([p])).item() for p in (1e-9, 0.001, 0.2, 0.5, 0.7, 0.999)},
+        "trajectories": trajectories(),
         "noise": noises(),
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
     }

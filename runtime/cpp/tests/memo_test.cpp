@@ -167,6 +167,7 @@ TEST(Memo, EachStageOnceForWhatItDependsOn) {
     }
     Memo memo(manifest, count_rows, times, condition, negative);
     EXPECT_EQ(memo(0, 1, 3, Groups::OWN).at("conditioning").shape, (Shape{1, 2, 2, 8}));
+    EXPECT_EQ(memo(0, 1, 4, Groups::APART).at("conditioning").shape, (Shape{1, 3, 2, 8}));
     EXPECT_EQ(memo(0, 1, 3, Groups::NULLS).at("context").shape, (Shape{1, 2, 3, 8}));
     EXPECT_EQ(memo(0, 1, 3).at("context").shape, (Shape{2, 2, 3, 8}));
 }

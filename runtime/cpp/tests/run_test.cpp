@@ -82,6 +82,69 @@ TEST_P(Stepped, AResultDoesWhatIsLeft) {
     EXPECT_EQ(std::vector<uint8_t>(pixels, pixels + 2 * PIXELS), whole);
 }
 
+TEST_P(Stepped, RowsOfAnInterval) {
+    request.steps = 8;
+    const std::vector<float> plain = latents();
+    const auto counted = [&](std::int64_t expected, std::int64_t planned) {
+        const RunHandle run = begin();
+        std::int64_t rows = -1, whole = 0;
+        for (int more = 1; more;) {
+            EXPECT_EQ(dit_run_step(run.get(), &more), DIT_OK) << dit_message(pipe.get());
+            EXPECT_EQ(dit_run_rows(run.get(), &rows, &whole), DIT_OK);
+            EXPECT_EQ(whole, planned);
+        }
+        EXPECT_EQ(rows, expected);
+        return state(run);
+    };
+    EXPECT_EQ(counted(16, 16), plain);
+    request.guidance_policy = "constant";
+    EXPECT_EQ(counted(16, 16), plain);
+    request.guidance_interval[1] = 0.999999;  // its first step is at t = 0.875, so this is all of it
+    EXPECT_EQ(counted(16, 16), plain);
+    request.guidance_interval[0] = 0.3, request.guidance_interval[1] = 0.6;  // two of eight steps
+    const std::vector<float> some = counted(10, 10);
+    EXPECT_NE(some, plain);
+    request.guidance_policy = "apg";
+    const std::vector<float> projected = counted(10, 10);
+    EXPECT_NE(projected, some);
+    request.guidance_policy = "rescale guidance_rescale=0";  // linear, on the host
+    const std::vector<float> apart = counted(10, 10);
+    for (std::size_t i = 0; i < some.size(); ++i) EXPECT_NEAR(apart[i], some[i], 1e-4 * (1 + std::abs(some[i])));
+    request.guidance_policy = nullptr;
+    request.cache = "taylorseer";
+    request.disable_cache_before_step = 0;
+    EXPECT_NE(counted(6, 6), some);
+    request.cache_interval = 1;
+    EXPECT_EQ(counted(10, 10), some);
+    request.cache_interval = request.disable_cache_before_step = DIT_DEFAULT;
+    request.cache = "easycache";
+    request.cache_threshold = 0;
+    EXPECT_EQ(counted(10, -1), some);
+}
+
+TEST_P(Stepped, RefusalsOfPolicies) {
+    dit_run* none = nullptr;
+    const auto bad = [&](const char* words) {
+        refused(dit_run_new(pipe.get(), &request, &none), DIT_BAD_ARGUMENT, words);
+    };
+    request.guidance_interval[0] = 2;
+    bad("guidance_interval is (2, 1)");
+    request.guidance_interval[0] = 0;
+    request.guidance_policy = "linear";
+    bad("guidance_policy 'linear' is not known");
+    request.guidance_policy = nullptr;
+    request.max_order = 1;
+    bad("got max_order without a cache");
+    request.cache = "taylorseer";
+    request.max_order = 3;
+    bad("max_order is 3");
+    request.max_order = DIT_DEFAULT;
+    const RunHandle run = begin();
+    int64_t rows = 0;
+    EXPECT_EQ(dit_run_rows(run.get(), &rows, nullptr), DIT_BAD_ARGUMENT);
+    EXPECT_EQ(dit_run_rows(nullptr, &rows, &rows), DIT_BAD_ARGUMENT);
+}
+
 TEST_P(Stepped, Cancel) {
     const RunHandle run = begin();
     int more = 0;
@@ -147,6 +210,8 @@ TEST(Face, ARunIsStepped) {
     EXPECT_FALSE(moved.step());
     EXPECT_EQ(seen, 3);
     EXPECT_EQ(moved.latents(), pipe.generate_latents(request));
+    EXPECT_EQ(moved.rows().done, 6);
+    EXPECT_EQ(moved.rows().planned, 6);
     EXPECT_EQ(moved.result().pixels, pipe.generate(request).pixels);
     dit::Run other = pipe.run(request);
     other.cancel();
@@ -154,6 +219,13 @@ TEST(Face, ARunIsStepped) {
     request.on_step = [](int, int, const double*, std::size_t) -> bool { throw std::out_of_range("mine"); };
     dit::Run third = pipe.run(request);
     EXPECT_THROW(third.step(), std::out_of_range);
+    request.on_step = {};
+    request.cache = "taylorseer";
+    request.max_order = 0;
+    request.disable_cache_before_step = 1;
+    request.guidance_policy = "apg eta=0.5";
+    request.guidance_interval[1] = 0.99;
+    EXPECT_EQ(pipe.run(request).rows().planned, 4);
     request.labels = {9};
     EXPECT_THROW(pipe.run(request), dit::Error);
 }

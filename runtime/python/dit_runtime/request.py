@@ -17,6 +17,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.sampling.caches import SETTINGS, Cache, make_cache
 from dit_runtime.sampling.guidance import Groups, Policy, make_policy, plan_guidance
 from dit_runtime.sampling.noise import Draw, draw
+from dit_runtime.sampling.schedule import listed
 from dit_runtime.sampling.solvers import EVALUATIONS, Array, plan, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
 
@@ -32,6 +33,7 @@ class Checked(NamedTuple):
     weights: NDArray[np.float32]  # (samples,)
     solver: str
     steps: int
+    spacing: str | None
     timesteps: Array  # one an evaluation of the network
     groups: tuple[Groups | None, ...]  # of each evaluation; None where the prediction is 0
     policy: Policy | None  # None: the network's own guidance
@@ -64,7 +66,7 @@ class Request:
     seed: int | Sequence[int] = 0  # one for all, or one a sample
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
-    spacing: str | None = None
+    spacing: str | Sequence[float] | None = None  # a name, or the times themselves: "999, 640, 300"
     cache: str | None = None  # of outputs: taylorseer or easycache; its settings' defaults are in facts.json
     cache_interval: int | None = None  # taylorseer computes each step of so many
     max_order: int | None = None  # of taylorseer, 0 to 2
@@ -104,15 +106,16 @@ class Request:
         if negative and (rows := len(next(iter(negative.values())))) not in (1, count):
             raise UsageError(f"negative has {rows} rows; expected one, or one for each of {count} samples")
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
-        steps = process.sampler.steps if self.steps is None else self.steps
-        timesteps = plan(process, solver, steps, self.spacing)
+        spacing = _spacing_words(self.spacing)
+        steps = (len(listed(spacing)) or process.sampler.steps) if self.steps is None else self.steps
+        timesteps = plan(process, solver, steps, spacing)
         if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
             raise lacks_variance(process.sampler.variance)
         stream = draw(self.seed, count)
         shape = (count, *manifest.state.shape)
         if latents is not None and (latents.shape != shape or not np.isfinite(latents).all()):
             raise UsageError(f"latents have shape {latents.shape}; expected {shape}, all finite")
-        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=self.spacing)
+        solve(process, solver, steps, np.empty(0), stream, eta=self.eta, spacing=spacing)
         evaluations, words = EVALUATIONS[solver], self.guidance_policy
         groups = plan_guidance(process, timesteps.tolist(), evaluations, guided, self.guidance_interval, words)
         settings = {key: value for key in SETTINGS if (value := getattr(self, key)) is not None}
@@ -125,6 +128,7 @@ class Request:
             weights,
             solver,
             steps,
+            spacing,
             timesteps,
             groups,
             make_policy(words),
@@ -181,6 +185,17 @@ class Request:
         if manifest.guidance.unguided_up_to_one and not manifest.guidance.port:
             weights = np.maximum(weights, 1)  # as it would be alone: a sample does not depend on its batch
         return np.broadcast_to(weights, (count,)).copy()
+
+
+def _spacing_words(spacing: str | Sequence[float] | None) -> str | None:
+    """Return a spacing as the manifest's words; a list is the text of its numbers."""
+    if spacing is None or isinstance(spacing, str):
+        return spacing
+    try:
+        times = np.asarray(spacing, np.float64).tolist()
+        return ", ".join(map(repr, times)) or "[]"
+    except (TypeError, ValueError):
+        raise UsageError(f"spacing is {spacing!r}; expected a name, or falling times") from None
 
 
 def _takes_no_prompts(manifest: Manifest) -> UsageError:

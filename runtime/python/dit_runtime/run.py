@@ -57,7 +57,7 @@ class Run:
         x = checked.latents
         if x is None:
             x = checked.draw((checked.samples, *contract.state.shape))
-        options: dict[str, Any] = {"eta": request.eta, "spacing": request.spacing}
+        options: dict[str, Any] = {"eta": request.eta, "spacing": checked.spacing}
         solver = solve(contract.process, checked.solver, checked.steps, x, checked.draw, **options)
         self._times, self._weights = checked.timesteps, checked.weights
         self._groups, self._cache, policy = checked.groups, checked.cache, checked.policy

@@ -112,7 +112,8 @@ class Service:
         if name not in self.models:
             raise Fault(404, f"this server has no such model; it has {', '.join(self.models)}", "model")
         model, limit = self.models[name], self.settings.limits
-        if model.size[0] * model.size[1] * body.n > limit.pixels:
+        width, height = model.size(body)
+        if width * height * body.n > limit.pixels:
             raise Fault(400, f"n images have more than {limit.pixels} pixels in all", "n")
         default = model.manifest.process.sampler.steps
         if (body.num_inference_steps or default) > limit.steps:

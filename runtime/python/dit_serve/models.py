@@ -68,10 +68,19 @@ class Model:
         return self.served.manifest
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Return the width and the height of its pictures."""
-        height, width = self.manifest.require_end().gives[0].shape[-2:]
-        return int(width), int(height)
+    def sizes(self) -> dict[tuple[int, int], str]:
+        """Return the bundle's name of each size by its width and height; the first is drawn where none is asked for."""
+        shapes = ((size.require_end().gives[0].shape[-2:], size.size) for size in self.manifest.each_size)
+        return {(int(width), int(height)): name for (height, width), name in shapes}
+
+    def size(self, body: Body) -> tuple[int, int]:
+        """Return the width and height that a body asks for."""
+        if body.size in (None, "auto"):
+            return next(iter(self.sizes))
+        known = {f"{width}x{height}": (width, height) for width, height in self.sizes}
+        if body.size not in known:
+            raise Fault(400, f"size must be auto or {' or '.join(known)} for the model {self.name}", "size")
+        return known[body.size]
 
     def swap(self) -> bool:
         """Serve the bundle that its folder holds now, if that is another one; return whether it is served.
@@ -108,13 +117,11 @@ class Model:
     def requests(self, body: Body) -> list[Request]:
         """Return a request for each image; raise Fault(400) where the bundle does not take what the body has."""
         contract = self.manifest
-        width, height = self.size
-        if body.size not in (None, "auto", f"{width}x{height}"):
-            raise Fault(400, f"size must be {width}x{height}, or auto, for the model {self.name}", "size")
         fields: dict[str, Any] = {
             "steps": body.num_inference_steps,
             "guidance": body.guidance_scale,
             "solver": body.solver,
+            "size": self.sizes[self.size(body)] or None,
         }
         if body.preset is not None:
             if "preset" not in Request.__dataclass_fields__:
@@ -133,14 +140,14 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """Return the model as `/v1/models` lists it: OpenAI's fields, then what the bundle takes."""
-        contract, (width, height) = self.manifest, self.size
+        contract = self.manifest
         sampler = contract.process.sampler
         return {
             "id": self.name,
             "object": "model",
             "created": int(self.served.opened),
             "owned_by": "dit-export",
-            "size": f"{width}x{height}",
+            "sizes": [f"{width}x{height}" for width, height in self.sizes],
             "prompt": "words" if contract.prompts else "class" if contract.classes else "none",
             "labels": list(contract.labels),
             "classes": contract.classes,

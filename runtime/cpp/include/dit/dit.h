@@ -143,7 +143,7 @@ typedef struct dit_prompt {
 
 #define DIT_PROMPT_INIT {sizeof(dit_prompt), NULL, NULL, 0, 0, NULL, NULL, NULL, 0}
 
-/* Called after each evaluation of the network, of which a step of solver heun needs two; what is not 0 stops the run.
+/* Called after each step, of which solver heun has two for each of its own; what is not 0 stops the run.
  * `latents` holds the numbers of state_shape for each picture. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
@@ -172,6 +172,9 @@ typedef struct dit_captions {
 
 #define DIT_CAPTIONS_INIT {sizeof(dit_captions), 0, 0, NULL, NULL, 0}
 
+/* An integer of a dit_request that has its default. */
+#define DIT_DEFAULT INT32_MIN
+
 typedef struct dit_request {
     size_t struct_size;
     const int64_t* labels;
@@ -183,10 +186,12 @@ typedef struct dit_request {
     const float* guidance; /* NULL: the bundle's */
     size_t num_guidance;   /* 1, or count */
     int steps;             /* 0: the bundle's */
-    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3; of a model that predicts a velocity dpm++1, dpm++,
-                              dpm++3, euler, heun, sde, scm; NULL: the bundle's */
-    const char* spacing;   /* stride, respaced, leading, trailing, linspace; of a velocity trailing, linspace, discrete,
-                              integer; NULL: the bundle's */
+    const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis,
+                              deis3; of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm,
+                              sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3; NULL: the bundle's */
+    const char* spacing;   /* stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity
+                              trailing, linspace, discrete, integer, karras, exponential, beta; or the times themselves,
+                              "999, 640, 300": training steps, or σ of a velocity; NULL: the bundle's */
     double eta;            /* noise of ddim, 0 to 1 */
     const float* latents;  /* for each picture the numbers of state_shape to start from; NULL: the seeds' noise */
     dit_on_step on_step;   /* NULL: none */
@@ -197,7 +202,17 @@ typedef struct dit_request {
     size_t num_arrays;
     const dit_array* negative_arrays; /* what guidance leads away from, where a port has no constant for that */
     size_t num_negative_arrays;
-    size_t latents_size; /* numbers in latents, which is checked; 0: it is not */
+    size_t latents_size;         /* numbers in latents, which is checked; 0: it is not */
+    double guidance_interval[2]; /* steps are guided between these fractions of the time: of t over train_steps, of a
+                                    model that predicts a velocity of σ; both ends count. {0, 1}: all steps */
+    const char* guidance_policy; /* constant, rescale, zero_star, apg, as "NAME" or "NAME KEY=VALUE …"; NULL: constant,
+                                    the network's own guidance */
+    const char* cache;           /* of outputs: taylorseer, easycache; NULL: none */
+    int cache_interval;          /* taylorseer evaluates each step of so many */
+    int max_order;               /* of taylorseer, 0 to 2 */
+    int disable_cache_before_step; /* earlier steps are evaluated */
+    int disable_cache_after_step;  /* this step and later ones are evaluated; below 0: from the end */
+    double cache_threshold;        /* the error that easycache lets grow; below 0: its default */
 } dit_request;
 
 #define DIT_REQUEST_INIT  \
@@ -221,7 +236,15 @@ typedef struct dit_request {
      0,                   \
      NULL,                \
      0,                   \
-     0}
+     0,                   \
+     {0.0, 1.0},          \
+     NULL,                \
+     NULL,                \
+     DIT_DEFAULT,         \
+     DIT_DEFAULT,         \
+     DIT_DEFAULT,         \
+     DIT_DEFAULT,         \
+     -1.0}
 
 /* A pipeline without a bundle; NULL where memory is short. */
 DIT_API dit_pipeline* dit_new(void);
@@ -274,12 +297,16 @@ DIT_API dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* r
  * dit_run_new checks the whole request and keeps what it needs of it; request.user must live as long as the run. */
 DIT_API dit_status dit_run_new(dit_pipeline* pipe, const dit_request* request, dit_run** run);
 
-/* Evaluates the network once; *more is then 1 while there is more to do, else 0. After DIT_ENGINE_FAILED the same step
+/* Goes one step; *more is then 1 while there is more to do, else 0. After DIT_ENGINE_FAILED the same step
  * can be tried again. */
 DIT_API dit_status dit_run_step(dit_run* run, int* more);
 
 /* The state after the steps so far, float [count, state_shape]; `size` is in numbers. */
 DIT_API dit_status dit_run_latents(dit_run* run, float* latents, size_t size);
+
+/* The rows that the network evaluated for each picture: 2 for a guided step, 1 for one without guidance, 0 for a step
+ * of a cache. *planned is what that is when the run has ended, -1 where its cache decides that step by step. */
+DIT_API dit_status dit_run_rows(dit_run* run, int64_t* rows, int64_t* planned);
 
 /* Does what is left of the run and decodes it, uint8 [count, height, width, 3]; `size` is in bytes. */
 DIT_API dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size);

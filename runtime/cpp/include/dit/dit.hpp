@@ -9,6 +9,7 @@
 #ifndef DIT_DIT_HPP
 #define DIT_DIT_HPP
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -219,6 +220,14 @@ class Pipeline {
         to.eta = request.eta;
         if (!request.latents.empty()) to.latents = request.latents.data();
         to.latents_size = request.latents.size();
+        std::copy(request.guidance_interval, request.guidance_interval + 2, to.guidance_interval);
+        if (!request.guidance_policy.empty()) to.guidance_policy = request.guidance_policy.c_str();
+        if (!request.cache.empty()) to.cache = request.cache.c_str();
+        to.cache_interval = request.cache_interval;
+        to.max_order = request.max_order;
+        to.disable_cache_before_step = request.disable_cache_before_step;
+        to.disable_cache_after_step = request.disable_cache_after_step;
+        to.cache_threshold = request.cache_threshold;
         if (request.on_step) to.on_step = &Pipeline::on_step;
         to.user = &step;
         const dit_status status = generate(to);
@@ -265,7 +274,7 @@ class Run {
         run_.reset(made);
     }
 
-    // Evaluates the network once; true while there is more to do.
+    // Goes one step; true while there is more to do.
     bool step() {
         int more = 0;
         finish(dit_run_step(run_.get(), &more));
@@ -277,6 +286,12 @@ class Run {
         std::vector<float> numbers(count_ * pipe_.row());
         finish(dit_run_latents(run_.get(), numbers.data(), numbers.size()));
         return numbers;
+    }
+
+    Rows rows() {
+        Rows rows;
+        finish(dit_run_rows(run_.get(), &rows.done, &rows.planned));
+        return rows;
     }
 
     // Does what is left of the run and decodes it.

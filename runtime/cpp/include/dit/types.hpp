@@ -68,9 +68,16 @@ struct Request {
     std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
     std::vector<float> guidance;             // one, or one a label; empty: the bundle's
     int steps = 0;                           // 0: the bundle's
-    std::string solver, spacing;             // empty: the bundle's
+    std::string solver;                      // empty: the bundle's
+    std::string spacing;                     // a name, or the times themselves, "999, 640, 300"; empty: the bundle's
     double eta = 0.0;
-    std::vector<float> latents;  // to start from; empty: the seeds' noise
+    std::vector<float> latents;            // to start from; empty: the seeds' noise
+    double guidance_interval[2] = {0, 1};  // steps are guided between these fractions of the time
+    std::string guidance_policy;           // "NAME", or "NAME KEY=VALUE …"; empty: the network's own guidance
+    std::string cache;                     // of outputs: taylorseer, easycache; empty: none
+    int cache_interval = DIT_DEFAULT, max_order = DIT_DEFAULT;
+    int disable_cache_before_step = DIT_DEFAULT, disable_cache_after_step = DIT_DEFAULT;  // after: below 0 from the end
+    double cache_threshold = -1;                                                          // below 0: its default
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
     std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;
     Captions captions;             // instead of labels
@@ -83,6 +90,12 @@ struct Request {
         if (!labels.empty()) return labels.size();
         return condition.empty() ? 0 : condition.begin()->second.rows;
     }
+};
+
+// What the network evaluates for each picture of a run.
+struct Rows {
+    std::int64_t done = 0;
+    std::int64_t planned = 0;  // -1 where the run's cache decides step by step
 };
 
 struct Images {

@@ -8,7 +8,8 @@ namespace {
 
 class Dpm : public Method {
   public:
-    Dpm(Setting setting, int order) : Method(std::move(setting)), order_(static_cast<std::size_t>(order)) {}
+    Dpm(Setting setting, int order, bool noisy)
+        : Method(std::move(setting)), order_(static_cast<std::size_t>(order)), noisy_(noisy) {}
 
   private:
     bool advance(const Step& step, Estimate& estimate) override {
@@ -24,9 +25,10 @@ class Dpm : public Method {
         else if (left == 1 && few)
             current = std::min<std::size_t>(current, 2);
         const double h = after.log_snr() - lambdas_[0];
-        const double phi1 = -std::expm1(-h), phi2 = 1 - phi1 / h;
-        const double of_x = after.sigma / now.sigma;
-        const double weight = sampler_.solver_type == "midpoint" ? phi1 / 2 : phi2;
+        const double width = noisy_ ? 2 * h : h;
+        const double phi1 = -std::expm1(-width), phi2 = 1 - phi1 / width;
+        const double of_x = after.sigma / now.sigma * (noisy_ ? std::exp(-h) : 1.0);
+        const double weight = sampler_.solver_type == "heun" ? phi2 : phi1 / 2;
         for (std::size_t i = 0; i < x_.size(); ++i) {
             double sum = phi1 * data_[0][i];
             const double first = current > 1 ? (data_[0][i] - data_[1][i]) * (h / (lambdas_[0] - lambdas_[1])) : 0;
@@ -39,16 +41,21 @@ class Dpm : public Method {
             }
             x_[i] = of_x * x_[i] + after.alpha * sum;
         }
+        const double deviation = noisy_ ? after.sigma * std::sqrt(phi1) : 0.0;
+        if (deviation > 0) add_noise(deviation);
         return true;
     }
 
     const std::size_t order_;
+    const bool noisy_;
     std::deque<Array> data_;  // predicted x₀, newest first
     std::deque<double> lambdas_;
 };
 
 }  // namespace
 
-std::unique_ptr<Method> dpm(Setting setting, int order) { return std::make_unique<Dpm>(std::move(setting), order); }
+std::unique_ptr<Method> dpm(Setting setting, int order, bool noisy) {
+    return std::make_unique<Dpm>(std::move(setting), order, noisy);
+}
 
 }  // namespace dit_runtime

@@ -70,7 +70,10 @@ std::unique_ptr<Method> ddim(Setting setting);
 // x' = σ'/σ x + α' (φ₁ D₀ + φ₂ D₁ + φ₃ D₂),  h = λ' - λ,  φ₁ = 1 - e⁻ʰ,  φ₂ = 1 - φ₁/h,  φ₃ = 1/2 - φ₂/h,
 // where λ = log(α/σ), D₀ is the predicted x₀ and D₁, D₂ its scaled differences over past steps; "midpoint" has
 // φ₂ = φ₁/2 in second-order steps. φ₃ is the authors' (and diffusers'), half of Taylor's: observed order 2 to 3.
-std::unique_ptr<Method> dpm(Setting setting, int order);
+//
+// Noisy, it is the same paper's SDE-DPM-Solver++: 2h stands for h in each φ, and
+// x' = σ'/σ e⁻ʰ x + α' (φ₁ D₀ + φ₂ D₁) + σ' √(1 - e⁻²ʰ) z, with no draw where that is 0.
+std::unique_ptr<Method> dpm(Setting setting, int order, bool noisy = false);
 
 // Euler's method on a flow's dx/dσ = ε - x₀ (Lipman et al. 2022, arXiv 2210.02747): x' = x + (σ' - σ) (ε - x₀).
 std::unique_ptr<Method> euler(Setting setting);
@@ -90,5 +93,17 @@ std::unique_ptr<Method> sde(Setting setting);
 //
 // A consistency network predicts the end of the path, so each step starts again with new noise; the last has none.
 std::unique_ptr<Method> scm(Setting setting);
+
+// UniPC, Zhao et al. 2023 (arXiv 2302.04867): UniP and UniC of order p, multistep, in predicted x₀.
+//
+// UniP takes a step with the last p predictions. Once the network has predicted at its end too, UniC takes the same
+// step again with p + 1, and the next step starts from there.
+std::unique_ptr<Method> unipc(Setting setting, int order);
+
+// DEIS multistep in log ρ, Zhang & Chen 2022 (arXiv 2204.13902), ρ = σ/α: ε is a polynomial of u = log(ρ'/ρ).
+//
+// x' = α'/α x + α' ρ (J₀ ε + J₁ E₁ + (J₂ - u₁ J₁) E₂),  J_k = ∫ uᵏ eᵘ du from 0 to -h = λ - λ' (of order 1: DDIM),
+// where E₁, E₂ are the divided differences of ε over past steps and u₁ = λ - λ₁.
+std::unique_ptr<Method> deis(Setting setting, int order);
 
 }  // namespace dit_runtime

@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from dit_runtime.errors import BundleError, UsageError, nearest
 from dit_runtime.facts import DEFAULT_STEPS, FACTS, LIMITS
 
-SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]  # name -> kinds of process, order, evaluations a step, multistep
+# name -> kinds of process, order, evaluations a step, and the method of those that read predictions of earlier steps
+SOLVERS: dict[str, dict[str, Any]] = FACTS["solvers"]
 NOISE_SOLVERS = tuple(name for name, facts in SOLVERS.items() if "noise" in facts["processes"])
 FLOW_SOLVERS = tuple(name for name, facts in SOLVERS.items() if "flow" in facts["processes"])
 MULTISTEP = tuple(name for name, facts in SOLVERS.items() if facts.get("multistep"))
 PREDICTIONS: dict[str, str] = FACTS["predictions"]  # name -> kind of process
 SPACINGS = tuple(FACTS["spacings"]["noise"])
 FLOW_SPACINGS = tuple(FACTS["spacings"]["flow"])
+CURVES = tuple(FACTS["curves"])  # the spacings that bend σ between two ends
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction": tuple(PREDICTIONS),
@@ -31,14 +33,23 @@ CHOICES = {
     "ddpm_spacing": SPACINGS,
     "ddim_spacing": SPACINGS,
     "dpm_spacing": SPACINGS,
-    "flow_spacing": FLOW_SPACINGS,
+    "flow_spacing": tuple(name for name in FLOW_SPACINGS if name not in CURVES),
+    "flow_curve": ("none", *CURVES),
     "variance": ("fixed_small", "fixed_large", "learned", "learned_range"),
-    "solver_type": ("midpoint", "heun"),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
 FLOW_FIELDS = ("train_steps", "shift", "shift_growth", "shift_terminal", "sigma_min", "sampler")
 GREATEST_GROWTH = 100.0  # of the shift's logarithm, over as many steps as a run may take: float64 holds e^100
-FLOW_SAMPLER_FIELDS = ("solver", "steps", "solver_type", "lower_order_final", "euler_at_final", "flow_spacing")
+FLOW_SAMPLER_FIELDS = (
+    "solver",
+    "steps",
+    "solver_type",
+    "lower_order_final",
+    "euler_at_final",
+    "flow_spacing",
+    "flow_curve",
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,15 @@ class Sampler:
     set_alpha_to_one: bool = True  # the run ends at ᾱ = 1, else at the schedule's first ᾱ
     # DDPM
     variance: str = "learned_range"  # "learned": the network gives σ² itself; "learned_range": v in [-1, 1]
-    # DPM-Solver++
-    solver_type: str = "midpoint"  # of its second-order steps
-    lower_order_final: bool = True  # the last two steps of a run of fewer than 15 are of order 2 and 1
-    euler_at_final: bool = False  # the last step is of order 1
-    final_sigmas_type: str = "zero"  # the run ends at σ = 0, else at the schedule's smallest σ
+    # Multistep solvers
+    solver_type: str = "midpoint"  # of DPM-Solver++: "heun", else midpoint; of UniPC: "bh1", else bh2
+    lower_order_final: bool = True  # the last two steps of a run of fewer than 15, UniPC's of any, are of order 2 and 1
+    euler_at_final: bool = False  # the last step of DPM-Solver++ is of order 1
+    final_sigmas_type: str = "zero"  # the run ends at σ = 0, else, and with DEIS, at the schedule's smallest σ
     lambda_min_clipped: float | None = None  # timesteps whose log(α/σ) is smaller are left out
     # Flows
     flow_spacing: str = "trailing"
+    flow_curve: str = "none"  # bends the σ of the spacing, which keeps its ends
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -204,6 +216,11 @@ def require_fit(process: Process, solver: str) -> None:
         )
 
 
+def solver_of_order(method: str) -> dict[int, str]:
+    """Return the solvers of one multistep method, by their order."""
+    return {facts["order"]: name for name, facts in SOLVERS.items() if facts.get("multistep") == method}
+
+
 def require_steps(process: Process, steps: int) -> None:
     if not is_integer(steps) or not 0 < steps <= process.train_steps:
         most = process.train_steps
@@ -226,7 +243,7 @@ def _known(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the names of the fields of a process of this kind, and those of its sampler."""
     if kind == "flow":
         return FLOW_FIELDS, FLOW_SAMPLER_FIELDS
-    flow_only = {"shift", "shift_growth", "shift_terminal", "sigma_min", "flow_spacing"}
+    flow_only = {"shift", "shift_growth", "shift_terminal", "sigma_min", "flow_spacing", "flow_curve"}
     names = [tuple(entry.name for entry in fields(cls) if entry.name not in flow_only) for cls in (Process, Sampler)]
     return names[0], names[1]
 

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.conditions.memo import BUDGET, side_by_side
-from dit_runtime.errors import Stopped, UsageError
+from dit_runtime.errors import Stopped
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Checked, Request
 from dit_runtime.sampling.guidance import Groups
 from dit_runtime.sampling.schedule import Level
 from dit_runtime.serve import preview
-from dit_runtime.serve.rows import knee, measure
+from dit_runtime.serve.rows import Sized, measure
 from dit_runtime.serve.scheduler import Costs, Scheduler
 from dit_runtime.serve.shared import SharedMemo
 from dit_runtime.serve.ticket import Busy, Closed, Late, Listener, Ticket
@@ -48,15 +48,19 @@ class Batcher:
         From now on the pipeline belongs to the batcher, which closes it.
         """
         self.pipe, self._clock = pipe, clock
-        engines, contract = pipe.engines, pipe.manifest
-        self.curve = measure(engines)
-        self.memo = engines.compute = SharedMemo(engines.run, memo_bytes)
-        if places is None:
-            places = knee(self.curve) if contract.batch_invariant else 1
+        self.sizes: dict[str, Sized] = {}
+        for contract in pipe.manifest.each_size:
+            at = pipe.at(contract.size or None)
+            self.sizes[contract.size] = Sized(at, measure(at.engines), places)
+        self.memo = SharedMemo(pipe.engines.run, memo_bytes)
+        for sized in self.sizes.values():
+            sized.pipe.engines.compute = self.memo
+        first = next(iter(self.sizes.values()))
+        for sized in self.sizes.values():
+            sized.weight = sized.row / first.row
         self.costs = Costs()
-        nearest = max(size for size in self.curve if size <= max(places, 1))
-        self.costs.update("row", self.curve[nearest] / nearest / (2 if contract.mixes_guidance else 1))
-        self._scheduler: Scheduler[Ticket] = Scheduler(places, self.costs)
+        self.costs.update("row", first.row)
+        self._scheduler: Scheduler[Ticket] = Scheduler(max(size.places for size in self.sizes.values()), self.costs)
         self._undecoded: deque[Ticket] = deque()
         self.counts: Counter[str] = Counter()  # calls, rows, drawn, refused, late, cancelled, failed
         self.seconds = {"step": 0.0, "decode": 0.0}  # in calls
@@ -99,23 +103,25 @@ class Batcher:
         The listener gets so many `previews`, evenly spread over the steps.
         """
         now = self._clock()
-        if self.pipe.manifest.at(request.size) is not self.pipe.manifest:
-            raise UsageError(f"size {request.size}; expected {self.pipe.manifest.size}, which this batcher draws")
+        sized = self.sizes[self.pipe.manifest.at(request.size).size]
         checked = request.check(self.pipe.manifest, self.pipe.engines.tokenizers)
         evaluations = len(checked.timesteps)
         groups = 1 if checked.negative is None else 2
         ticket = Ticket(
             samples=checked.samples,
             left=checked.samples * evaluations * groups,
-            kind=groups,
+            kind=(sized.pipe.manifest.size, groups),
             places=checked.samples,
+            most=sized.places,
+            weight=sized.weight,
+            sized=sized,
             arrived=now,
             deadline=None if deadline is None else now + deadline,
             request=request,
             evaluations=evaluations,
             rows=evaluations * groups,
             listener=listener,
-            previews=self._previews(request, checked, previews),
+            previews=_previews(sized.pipe, request, checked, previews),
         )
         with self._wake:
             if self._closing:
@@ -126,12 +132,6 @@ class Batcher:
             self._scheduler.push(ticket)
             self._wake.notify()
         return ticket
-
-    def _previews(self, request: Request, checked: Checked, count: int) -> Mapping[int, Level]:
-        if not count:
-            return {}
-        known = preview.levels(self.pipe.manifest.process, checked.solver, checked.steps, request.spacing)
-        return {evaluation: known[evaluation - 1] for evaluation in preview.spread(count, len(known))}
 
     def close(self, drain: bool = True) -> None:
         """Finish what is in line, or without `drain` stop it; then close the pipeline."""
@@ -195,7 +195,7 @@ class Batcher:
         with self._wake:
             if ticket in self._undecoded:
                 self._undecoded.remove(ticket)
-                self._scheduler.undecoded -= ticket.samples
+                self._scheduler.undecoded -= ticket.samples * ticket.weight
             else:
                 self._scheduler.remove(ticket)
 
@@ -225,8 +225,8 @@ class Batcher:
         spent = self._clock() - began
         places = sum(ticket.places for ticket in tickets)
         rows = sum(ticket.ask.numbers.size for ticket in tickets if ticket.ask)
-        if places >= self.places // 2:  # a small batch has a higher price that no full one pays
-            self.costs.update("row", spent / rows)
+        if places >= min(self.places, tickets[0].most) // 2:  # a small batch has a higher price that no full one pays
+            self.costs.update("row", spent / rows / tickets[0].weight)
         self.counts.update(calls=1, rows=rows, samples=places)
         self.seconds["step"] += spent
         for ticket, answer in zip(tickets, answers, strict=True):
@@ -248,25 +248,16 @@ class Batcher:
 
     def _evaluate(self, tickets: Sequence[Ticket]) -> list[Answer]:
         """Return each ticket's answer, from as few calls of the step stage as its largest batch allows."""
-        state = self.pipe.manifest.state.name
+        pipe = tickets[0].sized.pipe
+        state = pipe.manifest.state.name
         asks = [ticket.ask for ticket in tickets if ticket.ask]
         inputs = side_by_side([ask.inputs(slice(0, len(ask.state))) for ask in asks])
         inputs[state] = np.concatenate([ask.state for ask in asks]).astype(np.float32)
-        outputs = self._call(inputs, len(inputs[state]))
+        outputs = _call(pipe, inputs, len(inputs[state]))
         ends = np.cumsum([len(ask.state) for ask in asks])[:-1]
         parts = {name: np.split(values, ends) for name, values in outputs.items()}
         variances = parts.get("variance", [None] * len(asks))
         return [*zip(parts["prediction"], variances, strict=True)]
-
-    def _call(self, inputs: Mapping[str, NDArray[Any]], places: int) -> Mapping[str, NDArray[Any]]:
-        """Run the step stage, on parts where one request has more samples than it takes."""
-        stage, parts = self.pipe.manifest.step, []
-        grouped = {spec.name for spec in stage.grouped}
-        for first in range(0, places, stage.max_batch):
-            some = slice(first, first + stage.max_batch)
-            part = {name: values[:, some] if name in grouped else values[some] for name, values in inputs.items()}
-            parts.append(self.pipe.engines.run(stage, part))
-        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
     def _tell(self, ticket: Ticket, answer: Answer) -> None:
         """Let the run go its step; those that need no network are gone with it."""
@@ -276,7 +267,7 @@ class Batcher:
         ticket.done = run.done
         pictures = None
         if ticket.done in ticket.previews and ask.groups is not Groups.APART:  # whose rows a policy mixes
-            pictures = preview.pictures(self.pipe, ticket.previews[ticket.done], ask.state, answer[0])
+            pictures = preview.pictures(ticket.sized.pipe, ticket.previews[ticket.done], ask.state, answer[0])
         self._advance(ticket, more)
         if ticket.listener:
             ticket.listener(run.done, ticket.evaluations, pictures)
@@ -288,7 +279,7 @@ class Batcher:
         self._leave(ticket)
         with self._wake:
             self._undecoded.append(ticket)
-            self._scheduler.undecoded += ticket.samples
+            self._scheduler.undecoded += ticket.samples * ticket.weight
 
     def _advance(self, ticket: Ticket, more: bool) -> None:
         """Find what the next call of a run needs; go steps that need no network."""
@@ -297,7 +288,8 @@ class Batcher:
         ticket.ask = None
         while more and ticket.ask is None:
             if ask := run.ask():
-                ticket.ask, ticket.kind, ticket.places = ask, len(ask.numbers), len(ask.state)
+                size = ticket.sized.pipe.manifest.size
+                ticket.ask, ticket.kind, ticket.places = ask, (size, len(ask.numbers)), len(ask.state)
             else:
                 more = run.tell()
         planned = run.planned_rows or ticket.rows
@@ -318,8 +310,27 @@ class Batcher:
             now = self._clock()
             self._leave(ticket)
             ticket.stats.decode, ticket.stats.total = now - began, now - ticket.arrived
-            self.costs.update("decode", ticket.stats.decode / ticket.samples)
+            self.costs.update("decode", ticket.stats.decode / ticket.samples / ticket.weight)
             self.seconds["decode"] += ticket.stats.decode
             self.counts["drawn"] += ticket.samples
             ticket.run = None
             ticket.future.set_result(result)
+
+
+def _previews(pipe: Pipeline, request: Request, checked: Checked, count: int) -> Mapping[int, Level]:
+    """Return the level of each evaluation after which a preview is drawn."""
+    if not count:
+        return {}
+    known = preview.levels(pipe.manifest.process, checked.solver, checked.steps, checked.spacing)
+    return {evaluation: known[evaluation - 1] for evaluation in preview.spread(count, len(known))}
+
+
+def _call(pipe: Pipeline, inputs: Mapping[str, NDArray[Any]], places: int) -> Mapping[str, NDArray[Any]]:
+    """Run the step stage, on parts where one request has more samples than it takes."""
+    stage, parts = pipe.manifest.step, []
+    grouped = {spec.name for spec in stage.grouped}
+    for first in range(0, places, stage.max_batch):
+        some = slice(first, first + stage.max_batch)
+        part = {name: values[:, some] if name in grouped else values[some] for name, values in inputs.items()}
+        parts.append(pipe.engines.run(stage, part))
+    return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from dit_runtime.engines import Engines
+from dit_runtime.pipeline import Pipeline
 from dit_runtime.warming import made_up
 
 TOLERANCE = 0.1  # time a sample above the least: a larger batch must gain more to be worth its latency
@@ -52,3 +53,14 @@ def knee(curve: Mapping[int, float]) -> int:
     """Return the smallest batch size whose time a sample is within TOLERANCE of the least; 1 on a flat curve."""
     least = min(seconds / size for size, seconds in curve.items())
     return min(size for size, seconds in curve.items() if seconds / size <= (1 + TOLERANCE) * least)
+
+
+class Sized:
+    """One of a bundle's sizes: its pipeline, and how many of its samples share a call."""
+
+    def __init__(self, pipe: Pipeline, curve: Mapping[int, float], places: int | None) -> None:
+        self.pipe, self.curve, self.weight = pipe, curve, 1.0
+        self.places = places or (knee(curve) if pipe.manifest.batch_invariant else 1)
+        nearest = max(size for size in curve if size <= self.places)
+        groups = 2 if pipe.manifest.mixes_guidance else 1
+        self.row = curve[nearest] / nearest / groups  # seconds

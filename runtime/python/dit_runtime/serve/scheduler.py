@@ -27,6 +27,8 @@ class Job:
     left: float  # rows that are still to be evaluated
     kind: Hashable = 2  # the number of groups in its next call; jobs of one kind can share a call
     places: int = 1  # in its next call; a sample takes two where its groups are evaluated as samples
+    most: int = 2**31  # places of a call of its kind, where that is fewer than the scheduler's
+    weight: float = 1.0  # of its rows and pictures, in those of the first size
     arrived: float = 0.0
     deadline: float | None = None
     started: bool = False
@@ -58,7 +60,7 @@ class Scheduler(Generic[AnyJob]):
         """`places` is the number of samples that one call has at most."""
         self.places, self.costs = places, costs
         self.jobs: list[AnyJob] = []
-        self.undecoded = 0  # samples that have left, and whose pictures are still to be decoded
+        self.undecoded = 0.0  # weight of the samples that have left, and whose pictures are still to be decoded
 
     def push(self, job: AnyJob) -> None:
         job.due = self._due(job)
@@ -81,7 +83,7 @@ class Scheduler(Generic[AnyJob]):
             if picked and (job.kind != picked[0].kind or job.places > free):
                 continue
             under_way += 0 if job.started else job.places
-            free -= job.places
+            free = (free if picked else min(free, job.most)) - job.places
             picked.append(job)
             if free <= 0:
                 break
@@ -90,7 +92,7 @@ class Scheduler(Generic[AnyJob]):
     def work(self, job: AnyJob) -> float:
         """Return the seconds that a job would take in full batches."""
         start = 0.0 if job.started else self.costs("start")
-        return start + job.left * self.costs("row") + job.samples * self.costs("decode")
+        return start + job.weight * (job.left * self.costs("row") + job.samples * self.costs("decode"))
 
     def lateness(self, job: AnyJob) -> float:
         """Return by how many seconds what is ahead of a newcomer exceeds MARGIN of the time up to its deadline, or that

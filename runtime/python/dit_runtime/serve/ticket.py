@@ -16,6 +16,7 @@ from dit_runtime.serve.scheduler import Job
 
 if TYPE_CHECKING:
     from dit_runtime.run import Ask, Run
+    from dit_runtime.serve.rows import Sized
 
 # Called in the batcher's thread after each of a request's steps: evaluations done, evaluations in all, and the pictures
 # that the request would have now where a preview was asked for. It must return at once and raise nothing.
@@ -61,6 +62,7 @@ class Ticket(Job):
     """What `Batcher.submit` returns."""
 
     request: Request
+    sized: Sized
     evaluations: int
     rows: int  # of a sample, evaluations times groups, before the run has started
     listener: Listener | None = None

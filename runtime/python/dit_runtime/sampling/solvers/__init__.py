@@ -15,24 +15,36 @@ from numpy.typing import NDArray
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.denoiser import Array, Method, estimate
 from dit_runtime.sampling.noise import Draw, Noise
-from dit_runtime.sampling.process import MULTISTEP, SOLVERS, Process
+from dit_runtime.sampling.process import SOLVERS, Process, solver_of_order
 from dit_runtime.sampling.schedule import make_schedule
 from dit_runtime.sampling.solvers.ddim import ddim
 from dit_runtime.sampling.solvers.ddpm import ddpm
+from dit_runtime.sampling.solvers.deis import deis
 from dit_runtime.sampling.solvers.dpm import dpm
 from dit_runtime.sampling.solvers.euler import euler
 from dit_runtime.sampling.solvers.heun import heun
 from dit_runtime.sampling.solvers.scm import scm
 from dit_runtime.sampling.solvers.sde import sde
+from dit_runtime.sampling.solvers.unipc import unipc
 
+MULTISTEP_METHODS: dict[str, Callable[..., Method]] = {
+    "dpm++": dpm,
+    "sde-dpm++": partial(dpm, noisy=True),
+    "unipc": unipc,
+    "deis": deis,
+}
 METHODS: dict[str, Callable[..., Method]] = {
     "ddpm": ddpm,
     "ddim": ddim,
-    **{name: partial(dpm, order=SOLVERS[name]["order"]) for name in MULTISTEP},
     "euler": euler,
     "heun": heun,
     "sde": sde,
     "scm": scm,
+    **{
+        solver: partial(method, order=order)
+        for name, method in MULTISTEP_METHODS.items()
+        for order, solver in solver_of_order(name).items()
+    },
 }
 EVALUATIONS: dict[str, int] = {name: facts["evaluations"] for name, facts in SOLVERS.items()}  # a step
 # A run: yields x and the time there, is sent (prediction, variance or None), and returns the final x.

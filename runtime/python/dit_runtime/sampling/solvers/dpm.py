@@ -9,12 +9,17 @@ from dit_runtime.sampling.process import Sampler
 from dit_runtime.sampling.schedule import Step
 
 
-def dpm(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: float, *, order: int) -> Method:
+def dpm(
+    steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: float, *, order: int, noisy: bool = False
+) -> Method:
     """DPM-Solver++ multistep, Lu et al. 2022 (arXiv 2211.01095), algorithm 2, and its third-order sibling.
 
     x' = σ'/σ x + α' (φ₁ D₀ + φ₂ D₁ + φ₃ D₂),  h = λ' - λ,  φ₁ = 1 - e⁻ʰ,  φ₂ = 1 - φ₁/h,  φ₃ = 1/2 - φ₂/h,
     where λ = log(α/σ), D₀ is the predicted x₀ and D₁, D₂ its scaled differences over past steps; "midpoint" has
     φ₂ = φ₁/2 in second-order steps. φ₃ is the authors' (and diffusers'), half of Taylor's: observed order 2 to 3.
+
+    Noisy, it is the same paper's SDE-DPM-Solver++: 2h stands for h in each φ, and
+    x' = σ'/σ e⁻ʰ x + α' (φ₁ D₀ + φ₂ D₁) + σ' √(1 - e⁻²ʰ) z, with no draw where that is 0.
     """
     short = sampler.lower_order_final and len(steps) < 15
     data: list[Array] = []  # predicted x₀, newest first
@@ -28,17 +33,22 @@ def dpm(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: floa
         elif left == 1 and short:
             current = min(current, 2)
         h = after.log_snr - lambdas[0]
-        phi1 = -math.expm1(-h)
+        width = 2 * h if noisy else h
+        phi1 = -math.expm1(-width)
         step = phi1 * data[0]
         if current > 1:
             first = (data[0] - data[1]) * (h / (lambdas[0] - lambdas[1]))
-            phi2 = 1 - phi1 / h
+            phi2 = 1 - phi1 / width
         if current == 2:
-            step = step + (phi1 / 2 if sampler.solver_type == "midpoint" else phi2) * first
+            step = step + (phi2 if sampler.solver_type == "heun" else phi1 / 2) * first
         if current == 3:
             second = (data[1] - data[2]) * (h / (lambdas[1] - lambdas[2]))
             bend = (first - second) * (h / (lambdas[0] - lambdas[2]))
             slope = first + bend * ((lambdas[0] - lambdas[1]) / h)
             step = step + phi2 * slope + (0.5 - phi2 / h) * bend
-        x = after.sigma / now.sigma * x + after.alpha * step
+        kept = math.exp(-h) if noisy else 1.0
+        x = after.sigma / now.sigma * kept * x + after.alpha * step
+        deviation = after.sigma * math.sqrt(phi1) if noisy else 0.0
+        if deviation > 0:
+            x = x + deviation * draw(x.shape)
     return x

@@ -1,0 +1,55 @@
+// The sampling loop with the solver on the host. Mirrors dit_runtime/sampling/loops.py.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "caches.hpp"
+#include "solvers.hpp"
+
+namespace dit_runtime {
+
+// Predictions of own conditions, then of negatives -> guided.
+using Mix = std::function<std::vector<float>(const std::vector<float>&)>;
+
+// It says what each step needs of the network, and calls nothing.
+class Trajectory {
+  public:
+    // Stands before the first step; `groups` are those of each evaluation, none where its prediction is 0.
+    Trajectory(Solver solver, Array times, std::vector<std::optional<Groups>> groups, Mix mix = {},
+               std::unique_ptr<Cache> cache = {});
+
+    const Array& state() const { return solver_.x(); }
+    std::size_t done() const { return done_; }
+    std::size_t steps() const { return groups_.size(); }
+    // The rows that the network evaluated for each sample.
+    std::size_t rows() const { return rows_; }
+    // What that is when the run has ended; none where the cache decides that step by step.
+    std::optional<std::size_t> planned_rows() const;
+
+    // The groups that the next step evaluates; none where it needs no network, or none is left.
+    std::optional<Groups> asks() const;
+    // Goes the next step with what the network predicts of its groups.
+    void tell(Prediction answer);
+    // Goes the next step, which needs no network.
+    void tell();
+
+  private:
+    void advance(const Prediction& prediction);
+    void take_guess();
+    void require_finite(const std::vector<float>& prediction) const;
+
+    Solver solver_;
+    const Array times_;
+    const std::vector<std::optional<Groups>> groups_;
+    const Mix mix_;
+    const std::unique_ptr<Cache> cache_;
+    std::vector<float> variance_;              // of the last evaluation
+    std::optional<std::vector<float>> guess_;  // the next step's prediction where it needs no network
+    std::size_t done_ = 0, rows_ = 0;
+};
+
+}  // namespace dit_runtime

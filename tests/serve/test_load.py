@@ -1,0 +1,132 @@
+"""Load that stops by itself: overload, clients that leave, are silent or do not read, and a soak.
+
+The default run looks at outcomes alone; `pytest -s -m slow tests/serve/test_load.py` also measures, and prints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dit_serve.app import Settings
+from tests.serve import load
+from tests.serve.serving import Running, running
+from tests.serve.test_hot_swap import process
+from tests.serve.test_server import until
+
+
+def test_overload_is_answered(handmade) -> None:
+    """Every request is drawn, refused with Retry-After, or late; nothing stays behind."""
+    with running(handmade("labels"), Settings(grace=5, deadline=1.0)) as server:
+        outcomes = asyncio.run(load.opened(server.port, 200, 1.5))
+        assert len(outcomes) > 200
+        statuses = {outcome.status for outcome in outcomes}
+        assert {200, 429} <= statuses <= {200, 429, 504}
+        assert all(outcome.retry_after == (outcome.status == 429) for outcome in outcomes)
+        batcher = server.model.batcher
+        assert batcher.active == batcher.queued == 0
+        counts = batcher.counts
+        assert counts["drawn"] == sum(outcome.status == 200 for outcome in outcomes)
+        assert counts["refused"] == sum(outcome.status == 429 for outcome in outcomes)
+        assert counts["late"] == sum(outcome.status == 504 for outcome in outcomes) and not counts["failed"]
+
+
+def test_clients_that_leave_leave_nothing(handmade) -> None:
+    with running(handmade("labels"), Settings(grace=5)) as server:
+        outcomes = asyncio.run(load.opened(server.port, 60, 2, leaving=0.8))
+        assert {outcome.status for outcome in outcomes} == {0, 200}
+        until(lambda: server.model.batcher.active == server.model.batcher.queued == 0)
+        assert server.model.batcher.counts["cancelled"] and server.model.batcher.alive
+        assert server.draw(num_inference_steps=2).status == 200
+
+
+def resident(pid: int) -> int:
+    """Return the process's memory in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors(pid: int) -> int:
+    return len([*Path(f"/proc/{pid}/fd").iterdir()])
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    from dit_export.cli import main
+    from dit_export.demo import store
+
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    assert main(["build", "--checkpoint", str(store.MODEL), "--backend", "openvino", "-o", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def served(demo) -> Iterator[tuple[int, Running]]:
+    with process(f"demo={demo}", "--deadline", "5", "--batch", "8", "--skip-verify") as (started, client, _):
+        yield started.pid, client
+
+
+@pytest.mark.slow
+def test_ten_times_what_it_can_do(served: tuple[int, Running]) -> None:
+    pid, client = served
+    closed = asyncio.run(load.closed(client.port, 8, 15, classes=20))
+    capacity = sum(outcome.status == 200 for outcome in closed) / 15
+    print(load.describe("closed, 8 clients", closed, 15))
+    before, began = resident(pid), time.monotonic()
+    outcomes = asyncio.run(load.opened(client.port, 10 * capacity, 60, classes=20))
+    seconds = time.monotonic() - began
+    print(load.describe("open, 10 x capacity", outcomes, seconds))
+    good = sum(outcome.status == 200 and outcome.seconds <= 5 for outcome in outcomes)
+    late = sum(outcome.status == 504 or outcome.seconds > 5 for outcome in outcomes if outcome.status != 429)
+    print(f"goodput {good / seconds:.1f}/s, late {late}, memory +{(resident(pid) - before) / 1e6:.0f} MB")
+    assert {outcome.status for outcome in outcomes} <= {200, 429, 504}
+    assert good / seconds >= 0.9 * capacity
+    assert late <= 0.02 * (good + late)
+    assert load.percentiles(outcomes, 429)[2] <= 50
+    assert resident(pid) - before <= 50e6
+
+
+@pytest.mark.slow
+def test_leaving_silent_and_unread_clients(served: tuple[int, Running]) -> None:
+    _, client = served
+
+    async def measure() -> tuple[list[load.Outcome], list[load.Outcome]]:
+        before = await load.closed(client.port, 2, 10, classes=20, steps=(10,))
+        writers = [*await load.idle(client.port, 10, reading=True), *await load.idle(client.port, 10, reading=False)]
+        during = await load.closed(client.port, 2, 10, classes=20, steps=(10,))
+        for writer in writers:
+            writer.close()
+        return before, during
+
+    before, during = asyncio.run(measure())
+    print(load.describe("alone", before, 10))
+    print(load.describe("beside 20 idle clients", during, 10))
+    assert load.percentiles(during, 200)[0] <= load.percentiles(before, 200)[0] + 50
+
+    asyncio.run(load.opened(client.port, 100, 2, leaving=1.0, classes=20))
+    began = time.monotonic()
+    until(lambda: b'dit_active_images{model="demo"} 0.0' in client.ask("GET", "/metrics").body)
+    print(f"no row active {time.monotonic() - began:.2f} s after 200 clients that left")
+    assert time.monotonic() - began <= 1
+
+
+@pytest.mark.slow
+def test_soak(served: tuple[int, Running]) -> None:
+    """Mixed load with clients that leave, for SOAK_SECONDS, by default half an hour."""
+    pid, client = served
+    seconds = float(os.environ.get("SOAK_SECONDS", "1800"))
+    asyncio.run(load.closed(client.port, 8, 20, classes=20))
+    time.sleep(1)
+    before = resident(pid), descriptors(pid)
+    outcomes = asyncio.run(load.opened(client.port, 10, seconds, leaving=0.2, classes=20))
+    time.sleep(1)
+    after = resident(pid), descriptors(pid)
+    print(load.describe(f"soak, {seconds:.0f} s", outcomes, seconds))
+    print(f"memory {before[0] / 1e6:.0f} -> {after[0] / 1e6:.0f} MB, descriptors {before[1]} -> {after[1]}")
+    assert {outcome.status for outcome in outcomes} <= {0, 200, 429, 504}
+    assert after[0] - before[0] <= 50e6
+    assert after[1] <= before[1] + 2
