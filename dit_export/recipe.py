@@ -56,6 +56,7 @@ class Recipe(Tuning):
     keep_float: list[str] | None = None  # in int8: "blocks.3.mlp.fc2", "blocks.0", or "fc2" in every block
     strict: bool = False  # keep no other layer of an int8 or fp8 denoiser in float, whatever the gates say
     judge: str | None = None  # an ONNX network that looks at pictures; FILE.npz beside it: mu and sigma of real ones
+    presets: str | None = None  # a JSON file, as `dit-export tune --presets` writes it
     synthetic: int | None = None
     latents_only: bool = False
     without_text_encoders: bool = False  # conditions are prompt embeddings

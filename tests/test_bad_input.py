@@ -50,6 +50,10 @@ BUILD = [
     (["xl/2", "--synthetic"], ['did you mean "XL/2"']),
     (["S/8", "--synthetic", "--precision", "fp17"], ["precision 'fp17'", "fp32"]),
     (["S/8", "--synthetic", "--backend", "onnxruntim"], ["backend 'onnxruntim'", 'did you mean "onnxruntime"']),
+    (
+        ["S/8", "--synthetic", "--presets", "x.json"],
+        ["x.json: no such file", "dit-export tune BUNDLE --presets x.json"],
+    ),
     (["S/8", "--synthetic", "--max-batch", "0"], ["max-batch 0", "at least 1"]),
     (["S/8", "--synthetic", "--caption-tokens", "0"], ["caption-tokens 0", "at least 1"]),
     (["S/8", "--synthetic", "--caption-tokens", "-3"], ["caption-tokens -3", "at least 1"]),

@@ -44,10 +44,10 @@ def svg(result: dict[str, Any]) -> str:
     longest = HICCUP * max(times)
     scale = (WIDTH - LEFT - RIGHT) / longest
     parts = [
-        _text(16, 26, heading(result), "title"),
-        _text(16, 46, "shorter is better; ×: times as fast as PyTorch eager fp32", "small"),
-        _line(16, 61, 28, 61, "floor"),
-        _text(34, 65, "floor: the step's FLOPs at the fastest matrix product of any library in this run", "small"),
+        text(16, 26, heading(result), "title"),
+        text(16, 46, "shorter is better; ×: times as fast as PyTorch eager fp32", "small"),
+        line(16, 61, 28, 61, "floor"),
+        text(34, 65, "floor: the step's FLOPs at the fastest matrix product of any library in this run", "small"),
     ]
     for index, (row, seconds) in enumerate(zip(rows, times, strict=True)):
         kind = "ours" if row["kind"] == "ours" else "peer"
@@ -56,18 +56,18 @@ def svg(result: dict[str, Any]) -> str:
         most = min(most, longest)
         label = f"{time(seconds)} · {row['step']['times_faster']['median']:.2f}×"
         parts += [
-            _text(LEFT - 10, middle + 4, row["title"], kind, anchor="end"),
+            text(LEFT - 10, middle + 4, row["title"], kind, anchor="end"),
             f'<rect class="{kind} bar" x="{LEFT}" y="{middle - BAR / 2:g}" width="{scale * seconds:.1f}" '
             f'height="{BAR}" rx="2"/>',
-            _line(LEFT + scale * least, middle, LEFT + scale * most, middle, "spread"),
-            _text(LEFT + scale * most + 6, middle + 4, label, kind),
+            line(LEFT + scale * least, middle, LEFT + scale * most, middle, "spread"),
+            text(LEFT + scale * most + 6, middle + 4, label, kind),
         ]
         if floor := result["floors"].get(row["precision"]):
             x = LEFT + scale * floor["step"]
-            parts.append(_line(x, middle - ROW / 2 + 1, x, middle + ROW / 2 - 1, "floor"))
+            parts.append(line(x, middle - ROW / 2 + 1, x, middle + ROW / 2 - 1, "floor"))
     foot = TOP + ROW * len(rows) + 22
-    parts.append(_line(LEFT, TOP - 2, LEFT, foot - 20, "axis"))
-    parts += [_text(16, foot + 15 * index, line, "small") for index, line in enumerate(where(result))]
+    parts.append(line(LEFT, TOP - 2, LEFT, foot - 20, "axis"))
+    parts += [text(16, foot + 15 * index, line, "small") for index, line in enumerate(where(result))]
     height = foot + 30
     title = escape(heading(result))
     body = "\n  ".join(parts)
@@ -77,9 +77,9 @@ def svg(result: dict[str, Any]) -> str:
     )
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+def text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'

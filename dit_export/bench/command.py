@@ -12,10 +12,14 @@ from pathlib import Path
 from dit_export.bench import chart, report
 from dit_export.bench.competitors import COMPETITORS
 from dit_export.bench.run import Settings, bench
+from dit_export.bundle.presets import read_presets
 from dit_export.networks.spec import MODELS, at_resolution, model
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_STEPS
 from dit_runtime.progress import Progress
+from dit_runtime.sampling.process import Process
+
+DEMO = Path(__file__).parents[1] / "demo" / "model" / "presets.json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
@@ -32,6 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
     parser.add_argument("--threads", type=int, help="of everyone; default: all cores")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='such as compile-bf16 or "ours-*"')
     parser.add_argument("--memory", type=float, metavar="GB", help="for all together; default: 90 %% of what is free")
+    parser.add_argument(
+        "--presets", type=Path, metavar="FILE.json", help="for our pictures, of `dit-export tune`; default: the demo's"
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="everything that was measured")
     parser.add_argument("--svg", metavar="FILE", type=Path, help="a bar chart of the steps")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the models stand while it runs")
@@ -44,10 +51,12 @@ def run(options: argparse.Namespace) -> int:
     for folder in folders:  # before the long work
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder")
+    presets = options.presets or (DEMO if DEMO.is_file() else None)
     settings = Settings(
         spec=at_resolution(model(options.model), options.resolution),
         memory=None if options.memory is None else 1e9 * options.memory,
         folder=options.output,
+        presets=read_presets(presets, Process()) if presets else {},
         **{key: getattr(options, key) for key in ("device", "batch", "steps", "rounds", "images", "threads", "only")},
     )
     result = {"command": shlex.join(["dit-export", *sys.argv[1:]]), **bench(settings, Progress())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ class Job:
     precisions: tuple[str, ...]  # whose GEMMs are timed for the floor
     vae: Mapping[str, Any]  # config of the AutoencoderKL; empty: Stable Diffusion's
     device: str = "cpu"
+    presets: Mapping[str, Any] = field(default_factory=dict)  # of our bundles: each draws a picture with each
 
     def write(self, folder: Path) -> None:
         table = asdict(self) | {"process": self.process.to_dict()}

@@ -16,8 +16,11 @@ from dit_export.graph import DECODER, NETWORK
 from dit_runtime.backends import CPU
 from dit_runtime.conditions.memo import StepInputs
 from dit_runtime.errors import UsageError
+from dit_runtime.images import to_uint8
 from dit_runtime.pipeline import Pipeline
+from dit_runtime.request import Request
 from dit_runtime.sampling.solvers import plan
+from dit_runtime.warming import warm
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 PROVIDERS = {  # of ONNX Runtime, by device; without its option it would multiply fp32 in TF32
@@ -76,6 +79,7 @@ class Ours(Subject):
         self.pipe = Pipeline.load(folder, provider=provider, **on_cpu)
         self._times = plan(job.process, SOLVER, job.steps)
         self._null = np.array([job.spec.null_label])
+        self._warm = False
         self._condition(self._times)  # as runs ask for it: what is compiled for a shape is compiled for this one
         self._inputs = self._condition(np.array([TIMESTEP]))
 
@@ -98,6 +102,19 @@ class Ours(Subject):
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         return self.pipe.engines.decode(latents)
+
+    def with_preset(self, name: str) -> dict[str, float]:
+        """Seconds of a picture with one of the bundle's presets, and of its decoding; and its rows of the network."""
+        if not self._warm:  # rows without guidance, which no step alone has asked for
+            warm(self.pipe.engines, [len(self.labels)])
+            self._warm = True
+        began = time.perf_counter()
+        run = self.pipe.run(Request(self.labels.tolist(), seed=SEED, preset=name, output="latents"))
+        latents = run.result()
+        sampled = time.perf_counter()
+        to_uint8(self.decode(latents))
+        ended = time.perf_counter()
+        return {name: ended - began, f"{name} decode": ended - sampled, f"{name} rows": run.rows}
 
     def sample(self) -> NDArray[np.float32]:
         options: dict[str, Any] = {"steps": self.job.steps, "guidance": GUIDANCE, "seed": SEED, "solver": SOLVER}

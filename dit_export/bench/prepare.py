@@ -6,11 +6,12 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 
 from dit_export.bench.competitors import Competitor, Job, choose
@@ -58,7 +59,7 @@ def prepare(folder: Path, job: Job, competitors: Sequence[Competitor], progress:
             try:
                 contract = build_scratch_bundle(folder / ours.folder, loaded, decoder, recipe, progress, traced)
                 contract = compile_stages(folder / ours.folder, contract, ours.library, Options(), progress)
-                manifest.write(folder / ours.folder, contract)
+                manifest.write(folder / ours.folder, replace(contract, presets=job.presets))
             except (UsageError, GateError) as error:
                 left_out[ours.name] = str(error)
                 shutil.rmtree(folder / ours.folder, ignore_errors=True)
@@ -90,7 +91,7 @@ def _save_pipeline(folder: Path, model: DiT, vae: object) -> None:
     state = keys.write(model, keys.DIFFUSERS) | {"pos_embed.pos_embed": model.positions}
     missing, unknown = transformer.load_state_dict(state, strict=False, assign=True)
     assert not {*missing} - {"pos_embed.pos_embed"} and {*unknown} <= {"pos_embed.pos_embed"}
-    DiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False)).save_pretrained(folder)
+    DiTPipeline(transformer, vae, DPMSolverMultistepScheduler()).save_pretrained(folder)
 
 
 def _fix_rows(path: Path, rows: int) -> None:

@@ -7,7 +7,12 @@ from operator import truediv
 from statistics import median
 from typing import Any
 
+from dit_export.bench.subject import SOLVER
+from dit_runtime.bundle.records import MEASURED
+
 Row = dict[str, Any]
+BESIDE = "diffusers-fp32"  # whose picture ours are compared with
+PICTURES = ("a picture", "plan", "rows", "time", "×", "decoder", "agreement", "Fréchet")
 COLUMNS = ("", "step", "least–most", "×", "of floor", "decode", "×", "image", "×", "open", "peak", "files", "off by")
 
 
@@ -43,7 +48,7 @@ def table(result: dict[str, Any]) -> str:
         ).rstrip()
         for row in cells
     ]
-    lines += ["", *notes(result)]
+    lines += ["", *notes(result), *pictures(result)]
     lines += [f"left out: {name}: {reason}" for name, reason in result["left_out"].items()]
     lines += [f"WRONG: {problem}" for problem in result["problems"]]
     return "\n".join(lines)
@@ -98,10 +103,55 @@ def against_plain(row: Row, rows: Sequence[Row]) -> float | None:
     for other in rows:
         if other["kind"] == "plain" and all(other[key] == row[key] for key in ("library", "precision")):
             ours, plain = row["step"], other["step"]
-            if row["group"] == other["group"]:
-                return median(map(truediv, plain["samples"], ours["samples"]))
-            return float(ours["times_faster"]["median"] / plain["times_faster"]["median"])
+            return _times_faster(ours, plain, row["group"] == other["group"])
     return None
+
+
+def _times_faster(fast: Row, slow: Row, together: bool) -> float:
+    if together:
+        return median(map(truediv, slow["samples"], fast["samples"]))
+    return float(fast["times_faster"]["median"] / slow["times_faster"]["median"])
+
+
+def pictures(result: dict[str, Any]) -> list[str]:
+    """Return the table of whole pictures by us, with each preset, beside diffusers' usual one; [] where none ran."""
+    presets = result.get("presets") or {}
+    rows = [row for row in result["rows"] if not row["image_derived"]]
+    ours = [row for row in rows if row["kind"] == "ours"]
+    if not presets or not ours:
+        return []
+    base = next((row for row in rows if row["name"] == BESIDE), rows[0])
+    measured = {name: preset.get(MEASURED, {}) for name, preset in presets.items()}
+    first = next(iter(measured.values()))
+    steps, usual = result["settings"]["steps"], first.get("default", {})
+    if (usual.get("steps"), usual.get("solver")) != (steps, SOLVER):
+        usual = {}
+    cells: list[tuple[str, ...]] = [PICTURES]
+    for row in [base, *ours]:
+        plan = f"{steps} steps of {SOLVER}"
+        cells.append((row["title"], plan, str(2 * steps), *_picture(row["image"], row["decode"], row, base, usual)))
+        for name, timed in row.get("presets", {}).items():
+            plan, rates = f"preset {name}", measured.get(name, {})
+            cells.append((row["title"], plan, str(timed["rows"]), *_picture(timed, timed["decode"], row, base, rates)))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(PICTURES))]
+    lines = ["", "", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells), ""]
+    lines.append(f"rows: evaluations × groups of conditions; ×: times as fast as {base['title']} in the same round")
+    if first:
+        pictures = f"{first.get('pictures')} pictures, {first.get('engine')}, {first.get('date')}"
+        lines.append(
+            f"agreement, Fréchet: of the plan on the network that it was tuned on ({pictures}), not on this one"
+        )
+    return lines
+
+
+def _picture(timed: Row, decode: Row, row: Row, base: Row, rates: Row) -> tuple[str, ...]:
+    return (
+        time(timed["median"]),
+        f"{_times_faster(timed, base['image'], row['group'] == base['group']):.2f}",
+        f"{decode['median'] / timed['median']:.0%}",
+        f"{rates['agreement']:.2%}" if "agreement" in rates else "–",
+        f"{rates['frechet']:.3f}" if "frechet" in rates else "–",
+    )
 
 
 def _cells(row: Row, floors: dict[str, Any]) -> tuple[str, ...]:

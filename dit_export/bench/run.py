@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ import numpy as np
 from dit_export.bench import floor
 from dit_export.bench.competitors import COMPETITORS, YARDSTICK, Competitor, Job, choose, groups
 from dit_export.bench.machine import available_memory, describe, usable_cores, versions
-from dit_export.bench.worker import GEMM, Worker, WorkerError
+from dit_export.bench.worker import GEMM, PRESET, Worker, WorkerError
 from dit_export.networks.spec import ModelSpec, table_name
 from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
@@ -49,6 +49,7 @@ class Settings:
     only: Sequence[str] = ()
     memory: float | None = None  # bytes for all workers together
     folder: Path | None = None  # where the files stand meanwhile
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # with the figures that they were given for
     vae: dict[str, Any] = field(default_factory=dict)  # other than Stable Diffusion's, for tests
 
 
@@ -63,7 +64,7 @@ def bench(settings: Settings, progress: Progress) -> dict[str, Any]:
     spec = replace(settings.spec, frequency_shift=1, guided_channels=settings.spec.channels, unguided_up_to_one=True)
     precisions = tuple(sorted({competitor.precision for competitor in chosen}))
     sizes = settings.batch, settings.steps, threads
-    job = Job(spec, Process(), *sizes, precisions, settings.vae, settings.device)
+    job = Job(spec, Process(), *sizes, precisions, settings.vae, settings.device, settings.presets)
     with tempfile.TemporaryDirectory(prefix="dit-bench-", dir=settings.folder) as temporary:
         folder = Path(temporary)
         _require_disk(folder, spec, chosen)
@@ -144,6 +145,7 @@ class _Run:
                 **{key: getattr(self.job, key) for key in ("device", "batch", "steps", "threads")},
                 **{"rounds": self.settings.rounds, "images": self.images, "memory_budget": budget},
             },
+            "presets": self.job.presets,
             "groups": len(grouped),
             "date": datetime.now(UTC).date().isoformat(),
             "machine": describe(self.job.device),
@@ -180,6 +182,8 @@ class _Run:
                         self._round(task, workers, samples)
                         if task == "step":
                             self._time_gemms(gemms)
+                        for preset in self.job.presets if task == "image" else ():
+                            self._round(PRESET + preset, workers, samples)
                         self.progress.step(index + 1, rounds, task)
             self._round("memory", workers, samples)
             for one, worker in workers.items():
@@ -190,6 +194,8 @@ class _Run:
     ) -> None:
         """Each once; one that fails is left out from here on."""
         for one, worker in list(workers.items()):
+            if task.startswith(PRESET) and one.kind != "ours":
+                continue
             try:
                 answer = worker.ask(task)
             except WorkerError as error:
@@ -237,6 +243,11 @@ class _Run:
         for name in ("step", "decode", "image"):
             ratios = [theirs / ours for theirs, ours in zip(yardstick[name], samples[name], strict=True)]
             row[name] = spread(samples[name]) | {"times_faster": spread(ratios)}
+        row["presets"] = {}
+        for name in (name for name in self.job.presets if name in samples):
+            ratios = [theirs / ours for theirs, ours in zip(yardstick["image"], samples[name], strict=True)]
+            row["presets"][name] = spread(samples[name]) | {"times_faster": spread(ratios)}
+            row["presets"][name] |= {"decode": spread(samples[f"{name} decode"]), "rows": samples[f"{name} rows"][-1]}
         if one is YARDSTICK and one.name in self.rows:
             self.rows[one.name].setdefault("later_groups", []).append({name: row[name] for name in ("step", "decode")})
             self.rows[one.name]["peak_bytes"] = row["peak_bytes"]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 
 from dit_export.bench.competitors import COMPETITORS, Job
 from dit_export.bench.floor import Gemms, bandwidth
-from dit_export.bench.subject import Subject, size
+from dit_export.bench.subject import size
 
 OPENERS = {  # kind -> module and class; the module is imported in the worker that asks for it, and in no other
     "eager": ("peers", "Eager"),
@@ -29,6 +30,7 @@ OPENERS = {  # kind -> module and class; the module is imported in the worker th
     "plain": ("engines", "Plain"),
     "ours": ("engines", "Ours"),
 }
+PRESET = "preset "  # begins the task of a picture with a preset, which ours alone have
 GEMM = "gemm-"  # a worker named gemm-LIBRARY times matrix products alone
 GRACE = 5.0  # seconds
 PAUSE = 0.05  # seconds between two tasks, in which the threads of the last one stop to spin
@@ -101,10 +103,17 @@ def open_competitor(name: str, job: Job, folder: Path) -> tuple[dict[str, Callab
     its files."""
     competitor = next(competitor for competitor in COMPETITORS[job.device] if competitor.name == name)
     module, kind = OPENERS[competitor.kind]
-    subject: Subject = getattr(import_module(f"dit_export.bench.{module}"), kind)(
+    subject: Any = getattr(import_module(f"dit_export.bench.{module}"), kind)(
         competitor, job, folder / competitor.folder
     )
-    tasks = {"step": subject.step, "decode": subject.decoding, "image": subject.image, "memory": peak_memory}
+    tasks: dict[str, Callable[[], Any]] = {
+        "step": subject.step,
+        "decode": subject.decoding,
+        "image": subject.image,
+        "memory": peak_memory,
+    }
+    if competitor.kind == "ours":
+        tasks |= {PRESET + preset: partial(subject.with_preset, preset) for preset in job.presets}
     return tasks, {"prediction": subject.prediction().tolist(), "file_bytes": size(folder / competitor.folder)}
 
 

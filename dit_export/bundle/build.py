@@ -15,6 +15,7 @@ import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
 from dit_export.bundle.place import DiskFull, put_in_place, refuse_foreign, require_disk, workplace
+from dit_export.bundle.presets import read_presets
 from dit_export.bundle.sizes import join, load_again, together
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
@@ -88,6 +89,7 @@ def build(
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
+        presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
     if loaded.note:
         progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
@@ -123,7 +125,7 @@ def build(
             sized = contract.at(name)
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
-        manifest.write(partial, _with_new_files(partial, contract))
+        manifest.write(partial, replace(_with_new_files(partial, contract), presets=presets))
         built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
     if calibration is not None and recipe.calibration is None:
         calibration.save(built.folder.with_name(f"{built.folder.name}.calibration.npz"))

@@ -54,6 +54,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.onnx",
         help="a network for the bundle that looks at its pictures; FILE.npz beside it: mu and sigma of real ones",
     )
+    parser.add_argument(
+        "--presets", metavar="FILE.json", help="for the bundle, as `dit-export tune --presets` writes them"
+    )
     parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="random weights")
     parser.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
     parser.add_argument(

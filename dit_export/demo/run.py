@@ -29,6 +29,7 @@ from dit_runtime.progress import Progress
 FOLDER = Path("engines/build")
 PRECISIONS = ("fp32", "int8")
 JUDGE = "demo-judge.onnx"  # beside the bundles, each of which has a copy
+PRESETS = "presets.json"  # beside the weights, where they were tuned
 COLUMNS = 8  # pictures of each class in the grid
 SHEET, SHEET_COLUMNS = 40, 10  # pictures in the report: two of each class
 STEPS, GUIDANCE = 25, 4.0
@@ -64,6 +65,7 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
             precision=precision,
             max_batch=BATCH,
             judge=str(folder / JUDGE),
+            presets=str(weights / PRESETS) if (weights / PRESETS).is_file() else None,
             output=str(folder / name),
         )
         built = build(recipe, progress)

@@ -10,6 +10,8 @@ import pytest
 
 from dit_export.bench.chart import WIDTH, svg
 from dit_export.bench.report import table
+from dit_export.bench.run import spread
+from tests.bench.conftest import row
 
 Result = dict[str, Any]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -17,6 +19,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def of_class(root: ET.Element, tag: str, kind: str) -> list[ET.Element]:
     return [element for element in root.iter(SVG + tag) if kind in element.get("class", "").split()]
+
+
+def timed(*seconds: float, faster: float) -> dict[str, Any]:
+    return spread(seconds) | {"times_faster": spread([faster])}
 
 
 def test_table(result: Result) -> None:
@@ -48,12 +54,45 @@ def test_table_of_a_gpu(result: Result) -> None:
 
 def test_table_tells_what_a_reader_must_know(result: Result) -> None:
     result |= {"groups": 3, "problems": ["a floor is above a measurement"]}
-    for row in result["rows"]:
-        row["image_derived"] = True
+    for one in result["rows"]:
+        one["image_derived"] = True
     text = table(result)
     assert "3 groups, PyTorch eager fp32 in each, so compare the ratios" in text
     assert "WRONG: a floor is above a measurement" in text
     assert "derived from the two (~)" in text and "~2.50 s" in text
+
+
+def test_pictures_with_presets_beside_diffusers(result: Result) -> None:
+    assert "preset" not in table(result)
+    default = {"solver": "dpm++", "steps": 25, "agreement": 0.992, "frechet": 0.15}
+    measured = {"agreement": 0.98, "frechet": 0.2, "pictures": 10, "engine": "fp32", "default": default}
+    result["presets"] = {"fast": {"steps": 9, "measured": measured}}
+    # In the first round the machine was half as fast for both.
+    result["rows"].append(row("diffusers", "pytorch", "fp32", 90, image=timed(8.0, 4.0, 4.2, faster=0.9)))
+    ours = result["rows"][2]
+    ours["presets"] = {
+        "fast": timed(1.0, 0.5, 0.4, faster=7.0) | {"decode": timed(0.1, 0.1, 0.1, faster=1), "rows": 14}
+    }
+
+    def line(title: str, plan: str) -> list[str]:
+        (one,) = [line for line in table(result).splitlines() if re.match(rf"{title} +{plan} ", line)]
+        return re.split(r"\s{2,}", one)[2:]
+
+    assert line("diffusers DiTPipeline fp32", "25 steps of dpm\\+\\+") == [
+        "50",
+        "4.20 s",
+        "1.00",
+        "36%",
+        "99.20%",
+        "0.150",
+    ]
+    assert line("dit-export on OpenVINO bf16", "preset fast") == ["14", "500 ms", "8.00", "20%", "98.00%", "0.200"]
+    ours["group"] = 2  # no round in common: by both ratios to the yardstick
+    assert line("dit-export on OpenVINO bf16", "preset fast")[2] == f"{7.0 / 0.9:.2f}"
+    assert "not on this one" in table(result)
+    for one in result["rows"]:
+        one["image_derived"] = True
+    assert "preset fast" not in table(result)
 
 
 def test_chart_is_well_formed_with_a_bar_a_row(result: Result) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -27,6 +28,7 @@ from tests.tensorrt.fakes import Cuda
 
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8)
 ONLY = ("eager-bf16", "diffusers-fp32", "plain-onnxruntime-fp32", "ours-onnxruntime-fp32")
+PRESETS = {"quick": {"steps": 3, "solver": "dpm++1", "guidance": 1.0, "measured": {"agreement": 0.987}}}
 SMALL_VAE = {
     "block_out_channels": [16, 16, 32, 32],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -42,7 +44,16 @@ SMALL_VAE = {
 def ran(tmp_path_factory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("bench")
     settings = Settings(
-        TINY, steps=2, rounds=2, images=1, threads=1, only=ONLY, memory=1.0, folder=folder, vae=SMALL_VAE
+        TINY,
+        steps=2,
+        rounds=2,
+        images=1,
+        threads=1,
+        only=ONLY,
+        memory=1.0,
+        folder=folder,
+        presets=PRESETS,
+        vae=SMALL_VAE,
     )
     return bench(settings, Progress()), folder
 
@@ -58,6 +69,18 @@ def test_everyone_is_measured_and_computes_the_same(ran):
         assert row["error"] < (1e-4 if row["precision"] == "fp32" else 0.2)
     assert result["rows"][0]["error"] == 0 and result["rows"][1]["error"] > 1e-4
     assert result["problems"] == []
+
+
+def test_ours_draws_with_each_preset(ran):
+    result, _ = ran
+    *others, ours = result["rows"]
+    assert all(row["presets"] == {} for row in others)
+    quick = ours["presets"]["quick"]
+    assert quick["rows"] == 3 and quick["median"] > quick["decode"]["median"] > 0
+    (line,) = [line for line in table(result | {"command": ""}).splitlines() if "preset quick" in line]
+    assert (
+        re.split(r"\s{2,}", line)[:3] == ["dit-export on ONNX Runtime fp32", "preset quick", "3"] and "98.70%" in line
+    )
 
 
 def test_groups_share_the_yardstick(ran):

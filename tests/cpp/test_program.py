@@ -47,6 +47,7 @@ CONSUMER = Path(__file__).with_name("consumer")
         (["BUNDLE", "--labels", "anz"], 'did you mean "ant"'),
         (["BUNDLE", "--labels", "5"], "label 5 is out of range; expected 0 to 4"),
         (["BUNDLE", "--labels", "-1"], "label -1 is out of range"),
+        (["BUNDLE", "--labels", "1", "--preset", "quack"], 'did you mean "quick"'),
         (["BUNDLE", "--labels", "1", "--solver", "ddimm"], 'did you mean "ddim"'),
         (["BUNDLE", "--labels", "1", "--eta", "0.5", "--solver", "dpm++"], "only ddim takes it"),
         (["BUNDLE", "--labels", "1", "-o", "x.jpg"], ".png, .npz, .npy"),
@@ -122,6 +123,15 @@ def test_json_and_words(tiny, dit_generate, tmp_path):
     assert np.load(tmp_path / "x.npy").dtype == np.float32
     assert "onnxruntime" in dit_generate("--version").stdout
     assert "--labels" in dit_generate("--help").stdout
+
+
+def test_a_preset(tiny, dit_generate, tmp_path):
+    for name, fields in (("quick", module("make_bundle").PRESET), ("lean", module("make_bundle").LEAN)):
+        arguments = [tiny, "--labels", "ant", "elk", "--preset", name, "-o", tmp_path / "x.npy"]
+        assert dit_generate(*arguments).returncode == 0
+        with Pipeline.load(tiny, threads=1) as pipe:
+            expected = pipe.sample(["ant", "elk"], **fields, output="latents")
+        assert np.allclose(np.load(tmp_path / "x.npy"), expected, atol=1e-6)  # sums in another order
 
 
 def changed(bundle: Path, folder: Path, change: Callable[[Path], None], max_batch: int) -> Path:

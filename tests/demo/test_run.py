@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_export.cli import main
-from dit_export.demo import data, store, train
+from dit_export.demo import data, run, store, train
 from dit_runtime.bundle import manifest
 from tests.demo.test_demo import TINY
 
@@ -21,7 +21,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+PRESETS = {"fast": {"steps": 9, "solver": "dpm++", "measured": {"rows": 18}}}
+
+
 def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (weights / run.PRESETS).write_text(json.dumps(PRESETS))
     assert main(["demo", "show", "--weights", str(weights), "-o", str(tmp_path), "--count", "100"]) == 0
     printed = capsys.readouterr().out
     for precision in ("fp32", "int8"):
@@ -30,6 +34,7 @@ def test_show_then_score(weights: Path, tmp_path: Path, capsys: pytest.CaptureFi
         assert grid.read_bytes().startswith(b"\x89PNG")
         contract = manifest.read(folder)
         assert contract.labels == data.CLASSES and contract.step.precision == precision
+        assert contract.presets == PRESETS
         manifest.check_files(folder, contract, ["report.html"])
         page = (folder / "report.html").read_text(encoding="utf-8")
         assert page.count("<figcaption>demo-") == 2 and "demo-int8: the judge agrees with" in page

@@ -16,9 +16,13 @@ from dit_export.demo import data, run, score, store
 from dit_export.demo.train import accuracy
 from dit_export.networks.dit import DiT
 from dit_export.recipe import Recipe
+from dit_export.tune import gate, plans, trial
+from dit_export.verify.distribution import fit
+from dit_export.verify.features import OnnxJudge
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from dit_runtime.verify import load_reference
 from tests.demo.test_demo import compare_with_diffusers
 
 COUNT = 200  # pictures a score
@@ -55,6 +59,28 @@ def drawn(shipped: store.Demo, reference: score.Floats) -> score.Score:
 def score_of(bundle: Path, demo: store.Demo, reference: score.Floats) -> score.Score:
     with Pipeline.load(bundle) as pipe:
         return run.score_bundle(pipe, demo.judge, COUNT, reference)
+
+
+BAD = {"cache": "taylorseer", "cache_interval": 5, "max_order": 2, "disable_cache_before_step": 0}
+
+
+def test_the_tuner_refuses_a_plan_that_guesses_too_far(
+    bundle: Path, reference: score.Floats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parabolas over five steps, from the first step on: the judge sees other shapes, few rows notwithstanding."""
+    monkeypatch.setattr(trial, "NEAR", 8)
+    run.export_judge(None, tmp_path / "judge.onnx")
+    with Pipeline.load(bundle) as pipe:
+        judge = OnnxJudge(tmp_path / "judge.onnx")
+        trying = trial.Trial(pipe, load_reference(bundle, pipe.manifest), judge, fit(reference), lambda *_: None)
+        usual, block = plans.default(pipe.manifest), trial.Block(0, 100)
+        scores = {"usual": trying(usual, block), "bad": trying({**usual, **BAD}, block)}
+        assert scores["bad"].rows < 0.5 * scores["usual"].rows
+        limits = gate.JUDGED["fast"]
+        (best, _), (worst, verdict) = gate.ranked("fast", limits, scores, scores["usual"], trying.unrelated)
+    assert (best, worst) == ("usual", "bad")
+    failed = {figure.metric for figure in verdict if not figure.passed}
+    assert {"Fréchet distance", "judge's agreement, share"} <= failed, scores
 
 
 def test_they_are_small() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -100,18 +100,19 @@ class Host:
             target[...] = made[name]
 
 
-def sampled(put, denoise, update, groups: int) -> NDArray[np.float64]:
-    """Go all steps with chunks of 2, 2 and 1 samples; bring the state home once in between."""
+def sampled(put, denoise, update, groups: Sequence[int]) -> NDArray[np.float64]:
+    """Go all steps, with one number of groups after the other, and chunks of 2, 2 and 1 samples; bring the state home
+    once in between."""
     random = np.random.default_rng(1)
     matrices = random.standard_normal((STEPS, 2, 3)) / 2
     x = random.standard_normal((SAMPLES, WIDTH))
     table = put(random.standard_normal((STEPS * CONDITIONS, 2)).astype(np.float32))
     guidance = put(random.standard_normal(SAMPLES).astype(np.float32))
     labels = put(np.arange(SAMPLES))
-    which = random.integers(0, CONDITIONS, (groups, SAMPLES))
+    which = random.integers(0, CONDITIONS, (max(groups), SAMPLES))
 
     def given(step: int, samples: slice) -> dict:
-        rows = table[CONDITIONS * step + which[:, samples]]
+        rows = table[CONDITIONS * step + which[: groups[step % len(groups)], samples]]
         return {"conditioning": rows, "guidance": guidance[samples], "labels": labels[samples]}
 
     advance = loops.with_matrices(matrices, loops.Device(put, denoise, update, "latents"), x, given, 2)
@@ -123,7 +124,7 @@ def sampled(put, denoise, update, groups: int) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("records", [True, False], ids=["recorded", "not recorded"])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [(1,), (2,), (2, 2, 1)], ids=str)
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_the_loop_on_the_device_is_the_hosts_to_the_bit(opened, monkeypatch, capsys, flavour, groups, records) -> None:
     def refused(self) -> None:

@@ -201,6 +201,7 @@ def test_a_step_that_failed_can_be_tried_again(flow, cache) -> None:
     ("fields", "words"),
     [
         ({"cache": "taylor"}, "cache 'taylor' is not known .did you mean .taylorseer"),
+        ({"cache": ["taylorseer"]}, "is not known"),
         ({"max_order": 1}, "got max_order without a cache; known: taylorseer, easycache"),
         ({"cache": "easycache", "max_order": 1}, "cache easycache has no max_order; it takes cache_threshold"),
         ({"cache": "taylorseer", "max_order": 3}, "max_order is 3; expected an integer from 0 to 2"),

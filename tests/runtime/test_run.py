@@ -112,6 +112,25 @@ def test_what_a_run_asks(pipe) -> None:
     assert run.done == run.rows == 0 and np.array_equal(run.ask().state, ask.state)
 
 
+def test_an_interval_stays_on_the_device(bundle, monkeypatch) -> None:
+    """Steps of one group and of two, in any order; policies and caches take the solver on the host, to the bit."""
+    fields = {"steps": 8, "solver": "dpm++", "seed": 1, "guidance": 3.0, "output": "latents"}
+    cases = [
+        {"guidance_interval": (0.3, 0.6)},
+        {"guidance_policy": "apg"},
+        {"guidance_interval": (0.3, 0.6), "cache": "taylorseer"},
+    ]
+    with Pipeline.load(bundle, threads=1) as pipe:
+        expected = [pipe.sample([1, 2, 3, 4], **fields, **case) for case in cases]
+    monkeypatch.setattr(ort, "OrtEngine", Host)
+    with Pipeline.load(bundle, threads=1) as pipe:
+        runs = [pipe.run(Request([1, 2, 3, 4], **fields, **case)) for case in cases]
+        got = [run.result() for run in runs]
+    assert 0 < np.linalg.norm(got[0] - expected[0]) <= WHOLE * np.linalg.norm(expected[0])
+    assert np.array_equal(got[1], expected[1]) and np.array_equal(got[2], expected[2])
+    assert runs[0].rows == runs[0].planned_rows == 10 and runs[1].rows == 16 and runs[2].rows < 10
+
+
 def test_a_run_on_a_device_asks_nothing(bundle, monkeypatch) -> None:
     """On the host, the same engine gets arrays of the host, and the solver makes each state."""
     monkeypatch.setattr(ort, "OrtEngine", Host)

@@ -20,7 +20,7 @@ import pytest
 
 from dit_runtime.errors import BundleError
 from dit_serve.app import Service, Settings
-from dit_serve.models import Opening, open_bundle
+from dit_serve.models import Model, Opening, open_bundle
 from tests import tamper
 from tests.serve.serving import WAIT, Running, running
 from tests.serve.test_server import start, until
@@ -81,6 +81,18 @@ def test_no_request_fails_while_bundles_are_swapped(link: Path) -> None:
         assert {*answers} == {200} and not first.alive
         assert server.model.swaps == {"swapped": 2} and server.model.manifest.model["name"] == "v3"
         assert server.model.swap() and server.model.swaps == {"swapped": 2}  # what is served already is left alone
+
+
+def test_a_request_that_meets_a_closing_bundle_gets_the_new_one(link: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(link) as server:
+        old = server.model.batcher
+        new = Path(shutil.copytree(link.resolve(), link.with_name("v2")))
+        rename(new, "v2")
+        point(link, new)
+        assert server.model.swap() and not old.alive
+        seen = iter([old])
+        monkeypatch.setattr(Model, "batcher", property(lambda model: next(seen, model.served.batcher)))
+        assert server.draw(num_inference_steps=2).status == 200 and next(seen, None) is None
 
 
 def test_one_wrong_weight_never_serves_a_picture(link: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,11 +173,11 @@ def test_signals(link: Path) -> None:
         os.kill(server.pid, signal.SIGHUP)
         until(lambda: client.ask("GET", "/v1/models/demo").json["sha256"] == digest(v2))
 
-        job = start(client, num_inference_steps=250, guidance_scale=3.0)
         answers: list[int] = []
         drawing = threading.Thread(target=lambda: answers.append(client.draw(num_inference_steps=250).status))
         drawing.start()
-        until(lambda: b'dit_active_images{model="demo"} 2.0' in client.ask("GET", "/metrics").body or answers)
+        until(lambda: b'dit_active_images{model="demo"} 0.0' not in client.ask("GET", "/metrics").body or answers)
+        job = start(client, n=4, num_inference_steps=250, guidance_scale=3.0)  # ends after the request
         os.kill(server.pid, signal.SIGTERM)
         drawing.join(WAIT)
         assert server.wait(WAIT) == 0 and answers == [200]

@@ -19,6 +19,7 @@ Draws pictures from a bundle of dit-export.
                         encoders also token ids, as `dit-run info` names them; NAME=FILE.txt has integers, a row a line
   --negative-condition NAME=FILE.npy … | FILE.npz
                         for guidance, as above: one row, or one a picture
+  --preset NAME         values for the options below, as `dit-run info` lists them; yours win
   --steps N             default: the bundle's
   --guidance W …        one, or one a picture; default: the bundle's (also: --cfg-scale)
   --guidance-interval LOW HIGH
@@ -154,6 +155,7 @@ Arguments parse_arguments(int count, char** words) {
          {1, 1, [&](const std::string& flag, const Values& v) { arguments.open.threads = small_integer(flag, v[0]); }}},
         {"--eta",
          {1, 1, [&](const std::string& flag, const Values& v) { arguments.request.eta = number(flag, v[0]); }}},
+        {"--preset", {1, 1, word_of(arguments.request.preset)}},
         {"--solver", {1, 1, word_of(arguments.request.solver)}},
         {"--spacing", {1, 1, word_of(arguments.request.spacing)}},
         {"--latents", {1, 1, word_of(arguments.latents)}},

@@ -1,6 +1,7 @@
 // The calls of the C ABI that describe a bundle: what it draws, what it takes, its classes.
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "errors.hpp"
 #include "handle.hpp"
@@ -98,6 +99,11 @@ dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt) 
         filled.lowercase = from.lowercase;
         std::memcpy(prompt, &filled, prompt->struct_size);
     });
+}
+
+const char* dit_preset(const dit_pipeline* pipe, size_t index) {
+    if (!pipe || !pipe->open || index >= pipe->open->manifest.presets.size()) return nullptr;
+    return std::next(pipe->open->manifest.presets.begin(), static_cast<std::ptrdiff_t>(index))->first.c_str();
 }
 
 const char* dit_label(const dit_pipeline* pipe, int64_t label) {

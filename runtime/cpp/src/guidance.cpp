@@ -120,9 +120,11 @@ Words parse(const std::string& words) {
         const double number = std::strtod(value.c_str(), &end);
         const auto bound = bounds.find(key);
         const auto [low, high] = bound == bounds.end() ? std::make_pair(-INFINITE, INFINITE) : bound->second;
-        if (value.empty() || *end || !std::isfinite(number) || number < low || number > high)
-            throw UsageError(
-                text("guidance_policy: ", key, " is '", value, "'; expected a number from ", low, " to ", high));
+        const bool whole = key == "zero_init_steps";
+        if (value.empty() || *end || !std::isfinite(number) || number < low || number > high ||
+            (whole && number != std::floor(number)))
+            throw UsageError(text("guidance_policy: ", key, " is '", value, "'; expected ",
+                                  whole ? "an integer" : "a number", " from ", low, " to ", high));
         parsed.numbers[key] = number;
         parsed.own.push_back(key);
     }

@@ -71,6 +71,15 @@ std::vector<std::string> Manifest::without_null() const {
     return names;
 }
 
+const Preset& Manifest::preset(const std::string& name) const {
+    const auto entry = presets.find(name);
+    if (entry != presets.end()) return entry->second;
+    std::vector<std::string> known;
+    for (const auto& other : presets) known.push_back(other.first);
+    throw UsageError(text("preset '", name, "' is not known", nearest(name, known), "; ",
+                          known.empty() ? "this bundle has none (dit-export tune)" : "known: " + join(known)));
+}
+
 bool Manifest::mixes_guidance() const { return find(step().reads, GUIDANCE) != nullptr; }
 
 const Stage* Manifest::prompt() const { return that_runs(stages, PROMPT); }

@@ -6,7 +6,9 @@
 #include <filesystem>
 #include <future>
 #include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -50,6 +52,17 @@ struct Prompt {
     std::string prompt_template = "{}";  // around the prompt
     std::string negative_template = {};  // that of negative prompts; empty: the same
     bool lowercase = false;              // strip and lower the user's words before they go into the template
+};
+
+// Values for fields of a request that names the preset and leaves them at their defaults.
+struct Preset {
+    std::int64_t steps = 0;                 // 0: not stated
+    std::string solver = {}, spacing = {};  // empty: not stated
+    double eta = 0;
+    std::optional<double> guidance = {};
+    std::optional<std::pair<double, double>> guidance_interval = {};
+    std::string guidance_policy = {}, cache = {};
+    std::map<std::string, double> cache_settings = {};
 };
 
 // How guidance reaches the network.
@@ -119,8 +132,10 @@ struct Manifest {
     std::vector<Prompt> prompts;  // what the stage reads that runs "prompt"
     std::map<std::string, File> files;
     bool batch_invariant = false;  // verification saw that a sample has the same bits in each batch
+    std::map<std::string, Preset> presets;
 
-    const Port& state() const;  // the port that the loop changes
+    const Preset& preset(const std::string& name) const;  // refuses one that is not there
+    const Port& state() const;                            // the port that the loop changes
     const Port& time() const;
     std::vector<Port> conditions() const;             // all condition ports, masks too
     const Port* port(const std::string& name) const;  // NULL where there is none

@@ -2,6 +2,8 @@
 #include "parsing.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "checks.hpp"
 #include "facts.hpp"
@@ -137,6 +139,53 @@ Guidance parse_guidance(const Json& table) {
     return guidance;
 }
 
+// A number that fits a float.
+double float_number(const Json& value, const std::string& where) {
+    const double number = json::number(value, where);
+    if (std::abs(number) > double{std::numeric_limits<float>::max()}) refuse(where, value, "a number of float32");
+    return number;
+}
+
+std::pair<double, double> parse_interval(const Json& value, const std::string& where) {
+    std::vector<double> ends;
+    for (const Json& end : json::list(value, where)) ends.push_back(json::number(end, where));
+    if (ends.size() != 2 || ends[0] < 0 || ends[0] > ends[1] || ends[1] > 1)
+        refuse(where, value, "two numbers from 0 to 1, the lower one first");
+    return {ends[0], ends[1]};
+}
+
+Preset parse_preset(const Json& table, const std::string& name, const Process& process) {
+    if (name.empty()) refuse("presets", name, "a name");
+    const std::string where = "preset " + name;
+    std::vector<std::string> known = fact_names("preset_fields");
+    known.push_back("measured");
+    json::known_keys(table, where, known);
+    const auto place = [&](const char* key) { return where + ": " + key; };
+    const auto word = [&](const char* key) {
+        const std::string text = table.contains(key) ? json::string(table[key], place(key)) : std::string();
+        if (table.contains(key) && text.empty()) refuse(place(key), table[key], "a text");
+        return text;
+    };
+    Preset preset;
+    if (table.contains("steps")) preset.steps = json::integer(table["steps"], place("steps"), 1, process.train_steps);
+    if (table.contains("solver")) preset.solver = choice(table, "solver", where, solvers_of(process.kind()));
+    if (table.contains("cache")) preset.cache = choice(table, "cache", where, fact_names("caches"));
+    preset.spacing = word("spacing");
+    preset.guidance_policy = word("guidance_policy");
+    if (table.contains("eta")) preset.eta = float_number(table["eta"], place("eta"));
+    if (table.contains("guidance")) preset.guidance = float_number(table["guidance"], place("guidance"));
+    if (table.contains("guidance_interval"))
+        preset.guidance_interval = parse_interval(table["guidance_interval"], place("guidance_interval"));
+    const std::int64_t most = limit("steps");
+    for (const char* key : {"cache_interval", "max_order", "disable_cache_before_step", "disable_cache_after_step"})
+        if (table.contains(key))
+            preset.cache_settings[key] = static_cast<double>(json::integer(table[key], place(key), -most, most));
+    if (table.contains("cache_threshold"))
+        preset.cache_settings["cache_threshold"] = float_number(table["cache_threshold"], place("cache_threshold"));
+    if (table.contains("measured")) json::table(table["measured"], place("measured"));
+    return preset;
+}
+
 Built parse_built(const Json& table) {
     Built built;
     if (json::table(table, "an engine").contains("version")) built.version = json::string(table["version"], "version");
@@ -165,7 +214,7 @@ void parse_engines(const Json& table, Manifest& manifest) {
 Manifest parse_table(const Json& table) {
     json::known_keys(table, "the manifest",
                      {"format", "model", "ports", "null", "labels", "guidance", "process", "stages", "prompts", "files",
-                      "source", "built_with", "parity", "batch_invariant"});
+                      "source", "built_with", "parity", "batch_invariant", "presets"});
     for (const char* key : {"source", "built_with", "parity"})
         if (table.contains(key)) json::table(table[key], key);
     Manifest manifest;
@@ -195,6 +244,9 @@ Manifest parse_table(const Json& table) {
     }
     if (table.contains("batch_invariant"))
         manifest.batch_invariant = json::boolean(table["batch_invariant"], "batch_invariant");
+    if (table.contains("presets"))
+        for (const auto& entry : json::table(table["presets"], "presets").items())
+            manifest.presets[entry.key()] = parse_preset(entry.value(), entry.key(), manifest.process);
     check(manifest);
     parse_engines(table, manifest);
     auto& stages = manifest.stages;

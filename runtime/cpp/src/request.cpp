@@ -124,12 +124,27 @@ Checked check(const Manifest& manifest, const Request& request) {
                                    request.guidance_policy);
     for (const auto& groups : checked.groups)
         if (groups && *groups != Groups::OWN) checked.negative = negative;
-    make_cache(request.cache, request.cache_settings, checked.steps, each);  // refuses
+    const auto asked = static_cast<std::int64_t>(checked.timesteps.size());
+    make_cache(request.cache, request.cache_settings, asked, each);  // refuses
     if (checked.solver == "ddpm") require_variance(manifest.process.sampler, find(manifest.step().gives, "variance"));
     draw(request.seeds, count);  // refuses another number of seeds
     if (request.latents && (request.latents->size() != size || !all_finite(*request.latents)))
         throw UsageError(text("latents have ", request.latents->size(), " numbers; expected ", size, ", all finite"));
     return checked;
+}
+
+Request with_preset(const Manifest& manifest, Request request, const std::string& name) {
+    const Preset& preset = manifest.preset(name);
+    if (!request.steps) request.steps = preset.steps;
+    if (request.guidance.empty() && preset.guidance) request.guidance = {static_cast<float>(*preset.guidance)};
+    if (request.solver.empty()) request.solver = preset.solver;
+    if (request.spacing.empty()) request.spacing = preset.spacing;
+    if (request.eta == 0) request.eta = preset.eta;
+    if (!request.guidance_interval) request.guidance_interval = preset.guidance_interval;
+    if (request.guidance_policy.empty()) request.guidance_policy = preset.guidance_policy;
+    if (request.cache.empty()) request.cache = preset.cache;
+    request.cache_settings.insert(preset.cache_settings.begin(), preset.cache_settings.end());
+    return request;
 }
 
 std::int64_t class_number(const Manifest& manifest, const std::string& label) {

@@ -12,7 +12,7 @@
 
 namespace dit_runtime {
 
-// Called after each evaluation of the network; true stops the run.
+// Called after each step; true stops the run.
 using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
 
 struct Request {
@@ -45,6 +45,9 @@ struct Checked {
 
 // Refuses what this bundle does not take, before any work is done.
 Checked check(const Manifest& manifest, const Request& request);
+
+// The request with the values of a preset; a field that it states itself stays.
+Request with_preset(const Manifest& manifest, Request request, const std::string& name);
 
 // The class of a name ("golden retriever", one of its synonyms, or "207").
 std::int64_t class_number(const Manifest& manifest, const std::string& label);

@@ -22,7 +22,8 @@ Trajectory start(const Manifest& manifest, const Request& request, const Checked
                         static_cast<std::size_t>(manifest.guidance.channels)](const std::vector<float>& prediction) {
             return policy->mix(prediction, weights, guided);
         };
-    auto cache = make_cache(request.cache, request.cache_settings, checked.steps, evaluations(checked.solver));
+    auto cache = make_cache(request.cache, request.cache_settings, static_cast<std::int64_t>(checked.timesteps.size()),
+                            evaluations(checked.solver));
     return {std::move(solver), checked.timesteps, checked.groups, std::move(mix), std::move(cache)};
 }
 

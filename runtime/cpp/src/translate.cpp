@@ -138,7 +138,7 @@ Request translate(const Manifest& manifest, const dit_request* original) {
         request.on_step = [call = from.on_step, user = from.user](int step, int steps, const Array& latents) {
             return call(step, steps, latents.data(), latents.size(), user) != 0;
         };
-    return request;
+    return from.preset ? with_preset(manifest, std::move(request), from.preset) : request;
 }
 
 }  // namespace dit_runtime

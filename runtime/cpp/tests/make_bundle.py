@@ -33,6 +33,13 @@ from dit_runtime.verify.prompts import save as save_prompts
 NAMES = ("ant", "bee, honey bee", "cat", "dog, hound", "elk")
 STEPS, SEEDS = 4, (11, 12)
 WEIGHTS = (4.0, 2.0)  # of guidance, one per seed
+# Of "labels".
+PRESET = {"steps": 3, "guidance": 2.0, "solver": "dpm++", "spacing": "trailing", "eta": 0.0}
+LEAN = {
+    **{"steps": 6, "guidance_interval": [0.3, 0.9], "guidance_policy": "rescale guidance_rescale=0.5"},
+    **{"cache": "taylorseer", "cache_interval": 2, "max_order": 0, "disable_cache_before_step": 2},
+    **{"disable_cache_after_step": -1},
+}
 GUIDANCE_PORT = {"embedded": "strength"}
 BEFORE = ("condition", "time", "time+condition")  # the loop
 DIFFUSION = Process(sampler=Sampler(solver="ddim"))
@@ -193,6 +200,7 @@ def make(folder: Path, kind: str = "labels") -> None:
         "source": {},
         "built_with": {},
         "parity": {},
+        "presets": {"quick": {**PRESET, "measured": {"rows": 6}}, "lean": LEAN} if kind == "labels" else {},
     }
     if kind in GUIDANCE_PORT:
         table["guidance"] |= {"default": 3.5, "port": GUIDANCE_PORT[kind]}

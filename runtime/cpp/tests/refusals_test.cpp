@@ -218,6 +218,7 @@ TEST(Nothing, NullsAndEmptyHandles) {
     EXPECT_EQ(dit_find_label(nullptr, "ant", &label), DIT_BAD_ARGUMENT);
     EXPECT_EQ(dit_verify(nullptr, nullptr, nullptr), DIT_BAD_ARGUMENT);
     EXPECT_EQ(dit_label(nullptr, 0), nullptr);
+    EXPECT_EQ(dit_preset(nullptr, 0), nullptr);
     EXPECT_STRNE(dit_message(nullptr), "");
     const Handle empty(dit_new());
     EXPECT_EQ(dit_generate_latents(empty.get(), &request, &number, 1), DIT_BAD_ARGUMENT);

@@ -50,6 +50,51 @@ TEST_P(Stepped, IsWhatARunAtOnceIs) {
     }
 }
 
+// Its values stand in the fields that the request leaves out, and in no other.
+TEST_P(Stepped, APresetFillsWhatIsLeftOut) {
+    EXPECT_STREQ(dit_preset(pipe.get(), 0), "lean");
+    EXPECT_STREQ(dit_preset(pipe.get(), 1), "quick");
+    EXPECT_EQ(dit_preset(pipe.get(), 2), nullptr);
+    const float weak = 2.0f, strong = 5.0f;
+    const auto drawn = [&](const char* preset, int steps, const float* guidance, const char* solver) {
+        request.preset = preset;
+        request.steps = steps;
+        request.guidance = guidance;
+        request.num_guidance = guidance ? 1 : 0;
+        request.solver = solver;
+        request.spacing = preset ? nullptr : "trailing";
+        return latents();
+    };
+    const std::vector<float> quick = drawn("quick", 0, nullptr, nullptr);
+    EXPECT_EQ(quick, drawn(nullptr, 3, &weak, "dpm++"));
+    EXPECT_NE(quick, drawn(nullptr, 4, &weak, "dpm++"));
+    EXPECT_EQ(drawn("quick", 4, nullptr, nullptr), drawn(nullptr, 4, &weak, "dpm++"));
+    EXPECT_EQ(drawn("quick", 0, &strong, "dpm++1"), drawn(nullptr, 3, &strong, "dpm++1"));
+    request = DIT_REQUEST_INIT;
+    request.labels = labels;
+    request.count = 2;
+    request.preset = "lean";
+    const std::vector<float> lean = latents();
+    request.preset = nullptr;
+    request.steps = 6;
+    request.guidance_interval[0] = 0.3;
+    request.guidance_interval[1] = 0.9;
+    request.guidance_policy = "rescale guidance_rescale=0.5";
+    request.cache = "taylorseer";
+    request.cache_interval = 2;
+    request.max_order = 0;
+    request.disable_cache_before_step = 2;
+    request.disable_cache_after_step = -1;
+    EXPECT_EQ(lean, latents());
+    request.max_order = 1;
+    const std::vector<float> bent = latents();
+    EXPECT_NE(lean, bent);
+    request.preset = "lean";
+    EXPECT_EQ(latents(), bent);
+    request.preset = "quack";
+    refused(generate(), DIT_BAD_ARGUMENT, "preset 'quack' is not known (did you mean \"quick\"?); known: lean, quick");
+}
+
 // A service has several runs under way; what a caller does between two steps changes nothing.
 TEST_P(Stepped, RunsTakeTurns) {
     std::vector<std::vector<float>> expected;

@@ -130,6 +130,7 @@ TEST(Trajectories, RefusalsOfPolicies) {
     EXPECT_NE(refused("apg eta=x").find("eta is 'x'; expected a number"), std::string::npos);
     EXPECT_NE(refused("apg eta").find("eta is ''; expected a number"), std::string::npos);
     EXPECT_NE(refused("rescale guidance_rescale=2").find("from 0 to 1"), std::string::npos);
+    EXPECT_NE(refused("zero_star zero_init_steps=0.5").find("is '0.5'; expected an integer"), std::string::npos);
     EXPECT_NE(refused("zero_star zero_init_steps=1").find("predicts a velocity"), std::string::npos);
     EXPECT_EQ(refused("", {{0.7, 0.2}}),
               "guidance_interval is (0.7, 0.2); expected two fractions of the time, low <= high");

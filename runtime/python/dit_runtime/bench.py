@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,7 +47,9 @@ class _Instant:
         pass
 
 
-def measure(pipe: Pipeline, batch: int, steps: int | None, rounds: int, progress: Progress) -> list[Timing]:
+def measure(
+    pipe: Pipeline, batch: int, steps: int | None, rounds: int, progress: Progress, preset: str | None = None
+) -> list[Timing]:
     contract = pipe.manifest
     largest = contract.step.max_batch
     if not 1 <= batch <= largest or rounds < 1:
@@ -55,7 +57,8 @@ def measure(pipe: Pipeline, batch: int, steps: int | None, rounds: int, progress
     state = Noise(0).normal((batch, *contract.state.shape))
     condition, output = made_up(contract, batch), "images" if contract.end else "latents"
     negative = {name: rows[:1] for name, rows in condition.items()} if contract.without_null else None
-    request = Request(condition=condition, negative=negative, steps=steps, seed=[*range(batch)], output=output)
+    asked: dict[str, Any] = {"steps": steps, "preset": preset, "seed": [*range(batch)], "output": output}
+    request = Request(condition=condition, negative=negative, **asked)
     checked = request.check(contract)
     tasks: dict[str, Callable[[], object]] = {}
     if contract.prompt is not None:
@@ -78,7 +81,7 @@ def measure(pipe: Pipeline, batch: int, steps: int | None, rounds: int, progress
         guided = pipe.engines.inputs(middle, condition, away, weights)
         tasks[f"{contract.step.name}, a guided step"] = lambda: pipe.engines.denoise(state, guided, 0)
         kind = "guided steps"
-    picture = f"{output}, {steps} {kind}"
+    picture = f"{output}, {steps} {kind}" + (f", preset {preset}" if preset else "")
     tasks[picture] = lambda: pipe.run(request).result()
     bare = replace(request, output="latents")
     tasks[f"the host's loop itself, {steps} {kind}"] = lambda: alone.run(bare).result()

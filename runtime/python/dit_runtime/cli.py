@@ -91,6 +91,7 @@ def _parser() -> Parser:
     sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
     sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
     add_size(sample)
+    sample.add_argument("--preset", help="values for the options below, as `dit-run info` lists them; yours win")
     sample.add_argument("--steps", type=int, help="default: the bundle's")
     sample.add_argument(
         "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
@@ -149,6 +150,7 @@ def _parser() -> Parser:
     add_bundle(timing)
     add_size(timing)
     timing.add_argument("--batch", type=int, default=1)
+    timing.add_argument("--preset", help="of the bundle; default: none")
     timing.add_argument("--steps", type=int, help="default: the bundle's")
     timing.add_argument("--rounds", type=int, default=7)
     timing.set_defaults(command=_bench)
@@ -234,6 +236,7 @@ def _sample(options: argparse.Namespace) -> int:
             solver=options.solver,
             eta=options.eta,
             spacing=options.spacing,
+            preset=options.preset,
             cache=options.cache,
             **{key: getattr(options, key) for key in SETTINGS},
             latents=latents,
@@ -336,7 +339,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     with _load_bundle(options, options.size) as pipe:
-        rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress())
+        rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress(), options.preset)
     print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
     return 0
 

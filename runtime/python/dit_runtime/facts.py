@@ -14,4 +14,5 @@ FACTS: dict[str, Any] = json.loads((_PACKAGED if _PACKAGED.is_file() else _SOURC
 DEFAULT_STEPS: int = FACTS["defaults"]["steps"]
 DEFAULT_GUIDANCE: float = FACTS["defaults"]["guidance"]
 LIMITS: dict[str, int] = FACTS["limits"]  # of a manifest: a size, the numbers and the rank of a row, training steps
+PRESET_FIELDS: dict[str, str] = FACTS["preset_fields"]  # of a request -> kind of its value in a preset
 CONSTANTS: dict[str, Any] = FACTS["constants"]

@@ -88,7 +88,7 @@ class Pipeline:
     ) -> NDArray[Any]:
         """Return the result of a request; `options` are its fields.
 
-        `on_step(step, steps, state)` is called after each evaluation of the network; returning True raises Stopped.
+        `on_step(step, steps, state)` is called after each step of the run; returning True raises Stopped.
         """
         run = self.run(Request(labels, **options))
         for _ in range(run.steps):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,13 +67,15 @@ class Request:
     solver: str | None = None  # None: the bundle's
     eta: float = 0.0
     spacing: str | Sequence[float] | None = None  # a name, or the times themselves: "999, 640, 300"
-    cache: str | None = None  # of outputs: taylorseer or easycache; its settings' defaults are in facts.json
+    cache: str | None = None  # of outputs: taylorseer, or easycache, which decides for all samples of the run at once
+    # Settings of the cache; None: those of facts.json.
     cache_interval: int | None = None  # taylorseer computes each step of so many
     max_order: int | None = None  # of taylorseer, 0 to 2
     disable_cache_before_step: int | None = None
     disable_cache_after_step: int | None = None  # below 0: from the end
     cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
+    preset: str | None = None  # of the bundle: values for the fields above that the request leaves at their defaults
     size: str | int | None = None  # one of the bundle's: 512, or "512x768" for height x width; None: the pipeline's
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
 
@@ -83,6 +85,8 @@ class Request:
         Words need the tokenizers of an open bundle.
         """
         manifest = manifest.at(self.size)
+        if self.preset is not None:
+            return self.with_preset(manifest).check(manifest, tokenizers)
         if self.output not in OUTPUTS:
             raise UsageError(f"output {self.output!r} is not known; known: {', '.join(OUTPUTS)}")
         if self.output == "images":
@@ -136,6 +140,16 @@ class Request:
             stream,
             latents,
         )
+
+    def with_preset(self, manifest: Manifest) -> Request:
+        """Return the request with the values of its preset; a field that it states itself stays."""
+        values = {} if self.preset is None else manifest.preset(self.preset)
+        values = {name: value for name, value in values.items() if not self._states(name)}
+        return replace(self, preset=None, **values)
+
+    def _states(self, name: str) -> bool:
+        value, default = getattr(self, name), getattr(Request, name)
+        return value is not None if default is None else value != default
 
     def _condition(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
         """Return the rows of all condition ports, but for the weight of guidance, which may be left out."""

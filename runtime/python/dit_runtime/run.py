@@ -47,10 +47,11 @@ class Run:
         """Check the request and encode its prompts; no other stage runs before the first step."""
         engines = engines.at(request.size)
         contract = engines.manifest
+        request = request.with_preset(contract)
         checked = request.check(contract, engines.tokenizers)
         condition = engines.encode(checked.condition)
         negative = checked.negative and engines.encode(checked.negative)
-        self.steps = len(checked.timesteps)  # evaluations of the network; a step of Heun's method has two
+        self.steps = len(checked.timesteps)  # Heun's method has two for each of the request's
         self.done = 0
         self.rows = 0  # of the network, for each sample: evaluations × groups
         self._engines, self._output, self._cancelled = engines, request.output, False

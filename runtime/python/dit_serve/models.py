@@ -121,12 +121,9 @@ class Model:
             "steps": body.num_inference_steps,
             "guidance": body.guidance_scale,
             "solver": body.solver,
+            "preset": body.preset,
             "size": self.sizes[self.size(body)] or None,
         }
-        if body.preset is not None:
-            if "preset" not in Request.__dataclass_fields__:
-                raise Fault(400, f"the model {self.name} has no presets", "preset")
-            fields["preset"] = body.preset
         if body.negative_prompt is not None and not contract.prompts:
             raise Fault(400, f"the model {self.name} takes no negative_prompt", "negative_prompt")
         if contract.prompts:
@@ -154,6 +151,7 @@ class Model:
             "num_inference_steps": sampler.steps,
             "guidance_scale": contract.guidance.default,
             "solver": sampler.solver,
+            "presets": [*contract.presets],
             "batch_invariant": contract.batch_invariant,
             "batch": self.batcher.places,
             "sha256": self.served.sha256,

@@ -143,7 +143,7 @@ typedef struct dit_prompt {
 
 #define DIT_PROMPT_INIT {sizeof(dit_prompt), NULL, NULL, 0, 0, NULL, NULL, NULL, 0}
 
-/* Called after each step, of which solver heun has two for each of its own; what is not 0 stops the run.
+/* Called after each step; solver heun has two for each of the request's. What is not 0 stops the run.
  * `latents` holds the numbers of state_shape for each picture. It must not throw and must not call this pipeline. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
@@ -213,6 +213,8 @@ typedef struct dit_request {
     int disable_cache_before_step; /* earlier steps are evaluated */
     int disable_cache_after_step;  /* this step and later ones are evaluated; below 0: from the end */
     double cache_threshold;        /* the error that easycache lets grow; below 0: its default */
+    const char*
+        preset; /* of the bundle (dit_preset): values for the fields above that have their _INIT values; NULL: none */
 } dit_request;
 
 #define DIT_REQUEST_INIT  \
@@ -244,7 +246,8 @@ typedef struct dit_request {
      DIT_DEFAULT,         \
      DIT_DEFAULT,         \
      DIT_DEFAULT,         \
-     -1.0}
+     -1.0,                \
+     NULL}
 
 /* A pipeline without a bundle; NULL where memory is short. */
 DIT_API dit_pipeline* dit_new(void);
@@ -271,6 +274,9 @@ DIT_API size_t dit_prompt_count(const dit_pipeline* pipe);
 
 /* The prompts from 0 to dit_prompt_count - 1; start from DIT_PROMPT_INIT. */
 DIT_API dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt);
+
+/* The name of a preset, from 0 on; NULL where there is none. */
+DIT_API const char* dit_preset(const dit_pipeline* pipe, size_t index);
 
 /* The name of a class; NULL where there is none. */
 DIT_API const char* dit_label(const dit_pipeline* pipe, int64_t label);

@@ -48,6 +48,13 @@ class Pipeline {
         return name ? name : "";
     }
 
+    // The names of the bundle's presets.
+    std::vector<std::string> presets() const {
+        std::vector<std::string> names;
+        while (const char* const name = dit_preset(pipe_.get(), names.size())) names.emplace_back(name);
+        return names;
+    }
+
     std::int64_t find_label(const std::string& name) {
         std::int64_t label = 0;
         check(dit_find_label(pipe_.get(), name.c_str(), &label));
@@ -218,6 +225,7 @@ class Pipeline {
         if (!request.solver.empty()) to.solver = request.solver.c_str();
         if (!request.spacing.empty()) to.spacing = request.spacing.c_str();
         to.eta = request.eta;
+        if (!request.preset.empty()) to.preset = request.preset.c_str();
         if (!request.latents.empty()) to.latents = request.latents.data();
         to.latents_size = request.latents.size();
         std::copy(request.guidance_interval, request.guidance_interval + 2, to.guidance_interval);

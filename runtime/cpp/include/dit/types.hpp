@@ -78,6 +78,7 @@ struct Request {
     int cache_interval = DIT_DEFAULT, max_order = DIT_DEFAULT;
     int disable_cache_before_step = DIT_DEFAULT, disable_cache_after_step = DIT_DEFAULT;  // after: below 0 from the end
     double cache_threshold = -1;                                                          // below 0: its default
+    std::string preset;  // of the bundle: values for the fields above that are at their defaults; empty: none
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
     std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;
     Captions captions;             // instead of labels

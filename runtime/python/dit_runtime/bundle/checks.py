@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dit_runtime.bundle.records import (
     BEFORE_LOOP,
     DTYPES,
     GUIDANCE,
     LABELS,
+    MEASURED,
     RESERVED,
     ROLES,
     Manifest,
@@ -19,8 +21,9 @@ from dit_runtime.bundle.records import (
     count_classes,
     size_name,
 )
-from dit_runtime.facts import LIMITS
-from dit_runtime.sampling.process import is_number
+from dit_runtime.errors import nearest
+from dit_runtime.facts import FACTS, LIMITS, PRESET_FIELDS
+from dit_runtime.sampling.process import SOLVERS, Process, is_number
 
 Sources = dict[str, tuple[str, str, tuple[int, ...]]]  # role, dtype and shape of a row, by the tensor's name
 SIZES = f"sizes of 1 to {LIMITS['size']}"
@@ -219,6 +222,41 @@ def check_prompts(manifest: Manifest) -> None:
     for prompt in manifest.prompts:
         if prompt.tokenizer not in manifest.files:
             raise ValueError(f"{prompt.tokenizer} has no size and sha256 under files")
+
+
+def check_presets(presets: Mapping[str, Any], process: Process) -> None:
+    """Refuse a preset that has other fields than a request, or values of other kinds."""
+    known = (*PRESET_FIELDS, MEASURED)
+    for name, preset in presets.items():
+        where = f"preset {name}"
+        expect(bool(name), "presets", name, "a name")
+        expect(isinstance(preset, Mapping), where, preset, f"a table of {', '.join(known)}")
+        for key, value in preset.items():
+            if key not in known:
+                close = nearest(str(key), known)
+                raise ValueError(f"{where} has the unknown key {key!r}{close}; known: {', '.join(known)}")
+            fits, expected = _fits(PRESET_FIELDS.get(key), value, process)
+            expect(fits, f"{where}: {key}", value, expected)
+
+
+def _fits(kind: str | None, value: Any, process: Process) -> tuple[bool, str]:
+    """Tell whether a value is of the kind that a preset's field has, and what the kind is; None: of MEASURED."""
+    solvers = [name for name, facts in SOLVERS.items() if process.kind in facts["processes"]]
+    for choice, names in (("solver", solvers), ("cache", list(FACTS["caches"]))):
+        if kind == choice:
+            return value in names, f"one of {', '.join(names)}"
+    if kind == "steps":
+        return type(value) is int and 1 <= value <= process.train_steps, f"1 to {process.train_steps}"
+    if kind == "integer":
+        return type(value) is int and abs(value) <= LIMITS["steps"], f"an integer up to {LIMITS['steps']} either way"
+    if kind == "number":
+        return is_number(value) and abs(value) <= FLOAT32_MAX, "a number of float32"
+    if kind == "interval":
+        pair = isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+        return pair and 0 <= value[0] <= value[1] <= 1, "two numbers from 0 to 1, the lower one first"
+    if kind == "text":
+        return isinstance(value, str) and bool(value), "a text"
+    return isinstance(value, Mapping), "a table"
 
 
 def _check_names(

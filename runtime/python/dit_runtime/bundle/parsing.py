@@ -9,6 +9,7 @@ from dit_runtime.bundle.checks import (
     FLOAT32_MAX,
     SIZES,
     check_network,
+    check_presets,
     check_prompts,
     check_row,
     check_sizes,
@@ -27,7 +28,7 @@ KINDS: dict[str, type] = {"str": str, "int": int, "bool": bool}
 
 def parse(table: dict[str, Any]) -> Manifest:
     """Return the manifest that a JSON table holds; raise ValueError with one line where something is wrong."""
-    for key in ("null", "files", "source"):
+    for key in ("null", "files", "source", "presets"):
         expect(isinstance(table.get(key, {}), dict), key, table.get(key), "a table")
     if "files" not in table:
         raise ValueError("manifest lacks 'files'")
@@ -54,6 +55,7 @@ def parse(table: dict[str, Any]) -> Manifest:
     check_sizes(manifest)
     for sized in manifest.each_size:
         check_network_of(sized)
+    check_presets(manifest.presets, manifest.process)
     if manifest.labels:
         expect(len(manifest.labels) == manifest.classes, "labels", f"{len(manifest.labels)} names", manifest.classes)
     return manifest

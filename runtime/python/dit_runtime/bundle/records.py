@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.errors import UsageError
-from dit_runtime.facts import DEFAULT_GUIDANCE
+from dit_runtime.errors import UsageError, nearest
+from dit_runtime.facts import DEFAULT_GUIDANCE, PRESET_FIELDS
 from dit_runtime.sampling.process import Process
 
 FORMAT = 2
@@ -18,6 +18,7 @@ ROLES = ("state", "time", "condition")
 BEFORE_LOOP = ("condition", "time", "time+condition")  # what stages before the loop may run once per
 RUNS = ("prompt", *BEFORE_LOOP, "step", "update", "end")
 DTYPES = ("float32", "int64")
+MEASURED = "measured"  # the key of a preset that is no field of a request: the figures for which it was accepted
 LABELS = "labels"  # the port that a user may fill with class names
 GUIDANCE = "guidance"  # the input of the step stage that mixes guidance
 # What other inputs and outputs of the stages are called, so that no port may be.
@@ -180,6 +181,7 @@ class Manifest(WithPorts):
     built_with: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     batch_invariant: bool = False  # verification saw that a sample has the same bits in each batch
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by name: fields of a request, and MEASURED
     size: str = ""  # the name of the size that all of this is of; "": the bundle has one, without a name
     suffix: str = ""
     sizes: tuple[Size, ...] = ()  # the others
@@ -268,6 +270,13 @@ class Manifest(WithPorts):
     @property
     def end(self) -> Stage | None:
         return next((stage for stage in self.stages if stage.runs == "end"), None)
+
+    def preset(self, name: str) -> dict[str, Any]:
+        """Return the request's fields that a preset states; refuse one that the bundle does not have."""
+        if name not in self.presets:
+            known = f"known: {', '.join(self.presets)}" if self.presets else "this bundle has none (dit-export tune)"
+            raise UsageError(f"preset {name!r} is not known{nearest(name, self.presets)}; {known}")
+        return {key: value for key, value in self.presets[name].items() if key in PRESET_FIELDS}
 
     def require_end(self) -> Stage:
         """Return the stage that makes pictures; refuse where there is none."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dit_runtime import backends
-from dit_runtime.bundle.records import Manifest, Port, Prompt
+from dit_runtime.bundle.records import MEASURED, Manifest, Port, Prompt
 
 PER = {
     "prompt": "once a prompt",
@@ -36,6 +38,7 @@ def summary(folder: Path, contract: Manifest) -> str:
         precision = backends.computed(stage.backend, stage.precision)
         what = f"{precision} on {stage.backend}, {size / 1e6:.1f} MB, {PER[stage.runs]}, reads {reads}"
         lines.append(f"{stage.name:<10} {what}")
+    lines += [f"preset     {name}: {_preset(preset)}" for name, preset in contract.presets.items()]
     parity = contract.parity
     outcome = ("passed" if parity["passed"] else "FAILED") if "passed" in parity else "not verified"
     lines.append(f"parity     {outcome}, proof: {parity.get('proof', 'none')}")
@@ -53,6 +56,21 @@ def _guidance(contract: Manifest) -> str:
     if not contract.mixes_guidance:
         return "no guidance"
     return f"guidance {guidance.default:g} on {guidance.channels} of {contract.state.shape[0]} channels"
+
+
+def _preset(preset: Mapping[str, Any]) -> str:
+    """Return the fields of a preset and the figures for which it was accepted."""
+    fields = ", ".join(f"{name} {_shown(value)}" for name, value in preset.items() if name != MEASURED)
+    figures = [
+        f"{name} {_shown(value)}" for name, value in preset.get(MEASURED, {}).items() if isinstance(value, int | float)
+    ]
+    return fields + (f"; measured: {', '.join(figures)}" if figures else "")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _prompt(prompt: Prompt) -> str:

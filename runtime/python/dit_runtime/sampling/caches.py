@@ -127,7 +127,7 @@ def make_cache(name: str | None, settings: Mapping[str, Any], steps: int, evalua
         if settings:
             raise UsageError(f"got {', '.join(settings)} without a cache; known: {', '.join(CACHES)}")
         return None
-    if name not in CACHES:
+    if not isinstance(name, str) or name not in CACHES:
         raise UsageError(f"cache {name!r} is not known{nearest(str(name), CACHES)}; known: {', '.join(CACHES)}")
     for key in settings:
         if key not in CACHES[name]:

@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 POLICIES: dict[str, dict[str, float]] = FACTS["guidance_policies"]  # name -> its numbers and their defaults
 CONSTANT = "constant"  # the network's own guidance
 BOUNDS = {"guidance_rescale": (0.0, 1.0), "zero_init_steps": (0.0, 1e6), "norm_threshold": (0.0, math.inf)}
+WHOLE = ("zero_init_steps",)
 TINY = 1e-12  # a norm below this counts as this
 
 
@@ -111,7 +112,7 @@ MIXES: dict[str, type[Policy]] = {"rescale": Rescale, "zero_star": ZeroStar, "ap
 
 def parse_policy(words: str | None) -> tuple[str, dict[str, float]]:
     """Return the name and the numbers of "NAME KEY=VALUE …"; those that are left out have their defaults."""
-    name, *pairs = (words or CONSTANT).split() or [""]
+    name, *pairs = str(CONSTANT if words is None else words).split() or [""]
     if name not in POLICIES:
         known = ", ".join(POLICIES)
         raise UsageError(f"guidance_policy {name!r} is not known{nearest(name, POLICIES)}; known: {known}")
@@ -124,10 +125,12 @@ def parse_policy(words: str | None) -> tuple[str, dict[str, float]]:
         try:
             numbers[key] = float(value)
         except ValueError:
-            numbers[key] = np.nan
+            numbers[key] = math.nan
         low, high = BOUNDS.get(key, (-math.inf, math.inf))
-        if not np.isfinite(numbers[key]) or not low <= numbers[key] <= high:
-            raise UsageError(f"guidance_policy: {key} is {value!r}; expected a number from {low:g} to {high:g}")
+        what = "an integer" if key in WHOLE else "a number"
+        whole = key not in WHOLE or numbers[key].is_integer()
+        if not math.isfinite(numbers[key]) or not whole or not low <= numbers[key] <= high:
+            raise UsageError(f"guidance_policy: {key} is {value!r}; expected {what} from {low:g} to {high:g}")
     return name, numbers
 
 

@@ -204,6 +204,7 @@ class Batcher:
         began = self._clock()
         try:
             ticket.run = self.pipe.run(ticket.request, host=True)
+            ticket.rows = ticket.run.planned_rows or ticket.rows  # a cache decides as it goes
             self._advance(ticket, True)
             if ticket.ask is not None:
                 ticket.ask.inputs(slice(0, ticket.places))
@@ -254,10 +255,13 @@ class Batcher:
         inputs = side_by_side([ask.inputs(slice(0, len(ask.state))) for ask in asks])
         inputs[state] = np.concatenate([ask.state for ask in asks]).astype(np.float32)
         outputs = _call(pipe, inputs, len(inputs[state]))
-        ends = np.cumsum([len(ask.state) for ask in asks])[:-1]
-        parts = {name: np.split(values, ends) for name, values in outputs.items()}
-        variances = parts.get("variance", [None] * len(asks))
-        return [*zip(parts["prediction"], variances, strict=True)]
+        predictions, variances = outputs["prediction"], outputs.get("variance")
+        answers: list[Answer] = []
+        first = 0
+        for ask in asks:
+            own = slice(first, first := first + len(ask.state))
+            answers.append((predictions[own], None if variances is None else variances[own]))
+        return answers
 
     def _tell(self, ticket: Ticket, answer: Answer) -> None:
         """Let the run go its step; those that need no network are gone with it."""
@@ -292,8 +296,7 @@ class Batcher:
                 ticket.ask, ticket.kind, ticket.places = ask, (size, len(ask.numbers)), len(ask.state)
             else:
                 more = run.tell()
-        planned = run.planned_rows or ticket.rows
-        ticket.left = ticket.samples * max(0, planned - run.rows)
+        ticket.left = ticket.samples * max(0, ticket.rows - run.rows)
 
     def _decode(self) -> None:
         """Decode the picture that has waited longest; where more wait than a call has samples, all but so many."""

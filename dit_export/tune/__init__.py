@@ -1,0 +1,1 @@
+"""Search for the plans that ask the network least for pictures of a given quality."""
