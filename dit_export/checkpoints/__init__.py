@@ -183,7 +183,8 @@ def load_source(contract: Manifest, folder: Path) -> Loaded:
     if unknown := sorted(contract.source["recipe"].keys() - known):
         what = f"{folder}: the recipe in its manifest has {unknown[0]!r}, which this version does not know"
         raise UsageError(f"{what}; rebuild it with `dit-export build`")
-    loaded = load(Recipe(**contract.source["recipe"]))
+    recipe = Recipe(**contract.source["recipe"])
+    loaded = load(recipe, contract.size if recipe.sizes[1:] else None)
     was = {key: value for key, value in contract.source.items() if key != "recipe"}
     if was != loaded.source:
         raise UsageError(f"the weights are not the ones of this bundle: got {loaded.source}, expected {was}")

@@ -66,8 +66,7 @@ def parameter_names(transformer: nn.Module) -> dict[nn.Parameter, str]:
 def streamed(network: Network, weights: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]) -> Network:
     """Let the network read weights, by their names in the checkpoint, whenever a part runs or its graph is written."""
     inside = network.module.named_parameters(remove_duplicate=False)
-    paths = {path: names[parameter] for path, parameter in inside if parameter in names}
-    renamed = Renamed(weights, paths)
+    renamed = Renamed({path: (weights, names[parameter]) for path, parameter in inside if parameter in names})
     stream(network.module, renamed)
     return replace(network, weights=renamed)
 
