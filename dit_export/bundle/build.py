@@ -118,8 +118,6 @@ def build(
         if contract.sizes:
             table = asdict(replace(last, resolution=recipe.resolution, judge=recipe.judge, timing_cache=None))
             contract = replace(contract, source={**contract.source, "recipe": table})
-        for name, arrays in loaded.examples.items():
-            np.savez(partial / f"{name}.npz", **arrays)
         contract = _with_new_files(partial, contract)
         for name, built in sizes.items():
             sized = contract.at(name)

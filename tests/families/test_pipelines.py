@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit_export.checkpoints import load
 from dit_export.checkpoints.pipelines import read_pipeline
 from dit_export.cli import main as export
 from dit_export.recipe import Recipe
@@ -98,6 +99,12 @@ def test_code_in_a_folder_does_not_run(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"has no class .*MyPipeline"):
         read_pipeline(tmp_path, Recipe())
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_lora_beside_the_weights(tmp_path) -> None:
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UsageError, match="a LoRA beside the weights"):
+        load(Recipe(pipeline=str(tmp_path)))
 
 
 @pytest.mark.slow
