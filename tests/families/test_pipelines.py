@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dit_export.checkpoints import load
 from dit_export.checkpoints.pipelines import read_pipeline
@@ -122,6 +123,27 @@ def test_other_classes(tmp_path, one_thread, make, frames, shape) -> None:
         bundle = build(pipeline, tmp_path, frames=frames)
     assert manifest.read(bundle).state.shape == shape
     pipelines.accept(Case(pipeline, bundle, {"num_frames": frames} if frames else {}))
+
+
+def test_the_module_of_flux(tmp_path, one_thread) -> None:
+    """Packed latents, a dynamic shift and embedded guidance: the same bits as the family's."""
+    flux_pipeline(use_dynamic_shifting=True, shift=3.0).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {"resolution": 64, "caption_tokens": T5_TOKENS}
+    with one_thread(), torch.no_grad():
+        read = read_pipeline(tmp_path, Recipe(**sizes))
+        family = load(Recipe(checkpoint=str(tmp_path), without_text_encoders=True, **sizes))
+        arrays = {name: torch.from_numpy(rows) for name, rows in read.examples["conditions"].items()}
+        state, time, weight = (
+            torch.randn(2, *read.network.state.shape),
+            torch.tensor([0.9, 0.3]),
+            torch.tensor([3.0, 5]),
+        )
+        got = read.network.module(hidden_states=state, timestep=time, guidance_scale=weight, **arrays)
+        captions, pooled = (arrays[name] for name in ("encoder_hidden_states", "pooled_projections"))
+        words = {"captions": captions, "pooled": pooled, "guidance_scale": weight}
+        assert torch.equal(got, family.network.module(latents=state, timesteps=time, **words))
+    assert read.process.shift == family.process.shift != 1 and read.vae is not None
+    assert read.network.guidance_port == family.network.guidance_port
 
 
 @pytest.mark.slow
