@@ -18,10 +18,12 @@ def describe(path: Path) -> dict[str, dict[str, Any]]:
         contract = manifest.read(path)
         entries = {
             stage.name: {"runs": stage.runs, **_describe(manifest.inside(path, stage.onnx))}
-            for stage in contract.stages
+            for size in contract.each_size
+            for stage in size.stages
         }
-        if "cut" in contract.built_with:
-            entries[contract.step.name]["cut"] = contract.built_with["cut"]
+        for size in contract.each_size:
+            if "cut" in size.built_with:
+                entries[size.step.name]["cut"] = size.built_with["cut"]
         return entries
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a bundle or an ONNX model")

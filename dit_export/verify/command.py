@@ -8,8 +8,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
+
+ONE_SIZE = (
+    "baseline",
+    "against",
+    "features",
+    "real",
+    "samples",
+    "count",
+    "junit",
+    "report",
+    "json",
+)  # what looks at one
 
 
 def add_options(parser: argparse.ArgumentParser, weights: bool = True) -> Callable[[argparse.Namespace], int]:
@@ -18,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser, weights: bool = True) -> Callab
     Without `weights`, as for `regress`, the truth is reference.npz, and PyTorch is not asked again.
     """
     parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
+    parser.add_argument("--size", help="one of the bundle's; default: each, or with options that look at one the first")
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="limits from an earlier build, JSON to commit")
     parser.add_argument("--update-baseline", action="store_true", help="write the baseline from this bundle's figures")
     parser.add_argument("--against", type=Path, metavar="BUNDLE", help="one that is right: same seeds, same network")
@@ -41,6 +55,18 @@ def add_options(parser: argparse.ArgumentParser, weights: bool = True) -> Callab
 
 
 def run(options: argparse.Namespace) -> int:
+    names = manifest.read(options.bundle).size_names
+    alone = any(getattr(options, name) for name in ONE_SIZE)
+    if options.size is not None or alone or len(names) < 2:
+        return _run(options)
+    codes = []
+    for options.size in names:
+        print(f"size {options.size}:", flush=True)
+        codes.append(_run(options))
+    return max(codes)
+
+
+def _run(options: argparse.Namespace) -> int:
     from dit_export.verify import junit, report
     from dit_export.verify.gate import Settings, gate
     from dit_export.verify.metrics import insensitive, sentence
@@ -53,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"{path}: the folder {path.parent} does not exist")
     if options.report:
         report.require_place(options.report, options.bundle)
-    names = ("bundle", "baseline", "against", "features", "real", "samples", "count", "threads", "provider")
+    names = ("bundle", "size", "baseline", "against", "features", "real", "samples", "count", "threads", "provider")
     values = {name: getattr(options, name) for name in (*names, "low_memory")}
     other_truth = options.baseline or options.against or options.samples
     settings = Settings(weights=options.weights and not other_truth, update=options.update_baseline, **values)

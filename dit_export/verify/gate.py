@@ -42,6 +42,7 @@ SPREAD = 16  # conditions that are asked beside the reference's, to localize a f
 @dataclass(frozen=True)
 class Settings:
     bundle: Path
+    size: str | None = None  # of a bundle with several; None: its first
     weights: bool = True  # load PyTorch's, and compare each graph at its batch sizes
     baseline: Path | None = None
     update: bool = False
@@ -89,15 +90,16 @@ class Result:
 
 
 def gate(settings: Settings, progress: Progress) -> Result:
-    contract, table = manifest.read(settings.bundle), None
+    contract, table = manifest.read(settings.bundle).at(settings.size), None
     tolerances(contract)  # before the long work
-    manifest.check_files(settings.bundle, contract, [REFERENCE])
+    manifest.check_files(settings.bundle, contract, [contract.own(REFERENCE)])
     reference = load_reference(settings.bundle, contract)
     if settings.baseline is not None and not settings.update:
         table = baseline.read(settings.baseline)
         baseline.require_same(settings.baseline, table, contract, reference)
     loaded = _load(contract, settings.bundle, progress) if settings.weights else None
     options: dict[str, Any] = {
+        "size": settings.size,
         "threads": settings.threads,
         "provider": settings.provider,
         "low_memory": settings.low_memory,

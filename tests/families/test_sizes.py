@@ -19,6 +19,7 @@ from tests.families import test_flux, test_ltx, tiny
 LABELS, STEPS = [207, 3], 6
 
 
+@pytest.mark.slow
 def test_dit(shared_embedders, tmp_path, one_thread) -> None:
     """The table of positions is another one at each size."""
     recipe = Recipe(checkpoint=str(shared_embedders.checkpoint), resolution=[64, 96], backend="onnxruntime")

@@ -19,6 +19,7 @@ Draws pictures from a bundle of dit-export.
                         encoders also token ids, as `dit-run info` names them; NAME=FILE.txt has integers, a row a line
   --negative-condition NAME=FILE.npy … | FILE.npz
                         for guidance, as above: one row, or one a picture
+  --size NAME           one of the bundle's, 512 or 512x768 for height x width; default: its first
   --preset NAME         values for the options below, as `dit-run info` lists them; yours win
   --steps N             default: the bundle's
   --guidance W …        one, or one a picture; default: the bundle's (also: --cfg-scale)
@@ -159,6 +160,7 @@ Arguments parse_arguments(int count, char** words) {
         {"--solver", {1, 1, word_of(arguments.request.solver)}},
         {"--spacing", {1, 1, word_of(arguments.request.spacing)}},
         {"--latents", {1, 1, word_of(arguments.latents)}},
+        {"--size", {1, 1, word_of(arguments.open.size)}},
         {"--condition", {1, any, [&](const std::string&, const Values& v) { arguments.condition = v; }}},
         {"--negative-condition", {1, any, [&](const std::string&, const Values& v) { arguments.negative = v; }}},
         {"--prompt", {1, any, refuse_words}},

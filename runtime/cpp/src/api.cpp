@@ -22,6 +22,13 @@ void require_room(std::size_t size, std::size_t count, const dit::Shape& row, co
                                       numbers, " for each of ", count));
 }
 
+// The bundle that is open, at the request's size.
+dit::Pipeline& sized(dit_pipeline* pipe, const dit_request* request) {
+    dit::Pipeline& open = dit::opened(pipe);
+    const char* const size = dit::known(request, dit_request DIT_REQUEST_INIT, "dit_request").size;
+    return open.at(size ? size : "");
+}
+
 }  // namespace
 
 extern "C" {
@@ -36,6 +43,7 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
         if (pipe->open) throw dit::UsageError("this pipeline has a bundle already; take another dit_new");
         dit::Options options;
         std::vector<std::int64_t> warm;
+        std::string size;
         if (arguments) {
             const dit_open_options from =
                 dit::known(arguments, dit_open_options DIT_OPEN_OPTIONS_INIT, "dit_open_options");
@@ -45,8 +53,9 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
             options.low_memory = from.low_memory != 0;
             if (from.num_warm) dit::require(from.warm, "warm");
             if (from.warm) warm.assign(from.warm, from.warm + from.num_warm);
+            if (from.size) size = from.size;
         }
-        auto open = std::make_unique<dit::Pipeline>(bundle, options, warm);
+        auto open = std::make_unique<dit::Pipeline>(bundle, options, warm, size);
         pipe->backend = open->backend(open->manifest.step()).name;
         pipe->note = open->note();
         pipe->open = std::move(open);
@@ -55,8 +64,7 @@ dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_optio
 
 dit_status dit_generate(dit_pipeline* pipe, const dit_request* request, uint8_t* pixels, size_t size) {
     return dit::guarded(pipe, [&] {
-        dit::Pipeline& open = dit::opened(pipe);
-        dit::require(request, "dit_request");
+        dit::Pipeline& open = sized(pipe, request);
         dit::require(pixels, "pixels");
         open.require_decoder();
         require_room(size, dit::counted(request).count, open.manifest.image_shape(), "bytes");
@@ -67,8 +75,7 @@ dit_status dit_generate(dit_pipeline* pipe, const dit_request* request, uint8_t*
 
 dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* request, float* latents, size_t size) {
     return dit::guarded(pipe, [&] {
-        dit::Pipeline& open = dit::opened(pipe);
-        dit::require(request, "dit_request");
+        dit::Pipeline& open = sized(pipe, request);
         dit::require(latents, "latents");
         const dit::Shape& row = open.manifest.state().shape;
         require_room(size, dit::counted(request).count, row, "numbers");
@@ -80,8 +87,7 @@ dit_status dit_generate_latents(dit_pipeline* pipe, const dit_request* request, 
 dit_status dit_run_new(dit_pipeline* pipe, const dit_request* request, dit_run** run) {
     if (run) *run = nullptr;
     return dit::guarded(pipe, [&] {
-        dit::Pipeline& open = dit::opened(pipe);
-        dit::require(request, "dit_request");
+        dit::Pipeline& open = sized(pipe, request);
         dit::require(run, "run");
         require_room(SIZE_MAX, dit::counted(request).count, open.manifest.state().shape, "numbers");
         *run = new dit_run{pipe, {open, dit::translate(open.manifest, request)}};
@@ -98,7 +104,7 @@ dit_status dit_run_step(dit_run* run, int* more) {
 dit_status dit_run_latents(dit_run* run, float* latents, size_t size) {
     return dit::guarded(run ? run->pipe : nullptr, [&] {
         dit::require(latents, "latents");
-        require_room(size, run->run.count(), dit::opened(run->pipe).manifest.state().shape, "numbers");
+        require_room(size, run->run.count(), run->run.pipe().manifest.state().shape, "numbers");
         const dit::Array& state = run->run.state();
         std::transform(state.begin(), state.end(), latents, [](double value) { return static_cast<float>(value); });
     });
@@ -116,7 +122,7 @@ dit_status dit_run_rows(dit_run* run, int64_t* rows, int64_t* planned) {
 
 dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size) {
     return dit::guarded(run ? run->pipe : nullptr, [&] {
-        dit::Pipeline& open = dit::opened(run->pipe);
+        dit::Pipeline& open = run->run.pipe();
         dit::require(pixels, "pixels");
         open.require_decoder();
         require_room(size, run->run.count(), open.manifest.image_shape(), "bytes");

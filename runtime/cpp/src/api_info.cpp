@@ -77,6 +77,27 @@ dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port) {
     });
 }
 
+size_t dit_size_count(const dit_pipeline* pipe) {
+    return pipe && pipe->open ? 1 + pipe->open->manifest.sizes.size() : 0;
+}
+
+dit_status dit_get_size(dit_pipeline* pipe, size_t index, dit_size* size) {
+    return dit::guarded(pipe, [&] {
+        dit_size filled = dit::known(size, dit_size DIT_SIZE_INIT, "dit_size");
+        const dit::Manifest& first = dit::opened(pipe).manifest;
+        const std::size_t count = dit_size_count(pipe);
+        if (index >= count) throw dit::UsageError(dit::text("size ", index, " is not there; this bundle has ", count));
+        const dit::Manifest& from = index ? first.sizes[index - 1] : first;
+        const dit::Shape image = from.image_shape(), &state = from.state().shape;
+        filled.name = from.size.c_str();
+        filled.state_rank = static_cast<int>(state.size());
+        std::copy(state.begin(), state.end(), filled.state_shape);
+        for (std::size_t axis = 0; axis < 3; ++axis)
+            filled.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
+        std::memcpy(size, &filled, size->struct_size);
+    });
+}
+
 size_t dit_prompt_count(const dit_pipeline* pipe) {
     return pipe && pipe->open ? pipe->open->manifest.prompts.size() : 0;
 }

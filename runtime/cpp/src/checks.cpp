@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <tuple>
 
 #include "json.hpp"
 
@@ -249,13 +250,48 @@ void check_stages(const Manifest& manifest) {
         if (stage.runs == "update") check_update(manifest, stage);
         if (stage.runs == "end") check_end(manifest, stage);
         named.push_back(stage.onnx);
+        named.insert(named.end(), stage.shared.begin(), stage.shared.end());
         for (const auto& own : stage.engines) named.insert(named.end(), own.second.begin(), own.second.end());
         for (const auto& name : named)
             if (!manifest.files.count(name)) throw std::invalid_argument(name + " has no size and sha256 under files");
     }
 }
 
+bool same(const std::vector<TensorSpec>& some, const std::vector<TensorSpec>& others) {
+    const auto equal = [](const TensorSpec& one, const TensorSpec& other) {
+        return std::tie(one.name, one.dtype, one.shape) == std::tie(other.name, other.dtype, other.shape);
+    };
+    return std::equal(some.begin(), some.end(), others.begin(), others.end(), equal);
+}
+
+bool same(const Stage& one, const Stage& other) {
+    const auto key = [](const Stage& stage) {
+        return std::tie(stage.name, stage.runs, stage.onnx, stage.shared, stage.max_batch, stage.precision,
+                        stage.backend, stage.engines);
+    };
+    return key(one) == key(other) && same(one.reads, other.reads) && same(one.gives, other.gives);
+}
+
 }  // namespace
+
+void check_sizes(const Manifest& manifest) {
+    if (manifest.sizes.empty()) return;
+    std::vector<std::string> names, suffixes;
+    std::map<std::string, Stage> stages;
+    std::vector<Manifest> sizes = manifest.sizes;
+    sizes.insert(sizes.begin(), manifest);
+    for (const Manifest& size : sizes) {
+        if (size.size.empty() || size.size != size_name(size.size))
+            refuse("size", size.size, "the name of a size, such as 512 or 512x768");
+        names.push_back(size.size);
+        suffixes.push_back(size.suffix);
+        for (const Stage& stage : size.stages)
+            if (!same(stages.emplace(stage.name, stage).first->second, stage))
+                refuse("stage " + stage.name, "another one in another size", "the same stage, or another name");
+    }
+    require_distinct("size", names);
+    require_distinct("suffix", suffixes);
+}
 
 void check(const Manifest& manifest) {
     check_ports(manifest);

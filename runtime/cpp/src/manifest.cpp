@@ -41,6 +41,34 @@ const Stage* that_runs(const std::vector<Stage>& stages, const std::string& runs
 
 }  // namespace
 
+std::string size_name(const std::string& size) {
+    const std::size_t cross = size.find('x');
+    const bool square = cross != std::string::npos && size.substr(0, cross) == size.substr(cross + 1);
+    return square ? size.substr(0, cross) : size;
+}
+
+Manifest Manifest::at(const std::string& name) const {
+    const std::string wanted = size_name(name);
+    if (wanted.empty() || wanted == size) return *this;
+    std::vector<std::string> names;
+    if (!size.empty()) names.push_back(size);
+    for (const Manifest& other : sizes) {
+        names.push_back(other.size);
+        if (other.size != wanted) continue;
+        Manifest sized = other, own = *this;
+        own.sizes.clear();
+        for (const Manifest& entry : sizes) sized.sizes.push_back(&entry == &other ? own : entry);
+        return sized;
+    }
+    throw UsageError(
+        text("size ", wanted, " is not in this bundle; it has ", names.empty() ? "one size" : join(names)));
+}
+
+std::string Manifest::own(const std::string& file) const {
+    const std::size_t dot = std::min(file.find('.'), file.size());
+    return file.substr(0, dot) + suffix + file.substr(dot);
+}
+
 const Port& Manifest::state() const { return of_role(ports, "state"); }
 
 const Port& Manifest::time() const { return of_role(ports, "time"); }

@@ -102,9 +102,14 @@ struct Stage {
     std::string precision = "fp32";
     std::string backend = "onnxruntime";
     std::map<std::string, std::vector<std::string>> engines;  // by backend
-    std::map<std::string, Built> built;                       // by backend, where the engines are for one kind of GPU
+    std::vector<std::string> shared;     // files of weights that the portable form has in common with other sizes'
+    std::map<std::string, Built> built;  // by backend, where the engines are for one kind of GPU
 
-    std::vector<std::string> onnx_files() const { return {onnx, onnx + ".data"}; }
+    std::vector<std::string> onnx_files() const {
+        std::vector<std::string> files = {onnx, onnx + ".data"};
+        files.insert(files.end(), shared.begin(), shared.end());
+        return files;
+    }
     std::vector<std::string> files(const std::string& name) const {
         const auto own = engines.find(name);
         return own == engines.end() ? onnx_files() : own->second;
@@ -112,6 +117,9 @@ struct Stage {
     std::vector<std::string> files() const { return files(backend); }
     bool before_loop() const;
 };
+
+// A size's one name: 512 for "512x512".
+std::string size_name(const std::string& size);
 
 // The tensor of this name; NULL where there is none.
 const TensorSpec* find(const std::vector<TensorSpec>& specs, const std::string& name);
@@ -132,8 +140,14 @@ struct Manifest {
     std::vector<Prompt> prompts;  // what the stage reads that runs "prompt"
     std::map<std::string, File> files;
     bool batch_invariant = false;  // verification saw that a sample has the same bits in each batch
+    std::string size;    // the name of the size that all of this is of; empty: the bundle has one, without a name
+    std::string suffix;  // ends the names of the size's own files, before their extension: reference-512x768.npz
+    std::vector<Manifest> sizes;  // the manifest at the other sizes
     std::map<std::string, Preset> presets;
 
+    // The manifest of a size of the bundle, which then is the one that requests without a size draw; empty: this one.
+    Manifest at(const std::string& name) const;
+    std::string own(const std::string& file) const;       // the name that a file of each size has at this size
     const Preset& preset(const std::string& name) const;  // refuses one that is not there
     const Port& state() const;                            // the port that the loop changes
     const Port& time() const;

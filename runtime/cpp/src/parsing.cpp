@@ -77,8 +77,9 @@ std::vector<TensorSpec> parse_tensors(const Json& table, const std::string& key,
 }
 
 Stage parse_stage(const Json& table) {
-    json::known_keys(table, "a stage",
-                     {"name", "runs", "reads", "gives", "onnx", "max_batch", "precision", "backend", "engines"});
+    json::known_keys(
+        table, "a stage",
+        {"name", "runs", "reads", "gives", "onnx", "max_batch", "precision", "backend", "engines", "shared"});
     Stage stage;
     stage.name = name_of(table, "a stage");
     const std::string where = "stage " + stage.name;
@@ -92,6 +93,9 @@ Stage parse_stage(const Json& table) {
                 stage.engines[entry.key()].push_back(json::string(name, where + ": a file of engines"));
             if (entry.value().empty()) refuse(where + ": engines of " + entry.key(), entry.value(), "one file or more");
         }
+    if (table.contains("shared"))
+        for (const Json& name : json::list(table["shared"], where + ": shared"))
+            stage.shared.push_back(json::string(name, where + ": a shared file"));
     if (table.contains("max_batch"))
         stage.max_batch = json::integer(table["max_batch"], where + ": max_batch", 1, MOST);
     if (table.contains("precision")) stage.precision = json::string(table["precision"], where + ": precision");
@@ -209,12 +213,12 @@ void parse_engines(const Json& table, Manifest& manifest) {
                 if (stage.name == engine.key()) stage.built[backend.key()] = parse_built(engine.value());
 }
 
-}  // namespace
+// What each size has a value of its own for; the first five are needed.
+const std::vector<const char*> OF_A_SIZE = {"size",   "model",      "ports",  "process",        "stages",
+                                            "suffix", "built_with", "parity", "batch_invariant"};
 
-Manifest parse_table(const Json& table) {
-    json::known_keys(table, "the manifest",
-                     {"format", "model", "ports", "null", "labels", "guidance", "process", "stages", "prompts", "files",
-                      "source", "built_with", "parity", "batch_invariant", "presets"});
+// The manifest of one size; a table's other sizes are left out.
+Manifest parse_one(const Json& table) {
     for (const char* key : {"source", "built_with", "parity"})
         if (table.contains(key)) json::table(table[key], key);
     Manifest manifest;
@@ -244,6 +248,8 @@ Manifest parse_table(const Json& table) {
     }
     if (table.contains("batch_invariant"))
         manifest.batch_invariant = json::boolean(table["batch_invariant"], "batch_invariant");
+    if (table.contains("size")) manifest.size = json::string(table["size"], "size");
+    if (table.contains("suffix")) manifest.suffix = json::string(table["suffix"], "suffix");
     if (table.contains("presets"))
         for (const auto& entry : json::table(table["presets"], "presets").items())
             manifest.presets[entry.key()] = parse_preset(entry.value(), entry.key(), manifest.process);
@@ -253,6 +259,31 @@ Manifest parse_table(const Json& table) {
     stages.erase(
         std::remove_if(stages.begin(), stages.end(), [](const Stage& stage) { return stage.runs == "update"; }),
         stages.end());
+    return manifest;
+}
+
+// The manifest at another size: its keys take the place of the table's.
+Manifest parse_size(Json table, const Json& size) {
+    json::known_keys(size, "a size", {OF_A_SIZE.begin(), OF_A_SIZE.end()});
+    for (std::size_t index = 0; index < OF_A_SIZE.size(); ++index) {
+        const char* const key = OF_A_SIZE[index];
+        table.erase(key);
+        if (index < 5) json::need(size, key);
+        if (size.contains(key)) table[key] = size[key];
+    }
+    return parse_one(table);
+}
+
+}  // namespace
+
+Manifest parse_table(const Json& table) {
+    json::known_keys(table, "the manifest",
+                     {"format", "model", "ports", "null", "labels", "guidance", "process", "stages", "prompts", "files",
+                      "source", "built_with", "parity", "batch_invariant", "presets", "size", "suffix", "sizes"});
+    Manifest manifest = parse_one(table);
+    if (table.contains("sizes"))
+        for (const Json& size : json::list(table["sizes"], "sizes")) manifest.sizes.push_back(parse_size(table, size));
+    check_sizes(manifest);
     return manifest;
 }
 

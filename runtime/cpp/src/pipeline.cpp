@@ -32,14 +32,15 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 
 }  // namespace
 
-Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<std::int64_t>& warm)
-    : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)), manifest(read(where)), options_(options) {
+Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<std::int64_t>& warm,
+                   const std::string& size)
+    : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)),
+      manifest(read(where).at(size)),
+      options_(options) {
     options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     require_warmable(manifest, warm, options.low_memory);
-    std::vector<std::string> files;
-    for (const Stage& stage : manifest.stages)
-        for (const auto& file : files_for(stage, backend(stage), options_.device)) files.push_back(file);
+    const std::vector<std::string> files = unchecked();
     Checking sums(folder, manifest, files);
     try {
         if (!options_.low_memory)
@@ -49,7 +50,34 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
         throw;
     }
     sums.finish();
+    opened_->checked = files;
     dit_runtime::warm(*this, warm);
+}
+
+Pipeline::Pipeline(const Pipeline& whole, Manifest sized)
+    : folder(whole.folder), manifest(std::move(sized)), options_(whole.options_), opened_(whole.opened_) {
+    const std::vector<std::string> files = unchecked();
+    check_files(folder, manifest, files);
+    opened_->checked.insert(opened_->checked.end(), files.begin(), files.end());
+}
+
+Pipeline& Pipeline::at(const std::string& size) {
+    if (size.empty() || size_name(size) == manifest.size) return *this;
+    Manifest sized = manifest.at(size);
+    auto& pipe = sizes_[sized.size];
+    if (!pipe) pipe.reset(new Pipeline(*this, std::move(sized)));
+    return *pipe;
+}
+
+void Pipeline::close() { opened_->engines.clear(); }
+
+// The files that this size's engines are opened from, and whose sums were not compared yet.
+std::vector<std::string> Pipeline::unchecked() const {
+    std::vector<std::string> files;
+    for (const Stage& stage : manifest.stages)
+        for (const auto& file : files_for(stage, backend(stage), options_.device))
+            if (!contains(opened_->checked, file)) files.push_back(file);
+    return files;
 }
 
 // The folder for what backends compile of this bundle, which they make: in the user's cache, by the bundle's sums; ""
@@ -67,12 +95,21 @@ Path Pipeline::cache() const {
 }
 
 // The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on
-// the one that loads in the least memory.
+// the one that loads in the least memory. Text encoders run where the loop does if their own backend is not here, or
+// the user chose a device, which is the loop's.
 const Backend& Pipeline::backend(const Stage& stage) const {
     if (options_.low_memory && options_.backend.empty() && options_.device.empty() &&
         (stage.runs == PROMPT || stage.before_loop()))
         for (const Backend& known : backends())
             if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
+    const Stage& step = manifest.step();
+    if (stage.runs == PROMPT && stage.backend != step.backend && options_.backend.empty()) {
+        Stage moved = stage;
+        moved.backend = step.backend;
+        const auto is_own = [&stage](const Backend& known) { return known.name == stage.backend; };
+        if (!options_.device.empty() || std::none_of(backends().begin(), backends().end(), is_own))
+            return choose(moved, options_);
+    }
     return choose(stage, options_);
 }
 
@@ -90,25 +127,28 @@ bool Pipeline::on_cpu(const Stage& stage) const {
 
 // The stage's engine, opened where it is not; with low memory, the others are closed first.
 Engine& Pipeline::engine(const Stage& stage) {
-    const auto open = engines_.find(stage.name);
-    if (open != engines_.end()) return *open->second;
-    if (options_.low_memory) engines_.clear();
+    auto& engines = opened_->engines;
+    const auto open = engines.find(stage.name);
+    if (open != engines.end()) return *open->second;
+    if (options_.low_memory) engines.clear();
     const Backend& backend = this->backend(stage);
     std::vector<Path> paths;
     for (const auto& file : files_for(stage, backend, options_.device)) paths.push_back(inside(folder, file));
     Options options = options_;
+    options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
     std::unique_ptr<Engine> opened = backend.open(paths, stage, options);
     const auto inputs = names(stage.reads), outputs = names(stage.gives);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
         throw BundleError(text(folder.string(), ": ", stage.name, " has inputs ", join(opened->inputs), " and outputs ",
                                join(opened->outputs), ", expected ", join(inputs), " and ", join(outputs)));
-    return *(engines_[stage.name] = std::move(opened));
+    return *(engines[stage.name] = std::move(opened));
 }
 
 std::vector<std::uint8_t> Pipeline::images(const Request& request) {
-    require_decoder();
-    return pictures(latents(request));
+    Pipeline& sized = at(request.size);
+    sized.require_decoder();
+    return sized.pictures(sized.latents(request));
 }
 
 std::vector<float> Pipeline::latents(const Request& request) { return Run(*this, request).latents(); }
@@ -119,7 +159,7 @@ RunStage Pipeline::runner() {
     };
 }
 
-Rows Pipeline::encode(const Rows& condition) { return prompts_(manifest, runner(), condition); }
+Rows Pipeline::encode(const Rows& condition) { return opened_->prompts(manifest, runner(), condition); }
 
 Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative) {
     return Memo(manifest, runner(), timesteps, encode(condition), encode(negative));

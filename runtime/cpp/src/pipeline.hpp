@@ -20,8 +20,15 @@ using Conditioned = std::function<const Arrays&(std::size_t first, std::size_t l
 class Pipeline {
   public:
     // Opens a bundle, and checks its manifest and the sha256 of each file that is opened. Every stage runs at the batch
-    // sizes of `warm`, so that a later request of such a size compiles nothing.
-    Pipeline(const Path& folder, const Options& options, const std::vector<std::int64_t>& warm = {});
+    // sizes of `warm`, so that a later request of such a size compiles nothing. Requests without a size draw `size`, or
+    // the bundle's first where that is empty.
+    Pipeline(const Path& folder, const Options& options, const std::vector<std::int64_t>& warm = {},
+             const std::string& size = {});
+
+    // This pipeline at a size of the bundle; empty: as it is. Both have the same engines, and those of a size open when
+    // it is first drawn. It lives as long as this one.
+    Pipeline& at(const std::string& size);
+    void close();  // all engines; those that are needed open again
 
     std::vector<std::uint8_t> images(const Request& request);  // [N, H, W, 3]
     std::vector<float> latents(const Request& request);        // [N, *state]
@@ -47,6 +54,14 @@ class Pipeline {
     const Manifest manifest;
 
   private:
+    struct Opened {
+        std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
+        std::vector<std::string> checked;                        // files whose sums are the manifest's
+        PromptMemo prompts;
+    };
+
+    Pipeline(const Pipeline& whole, Manifest sized);
+    std::vector<std::string> unchecked() const;
     Path cache() const;
     Engine& engine(const Stage& stage);
     RunStage runner();
@@ -54,8 +69,8 @@ class Pipeline {
                                                   std::size_t rows);
 
     Options options_;
-    std::map<std::string, std::unique_ptr<Engine>> engines_;
-    PromptMemo prompts_;
+    std::shared_ptr<Opened> opened_ = std::make_shared<Opened>();
+    std::map<std::string, std::unique_ptr<Pipeline>> sizes_;  // that were asked for
 };
 
 }  // namespace dit_runtime

@@ -58,13 +58,13 @@ Rows fingerprinted(const Manifest& manifest, const Reference& reference) {
 
 Reference load_reference(const Pipeline& pipe) {
     const Manifest& manifest = pipe.manifest;
-    const std::string folder = pipe.folder.string();
+    const std::string folder = pipe.folder.string(), name = manifest.own(REFERENCE);
     try {
-        auto arrays = parse_npz(read_bytes(inside(pipe.folder, REFERENCE)));
+        auto arrays = parse_npz(read_bytes(inside(pipe.folder, name)));
         std::vector<std::string> missing;
-        for (const char* name : {"betas", "timesteps", "seeds", "guidance", "latents", "prediction", "conditional",
-                                 "null", "variance", "fingerprint", "images"})
-            if (!arrays.count(name)) missing.push_back(name);
+        for (const char* array : {"betas", "timesteps", "seeds", "guidance", "latents", "prediction", "conditional",
+                                  "null", "variance", "fingerprint", "images"})
+            if (!arrays.count(array)) missing.push_back(array);
         if (!missing.empty()) throw NpyError("it lacks " + join(missing));
         Reference reference = {arrays["betas"].as<double>(),
                                arrays["timesteps"].as<double>(),
@@ -81,8 +81,8 @@ Reference load_reference(const Pipeline& pipe) {
                                {}};
         const std::size_t steps = reference.timesteps.size(), batch = reference.batch();
         const std::size_t each = batch * count(manifest.state().shape);
-        const auto expect = [](const char* name, std::size_t size, std::size_t expected) {
-            if (size != expected) throw NpyError(text(name, " has ", size, " numbers, expected ", expected));
+        const auto expect = [](const char* array, std::size_t size, std::size_t expected) {
+            if (size != expected) throw NpyError(text(array, " has ", size, " numbers, expected ", expected));
         };
         if (steps == 0 || batch == 0) throw NpyError("it has no steps or no seeds");
         const std::string& solver = manifest.process.sampler.solver;
@@ -106,7 +106,7 @@ Reference load_reference(const Pipeline& pipe) {
         if (!image.empty()) expect("images", reference.images.size(), batch * count(image));
         return reference;
     } catch (const NpyError& error) {
-        throw BundleError(text(folder, ": ", REFERENCE, " cannot be read: ", error.what(), "; rebuild the bundle"));
+        throw BundleError(text(folder, ": ", name, " cannot be read: ", error.what(), "; rebuild the bundle"));
     }
 }
 

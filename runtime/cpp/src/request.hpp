@@ -27,8 +27,9 @@ struct Request {
     std::vector<std::uint64_t> seeds = {0};  // one, or one a picture
     std::string solver, spacing;             // empty: the bundle's; a spacing may list the times: "999, 640, 300"
     double eta = 0.0;
-    std::string cache;                          // of outputs: taylorseer or easycache
-    Settings cache_settings;                    // those that are not the defaults
+    std::string size;         // one of the bundle's: 512, or 512x768 for height x width; empty: the pipeline's
+    std::string cache;        // of outputs: taylorseer or easycache
+    Settings cache_settings;  // those that are not the defaults
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;
 };

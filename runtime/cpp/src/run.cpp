@@ -38,10 +38,10 @@ Values twice(const Values& values) {
 }  // namespace
 
 Run::Run(Pipeline& pipe, const Request& request)
-    : pipe_(pipe),
-      checked_(check(pipe.manifest, request)),
+    : pipe_(pipe.at(request.size)),
+      checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),
-      trajectory_(start(pipe.manifest, request, checked_)) {}
+      trajectory_(start(pipe_.manifest, request, checked_)) {}
 
 bool Run::step() {
     require_going();

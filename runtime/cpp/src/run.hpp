@@ -27,6 +27,7 @@ class Run {
     // Any thread may call it: the next step throws Stopped.
     void cancel() { cancelled_ = true; }
 
+    Pipeline& pipe() const { return pipe_; }  // at the run's size
     std::size_t count() const { return checked_.condition.rows; }
     int steps() const { return static_cast<int>(checked_.timesteps.size()); }
     // The rows that the network evaluated for each sample: evaluations × groups.

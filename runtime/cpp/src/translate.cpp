@@ -117,6 +117,7 @@ Request translate(const Manifest& manifest, const dit_request* original) {
     if (from.solver) request.solver = from.solver;
     if (from.spacing) request.spacing = from.spacing;
     request.eta = from.eta;
+    if (from.size) request.size = from.size;
     if (from.guidance_interval[0] != 0 || from.guidance_interval[1] != 1)
         request.guidance_interval.emplace(from.guidance_interval[0], from.guidance_interval[1]);
     if (from.guidance_policy) request.guidance_policy = from.guidance_policy;

@@ -43,7 +43,8 @@ struct Figure {
 
 using OnFigure = std::function<void(const Figure& figure)>;
 
-// All figures of a bundle against its reference, one by one; the caller decides on `passed`.
+// All figures of a bundle against its references, one by one; the caller decides on `passed`. The stages of sizes other
+// than the pipeline's own have the size before their name. Its engines are closed before those of another size open.
 void verify(Pipeline& pipe, const OnFigure& on_figure);
 
 }  // namespace dit_runtime

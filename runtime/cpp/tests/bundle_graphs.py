@@ -21,7 +21,9 @@ MAX_BATCH = 3
 class Maker:
     """The stages of one kind; a node is (op, inputs, outputs, attributes), a weight is (name, values)."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str, suffix: str = "") -> None:
+        """Make stages whose names end in `suffix`, but for those before the loop."""
+        self.suffix = suffix
         self.folder, self.random, self.stages = folder, np.random.default_rng(0), list[dict[str, Any]]()
         self.guided = kind not in ("free", "embedded")
         # OpenVINO cuts the step where groups meet; in a wave, it keeps a sample's groups together.
@@ -125,6 +127,7 @@ class Maker:
         made = helper.make_model(
             helper.make_graph(nodes, name, *ends, weights), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
         )
+        name += self.suffix if runs in ("step", "update", "end") else ""
         file = f"{name}.onnx"
         onnx.save(made, self.folder / file, save_as_external_data=True, location=f"{file}.data", size_threshold=128)
         (self.folder / f"{file}.data").touch()

@@ -228,6 +228,8 @@ def embedded(make: Maker) -> None:
 
 KINDS: dict[str, Callable[[Maker], None]] = {
     "labels": labels,
+    "sizes": labels,
+    "wide": labels,
     "captioned": captioned,
     "wave": wave,
     "video": video,

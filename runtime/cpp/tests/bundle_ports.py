@@ -19,6 +19,11 @@ PORTS: dict[str, list[dict[str, Any]]] = {
         port("timesteps", "time"),
         port("labels", "condition", size=CLASSES + 1),
     ],
+    "wide": [
+        port("latents", "state", 2, 4, 8),
+        port("timesteps", "time"),
+        port("labels", "condition", size=CLASSES + 1),
+    ],
     "captioned": [
         port("latents", "state", 2, 4, 4),
         port("timesteps", "time"),
@@ -56,6 +61,7 @@ PORTS: dict[str, list[dict[str, Any]]] = {
 }
 NULL: dict[str, dict[str, float]] = {
     "labels": {"labels": CLASSES},
+    "wide": {"labels": CLASSES},
     "captioned": {},
     "wave": {"words": 0.0, "pooled": 0.0},
     "video": {"labels": 3, "rate": 0.0},
@@ -65,6 +71,7 @@ NULL: dict[str, dict[str, float]] = {
 }
 # The two tokenizers of "prompted": each knows other words, and the second one's encoder reads no mask.
 WORDS = (("<pad>", "<unk>", "a", "no", "red", "blue", "cat", "dog"), ("<pad>", "<unk>", "cat", "dog", "hat"))
+PORTS["sizes"], NULL["sizes"] = PORTS["labels"], NULL["labels"]
 PROMPTS: dict[str, list[dict[str, Any]]] = {
     "prompted": [
         {

@@ -4,6 +4,7 @@ labels: 5 classes, a learned variance, a decoder;  captioned: captions with a ma
 wave: a state of rank 1, two conditions of different widths, and stages that read what others give;
 video: a state of rank 4, labels without names and a number;  free: no condition at all, and no guidance;
 prompted: two tokenizers, and a stage that makes three of the four condition ports of their ids;
+sizes: as labels, with a second size that has graphs of its own;
 embedded: a port takes the weight of guidance, with defaults of the bundle's own.
 """
 
@@ -49,9 +50,11 @@ Rows = dict[str, NDArray[Any]]
 class Graphs:
     """The bundle's graphs in ONNX Runtime, a row at a time where a stage takes few."""
 
-    def __init__(self, folder: Path, table: dict[str, Any]) -> None:
-        self.stages = {stage["name"]: stage for stage in table["stages"]}
-        self.sessions = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in self.stages}
+    def __init__(self, folder: Path, table: dict[str, Any], suffix: str) -> None:
+        self.stages = {stage["name"].removesuffix(suffix): stage for stage in table["stages"]}
+        self.sessions = {
+            name: onnxruntime.InferenceSession(folder / stage["onnx"]) for name, stage in self.stages.items()
+        }
         self.ports = {port["role"]: port["name"] for port in table["ports"]}
         self.conditions = [port for port in table["ports"] if port["role"] == "condition"]
         self.reads = [spec["name"] for spec in self.stages["denoiser"]["reads"]]
@@ -132,9 +135,9 @@ def fingerprint(graphs: Graphs, t: float, own: Rows, null: Rows) -> NDArray[np.f
     return (whole @ Noise(0).normal((whole.shape[1], 4)) / np.sqrt(whole.shape[1])).astype(np.float32)
 
 
-def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
+def reference(folder: Path, kind: str, table: dict[str, Any], suffix: str) -> None:
     """reference.npz, with NumPy in PyTorch's place; the solver is DDIM, x' = √ᾱ' x₀ + √(1 - ᾱ') ε."""
-    graphs, (own, null) = Graphs(folder, table), conditions(kind)
+    graphs, (own, null) = Graphs(folder, table, suffix), conditions(kind)
     times, batch = plan(DIFFUSION, "ddim", STEPS), len(SEEDS)
     guidance = np.array(WEIGHTS if graphs.guided or kind in GUIDANCE_PORT else [1.0, 1.0], np.float32)
     ids, null_ids = prompts(kind, batch, 3), prompts(kind, 1, 4)
@@ -165,7 +168,7 @@ def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
     if "decoder" in graphs.stages:
         pictures = images.to_uint8(graphs.run("decoder", {graphs.ports["state"]: states[-1]})["images"])
     np.savez(
-        folder / "reference.npz",
+        folder / f"reference{suffix}.npz",
         betas=DIFFUSION.betas,
         timesteps=times,
         seeds=np.array(SEEDS),
@@ -184,7 +187,20 @@ def reference(folder: Path, kind: str, table: dict[str, Any]) -> None:
 def make(folder: Path, kind: str = "labels") -> None:
     shutil.rmtree(folder, ignore_errors=True)  # onnx appends to weights that are there
     folder.mkdir(parents=True)
-    maker = Maker(folder, kind)
+    table = make_size(folder, kind)
+    if kind == "sizes":
+        (folder / "conditioner.onnx.data").unlink()  # which is the same at each size; onnx appends
+        own, keys = make_size(folder, "wide", "-32x64"), ("model", "ports", "process", "stages")
+        next(stage for stage in own["stages"] if stage["runs"] == "step")["shared"] = ["conditioner.onnx.data"]
+        sized = {"size": "32x64", "suffix": "-32x64"} | {key: own[key] for key in keys}
+        table |= {"size": "32", "sizes": [sized]}
+    files = {name: asdict(file) for name, file in manifest.describe_files(folder).items()}
+    manifest.write_file(folder, manifest.NAME, json.dumps(table | {"files": files}, indent=1).encode())
+
+
+def make_size(folder: Path, kind: str, suffix: str = "") -> dict[str, Any]:
+    """Write graphs and a reference; return what the manifest says of them."""
+    maker = Maker(folder, kind, suffix)
     KINDS[kind](maker)
     state = maker.state["shape"]
     table: dict[str, Any] = {
@@ -192,7 +208,7 @@ def make(folder: Path, kind: str = "labels") -> None:
         "model": {"name": "tiny", "resolution": 32},
         "ports": PORTS[kind],
         "null": NULL[kind],
-        "labels": list(NAMES[:CLASSES]) if kind == "labels" else [],
+        "labels": list(NAMES[:CLASSES]) if kind in ("labels", "sizes", "wide") else [],
         "guidance": {"channels": state[0], "unguided_up_to_one": kind == "video"},
         "process": DIFFUSION.to_dict(),
         "stages": maker.stages,
@@ -205,9 +221,8 @@ def make(folder: Path, kind: str = "labels") -> None:
     if kind in GUIDANCE_PORT:
         table["guidance"] |= {"default": 3.5, "port": GUIDANCE_PORT[kind]}
         table["process"]["sampler"]["steps"] = 3
-    reference(folder, kind, table)
-    files = {name: asdict(file) for name, file in manifest.describe_files(folder).items()}
-    manifest.write_file(folder, manifest.NAME, json.dumps(table | {"files": files}, indent=1).encode())
+    reference(folder, kind, table, suffix)
+    return table
 
 
 if __name__ == "__main__":

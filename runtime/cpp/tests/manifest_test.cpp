@@ -282,9 +282,24 @@ TEST_F(ManifestTest, NoChangeEndsInAnythingElse) {
     EXPECT_GT(read_again, 20);
 }
 
+TEST(Sizes, AreManifestsOfTheirOwn) {
+    const Manifest first = read(SIZES), wide = first.at("32x64");
+    EXPECT_EQ(wide.state().shape, (Shape{2, 4, 8}));
+    EXPECT_EQ(wide.at("32x32").state().shape, first.state().shape);
+    EXPECT_EQ(first.own("reference.npz"), "reference.npz");
+    EXPECT_EQ(wide.own("reference.npz"), "reference-32x64.npz");
+    EXPECT_EQ(wide.step().onnx_files().back(), "conditioner.onnx.data");
+    refused_change(SIZES, "32", [](Json& table) { table["sizes"][0]["size"] = "32"; });
+    refused_change(SIZES, "suffix", [](Json& table) { table["sizes"][0].erase("suffix"); });
+    refused_change(SIZES, "a size", [](Json& table) { table["sizes"][0]["colour"] = "red"; });
+    refused_change(SIZES, "name of a size", [](Json& table) { table["sizes"][0]["size"] = "64x64"; });
+    refused_change(SIZES, "another one in another size",
+                   [](Json& table) { table["sizes"][0]["stages"][0]["max_batch"] = 7; });
+}
+
 // refusals.py has asked Python about these very manifests.
 TEST(Refusals, WhatPythonRefuses) {
-    for (const std::string bundle : {BUNDLE, PROMPTED, EMBEDDED}) {
+    for (const std::string bundle : {BUNDLE, PROMPTED, EMBEDDED, SIZES}) {
         const BundleCopy copy(bundle);
         std::ifstream file(bundle + "-refused.json");
         const Json good = Json::parse(copy.bytes("manifest.json")), changes = Json::parse(file);

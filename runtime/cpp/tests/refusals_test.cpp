@@ -62,16 +62,16 @@ TEST_P(Api, BadOptions) {
         options = DIT_OPEN_OPTIONS_INIT;
         EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &options), DIT_OK) << dit_message(fresh.get());  // a second try
     };
-    bad("backend 'onyx' is not in this library", {sizeof options, "onyx", nullptr, 0, 0, nullptr, 0});
-    bad("device 'nowhere'", {sizeof options, GetParam(), "nowhere", 0, 0, nullptr, 0});
-    bad("threads is -1", {sizeof options, GetParam(), nullptr, -1, 0, nullptr, 0});
-    bad("struct_size is 4", {4, nullptr, nullptr, 0, 0, nullptr, 0});
+    bad("backend 'onyx' is not in this library", {sizeof options, "onyx", nullptr, 0, 0, nullptr, 0, nullptr});
+    bad("device 'nowhere'", {sizeof options, GetParam(), "nowhere", 0, 0, nullptr, 0, nullptr});
+    bad("threads is -1", {sizeof options, GetParam(), nullptr, -1, 0, nullptr, 0, nullptr});
+    bad("struct_size is 4", {4, nullptr, nullptr, 0, 0, nullptr, 0, nullptr});
     const int64_t none = 0, many = 99, one = 1;
-    bad("warm has 0; expected batch sizes from 1 to 3", {sizeof options, GetParam(), nullptr, 0, 0, &none, 1});
-    bad("warm has 99", {sizeof options, GetParam(), nullptr, 0, 0, &many, 1});
-    bad("warm is NULL", {sizeof options, GetParam(), nullptr, 0, 0, nullptr, 1});
-    bad("both warm and low_memory", {sizeof options, GetParam(), nullptr, 0, 1, &one, 1});
-    bad("newer libdit", {sizeof options + 16, nullptr, nullptr, 0, 0, nullptr, 0});
+    bad("warm has 0; expected batch sizes from 1 to 3", {sizeof options, GetParam(), nullptr, 0, 0, &none, 1, nullptr});
+    bad("warm has 99", {sizeof options, GetParam(), nullptr, 0, 0, &many, 1, nullptr});
+    bad("warm is NULL", {sizeof options, GetParam(), nullptr, 0, 0, nullptr, 1, nullptr});
+    bad("both warm and low_memory", {sizeof options, GetParam(), nullptr, 0, 1, &one, 1, nullptr});
+    bad("newer libdit", {sizeof options + 16, nullptr, nullptr, 0, 0, nullptr, 0, nullptr});
 }
 
 // Each kind of damage on the whole way: a status and a sentence, nothing opened, and a sound bundle opens after it.

@@ -79,9 +79,11 @@ typedef struct dit_open_options {
     const int64_t* warm; /* batch sizes, from 1 to max_batch: dit_open runs every stage at each of them, guided and not,
                             so that a later request of such a size compiles nothing; not with low_memory */
     size_t num_warm;
+    const char* size; /* what requests without a size draw, as dit_size names it; NULL: the bundle's first. The engines
+                         of other sizes open when they are first drawn */
 } dit_open_options;
 
-#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0}
+#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0, NULL}
 
 typedef struct dit_info {
     size_t struct_size;
@@ -110,6 +112,18 @@ typedef struct dit_info {
 #define DIT_INFO_INIT                                                                                    \
     {sizeof(dit_info),         0,    0, {0, 0, 0}, {0, 0, 0}, 0,   0, NULL, NULL, NULL, NULL, {0, 0}, 0, \
      {0, 0, 0, 0, 0, 0, 0, 0}, NULL, 0, 0,         0.0,       NULL}
+
+/* A size of the pictures that the bundle draws. dit_info has the shapes of the one that requests without a size draw.
+ */
+typedef struct dit_size {
+    size_t struct_size;
+    const char* name;       /* "512", or "512x768" for height x width; "": the bundle has one, without a name */
+    int state_rank;         /* of what a run changes */
+    int64_t state_shape[8]; /* its sizes, channels first */
+    int64_t image_shape[3]; /* height, width, 3; all 0 without a decoder */
+} dit_size;
+
+#define DIT_SIZE_INIT {sizeof(dit_size), NULL, 0, {0, 0, 0, 0, 0, 0, 0, 0}, {0, 0, 0}}
 
 typedef enum dit_dtype { DIT_FLOAT32 = 0, DIT_INT64 = 1 } dit_dtype;
 
@@ -213,8 +227,10 @@ typedef struct dit_request {
     int disable_cache_before_step; /* earlier steps are evaluated */
     int disable_cache_after_step;  /* this step and later ones are evaluated; below 0: from the end */
     double cache_threshold;        /* the error that easycache lets grow; below 0: its default */
-    const char*
-        preset; /* of the bundle (dit_preset): values for the fields above that have their _INIT values; NULL: none */
+    const char* preset;            /* of the bundle (dit_preset): values for the fields above that have their _INIT
+                                      values; NULL: none */
+    const char* size;              /* one of the bundle's, as dit_size names it; its shapes are then those of the
+                                      buffers and of latents; NULL: the pipeline's */
 } dit_request;
 
 #define DIT_REQUEST_INIT  \
@@ -247,6 +263,7 @@ typedef struct dit_request {
      DIT_DEFAULT,         \
      DIT_DEFAULT,         \
      -1.0,                \
+     NULL,                \
      NULL}
 
 /* A pipeline without a bundle; NULL where memory is short. */
@@ -262,6 +279,12 @@ DIT_API void dit_free(dit_pipeline* pipe);
 DIT_API dit_status dit_open(dit_pipeline* pipe, const char* bundle, const dit_open_options* options);
 
 DIT_API dit_status dit_get_info(dit_pipeline* pipe, dit_info* info);
+
+/* The number of sizes that the bundle draws; 0 without a bundle. */
+DIT_API size_t dit_size_count(const dit_pipeline* pipe);
+
+/* The sizes from 0, which requests without a size draw, to dit_size_count - 1; start from DIT_SIZE_INIT. */
+DIT_API dit_status dit_get_size(dit_pipeline* pipe, size_t index, dit_size* size);
 
 /* The number of ports that condition the network; 0 without a bundle. */
 DIT_API size_t dit_port_count(const dit_pipeline* pipe);

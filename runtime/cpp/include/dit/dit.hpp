@@ -35,6 +35,7 @@ class Pipeline {
         from.low_memory = options.low_memory;
         if (!options.warm.empty()) from.warm = options.warm.data();
         from.num_warm = options.warm.size();
+        if (!options.size.empty()) from.size = options.size.c_str();
         check(dit_open(pipe_.get(), bundle.c_str(), &from));
         check(dit_get_info(pipe_.get(), &info_));
     }
@@ -59,6 +60,28 @@ class Pipeline {
         std::int64_t label = 0;
         check(dit_find_label(pipe_.get(), name.c_str(), &label));
         return label;
+    }
+
+    // The sizes that the bundle draws; the first is what requests without a size draw.
+    std::vector<Size> sizes() const {
+        std::vector<Size> all;
+        for (std::size_t index = 0; index < dit_size_count(pipe_.get()); ++index) {
+            dit_size size = DIT_SIZE_INIT;
+            check(dit_get_size(pipe_.get(), index, &size));
+            all.push_back({size.name,
+                           {size.state_shape, size.state_shape + size.state_rank},
+                           static_cast<std::size_t>(size.image_shape[0]),
+                           static_cast<std::size_t>(size.image_shape[1])});
+        }
+        return all;
+    }
+
+    // The size that a request draws.
+    Size size_of(const Request& request) const {
+        const std::vector<Size> all = sizes();
+        for (const Size& size : all)
+            if (size.name == request.size || size.name + "x" + size.name == request.size) return size;
+        return all.front();  // where it has no such size, the call says so
     }
 
     // The ports that condition the network.
@@ -92,11 +115,11 @@ class Pipeline {
     // The number of pictures; where nothing conditions the network, of its latents, else of its seeds.
     std::size_t count(const Request& request) const {
         if (dit_port_count(pipe_.get()) > (*info_.guidance_port ? 1u : 0u)) return request.count();
-        return request.latents.empty() ? request.seeds.size() : request.latents.size() / row();
+        return request.latents.empty() ? request.seeds.size() : request.latents.size() / row(request);
     }
 
     Images generate(const Request& request) {
-        Images images = empty_images(count(request));
+        Images images = empty_images(count(request), size_of(request));
         std::uint8_t none = 0;
         std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
         call(request,
@@ -106,7 +129,7 @@ class Pipeline {
 
     // Without decoding: float [count, state_shape].
     std::vector<float> generate_latents(const Request& request) {
-        std::vector<float> latents(count(request) * row());
+        std::vector<float> latents(count(request) * row(request));
         float none = 0;
         float* numbers = latents.empty() ? &none : latents.data();
         call(request, [&](const dit_request& from) {
@@ -166,18 +189,17 @@ class Pipeline {
     }
 
     // Numbers of a picture's state.
-    std::size_t row() const {
+    std::size_t row(const Request& request) const {
         std::size_t numbers = 1;
-        for (int axis = 0; axis < info_.state_rank; ++axis)
-            numbers *= static_cast<std::size_t>(info_.state_shape[axis]);
+        for (const std::int64_t size : size_of(request).state) numbers *= static_cast<std::size_t>(size);
         return numbers;
     }
 
-    Images empty_images(std::size_t count) const {
+    static Images empty_images(std::size_t count, const Size& size) {
         Images images;
         images.count = count;
-        images.height = static_cast<std::size_t>(info_.image_shape[0]);
-        images.width = static_cast<std::size_t>(info_.image_shape[1]);
+        images.height = size.height;
+        images.width = size.width;
         images.pixels.resize(count * images.height * images.width * 3);
         return images;
     }
@@ -224,6 +246,7 @@ class Pipeline {
         to.steps = request.steps;
         if (!request.solver.empty()) to.solver = request.solver.c_str();
         if (!request.spacing.empty()) to.spacing = request.spacing.c_str();
+        if (!request.size.empty()) to.size = request.size.c_str();
         to.eta = request.eta;
         if (!request.preset.empty()) to.preset = request.preset.c_str();
         if (!request.latents.empty()) to.latents = request.latents.data();
@@ -275,7 +298,11 @@ class Pipeline {
 class Run {
   public:
     Run(Pipeline& pipe, const Request& request)
-        : pipe_(pipe), count_(pipe.count(request)), call_(std::make_unique<Call>(request.on_step)) {
+        : pipe_(pipe),
+          count_(pipe.count(request)),
+          row_(pipe.row(request)),
+          size_(pipe.size_of(request)),
+          call_(std::make_unique<Call>(request.on_step)) {
         dit_run* made = nullptr;
         pipe_.call(request, call_->step,
                    [&](const dit_request& from) { return dit_run_new(pipe_.get(), &from, &made); });
@@ -291,7 +318,7 @@ class Run {
 
     // The state after the steps so far.
     std::vector<float> latents() {
-        std::vector<float> numbers(count_ * pipe_.row());
+        std::vector<float> numbers(count_ * row_);
         finish(dit_run_latents(run_.get(), numbers.data(), numbers.size()));
         return numbers;
     }
@@ -304,7 +331,7 @@ class Run {
 
     // Does what is left of the run and decodes it.
     Images result() {
-        Images images = pipe_.empty_images(count_);
+        Images images = Pipeline::empty_images(count_, size_);
         std::uint8_t none = 0;
         std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
         finish(dit_run_result(run_.get(), pixels, images.pixels.size()));
@@ -331,7 +358,8 @@ class Run {
     }
 
     Pipeline& pipe_;
-    std::size_t count_;
+    std::size_t count_, row_;
+    Size size_;
     std::unique_ptr<Call> call_;  // before the run, which may call it
     std::unique_ptr<dit_run, Free> run_;
 };

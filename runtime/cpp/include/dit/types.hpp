@@ -25,6 +25,14 @@ struct OpenOptions {
     int threads = 0;      // 0: the engine's own choice
     bool low_memory = false;
     std::vector<std::int64_t> warm = {};  // batch sizes that every stage runs at before the first request
+    std::string size = {};                // what requests without a size draw; empty: the bundle's first
+};
+
+// A size of the pictures that the bundle draws.
+struct Size {
+    std::string name;                 // "512", or "512x768" for height x width
+    std::vector<std::int64_t> state;  // the shape of what a run changes, channels first
+    std::size_t height, width;        // of pictures; 0 without a decoder
 };
 
 // Rows for a port: floats, or integers.
@@ -85,6 +93,7 @@ struct Request {
     Captions negative;             // of an empty text, for guidance: one for all, or one a caption
     Condition condition;           // beside labels or captions or alone
     Condition negative_condition;  // what guidance leads away from: one row for all, or one a picture
+    std::string size;              // one of the bundle's, by its name; empty: the pipeline's
 
     std::size_t count() const {
         if (captions.count) return captions.count;

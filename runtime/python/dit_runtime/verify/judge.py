@@ -65,10 +65,10 @@ def verify(pipe: Pipeline, on_step: Callable[[int, int], None] | None = None) ->
     The stages of sizes other than the pipeline's own have the size before their name. Its engines are closed before
     those of another size open.
     """
-    figures = _verify_size(pipe, on_step)
+    figures = _verify_size(pipe, on_step, with_prompts=True)
     for other in pipe.manifest.sizes:
         pipe.engines.close()
-        sized = _verify_size(pipe.at(other.size), on_step)
+        sized = _verify_size(pipe.at(other.size), on_step, with_prompts=False)
         figures += [replace(figure, stage=_prefix(other) + figure.stage) for figure in sized]
     return figures
 
@@ -88,18 +88,21 @@ def by_size(contract: Manifest, figures: Iterable[Figure]) -> dict[str, list[Fig
     return own
 
 
-def _verify_size(pipe: Pipeline, on_step: Callable[[int, int], None] | None) -> list[Figure]:
+def _verify_size(pipe: Pipeline, on_step: Callable[[int, int], None] | None, with_prompts: bool) -> list[Figure]:
     manifest.check_files(pipe.folder, pipe.manifest, [pipe.manifest.own(REFERENCE)])
     reference = load_reference(pipe.folder, pipe.manifest)
     tolerances(pipe.manifest)  # before the long work
-    figures = list(prompt_figures(pipe))
+    figures = list(prompt_figures(pipe)) if with_prompts else []
     return figures + judge(pipe.manifest, reference, replay(pipe, reference, on_step))
 
 
 def prompt_figures(pipe: Pipeline) -> Iterator[Figure]:
-    """Return one figure a port that the prompt stage gives; none where a bundle takes no prompts."""
+    """Return one figure a port that the prompt stage gives; none where a bundle takes no prompts.
+
+    Its encoders keep to the limit of an evaluation, as they are networks of their own.
+    """
     if (stage := pipe.manifest.prompt) is not None:
-        limit = TOLERANCES[stage.precision].conditioner
+        limit = TOLERANCES[pipe.manifest.step.precision].prediction
         for name, row, error in prompts.errors(pipe):
             yield Figure(stage.name, f"{name} of ids, fingerprint, rel-L2", error, limit, where=f"prompt {row}")
 
