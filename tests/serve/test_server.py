@@ -8,6 +8,8 @@ import json
 import logging
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -196,9 +198,23 @@ def test_it_is_not_open_to_others_without_a_key(
     (tmp_path / "key").write_text("short\n")
     assert cli.main([str(folder), "--host", "0.0.0.0", "--api-key-file", str(tmp_path / "key")]) == 2
     assert "at least 16 characters" in capsys.readouterr().err
+    for option in (["--batch", "0"], ["--deadline", "nan"], ["--max-pixels", "-1"]):
+        assert cli.main([str(folder), *option]) == 2
+        assert f"{option[0]} is" in capsys.readouterr().err
     for bundles in (["a=x", "a=y"], ["a b=x"]):
         assert cli.main(bundles) == 2
         assert "each name once" in capsys.readouterr().err
+
+
+def test_without_its_extra_it_says_what_to_install(folder: Path) -> None:
+    code = (
+        "import sys\nclass Blocker:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name in ('uvicorn', 'starlette'): raise ModuleNotFoundError(name, name=name)\n"
+        f"sys.meta_path.insert(0, Blocker())\nfrom dit_serve.cli import main\nsys.exit(main([{str(folder)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "needs the package uvicorn: pip install 'dit-export[serve]'" in done.stderr
 
 
 def test_models(server: Running) -> None:
