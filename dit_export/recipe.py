@@ -45,6 +45,7 @@ class Recipe(Tuning):
     precision: str = "fp32"
     backend: str = "auto"
     checkpoint: str | None = None
+    pipeline: str | None = None  # a folder that diffusers saved, whatever the class of its transformer
     vae: str | None = None
     labels: str | None = None
     heads: int | None = None

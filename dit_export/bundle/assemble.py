@@ -34,10 +34,11 @@ from dit_export.precision.convolutions import Convolution, FloatConvolutions
 from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
 from dit_export.precision.layers import ATTENTION, coverage, find, named
 from dit_export.precision.layers import DECODER as DECODER_LAYERS
-from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure
+from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure, measure_prompts
 from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed, pack_divisors, smooth
+from dit_export.precision.stored import own_types, store_half
 from dit_export.recipe import Recipe
 from dit_export.verify.parity import DECODER_PSNR
 from dit_runtime import backends
@@ -88,6 +89,8 @@ class Assembly:
     lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     decoder_lowerings: Lowerings = field(default_factory=lambda: LOWERINGS)
     divisors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # by pack
+    written: dict[str, Written] = field(default_factory=dict)  # by stage
+    text_in_fp32: str = ""  # why the text encoders are, where the precision has others
     contract: Manifest | None = None
 
     def run(self) -> Manifest:
@@ -105,6 +108,7 @@ class Assembly:
             self.folder, self.traced, self.loaded, self.decoder, self.recipe, self.backend, self.progress, self.inputs
         )
         second.measured, second.convolutions = self.measured, self.convolutions
+        second.text_in_fp32 = self.text_in_fp32
         with self.progress.stage("fuse and smooth again"):
             second.fuse()
             second.smooth()
@@ -112,10 +116,14 @@ class Assembly:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """Return the precision by how a stage runs; a float decoder has that of the float parts of an int8 denoiser."""
+        """Return the precision by how a stage runs; a float stage has that of the float parts of an int8 denoiser."""
         precision = self.recipe.precision
         around = backends.backend(self.backend).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
-        return {"step": precision, "end": "int8" if self.convolutions and self.convolutions.quantized else around}
+        return {
+            "step": precision,
+            "end": "int8" if self.convolutions and self.convolutions.quantized else around,
+            "prompt": (not self.text_in_fp32 and backends.typed(self.backend, precision)) or "fp32",
+        }
 
     def precision_of(self, stage: str) -> str:
         return self.precisions.get(self.runs[stage], "fp32")
@@ -203,6 +211,10 @@ class Assembly:
             self.measured = measure(self.folder, self.graphs, network, plan, prompts, **wants, on_step=tick)
         if calibration is not None:
             self.measured = Measured(calibration, self.measured.peaks)
+        if self.may_overflow and (text := self.loaded.text) is not None:
+            graph = self._prompt()["prompt"]
+            store_half(graph, {}, "bf16")
+            self.measured.peaks["prompt"] = measure_prompts(graph, self.folder, text)
 
     def _write_fp32(self) -> None:
         """Write the fused graphs and a manifest without checksums, which nothing but the next steps reads."""
@@ -264,13 +276,28 @@ class Assembly:
 
     def write(self) -> None:
         """Cast to half precision where the backend computes by types, then write each graph and its forms."""
-        written, graphs = {}, self._prompt() | self.graphs
-        for name, graph in graphs.items():
+        prompt = self._prompt()
+        for name, graph in (prompt | self.graphs).items():
             lowerings = {"step": self.lowerings, "end": self.decoder_lowerings}.get(self.runs[name], LOWERINGS)
-            written[name] = self._write(name, graph, lowerings)
-        contract = describe(self.loaded, self.recipe, self.backend, graphs, self.runs, written)
-        facts = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
+            self.written[name] = self._write(name, graph, lowerings)
+        self._describe(prompt)
+
+    def write_text_in_fp32(self, reason: str) -> None:
+        """Write the text encoders again, in fp32."""
+        self.text_in_fp32 = reason
+        for file in self.folder.glob("prompt.*onnx*"):
+            file.unlink()
+        prompt = self._prompt()
+        self.counts["prompt"] = {}
+        self.written["prompt"] = self._write("prompt", prompt["prompt"], LOWERINGS)
+        self._describe(prompt)
+
+    def _describe(self, prompt: Mapping[str, gs.Graph]) -> None:
+        graphs = {**prompt, **self.graphs}
+        contract = describe(self.loaded, self.recipe, self.backend, graphs, self.runs, self.written)
+        facts: dict[str, Any] = {"cut": self.cut} | ({"quantized": self.covered} if self.quantizes else {})
         facts |= {"convolutions": self.convolutions._asdict()} if self.convolutions else {}
+        facts |= {"text_in_fp32": self.text_in_fp32} if self.text_in_fp32 else {}
         self.contract = replace(contract, built_with={**contract.built_with, **facts})
 
     def _prompt(self) -> dict[str, gs.Graph]:
@@ -291,6 +318,8 @@ class Assembly:
         islands = fp32_products(graph, overflows) if half else []
         if half:
             counts["cast_to_half"] = cast_to_half(graph, half, overflows)
+        if self.runs[name] == "prompt":
+            counts["store_half"] = self._store_half(graph, half)
         self._save(name, graph)
         engines = {}
         for form, passes in lowerings.items():
@@ -306,6 +335,13 @@ class Assembly:
                     engines[form] = onnxfile.save(lowered, self.folder / f"{name}.{form}.onnx")
         require(counts, self._expected(name, len(islands)), self.misses)
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
+
+    def _store_half(self, graph: gs.Graph, half: str | None) -> int:
+        """Store the encoders' weights in the checkpoint's own 16 bits, and fp32 in fp16 unless the build is fp32."""
+        assert self.loaded.text is not None
+        own = {} if half else own_types(self.loaded.text.weights)
+        in_fp32 = bool(self.text_in_fp32) or self.recipe.precision == "fp32"
+        return store_half(graph, own, half or (None if in_fp32 else "fp16"))
 
     def _expected(self, name: str, islands: int) -> dict[str, int]:
         """Return how often each pass must fire on a stage; {}: nothing is predicted."""

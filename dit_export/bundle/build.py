@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import onnx
 
 from dit_export.bundle.assemble import Assembly, Inputs
@@ -30,7 +31,7 @@ from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, compare, summary
 from dit_export.verify.metrics import PROOF, sentence
 from dit_export.verify.reference import LEAST_STEPS, MAX_STEPS, make_reference, save_reference
-from dit_export.verify.text import save_prompts
+from dit_export.verify.text import first_failure, save_prompts
 from dit_runtime import backends
 from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
@@ -89,6 +90,8 @@ def build(
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
         presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
+    if loaded.note:
+        progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
     if folder.name in ("", ".."):
         raise UsageError(f"output {folder}: expected the name of a folder to make, such as {folder / 'bundle'}")
@@ -120,6 +123,8 @@ def build(
             sized = contract.at(name)
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
+        for name, arrays in loaded.examples.items():
+            np.savez(partial / f"{name}.npz", **arrays)
         manifest.write(partial, replace(_with_new_files(partial, contract), presets=presets))
         built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
     if calibration is not None and recipe.calibration is None:
@@ -160,6 +165,8 @@ def _make(
     if options is not None:
         making.search(lambda search, fixed: search.run(options, fixed))
     built = making.verify()
+    if (broken := first_failure(making.contract, built.checks)) and not making.assembly.text_in_fp32:
+        built = making.with_text_in_fp32(broken)
     if not built.passed and recipe.precision in backends.QUANTIZED:
         built = _within_gates(making, built)
     invariant = batch_invariant(making.contract, built.checks)
@@ -269,6 +276,17 @@ class Making:
         table = [layer._asdict() for layer in both.layers]
         (folder / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         return found
+
+    def with_text_in_fp32(self, broken: Figure) -> Built:
+        """Write the text encoders again in fp32, and verify the bundle with them."""
+        reason = sentence(broken)
+        self.assembly.progress.say(f"the text encoders stay in fp32: {reason}")
+        self.assembly.write_text_in_fp32(reason)
+        (self.assembly.folder / PARITY).unlink()  # of what was there before
+        assert self.assembly.contract is not None
+        stages, built_with = self.assembly.contract.stages, self.assembly.contract.built_with
+        self.contract = replace(self.contract, stages=stages, built_with={**self.contract.built_with, **built_with})
+        return self.verify()
 
     def verify(self) -> Built:
         """Compile, then run the proof, each graph against PyTorch, and the replay that `dit-run verify` does."""

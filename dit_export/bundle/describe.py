@@ -55,7 +55,7 @@ def describe(
                 onnx=f"{name}.onnx",
                 max_batch=1 if _gives_videos(gives) else ROWS.get(runs[name], recipe.max_batch),
                 precision=written[name].precision,
-                backend=backends.choose(backend, written[name].precision),
+                backend=backends.choose(backends.place(runs[name], backend), written[name].precision),
                 engines=written[name].engines,
             )
         )

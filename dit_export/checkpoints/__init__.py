@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ PUBLIC: dict[tuple[str, int | str], str] = {  # model, resolution -> the hub's c
     ("XL/2", 512): "facebook/DiT-XL-2-512",
 }
 LORA = "pytorch_lora_weights.safetensors"  # as diffusers saves adapters
-KINDS = ("synthetic", "file", "diffusers")  # of a source that a recipe finds again
+KINDS = ("synthetic", "file", "diffusers", "pipeline")  # of a source that a recipe finds again
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Loaded:
     process: Process
     source: dict[str, Any]  # provenance, JSON-able
     text: PromptEncoder | None = None  # None: conditions are arrays
+    examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # arrays by port, by file of the bundle
+    note: str = ""  # what a user should know of it
 
 
 def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
@@ -62,6 +65,8 @@ def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
     recipe = first if size is None else replace(recipe, resolution=size)
     if recipe.latents_only and recipe.vae:
         raise UsageError(f"got both a VAE ({recipe.vae}) and --latents-only: pass one of them")
+    if recipe.pipeline is not None:
+        return load_pipeline(recipe)
     if recipe.synthetic is not None:
         return load_synthetic(recipe, first.resolution)
     checkpoint = recipe.checkpoint or public_checkpoint(first)
@@ -74,6 +79,20 @@ def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
     source |= loaded.source | {"kind": "file" if path.is_file() else "diffusers", "sha256": sha256(files)}
     vae, vae_source = load_vae(recipe, path, loaded.network)
     return replace(loaded, vae=vae, source=source | vae_source)
+
+
+def load_pipeline(recipe: Recipe) -> Loaded:
+    """Run the recipe's pipeline, whatever the class of its transformer, and take what it shows."""
+    from dit_export.checkpoints.pipelines import read_pipeline  # transformers takes a second to import
+
+    assert recipe.pipeline is not None
+    for name in ("model", "checkpoint", "synthetic", "conditioning", "vae", "labels", "heads", "prediction"):
+        if (value := getattr(recipe, name)) is not None:
+            raise UsageError(f"got both a pipeline ({recipe.pipeline}) and {name} {value}: a pipeline has its own")
+    path = Path(recipe.pipeline).expanduser()
+    read = read_pipeline(path, recipe)
+    source = {"path": recipe.pipeline, "kind": "pipeline"} | read.source
+    return Loaded(read.network, read.vae, (), read.process, source, examples=read.examples, note=read.note)
 
 
 def load_file(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
@@ -155,7 +174,7 @@ def load_source(contract: Manifest, folder: Path) -> Loaded:
     if contract.source.get("kind") not in KINDS:
         what = f"{folder}: of a program's own network, whose weights no command reads"
         raise UsageError(f"{what}; run `dit-export regress {folder}`")
-    known = {field.name for field in fields(Recipe)}
+    known = {each.name for each in fields(Recipe)}
     if unknown := sorted(contract.source["recipe"].keys() - known):
         what = f"{folder}: the recipe in its manifest has {unknown[0]!r}, which this version does not know"
         raise UsageError(f"{what}; rebuild it with `dit-export build`")
@@ -241,7 +260,7 @@ def agree(network: Network, recipe: Recipe, where: str) -> None:
         raise UsageError(f"{where}: caption-tokens {recipe.caption_tokens}, but the network has no captions")
     if recipe.frames is not None and "frames" not in network.model:
         raise UsageError(f"{where}: frames {recipe.frames}, but the network draws no videos")
-    for field in ("model", "conditioning", "heads"):
-        asked, value = getattr(recipe, field), network.model.get("name" if field == "model" else field)
+    for key in ("model", "conditioning", "heads"):
+        asked, value = getattr(recipe, key), network.model.get("name" if key == "model" else key)
         if asked is not None and asked != value:
-            raise UsageError(f"{where}: the weights' {field} is {value}, expected {asked} as the recipe says")
+            raise UsageError(f"{where}: the weights' {key} is {value}, expected {asked} as the recipe says")

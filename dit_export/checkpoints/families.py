@@ -21,13 +21,9 @@ from dit_runtime.errors import UsageError
 
 def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Family, nn.Module]:
     """Read the transformer in `folder` as a Network, for images of the recipe's resolution."""
-    config = read_config(folder, *CLASSES, *FAMILIES)
-    family, files, where = FAMILIES[config["_class_name"]], find_weights(folder), str(folder / "config.json")
-    transformer, weights = build_module(family.name, config, where), open_weights(files)
-    check(weights, {key: tuple(tensor.shape) for key, tensor in transformer.state_dict().items()}, where)
+    transformer, weights, files = read_module(folder, *CLASSES, *FAMILIES)
+    family, where = FAMILIES[type(transformer).__name__], str(folder / "config.json")
     names = parameter_names(transformer)
-    buffers = weights.keys() - names.values()
-    transformer.load_state_dict({key: weights[key].float() for key in buffers}, strict=False)
     size = state_size(recipe, family)
     tokens = caption_tokens(folder.parent, family) if recipe.caption_tokens is None else recipe.caption_tokens
     try:
@@ -38,6 +34,16 @@ def read_family(folder: Path, recipe: Recipe) -> tuple[Network, list[Path], Fami
     if family.distilled(read_index(folder.parent), read_scheduler(folder.parent) or {}):
         network = replace(network, guidance=1.0, model={**network.model, "distilled": True})
     return network, files, family, transformer
+
+
+def read_module(folder: Path, *classes: str) -> tuple[nn.Module, Mapping[str, Tensor], list[Path]]:
+    """Return a module of diffusers whose parameters are still to be read, its weights by name, and their files."""
+    config, files, where = read_config(folder, *classes), find_weights(folder), str(folder / "config.json")
+    module, weights = build_module(config["_class_name"], config, where), open_weights(files)
+    check(weights, {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}, where)
+    buffers = weights.keys() - parameter_names(module).values()
+    module.load_state_dict({key: weights[key].float() for key in buffers}, strict=False)
+    return module, weights, files
 
 
 def state_size(recipe: Recipe, family: Family) -> tuple[int, ...] | None:
@@ -60,8 +66,7 @@ def parameter_names(transformer: nn.Module) -> dict[nn.Parameter, str]:
 def streamed(network: Network, weights: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]) -> Network:
     """Let the network read weights, by their names in the checkpoint, whenever a part runs or its graph is written."""
     inside = network.module.named_parameters(remove_duplicate=False)
-    paths = {path: names[parameter] for path, parameter in inside if parameter in names}
-    renamed = Renamed(weights, paths)
+    renamed = Renamed({path: (weights, names[parameter]) for path, parameter in inside if parameter in names})
     stream(network.module, renamed)
     return replace(network, weights=renamed)
 

@@ -86,20 +86,24 @@ class Weights(Mapping[str, Tensor]):
         return len(self._files)
 
 
-class Renamed(Mapping[str, Tensor]):
-    """The same tensors under other names."""
+Place = tuple[Mapping[str, Tensor], str]  # of a tensor: where it is, and its name there
 
-    def __init__(self, weights: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-        self._weights, self._names = weights, names
+
+class Renamed(Mapping[str, Tensor]):
+    """Tensors of other mappings under other names."""
+
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self._places = places
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._names[name]]
+        weights, own = self._places[name]
+        return weights[own]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
 
 def _open(path: Path) -> Any:

@@ -6,15 +6,16 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from dit_export.checkpoints.files import find_weights, first_line, read_json, sha256
+from dit_export.checkpoints.files import Place, Renamed, find_weights, first_line, open_weights, read_json, sha256
+from dit_export.networks.streaming import stream
 from dit_export.networks.text import PromptEncoder, Text, Tokens
 from dit_runtime.bundle.manifest import Prompt
 from dit_runtime.errors import UsageError
@@ -24,14 +25,25 @@ OTHERWISE = "pass --without-text-encoders to build for prompt embeddings"
 SAMPLES = ("", "a photo of a cat", "Ünïcode – Größe 12, “quoted”,  and   spaces 東京 🙂", "a long road, " * 200)
 
 
+class Encoder(NamedTuple):
+    """A text encoder whose parameters have no values, and where those are."""
+
+    module: nn.Module
+    places: Mapping[nn.Parameter, Place]
+
+
 def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> tuple[PromptEncoder, dict[str, Any]]:
     """Read the encoders of a pipeline for captions of so many tokens; return their sha256 by file, too."""
     classes = parts(folder)
+    places: dict[nn.Parameter, Place] = {}
+    models: dict[str, Any] = {}
     with quiet():
-        models = {
-            name: (_tokenizer if name.startswith("tokenizer") else _encoder)(folder / name, kind)
-            for name, kind in classes.items()
-        }
+        for name, kind in classes.items():
+            if name.startswith("tokenizer"):
+                models[name] = _tokenizer(folder / name, kind)
+            else:
+                models[name], own = _encoder(folder / name, kind)
+                places |= own
     entries = [entry for entry in text.prompts if entry.tokenizer in models]
     try:
         module = text.module(models, transformer, tokens).eval().requires_grad_(False)
@@ -41,10 +53,21 @@ def read_text(folder: Path, text: Text, transformer: nn.Module, tokens: int) -> 
         raise UsageError(f"{folder}: {error.args[0]} is missing: {OTHERWISE}") from None
     for entry in entries:
         _require_embeddings(models, entry.tokenizer, folder)
+    weights = _streamed(module, places, folder)
     made = [_prompt(models[entry.tokenizer], entry, tokens, folder / entry.tokenizer) for entry in entries]
     prompts, tokenizers = tuple(prompt for prompt, _ in made), {prompt.tokenizer: content for prompt, content in made}
     files = {name: sha256(_files(folder / name)) for name in classes}
-    return PromptEncoder(module, prompts, text.gives, tokenizers), files
+    return PromptEncoder(module, prompts, text.gives, tokenizers, weights), files
+
+
+def _streamed(module: nn.Module, places: Mapping[nn.Parameter, Place], folder: Path) -> Mapping[str, Tensor]:
+    """Let the module's parts read their weights when they run; return these by their names in the module."""
+    inside = dict(module.named_parameters(remove_duplicate=False))
+    if lost := [path for path, parameter in inside.items() if parameter not in places]:
+        raise UsageError(f"{folder}: transformers makes {lost[0]} of several weights as it loads them: {OTHERWISE}")
+    weights = Renamed({path: places[parameter] for path, parameter in inside.items()})
+    stream(module, weights)
+    return weights
 
 
 def parts(folder: Path) -> dict[str, str]:
@@ -76,26 +99,47 @@ def _files(folder: Path) -> list[Path]:
     """Return what decides on an encoder or a tokenizer: its weights in one format, or all files."""
     if folder.name.startswith("tokenizer"):
         return sorted(path for path in folder.iterdir() if path.is_file())
-    try:
-        weights = find_weights(folder, "model")
-    except UsageError:
-        weights = find_weights(folder, "pytorch_model")
-    return [folder / "config.json", *weights]
+    return [folder / "config.json", *_weights(folder)]
 
 
-def _encoder(folder: Path, kind: str) -> nn.Module:
-    """Load an encoder in float32; every weight must be there."""
+def _weights(folder: Path) -> list[Path]:
+    """Return an encoder's files of weights, whose names may be older than safetensors."""
+    older = any((folder / f"pytorch_model.bin{end}").is_file() for end in ("", ".index.json"))
+    return find_weights(folder, "pytorch_model" if older and not any(folder.glob("model*.safetensors*")) else "model")
+
+
+def _encoder(folder: Path, kind: str) -> Encoder:
+    """Build an encoder in float32 without reading its weights, each of which must be there.
+
+    transformers has its own rules for the names of weights, and ties some. So it loads numbers in their place, one for
+    each name in the checkpoint, spread over the weight's shape without taking memory.
+    """
     loader = getattr(transformers, kind, None)
     if loader is None:
         raise UsageError(f"{folder}: transformers has no {kind}: {OTHERWISE}")
-    options = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    weights = open_weights(_weights(folder))
+    keys = list(weights)
+    numbers = {key: torch.tensor(float(number)).expand(weights[key].shape) for number, key in enumerate(keys)}
     try:
-        encoder, report = loader.from_pretrained(folder, **options)
+        config = loader.config_class.from_pretrained(folder, local_files_only=True)
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        encoder, report = loader.from_pretrained(None, config=config, state_dict=numbers, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"{folder}: {kind} refuses it: {first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{folder}: the weights do not fit: {missing[0]} is missing ({len(missing)} in all)")
-    return encoder.eval()
+
+    def places(tensors: Mapping[Any, Tensor]) -> dict[Any, Place]:
+        """Return where the values of these are; what transformers computed of several weights has no one number."""
+        single = {key: value for key, value in tensors.items() if value.untyped_storage().nbytes() == value.itemsize}
+        own = {key: keys[int(value.flatten()[0])] for key, value in single.items()}
+        return {key: (weights, name) for key, name in own.items() if weights[name].shape == tensors[key].shape}
+
+    stored = encoder.state_dict().keys()
+    buffers = {name: buffer for name, buffer in encoder.named_buffers() if name in stored}
+    values = {name: value.to(buffers[name].dtype) for name, value in Renamed(places(buffers)).items()}
+    encoder.load_state_dict(values, strict=False, assign=True)
+    return Encoder(encoder.eval(), places({parameter: parameter for parameter in encoder.parameters()}))
 
 
 def _tokenizer(where: Path, kind: str) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dit_export.cli import bench, build, demo, hoist, inspect, quantize, tune, verify
+from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, tune, verify
 from dit_runtime.cli import Parser, guarded
 
-COMMANDS = (build, quantize, tune, verify, inspect, hoist, bench, demo)  # each adds its parser and names its function
+# Each adds its parser and names its function.
+COMMANDS = (build, conditions, quantize, tune, verify, inspect, hoist, bench, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

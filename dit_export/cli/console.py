@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def report_built(built: Built, as_json: bool) -> int:
     """Print the verdict of a build and the next command; return the exit code."""
-    from dit_export.verify.metrics import kept_in_float
+    from dit_export.verify.metrics import kept_in_float, text_in_fp32
 
     code = report_checks(built, as_json)
     out = sys.stderr if as_json else sys.stdout
@@ -32,6 +32,8 @@ def report_built(built: Built, as_json: bool) -> int:
         print(f"{contract.step.precision}: {share:.0%} of the weights that every step multiplies with", file=out)
     if cost := contract.built_with.get("kept_float"):
         print(*kept_in_float(cost, contract.step.precision), sep="\n", file=out)
+    if line := text_in_fp32(contract):
+        print(line, file=out)
     if layers := contract.built_with.get("convolutions"):
         count, kept = layers["quantized"], f"; in float: {', '.join(layers['kept'])}" if layers["kept"] else ""
         near = "" if layers["psnr"] is None else f", {layers['psnr']} dB to fp32"

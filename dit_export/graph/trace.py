@@ -96,7 +96,7 @@ def export_prompt(text: PromptEncoder) -> torch.onnx.ONNXProgram:
         for name, value in ((prompt.ids, 0), (prompt.mask, 1))
         if name
     }
-    return export(text.module, inputs, text.gives)
+    return export(text.module, inputs, text.gives, text.weights)
 
 
 def export_decoder(decoder: nn.Module, state: Port) -> torch.onnx.ONNXProgram:

@@ -1,97 +1,129 @@
-"""Capture what a pipeline gives its transformer, and sort it into ports."""
+"""Record what a pipeline of diffusers gives its transformer and its scheduler."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
 
 
 class Call(NamedTuple):
-    """One call of a transformer: tensors by argument, and what it returned."""
+    """One call of a transformer: the leaves of its arguments by dotted name, how they nest, and its first result."""
 
-    inputs: Mapping[str, Tensor]
-    output: Tensor
-
-
-def capture(pipeline: Any, **arguments: Any) -> tuple[Port, ...]:
-    """Run a pipeline of diffusers for two steps and list its transformer's ports, named as the arguments are.
-
-    This is where a network of one's own starts: wrap the transformer so that it takes the ports by name, and state
-    them. `capture(pipeline, prompt="a cat")` takes what the pipeline takes. The values of an int64 port cannot be
-    counted from outside: its `size` is 0 and must be filled in.
-    """
-    arguments = {"output_type": "latent"} | arguments | {"num_inference_steps": 2}
-    return sort(*record(pipeline.transformer, lambda: pipeline(**arguments)))
+    inputs: Mapping[str, Any]
+    nesting: pytree.TreeSpec
+    output: Any
 
 
-def record(transformer: nn.Module, run: Callable[[], object]) -> list[Call]:
-    """Return the calls of `transformer` while `run` runs."""
+class Step(NamedTuple):
+    """One step of the scheduler: the calls before it, and the prediction and the state that it was given."""
+
+    calls: tuple[Call, ...]
+    prediction: Tensor
+    sample: Tensor
+
+
+class Recording(NamedTuple):
+    """One run of a pipeline."""
+
+    seeds: tuple[int, ...]
+    steps: tuple[Step, ...]
+    final: Tensor  # the state after the last step
+    draws: tuple[Tensor, ...]  # of torch.randn, in order
+    schedule: Mapping[str, Any]  # what the pipeline passed to the scheduler's set_timesteps
+    result: Any  # the first of the pipeline's
+
+
+def record(pipeline: Any, seeds: Sequence[int], **arguments: Any) -> Recording:
+    """Run a pipeline with a generator for each sample, and return what passed through it."""
+    steps: list[Step] = []
+    schedule: dict[str, Any] = {}
+    final: Tensor | None = None
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scheduler = pipeline.scheduler
+    with _recorded_calls(pipeline.transformer) as calls, _Draws() as draws, torch.no_grad():
+
+        def note_step(bound: Mapping[str, Any], output: Any) -> None:
+            nonlocal final
+            final = output[0].clone()
+            steps.append(Step(tuple(calls), bound["model_output"].clone(), bound["sample"].clone()))
+            calls.clear()
+
+        def note_schedule(bound: Mapping[str, Any], _: Any) -> None:
+            schedule.update(bound)
+
+        with _watched(scheduler, "step", note_step), _watched(scheduler, "set_timesteps", note_schedule):
+            result = pipeline(generator=generators if len(seeds) > 1 else generators[0], **arguments)
+    if final is None:
+        raise UsageError(f"{type(scheduler).__name__}: its step was not called; expected once a step")
+    return Recording(tuple(seeds), tuple(steps), final, tuple(draws.values), schedule, result[0])
+
+
+@contextmanager
+def _recorded_calls(transformer: nn.Module) -> Iterator[list[Call]]:
     signature, calls = inspect.signature(transformer.forward), []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         output = output if isinstance(output, Tensor) else output[0]
-        inputs = dict(tensors(signature.bind(*args, **kwargs).arguments))
-        calls.append(Call(inputs, output.clone()))
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        leaves, nesting = pytree.tree_flatten_with_path(arguments)
+        inputs = {".".join(_word(key) for key in path): _copy(value) for path, value in leaves}
+        calls.append(Call(inputs, nesting, _copy(output)))
 
     hook = transformer.register_forward_hook(keep, with_kwargs=True)
     try:
-        with torch.no_grad():
-            run()
+        yield calls
     finally:
         hook.remove()
-    return calls
 
 
-def tensors(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested arguments by dotted name."""
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value.clone()
-        elif isinstance(value, Mapping):
-            yield from tensors(value, f"{prefix}{name}.")
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
-def sort(*calls: Call) -> tuple[Port, ...]:
-    """Sort arguments by comparing two steps: state, then time, then conditions.
-
-    A tensor that moved is the state where it has the output's shape but for channels, and the time where it is a number
-    a row. What is equal in both calls is a condition, or a constant of the network where it has no rows.
-    """
-    if len(calls) != 2:
-        raise UsageError(f"the transformer was called {len(calls)} times in two steps; expected once a step")
-    first, second = calls
-    rows, _, *spatial = first.output.shape
-    ports: dict[str, list[Port]] = {"state": [], "time": [], "condition": []}
-    for name, value in first.inputs.items():
-        shape = tuple(value.shape[1:])
-        if value.shape == second.inputs[name].shape and torch.equal(value, second.inputs[name]):
-            if value.shape[:1] == (rows,):
-                dtype = "float32" if value.is_floating_point() else "int64"
-                ports["condition"].append(Port(name, "condition", dtype, shape))
-        elif list(shape[1:]) == spatial and len(value) == rows:
-            ports["state"].append(Port(name, "state", "float32", shape))
-        elif value.ndim == 0 or (value.ndim == 1 and len(value) in (1, rows)):
-            ports["time"].append(Port(name, "time", "float32", ()))
-        else:
-            raise UsageError(f"{name} of shape {list(value.shape)} changes from step to step and is no state: refused")
-    for role in ("state", "time"):
-        if len(ports[role]) != 1:
-            names = ", ".join(port.name for port in ports[role]) or "no argument"
-            raise UsageError(f"{names}: expected one argument of the transformer with the role {role!r}")
-    conditions = [_mask(port, first.inputs[port.name], ports["condition"]) for port in ports["condition"]]
-    return (*ports["state"], *ports["time"], *conditions)
+def _word(key: Any) -> str:
+    return str(key.idx if isinstance(key, pytree.SequenceKey) else key.key)
 
 
-def _mask(port: Port, value: Tensor, conditions: list[Port]) -> Port:
-    """Return the port as a mask where its values are 0 and 1, and another one has as many tokens."""
-    if value.ndim != 2 or not ((value == 0) | (value == 1)).all():
-        return port
-    masked = [other.name for other in conditions if len(other.shape) > 1 and other.shape[0] == value.shape[1]]
-    return Port(port.name, "condition", "float32", port.shape, masks=masked[0]) if len(masked) == 1 else port
+@contextmanager
+def _watched(owner: Any, name: str, note: Callable[[Mapping[str, Any], Any], None]) -> Iterator[None]:
+    """Let `note` see the arguments and the result of a method while the body runs."""
+    method = getattr(owner, name)
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        bound = {key: _copy(value) for key, value in bound.items()}
+        output = method(*args, **kwargs)
+        note(bound, output)
+        return output
+
+    setattr(owner, name, watch)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+class _Draws(TorchFunctionMode):
+    """Keep what torch.randn returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.randn:
+            self.values.append(output.clone())
+        return output

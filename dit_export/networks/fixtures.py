@@ -1,4 +1,4 @@
-"""Conditions that stand in for a user's, in the reference, the parity checks and calibration."""
+"""Conditions and prompts that stand in for a user's, in the reference, the parity checks and calibration."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.networks import Network
+from dit_export.networks.text import PromptEncoder
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.conditions.condition import Rows
+from dit_runtime.conditions.text import templated
 from dit_runtime.sampling.noise import Noise
 
 NULL = 2**15  # the number of the null row where a port has no constant: no series is as long
+TEXTS = ("a photo of a cat", "", "two red boats at sea, seen from a hill, in the style of an old map of 1920")
+LONG = "a long road, " * 200
 SHORTEST = 5  # the null row's mask marks one token of so many
 
 
@@ -43,6 +47,32 @@ def another(ports: Sequence[Port], condition: Rows, negative: Rows) -> Rows:
     return {
         name: np.where(same.reshape(-1, *[1] * (rows.ndim - 1)), negative[name], rows) for name, rows in moved.items()
     }
+
+
+def tokenize(text: PromptEncoder, words: Sequence[str]) -> Rows:
+    """Return the ids and masks of prompts, as a bundle's tokenizers give them."""
+    from tokenizers import Tokenizer
+
+    rows: Rows = {}
+    for prompt in text.prompts:
+        tokenizer = Tokenizer.from_str(text.tokenizers[prompt.tokenizer])
+        encodings = tokenizer.encode_batch(templated(words, prompt))
+        rows[prompt.ids] = np.array([encoding.ids for encoding in encodings], np.int64)
+        if prompt.mask:
+            rows[prompt.mask] = np.array([encoding.attention_mask for encoding in encodings], np.int64)
+    return rows
+
+
+def token_ids(text: PromptEncoder) -> Rows:
+    """Return made-up ids for two prompts, the second with a mask that is half empty."""
+    rows: Rows = {}
+    for number, prompt in enumerate(text.prompts):
+        bits = Noise(number).bits(2 * prompt.tokens).reshape(2, prompt.tokens)
+        rows[prompt.ids] = (bits % prompt.size).astype(np.int64)
+        if prompt.mask:
+            lengths = np.array([prompt.tokens, (prompt.tokens + 1) // 2])
+            rows[prompt.mask] = (np.arange(prompt.tokens) < lengths[:, None]).astype(np.int64)
+    return rows
 
 
 def _moved(port: Port, rows: NDArray[Any], null: NDArray[Any]) -> NDArray[Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_runtime.bundle.manifest import Prompt
 
 if TYPE_CHECKING:  # the command line imports this package and must not wait for PyTorch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Text:
 class PromptEncoder:
     """A pipeline's encoders as one module in eval mode and float32, and its tokenizers."""
 
-    module: nn.Module
+    module: nn.Module  # its parameters may be fakes; see `streaming`
     prompts: tuple[Prompt, ...]
     gives: tuple[str, ...]
     tokenizers: Mapping[str, str]  # the content of each prompt's tokenizer.json, by file of the bundle
+    weights: Mapping[str, Tensor] = field(default_factory=dict)  # of parameters that are fakes, by their names in it

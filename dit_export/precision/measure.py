@@ -17,7 +17,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from dit_export.graph import onnxfile
-from dit_export.networks import Network
+from dit_export.networks import Network, fixtures
+from dit_export.networks.text import PromptEncoder
 from dit_export.passes import LOWERINGS
 from dit_export.passes.attention import scores_of
 from dit_export.precision.calibrate import (
@@ -61,7 +62,7 @@ PEAKS_PLAN = Plan(pictures=4, steps=10)  # where only the largest magnitudes are
 @dataclass(frozen=True)
 class Measured:
     calibration: Calibration | None = None
-    peaks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by stage and tensor
+    peaks: dict[str, Mapping[str, float]] = field(default_factory=dict)  # by stage and tensor
 
 
 def measure(
@@ -122,6 +123,19 @@ def measure(
     return Measured(calibration, {stage.name: recorders[stage.name].peaks() for stage in stages} if half else {})
 
 
+def measure_prompts(graph: gs.Graph, folder: Path, text: PromptEncoder) -> dict[str, float]:
+    """Return the largest magnitude of what half precision would store in the text encoders, by tensor."""
+    rng = np.random.default_rng(PEAKS_PLAN.seed)
+    add_taps(graph, layers=False, half=True, rng=rng)
+    recorder = RecordingEngine(graph, folder / "prompt.tapped.onnx", 1, rng, Options(streamed=True))
+    try:
+        for rows in (fixtures.tokenize(text, [*fixtures.TEXTS, fixtures.LONG]), fixtures.token_ids(text)):
+            recorder.run(rows)
+    finally:
+        recorder.close()
+    return recorder.peaks()
+
+
 def add_taps(graph: gs.Graph, layers: bool, half: bool, rng: np.random.Generator, convolutions: bool = False) -> None:
     """Give a fused graph the form that the backend runs, and taps on what is looked up in the portable one."""
     gemms = find(graph) if layers else []
@@ -153,9 +167,16 @@ class RecordingEngine:
     The graph's own outputs pass through. The taps leave a bounded share of each call.
     """
 
-    def __init__(self, graph: gs.Graph, path: Path, rows_a_call: int, rng: np.random.Generator) -> None:
+    def __init__(
+        self,
+        graph: gs.Graph,
+        path: Path,
+        rows_a_call: int,
+        rng: np.random.Generator,
+        options: Options | None = None,
+    ) -> None:
         with onnxfile.temporary(graph, path) as files:
-            self._engine: Engine = backends.backend(PORTABLE_BACKEND).open(files, Options())
+            self._engine: Engine = backends.backend(PORTABLE_BACKEND).open(files, options or Options())
         self._rows, self._rng = rows_a_call, rng
         self._largest: dict[str, NDArray[np.float32]] = {}  # by the taps' whole names
         self._samples: dict[str, list[NDArray[np.float16]]] = {}

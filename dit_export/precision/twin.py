@@ -20,7 +20,7 @@ from onnx.helper import np_dtype_to_tensor_dtype, tensor_dtype_to_np_dtype
 from dit_export.graph import onnxfile
 from dit_export.graph.onnxfile import constants, layer
 from dit_export.passes.attention import plain_attention
-from dit_export.precision.half import TYPES
+from dit_export.precision.half import TYPES, Rounded
 from dit_runtime import backends
 from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest
@@ -41,7 +41,7 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
     module = backends.backend(backends.choose(PORTABLE_BACKEND))  # keeps explicit casts, and they overflow
     engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
-        for stage in (stage for stage in contract.stages if stage.runs != "prompt"):  # no twin runs it
+        for stage in contract.stages:
             files = [manifest.inside(folder, file) for file in stage.onnx_files]
             half, form = types[stage.name], stage.onnx
             if half:  # the form that its backend opens, if it is ONNX
@@ -53,7 +53,7 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
             if plain_attention(graph) or half:
                 path = Path(temporary) / f"{stage.name}.onnx"
                 files = [path.with_name(file) for file in onnxfile.save(graph, path)]
-            engines[stage.name] = module.open(files, Options())
+            engines[stage.name] = module.open(files, Options(streamed=stage.runs == "prompt"))
         with Pipeline(folder, contract, engines) as rounded:
             yield rounded
 
@@ -63,7 +63,7 @@ def twin(graph: gs.Graph, dtype: np.dtype) -> int:
     narrow_type = np_dtype_to_tensor_dtype(dtype)
     weights = [tensor for tensor in constants(graph) if tensor.values.dtype == dtype]
     for tensor in weights:
-        tensor.values = tensor.values.astype(np.float32)
+        tensor.values = Rounded(tensor.values, np.dtype(np.float32))
     body, graph.nodes, rounded = list(graph.nodes), [], len(weights)
     for node in body:
         node.name += "_exact"  # a layer has the name of what it makes, and the casts make what the node did

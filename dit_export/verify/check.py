@@ -87,7 +87,7 @@ def compare(
     for name, pipe in pipes.items():
         with progress.stage(f"verify: {name}each graph against PyTorch"):
             figures = list(graph_parity(pipe, network, decoder))
-            figures += prompt_parity(pipe, text) if text is not None and pipe is first else []
+            figures += prompt_parity(pipe, text) if text is not None else []
             figures += condition_share(pipe, reference) if shares else []
         with progress.stage(f"verify: {name}replay of the reference"):
             tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731

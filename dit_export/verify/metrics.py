@@ -84,6 +84,12 @@ def sentence(figure: Figure) -> str:
     return f"{figure.name}{place}: {number(figure, figure.value)}{limit}"
 
 
+def text_in_fp32(contract: Manifest) -> str:
+    """Say why the text encoders are in fp32 where a bundle has another precision; "" where they are not."""
+    reason = contract.built_with.get("text_in_fp32")
+    return f"the text encoders are in fp32, for in {contract.step.precision} a gate fails: {reason}" if reason else ""
+
+
 def kept_in_float(cost: Mapping[str, Any], precision: str) -> list[str]:
     """Say which layers stayed float for which gate, and what it cost; `cost` is the manifest's `kept_float`."""
     names, count = cost["layers"], len(cost["layers"])

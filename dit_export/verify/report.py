@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_export.verify import curves
-from dit_export.verify.metrics import kept_in_float, number, sentence
+from dit_export.verify.metrics import kept_in_float, number, sentence, text_in_fp32
 from dit_runtime import backends, images
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -253,7 +253,8 @@ def _sizes(page: Page) -> str:
     )
     if all(figure.name.startswith(("proof: ", "twin: ")) for figure in page.figures):
         line = "The engines do not run where this was built; their graphs were verified through their rounding twins."
-    return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>' + _wide(contract)
+    more = f'\n<p class="quiet">{escape(text)}</p>' if (text := text_in_fp32(contract)) else ""
+    return f'<h2>Size and speed</h2>\n{size_table}\n<p class="quiet">{line}</p>{more}' + _wide(contract)
 
 
 def _wide(contract: Manifest) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dit_export.networks import fixtures
+from dit_export.networks.fixtures import TEXTS
 from dit_export.networks.text import PromptEncoder
 from dit_export.verify.parity import PROOF_LIMIT
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.sampling.noise import Noise
 from dit_runtime.verify import TOLERANCES, Figure, prompts, relative_error
-
-TEXTS = ("a photo of a cat", "", "two red boats at sea, seen from a hill, in the style of an old map of 1920")
 
 
 def prompt_parity(pipe: Pipeline, text: PromptEncoder) -> Iterator[Figure]:
@@ -26,7 +26,7 @@ def prompt_parity(pipe: Pipeline, text: PromptEncoder) -> Iterator[Figure]:
     """
     stage = pipe.manifest.prompt
     assert stage is not None
-    limit = TOLERANCES[stage.precision].conditioner
+    limit = TOLERANCES[pipe.manifest.step.precision].prediction
     for count in range(1, len(TEXTS) + 1):
         rows = pipe.engines.tokenizers(TEXTS[:count], whole=False)
         got, expected = pipe.engines.run(stage, rows), encode(text, rows)
@@ -46,15 +46,18 @@ def _changes(rows: NDArray[np.float32]) -> list[float]:
     return [relative_error(row, rows[0]) for row in rows[1:]]
 
 
+def first_failure(contract: Manifest, checks: Iterable[Figure]) -> Figure | None:
+    """Return the first gate that the text encoders fail in another precision than fp32."""
+    stage = contract.prompt
+    if stage is None or contract.step.precision == "fp32":
+        return None
+    figures = (figure for figure in checks if figure.stage.removeprefix("twin: ") == stage.name)
+    return next((figure for figure in figures if not figure.passed), None)
+
+
 def save_prompts(folder: Path, text: PromptEncoder) -> None:
-    """Write ids, whose second mask is half empty, and PyTorch's answer to them, for machines without PyTorch."""
-    ids: Rows = {}
-    for number, prompt in enumerate(text.prompts):
-        bits = Noise(number).bits(2 * prompt.tokens).reshape(2, prompt.tokens)
-        ids[prompt.ids] = (bits % prompt.size).astype(np.int64)
-        if prompt.mask:
-            lengths = np.array([prompt.tokens, (prompt.tokens + 1) // 2])
-            ids[prompt.mask] = (np.arange(prompt.tokens) < lengths[:, None]).astype(np.int64)
+    """Write ids and PyTorch's answer to them, for machines without PyTorch."""
+    ids = fixtures.token_ids(text)
     prompts.save(folder, ids, encode(text, ids))
 
 

@@ -6,18 +6,24 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dit_export.checkpoints import load
+from dit_export.checkpoints import text as reader
+from dit_export.checkpoints.files import Weights
 from dit_export.checkpoints.text import SAMPLES, tokenizer_json
+from dit_export.graph import onnxfile, trace
 from dit_export.recipe import Recipe
 from dit_runtime.errors import UsageError
 from tests.families import tiny
+from tests.networks.test_streaming import Watched
 from tests.networks.tiny import pixart
 
 TEXTS = [*SAMPLES, "  Two RED boats, at sea:\n1920 ", "été", "a" * 300]
@@ -118,9 +124,104 @@ def test_what_a_folder_holds(folder) -> None:
     assert without.text is None and "text" not in without.source
 
 
-def test_half_precision_becomes_float32(folder) -> None:
-    tiny.t5(tiny.t5_tokenizer()).half().save_pretrained(folder / "text_encoder")
-    assert {weight.dtype for weight in read(folder).text.module.parameters()} == {torch.float32}
+def rename(folder: Path, change) -> None:
+    path = folder / "text_encoder" / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+TIED = {"shared.weight": "encoder.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: {f"transformer.{name}": value for name, value in weights.items()},
+        lambda weights: weights | {TIED.get(name, name): value.clone() for name, value in weights.items()},
+        lambda weights: weights | {"decoder.position_ids": torch.arange(9)[None]},  # of an older file, and not read
+        lambda weights: {name: value.half() for name, value in weights.items()},
+        lambda weights: {name: value.bfloat16() for name, value in weights.items()},
+    ],
+    ids=["prefix", "both of a tied pair", "position_ids", "fp16", "bf16"],
+)
+def test_names_and_types_of_weights(folder, change) -> None:
+    """Whatever transformers reads, and in float32."""
+    rename(folder, change)
+    same_as_transformers(folder)
+
+
+def test_shards(folder) -> None:
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    tiny.t5(tiny.t5_tokenizer()).bfloat16().save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    loaded = same_as_transformers(folder)
+    assert len([name for name in loaded.source["text"]["text_encoder"] if name.endswith(".safetensors")]) > 3
+
+
+def same_as_transformers(folder: Path):
+    loaded = read(folder, caption_tokens=12)
+    assert {parameter.dtype for parameter in loaded.text.module.parameters()} == {torch.float32}
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
+    encoder = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    with torch.no_grad():
+        captions, _ = loaded.text.module(ids, torch.ones_like(ids))
+        expected = encoder(ids, attention_mask=torch.ones_like(ids))[0]
+    assert torch.equal(captions, expected) and captions.std() > 0.1
+    return loaded
+
+
+def test_weights_are_read_where_they_are_used(folder, tmp_path, monkeypatch) -> None:
+    """While the encoder runs and while its graph is written, one part's weights are in memory."""
+    opened: list[Watched] = []
+    monkeypatch.setattr(reader, "open_weights", lambda paths: opened.append(Watched(Weights(paths))) or opened[-1])
+    text = read(folder, caption_tokens=12).text
+    (watched,) = opened
+    assert watched.bytes == 0 and all(isinstance(parameter, FakeTensor) for parameter in text.module.parameters())
+    largest = max(weight.nbytes for weight in text.weights.values())
+    watched.peak = 0
+    text.module(torch.ones(1, 12, dtype=torch.int64), torch.ones(1, 12, dtype=torch.int64))
+    trace.export_prompt(text).save(tmp_path / "prompt.onnx", external_data=True)
+    assert 0 < watched.peak <= 1.2 * largest and watched.bytes == 0
+    graph = onnxfile.load(tmp_path / "prompt.onnx")
+    constants = {tensor.name: tensor.values for tensor in onnxfile.constants(graph)}
+    name = "t5.encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    np.testing.assert_array_equal(constants[name], text.weights[name].T.numpy())
+
+
+class Buffered(transformers.T5EncoderModel):
+    """An encoder with a buffer in its checkpoint."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.register_buffer("scale", torch.ones(3))
+
+
+class Computed(transformers.T5EncoderModel):
+    """An encoder whose loader computes a weight of those in the file."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **options):
+        model, report = super().from_pretrained(*args, **options)
+        wo = model.encoder.block[1].layer[1].DenseReluDense.wo
+        wo.weight = torch.nn.Parameter(2 * wo.weight.detach())
+        return model, report
+
+
+def use_class(folder: Path, kind: type, monkeypatch) -> None:
+    monkeypatch.setattr(reader.transformers, kind.__name__, kind, raising=False)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", kind.__name__]}))
+
+
+def test_buffers_of_a_checkpoint(folder, monkeypatch) -> None:
+    use_class(folder, Buffered, monkeypatch)
+    rename(folder, lambda weights: weights | {"scale": torch.tensor([3.0, 4.0, 5.0]).bfloat16()})
+    scale = read(folder).text.module.t5.scale
+    assert scale.tolist() == [3, 4, 5] and scale.dtype == torch.float32
+
+
+def test_computed_weights_are_refused(folder, monkeypatch) -> None:
+    use_class(folder, Computed, monkeypatch)
+    name = "t5.encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    refused(folder, f"transformers makes {name} of several weights as it loads them: pass --without-text-encoders")
 
 
 def test_refused_in_one_line(folder) -> None:
@@ -132,7 +233,7 @@ def test_refused_in_one_line(folder) -> None:
     save_file(whole | {name: whole[name][:3]}, path, {"format": "pt"})
     refused(folder, "T5EncoderModel refuses it")
     path.unlink()
-    refused(folder, "T5EncoderModel refuses it")
+    refused(folder, "text_encoder: holds neither model.safetensors")
     save_file(whole, path, {"format": "pt"})
     index = json.loads((folder / "model_index.json").read_text())
     for change, words in (

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from dit_export.demo import run, score
-from tests.demo.test_solvers import COUNT, LEAST, OTHER_ORDERS, USUAL, agreement, build_demo
+from tests.demo.test_solvers import COUNT, LEAST, SLOWER, USUAL, agreement, build_demo
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", run.PRECISIONS)
 def test_every_solver_at_its_usual_steps(dit_generate, tmp_path, precision: str) -> None:
     bundle, labels, shares = build_demo(tmp_path, precision), score.balanced_labels(COUNT), {}
-    for solver, steps, eta in USUAL + OTHER_ORDERS:
+    for solver, steps, eta in USUAL + SLOWER:
         pictures = []
         for seed, part in enumerate(np.split(np.array(labels), COUNT // 20)):
             options = ["--labels", *part, "--steps", steps, "--solver", solver, "--eta", eta, "--seed", seed]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit_export.bundle.build import build
+from dit_export.bundle.presets import read_presets
 from dit_export.checkpoints import keys
 from dit_export.checkpoints.meta import read_file
 from dit_export.demo import data, run, score, store
@@ -22,6 +23,7 @@ from dit_export.verify.features import OnnxJudge
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
+from dit_runtime.request import Request
 from dit_runtime.verify import load_reference
 from tests.demo.test_demo import compare_with_diffusers
 
@@ -81,6 +83,25 @@ def test_the_tuner_refuses_a_plan_that_guesses_too_far(
     assert (best, worst) == ("usual", "bad")
     failed = {figure.metric for figure in verdict if not figure.passed}
     assert {"Fréchet distance", "judge's agreement, share"} <= failed, scores
+
+
+ROWS = {"balanced": 20, "fast": 14}  # at most
+
+
+def test_its_presets_are_what_was_accepted(bundle: Path) -> None:
+    presets = read_presets(store.MODEL / run.PRESETS, manifest.read(bundle).process)
+    assert presets.keys() == {"balanced", "fast"}
+    with Pipeline.load(bundle) as pipe:
+        wide = replace(pipe.manifest, presets=presets)
+        for name, preset in presets.items():
+            limits, measured = gate.JUDGED[name]._replace(rows=ROWS[name]), preset["measured"]
+            base = {figure: measured["default"][figure] for figure in gate.Score._fields}
+            scores = {name: gate.Score(*(measured[figure] for figure in gate.Score._fields))}
+            (_, verdict), *_ = gate.ranked(name, limits, scores, gate.Score(**base), unrelated=0.0)
+            assert all(figure.passed for figure in verdict), verdict
+            plan = replace(Request("red circle", preset=name).with_preset(wide), preset=None)
+            assert pipe.run(plan).planned_rows == measured["rows"]
+            assert pipe.run(Request("red circle")).planned_rows == base["rows"]
 
 
 def test_they_are_small() -> None:

@@ -18,7 +18,7 @@ def make_pipeline() -> ChromaPipeline:
     t5 = tiny.t5_tokenizer()
     return ChromaPipeline(
         transformer=chroma(num_layers=JOINT, num_single_layers=SINGLE, joint_attention_dim=64),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, use_beta_sigmas=True),
         vae=tiny.vae(),
         text_encoder=tiny.t5(t5, layers=1),
         tokenizer=t5,
@@ -44,6 +44,13 @@ def test_what_leaves_the_loop(case) -> None:
     assert [spec.shape[1] for spec in stage.gives] == [12 * JOINT + 3 * SINGLE + 2]
     assert not [stage for stage in contract.stages if stage.runs == "time+condition"]
     assert (contract.guidance.default, contract.process.sampler.steps) == (5.0, 35)
+
+
+def test_another_curve_is_seen(case) -> None:
+    """Chroma1-HD's scheduler has use_beta_sigmas; here it must move the picture."""
+    assert manifest.read(case.bundle).process.sampler.flow_curve == "beta"
+    expected = case.theirs()
+    assert max(tiny.distances(case.ours(spacing="trailing"), expected)) < tiny.ANOTHER
 
 
 def test_a_wrapper_is_diffusers() -> None:

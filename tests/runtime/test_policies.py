@@ -69,6 +69,7 @@ def test_a_policy_mixes_as_diffusers_does(words, name, numbers, weight) -> None:
 def test_each_sample_is_mixed_alone(name) -> None:
     """By its own weight; 1 is the own prediction to the bit, and unguided channels are it too."""
     own, away = np.split(Noise(1).normal((6, 4, 5, 3)), 2)
+    own[0] = 2.0  # without a deviation, which rescaling divides by
     weights = np.array([1.0, 2.0, 5.0])
     together = make_policy(name).mix(np.concatenate([own, away]), weights, channels=3)
     assert np.array_equal(together[0], own[0]) and np.array_equal(together[:, 3:], own[:, 3:])

@@ -104,6 +104,7 @@ def test_curves_are_diffusers(betas, scheduler, name):
         reference.set_timesteps(steps)
         ours, theirs = timesteps(process, solver, steps, name), reference.timesteps.numpy()
         assert (ours != theirs).sum() <= 3 and np.abs(ours - theirs).max() <= 1
+        assert steps == 1 or (ours[0], ours[-1]) == (999, 0)
         ratios = [step.now.sigma / step.now.alpha for step in make_schedule(process, solver, steps, name)]
         np.testing.assert_allclose(ratios, reference.sigmas.numpy()[:-1], rtol=3e-4)  # of a cosine's; else 1.3e-5
 

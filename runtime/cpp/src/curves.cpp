@@ -8,8 +8,8 @@ namespace {
 
 const double RHO = 7.0;   // Karras et al.'s
 const double BETA = 0.6;  // Lee et al.'s, for both parameters
-const int NEWTON = 6,
-          TERMS = 60;  // enough for double: a term is half of the last at most, and the start is off by 10 %
+// Enough for double: a term is half of the last at most, and the start is off by 10 %.
+const int NEWTON = 6, TERMS = 60;
 
 }  // namespace
 
@@ -25,6 +25,25 @@ Array curve(const std::string& name, double first, double last, std::int64_t ste
         point = name == "karras" ? std::pow(high + point * (low - high), RHO)
                                  : last + beta_quantile(1 - point) * (first - last);
     return points;
+}
+
+Array training_ratios(const Process& process) {
+    Array levels = process.alpha_bar();
+    for (double& level : levels) level = std::sqrt((1 - level) / level);
+    return levels;
+}
+
+Array curve_ratios(const Process& process, const std::string& name, std::int64_t steps) {
+    const Array all = training_ratios(process);
+    return curve(name, all.back(), all.front(), steps);
+}
+
+double place_in(const Array& rising, double value) {
+    const auto above = std::upper_bound(rising.begin(), rising.end(), value);
+    if (above == rising.begin()) return 0;
+    if (above == rising.end()) return static_cast<double>(rising.size() - 1);
+    const double low = *(above - 1);
+    return 1 / (*above - low) * (value - low) + static_cast<double>(above - rising.begin() - 1);
 }
 
 double beta_quantile(double probability) {

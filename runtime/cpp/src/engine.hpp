@@ -17,6 +17,7 @@ struct Options {
     std::string device;       // empty: the CPU, or the one device an engine is for
     int threads = 0;          // 0: as many as the backend thinks right
     bool low_memory = false;  // one engine at a time, smaller buffers
+    bool streamed = false;    // of a stage that runs once a prompt: weights are packed and widened where they are used
     Path cache;               // where a backend may keep what it compiled; empty: nowhere
     std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart
     // What OpenVINO's device computes, "BF16" among it; nothing: ask it.

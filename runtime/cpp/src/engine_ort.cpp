@@ -76,6 +76,12 @@ void require_provider(const Options& options) {
         throw UsageError(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
 }
 
+// Settings that leave weights as they are stored.
+constexpr const char* STREAMED[][2] = {
+    {"session.disable_prepacking", "1"},
+    {"optimization.constant_folding_max_output_size_in_bytes", "1048576"},
+    {"optimization.disable_specified_optimizers", "FuseFp16InitializerToFp32NodeTransformer"}};
+
 Output read(const std::string& name, OrtValue* value) {
     OrtTensorTypeAndShapeInfo* made = nullptr;
     check(api().GetTensorTypeAndShape(value, &made));
@@ -131,10 +137,12 @@ OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOpt
         check(api().AddSessionConfigEntry(made, "session.x64quantprecision", "1"));
     if (cuda) check(api().AddSessionConfigEntry(made, "session.record_ep_graph_assignment_info", "1"));
     if (options.threads) check(api().SetIntraOpNumThreads(made, options.threads));
-    if (options.low_memory) {
+    if (options.low_memory || options.streamed) {
         check(api().DisableCpuMemArena(made));
         check(api().DisableMemPattern(made));
     }
+    if (options.streamed)  // so that weights stay in the file, and what is made of one goes before the next comes
+        for (const auto& [name, value] : STREAMED) check(api().AddSessionConfigEntry(made, name, value));
     try {
         ProviderOptions provider_options = more;
         if (cuda) provider_options.merge(cuda_options(gpu_number(options.device)));

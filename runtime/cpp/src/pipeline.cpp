@@ -95,12 +95,21 @@ Path Pipeline::cache() const {
 }
 
 // The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on
-// the one that loads in the least memory.
+// the one that loads in the least memory. Text encoders run where the loop does if their own backend is not here, or
+// the user chose a device, which is the loop's.
 const Backend& Pipeline::backend(const Stage& stage) const {
     if (options_.low_memory && options_.backend.empty() && options_.device.empty() &&
         (stage.runs == PROMPT || stage.before_loop()))
         for (const Backend& known : backends())
             if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
+    const Stage& step = manifest.step();
+    if (stage.runs == PROMPT && stage.backend != step.backend && options_.backend.empty()) {
+        Stage moved = stage;
+        moved.backend = step.backend;
+        const auto is_own = [&stage](const Backend& known) { return known.name == stage.backend; };
+        if (!options_.device.empty() || std::none_of(backends().begin(), backends().end(), is_own))
+            return choose(moved, options_);
+    }
     return choose(stage, options_);
 }
 
@@ -126,6 +135,7 @@ Engine& Pipeline::engine(const Stage& stage) {
     std::vector<Path> paths;
     for (const auto& file : files_for(stage, backend, options_.device)) paths.push_back(inside(folder, file));
     Options options = options_;
+    options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
     std::unique_ptr<Engine> opened = backend.open(paths, stage, options);
     const auto inputs = names(stage.reads), outputs = names(stage.gives);

@@ -54,27 +54,6 @@ std::int64_t find_stride(std::int64_t total, std::int64_t steps) {
                           " training steps; the nearest that do: ", near, " (or take spacing 'respaced')"));
 }
 
-// σ/α of each training step.
-Array ratios(const Process& process) {
-    Array levels = process.alpha_bar();
-    for (double& level : levels) level = std::sqrt((1 - level) / level);
-    return levels;
-}
-
-Array curve_ratios(const Process& process, const std::string& spacing, std::int64_t steps) {
-    const Array all = ratios(process);
-    return curve(spacing, all.back(), all.front(), steps);
-}
-
-// Where in `rising` a value lies, between 0 and the last index; as NumPy's interp.
-double place_in(const Array& rising, double value) {
-    const auto above = std::upper_bound(rising.begin(), rising.end(), value);
-    if (above == rising.begin()) return 0;
-    if (above == rising.end()) return static_cast<double>(rising.size() - 1);
-    const double low = *(above - 1);
-    return 1 / (*above - low) * (value - low) + static_cast<double>(above - rising.begin() - 1);
-}
-
 void require_count(const Array& times, std::int64_t steps) {
     if (times.size() != static_cast<std::size_t>(steps))
         throw UsageError(text("steps is ", steps, "; expected ", times.size(), ", for spacing lists so many times"));
@@ -311,15 +290,14 @@ std::vector<std::int64_t> timesteps(const Process& process, const std::string& s
 
     const std::string method = multistep_method(solver);
     if (contains(CURVES, spacing)) {
-        Array logs = ratios(process);
+        Array logs = training_ratios(process);
         for (double& value : logs) value = std::log(value);
         const bool steep = process.beta_schedule == "squaredcos_cap_v2" && contains(CLIPPED, method);
         std::vector<std::int64_t> places;
         for (const double ratio : curve_ratios(process, spacing, steps)) {
             const double place = place_in(logs, std::log(ratio));
             const bool nearest_one = spacing == "karras" && !steep;
-            // The last bit of a logarithm is not worth a step.
-            places.push_back(static_cast<std::int64_t>(nearest_one ? std::nearbyint(place) : std::floor(place + 1e-6)));
+            places.push_back(static_cast<std::int64_t>(nearest_one ? std::nearbyint(place) : std::floor(place)));
         }
         return places;
     }

@@ -64,7 +64,8 @@ std::pair<std::size_t, double> worst_row(const std::vector<float>& prints, const
     return worst;
 }
 
-// Runs the prompt stage on the ids of prompts.npz; one figure a port that it gives.
+// Runs the prompt stage on the ids of prompts.npz; one figure a port that it gives. Its encoders keep to the limit of
+// an evaluation, as they are networks of their own.
 void check_prompts(Pipeline& pipe, const OnFigure& on_figure) {
     const Stage* const stage = pipe.manifest.prompt();
     if (!stage) return;
@@ -74,7 +75,7 @@ void check_prompts(Pipeline& pipe, const OnFigure& on_figure) {
                                " stage; rebuild the bundle"));
     check_files(pipe.folder, pipe.manifest, {PROMPTS});
     const PromptReference reference = load_prompts(pipe);
-    const double limit = TOLERANCES.at(stage->precision).conditioner;
+    const double limit = TOLERANCES.at(pipe.manifest.step().precision).prediction;
     const Rows conditions = pipe.encode(reference.ids);
     for (const TensorSpec& spec : stage->gives) {
         const Projection project(count(spec.row()));

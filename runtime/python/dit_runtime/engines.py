@@ -91,6 +91,8 @@ class Engines:
         """Open a stage while the sums of its files are compared."""
         if self.options.low_memory:
             stage = self._lean(stage)
+        if stage.runs == "prompt" and not backends.versions()[stage.backend]:  # where the loop's backend is alone
+            stage = replace(stage, backend=self.manifest.step.backend)
         module = backends.backend(backends.choose(stage.backend, stage.precision))
         names = backends.files(stage, self.options)
         files = [manifest.inside(self.folder, name) for name in names]
@@ -115,7 +117,12 @@ class Engines:
         return replace(stage, backend=lean)
 
     def _settings(self, stage: Stage) -> Options:
-        settings = replace(self.options, precision=stage.precision, built=manifest.built(self.manifest, stage))
+        settings = replace(
+            self.options,
+            precision=stage.precision,
+            streamed=stage.runs == "prompt" and stage.precision == "fp32",
+            built=manifest.built(self.manifest, stage),
+        )
         if stage.runs in ("step", "end"):
             grouped = tuple(spec.name for spec in stage.grouped)
             row = {

@@ -62,6 +62,7 @@ class Options:
     precision: str = "fp32"  # of the graph
     cache: Path | None = None  # where a backend may keep what it compiled; None: nowhere
     low_memory: bool = False  # less memory before speed
+    streamed: bool = False  # of a stage that runs once a prompt: weights are packed and widened where they are used
     row: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of one row, where rows may run apart
     grouped: tuple[str, ...] = ()  # of a step stage: the inputs that have a group for each condition
     at_once: int = 1  # rows that may run at the same time, if they run apart
@@ -162,6 +163,12 @@ def require(name: str, precision: str, tuning: Tuning) -> None:
 def versions() -> dict[str, str | None]:
     """Return each backend's version, None where it is not installed."""
     return {name: backend(name).version() for name in BACKENDS}
+
+
+def place(runs: str, name: str) -> str:
+    """Return the backend of a stage in a bundle of another's: on a CPU, text encoders run where that takes the least
+    memory."""
+    return LEANEST if runs == "prompt" and name in CPU and versions()[LEANEST] else name
 
 
 def choose(name: str, precision: str = "fp32") -> str:

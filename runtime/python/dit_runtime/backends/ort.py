@@ -20,6 +20,11 @@ FLOAT_AROUND_INT8 = "fp32"
 NEEDS_TYPED_GRAPH = ("fp16", "bf16")
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 CPU = Path("/proc/cpuinfo")
+STREAMED = {  # settings that leave weights as they are stored
+    "session.disable_prepacking": "1",
+    "optimization.constant_folding_max_output_size_in_bytes": str(1 << 20),
+    "optimization.disable_specified_optimizers": "FuseFp16InitializerToFp32NodeTransformer",
+}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 (CUDA_FORM,) = PROVIDER_FORMS
 
@@ -117,8 +122,11 @@ class OrtEngine:
             settings.add_session_config_entry("session.disable_quant_qdq", "1")
         if options.threads:
             settings.intra_op_num_threads = options.threads
-        if options.low_memory:  # blocks go back to the system when they are free, not when the session ends
+        if options.low_memory or options.streamed:  # free blocks go back to the system before the session ends
             settings.enable_cpu_mem_arena = False
+        if options.streamed:  # so that weights stay in the file, and what is made of one goes before the next comes
+            for name, value in STREAMED.items():
+                settings.add_session_config_entry(name, value)
         try:
             self._session: Any = ort.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]])
         except Exception as error:  # its exceptions share no base class but this

@@ -24,13 +24,14 @@ class Change(NamedTuple):
 
 
 def compile_stages(folder: Path, contract: Manifest, backend: str, options: Options, progress: Progress) -> Manifest:
-    """Return the manifest with this backend for every stage, and with the engines that it made; write no manifest.
+    """Return the manifest with this backend, or its place beside it, for every stage, and with the engines made.
 
-    What the new engines replace is named no more, and still there; engines that are missing or cut short, of whichever
-    backend, are not named either. Nothing was verified yet.
+    No manifest is written. What the new engines replace is named no more, and still there; engines that are missing or
+    cut short, of whichever backend, are not named either. Nothing was verified yet.
     """
     owners = {stage.name: (stage, size) for size in contract.each_size for stage in size.stages}
-    names = {name: backends.choose(backend, stage.precision) for name, (stage, _) in owners.items()}
+    places = {name: backends.place(stage.runs, backend) for name, (stage, _) in owners.items()}
+    names = {name: backends.choose(places[name], stage.precision) for name, (stage, _) in owners.items()}
     for name, (stage, _) in owners.items():
         backends.require(names[name], stage.precision, options.tuning)
     lost = manifest.lost_engines(folder, contract)  # another backend's are given up: to be copied or made again

@@ -33,7 +33,7 @@ class Tokenizers:
         """
         texts = as_texts(words, "negative prompt" if negative else "prompt")
         prompts = self._contract.prompts
-        encoded = [self._open(prompt).encode_batch(_templated(texts, prompt, negative)) for prompt in prompts]
+        encoded = [self._open(prompt).encode_batch(templated(texts, prompt, negative)) for prompt in prompts]
         for text, encodings in zip(texts, zip(*encoded, strict=True), strict=True):
             if whole and all(encoding.overflowing for encoding in encodings):
                 pairs = zip(encodings, prompts, strict=True)
@@ -80,7 +80,8 @@ def as_texts(words: Words, what: str) -> list[str]:
     return texts
 
 
-def _templated(texts: Sequence[str], prompt: Prompt, negative: bool) -> list[str]:
+def templated(texts: Sequence[str], prompt: Prompt, negative: bool = False) -> list[str]:
+    """Return the prompts as a tokenizer takes them."""
     template = (negative and prompt.negative) or prompt.template
     return [template.replace("{}", text.lower().strip() if prompt.lowercase else text) for text in texts]
 

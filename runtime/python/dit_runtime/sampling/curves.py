@@ -7,6 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime.sampling.process import Process
+
 RHO = 7.0  # Karras et al.'s
 BETA = 0.6  # Lee et al.'s, for both parameters
 NEWTON, TERMS = 6, 60  # enough for float64: a term is half of the last at most, and the start is off by 10 %
@@ -25,6 +27,18 @@ def curve(name: str, first: float, last: float, steps: int) -> NDArray[np.float6
     if name == "exponential":
         return np.exp(np.linspace(math.log(first), math.log(last), steps))
     return last + beta_quantile(1 - even) * (first - last)
+
+
+def training_ratios(process: Process) -> NDArray[np.float64]:
+    """Return σ/α of each training step."""
+    levels = process.alpha_bar
+    return np.sqrt((1 - levels) / levels)
+
+
+def curve_ratios(process: Process, name: str, steps: int) -> NDArray[np.float64]:
+    """Return σ/α along a curve between the ends of the training steps; (N,)."""
+    ratios = training_ratios(process)
+    return curve(name, float(ratios[-1]), float(ratios[0]), steps)
 
 
 def beta_quantile(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError, nearest
 from dit_runtime.facts import CONSTANTS
-from dit_runtime.sampling.curves import curve
+from dit_runtime.sampling.curves import curve, curve_ratios, training_ratios
 from dit_runtime.sampling.process import (
     CURVES,
     FLOW_SPACINGS,
@@ -220,7 +220,7 @@ def _noise_steps(process: Process, solver: str, steps: int, spacing: str | None)
         return Level(float(time), math.sqrt(bar), math.sqrt(1 - bar))
 
     if spacing in CURVES:
-        ratios = _curve_ratios(process, spacing, steps)
+        ratios = curve_ratios(process, spacing, steps)
         alphas = 1 / np.sqrt(1 + ratios * ratios)
         points = [Level(*map(float, values)) for values in zip(chosen, alphas, ratios * alphas, strict=True)]
         if final != 1 and steps > 1:
@@ -252,11 +252,13 @@ def timesteps(process: Process, solver: str, steps: int, spacing: str | None = N
         raise UsageError(f"spacing {spacing!r} is not known{close}; known: {', '.join(SPACINGS)}")
 
     if spacing in CURVES:
-        places = np.interp(np.log(_curve_ratios(process, spacing, steps)), np.log(_ratios(process)), np.arange(total))
+        places = np.interp(
+            np.log(curve_ratios(process, spacing, steps)), np.log(training_ratios(process)), np.arange(total)
+        )
         steep = process.beta_schedule == "squaredcos_cap_v2" and SOLVERS[solver].get("multistep") in CLIPPED
         if spacing == "karras" and not steep:
             return places.round().astype(np.int64)
-        return np.floor(places + 1e-6).astype(np.int64)  # the last bit of a logarithm is not worth a step
+        return np.floor(places).astype(np.int64)
 
     multistep = solver in MULTISTEP
     end = _count_unclipped(process) if SOLVERS[solver].get("multistep") in CLIPPED else total
@@ -283,17 +285,6 @@ def timesteps(process: Process, solver: str, steps: int, spacing: str | None = N
             f"{steps} steps of {solver} with {spacing!r} spacing do not fit into {total} training steps; take fewer"
         )
     return chosen.astype(np.int64)
-
-
-def _ratios(process: Process) -> NDArray[np.float64]:
-    """Return σ/α of each training step."""
-    levels = process.alpha_bar
-    return np.sqrt((1 - levels) / levels)
-
-
-def _curve_ratios(process: Process, spacing: str, steps: int) -> NDArray[np.float64]:
-    ratios = _ratios(process)
-    return curve(spacing, float(ratios[-1]), float(ratios[0]), steps)
 
 
 def _default_spacing(sampler: Sampler, solver: str) -> str:

@@ -97,9 +97,12 @@ def _verify_size(pipe: Pipeline, on_step: Callable[[int, int], None] | None, wit
 
 
 def prompt_figures(pipe: Pipeline) -> Iterator[Figure]:
-    """Return one figure a port that the prompt stage gives; none where a bundle takes no prompts."""
+    """Return one figure a port that the prompt stage gives; none where a bundle takes no prompts.
+
+    Its encoders keep to the limit of an evaluation, as they are networks of their own.
+    """
     if (stage := pipe.manifest.prompt) is not None:
-        limit = TOLERANCES[stage.precision].conditioner
+        limit = TOLERANCES[pipe.manifest.step.precision].prediction
         for name, row, error in prompts.errors(pipe):
             yield Figure(stage.name, f"{name} of ids, fingerprint, rel-L2", error, limit, where=f"prompt {row}")
 

@@ -1,0 +1,154 @@
+"""`dit-export build --pipeline`: transformers without a family, and the latents of a family where there is one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+from dit_export.checkpoints.pipelines import read_pipeline
+from dit_export.cli import main as export
+from dit_export.recipe import Recipe
+from dit_runtime import Pipeline, UsageError
+from dit_runtime.bundle import manifest
+from tests.families import pipelines, tiny
+from tests.families.pipelines import GUIDANCE, SEED, STEPS, Case, build
+from tests.families.test_sd3 import make_pipeline as sd3_pipeline
+from tests.networks.tiny import flux
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory, one_thread) -> Case:
+    pipeline = pipelines.hunyuan_dit()
+    with one_thread():
+        bundle = build(pipeline, tmp_path_factory.mktemp("hunyuan"))
+    return Case(pipeline, bundle, {"use_resolution_binning": False})
+
+
+def test_a_pipeline_without_a_family(case) -> None:
+    pipelines.accept(case)
+
+
+def test_its_pictures(case) -> None:
+    """Its VAE is a known one, and draws what the pipeline draws."""
+    expected = case.theirs(output_type="np")
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        got = np.moveaxis(pipe.engines.decode(case.ours()), 1, -1)
+    assert min(tiny.distances(got, expected)) >= tiny.SAME
+
+
+def test_what_its_manifest_says(case) -> None:
+    contract = manifest.read(case.bundle)
+    assert {port.name: port.masks for port in contract.conditions} == {
+        "encoder_hidden_states": "",
+        "text_embedding_mask": "encoder_hidden_states",
+        "encoder_hidden_states_t5": "",
+        "text_embedding_mask_t5": "encoder_hidden_states_t5",
+    }
+    assert contract.guidance.default == 5.0 and contract.process.sampler.steps == 50
+    assert {"conditions.npz", "negative.npz"} <= contract.files.keys()
+    assert contract.source["kind"] == "pipeline" and "sha256" in contract.source["vae"]
+
+
+def test_conditions_of_other_prompts(case, tmp_path, capsys) -> None:
+    """Recorded by the pipeline, they draw what it draws."""
+    file, words = tmp_path / "own.npz", "two dogs"
+    command = ["conditions", str(case.bundle), "--prompt", words, pipelines.PROMPT, "--negative", "blurry"]
+    assert export([*command, "-o", str(file)]) == 0
+    away = tmp_path / "own-negative.npz"
+    assert f"--condition {file} --negative-condition {away}" in capsys.readouterr().out
+    own, negative = (dict(np.load(path).items()) for path in (file, away))
+    options: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "output": "latents"}
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        got = pipe.sample(condition=own, negative=negative, seed=[SEED, SEED + 1], **options)
+    expected = case.theirs([words, pipelines.PROMPT], [SEED, SEED + 1], negative_prompt=["blurry"] * 2)
+    assert pipelines.distance(got, expected) >= tiny.SAME
+    assert pipelines.distance(case.ours(), expected[1:]) < tiny.ANOTHER  # with the empty negative, and another seed
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "encoder_hidden_states has the shape [1, 6, 64] for one prompt and [1, 43, 64] for another: a data-dependent": (
+        pipelines.latte,
+        {"frames": 2},
+    ),
+    "timestep of shape [1, 32] changes from step to step and is a time of its own for each token": (
+        lambda: pipelines.wan(expand_timesteps=True),
+        {"frames": 5},
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(tmp_path, one_thread, message) -> None:
+    make, options = REFUSED[message]
+    make().save_pretrained(tmp_path)
+    with one_thread(), pytest.raises(UsageError) as error:
+        read_pipeline(tmp_path, Recipe(resolution=64, **options))
+    assert message in str(error.value)
+
+
+def test_code_in_a_folder_does_not_run(tmp_path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"_class_name": "MyTransformer"}))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "MyPipeline"]}))
+    (tmp_path / "pipeline.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass MyPipeline: pass\n")
+    with pytest.raises(UsageError, match=r"has no class .*MyPipeline"):
+        read_pipeline(tmp_path, Recipe())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "frames", "shape"),
+    [
+        (pipelines.wan, 5, (4, 2, 8, 8)),
+        (pipelines.cogvideox, 9, (3, 4, 8, 8)),
+        (pipelines.cogview3, None, (4, 8, 8)),
+    ],
+)
+def test_other_classes(tmp_path, one_thread, make, frames, shape) -> None:
+    pipeline = make()
+    with one_thread():
+        bundle = build(pipeline, tmp_path, frames=frames)
+    assert manifest.read(bundle).state.shape == shape
+    pipelines.accept(Case(pipeline, bundle, {"num_frames": frames} if frames else {}))
+
+
+def flux_pipeline() -> Any:
+    clip, t5 = tiny.clip_tokenizer(), tiny.t5_tokenizer()
+    widths = {"joint_attention_dim": 64, "pooled_projection_dim": 32}
+    return FluxPipeline(
+        transformer=flux(**widths),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=tiny.vae(4),
+        text_encoder=tiny.clip(clip, projection=None),
+        tokenizer=clip,
+        text_encoder_2=tiny.t5(t5),
+        tokenizer_2=t5,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "tokens"), [(sd3_pipeline, 256), (flux_pipeline, 32)])
+def test_the_same_as_a_family(tmp_path, one_thread, make, tokens) -> None:
+    """Both doors draw the same latents from the same embeddings; the generic one has names of its own."""
+    pipeline = make()
+    names = {"encoder_hidden_states": "captions", "pooled_projections": "pooled"}
+    with one_thread():
+        generic = build(pipeline, tmp_path, caption_tokens=tokens)
+        captions = manifest.read(generic).port("encoder_hidden_states").shape[0]
+        recipe = {"caption_tokens": captions, "resolution": 64, "without_text_encoders": True}
+        family = tiny.build(pipeline, tmp_path / "family", **recipe)
+    case = Case(pipeline, generic, {"max_sequence_length": tokens})
+    pipelines.accept(case)
+    options: dict[str, Any] = {"seed": SEED, "guidance": GUIDANCE, "steps": STEPS, "output": "latents"}
+    arrays = dict(np.load(generic / "conditions.npz").items())
+    condition = {ours: arrays[theirs][:1] for theirs, ours in names.items()}
+    if (generic / "negative.npz").exists():
+        away = dict(np.load(generic / "negative.npz").items())
+        options["negative"] = {ours: away[theirs] for theirs, ours in names.items()}
+    with Pipeline.load(family, threads=1) as pipe:
+        assert pipelines.distance(case.ours(), pipe.sample(condition=condition, **options)) >= tiny.SAME
