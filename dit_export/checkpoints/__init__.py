@@ -90,6 +90,7 @@ def load_pipeline(recipe: Recipe) -> Loaded:
         if (value := getattr(recipe, name)) is not None:
             raise UsageError(f"got both a pipeline ({recipe.pipeline}) and {name} {value}: a pipeline has its own")
     path = Path(recipe.pipeline).expanduser()
+    refuse_lora(path, path / "transformer")
     read = read_pipeline(path, recipe)
     source = {"path": recipe.pipeline, "kind": "pipeline"} | read.source
     return Loaded(read.network, read.vae, (), read.process, source, examples=read.examples, note=read.note)
@@ -105,10 +106,7 @@ def load_file(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
 def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     """Read a folder that diffusers wrote; the VAE and the source are still to be filled in."""
     folder = transformer_folder(path)
-    for place in (path, folder):
-        if (place / LORA).exists():
-            how = "fuse it (`pipe.fuse_lora()`), save the pipeline and build that; or move the file away"
-            raise UsageError(f"{place / LORA}: a LoRA beside the weights, which do not hold it: {how}")
+    refuse_lora(path, folder)
     if class_name(folder) not in CLASSES:
         network, files, family, transformer = read_family(folder, recipe)
         tokens = math.prod(side // network.model["patch_size"] for side in network.state.shape[1:])
@@ -134,6 +132,13 @@ def load_folder(path: Path, recipe: Recipe) -> tuple[Loaded, list[Path]]:
     loaded = class_conditional(model, process, recipe)
     labels = loaded.labels or pipeline_labels(path, model.spec.num_classes)
     return replace(loaded, labels=labels), files
+
+
+def refuse_lora(*places: Path) -> None:
+    for place in places:
+        if (place / LORA).exists():
+            how = "fuse it (`pipe.fuse_lora()`), save the pipeline and build that; or move the file away"
+            raise UsageError(f"{place / LORA}: a LoRA beside the weights, which do not hold it: {how}")
 
 
 def with_text(loaded: Loaded, path: Path, family: Family, transformer: nn.Module, recipe: Recipe) -> Loaded:

@@ -29,10 +29,9 @@ from dit_export.networks.codec import CODECS, make_decoder
 from dit_export.networks.diffusers import Recording, record
 from dit_export.recipe import Recipe, latent_size
 from dit_runtime.errors import UsageError
-from dit_runtime.facts import FACTS
 from dit_runtime.images import psnr
 from dit_runtime.sampling.noise import draw
-from dit_runtime.sampling.process import Process
+from dit_runtime.sampling.process import CHOICES, Process
 from dit_runtime.sampling.solvers import solve
 
 PROMPT, OTHER = "a photo of a cat", "two red boats at sea, 1920, and a lighthouse"
@@ -250,7 +249,7 @@ def fit_process(pipeline: Any, captured: Captured) -> Process:
         growth = shifts[3] - shifts[2]
         mu = lambda tokens, fields: (shifts[2] - 2 * growth, growth)  # noqa: E731
     errors: dict[str, float] = {}
-    for spacing in FACTS["spacings"]["flow"]:
+    for spacing in CHOICES["flow_spacing"]:
         process = read_scheduler_config(config, learned_variance=False, tokens=0, spacing=spacing, mu=mu)
         try:
             errors[spacing] = max(replay(process, captured, each) for each in captured.runs.recordings)
@@ -258,10 +257,9 @@ def fit_process(pipeline: Any, captured: Captured) -> Process:
             continue
         if errors[spacing] <= CLOSE:
             return process
-    least = min(errors, key=errors.__getitem__)
+    nearest = [f"; {name} differs by {error:.2g} (relative L2)" for name, error in errors.items()]
     raise UsageError(
-        f"{type(scheduler).__name__}: no schedule that is known repeats the pipeline's steps; "
-        f"{least} comes nearest, and differs by {errors[least]:.2g} (relative L2)"
+        f"{type(scheduler).__name__}: no schedule that is known repeats the pipeline's steps{''.join(nearest)}"
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
+from dit_export.checkpoints import load
 from dit_export.checkpoints.pipelines import read_pipeline
 from dit_export.cli import main as export
 from dit_export.recipe import Recipe
@@ -16,8 +16,9 @@ from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
 from tests.families import pipelines, tiny
 from tests.families.pipelines import GUIDANCE, SEED, STEPS, Case, build
+from tests.families.test_flux import T5_TOKENS
+from tests.families.test_flux import make_pipeline as flux_pipeline
 from tests.families.test_sd3 import make_pipeline as sd3_pipeline
-from tests.networks.tiny import flux
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,12 @@ def test_code_in_a_folder_does_not_run(tmp_path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_lora_beside_the_weights(tmp_path) -> None:
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    with pytest.raises(UsageError, match="a LoRA beside the weights"):
+        load(Recipe(pipeline=str(tmp_path)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "frames", "shape"),
@@ -117,22 +124,8 @@ def test_other_classes(tmp_path, one_thread, make, frames, shape) -> None:
     pipelines.accept(Case(pipeline, bundle, {"num_frames": frames} if frames else {}))
 
 
-def flux_pipeline() -> Any:
-    clip, t5 = tiny.clip_tokenizer(), tiny.t5_tokenizer()
-    widths = {"joint_attention_dim": 64, "pooled_projection_dim": 32}
-    return FluxPipeline(
-        transformer=flux(**widths),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=tiny.vae(4),
-        text_encoder=tiny.clip(clip, projection=None),
-        tokenizer=clip,
-        text_encoder_2=tiny.t5(t5),
-        tokenizer_2=t5,
-    )
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "tokens"), [(sd3_pipeline, 256), (flux_pipeline, 32)])
+@pytest.mark.parametrize(("make", "tokens"), [(sd3_pipeline, 256), (flux_pipeline, T5_TOKENS)])
 def test_the_same_as_a_family(tmp_path, one_thread, make, tokens) -> None:
     """Both doors draw the same latents from the same embeddings; the generic one has names of its own."""
     pipeline = make()

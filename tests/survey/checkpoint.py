@@ -1,6 +1,6 @@
 """A whole pipeline at its real size with random weights: Sana 0.6B for 512 px, with Gemma 2 2B and DC-AE.
 
-`python -m tests.survey.checkpoint FOLDER` writes it as diffusers does, in bf16, a shard at a time: 6.6 GB. No weight is
+`python -m tests.survey.checkpoint FOLDER` writes it as diffusers does, in bf16, a shard at a time: 6.7 GB. No weight is
 zero, so the network reacts to all of its inputs. The tokenizer has single bytes in place of Gemma's 256,000 words.
 """
 
