@@ -101,7 +101,10 @@ def run(options: argparse.Namespace) -> int:
     if options.presets:
         options.presets.write_text(json.dumps(presets, indent=1) + "\n", encoding="utf-8")
     if not options.dry_run:
-        manifest.write(folder, replace(contract, presets={**contract.presets, **presets}))
+        now = manifest.read(folder)
+        if fingerprint(now, judge[2] if judge else "") != results.bundle:
+            raise UsageError(f"{folder}: its files changed while it was tuned; tune it again")
+        manifest.write(folder, replace(now, presets={**now.presets, **presets}))
     if options.json:
         print(json.dumps({"presets": presets, "plans": _rows(scores, names), "refused": [*refused]}, indent=1))
     else:
@@ -113,14 +116,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _judge(options: argparse.Namespace, contract: Manifest) -> tuple[OnnxJudge, Any, str] | None:
-    """Return the network that judges, what real pictures are to it, and its sha256."""
+    """Return the network that judges, what real pictures are to it, and a sum of both."""
     if options.features is None and options.real is None:
         own = own_judge(options.bundle, contract, options.threads)
         return own if own is not None and own[1] is not None else None
     if options.features is None or options.real is None:
         raise UsageError("a judge of your own needs both --features FILE.onnx and --real FILE.npz")
     judge = OnnxJudge(options.features, options.threads)
-    return judge, read_real(options.real, judge), manifest.sha256(options.features)
+    sums = manifest.sha256(options.features) + manifest.sha256(options.real)
+    return judge, read_real(options.real, judge), sums
 
 
 def _settings(options: argparse.Namespace, judged: bool) -> Settings:

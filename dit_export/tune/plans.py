@@ -23,8 +23,7 @@ CACHES: tuple[dict[str, Any], ...] = (
     {"cache": "taylorseer", "cache_interval": 2, "max_order": 0},
     {"cache": "taylorseer", "cache_interval": 2, "max_order": 1},
     {"cache": "taylorseer", "cache_interval": 3, "max_order": 1},
-    {"cache": "easycache"},
-)
+)  # not easycache: it decides for all pictures of a request at once, and here many are drawn in one
 CACHE_FIELDS = {"cache", *(name for settings in FACTS["caches"].values() for name in settings)}
 
 
@@ -42,7 +41,7 @@ def first(contract: Manifest) -> Iterator[Plan]:
     """Yield the plans that a search starts from: the bundle's with fewer steps, guided throughout and in the middle."""
     base = default(contract)
     for share in FIRST_STEPS:
-        plan = {**base, "steps": max(FEWEST, round(share * base["steps"]))}
+        plan = {**base, "steps": max(min(FEWEST, base["steps"]), round(share * base["steps"]))}
         yield plan
         if contract.mixes_guidance:
             yield {**plan, INTERVAL: list(FIRST_INTERVAL)}

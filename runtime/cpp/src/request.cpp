@@ -133,8 +133,13 @@ Checked check(const Manifest& manifest, const Request& request) {
     return checked;
 }
 
+// What the request states stays. With it go the preset's fields that mean nothing beside it: settings of another cache,
+// times of other steps.
 Request with_preset(const Manifest& manifest, Request request, const std::string& name) {
-    const Preset& preset = manifest.preset(name);
+    Preset preset = manifest.preset(name);
+    if (!request.cache.empty()) preset.cache_settings.clear();
+    if (request.steps && !listed(preset.spacing).empty()) preset.spacing.clear();
+    if (!listed(request.spacing).empty()) preset.steps = 0;
     if (!request.steps) request.steps = preset.steps;
     if (request.guidance.empty() && preset.guidance) request.guidance = {static_cast<float>(*preset.guidance)};
     if (request.solver.empty()) request.solver = preset.solver;

@@ -142,8 +142,17 @@ class Request:
         )
 
     def with_preset(self, manifest: Manifest) -> Request:
-        """Return the request with the values of its preset; a field that it states itself stays."""
-        values = {} if self.preset is None else manifest.preset(self.preset)
+        """Return the request with the values of its preset; a field that it states itself stays.
+
+        With it go the preset's fields that mean nothing beside it: settings of another cache, times of other steps.
+        """
+        values = dict({} if self.preset is None else manifest.preset(self.preset))
+        if self._states("cache"):
+            values = {name: value for name, value in values.items() if name not in SETTINGS}
+        if self._states("steps") and listed(values.get("spacing")):
+            del values["spacing"]
+        if self._states("spacing") and listed(_spacing_words(self.spacing)):
+            values.pop("steps", None)
         values = {name: value for name, value in values.items() if not self._states(name)}
         return replace(self, preset=None, **values)
 

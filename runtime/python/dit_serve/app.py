@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import re
 import signal
 import threading
@@ -56,6 +57,7 @@ class Service:
         self.models, self.settings = models, settings
         self.metrics, self.jobs = Metrics(models), Jobs()
         self.draining = False
+        self._until = math.inf  # by the clock, when work under way is stopped
         self._tasks: set[asyncio.Task[None]] = set()
 
     def app(self) -> ASGIApp:
@@ -84,11 +86,17 @@ class Service:
         if threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGHUP, lambda: self._keep(self.swap()))
         yield
-        self.draining = True
+        self.drain()  # where no signal has
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), self.settings.grace)
+            left = max(0, self._until - time.monotonic())
+            await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), left)
         for model in self.models.values():
-            await asyncio.to_thread(model.batcher.close, drain=False)
+            await asyncio.to_thread(model.close)
+
+    def drain(self) -> None:
+        """Take no more requests; what is under way has the grace from now on."""
+        if not self.draining:
+            self.draining, self._until = True, time.monotonic() + self.settings.grace
 
     async def swap(self) -> None:
         """Serve what the bundles' folders hold now; a model whose new bundle is refused keeps the old one."""
@@ -115,8 +123,7 @@ class Service:
         width, height = model.size(body)
         if width * height * body.n > limit.pixels:
             raise Fault(400, f"n images have more than {limit.pixels} pixels in all", "n")
-        default = model.manifest.process.sampler.steps
-        if (body.num_inference_steps or default) > limit.steps:
+        if model.steps(body) > limit.steps:
             raise Fault(400, f"num_inference_steps must be at most {limit.steps}", "num_inference_steps")
         return model, body
 
@@ -174,7 +181,7 @@ class Service:
             job = self.jobs.add()
             try:
                 drawing = Drawing(model, body, self.settings.job_deadline, lambda *event: self._heard(job, *event))
-            except Fault:
+            except BaseException:
                 self.jobs.forget(job)
                 raise
             job.progress = [(0, ticket.evaluations) for ticket in drawing.tickets]
@@ -188,6 +195,8 @@ class Service:
             self.metrics.answer(request.scope["fields"].get("model", ""), code, time.monotonic() - began)
 
     def _heard(self, job: Job, image: int, done: int, total: int, preview: NDArray[np.uint8] | None) -> None:
+        if job.ended:  # by another image's failure
+            return
         job.progress[image] = done, total
         if preview is not None:
             self._keep(self._show(job, image, done, preview[0]))
@@ -210,6 +219,9 @@ class Service:
             if error.status >= 500:
                 log.error("job failed", extra={"fields": fields}, exc_info=error.__cause__)
             job.finish("cancelled" if error.status == 499 else "failed", error.body)
+        except Exception as error:  # of the library that encodes, for one
+            log.error("job failed", extra={"fields": fields}, exc_info=error)
+            job.finish("failed", Fault(500, "internal error; the server's log says more under this job's id").body)
         log.info("job ended", extra={"fields": fields | {"status": job.status}})
 
     async def show_job(self, request: Request) -> Response:

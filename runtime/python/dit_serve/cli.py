@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -24,8 +25,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         raise UsageError(f"--host {options.host} is open to others: pass --api-key-file FILE too")
     positive = ("batch", "deadline", "job_deadline", "grace", "max_images", "max_steps", "max_pixels")
     for name in positive:
-        if (value := getattr(options, name)) is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
+        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; expected a number above 0")
+    if not 0 <= options.port < 2**16:
+        raise UsageError(f"--port is {options.port}; expected 0 to 65535")
     named = _named(options.bundles)
     try:
         from dit_serve.process import serve

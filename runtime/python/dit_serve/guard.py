@@ -64,7 +64,7 @@ class Guard:
             log.log(level, "request", extra={"fields": fields | line})
 
     def _refuse(self, scope: Scope, headers: Headers) -> Fault | None:
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
+        host = re.sub(r":\d*$", "", headers.get("host", ""))
         if self._key is None and host not in self._hosts:
             return Fault(403, "this server has no API key, so it answers only to its own host name")
         if self._key is not None and scope["path"] not in OPEN:
@@ -72,8 +72,8 @@ class Guard:
             if not hmac.compare_digest(sent, b"Bearer " + self._key):
                 return Fault(401, "no API key, or a wrong one", headers={"WWW-Authenticate": "Bearer"})
         if scope["method"] == "POST":
-            length = headers.get("content-length", "")
-            if not (length.isascii() and length.isdecimal()):
+            length = headers.get("content-length", "")  # of a chunked body it would say nothing
+            if "transfer-encoding" in headers or not (length.isascii() and length.isdecimal()):
                 return Fault(411, "a body needs its length, Content-Length")
             if len(length) > 12 or int(length) > self._most:
                 return Fault(413, f"the body has more than {self._most} bytes")

@@ -18,6 +18,7 @@ from dit_runtime.conditions.labels import class_number
 from dit_runtime.errors import BundleError, EngineError, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Request
+from dit_runtime.sampling.schedule import listed
 from dit_runtime.serve import Batcher, Closed, Ticket
 from dit_serve.body import Body
 from dit_serve.faults import Fault
@@ -57,6 +58,7 @@ class Model:
         self.swaps: Counter[str] = Counter()  # by result
         self.refusal = ""  # why the last swap failed
         self._swapping = threading.Lock()
+        self._old: list[Batcher] = []  # that finish what they have
         self.served = open_bundle(folder, opening)
 
     @property
@@ -82,6 +84,12 @@ class Model:
             raise Fault(400, f"size must be auto or {' or '.join(known)} for the model {self.name}", "size")
         return known[body.size]
 
+    def steps(self, body: Body) -> int:
+        """Return the steps that a body asks for, itself or by its preset."""
+        preset = self.manifest.presets.get(body.preset or "", {})
+        steps = body.num_inference_steps or preset.get("steps") or len(listed(preset.get("spacing")))
+        return int(steps or self.manifest.process.sampler.steps)
+
     def swap(self) -> bool:
         """Serve the bundle that its folder holds now, if that is another one; return whether it is served.
 
@@ -90,7 +98,7 @@ class Model:
         """
         with self._swapping:
             try:
-                if manifest.sha256(self.folder / manifest.NAME) == self.served.sha256:
+                if self.batcher.alive and manifest.sha256(self.folder / manifest.NAME) == self.served.sha256:
                     return True
                 fresh = open_bundle(self.folder, self._opening, verified=True)
             except (UsageError, EngineError, OSError) as error:
@@ -98,11 +106,18 @@ class Model:
                 self.swaps["refused"] += 1
                 log.error("swap refused", extra={"fields": {"model": self.name, "reason": self.refusal}})
                 return False
-            old, self.served, self.refusal = self.served, fresh, ""
+            old, self.served, self.refusal = self.served.batcher, fresh, ""
+            self._old.append(old)
             self.swaps["swapped"] += 1
             log.info("swapped", extra={"fields": {"model": self.name, "sha256": fresh.sha256}})
-            old.batcher.close()
-            return True
+        old.close()  # the next swap need not wait for it
+        self._old.remove(old)
+        return True
+
+    def close(self) -> None:
+        """Stop what is under way, old bundles' too."""
+        for batcher in [*self._old, self.batcher]:
+            batcher.close(drain=False)
 
     def submit(self, request: Request, **options: Any) -> Ticket:
         """Put a request in line, in the new bundle's where the old one closes at this moment."""

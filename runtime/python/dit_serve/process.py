@@ -63,7 +63,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop in order, and at a second ctrl-c at once; the exit code is 0, not the signal's."""
         self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = self._service.draining = True
+        self._service.drain()
+        self.should_exit = True
 
 
 def _log_as_json() -> None:

@@ -141,7 +141,8 @@ class Batcher:
                 job.cancel()
             self._wake.notify()
         self._thread.join()
-        self.pipe.close()
+        with self._wake:  # of two who close, one comes second and finds nothing open
+            self.pipe.close()
 
     def _guarded_loop(self) -> None:
         """Leave nobody waiting where the loop itself breaks down."""
