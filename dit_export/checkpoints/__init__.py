@@ -179,16 +179,21 @@ def load_source(contract: Manifest, folder: Path) -> Loaded:
     if contract.source.get("kind") not in KINDS:
         what = f"{folder}: of a program's own network, whose weights no command reads"
         raise UsageError(f"{what}; run `dit-export regress {folder}`")
-    known = {each.name for each in fields(Recipe)}
-    if unknown := sorted(contract.source["recipe"].keys() - known):
-        what = f"{folder}: the recipe in its manifest has {unknown[0]!r}, which this version does not know"
-        raise UsageError(f"{what}; rebuild it with `dit-export build`")
-    recipe = Recipe(**contract.source["recipe"])
+    recipe = recipe_of(contract, folder)
     loaded = load(recipe, contract.size if recipe.sizes[1:] else None)
     was = {key: value for key, value in contract.source.items() if key != "recipe"}
     if was != loaded.source:
         raise UsageError(f"the weights are not the ones of this bundle: got {loaded.source}, expected {was}")
     return loaded
+
+
+def recipe_of(contract: Manifest, folder: Path) -> Recipe:
+    """Return the recipe that a manifest holds."""
+    known = {each.name for each in fields(Recipe)}
+    if unknown := sorted(contract.source["recipe"].keys() - known):
+        what = f"{folder}: the recipe in its manifest has {unknown[0]!r}, which this version does not know"
+        raise UsageError(f"{what}; rebuild it with `dit-export build`")
+    return Recipe(**contract.source["recipe"])
 
 
 def load_synthetic(recipe: Recipe, made_for: Any) -> Loaded:

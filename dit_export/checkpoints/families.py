@@ -79,4 +79,7 @@ def caption_tokens(pipeline: Path, family: Family) -> int:
 def read_index(pipeline: Path) -> dict[str, Any]:
     """Return the config of a pipeline; {} where the folder is none."""
     index = pipeline / "model_index.json"
-    return read_json(index) if index.is_file() else {}
+    config = read_json(index) if index.is_file() else {}
+    if not isinstance(config, dict):
+        raise UsageError(f"{index}: expected an object, got {type(config).__name__}")
+    return config

@@ -166,10 +166,15 @@ def run(pipeline: Any, recipe: Recipe, decode: bool = False) -> Runs:
     )
 
 
-def record_conditions(folder: Path, recipe: Recipe, prompts: Sequence[str], negative: str = "") -> Examples:
-    """Return what a pipeline gives its transformer for prompts and a negative one, as `Loaded.examples` has it."""
+def record_conditions(folder: Path, recipe: Recipe, prompts: Sequence[str], negative: str, digest: str) -> Examples:
+    """Return what a pipeline gives its transformer for prompts and a negative one, as `Loaded.examples` has it.
+
+    Refuse a folder whose transformer has not the sum `digest`.
+    """
     with _silent():
-        pipeline, _ = open_pipeline(folder)
+        pipeline, files = open_pipeline(folder)
+        if sha256(files) != digest:
+            raise UsageError(f"{folder}: its weights are not the ones of this bundle; build it again")
         captured = Captured(pipeline.transformer, run(pipeline, recipe))
         changes: dict[str, Any] = {"negative_prompt": negative} if negative else {}
         return condition_arrays(captured, [run_once(pipeline, recipe, prompt, **changes) for prompt in prompts])
@@ -203,6 +208,10 @@ def read_pipeline(folder: Path, recipe: Recipe) -> Read:
             note = f"{error}; the bundle ends at the latents"
     pixels = make_decoder(vae).pixels if vae is not None else made.pixels
     made = replace(made, model=config | model, pixels=pixels)
+    parameters = inspect.signature(pipeline.__call__).parameters
+    for name in parameters.keys() - {WEIGHT}:
+        if name.endswith(("guidance_scale", "cfg_scale")):
+            note = "; ".join(filter(None, (note, f"{name} stays at its default")))
     return Read(made, process, vae, files, condition_arrays(captured), note)
 
 
@@ -227,6 +236,8 @@ def condition_arrays(captured: Captured, recordings: Sequence[Recording] = ()) -
     """
     recordings, ports = recordings or (captured.runs.first, captured.runs.prompt), captured.condition_ports()
     groups = {"conditions": [captured.own(each) for each in recordings]}
+    for row in groups["conditions"]:
+        captured.require_constants(row)
     if captured.guided:
         groups["negative"] = [captured.negative(recordings[0])]
     return {

@@ -137,6 +137,8 @@ def _encoder(folder: Path, kind: str) -> Encoder:
 
     stored = encoder.state_dict().keys()
     buffers = {name: buffer for name, buffer in encoder.named_buffers() if name in stored}
+    if lost := sorted(buffers.keys() - places(buffers).keys()):
+        raise UsageError(f"{folder}: transformers makes {lost[0]} of several weights as it loads them: {OTHERWISE}")
     values = {name: value.to(buffers[name].dtype) for name, value in Renamed(places(buffers)).items()}
     encoder.load_state_dict(values, strict=False, assign=True)
     return Encoder(encoder.eval(), places({parameter: parameter for parameter in encoder.parameters()}))

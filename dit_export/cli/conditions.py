@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 
@@ -32,11 +32,15 @@ def run(options: argparse.Namespace) -> int:
         )
     if output.suffix != ".npz":
         raise UsageError(f"output {output}: expected FILE.npz")
+    if not output.parent.is_dir():  # before the long work
+        raise UsageError(f"output {output}: the folder {output.parent} does not exist")
+    from dit_export.checkpoints import recipe_of
     from dit_export.checkpoints.pipelines import record_conditions
 
-    recipe = Recipe(**contract.source["recipe"])
+    recipe = recipe_of(contract, options.bundle)
+    recipe = replace(recipe, resolution=recipe.sizes[0])
     folder = Path(str(recipe.pipeline)).expanduser()
-    arrays = record_conditions(folder, recipe, options.prompt, options.negative)
+    arrays = record_conditions(folder, recipe, options.prompt, options.negative, contract.source["sha256"])
     flags = {"conditions": "--condition", "negative": "--negative-condition"}
     line = [f"dit-run sample {options.bundle}"]
     rows: Any

@@ -71,7 +71,8 @@ class Caller(nn.Module):
             return self.state_view(inputs[self.state]).to(value.dtype)
         if name in self.times:
             factor, offset = self.times[name]
-            return (factor * time + offset).reshape(-1, *value.shape[1:]).to(value.dtype)
+            moved = (factor * time + offset).reshape(-1, *value.shape[1:])
+            return (moved if value.is_floating_point() else moved.round()).to(value.dtype)
         if name in self.conditions:
             rows = inputs[self.conditions[name]]
             rows = (self.factor * rows).reshape(-1, *value.shape[1:]) if name == self.weight else rows

@@ -120,6 +120,9 @@ class Captured:
     def sorted(self) -> Sorted:
         """Sort arguments by what moves them: a step, a prompt, the weight of guidance, or nothing."""
         first, runs = self.own(self.runs.first), self.runs
+        for other in (self.own(runs.first, 1), self.own(runs.unguided), self.own(runs.seed)):
+            if some := sorted(filter(self._is_no_list, first.inputs.keys() ^ other.inputs.keys())):
+                raise UsageError(f"{some[0]}: an argument of some calls only: refused")
         states: list[str] = []
         times: list[str] = []
         conditions: list[str] = []
@@ -135,6 +138,7 @@ class Captured:
                 self._require_condition(name, value)
                 conditions.append(name)
             elif not _equal(value, self.own(runs.unguided).inputs[name]):
+                self._require_weight(name)
                 weights.append(name)
             elif not _equal(value, self.own(runs.seed).inputs[name]):
                 raise UsageError(f"{name} changes with the seed or the number of steps, and is no state: refused")
@@ -148,11 +152,20 @@ class Captured:
             raise UsageError(f"{', '.join(states if len(states) > 1 else weights)}: expected one argument of this role")
         return Sorted(states[0], tuple(times), tuple(conditions), weights[0] if weights else "")
 
+    def _require_weight(self, name: str) -> None:
+        """Refuse a weight of guidance that is not one number a run, or that mixes two predictions besides."""
+        values = [self.own(run).inputs[name] for run in (self.runs.first, self.runs.unguided)]
+        if self.guided:
+            what = f"{name} changes with the weight of guidance, which mixes two predictions besides"
+            raise UsageError(f"unknown guidance: {what}: refused")
+        if not all(isinstance(value, Tensor) and value.unique().numel() == 1 for value in values):
+            raise UsageError(f"unknown guidance: {name} changes with its weight, and is not one number: refused")
+
     def _require_sizes(self, one: Group, other: Group) -> None:
         """Refuse what has another shape, or another value of Python, for another prompt."""
+        if some := sorted(one.inputs.keys() ^ other.inputs.keys()):
+            raise UsageError(f"{some[0]}: an argument of some calls only: refused")
         for name, value in one.inputs.items():
-            if name not in other.inputs:
-                raise UsageError(f"{name}: an argument of some calls only: refused")
             second = other.inputs[name]
             shapes = [[*each.shape] if isinstance(each, Tensor) else each for each in (value, second)]
             if isinstance(value, Tensor) and isinstance(second, Tensor) and shapes[0] != shapes[1]:
@@ -166,8 +179,11 @@ class Captured:
             raise UsageError(f"{name} is {type(value).__name__} of Python and changes from step to step: refused")
         self._require_no_list(name)
 
+    def _is_no_list(self, name: str) -> bool:
+        return not any(word.isdecimal() for word in name.split("."))
+
     def _require_no_list(self, name: str) -> None:
-        if any(word.isdecimal() for word in name.split(".")):
+        if not self._is_no_list(name):
             raise UsageError(f"{name}: a tensor in a list, which no port holds: refused")
 
     def _require_condition(self, name: str, value: Any) -> None:
@@ -264,6 +280,16 @@ class Captured:
         if self.sorted.weight:
             ports[self.sorted.weight] = Port(WEIGHT, "condition", "float32", ())
         return ports
+
+    def require_constants(self, group: Group) -> None:
+        """Refuse a call for another prompt whose constants are not those of the recorded runs."""
+        first, moving = self.own(self.runs.first).inputs, {self.sorted.state, *self.sorted.times, self.sorted.weight}
+        for name, value in group.inputs.items():
+            shapes = [getattr(each, "shape", None) for each in (value, first[name])]
+            same = shapes[0] == shapes[1] if name in self.sorted.conditions else _equal(value, first[name])
+            if name not in moving and not same:
+                what = f"{name} is a constant of the bundle, and another one for this prompt"
+                raise UsageError(f"{what}; build it again with more --caption-tokens")
 
     def weight_factor(self) -> float:
         """Return what the transformer reads of a weight of guidance of 1."""

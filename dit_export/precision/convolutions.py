@@ -40,7 +40,7 @@ LINES = 6  # of a picture, and columns: where they cross, a call's sample is dra
 SAMPLES, SEED = 2, 2000  # latents of the search; the seed is not calibration's
 MEASURED = 8  # convolutions of the search, each of which costs a compilation and a picture
 STREAM = 2.0  # how much more an error of the residual stream counts than that of a branch beside it
-MARGIN = 1.0  # dB that the search stays above the limit: other latents, and a CPU whose floats are bf16
+MARGIN = 1.5  # dB that the search stays above the limit: other latents, and a CPU whose floats are bf16
 UP = "up"  # the kind of a sub-pixel convolution, which is four
 Floats = NDArray[np.float32]
 

@@ -57,6 +57,8 @@ def add_options(parser: argparse.ArgumentParser, weights: bool = True) -> Callab
 def run(options: argparse.Namespace) -> int:
     names = manifest.read(options.bundle).size_names
     alone = any(getattr(options, name) for name in ONE_SIZE)
+    if options.size is None and alone and len(names) > 1:
+        print(f"only the size {names[0]} is checked; --size names another one", file=sys.stderr)
     if options.size is not None or alone or len(names) < 2:
         return _run(options)
     codes = []

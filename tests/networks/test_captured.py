@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 
 from dit_export.checkpoints.pipelines import condition_arrays, fit_process, run
 from dit_export.networks import Network
-from dit_export.networks.caller import network
+from dit_export.networks.caller import Caller, network
 from dit_export.networks.captured import Captured
 from dit_export.networks.strides import locate, strides
 from dit_export.recipe import Recipe
@@ -111,6 +113,19 @@ class Restless(ToyPipeline):
         return super().predict(x, time, caption * (1 + time / 1000), mask, weight, guided)
 
 
+class Both(ToyPipeline):
+    """A weight of guidance that the network reads while it mixes two predictions."""
+
+    def predict(self, x, time, caption, mask, weight, guided):
+        self.guidance, mixes = "embedded", guided
+        output = [
+            super(Both, self).predict(x, time, caption[part], mask[part], weight, False)
+            for part in (slice(len(x)), slice(-len(x), None))
+        ]
+        self.guidance = "batch"
+        return output[0] + weight * (output[1] - output[0]) if mixes else output[1]
+
+
 class Forgetful(ToyPipeline):
     """A constant that the batch's second sample does not share."""
 
@@ -133,6 +148,7 @@ class OwnSteps(ToyPipeline):
     [
         (Three, "unknown guidance: the transformer predicts 3 times for each sample and step"),
         (Restless, "caption of shape [1, 12, 8] changes from step to step and is neither the state nor a time"),
+        (Both, "unknown guidance: weight changes with the weight of guidance, which mixes two predictions besides"),
         (Forgetful, "step 1 of 2 of seeds (0, 1) is not repeated by the arguments as they were sorted"),
         (OwnSteps, "no schedule that is known repeats the pipeline's steps"),
     ],
@@ -141,6 +157,13 @@ def test_more_refusals(kind: type[ToyPipeline], message: str) -> None:
     with pytest.raises(UsageError) as error:
         capture(kind())
     assert message in str(error.value)
+
+
+def test_whole_times_are_rounded() -> None:
+    """As 0.251 in float32 times 1000, which is less than 251."""
+    caller = SimpleNamespace(values={"t": torch.tensor([0])}, state_argument="x", times={"t": (1000.0, 0.0)}, time="t")
+    times = torch.arange(1000) / 1000
+    assert Caller.argument(caller, "t", 0, {"t": times}).tolist() == [*range(1000)]
 
 
 def test_a_call_that_needs_more() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,22 @@ def test_a_preset_is_its_fields(opened) -> None:
 def test_a_field_of_the_request_wins(opened, name, value) -> None:
     pipe, fields = opened(), QUICK | {name: value}
     assert np.array_equal(latents(pipe, preset="quick", **{name: value}), latents(pipe, **fields))
+
+
+@pytest.mark.parametrize(
+    ("stated", "left"),
+    [
+        ({"steps": 4}, {"steps": 4}),
+        ({"spacing": "900, 500, 100"}, {"spacing": "900, 500, 100"}),
+        ({"cache": "easycache"}, {"spacing": "900, 400", "steps": 2, "cache": "easycache"}),
+    ],
+)
+def test_what_belongs_together_goes_together(opened, stated, left) -> None:
+    preset = {"spacing": "900, 400", "steps": 2, "cache": "taylorseer", "cache_interval": 2}
+    contract = replace(opened().manifest, presets={"listed": preset})
+    request = Request("ant", preset="listed", **stated).with_preset(contract)
+    assert {name: getattr(request, name) for name in left} == left
+    request.check(contract)
 
 
 def test_an_unknown_preset_is_one_line(opened, handmade, capsys, tmp_path) -> None:

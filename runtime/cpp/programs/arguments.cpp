@@ -35,7 +35,7 @@ Draws pictures from a bundle of dit-export.
   --spacing NAME        stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity trailing,
                         linspace, discrete, integer, karras, exponential, beta; or the times themselves: 999,640,300;
                         default: the bundle's
-  --cache NAME          of outputs: taylorseer, easycache; default: none
+  --cache NAME          of outputs: taylorseer, easycache, which decides for all pictures at once; default: none
   --cache-interval N    taylorseer evaluates each step of N
   --max-order N         of taylorseer, 0 to 2
   --disable-cache-before-step STEP, --disable-cache-after-step STEP

@@ -114,7 +114,8 @@ def _parser() -> Parser:
     sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
     spacings = ", ".join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))
     sample.add_argument("--spacing", help=f"of the timesteps: {spacings}; or the times themselves: 999,640,300")
-    sample.add_argument("--cache", help=f"of outputs: {', '.join(CACHES)}; default: none")
+    text = f"of outputs: {', '.join(CACHES)}, which decides for all pictures of a request at once; default: none"
+    sample.add_argument("--cache", help=text)
     sample.add_argument("--cache-interval", type=int, metavar="N", help="taylorseer evaluates each step of N")
     sample.add_argument("--max-order", type=int, metavar="N", help="of taylorseer, 0 to 2")
     sample.add_argument("--disable-cache-before-step", type=int, metavar="STEP")

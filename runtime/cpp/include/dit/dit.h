@@ -218,12 +218,14 @@ typedef struct dit_request {
     size_t num_negative_arrays;
     size_t latents_size;         /* numbers in latents, which is checked; 0: it is not */
     double guidance_interval[2]; /* steps are guided between these fractions of the time: of t over train_steps, of a
-                                    model that predicts a velocity of σ; both ends count. {0, 1}: all steps */
+                                    model that predicts a velocity of σ; both ends count. {0, 1}: all steps, or the
+                                    preset's */
     const char* guidance_policy; /* constant, rescale, zero_star, apg, as "NAME" or "NAME KEY=VALUE …"; NULL: constant,
                                     the network's own guidance */
-    const char* cache;           /* of outputs: taylorseer, easycache; NULL: none */
-    int cache_interval;          /* taylorseer evaluates each step of so many */
-    int max_order;               /* of taylorseer, 0 to 2 */
+    const char* cache;  /* of outputs: taylorseer, easycache, which decides for all pictures of a request at once;
+                           NULL: none */
+    int cache_interval; /* taylorseer evaluates each step of so many */
+    int max_order;      /* of taylorseer, 0 to 2 */
     int disable_cache_before_step; /* earlier steps are evaluated */
     int disable_cache_after_step;  /* this step and later ones are evaluated; below 0: from the end */
     double cache_threshold;        /* the error that easycache lets grow; below 0: its default */
