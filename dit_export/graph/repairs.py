@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from dit_runtime.errors import UsageError
@@ -25,6 +27,7 @@ def fold(module: GraphModule) -> int:
     """Compute what depends on no input and no parameter: frequencies, position tables, rotary tables.
 
     The exporter's own exp and pow differ from PyTorch's by an ulp, and a timestep of 1000 makes 1e-4 of an angle of it.
+    Equal constants are one buffer: each block of FLUX.1 makes its own form of the rotary tables.
     """
     parameters = {name for name, _ in module.named_parameters()}
     values: dict[Node, Any] = {}
@@ -38,12 +41,15 @@ def fold(module: GraphModule) -> int:
             continue
         if isinstance(value, Tensor | tuple | list):
             values[node] = value
-    folded = 0
+    folded, names = 0, dict[object, str]()  # of buffers, by content
     for node, value in values.items():
         needed = any(user not in values for user in node.users)
         if node.op == "call_function" and isinstance(value, Tensor) and needed:
-            constant = _constant(module, node, f"folded_{folded}", value.contiguous().clone())
-            node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in values)
+            value = value.contiguous()
+            name = names.setdefault(_content(value), f"folded_{folded}")
+            if not hasattr(module, name):
+                module.register_buffer(name, value.clone())
+            node.replace_all_uses_with(_read(module, node, name), delete_user_cb=lambda user: user not in values)
             folded += 1
     module.graph.eliminate_dead_code()
     return folded
@@ -174,10 +180,23 @@ def _is_pure(node: Node) -> bool:
     return node.target is operator.getitem
 
 
+def _content(value: Tensor) -> object:
+    """Return what only equal tensors share; a fake one is equal to itself alone."""
+    if isinstance(value, FakeTensor) or value.device.type != "cpu":
+        return id(value)
+    numbers = value.view(torch.uint8) if value.ndim else value[None].view(torch.uint8)
+    return value.dtype, tuple(value.shape), sha256(numbers.numpy().data).digest()
+
+
 def _constant(module: GraphModule, node: Node, name: str, value: Tensor) -> Node:
     """Register the value as a buffer and read it before the node."""
     module.register_buffer(name, value)
+    return _read(module, node, name)
+
+
+def _read(module: GraphModule, node: Node, name: str) -> Node:
+    """Read a buffer before the node."""
     with module.graph.inserting_before(node):
         constant = module.graph.get_attr(name)
-    constant.meta["val"] = value
+    constant.meta["val"] = module.get_buffer(name)
     return constant

@@ -134,3 +134,23 @@ def test_what_must_not_be_repaired(tmp_path) -> None:
     program = torch.export.export(Other().eval(), (), {"x": torch.ones(2, 8)}, strict=False)
     module = program.run_decompositions({}).module()
     assert [repair(module) for repair in repairs.REPAIRS] == [0] * len(repairs.REPAIRS)
+
+
+class Tables(nn.Module):
+    """Each layer makes its own form of one table."""
+
+    def forward(self, x):
+        angles = torch.outer(torch.arange(16.0), torch.tensor([1.0, 0.1, 0.01, 0.001]))
+        for layer in range(3):
+            x = x * angles.cos().repeat(1, 2)[None] + (0.5 + (layer == 2)) * angles.sin().repeat(1, 2)[None]
+        return x
+
+
+def test_equal_constants_are_stored_once() -> None:
+    """Two tables and the last layer's own, of the six that the layers read; a table of the same shape is another."""
+    module = torch.export.export(Tables(), (torch.ones(2, 16, 8),)).run_decompositions({}).module()
+    expected = module(torch.ones(2, 16, 8))
+    assert repairs.fold(module) == 6
+    folded = {name: value for name, value in module.named_buffers() if name.startswith("folded")}
+    assert len(folded) == 3 and len({value.data_ptr() for value in folded.values()}) == 3
+    assert torch.equal(module(torch.ones(2, 16, 8)), expected)
