@@ -19,6 +19,7 @@ from dit_export.cli.console import sample_command
 from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
+from dit_runtime.run import Run
 from tests.conftest import Built
 
 LABELS = Port("labels", "condition", "int64", (), size=13)
@@ -117,11 +118,11 @@ def test_bench_times_each_graph(meta: Built, capsys: Capture) -> None:
 def test_no_step_is_waited_for_where_nobody_watches(
     meta: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, sample = [], Pipeline.sample
-    monkeypatch.setattr(Pipeline, "sample", lambda *a, on_step, **k: seen.append(on_step) or sample(*a, **k))
+    seen, state = [], Run.state
+    monkeypatch.setattr(Run, "state", property(lambda run: seen.append(run.done) or state.fget(run)))
     arguments = ["--labels", "1", "--steps", "2", "-o", str(tmp_path / "x.npy")]
     assert dit_runtime.cli.main(["sample", str(meta.bundle), *arguments]) == 0
-    assert seen == [None]
+    assert seen == [2]  # of the last step alone is the state brought home
 
 
 def test_verify_against_pytorch_knows_its_weights(
@@ -130,7 +131,7 @@ def test_verify_against_pytorch_knows_its_weights(
     opened, load = [], Pipeline.load
     monkeypatch.setattr(Pipeline, "load", lambda *_, **how: opened.append(how) or load(*_, **how))
     assert run_json(capsys, dit_export.cli.main, "verify", str(meta_copy), "--low-memory", "--threads", "1")["passed"]
-    assert opened == [{"threads": 1, "provider": None, "low_memory": True}]
+    assert opened == [{"size": None, "threads": 1, "provider": None, "low_memory": True}]
     table = json.loads((meta_copy / "manifest.json").read_text())
     digests = dict.fromkeys(table["source"]["sha256"], "0" * 64)
     for change, said in (

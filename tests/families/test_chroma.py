@@ -33,10 +33,12 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
     return tiny.Case(pipeline, bundle, {"height": 64, "width": 96, "max_sequence_length": T5_TOKENS})
 
 
+@pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
+@pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:
     """As in FLUX.1: 12 vectors a joint block, 3 a single one, 2 at the end, here of the time alone."""
     contract = manifest.read(case.bundle)
@@ -46,6 +48,7 @@ def test_what_leaves_the_loop(case) -> None:
     assert (contract.guidance.default, contract.process.sampler.steps) == (5.0, 35)
 
 
+@pytest.mark.slow
 def test_another_curve_is_seen(case) -> None:
     """Chroma1-HD's scheduler has use_beta_sigmas; here it must move the picture."""
     assert manifest.read(case.bundle).process.sampler.flow_curve == "beta"

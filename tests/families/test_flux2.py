@@ -80,15 +80,18 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
     return tiny.Case(pipeline, bundle, {"height": 64, "width": 96} | call, negative=None)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
+@pytest.mark.slow
 def test_openvino_draws_it(case, tmp_path) -> None:
     moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
     assert min(tiny.distances(moved.ours(), case.theirs())) >= tiny.SAME
 
 
+@pytest.mark.slow
 def test_another_number_of_steps(case) -> None:
     """The shift of the bundle follows the number of steps, as the pipeline's does."""
     expected = case.theirs(steps=9)
@@ -128,6 +131,7 @@ def test_dev_has_an_embedded_guidance() -> None:
         flux2.Flux2Prompt({}, transformer, 12)
 
 
+@pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:
     """All blocks share 15 vectors, and the end has 2."""
     timed = [tensor for stage in manifest.read(case.bundle).stages if stage.runs == "time" for tensor in stage.gives]

@@ -62,16 +62,19 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
     return tiny.Case(pipeline, bundle, call)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     assert case.theirs().shape == (1, *SHAPE)
     tiny.accept(case)
 
 
+@pytest.mark.slow
 def test_openvino_draws_it(case, tmp_path) -> None:
     moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
     assert min(tiny.distances(moved.ours(), case.theirs())) >= tiny.SAME
 
 
+@pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:
     """6 vectors a block and 2 of the end are made once a timestep, keys and values of the captions once a prompt."""
     contract = manifest.read(case.bundle)
@@ -82,6 +85,7 @@ def test_what_leaves_the_loop(case) -> None:
     assert contract.model["frames"] == FRAMES and contract.model["resolution"] == f"{HEIGHT}x{WIDTH}"
 
 
+@pytest.mark.slow
 def test_files_of_a_video(case, tmp_path, capsys) -> None:
     command = ["sample", str(case.bundle), "--prompt", tiny.PROMPT, "--negative", "", "--steps", "2", "-o"]
     with Pipeline.load(case.bundle) as pipe:
@@ -95,6 +99,7 @@ def test_files_of_a_video(case, tmp_path, capsys) -> None:
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_an_mp4(case, tmp_path) -> None:
     av = pytest.importorskip("av")
     with Pipeline.load(case.bundle) as pipe:

@@ -79,10 +79,12 @@ def case(tmp_path_factory, one_thread) -> families.Case:
     return families.Case(pipeline, bundle, {"height": 8 * SIDE, "width": 8 * SIDE}, weight="true_cfg_scale")
 
 
+@pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
 
 
+@pytest.mark.slow
 def test_openvino_draws_it(case, tmp_path) -> None:
     moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
     expected = case.theirs(families.PROMPTS)
@@ -90,6 +92,7 @@ def test_openvino_draws_it(case, tmp_path) -> None:
     assert max(families.distances(moved.ours(families.PROMPTS, seed=families.SEED + 9), expected)) < families.ANOTHER
 
 
+@pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:
     """Each block's modulation leaves, 6 vectors a stream, 2 of the last block's text stream, and 2 at the end."""
     contract = manifest.read(case.bundle)
