@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,9 @@ import pytest
 
 from dit_serve.app import Settings
 from tests.serve import load
-from tests.serve.serving import Running, running
+from tests.serve.serving import Running, running, until
+from tests.serve.test_batcher import Watched
 from tests.serve.test_hot_swap import process
-from tests.serve.test_server import until
 
 
 def test_overload_is_answered(handmade) -> None:
@@ -36,13 +37,17 @@ def test_overload_is_answered(handmade) -> None:
         assert counts["late"] == sum(outcome.status == 504 for outcome in outcomes) and not counts["failed"]
 
 
-def test_clients_that_leave_leave_nothing(handmade) -> None:
-    with running(handmade("labels"), Settings(grace=5)) as server:
-        outcomes = asyncio.run(load.opened(server.port, 60, 2, leaving=0.8))
-        assert {outcome.status for outcome in outcomes} == {0, 200}
-        until(lambda: server.model.batcher.active == server.model.batcher.queued == 0)
-        assert server.model.batcher.counts["cancelled"] and server.model.batcher.alive
-        assert server.draw(num_inference_steps=2).status == 200
+def test_clients_that_leave_leave_nothing(held: tuple[Running, Watched]) -> None:
+    server, watched = held
+    timer = threading.Timer(1.2, watched.gate.release, [10**6])  # however fast it is
+    timer.start()
+    outcomes = asyncio.run(load.opened(server.port, 60, 1, leaving=0.8))
+    timer.join()
+    assert {outcome.status for outcome in outcomes} == {0, 200}
+    batcher = server.model.batcher
+    until(lambda: batcher.active == batcher.queued == 0)
+    assert batcher.counts["cancelled"] > 10 and batcher.alive
+    assert server.draw(num_inference_steps=2).status == 200
 
 
 def resident(pid: int) -> int:

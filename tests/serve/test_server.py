@@ -34,15 +34,10 @@ from dit_serve.jobs import Jobs
 from dit_serve.models import require_servable
 from dit_serve.protocol import Protocol
 from tests import tamper
-from tests.serve.serving import WAIT, Running, running
+from tests.serve.serving import WAIT, Running, running, until
 from tests.serve.test_batcher import POISON, Watched
 
 SIZE = "32x32"
-
-
-@pytest.fixture(scope="module")
-def folder(handmade) -> Path:
-    return handmade("labels")
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +46,8 @@ def server(folder) -> Iterator[Running]:
         yield started
 
 
-@pytest.fixture
-def held(folder) -> Iterator[tuple[Running, Watched]]:
-    """A server whose step stage waits for the test."""
-    with running(folder, places=4, settings=Settings(grace=5, deadline=30)) as started:
-        pipe = started.model.batcher.pipe
-        watched = Watched(pipe.engines.opened["denoiser"], RuntimeError("secret of the engine"))
-        pipe.engines._opened["denoiser"] = watched
-        watched.hold()
-        yield started, watched
-        watched.gate.release(10**6)
-
-
 def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-
-
-def until(condition, seconds: float = WAIT) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 def test_openais_client_draws_the_runtimes_pictures(server: Running, folder: Path) -> None:
