@@ -19,7 +19,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
-from dit_runtime.files import read_array, read_condition
+from dit_runtime.npy import read_array, read_condition
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.request import Request
