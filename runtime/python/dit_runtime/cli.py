@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,8 @@ from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
-from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
+from dit_runtime.console import Parser, guarded, printable
+from dit_runtime.errors import UsageError
 from dit_runtime.npy import read_array, read_condition
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -27,50 +27,15 @@ from dit_runtime.sampling.caches import CACHES, SETTINGS
 from dit_runtime.sampling.guidance import POLICIES
 from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
-CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other programs
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return guarded("dit-run", lambda: _main(arguments))
+    return guarded("dit-run", _main, arguments)
 
 
-def guarded(program: str, command: Callable[[], int]) -> int:
-    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130.
-
-    Where nobody reads the output any more, as behind `| head`, it ends in silence.
-    """
-    try:
-        try:
-            return command()
-        finally:
-            print(end="", flush=True)  # here, where a closed pipe is caught; else at exit
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())  # what is left to be written at exit
-        return CLOSED_PIPE
-    except (UsageError, OSError) as error:
-        message = " ".join(str(error).split())
-        code = 2
-    except (EngineError, GateError, Stopped) as error:
-        message, code = str(error), 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    print(f"{program}: error: {message}", file=sys.stderr)
-    return code
-
-
-def _main(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises its errors as UsageError, so that they are one line too."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> Parser:
@@ -266,10 +231,10 @@ def _info(options: argparse.Namespace) -> int:
     if contract:
         table["bundle"] = json.loads(contract.to_json())
     if options.json:
-        print(json.dumps(table, indent=1, ensure_ascii=False))
+        print(json.dumps(table, indent=1))
         return 0
     if contract:
-        print(summary(options.bundle, contract))
+        print(printable(summary(options.bundle, contract)))
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-export[{name}]'"
         reason = backends.backend(name).why_unavailable() if version else None
@@ -296,7 +261,7 @@ def report(figures: list[verify.Figure], as_json: bool) -> int:
     if as_json:
         print(json.dumps({"passed": passed, "checks": [figure.to_dict() for figure in figures]}, indent=1))
     else:
-        print(verify.table(figures))
+        print(printable(verify.table(figures)))
         print("verified" if passed else "FAILED: these engines do not draw PyTorch's pictures")
     return 0 if passed else 1
 
@@ -341,7 +306,7 @@ def _compile(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     with _load_bundle(options, options.size) as pipe:
         rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress(), options.preset)
-    print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
+    print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else printable(bench.table(rows)))
     return 0
 
 

@@ -32,7 +32,8 @@ def read_npz(
 ) -> dict[str, NDArray[Any]]:
     """Return an .npz file's arrays by name, or those in `alone`.
 
-    With `most` bytes the file is a bundle's: stored as np.savez writes it, in BUNDLE_DTYPES. A user's may be compressed.
+    With `most` bytes the file is a bundle's: stored as np.savez writes it, in BUNDLE_DTYPES. A user's may be
+    compressed.
     """
     try:
         with open_file(path) as file:

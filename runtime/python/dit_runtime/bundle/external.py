@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dit_runtime.errors import BundleError
 
+if TYPE_CHECKING:
+    from mmap import mmap
+
+Span = tuple[int, int]  # of a message: its first byte and the one after its last
 # Message -> its fields that can hold tensors, and of what message they are (onnx.proto3).
 FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -27,54 +32,54 @@ def locations(path: Path) -> set[str]:
     """Return what the graph's tensors say under `location`."""
     import mmap  # so that weights inside of the file are not read
 
-    if not path.stat().st_size:
+    size = path.stat().st_size
+    if not size:
         return set()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        with memoryview(content) as view:
-            try:
-                return set(_locations(view, "model", 0))
-            except (IndexError, ValueError) as error:
-                raise BundleError(f"{path}: not an ONNX graph: {error}") from None
+        try:
+            return set(_locations(content, (0, size), "model", 0))
+        except (IndexError, ValueError) as error:
+            raise BundleError(f"{path}: not an ONNX graph: {error}") from None
 
 
-def _locations(message: memoryview, kind: str, depth: int) -> Iterator[str]:
+def _locations(content: mmap, span: Span, kind: str, depth: int) -> Iterator[str]:
     if depth > DEEPEST:
         raise ValueError(f"graphs are in each other more than {DEEPEST} deep")
     if kind == "entry":
-        pair = {number: bytes(part) for number, part in _fields(message) if number in (KEY, VALUE)}
+        pair = {number: content[slice(*part)] for number, part in _fields(content, span) if number in (KEY, VALUE)}
         if pair.get(KEY) == b"location":
             yield pair.get(VALUE, b"").decode()
         return
-    for number, part in _fields(message):
+    for number, part in _fields(content, span):
         if number in FIELDS[kind]:
-            yield from _locations(part, FIELDS[kind][number], depth + 1)
+            yield from _locations(content, part, FIELDS[kind][number], depth + 1)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield number and content of each field that is a message, a text or bytes."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
+def _fields(content: mmap, span: Span) -> Iterator[tuple[int, Span]]:
+    """Yield number and place of each field that is a message, a text or bytes."""
+    at, end = span
+    while at < end:
+        tag, at = _varint(content, at)
         kind = tag & 7
         if kind == VARINT:
-            _, at = _varint(message, at)
+            _, at = _varint(content, at)
             continue
         length = {FIXED64: 8, FIXED32: 4}.get(kind)
         if length is None:
             if kind != BYTES:
                 raise ValueError(f"wire type {kind}")
-            length, at = _varint(message, at)
-        if length > len(message) - at:
+            length, at = _varint(content, at)
+        if length > end - at:
             raise ValueError("it ends too early")
         if kind == BYTES:
-            yield tag >> 3, message[at : at + length]
+            yield tag >> 3, (at, at + length)
         at += length
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _varint(content: mmap, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
-        byte = message[at]
+        byte = content[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:

@@ -157,7 +157,7 @@ def state(path: Path) -> State:
 def sha256(path: Path) -> str:
     import hashlib  # here, so that importing the runtime stays quick
 
-    with open(path, "rb", opener=_no_link) as file:  # noqa: PTH123
+    with open(path, "rb", opener=_no_link) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
