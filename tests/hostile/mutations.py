@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,17 @@ def places(value: Any, path: Place = ()) -> Iterator[Place]:
             yield from places(inner, (*path, key))
 
 
-def mutations(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield a name and the text of each changed manifest of this bundle."""
+def mutations(folder: Path, every: int = 1) -> Iterator[tuple[str, str]]:
+    """Yield a name and the text of each changed manifest of this bundle, or of one of so many."""
     good = json.loads((folder / "manifest.json").read_text())
-    for place in places(good):
-        for value in VALUES:
-            table: Any = copy.deepcopy(good)
-            inner = table
-            for key in place[:-1]:
-                inner = inner[key]
-            if value is REMOVED:
-                del inner[place[-1]]
-            else:
-                inner[place[-1]] = value
-            shown = "removed" if value is REMOVED else repr(value)[:20]
-            yield f"{'.'.join(map(str, place))} = {shown}", json.dumps(table)
+    for place, value in islice(product(places(good), VALUES), 0, None, every):
+        table: Any = copy.deepcopy(good)
+        inner = table
+        for key in place[:-1]:
+            inner = inner[key]
+        if value is REMOVED:
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = value
+        shown = "removed" if value is REMOVED else repr(value)[:20]
+        yield f"{'.'.join(map(str, place))} = {shown}", json.dumps(table)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
 from dit_runtime.facts import LIMITS
@@ -75,13 +73,3 @@ def printable(text: str) -> str:
         mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape", "surrogatepass").decode()
         for mark in text
     )
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises its errors as UsageError, so that they are one line too."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"epilog": f"{DEBUG} shows the traceback of an error."} | options)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")

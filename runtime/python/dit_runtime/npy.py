@@ -139,7 +139,7 @@ def _read(file: IO[bytes], size: int, where: str, dtypes: Container[str] | None)
     if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != size - file.tell():
         raise ValueError(f"{where}{[*shape]} of {dtype} in {size - file.tell()} bytes")
     array = np.empty(math.prod(shape), dtype)
-    view = memoryview(array.view(np.uint8) if array.size else b"")
+    view = array.view(np.uint8).data
     done = 0
     while done < len(view):
         if not (count := file.readinto(view[done:])):  # type: ignore[attr-defined]
