@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from dit_runtime.bundle.records import (
@@ -11,6 +12,8 @@ from dit_runtime.bundle.records import (
     DTYPES,
     GUIDANCE,
     LABELS,
+    LOGVAR,
+    MEAN,
     MEASURED,
     RESERVED,
     ROLES,
@@ -40,6 +43,12 @@ def _check_port(port: Port, where: str) -> None:
         expect(is_size(port.size), f"{where}: size", port.size, f"1 to {LIMITS['size']} values")
     else:
         expect(port.size == 0, f"{where}: size", port.size, "0, for it is float32")
+
+
+def check_count(key: str, entries: Sized, where: str) -> None:
+    """Refuse more entries than the limit of this name, if there is one."""
+    most = LIMITS.get(key, len(entries))
+    expect(len(entries) <= most, where, f"{len(entries)} entries", f"at most {most}")
 
 
 def check_row(row: Sequence[int], where: str) -> None:
@@ -82,7 +91,9 @@ def check_network(
         if port.dtype == "int64":
             expect(0 <= value < port.size, f"null: {name}", value, f"0 to {port.size - 1}")
         expect(not port.masks or value == 1, f"null: {name}", value, "1, for it is a mask")
-    if LABELS in null and (classes := count_classes(ports, null)):
+    classes, most = count_classes(ports, null), LIMITS["classes"]
+    expect(classes <= most, f"port {LABELS}", f"{classes} classes", f"at most {most}")
+    if LABELS in null and classes:
         expect(null[LABELS] == classes, f"null: {LABELS}", null[LABELS], f"{classes}, after all classes")
 
 
@@ -118,7 +129,7 @@ def check_sizes(manifest: Manifest) -> None:
 
 
 def check_stages(manifest: Manifest) -> None:
-    for runs, most in (("prompt", 1), ("step", 1), ("update", 1), ("end", 1)):
+    for runs, most in (("prompt", 1), ("start", 1), ("step", 1), ("update", 1), ("end", 1)):
         names = [stage.name for stage in manifest.stages if stage.runs == runs]
         expect(len(names) <= most and (names or runs != "step"), f"stages that run {runs!r}", names, "one")
     _distinct("stage", [stage.name for stage in manifest.stages])
@@ -126,7 +137,7 @@ def check_stages(manifest: Manifest) -> None:
     tensors = [spec.name for stage in manifest.stages if stage.runs != "prompt" for spec in stage.gives]
     tensors += [port.name for port in manifest.prompt_ports]
     _distinct("port or tensor", [*(port.name for port in manifest.ports), GUIDANCE, *tensors])
-    checks = {"step": _check_step, "update": _check_update, "end": _check_end}
+    checks = {"start": _check_start, "step": _check_step, "update": _check_update, "end": _check_end}
     sources: Sources = {port.name: (port.role, port.dtype, port.shape) for port in manifest.ports}
     for stage in manifest.stages:
         _distinct(f"input of stage {stage.name}", [spec.name for spec in stage.reads])
@@ -158,6 +169,25 @@ def _check_before_loop(stage: Stage, sources: Sources) -> None:
         expect(fixed, f"stage {stage.name}: {spec.name} has the shape", list(spec.shape), '["rows", numbers …]')
         _check_shape(stage, spec, spec.shape)
         sources[spec.name] = stage.runs, spec.dtype, tuple(int(size) for size in row)
+
+
+def _check_start(manifest: Manifest, stage: Stage, sources: Sources) -> None:
+    """Refuse an encoder of other pictures than the end stage gives, or of other latents than the state."""
+    state = manifest.state.shape
+    shape = stage.reads[0].shape if stage.reads else ()
+    sides = [size for size in shape[2:] if isinstance(size, int)]
+    whole = len(shape) == 4 == len(state) + 1 and shape[:2] == ("batch", 3) and len(sides) == 2
+    cells = whole and all(side % cell == 0 for side, cell in zip(sides, state[1:], strict=True))
+    forms = '["batch", 3, height, width], multiples of a state [channels, height, width]'
+    expect(cells, f"stage {stage.name} reads the shape", list(shape), forms)
+    if manifest.end is not None and manifest.end.gives:
+        end = manifest.end.gives[0].shape
+        expect(shape == end, f"stage {stage.name} reads the shape", list(shape), f"{list(end)}, as {manifest.end.name}")
+    _check_names(stage, stage.reads, {"images": shape}, "reads")
+    latents: dict[str, tuple[int | str, ...]] = dict.fromkeys((MEAN, LOGVAR), ("batch", *state))
+    if len(stage.gives) == 1:  # latents without a variance
+        del latents[LOGVAR]
+    _check_names(stage, stage.gives, latents, "gives")
 
 
 def _check_step(manifest: Manifest, stage: Stage, sources: Sources) -> None:
@@ -289,9 +319,9 @@ def _check_shape(stage: Stage, spec: TensorSpec, shape: tuple[int | str, ...], d
 
 
 def _distinct(what: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{what} {name!r} stands there {names.count(name)} times, expected once")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{what} {name!r} stands there {count} times, expected once")
 
 
 def _row(port: Port) -> str:

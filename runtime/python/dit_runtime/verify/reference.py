@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from dit_runtime.conditions.condition import Rows, fit
 from dit_runtime.conditions.memo import open_sources
 from dit_runtime.engines import Engines
 from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.facts import CONSTANTS
+from dit_runtime.facts import CONSTANTS, LIMITS
 from dit_runtime.sampling.noise import Noise
 from dit_runtime.sampling.solvers import EVALUATIONS
 
@@ -42,6 +42,8 @@ class Reference(NamedTuple):
     images: NDArray[np.uint8]  # (B, H, W, 3), of videos (B, F, H, W, 3), or empty without a decoder
     condition: Rows  # (B, …) by port; "condition.NAME" in the file
     negative: Rows | None  # (1, …) by port, what guidance leads away from; "null.NAME" in the file
+    # (B, *state) by output of the encoder, of `images`; "encoded.NAME" in the file
+    encoded: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
     frames: NDArray[np.int64] = np.empty(0, np.int64)  # (F,) of the videos, those that `images` has; empty: all
 
     def shown(self, pictures: NDArray[Any]) -> NDArray[Any]:
@@ -49,26 +51,28 @@ class Reference(NamedTuple):
         return pictures[:, self.frames] if self.frames.size else pictures
 
 
-ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "negative", "frames"))
+ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "negative", "encoded", "frames"))
 
 
 def load_reference(folder: Path, contract: Manifest) -> Reference:
     name = contract.own(REFERENCE)
     try:
-        with np.load(manifest.inside(folder, name), allow_pickle=False) as file:
-            arrays = {key: _wide(file[key]) for key in file.files}
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{folder}: {name} cannot be read: {error}; rebuild the bundle") from None
+        arrays = {key: _wide(array) for key, array in manifest.read_arrays(folder, name).items()}
+    except UsageError as error:
+        raise BundleError(f"{error}; rebuild the bundle") from None
     condition = _by_port(arrays, "condition", contract)
     negative = _by_port(arrays, "null", contract)
-    needed = {*ARRAYS, *(f"condition.{port.name}" for port in contract.conditions)}
+    gives = [spec.name for spec in contract.start.gives] if contract.start else []
+    needed = {*ARRAYS, *(f"condition.{port.name}" for port in contract.conditions), *(f"encoded.{n}" for n in gives)}
     if missing := sorted(needed - arrays.keys()):
         raise BundleError(f"{folder}: {name} lacks {', '.join(missing)}; rebuild the bundle")
     try:
         rows = fit(condition, contract.conditions, "its condition")
         away = fit(negative, contract.conditions, "its null") if negative or contract.mixes_guidance else None
         frames = arrays.get("frames", np.empty(0, np.int64))
-        reference = Reference(**{key: arrays[key] for key in ARRAYS}, condition=rows, negative=away, frames=frames)
+        own = {name: arrays[f"encoded.{name}"] for name in gives}
+        of_run = {key: arrays[key] for key in ARRAYS}
+        reference = Reference(**of_run, condition=rows, negative=away, encoded=own, frames=frames)
         _check_shapes(contract, reference)
     except UsageError as error:
         raise BundleError(f"{folder}: {name} does not fit the manifest: {error}; rebuild the bundle") from None
@@ -78,8 +82,12 @@ def load_reference(folder: Path, contract: Manifest) -> Reference:
 def _check_shapes(contract: Manifest, reference: Reference) -> None:
     """Refuse arrays that are not of the run's steps, its samples and the manifest's shapes."""
     steps, batch = reference.timesteps.size, reference.seeds.size
-    if not steps or not batch:
-        raise UsageError("it has no steps or no seeds")
+    for what, count, most in (
+        ("timesteps", steps, LIMITS["evaluations"]),
+        ("seeds", batch, LIMITS["samples"]),
+    ):
+        if not 1 <= count <= most:
+            raise UsageError(f"it has {count} {what}, expected 1 to {most}")
     solver = contract.process.sampler.solver
     if steps % EVALUATIONS[solver]:
         raise UsageError(f"timesteps has {steps} numbers, expected {EVALUATIONS[solver]} a step of {solver}")
@@ -106,17 +114,23 @@ def _check_shapes(contract: Manifest, reference: Reference) -> None:
             sizes[0] = frames.size
         shapes["images"] = batch, *sizes, 3
     actual: dict[str, tuple[int, ...]] = {name: getattr(reference, name).shape for name in shapes}
+    actual |= {f"encoded.{name}": values.shape for name, values in reference.encoded.items()}
+    shapes |= {f"encoded.{name}": each for name in reference.encoded}
     for prefix, condition, rows in (("condition", reference.condition, batch), ("null", reference.negative or {}, 1)):
         actual |= {f"{prefix}.{name}": values.shape for name, values in condition.items()}
         shapes |= {f"{prefix}.{name}": (rows, *values.shape[1:]) for name, values in condition.items()}
     for name, shape in shapes.items():
         if actual[name] != shape:
             raise UsageError(f"{name} has shape {[*actual[name]]}, expected {[*shape]}")
+    last = max(1, contract.process.train_steps)
+    if not ((reference.timesteps >= 0) & (reference.timesteps <= last)).all():
+        raise UsageError(f"timesteps holds numbers outside of 0 to {last}")
     for name in ARRAYS:
-        kinds = {"seeds": "iu", "images": "iu"}.get(name, "fiu")
-        dtype = getattr(reference, name).dtype
-        if dtype.kind not in kinds:
-            raise UsageError(f"{name} holds {dtype}; expected {'integers' if kinds == 'iu' else 'numbers'}")
+        kinds, array = {"seeds": "iu", "images": "iu"}.get(name, "fiu"), getattr(reference, name)
+        if array.dtype.kind not in kinds:
+            raise UsageError(f"{name} holds {array.dtype}; expected {'integers' if kinds == 'iu' else 'numbers'}")
+        if not np.isfinite(array).all():
+            raise UsageError(f"{name} holds values that are not finite")
 
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:
