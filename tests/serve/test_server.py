@@ -393,7 +393,7 @@ def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], mo
         parts = (b"http/1.1 429", b"\r\nretry-after: ", b"\r\nx-request-id: ")
         return all(part in text for part in parts)
 
-    waiting = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 250})
+    waiting = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 100})
     waiting.start()
     assert watched.entered.acquire(timeout=WAIT)
     assert b" 400 " in answer(b"{}")
@@ -402,11 +402,11 @@ def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], mo
         assert refused(answer())
     for _ in range(400):
         batcher.costs.update("row", 1.0)
-    until(lambda: batcher.lateness(30) > 200)  # it is looked up again after a while
+    until(lambda: batcher.lateness(30) > 150)  # it is looked up again after a while
     assert batcher.lateness(600) == 0 and b" 400 " in answer(b"{}", "/v1/jobs")  # whose deadline is 600 s
     assert refused(answer()) and server.ask("GET", "/healthz").status == server.ask("GET", "/v1/models").status == 200
     assert batcher.counts["refused"] == 1
-    assert b'dit_requests_total{code="429",model="demo"} 1.0' in server.ask("GET", "/metrics").body
+    assert b'dit_requests_total{code="429",model="demo"} 2.0' in server.ask("GET", "/metrics").body
     watched.gate.release(10**6)
     waiting.join(WAIT)
 
