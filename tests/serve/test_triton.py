@@ -168,10 +168,11 @@ def drawing(folder, tmp_path_factory) -> Iterator[TritonPythonModel]:
 
 
 def test_limits_are_parameters(drawing) -> None:
-    ((response,), (drawn,)) = answered(
-        drawing, asked(num_inference_steps=np.int32(10)), asked(num_inference_steps=np.int32(9))
-    )
+    """The bundle's own steps are too many here, as those of a preset would be."""
+    ten, nine = asked(num_inference_steps=np.int32(10)), asked(num_inference_steps=np.int32(9))
+    ((response,), (drawn,), (default,)) = answered(drawing, ten, nine, Asked(prompt=words("1")))
     assert response.error.message == "num_inference_steps must be an integer from 1 to 9" and drawn.error is None
+    assert default.error.message == "num_inference_steps must be at most 9"
 
 
 def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
@@ -204,6 +205,8 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         until(lambda: values["dit_images_total"] == 1 == values["dit_failed_requests_total"])
         assert values["dit_cancelled_requests_total"] == 3 and values["dit_late_requests_total"] == 1
         assert values["dit_active_images"] == 0 and values["dit_batch_places"] >= 1
+        answered(model, asked())
+        until(lambda: values["dit_images_total"] == 2)
 
 
 def test_a_damaged_bundle_is_not_served(export) -> None:
@@ -216,7 +219,8 @@ def test_a_damaged_bundle_is_not_served(export) -> None:
         pass
 
 
-def test_what_cannot_be_written(export, handmade, capsys, tmp_path) -> None:
+def test_what_cannot_be_written(export, handmade, capsys, monkeypatch) -> None:
+    """The repository stays as it is, also where the writing itself breaks off."""
     repository = export().parent
     for words_, *command in (
         ("exists already", "--name", "demo"),
@@ -228,4 +232,6 @@ def test_what_cannot_be_written(export, handmade, capsys, tmp_path) -> None:
         assert words_ in capsys.readouterr().err
     assert main(["triton", str(handmade("captioned")), "-o", str(repository)]) == 2
     assert "a prompt does not give them" in capsys.readouterr().err
+    monkeypatch.setattr(triton, "config", lambda *arguments: "".join(1))
+    assert main(["triton", str(handmade("labels")), "-o", str(repository), "--name", "other"]) != 0
     assert [path.name for path in repository.iterdir()] == ["demo"]
