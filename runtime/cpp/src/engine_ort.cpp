@@ -73,7 +73,7 @@ void require_provider(const Options& options) {
     for (const Provider& provider : PROVIDERS)
         if (contains(providers, provider.name)) here.push_back(provider.device);
     if (!contains(here, device_of(options)))
-        throw UsageError(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
+        throw NoDevice(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
 }
 
 // Settings that leave weights as they are stored.
@@ -106,7 +106,7 @@ Output read(const std::string& name, OrtValue* value) {
 const OrtApi& api() {
     static const OrtApi* const table = OrtGetApiBase()->GetApi(ORT_API_VERSION);
     if (!table)
-        throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.",
+        throw NoBackend(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.",
                               ORT_API_VERSION, ", whose headers this library was built with; install a newer one"));
     return *table;
 }
@@ -148,7 +148,7 @@ OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOpt
         if (cuda) provider_options.merge(cuda_options(gpu_number(options.device)));
         append(made, device_of(options), provider_options);
     } catch (const OrtFailure& failure) {
-        throw UsageError(text("device '", options.device, "' did not start here: ", failure.what()));
+        throw NoDevice(text("device '", options.device, "' did not start here: ", failure.what()));
     }
     OrtSession* session = nullptr;
     try {

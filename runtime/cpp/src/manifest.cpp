@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <fstream>
 
+#include "call.hpp"
 #include "parsing.hpp"
 #include "sha256.hpp"
 
@@ -204,7 +205,10 @@ Checking::Checking(const Path& folder, const Manifest& manifest, const std::vect
         if (!manifest.files.count(name))
             throw BundleError(text(folder.string(), ": ", name, " is not in the manifest"));
     for (const auto& name : names)
-        if (!sums_.count(name)) sums_[name] = std::async(sha256, inside(folder, name));
+        if (!sums_.count(name)) sums_[name] = std::async([call = current_call(), path = inside(folder, name)] {
+            const CallScope scope(call);
+            return sha256(path);
+        });
     for (const auto& name : names)
         if (Path(name).extension() == ENGINE) compare(name);
 }

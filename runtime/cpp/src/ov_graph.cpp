@@ -60,7 +60,7 @@ OvDevice::OvDevice(const Options& options) : core(shared_core()) {
     try {
         core->get_property(name, ov::device::full_name);  // asks this device's plugin and no other
     } catch (const std::exception& error) {
-        throw UsageError(text("device '", options.device, "' is not known to OpenVINO: ", ov_reason(error.what())));
+        throw NoDevice(text("device '", options.device, "' is not known to OpenVINO: ", ov_reason(error.what())));
     }
     capabilities_ = options.capabilities ? *options.capabilities : core->get_property(name, ov::device::capabilities);
 }

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <vector>
 
+#include "call.hpp"
 #include "errors.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -135,6 +136,7 @@ std::string sha256(const std::filesystem::path& path) {
     do {
         file.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
         sum.update(reinterpret_cast<const unsigned char*>(buffer.data()), static_cast<std::size_t>(file.gcount()));
+        count_bytes(static_cast<std::uint64_t>(file.gcount()));
     } while (file);
     if (file.bad()) throw BundleError(path.string() + ": cannot be read to its end");
     return sum.hex();
