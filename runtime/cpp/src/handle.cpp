@@ -10,7 +10,7 @@ namespace {
 // Without memory for the sentence, the status alone says what happened.
 dit_status failed(dit_pipeline& pipe, dit_status status, const char* message) noexcept {
     try {
-        pipe.message = message;
+        pipe.message = one_line(message);
     } catch (...) {
         pipe.message.clear();
     }

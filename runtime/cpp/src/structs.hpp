@@ -30,7 +30,7 @@ template <typename Struct>
 Struct known(const Struct* from, Struct defaults, const char* name) {
     require(from, name);
     const std::size_t size = from->struct_size;
-    if (size < first_version<Struct>)
+    if (size < first_version<Struct> || size % alignof(Struct))  // no version ends inside of a field
         throw UsageError(text(name, ".struct_size is ", size, "; start from the _INIT value of dit.h"));
     if (size > sizeof(Struct))
         throw UsageError(text(name, ".struct_size is ", size, ", but libdit ", dit_version(), " knows ", sizeof(Struct),
