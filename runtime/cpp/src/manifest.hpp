@@ -27,9 +27,11 @@ inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
 inline const char* const PROMPT = "prompt";      // what the stage runs that turns token ids into condition ports
+inline const char* const START = "start";        // what the stage runs that makes latents of pictures
+inline const char *const MEAN = "mean", *const LOGVAR = "logvar";  // its outputs
 // What other inputs and outputs of the stages are called, so that no port may be.
-inline const std::vector<std::string> RESERVED = {GUIDANCE,       "prediction", "variance", "previous",
-                                                  "coefficients", "kept",       "next",     "images"};
+inline const std::vector<std::string> RESERVED = {GUIDANCE, "prediction", "variance", "previous", "coefficients",
+                                                  "kept",   "next",       "images",   MEAN,       LOGVAR};
 
 // One input of the network.
 struct Port {
@@ -94,7 +96,7 @@ struct Built {
 // One graph of the bundle: when it runs, its portable ONNX form, and the files that backends open instead.
 struct Stage {
     std::string name;
-    std::string runs;  // "prompt", "condition", "time", "time+condition", "step", "update" or "end"
+    std::string runs;  // "prompt", "condition", "time", "time+condition", "start", "step", "update" or "end"
     std::vector<TensorSpec> reads, gives;
     std::string onnx;
     std::int64_t max_batch = 8;  // rows that it takes at a time
@@ -164,8 +166,9 @@ struct Manifest {
     Shape image_shape() const;  // (3, H, W); empty without a decoder
 };
 
-// Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
-Manifest read(const Path& folder);
+// Parses and checks the manifest, and that each file it names is there in its size; opens none of them. A manifest of
+// another sum than `sha256` is not parsed; empty: any is.
+Manifest read(const Path& folder, const std::string& sha256 = {});
 
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);
