@@ -113,6 +113,7 @@ Reference load_reference(const Pipeline& pipe) {
                                   "null", "variance", "fingerprint", "images"})
             if (!arrays.has(array)) missing.push_back(array);
         if (!missing.empty()) throw NpyError("it lacks " + join(missing));
+        if (arrays.has("frames") && arrays.at("frames").size()) throw NpyError("it has frames of a video");
         const std::string& solver = manifest.process.sampler.solver;
         const std::int64_t each_step = evaluations(solver);
         const std::int64_t most = std::min(limit("evaluations"), manifest.process.train_steps * each_step);
