@@ -72,7 +72,7 @@ void check_cancelled() {
 
 void count_bytes(std::uint64_t bytes) {
     check_cancelled();
-    if (const auto& progress = current_call().progress) progress->add(bytes);
+    if (const auto& progress = current_call().progress; progress && progress->of_bytes) progress->add(bytes);
 }
 
 void wait_or_leave(std::future<void> work) {

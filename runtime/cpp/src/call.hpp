@@ -50,8 +50,10 @@ struct Timing {
 // How much of a call is done, from 0 to 1, in units of its own. Several threads may add to it.
 class Progress {
   public:
-    // One thread at a time calls `report`.
-    explicit Progress(std::function<void(double)> report) : report_(std::move(report)) {}
+    // One thread at a time calls `report`. Where the units are no bytes, these do not count.
+    Progress(bool of_bytes, std::function<void(double)> report) : of_bytes(of_bytes), report_(std::move(report)) {}
+
+    const bool of_bytes;
 
     void expect(std::uint64_t units) { expected_ += units; }
     void add(std::uint64_t units);
@@ -107,11 +109,12 @@ class Stopwatch {
     const Clock::time_point start_ = Clock::now();
 };
 
-// Waits until the work is done or the thread's call is cancelled; work that goes on is waited for when the process ends.
+// Waits until the work is done or the thread's call is cancelled; work that goes on is waited for when the process
+// ends.
 void wait_or_leave(std::future<void> work);
 
-// The result of what cannot be stopped. Where the thread's call is cancelled it throws Stopped at once: what `make` holds
-// goes on in the background, and what it makes is dropped. So `make` must own all that it uses.
+// The result of what cannot be stopped. Where the thread's call is cancelled it throws Stopped at once: what `make`
+// holds goes on in the background, and what it makes is dropped. So `make` must own all that it uses.
 template <typename Make>
 auto unless_cancelled(Make make) {
     if (!current_call().cancellation) return make();

@@ -42,27 +42,30 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     require_warmable(manifest, warm, options.low_memory);
     check_settings(options, manifest);
-    const std::vector<std::string> files = unchecked();
-    require_room(files);
-    Checking sums(folder, manifest, files);
-    try {
+    checking(files(), [&] {
         if (!options_.low_memory)
-            for (const Stage& stage : manifest.stages) engine(stage);
-    } catch (const std::exception&) {
-        sums.finish();  // a wrong sum is the error, whatever an engine made of the file
-        throw;
-    }
-    sums.finish();
-    opened_->checked = files;
+            for (const Stage& stage : manifest.stages) opened_->engines[stage.name] = open(stage);
+    });
     dit_runtime::warm(*this, warm);
 }
 
 Pipeline::Pipeline(const Pipeline& whole, Manifest sized)
     : folder(whole.folder), manifest(std::move(sized)), options_(whole.options_), opened_(whole.opened_) {
-    const std::vector<std::string> files = unchecked();
-    require_room(files);
-    check_files(folder, manifest, files);
-    opened_->checked.insert(opened_->checked.end(), files.begin(), files.end());
+    checking(files(), [] {});
+}
+
+// Compares the files' sums while the call opens them: a wrong sum is the error, whatever an engine made of the file.
+template <typename Call>
+void Pipeline::checking(const std::vector<std::string>& names, const Call& call) {
+    require_room(names);
+    Checking sums(folder, manifest, names, opened_->checked);
+    try {
+        call();
+    } catch (const std::exception&) {
+        sums.finish();
+        throw;
+    }
+    sums.finish();
 }
 
 Pipeline& Pipeline::at(const std::string& size) {
@@ -79,12 +82,12 @@ void Pipeline::close() {
     opened_->engines.clear();
 }
 
-// The files that this size's engines are opened from, and whose sums were not compared yet.
-std::vector<std::string> Pipeline::unchecked() const {
+// The files that this size's engines are opened from.
+std::vector<std::string> Pipeline::files() const {
     std::vector<std::string> files;
     for (const Stage& stage : manifest.stages)
         for (const auto& file : files_for(stage, backend(stage), options_of(stage, options_).device))
-            if (!contains(opened_->checked, file)) files.push_back(file);
+            files.push_back(file);
     return files;
 }
 
@@ -98,10 +101,10 @@ void Pipeline::require_room(const std::vector<std::string>& files) const {
         counted.push_back(name);
         bytes += file->second.size;
         if (options_.max_bytes && bytes > options_.max_bytes)
-            throw BundleError(text(folder.string(), ": its engines have ", bytes, " bytes or more, of which max_bytes allows ",
-                                   options_.max_bytes));
+            throw BundleError(text(folder.string(), ": its engines have ", bytes,
+                                   " bytes or more, of which max_bytes allows ", options_.max_bytes));
     }
-    if (const auto& progress = current_call().progress) progress->expect(bytes);
+    if (const auto& progress = current_call().progress; progress && progress->of_bytes) progress->expect(bytes);
 }
 
 void Pipeline::warm(const std::vector<std::int64_t>& batches) {
@@ -110,7 +113,7 @@ void Pipeline::warm(const std::vector<std::int64_t>& batches) {
 }
 
 // The folder for what backends compile of this bundle, which they make: in the user's cache, by the bundle's sums; ""
-// without a cache.
+// without a cache, or where it is somebody else's.
 Path Pipeline::cache() const {
     std::string content;
     for (const auto& [name, file] : manifest.files) content += name + " " + file.sha256 + "\n";
@@ -120,7 +123,8 @@ Path Pipeline::cache() const {
     if (!home || !*home) return {};
     Sha256 sum;
     sum.update(reinterpret_cast<const unsigned char*>(content.data()), content.size());
-    return (own ? Path(home) : Path(home) / ".cache") / "dit-run" / sum.hex().substr(0, 32);
+    const Path all = (own ? Path(home) : Path(home) / ".cache") / "dit-run", folder = all / sum.hex().substr(0, 32);
+    return is_trusted(all) && is_trusted(folder) ? folder : Path();
 }
 
 // The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on
@@ -158,15 +162,27 @@ bool Pipeline::on_cpu(const Stage& stage) const {
 // The stage's engine, opened where it is not; with low memory, the others are closed first. It is the caller's turn.
 Engine& Pipeline::engine(const Stage& stage) {
     auto& engines = opened_->engines;
-    const auto open = engines.find(stage.name);
-    if (open != engines.end()) return *open->second;
+    const auto names = files_for(stage, backend(stage), options_of(stage, options_).device);
+    if (const auto open = engines.find(stage.name); open != engines.end()) {
+        require_unwritten(folder, manifest, opened_->checked, names);
+        return *open->second;
+    }
     if (options_.low_memory) engines.clear();
+    std::unique_ptr<Engine> opened;
+    checking(names, [&] { opened = open(stage); });
+    return *(engines[stage.name] = std::move(opened));
+}
+
+// The stage's engine, of files whose sums the caller compares.
+std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
     const Stopwatch opening(&Timing::opening);
     const auto start = std::chrono::steady_clock::now();
     const Backend& backend = this->backend(stage);
     Options options = options_of(stage, options_);
     std::vector<Path> paths;
-    for (const auto& file : files_for(stage, backend, options.device)) paths.push_back(inside(folder, file));
+    const auto files = files_for(stage, backend, options.device);
+    for (const auto& file : files) paths.push_back(inside(folder, file));
+    options.engine_sha256 = manifest.files.at(files.at(0)).sha256;
     options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
     std::unique_ptr<Engine> opened;
@@ -181,8 +197,8 @@ Engine& Pipeline::engine(const Stage& stage) {
         throw BundleError(text(folder.string(), ": ", stage.name, " has inputs ", join(opened->inputs), " and outputs ",
                                join(opened->outputs), ", expected ", join(inputs), " and ", join(outputs)));
     log(Severity::INFO, text(stage.name, ": opened with ", backend.name, " in ",
-                          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), " s"));
-    return *(engines[stage.name] = std::move(opened));
+                             std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), " s"));
+    return opened;
 }
 
 std::vector<std::uint8_t> Pipeline::images(const Request& request) {
@@ -250,7 +266,7 @@ std::map<std::string, Output> Pipeline::answer(const Stage& stage, const std::ve
     check_cancelled();
     const Turns::Turn turn(opened_->turns);
     Engine& engine = this->engine(stage);
-    const Stopwatch running(stage.runs == "step" ? &Timing::steps
+    const Stopwatch running(stage.runs == "step"  ? &Timing::steps
                             : stage.runs == "end" ? &Timing::end
                                                   : &Timing::before_loop);
     try {

@@ -34,7 +34,7 @@ struct Request {
     Settings cache_settings;  // those that are not the defaults
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;
-    std::shared_ptr<Cancellation> cancellation = {};  // stops the run with others; none: the run's own alone
+    std::shared_ptr<Cancellation> cancellation = {};  // stops the run too; none: that of the call which begins it
 };
 
 // A request that a bundle can answer.

@@ -42,7 +42,8 @@ Run::Run(Pipeline& pipe, const Request& request)
       checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),
       trajectory_(start(pipe_.manifest, request, checked_)),
-      with_others_(request.cancellation, [own = cancellation_] { own->cancel(); }) {}
+      with_others_(request.cancellation ? request.cancellation : current_call().cancellation,
+                   [own = cancellation_] { own->cancel(); }) {}
 
 template <typename Make>
 auto Run::as_own(const Make& make) {

@@ -1,5 +1,7 @@
 // Settings of stages' engines, by key and value.
-#include <cctype>
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <optional>
 
 #include "engine.hpp"
 #include "errors.hpp"
@@ -11,7 +13,7 @@ namespace {
 const std::vector<std::string> KEYS = {"backend", "device", "threads", "affinity", "cache"};
 
 // "3" -> 3; nothing where it is no number from 0 to 99999.
-std::optional<std::size_t> number(const std::string& word) {
+std::optional<std::size_t> integer(const std::string& word) {
     if (word.empty() || word.size() > 5 || word.find_first_not_of("0123456789") != std::string::npos) return {};
     return std::stoul(word);
 }
@@ -23,8 +25,8 @@ std::vector<std::size_t> cpus(const std::string& list) {
         const std::size_t last = std::min(list.find(',', first), list.size());
         const std::string part = list.substr(first, last - first);
         const std::size_t dash = part.find('-');
-        const auto from = number(part.substr(0, dash));
-        const auto to = dash == std::string::npos ? from : number(part.substr(dash + 1));
+        const auto from = integer(part.substr(0, dash));
+        const auto to = dash == std::string::npos ? from : integer(part.substr(dash + 1));
         if (!from || !to || *to < *from)
             throw UsageError(text("setting affinity is '", list, "'; expected CPUs, such as 0-3,8"));
         for (std::size_t cpu = *from; cpu <= *to; ++cpu) numbers.push_back(cpu);
@@ -50,7 +52,7 @@ void apply(const EngineSetting& setting, Options& options) {
     } else if (key == "affinity") {
         options.affinity = cpus(value);
     } else if (key == "threads") {
-        const auto threads = number(value);
+        const auto threads = integer(value);
         if (!threads || !*threads) throw UsageError(text("setting threads is '", value, "'; expected 1 or more"));
         options.threads = static_cast<int>(*threads);
     } else if (!owner(key).empty()) {
@@ -99,8 +101,8 @@ void throw_if_grave(const std::string& message) {
     if (says({"failed to allocate memory", "out of memory", "bad_alloc", "could not allocate", "memoryallocation",
               "available memory of"}))
         throw EngineMemory(message + "; try fewer pictures at a time, or low_memory");
-    if (says({"device lost", "device removed", "cudaerrorillegaladdress", "cudaerrorlaunchfailure",
-              "cudaerrorecc", "unspecified launch failure", "illegal memory access", "cudaerrordevicesunavailable"}))
+    if (says({"device lost", "device removed", "cudaerrorillegaladdress", "cudaerrorlaunchfailure", "cudaerrorecc",
+              "unspecified launch failure", "illegal memory access", "cudaerrordevicesunavailable"}))
         throw DeviceLost(message);
 }
 
