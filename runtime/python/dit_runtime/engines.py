@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options, Resident
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest, Stage
+from dit_runtime.bundle.manifest import Manifest, Stage, State
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.conditions.condition import Rows, group
-from dit_runtime.conditions.memo import Compute, Device, StepInputs
+from dit_runtime.conditions.memo import BUDGET, Compute, Device, StepInputs
 from dit_runtime.conditions.text import PromptMemo, Tokenizers
 from dit_runtime.errors import BundleError, EngineError, NotFinite, UsageError
 from dit_runtime.sampling.guidance import Groups
@@ -36,9 +36,10 @@ class Engines:
         self._opened = dict(opened)
         self._ahead: dict[str, Future[Engine]] = {}  # by stage, until it is first used
         self.compute: Compute = self.run  # for the stages before the loop; a service shares what they give
+        self.memo_bytes = BUDGET  # of each memo of a run
         self.tokenizers = Tokenizers(folder, contract)
         self._prompts = PromptMemo(contract.prompt, self.run) if contract.prompt else None
-        self.unchecked: set[str] = set()  # files whose sums are compared when they are opened
+        self.checked: dict[str, State] | None = None  # files whose sums were right when they were last opened
 
     def at(self, size: str | int | None) -> Engines:
         """Return the engines of a size of the bundle; what is open is open for all sizes."""
@@ -97,15 +98,19 @@ class Engines:
         names = backends.files(stage, self.options)
         files = [manifest.inside(self.folder, name) for name in names]
         with ExitStack() as undo:
-            with manifest.checking(self.folder, self.manifest, self.unchecked.intersection(names)):
+            with self._checking(names):
                 engine: Engine = module.open(files, self._settings(stage))
                 undo.callback(engine.close)
                 expected = [sorted(spec.name for spec in specs) for specs in (stage.reads, stage.gives)]
                 if (io := [sorted(side) for side in engine.io]) != expected:
                     raise BundleError(f"{self.folder}: {stage.name} has inputs and outputs {io}, expected {expected}")
             undo.pop_all()
-        self.unchecked.difference_update(names)
         return engine
+
+    def _checking(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        if self.checked is None:  # of a build, whose files are its own
+            return nullcontext()
+        return manifest.checking(self.folder, self.manifest, names, self.checked)
 
     def _lean(self, stage: Stage) -> Stage:
         """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""
@@ -188,8 +193,8 @@ class Engines:
         step = None if host else self.residents()[0]
         device = None if step is None else Device(step.put, step.empty, self._joins)
         # In low memory a stage's outputs are made at once, so that its engine can be closed.
-        whole = self.options.low_memory
-        return StepInputs(self.manifest, self.compute, timesteps, rows, groups, weights, device=device, whole=whole)
+        options: dict[str, Any] = {"whole": self.options.low_memory, "budget": self.memo_bytes}
+        return StepInputs(self.manifest, self.compute, timesteps, rows, groups, weights, device=device, **options)
 
     def _joins(self, stage: Stage) -> bool:
         """Return whether a stage's engine can write where the step's engine reads."""
