@@ -39,7 +39,7 @@ void damage(fuzzed::Arrays& arrays, FuzzedDataProvider& data) {
                 break;
             }
             case 3: {  // one number in all places
-                const double value = data.PickValueInArray({0.0, -1.0, 1e300, std::nan(""), INFINITY, -1e-300, 1e38});
+                const double value = data.PickValueInArray({0.0, -1.0, 1e300, std::nan(""), HUGE_VAL, -1e-300, 1e38});
                 array.kind = "f8";
                 array = fuzzed::array_of<double>(array.shape, value);
                 break;

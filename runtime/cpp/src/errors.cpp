@@ -132,8 +132,11 @@ std::string printable(const std::string& message) {
 }
 
 std::string one_line(const std::string& message, std::size_t most) {
+    // Of a message of megabytes, the middle goes before it is looked at.
+    const std::size_t side = 8 * most;
     std::string words;
-    std::istringstream stream(message);
+    std::istringstream stream(
+        message.size() > 4 * side ? message.substr(0, side) + message.substr(message.size() - side) : message);
     stream.imbue(std::locale::classic());
     for (std::string word; stream >> word;) words += (words.empty() ? "" : " ") + word;
     const std::vector<std::string> shown = marks(words);
