@@ -112,7 +112,7 @@ TEST_P(Api, BadBundles) {
         content[content.size() - 1] ^= 1;
         copy.write("decoder.onnx", content);
     });
-    bad("does not", [&](const BundleCopy& copy) {
+    bad("not an ONNX graph", [&](const BundleCopy& copy) {
         copy.write("denoiser.onnx", "not a graph\nat all");
         seal(copy);
     });
