@@ -76,6 +76,10 @@ Checking::Checking(const Path& folder, const Manifest& manifest, const std::vect
             if (ending == ENGINE) compare(name);
             if (ending == GRAPH) require_listed(name);
         }
+    } catch (const BundleError&) {
+        for (const auto& name : names) compare(name);  // a wrong sum is the error
+        stop_ = true;
+        throw;
     } catch (...) {
         stop_ = true;
         throw;
@@ -116,7 +120,11 @@ void Checking::require_listed(const std::string& graph) const {
     }
     for (const std::string& location : read) {
         Path name = Path(graph).parent_path();
-        for (const std::string& part : parts_inside(folder_, location)) name /= part;
+        try {
+            for (const std::string& part : parts_inside(folder_, location)) name /= part;
+        } catch (const BundleError&) {
+            refuse(location);
+        }
         if (!contains(names_, name.string()) || location.find('*') != std::string::npos) refuse(location);
     }
 }

@@ -85,6 +85,7 @@ class HostileReference : public ::testing::Test {
                                                {"sha256", sha256(copy.folder / "reference.npz")}};
         });
         Options options;
+        options.low_memory = true;  // no engine opens before the reference is read
         Pipeline pipe(copy.folder, options);
         throws<BundleError>(words, [&] { verify(pipe, [](const Figure&) {}); });
     }
@@ -194,9 +195,7 @@ TEST(External, EveryLocationIsListed) {
             Options options;
             options.backend = backend.name;
             if (backend.opens_onnx)
-                throws<BundleError>(
-                    other[0] == '.' ? "leaves the bundle; refused" : "which is no file of its stage; refused",
-                    [&] { Pipeline(copy.folder, options); });
+                throws<BundleError>("which is no file of its stage; refused", [&] { Pipeline(copy.folder, options); });
         }
     }
 }
