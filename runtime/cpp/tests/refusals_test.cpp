@@ -143,7 +143,7 @@ TEST_P(Api, BadBundles) {
             content.replace(at, own.size(), other);
         copy.write("denoiser.onnx", content);
     };
-    bad("leaves the bundle", [&](const BundleCopy& copy) {
+    bad("which is no file of its stage", [&](const BundleCopy& copy) {
         location(copy, "dit-outside.dat");  // with "../", as long as denoiser.onnx.data
         seal(copy);
     });
