@@ -25,11 +25,11 @@ def shrink(images: Pictures) -> Pictures:
 
 
 def enlarge(small: Pictures) -> Pictures:
-    """Return pictures of 4 times the sides, with the bicubic kernel of a = -0.5, as Pillow has it."""
-    rows = torch.from_numpy(small).permute(0, 3, 1, 2).float()
+    """Return pictures of 4 times the sides, as Pillow's bicubic resampling makes them."""
+    rows = torch.from_numpy(small).permute(0, 3, 1, 2)  # in uint8, which is rounded and clipped after each direction
     size = [side * FACTOR for side in small.shape[1:3]]
     rows = F.interpolate(rows, size=size, mode="bicubic", antialias=True)  # without antialias: a = -0.75
-    pictures: Pictures = rows.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    pictures: Pictures = rows.permute(0, 2, 3, 1).contiguous().numpy()
     return pictures
 
 

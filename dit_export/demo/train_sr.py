@@ -25,7 +25,7 @@ class Plan:
 PLAN = Plan(
     pictures=20_000,
     blocks=(0, 2, 5, 6),
-    stage=Stage("sr", steps=7_000, batch=64, rate=1.5e-3, warmup=200, muon=True),
+    stage=Stage("sr", steps=5_000, batch=64, rate=1.5e-3, warmup=200, muon=True),
 )
 
 

@@ -142,6 +142,9 @@ def test_older_class(tmp_path):
         ("norm_elementwise_affine", True, "norm_elementwise_affine is True, expected False"),
         ("out_channels", 5, "out_channels is 5, expected 4 or 8"),
         ("num_layers", "3", "num_layers is '3', expected a positive whole number"),
+        ("num_embeds_ada_norm", -1, "num_embeds_ada_norm is -1, expected a whole number"),
+        ("num_embeds_ada_norm", 0, "no classes and no low-resolution picture: expected a condition"),
+        ("low_channels", 4, "low_channels is 4, expected less than in_channels"),
         ("norm_eps", 0, "norm_eps is 0, expected a small positive number"),
         ("qk_norm", "rms", "has no field qk_norm"),
         (

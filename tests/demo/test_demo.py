@@ -117,7 +117,7 @@ def test_a_stage_resumes_to_the_bit(tmp_path: Path) -> None:
 def test_training_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train.train(tmp_path / "whole", plan=TINY, checkpoints=tmp_path / "a")
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
