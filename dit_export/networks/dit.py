@@ -256,7 +256,9 @@ def dit_network(model: DiT, prediction: str = "epsilon") -> Network:
         conditions.append(Port("labels", "condition", "int64", (), size=spec.num_classes + 1))
         null["labels"] = spec.null_label
     if spec.low_channels:
-        conditions.append(Port("low", "condition", "float32", (spec.low_channels, *spec.latent_shape[1:])))
+        conditions.append(
+            Port("low", "condition", "float32", (spec.low_channels, *spec.latent_shape[1:]), picture=True)
+        )
         null["low"] = 0.0
     return Network(
         Velocity(model).eval() if prediction == "velocity" else model,

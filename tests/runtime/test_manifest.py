@@ -121,6 +121,8 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         (("ports", 0, "size"), 3, "size: got 3, expected 0, for it is float32"),
         (("ports", 1, "name"), "latents", "port or tensor 'latents' stands there 2 times, expected once"),
         (("ports", 2, "masks"), "latents", "masks 'latents', expected a condition port"),
+        (("ports", 2, "picture"), True, "port of a picture: labels: got condition int64 [], expected a condition"),
+        (("ports", 0, "picture"), True, "port of a picture: latents: got state float32 [2, 4, 4], expected"),
         (("ports", 2, "colour"), "red", "unknown key 'colour'; known: name, role"),
         (("null",), {"captions": 0.0}, "null: got captions, expected one of the condition ports labels"),
         (("null", "labels"), 6, "null: labels: got 6, expected 0 to 5"),
@@ -236,6 +238,14 @@ def test_masks_belong_to_tokens(copied) -> None:
         with pytest.raises(ValueError, match="port mask") as error:
             parse(changed(good, place, value))
         assert words in str(error.value)
+
+
+def test_one_port_at_most_takes_a_picture(handmade) -> None:
+    twice = table(handmade("wave"))
+    for port in twice["ports"][2], twice["ports"][4]:
+        port["picture"] = True
+    with pytest.raises(ValueError, match=r"ports of a picture: got \['words', 'pooled'\], expected one at most"):
+        parse(twice)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class Port:
     shape: tuple[int, ...]  # of one row
     size: int = 0  # int64 only: values are 0 … size - 1
     masks: str = ""  # the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+    picture: bool = False  # a condition of a picture's latents, in the state's shape: what the start stage makes of it
 
 
 def count_classes(ports: Iterable[Port], null: Mapping[str, int | float]) -> int:
