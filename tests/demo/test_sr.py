@@ -12,7 +12,7 @@ from PIL import Image
 
 from dit_export.bundle.build import build
 from dit_export.cli import main
-from dit_export.demo import data, low, run, score, store, train, train_sr
+from dit_export.demo import data, losses, low, run, score, store, train, train_sr
 from dit_export.demo.loop import Stage
 from dit_export.networks.dit import DiT
 from dit_export.recipe import Recipe
@@ -50,6 +50,14 @@ def test_training_starts_from_the_network_of_the_null_label() -> None:
         assert not torch.allclose(new(x, t, low=picture), dit(x, t, torch.tensor([20, 3])), atol=1e-3)
         new.patches.weight[:, 4:].normal_(0, 0.1)
         assert not torch.allclose(new(x, t, low=picture), expected, atol=1e-3)
+
+
+def test_dropped_conditions_are_the_constant() -> None:
+    dropped = torch.tensor([True, False, True])
+    pictures, labels = torch.ones(3, 2, 4, 4), torch.tensor([3, 4, 5])
+    assert losses.without(pictures, dropped, 0.0).mean((1, 2, 3)).tolist() == [0, 1, 0]
+    kept = losses.without(labels, dropped, 20)
+    assert kept.tolist() == [20, 4, 20] and kept.dtype == torch.int64
 
 
 def test_it_trains_into_the_demos_folder(tmp_path: Path) -> None:
@@ -103,7 +111,9 @@ def test_a_bundle_draws_pytorchs_pictures_and_the_small_picture_matters(shipped:
     rows = low.condition(shipped.vae, low.shrink(truth))
     (expected,) = score.enlarge(shipped, rows, STEPS, seed=1)
     with Pipeline.load(built.folder) as pipe:
-        assert [port.name for port in pipe.manifest.conditions] == ["low"] and pipe.manifest.guidance.default == 1
+        (port,) = pipe.manifest.conditions
+        assert port.name == "low" and port.picture and pipe.manifest.null == {"low": 0}
+        assert pipe.manifest.guidance.default == 1
 
         def draw(condition: torch.Tensor, **options: float) -> np.ndarray:
             latents = pipe.sample(
