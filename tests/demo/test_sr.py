@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,29 +104,39 @@ def shipped() -> store.Demo:
 
 def test_a_bundle_draws_pytorchs_pictures_and_the_small_picture_matters(shipped: store.Demo, tmp_path: Path) -> None:
     recipe = Recipe(
-        checkpoint=str(store.MODEL / store.SR), latents_only=True, backend="onnxruntime", output=str(tmp_path / "sr")
+        checkpoint=str(store.MODEL / store.SR),
+        vae=str(store.MODEL),
+        encoder=True,
+        backend="onnxruntime",
+        output=str(tmp_path / "sr"),
     )
     built = build(recipe, Progress())
     assert built.passed and built.sensitive
     truth = data.pool(data.VALIDATION, 4).images
-    rows = low.condition(shipped.vae, low.shrink(truth))
+    small = low.shrink(truth)
+    rows, large = low.condition(shipped.vae, small), low.enlarge(small)
     (expected,) = score.enlarge(shipped, rows, STEPS, seed=1)
     with Pipeline.load(built.folder) as pipe:
         (port,) = pipe.manifest.conditions
         assert port.name == "low" and port.picture and pipe.manifest.null == {"low": 0}
         assert pipe.manifest.guidance.default == 1
 
-        def draw(condition: torch.Tensor, **options: float) -> np.ndarray:
-            latents = pipe.sample(
-                condition={"low": condition.numpy()}, steps=STEPS, seed=1, output="latents", **options
-            )
-            return score.decode(shipped, torch.from_numpy(latents))
+        def draw(condition: torch.Tensor | None = None, **options: Any) -> np.ndarray:
+            own = None if condition is None else {"low": condition.numpy()}
+            return pipe.sample(condition=own, steps=STEPS, seed=1, **options)
 
         drawn = draw(rows)
         assert images.psnr(drawn, expected) >= 55  # the limit of fp32 bundles
         assert images.psnr(drawn, truth) > 25 > images.psnr(draw(rows.roll(1, 0)), truth)
         # Away from the picture of zeros, which training put in the place of dropped ones: no negative is asked for.
         assert images.psnr(draw(rows, guidance=1.5), drawn) < 50
+        assert images.psnr(draw(image=large), drawn) >= 55
+        assert images.psnr(draw(image=large[0]), drawn[:1]) >= 55
+        with pytest.raises(UsageError, match="got both an image and a condition with low: pass one of them"):
+            draw(rows, image=large)
+        for option in ("strength", "mask"):
+            with pytest.raises(UsageError, match=f"got {option}, but this bundle takes the image as low"):
+                draw(image=large, **{option: 0.5})
 
 
 @pytest.mark.slow

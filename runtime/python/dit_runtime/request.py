@@ -81,7 +81,8 @@ class Request:
     disable_cache_after_step: int | None = None  # below 0: from the end
     cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
-    # A picture to start from, in the bundle's size: [H, W, 3] for all or one a sample; uint8, or floats in [0, 1].
+    # A picture to start from, or for the port that reads one; in the bundle's size: [H, W, 3] for all or one a sample;
+    # uint8, or floats in [0, 1].
     image: ArrayLike | None = None
     strength: float | None = None  # the share of the steps that change the image; None: that of facts.json
     mask: ArrayLike | None = None  # [H, W] or one for each sample: white is drawn anew, black stays as in the image
@@ -127,7 +128,7 @@ class Request:
         spacing = _spacing_words(self.spacing)
         steps = (len(listed(spacing)) or process.sampler.steps) if self.steps is None else self.steps
         make_schedule(process, solver, steps, spacing)
-        first = 0 if image is None else first_step(steps, self.strength)
+        first = 0 if image is None or manifest.picture else first_step(steps, self.strength)
         known = tuple(levels(process, solver, steps, spacing, first))
         timesteps = np.array([level.time for level in known])
         if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
@@ -200,6 +201,10 @@ class Request:
             raise UsageError("no prompt; pass at least one")
         condition, ports = _with_words(manifest, condition, self.prompt, tokenizers, negative=False)
         left_out = {manifest.guidance.port} - condition.keys()
+        if manifest.picture is not None and self.image is not None:
+            if (name := manifest.picture.name) in condition:
+                raise UsageError(f"got both an image and a condition with {name}: pass one of them")
+            left_out.add(name)
         return fit(condition, [port for port in ports if port.name not in left_out])
 
     def _negative(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
@@ -216,7 +221,13 @@ class Request:
                 if getattr(self, name) is not None:
                     raise UsageError(f"got {name} without an image to start from")
             return None, None
-        if self.latents is not None:
+        if manifest.picture is not None:
+            for name in ("strength", "mask"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"got {name}, but this bundle takes the image as {manifest.picture.name}: leave it out"
+                    )
+        elif self.latents is not None:
             raise UsageError("got both an image and latents to start from: pass one of them")
         height, width = (int(size) for size in manifest.require_start().reads[0].shape[2:])
         image = pictures.as_pictures(self.image, height, width)

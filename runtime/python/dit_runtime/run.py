@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime import images
+from dit_runtime.bundle.records import MEAN
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.conditions.memo import Numbers
 from dit_runtime.engines import Engines
@@ -57,11 +58,14 @@ class Run:
         self.rows = 0  # of the network, for each sample: evaluations × groups
         self._engines, self._output, self._cancelled = engines, request.output, False
         x, keep, shape = checked.latents, None, (checked.samples, *contract.state.shape)
-        if checked.image is not None:
+        if checked.image is not None and contract.picture is not None:
+            latents = engines.encode_pictures(checked.image)[MEAN]
+            condition = condition | {contract.picture.name: np.broadcast_to(latents, shape)}
+        elif checked.image is not None:
             start = Start(engines.encode_pictures(checked.image), shape, checked.draw, checked.levels)
             x = start.at(0)
             keep = None if checked.mask is None else partial(start.keep, mask=checked.mask)
-        elif x is None:
+        if x is None:
             x = checked.draw(shape)
         options: dict[str, Any] = {"eta": request.eta, "spacing": checked.spacing, "first": checked.first}
         solver = solve(contract.process, checked.solver, checked.steps, x, checked.draw, **options)

@@ -138,6 +138,11 @@ class WithPorts:
         return next(port for port in self.ports if port.role == "state")
 
     @property
+    def picture(self) -> Port | None:
+        """Return the condition port that takes a picture's latents; None where there is none."""
+        return next((port for port in self.ports if port.picture), None)
+
+    @property
     def time(self) -> Port:
         return next(port for port in self.ports if port.role == "time")
 
