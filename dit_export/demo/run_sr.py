@@ -20,6 +20,7 @@ from dit_runtime.progress import Progress
 from dit_runtime.verify import Figure
 
 CALIBRATION = 60  # training pictures whose latents int8 is calibrated with
+CONDITIONS = "demo-sr-conditions.npz"  # beside the bundles
 COLUMNS = 2  # examples in a line of the grid
 AGREEMENT = 0.97  # least, of the judge with the true class
 FRECHET = 0.5  # most, as a share of the bicubic pictures' distance
@@ -65,10 +66,8 @@ def show(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
     truth = data.pool(data.VALIDATION, count)
     small = low.shrink(truth.images)
     pictures = {"true": truth.images, "bicubic": low.enlarge(small)}
-    with progress.stage(f"latents of {count} pictures"):
-        rows = low.condition(demo.vae, small).numpy()
-        own = low.condition(demo.vae, low.shrink(data.pool(data.TRAIN, CALIBRATION).images)).numpy()
-    np.savez(folder / "demo-sr-conditions.npz", low=own)
+    own = low.condition(demo.vae, low.shrink(data.pool(data.TRAIN, CALIBRATION).images))
+    np.savez(folder / CONDITIONS, low=own.numpy())
     built = {}
     for precision in PRECISIONS:
         name = f"demo-sr-{precision}"
@@ -76,13 +75,14 @@ def show(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
             checkpoint=str(weights / store.SR),
             vae=str(weights),
             precision=precision,
-            conditions=str(folder / "demo-sr-conditions.npz") if precision == "int8" else None,
+            conditions=str(folder / CONDITIONS) if precision == "int8" else None,
+            encoder=True,
             max_batch=BATCH,
             output=str(folder / name),
         )
         built[name] = build(recipe, progress)
         with progress.stage(f"{name}: {count} pictures"), Pipeline.load(built[name].folder) as pipe:
-            pictures[name] = pipe.sample(condition={"low": rows}, seed=1)
+            pictures[name] = pipe.sample(image=pictures["bicubic"], seed=1)
     judged = {}
     for name, each in pictures.items():
         with progress.stage(f"{name} before the judge"):
