@@ -17,7 +17,7 @@ from dit_runtime.bundle.parsing import parse
 from dit_runtime.cli import main
 from dit_runtime.facts import FACTS
 
-KINDS = ("labels", "captioned", "wave", "video", "free", "prompted", "embedded", "sizes")
+KINDS = ("labels", "pictured", "captioned", "wave", "video", "free", "prompted", "embedded", "sizes")
 SCHEMA = json.loads((Path(__file__).parents[2] / "runtime/manifest.schema.json").read_text())
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {

@@ -20,7 +20,7 @@ Home = Callable[[], Array]
 Into = Callable[[Mapping[str, Any], Mapping[str, Any]], object]  # what is made of the first goes into the second
 Advance = Callable[[int], Home]  # steps in their order
 Inputs = Callable[[int, slice], Mapping[str, Any]]  # step, samples -> what the network reads but the state
-Keep = Callable[[int, Array], None]  # evaluations done, the state, which it may change
+Keep = Callable[[int, Array], Array]  # evaluations done, state -> the state with what a run must not change
 Mix = Callable[[NDArray[Any]], NDArray[Any]]  # predictions of own conditions, then of negatives -> guided
 
 
@@ -47,7 +47,8 @@ class Trajectory:
     ) -> None:
         """Stand before the first step; `groups` are those of each evaluation, None where its prediction is 0.
 
-        `keep` puts into the state after each evaluation what a run must not change.
+        `keep` changes single numbers of the state after each evaluation: solvers work number by number, so that their
+        own state may differ there.
         """
         self.state, _ = next(solver)
         self.done = 0
@@ -75,7 +76,7 @@ class Trajectory:
             self.state = end.value
         self.done += 1
         if self._keep is not None:
-            self._keep(self.done, self.state)
+            self.state = self._keep(self.done, self.state)
         self._guess = self._take_guess()
 
     def _finish(

@@ -51,6 +51,6 @@ class Start:
         noisy: Array = level.alpha * self._latents + level.sigma * self._noise
         return noisy
 
-    def keep(self, evaluations: int, state: Array, mask: NDArray[np.float32]) -> None:
-        """Put the latents back into the state where the mask is 0; (B or 1, 1, H, W)."""
-        np.copyto(state, self.at(evaluations), where=mask == 0)
+    def keep(self, evaluations: int, state: Array, mask: NDArray[np.float32]) -> Array:
+        """Return the state with the latents in the places where the mask, (B or 1, 1, H, W), is 0."""
+        return np.where(mask == 0, self.at(evaluations), state)

@@ -77,7 +77,7 @@ def solve(
 ) -> Solver:
     """Return a run from x that draws its noise with `draw`; refuse what does not fit before the first step.
 
-    It leaves out the `first` steps. What it yields is the array that it goes on from: who holds it may change it.
+    It leaves out the `first` steps.
     """
     schedule = make_schedule(process, solver, steps, spacing)[first:]
     if not 0 <= eta <= 1:
