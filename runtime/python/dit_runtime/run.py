@@ -75,14 +75,11 @@ class Run:
         mix: loops.Mix | None = None
         if policy is not None:
             mix = partial(policy.mix, weights=checked.weights, channels=contract.guidance.channels)
-<<<<<<< HEAD
-        self._trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache, keep)
-        self._home: loops.Home = lambda: self._trajectory.state
-=======
-        self._trajectory = trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache)
+        self._trajectory = trajectory = loops.Trajectory(
+            solver, checked.timesteps, self._groups, mix, self._cache, keep
+        )
         # Without `self`: in a cycle, the memory of a run that has ended would wait for the garbage collector.
         self._home: loops.Home = lambda: trajectory.state
->>>>>>> cb356a19e4beaa7fe6c190ca2b4436f1b8debf8a
         self._advance: loops.Advance | None = None
         planned = [groups for groups in self._groups if groups is not None]
         on_host = policy is not None or self._cache is not None or keep is not None
