@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RUNTIME = ROOT / "runtime/python"
 HOMES = {"dit_export": ROOT / "dit_export", **{name: RUNTIME / name for name in ("dit_runtime", "dit_serve")}}
-# What dit_runtime may name: NumPy always, an engine, tokenizers, PyAV, Pillow or Ray inside the function that opens them.
+# What dit_runtime may name: NumPy always; engines, tokenizers, PyAV, Pillow and Ray in the function that opens them.
 ENGINES = {
     "onnxruntime",
     "openvino",
