@@ -1,4 +1,4 @@
-"""Pictures that a request brings: arrays and their checks, and files through Pillow (extra `[images]`)."""
+"""Pictures that a request brings as arrays: their checks, and the forms that the encoder and the state take."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def _in_size(values: Any, what: str, shape: tuple[int, ...]) -> NDArray[Any]:
     array = as_array(values, what)
     several = array if array.ndim > len(shape) else array[None]
     if several.shape[1:] != shape or not len(several):
-        raise UsageError(
-            f"{what} has shape {[*array.shape]}; expected {[*shape]}, or one for each sample (dit_runtime.pictures.fit)"
-        )
+        expected = f"{[*shape]}, or one for each sample (dit_runtime.picture_files.fit)"
+        raise UsageError(f"{what} has shape {[*array.shape]}; expected {expected}")
     return several

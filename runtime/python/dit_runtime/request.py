@@ -229,7 +229,7 @@ class Request:
                     )
         elif self.latents is not None:
             raise UsageError("got both an image and latents to start from: pass one of them")
-        height, width = (int(size) for size in manifest.require_start().reads[0].shape[2:])
+        height, width = manifest.picture_size
         image = pictures.as_pictures(self.image, height, width)
         return image, None if self.mask is None else pictures.as_mask(self.mask, height, width, manifest.state.shape)
 

@@ -75,9 +75,8 @@ class Run:
         mix: loops.Mix | None = None
         if policy is not None:
             mix = partial(policy.mix, weights=checked.weights, channels=contract.guidance.channels)
-        self._trajectory = trajectory = loops.Trajectory(
-            solver, checked.timesteps, self._groups, mix, self._cache, keep
-        )
+        trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache, keep)
+        self._trajectory = trajectory
         # Without `self`: in a cycle, the memory of a run that has ended would wait for the garbage collector.
         self._home: loops.Home = lambda: trajectory.state
         self._advance: loops.Advance | None = None

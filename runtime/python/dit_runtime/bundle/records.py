@@ -302,6 +302,12 @@ class Manifest(WithPorts):
             raise UsageError("this bundle takes no pictures, for it has no encoder; build it with --encoder")
         return self.start
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Return height and width of the pictures that a run may start from; refuse where there is no encoder."""
+        height, width = (int(size) for size in self.require_start().reads[0].shape[2:])
+        return height, width
+
     def to_json(self) -> str:
         table = asdict(self) | {"process": self.process.to_dict()}
         for entry, size in zip(table["sizes"], self.sizes, strict=True):
