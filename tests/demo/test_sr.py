@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from PIL import Image
 
 from dit_export.bundle.build import build
 from dit_export.cli import main
@@ -25,13 +24,6 @@ from tests.demo.test_demo import TINY, random_dit, rounded
 
 PLAN = train_sr.Plan(pictures=20, blocks=(1,), stage=Stage("sr", steps=3, batch=4, rate=1e-3, warmup=1))
 STEPS = 4
-
-
-def test_bicubic_is_pillows() -> None:
-    small = low.shrink(data.pool(data.HELD_OUT, 20).images)
-    size = (data.SIDE, data.SIDE)
-    theirs = np.stack([np.asarray(Image.fromarray(each).resize(size, Image.Resampling.BICUBIC)) for each in small])
-    assert np.abs(low.enlarge(small).astype(int) - theirs).max() <= 1
 
 
 def test_a_small_pixel_is_the_mean_of_its_cell() -> None:

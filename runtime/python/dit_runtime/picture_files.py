@@ -19,12 +19,12 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 Source = Path | bytes  # a file, or what is in one
 
 
-def read_picture(source: Source, height: int, width: int, name: str = "") -> NDArray[np.uint8]:
-    """Return the picture of a file, stretched to this size; [height, width, 3].
+def read_picture(source: Source, height: int, width: int, name: str = "", smooth: str = "lanczos") -> NDArray[np.uint8]:
+    """Return the picture of a file, stretched to this size with Pillow's filter `smooth`; [height, width, 3].
 
     It is turned as its EXIF data say; CMYK becomes RGB, 16 bits become their upper 8, and alpha is left out.
     """
-    return _read(source, name, lambda image: _resized(_eight_bits(image).convert("RGB"), height, width))
+    return _read(source, name, lambda image: _resized(_eight_bits(image).convert("RGB"), height, width, smooth))
 
 
 def read_mask(source: Source, height: int, width: int, name: str = "") -> NDArray[np.uint8]:

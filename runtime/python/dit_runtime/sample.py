@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-cache-after-step", type=int, metavar="STEP", help="below 0: from the end")
     parser.add_argument("--cache-threshold", type=float, metavar="X", help="the error that easycache lets grow")
     parser.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
-    text = "start from pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size"
+    text = "start from pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size; or"
+    text += " enlarge them, of a bundle for super-resolution"
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help=text)
     text = f"the share of the steps that change --image; default: {DEFAULT_STRENGTH:g}"
     parser.add_argument("--strength", type=float, metavar="X", help=text)
@@ -124,6 +126,7 @@ def _sample(options: argparse.Namespace) -> int:
     with load_bundle(options, options.size) as pipe:
         if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
             raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
+        smooth = "bicubic" if pipe.manifest.picture else "lanczos"  # as a low-resolution picture is in training
         request = Request(
             options.labels,
             condition=condition,
@@ -131,7 +134,7 @@ def _sample(options: argparse.Namespace) -> int:
             prompt=options.prompt,
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
             latents=latents,
-            image=_read(read_picture, options.image, pipe.manifest),
+            image=_read(partial(read_picture, smooth=smooth), options.image, pipe.manifest),
             mask=_read(read_mask, options.mask, pipe.manifest),
             strength=options.strength,
             output="latents" if options.output.suffix == ".npy" else "images",
