@@ -70,7 +70,7 @@ build/triton/.installed: tests/serve/triton.txt $(STAMP)
 	@touch $@
 
 ray: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray-serve]"
 
 demo: $(STAMP)
 	@$(BIN)/dit-export demo show
