@@ -124,7 +124,7 @@ class Batcher:
             evaluations=evaluations,
             rows=evaluations * groups,
             listener=listener,
-            previews=preview.plan(sized.pipe.manifest.process, checked, previews),
+            previews=preview.plan(checked, previews),
         )
         with self._wake:
             if self._closing:

@@ -12,23 +12,13 @@ from dit_runtime import images
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Checked
 from dit_runtime.sampling.denoiser import estimate
-from dit_runtime.sampling.process import Process
-from dit_runtime.sampling.schedule import Level, make_schedule
-from dit_runtime.sampling.solvers import EVALUATIONS
+from dit_runtime.sampling.schedule import Level
 
 
-def plan(process: Process, checked: Checked, count: int) -> Mapping[int, Level]:
+def plan(checked: Checked, count: int) -> Mapping[int, Level]:
     """Return the level of each evaluation after which one of `count` previews is drawn."""
-    if not count:
-        return {}
-    known = levels(process, checked.solver, checked.steps, checked.spacing)
+    known = checked.levels
     return {evaluation: known[evaluation - 1] for evaluation in spread(count, len(known))}
-
-
-def levels(process: Process, solver: str, steps: int, spacing: str | None) -> list[Level]:
-    """Return the level at which each evaluation reads the state."""
-    schedule = make_schedule(process, solver, steps, spacing)
-    return [level for step in schedule for level in step[: EVALUATIONS[solver]]]
 
 
 def spread(count: int, evaluations: int) -> Collection[int]:
