@@ -129,9 +129,7 @@ def test_a_bundle_draws_pytorchs_pictures_and_the_small_picture_matters(shipped:
         assert sample_command(built.folder, pipe.manifest).endswith(f"sample {built.folder} --image SMALL.png")
         with pytest.raises(UsageError, match="got both an image and a condition with low: pass one of them"):
             draw(rows, image=large)
-        with pytest.raises(
-            UsageError, match="no image for low; pass one .*, or a condition with low"
-        ):
+        with pytest.raises(UsageError, match="no image for low; pass one"):
             draw()
         for option in ("strength", "mask"):
             with pytest.raises(UsageError, match=f"got {option}, but this bundle takes the image as low"):
