@@ -18,7 +18,7 @@ from dit_runtime import EngineError, Pipeline, Request, Stopped, UsageError, ima
 from dit_runtime.errors import NotFinite
 from dit_runtime.run import Run
 from dit_runtime.sampling.process import Process, Sampler
-from dit_runtime.sampling.solvers import plan
+from dit_runtime.sampling.solvers import levels, plan
 from dit_runtime.serve import Batcher, Busy, Closed, Late, Ticket, preview
 from dit_runtime.serve.shared import SharedMemo
 
@@ -400,11 +400,11 @@ def test_previews(serve: Serve) -> None:
 
     pipe = batcher.pipe
     process, run = pipe.manifest.process, pipe.run(request, host=True)
-    levels = preview.levels(process, "ddim", 6, None)
+    known = levels(process, "ddim", 6, None)
     for number in range(6):
         ask = run.ask()
         answer = pipe.engines.run(pipe.manifest.step, {"latents": ask.state.astype(np.float32), **ask.inputs(slice(1))})
-        shown = preview.pictures(pipe, levels[number], ask.state, answer["prediction"])
+        shown = preview.pictures(pipe, known[number], ask.state, answer["prediction"])
         run.tell(*answer.values())
         if number in (1, 3):
             assert np.array_equal(shown, heard[number][2])
@@ -413,8 +413,8 @@ def test_previews(serve: Serve) -> None:
 
 def test_levels_of_solvers_that_evaluate_twice() -> None:
     process = Process(prediction="velocity", sampler=Sampler(solver="heun", steps=4))
-    levels = preview.levels(process, "heun", 4, None)
-    assert [level.time for level in levels] == plan(process, "heun", 4).tolist() and len(levels) == 8
+    known = levels(process, "heun", 4, None)
+    assert [level.time for level in known] == plan(process, "heun", 4).tolist() and len(known) == 8
 
 
 def test_a_listener_that_raises_fails_its_own_request(serve: Serve) -> None:
