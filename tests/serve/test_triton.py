@@ -187,7 +187,7 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         (pending,) = model._pending
         assert all(
             59 < ticket.deadline - ticket.arrived <= 60 for ticket in pending.tickets
-        )  # no more than the server's
+        )  # the server's
         assert watched.entered.acquire(timeout=WAIT)
         leaving.sender.cancelled = True
         until(lambda: all(ticket.cancelled for pending in model._pending for ticket in pending.tickets))
