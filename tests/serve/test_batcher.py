@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,9 @@ import pytest
 
 from dit_runtime import EngineError, Pipeline, Request, Stopped, UsageError, images
 from dit_runtime.errors import NotFinite
+from dit_runtime.run import Run
 from dit_runtime.sampling.process import Process, Sampler
-from dit_runtime.sampling.solvers import plan
+from dit_runtime.sampling.solvers import levels, plan
 from dit_runtime.serve import Batcher, Busy, Closed, Late, Ticket, preview
 from dit_runtime.serve.shared import SharedMemo
 
@@ -309,6 +312,51 @@ def test_stages_before_the_loop_run_once_a_row(serve: Serve) -> None:
     assert batcher.memo.misses == seen + 4
 
 
+def test_a_run_that_has_ended_holds_no_memory(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the garbage collector comes: XL/2's rows of a run are up to 256 MB."""
+    batcher, _ = serve()
+    runs: list[weakref.ref[Run]] = []
+    start = batcher.pipe.run
+
+    def watched(*arguments: Any, **options: Any) -> Run:
+        run = start(*arguments, **options)
+        runs.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(batcher.pipe, "run", watched)
+    gc.disable()
+    try:
+        tickets = [batcher.submit(Request(label, steps=3, guidance=2.0)) for label in (1, 2)]
+        for ticket in tickets:
+            ticket.result(WAIT)
+        batcher.close()
+        assert len(runs) == 2 and not any(run() for run in runs)
+    finally:
+        gc.enable()
+
+
+def test_runs_share_the_memory_for_rows(opened) -> None:
+    """A run holds the rows of some timesteps where it cannot hold all, and draws the same."""
+    pipe = opened("labels")
+    (stage,) = pipe.manifest.before_loop
+    row = sum(4 * int(np.prod(spec.shape[1:])) for spec in stage.gives)
+    request = Request(1, steps=9, guidance=3.0)
+    expected = pipe.run(request).result()
+    calls: list[int] = []
+    run = pipe.engines.run
+
+    def counted(asked: Any, inputs: Any, *into: Any) -> Any:
+        calls.extend([len(inputs["labels"])] if asked is stage else [])
+        return run(asked, inputs, *into)
+
+    pipe.engines.run = counted
+    batcher = Batcher(pipe, places=2, memo_bytes=2 * 2 * 3 * row)  # three for each of those under way
+    calls.clear()
+    assert np.array_equal(batcher.submit(request).result(WAIT), expected)
+    assert calls == [2] * 9  # its own condition's and the other one's, a timestep a time
+    batcher.close()
+
+
 def test_the_memo_keeps_what_was_used_last(opened) -> None:
     pipe = opened("labels")
     (stage,) = pipe.manifest.before_loop
@@ -352,21 +400,43 @@ def test_previews(serve: Serve) -> None:
 
     pipe = batcher.pipe
     process, run = pipe.manifest.process, pipe.run(request, host=True)
-    levels = preview.levels(process, "ddim", 6, None)
+    known = levels(process, "ddim", 6, None)
     for number in range(6):
         ask = run.ask()
         answer = pipe.engines.run(pipe.manifest.step, {"latents": ask.state.astype(np.float32), **ask.inputs(slice(1))})
-        shown = preview.pictures(pipe, levels[number], ask.state, answer["prediction"])
+        shown = preview.pictures(pipe, known[number], ask.state, answer["prediction"])
         run.tell(*answer.values())
         if number in (1, 3):
             assert np.array_equal(shown, heard[number][2])
     assert np.array_equal(shown, run.result()) and np.array_equal(shown, picture)
 
 
+@pytest.mark.parametrize("extras", [{"cache": "taylorseer"}, {"guidance_policy": "apg"}])
+def test_previews_where_no_network_gives_them(serve: Serve, extras: dict[str, Any]) -> None:
+    """After steps that a cache predicts, and of predictions that the host mixes."""
+    batcher, _ = serve()
+    shown: list[np.ndarray] = []
+    listener = lambda done, total, pictures: shown.extend([] if pictures is None else [pictures])  # noqa: E731
+    request = Request(1, steps=12, guidance=3.0, solver="ddim", **extras)
+    batcher.submit(request, listener=listener, previews=4).result(WAIT)
+    pipe = batcher.pipe
+    known, run = levels(pipe.manifest.process, "ddim", 12), pipe.run(request, host=True)
+    after = sorted(preview.spread(4, 12))
+    expected, asked = [], []
+    for done in range(1, 12):
+        asked.append(run.ask() is not None)
+        run.step()
+        if done in after:
+            expected.append(preview.pictures(pipe, known[done - 1], *run.last))
+    assert ("cache" in extras) == (not all(asked[done - 1] for done in after))
+    assert len(shown) == len(expected) == 4
+    assert all(np.array_equal(a, b) for a, b in zip(shown, expected, strict=True))
+
+
 def test_levels_of_solvers_that_evaluate_twice() -> None:
     process = Process(prediction="velocity", sampler=Sampler(solver="heun", steps=4))
-    levels = preview.levels(process, "heun", 4, None)
-    assert [level.time for level in levels] == plan(process, "heun", 4).tolist() and len(levels) == 8
+    known = levels(process, "heun", 4, None)
+    assert [level.time for level in known] == plan(process, "heun", 4).tolist() and len(known) == 8
 
 
 def test_a_listener_that_raises_fails_its_own_request(serve: Serve) -> None:

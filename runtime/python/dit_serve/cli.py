@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
-    key = _read_key(options.api_key_file) if options.api_key_file else None
+    key = read_key(options.api_key_file) if options.api_key_file else None
     if options.host not in ("127.0.0.1", "::1", "localhost") and key is None:
         raise UsageError(f"--host {options.host} is open to others: pass --api-key-file FILE too")
     positive = ("batch", "deadline", "job_deadline", "grace", "max_images", "max_steps", "max_pixels")
@@ -49,6 +49,11 @@ def _parser() -> Parser:
     add("--threads", type=int, help="of the engines; default: their own choice")
     add("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     add("--batch", type=int, help="most images that share a call; default: measured at the start")
+    add(
+        "--allow-batch-variance",
+        action="store_true",
+        help="let --batch be more than 1 where pictures depend on what shares their call",
+    )
     add("--deadline", type=float, default=60.0, help="seconds for a request; what cannot keep it gets 429; default: 60")
     add("--job-deadline", type=float, default=600.0, help="seconds for a job; default: 600")
     add("--grace", type=float, default=30.0, help="seconds for what is under way at SIGTERM; default: 30")
@@ -72,7 +77,7 @@ def _named(bundles: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _read_key(file: Path) -> bytes:
+def read_key(file: Path) -> bytes:
     key = file.read_bytes().strip()
     if len(key) < 16 or not key.isascii() or len(key.split()) != 1:
         raise UsageError(f"{file}: expected one key of at least 16 characters, without spaces")

@@ -10,24 +10,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime import images
 from dit_runtime.conditions.memo import BUDGET, side_by_side
 from dit_runtime.errors import Stopped
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.request import Checked, Request
-from dit_runtime.sampling.guidance import Groups
-from dit_runtime.sampling.schedule import Level
+from dit_runtime.request import Request
 from dit_runtime.serve import preview
 from dit_runtime.serve.rows import Sized, measure
-from dit_runtime.serve.scheduler import Costs, Scheduler
+from dit_runtime.serve.scheduler import Costs, Job, Scheduler
 from dit_runtime.serve.shared import SharedMemo
 from dit_runtime.serve.ticket import Busy, Closed, Late, Listener, Ticket
 
+LOOK = 0.02  # seconds for which the answer of `lateness` holds
 Answer = tuple[NDArray[Any], NDArray[Any] | None]  # prediction, variance
 
 
@@ -54,7 +54,8 @@ class Batcher:
             self.sizes[contract.size] = Sized(at, measure(at.engines), places)
         self.memo = SharedMemo(pipe.engines.run, memo_bytes)
         for sized in self.sizes.values():
-            sized.pipe.engines.compute = self.memo
+            engines = sized.pipe.engines
+            engines.compute, engines.memo_bytes = self.memo, memo_bytes // (2 * sized.places)  # of each under way
         first = next(iter(self.sizes.values()))
         for sized in self.sizes.values():
             sized.weight = sized.row / first.row
@@ -66,6 +67,8 @@ class Batcher:
         self.seconds = {"step": 0.0, "decode": 0.0}  # in calls
         self._wake = threading.Condition()
         self._closing = False
+        self._charged = clock()  # until when the thread's time is in the costs
+        self._full = (0.0, 0.0, 0.0)  # a deadline, and until when its lateness is known
         self._thread = threading.Thread(target=self._guarded_loop, name="batcher", daemon=True)
         self._thread.start()
 
@@ -121,7 +124,7 @@ class Batcher:
             evaluations=evaluations,
             rows=evaluations * groups,
             listener=listener,
-            previews=_previews(sized.pipe, request, checked, previews),
+            previews=preview.plan(checked, previews),
         )
         with self._wake:
             if self._closing:
@@ -132,6 +135,20 @@ class Batcher:
             self._scheduler.push(ticket)
             self._wake.notify()
         return ticket
+
+    def lateness(self, deadline: float) -> float:
+        """Return by how many seconds what is ahead of any request with this deadline is too much; 0: there is room.
+
+        A host asks before it reads a request. The answer is looked up again after LOOK seconds only, for where many are
+        refused the thread needs the lock, and the interpreter.
+        """
+        now = self._clock()
+        with self._wake:
+            known, until, late = self._full
+            if deadline != known or now >= until:
+                late = self._scheduler.lateness(Job(0, 0, arrived=now, deadline=now + deadline))
+                self._full = deadline, now + LOOK, late
+        return late
 
     def close(self, drain: bool = True) -> None:
         """Finish what is in line, or without `drain` stop it; then close the pipeline."""
@@ -161,6 +178,7 @@ class Batcher:
             with self._wake:
                 while not (self._scheduler.jobs or self._undecoded or self._closing):
                     self._wake.wait()
+                    self._charged = self._clock()
                 if not (self._scheduler.jobs or self._undecoded):
                     return
                 self._drop_out()
@@ -209,13 +227,10 @@ class Batcher:
             self._advance(ticket, True)
             if ticket.ask is not None:
                 ticket.ask.inputs(slice(0, ticket.places))
-            else:
-                self._finish(ticket)
         except Exception as error:
             self._fail(ticket, error)
-        spent = self._clock() - began
-        ticket.stats.conditions += spent
-        self.costs.update("start", spent)
+        ticket.stats.conditions += self._clock() - began
+        self._charge("start", 1)
 
     def _step(self, tickets: Sequence[Ticket]) -> None:
         began = self._clock()
@@ -227,8 +242,6 @@ class Batcher:
         spent = self._clock() - began
         places = sum(ticket.places for ticket in tickets)
         rows = sum(ticket.ask.numbers.size for ticket in tickets if ticket.ask)
-        if places >= min(self.places, tickets[0].most) // 2:  # a small batch has a higher price that no full one pays
-            self.costs.update("row", spent / rows / tickets[0].weight)
         self.counts.update(calls=1, rows=rows, samples=places)
         self.seconds["step"] += spent
         for ticket, answer in zip(tickets, answers, strict=True):
@@ -241,6 +254,16 @@ class Batcher:
                 self._tell(ticket, answer)
             except Exception as error:
                 self._fail(ticket, error)
+        self._charge("row", rows * tickets[0].weight)
+
+    def _charge(self, what: str, units: float) -> None:
+        """Take all time since the last charge for the cost of so many units.
+
+        So an estimate has what a call of an engine has not: the Python around it, and its waits for the interpreter.
+        """
+        now = self._clock()
+        spent, self._charged = now - self._charged, now
+        self.costs.update(what, spent, units)
 
     def _alone(self, ticket: Ticket) -> Answer | Exception:
         try:
@@ -250,12 +273,11 @@ class Batcher:
 
     def _evaluate(self, tickets: Sequence[Ticket]) -> list[Answer]:
         """Return each ticket's answer, from as few calls of the step stage as its largest batch allows."""
-        pipe = tickets[0].sized.pipe
-        state = pipe.manifest.state.name
+        state = tickets[0].sized.pipe.manifest.state.name
         asks = [ticket.ask for ticket in tickets if ticket.ask]
         inputs = side_by_side([ask.inputs(slice(0, len(ask.state))) for ask in asks])
         inputs[state] = np.concatenate([ask.state for ask in asks]).astype(np.float32)
-        outputs = _call(pipe, inputs, len(inputs[state]))
+        outputs = tickets[0].sized.call(inputs, len(inputs[state]))
         predictions, variances = outputs["prediction"], outputs.get("variance")
         answers: list[Answer] = []
         first = 0
@@ -266,18 +288,9 @@ class Batcher:
 
     def _tell(self, ticket: Ticket, answer: Answer) -> None:
         """Let the run go its step; those that need no network are gone with it."""
-        run, ask = ticket.run, ticket.ask
-        assert run is not None and ask is not None
-        more = run.tell(*answer)
-        ticket.done = run.done
-        pictures = None
-        if ticket.done in ticket.previews and ask.groups is not Groups.APART:  # whose rows a policy mixes
-            pictures = preview.pictures(ticket.sized.pipe, ticket.previews[ticket.done], ask.state, answer[0])
-        self._advance(ticket, more)
-        if ticket.listener:
-            ticket.listener(run.done, ticket.evaluations, pictures)
-        if ticket.ask is None:
-            self._finish(ticket)
+        assert ticket.run is not None
+        more = ticket.run.tell(*answer)
+        self._advance(ticket, more, self._preview(ticket))
 
     def _finish(self, ticket: Ticket) -> None:
         """Let a request leave the line for the decoder's."""
@@ -286,8 +299,9 @@ class Batcher:
             self._undecoded.append(ticket)
             self._scheduler.undecoded += ticket.samples * ticket.weight
 
-    def _advance(self, ticket: Ticket, more: bool) -> None:
-        """Find what the next call of a run needs; go steps that need no network."""
+    def _advance(self, ticket: Ticket, more: bool, shown: images.Pictures | None = None) -> None:
+        """Find what the next call of a run needs, and go steps that need no network; say how far it is, and show the
+        last preview on the way."""
         run = ticket.run
         assert run is not None
         ticket.ask = None
@@ -297,7 +311,19 @@ class Batcher:
                 ticket.ask, ticket.kind, ticket.places = ask, (size, len(ask.numbers)), len(ask.state)
             else:
                 more = run.tell()
-        ticket.left = ticket.samples * max(0, ticket.rows - run.rows)
+                shown = shown if (drawn := self._preview(ticket)) is None else drawn
+        ticket.done, ticket.left = run.done, ticket.samples * max(0, ticket.rows - run.rows)
+        if ticket.listener and run.done:
+            ticket.listener(run.done, ticket.evaluations, shown)
+        if ticket.ask is None:
+            self._finish(ticket)
+
+    def _preview(self, ticket: Ticket) -> images.Pictures | None:
+        """Return the pictures that the request would have now, where some are asked for after this step."""
+        run = ticket.run
+        if run is None or run.last is None or run.done not in ticket.previews:
+            return None
+        return preview.pictures(ticket.sized.pipe, ticket.previews[run.done], *run.last)
 
     def _decode(self) -> None:
         """Decode the picture that has waited longest; where more wait than a call has samples, all but so many."""
@@ -314,27 +340,8 @@ class Batcher:
             now = self._clock()
             self._leave(ticket)
             ticket.stats.decode, ticket.stats.total = now - began, now - ticket.arrived
-            self.costs.update("decode", ticket.stats.decode / ticket.samples / ticket.weight)
+            self._charge("decode", ticket.samples * ticket.weight)
             self.seconds["decode"] += ticket.stats.decode
             self.counts["drawn"] += ticket.samples
             ticket.run = None
             ticket.future.set_result(result)
-
-
-def _previews(pipe: Pipeline, request: Request, checked: Checked, count: int) -> Mapping[int, Level]:
-    """Return the level of each evaluation after which a preview is drawn."""
-    if not count:
-        return {}
-    known = preview.levels(pipe.manifest.process, checked.solver, checked.steps, checked.spacing)
-    return {evaluation: known[evaluation - 1] for evaluation in preview.spread(count, len(known))}
-
-
-def _call(pipe: Pipeline, inputs: Mapping[str, NDArray[Any]], places: int) -> Mapping[str, NDArray[Any]]:
-    """Run the step stage, on parts where one request has more samples than it takes."""
-    stage, parts = pipe.manifest.step, []
-    grouped = {spec.name for spec in stage.grouped}
-    for first in range(0, places, stage.max_batch):
-        some = slice(first, first + stage.max_batch)
-        part = {name: values[:, some] if name in grouped else values[some] for name, values in inputs.items()}
-        parts.append(pipe.engines.run(stage, part))
-    return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
