@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -313,6 +315,44 @@ def test_a_job_is_cancelled(held: tuple[Running, Watched]) -> None:
     watched.gate.release(2)
     until(lambda: server.ask("GET", f"/v1/jobs/{job}").json["status"] == "cancelled", WAIT / 3)
     assert server.model.batcher.active == 0 and len(watched.calls) <= 2
+
+
+def test_a_job_ends_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of its other images, which are heard later, do not bring it back; no error keeps it from its end."""
+
+    async def fail_and_hear() -> list[str]:
+        job = server.service.jobs.add()
+        job.progress = [(0, 9), (0, 9)]
+        job.finish("failed", {})
+        server.service._heard(job, 1, 3, 9, None)
+        return [name async for name, _ in job.events()]
+
+    assert asyncio.run(fail_and_hear()) == ["failed"]
+    monkeypatch.setattr("dit_serve.drawing.encode", None)
+    assert [name for name, _ in events(server, start(server, num_inference_steps=2))][-1] == "failed"
+
+
+def test_what_is_under_way_has_the_grace_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the signal on, however often it comes; after it a job is stopped between two steps."""
+    with running(folder, places=2, settings=Settings(grace=5)) as server:
+        engines = server.model.batcher.pipe.engines
+        watched = Watched(engines.opened["denoiser"])
+        engines._opened["denoiser"] = watched
+        watched.hold()
+        service, job = server.service, start(server, num_inference_steps=250)
+        assert watched.entered.acquire(timeout=WAIT)
+        now = 100.0
+        monkeypatch.setattr("dit_serve.app.time", SimpleNamespace(monotonic=lambda: now))
+        service.drain()
+        now = 104.0
+        service.drain()
+        assert service._until == 105
+        now = 106.0
+        timer = threading.Timer(0.2, watched.gate.release, [2])
+        timer.start()
+    timer.join()
+    assert not server.model.batcher.alive and len(watched.calls) <= 2
+    assert service.jobs.get(job).status == "cancelled"
 
 
 def test_only_so_many_jobs_are_held() -> None:

@@ -41,6 +41,7 @@ from dit_serve.models import Model
 PAGE = Path(__file__).with_name("page.html")
 EDITS = "/v1/images/edits"
 EDITING = 4  # requests with pictures at a time: each may have as many bytes as a form, and its pixels
+LAST = 1.0  # seconds for jobs to say that they were stopped
 WAITING = 400  # requests for images at a time; more connections than that are left for others
 log = logging.getLogger("dit_serve")
 
@@ -101,11 +102,15 @@ class Service:
             loop.add_signal_handler(signal.SIGHUP, lambda: self._keep(self.swap()))
         yield
         self.drain()  # where no signal has
-        with contextlib.suppress(TimeoutError):
-            left = max(0, self._until - time.monotonic())
-            await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), left)
+        await self._wait(max(0, self._until - time.monotonic()))
         for model in self.models.values():
             await asyncio.to_thread(model.close)
+        await self._wait(LAST)
+
+    async def _wait(self, seconds: float) -> None:
+        """Let what is under way end by itself."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
 
     def drain(self) -> None:
         """Take no more requests; what is under way has the grace from now on."""

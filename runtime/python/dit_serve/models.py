@@ -35,6 +35,7 @@ class Opening:
     threads: int | None = None
     provider: str | None = None
     places: int | None = None  # None: as many samples share a call as the measured times say
+    variance: bool = False  # whether more than one may share a call where pictures depend on that
     verify: bool = True
     pins: Collection[str] = ()  # sha256 of the manifests that may be served; empty: of any
 
@@ -213,6 +214,11 @@ def open_bundle(folder: Path, opening: Opening, verified: bool = False) -> Serve
         require_servable(folder, pipe.manifest)
         if manifest.sha256(folder / manifest.NAME) != digest:
             raise BundleError(f"{folder}: its manifest changed while it was opened; try again")
+        if (opening.places or 1) > 1 and not (pipe.manifest.batch_invariant or opening.variance):
+            raise UsageError(
+                f"{folder}: --batch is {opening.places}, but pictures of this bundle depend on what shares their call; "
+                "leave it out, or pass --allow-batch-variance too"
+            )
         if opening.verify or verified:
             require_verified(pipe)
         return Served(Batcher(pipe, places=opening.places), digest)
