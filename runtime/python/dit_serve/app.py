@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Scope
 
 from dit_runtime.serve import Busy
 from dit_serve.body import OUTPUTS, Body, Limits, parse, parse_edit
-from dit_serve.drawing import Drawing, encode, fault
+from dit_serve.drawing import Drawing, encode, fault, timing
 from dit_serve.faults import Fault, answer_bug, answer_fault, answer_http, retry_after
 from dit_serve.form import parse_form
 from dit_serve.guard import LOCAL, Guard
@@ -215,9 +215,9 @@ class Service:
         request.scope["fields"] |= self._account(drawing)
         if body.response_format == "bytes":
             content = await asyncio.to_thread(encode, drawn[0], body.output_format)
-            headers = {"X-Seed": str(drawing.tickets[0].request.seed), "Server-Timing": _timing(drawing.stats(0))}
+            headers = {"X-Seed": str(drawing.tickets[0].request.seed), "Server-Timing": timing(drawing.stats(0))}
             return Response(content, media_type=OUTPUTS[body.output_format], headers=headers)
-        return JSONResponse(await drawing.answer(drawn), headers={"Server-Timing": _timing(drawing.stats(0))})
+        return JSONResponse(await drawing.answer(drawn), headers={"Server-Timing": timing(drawing.stats(0))})
 
     def _account(self, drawing: Drawing) -> dict[str, float]:
         """Count what was drawn, and return what the first image cost, for the log."""
@@ -349,7 +349,3 @@ async def _disconnected(request: Request) -> None:
     """Return when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _timing(stats: Mapping[str, float]) -> str:
-    return ", ".join(f"{name[:-3]};dur={value}" for name, value in stats.items() if name.endswith("_ms"))
