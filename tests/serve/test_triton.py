@@ -185,9 +185,7 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         leaving, late = asked(timeout=10**9, n=np.int32(3)), asked(timeout=30_000_000)
         model.execute([leaving])
         (pending,) = model._pending
-        assert all(
-            59 < ticket.deadline - ticket.arrived <= 60 for ticket in pending.tickets
-        )  # the server's
+        assert all(59 < ticket.deadline - ticket.arrived <= 60 for ticket in pending.tickets)  # the server's
         assert watched.entered.acquire(timeout=WAIT)
         leaving.sender.cancelled = True
         until(lambda: all(ticket.cancelled for pending in model._pending for ticket in pending.tickets))
