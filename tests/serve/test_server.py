@@ -32,7 +32,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.serve.servable import require_servable
 from dit_serve import cli, models
 from dit_serve.app import Settings
-from dit_serve.body import Body, Limits
+from dit_serve.body import FILES, OF_FILES, Body, Limits
 from dit_serve.jobs import Jobs
 from dit_serve.protocol import Protocol
 from tests import tamper
@@ -137,10 +137,13 @@ def test_other_refusals(server: Running) -> None:
     assert status("POST", path, {"prompt": "1", "model": "other"}) == 404
     assert status("GET", "/v1/models/other") == status("GET", "/nowhere") == status("GET", "/v1/jobs/x") == 404
     assert status("GET", path) == 405
-    assert status("POST", "/v1/images/edits", {"prompt": "1"}) == 501
+    assert status("POST", "/v1/images/edits", {"prompt": "1"}) == 415
     assert status("POST", path, "x" * (Limits().body + 1)) == 413
     assert status("POST", path, {"prompt": "1"}, Content_Type="text/plain") == 415  # what a form of another site sends
     assert status("POST", path, {"prompt": "1"}, Host="evil.example:80") == 403
+    for origin in ("http://evil.example", "null", "http://localhost.evil.example:80"):  # forms of theirs need no leave
+        assert status("POST", path, {"prompt": "1"}, Origin=origin) == 403
+    assert status("POST", path, {"prompt": ""}, Origin=f"http://127.0.0.1:{server.port}") == 400
     for length in ("", "Content-Length: 10\r\n"):  # of a chunked body it bounds nothing
         with server.connect() as client:
             head = f"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n{length}Transfer-Encoding: chunked\r\n\r\n"
@@ -534,4 +537,4 @@ def test_metrics_are_those_of_the_documentation(server: Running) -> None:
 def test_the_fields_of_a_body_are_those_of_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
     table = page[page.index("## Images") : page.index("## Jobs")]
-    assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*Body.__dataclass_fields__}
+    assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*Body.__dataclass_fields__, *FILES} - {*OF_FILES}
