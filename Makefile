@@ -32,12 +32,13 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
 	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
-	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
+	@echo "make demo-sr                   its super-resolution: low, bicubic, drawn and true pictures, and the judge's verdict"
+	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|ID[@REVISION], or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CONDITIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make families-table            what leaves the loop of each network at its real size: docs/families.md; also FAMILY"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
@@ -69,10 +70,13 @@ build/triton/.installed: tests/serve/triton.txt $(STAMP)
 	@touch $@
 
 ray: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray-serve]"
 
 demo: $(STAMP)
 	@$(BIN)/dit-export demo show
+
+demo-sr: $(STAMP)
+	@$(BIN)/dit-export demo show-sr
 
 engine: $(STAMP)
 	$(if $(and $(RECIPE),$(MODEL)),$(error RECIPE names its own model: pass RECIPE or MODEL))
@@ -126,13 +130,15 @@ cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
 	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
 
+# What reads files and what uses them, FUZZ_SECONDS each.
+FUZZERS := manifest verify request options
 cpp-fuzz: $(STAMP)
 	$(CPP_SETUP) clang libclang-rt-dev
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF
-	cmake --build build/cpp-fuzz --parallel $(JOBS) --target manifest-fuzzer
-	mkdir -p build/cpp-fuzz/corpus
-	build/cpp-fuzz/fuzz/manifest-fuzzer -max_total_time=$(or $(FUZZ_SECONDS),60) -max_len=8192 -timeout=10 \
-		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus runtime/cpp/fuzz/corpus
+	cmake --build build/cpp-fuzz --parallel $(JOBS) --target $(FUZZERS:=-fuzzer)
+	for kind in $(FUZZERS); do mkdir -p build/cpp-fuzz/corpus/$$kind && build/cpp-fuzz/fuzz/$$kind-fuzzer \
+		-max_total_time=$(or $(FUZZ_SECONDS),15) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1 \
+		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus/$$kind runtime/cpp/fuzz/corpus || exit 1; done
 
 # Whether the TensorRT engine compiles against the public headers, where they are at hand; it needs no GPU.
 cpp-tensorrt:

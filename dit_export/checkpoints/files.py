@@ -37,8 +37,8 @@ def find_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
 def shards(index: Path) -> list[Path]:
     content = read_json(index)
     table = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(table, dict):
-        raise UsageError(f"{index}: has no weight_map")
+    if not isinstance(table, dict) or not 0 < len(table) <= TENSORS:
+        raise UsageError(f"{index}: has no weight_map of at most {TENSORS} tensors")
     names = sorted({str(name) for name in table.values()})
     for name in names:
         if Path(name).name != name:

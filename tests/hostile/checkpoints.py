@@ -66,7 +66,7 @@ def setting(file: str, key: str, value: Any) -> Apply:
     def apply(place: Path) -> None:
         table = json.loads((place / file).read_text())
         if value is REMOVED:
-            table.pop(key)
+            table.pop(key, None)
         else:
             table[key] = value
         (place / file).write_text(json.dumps(table))
@@ -94,7 +94,7 @@ def texts() -> Iterator[Damage]:
     }
     for file in (TRANSFORMER, SCHEDULER, INDEX, "vae/config.json"):
         for name, content in contents.items():
-            plain = file == INDEX and name.startswith("a class")
+            plain = file == INDEX and name == "a class that a terminal obeys"
             yield Damage(f"{file}: {name}", written(file, content), "fine" if plain else "refused")
         yield Damage(f"{file}: a pipe", pipe(file))
         yield Damage(f"{file}: a folder", folder_at(file), "survives")
@@ -242,7 +242,7 @@ def weights() -> Iterator[Damage]:
         "a path from the root": {"weight_map": {"x": "/etc/passwd"}},
         "a name that a terminal obeys": {"weight_map": {"x": ESCAPE}},
         "no shards": {"weight_map": {}},
-        "1,000,000 names": {"weight_map": {str(number): "x" for number in range(500_000)}},
+        "200,000 names": {"weight_map": {str(number): "x" for number in range(200_000)}},
     }.items():
         yield Damage(f"shards: {name}", sharded(table))
 

@@ -7,6 +7,7 @@
 #include <map>
 #include <tuple>
 
+#include "facts.hpp"
 #include "json.hpp"
 
 namespace dit_runtime {
@@ -66,8 +67,17 @@ void check_ports(const Manifest& manifest) {
     const bool scalar = weight && weight->role == "condition" && weight->dtype == "float32" && weight->shape.empty();
     if (!guidance.port.empty() && (!scalar || manifest.null.count(guidance.port)))
         refuse("guidance: port", guidance.port, "a condition port of float32 [] without a constant in null");
-    std::vector<std::string> masked;
+    std::vector<std::string> masked, pictures;
     for (const Port& port : manifest.ports) {
+        if (port.picture) {
+            if (port.role != "condition" || !port.masks.empty() || port.dtype != state.dtype ||
+                port.shape != state.shape)
+                refuse(
+                    "port of a picture: " + port.name,
+                    port.role + " " + port.dtype + " " + dit_runtime::shown(port.shape),
+                    text("a condition port of ", state.dtype, " ", dit_runtime::shown(state.shape), ", as the state"));
+            pictures.push_back(port.name);
+        }
         if (port.masks.empty()) continue;
         const Port* const other = manifest.port(port.masks);
         if (port.role != "condition" || !other || other == &port || other->role != "condition" ||
@@ -82,6 +92,7 @@ void check_ports(const Manifest& manifest) {
         masked.push_back(port.masks);
     }
     require_distinct("masked port", masked);
+    if (pictures.size() > 1) refuse("ports of a picture", join(pictures), "one at most");
     if (!manifest.labels.empty() && static_cast<std::int64_t>(manifest.labels.size()) != manifest.classes())
         refuse("labels", text(manifest.labels.size(), " names"), std::to_string(manifest.classes()));
 }
@@ -96,6 +107,8 @@ void check_null(const Manifest& manifest) {
             refuse("null: " + name, value, "a number of float32");
         if (!port->masks.empty() && value != 1) refuse("null: " + name, value, "1, for it is a mask");
     }
+    if (manifest.classes() > limit("classes"))
+        refuse(text("port ", LABELS), text(manifest.classes(), " classes"), text("at most ", limit("classes")));
     if (manifest.classes() && manifest.null.count(LABELS)) {
         const std::int64_t last = manifest.port(LABELS)->size - 1;
         if (manifest.null.at(LABELS) != double(last))

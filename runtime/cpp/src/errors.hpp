@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <optional>
 #include <ostream>
 #include <stdexcept>
 #include <string>
@@ -21,6 +22,16 @@ struct BundleError : UsageError {
     using UsageError::UsageError;
 };
 
+// The library of an engine is not here.
+struct NoBackend : UsageError {
+    using UsageError::UsageError;
+};
+
+// The engine has no such device here.
+struct NoDevice : UsageError {
+    using UsageError::UsageError;
+};
+
 // An engine gave something that no sound engine gives.
 struct EngineError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -31,7 +42,17 @@ struct NotFinite : EngineError {
     using EngineError::EngineError;
 };
 
-// `on_step` asked to stop the run.
+// An engine has no memory left, on the host or on its device.
+struct EngineMemory : EngineError {
+    using EngineError::EngineError;
+};
+
+// A device failed, and takes no more work from this process.
+struct DeviceLost : EngineError {
+    using EngineError::EngineError;
+};
+
+// The caller asked to stop the call.
 struct Stopped : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
@@ -69,6 +90,14 @@ std::string join(const std::vector<std::string>& words, const std::string& separ
 
 // ' (did you mean "…"?)' where something known is close, else nothing.
 std::string nearest(const std::string& word, const std::vector<std::string>& known);
+
+// The number that all of the word says, whatever the program's locale.
+std::optional<double> number(const std::string& word);
+
+// A text of any source, whose characters a terminal shows and does not obey; line breaks stay. Mirrors console.py.
+std::string printable(const std::string& message);
+// The same in one line, without the middle of a long one.
+std::string one_line(const std::string& message, std::size_t most = 300);
 
 // As Python's str.lower and str.strip do for ASCII.
 std::string lower(std::string word);

@@ -60,7 +60,7 @@ OvDevice::OvDevice(const Options& options) : core(shared_core()) {
     try {
         core->get_property(name, ov::device::full_name);  // asks this device's plugin and no other
     } catch (const std::exception& error) {
-        throw UsageError(text("device '", options.device, "' is not known to OpenVINO: ", ov_reason(error.what())));
+        throw NoDevice(text("device '", options.device, "' is not known to OpenVINO: ", ov_reason(error.what())));
     }
     capabilities_ = options.capabilities ? *options.capabilities : core->get_property(name, ov::device::capabilities);
 }
@@ -75,6 +75,7 @@ OvGraph::OvGraph(const Path& path, const Stage& stage, const Options& options)
     // A CPU's threads are not tied to cores: models that are open side by side may get the same one.
     if (device.name == "CPU") settings_.insert(ov::hint::enable_cpu_pinning(false));
     if (options.threads) settings_.insert(ov::inference_num_threads(options.threads));
+    for (const auto& [key, value] : own_settings("openvino", options)) settings_[key] = value;
 }
 
 std::shared_ptr<ov::Model> OvGraph::read() const {
@@ -85,6 +86,8 @@ std::shared_ptr<ov::Model> OvGraph::read() const {
         throw BundleError(path_.string() + ": OpenVINO does not open it: it is no ONNX model");
     try {
         return device.core->read_model(path_.string());
+    } catch (const std::bad_alloc&) {
+        throw;
     } catch (const std::exception& error) {
         throw BundleError(text(path_.string(), ": OpenVINO does not open it: ", ov_reason(error.what())));
     }
@@ -101,6 +104,8 @@ std::vector<ov::InferRequest> OvGraph::compile(const std::shared_ptr<ov::Model>&
         for (ov::InferRequest& request : requests) request = compiled.create_infer_request();
         give_back(path_.parent_path());
         return requests;
+    } catch (const std::bad_alloc&) {
+        throw;
     } catch (const std::exception& error) {
         throw not_compiled(error);
     }

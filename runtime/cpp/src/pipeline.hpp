@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "checking.hpp"
 #include "engine.hpp"
 #include "memo.hpp"
 #include "prompts.hpp"
@@ -31,6 +32,8 @@ class Pipeline {
     // it is first drawn. It lives as long as this one.
     Pipeline& at(const std::string& size);
     void close();  // all engines; those that are needed open again
+    // Every stage runs at these batch sizes, and so every engine is open.
+    void warm(const std::vector<std::int64_t>& batches);
 
     std::vector<std::uint8_t> images(const Request& request);  // [N, H, W, 3]
     std::vector<float> latents(const Request& request);        // [N, *state]
@@ -59,17 +62,22 @@ class Pipeline {
     struct Opened {
         Turns turns;                                             // for engines and checked, at all sizes
         std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
-        std::vector<std::string> checked;                        // files whose sums are the manifest's
+        CheckedFiles checked;                                    // files whose sums are the manifest's
         PromptMemo prompts;
     };
 
     Pipeline(const Pipeline& whole, Manifest sized);
-    std::vector<std::string> unchecked() const;
+    template <typename Call>
+    void checking(const std::vector<std::string>& names, const Call& call);
+    std::vector<std::string> files() const;
     Path cache() const;
     Engine& engine(const Stage& stage);
+    std::unique_ptr<Engine> open(const Stage& stage);
     RunStage runner();
     std::map<std::string, std::vector<float>> run(const Stage& stage, const std::vector<Input>& inputs,
                                                   std::size_t rows);
+    std::map<std::string, Output> answer(const Stage& stage, const std::vector<Input>& inputs);
+    void require_room(const std::vector<std::string>& files) const;
 
     Options options_;
     std::shared_ptr<Opened> opened_ = std::make_shared<Opened>();

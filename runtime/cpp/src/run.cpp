@@ -41,13 +41,26 @@ Run::Run(Pipeline& pipe, const Request& request)
     : pipe_(pipe.at(request.size)),
       checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),
-      trajectory_(start(pipe_.manifest, request, checked_)) {}
+      trajectory_(start(pipe_.manifest, request, checked_)),
+      with_others_(request.cancellation ? request.cancellation : current_call().cancellation,
+                   [own = cancellation_] { own->cancel(); }) {}
+
+template <typename Make>
+auto Run::as_own(const Make& make) {
+    const CallScope scope({cancellation_, {}, &timing_});
+    try {
+        return make();
+    } catch (const Stopped&) {
+        require_going();
+        throw;
+    }
+}
 
 bool Run::step() {
     require_going();
     if (done() == steps()) return false;
     if (const auto groups = trajectory_.asks())
-        trajectory_.tell(denoise(*groups));
+        trajectory_.tell(as_own([&] { return denoise(*groups); }));
     else
         trajectory_.tell();
     if (on_step_ && on_step_(done(), steps(), state())) cancel();
@@ -71,8 +84,22 @@ std::vector<float> Run::latents() {
     return {state().begin(), state().end()};
 }
 
+std::vector<std::uint8_t> Run::pictures() {
+    pipe_.require_decoder();
+    const std::vector<float> latents = this->latents();
+    return as_own([&] { return pipe_.pictures(latents); });
+}
+
+std::vector<std::uint8_t> Run::preview() {
+    pipe_.require_decoder();
+    require_going();
+    const Array& x0 = trajectory_.x0();
+    if (x0.empty()) throw UsageError("there is no preview before the first step; call dit_run_step first");
+    return as_own([&] { return pipe_.pictures({x0.begin(), x0.end()}); });
+}
+
 void Run::require_going() const {
-    if (cancelled_) throw Stopped(text("stopped after step ", done(), " of ", steps()));
+    if (cancellation_->cancelled()) throw Stopped(text("stopped after step ", done(), " of ", steps()));
 }
 
 }  // namespace dit_runtime
