@@ -411,6 +411,28 @@ def test_previews(serve: Serve) -> None:
     assert np.array_equal(shown, run.result()) and np.array_equal(shown, picture)
 
 
+@pytest.mark.parametrize("extras", [{"cache": "taylorseer"}, {"guidance_policy": "apg"}])
+def test_previews_where_no_network_gives_them(serve: Serve, extras: dict[str, Any]) -> None:
+    """After steps that a cache predicts, and of predictions that the host mixes."""
+    batcher, _ = serve()
+    shown: list[np.ndarray] = []
+    listener = lambda done, total, pictures: shown.extend([] if pictures is None else [pictures])  # noqa: E731
+    request = Request(1, steps=12, guidance=3.0, solver="ddim", **extras)
+    batcher.submit(request, listener=listener, previews=4).result(WAIT)
+    pipe = batcher.pipe
+    known, run = levels(pipe.manifest.process, "ddim", 12), pipe.run(request, host=True)
+    after = sorted(preview.spread(4, 12))
+    expected, asked = [], []
+    for done in range(1, 12):
+        asked.append(run.ask() is not None)
+        run.step()
+        if done in after:
+            expected.append(preview.pictures(pipe, known[done - 1], *run.last))
+    assert ("cache" in extras) == (not all(asked[done - 1] for done in after))
+    assert len(shown) == len(expected) == 4
+    assert all(np.array_equal(a, b) for a, b in zip(shown, expected, strict=True))
+
+
 def test_levels_of_solvers_that_evaluate_twice() -> None:
     process = Process(prediction="velocity", sampler=Sampler(solver="heun", steps=4))
     known = levels(process, "heun", 4, None)

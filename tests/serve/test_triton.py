@@ -146,6 +146,7 @@ def test_the_config_of_other_bundles(handmade) -> None:
     [
         (asked("999"), "label"),
         (asked(b"\xff"), "prompt is not UTF-8"),
+        (asked("1" * 70_000), "prompt has more than 65536 values"),
         (asked(n=np.int32(9)), "n must be an integer from 1 to 8"),
         (asked(guidance_scale=np.float32(np.nan)), "guidance_scale must be one finite number"),
         (asked(num_inference_steps=np.int32(0)), "num_inference_steps must be"),
@@ -181,8 +182,10 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         watched = Watched(batcher.pipe.engines.opened["denoiser"], RuntimeError("secret of the engine"))
         batcher.pipe.engines._opened["denoiser"] = watched
         watched.gate = threading.Semaphore(0)
-        leaving, late = asked(n=np.int32(3)), asked(timeout=30_000_000)
+        leaving, late = asked(timeout=10**9, n=np.int32(3)), asked(timeout=30_000_000)
         model.execute([leaving])
+        (pending,) = model._pending
+        assert all(59 < ticket.deadline - ticket.arrived <= 60 for ticket in pending.tickets)  # the server's
         assert watched.entered.acquire(timeout=WAIT)
         leaving.sender.cancelled = True
         until(lambda: all(ticket.cancelled for pending in model._pending for ticket in pending.tickets))
