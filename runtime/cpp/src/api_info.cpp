@@ -10,18 +10,6 @@
 
 namespace dit = dit_runtime;
 
-namespace {
-
-// Whether the build measured rows of the loop and of the decoder on the engines that run them here.
-bool measured_here(const dit::Pipeline& pipe) {
-    return std::all_of(pipe.manifest.stages.begin(), pipe.manifest.stages.end(), [&](const dit::Stage& stage) {
-        return (stage.runs != "step" && stage.runs != "end") ||
-               (pipe.on_cpu(stage) && pipe.backend(stage).name == stage.backend);
-    });
-}
-
-}  // namespace
-
 extern "C" {
 
 dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
@@ -47,7 +35,7 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
         filled.backend = pipe->backend.c_str();
         filled.precision = manifest.step().precision.c_str();
         filled.note = pipe->note.c_str();
-        filled.batch_invariant = manifest.batch_invariant && measured_here(*pipe->open);
+        filled.batch_invariant = pipe->open->batch_invariant();
         filled.steps = manifest.process.sampler.steps;
         filled.guidance = manifest.guidance.weight;
         filled.guidance_port = manifest.guidance.port.c_str();

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, TypeVar
 
-STRETCH = 8.0  # times its work: the latency up to which a job goes before all later ones
-MARGIN = 0.8  # of the time up to a deadline that an estimate may take: estimates are off
-FAST, SLOW = 0.3, 0.02  # weights of a new value in two running means; the larger mean counts
+from dit_runtime.facts import CONSTANTS
+
+STRETCH: float = CONSTANTS["due_stretch"]  # times its work: the latency up to which a job goes before all later ones
+MARGIN: float = CONSTANTS["deadline_margin"]  # of the time up to a deadline that an estimate may take: it may be off
+FAST: float = CONSTANTS["fast_mean"]  # weights of a new value in two running means; the larger mean counts
+SLOW: float = CONSTANTS["slow_mean"]
 
 
 @dataclass(eq=False)
