@@ -59,6 +59,7 @@ class Recipe(Tuning):
     presets: str | None = None  # a JSON file, as `dit-export tune --presets` writes it
     synthetic: int | None = None
     latents_only: bool = False
+    encoder: bool = False  # for requests that bring pictures
     without_text_encoders: bool = False  # conditions are prompt embeddings
     max_batch: int = 8
     output: str | None = None

@@ -19,7 +19,7 @@ from dit_export.verify.check import Built
 from dit_runtime import UsageError
 from dit_runtime.backends import Tuning
 from dit_runtime.bundle import manifest
-from dit_runtime.cli import Parser
+from dit_runtime.options import Parser
 from dit_runtime.verify import Figure
 from tests import conftest
 from tests.conftest import HEADS, meta_state

@@ -30,9 +30,10 @@ from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle.manifest import Manifest, Stage
-from dit_runtime.cli import Parser, guarded
+from dit_runtime.cli import guarded
 from dit_runtime.engines import Engines
 from dit_runtime.errors import UsageError
+from dit_runtime.options import Parser
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import Process
 

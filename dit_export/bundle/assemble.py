@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from dit_export.bundle.describe import Written, describe
 from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded
-from dit_export.graph import DECODER, NETWORK, PROMPT, RULE, onnxfile
+from dit_export.graph import DECODER, ENCODER, NETWORK, PROMPT, RULE, onnxfile
 from dit_export.networks.codec import Decoder
+from dit_export.networks.encoding import make_encoder
 from dit_export.passes import LOWERINGS, fuse, require
 from dit_export.passes.dependence import Miss
 from dit_export.passes.stages import Pack
@@ -45,6 +46,7 @@ from dit_runtime import backends
 from dit_runtime.backends import PORTABLE_BACKEND, PROVIDER_FORMS, QUANTIZED
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import File, Manifest
+from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
@@ -121,6 +123,7 @@ class Assembly:
         around = backends.backend(self.backend).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
         return {
             "step": precision,
+            "start": around,
             "end": "int8" if self.convolutions and self.convolutions.quantized else around,
             "prompt": (not self.text_in_fp32 and backends.typed(self.backend, precision)) or "fp32",
         }
@@ -146,6 +149,10 @@ class Assembly:
             require(self.counts["decoder"], self.decoder.expected_counts())
             onnxfile.name_rows(decoder, "batch")
             self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
+        if self.recipe.encoder:
+            encoder = onnxfile.load(self.traced / ENCODER)
+            onnxfile.name_rows(encoder, "batch")
+            self.graphs["encoder"], self.runs["encoder"] = encoder, "start"
         gc.collect()  # graphs are cycles, and the plain ones would keep what is read of their weights in memory
 
     def _save(self, name: str, graph: gs.Graph) -> None:
@@ -231,7 +238,7 @@ class Assembly:
         """Fold the divisors into the fused graphs; they are the same whatever stays float."""
         denoiser, calibration = self.graphs["denoiser"], self.measured.calibration
         assert calibration is not None
-        before = [graph for name, graph in self.graphs.items() if self.runs[name] not in ("step", "update", "end")]
+        before = [graph for name, graph in self.graphs.items() if self.runs[name] in BEFORE_LOOP]
         self.smoothed = Smoothed(denoiser, smooth(before, denoiser, calibration), calibration)
         self.divisors = pack_divisors(denoiser, self.smoothed.chosen)
 
@@ -348,9 +355,11 @@ class Assembly:
         if self.runs[name] == "end":
             assert self.decoder is not None
             expected = self.decoder.expected_counts()
+        elif self.runs[name] == "start":
+            expected = make_encoder(self.loaded.vae).expected_counts()
         else:
             expected = dict(self.loaded.network.counts)
-        if not expected or self.runs[name] not in ("step", "end"):
+        if not expected or self.runs[name] not in ("step", "start", "end"):
             return {}
         attentions = sum(entry.endswith(ATTENTION) for entry in self.float_layers)
         if "quantize" in expected:  # a decoder has no such layer, and diffusers' classes do not predict them

@@ -21,6 +21,7 @@ from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, load
 from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import make_decoder
+from dit_export.networks.encoding import make_encoder
 from dit_export.networks.spec import ModelSpec
 from dit_export.precision import prompts
 from dit_export.precision.budget import SearchOptions
@@ -90,6 +91,7 @@ def build(
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
+        _require_pictures(recipe, loaded)
         presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
     if loaded.note:
         progress.say(loaded.note)
@@ -159,7 +161,8 @@ def _make(
     copies = 4 if backends.typed(backend, recipe.precision) else 2
     require_disk(partial, loaded, copies + (SEARCHED if options is not None else 0))
     decoder = make_decoder(loaded.vae) if loaded.vae is not None else None
-    oracle = trace_graphs(plain, loaded, decoder, progress)
+    encoder = make_encoder(loaded.vae) if recipe.encoder else None
+    oracle = trace_graphs(plain, loaded, decoder, progress, encoder)
     making = Making(Assembly(partial, plain, loaded, decoder, recipe, backend, progress, inputs=inputs))
     making.write()
     _make_reference(making.assembly, oracle, steps)
@@ -184,6 +187,8 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
     if recipe.max_batch < 1:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
+    if recipe.encoder and recipe.latents_only:
+        raise UsageError("got both --encoder and --latents-only, which builds no part of the VAE: pass one of them")
     if recipe.caption_tokens is not None and recipe.caption_tokens < 1:
         raise UsageError(f"caption-tokens {recipe.caption_tokens}; expected at least 1")
     for size in recipe.sizes:
@@ -228,6 +233,14 @@ def _require_judge(recipe: Recipe, loaded: Loaded) -> None:
     judge, real = features.OnnxJudge(path), path.with_suffix(".npz")
     if real.exists():
         features.read_real(real, judge)
+
+
+def _require_pictures(recipe: Recipe, loaded: Loaded) -> None:
+    """Refuse an encoder where no picture becomes the state."""
+    if recipe.encoder and (loaded.vae is None or len(loaded.network.state.shape) != 3):
+        state = f"a state of shape {[*loaded.network.state.shape]}"
+        why = state if loaded.vae is not None else "no VAE"
+        raise UsageError(f"encoder: this network has {why}, and an encoder makes [channels, height, width] of pictures")
 
 
 def _with_judge(partial: Path, contract: Manifest, recipe: Recipe) -> Manifest:
@@ -322,6 +335,7 @@ def _make_reference(assembly: Assembly, oracle: Oracle, steps: int = MAX_STEPS) 
             assembly.divisors,
             lambda done, steps: assembly.progress.step(done, steps, "reference"),
             steps,
+            make_encoder(loaded.vae) if assembly.recipe.encoder else None,
         )
         save_reference(folder, reference, origins.packs, assembly.divisors)
         if loaded.text is not None:

@@ -16,10 +16,10 @@ from dit_runtime import backends
 from dit_runtime.bundle.manifest import Guidance, Manifest, Stage, TensorSpec
 from dit_runtime.bundle.records import size_name
 
-# Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the decoder's activations for 512 px are
-# hundreds of MB, and a batch gains it nothing on a CPU. Videos are decoded alone: each has those of all its frames, and
-# a CPU's convolutions in three dimensions round otherwise in a batch.
-ROWS = {"prompt": 8, "condition": 8, "time": 64, "time+condition": 64, "end": 2}
+# Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the VAE's activations for 512 px are hundreds of
+# MB, and a batch gains it nothing on a CPU. Videos are decoded alone: each has those of all its frames, and a CPU's
+# convolutions in three dimensions round otherwise in a batch.
+ROWS = {"prompt": 8, "condition": 8, "time": 64, "time+condition": 64, "start": 1, "end": 2}
 TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
 
 

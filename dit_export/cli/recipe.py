@@ -60,6 +60,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--synthetic", type=int, nargs="?", const=0, metavar="SEED", help="random weights")
     parser.add_argument("--latents-only", action="store_true", default=None, help="build no decoder")
     parser.add_argument(
+        "--encoder", action="store_true", default=None, help="build the VAE's encoder too, for pictures to start from"
+    )
+    parser.add_argument(
         "--without-text-encoders", action="store_true", default=None, help="for prompt embeddings, not prompts"
     )
     parser.add_argument("--max-batch", type=int, help="pictures the denoiser takes at a time; default 8")

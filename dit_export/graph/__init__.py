@@ -1,4 +1,5 @@
 """ONNX graphs: traced from PyTorch, read, written and described."""
 
 # Files of the plain exports.
-NETWORK, RULE, DECODER, PROMPT = "network.onnx", "rule.onnx", "decoder.onnx", "prompt.onnx"
+NETWORK, RULE, PROMPT = "network.onnx", "rule.onnx", "prompt.onnx"
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from dit_export.graph.references import refer
 from dit_export.graph.repairs import REPAIRS, split_boolean_wheres
 from dit_export.networks import Network, rules
+from dit_export.networks.encoding import Encoder
 from dit_export.networks.text import PromptEncoder
 from dit_runtime.bundle.manifest import Port
 
@@ -97,6 +98,11 @@ def export_prompt(text: PromptEncoder) -> torch.onnx.ONNXProgram:
         if name
     }
     return export(text.module, inputs, text.gives, text.weights)
+
+
+def export_encoder(encoder: Encoder, shape: Sequence[int]) -> torch.onnx.ONNXProgram:
+    """Trace an encoder of images of this shape, (3, H, W)."""
+    return export(encoder, {"images": torch.zeros(2, *shape)}, encoder.gives)
 
 
 def export_decoder(decoder: nn.Module, state: Port) -> torch.onnx.ONNXProgram:

@@ -37,7 +37,7 @@ from dit_export.precision.convolutions import find as find_convolutions
 from dit_export.precision.half import PEAK, add_peak_taps, half_tensors
 from dit_export.precision.layers import find
 from dit_export.precision.prompts import Prompts, batches
-from dit_runtime import backends
+from dit_runtime import backends, images
 from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
@@ -83,6 +83,7 @@ def measure(
     """
     contract, rng = manifest.read(folder), np.random.default_rng(plan.seed)
     stages = [contract.step] + ([contract.end] if (half or convolutions) and contract.end else [])
+    stages += [contract.start] if half and contract.start else []
     total = -(-plan.pictures // plan.batch) * plan.steps
     done = 0
 
@@ -106,7 +107,7 @@ def measure(
         for index, prompts in enumerate(batches(network, own, plan.pictures, plan.batch)):
             first = index * plan.batch
             seed, seeds = plan.seed + first, range(first, min(first + plan.batch, plan.pictures))
-            pipe.sample(
+            drawn = pipe.sample(
                 condition=prompts.condition,
                 negative=prompts.negative if network.mixes_guidance else None,
                 steps=plan.steps,
@@ -114,6 +115,9 @@ def measure(
                 output="images" if contract.end in stages and (convolutions or index == 0) else "latents",
                 on_step=tick,
             )
+            if contract.start in stages and index == 0:
+                noise = rng.integers(0, 256, drawn.shape, np.uint8)
+                pipe.engines.encode_pictures(images.to_unit(np.concatenate([drawn, noise])))
         if convolutions and contract.end:  # its gate decodes noise
             pipe.engines.decode(rng.normal(size=(plan.batch, *contract.state.shape)))
     calibration = None

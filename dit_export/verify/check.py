@@ -11,10 +11,11 @@ from typing import Any
 import dit_runtime.verify
 from dit_export.checkpoints import Loaded
 from dit_export.networks.codec import Decoder
+from dit_export.networks.encoding import make_encoder
 from dit_export.networks.text import PromptEncoder
 from dit_export.precision.twin import twins
 from dit_export.verify.metrics import by_cause, figures_of
-from dit_export.verify.parity import FINITE_RUNS, condition_share, finite, graph_parity, proof, reacts
+from dit_export.verify.parity import FINITE_RUNS, condition_share, encoder_parity, finite, graph_parity, proof, reacts
 from dit_export.verify.text import prompt_parity
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import why_unavailable
@@ -88,6 +89,8 @@ def compare(
         with progress.stage(f"verify: {name}each graph against PyTorch"):
             figures = list(graph_parity(pipe, network, decoder))
             figures += prompt_parity(pipe, text) if text is not None else []
+            if decoder is not None and contract.start is not None:
+                figures += encoder_parity(pipe, make_encoder(loaded.vae))
             figures += condition_share(pipe, reference) if shares else []
         with progress.stage(f"verify: {name}replay of the reference"):
             tick = lambda done, total: progress.step(done, total, "replay")  # noqa: E731

@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 
 from dit_export.networks import Network, fixtures
 from dit_export.networks.codec import Decoder
+from dit_export.networks.encoding import Encoder
 from dit_export.verify.inputs import grouped
-from dit_export.verify.reference import evaluate, guide
+from dit_export.verify.reference import encode, evaluate, guide
 from dit_runtime.bundle.records import GUIDANCE
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.errors import EngineError
 from dit_runtime.images import psnr
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.solvers import EVALUATIONS
-from dit_runtime.verify import TOLERANCES, Figure, Reference, relative_error
+from dit_runtime.verify import TOLERANCES, Figure, Reference, latents_psnr, relative_error
 
 PROOF_LIMIT = 10 * TOLERANCES["fp32"].guided  # by which a wrong input must miss
 LEAST_SHARE = 0.5  # of what a condition changes in PyTorch, in a lower precision
@@ -134,6 +135,17 @@ def graph_parity(pipe: Pipeline, network: Network, decoder: Decoder | None, seed
         ratio = psnr(pipe.engines.decode(latents.numpy()), pictures, peak=1.0)
         limit, name = DECODER_PSNR[contract.end.precision], "pictures at a batch, PSNR in dB"
         yield Figure(contract.end.name, name, ratio, limit, at_least=True, where=f"batch {batch}")
+
+
+def encoder_parity(pipe: Pipeline, encoder: Encoder, seed: int = 0) -> Iterator[Figure]:
+    """Compare the encoder with PyTorch's on noise; the replay has the reference's pictures."""
+    stage = pipe.manifest.require_start()
+    shape = [int(size) for size in stage.reads[0].shape[1:]]
+    noise = np.random.default_rng(seed).random((2, *shape), np.float32)
+    expected, limit = encode(encoder, noise), TOLERANCES[stage.precision].encoded
+    for name, values in pipe.engines.encode_pictures(noise).items():
+        ratio = latents_psnr(values, expected[name])
+        yield Figure(stage.name, f"{name} of noise, PSNR in dB", ratio, limit, at_least=True)
 
 
 def finite(pipe: Pipeline, network: Network, reference: Reference) -> Figure:

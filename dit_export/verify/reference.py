@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dit_export.graph.oracle import Oracle
 from dit_export.networks import Network, fixtures, rules
 from dit_export.networks.codec import Decoder
+from dit_export.networks.encoding import Encoder
 from dit_export.passes.stages import Pack
 from dit_runtime import images
 from dit_runtime.bundle import manifest
@@ -50,6 +51,7 @@ def make_reference(
     divisors: Divisors,
     on_step: Callable[[int, int], None],
     most: int = MAX_STEPS,
+    encoder: Encoder | None = None,
 ) -> Reference:
     """Run the bundle's default solver with PyTorch as network and as source of noise, for up to `most` evaluations.
 
@@ -109,10 +111,18 @@ def make_reference(
         condition=condition,
         negative=null if condition else None,
         frames=frames,
+        encoded=encode(encoder, images.to_unit(pictures)) if encoder is not None else {},
     )
     rows, count = fingerprinted(network.conditions, reference)
     crossing = Crossing(network, oracle, packs, divisors)
     return reference._replace(fingerprint=fingerprint(crossing, rows, count, timesteps[evaluations // 2]))
+
+
+def encode(encoder: Encoder, pictures: NDArray[np.float32]) -> Rows:
+    """Return what PyTorch's encoder gives of each picture, by its outputs' names; (N, 3, H, W) -> (N, *state)."""
+    with torch.no_grad():
+        rows = [encoder(torch.from_numpy(picture[None])) for picture in pictures]
+    return {name: torch.cat(parts).numpy() for name, parts in zip(encoder.gives, zip(*rows, strict=True), strict=True)}
 
 
 def step_count(shape: Sequence[int], process: Process, pixels: int, longest: int = MAX_STEPS) -> int:
@@ -226,6 +236,7 @@ def save_reference(folder: Path, reference: Reference, packs: Sequence[Pack], di
     """Write reference.npz; a pack's divisors are stored once for each of its tensors."""
     arrays = {name: getattr(reference, name) for name in ARRAYS}
     arrays |= {"frames": reference.frames} if reference.frames.size else {}
+    arrays |= {f"encoded.{name}": rows for name, rows in reference.encoded.items()}
     for prefix, condition in (("condition", reference.condition), ("null", reference.negative or {})):
         for name, rows in condition.items():
             arrays[f"{prefix}.{name}"] = _narrowed(rows)

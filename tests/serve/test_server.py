@@ -26,7 +26,7 @@ from PIL import Image
 
 from dit_runtime import EngineError, Pipeline, Request
 from dit_runtime.bundle.manifest import Manifest, TensorSpec
-from dit_runtime.cli import UsageError
+from dit_runtime.errors import UsageError
 from dit_serve import cli, models
 from dit_serve.app import Settings
 from dit_serve.body import Body, Limits

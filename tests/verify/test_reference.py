@@ -55,7 +55,7 @@ def test_frames_of_a_video_are_compared_with_the_same_ones(tmp_path):
 
 def reference(**fields) -> Reference:
     empty = {name: np.empty(0, np.float32) for name in Reference._fields}
-    return Reference(**empty | {"condition": {}, "negative": None} | fields)
+    return Reference(**empty | {"condition": {}, "negative": None, "encoded": {}} | fields)
 
 
 def test_conditions_are_float16_only_where_that_is_exact(tmp_path):

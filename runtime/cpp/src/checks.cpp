@@ -183,6 +183,23 @@ void check_before_loop(const Stage& stage, Sources& sources) {
     }
 }
 
+// Refuses an encoder of other pictures than the end stage gives, or of other latents than the state.
+void check_start(const Manifest& manifest, const Stage& stage) {
+    const Shape& state = manifest.state().shape;
+    const Shape row = stage.reads.empty() ? Shape() : stage.reads[0].row();
+    const bool whole = row.size() == 3 && state.size() == 3 && row[0] == 3;
+    if (!whole || row[1] % state[1] || row[2] % state[2])
+        refuse(text("stage ", stage.name, " reads the shape"), dit_runtime::shown(row),
+               "[3, height, width] a row, multiples of a state [channels, height, width]");
+    if (manifest.end() && !manifest.end()->gives.empty() && manifest.image_shape() != row)
+        refuse(text("stage ", stage.name, " reads the shape"), dit_runtime::shown(row),
+               text(dit_runtime::shown(manifest.image_shape()), ", as ", manifest.end()->name));
+    check_names(stage, stage.reads, "reads", {{"images", with_free({"batch"}, row)}});
+    std::map<std::string, FreeShape> gives = {{MEAN, with_free({"batch"}, state)}};
+    if (stage.gives.size() != 1) gives[LOGVAR] = with_free({"batch"}, state);  // else latents without a variance
+    check_names(stage, stage.gives, "gives", gives);
+}
+
 void check_step(const Manifest& manifest, const Stage& stage, const Sources& sources) {
     const Port& state = manifest.state();
     const FreeShape like_state = with_free({"batch"}, state.shape);
@@ -234,7 +251,7 @@ void check_stages(const Manifest& manifest) {
         for (const TensorSpec& spec : stage.runs == PROMPT ? stage.reads : stage.gives) tensors.push_back(spec.name);
     }
     if (runs["step"] != 1) refuse("stages that run 'step'", runs["step"], "one");
-    for (const char* once : {PROMPT, "update", "end"})
+    for (const char* once : {PROMPT, START, "update", "end"})
         if (runs[once] > 1) refuse(text("stages that run '", once, "'"), runs[once], "one at most");
     require_distinct("stage", stages);
     require_distinct("port or tensor", tensors);
@@ -246,6 +263,7 @@ void check_stages(const Manifest& manifest) {
         require_distinct(text("input of stage ", stage.name), inputs);
         if (stage.runs == PROMPT) check_prompt(manifest, stage);
         if (stage.before_loop()) check_before_loop(stage, sources);
+        if (stage.runs == START) check_start(manifest, stage);
         if (stage.runs == "step") check_step(manifest, stage, sources);
         if (stage.runs == "update") check_update(manifest, stage);
         if (stage.runs == "end") check_end(manifest, stage);

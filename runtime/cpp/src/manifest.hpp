@@ -28,9 +28,11 @@ inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
 inline const char* const GUIDANCE = "guidance";  // the input of the step stage that mixes guidance
 inline const char* const PROMPT = "prompt";      // what the stage runs that turns token ids into condition ports
+inline const char* const START = "start";        // what the stage runs that makes latents of pictures
+inline const char *const MEAN = "mean", *const LOGVAR = "logvar";  // its outputs
 // What other inputs and outputs of the stages are called, so that no port may be.
-inline const std::vector<std::string> RESERVED = {GUIDANCE,       "prediction", "variance", "previous",
-                                                  "coefficients", "kept",       "next",     "images"};
+inline const std::vector<std::string> RESERVED = {GUIDANCE, "prediction", "variance", "previous", "coefficients",
+                                                  "kept",   "next",       "images",   MEAN,       LOGVAR};
 
 // One input of the network.
 struct Port {
@@ -95,7 +97,7 @@ struct Built {
 // One graph of the bundle: when it runs, its portable ONNX form, and the files that backends open instead.
 struct Stage {
     std::string name;
-    std::string runs;  // "prompt", "condition", "time", "time+condition", "step", "update" or "end"
+    std::string runs;  // "prompt", "condition", "time", "time+condition", "start", "step", "update" or "end"
     std::vector<TensorSpec> reads, gives;
     std::string onnx;
     std::int64_t max_batch = 8;  // rows that it takes at a time

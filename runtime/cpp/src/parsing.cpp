@@ -18,7 +18,7 @@ const std::int64_t MOST = limit("size");     // of classes and rows
 const std::int64_t ROW_MOST = limit("row");  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
 const std::size_t RANK_MOST = static_cast<std::size_t>(limit("rank"));
 const std::vector<std::string> ROLES = {"state", "time", "condition"};
-const std::vector<std::string> RUNS = {PROMPT, "condition", "time", "time+condition", "step", "update", "end"};
+const std::vector<std::string> RUNS = {PROMPT, "condition", "time", "time+condition", START, "step", "update", "end"};
 const std::vector<std::string> DTYPES = {"float32", "int64"};
 
 std::string name_of(const Json& table, const std::string& where) {
@@ -256,9 +256,9 @@ Manifest parse_one(const Json& table) {
     check(manifest);
     parse_engines(table, manifest);
     auto& stages = manifest.stages;
-    stages.erase(
-        std::remove_if(stages.begin(), stages.end(), [](const Stage& stage) { return stage.runs == "update"; }),
-        stages.end());
+    stages.erase(std::remove_if(stages.begin(), stages.end(),
+                                [](const Stage& stage) { return stage.runs == "update" || stage.runs == START; }),
+                 stages.end());
     return manifest;
 }
 

@@ -9,23 +9,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-
-from dit_runtime import backends, bench, images, verify
+from dit_runtime import backends, bench, sample, verify
 from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
-from dit_runtime.files import read_array, read_condition
-from dit_runtime.pipeline import Pipeline
+from dit_runtime.options import Parser, add_bundle, add_size, load_bundle
 from dit_runtime.progress import Progress
-from dit_runtime.request import Request
-from dit_runtime.sampling.caches import CACHES, SETTINGS
-from dit_runtime.sampling.guidance import POLICIES
-from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other programs
 
@@ -66,71 +59,13 @@ def _main(arguments: Sequence[str] | None) -> int:
     return command(options)
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises its errors as UsageError, so that they are one line too."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> Parser:
     parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    sample = commands.add_parser("sample", help="pictures from prompts, class names or numbers, or from arrays")
-    add_bundle(sample)
-    sample.add_argument("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one a picture")
-    sample.add_argument(
-        "--condition",
-        nargs="+",
-        default=[],
-        metavar="NAME=FILE.npy",
-        help="arrays by port, rows first, a picture a row; or one FILE.npz of them",
-    )
-    sample.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
-    sample.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
-    sample.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
-    add_size(sample)
-    sample.add_argument("--preset", help="values for the options below, as `dit-run info` lists them; yours win")
-    sample.add_argument("--steps", type=int, help="default: the bundle's")
-    sample.add_argument(
-        "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
-    )
-    sample.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide the steps between these fractions of the time; others evaluate half the rows. Default: 0 1",
-    )
-    sample.add_argument(
-        "--guidance-policy",
-        nargs="+",
-        metavar=("NAME", "KEY=VALUE"),
-        help=f"{', '.join(POLICIES)}, with numbers that are not the defaults",
-    )
-    sample.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
-    sample.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
-    sample.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
-    spacings = ", ".join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))
-    sample.add_argument("--spacing", help=f"of the timesteps: {spacings}; or the times themselves: 999,640,300")
-    text = f"of outputs: {', '.join(CACHES)}, which decides for all pictures of a request at once; default: none"
-    sample.add_argument("--cache", help=text)
-    sample.add_argument("--cache-interval", type=int, metavar="N", help="taylorseer evaluates each step of N")
-    sample.add_argument("--max-order", type=int, metavar="N", help="of taylorseer, 0 to 2")
-    sample.add_argument("--disable-cache-before-step", type=int, metavar="STEP")
-    sample.add_argument("--disable-cache-after-step", type=int, metavar="STEP", help="below 0: from the end")
-    sample.add_argument("--cache-threshold", type=float, metavar="X", help="the error that easycache lets grow")
-    sample.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
-    sample.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("sample.png"),
-        help=".png (a grid), .npz, .npy (latents), .mp4 of videos, or a folder for a .png of each image or frame",
-    )
-    sample.add_argument("--fps", type=int, default=25, help="frames a second of .mp4")
-    sample.set_defaults(command=_sample)
+    drawing = commands.add_parser("sample", help="pictures from prompts, class names or numbers, or from arrays")
+    sample.add_options(drawing)
+    drawing.set_defaults(command=sample.run)
 
     info = commands.add_parser("info", help="what a bundle holds, and which backends are here")
     info.add_argument("bundle", type=Path, nargs="?")
@@ -158,18 +93,6 @@ def _parser() -> Parser:
     return parser
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
-    parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
-    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
-    parser.add_argument("--low-memory", action="store_true", help="open one stage at a time, while it is needed")
-    parser.add_argument("--json", action="store_true", help="for machines, on standard output")
-
-
-def add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", help="one of the bundle's, 512 or 512x768 for height x width; default: its first")
-
-
 def add_tuning(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("TensorRT", "how it builds, in its own words")
     group.add_argument("--compute-capability", nargs="+", metavar="8.9", help="GPUs to compile for; default: all known")
@@ -189,75 +112,6 @@ def tuning(options: argparse.Namespace) -> Tuning:
         name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()
     }
     return replace(Tuning(), **{name: value for name, value in values.items() if value is not None})
-
-
-def _load_bundle(options: argparse.Namespace, size: str | None = None) -> Pipeline:
-    names = ("threads", "provider", "low_memory")
-    pipe = Pipeline.load(options.bundle, size=size, **{name: getattr(options, name) for name in names})
-    lines = [backends.note(stage.backend, stage.precision) for stage in pipe.manifest.stages]
-    for line in dict.fromkeys(lines):
-        if line:
-            print(f"note: {line}", file=sys.stderr)
-    return pipe
-
-
-def _sample(options: argparse.Namespace) -> int:
-    writers: dict[str, Callable[[Path, np.ndarray], None]] = {
-        ".png": _write_png,
-        ".npz": images.write_npz,
-        ".npy": np.save,
-        ".mp4": lambda path, videos: images.write_mp4(path, videos, options.fps),
-        "": images.write_folder,
-    }
-    if options.output.suffix not in writers:
-        known = ", ".join(filter(None, writers))
-        raise UsageError(f"output {options.output}: expected a name that ends in {known}, or a folder for PNGs")
-    if not options.output.parent.is_dir():
-        raise UsageError(f"output {options.output}: the folder {options.output.parent} does not exist")
-    if options.output.suffix == ".mp4":
-        images.require_mp4(options.output, options.fps)
-    latents = read_array(options.latents) if options.latents else None
-    condition = read_condition(options.condition, "--condition")
-    negative = read_condition(options.negative_condition, "--negative-condition")
-    progress = Progress()
-    with _load_bundle(options, options.size) as pipe:
-        if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
-            raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
-        request = Request(
-            options.labels,
-            condition=condition,
-            negative=negative,
-            prompt=options.prompt,
-            negative_prompt=options.negative,
-            steps=options.steps,
-            guidance=options.guidance[0] if options.guidance and len(options.guidance) == 1 else options.guidance,
-            guidance_interval=options.guidance_interval,
-            guidance_policy=options.guidance_policy and " ".join(options.guidance_policy),
-            seed=options.seed if len(options.seed) > 1 else options.seed[0],
-            solver=options.solver,
-            eta=options.eta,
-            spacing=options.spacing,
-            preset=options.preset,
-            cache=options.cache,
-            **{key: getattr(options, key) for key in SETTINGS},
-            latents=latents,
-            output="latents" if options.output.suffix == ".npy" else "images",
-        )
-        run = pipe.run(request)
-        while run.step():
-            progress.step(run.done, run.steps, "sample")
-        result = run.result()
-    progress.end()
-    writers[options.output.suffix](options.output, result)
-    if options.json:
-        print(json.dumps({"output": str(options.output), "shape": list(result.shape), "rows": run.rows}))
-    else:
-        print(options.output)
-    return 0
-
-
-def _write_png(path: Path, pictures: np.ndarray) -> None:
-    images.write_png(path, images.grid(pictures))
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -284,7 +138,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _figures(options: argparse.Namespace) -> list[verify.Figure]:
     progress = Progress()
-    with _load_bundle(options) as pipe:
+    with load_bundle(options) as pipe:
         figures = verify.verify(pipe, lambda done, total: progress.step(done, total, "verify"))
     progress.end()
     return figures
@@ -339,7 +193,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    with _load_bundle(options, options.size) as pipe:
+    with load_bundle(options, options.size) as pipe:
         rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress(), options.preset)
     print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
     return 0

@@ -26,7 +26,7 @@ from dit_runtime.sampling.guidance import Groups
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-AT_ONCE = {"step": 2, "end": 1}  # rows: two of a decoder would need twice the memory for their activations
+AT_ONCE = {"start": 1, "step": 2, "end": 1}  # rows: two of a VAE would need twice the memory for their activations
 
 
 class Engines:
@@ -123,7 +123,7 @@ class Engines:
             streamed=stage.runs == "prompt" and stage.precision == "fp32",
             built=manifest.built(self.manifest, stage),
         )
-        if stage.runs in ("step", "end"):
+        if stage.runs in AT_ONCE:
             grouped = tuple(spec.name for spec in stage.grouped)
             row = {
                 spec.name: tuple(1 if isinstance(size, str) else size for size in spec.shape) for spec in stage.reads
@@ -206,6 +206,16 @@ class Engines:
             parts.append(self.run(stage, own | inputs(step, samples, groups)))
         outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return outputs["prediction"], outputs.get("variance")
+
+    def encode_pictures(self, pictures: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """[N, 3, H, W] in [0, 1] -> mean and, where the encoder gives it, logvar of their latents, [N, *state]."""
+        stage, parts = self.manifest.require_start(), []
+        for first in range(0, len(pictures), stage.max_batch):
+            parts.append(self.run(stage, {"images": pictures[first : first + stage.max_batch]}))
+        latents = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        if not all(np.isfinite(values).all() for values in latents.values()):
+            raise NotFinite(f"the {stage.name}'s latents hold values that are not finite")
+        return latents
 
     def decode(self, state: NDArray[Any]) -> NDArray[Any]:
         """[N, *state] -> [N, 3, H, W] in [0, 1], of videos [N, 3, F, H, W]."""

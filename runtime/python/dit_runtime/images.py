@@ -19,6 +19,11 @@ def to_uint8(images: NDArray[Any]) -> Pictures:
     return np.moveaxis(np.rint(np.clip(images, 0, 1).astype(np.float64) * 255).astype(np.uint8), 1, -1)
 
 
+def to_unit(pictures: Pictures) -> NDArray[np.float32]:
+    """Return the inverse of `to_uint8`: uint8 with channels last -> float32 [N, 3, …] in [0, 1]."""
+    return np.moveaxis(pictures, -1, 1).astype(np.float32) / np.float32(255)
+
+
 def grid(pictures: Pictures, columns: int | None = None) -> NDArray[np.uint8]:
     """Return one picture of all, (H', W', 3): rows of `columns`, by default as near to a square as can be.
 

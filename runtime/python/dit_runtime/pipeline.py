@@ -110,12 +110,12 @@ class Pipeline:
 
 
 def _open(engines: Engines) -> None:
-    """Open all stages but the update, which is opened where it is needed.
+    """Open all stages but those that not every run needs: the update, and the encoder of pictures.
 
     On a CPU all but the step stage are opened in the background, after it: beside it they would slow it down.
     """
     contract = engines.manifest
-    stages = [stage for stage in contract.stages if stage.runs != "update"]
+    stages = [stage for stage in contract.stages if stage.runs not in ("start", "update")]
     if not engines.options.provider and all(stage.backend in CPU for stage in stages):
         engines.open(contract.step)
         engines.open_ahead(stage for stage in stages if stage is not contract.step)

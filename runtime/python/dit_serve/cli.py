@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dit_runtime.cli import Parser, guarded
+from dit_runtime.cli import guarded
 from dit_runtime.errors import UsageError
+from dit_runtime.options import Parser
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

@@ -11,6 +11,8 @@ from dit_runtime.bundle.records import (
     DTYPES,
     GUIDANCE,
     LABELS,
+    LOGVAR,
+    MEAN,
     MEASURED,
     RESERVED,
     ROLES,
@@ -118,7 +120,7 @@ def check_sizes(manifest: Manifest) -> None:
 
 
 def check_stages(manifest: Manifest) -> None:
-    for runs, most in (("prompt", 1), ("step", 1), ("update", 1), ("end", 1)):
+    for runs, most in (("prompt", 1), ("start", 1), ("step", 1), ("update", 1), ("end", 1)):
         names = [stage.name for stage in manifest.stages if stage.runs == runs]
         expect(len(names) <= most and (names or runs != "step"), f"stages that run {runs!r}", names, "one")
     _distinct("stage", [stage.name for stage in manifest.stages])
@@ -126,7 +128,7 @@ def check_stages(manifest: Manifest) -> None:
     tensors = [spec.name for stage in manifest.stages if stage.runs != "prompt" for spec in stage.gives]
     tensors += [port.name for port in manifest.prompt_ports]
     _distinct("port or tensor", [*(port.name for port in manifest.ports), GUIDANCE, *tensors])
-    checks = {"step": _check_step, "update": _check_update, "end": _check_end}
+    checks = {"start": _check_start, "step": _check_step, "update": _check_update, "end": _check_end}
     sources: Sources = {port.name: (port.role, port.dtype, port.shape) for port in manifest.ports}
     for stage in manifest.stages:
         _distinct(f"input of stage {stage.name}", [spec.name for spec in stage.reads])
@@ -158,6 +160,25 @@ def _check_before_loop(stage: Stage, sources: Sources) -> None:
         expect(fixed, f"stage {stage.name}: {spec.name} has the shape", list(spec.shape), '["rows", numbers …]')
         _check_shape(stage, spec, spec.shape)
         sources[spec.name] = stage.runs, spec.dtype, tuple(int(size) for size in row)
+
+
+def _check_start(manifest: Manifest, stage: Stage, sources: Sources) -> None:
+    """Refuse an encoder of other pictures than the end stage gives, or of other latents than the state."""
+    state = manifest.state.shape
+    shape = stage.reads[0].shape if stage.reads else ()
+    sides = [size for size in shape[2:] if isinstance(size, int)]
+    whole = len(shape) == 4 == len(state) + 1 and shape[:2] == ("batch", 3) and len(sides) == 2
+    cells = whole and all(side % cell == 0 for side, cell in zip(sides, state[1:], strict=True))
+    forms = '["batch", 3, height, width], multiples of a state [channels, height, width]'
+    expect(cells, f"stage {stage.name} reads the shape", list(shape), forms)
+    if manifest.end is not None and manifest.end.gives:
+        end = manifest.end.gives[0].shape
+        expect(shape == end, f"stage {stage.name} reads the shape", list(shape), f"{list(end)}, as {manifest.end.name}")
+    _check_names(stage, stage.reads, {"images": shape}, "reads")
+    latents: dict[str, tuple[int | str, ...]] = dict.fromkeys((MEAN, LOGVAR), ("batch", *state))
+    if len(stage.gives) == 1:  # latents without a variance
+        del latents[LOGVAR]
+    _check_names(stage, stage.gives, latents, "gives")
 
 
 def _check_step(manifest: Manifest, stage: Stage, sources: Sources) -> None:

@@ -16,14 +16,15 @@ from dit_runtime.sampling.process import Process
 FORMAT = 2
 ROLES = ("state", "time", "condition")
 BEFORE_LOOP = ("condition", "time", "time+condition")  # what stages before the loop may run once per
-RUNS = ("prompt", *BEFORE_LOOP, "step", "update", "end")
+RUNS = ("prompt", *BEFORE_LOOP, "start", "step", "update", "end")
 DTYPES = ("float32", "int64")
 MEASURED = "measured"  # the key of a preset that is no field of a request: the figures for which it was accepted
 LABELS = "labels"  # the port that a user may fill with class names
+MEAN, LOGVAR = "mean", "logvar"  # the outputs of the stage that makes latents of pictures
 GUIDANCE = "guidance"  # the input of the step stage that mixes guidance
 # What other inputs and outputs of the stages are called, so that no port may be.
 PACKS = {"condition": "context", "time": "modulation", "time+condition": "conditioning"}  # and context_1, context_2, …
-RESERVED = (GUIDANCE, "prediction", "variance", "previous", "coefficients", "kept", "next", "images")
+RESERVED = (GUIDANCE, "prediction", "variance", "previous", "coefficients", "kept", "next", "images", MEAN, LOGVAR)
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,11 @@ class Manifest(WithPorts):
         return tuple(stage for stage in self.stages if stage.runs in BEFORE_LOOP)
 
     @property
+    def start(self) -> Stage | None:
+        """Return the stage that makes latents of pictures."""
+        return next((stage for stage in self.stages if stage.runs == "start"), None)
+
+    @property
     def step(self) -> Stage:
         return next(stage for stage in self.stages if stage.runs == "step")
 
@@ -283,6 +289,12 @@ class Manifest(WithPorts):
         if self.end is None:
             raise UsageError('this bundle has no decoder; ask for output="latents" (dit-run: -o FILE.npy)')
         return self.end
+
+    def require_start(self) -> Stage:
+        """Return the stage that makes latents of pictures; refuse where there is none."""
+        if self.start is None:
+            raise UsageError("this bundle takes no pictures, for it has no encoder; build it with --encoder")
+        return self.start
 
     def to_json(self) -> str:
         table = asdict(self) | {"process": self.process.to_dict()}

@@ -14,6 +14,7 @@ PER = {
     "condition": "once a condition",
     "time": "once a timestep",
     "time+condition": "once a timestep and condition",
+    "start": "once a picture to start from",
     "step": "every step",
     "update": "every step, on a GPU",
     "end": "once a picture",

@@ -15,7 +15,7 @@ from dit_runtime.verify.judge import (
     verify,
 )
 from dit_runtime.verify.reference import REFERENCE, Reference, fingerprint, load_reference
-from dit_runtime.verify.replay import Answer, Invariance, Replay, cosine, relative_error, replay
+from dit_runtime.verify.replay import Answer, Invariance, Replay, cosine, latents_psnr, relative_error, replay
 
 __all__ = [
     "INVARIANCE",
@@ -34,6 +34,7 @@ __all__ = [
     "fingerprint",
     "jsonable",
     "judge",
+    "latents_psnr",
     "load_reference",
     "prompt_figures",
     "relative_error",

@@ -21,7 +21,7 @@ from dit_runtime.sampling.solvers import EVALUATIONS, plan
 from dit_runtime.verify import prompts
 from dit_runtime.verify.figures import Figure
 from dit_runtime.verify.reference import REFERENCE, Reference, load_reference
-from dit_runtime.verify.replay import Replay, relative_error, replay
+from dit_runtime.verify.replay import Replay, latents_psnr, relative_error, replay
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Tolerances:
     prediction: float  # one teacher-forced evaluation without guidance
     guided: float  # the same with guidance: w eps_y - (w - 1) eps_null has up to 2 w - 1 times the error
     latents: float  # after each step of the free run
+    encoded: float  # least PSNR in dB of the encoder's outputs, by their own range
     pictures: float  # least PSNR in dB of the uint8 pictures of the free run
     nearest: bool  # the nearest sample of the free run must keep the limits; else every sample must
 
@@ -122,6 +123,7 @@ def judge(contract: Manifest, reference: Reference, answers: Replay) -> list[Fig
     return [
         *sampler(contract, reference),
         *_before_loop(contract, reference, answers),
+        *_encoded(contract, reference, answers),
         *_step(contract, reference, answers, step),
         *_invariance(answers, contract.step),
         *_run(contract, reference, answers, step),
@@ -159,6 +161,15 @@ def _before_loop(contract: Manifest, reference: Reference, answers: Replay) -> I
     row = int(np.nan_to_num(errors, nan=np.inf).argmax())
     where = f"{'label' if contract.classes and len(contract.conditions) == 1 else 'condition'} {row}"
     yield Figure("+".join(stage.name for stage in stages), "fingerprint, rel-L2", errors[row], limit, where=where)
+
+
+def _encoded(contract: Manifest, reference: Reference, answers: Replay) -> Iterator[Figure]:
+    if (stage := contract.start) is None:
+        return
+    where, limit = answers.failures.get("encoded", ""), TOLERANCES[stage.precision].encoded
+    for name, expected in reference.encoded.items():
+        ratio = latents_psnr(answers.encoded[name], expected) if name in answers.encoded else math.nan
+        yield Figure(stage.name, f"{name} of pictures, PSNR in dB", ratio, limit, at_least=True, where=where)
 
 
 def _step(contract: Manifest, reference: Reference, answers: Replay, limits: Tolerances) -> Iterator[Figure]:

@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +43,8 @@ class Reference(NamedTuple):
     images: NDArray[np.uint8]  # (B, H, W, 3), of videos (B, F, H, W, 3), or empty without a decoder
     condition: Rows  # (B, …) by port; "condition.NAME" in the file
     negative: Rows | None  # (1, …) by port, what guidance leads away from; "null.NAME" in the file
+    # (B, *state) by output of the encoder, of `images`; "encoded.NAME" in the file
+    encoded: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
     frames: NDArray[np.int64] = np.empty(0, np.int64)  # (F,) of the videos, those that `images` has; empty: all
 
     def shown(self, pictures: NDArray[Any]) -> NDArray[Any]:
@@ -49,7 +52,7 @@ class Reference(NamedTuple):
         return pictures[:, self.frames] if self.frames.size else pictures
 
 
-ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "negative", "frames"))
+ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "negative", "encoded", "frames"))
 
 
 def load_reference(folder: Path, contract: Manifest) -> Reference:
@@ -61,14 +64,17 @@ def load_reference(folder: Path, contract: Manifest) -> Reference:
         raise BundleError(f"{folder}: {name} cannot be read: {error}; rebuild the bundle") from None
     condition = _by_port(arrays, "condition", contract)
     negative = _by_port(arrays, "null", contract)
-    needed = {*ARRAYS, *(f"condition.{port.name}" for port in contract.conditions)}
+    gives = [spec.name for spec in contract.start.gives] if contract.start else []
+    needed = {*ARRAYS, *(f"condition.{port.name}" for port in contract.conditions), *(f"encoded.{n}" for n in gives)}
     if missing := sorted(needed - arrays.keys()):
         raise BundleError(f"{folder}: {name} lacks {', '.join(missing)}; rebuild the bundle")
     try:
         rows = fit(condition, contract.conditions, "its condition")
         away = fit(negative, contract.conditions, "its null") if negative or contract.mixes_guidance else None
         frames = arrays.get("frames", np.empty(0, np.int64))
-        reference = Reference(**{key: arrays[key] for key in ARRAYS}, condition=rows, negative=away, frames=frames)
+        own = {name: arrays[f"encoded.{name}"] for name in gives}
+        of_run = {key: arrays[key] for key in ARRAYS}
+        reference = Reference(**of_run, condition=rows, negative=away, encoded=own, frames=frames)
         _check_shapes(contract, reference)
     except UsageError as error:
         raise BundleError(f"{folder}: {name} does not fit the manifest: {error}; rebuild the bundle") from None
@@ -106,6 +112,8 @@ def _check_shapes(contract: Manifest, reference: Reference) -> None:
             sizes[0] = frames.size
         shapes["images"] = batch, *sizes, 3
     actual: dict[str, tuple[int, ...]] = {name: getattr(reference, name).shape for name in shapes}
+    actual |= {f"encoded.{name}": values.shape for name, values in reference.encoded.items()}
+    shapes |= {f"encoded.{name}": each for name in reference.encoded}
     for prefix, condition, rows in (("condition", reference.condition, batch), ("null", reference.negative or {}, 1)):
         actual |= {f"{prefix}.{name}": values.shape for name, values in condition.items()}
         shapes |= {f"{prefix}.{name}": (rows, *values.shape[1:]) for name, values in condition.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +55,8 @@ class Replay(NamedTuple):
     decoded: NDArray[np.uint8] | None  # of the reference's last latents, where that was asked for
     failures: Mapping[str, str]  # by the field it concerns
     seconds: list[float]  # of each guided evaluation
+    # Of the reference's pictures, by the encoder's outputs.
+    encoded: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
     invariance: Sequence[Invariance] = ()  # of the step stage and of the decoder
 
 
@@ -61,6 +64,11 @@ def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
     """||value − reference|| / ||reference||; NaN and inf stay what they are."""
     difference = value.astype(np.float64) - reference
     return float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference.astype(np.float64))), 1e-30))
+
+
+def latents_psnr(value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """Return the PSNR in dB of latents, whose peak is the reference's own range."""
+    return images.psnr(value, reference, peak=float(np.ptp(reference)) or 1.0)
 
 
 def cosine(value: NDArray[Any], reference: NDArray[Any]) -> float:
@@ -101,6 +109,12 @@ def replay(
             tick(steps + run.done)
     except EngineError as error:
         failures["latents"] = str(error)
+    encoded: Rows = {}
+    if contract.start is not None:
+        try:
+            encoded = pipe.engines.encode_pictures(images.to_unit(reference.images))
+        except EngineError as error:
+            failures["encoded"] = str(error)
     pictures: dict[str, NDArray[np.uint8] | None] = {"pictures": None, "decoded": None}
     if contract.end is not None:
         invariance.append(_end_invariance(pipe.engines, contract.end, reference))
@@ -111,7 +125,14 @@ def replay(
             except EngineError as error:
                 failures[name] = str(error)
     return Replay(
-        prints, answers, latents, failures=failures, seconds=seconds, invariance=tuple(invariance), **pictures
+        prints,
+        answers,
+        latents,
+        failures=failures,
+        seconds=seconds,
+        encoded=encoded,
+        invariance=tuple(invariance),
+        **pictures,
     )
 
 
