@@ -32,7 +32,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup demo engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
+.PHONY: help setup triton ray demo engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -48,6 +48,7 @@ help:
 	@echo "make test | test-all | lint    all tests, under 10 minutes; test-all also runs what takes minutes or gigabytes;"
 	@echo "                               WORKERS processes share the work, by default one a core"
 	@echo "make test-gpu                  the tests that need an NVIDIA GPU"
+	@echo "make triton | ray              what the slow tests of Triton and of Ray need; test-all installs both"
 	@echo "make gpu-pack | gpu-check      what a GPU without a network needs, packed here; its check there (docs/gpu.md)"
 
 setup: $(STAMP)
@@ -57,6 +58,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[export,onnxruntime,openvino,tensorrt-rtx,serve,dev]"
 	@touch $@
+
+# Triton's server from a wheel of NVIDIA's, which would bring NumPy 1, and its client, which would bring an older ml_dtypes:
+# both in a folder of their own, for the tests alone.
+triton: build/triton/.installed
+
+build/triton/.installed: tests/serve/triton.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/triton \
+		--requirement tests/serve/triton.txt
+	@touch $@
+
+ray: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray]"
 
 demo: $(STAMP)
 	@$(BIN)/dit-export demo show
@@ -142,7 +155,9 @@ test: cpp-unit browser
 test-gpu:
 	$(HERE) -m pytest -m gpu -rs
 
+# Where Triton or Ray cannot be installed, their tests are skipped and say so.
 test-all: cpp-unit cpp-sanitize cpp-fuzz browser
+	-$(MAKE) triton ray
 	$(BIN)/python -m pytest -m ""
 
 # The report is tested in a real browser: Debian's chromium, installed where it is missing and that is allowed.

@@ -27,11 +27,11 @@ from PIL import Image
 from dit_runtime import EngineError, Pipeline, Request
 from dit_runtime.bundle.manifest import Manifest, TensorSpec
 from dit_runtime.errors import UsageError
+from dit_runtime.serve.servable import require_servable
 from dit_serve import cli, models
 from dit_serve.app import Settings
 from dit_serve.body import Body, Limits
 from dit_serve.jobs import Jobs
-from dit_serve.models import require_servable
 from dit_serve.protocol import Protocol
 from tests import tamper
 from tests.serve.serving import WAIT, Running, running, until

@@ -10,12 +10,21 @@
 
 namespace dit = dit_runtime;
 
+namespace {
+
+const dit::Manifest& manifest_of(const dit_model* model) {
+    dit::require(model, "model");
+    return model->pipe->manifest;
+}
+
+}  // namespace
+
 extern "C" {
 
-dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
-    return dit::guarded(pipe, [&] {
+dit_status dit_model_info(const dit_model* model, dit_info* info) {
+    return dit::attempt([&] {
         dit_info filled = dit::known(info, dit_info DIT_INFO_INIT, "dit_info");
-        const dit::Manifest& manifest = dit::opened(pipe).manifest;
+        const dit::Manifest& manifest = manifest_of(model);
         const dit::Shape image = manifest.image_shape(), &state = manifest.state().shape;
         filled.num_classes = manifest.classes();
         filled.has_labels = !manifest.labels.empty();
@@ -32,26 +41,26 @@ dit_status dit_get_info(dit_pipeline* pipe, dit_info* info) {
         filled.train_steps = manifest.process.train_steps;
         filled.model = manifest.model_name.c_str();
         filled.solver = manifest.process.sampler.solver.c_str();
-        filled.backend = pipe->backend.c_str();
+        filled.backend = model->backend.c_str();
         filled.precision = manifest.step().precision.c_str();
-        filled.note = pipe->note.c_str();
-        filled.batch_invariant = pipe->open->batch_invariant();
+        filled.note = model->note.c_str();
+        filled.batch_invariant = model->pipe->batch_invariant();
         filled.steps = manifest.process.sampler.steps;
         filled.guidance = manifest.guidance.weight;
         filled.guidance_port = manifest.guidance.port.c_str();
+        filled.num_sizes = 1 + manifest.sizes.size();
+        filled.num_ports = manifest.conditions().size();
+        filled.num_prompts = manifest.prompts.size();
+        filled.num_presets = manifest.presets.size();
         std::memcpy(info, &filled, info->struct_size);
     });
 }
 
-size_t dit_port_count(const dit_pipeline* pipe) {
-    return pipe && pipe->open ? pipe->open->manifest.conditions().size() : 0;
-}
-
-dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port) {
-    return dit::guarded(pipe, [&] {
+dit_status dit_model_port(const dit_model* model, size_t index, dit_port* port) {
+    return dit::attempt([&] {
         dit_port filled = dit::known(port, dit_port DIT_PORT_INIT, "dit_port");
-        const dit::Manifest& manifest = dit::opened(pipe).manifest;
-        const std::size_t count = dit_port_count(pipe);
+        const dit::Manifest& manifest = manifest_of(model);
+        const std::size_t count = manifest.conditions().size();
         if (index >= count) throw dit::UsageError(dit::text("port ", index, " is not there; this bundle has ", count));
         const dit::Port& from = *manifest.port(manifest.conditions()[index].name);
         filled.name = from.name.c_str();
@@ -65,15 +74,11 @@ dit_status dit_get_port(dit_pipeline* pipe, size_t index, dit_port* port) {
     });
 }
 
-size_t dit_size_count(const dit_pipeline* pipe) {
-    return pipe && pipe->open ? 1 + pipe->open->manifest.sizes.size() : 0;
-}
-
-dit_status dit_get_size(dit_pipeline* pipe, size_t index, dit_size* size) {
-    return dit::guarded(pipe, [&] {
+dit_status dit_model_size(const dit_model* model, size_t index, dit_size* size) {
+    return dit::attempt([&] {
         dit_size filled = dit::known(size, dit_size DIT_SIZE_INIT, "dit_size");
-        const dit::Manifest& first = dit::opened(pipe).manifest;
-        const std::size_t count = dit_size_count(pipe);
+        const dit::Manifest& first = manifest_of(model);
+        const std::size_t count = 1 + first.sizes.size();
         if (index >= count) throw dit::UsageError(dit::text("size ", index, " is not there; this bundle has ", count));
         const dit::Manifest& from = index ? first.sizes[index - 1] : first;
         const dit::Shape image = from.image_shape(), &state = from.state().shape;
@@ -86,14 +91,10 @@ dit_status dit_get_size(dit_pipeline* pipe, size_t index, dit_size* size) {
     });
 }
 
-size_t dit_prompt_count(const dit_pipeline* pipe) {
-    return pipe && pipe->open ? pipe->open->manifest.prompts.size() : 0;
-}
-
-dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt) {
-    return dit::guarded(pipe, [&] {
+dit_status dit_model_prompt(const dit_model* model, size_t index, dit_prompt* prompt) {
+    return dit::attempt([&] {
         dit_prompt filled = dit::known(prompt, dit_prompt DIT_PROMPT_INIT, "dit_prompt");
-        const std::vector<dit::Prompt>& prompts = dit::opened(pipe).manifest.prompts;
+        const std::vector<dit::Prompt>& prompts = manifest_of(model).prompts;
         if (index >= prompts.size())
             throw dit::UsageError(dit::text("prompt ", index, " is not there; this bundle has ", prompts.size()));
         const dit::Prompt& from = prompts[index];
@@ -110,23 +111,23 @@ dit_status dit_get_prompt(dit_pipeline* pipe, size_t index, dit_prompt* prompt) 
     });
 }
 
-const char* dit_preset(const dit_pipeline* pipe, size_t index) {
-    if (!pipe || !pipe->open || index >= pipe->open->manifest.presets.size()) return nullptr;
-    return std::next(pipe->open->manifest.presets.begin(), static_cast<std::ptrdiff_t>(index))->first.c_str();
+const char* dit_model_preset(const dit_model* model, size_t index) {
+    if (!model || index >= model->pipe->manifest.presets.size()) return nullptr;
+    return std::next(model->pipe->manifest.presets.begin(), static_cast<std::ptrdiff_t>(index))->first.c_str();
 }
 
-const char* dit_label(const dit_pipeline* pipe, int64_t label) {
-    if (!pipe || !pipe->open) return nullptr;
-    const auto& labels = pipe->open->manifest.labels;
+const char* dit_model_label(const dit_model* model, int64_t label) {
+    if (!model) return nullptr;
+    const auto& labels = model->pipe->manifest.labels;
     if (label < 0 || static_cast<std::uint64_t>(label) >= labels.size()) return nullptr;
     return labels[static_cast<std::size_t>(label)].c_str();
 }
 
-dit_status dit_find_label(dit_pipeline* pipe, const char* name, int64_t* label) {
-    return dit::guarded(pipe, [&] {
+dit_status dit_model_find_label(const dit_model* model, const char* name, int64_t* label) {
+    return dit::attempt([&] {
         dit::require(name, "name");
         dit::require(label, "label");
-        *label = dit::class_number(dit::opened(pipe).manifest, name);
+        *label = dit::class_number(manifest_of(model), name);
     });
 }
 

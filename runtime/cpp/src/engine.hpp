@@ -13,10 +13,11 @@
 namespace dit_runtime {
 
 struct Options {
-    std::string backend;      // empty: the bundle's own
-    std::string device;       // empty: the CPU, or the one device an engine is for
-    int threads = 0;          // 0: as many as the backend thinks right
-    bool low_memory = false;  // one engine at a time, smaller buffers
+    std::string backend;               // empty: the bundle's own
+    std::string device;                // empty: the CPU, or the one device an engine is for
+    int threads = 0;                   // 0: as many as the backend thinks right
+    bool low_memory = false;           // one engine at a time, smaller buffers
+    std::string manifest_sha256 = {};  // that manifest.json must have; empty: any
     bool streamed = false;    // of a stage that runs once a prompt: weights are packed and widened where they are used
     Path cache;               // where a backend may keep what it compiled; empty: nowhere
     std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart

@@ -2,52 +2,49 @@
 
 #include <new>
 
-#include "errors.hpp"
+dit_model::dit_model(std::unique_ptr<dit_runtime::Pipeline> open)
+    : pipe(std::move(open)), backend(pipe->backend(pipe->manifest.step()).name), note(pipe->note()) {}
 
 namespace dit_runtime {
-namespace {
 
-// Without memory for the sentence, the status alone says what happened.
-dit_status failed(dit_pipeline& pipe, dit_status status, const char* message) noexcept {
+std::string& last_message() noexcept {
+    static thread_local std::string message;
+    return message;
+}
+
+dit_status fail(dit_status status, const char* message) noexcept {
     try {
-        pipe.message = message;
+        last_message() = message;
     } catch (...) {
-        pipe.message.clear();
+        last_message().clear();
     }
     return status;
 }
 
-}  // namespace
-
-dit_status status_of_failure(dit_pipeline& pipe) noexcept {
+dit_status status_of_failure() noexcept {
     try {
         throw;
     } catch (const BundleError& error) {
-        return failed(pipe, DIT_BAD_BUNDLE, error.what());
+        return fail(DIT_BAD_BUNDLE, error.what());
     } catch (const UsageError& error) {
-        return failed(pipe, DIT_BAD_ARGUMENT, error.what());
+        return fail(DIT_BAD_ARGUMENT, error.what());
     } catch (const TooSmall& error) {
-        return failed(pipe, DIT_BUFFER_TOO_SMALL, error.what());
+        return fail(DIT_BUFFER_TOO_SMALL, error.what());
     } catch (const NotVerified& error) {
-        return failed(pipe, DIT_NOT_VERIFIED, error.what());
+        return fail(DIT_NOT_VERIFIED, error.what());
     } catch (const EngineError& error) {
-        return failed(pipe, DIT_ENGINE_FAILED, error.what());
+        return fail(DIT_ENGINE_FAILED, error.what());
     } catch (const Stopped& error) {
-        return failed(pipe, DIT_STOPPED, error.what());
+        return fail(DIT_STOPPED, error.what());
     } catch (const std::bad_alloc&) {
-        return failed(pipe, DIT_OUT_OF_MEMORY, "out of memory; try fewer pictures at a time, or low_memory");
+        return fail(DIT_OUT_OF_MEMORY, "out of memory; try fewer pictures at a time, or low_memory");
     } catch (const std::length_error&) {
-        return failed(pipe, DIT_OUT_OF_MEMORY, "out of memory; try fewer pictures at a time, or low_memory");
+        return fail(DIT_OUT_OF_MEMORY, "out of memory; try fewer pictures at a time, or low_memory");
     } catch (const std::exception& error) {
-        return failed(pipe, DIT_INTERNAL, error.what());
+        return fail(DIT_INTERNAL, error.what());
     } catch (...) {
-        return failed(pipe, DIT_INTERNAL, "an exception that is no std::exception");
+        return fail(DIT_INTERNAL, "an exception that is no std::exception");
     }
-}
-
-Pipeline& opened(dit_pipeline* pipe) {
-    if (!pipe->open) throw UsageError("no bundle is open in this pipeline; call dit_open first");
-    return *pipe->open;
 }
 
 }  // namespace dit_runtime

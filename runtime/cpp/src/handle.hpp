@@ -7,20 +7,33 @@
 #include <string>
 
 #include "dit/dit.h"
+#include "errors.hpp"
 #include "pipeline.hpp"
 #include "run.hpp"
 
+struct dit_model {
+    explicit dit_model(std::unique_ptr<dit_runtime::Pipeline> open);
+
+    const std::unique_ptr<dit_runtime::Pipeline> pipe;
+    const std::string backend;  // of the denoiser
+    const std::string note;
+    std::atomic<std::size_t> references{1};
+};
+
 struct dit_pipeline {
-    std::unique_ptr<dit_runtime::Pipeline> open;
-    std::string backend;  // of the denoiser
-    std::string note;
-    std::string message;
-    std::atomic_flag busy = ATOMIC_FLAG_INIT;
+    std::atomic<dit_model*> model{nullptr};
 };
 
 struct dit_run {
-    dit_pipeline* pipe;
+    dit_run(dit_model* of, const dit_runtime::Request& request)
+        : model(dit_model_retain(of)), run(*of->pipe, request) {}
+
+    struct Release {
+        void operator()(dit_model* model) const { dit_model_release(model); }
+    };
+    const std::unique_ptr<dit_model, Release> model;
     dit_runtime::Run run;
+    std::atomic_flag busy = ATOMIC_FLAG_INIT;
 };
 
 namespace dit_runtime {
@@ -49,25 +62,33 @@ class Busy {
     const bool mine;
 };
 
-// The status of the exception that is being handled; the pipeline keeps its sentence.
-dit_status status_of_failure(dit_pipeline& pipe) noexcept;
+// The sentence of this thread's last call.
+std::string& last_message() noexcept;
 
-// Makes the call unless another one is inside; no exception passes it.
+// Makes it the sentence of a failed call. Without memory for it, the status alone says what happened.
+dit_status fail(dit_status status, const char* message) noexcept;
+
+// The status of the exception that is being handled; its sentence is the last message.
+dit_status status_of_failure() noexcept;
+
+// Makes the call; no exception passes it.
 template <typename Call>
-dit_status guarded(dit_pipeline* pipe, const Call& call) noexcept {
-    if (!pipe) return DIT_BAD_ARGUMENT;
-    const Busy busy(pipe->busy);
-    if (!busy.mine) return DIT_BUSY;
-    pipe->message.clear();
+dit_status attempt(const Call& call) noexcept {
+    last_message().clear();
     try {
         call();
         return DIT_OK;
     } catch (...) {
-        return status_of_failure(*pipe);
+        return status_of_failure();
     }
 }
 
-// The bundle that is open; refuses where there is none.
-Pipeline& opened(dit_pipeline* pipe);
+// Makes the call on a run unless another one is inside.
+template <typename Call>
+dit_status guarded(dit_run* run, const Call& call) noexcept {
+    if (!run) return fail(DIT_BAD_ARGUMENT, "the run is NULL; make one with dit_run_begin");
+    const Busy busy(run->busy);
+    return busy.mine ? attempt(call) : fail(DIT_BUSY, "another call on this run has not returned");
+}
 
 }  // namespace dit_runtime

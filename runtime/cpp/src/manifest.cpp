@@ -139,7 +139,23 @@ Manifest parse(const std::string& content, const std::string& where) {
     }
 }
 
-Manifest read(const Path& folder) {
+namespace {
+
+// Refuses a manifest's content that has another sum than the caller wants.
+void require_sum(const std::string& content, const std::string& sha256, const Path& path) {
+    if (sha256.empty()) return;
+    if (sha256.size() != 64 || sha256.find_first_not_of("0123456789abcdefABCDEF") != std::string::npos)
+        throw UsageError(text("manifest_sha256 has ", sha256.size(), " characters; expected 64 hexadecimal digits"));
+    Sha256 sum;
+    sum.update(reinterpret_cast<const unsigned char*>(content.data()), content.size());
+    if (const std::string here = sum.hex(); here != lower(sha256))
+        throw BundleError(text(path.string(), ": its sha256 is ", here, ", expected ", lower(sha256),
+                               "; this is another bundle than the one that was asked for"));
+}
+
+}  // namespace
+
+Manifest read(const Path& folder, const std::string& sha256) {
     const Path path = folder / MANIFEST;
     std::error_code failure;
     if (!std::filesystem::is_regular_file(path, failure) || std::filesystem::is_symlink(path, failure))
@@ -151,6 +167,7 @@ Manifest read(const Path& folder) {
     std::string content(static_cast<std::size_t>(size), '\0');
     if (!std::ifstream(path, std::ios::binary).read(content.data(), static_cast<std::streamsize>(size)))
         throw BundleError(path.string() + ": cannot be read");
+    require_sum(content, sha256, path);
     Manifest manifest = parse(content, path.string());
     for (const auto& [name, file] : manifest.files) {
         const Path location = inside(folder, name);

@@ -167,8 +167,9 @@ struct Manifest {
     Shape image_shape() const;  // (3, H, W); empty without a decoder
 };
 
-// Parses and checks the manifest, and that each file it names is there in its size; opens none of them.
-Manifest read(const Path& folder);
+// Parses and checks the manifest, and that each file it names is there in its size; opens none of them. A manifest of
+// another sum than `sha256` is not parsed; empty: any is.
+Manifest read(const Path& folder, const std::string& sha256 = {});
 
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);

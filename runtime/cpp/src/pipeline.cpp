@@ -35,7 +35,7 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<std::int64_t>& warm,
                    const std::string& size)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)),
-      manifest(read(where).at(size)),
+      manifest(read(where, options.manifest_sha256).at(size)),
       options_(options) {
     options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
@@ -64,12 +64,16 @@ Pipeline::Pipeline(const Pipeline& whole, Manifest sized)
 Pipeline& Pipeline::at(const std::string& size) {
     if (size.empty() || size_name(size) == manifest.size) return *this;
     Manifest sized = manifest.at(size);
+    const Turns::Turn turn(opened_->turns);
     auto& pipe = sizes_[sized.size];
     if (!pipe) pipe.reset(new Pipeline(*this, std::move(sized)));
     return *pipe;
 }
 
-void Pipeline::close() { opened_->engines.clear(); }
+void Pipeline::close() {
+    const Turns::Turn turn(opened_->turns);
+    opened_->engines.clear();
+}
 
 // The files that this size's engines are opened from, and whose sums were not compared yet.
 std::vector<std::string> Pipeline::unchecked() const {
@@ -133,7 +137,7 @@ bool Pipeline::batch_invariant() const {
            });
 }
 
-// The stage's engine, opened where it is not; with low memory, the others are closed first.
+// The stage's engine, opened where it is not; with low memory, the others are closed first. It is the caller's turn.
 Engine& Pipeline::engine(const Stage& stage) {
     auto& engines = opened_->engines;
     const auto open = engines.find(stage.name);
@@ -215,10 +219,10 @@ std::vector<std::uint8_t> Pipeline::pictures(const std::vector<float>& latents) 
 // Runs the stage on so many rows; refuses outputs that do not have the manifest's shapes.
 std::map<std::string, std::vector<float>> Pipeline::run(const Stage& stage, const std::vector<Input>& inputs,
                                                         std::size_t rows) {
-    Engine& opened = engine(stage);
     std::map<std::string, Output> outputs;
     try {
-        outputs = opened.run(inputs);
+        const Turns::Turn turn(opened_->turns);
+        outputs = engine(stage).run(inputs);
     } catch (const EngineError& error) {
         throw EngineError(text("the ", stage.name, " failed: ", error.what()));
     }

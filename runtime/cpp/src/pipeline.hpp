@@ -11,12 +11,14 @@
 #include "memo.hpp"
 #include "prompts.hpp"
 #include "request.hpp"
+#include "turns.hpp"
 
 namespace dit_runtime {
 
 // The step's inputs but the state and guidance, [G, B, ...], for the samples from `first` to before `last`.
 using Conditioned = std::function<const Arrays&(std::size_t first, std::size_t last)>;
 
+// Any thread may call it at any time: calls of engines take turns.
 class Pipeline {
   public:
     // Opens a bundle, and checks its manifest and the sha256 of each file that is opened. Every stage runs at the batch
@@ -60,6 +62,7 @@ class Pipeline {
   private:
     friend struct EngineDouble;  // tests put engines of their own in the place of a stage's
     struct Opened {
+        Turns turns;                                             // for engines and checked, at all sizes
         std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
         std::vector<std::string> checked;                        // files whose sums are the manifest's
         PromptMemo prompts;
@@ -74,7 +77,7 @@ class Pipeline {
 
     Options options_;
     std::shared_ptr<Opened> opened_ = std::make_shared<Opened>();
-    std::map<std::string, std::unique_ptr<Pipeline>> sizes_;  // that were asked for
+    std::map<std::string, std::unique_ptr<Pipeline>> sizes_;  // that were asked for; in turns
 };
 
 }  // namespace dit_runtime

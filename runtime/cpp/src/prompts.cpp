@@ -22,6 +22,32 @@ bool any_in(const std::vector<TensorSpec>& specs, const Arrays& arrays) {
                        [&](const TensorSpec& spec) { return arrays.count(spec.name) != 0; });
 }
 
+using Encodings = std::vector<std::shared_ptr<const std::map<std::string, std::vector<float>>>>;
+
+// Runs the stage on some of the rows; one entry each.
+Encodings compute(const Stage& stage, const RunStage& run, const Rows& rows, const std::vector<std::size_t>& some) {
+    Rows batch = slice(rows, some[0], some[0] + 1);
+    for (std::size_t place = 1; place < some.size(); ++place)
+        batch = stack(batch, slice(rows, some[place], some[place] + 1));
+    std::vector<Input> inputs;
+    for (const TensorSpec& spec : stage.reads) inputs.push_back(batch.arrays.at(spec.name).input(spec.name));
+    const auto outputs = run(stage, inputs, some.size());
+    for (const auto& [name, values] : outputs)
+        if (!all_finite(values))
+            throw NotFinite(text("the ", stage.name, "'s ", name, " holds values that are not finite"));
+    Encodings encodings;
+    for (std::size_t place = 0; place < some.size(); ++place) {
+        std::map<std::string, std::vector<float>> prompt;
+        for (const auto& [name, values] : outputs) {
+            const auto size = static_cast<std::ptrdiff_t>(values.size() / some.size());
+            const auto row = values.begin() + static_cast<std::ptrdiff_t>(place) * size;
+            prompt[name].assign(row, row + size);
+        }
+        encodings.push_back(std::make_shared<const std::map<std::string, std::vector<float>>>(std::move(prompt)));
+    }
+    return encodings;
+}
+
 }  // namespace
 
 std::vector<Port> prompt_ports(const Manifest& manifest) {
@@ -53,22 +79,21 @@ std::vector<Port> filled_ports(const Manifest& manifest, const Arrays& arrays) {
 Rows PromptMemo::operator()(const Manifest& manifest, const RunStage& run, const Rows& rows) {
     const Stage* const stage = manifest.prompt();
     if (!stage || !any_in(stage->reads, rows.arrays)) return rows;
-    std::vector<std::string> keys, distinct;
+    std::vector<std::string> keys;
     std::vector<std::size_t> missing;
+    std::map<std::string, Outputs> encoded;
     for (std::size_t row = 0; row < rows.rows; ++row) {
         keys.push_back(key_of(*stage, rows, row));
-        if (contains(distinct, keys.back())) continue;
-        distinct.push_back(keys.back());
-        const auto there = find(keys.back());
-        if (there == encoded_.end())
+        if (const auto [place, is_new] = encoded.try_emplace(keys.back());
+            is_new && !(place->second = find(keys.back())))
             missing.push_back(row);
-        else
-            encoded_.splice(encoded_.end(), encoded_, there);
     }
     const auto size = static_cast<std::ptrdiff_t>(stage->max_batch);
     for (auto first = missing.begin(); first != missing.end();) {
         const auto last = first + std::min(size, missing.end() - first);
-        compute(*stage, run, rows, {first, last});
+        const auto computed = compute(*stage, run, rows, {first, last});
+        for (auto row = first; row != last; ++row)
+            add(keys[*row], encoded[keys[*row]] = computed[static_cast<std::size_t>(row - first)]);
         first = last;
     }
     Rows all = rows;
@@ -77,51 +102,36 @@ Rows PromptMemo::operator()(const Manifest& manifest, const RunStage& run, const
         Tensor& tensor = all.arrays[spec.name];
         tensor.shape = with_rows(rows.rows, spec.row());
         for (const std::string& key : keys) {
-            const std::vector<float>& row = find(key)->outputs.at(spec.name);
+            const std::vector<float>& row = encoded.at(key)->at(spec.name);
             tensor.floats.insert(tensor.floats.end(), row.begin(), row.end());
         }
     }
-    forget();
     return all;
 }
 
-std::list<PromptMemo::Encoded>::iterator PromptMemo::find(const std::string& key) {
-    return std::find_if(encoded_.begin(), encoded_.end(), [&](const Encoded& prompt) { return prompt.key == key; });
+// What is there of a prompt, which then is the latest; else nothing.
+PromptMemo::Outputs PromptMemo::find(const std::string& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto place =
+        std::find_if(encoded_.begin(), encoded_.end(), [&](const Encoded& prompt) { return prompt.key == key; });
+    if (place == encoded_.end()) return nullptr;
+    encoded_.splice(encoded_.end(), encoded_, place);
+    return place->outputs;
 }
 
-// Runs the stage on some of the rows.
-void PromptMemo::compute(const Stage& stage, const RunStage& run, const Rows& rows,
-                         const std::vector<std::size_t>& some) {
-    Rows batch = slice(rows, some[0], some[0] + 1);
-    for (std::size_t place = 1; place < some.size(); ++place)
-        batch = stack(batch, slice(rows, some[place], some[place] + 1));
-    std::vector<Input> inputs;
-    for (const TensorSpec& spec : stage.reads) inputs.push_back(batch.arrays.at(spec.name).input(spec.name));
-    const auto outputs = run(stage, inputs, some.size());
-    for (const auto& [name, values] : outputs)
-        if (!all_finite(values))
-            throw NotFinite(text("the ", stage.name, "'s ", name, " holds values that are not finite"));
-    for (std::size_t place = 0; place < some.size(); ++place) {
-        Encoded prompt{key_of(stage, rows, some[place]), {}};
-        for (const auto& [name, values] : outputs) {
-            const auto size = static_cast<std::ptrdiff_t>(values.size() / some.size());
-            const auto row = values.begin() + static_cast<std::ptrdiff_t>(place) * size;
-            prompt.outputs[name].assign(row, row + size);
-        }
-        encoded_.push_back(std::move(prompt));
-    }
-}
-
-// Drops the oldest prompts over the budget.
-void PromptMemo::forget() {
+// Adds a prompt, and drops the oldest over the budget. Another thread may have computed the same.
+void PromptMemo::add(const std::string& key, const Outputs& outputs) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    encoded_.remove_if([&](const Encoded& prompt) { return prompt.key == key; });
+    encoded_.push_back({key, outputs});
     const auto bytes = [](const Encoded& prompt) {
         std::size_t sum = 0;
-        for (const auto& output : prompt.outputs) sum += output.second.size() * sizeof(float);
+        for (const auto& output : *prompt.outputs) sum += output.second.size() * sizeof(float);
         return sum;
     };
-    std::size_t held = 0;
-    for (const Encoded& prompt : encoded_) held += bytes(prompt);
-    for (; held > budget_; encoded_.pop_front()) held -= bytes(encoded_.front());
+    std::size_t total = 0;
+    for (const Encoded& prompt : encoded_) total += bytes(prompt);
+    for (; total > budget_; encoded_.pop_front()) total -= bytes(encoded_.front());
 }
 
 }  // namespace dit_runtime

@@ -4,6 +4,8 @@
 
 #include <list>
 #include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,7 +25,7 @@ bool has_prompt(const Manifest& manifest, const Arrays& arrays);
 // gives; and all other condition ports. The port of the guidance weight may be left out.
 std::vector<Port> filled_ports(const Manifest& manifest, const Arrays& arrays);
 
-// What the prompt stage gives for the latest prompts, by their ids and masks, in so many bytes.
+// What the prompt stage gives for the latest prompts, by their ids and masks, in so many bytes. Any thread may call it.
 class PromptMemo {
   public:
     explicit PromptMemo(std::size_t budget = MEMO_BYTES) : budget_(budget) {}
@@ -33,16 +35,17 @@ class PromptMemo {
     Rows operator()(const Manifest& manifest, const RunStage& run, const Rows& rows);
 
   private:
+    using Outputs = std::shared_ptr<const std::map<std::string, std::vector<float>>>;
     struct Encoded {
         std::string key;  // the bytes of its ids and masks
-        std::map<std::string, std::vector<float>> outputs;
+        Outputs outputs;
     };
 
-    std::list<Encoded>::iterator find(const std::string& key);
-    void compute(const Stage& stage, const RunStage& run, const Rows& rows, const std::vector<std::size_t>& some);
-    void forget();
+    Outputs find(const std::string& key);
+    void add(const std::string& key, const Outputs& outputs);
 
     std::size_t budget_;
+    std::mutex mutex_;
     std::list<Encoded> encoded_;  // the latest last
 };
 

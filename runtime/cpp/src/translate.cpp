@@ -69,7 +69,9 @@ void add(const Manifest& manifest, const dit_captions* captions, const char* wha
     if (from.count > SIZE_MAX / (from.tokens * channels * sizeof(float)))
         throw UsageError(text(what, " are ", from.count, "; no memory holds that many"));
     const std::size_t numbers = from.count * from.tokens, size = numbers * channels;
-    if (from.size && from.size != size) throw UsageError(text(what, ": ", from.size, " numbers; expected ", size));
+    if (from.size != size) throw UsageError(text(what, ": size is ", from.size, "; expected ", size, " embeddings"));
+    if (from.mask_size != (from.mask ? numbers : 0))
+        throw UsageError(text(what, ": mask_size is ", from.mask_size, "; expected ", from.mask ? numbers : 0));
     const auto rows = static_cast<std::int64_t>(from.count), tokens = static_cast<std::int64_t>(from.tokens);
     to["captions"] = {{rows, tokens, port->shape[1]}, {from.embeddings, from.embeddings + size}};
     if (from.mask) to["mask"] = {{rows, tokens}, {from.mask, from.mask + numbers}};
@@ -129,9 +131,10 @@ Request translate(const Manifest& manifest, const dit_request* original) {
     for (const auto& [name, value] : settings)
         if (value != DIT_DEFAULT) request.cache_settings[name] = value;
     if (!(from.cache_threshold < 0)) request.cache_settings["cache_threshold"] = from.cache_threshold;
+    if (from.latents_size) require(from.latents, "latents");
     if (from.latents) {
         const std::size_t size = from.count * count(manifest.state().shape);
-        if (from.latents_size && from.latents_size != size)
+        if (from.latents_size != size)
             throw UsageError(text("latents have ", from.latents_size, " numbers; expected ", size, ", all finite"));
         request.latents.emplace(from.latents, from.latents + size);
     }

@@ -145,6 +145,10 @@ TEST_P(Api, LowMemoryDrawsTheSame) {
 TEST_P(Api, OwnLatents) {
     std::vector<float> own(2 * NUMBERS, 0.5f);
     request.latents = own.data();
+    refused(generate(), DIT_BAD_ARGUMENT, "latents have 0 numbers; expected 64");
+    request.latents_size = own.size() - 1;
+    refused(generate(), DIT_BAD_ARGUMENT, "latents have 63 numbers; expected 64");
+    request.latents_size = own.size();
     const std::vector<float> first = latents();
     const uint64_t seed = 9;
     request.seeds = &seed;
@@ -152,6 +156,8 @@ TEST_P(Api, OwnLatents) {
     EXPECT_EQ(latents(), first);  // the seed draws nothing here
     own[3] = NAN;
     refused(generate(), DIT_BAD_ARGUMENT, "finite");
+    request.latents = nullptr;
+    refused(generate(), DIT_BAD_ARGUMENT, "latents is NULL");
 }
 
 TEST_P(Api, ACallbackThatCancels) {
@@ -182,9 +188,28 @@ TEST_P(Api, ACallbackThatCallsBack) {
     request.user = pipe.get();
     request.on_step = [](int, int, const double*, size_t, void* user) {
         dit_info info = DIT_INFO_INIT;
-        return dit_get_info(static_cast<dit_pipeline*>(user), &info) == DIT_BUSY ? 0 : 1;
+        return dit_get_info(static_cast<dit_pipeline*>(user), &info) == DIT_OK ? 0 : 1;
     };
     EXPECT_EQ(generate(), DIT_OK) << dit_message(pipe.get());
+}
+
+TEST_P(Api, TheManifestThatWasAskedFor) {
+    std::string sum = dit_runtime::sha256(std::filesystem::path(BUNDLE) / "manifest.json");
+    const auto open = [&] {
+        pipe.reset(dit_new());
+        options.manifest_sha256 = sum.c_str();
+        return dit_open(pipe.get(), BUNDLE, &options);
+    };
+    EXPECT_EQ(open(), DIT_OK) << dit_message(pipe.get());
+    std::transform(sum.begin(), sum.end(), sum.begin(), [](unsigned char digit) { return std::toupper(digit); });
+    EXPECT_EQ(open(), DIT_OK) << dit_message(pipe.get());
+    sum[5] = sum[5] == '0' ? '1' : '0';
+    EXPECT_EQ(open(), DIT_BAD_BUNDLE);
+    EXPECT_NE(std::string(dit_last_message()).find("this is another bundle"), std::string::npos) << dit_last_message();
+    for (const char* wrong : {"", "1234"}) {
+        sum = wrong;
+        EXPECT_EQ(open(), *wrong ? DIT_BAD_ARGUMENT : DIT_OK) << wrong;
+    }
 }
 
 TEST(Face, ExceptionsOfTheCallerReachTheCaller) {
@@ -331,35 +356,6 @@ TEST_P(Api, WarmingThatFailsRefusesTheBundle) {
     options.num_warm = 1;
     pipe.reset(dit_new());
     EXPECT_EQ(dit_open(pipe.get(), copy.folder.c_str(), &options), DIT_ENGINE_FAILED) << dit_message(pipe.get());
-}
-
-// The message is the call's that runs: who finds the pipeline busy does not read it.
-TEST(Threads, ABusyPipelineSaysSo) {
-    dit::OpenOptions options;
-    options.threads = 1;
-    dit::Pipeline pipe(BUNDLE, options);
-    std::promise<void> inside, seen;
-    std::thread first([&] {
-        dit::Request request;
-        request.labels = {1};
-        request.steps = 2;
-        request.on_step = [&](int step, int, const double*, std::size_t) {
-            if (step == 1) inside.set_value(), seen.get_future().wait();
-            return false;
-        };
-        pipe.generate_latents(request);
-    });
-    inside.get_future().wait();
-    try {
-        pipe.find_label("ant");
-        ADD_FAILURE() << "not busy";
-    } catch (const dit::Error& error) {
-        EXPECT_EQ(error.status, DIT_BUSY);
-        EXPECT_STREQ(error.what(), "another call on this pipeline has not returned");
-    }
-    seen.set_value();
-    first.join();
-    EXPECT_EQ(pipe.find_label("ant"), 0);
 }
 
 }  // namespace

@@ -21,9 +21,11 @@ class Captioned : public Api {
         captions.count = 2;
         captions.tokens = TOKENS;
         captions.embeddings = embeddings;
+        captions.size = std::size(embeddings);
         negative.count = 1;
         negative.tokens = 2;
         negative.embeddings = embeddings + 5;
+        negative.size = 2 * CHANNELS;
     }
 
     void write() {
@@ -87,6 +89,7 @@ TEST_P(Captioned, WhatTheCallerSays) {
     request.num_seeds = 2;
     const std::vector<float> together = latents();
     captions.count = request.num_seeds = 1;
+    captions.size /= 2;
     for (int index = 0; index < 2; ++index) {  // a sample does not depend on its batch
         captions.embeddings = embeddings + TOKENS * CHANNELS * static_cast<std::size_t>(index);
         request.seeds = seeds + index;
@@ -106,6 +109,7 @@ TEST_P(Captioned, Masks) {
     write();
     const std::vector<float> whole = latents();
     captions.mask = mask;
+    captions.mask_size = std::size(mask);
     const std::vector<float> hidden = latents();
     EXPECT_GT(largest(whole, hidden), 1e-2);
     embeddings[TOKENS * CHANNELS - 1] += 3;
@@ -142,7 +146,8 @@ TEST_P(Captioned, Refusals) {
     bad("this bundle takes captions, mask, and no labels",
         [&] { request.captions = nullptr, request.labels = labels, request.count = 1; });
     bad("guidance needs a negative with captions", [&] { request.negative = nullptr; });
-    bad("negative has 3 rows; expected one, or one for each of 2 samples", [&] { negative.count = 3; });
+    bad("negative has 3 rows; expected one, or one for each of 2 samples",
+        [&] { negative.count = 3, negative.size *= 3; });
     bad("negative captions are 0 of 2 tokens", [&] { negative.count = 0; });
     bad("captions are 2 of 6 tokens", [&] { captions.tokens = 6; });
     bad("captions are 2 of 0 tokens", [&] { captions.tokens = 0; });
@@ -150,10 +155,15 @@ TEST_P(Captioned, Refusals) {
     bad("embeddings is NULL", [&] { captions.embeddings = nullptr; });
     bad("embeddings is NULL", [&] { negative.embeddings = nullptr; });
     bad("condition: mask has shape [2, 4]; expected [2, 4] of 0 and 1, a 1 in every row",
-        [&] { captions.mask = mask; });
+        [&] { captions.mask = mask, captions.mask_size = 8; });
     mask[4] = 0.5f;
-    bad("a 1 in every row", [&] { captions.mask = mask; });
-    bad("captions: 23 numbers; expected 24", [&] { captions.size = 23; });
+    bad("a 1 in every row", [&] { captions.mask = mask, captions.mask_size = 8; });
+    for (const std::size_t size : {std::size_t{0}, std::size_t{7}, std::size_t{9}, SIZE_MAX})
+        bad("; expected 8", [&] { captions.mask = mask, captions.mask_size = size; });
+    bad("captions: mask_size is 8; expected 0", [&] { captions.mask_size = 8; });
+    for (const std::size_t size : {std::size_t{0}, std::size_t{23}, std::size_t{25}, SIZE_MAX})
+        bad("; expected 24 embeddings", [&] { captions.size = size; });
+    bad("negative captions: size is 0; expected 6 embeddings", [&] { negative.size = 0; });
     bad("dit_captions.struct_size is 0", [&] { captions.struct_size = 0; });
     bad("needs a newer libdit", [&] { negative.struct_size += 8; });
     embeddings[7] = NAN;
@@ -165,6 +175,7 @@ TEST_P(Api, LabelsAlone) {
     float numbers = 1;
     captions.count = captions.tokens = 1;
     captions.embeddings = &numbers;
+    captions.size = 1;
     const dit_request before = request;
     request.labels = nullptr;
     request.count = 0;
@@ -221,10 +232,10 @@ TEST(Face, Captions) {
         }
     };
     request.captions.mask.pop_back();
-    bad("the mask of captions: 7 numbers; expected 8");
+    bad("captions: mask_size is 7; expected 8");
     request.captions.mask.clear();
     request.captions.embeddings.pop_back();
-    bad("captions: 23 numbers; expected 24");
+    bad("captions: size is 23; expected 24 embeddings");
     request.captions = {};
     bad("condition lacks captions");
 }

@@ -184,8 +184,8 @@ TEST(Face, NoConditionAtAll) {
     request.latents.clear();
     dit_request none = DIT_REQUEST_INIT;
     float number = 0;
-    EXPECT_EQ(dit_generate_latents(pipe.get(), &none, &number, 0), DIT_BAD_ARGUMENT);
-    EXPECT_NE(std::string(dit_message(pipe.get())).find("count is 0"), std::string::npos) << dit_message(pipe.get());
+    EXPECT_EQ(dit_model_generate_latents(pipe.get(), &none, &number, 0), DIT_BAD_ARGUMENT);
+    EXPECT_NE(std::string(dit_last_message()).find("count is 0"), std::string::npos) << dit_last_message();
     EXPECT_TRUE(pipe.verify());
     EXPECT_EQ(pipe.info().num_classes, 0);
     EXPECT_THROW(pipe.find_label("ant"), dit::Error);

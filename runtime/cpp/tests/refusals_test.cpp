@@ -38,6 +38,9 @@ TEST_P(Api, BadRequests) {
     bad("needs a newer libdit", [&] { request.struct_size = sizeof request + 8; });
     bad("struct_size is 0", [&] { request.struct_size = 0; });
     bad("struct_size is 9", [&] { request.struct_size = 9; });
+    for (std::size_t size = offsetof(dit_request, captions) + 1; size < sizeof request; ++size)  // within a field
+        if (size % alignof(dit_request)) bad("start from the _INIT value", [&] { request.struct_size = size; });
+    bad("start from the _INIT value", [&] { request.struct_size = offsetof(dit_request, guidance_policy); });
     refused(dit_generate_latents(pipe.get(), nullptr, numbers, 1), DIT_BAD_ARGUMENT, "dit_request is NULL");
     refused(dit_generate_latents(pipe.get(), &request, nullptr, 1), DIT_BAD_ARGUMENT, "latents is NULL");
     refused(dit_generate(pipe.get(), &request, nullptr, 1), DIT_BAD_ARGUMENT, "pixels is NULL");
@@ -62,16 +65,17 @@ TEST_P(Api, BadOptions) {
         options = DIT_OPEN_OPTIONS_INIT;
         EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &options), DIT_OK) << dit_message(fresh.get());  // a second try
     };
-    bad("backend 'onyx' is not in this library", {sizeof options, "onyx", nullptr, 0, 0, nullptr, 0, nullptr});
-    bad("device 'nowhere'", {sizeof options, GetParam(), "nowhere", 0, 0, nullptr, 0, nullptr});
-    bad("threads is -1", {sizeof options, GetParam(), nullptr, -1, 0, nullptr, 0, nullptr});
-    bad("struct_size is 4", {4, nullptr, nullptr, 0, 0, nullptr, 0, nullptr});
+    bad("backend 'onyx' is not in this library", {sizeof options, "onyx", nullptr, 0, 0, nullptr, 0, nullptr, nullptr});
+    bad("device 'nowhere'", {sizeof options, GetParam(), "nowhere", 0, 0, nullptr, 0, nullptr, nullptr});
+    bad("threads is -1", {sizeof options, GetParam(), nullptr, -1, 0, nullptr, 0, nullptr, nullptr});
+    bad("struct_size is 4", {4, nullptr, nullptr, 0, 0, nullptr, 0, nullptr, nullptr});
     const int64_t none = 0, many = 99, one = 1;
-    bad("warm has 0; expected batch sizes from 1 to 3", {sizeof options, GetParam(), nullptr, 0, 0, &none, 1, nullptr});
-    bad("warm has 99", {sizeof options, GetParam(), nullptr, 0, 0, &many, 1, nullptr});
-    bad("warm is NULL", {sizeof options, GetParam(), nullptr, 0, 0, nullptr, 1, nullptr});
-    bad("both warm and low_memory", {sizeof options, GetParam(), nullptr, 0, 1, &one, 1, nullptr});
-    bad("newer libdit", {sizeof options + 16, nullptr, nullptr, 0, 0, nullptr, 0, nullptr});
+    bad("warm has 0; expected batch sizes from 1 to 3",
+        {sizeof options, GetParam(), nullptr, 0, 0, &none, 1, nullptr, nullptr});
+    bad("warm has 99", {sizeof options, GetParam(), nullptr, 0, 0, &many, 1, nullptr, nullptr});
+    bad("warm is NULL", {sizeof options, GetParam(), nullptr, 0, 0, nullptr, 1, nullptr, nullptr});
+    bad("both warm and low_memory", {sizeof options, GetParam(), nullptr, 0, 1, &one, 1, nullptr, nullptr});
+    bad("newer libdit", {sizeof options + 16, nullptr, nullptr, 0, 0, nullptr, 0, nullptr, nullptr});
 }
 
 // Each kind of damage on the whole way: a status and a sentence, nothing opened, and a sound bundle opens after it.

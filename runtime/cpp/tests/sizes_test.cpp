@@ -44,7 +44,7 @@ TEST(Sizes, AreListed) {
     EXPECT_EQ(sizes[1].height, 32u);
     EXPECT_EQ(sizes[1].width, 64u);
     dit_size size = DIT_SIZE_INIT;
-    EXPECT_EQ(dit_get_size(pipe.get(), 2, &size), DIT_BAD_ARGUMENT);
+    EXPECT_EQ(dit_model_size(pipe.get(), 2, &size), DIT_BAD_ARGUMENT);
     EXPECT_EQ(dit::Pipeline(BUNDLE).sizes().at(0).name, "");
 }
 

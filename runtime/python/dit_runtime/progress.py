@@ -52,5 +52,19 @@ class Progress:
         self._stream.flush()
 
 
+class Counted:
+    """Progress of things by number: a bar on a terminal, elsewhere a line at each tenth."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name, self._tenth = progress, name, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.step(done, total, self._name)
+        tenth = 10 * done // total
+        if tenth > self._tenth and not self._progress.shown:
+            self._progress.say(f"{done} of {total} {self._name}")
+        self._tenth = tenth
+
+
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

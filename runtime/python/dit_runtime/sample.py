@@ -6,18 +6,22 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dit_runtime import images
-from dit_runtime.errors import UsageError
+from dit_runtime import cluster, images, shards
+from dit_runtime.bundle import manifest
+from dit_runtime.errors import GateError, UsageError
 from dit_runtime.files import read_array, read_condition
 from dit_runtime.options import add_bundle, add_size, load_bundle
-from dit_runtime.progress import Progress
+from dit_runtime.progress import Counted, Progress
 from dit_runtime.request import Request
 from dit_runtime.sampling.caches import CACHES, SETTINGS
 from dit_runtime.sampling.guidance import POLICIES
 from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
+
+OUTPUT = Path("sample.png")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +73,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        default=Path("sample.png"),
+        default=OUTPUT,
         help=".png (a grid), .npz, .npy (latents), .mp4 of videos, or a folder for a .png of each image or frame",
     )
+    many = parser.add_argument_group("many pictures", "as shards for a judge; a killed run goes on")
+    many.add_argument("--count", type=int, metavar="N", help="picture i has seed + i, and labels or prompts in turn")
+    many.add_argument("--shards", type=Path, metavar="DIR", help="a .npz a shard: arr_0, arr_1 (classes), seeds")
+    many.add_argument("--shard-size", type=int, metavar="N", help=f"pictures a shard; default: {shards.SIZE}")
+    many.add_argument("--batch", type=int, metavar="N", help=f"pictures a call; default: {shards.BATCH}")
+    text = "draw on a Ray cluster; without ADDRESS the one of RAY_ADDRESS, or a new one of this machine"
+    many.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=text)
+    many.add_argument("--workers", type=int, metavar="N", help="of the cluster; default: one a machine, or one a GPU")
     parser.add_argument("--fps", type=int, default=25, help="frames a second of .mp4")
 
 
 def run(options: argparse.Namespace) -> int:
+    many = ("count", "shards", "shard_size", "batch", "ray", "workers")
+    return _sample(options) if all(getattr(options, name) is None for name in many) else _sample_shards(options)
+
+
+def _sample(options: argparse.Namespace) -> int:
     writers: dict[str, Callable[[Path, np.ndarray], None]] = {
         ".png": _write_png,
         ".npz": images.write_npz,
@@ -102,20 +119,10 @@ def run(options: argparse.Namespace) -> int:
             condition=condition,
             negative=negative,
             prompt=options.prompt,
-            negative_prompt=options.negative,
-            steps=options.steps,
-            guidance=options.guidance[0] if options.guidance and len(options.guidance) == 1 else options.guidance,
-            guidance_interval=options.guidance_interval,
-            guidance_policy=options.guidance_policy and " ".join(options.guidance_policy),
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
-            solver=options.solver,
-            eta=options.eta,
-            spacing=options.spacing,
-            preset=options.preset,
-            cache=options.cache,
-            **{key: getattr(options, key) for key in SETTINGS},
             latents=latents,
             output="latents" if options.output.suffix == ".npy" else "images",
+            **_fields(options),
         )
         trajectory = pipe.run(request)
         while trajectory.step():
@@ -127,6 +134,73 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"output": str(options.output), "shape": list(result.shape), "rows": trajectory.rows}))
     else:
         print(options.output)
+    return 0
+
+
+def _fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a request that say how it is drawn."""
+    guidance, policy = options.guidance, options.guidance_policy
+    return {
+        "negative_prompt": options.negative,
+        "guidance": guidance[0] if guidance and len(guidance) == 1 else guidance,
+        "guidance_policy": policy and " ".join(policy),
+        **{name: getattr(options, name) for name in ("guidance_interval", "steps", "solver", "eta", "spacing")},
+        **{name: getattr(options, name) for name in ("preset", "cache", *SETTINGS)},
+    }
+
+
+def _sample_shards(options: argparse.Namespace) -> int:
+    if options.count is None or options.shards is None:
+        raise UsageError("shards need both --count N and --shards DIR")
+    if options.workers is not None and (options.ray is None or options.workers < 1):
+        raise UsageError(f"--workers is {options.workers}; expected 1 or more, and --ray")
+    single = {"condition", "negative_condition", "latents"} | ({"output"} if options.output != OUTPUT else set())
+    if refused := [name for name in sorted(single) if getattr(options, name)]:
+        raise UsageError(f"--{refused[0].replace('_', '-')} does not go with --shards")
+    for name in ("seed", "guidance", "negative"):
+        if len(getattr(options, name) or ()) > 1:
+            raise UsageError(f"--{name} has several values; expected one for all shards")
+    fields = {name: value for name, value in _fields(options).items() if value is not None}
+    contract = manifest.read(options.bundle)
+    series = shards.plan(
+        options.bundle,
+        contract,
+        options.labels,
+        options.prompt,
+        count=options.count,
+        size=shards.SIZE if options.shard_size is None else options.shard_size,
+        batch=shards.BATCH if options.batch is None else options.batch,
+        seed=options.seed[0],
+        fields=fields | ({"size": contract.at(options.size).size} if options.size else {}),
+    )
+    shards.begin(options.shards, series)
+    todo = shards.missing(options.shards, series, shape := shards.picture_shape(contract, series))
+    progress = Progress()
+    counted = Counted(progress, "pictures")
+    if todo and options.ray is not None:
+        opening = {name: getattr(options, name) for name in ("threads", "provider", "low_memory")}
+        cluster.run(
+            options.bundle,
+            series,
+            options.shards,
+            todo,
+            counted,
+            address=options.ray or None,
+            workers=options.workers,
+            options=opening,
+        )
+    elif todo:
+        with load_bundle(options) as pipe:
+            shards.run(pipe, series, options.shards, todo, counted)
+    progress.end()
+    if lost := shards.missing(options.shards, series, shape):
+        raise GateError(f"{options.shards}: {len(lost)} shards that were drawn are not here: is it a shared folder?")
+    shards.clean(options.shards)
+    if options.json:
+        table = {"output": str(options.shards), "count": series.count, "shards": len(series.shards), "drawn": len(todo)}
+        print(json.dumps(table))
+    else:
+        print(options.shards)
     return 0
 
 

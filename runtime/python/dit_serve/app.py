@@ -119,12 +119,8 @@ class Service:
         request.scope["fields"] |= {"model": name[:100], "images": body.n}
         if name not in self.models:
             raise Fault(404, f"this server has no such model; it has {', '.join(self.models)}", "model")
-        model, limit = self.models[name], self.settings.limits
-        width, height = model.size(body)
-        if width * height * body.n > limit.pixels:
-            raise Fault(400, f"n images have more than {limit.pixels} pixels in all", "n")
-        if model.steps(body) > limit.steps:
-            raise Fault(400, f"num_inference_steps must be at most {limit.steps}", "num_inference_steps")
+        model = self.models[name]
+        model.check(body, self.settings.limits)
         return model, body
 
     async def generate(self, request: Request) -> Response:

@@ -13,14 +13,15 @@ from typing import Any
 
 from dit_runtime import verify
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.records import LABELS, Manifest
+from dit_runtime.bundle.records import Manifest
 from dit_runtime.conditions.labels import class_number
 from dit_runtime.errors import BundleError, EngineError, UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Request
 from dit_runtime.sampling.schedule import listed
 from dit_runtime.serve import Batcher, Closed, Ticket
-from dit_serve.body import Body
+from dit_runtime.serve.servable import require_servable
+from dit_serve.body import Body, Limits
 from dit_serve.faults import Fault
 
 log = logging.getLogger("dit_serve")
@@ -89,6 +90,14 @@ class Model:
         preset = self.manifest.presets.get(body.preset or "", {})
         steps = body.num_inference_steps or preset.get("steps") or len(listed(preset.get("spacing")))
         return int(steps or self.manifest.process.sampler.steps)
+
+    def check(self, body: Body, limits: Limits) -> None:
+        """Raise Fault(400) where a body asks for more than a request may have."""
+        width, height = self.size(body)
+        if width * height * body.n > limits.pixels:
+            raise Fault(400, f"n images have more than {limits.pixels} pixels in all", "n")
+        if self.steps(body) > limits.steps:
+            raise Fault(400, f"num_inference_steps must be at most {limits.steps}", "num_inference_steps")
 
     def swap(self) -> bool:
         """Serve the bundle that its folder holds now, if that is another one; return whether it is served.
@@ -193,16 +202,6 @@ def open_bundle(folder: Path, opening: Opening, verified: bool = False) -> Serve
     except BaseException:
         pipe.close()
         raise
-
-
-def require_servable(folder: Path, contract: Manifest) -> None:
-    """Refuse bundles whose requests a prompt cannot state, and those that draw no images."""
-    if len(contract.require_end().gives[0].shape) != 4:
-        raise BundleError(f"{folder}: this bundle draws videos, and dit-serve serves images")
-    beside = contract.ports_beside_prompts if contract.prompts else contract.conditions
-    taken = {contract.guidance.port} | ({LABELS} if contract.classes else set())
-    if others := [port.name for port in beside if port.name not in taken]:
-        raise BundleError(f"{folder}: this bundle takes arrays ({', '.join(others)}), and a prompt does not give them")
 
 
 def require_verified(pipe: Pipeline) -> None:

@@ -24,10 +24,10 @@ namespace dit {
 
 class Run;
 
+// An open bundle. Copies are the same one, and any thread may use it at any time.
 class Pipeline {
   public:
-    explicit Pipeline(const std::string& bundle, const OpenOptions& options = {}) : pipe_(dit_new()) {
-        if (!pipe_) throw Error(DIT_OUT_OF_MEMORY, "out of memory");
+    explicit Pipeline(const std::string& bundle, const OpenOptions& options = {}) {
         dit_open_options from = DIT_OPEN_OPTIONS_INIT;
         if (!options.backend.empty()) from.backend = options.backend.c_str();
         if (!options.device.empty()) from.device = options.device.c_str();
@@ -36,8 +36,11 @@ class Pipeline {
         if (!options.warm.empty()) from.warm = options.warm.data();
         from.num_warm = options.warm.size();
         if (!options.size.empty()) from.size = options.size.c_str();
-        check(dit_open(pipe_.get(), bundle.c_str(), &from));
-        check(dit_get_info(pipe_.get(), &info_));
+        if (!options.manifest_sha256.empty()) from.manifest_sha256 = options.manifest_sha256.c_str();
+        dit_model* opened = nullptr;
+        check(dit_model_open(bundle.c_str(), &from, &opened));
+        model_.reset(opened, dit_model_release);
+        check(dit_model_info(opened, &info_));
     }
 
     // Its strings live as long as the pipeline.
@@ -45,29 +48,29 @@ class Pipeline {
 
     // The name of a class; empty where there is none.
     std::string label(std::int64_t label) const {
-        const char* name = dit_label(pipe_.get(), label);
+        const char* name = dit_model_label(get(), label);
         return name ? name : "";
     }
 
     // The names of the bundle's presets.
     std::vector<std::string> presets() const {
         std::vector<std::string> names;
-        while (const char* const name = dit_preset(pipe_.get(), names.size())) names.emplace_back(name);
+        while (const char* const name = dit_model_preset(get(), names.size())) names.emplace_back(name);
         return names;
     }
 
-    std::int64_t find_label(const std::string& name) {
+    std::int64_t find_label(const std::string& name) const {
         std::int64_t label = 0;
-        check(dit_find_label(pipe_.get(), name.c_str(), &label));
+        check(dit_model_find_label(get(), name.c_str(), &label));
         return label;
     }
 
     // The sizes that the bundle draws; the first is what requests without a size draw.
     std::vector<Size> sizes() const {
         std::vector<Size> all;
-        for (std::size_t index = 0; index < dit_size_count(pipe_.get()); ++index) {
+        for (std::size_t index = 0; index < info_.num_sizes; ++index) {
             dit_size size = DIT_SIZE_INIT;
-            check(dit_get_size(pipe_.get(), index, &size));
+            check(dit_model_size(get(), index, &size));
             all.push_back({size.name,
                            {size.state_shape, size.state_shape + size.state_rank},
                            static_cast<std::size_t>(size.image_shape[0]),
@@ -85,11 +88,11 @@ class Pipeline {
     }
 
     // The ports that condition the network.
-    std::vector<Port> ports() {
+    std::vector<Port> ports() const {
         std::vector<Port> all;
-        for (std::size_t index = 0; index < dit_port_count(pipe_.get()); ++index) {
+        for (std::size_t index = 0; index < info_.num_ports; ++index) {
             dit_port port = DIT_PORT_INIT;
-            check(dit_get_port(pipe_.get(), index, &port));
+            check(dit_model_port(get(), index, &port));
             all.push_back({port.name,
                            port.dtype,
                            {port.shape, port.shape + port.rank},
@@ -101,11 +104,11 @@ class Pipeline {
     }
 
     // What a prompt becomes; empty where the bundle has no text encoders.
-    std::vector<Prompt> prompts() {
+    std::vector<Prompt> prompts() const {
         std::vector<Prompt> all;
-        for (std::size_t index = 0; index < dit_prompt_count(pipe_.get()); ++index) {
+        for (std::size_t index = 0; index < info_.num_prompts; ++index) {
             dit_prompt prompt = DIT_PROMPT_INIT;
-            check(dit_get_prompt(pipe_.get(), index, &prompt));
+            check(dit_model_prompt(get(), index, &prompt));
             all.push_back({prompt.ids, prompt.mask, prompt.tokens, prompt.size, prompt.tokenizer,
                            prompt.prompt_template, prompt.negative_template, prompt.lowercase != 0});
         }
@@ -114,51 +117,47 @@ class Pipeline {
 
     // The number of pictures; where nothing conditions the network, of its latents, else of its seeds.
     std::size_t count(const Request& request) const {
-        if (dit_port_count(pipe_.get()) > (*info_.guidance_port ? 1u : 0u)) return request.count();
+        if (info_.num_ports > (*info_.guidance_port ? 1u : 0u)) return request.count();
         return request.latents.empty() ? request.seeds.size() : request.latents.size() / row(request);
     }
 
-    Images generate(const Request& request) {
+    Images generate(const Request& request) const {
         Images images = empty_images(count(request), size_of(request));
         std::uint8_t none = 0;
         std::uint8_t* pixels = images.pixels.empty() ? &none : images.pixels.data();
         call(request,
-             [&](const dit_request& from) { return dit_generate(pipe_.get(), &from, pixels, images.pixels.size()); });
+             [&](const dit_request& from) { return dit_model_generate(get(), &from, pixels, images.pixels.size()); });
         return images;
     }
 
     // Without decoding: float [count, state_shape].
-    std::vector<float> generate_latents(const Request& request) {
+    std::vector<float> generate_latents(const Request& request) const {
         std::vector<float> latents(count(request) * row(request));
         float none = 0;
         float* numbers = latents.empty() ? &none : latents.data();
         call(request, [&](const dit_request& from) {
-            return dit_generate_latents(pipe_.get(), &from, numbers, latents.size());
+            return dit_model_generate_latents(get(), &from, numbers, latents.size());
         });
         return latents;
     }
 
-    // A run that the caller steps; the pipeline outlives it.
-    Run run(const Request& request);
+    // A run that the caller steps.
+    Run run(const Request& request) const;
 
     // All checks against PyTorch's reference; true where all passed. What on_check throws is thrown once they
     // are done.
-    bool verify(const std::function<void(const Check&)>& on_check = {}) {
+    bool verify(const std::function<void(const Check&)>& on_check = {}) const {
         OnCheck call{on_check, nullptr};
-        const dit_status status = dit_verify(pipe_.get(), on_check ? &Pipeline::on_check : nullptr, &call);
+        const dit_status status = dit_model_verify(get(), on_check ? &Pipeline::on_check : nullptr, &call);
         if (call.thrown) std::rethrow_exception(call.thrown);
         if (status != DIT_NOT_VERIFIED) check(status);
         return status == DIT_OK;
     }
 
-    dit_pipeline* get() const { return pipe_.get(); }
+    dit_model* get() const { return model_.get(); }
 
   private:
     friend class Run;
-
-    struct Free {
-        void operator()(dit_pipeline* pipe) const { dit_free(pipe); }
-    };
 
     // The caller's function, and what it threw: nothing may pass through C.
     template <typename Function>
@@ -169,22 +168,19 @@ class Pipeline {
     using OnStep = Call<decltype(Request::on_step)>;
     using OnCheck = Call<std::function<void(const Check&)>>;
 
-    void check(dit_status status) const {
-        if (status == DIT_BUSY) throw Error(status, "another call on this pipeline has not returned");
-        if (status != DIT_OK) throw Error(status, dit_message(pipe_.get()));
+    static void check(dit_status status) {
+        if (status != DIT_OK) throw Error(status, dit_last_message());
     }
 
-    static dit_captions to_c(const std::string& name, const Captions& from) {
+    static dit_captions to_c(const Captions& from) {
         dit_captions captions = DIT_CAPTIONS_INIT;
         captions.count = from.count;
         captions.tokens = from.tokens;
         captions.size = from.embeddings.size();
         if (!from.embeddings.empty()) captions.embeddings = from.embeddings.data();
         if (from.mask.empty()) return captions;
-        if (from.mask.size() != from.count * from.tokens)
-            throw Error(DIT_BAD_ARGUMENT, "the mask of " + name + ": " + std::to_string(from.mask.size()) +
-                                              " numbers; expected " + std::to_string(from.count * from.tokens));
         captions.mask = from.mask.data();
+        captions.mask_size = from.mask.size();
         return captions;
     }
 
@@ -220,18 +216,18 @@ class Pipeline {
     }
 
     template <typename Generate>
-    void call(const Request& request, const Generate& generate) {
+    void call(const Request& request, const Generate& generate) const {
         OnStep step{request.on_step, nullptr};
         call(request, step, generate);
     }
 
     // `step` stays where a run that goes on may call it.
     template <typename Generate>
-    void call(const Request& request, OnStep& step, const Generate& generate) {
+    void call(const Request& request, OnStep& step, const Generate& generate) const {
         dit_request to = DIT_REQUEST_INIT;
         if (!request.labels.empty()) to.labels = request.labels.data();
         to.count = count(request);
-        const dit_captions captions = to_c("captions", request.captions), negative = to_c("negative", request.negative);
+        const dit_captions captions = to_c(request.captions), negative = to_c(request.negative);
         if (captions.count) to.captions = &captions;
         if (negative.count) to.negative = &negative;
         const std::vector<dit_array> arrays = to_c(request.condition), away = to_c(request.negative_condition);
@@ -290,22 +286,21 @@ class Pipeline {
         }
     }
 
-    std::unique_ptr<dit_pipeline, Free> pipe_;
+    std::shared_ptr<dit_model> model_;
     dit_info info_ = DIT_INFO_INIT;
 };
 
 // One run, a step at a time.
 class Run {
   public:
-    Run(Pipeline& pipe, const Request& request)
-        : pipe_(pipe),
-          count_(pipe.count(request)),
+    Run(const Pipeline& pipe, const Request& request)
+        : count_(pipe.count(request)),
           row_(pipe.row(request)),
           size_(pipe.size_of(request)),
           call_(std::make_unique<Call>(request.on_step)) {
         dit_run* made = nullptr;
-        pipe_.call(request, call_->step,
-                   [&](const dit_request& from) { return dit_run_new(pipe_.get(), &from, &made); });
+        pipe.call(request, call_->step,
+                  [&](const dit_request& from) { return dit_run_begin(pipe.get(), &from, &made); });
         run_.reset(made);
     }
 
@@ -354,17 +349,16 @@ class Run {
 
     void finish(dit_status status) {
         Pipeline::rethrow(call_->step);
-        pipe_.check(status);
+        Pipeline::check(status);
     }
 
-    Pipeline& pipe_;
     std::size_t count_, row_;
     Size size_;
     std::unique_ptr<Call> call_;  // before the run, which may call it
     std::unique_ptr<dit_run, Free> run_;
 };
 
-inline Run Pipeline::run(const Request& request) { return Run(*this, request); }
+inline Run Pipeline::run(const Request& request) const { return Run(*this, request); }
 
 }  // namespace dit
 

@@ -26,6 +26,7 @@ struct OpenOptions {
     bool low_memory = false;
     std::vector<std::int64_t> warm = {};  // batch sizes that every stage runs at before the first request
     std::string size = {};                // what requests without a size draw; empty: the bundle's first
+    std::string manifest_sha256 = {};     // that manifest.json must have; empty: any
 };
 
 // A size of the pictures that the bundle draws.

@@ -1,0 +1,142 @@
+"""Many pictures as shards: what is in the files, and what a killed run leaves for the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit_runtime import Pipeline, shards
+from dit_runtime.cli import main
+from tests.serve.serving import until
+
+FIELDS = ("--steps", "3", "--guidance", "2")
+
+
+@pytest.fixture(scope="module")
+def folder(handmade) -> Path:
+    return handmade("labels")
+
+
+def sample(bundle: Path, into: Path, *options: str, count: int = 23) -> int:
+    words = ["--count", str(count), "--shards", str(into), "--shard-size", "5", "--batch", "2", "--threads", "1"]
+    return main(["sample", str(bundle), *words, *FIELDS, *options])
+
+
+def read(into: Path) -> dict[int, tuple[int, bytes]]:
+    """Return each picture's class and bytes by its seed; a seed that is there twice is an error."""
+    pictures: dict[int, tuple[int, bytes]] = {}
+    for file in sorted(into.glob("*.npz")):
+        with np.load(file) as arrays:
+            assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].ndim == 4
+            for seed, label, picture in zip(arrays["seeds"], arrays["arr_1"], arrays["arr_0"], strict=True):
+                assert int(seed) not in pictures
+                pictures[int(seed)] = int(label), picture.tobytes()
+    return pictures
+
+
+def test_each_picture_is_the_pipelines(folder, tmp_path, capsys) -> None:
+    assert sample(folder, tmp_path / "shards", "--seed", "40", "--labels", "3", "1", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"output": str(tmp_path / "shards"), "count": 23, "shards": 5, "drawn": 5}
+    assert "23 of 23 pictures" in printed.err
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == [
+        "series.json",
+        *(f"shard-{number:05d}.npz" for number in range(5)),
+    ]
+    drawn = read(tmp_path / "shards")
+    assert [*drawn] == [*range(40, 63)] and [label for label, _ in drawn.values()] == [3, 1] * 11 + [3]
+    with Pipeline.load(folder, threads=1) as pipe:
+        for first, count in ((40, 2), (44, 1), (45, 2), (62, 1)):  # calls of two, and one at the end of a shard of 5
+            seeds = range(first, first + count)
+            labels = [[3, 1][seed % 2] for seed in seeds]
+            alone = pipe.sample(labels, seed=[*seeds], steps=3, guidance=2)
+            assert [drawn[seed] for seed in seeds] == [
+                (label, picture.tobytes()) for label, picture in zip(labels, alone, strict=True)
+            ]
+
+
+def test_without_labels_all_classes_in_turn(folder, tmp_path) -> None:
+    with Pipeline.load(folder, threads=1) as pipe:
+        classes = pipe.manifest.classes
+    assert sample(folder, tmp_path / "shards", count=2 * classes) == 0
+    assert [label for label, _ in read(tmp_path / "shards").values()] == [*range(classes)] * 2
+
+
+def test_what_is_there_stays_and_what_is_damaged_is_drawn_again(folder, tmp_path, capsys) -> None:
+    into = tmp_path / "shards"
+    assert sample(folder, into) == 0
+    first = read(into)
+    files = [shards.path(into, number) for number in range(5)]
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:-30])  # torn
+    files[3].write_bytes(files[0].read_bytes())  # another's
+    with np.load(files[4]) as arrays:
+        np.savez(files[4], **{**arrays, "arr_0": arrays["arr_0"][:, :, :-1]})
+    kept = files[0].stat().st_mtime_ns
+    (into / "shard-00001.npz.partial-0a").write_bytes(b"killed while it wrote")
+    capsys.readouterr()
+    assert sample(folder, into, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["drawn"] == 4
+    assert read(into) == first and files[0].stat().st_mtime_ns == kept
+    assert not [*into.glob("*.partial-*")]
+
+
+def test_a_killed_run_goes_on(folder, tmp_path) -> None:
+    """Killed with SIGKILL in the middle of a shard: none is lost, none is there twice."""
+    into = tmp_path / "shards"
+    options = ["--count", "30", "--shard-size", "5", "--steps", "100", "--threads", "1"]
+    command = [sys.executable, "-m", "dit_runtime.cli", "sample", str(folder), "--shards", str(into), *options]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    until(lambda: len([*into.glob("*.npz")]) > 1 or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # before it was through
+    before = [*into.glob("*.npz")]
+    assert 1 < len(before) < 6
+    assert main(["sample", str(folder), "--shards", str(into), *options]) == 0
+    assert main(["sample", str(folder), "--shards", str(tmp_path / "whole"), *options]) == 0
+    assert read(into) == read(tmp_path / "whole") and len(read(into)) == 30
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("holds shards of another series: seed differ", ["--seed", "1"]),
+        ("another series: fields differ", ["--solver", "ddim"]),
+        ("need both --count N and --shards DIR", ["--count"]),
+        ("--latents does not go with --shards", ["--latents", "x.npy"]),
+        ("--output does not go with --shards", ["-o", "x.png"]),
+        ("--seed has several values", ["--seed", "1", "2"]),
+        ("--workers is 2; expected 1 or more, and --ray", ["--workers", "2"]),
+        ("batch is 0", ["--batch", "0"]),
+        ("class 'no such class' is not known", ["--labels", "no such class"]),
+    ],
+)
+def test_what_is_refused(folder, started, words, options, capsys) -> None:
+    if options == ["--count"]:
+        assert main(["sample", str(folder), "--count", "3"]) == 2
+    else:
+        assert sample(folder, started, *options, count=5) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def started(folder, tmp_path_factory) -> Path:
+    into = tmp_path_factory.mktemp("shards") / "shards"
+    assert sample(folder, into, count=5) == 0
+    return into
+
+
+def test_other_files_and_another_bundle(folder, handmade, tmp_path, started, capsys) -> None:
+    (tmp_path / "file").touch()
+    assert sample(folder, tmp_path) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert sample(handmade("wide"), started, count=5) == 2
+    assert "sha256" in capsys.readouterr().err
