@@ -236,7 +236,7 @@ void Batcher::settle(Ticket& ticket, Drawn drawn, std::exception_ptr error) {
     ticket.ask_.reset();
     ticket.run_.reset();
     error ? ticket.promise_.set_exception(std::move(error)) : ticket.promise_.set_value(std::move(drawn));
-    if (ticket.ended_) ticket.ended_();
+    if (const auto ended = std::exchange(ticket.ended_, nullptr)) ended();
 }
 
 // Encodes the prompts, and runs the stages before the loop.
