@@ -6,22 +6,23 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError
+from dit_runtime.files import open_file
+from dit_runtime.npy import read_npy, read_npz
 
 
 def read_arrays(path: Path, what: str, alone: Set[str] = frozenset()) -> dict[str, NDArray[Any]]:
     """Read a file's arrays by name; the array of an .npy file has an empty name. Where the file holds all of `alone`,
     read only those."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
-            return {name: loaded[name] for name in (alone if alone and alone <= set(loaded) else loaded)}
+        with open_file(path) as file:
+            single = file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; expected {what}") from None
-    except Exception as error:  # what a damaged file raises shares no base class but this
-        raise UsageError(f"{path}: not {what}: {error}") from None
+    if single:
+        return {"": read_npy(path, what)}
+    arrays = read_npz(path, what, alone=alone) if alone else {}
+    return arrays if alone and arrays.keys() == alone else read_npz(path, what)

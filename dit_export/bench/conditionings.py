@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options
 from dit_runtime.bundle.manifest import Manifest, Stage
-from dit_runtime.cli import guarded
+from dit_runtime.console import guarded
 from dit_runtime.engines import Engines
 from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser
@@ -115,7 +115,7 @@ def table(costs: Mapping[str, Mapping[str, Cost]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m dit_export.bench.conditionings", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--conditionings", nargs="+", default=list(CONDITIONINGS), choices=list(CONDITIONINGS))
@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: the engine's own choice")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the files stand meanwhile")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     specs = {
         name: {way: with_conditioning(model(name), way) for way in options.conditionings} for name in options.models
     }

@@ -26,7 +26,7 @@ from dit_runtime import backends
 from dit_runtime.backends import Options, ort, ort_cuda
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages
-from dit_runtime.cli import guarded
+from dit_runtime.console import guarded
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.progress import Progress
 
@@ -103,11 +103,12 @@ def _fix_rows(path: Path, rows: int) -> None:
     onnx.save(model, path)
 
 
-def main(folder: Path, names: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
+    folder, names = Path(arguments[0]), arguments[1:]
     job = Job.read(folder)
     print(json.dumps(prepare(folder, job, choose(names, job.device), Progress())))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("dit-export bench", lambda: main(Path(sys.argv[1]), sys.argv[2:])))
+    sys.exit(guarded("dit-export bench", main))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, triton, tune, verify
-from dit_runtime.cli import guarded
+from dit_runtime.console import guarded
 from dit_runtime.options import Parser
 
 # Each adds its parser and names its function.
@@ -13,10 +13,10 @@ COMMANDS = (build, conditions, quantize, tune, verify, inspect, hoist, bench, de
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return guarded("dit-export", lambda: _main(arguments))
+    return guarded("dit-export", _main, arguments)
 
 
-def _main(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="dit-export", description="Turn a PyTorch diffusion transformer into engines that ship.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

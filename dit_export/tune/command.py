@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"{path}: the folder {path.parent} does not exist")
     results = Results.open(results_path, fingerprint(contract, judge[2] if judge else ""))
-    manifest.check_files(folder, contract, [REFERENCE])
-    reference = load_reference(folder, contract)
+    with manifest.checking(folder, contract, [REFERENCE]):
+        reference = load_reference(folder, contract)
     with Pipeline.load(folder, threads=options.threads, provider=options.provider) as pipe:
         tick = lambda done, total: progress.step(done, total, "pictures")  # noqa: E731
         network, real = judge[:2] if judge else (None, None)

@@ -92,8 +92,8 @@ class Result:
 def gate(settings: Settings, progress: Progress) -> Result:
     contract, table = manifest.read(settings.bundle).at(settings.size), None
     tolerances(contract)  # before the long work
-    manifest.check_files(settings.bundle, contract, [contract.own(REFERENCE)])
-    reference = load_reference(settings.bundle, contract)
+    with manifest.checking(settings.bundle, contract, [contract.own(REFERENCE)]):
+        reference = load_reference(settings.bundle, contract)
     if settings.baseline is not None and not settings.update:
         table = baseline.read(settings.baseline)
         baseline.require_same(settings.baseline, table, contract, reference)

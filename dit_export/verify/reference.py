@@ -256,7 +256,7 @@ def _narrowed(rows: NDArray[Any]) -> NDArray[Any]:
 
 def load_divisors(folder: Path, contract: Manifest, packs: Sequence[Pack]) -> Divisors:
     name = contract.own(REFERENCE)
-    manifest.check_files(folder, contract, [name])
-    with np.load(manifest.inside(folder, name), allow_pickle=False) as arrays:
-        stored = {pack: arrays[DIVISORS + pack.name] for pack in packs if DIVISORS + pack.name in arrays.files}
+    with manifest.checking(folder, contract, [name]):
+        arrays = manifest.read_arrays(folder, name)
+    stored = {pack: arrays[DIVISORS + pack.name] for pack in packs if DIVISORS + pack.name in arrays}
     return {pack.name: np.repeat(rows, pack.sizes, axis=0) for pack, rows in stored.items()}

@@ -36,7 +36,7 @@ from dit_export.networks.dit import dit_network
 from dit_export.networks.spec import model
 from dit_export.recipe import Recipe
 from dit_runtime import backends
-from dit_runtime.cli import guarded
+from dit_runtime.console import guarded
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import Process
@@ -223,12 +223,12 @@ def write_pack(path: Path, folder: Path, names: Sequence[Path]) -> None:
         raise UsageError(f"{path}: {size / 1e6:.1f} MB, expected at most {LIMIT / 1e6:.1f} MB, the upload limit")
 
 
-def main() -> int:
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="make gpu-pack", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / ".gpu")
     parser.add_argument("--model", default="XL/2")
     parser.add_argument("--program", type=Path, required=True, metavar="DIR", help="CMake's build folder")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     precisions = [name for name in backends.backend(BACKEND).PRECISIONS if name not in backends.QUANTIZED]
     job = Job(model(options.model), Process(), 1, STEPS, 1, (), {}, "cuda")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -246,10 +246,9 @@ def test_a_program_without_the_engine_of_gpus_is_refused(tmp_path, monkeypatch, 
 def test_a_folder_for_packs_keeps_what_else_it_holds(tmp_path, monkeypatch) -> None:
     for name in (*pack.PACKS, "notes.txt"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(sys, "argv", ["pack", "-o", str(tmp_path), "--program", str(tmp_path)])
     monkeypatch.setattr(pack, "fetch_wheel", lambda folder: folder / "no wheel")
     with pytest.raises(FileNotFoundError):
-        pack.main()
+        pack.main(["-o", str(tmp_path), "--program", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -96,7 +96,7 @@ def test_policies_and_caches(opened, handmade, folder, capsys) -> None:
     ("options", "words"),
     [
         (["--condition", "captions=nowhere.npy"], "nowhere.npy"),
-        (["--condition", "captions=condition.npz"], "condition.npz: not an array of numbers"),
+        (["--condition", "captions=condition.npz"], "condition.npz: not a .npy file of numbers"),
         (["--condition", "captions.npy"], "captions.npy: not a .npz file"),
         (["--condition", "broken.npz"], "broken.npz: not a .npz file of numbers"),
         (["--condition", "words.npz"], "words.npz: captions: not an array of numbers"),

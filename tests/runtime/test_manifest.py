@@ -29,6 +29,7 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "minimum": lambda value, least: value >= least,
     "maximum": lambda value, most: value <= most,
     "maxItems": lambda value, most: len(value) <= most,
+    "maxProperties": lambda value, most: len(value) <= most,
     "exclusiveMinimum": lambda value, limit: value > limit,
     "exclusiveMaximum": lambda value, limit: value < limit,
     "minLength": lambda value, least: len(value) >= least,
@@ -263,7 +264,12 @@ def test_the_schema_has_the_limits_of_the_facts() -> None:
     assert parts["noise"]["properties"]["sampler"]["properties"]["steps_offset"]["maximum"] == limits["steps"]
     rank, free = parts["port"]["properties"]["shape"]["maxItems"], 2  # "groups" and "batch"
     assert rank == limits["rank"] == parts["tensor"]["properties"]["shape"]["maxItems"] - free
-    assert f"at most {limits['row']} numbers" in SCHEMA["description"]
+    for words in ("row", "classes", "bundle_bytes", "manifest_bytes"):
+        assert f"at most {limits[words]}" in SCHEMA["description"]
+    tables = (SCHEMA["properties"], parts["of_a_size"]["properties"], parts["stage"]["properties"])
+    counted = {key: part for table in tables for key, part in table.items() if part.get("type") in ("array", "object")}
+    most = {key: part.get("maxItems", part.get("maxProperties")) for key, part in counted.items()}
+    assert {key: count for key, count in most.items() if count} == {key: limits[key] for key in most if key in limits}
 
 
 def test_a_stage_reads_only_what_is_earlier(copied) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -16,44 +15,17 @@ from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
-from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
+from dit_runtime.console import guarded, printable
+from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser, add_bundle, add_size, load_bundle
 from dit_runtime.progress import Progress
 
-CLOSED_PIPE = 141  # 128 + SIGPIPE, as a shell reports of other programs
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return guarded("dit-run", lambda: _main(arguments))
+    return guarded("dit-run", _main, arguments)
 
 
-def guarded(program: str, command: Callable[[], int]) -> int:
-    """Run a command; the user's own mistakes are one line and exit code 2, a failed gate 1, ctrl-c 130.
-
-    Where nobody reads the output any more, as behind `| head`, it ends in silence.
-    """
-    try:
-        try:
-            return command()
-        finally:
-            print(end="", flush=True)  # here, where a closed pipe is caught; else at exit
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())  # what is left to be written at exit
-        return CLOSED_PIPE
-    except (UsageError, OSError) as error:
-        message = " ".join(str(error).split())
-        code = 2
-    except (EngineError, GateError, Stopped) as error:
-        message, code = str(error), 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    print(f"{program}: error: {message}", file=sys.stderr)
-    return code
-
-
-def _main(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
@@ -120,10 +92,10 @@ def _info(options: argparse.Namespace) -> int:
     if contract:
         table["bundle"] = json.loads(contract.to_json())
     if options.json:
-        print(json.dumps(table, indent=1, ensure_ascii=False))
+        print(json.dumps(table, indent=1))
         return 0
     if contract:
-        print(summary(options.bundle, contract))
+        print(printable(summary(options.bundle, contract)))
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-export[{name}]'"
         reason = backends.backend(name).why_unavailable() if version else None
@@ -150,7 +122,7 @@ def report(figures: list[verify.Figure], as_json: bool) -> int:
     if as_json:
         print(json.dumps({"passed": passed, "checks": [figure.to_dict() for figure in figures]}, indent=1))
     else:
-        print(verify.table(figures))
+        print(printable(verify.table(figures)))
         print("verified" if passed else "FAILED: these engines do not draw PyTorch's pictures")
     return 0 if passed else 1
 
@@ -195,7 +167,7 @@ def _compile(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     with load_bundle(options, options.size) as pipe:
         rows = bench.measure(pipe, options.batch, options.steps, options.rounds, Progress(), options.preset)
-    print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else bench.table(rows))
+    print(json.dumps([row._asdict() for row in rows], indent=1) if options.json else printable(bench.table(rows)))
     return 0
 
 

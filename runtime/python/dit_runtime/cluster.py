@@ -6,6 +6,7 @@ be at the same place on each machine, as on a shared disk.
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ def run(
         import ray
     except ImportError:
         raise UsageError("--ray needs the package ray: pip install 'dit-export[ray]'") from None
+    _require_listener(address)
     try:
         ray.init(address=address, include_dashboard=False, logging_level="warning", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -83,6 +85,18 @@ def run(
         _draw(ray, series, idle, todo, report)
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str | None) -> None:
+    """Refuse an address where nothing listens: Ray itself would wait for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--ray {address}: no cluster answers there: {error}") from None
 
 
 def _draw(ray: Any, series: Series, workers: Sequence[Any], todo: Sequence[int], report: Report) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dit_runtime import backends
 from dit_runtime.backends import Engine, Options, Resident
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest, Stage
+from dit_runtime.bundle.manifest import Manifest, Stage, State
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.conditions.condition import Rows, group
 from dit_runtime.conditions.memo import Compute, Device, StepInputs
@@ -38,7 +38,7 @@ class Engines:
         self.compute: Compute = self.run  # for the stages before the loop; a service shares what they give
         self.tokenizers = Tokenizers(folder, contract)
         self._prompts = PromptMemo(contract.prompt, self.run) if contract.prompt else None
-        self.unchecked: set[str] = set()  # files whose sums are compared when they are opened
+        self.checked: dict[str, State] | None = None  # files whose sums were right when they were last opened
 
     def at(self, size: str | int | None) -> Engines:
         """Return the engines of a size of the bundle; what is open is open for all sizes."""
@@ -97,15 +97,19 @@ class Engines:
         names = backends.files(stage, self.options)
         files = [manifest.inside(self.folder, name) for name in names]
         with ExitStack() as undo:
-            with manifest.checking(self.folder, self.manifest, self.unchecked.intersection(names)):
+            with self._checking(names):
                 engine: Engine = module.open(files, self._settings(stage))
                 undo.callback(engine.close)
                 expected = [sorted(spec.name for spec in specs) for specs in (stage.reads, stage.gives)]
                 if (io := [sorted(side) for side in engine.io]) != expected:
                     raise BundleError(f"{self.folder}: {stage.name} has inputs and outputs {io}, expected {expected}")
             undo.pop_all()
-        self.unchecked.difference_update(names)
         return engine
+
+    def _checking(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        if self.checked is None:  # of a build, whose files are its own
+            return nullcontext()
+        return manifest.checking(self.folder, self.manifest, names, self.checked)
 
     def _lean(self, stage: Stage) -> Stage:
         """Give a stage before the loop the backend that needs the least memory to load, where that is installed."""

@@ -1,52 +1,45 @@
-"""Arrays that users pass as NumPy's files."""
+"""Text and JSON of users and of bundles, read up to a limit, and outputs that are whole or not there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
-import numpy as np
-
-from dit_runtime.conditions.condition import Condition
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import LIMITS
 
 
-def read_condition(values: Sequence[str], option: str) -> Condition | None:
-    """Return the arrays of NAME=FILE.npy …, or of one FILE.npz, by port; None where there are none."""
-    if not values:
-        return None
-    if len(values) == 1 and "=" not in values[0]:
-        arrays = _load(Path(values[0]), ".npz")
-        return {name: _numbers(array, f"{values[0]}: {name}") for name, array in arrays.items()}
-    condition: dict[str, np.ndarray] = {}
-    for value in values:
-        name, sign, file = value.partition("=")
-        if not (name and sign and file) or name in condition:
-            raise UsageError(f"{option} {value!r}; expected NAME=FILE.npy, each name once, or one FILE.npz")
-        condition[name] = read_array(Path(file))
-    return condition
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file to read; refuse folders and pipes, which could be waited for."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: no file")
+    return path.open("rb")
 
 
-def read_array(path: Path) -> np.ndarray:
-    return _numbers(_load(path, ".npy"), str(path))
+def read_json(path: Path, most: int = LIMITS["json_bytes"]) -> Any:
+    """Return what a JSON file of at most so many bytes holds; a mark of the bytes' order may come first."""
+    return parse_json(read_text(path, most), str(path))
 
 
-def _load(path: Path, suffix: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if suffix == ".npz":  # members are read, and may be damaged, when they are asked for
-            members = {name: loaded[name] for name in loaded.files}
-            loaded.close()
-            return members
-    except OSError:
-        raise
-    except Exception as error:  # what a damaged file raises shares no base class but this
-        raise UsageError(f"{path}: not a {suffix} file of numbers: {error}") from None
-    return loaded
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not JSON: {error}") from None
 
 
-def _numbers(array: Any, what: str) -> np.ndarray:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        raise UsageError(f"{what}: not an array of numbers")
-    return array
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_text(path: Path, most: int = LIMITS["json_bytes"]) -> str:
+    """Return the UTF-8 text of a file of at most so many bytes."""
+    with open_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UsageError(f"{path}: more than {most} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not text in UTF-8: {error}") from None

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dit_runtime import backends
+from dit_runtime.console import DEBUG
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 
 
 class Parser(argparse.ArgumentParser):
     """Raises its errors as UsageError, so that they are one line too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"epilog": f"{DEBUG} shows the traceback of an error."} | options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

@@ -72,7 +72,7 @@ class Pipeline:
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory
         with ExitStack() as undo:
             undo.callback(pipe.close)
-            pipe.engines.unchecked.update(contract.files)
+            pipe.engines.checked = {}
             if not low_memory:
                 _open(pipe.engines)
             warming.warm(pipe.engines, warm)

@@ -13,7 +13,7 @@ import numpy as np
 from dit_runtime import cluster, images, shards
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import GateError, UsageError
-from dit_runtime.files import read_array, read_condition
+from dit_runtime.npy import read_array, read_condition
 from dit_runtime.options import add_bundle, add_size, load_bundle
 from dit_runtime.progress import Counted, Progress
 from dit_runtime.request import Request

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dit_runtime.cli import guarded
+from dit_runtime.console import guarded
 from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser
 
@@ -16,10 +16,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return guarded("dit-serve", lambda: _main(arguments))
+    return guarded("dit-serve", _main, arguments)
 
 
-def _main(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     key = _read_key(options.api_key_file) if options.api_key_file else None
     if options.host not in ("127.0.0.1", "::1", "localhost") and key is None:

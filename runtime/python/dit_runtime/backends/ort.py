@@ -25,6 +25,7 @@ STREAMED = {  # settings that leave weights as they are stored
     "optimization.constant_folding_max_output_size_in_bytes": str(1 << 20),
     "optimization.disable_specified_optimizers": "FuseFp16InitializerToFp32NodeTransformer",
 }
+SILENT = 4  # fatal: errors are exceptions, and what a graph says in them is not for terminals
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 (CUDA_FORM,) = PROVIDER_FORMS
 
@@ -115,7 +116,7 @@ class OrtEngine:
     def __init__(self, path: Path, options: Options) -> None:
         ort = load()
         settings = ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = SILENT
         if _saturates():  # then as u8 × u8, exact, and at 0.4 of the speed also where it would not be needed
             settings.add_session_config_entry("session.x64quantprecision", "1")
         if options.precision == "fp8":  # of a GPU's graph, tried here: its fusions of Q and DQ are for int8 alone
@@ -128,10 +129,9 @@ class OrtEngine:
             for name, value in STREAMED.items():
                 settings.add_session_config_entry(name, value)
         try:
-            self._session: Any = ort.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]])
+            self._session: Any = ort.InferenceSession(path, settings, providers=[PROVIDERS["cpu"]], enable_fallback=0)
         except Exception as error:  # its exceptions share no base class but this
             raise BundleError(f"{path}: ONNX Runtime does not open it: {str(error).splitlines()[0]}") from None
-        self._session.disable_fallback()
         self._outputs = tuple(tensor.name for tensor in self._session.get_outputs())
         self._inputs = tuple(tensor.name for tensor in self._session.get_inputs())
 

@@ -142,7 +142,7 @@ class OrtCudaEngine:
         ort = self._ort
         while True:
             settings = ort.SessionOptions()
-            settings.log_severity_level = 3
+            settings.log_severity_level = 4
             settings.add_session_config_entry(ASSIGNMENT, "1")
             if options.threads:
                 settings.intra_op_num_threads = options.threads

@@ -69,10 +69,13 @@ def compile(folder: Path, stage: Stage, options: Options, progress: Progress) ->
 
 
 def open(files: Sequence[Path], options: Options) -> Engine:
-    return (RowEngine if options.row else OvEngine)(files[0], options)
+    return (RowEngine if options.row else OvEngine)(files, options)
 
 
 def _openvino() -> Any:
+    """Import OpenVINO without what it reports to its makers, which also writes into the user's home."""
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("openvino_telemetry", None)
     try:
         import openvino
     except ImportError:
@@ -83,12 +86,13 @@ def _openvino() -> Any:
 class OvEngine:
     """A stage whose rows run in one call, any number of them."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, files: Sequence[Path], options: Options) -> None:
         if options.threads is not None and options.threads < 1:
             raise UsageError(f"threads is {options.threads}; expected 1 or more")
         if options.provider:
             raise UsageError(f"provider {options.provider!r} is an option of onnxruntime; this graph runs on openvino")
-        self._path, self._options = path, options
+        self._path, self._options = files[0], options
+        self._written = {file: _written(file) for file in files}
         self._core: Any = _openvino().Core()
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -97,19 +101,26 @@ class OvEngine:
         }
         if options.threads:
             self._settings["INFERENCE_NUM_THREADS"] = options.threads
-        model = self._read()
+        try:
+            model = self._core.read_model(self._path)
+        except Exception as error:  # its exceptions are RuntimeError or Exception itself
+            raise BundleError(f"{self._path}: OpenVINO does not open it: {_reason(error)}") from None
         self.io = tuple(port.any_name for port in model.inputs), tuple(port.any_name for port in model.outputs)
         with self._compiling():
             self._prepare(model)
 
-    def _read(self) -> Any:
-        try:
-            return self._core.read_model(self._path)
-        except Exception as error:  # its exceptions are RuntimeError or Exception itself
-            raise BundleError(f"{self._path}: OpenVINO does not open it: {_reason(error)}") from None
-
     def _prepare(self, model: Any) -> None:
         (self._request,) = self._compile(model)
+
+    def _require_unwritten(self) -> None:
+        """Refuse weights that were overwritten since their sums were compared: what is not compiled yet reads them.
+
+        A file that was put in another's place changes nothing: the model has the one that it opened.
+        """
+        for file, (inode, *was) in self._written.items():
+            now, *written = _written(file)
+            if now == inode and written != was:
+                raise BundleError(f"{file}: was written while it was open; open the bundle again")
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -143,8 +154,9 @@ class RowEngine(OvEngine):
         self._grouped = frozenset(self._options.grouped)
         self._requests: dict[Any, list[Any]] = {}  # by shapes and streams
         self._mix: Any = None
-        rows = self._cut(model)
-        mixes = rows is not model
+        self._model = model  # never read again: what is compiled later is a copy of what was checked
+        rows = self._cut(own := model.clone())
+        mixes = rows is not own
         self._names = tuple(name for name in self.io[0] if not mixes or name != GUIDANCE)
         known = all(name in self._options.row for name in self._names)  # else the caller refuses the graph
         if known and (mixes or not self._grouped):  # else a row has as many groups as a call brings
@@ -182,7 +194,9 @@ class RowEngine(OvEngine):
         """Return requests for rows of these shapes, one a stream."""
         if (shapes, streams) not in self._requests:
             with self._compiling():
-                model = model or self._cut(self._read())
+                if model is None:
+                    self._require_unwritten()
+                    model = self._cut(self._model.clone())
                 model.reshape(dict(zip(self._names, map(list, shapes), strict=True)))
                 self._requests[shapes, streams] = self._compile(model, NUM_STREAMS=streams)
         return self._requests[shapes, streams]
@@ -231,7 +245,16 @@ class RowEngine(OvEngine):
         return [request.get_output_tensor(index).data.copy() for index in range(len(request.model_outputs))]
 
     def close(self) -> None:
-        self._requests, self._mix, self._core = {}, None, None
+        self._requests, self._mix, self._model, self._core = {}, None, None, None
+
+
+def _written(file: Path) -> tuple[int, ...]:
+    """Return which file this is, and numbers that change when it is written; zeros where it is gone."""
+    try:
+        status = file.stat()
+    except OSError:
+        return 0, 0, 0
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _give_back(folder: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from dit_runtime.bundle.records import (
@@ -42,6 +43,12 @@ def _check_port(port: Port, where: str) -> None:
         expect(is_size(port.size), f"{where}: size", port.size, f"1 to {LIMITS['size']} values")
     else:
         expect(port.size == 0, f"{where}: size", port.size, "0, for it is float32")
+
+
+def check_count(key: str, entries: Sized, where: str) -> None:
+    """Refuse more entries than the limit of this name, if there is one."""
+    most = LIMITS.get(key, len(entries))
+    expect(len(entries) <= most, where, f"{len(entries)} entries", f"at most {most}")
 
 
 def check_row(row: Sequence[int], where: str) -> None:
@@ -84,7 +91,9 @@ def check_network(
         if port.dtype == "int64":
             expect(0 <= value < port.size, f"null: {name}", value, f"0 to {port.size - 1}")
         expect(not port.masks or value == 1, f"null: {name}", value, "1, for it is a mask")
-    if LABELS in null and (classes := count_classes(ports, null)):
+    classes, most = count_classes(ports, null), LIMITS["classes"]
+    expect(classes <= most, f"port {LABELS}", f"{classes} classes", f"at most {most}")
+    if LABELS in null and classes:
         expect(null[LABELS] == classes, f"null: {LABELS}", null[LABELS], f"{classes}, after all classes")
 
 
@@ -310,9 +319,9 @@ def _check_shape(stage: Stage, spec: TensorSpec, shape: tuple[int | str, ...], d
 
 
 def _distinct(what: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{what} {name!r} stands there {names.count(name)} times, expected once")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{what} {name!r} stands there {count} times, expected once")
 
 
 def _row(port: Port) -> str:

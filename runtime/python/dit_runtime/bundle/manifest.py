@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from numpy.typing import NDArray
+
+from dit_runtime.bundle.external import locations
 from dit_runtime.bundle.parsing import parse
 from dit_runtime.bundle.records import FORMAT, File, Guidance, Manifest, Port, Prompt, Stage, TensorSpec
-from dit_runtime.errors import BundleError
+from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.facts import LIMITS
+from dit_runtime.files import read_json
+from dit_runtime.npy import read_npz
 
 NAME = "manifest.json"
 ENGINE = ".engine"  # what a file that a backend has compiled ends in
+GRAPH = ".onnx"
+State = tuple[int, ...]  # of a file
 BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
 
 __all__ = ["FORMAT", "File", "Guidance", "Manifest", "Port", "Prompt", "Stage", "TensorSpec"]  # and the functions below
@@ -28,9 +36,9 @@ def read(folder: Path, engines: bool = True) -> Manifest:
     if not path.is_file() or path.is_symlink():
         raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON: {error}") from None
+        table = read_json(path, LIMITS["manifest_bytes"])
+    except UsageError as error:
+        raise BundleError(str(error)) from None
     if not isinstance(table, dict) or not isinstance(table.get("format"), int):
         raise BundleError(f"{path}: no format number; expected {FORMAT}")
     if table["format"] != FORMAT:
@@ -93,10 +101,14 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def checking(folder: Path, manifest: Manifest, names: Iterable[str]) -> Iterator[None]:
+def checking(
+    folder: Path, manifest: Manifest, names: Iterable[str], checked: dict[str, State] | None = None
+) -> Iterator[None]:
     """Compare sha256 sums while the body opens the files; a wrong sum is the error, whatever the body made of the file.
 
-    Engines are executable, so theirs are compared before the body.
+    Engines are executable, so theirs are compared before the body. Graphs name other files, so those must be among
+    `names`. A file that is written or replaced meanwhile is refused. `checked` has the states of files whose sums were
+    right before, and gets these.
     """
     from concurrent.futures import ThreadPoolExecutor  # here, so that importing the runtime stays quick
 
@@ -104,27 +116,58 @@ def checking(folder: Path, manifest: Manifest, names: Iterable[str]) -> Iterator
     if unknown := [name for name in names if name not in manifest.files]:
         raise BundleError(f"{folder}: {unknown[0]} is not in the manifest")
     _require(folder, manifest, names)
+    states, checked = {name: state(inside(folder, name)) for name in names}, {} if checked is None else checked
     with ThreadPoolExecutor() as pool:
-        sums = {name: pool.submit(sha256, inside(folder, name)) for name in names}
+        changed = [name for name in names if checked.get(name) != states[name]]
+        sums = {name: pool.submit(sha256, inside(folder, name)) for name in changed}
 
         def compare(names: Iterable[str]) -> None:
             for name in names:
-                if sums[name].result() != manifest.files[name].sha256:
+                if name in sums and sums[name].result() != manifest.files[name].sha256:
                     advice = "it is damaged: rebuild it"
                     raise BundleError(f"{folder}: {name} does not have the sha256 of its manifest; {advice}")
+                if state(inside(folder, name)) != states[name]:
+                    raise BundleError(f"{folder}: {name} was changed while it was opened; try again")
 
         compare(name for name in names if name.endswith(ENGINE))
         try:
+            for name in names:
+                if name.endswith(GRAPH):
+                    _require_listed(folder, name, names)
             yield
         finally:
             compare(names)
+    checked |= states
+
+
+def _require_listed(folder: Path, graph: str, names: Collection[str]) -> None:
+    """Refuse a graph that reads files whose sums are not compared with its own."""
+    place = PurePosixPath(graph).parent
+    for location in locations(inside(folder, graph)):
+        if str(place / location) not in names:
+            raise BundleError(f"{folder}: {graph} reads {location!r}, which is no file of its stage; refused")
+
+
+def state(path: Path) -> State:
+    """Return numbers that change when a file is written, or another is put in its place."""
+    status = path.stat(follow_symlinks=False)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sha256(path: Path) -> str:
     import hashlib  # here, so that importing the runtime stays quick
 
-    with path.open("rb") as file:
+    with open(path, "rb", opener=_no_link) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
+
+
+def read_arrays(folder: Path, name: str) -> dict[str, NDArray[Any]]:
+    """Return the arrays of one of the bundle's .npz files."""
+    return read_npz(inside(folder, name), most=LIMITS["reference_bytes"])
 
 
 def describe_files(folder: Path, skip: Collection[str] = ()) -> dict[str, File]:

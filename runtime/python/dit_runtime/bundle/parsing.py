@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from dit_runtime.bundle.checks import (
     FLOAT32_MAX,
     SIZES,
+    check_count,
     check_network,
     check_presets,
     check_prompts,
@@ -30,11 +31,14 @@ def parse(table: dict[str, Any]) -> Manifest:
     """Return the manifest that a JSON table holds; raise ValueError with one line where something is wrong."""
     for key in ("null", "files", "source", "presets"):
         expect(isinstance(table.get(key, {}), dict), key, table.get(key), "a table")
+        check_count(key, table.get(key, {}), key)
     if "files" not in table:
         raise ValueError("manifest lacks 'files'")
     files = {name: _record(File, file, f"files: {name}") for name, file in table["files"].items()}
     for name, file in files.items():
         expect(file.size >= 0, f"files: {name}: size", file.size, "0 or more")
+    most = LIMITS["bundle_bytes"]
+    expect(sum(file.size for file in files.values()) <= most, "files", "more bytes in all", f"at most {most}")
     labels = _list(table, "labels", "manifest")
     for label in labels:
         expect(isinstance(label, str), "a label", label, "a name")
@@ -107,6 +111,7 @@ def _record(kind: type[R], table: Any, where: str, **parsed: Any) -> R:
 def _list(table: Any, key: str, where: str) -> list[Any]:
     value = table.get(key) if isinstance(table, dict) else None
     expect(isinstance(value, list), f"{where}: {key}", value, "a list")
+    check_count(key, value or (), f"{where}: {key}")
     return list(value or ())
 
 
@@ -133,7 +138,9 @@ def _stage(table: Any, where: str) -> Stage:
     where = f"{where} ({table.get('name')})" if isinstance(table, dict) else where
     engines = table.get("engines", {}) if isinstance(table, dict) else {}
     expect(isinstance(engines, dict), f"{where}: engines", engines, "a table of files by backend")
+    check_count("engines", engines, f"{where}: engines")
     for backend, names in engines.items():
+        check_count("shared", names if isinstance(names, list) else (), f"{where}: engines of {backend}")
         whole = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
         expect(bool(whole), f"{where}: engines of {backend}", names, "a list of files")
     specs = {

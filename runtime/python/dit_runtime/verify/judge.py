@@ -90,8 +90,8 @@ def by_size(contract: Manifest, figures: Iterable[Figure]) -> dict[str, list[Fig
 
 
 def _verify_size(pipe: Pipeline, on_step: Callable[[int, int], None] | None, with_prompts: bool) -> list[Figure]:
-    manifest.check_files(pipe.folder, pipe.manifest, [pipe.manifest.own(REFERENCE)])
-    reference = load_reference(pipe.folder, pipe.manifest)
+    with manifest.checking(pipe.folder, pipe.manifest, [pipe.manifest.own(REFERENCE)]):
+        reference = load_reference(pipe.folder, pipe.manifest)
     tolerances(pipe.manifest)  # before the long work
     figures = list(prompt_figures(pipe)) if with_prompts else []
     return figures + judge(pipe.manifest, reference, replay(pipe, reference, on_step))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,15 @@ def errors(pipe: Pipeline) -> Iterator[tuple[str, int, float]]:
     if PROMPTS not in contract.files:
         lacks = f"{PROMPTS} is not in the manifest, and nothing else checks the {stage.name} stage"
         raise BundleError(f"{pipe.folder}: {lacks}; rebuild the bundle")
-    manifest.check_files(pipe.folder, contract, [PROMPTS])
     names = [port.name for port in contract.prompt_ports]
     try:
-        with np.load(manifest.inside(pipe.folder, PROMPTS), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+        with manifest.checking(pipe.folder, contract, [PROMPTS]):
+            arrays = manifest.read_arrays(pipe.folder, PROMPTS)
         ids = fit({name: arrays[name] for name in names}, contract.prompt_ports, PROMPTS)
         expected = {spec.name: arrays[FINGERPRINT + spec.name] for spec in stage.gives}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, UsageError) as error:
+    except KeyError as error:
+        raise BundleError(f"{pipe.folder}: {PROMPTS} lacks {error.args[0]}; rebuild the bundle") from None
+    except UsageError as error:
         raise BundleError(f"{pipe.folder}: {PROMPTS} does not fit: {error}; rebuild the bundle") from None
     for name, values in project(PromptMemo(stage, pipe.engines.run)(ids)).items():
         if values.shape != expected[name].shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +17,7 @@ from dit_runtime.conditions.condition import Rows, fit
 from dit_runtime.conditions.memo import open_sources
 from dit_runtime.engines import Engines
 from dit_runtime.errors import BundleError, UsageError
-from dit_runtime.facts import CONSTANTS
+from dit_runtime.facts import CONSTANTS, LIMITS
 from dit_runtime.sampling.noise import Noise
 from dit_runtime.sampling.solvers import EVALUATIONS
 
@@ -58,10 +57,9 @@ ARRAYS = tuple(name for name in Reference._fields if name not in ("condition", "
 def load_reference(folder: Path, contract: Manifest) -> Reference:
     name = contract.own(REFERENCE)
     try:
-        with np.load(manifest.inside(folder, name), allow_pickle=False) as file:
-            arrays = {key: _wide(file[key]) for key in file.files}
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{folder}: {name} cannot be read: {error}; rebuild the bundle") from None
+        arrays = {key: _wide(array) for key, array in manifest.read_arrays(folder, name).items()}
+    except UsageError as error:
+        raise BundleError(f"{error}; rebuild the bundle") from None
     condition = _by_port(arrays, "condition", contract)
     negative = _by_port(arrays, "null", contract)
     gives = [spec.name for spec in contract.start.gives] if contract.start else []
@@ -84,8 +82,12 @@ def load_reference(folder: Path, contract: Manifest) -> Reference:
 def _check_shapes(contract: Manifest, reference: Reference) -> None:
     """Refuse arrays that are not of the run's steps, its samples and the manifest's shapes."""
     steps, batch = reference.timesteps.size, reference.seeds.size
-    if not steps or not batch:
-        raise UsageError("it has no steps or no seeds")
+    for what, count, most in (
+        ("timesteps", steps, LIMITS["evaluations"]),
+        ("seeds", batch, LIMITS["samples"]),
+    ):
+        if not 1 <= count <= most:
+            raise UsageError(f"it has {count} {what}, expected 1 to {most}")
     solver = contract.process.sampler.solver
     if steps % EVALUATIONS[solver]:
         raise UsageError(f"timesteps has {steps} numbers, expected {EVALUATIONS[solver]} a step of {solver}")
@@ -120,11 +122,15 @@ def _check_shapes(contract: Manifest, reference: Reference) -> None:
     for name, shape in shapes.items():
         if actual[name] != shape:
             raise UsageError(f"{name} has shape {[*actual[name]]}, expected {[*shape]}")
+    last = max(1, contract.process.train_steps)
+    if not ((reference.timesteps >= 0) & (reference.timesteps <= last)).all():
+        raise UsageError(f"timesteps holds numbers outside of 0 to {last}")
     for name in ARRAYS:
-        kinds = {"seeds": "iu", "images": "iu"}.get(name, "fiu")
-        dtype = getattr(reference, name).dtype
-        if dtype.kind not in kinds:
-            raise UsageError(f"{name} holds {dtype}; expected {'integers' if kinds == 'iu' else 'numbers'}")
+        kinds, array = {"seeds": "iu", "images": "iu"}.get(name, "fiu"), getattr(reference, name)
+        if array.dtype.kind not in kinds:
+            raise UsageError(f"{name} holds {array.dtype}; expected {'integers' if kinds == 'iu' else 'numbers'}")
+        if not np.isfinite(array).all():
+            raise UsageError(f"{name} holds values that are not finite")
 
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:
