@@ -37,7 +37,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
 	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
-	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|HUB-ID, or SYNTHETIC=1 for made-up weights;"
+	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|ID[@REVISION], or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CONDITIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make families-table            what leaves the loop of each network at its real size: docs/families.md; also FAMILY"
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"

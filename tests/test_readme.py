@@ -1,4 +1,4 @@
-"""The README's tour, run as it stands in an empty folder."""
+"""The README's commands, run as they stand in an empty folder; the programs of docs/network.md."""
 
 import os
 import re
@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_tour_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```(sh|python)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/network.md"))
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert [language for language, _ in blocks] == ["sh", "sh", "python", "python"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     printed = []

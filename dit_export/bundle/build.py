@@ -171,7 +171,11 @@ def _make(
     built = making.verify()
     if (broken := first_failure(making.contract, built.checks)) and not making.assembly.text_in_fp32:
         built = making.with_text_in_fp32(broken)
-    if not built.passed and recipe.precision in backends.QUANTIZED:
+        broken = first_failure(making.contract, built.checks)
+    if broken:
+        text = "the text encoders fail in fp32, too: pass --without-text-encoders to build for prompt embeddings"
+        built = replace(built, advice=text)
+    elif not built.passed and recipe.precision in backends.QUANTIZED:
         built = _within_gates(making, built)
     invariant = batch_invariant(making.contract, built.checks)
     contract = replace(making.contract, parity=summary(built), batch_invariant=invariant)

@@ -259,7 +259,7 @@ def transformer_folder(path: Path) -> Path:
 
 def named(name: str, path: Path) -> dict[str, Any]:
     """Return a path, or a hub id with its revision: the cache names a snapshot's folder by its commit."""
-    return {"path": name} if Path(name).expanduser() == path else {"hub": name, "revision": path.name}
+    return {"path": name} if Path(name).expanduser() == path else {"hub": name.partition("@")[0], "revision": path.name}
 
 
 def agree(network: Network, recipe: Recipe, where: str) -> None:

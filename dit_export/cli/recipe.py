@@ -26,11 +26,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, metavar="N", help="of a video; default: as the checkpoint's pipeline")
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
     parser.add_argument("--backend", help=f"auto, {', '.join(backends.BACKENDS)}")
-    parser.add_argument("--checkpoint", metavar="PATH|HUB-ID", help="diffusers folder, Meta's .pt, .safetensors")
+    parser.add_argument(
+        "--checkpoint", metavar="PATH|ID[@REVISION]", help="diffusers folder, Meta's .pt, .safetensors, id on the hub"
+    )
     parser.add_argument(
         "--pipeline", metavar="FOLDER", help="a pipeline of diffusers whose transformer has no family: it is run"
     )
-    parser.add_argument("--vae", metavar="PATH|HUB-ID", help="the VAE of a checkpoint that holds none")
+    parser.add_argument("--vae", metavar="PATH|ID[@REVISION]", help="the VAE of a checkpoint that holds none")
     parser.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
     parser.add_argument("--heads", type=int, help="attention heads, where the checkpoint's size is in no table")
     parser.add_argument(

@@ -235,40 +235,48 @@ def test_vae_is_refused(pipeline, changes, said):
 def test_hub_fetches_one_format(pipeline, monkeypatch):
     """Only what is needed: safetensors where there are, .bin elsewhere, no fp16, flax or onnx duplicates."""
     asked = {}
-    listing = [
+    needed = [
         "transformer/diffusion_pytorch_model.bin",
-        "vae/diffusion_pytorch_model.bin",
         "vae/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.fp16.safetensors",
-        "vae/diffusion_flax_model.msgpack",
         "transformer/config.json",
         "scheduler/scheduler_config.json",
         "model_index.json",
+    ]
+    text = [
+        "text_encoder/pytorch_model.bin",
         "text_encoder_2/config.json",
         "text_encoder_2/model-00001-of-00002.safetensors",
         "text_encoder_2/model.safetensors.index.json",
-        "text_encoder_2/model.fp16.safetensors",
-        "text_encoder_2/pytorch_model.bin",
         "tokenizer_2/spiece.model",
     ]
+    listing = [
+        *needed,
+        *text,
+        "vae/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_flax_model.msgpack",
+        "text_encoder_2/model.fp16.safetensors",
+        "text_encoder_2/pytorch_model.bin",
+    ]
 
-    def info(_, hub_id, timeout):
+    def info(_, hub_id, revision, timeout):
+        asked["revision"] = revision
         siblings = [huggingface_hub.hf_api.RepoSibling(rfilename=name) for name in listing]
-        return type("Info", (), {"siblings": siblings})
+        return type("Info", (), {"siblings": siblings, "sha": "commit"})
 
-    def download(hub_id, allow_patterns, **_):
+    def download(hub_id, allow_patterns, revision, **_):
+        assert (hub_id, revision) == ("someone/dit", "commit")
         asked["files"] = list(huggingface_hub.utils.filter_repo_objects(listing, allow_patterns=allow_patterns))
         return str(pipeline)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     loaded = load(Recipe(checkpoint="someone/dit"))
-    kept = [listing[n] for n in (0, 2, 5, 6, 7)]
-    text = [listing[n] for n in (8, 9, 10, 13)]
-    assert sorted(asked["files"]) == sorted(kept + text)
+    assert sorted(asked["files"]) == sorted(needed + text) and asked["revision"] is None
     assert loaded.source["hub"] == "someone/dit" and loaded.source["revision"] == "pipeline"
-    load(Recipe(checkpoint="someone/dit", without_text_encoders=True))
-    assert sorted(asked["files"]) == sorted(kept)
+    loaded = load(Recipe(checkpoint="someone/dit@v1.0", without_text_encoders=True))
+    assert sorted(asked["files"]) == sorted(needed) and asked["revision"] == "v1.0"
+    assert loaded.source["hub"] == "someone/dit"
 
 
 def test_the_installed_diffusers_has_the_fields_we_check():

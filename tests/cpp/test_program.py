@@ -304,8 +304,9 @@ def test_pkg_config(installed, tiny, tmp_path):
     assert subprocess.run([tmp_path / "consumer", tiny], capture_output=True, text=True).stdout == "drawn\n"
 
 
-def test_the_readme_compiles_and_runs(installed, shared_embedders, tmp_path):
-    (block,) = re.findall(r"^```cpp\n(.*?)^```$", (CPP.parents[1] / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def test_the_documented_program_compiles_and_runs(installed, shared_embedders, tmp_path):
+    text = (CPP.parents[1] / "docs" / "cpp.md").read_text()
+    (block,) = re.findall(r"^```cpp\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "main.cpp").write_text(block)
     shutil.copy(CONSUMER / "CMakeLists.txt", tmp_path)
     (tmp_path / "first-bundle").symlink_to(shared_embedders.bundle)

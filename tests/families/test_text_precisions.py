@@ -11,6 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from dit_export.bundle import assemble
 from dit_export.bundle import build as building
 from dit_export.recipe import Recipe
+from dit_export.verify import text
 from dit_export.verify.check import Built
 from dit_export.verify.report import NAME as REPORT
 from dit_runtime import Pipeline, backends
@@ -67,8 +68,8 @@ def errors(built: Built, prefix: str = "") -> list[float]:
 def test_sixteen_bits_on_a_cpu(checkpoint, tmp_path, monkeypatch) -> None:
     """The weights are half as large, and computed in fp32 where the least memory is needed."""
     built, contract, _ = build(checkpoint, tmp_path / "bf16", "openvino", "bf16")
-    text = contract.prompt
-    assert (text.backend, text.precision, contract.step.backend) == ("onnxruntime", "fp32", "openvino")
+    prompt = contract.prompt
+    assert (prompt.backend, prompt.precision, contract.step.backend) == ("onnxruntime", "fp32", "openvino")
     weights = sum(p.numel() for p in tiny.t5(tiny.t5_tokenizer()).parameters())
     assert 2 * weights <= text_size(contract) < 2.2 * weights
     assert 1e-5 < max(errors(built)) < TOLERANCES["bf16"].prediction
@@ -78,9 +79,7 @@ def test_sixteen_bits_on_a_cpu(checkpoint, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(backends, "versions", lambda: versions() | {"onnxruntime": None})
     with Pipeline.load(built.folder, threads=1) as pipe:  # where OpenVINO is alone
         alone = pipe.engines.encode(pipe.engines.tokenizers(["a cat"]))["captions"]
-        assert (
-            "openvino" in type(pipe.engines.open(text)).__module__ or "ov" in type(pipe.engines.open(text)).__module__
-        )
+        assert "ov" in type(pipe.engines.open(prompt)).__module__.split(".")[-1]
     assert abs(alone - expected).max() < 1e-3
 
 
@@ -107,6 +106,25 @@ def test_a_gate_that_fails_leaves_fp32(checkpoint, tmp_path, monkeypatch) -> Non
     assert max(errors(built)) < 1e-4
     weights = sum(p.numel() for p in tiny.t5(tiny.t5_tokenizer()).parameters())
     assert text_size(contract) >= 4 * weights
+
+
+@pytest.mark.slow
+def test_encoders_that_fail_in_fp32_start_no_search(checkpoint, tmp_path, monkeypatch) -> None:
+    """Layers of the transformer are not what fails."""
+    right = text.encode
+    monkeypatch.setattr(text, "encode", lambda *given: {name: 2 * rows for name, rows in right(*given).items()})
+    monkeypatch.setattr(building.Making, "search", lambda *_: pytest.fail("layers of the transformer were searched"))
+    recipe = Recipe(
+        checkpoint=str(checkpoint),
+        output=str(tmp_path / "int8"),
+        backend="openvino",
+        precision="int8",
+        caption_tokens=TOKENS,
+        latents_only=True,
+        max_batch=2,
+    )
+    built = building.build(recipe, Progress(io.StringIO()))
+    assert not built.passed and "--without-text-encoders" in built.advice
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from dit_runtime import EngineError, Pipeline, Request, Stopped, UsageError, images
 from dit_runtime.errors import NotFinite
+from dit_runtime.run import Run
 from dit_runtime.sampling.process import Process, Sampler
 from dit_runtime.sampling.solvers import plan
 from dit_runtime.serve import Batcher, Busy, Closed, Late, Ticket, preview
@@ -307,6 +310,51 @@ def test_stages_before_the_loop_run_once_a_row(serve: Serve) -> None:
     assert batcher.memo.misses == seen and batcher.memo.hits == 2 * 4 and np.array_equal(first, again)
     batcher.submit(Request(2, steps=4, guidance=3.0)).result(WAIT)
     assert batcher.memo.misses == seen + 4
+
+
+def test_a_run_that_has_ended_holds_no_memory(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the garbage collector comes: XL/2's rows of a run are up to 256 MB."""
+    batcher, _ = serve()
+    runs: list[weakref.ref[Run]] = []
+    start = batcher.pipe.run
+
+    def watched(*arguments: Any, **options: Any) -> Run:
+        run = start(*arguments, **options)
+        runs.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr(batcher.pipe, "run", watched)
+    gc.disable()
+    try:
+        tickets = [batcher.submit(Request(label, steps=3, guidance=2.0)) for label in (1, 2)]
+        for ticket in tickets:
+            ticket.result(WAIT)
+        batcher.close()
+        assert len(runs) == 2 and not any(run() for run in runs)
+    finally:
+        gc.enable()
+
+
+def test_runs_share_the_memory_for_rows(opened) -> None:
+    """A run holds the rows of some timesteps where it cannot hold all, and draws the same."""
+    pipe = opened("labels")
+    (stage,) = pipe.manifest.before_loop
+    row = sum(4 * int(np.prod(spec.shape[1:])) for spec in stage.gives)
+    request = Request(1, steps=9, guidance=3.0)
+    expected = pipe.run(request).result()
+    calls: list[int] = []
+    run = pipe.engines.run
+
+    def counted(asked: Any, inputs: Any, *into: Any) -> Any:
+        calls.extend([len(inputs["labels"])] if asked is stage else [])
+        return run(asked, inputs, *into)
+
+    pipe.engines.run = counted
+    batcher = Batcher(pipe, places=2, memo_bytes=2 * 2 * 3 * row)  # three for each of those under way
+    calls.clear()
+    assert np.array_equal(batcher.submit(request).result(WAIT), expected)
+    assert calls == [2] * 9  # its own condition's and the other one's, a timestep a time
+    batcher.close()
 
 
 def test_the_memo_keeps_what_was_used_last(opened) -> None:

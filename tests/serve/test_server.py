@@ -365,17 +365,61 @@ def test_too_busy_is_429(held: tuple[Running, Watched]) -> None:
     batcher = server.model.batcher
     for _ in range(400):
         batcher.costs.update("row", 1.0)
-    waiting = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 10})
+    waiting = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 8})
     waiting.start()
     assert watched.entered.acquire(timeout=WAIT)
-    answer = server.draw(num_inference_steps=12)  # 20 s of work ahead, 24 s of its own, 30 s in all
-    assert answer.status == 429 and 14 <= int(answer.headers["retry-after"]) <= 16
+    answer = server.draw(num_inference_steps=12)  # 16 s of work ahead, 24 s of its own, 30 s in all
+    assert answer.status == 429 and 10 <= int(answer.headers["retry-after"]) <= 11
     assert answer.json["error"]["type"] == "rate_limit_error"
     assert server.draw(num_inference_steps=3, n=2).status == 429  # there is room for one of them
     watched.gate.release(10**6)
     waiting.join(WAIT)
     until(lambda: batcher.active == batcher.queued == 0)
     assert (batcher.counts["drawn"], batcher.counts["refused"], batcher.counts["cancelled"]) == (1, 2, 1)
+
+
+def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the queue's seconds, and by the number of requests that wait; other paths are answered."""
+    server, watched = held
+    batcher = server.model.batcher
+
+    def answer(body: bytes = b"", path: str = "/v1/images/generations") -> bytes:
+        with server.connect() as client:
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
+            client.sendall(f"{head}\r\n".encode() + body)
+            return client.recv(10000).lower()
+
+    def refused(text: bytes) -> bool:
+        parts = (b"http/1.1 429", b"\r\nretry-after: ", b"\r\nx-request-id: ")
+        return all(part in text for part in parts)
+
+    waiting = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 100})
+    waiting.start()
+    assert watched.entered.acquire(timeout=WAIT)
+    assert b" 400 " in answer(b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("dit_serve.app.WAITING", 1)
+        assert refused(answer())
+    for _ in range(400):
+        batcher.costs.update("row", 1.0)
+    until(lambda: batcher.lateness(30) > 150)  # it is looked up again after a while
+    assert batcher.lateness(600) == 0 and b" 400 " in answer(b"{}", "/v1/jobs")  # whose deadline is 600 s
+    assert refused(answer()) and server.ask("GET", "/healthz").status == server.ask("GET", "/v1/models").status == 200
+    assert batcher.counts["refused"] == 1
+    assert b'dit_requests_total{code="429",model="demo"} 2.0' in server.ask("GET", "/metrics").body
+    watched.gate.release(10**6)
+    waiting.join(WAIT)
+
+
+def test_of_several_models_one_is_full(held: tuple[Running, Watched], folder: Path) -> None:
+    server, watched = held
+    (other,) = models.open_models({"other": folder}, models.Opening(threads=1, verify=False), lambda _: None).values()
+    server.service.models["other"] = other
+    server.model.batcher.costs.update("row", 1e6)
+    server.model.batcher.submit(Request(1, steps=9))
+    assert server.draw(num_inference_steps=2).status == 429
+    assert server.draw(num_inference_steps=2, model="other").status == 200
+    watched.gate.release(10**6)
 
 
 def test_too_late_is_504(folder: Path) -> None:

@@ -16,7 +16,7 @@ STATES = r"runs in CI|run on a GPU on \d{4}-\d\d-\d\d|compiled in CI, never exec
 def table(text: str) -> dict[tuple[str, str], set[str]]:
     """Return the states of each backend and precision; a backend has a row for each kind of device."""
     states: dict[tuple[str, str], set[str]] = {}
-    section = text.partition("\n## What has run where\n")[2].partition("\n## ")[0]
+    section = text.partition("\n| backend | precisions | state |\n")[2].partition("\n\n")[0]
     row = re.compile(r"^\| `([\w-]+)`[^|]* \| ([\w, ]+) \| (.+) \|$", re.MULTILINE)
     for backend, precisions, state in row.findall(section):
         for precision in precisions.split(", "):

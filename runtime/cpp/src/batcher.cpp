@@ -55,7 +55,11 @@ Overloaded::Overloaded(double seconds)
       retry_after(seconds) {}
 
 Batcher::Batcher(Pipeline& opened, Settings settings)
-    : pipe(opened), clock_(settings.clock), memo_(opened.runner(), settings.memo_bytes), scheduler_(1, costs_) {
+    : pipe(opened),
+      clock_(settings.clock),
+      memo_bytes_(settings.memo_bytes),
+      memo_(opened.runner(), settings.memo_bytes),
+      scheduler_(1, costs_) {
     std::vector<std::string> names = {pipe.manifest.size};
     for (const Manifest& other : pipe.manifest.sizes) names.push_back(other.size);
     std::size_t most = 0;
@@ -243,11 +247,12 @@ void Batcher::settle(Ticket& ticket, Drawn drawn, std::exception_ptr error) {
 void Batcher::start(const std::shared_ptr<Ticket>& ticket) {
     const double began = clock_();
     try {
-        const auto compute = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
+        const RunStage compute = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
             return memo_(stage, inputs, rows);
         };
-        ticket->run_ = std::make_unique<Run>(ticket->sized_->pipe, ticket->request_, compute);
-        if (const auto planned = ticket->run_->planned_rows()) ticket->rows_ = *planned;  // a cache decides as it goes
+        ticket->run_ = std::make_unique<Run>(ticket->sized_->pipe, ticket->request_, compute,
+                                             memo_bytes_ / (2 * ticket->sized_->places));  // so many are under way
+        if (const auto planned = ticket->run_->planned_rows()) ticket->rows_ = *planned;   // a cache decides as it goes
         advance(*ticket, true);
         if (ticket->ask_)
             ticket->ask_->memo->fill(ticket->ask_->step);

@@ -85,6 +85,7 @@ class Batcher {
     void decode();
 
     const Clock clock_;
+    const std::size_t memo_bytes_;
     std::map<std::string, Sized> sizes_;
     SharedMemo memo_;
     Costs costs_;

@@ -173,8 +173,9 @@ RunStage Pipeline::runner() {
 
 Rows Pipeline::encode(const Rows& condition) { return opened_->prompts(manifest, runner(), condition); }
 
-Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunStage& compute) {
-    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative));
+Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunStage& compute,
+                    std::size_t budget) {
+    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative), budget);
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,

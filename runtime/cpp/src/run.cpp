@@ -37,11 +37,12 @@ Values twice(const Values& values) {
 
 }  // namespace
 
-Run::Run(Pipeline& pipe, const Request& request, RunStage compute)
+Run::Run(Pipeline& pipe, const Request& request, RunStage compute, std::size_t budget)
     : pipe_(pipe.at(request.size)),
       checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),
       compute_(std::move(compute)),
+      budget_(budget),
       trajectory_(start(pipe_.manifest, request, checked_)) {}
 
 bool Run::step() {
@@ -65,7 +66,8 @@ std::optional<Ask> Run::ask() {
     const auto groups = trajectory_.asks();
     if (!groups) return std::nullopt;
     if (!memo_)
-        memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative, compute_));
+        memo_ = std::make_unique<Memo>(
+            pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative, compute_, budget_));
     const std::vector<float> state(this->state().begin(), this->state().end());
     const bool apart = *groups == Groups::APART;
     return Ask{trajectory_.done(), *groups, apart ? twice(state) : state,

@@ -31,7 +31,7 @@ struct Ask {
 class Run {
   public:
     // `compute` runs the stages before the loop, in the place of the pipeline: a service shares what they give.
-    Run(Pipeline& pipe, const Request& request, RunStage compute = {});
+    Run(Pipeline& pipe, const Request& request, RunStage compute = {}, std::size_t budget = MEMO_BYTES);
 
     // Goes one step; true while there is more to do. After an engine's failure it can be called again.
     bool step();
@@ -65,6 +65,7 @@ class Run {
     const Checked checked_;
     const OnStep on_step_;
     const RunStage compute_;
+    const std::size_t budget_;  // of its memo, in bytes
     Trajectory trajectory_;
     std::unique_ptr<Memo> memo_;
     std::atomic<bool> cancelled_{false};

@@ -5,6 +5,7 @@
 namespace dit_runtime {
 
 const double STRETCH = constant("due_stretch"), MARGIN = constant("deadline_margin");
+const double PASSED = constant("deadline_passed");
 const double FAST = constant("fast_mean"), SLOW = constant("slow_mean");
 
 void Costs::update(const std::string& what, double seconds, double units) {

@@ -20,8 +20,10 @@
 namespace dit_runtime {
 
 // As facts.json has them; not for use before main.
-extern const double STRETCH;     // times its work: the latency up to which a job goes before all later ones
-extern const double MARGIN;      // of the time up to a deadline that an estimate may take: estimates are off
+extern const double STRETCH;  // times its work: the latency up to which a job goes before all later ones
+// Shares of the time up to a deadline. MARGIN: for what is ahead of a newcomer, by an estimate. PASSED: for what comes
+// later and goes first; the rest is for its own steps, one after the other.
+extern const double MARGIN, PASSED;
 extern const double FAST, SLOW;  // weights of a new value in two running means; the larger mean counts
 
 // Jobs of one kind can share a call: the size that they draw, and the number of groups in their next call.
@@ -121,10 +123,10 @@ class Scheduler {
     double undecoded = 0;  // weight of the samples that have left, and whose pictures are still to be decoded
 
   private:
-    // When a job is due; so early that what passes it until then leaves it the time before its deadline.
+    // When a job is due; with a deadline so early that no more passes it than can in PASSED of its time.
     double due(const Job& job) const {
         double stretched = STRETCH * work(job);
-        if (job.deadline) stretched = std::min(stretched, (1 - MARGIN) * (*job.deadline - job.arrived));
+        if (job.deadline) stretched = std::min(stretched, PASSED * (*job.deadline - job.arrived));
         return job.arrived + stretched;
     }
 };

@@ -57,7 +57,7 @@ std::size_t differences(const Json& golden) {
             }
         } else if (event.contains("cost")) {
             const std::string what = event["cost"];
-            costs.update(what, event["seconds"]);
+            costs.update(what, event["seconds"], event["units"]);
             different += differs(costs(what), event["mean"]);
         } else {
             const int gone = event["leave"];

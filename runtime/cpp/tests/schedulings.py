@@ -58,8 +58,9 @@ def scheduling(number: int) -> dict[str, Any]:
                 each.kind = (each.kind[0], groups)  # type: ignore[index]
         elif what == "cost":
             kind, seconds = choose.choice(["row", "start", "decode"]), choose.choice([0.001, 0.002, 0.004])
-            costs.update(kind, seconds)
-            events.append({"cost": kind, "seconds": seconds, "mean": costs(kind)})
+            units = choose.choice([1.0, 1.0, 5.0])
+            costs.update(kind, seconds * units, units)
+            events.append({"cost": kind, "seconds": seconds * units, "units": units, "mean": costs(kind)})
         elif scheduler.jobs:
             gone = choose.choice(scheduler.jobs)
             scheduler.remove(gone)

@@ -18,7 +18,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest, Stage, State
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.conditions.condition import Rows, group
-from dit_runtime.conditions.memo import Compute, Device, StepInputs
+from dit_runtime.conditions.memo import BUDGET, Compute, Device, StepInputs
 from dit_runtime.conditions.text import PromptMemo, Tokenizers
 from dit_runtime.errors import BundleError, EngineError, NotFinite, UsageError
 from dit_runtime.sampling.guidance import Groups
@@ -36,6 +36,7 @@ class Engines:
         self._opened = dict(opened)
         self._ahead: dict[str, Future[Engine]] = {}  # by stage, until it is first used
         self.compute: Compute = self.run  # for the stages before the loop; a service shares what they give
+        self.memo_bytes = BUDGET  # of each memo of a run
         self.tokenizers = Tokenizers(folder, contract)
         self._prompts = PromptMemo(contract.prompt, self.run) if contract.prompt else None
         self.checked: dict[str, State] | None = None  # files whose sums were right when they were last opened
@@ -192,8 +193,8 @@ class Engines:
         step = None if host else self.residents()[0]
         device = None if step is None else Device(step.put, step.empty, self._joins)
         # In low memory a stage's outputs are made at once, so that its engine can be closed.
-        whole = self.options.low_memory
-        return StepInputs(self.manifest, self.compute, timesteps, rows, groups, weights, device=device, whole=whole)
+        options: dict[str, Any] = {"whole": self.options.low_memory, "budget": self.memo_bytes}
+        return StepInputs(self.manifest, self.compute, timesteps, rows, groups, weights, device=device, **options)
 
     def _joins(self, stage: Stage) -> bool:
         """Return whether a stage's engine can write where the step's engine reads."""

@@ -66,8 +66,9 @@ class Run:
         mix: loops.Mix | None = None
         if policy is not None:
             mix = partial(policy.mix, weights=checked.weights, channels=contract.guidance.channels)
-        self._trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache)
-        self._home: loops.Home = lambda: self._trajectory.state
+        self._trajectory = trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache)
+        # Without `self`: in a cycle, the memory of a run that has ended would wait for the garbage collector.
+        self._home: loops.Home = lambda: trajectory.state
         self._advance: loops.Advance | None = None
         planned = [groups for groups in self._groups if groups is not None]
         host = host or policy is not None or self._cache is not None or len(planned) < self.steps

@@ -26,17 +26,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
+from dit_runtime.serve import Busy
 from dit_serve.body import OUTPUTS, Body, Limits, parse
-from dit_serve.drawing import Drawing, encode
-from dit_serve.faults import Fault
+from dit_serve.drawing import Drawing, encode, fault
+from dit_serve.faults import Fault, retry_after
 from dit_serve.guard import LOCAL, Guard
 from dit_serve.jobs import Job, Jobs
 from dit_serve.metrics import Metrics
 from dit_serve.models import Model
 
 PAGE = Path(__file__).with_name("page.html")
+WAITING = 400  # requests for images at a time; more connections than that are left for others
 log = logging.getLogger("dit_serve")
 
 
@@ -57,6 +59,8 @@ class Service:
         self.models, self.settings = models, settings
         self.metrics, self.jobs = Metrics(models), Jobs()
         self.draining = False
+        self.waiting = 0  # requests for images that are read or drawn
+        self._deadlines = {"/v1/images/generations": settings.deadline, "/v1/jobs": settings.job_deadline}
         self._until = math.inf  # by the clock, when work under way is stopped
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -78,7 +82,7 @@ class Service:
         handlers: Any = {Fault: _answer_fault, HTTPException: _answer_http, Exception: _answer_bug}
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         settings = self.settings
-        return Guard(app, settings.key, settings.hosts, settings.limits.body)
+        return Guard(app, settings.key, settings.hosts, settings.limits.body, self._refuse)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -111,20 +115,41 @@ class Service:
 
     # What is drawn
 
-    def _read(self, request: Request, content: bytes) -> tuple[Model, Body]:
+    def _refuse(self, scope: Scope) -> Fault | None:
+        """Return why a request for images is refused, whatever its body says.
+
+        In overload most requests end here: it must cost little.
+        """
+        deadline = self._deadlines.get(scope["path"]) if scope["method"] == "POST" else None
+        if deadline is None:
+            return None
+        refused, name = None, ""
         if self.draining:
-            raise Fault(503, "the server is shutting down", headers={"Retry-After": "1", "Connection": "close"})
+            refused = Fault(503, "the server is shutting down", headers={"Retry-After": "1", "Connection": "close"})
+        elif len(self.models) == 1:  # of several, the body says which
+            (model,) = self.models.values()
+            refused, name = _busy(model, deadline), model.name
+        if refused is None and self.waiting >= WAITING:
+            refused = Fault(429, f"{WAITING} requests wait for their images", headers=retry_after(1))
+        if refused is not None:
+            self.metrics.answer(name, refused.status, 0.0)
+        return refused
+
+    def _read(self, request: Request, content: bytes) -> tuple[Model, Body]:
         body = parse(content, self.settings.limits)
         name = body.model if body.model is not None else next(iter(self.models))
         request.scope["fields"] |= {"model": name[:100], "images": body.n}
         if name not in self.models:
             raise Fault(404, f"this server has no such model; it has {', '.join(self.models)}", "model")
         model = self.models[name]
+        if len(self.models) > 1 and (busy := _busy(model, self._deadlines[request.scope["path"]])):
+            raise busy
         model.check(body, self.settings.limits)
         return model, body
 
     async def generate(self, request: Request) -> Response:
         began, code = time.monotonic(), 500
+        self.waiting += 1
         try:
             response = await self._generate(request)
             code = response.status_code
@@ -133,6 +158,7 @@ class Service:
             code = error.status
             raise
         finally:
+            self.waiting -= 1
             model = request.scope["fields"].get("model", "")
             self.metrics.answer(model, code, time.monotonic() - began)
 
@@ -267,6 +293,15 @@ class Service:
         policy += f"; script-src 'sha256-{digest}'; form-action 'none'; frame-ancestors 'none'"
         headers = {"Content-Security-Policy": policy}
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def _busy(model: Model, deadline: float) -> Fault | None:
+    """Return the refusal of a request, whatever it asks for, where the model has too much to do."""
+    late = model.batcher.lateness(deadline)
+    if late <= 0:
+        return None
+    model.batcher.counts["refused"] += 1
+    return fault(Busy(late))
 
 
 async def _content(request: Request) -> bytes:

@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -29,9 +29,19 @@ class Guard:
     This is plain ASGI: behind Starlette's own middleware a handler does not see that its client has left.
     """
 
-    def __init__(self, app: ASGIApp, key: bytes | None, hosts: Collection[str], most: int) -> None:
-        """Without a key only `hosts` are served, so that no page of another origin reaches a server on this machine."""
-        self._app, self._key, self._hosts, self._most = app, key, hosts, most
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: bytes | None,
+        hosts: Collection[str],
+        most: int,
+        busy: Callable[[Scope], Fault | None] = lambda _: None,
+    ) -> None:
+        """Without a key only `hosts` are served, so that no page of another origin reaches a server on this machine.
+
+        `busy` refuses what need not be read, because whatever it asks for cannot be had now.
+        """
+        self._app, self._key, self._hosts, self._most, self._busy = app, key, hosts, most, busy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,7 +63,7 @@ class Guard:
             await send(message)
 
         try:
-            if refused := self._refuse(scope, headers):
+            if refused := self._refuse(scope, headers) or self._busy(scope):
                 await refused.response()(scope, receive, answer)
             else:
                 await self._app(scope, receive, answer)

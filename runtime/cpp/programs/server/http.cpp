@@ -8,7 +8,8 @@ namespace {
 bool is_token(std::string_view word) {
     const auto is_letter = [](char letter) {
         return (letter >= 'a' && letter <= 'z') || (letter >= 'A' && letter <= 'Z') ||
-               (letter >= '0' && letter <= '9') || std::string_view("!#$%&'*+-.^_`|~").find(letter) != std::string::npos;
+               (letter >= '0' && letter <= '9') ||
+               std::string_view("!#$%&'*+-.^_`|~").find(letter) != std::string::npos;
     };
     return !word.empty() && std::all_of(word.begin(), word.end(), is_letter);
 }
@@ -59,16 +60,24 @@ bool read_header(std::string_view line, Request& request) {
 }
 
 const char* reason(int status) {
-    static const std::map<int, const char*> reasons = {
-        {100, "Continue"},     {200, "OK"},
-        {202, "Accepted"},     {400, "Bad Request"},
-        {401, "Unauthorized"}, {403, "Forbidden"},
-        {404, "Not Found"},    {405, "Method Not Allowed"},
-        {408, "Request Timeout"}, {411, "Length Required"},
-        {413, "Content Too Large"}, {415, "Unsupported Media Type"},
-        {429, "Too Many Requests"}, {431, "Request Header Fields Too Large"},
-        {500, "Internal Server Error"}, {501, "Not Implemented"},
-        {503, "Service Unavailable"}, {504, "Gateway Timeout"}};
+    static const std::map<int, const char*> reasons = {{100, "Continue"},
+                                                       {200, "OK"},
+                                                       {202, "Accepted"},
+                                                       {400, "Bad Request"},
+                                                       {401, "Unauthorized"},
+                                                       {403, "Forbidden"},
+                                                       {404, "Not Found"},
+                                                       {405, "Method Not Allowed"},
+                                                       {408, "Request Timeout"},
+                                                       {411, "Length Required"},
+                                                       {413, "Content Too Large"},
+                                                       {415, "Unsupported Media Type"},
+                                                       {429, "Too Many Requests"},
+                                                       {431, "Request Header Fields Too Large"},
+                                                       {500, "Internal Server Error"},
+                                                       {501, "Not Implemented"},
+                                                       {503, "Service Unavailable"},
+                                                       {504, "Gateway Timeout"}};
     const auto known = reasons.find(status);
     return known == reasons.end() ? "Unknown" : known->second;
 }
@@ -113,9 +122,7 @@ Head read_head(std::string_view bytes) {
 
 std::string write(const Response& response, bool keep_alive, bool body) {
     std::string bytes = "HTTP/1.1 " + std::to_string(response.status) + ' ' + reason(response.status) + "\r\n";
-    const auto add = [&](const std::string& name, const std::string& value) {
-        bytes += name + ": " + value + "\r\n";
-    };
+    const auto add = [&](const std::string& name, const std::string& value) { bytes += name + ": " + value + "\r\n"; };
     add("Content-Type", response.type);
     add("Content-Length", std::to_string(response.body.size()));
     add("Cache-Control", "no-store");

@@ -24,9 +24,7 @@ constexpr std::size_t PART = 64 << 10;
 
 int signal_pipe = -1;  // a signal handler may only write
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void set_nonblocking(int descriptor) {
     fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) | O_NONBLOCK);
@@ -94,7 +92,7 @@ void Listener::pass_on(int signal) {
 }
 
 void Listener::run() {
-    while (!stopping_ || !connections_.empty()) {
+    while (!stopping_ || host_.goes_on(!connections_.empty())) {
         std::vector<pollfd> polled = {{wake_[0], POLLIN, 0}};
         std::vector<std::uint64_t> ids;
         if (!stopping_) polled.push_back({socket_, POLLIN, 0});
@@ -107,10 +105,8 @@ void Listener::run() {
             ids.push_back(id);
             until = std::min(until, connection.until);
         }
-        const double left = std::ceil(1e3 * std::max(0.0, until - now()));
-        if (poll(polled.data(), polled.size(), std::isfinite(left) ? static_cast<int>(std::min(left, 60e3)) : -1) < 0 &&
-            errno != EINTR)
-            fail("poll");
+        const double left = std::clamp(std::ceil(1e3 * (until - now())), 0.0, stopping_ ? 100.0 : 60e3);
+        if (poll(polled.data(), polled.size(), static_cast<int>(left)) < 0 && errno != EINTR) fail("poll");
         if (polled[0].revents) run_posted();
         for (std::size_t index = 0; index < ids.size(); ++index) {
             const auto connection = connections_.find(ids[index]);
@@ -143,12 +139,6 @@ void Listener::post(std::function<void()> work) {
     posted_.push_back(std::move(work));
     const char byte = 0;
     if (posted_.size() == 1 && ::write(wake_[1], &byte, 1) < 0) return;  // a full pipe wakes as well
-}
-
-std::size_t Listener::waiting() const {
-    return static_cast<std::size_t>(std::count_if(connections_.begin(), connections_.end(), [](const auto& entry) {
-        return entry.second.state == State::WAITING || entry.second.state == State::WRITING;
-    }));
 }
 
 void Listener::run_posted() {
@@ -220,7 +210,7 @@ bool Listener::parse(std::uint64_t id, Connection& connection) {
         if (!head.bytes && !head.refusal) return true;
         std::optional<Response> refused = host_.refuse(head, id);
         if (refused) {
-            reply(id, connection, *refused, false);
+            reply(connection, *refused, false);
             return true;
         }
     }
@@ -242,13 +232,12 @@ bool Listener::parse(std::uint64_t id, Connection& connection) {
     return true;
 }
 
-void Listener::reply(std::uint64_t, Connection& connection, const Response& response, bool keep_alive) {
+void Listener::reply(Connection& connection, const Response& response, bool keep_alive) {
     connection.keep_alive = keep_alive;
     connection.out = write(response, keep_alive, connection.head.request.method != "HEAD");
     connection.sent = 0;
     connection.state = State::WRITING;
-    connection.until = now() + limits_.unread;
-    send(connection);  // what fails here fails in the next turn, too
+    connection.until = now() + limits_.unread;  // the next turn sends it
 }
 
 // Writes what the client takes; false where it has left.
@@ -263,7 +252,7 @@ bool Listener::send(Connection& connection) {
     connection.out.clear();
     connection.head = {};
     connection.continued = false;
-    if (connection.keep_alive) {
+    if (connection.keep_alive && !stopping_) {
         connection.state = State::READING;
         connection.until = now() + limits_.idle;
     } else {  // what it still sends must not turn the answer into a reset
@@ -276,10 +265,9 @@ bool Listener::send(Connection& connection) {
 
 void Listener::close(std::uint64_t id) {
     const auto connection = connections_.find(id);
-    const bool waited = connection->second.state == State::WAITING;
     ::close(connection->second.socket);
     connections_.erase(connection);
-    if (waited) host_.leave(id);
+    host_.leave(id);
 }
 
 }  // namespace http

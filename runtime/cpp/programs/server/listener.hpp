@@ -31,10 +31,12 @@ class Host {
     virtual std::optional<Response> refuse(const Head& head, std::uint64_t id) = 0;
     // A request; Listener::answer ends it, now or later.
     virtual void ask(Request request, std::uint64_t id) = 0;
-    // The client of a request has left before its answer.
+    // A connection has ended: where its request has no answer yet, nobody waits for it.
     virtual void leave(std::uint64_t id) = 0;
     // A signal that the listener was asked to pass on.
     virtual void signalled(int number) = 0;
+    // Whether to go on serving; asked from `stop` on, ten times a second.
+    virtual bool goes_on(bool has_connections) = 0;
 };
 
 class Listener {
@@ -48,12 +50,11 @@ class Listener {
     int port() const { return port_; }
     void pass_on(int signal);  // to Host::signalled, in the listener's thread
 
-    // Serves until `stop`, and then until all answers that wait are sent.
+    // Serves until `stop`, and then while the host goes on.
     void run();
-    void stop();                                          // takes no more connections
+    void stop();                                              // takes no more connections
     void answer(std::uint64_t id, const Response& response);  // nothing where the client has left
-    void post(std::function<void()> work);                // runs it in the listener's thread; any thread may call this
-    std::size_t waiting() const;                          // requests without an answer
+    void post(std::function<void()> work);  // runs it in the listener's thread; any thread may call this
 
   private:
     enum class State { READING, WAITING, WRITING, CLOSING };
@@ -73,7 +74,7 @@ class Listener {
     bool receive(std::uint64_t id, Connection& connection);
     bool parse(std::uint64_t id, Connection& connection);
     bool send(Connection& connection);
-    void reply(std::uint64_t id, Connection& connection, const Response& response, bool keep_alive);
+    void reply(Connection& connection, const Response& response, bool keep_alive);
     void close(std::uint64_t id);
     void run_posted();
 

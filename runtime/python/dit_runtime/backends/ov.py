@@ -35,6 +35,9 @@ NEEDS_TYPED_GRAPH: tuple[str, ...] = ()
 DEVICE = "CPU"
 HINTS = {"fp32": "f32", "bf16": "bf16"}  # the names that OpenVINO has for the types of floats
 MEETING: str = CONSTANTS["groups_meet"]  # the tensor of a step stage that has all groups, before guidance mixes them
+# Requests of a stream of a step stage: it goes on with the next row while Python takes an answer, or waits for another
+# thread's turn to end. Activations belong to the stream, so a request costs its inputs and outputs.
+QUEUED = 8
 DONTNEED = 4  # of madvise, on Linux
 UNLIKE = Path("/sys/devices/cpu_atom")  # where Linux keeps the slower cores of a hybrid CPU
 
@@ -131,10 +134,10 @@ class OvEngine:
         except Exception as error:
             raise BundleError(f"{self._path}: OpenVINO does not compile it: {_reason(error)}") from None
 
-    def _compile(self, model: Any, **settings: Any) -> list[Any]:
-        """Return a request for each stream."""
+    def _compile(self, model: Any, count: int = 1, **settings: Any) -> list[Any]:
+        """Return so many requests."""
         compiled = self._core.compile_model(model, DEVICE, self._settings | settings)
-        requests = [compiled.create_infer_request() for _ in range(settings.get("NUM_STREAMS", 1))]
+        requests = [compiled.create_infer_request() for _ in range(count)]
         _give_back(self._path.parent)
         return requests
 
@@ -191,14 +194,15 @@ class RowEngine(OvEngine):
         return Model([opset13.result(meeting)], [*ports.values()])
 
     def _fixed(self, shapes: tuple[tuple[int, ...], ...], streams: int, model: Any = None) -> list[Any]:
-        """Return requests for rows of these shapes, one a stream."""
+        """Return requests for rows of these shapes, as many for each stream."""
         if (shapes, streams) not in self._requests:
             with self._compiling():
                 if model is None:
                     self._require_unwritten()
                     model = self._cut(self._model.clone())
                 model.reshape(dict(zip(self._names, map(list, shapes), strict=True)))
-                self._requests[shapes, streams] = self._compile(model, NUM_STREAMS=streams)
+                count = streams * (QUEUED if self._grouped else 1)
+                self._requests[shapes, streams] = self._compile(model, count, NUM_STREAMS=streams)
         return self._requests[shapes, streams]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

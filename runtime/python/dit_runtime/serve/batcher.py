@@ -24,10 +24,11 @@ from dit_runtime.sampling.guidance import Groups
 from dit_runtime.sampling.schedule import Level
 from dit_runtime.serve import preview
 from dit_runtime.serve.rows import Sized, measure
-from dit_runtime.serve.scheduler import Costs, Scheduler
+from dit_runtime.serve.scheduler import Costs, Job, Scheduler
 from dit_runtime.serve.shared import SharedMemo
 from dit_runtime.serve.ticket import Busy, Closed, Late, Listener, Ticket
 
+LOOK = 0.02  # seconds for which the answer of `lateness` holds
 Answer = tuple[NDArray[Any], NDArray[Any] | None]  # prediction, variance
 
 
@@ -54,7 +55,8 @@ class Batcher:
             self.sizes[contract.size] = Sized(at, measure(at.engines), places)
         self.memo = SharedMemo(pipe.engines.run, memo_bytes)
         for sized in self.sizes.values():
-            sized.pipe.engines.compute = self.memo
+            engines = sized.pipe.engines
+            engines.compute, engines.memo_bytes = self.memo, memo_bytes // (2 * sized.places)  # of each under way
         first = next(iter(self.sizes.values()))
         for sized in self.sizes.values():
             sized.weight = sized.row / first.row
@@ -66,6 +68,8 @@ class Batcher:
         self.seconds = {"step": 0.0, "decode": 0.0}  # in calls
         self._wake = threading.Condition()
         self._closing = False
+        self._charged = clock()  # until when the thread's time is in the costs
+        self._full = (0.0, 0.0, 0.0)  # a deadline, and until when its lateness is known
         self._thread = threading.Thread(target=self._guarded_loop, name="batcher", daemon=True)
         self._thread.start()
 
@@ -133,6 +137,20 @@ class Batcher:
             self._wake.notify()
         return ticket
 
+    def lateness(self, deadline: float) -> float:
+        """Return by how many seconds what is ahead of any request with this deadline is too much; 0: there is room.
+
+        A host asks before it reads a request. The answer is looked up again after LOOK seconds only, for where many are
+        refused the thread needs the lock, and the interpreter.
+        """
+        now = self._clock()
+        with self._wake:
+            known, until, late = self._full
+            if deadline != known or now >= until:
+                late = self._scheduler.lateness(Job(0, 0, arrived=now, deadline=now + deadline))
+                self._full = deadline, now + LOOK, late
+        return late
+
     def close(self, drain: bool = True) -> None:
         """Finish what is in line, or without `drain` stop it; then close the pipeline."""
         with self._wake:
@@ -161,6 +179,7 @@ class Batcher:
             with self._wake:
                 while not (self._scheduler.jobs or self._undecoded or self._closing):
                     self._wake.wait()
+                    self._charged = self._clock()
                 if not (self._scheduler.jobs or self._undecoded):
                     return
                 self._drop_out()
@@ -213,9 +232,8 @@ class Batcher:
                 self._finish(ticket)
         except Exception as error:
             self._fail(ticket, error)
-        spent = self._clock() - began
-        ticket.stats.conditions += spent
-        self.costs.update("start", spent)
+        ticket.stats.conditions += self._clock() - began
+        self._charge("start", 1)
 
     def _step(self, tickets: Sequence[Ticket]) -> None:
         began = self._clock()
@@ -227,8 +245,6 @@ class Batcher:
         spent = self._clock() - began
         places = sum(ticket.places for ticket in tickets)
         rows = sum(ticket.ask.numbers.size for ticket in tickets if ticket.ask)
-        if places >= min(self.places, tickets[0].most) // 2:  # a small batch has a higher price that no full one pays
-            self.costs.update("row", spent / rows / tickets[0].weight)
         self.counts.update(calls=1, rows=rows, samples=places)
         self.seconds["step"] += spent
         for ticket, answer in zip(tickets, answers, strict=True):
@@ -241,6 +257,16 @@ class Batcher:
                 self._tell(ticket, answer)
             except Exception as error:
                 self._fail(ticket, error)
+        self._charge("row", rows * tickets[0].weight)
+
+    def _charge(self, what: str, units: float) -> None:
+        """Take all time since the last charge for the cost of so many units.
+
+        So an estimate has what a call of an engine has not: the Python around it, and its waits for the interpreter.
+        """
+        now = self._clock()
+        spent, self._charged = now - self._charged, now
+        self.costs.update(what, spent, units)
 
     def _alone(self, ticket: Ticket) -> Answer | Exception:
         try:
@@ -314,7 +340,7 @@ class Batcher:
             now = self._clock()
             self._leave(ticket)
             ticket.stats.decode, ticket.stats.total = now - began, now - ticket.arrived
-            self.costs.update("decode", ticket.stats.decode / ticket.samples / ticket.weight)
+            self._charge("decode", ticket.samples * ticket.weight)
             self.seconds["decode"] += ticket.stats.decode
             self.counts["drawn"] += ticket.samples
             ticket.run = None

@@ -9,7 +9,7 @@ short request passes a long one that is under way, and no request waits for all 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, TypeVar
@@ -17,7 +17,10 @@ from typing import Generic, TypeVar
 from dit_runtime.facts import CONSTANTS
 
 STRETCH: float = CONSTANTS["due_stretch"]  # times its work: the latency up to which a job goes before all later ones
-MARGIN: float = CONSTANTS["deadline_margin"]  # of the time up to a deadline that an estimate may take: it may be off
+# Shares of the time up to a deadline. MARGIN: for what is ahead of a newcomer, by an estimate. PASSED: for what comes
+# later and goes first; the rest is for its own steps, one after the other.
+MARGIN: float = CONSTANTS["deadline_margin"]
+PASSED: float = CONSTANTS["deadline_passed"]
 FAST: float = CONSTANTS["fast_mean"]  # weights of a new value in two running means; the larger mean counts
 SLOW: float = CONSTANTS["slow_mean"]
 
@@ -42,18 +45,22 @@ AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 class Costs:
-    """Seconds of work, as running means of what was measured: the slower of a fast mean and of a slow one."""
+    """Seconds of work, from running means of seconds and of units; the slower of a fast mean and of a slow one."""
 
     def __init__(self) -> None:
-        self._means: dict[str, tuple[float, float]] = {}
+        self._means: dict[str, list[tuple[float, float]]] = {}
 
-    def update(self, what: str, seconds: float) -> None:
-        fast, slow = self._means.get(what, (seconds, seconds))
-        self._means[what] = fast + FAST * (seconds - fast), slow + SLOW * (seconds - slow)
+    def update(self, what: str, seconds: float, units: float = 1.0) -> None:
+        """Learn that so many units took so many seconds; a call with many units counts for more than one with few."""
+        known = self._means.get(what, [(seconds, units)] * 2)
+        self._means[what] = [
+            (mean + weight * (seconds - mean), count + weight * (units - count))
+            for (mean, count), weight in zip(known, (FAST, SLOW), strict=True)
+        ]
 
     def __call__(self, what: str) -> float:
         """Return the seconds of a "row", of a "start", or of the "decode" of a sample; 0 before any was measured."""
-        return max(self._means.get(what, (0.0, 0.0)))
+        return max(seconds / units for seconds, units in self._means.get(what, [(0.0, 1.0)]))
 
 
 class Scheduler(Generic[AnyJob]):
@@ -92,12 +99,17 @@ class Scheduler(Generic[AnyJob]):
                 break
         return picked
 
-    def work(self, job: AnyJob) -> float:
+    def work(self, job: Job) -> float:
         """Return the seconds that a job would take in full batches."""
-        start = 0.0 if job.started else self.costs("start")
-        return start + job.weight * (job.left * self.costs("row") + job.samples * self.costs("decode"))
+        return self._seconds([job])
 
-    def lateness(self, job: AnyJob) -> float:
+    def _seconds(self, jobs: Iterable[Job]) -> float:
+        start, row, decode = map(self.costs, ("start", "row", "decode"))
+        return sum(
+            (0.0 if job.started else start) + job.weight * (job.left * row + job.samples * decode) for job in jobs
+        )
+
+    def lateness(self, job: Job) -> float:
         """Return by how many seconds what is ahead of a newcomer exceeds MARGIN of the time up to its deadline, or that
         and its own work exceed all of it.
 
@@ -107,14 +119,14 @@ class Scheduler(Generic[AnyJob]):
         if job.deadline is None:
             return 0.0
         due, deadline = self._due(job), job.deadline
-        others = [other for other in self.jobs if other.due <= due or (other.deadline or inf) <= deadline]
-        ahead = sum(map(self.work, others)) + self.undecoded * self.costs("decode")
+        others = (other for other in self.jobs if other.due <= due or (other.deadline or inf) <= deadline)
+        ahead = self._seconds(others) + self.undecoded * self.costs("decode")
         time = deadline - job.arrived
         return max(0.0, ahead - MARGIN * time, ahead + self.work(job) - time)
 
-    def _due(self, job: AnyJob) -> float:
-        """Return when a job is due; so early that what passes it until then leaves it the time before its deadline."""
+    def _due(self, job: Job) -> float:
+        """Return when a job is due; with a deadline so early that no more passes it than can in PASSED of its time."""
         stretched = STRETCH * self.work(job)
         if job.deadline is not None:
-            stretched = min(stretched, (1 - MARGIN) * (job.deadline - job.arrived))
+            stretched = min(stretched, PASSED * (job.deadline - job.arrived))
         return job.arrived + stretched
