@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -138,9 +138,11 @@ def test_a_manifest_that_changes_while_it_is_opened(link: Path, monkeypatch: pyt
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], Running, list[dict]]]:
+def process(
+    *arguments: str, program: Sequence[str] = (sys.executable, "-m", "dit_serve.cli")
+) -> Iterator[tuple[subprocess.Popen[str], Running, list[dict]]]:
     """`dit-serve` as a process of its own, and the lines of its log."""
-    command = [sys.executable, "-m", "dit_serve.cli", *arguments, "--port", "0", "--threads", "1"]
+    command = [*program, *arguments, "--port", "0", "--threads", "1"]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: list[dict] = []
 

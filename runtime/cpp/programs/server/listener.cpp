@@ -131,7 +131,7 @@ void Listener::stop() {
 void Listener::answer(std::uint64_t id, const Response& response) {
     const auto connection = connections_.find(id);
     if (connection == connections_.end() || connection->second.state != State::WAITING) return;
-    reply(id, connection->second, response, connection->second.keep_alive && !stopping_);
+    reply(connection->second, response, connection->second.keep_alive && !stopping_);
 }
 
 void Listener::post(std::function<void()> work) {
