@@ -32,11 +32,12 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
 	@echo "make demo                      the small model that ships: in fp32 and int8, grids of its pictures, a judge's verdict"
+	@echo "make demo-sr                   its super-resolution: low, bicubic, drawn and true pictures, and the judge's verdict"
 	@echo "make engine MODEL=XL/2         a verified bundle; CHECKPOINT=PATH|ID[@REVISION], or SYNTHETIC=1 for made-up weights;"
 	@echo "                               also CONDITIONING, RESOLUTION, PRECISION, BACKEND, CALIBRATION, CONDITIONS, VAE, LABELS, OUTPUT; or RECIPE=engines/….toml"
 	@echo "make families-table            what leaves the loop of each network at its real size: docs/families.md; also FAMILY"
@@ -69,10 +70,13 @@ build/triton/.installed: tests/serve/triton.txt $(STAMP)
 	@touch $@
 
 ray: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray-serve]"
 
 demo: $(STAMP)
 	@$(BIN)/dit-export demo show
+
+demo-sr: $(STAMP)
+	@$(BIN)/dit-export demo show-sr
 
 engine: $(STAMP)
 	$(if $(and $(RECIPE),$(MODEL)),$(error RECIPE names its own model: pass RECIPE or MODEL))

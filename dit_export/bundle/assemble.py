@@ -140,6 +140,10 @@ class Assembly:
         for stage in fused.stages:
             self.graphs[stage.name], self.runs[stage.name] = stage.graph, stage.runs
             self.packs += stage.packs
+        if self.recipe.encoder:
+            encoder = onnxfile.load(self.traced / ENCODER)
+            onnxfile.name_rows(encoder, "batch")
+            self.graphs["encoder"], self.runs["encoder"] = encoder, "start"
         self.graphs |= {"denoiser": fused.denoiser, "update": update(network.state)}
         self.runs |= {"denoiser": "step", "update": "update"}
         self.counts["denoiser"] = dict(fused.counts)
@@ -149,10 +153,6 @@ class Assembly:
             require(self.counts["decoder"], self.decoder.expected_counts())
             onnxfile.name_rows(decoder, "batch")
             self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
-        if self.recipe.encoder:
-            encoder = onnxfile.load(self.traced / ENCODER)
-            onnxfile.name_rows(encoder, "batch")
-            self.graphs["encoder"], self.runs["encoder"] = encoder, "start"
         gc.collect()  # graphs are cycles, and the plain ones would keep what is read of their weights in memory
 
     def _save(self, name: str, graph: gs.Graph) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -41,8 +42,9 @@ NUMBERS = (
     "num_layers",
     "sample_size",
     "patch_size",
-    "num_embeds_ada_norm",
 )
+COUNTS = ("num_embeds_ada_norm", "low_channels")  # they may be 0
+OURS = {"low_channels": 0}  # fields that diffusers' class ignores, with a warning: see ModelSpec
 SCHEDULER = "scheduler/scheduler_config.json"
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 RETIRED = {"QwenImageTransformer2DModel": ("pooled_projection_dim",)}  # fields of published configs that nothing reads
@@ -58,14 +60,15 @@ def class_name(folder: Path) -> Any:
     return "PixArtTransformer2DModel" if older else config.get("_class_name")
 
 
-def read_config(folder: Path, *classes: str) -> dict[str, Any]:
-    """config.json with its class's defaults filled in; a class or a field that we do not know is refused."""
+def read_config(folder: Path, *classes: str, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """config.json with its class's defaults, and those of `more` fields, filled in; unknown ones are refused."""
     where = folder / "config.json"
     name, config = class_name(folder), read_json(where)
     if name not in classes:
         raise UsageError(f"{where}: _class_name is {name!r}, expected {' or '.join(classes)}")
     signature = inspect.signature(getattr(diffusers, name).__init__)
     fields = {key: parameter.default for key, parameter in signature.parameters.items() if key != "self"}
+    fields |= more
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     idle = {key for key in config.keys() - fields.keys() if key in FIXED and config[key] == FIXED[key]}
     config = {key: value for key, value in config.items() if key not in idle.union(RETIRED.get(name, ()))}
@@ -87,19 +90,22 @@ def build_module(name: str, config: Mapping[str, Any], where: str) -> nn.Module:
 
 def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple[DiT, list[Path]]:
     """Read a class-conditional DiT; for another size than the trained one, spread positions as diffusers does."""
-    config = read_config(folder, *CLASSES)
+    config = read_config(folder, *CLASSES, more=OURS)
     where = f"{folder / 'config.json'}"
     allowed = {key: (value,) for key, value in FIXED.items()} | ABSENT
     for key, values in allowed.items():
         if key in config and config[key] not in values:
             raise UsageError(f"{where}: {key} is {config[key]!r}, expected {values[0]!r}")
-    for key in NUMBERS:
-        if type(config[key]) is not int or config[key] < 1:
-            raise UsageError(f"{where}: {key} is {config[key]!r}, expected a positive whole number")
+    for key in (*NUMBERS, *COUNTS):
+        if type(config[key]) is not int or config[key] < (key in NUMBERS):
+            what = "a positive whole number" if key in NUMBERS else "a whole number"
+            raise UsageError(f"{where}: {key} is {config[key]!r}, expected {what}")
     if not isinstance(config["norm_eps"], float) or config["norm_eps"] <= 0:
         raise UsageError(f"{where}: norm_eps is {config['norm_eps']!r}, expected a small positive number")
-    channels, size = config["in_channels"], config["sample_size"]
-    out_channels = channels if config["out_channels"] is None else config["out_channels"]
+    channels, size = config["in_channels"] - config["low_channels"], config["sample_size"]
+    if channels < 1:
+        raise UsageError(f"{where}: low_channels is {config['low_channels']}, expected less than in_channels")
+    out_channels = config["in_channels"] if config["out_channels"] is None else config["out_channels"]
     if out_channels not in (channels, 2 * channels):
         raise UsageError(f"{where}: out_channels is {out_channels!r}, expected {channels} or {2 * channels}")
     spec = ModelSpec(
@@ -110,6 +116,7 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
         latent_size=size,
         channels=channels,
         num_classes=config["num_embeds_ada_norm"],
+        low_channels=config["low_channels"],
         learned_variance=out_channels == 2 * channels,
         frequency_shift=1,
         norm2_eps=config["norm_eps"],

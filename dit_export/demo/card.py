@@ -72,7 +72,7 @@ def write(folder: Path = store.MODEL, count: int = 1_000, reference: int = score
             f"| {row['seconds'] / 60:.0f} | {row['loss']} |"
             for (part, name), row in zip(names.items(), parts, strict=True)
         ),
-        megabytes=sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6,
+        megabytes=sum(path.stat().st_size for path in folder.glob("*/*.safetensors")) / 1e6,
         scaling=figures["refined"]["scaling_factor"],
         psnr=figures["refined"]["held_out_psnr"],
         reconstructed=figures["refined"]["judge_on_reconstructions"],

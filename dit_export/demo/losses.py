@@ -15,7 +15,7 @@ from dit_export.networks.dit import DiT
 
 STEPS = 1000
 KL_WEIGHT = 5e-4  # per latent: small enough for sharp edges, large enough for a latent space without holes
-LABEL_DROPOUT = 0.1
+DROPOUT = 0.1  # of conditions
 
 
 def alphas_bar() -> Tensor:
@@ -73,12 +73,13 @@ def timesteps(count: int, generator: torch.Generator) -> Tensor:
     return (STEPS * torch.sigmoid(1.2 * torch.randn(count, generator=generator) - 0.4)).long()
 
 
-def diffusion_loss(moments: Tensor, labels: Tensor, count: int) -> Loss[DiT]:
+def diffusion_loss(moments: Tensor, count: int, **conditions: tuple[Tensor, float]) -> Loss[DiT]:
     """L_hybrid of Improved DDPM (Nichol & Dhariwal, arXiv 2102.09672, section 3.1).
 
     Mean squared error of epsilon, plus one term of the variational bound, KL(q(x_{t-1} | x_t, x_0) || p), in nats a
     latent; the bound moves the variance only, its mean is detached. At t = 0 the posterior's variance is that of t = 1,
-    so the same formula stands for the likelihood term.
+    so the same formula stands for the likelihood term. A condition is all its rows, and the constant in place of those
+    that are dropped.
     """
     bar = alphas_bar()
     before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
@@ -94,13 +95,13 @@ def diffusion_loss(moments: Tensor, labels: Tensor, count: int) -> Loss[DiT]:
         return table[t][:, None, None, None]
 
     def loss(dit: DiT, generator: torch.Generator) -> Tensor:
-        indices = torch.randint(len(labels), (count,), generator=generator)
+        indices = torch.randint(len(moments), (count,), generator=generator)
         latents = drawn(moments[indices], generator)
         t = timesteps(count, generator)
         epsilon = torch.randn(latents.shape, generator=generator)
-        dropped = torch.rand(count, generator=generator) < LABEL_DROPOUT
-        y = torch.where(dropped, dit.spec.null_label, labels[indices])
-        prediction, v = dit(at(signal, t) * latents + at(spread, t) * epsilon, t.float(), y).chunk(2, dim=1)
+        dropped = torch.rand(count, generator=generator) < DROPOUT
+        ports = {name: without(rows[indices], dropped, null) for name, (rows, null) in conditions.items()}
+        prediction, v = dit(at(signal, t) * latents + at(spread, t) * epsilon, t.float(), **ports).chunk(2, dim=1)
         log_p = torch.lerp(at(narrow, t).expand_as(v), at(wide, t).expand_as(v), (v + 1) / 2)
         gap = (epsilon - prediction.detach()) * at(mean_share, t)
         log_q = at(narrow, t)
@@ -108,6 +109,11 @@ def diffusion_loss(moments: Tensor, labels: Tensor, count: int) -> Loss[DiT]:
         return (epsilon - prediction).square().mean() + bound.mean()
 
     return loss
+
+
+def without(rows: Tensor, dropped: Tensor, null: float) -> Tensor:
+    """Put the constant in the place of dropped rows."""
+    return torch.where(dropped.view(-1, *[1] * (rows.ndim - 1)), torch.tensor(null, dtype=rows.dtype), rows)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class Shown:
 
 def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> list[Shown]:
     """Builds and verifies a bundle in each precision, scores `count` pictures, and puts a grid of some beside it."""
-    weights = _present(weights)
+    weights = present(weights)
     judge = store.load_judge(weights)
     real = score.reference_features(judge, REFERENCE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,16 +96,19 @@ def score_bundle(pipe: Pipeline, judge: ViT, count: int, reference: score.Floats
     return score.score([sample(pipe, labels, seed=1)], labels, judge, reference)
 
 
-def _present(weights: Path | None) -> Path:
+def present(weights: Path | None, part: str = "") -> Path:
+    """Return the folder of the weights; refuse one without them, or without those of a part."""
     folder = weights or store.MODEL
     if not (folder / "model_index.json").is_file():
         raise UsageError(f"{folder}: no demo weights here; make them with `dit-export demo train DIR`")
+    if not (folder / part / "transformer" / "config.json").is_file():
+        raise UsageError(f"{folder}: no weights of {part} here; make them with `dit-export demo train-sr {folder}`")
     return folder
 
 
 def compare(weights: Path | None, folder: Path, count: int, progress: Progress) -> dict[str, Score]:
     """The bundle's score, and PyTorch's of the same seeds, labels and solver."""
-    models = store.load(_present(weights))
+    models = store.load(present(weights))
     reference = score.reference_features(models.judge)
     labels = score.balanced_labels(count)
     with Pipeline.load(folder) as pipe, progress.stage(f"score: {count} pictures by {folder.name}"):
@@ -119,7 +122,7 @@ def compare(weights: Path | None, folder: Path, count: int, progress: Progress) 
 
 def export_judge(weights: Path | None, path: Path) -> None:
     """The judge as ONNX, `images` in [0, 1] -> `logits`, `features`, for scoring without PyTorch."""
-    judge = store.load_judge(_present(weights))
+    judge = store.load_judge(present(weights))
     side = judge.spec.image_size
     trace.export(judge, {"images": torch.zeros(2, 3, side, side)}, ["logits", "features"]).save(path)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -59,30 +60,46 @@ def balanced_labels(count: int) -> list[int]:
 def draw(
     demo: Demo, labels: Sequence[int], steps: int = 25, guidance: float = 4.0, seed: int = 0, batch: int = 50
 ) -> Iterator[NDArray[np.uint8]]:
-    """The PyTorch reference: DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2) from seed to pictures.
+    """Draw pictures of these classes with PyTorch, the reference of the bundles."""
+    noise = noise_of(demo, len(labels), seed)
+    for rows, y in zip(noise.split(batch), torch.tensor(labels).split(batch), strict=True):
+        yield decode(demo, dpm(rows, steps, partial(guided, demo, labels=y, guidance=guidance)))
+
+
+@torch.no_grad()
+def enlarge(
+    demo: Demo, low: torch.Tensor, steps: int = 25, seed: int = 0, batch: int = 50
+) -> Iterator[NDArray[np.uint8]]:
+    """Draw pictures from the latents of low-resolution ones with PyTorch; the network is one that takes them."""
+    noise = noise_of(demo, len(low), seed)
+    for rows, condition in zip(noise.split(batch), low.split(batch), strict=True):
+        yield decode(demo, dpm(rows, steps, partial(epsilon, demo, low=condition)))
+
+
+def noise_of(demo: Demo, count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, *demo.dit.spec.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dpm(noise: torch.Tensor, steps: int, predict: Callable[[torch.Tensor, float], torch.Tensor]) -> torch.Tensor:
+    """Solve from noise to latents: DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2).
 
     Float32 network, float64 state; timesteps evenly spaced, sigma zero at the end, as diffusers' scheduler has them.
     """
-    spec = demo.dit.spec
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(labels), *spec.latent_shape, generator=generator)
     times = np.linspace(0, STEPS - 1, steps + 1).round()[:0:-1]
     bar = alphas_bar()[times.astype(np.int64)].numpy()
     alpha, sigma = [*np.sqrt(bar), 1.0], [*np.sqrt(1 - bar), 0.0]
     logsnr = np.log(np.sqrt(bar) / np.sqrt(1 - bar))
-    for rows, y in zip(noise.split(batch), torch.tensor(labels).split(batch), strict=True):
-        x, clean_before = rows.double(), None
-        for i, t in enumerate(times):
-            epsilon = guided(demo, x.float(), float(t), y, guidance).double()
-            clean = slope = (x - sigma[i] * epsilon) / alpha[i]
-            if i + 1 == steps:
-                break
-            h = logsnr[i + 1] - logsnr[i]
-            if clean_before is not None:
-                slope = clean + (clean - clean_before) * h / (2 * (logsnr[i] - logsnr[i - 1]))
-            x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * slope
-            clean_before = clean
-        yield decode(demo, clean.float())
+    x, clean_before = noise.double(), None
+    for i, t in enumerate(times):
+        clean = slope = (x - sigma[i] * predict(x.float(), float(t)).double()) / alpha[i]
+        if i + 1 == steps:
+            break
+        h = logsnr[i + 1] - logsnr[i]
+        if clean_before is not None:
+            slope = clean + (clean - clean_before) * h / (2 * (logsnr[i] - logsnr[i - 1]))
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * slope
+        clean_before = clean
+    return clean.float()
 
 
 def guided(demo: Demo, x: torch.Tensor, t: float, labels: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -90,11 +107,15 @@ def guided(demo: Demo, x: torch.Tensor, t: float, labels: torch.Tensor, guidance
     spec = demo.dit.spec
     both = guidance > 1
     y = torch.cat([labels, torch.full_like(labels, spec.null_label)]) if both else labels
-    out = demo.dit(torch.cat([x, x]) if both else x, torch.full((len(y),), t), y)[:, : spec.channels]
+    out = epsilon(demo, torch.cat([x, x]) if both else x, t, labels=y)
     if not both:
         return out
     asked, null = out.chunk(2)
     return null + guidance * (asked - null)
+
+
+def epsilon(demo: Demo, x: torch.Tensor, t: float, **conditions: torch.Tensor) -> torch.Tensor:
+    return demo.dit(x, torch.full((len(x),), t), **conditions)[:, : demo.dit.spec.channels]
 
 
 @torch.no_grad()

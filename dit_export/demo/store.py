@@ -21,6 +21,7 @@ from dit_export.networks.dit import DiT
 from dit_export.networks.spec import ModelSpec
 
 MODEL = Path(__file__).parent / "model"
+SR = "sr"  # the folder in it of the DiT for super-resolution, which shares the autoencoder
 LATENT_SIZE = 8
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = {
@@ -65,7 +66,7 @@ def save_transformer(dit: DiT, folder: Path) -> None:
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": spec.heads,
         "attention_head_dim": spec.hidden // spec.heads,
-        "in_channels": spec.channels,
+        "in_channels": spec.channels + spec.low_channels,
         "out_channels": spec.out_channels,
         "num_layers": spec.depth,
         "sample_size": spec.latent_size,
@@ -77,6 +78,8 @@ def save_transformer(dit: DiT, folder: Path) -> None:
         "norm_elementwise_affine": False,
         "norm_eps": spec.norm2_eps,
     }
+    if spec.low_channels:
+        config["low_channels"] = spec.low_channels
     _save(keys.write(dit, keys.DIFFUSERS), folder / "transformer" / WEIGHTS, config)
 
 
@@ -98,12 +101,16 @@ def save_index(folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     _write(index, folder / "model_index.json")
+    save_scheduler(folder)
+
+
+def save_scheduler(folder: Path) -> None:
     _write(SCHEDULER, folder / "scheduler" / "scheduler_config.json")
 
 
-def load(folder: Path = MODEL) -> Demo:
-    """The three models in float32, ready to run."""
-    dit, _ = read_transformer(folder / "transformer")
+def load(folder: Path = MODEL, part: str = "") -> Demo:
+    """The three models in float32, ready to run; with `part` SR, the DiT is the one of super-resolution."""
+    dit, _ = read_transformer(folder / part / "transformer")
     vae, _ = read_vae(folder, dit.spec.channels)
     return Demo(dit, vae, load_judge(folder))
 

@@ -74,7 +74,8 @@ def train(
     torch.manual_seed(seed)
     dit = zero_initialised(DiT(plan.spec))
     labels = torch.from_numpy(samples.labels)
-    fitted = fit(dit, losses.diffusion_loss(latents, labels, plan.dit.batch), plan.dit, seed, checkpoints)
+    loss = losses.diffusion_loss(latents, plan.dit.batch, labels=(labels, plan.spec.null_label))
+    fitted = fit(dit, loss, plan.dit, seed, checkpoints)
     store.save_transformer(fitted.module, output)
     store.save_index(output)
 

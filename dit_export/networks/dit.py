@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dit_export.networks import Network
 from dit_export.networks.spec import ModelSpec, expected_counts, table_name
 from dit_runtime.bundle.manifest import Port
+from dit_runtime.facts import DEFAULT_GUIDANCE
 
 FREQUENCIES = 256
 MAX_PERIOD = 10_000.0
@@ -56,9 +57,10 @@ class Embedder(nn.Module):
         self.time = nn.Sequential(nn.Linear(FREQUENCIES, spec.hidden), nn.SiLU(), nn.Linear(spec.hidden, spec.hidden))
         self.label = nn.Embedding(spec.num_classes + 1, spec.hidden)
 
-    def forward(self, timesteps: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         angles = timesteps[:, None] * self.frequencies  # (N, half); t stays float32
-        return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)), self.label(labels)  # (N, D) each
+        time = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return time, self.label.weight if labels is None else self.label(labels)  # (N, D), or (1, D) without labels
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -186,14 +188,21 @@ class DiT(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.patches = nn.Conv2d(spec.channels, spec.hidden, spec.patch, stride=spec.patch)
+        self.patches = nn.Conv2d(spec.channels + spec.low_channels, spec.hidden, spec.patch, stride=spec.patch)
         self.register_buffer("positions", position_table(spec.hidden, spec.grid, spec.position_span))
         self.embedders = nn.ModuleList(Embedder(spec) for _ in range(spec.embedders))
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
         self.final = FinalLayer(spec)
 
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """(N, C, H, W), (N,), (N,) -> (N, C_out, H, W): the prediction's channels, then the variance's."""
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, labels: Tensor | None = None, low: Tensor | None = None
+    ) -> Tensor:
+        """(N, C, H, W), (N,), (N,) -> (N, C_out, H, W): the prediction's channels, then the variance's.
+
+        `low` holds the latents of a low-resolution picture, enlarged to the same size, (N, C_low, H, W).
+        """
+        if low is not None:
+            latents = torch.cat([latents, low], dim=1)
         conditions = self.conditions(timesteps, labels)
         x = self.patches(latents).flatten(2).transpose(1, 2) + self.positions  # (N, T, D)
         if self.spec.scheme.appended:
@@ -204,7 +213,7 @@ class DiT(nn.Module):
             x = x[:, : self.spec.tokens]
         return self.unpatchify(self.final(x, conditions[0]))
 
-    def conditions(self, timesteps: Tensor, labels: Tensor) -> list[Condition]:
+    def conditions(self, timesteps: Tensor, labels: Tensor | None) -> list[Condition]:
         """Return each block's condition; the final layer reads the first block's."""
         embedded = [embedder(timesteps, labels) for embedder in self.embedders]
         if self.spec.scheme.modulation:
@@ -232,23 +241,36 @@ class Velocity(nn.Module):
         super().__init__()
         self.dit = dit
 
-    def forward(self, latents: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        return -self.dit(latents, 1 - timesteps, labels)
+    def forward(self, latents: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
+        return -self.dit(latents, 1 - timesteps, **conditions)
 
 
 def dit_network(model: DiT, prediction: str = "epsilon") -> Network:
-    """State the ports of a class-conditional DiT; one that predicts velocities gives dx/dσ at the time σ."""
+    """State a DiT's ports; one that predicts velocities gives dx/dσ at the time σ.
+
+    It is guided away from the null label and a picture of zeros, which training puts in the place of dropped ones.
+    """
     spec = model.spec
+    conditions, null = list[Port](), dict[str, int | float]()
+    if spec.num_classes:
+        conditions.append(Port("labels", "condition", "int64", (), size=spec.num_classes + 1))
+        null["labels"] = spec.null_label
+    if spec.low_channels:
+        conditions.append(
+            Port("low", "condition", "float32", (spec.low_channels, *spec.latent_shape[1:]), picture=True)
+        )
+        null["low"] = 0.0
     return Network(
         Velocity(model).eval() if prediction == "velocity" else model,
         ports=(
             Port("latents", "state", "float32", spec.latent_shape),
             Port("timesteps", "time", "float32", ()),
-            Port("labels", "condition", "int64", (), size=spec.num_classes + 1),
+            *conditions,
         ),
-        null={"labels": spec.null_label},
+        null=null,
         guided_channels=spec.guided_channels,
         unguided_up_to_one=spec.unguided_up_to_one,
+        guidance=1.0 if spec.low_channels else DEFAULT_GUIDANCE,  # a picture that it enlarges determines the result
         learned_variance=spec.learned_variance,
         model={"name": table_name(spec), "resolution": spec.resolution} | asdict(spec),
         counts=expected_counts(spec),

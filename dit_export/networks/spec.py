@@ -36,7 +36,8 @@ class ModelSpec:
     latent_size: int = 32  # a side of the latents; their height where the width is another
     latent_width: int = 0  # 0: square
     channels: int = 4
-    num_classes: int = 1000
+    num_classes: int = 1000  # 0: the network takes no labels
+    low_channels: int = 0  # of a low-resolution picture's latents, concatenated to the state's; 0: it takes none
     mlp_ratio: float = 4.0
     learned_variance: bool = True
     conditioning: str = "adaln-zero"
@@ -61,6 +62,10 @@ class ModelSpec:
             raise UsageError(
                 f"conditioning {self.conditioning!r} is not known{near}; known: {', '.join(CONDITIONINGS)}"
             )
+        if not self.num_classes and not self.low_channels:
+            raise UsageError("no classes and no low-resolution picture: expected a condition")
+        if not self.num_classes and not self.scheme.modulation:
+            raise UsageError(f"conditioning {self.conditioning} without classes; expected adaln-zero or adaln")
         if self.embedders not in (1, self.depth):
             raise UsageError(f"{self.embedders} embedders for {self.depth} blocks: expected 1 or one a block")
 
@@ -159,11 +164,12 @@ def expected_counts(spec: ModelSpec) -> dict[str, int]:
     layers = (6 if crossed else 4) * spec.depth  # qkv, proj, fc1, fc2; a cross-attention's q and proj
     attentions = (2 if crossed else 1) * spec.depth
     return {
-        "hoist": spec.modulations + appended + 2 * spec.depth * crossed,  # tokens, K and V
+        "hoist": spec.modulations + appended + 2 * spec.depth * crossed + bool(spec.low_channels),  # tokens, K and V
         "pack": spec.num_vectors,
         "pack_context": 0,
         "fold_gains": spec.gains,
-        "share_rows": 1 if appended else 2,  # the residual stream, and what a branch makes of it before it is mixed
+        # The residual stream, and what a branch makes of it before it is mixed; or the latents, before the picture.
+        "share_rows": 1 if appended or spec.low_channels else 2,
         "guide": 1,
         "quantize": layers,
         "quantize_attention": spec.depth,

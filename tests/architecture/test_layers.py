@@ -12,8 +12,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RUNTIME = ROOT / "runtime/python"
 HOMES = {"dit_export": ROOT / "dit_export", **{name: RUNTIME / name for name in ("dit_runtime", "dit_serve")}}
-# What dit_runtime may name: NumPy always, an engine, the tokenizers, PyAV or Ray inside the function that opens them.
-ENGINES = {"onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "tokenizers", "av", "ray", "dit_runtime"}
+# What dit_runtime may name: NumPy always; engines, tokenizers, PyAV, Pillow and Ray in the function that opens them.
+ENGINES = {
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "tokenizers",
+    "av",
+    "ray",
+    "PIL",
+    "dit_runtime",
+}
 
 Modules = Mapping[str, ast.Module]
 

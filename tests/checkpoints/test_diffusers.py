@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 
 from dit_export.checkpoints import keys, load
-from dit_export.checkpoints.diffusers import ABSENT, CLASSES, FIXED, NUMBERS
+from dit_export.checkpoints.diffusers import ABSENT, CLASSES, COUNTS, FIXED, NUMBERS
 from dit_export.networks.dit import DiT
 from dit_export.recipe import Recipe
 from dit_runtime.errors import UsageError
@@ -142,6 +142,9 @@ def test_older_class(tmp_path):
         ("norm_elementwise_affine", True, "norm_elementwise_affine is True, expected False"),
         ("out_channels", 5, "out_channels is 5, expected 4 or 8"),
         ("num_layers", "3", "num_layers is '3', expected a positive whole number"),
+        ("num_embeds_ada_norm", -1, "num_embeds_ada_norm is -1, expected a whole number"),
+        ("num_embeds_ada_norm", 0, "no classes and no low-resolution picture: expected a condition"),
+        ("low_channels", 4, "low_channels is 4, expected less than in_channels"),
         ("norm_eps", 0, "norm_eps is 0, expected a small positive number"),
         ("qk_norm", "rms", "has no field qk_norm"),
         (
@@ -282,7 +285,7 @@ def test_hub_fetches_one_format(pipeline, monkeypatch):
 def test_the_installed_diffusers_has_the_fields_we_check():
     """A field that a new diffusers adds must be looked at before it passes."""
     unread = {"dropout", "norm_num_groups", "upcast_attention", "out_channels", "norm_eps"}
-    known = {*FIXED, *ABSENT, *NUMBERS} | unread
+    known = {*FIXED, *ABSENT, *NUMBERS, *COUNTS} | unread
     for name in CLASSES:
         fields = inspect.signature(getattr(diffusers, name).__init__).parameters.keys() - {"self"}
         assert fields <= known

@@ -117,7 +117,7 @@ def test_a_stage_resumes_to_the_bit(tmp_path: Path) -> None:
 def test_training_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train.train(tmp_path / "whole", plan=TINY, checkpoints=tmp_path / "a")
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -150,7 +150,7 @@ def test_the_loss_is_that_of_improved_ddpm() -> None:
         patch.setattr(losses, "timesteps", lambda count, generator: torch.full((count,), t))
         patch.setattr(torch, "randint", lambda high, size, generator: torch.zeros(size, dtype=torch.long))
         patch.setattr(torch, "rand", lambda count, generator: torch.ones(count))  # nothing dropped
-        value = losses.diffusion_loss(moments, torch.tensor([3]), 1)(dit, eps_generator)
+        value = losses.diffusion_loss(moments, 1, labels=(torch.tensor([3]), 20))(dit, eps_generator)
     again = torch.Generator().manual_seed(5)
     torch.randn(1, 4, 8, 8, generator=again)
     epsilon = torch.randn(1, 4, 8, 8, generator=again).double()

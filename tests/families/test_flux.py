@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 
 from dit_export.cli import main as regress
 from dit_export.networks.families import family_network
@@ -20,7 +20,7 @@ from dit_runtime.cli import main as run_command
 from dit_runtime.errors import UsageError
 from dit_runtime.serve import Batcher
 from tests import tamper
-from tests.families import tiny
+from tests.families import editing, tiny
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
 JOINT, SINGLE, T5_TOKENS = 2, 1, 32
@@ -41,8 +41,10 @@ def make_pipeline(embedded: bool = True, **scheduler: Any) -> FluxPipeline:
     )
 
 
-def make_case(pipeline: FluxPipeline, folder: Any, resolution: Any = WIDE, **fields: Any) -> tiny.Case:
-    bundle = tiny.build(pipeline, folder, caption_tokens=T5_TOKENS, resolution=resolution)
+def make_case(
+    pipeline: FluxPipeline, folder: Any, resolution: Any = WIDE, encoder: bool = False, **fields: Any
+) -> tiny.Case:
+    bundle = tiny.build(pipeline, folder, caption_tokens=T5_TOKENS, resolution=resolution, encoder=encoder)
     return tiny.Case(pipeline, bundle, {"height": 64, "width": 96, "max_sequence_length": T5_TOKENS}, **fields)
 
 
@@ -83,6 +85,33 @@ def test_schnell_is_diffusers(tmp_path, one_thread) -> None:
     tiny.accept(case)
     contract = manifest.read(case.bundle)
     assert (contract.guidance.default, contract.process.sampler.steps) == (1.0, 4) and contract.mixes_guidance
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory, one_thread) -> dict[str, tiny.Case]:
+    """By the pipeline's name for guidance: as an input of the network, and of two predictions."""
+    folder, shift = tmp_path_factory.mktemp("editable"), {"shift": 3.0, "use_dynamic_shifting": True}
+    with one_thread():
+        dev = make_case(make_pipeline(**shift), folder / "dev", encoder=True, negative=None)
+        schnell = make_pipeline(embedded=False, shift=1.0)
+        return {
+            "guidance_scale": dev,
+            "true_cfg_scale": make_case(schnell, folder / "schnell", encoder=True, weight="true_cfg_scale"),
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True], ids=["image", "inpainting"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("weight", "guidance"), [("guidance_scale", 3.0), ("true_cfg_scale", 1.0), ("true_cfg_scale", 3.0)]
+)
+def test_from_pictures(editable, masked, count, weight, guidance) -> None:
+    edit = editing.Edit(editable[weight], editing.Pipelines(FluxImg2ImgPipeline, FluxInpaintPipeline), masked)
+    for strength in (0.3, 0.6, 0.9):
+        assert edit.distance(strength=strength, guidance=guidance, count=count) >= editing.SAME, strength
+    if count == 1:
+        editing.accept(edit, strength=0.6, guidance=guidance, count=count)
 
 
 def test_what_leaves_the_loop(case) -> None:

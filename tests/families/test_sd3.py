@@ -14,14 +14,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusion3Pipeline,
+)
 
 from dit_export.cli import main as regress
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
 from tests import tamper
-from tests.families import tiny
+from tests.families import editing, tiny
 from tests.networks.tiny import SD3_5, sd3
 
 T5_TOKENS, WIDTH, POOLED, BLOCKS, SIDE = 32, 64, 48, 3, 8
@@ -48,7 +53,7 @@ def make_pipeline(with_t5: bool = True, **scheduler: Any) -> StableDiffusion3Pip
 def case(tmp_path_factory, one_thread) -> tiny.Case:
     pipeline = make_pipeline()
     with one_thread():
-        bundle = tiny.build(pipeline, tmp_path_factory.mktemp("sd3"), caption_tokens=77 + T5_TOKENS)
+        bundle = tiny.build(pipeline, tmp_path_factory.mktemp("sd3"), caption_tokens=77 + T5_TOKENS, encoder=True)
     return tiny.Case(pipeline, bundle, CALL)
 
 
@@ -63,6 +68,24 @@ def test_a_negative_prompt(case) -> None:
     empty = replace(case, negative=None)
     assert min(tiny.distances(empty.ours(), empty.theirs())) >= tiny.SAME
     assert max(tiny.distances(empty.ours(), expected)) < tiny.ANOTHER
+
+
+PIPELINES = editing.Pipelines(StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["image", "inpainting"])
+def test_from_a_picture(case, masked) -> None:
+    editing.accept(editing.Edit(case, PIPELINES, masked), strength=0.6, count=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True], ids=["image", "inpainting"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("guidance", [1.0, tiny.GUIDANCE])
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.9])
+def test_from_pictures(case, masked, count, guidance, strength) -> None:
+    edit = editing.Edit(case, PIPELINES, masked)
+    assert edit.distance(strength=strength, guidance=guidance, count=count) >= editing.SAME
 
 
 def test_a_prompt_that_clip_cuts(case) -> None:

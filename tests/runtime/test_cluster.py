@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dit_runtime.cli import main
+from tests import isolated
 from tests.runtime.test_shards import read
 from tests.serve.serving import until
 
-# Ray listens on all interfaces: here there is but the loopback, and what is left over ends with the first process.
-ALONE = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
-
-
-def why_missing() -> str:
-    """Return why Ray cannot run here, or nothing."""
-    if importlib.util.find_spec("ray") is None:
-        return "needs Ray: make ray"
-    if not shutil.which("unshare") or not shutil.which("ip"):
-        return "needs unshare and ip, so that Ray listens on no network: apt-get install util-linux iproute2"
-    if subprocess.run([*ALONE, "ip", "link", "set", "lo", "up"], capture_output=True).returncode:
-        return "may not make a network namespace, and Ray listens on all networks"
-    return ""
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_missing()), reason=why_missing() or "here")]
+MISSING = isolated.why_missing("ray", "ray")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=MISSING or "here")]
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start Python in a network and a process namespace of its own; what is still there at the end is killed."""
-    started: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: Ray's sockets have names of at most 107 bytes
-        environment = os.environ | {"RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-
-        def begin(*words: str) -> subprocess.Popen[bytes]:
-            script = 'ip link set lo up && exec "$@"'
-            command = [*ALONE, "sh", "-c", script, "sh", sys.executable, *words]
-            started.append(subprocess.Popen(command, env=environment))
-            return started[-1]
-
-        try:
-            yield begin
-        finally:
-            for process in started:
-                process.kill()  # and with it the first process of the namespace
-                process.wait()
+def start() -> Iterator[isolated.Start]:
+    with isolated.starting() as begin:
+        yield begin
 
 
 def command(bundle: Path, into: Path, count: int, size: int) -> list[str]:
@@ -66,7 +34,7 @@ def drawn(into: Path) -> int:
     return len([*into.glob("*.npz")])
 
 
-def workers(process: subprocess.Popen[bytes]) -> list[int]:
+def workers(process: subprocess.Popen[str]) -> list[int]:
     """Return the pids of Ray's workers that draw for this process."""
     parents, titles = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -104,6 +72,7 @@ import os, sys, threading, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from dit_runtime.cli import main
+from tests import isolated
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "include_dashboard": False}})
 machine = cluster.add_node(num_cpus=1)
 def kill():
@@ -129,9 +98,8 @@ sys.exit(main([*{words!r}, "--ray", cluster.address, "--workers", "2"]))
 
 def last_line(bundle: Path, into: Path, *options: str) -> str:
     """Return what a run with a mistake says; it is one line, and Ray's own lines may stand before it."""
-    words = [sys.executable, "-m", "dit_runtime.cli", *command(bundle, into, 10, 5), *options]
-    isolated = [*ALONE, "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *words]
-    done = subprocess.run(isolated, capture_output=True, text=True, timeout=240)
+    words = ["-m", "dit_runtime.cli", *command(bundle, into, 10, 5), *options]
+    done = subprocess.run(isolated.python(words), capture_output=True, text=True, timeout=240)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr.splitlines()[-1]
 

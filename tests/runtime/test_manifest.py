@@ -17,7 +17,7 @@ from dit_runtime.bundle.parsing import parse
 from dit_runtime.cli import main
 from dit_runtime.facts import FACTS
 
-KINDS = ("labels", "captioned", "wave", "video", "free", "prompted", "embedded", "sizes")
+KINDS = ("labels", "pictured", "captioned", "wave", "video", "free", "prompted", "embedded", "sizes")
 SCHEMA = json.loads((Path(__file__).parents[2] / "runtime/manifest.schema.json").read_text())
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float)}
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {
@@ -122,6 +122,8 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         (("ports", 0, "size"), 3, "size: got 3, expected 0, for it is float32"),
         (("ports", 1, "name"), "latents", "port or tensor 'latents' stands there 2 times, expected once"),
         (("ports", 2, "masks"), "latents", "masks 'latents', expected a condition port"),
+        (("ports", 2, "picture"), True, "port of a picture: labels: got condition int64 [], expected a condition"),
+        (("ports", 0, "picture"), True, "port of a picture: latents: got state float32 [2, 4, 4], expected"),
         (("ports", 2, "colour"), "red", "unknown key 'colour'; known: name, role"),
         (("null",), {"captions": 0.0}, "null: got captions, expected one of the condition ports labels"),
         (("null", "labels"), 6, "null: labels: got 6, expected 0 to 5"),
@@ -237,6 +239,14 @@ def test_masks_belong_to_tokens(copied) -> None:
         with pytest.raises(ValueError, match="port mask") as error:
             parse(changed(good, place, value))
         assert words in str(error.value)
+
+
+def test_one_port_at_most_takes_a_picture(handmade) -> None:
+    twice = table(handmade("wave"))
+    for port in twice["ports"][2], twice["ports"][4]:
+        port["picture"] = True
+    with pytest.raises(ValueError, match=r"ports of a picture: got \['words', 'pooled'\], expected one at most"):
+        parse(twice)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,17 @@ void check_ports(const Manifest& manifest) {
     const bool scalar = weight && weight->role == "condition" && weight->dtype == "float32" && weight->shape.empty();
     if (!guidance.port.empty() && (!scalar || manifest.null.count(guidance.port)))
         refuse("guidance: port", guidance.port, "a condition port of float32 [] without a constant in null");
-    std::vector<std::string> masked;
+    std::vector<std::string> masked, pictures;
     for (const Port& port : manifest.ports) {
+        if (port.picture) {
+            if (port.role != "condition" || !port.masks.empty() || port.dtype != state.dtype ||
+                port.shape != state.shape)
+                refuse(
+                    "port of a picture: " + port.name,
+                    port.role + " " + port.dtype + " " + dit_runtime::shown(port.shape),
+                    text("a condition port of ", state.dtype, " ", dit_runtime::shown(state.shape), ", as the state"));
+            pictures.push_back(port.name);
+        }
         if (port.masks.empty()) continue;
         const Port* const other = manifest.port(port.masks);
         if (port.role != "condition" || !other || other == &port || other->role != "condition" ||
@@ -82,6 +91,7 @@ void check_ports(const Manifest& manifest) {
         masked.push_back(port.masks);
     }
     require_distinct("masked port", masked);
+    if (pictures.size() > 1) refuse("ports of a picture", join(pictures), "one at most");
     if (!manifest.labels.empty() && static_cast<std::int64_t>(manifest.labels.size()) != manifest.classes())
         refuse("labels", text(manifest.labels.size(), " names"), std::to_string(manifest.classes()));
 }

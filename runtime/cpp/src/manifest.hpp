@@ -42,6 +42,7 @@ struct Port {
     Shape shape;             // of one row
     std::int64_t size = 0;   // int64 only: values are 0 … size - 1
     std::string masks = {};  // the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+    bool picture = false;    // a condition of a picture's latents, in the state's shape
 };
 
 // One tokenizer's view of a prompt: inputs of the stage that runs "prompt". Its template is for those who tokenize.

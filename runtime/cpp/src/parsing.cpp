@@ -42,7 +42,7 @@ void require_row(const std::string& where, const Shape& row) {
 }
 
 Port parse_port(const Json& table) {
-    json::known_keys(table, "a port", {"name", "role", "dtype", "shape", "size", "masks"});
+    json::known_keys(table, "a port", {"name", "role", "dtype", "shape", "size", "masks", "picture"});
     Port port;
     port.name = name_of(table, "a port");
     const std::string where = "port " + port.name;
@@ -53,6 +53,7 @@ Port parse_port(const Json& table) {
     require_row(where, port.shape);
     if (table.contains("size")) port.size = json::integer(table["size"], where + ": size", 0, MOST);
     if (table.contains("masks")) port.masks = json::string(table["masks"], where + ": masks");
+    if (table.contains("picture")) port.picture = json::boolean(table["picture"], where + ": picture");
     if (port.dtype == "int64" && port.size < 1) refuse(where + ": size", port.size, "1 or more values");
     if (port.dtype != "int64" && port.size) refuse(where + ": size", port.size, "0, for it is float32");
     return port;

@@ -100,6 +100,21 @@ class Maker:
         gives = [tensor(name, "float32", "batch", *shape) for name in ("kept", "next")]
         self._save("update", "update", reads, gives, parts)
 
+    def encoder(self) -> None:
+        channels, height, width = self.state["shape"]
+        over = {"kernel_shape": [8, 8], "strides": [8, 8]}
+        parts = (
+            ("means", self.weight(channels, 3, 8, 8) / 8),
+            ("spreads", self.weight(channels, 3, 8, 8) / 8),
+            ("low", np.array(-2, np.float32)),
+            ("Conv", ["images", "means"], ["mean"], over),
+            ("Conv", ["images", "spreads"], ["spread"], over),
+            ("Add", ["spread", "low"], ["logvar"], {}),
+        )
+        pictures = tensor("images", "float32", "batch", 3, 8 * height, 8 * width)
+        latents = [tensor(name, "float32", "batch", channels, height, width) for name in ("mean", "logvar")]
+        self._save("encoder", "start", [pictures], latents, parts)
+
     def decoder(self) -> None:
         channels, height, width = self.state["shape"]
         parts = (
@@ -127,7 +142,7 @@ class Maker:
         made = helper.make_model(
             helper.make_graph(nodes, name, *ends, weights), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
         )
-        name += self.suffix if runs in ("step", "update", "end") else ""
+        name += self.suffix if runs in ("start", "step", "update", "end") else ""
         file = f"{name}.onnx"
         onnx.save(made, self.folder / file, save_as_external_data=True, location=f"{file}.data", size_threshold=128)
         (self.folder / f"{file}.data").touch()

@@ -33,6 +33,11 @@ def labels(make: Maker) -> None:
     make.decoder()
 
 
+def pictured(make: Maker) -> None:
+    make.encoder()
+    labels(make)
+
+
 def captioned(make: Maker) -> None:
     make.stage(
         "context", "condition", ["captions", "mask"], {"context": [5, WIDTH], "context_mask": [5]},
@@ -230,6 +235,7 @@ KINDS: dict[str, Callable[[Maker], None]] = {
     "labels": labels,
     "sizes": labels,
     "wide": labels,
+    "pictured": pictured,
     "captioned": captioned,
     "wave": wave,
     "video": video,

@@ -71,7 +71,8 @@ NULL: dict[str, dict[str, float]] = {
 }
 # The two tokenizers of "prompted": each knows other words, and the second one's encoder reads no mask.
 WORDS = (("<pad>", "<unk>", "a", "no", "red", "blue", "cat", "dog"), ("<pad>", "<unk>", "cat", "dog", "hat"))
-PORTS["sizes"], NULL["sizes"] = PORTS["labels"], NULL["labels"]
+for kind in ("sizes", "pictured"):
+    PORTS[kind], NULL[kind] = PORTS["labels"], NULL["labels"]
 PROMPTS: dict[str, list[dict[str, Any]]] = {
     "prompted": [
         {

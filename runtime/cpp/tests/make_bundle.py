@@ -1,6 +1,7 @@
 """Writes a bundle of hand-made graphs, whole in every respect, without PyTorch: `make_bundle.py FOLDER [KIND]`.
 
 labels: 5 classes, a learned variance, a decoder;  captioned: captions with a mask, and no null;
+pictured: as labels, with an encoder;
 wave: a state of rank 1, two conditions of different widths, and stages that read what others give;
 video: a state of rank 4, labels without names and a number;  free: no condition at all, and no guidance;
 prompted: two tokenizers, and a stage that makes three of the four condition ports of their ids;
@@ -167,6 +168,9 @@ def reference(folder: Path, kind: str, table: dict[str, Any], suffix: str) -> No
     pictures = np.empty(0, np.uint8)
     if "decoder" in graphs.stages:
         pictures = images.to_uint8(graphs.run("decoder", {graphs.ports["state"]: states[-1]})["images"])
+    encoded = {}
+    if "encoder" in graphs.stages:
+        encoded = graphs.run("encoder", {"images": images.to_unit(pictures)})
     np.savez(
         folder / f"reference{suffix}.npz",
         betas=DIFFUSION.betas,
@@ -179,6 +183,7 @@ def reference(folder: Path, kind: str, table: dict[str, Any], suffix: str) -> No
         **{name: np.stack(values) if values else np.empty(0, np.float32) for name, values in run.items()},
         **{f"condition.{name}": array for name, array in own.items()},
         **{f"null.{name}": array for name, array in null.items()},
+        **{f"encoded.{name}": array for name, array in encoded.items()},
         **{f"prompt.{name}": array for name, array in ids.items()},
         **{f"null prompt.{name}": array for name, array in null_ids.items()},
     )
@@ -208,7 +213,7 @@ def make_size(folder: Path, kind: str, suffix: str = "") -> dict[str, Any]:
         "model": {"name": "tiny", "resolution": 32},
         "ports": PORTS[kind],
         "null": NULL[kind],
-        "labels": list(NAMES[:CLASSES]) if kind in ("labels", "sizes", "wide") else [],
+        "labels": list(NAMES[:CLASSES]) if kind in ("labels", "pictured", "sizes", "wide") else [],
         "guidance": {"channels": state[0], "unguided_up_to_one": kind == "video"},
         "process": DIFFUSION.to_dict(),
         "stages": maker.stages,

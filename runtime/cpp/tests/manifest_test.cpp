@@ -126,6 +126,16 @@ TEST(Ports, Refusals) {
         table["ports"][4] = table["ports"][3];
         table["ports"][4]["name"] = "pooled";
     });
+    bad("port of a picture: pooled: got condition float32 [3], expected a condition port of float32 [6]",
+        [](Json& table) { table["ports"][4]["picture"] = true; });
+    bad("port of a picture: signal: got state float32 [6]", [](Json& table) { table["ports"][0]["picture"] = true; });
+    bad("ports of a picture: got words, pooled, expected one at most", [](Json& table) {
+        for (int port : {2, 4}) {
+            table["ports"][port]["picture"] = true;
+            table["ports"][port]["shape"] = {6};
+        }
+        table["ports"].erase(3);
+    });
     bad("at most", [](Json& table) { table["ports"][4]["shape"] = {1 << 20, 1 << 20}; });
     bad("at most", [](Json& table) { table["ports"][4]["shape"] = {1, 1, 1, 1, 1, 1, 1, 1, 1}; });
     bad("null: got moment", [](Json& table) { table["null"]["moment"] = 0; });

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dit_runtime import pictures
 from dit_runtime.bundle.records import LABELS, Manifest, Port
 from dit_runtime.conditions.condition import Condition, Rows, as_array, fit, null_condition
 from dit_runtime.conditions.labels import class_number
@@ -17,9 +18,10 @@ from dit_runtime.errors import UsageError
 from dit_runtime.sampling.caches import SETTINGS, Cache, make_cache
 from dit_runtime.sampling.guidance import Groups, Policy, make_policy, plan_guidance
 from dit_runtime.sampling.noise import Draw, draw
-from dit_runtime.sampling.schedule import listed
-from dit_runtime.sampling.solvers import EVALUATIONS, Array, plan, solve
+from dit_runtime.sampling.schedule import Level, listed, make_schedule
+from dit_runtime.sampling.solvers import EVALUATIONS, Array, levels, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
+from dit_runtime.sampling.start import first_step
 
 OUTPUTS = ("images", "latents")
 
@@ -40,6 +42,10 @@ class Checked(NamedTuple):
     cache: Cache | None
     draw: Draw
     latents: NDArray[Any] | None  # the request's own
+    levels: tuple[Level, ...]  # one an evaluation
+    first: int  # the steps that are left out, where the run starts from a picture
+    image: NDArray[np.float32] | None  # (samples or 1, 3, H, W)
+    mask: NDArray[np.float32] | None  # (samples or 1, 1, h, w) of the state: 1 where it is drawn anew, else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +81,11 @@ class Request:
     disable_cache_after_step: int | None = None  # below 0: from the end
     cache_threshold: float | None = None  # the greatest error that easycache lets grow
     latents: ArrayLike | None = None  # the state to start from
+    # A picture to start from, or for the port that reads one; in the bundle's size: [H, W, 3] for all or one a sample;
+    # uint8, or floats in [0, 1].
+    image: ArrayLike | None = None
+    strength: float | None = None  # the share of the steps that change the image; None: that of facts.json
+    mask: ArrayLike | None = None  # [H, W] or one for each sample: white is drawn anew, black stays as in the image
     preset: str | None = None  # of the bundle: values for the fields above that the request leaves at their defaults
     size: str | int | None = None  # one of the bundle's: 512, or "512x768" for height x width; None: the pipeline's
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
@@ -93,7 +104,11 @@ class Request:
             manifest.require_end()
         condition = self._condition(manifest, tokenizers)
         latents = None if self.latents is None else as_array(self.latents, "latents")
-        count = len(next(iter(condition.values()))) if condition else self._count(latents)
+        image, mask = self._pictures(manifest)
+        count = len(next(iter(condition.values()))) if condition else self._count(latents, image, mask)
+        for name, own in (("image", image), ("mask", mask)):
+            if own is not None and len(own) not in (1, count):
+                raise UsageError(f"{name} has {len(own)} pictures; expected one, or one for each of {count} samples")
         weights = self._weights(manifest, count)
         if port := manifest.guidance.port:
             if port not in condition:
@@ -112,7 +127,10 @@ class Request:
         process, solver = manifest.process, self.solver or manifest.process.sampler.solver
         spacing = _spacing_words(self.spacing)
         steps = (len(listed(spacing)) or process.sampler.steps) if self.steps is None else self.steps
-        timesteps = plan(process, solver, steps, spacing)
+        make_schedule(process, solver, steps, spacing)
+        first = 0 if image is None or manifest.picture else first_step(steps, self.strength)
+        known = tuple(levels(process, solver, steps, spacing, first))
+        timesteps = np.array([level.time for level in known])
         if solver == "ddpm" and process.sampler.variance.startswith("learned") and not manifest.learned_variance:
             raise lacks_variance(process.sampler.variance)
         stream = draw(self.seed, count)
@@ -139,6 +157,10 @@ class Request:
             cache,
             stream,
             latents,
+            known,
+            first,
+            image,
+            mask,
         )
 
     def with_preset(self, manifest: Manifest) -> Request:
@@ -179,6 +201,10 @@ class Request:
             raise UsageError("no prompt; pass at least one")
         condition, ports = _with_words(manifest, condition, self.prompt, tokenizers, negative=False)
         left_out = {manifest.guidance.port} - condition.keys()
+        if manifest.picture is not None and self.image is not None:
+            if (name := manifest.picture.name) in condition:
+                raise UsageError(f"got both an image and a condition with {name}: pass one of them")
+            left_out.add(name)
         return fit(condition, [port for port in ports if port.name not in left_out])
 
     def _negative(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
@@ -188,10 +214,30 @@ class Request:
         negative, ports = _with_words(manifest, negative, words, tokenizers, negative=True)
         return null_condition(ports, manifest.null, negative)
 
-    def _count(self, latents: NDArray[Any] | None) -> int:
+    def _pictures(self, manifest: Manifest) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
+        """Return the image and the mask as the encoder and the state take them."""
+        if self.image is None:
+            for name in ("strength", "mask"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"got {name} without an image to start from")
+            return None, None
+        if manifest.picture is not None:
+            for name in ("strength", "mask"):
+                if getattr(self, name) is not None:
+                    raise UsageError(
+                        f"got {name}, but this bundle takes the image as {manifest.picture.name}: leave it out"
+                    )
+        elif self.latents is not None:
+            raise UsageError("got both an image and latents to start from: pass one of them")
+        height, width = manifest.picture_size
+        image = pictures.as_pictures(self.image, height, width)
+        return image, None if self.mask is None else pictures.as_mask(self.mask, height, width, manifest.state.shape)
+
+    def _count(self, *starts: NDArray[Any] | None) -> int:
         """Return the number of samples of a network without conditions."""
-        if latents is not None and latents.ndim:
-            return max(1, len(latents))
+        counts = [len(start) for start in starts if start is not None and start.ndim]
+        if counts:
+            return max(1, *counts)
         return max(1, len(self.seed)) if isinstance(self.seed, Sequence) else 1
 
     def _weights(self, manifest: Manifest, count: int) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""One trajectory, from noise to pictures, a step at a time."""
+"""One trajectory, from noise or a picture to pictures, a step at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime import images
+from dit_runtime.bundle.records import MEAN
 from dit_runtime.conditions.condition import Rows
 from dit_runtime.conditions.memo import Numbers
 from dit_runtime.engines import Engines
@@ -18,6 +19,7 @@ from dit_runtime.request import Request
 from dit_runtime.sampling import loops
 from dit_runtime.sampling.guidance import Groups
 from dit_runtime.sampling.solvers import Array, linear, solve
+from dit_runtime.sampling.start import Start
 
 
 class Ask(NamedTuple):
@@ -44,7 +46,7 @@ class Run:
     """
 
     def __init__(self, engines: Engines, request: Request, *, host: bool = False) -> None:
-        """Check the request and encode its prompts; no other stage runs before the first step."""
+        """Check the request, encode its prompts and its picture; no other stage runs before the first step."""
         engines = engines.at(request.size)
         contract = engines.manifest
         request = request.with_preset(contract)
@@ -55,10 +57,17 @@ class Run:
         self.done = 0
         self.rows = 0  # of the network, for each sample: evaluations × groups
         self._engines, self._output, self._cancelled = engines, request.output, False
-        x = checked.latents
+        x, keep, shape = checked.latents, None, (checked.samples, *contract.state.shape)
+        if checked.image is not None and contract.picture is not None:
+            latents = engines.encode_pictures(checked.image)[MEAN]
+            condition = condition | {contract.picture.name: np.broadcast_to(latents, shape)}
+        elif checked.image is not None:
+            start = Start(engines.encode_pictures(checked.image), shape, checked.draw, checked.levels)
+            x = start.at(0)
+            keep = None if checked.mask is None else partial(start.keep, mask=checked.mask)
         if x is None:
-            x = checked.draw((checked.samples, *contract.state.shape))
-        options: dict[str, Any] = {"eta": request.eta, "spacing": checked.spacing}
+            x = checked.draw(shape)
+        options: dict[str, Any] = {"eta": request.eta, "spacing": checked.spacing, "first": checked.first}
         solver = solve(contract.process, checked.solver, checked.steps, x, checked.draw, **options)
         self._times, self._weights = checked.timesteps, checked.weights
         self._groups, self._cache, policy = checked.groups, checked.cache, checked.policy
@@ -66,12 +75,14 @@ class Run:
         mix: loops.Mix | None = None
         if policy is not None:
             mix = partial(policy.mix, weights=checked.weights, channels=contract.guidance.channels)
-        self._trajectory = trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache)
+        trajectory = loops.Trajectory(solver, checked.timesteps, self._groups, mix, self._cache, keep)
+        self._trajectory = trajectory
         # Without `self`: in a cycle, the memory of a run that has ended would wait for the garbage collector.
         self._home: loops.Home = lambda: trajectory.state
         self._advance: loops.Advance | None = None
         planned = [groups for groups in self._groups if groups is not None]
-        host = host or policy is not None or self._cache is not None or len(planned) < self.steps
+        on_host = policy is not None or self._cache is not None or keep is not None
+        host = host or on_host or len(planned) < self.steps
         step, update = (None, None) if host else engines.residents()
         matrices = None
         if update is not None:

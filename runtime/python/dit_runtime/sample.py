@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime import cluster, images, shards
 from dit_runtime.bundle import manifest
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import GateError, UsageError
+from dit_runtime.facts import DEFAULT_STRENGTH
 from dit_runtime.npy import read_array, read_condition
 from dit_runtime.options import add_bundle, add_size, load_bundle
+from dit_runtime.picture_files import read_mask, read_picture
 from dit_runtime.progress import Counted, Progress
 from dit_runtime.request import Request
 from dit_runtime.sampling.caches import CACHES, SETTINGS
@@ -69,6 +74,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disable-cache-after-step", type=int, metavar="STEP", help="below 0: from the end")
     parser.add_argument("--cache-threshold", type=float, metavar="X", help="the error that easycache lets grow")
     parser.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
+    text = "start from pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size; or"
+    text += " enlarge them, of a bundle for super-resolution"
+    parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help=text)
+    text = f"the share of the steps that change --image; default: {DEFAULT_STRENGTH:g}"
+    parser.add_argument("--strength", type=float, metavar="X", help=text)
+    text = "draw anew where it is white, or transparent if it is anywhere; the rest stays as in --image"
+    parser.add_argument("--mask", type=Path, nargs="+", metavar="FILE", help=text)
     parser.add_argument(
         "-o",
         "--output",
@@ -114,6 +126,7 @@ def _sample(options: argparse.Namespace) -> int:
     with load_bundle(options, options.size) as pipe:
         if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
             raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
+        smooth = "bicubic" if pipe.manifest.picture else "lanczos"  # as a low-resolution picture is in training
         request = Request(
             options.labels,
             condition=condition,
@@ -121,6 +134,9 @@ def _sample(options: argparse.Namespace) -> int:
             prompt=options.prompt,
             seed=options.seed if len(options.seed) > 1 else options.seed[0],
             latents=latents,
+            image=_read(partial(read_picture, smooth=smooth), options.image, pipe.manifest),
+            mask=_read(read_mask, options.mask, pipe.manifest),
+            strength=options.strength,
             output="latents" if options.output.suffix == ".npy" else "images",
             **_fields(options),
         )
@@ -135,6 +151,16 @@ def _sample(options: argparse.Namespace) -> int:
     else:
         print(options.output)
     return 0
+
+
+def _read(
+    read: Callable[[Path, int, int], NDArray[np.uint8]], files: Sequence[Path] | None, contract: Manifest
+) -> NDArray[np.uint8] | None:
+    """Return the pictures of files in the size that the bundle's encoder takes."""
+    if not files:
+        return None
+    height, width = contract.picture_size
+    return np.stack([read(file, height, width) for file in files])
 
 
 def _fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,7 +180,9 @@ def _sample_shards(options: argparse.Namespace) -> int:
         raise UsageError("shards need both --count N and --shards DIR")
     if options.workers is not None and (options.ray is None or options.workers < 1):
         raise UsageError(f"--workers is {options.workers}; expected 1 or more, and --ray")
-    single = {"condition", "negative_condition", "latents"} | ({"output"} if options.output != OUTPUT else set())
+    single = {"condition", "negative_condition", "latents", "image", "mask", "strength"} | (
+        {"output"} if options.output != OUTPUT else set()
+    )
     if refused := [name for name in sorted(single) if getattr(options, name)]:
         raise UsageError(f"--{refused[0].replace('_', '-')} does not go with --shards")
     for name in ("seed", "guidance", "negative"):

@@ -64,9 +64,9 @@ class Service:
         self._until = math.inf  # by the clock, when work under way is stopped
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def app(self) -> ASGIApp:
+    def app(self, replicas: bool = False) -> ASGIApp:
+        """Return the application; without jobs and the page where `replicas` answer for it, for a job lives in one."""
         routes = [
-            Route("/", self.page),
             Route("/healthz", self.health),
             Route("/readyz", self.ready),
             Route("/metrics", self.scrape),
@@ -74,12 +74,16 @@ class Service:
             Route("/v1/models/{name:path}", self.one_model),
             Route("/v1/images/generations", self.generate, methods=["POST"]),
             Route("/v1/images/edits", self.edit, methods=["POST"]),
+        ]
+        own = [
+            Route("/", self.page),
             Route("/v1/jobs", self.start_job, methods=["POST"]),
             Route("/v1/jobs/{job}", self.show_job, methods=["GET"]),
             Route("/v1/jobs/{job}", self.stop_job, methods=["DELETE"]),
             Route("/v1/jobs/{job}/events", self.follow_job),
         ]
         handlers: Any = {Fault: _answer_fault, HTTPException: _answer_http, Exception: _answer_bug}
+        routes += [] if replicas else own
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         settings = self.settings
         return Guard(app, settings.key, settings.hosts, settings.limits.body, self._refuse)

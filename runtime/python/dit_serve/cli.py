@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
-    key = _read_key(options.api_key_file) if options.api_key_file else None
+    key = read_key(options.api_key_file) if options.api_key_file else None
     if options.host not in ("127.0.0.1", "::1", "localhost") and key is None:
         raise UsageError(f"--host {options.host} is open to others: pass --api-key-file FILE too")
     positive = ("batch", "deadline", "job_deadline", "grace", "max_images", "max_steps", "max_pixels")
@@ -72,7 +72,7 @@ def _named(bundles: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def _read_key(file: Path) -> bytes:
+def read_key(file: Path) -> bytes:
     key = file.read_bytes().strip()
     if len(key) < 16 or not key.isascii() or len(key.split()) != 1:
         raise UsageError(f"{file}: expected one key of at least 16 characters, without spaces")

@@ -78,6 +78,12 @@ def check_network(
         expect(1 <= channels <= state.shape[0], "guidance: channels", channels, f"1 to {state.shape[0]}")
     conditions = {port.name: port for port in ports if port.role == "condition"}
     _check_masks(ports, conditions)
+    pictures = [port for port in ports if port.picture]
+    expect(len(pictures) <= 1, "ports of a picture", [port.name for port in pictures], "one at most")
+    for port in pictures:
+        fits = port.role == "condition" and not port.masks and (port.dtype, port.shape) == (state.dtype, state.shape)
+        latents = f"a condition port of {state.dtype} {list(state.shape)}, as the state"
+        expect(fits, f"port of a picture: {port.name}", f"{port.role} {_row(port)}", latents)
     if guidance_port:
         weight = conditions.get(guidance_port)
         fits = weight is not None and weight.dtype == "float32" and not weight.shape and guidance_port not in null

@@ -37,6 +37,7 @@ class Port:
     shape: tuple[int, ...]  # of one row
     size: int = 0  # int64 only: values are 0 … size - 1
     masks: str = ""  # the condition port whose tokens (axis 0 of a row) this port marks with 1 or 0
+    picture: bool = False  # a condition of a picture's latents, in the state's shape: what the start stage makes of it
 
 
 def count_classes(ports: Iterable[Port], null: Mapping[str, int | float]) -> int:
@@ -135,6 +136,11 @@ class WithPorts:
     def state(self) -> Port:
         """The port that the loop changes."""
         return next(port for port in self.ports if port.role == "state")
+
+    @property
+    def picture(self) -> Port | None:
+        """Return the condition port that takes a picture's latents; None where there is none."""
+        return next((port for port in self.ports if port.picture), None)
 
     @property
     def time(self) -> Port:
@@ -295,6 +301,12 @@ class Manifest(WithPorts):
         if self.start is None:
             raise UsageError("this bundle takes no pictures, for it has no encoder; build it with --encoder")
         return self.start
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Return height and width of the pictures that a run may start from; refuse where there is no encoder."""
+        height, width = (int(size) for size in self.require_start().reads[0].shape[2:])
+        return height, width
 
     def to_json(self) -> str:
         table = asdict(self) | {"process": self.process.to_dict()}

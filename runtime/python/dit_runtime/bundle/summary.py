@@ -85,6 +85,8 @@ def _port(port: Port, contract: Manifest) -> str:
         words.append(f"0 to {port.size - 1}")
     if port.masks:
         words.append(f"marks the tokens of {port.masks}")
+    if port.picture:
+        words.append("the latents of a picture")
     if port.name in contract.null:
         words.append(f"guidance leads away from {contract.null[port.name]}")
     return f"{port.name}: {', '.join(words)}"

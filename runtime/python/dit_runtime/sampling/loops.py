@@ -20,6 +20,7 @@ Home = Callable[[], Array]
 Into = Callable[[Mapping[str, Any], Mapping[str, Any]], object]  # what is made of the first goes into the second
 Advance = Callable[[int], Home]  # steps in their order
 Inputs = Callable[[int, slice], Mapping[str, Any]]  # step, samples -> what the network reads but the state
+Keep = Callable[[int, Array], Array]  # evaluations done, state -> the state with what a run must not change
 Mix = Callable[[NDArray[Any]], NDArray[Any]]  # predictions of own conditions, then of negatives -> guided
 
 
@@ -42,11 +43,17 @@ class Trajectory:
         groups: Sequence[Groups | None],
         mix: Mix | None = None,
         cache: Cache | None = None,
+        keep: Keep | None = None,
     ) -> None:
-        """Stand before the first step; `groups` are those of each evaluation, None where its prediction is 0."""
+        """Stand before the first step; `groups` are those of each evaluation, None where its prediction is 0.
+
+        `keep` changes single numbers of the state after each evaluation: solvers work number by number, so that their
+        own state may differ there.
+        """
         self.state, _ = next(solver)
         self.done = 0
         self._solver, self._timesteps, self._groups, self._mix, self._cache = solver, timesteps, groups, mix, cache
+        self._keep = keep
         self._variance: NDArray[Any] | None = None  # of the last evaluation
         self._guess = self._take_guess()
 
@@ -68,6 +75,8 @@ class Trajectory:
         except StopIteration as end:
             self.state = end.value
         self.done += 1
+        if self._keep is not None:
+            self.state = self._keep(self.done, self.state)
         self._guess = self._take_guess()
 
     def _finish(

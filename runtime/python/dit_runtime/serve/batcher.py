@@ -351,7 +351,7 @@ def _previews(pipe: Pipeline, request: Request, checked: Checked, count: int) ->
     """Return the level of each evaluation after which a preview is drawn."""
     if not count:
         return {}
-    known = preview.levels(pipe.manifest.process, checked.solver, checked.steps, checked.spacing)
+    known = checked.levels
     return {evaluation: known[evaluation - 1] for evaluation in preview.spread(count, len(known))}
 
 

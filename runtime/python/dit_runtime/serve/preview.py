@@ -10,15 +10,7 @@ from numpy.typing import NDArray
 from dit_runtime import images
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.denoiser import estimate
-from dit_runtime.sampling.process import Process
-from dit_runtime.sampling.schedule import Level, make_schedule
-from dit_runtime.sampling.solvers import EVALUATIONS
-
-
-def levels(process: Process, solver: str, steps: int, spacing: str | None) -> list[Level]:
-    """Return the level at which each evaluation reads the state."""
-    schedule = make_schedule(process, solver, steps, spacing)
-    return [level for step in schedule for level in step[: EVALUATIONS[solver]]]
+from dit_runtime.sampling.schedule import Level
 
 
 def spread(count: int, evaluations: int) -> Collection[int]:

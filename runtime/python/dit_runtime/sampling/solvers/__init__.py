@@ -16,7 +16,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.sampling.denoiser import Array, Method, estimate
 from dit_runtime.sampling.noise import Draw, Noise
 from dit_runtime.sampling.process import SOLVERS, Process, solver_of_order
-from dit_runtime.sampling.schedule import make_schedule
+from dit_runtime.sampling.schedule import Level, make_schedule
 from dit_runtime.sampling.solvers.ddim import ddim
 from dit_runtime.sampling.solvers.ddpm import ddpm
 from dit_runtime.sampling.solvers.deis import deis
@@ -55,10 +55,13 @@ LARGE = 1e6  # any clipping solver clips values of this size
 
 def plan(process: Process, solver: str, steps: int, spacing: str | None = None) -> Array:
     """Return every time that a run's network reads, in order; (N,), or (2 N,) where a step evaluates it twice."""
+    return np.array([level.time for level in levels(process, solver, steps, spacing)])
+
+
+def levels(process: Process, solver: str, steps: int, spacing: str | None = None, first: int = 0) -> list[Level]:
+    """Return the level at which each evaluation reads the state, of a run that leaves out the `first` steps."""
     schedule = make_schedule(process, solver, steps, spacing)
-    if EVALUATIONS[solver] == 2:
-        return np.array([level.time for step in schedule for level in step])
-    return np.array([step.now.time for step in schedule])
+    return [level for step in schedule[first:] for level in step[: EVALUATIONS[solver]]]
 
 
 def solve(
@@ -70,9 +73,13 @@ def solve(
     *,
     eta: float = 0.0,
     spacing: str | None = None,
+    first: int = 0,
 ) -> Solver:
-    """Return a run from x_T that draws its noise with `draw`; refuse what does not fit before the first step."""
-    schedule = make_schedule(process, solver, steps, spacing)
+    """Return a run from x that draws its noise with `draw`; refuse what does not fit before the first step.
+
+    It leaves out the `first` steps.
+    """
+    schedule = make_schedule(process, solver, steps, spacing)[first:]
     if not 0 <= eta <= 1:
         raise UsageError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
     if eta and solver != "ddim":
@@ -95,7 +102,9 @@ def _run(process: Process, method: Method) -> Solver:
             return final
 
 
-def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spacing: str | None = None) -> Array | None:
+def linear(
+    process: Process, solver: str, steps: int, *, eta: float = 0.0, spacing: str | None = None, first: int = 0
+) -> Array | None:
     """Return a run as a matrix M an evaluation, (memory', x') = M (x, prediction, memory); (N, 2, 3).
 
     The memory is the last x₀, or the last velocity of a solver that evaluates twice a step. Whether there are such
@@ -106,9 +115,9 @@ def linear(process: Process, solver: str, steps: int, *, eta: float = 0.0, spaci
     def draw(shape: tuple[int, ...]) -> NDArray[Any]:
         raise _Draws
 
-    schedule = make_schedule(process, solver, steps, spacing)
+    schedule = make_schedule(process, solver, steps, spacing)[first:]
     start, *numbers = LARGE * Noise(0).normal((EVALUATIONS[solver] * len(schedule) + 1, 8)).astype(np.float64)
-    run = solve(process, solver, steps, start, draw, eta=eta, spacing=spacing)
+    run = solve(process, solver, steps, start, draw, eta=eta, spacing=spacing, first=first)
     x, _ = next(run)
     memory, matrices = np.zeros_like(x), []
     for index, prediction in enumerate(numbers):
