@@ -130,13 +130,15 @@ cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
 	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
 
+# What reads files and what uses them, FUZZ_SECONDS each.
+FUZZERS := manifest verify request options
 cpp-fuzz: $(STAMP)
 	$(CPP_SETUP) clang libclang-rt-dev
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF
-	cmake --build build/cpp-fuzz --parallel $(JOBS) --target manifest-fuzzer
-	mkdir -p build/cpp-fuzz/corpus
-	build/cpp-fuzz/fuzz/manifest-fuzzer -max_total_time=$(or $(FUZZ_SECONDS),60) -max_len=8192 -timeout=10 \
-		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus runtime/cpp/fuzz/corpus
+	cmake --build build/cpp-fuzz --parallel $(JOBS) --target $(FUZZERS:=-fuzzer)
+	for kind in $(FUZZERS); do mkdir -p build/cpp-fuzz/corpus/$$kind && build/cpp-fuzz/fuzz/$$kind-fuzzer \
+		-max_total_time=$(or $(FUZZ_SECONDS),15) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1 \
+		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus/$$kind runtime/cpp/fuzz/corpus || exit 1; done
 
 # Whether the TensorRT engine compiles against the public headers, where they are at hand; it needs no GPU.
 cpp-tensorrt:

@@ -1,10 +1,15 @@
 #include "arguments.hpp"
 
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <functional>
+#include <limits>
 #include <map>
+#include <optional>
 #include <stdexcept>
+
+#include "errors.hpp"
 
 const char* const USAGE =
     R"(usage: dit-generate BUNDLE --labels CLASS … [-o FILE] [options]
@@ -60,10 +65,15 @@ namespace {
 }
 
 double number(const std::string& flag, const std::string& word) {
-    char* end = nullptr;
-    const double value = std::strtod(word.c_str(), &end);
-    if (word.empty() || *end) refuse(flag, word, "a number");
-    return value;
+    const std::optional<double> value = dit_runtime::number(word);
+    if (!value) refuse(flag, word, "a number");
+    return *value;
+}
+
+float float_number(const std::string& flag, const std::string& word) {
+    const double value = number(flag, word);
+    if (std::abs(value) > std::numeric_limits<float>::max()) refuse(flag, word, "a number of float32");
+    return static_cast<float>(value);
 }
 
 int integer(const std::string& flag, const std::string& word) {
@@ -123,7 +133,7 @@ Arguments parse_arguments(int count, char** words) {
          {1, any,
           [&](const std::string& flag, const Values& v) {
               arguments.request.guidance.clear();
-              for (const auto& word : v) arguments.request.guidance.push_back(static_cast<float>(number(flag, word)));
+              for (const auto& word : v) arguments.request.guidance.push_back(float_number(flag, word));
           }}},
         {"--seed",
          {1, any,

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "arguments.hpp"
+#include "errors.hpp"
 #include "files.hpp"
 
 namespace {
@@ -38,7 +39,7 @@ class Progress {
 
 std::string json_text(const std::string& text) {
     std::string json = "\"";
-    for (const char letter : text) {
+    for (const char letter : dit_runtime::printable(text)) {
         if (letter == '"' || letter == '\\') json += '\\';
         if (static_cast<unsigned char>(letter) >= 0x20) json += letter;
     }
@@ -55,7 +56,11 @@ std::string json_number(double number) {
 
 int verify(dit::Pipeline& pipe, bool json) {
     std::vector<dit::Check> checks;
-    const bool passed = pipe.verify([&](const dit::Check& check) { checks.push_back(check); });
+    const bool passed = pipe.verify([&](const dit::Check& check) {
+        checks.push_back(check);
+        for (std::string* const words : {&checks.back().name, &checks.back().where})
+            *words = dit_runtime::one_line(*words);
+    });
     if (json) std::printf("{\"passed\": %s, \"checks\": [", passed ? "true" : "false");
     bool first = true;
     std::size_t width = 0;
@@ -108,7 +113,7 @@ int run(int count, char** words) {
     if (arguments.version) return std::printf("dit-generate %s (%s)\n", dit_version(), dit_backends()) < 0;
     const std::string kind = suffix(arguments.output);
     dit::Pipeline pipe(arguments.bundle, arguments.open);
-    if (*pipe.info().note) std::cerr << "note: " << pipe.info().note << '\n';
+    if (*pipe.info().note) std::cerr << dit_runtime::one_line("note: " + std::string(pipe.info().note)) << '\n';
     if (arguments.verify) return verify(pipe, arguments.json);
 
     dit::Request& request = arguments.request;
@@ -153,11 +158,10 @@ int main(int count, char** words) {
         return run(count, words);
     } catch (const dit::Error& error) {
         message = error.what();
-        if (error.status == DIT_ENGINE_FAILED || error.status == DIT_STOPPED) code = 1;
+        if (error.status == DIT_STOPPED) code = 1;
     } catch (const std::exception& error) {
         message = error.what();
     }
-    std::replace(message.begin(), message.end(), '\n', ' ');
-    std::cerr << "dit-generate: error: " << message << '\n';
+    std::cerr << dit_runtime::one_line("dit-generate: error: " + message) << '\n';
     return code;
 }

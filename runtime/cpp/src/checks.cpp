@@ -7,6 +7,7 @@
 #include <map>
 #include <tuple>
 
+#include "facts.hpp"
 #include "json.hpp"
 
 namespace dit_runtime {
@@ -106,6 +107,8 @@ void check_null(const Manifest& manifest) {
             refuse("null: " + name, value, "a number of float32");
         if (!port->masks.empty() && value != 1) refuse("null: " + name, value, "1, for it is a mask");
     }
+    if (manifest.classes() > limit("classes"))
+        refuse(text("port ", LABELS), text(manifest.classes(), " classes"), text("at most ", limit("classes")));
     if (manifest.classes() && manifest.null.count(LABELS)) {
         const std::int64_t last = manifest.port(LABELS)->size - 1;
         if (manifest.null.at(LABELS) != double(last))

@@ -18,9 +18,10 @@ struct Options {
     int threads = 0;                   // 0: as many as the backend thinks right
     bool low_memory = false;           // one engine at a time, smaller buffers
     std::string manifest_sha256 = {};  // that manifest.json must have; empty: any
-    bool streamed = false;    // of a stage that runs once a prompt: weights are packed and widened where they are used
-    Path cache;               // where a backend may keep what it compiled; empty: nowhere
-    std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart
+    bool streamed = false;  // of a stage that runs once a prompt: weights are packed and widened where they are used
+    Path cache;             // where a backend may keep what it compiled; empty: nowhere
+    std::string engine_sha256;  // of a stage's first file, if that is an engine: what it holds is code
+    std::size_t at_once = 0;    // rows of a stage that may run at the same time; 0: its rows do not run apart
     // What OpenVINO's device computes, "BF16" among it; nothing: ask it.
     std::optional<std::vector<std::string>> capabilities = std::nullopt;
 };

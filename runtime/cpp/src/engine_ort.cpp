@@ -128,7 +128,7 @@ ProviderOptions cuda_options(int device) {
 OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOptions& more) {
     const bool cuda = on_cuda(options.device);
     OrtEnv* environment = nullptr;
-    check(api().CreateEnv(ORT_LOGGING_LEVEL_ERROR, "dit", &environment));
+    check(api().CreateEnv(ORT_LOGGING_LEVEL_FATAL, "dit", &environment));
     environment_.reset(environment);
     OrtSessionOptions* made = nullptr;
     check(api().CreateSessionOptions(&made));

@@ -84,11 +84,11 @@ std::vector<std::string> names(const std::vector<ov::Output<ov::Node>>& ports) {
 // A stage whose rows run in one call, any number of them.
 class OvEngine : public Engine {
   public:
-    explicit OvEngine(const OvGraph& graph) {
-        const auto model = graph.read();
+    explicit OvEngine(const OvGraph& graph) : graph_(graph) {
+        const auto model = graph_.read();
         inputs = names(model->inputs());
         outputs = names(model->outputs());
-        request_ = graph.compile(model, graph.type).front();
+        request_ = graph_.compile(model, graph_.type).front();
     }
 
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
@@ -96,6 +96,7 @@ class OvEngine : public Engine {
     }
 
   private:
+    const OvGraph graph_;  // whose core outlives what it compiled
     ov::InferRequest request_;
 };
 
@@ -104,13 +105,12 @@ class OvEngine : public Engine {
 class RowEngine : public Engine {
   public:
     RowEngine(const OvGraph& graph, const Stage& stage, const Options& options)
-        : graph_(graph), at_once_(rows_at_once(graph, options)) {
+        : graph_(graph), model_(graph.read()), at_once_(rows_at_once(graph, options)) {
         for (const TensorSpec& spec : stage.reads)
             if (spec.starts("groups")) grouped_.push_back(spec.name);
-        const auto model = graph_.read();
-        inputs = names(model->inputs());
-        outputs = names(model->outputs());
-        const auto rows = cut(model);
+        inputs = names(model_->inputs());
+        outputs = names(model_->outputs());
+        const auto rows = cut(model_->clone());
         row_outputs_ = mixes() ? std::vector<std::string>{meeting()} : outputs;
         if (!mixes() && !grouped_.empty()) return;  // a row has as many groups as a call brings
         std::map<std::string, Shape> shapes;
@@ -193,12 +193,14 @@ class RowEngine : public Engine {
                                             const std::shared_ptr<ov::Model>& model = nullptr) {
         std::vector<ov::InferRequest>& made = requests_[{shapes, streams}];
         if (!made.empty()) return made;
-        const auto rows = model ? model : cut(graph_.read());
+        const auto rows = model ? model : cut(model_->clone());
         std::map<std::string, ov::PartialShape> fixed;
         for (const auto& [name, shape] : shapes)
             fixed[name] = ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end()));
         try {
             rows->reshape(fixed);
+        } catch (const std::bad_alloc&) {
+            throw;
         } catch (const std::exception& error) {
             throw graph_.not_compiled(error);
         }
@@ -274,6 +276,7 @@ class RowEngine : public Engine {
     };
 
     const OvGraph graph_;
+    const std::shared_ptr<ov::Model> model_;  // never read again: what is compiled later is a copy of what was checked
     const std::size_t at_once_;
     std::vector<std::string> grouped_, row_outputs_;
     std::optional<ov::InferRequest> mix_;

@@ -11,6 +11,7 @@
 
 #include "cuda.hpp"
 #include "npy.hpp"
+#include "sha256.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -108,6 +109,10 @@ class TrtEngine : public Engine {
         if (built.version_compatible)
             runtime_->setEngineHostCodeAllowed(true);  // such a plan brings its runtime; its sha256 has been checked
         const std::vector<unsigned char> content = read_bytes(path, UINTMAX_MAX);
+        Sha256 sum;  // of what is executed, whatever the file has become
+        sum.update(content.data(), content.size());
+        if (!options.engine_sha256.empty() && sum.hex() != options.engine_sha256)
+            throw BundleError(path.string() + ": does not have the sha256 of its manifest; refused");
         engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
         if (!engine_)
             throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger().last(), command));
@@ -267,7 +272,7 @@ class TrtEngine : public Engine {
 
     std::vector<unsigned char> kept_kernels() const {
         try {
-            return read_bytes(kernels_, UINTMAX_MAX);
+            return read_bytes(kernels_);
         } catch (const NpyError&) {  // there are none, or they cannot be read
             return {};
         }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <optional>
 #include <ostream>
 #include <stdexcept>
 #include <string>
@@ -69,6 +70,14 @@ std::string join(const std::vector<std::string>& words, const std::string& separ
 
 // ' (did you mean "…"?)' where something known is close, else nothing.
 std::string nearest(const std::string& word, const std::vector<std::string>& known);
+
+// The number that all of the word says, whatever the program's locale.
+std::optional<double> number(const std::string& word);
+
+// A text of any source, whose characters a terminal shows and does not obey; line breaks stay. Mirrors console.py.
+std::string printable(const std::string& message);
+// The same in one line, without the middle of a long one.
+std::string one_line(const std::string& message, std::size_t most = 300);
 
 // As Python's str.lower and str.strip do for ASCII.
 std::string lower(std::string word);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -116,13 +115,11 @@ Words parse(const std::string& words) {
         if (!contains(keys, key))
             throw UsageError(text("guidance_policy ", parsed.name, " has no '", key, "'; it takes ",
                                   keys.empty() ? "no numbers" : join(keys)));
-        char* end = nullptr;
-        const double number = std::strtod(value.c_str(), &end);
+        const double number = dit_runtime::number(value).value_or(std::nan(""));
         const auto bound = bounds.find(key);
         const auto [low, high] = bound == bounds.end() ? std::make_pair(-INFINITE, INFINITE) : bound->second;
         const bool whole = key == "zero_init_steps";
-        if (value.empty() || *end || !std::isfinite(number) || number < low || number > high ||
-            (whole && number != std::floor(number)))
+        if (!std::isfinite(number) || number < low || number > high || (whole && number != std::floor(number)))
             throw UsageError(text("guidance_policy: ", key, " is '", value, "'; expected ",
                                   whole ? "an integer" : "a number", " from ", low, " to ", high));
         parsed.numbers[key] = number;

@@ -16,7 +16,7 @@ std::string& last_message() noexcept {
 
 dit_status fail(dit_status status, const char* message) noexcept {
     try {
-        last_message() = message;
+        last_message() = one_line(message);
     } catch (...) {
         last_message().clear();
     }

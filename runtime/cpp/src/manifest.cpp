@@ -1,8 +1,9 @@
 #include "manifest.hpp"
 
 #include <algorithm>
-#include <fstream>
 
+#include "bundle_file.hpp"
+#include "facts.hpp"
 #include "parsing.hpp"
 #include "sha256.hpp"
 
@@ -161,12 +162,8 @@ Manifest read(const Path& folder, const std::string& sha256) {
     if (!std::filesystem::is_regular_file(path, failure) || std::filesystem::is_symlink(path, failure))
         throw BundleError(
             text(folder.string(), ": no ", MANIFEST, " here; expected a bundle, as `dit-export build` writes it"));
-    const std::uintmax_t size = std::filesystem::file_size(path, failure);
-    if (failure || size > MANIFEST_BYTES)
-        throw BundleError(text(path.string(), ": cannot be read, or has more than ", MANIFEST_BYTES, " bytes"));
-    std::string content(static_cast<std::size_t>(size), '\0');
-    if (!std::ifstream(path, std::ios::binary).read(content.data(), static_cast<std::streamsize>(size)))
-        throw BundleError(path.string() + ": cannot be read");
+    const auto bytes = BundleFile(folder, MANIFEST).read(static_cast<std::uintmax_t>(limit("manifest_bytes")));
+    const std::string content(bytes.begin(), bytes.end());
     require_sum(content, sha256, path);
     Manifest manifest = parse(content, path.string());
     for (const auto& [name, file] : manifest.files) {
@@ -181,50 +178,25 @@ Manifest read(const Path& folder, const std::string& sha256) {
     return manifest;
 }
 
-Path inside(const Path& folder, const std::string& name) {
+std::vector<std::string> parts_inside(const Path& folder, const std::string& name) {
     std::vector<std::string> parts;
     bool leaves = name.empty() || name[0] == '/' || name.find_first_of(std::string("\\:\0", 3)) != std::string::npos;
     for (const Path& part : Path(name))
         if (!part.empty() && part != ".") parts.push_back(part.string());
     if (leaves || parts.empty() || contains(parts, ".."))
         throw BundleError(text(folder.string(), ": file name '", name, "' leaves the bundle; refused"));
+    return parts;
+}
+
+Path inside(const Path& folder, const std::string& name) {
     Path path = folder;
-    for (const auto& part : parts) {
+    for (const auto& part : parts_inside(folder, name)) {
         path /= part;
         std::error_code failure;
         if (std::filesystem::is_symlink(path, failure))
             throw BundleError(text(folder.string(), ": '", name, "' is a link; refused"));
     }
     return path;
-}
-
-Checking::Checking(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names)
-    : folder_(folder), manifest_(manifest) {
-    for (const auto& name : names)
-        if (!manifest.files.count(name))
-            throw BundleError(text(folder.string(), ": ", name, " is not in the manifest"));
-    for (const auto& name : names)
-        if (!sums_.count(name)) sums_[name] = std::async(sha256, inside(folder, name));
-    for (const auto& name : names)
-        if (Path(name).extension() == ENGINE) compare(name);
-}
-
-void Checking::finish() {
-    while (!sums_.empty()) compare(sums_.begin()->first);
-}
-
-void Checking::compare(std::string name) {
-    const auto sum = sums_.find(name);
-    if (sum == sums_.end()) return;
-    const std::string found = sum->second.get();
-    sums_.erase(sum);
-    if (found != manifest_.files.at(name).sha256)
-        throw BundleError(
-            text(folder_.string(), ": ", name, " does not have the sha256 of its manifest; it is damaged: rebuild it"));
-}
-
-void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names) {
-    Checking(folder, manifest, names).finish();
 }
 
 std::size_t count(const Shape& shape) {

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <future>
 #include <map>
 #include <optional>
 #include <string>
@@ -21,8 +20,8 @@ using Shape = std::vector<std::int64_t>;
 
 inline constexpr std::uint64_t FORMAT = 2;
 inline const char* const MANIFEST = "manifest.json";
-inline const char* const ENGINE = ".engine";                 // what a file that a backend has compiled ends in
-inline constexpr std::uintmax_t MANIFEST_BYTES = 64u << 20;  // more is no manifest
+inline const char* const ENGINE = ".engine";  // what a file that a backend has compiled ends in
+inline const char* const GRAPH = ".onnx";
 
 inline const std::vector<std::string> BEFORE_LOOP = {"condition", "time", "time+condition"};  // what such stages run
 inline const char* const LABELS = "labels";      // the port that a user may fill with class names
@@ -175,25 +174,11 @@ Manifest read(const Path& folder, const std::string& sha256 = {});
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);
 
+// The parts of a file's name in the bundle; nothing may lead out of the folder.
+std::vector<std::string> parts_inside(const Path& folder, const std::string& name);
+
 // The file `name` of the bundle; nothing may lead out of the folder.
 Path inside(const Path& folder, const std::string& name);
-
-// Compares sha256 sums while the caller opens the files. Engines are executable, so theirs are compared at once.
-class Checking {
-  public:
-    Checking(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
-    void finish();  // refuses what has another sum
-
-  private:
-    void compare(std::string name);
-
-    const Path folder_;
-    const Manifest& manifest_;
-    std::map<std::string, std::future<std::string>> sums_;  // waited for when it ends
-};
-
-// Compares sha256 sums, of large files at the same time.
-void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names);
 
 std::size_t count(const Shape& shape);
 Shape with_rows(std::size_t rows, const Shape& row);

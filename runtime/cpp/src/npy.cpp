@@ -1,6 +1,9 @@
 #include "npy.hpp"
 
+#include <algorithm>
+#include <array>
 #include <fstream>
+#include <iterator>
 
 #include "errors.hpp"
 
@@ -40,7 +43,9 @@ std::string entry(const std::string& header, const std::string& key) {
 
 NpyArray parse_array(const Bytes& file) {
     if (file.size() < 10 || file.part(0, 6).text() != "\x93NUMPY") throw NpyError("it is no .npy file");
-    const int width = file.number(6, 1) == 1 ? 2 : 4;
+    const std::uint32_t version = file.number(6, 2);  // the minor one in the second byte
+    if (version != 1 && version != 2) throw NpyError("its version is not known; expected 1.0 or 2.0");
+    const int width = version == 1 ? 2 : 4;
     const std::uint32_t length = file.number(8, width);
     const std::string header = file.part(8u + static_cast<unsigned>(width), length).text();
 
@@ -69,8 +74,25 @@ NpyArray parse_array(const Bytes& file) {
         if (at == std::string::npos) throw NpyError("its shape is not understood");
     }
     const Bytes data = file.part(start, bytes);
+    if (start + bytes != file.size()) throw NpyError(text("it has bytes after its ", bytes, " of numbers"));
     array.bytes.assign(data.data(), data.data() + data.size());
     return array;
+}
+
+// The checksum of a zip's entries (ISO 3309): the remainder of a polynomial, its lowest power in the highest bit.
+std::uint32_t crc32(const Bytes& bytes) {
+    static const std::array<std::uint32_t, 256> table = [] {
+        std::array<std::uint32_t, 256> remainders{};
+        for (std::uint32_t byte = 0; byte < 256; ++byte) {
+            remainders[byte] = byte;
+            for (int bit = 0; bit < 8; ++bit)
+                remainders[byte] = remainders[byte] >> 1 ^ (remainders[byte] & 1 ? 0xEDB88320u : 0);
+        }
+        return remainders;
+    }();
+    std::uint32_t sum = ~0u;
+    for (std::size_t at = 0; at < bytes.size(); ++at) sum = sum >> 8 ^ table[(sum ^ bytes.data()[at]) & 255];
+    return ~sum;
 }
 
 }  // namespace
@@ -80,14 +102,12 @@ NpyArray parse_npy(const std::vector<unsigned char>& content) { return parse_arr
 // PKWARE's APPNOTE: the end record (4.3.16) leads to the central directory (4.3.12), that to each file (4.3.7).
 std::map<std::string, NpyArray> parse_npz(const std::vector<unsigned char>& content) {
     const Bytes file(content.data(), content.size());
-    std::size_t end = file.size();
-    do {
-        if (end < 22 || file.size() - end > 65535) throw NpyError("it is no .npz file");
-        --end;
-    } while (end + 22 > file.size() || file.number(end, 4) != 0x06054b50);
+    const std::size_t end = file.size() - std::min<std::size_t>(file.size(), 22);
+    if (file.size() < 22 || file.number(end, 4) != 0x06054b50) throw NpyError("it is no .npz file, or has a comment");
     const std::uint32_t entries = file.number(end + 10, 2);
     std::uint64_t at = file.number(end + 16, 4);
     std::map<std::string, NpyArray> arrays;
+    std::map<std::uint64_t, std::uint64_t> taken;  // the bytes of each file, first to past the last
     for (std::uint32_t index = 0; index < entries; ++index) {
         if (file.number(at, 4) != 0x02014b50) throw NpyError("its directory is damaged");
         const std::uint32_t method = file.number(at + 10, 2), stored = file.number(at + 20, 4);
@@ -97,8 +117,14 @@ std::map<std::string, NpyArray> parse_npz(const std::vector<unsigned char>& cont
         if (method != 0 || stored != size) throw NpyError(name + " is compressed; expected what np.savez writes");
         if (file.number(local, 4) != 0x04034b50) throw NpyError(name + " is not where the directory says");
         const std::uint64_t start = local + 30 + file.number(local + 26, 2) + file.number(local + 28, 2);
+        const auto after = taken.emplace(local, start + size).first;
+        const bool overlaps = (after != taken.begin() && std::prev(after)->second > local) ||
+                              (std::next(after) != taken.end() && std::next(after)->first < start + size);
+        if (overlaps || taken.size() != index + 1) throw NpyError(name + " shares its bytes with another entry");
         if (name.size() > 4 && name.compare(name.size() - 4, 4, ".npy") == 0) name.resize(name.size() - 4);
-        arrays[name] = parse_array(file.part(start, size));
+        const Bytes stored_file = file.part(start, size);
+        if (crc32(stored_file) != file.number(at + 16, 4)) throw NpyError(name + " does not have its checksum");
+        if (!arrays.emplace(name, parse_array(stored_file)).second) throw NpyError(name + " is in it more than once");
         at += 46 + name_length + file.number(at + 30, 2) + file.number(at + 32, 2);
     }
     return arrays;

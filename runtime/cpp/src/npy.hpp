@@ -5,12 +5,14 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "errors.hpp"
 #include "manifest.hpp"
 
 namespace dit_runtime {
@@ -40,7 +42,7 @@ struct NpyArray {
 
     std::size_t size() const { return kind.empty() ? 0 : bytes.size() / static_cast<std::size_t>(kind[1] - '0'); }
 
-    // The numbers as T; wider ones are rounded, and floats are refused as integers.
+    // The numbers as T: floats are rounded, and what T cannot hold is refused, floats as integers among it.
     template <typename T>
     std::vector<T> as() const {
         if (kind == "f2") return cast<Half, T>();
@@ -56,10 +58,17 @@ struct NpyArray {
     std::vector<T> cast() const {
         if constexpr (std::is_integral_v<T> && !std::is_integral_v<From>)
             throw NpyError("it holds floats; expected integers");
+        using Most = std::numeric_limits<T>;
         std::vector<T> values(size());
         for (std::size_t index = 0; index < values.size(); ++index) {
             From value;
             std::memcpy(&value, &bytes[index * sizeof(From)], sizeof(From));
+            if constexpr (std::is_integral_v<T> && sizeof(From) > sizeof(T))
+                if (value < From{Most::min()} || value > From{Most::max()})
+                    throw NpyError(text("it holds ", value, "; expected ", +Most::min(), " to ", +Most::max()));
+            if constexpr (std::is_same_v<T, float> && std::is_same_v<From, double>)
+                if (std::isfinite(value) && std::abs(value) > double{Most::max()})
+                    throw NpyError(text("it holds ", value, "; expected numbers of float32"));
             values[index] = static_cast<T>(value);
         }
         return values;

@@ -85,6 +85,8 @@ std::shared_ptr<ov::Model> OvGraph::read() const {
         throw BundleError(path_.string() + ": OpenVINO does not open it: it is no ONNX model");
     try {
         return device.core->read_model(path_.string());
+    } catch (const std::bad_alloc&) {
+        throw;
     } catch (const std::exception& error) {
         throw BundleError(text(path_.string(), ": OpenVINO does not open it: ", ov_reason(error.what())));
     }
@@ -101,6 +103,8 @@ std::vector<ov::InferRequest> OvGraph::compile(const std::shared_ptr<ov::Model>&
         for (ov::InferRequest& request : requests) request = compiled.create_infer_request();
         give_back(path_.parent_path());
         return requests;
+    } catch (const std::bad_alloc&) {
+        throw;
     } catch (const std::exception& error) {
         throw not_compiled(error);
     }

@@ -21,6 +21,17 @@ const std::vector<std::string> ROLES = {"state", "time", "condition"};
 const std::vector<std::string> RUNS = {PROMPT, "condition", "time", "time+condition", START, "step", "update", "end"};
 const std::vector<std::string> DTYPES = {"float32", "int64"};
 
+// A list or table with no more entries than the limit of this name.
+const Json& counted(const Json& value, const char* name, const std::string& where) {
+    const auto most = static_cast<std::size_t>(limit(name));
+    if (value.size() > most) refuse(where, text(value.size(), " entries"), text("at most ", most));
+    return value;
+}
+
+const Json& list(const Json& table, const char* key, const std::string& where) {
+    return counted(json::list(json::need(table, key), where), key, where);
+}
+
 std::string name_of(const Json& table, const std::string& where) {
     const std::string name = json::string(json::need(table, "name"), where + ": name");
     if (name.empty()) refuse(where + ": name", name, "a name");
@@ -61,8 +72,8 @@ Port parse_port(const Json& table) {
 
 std::vector<TensorSpec> parse_tensors(const Json& table, const std::string& key, const std::string& stage) {
     std::vector<TensorSpec> specs;
-    for (const Json& tensor : json::list(json::need(table, key), key)) {
-        const std::string where = text("stage ", stage, ": ", key);
+    const std::string where = text("stage ", stage, ": ", key);
+    for (const Json& tensor : list(table, key.c_str(), where)) {
         json::known_keys(tensor, where, {"name", "dtype", "shape"});
         TensorSpec spec{name_of(tensor, where), choice(tensor, "dtype", where, DTYPES), {}};
         for (const Json& size : json::list(json::need(tensor, "shape"), where + ": shape")) {
@@ -89,13 +100,14 @@ Stage parse_stage(const Json& table) {
     stage.gives = parse_tensors(table, "gives", stage.name);
     stage.onnx = json::string(json::need(table, "onnx"), where + ": onnx");
     if (table.contains("engines"))
-        for (const auto& entry : json::table(table["engines"], where + ": engines").items()) {
-            for (const Json& name : json::list(entry.value(), where + ": engines"))
+        for (const auto& entry :
+             counted(json::table(table["engines"], where + ": engines"), "engines", where).items()) {
+            for (const Json& name : counted(json::list(entry.value(), where + ": engines"), "shared", where))
                 stage.engines[entry.key()].push_back(json::string(name, where + ": a file of engines"));
             if (entry.value().empty()) refuse(where + ": engines of " + entry.key(), entry.value(), "one file or more");
         }
     if (table.contains("shared"))
-        for (const Json& name : json::list(table["shared"], where + ": shared"))
+        for (const Json& name : list(table, "shared", where + ": shared"))
             stage.shared.push_back(json::string(name, where + ": a shared file"));
     if (table.contains("max_batch"))
         stage.max_batch = json::integer(table["max_batch"], where + ": max_batch", 1, MOST);
@@ -225,25 +237,25 @@ Manifest parse_one(const Json& table) {
     Manifest manifest;
     const Json& model = json::table(json::need(table, "model"), "model");
     if (model.contains("name") && model["name"].is_string()) manifest.model_name = model["name"].get<std::string>();
-    for (const Json& port : json::list(json::need(table, "ports"), "ports")) manifest.ports.push_back(parse_port(port));
+    for (const Json& port : list(table, "ports", "ports")) manifest.ports.push_back(parse_port(port));
     for (const auto& entry : json::table(json::need(table, "null"), "null").items()) {
         const Port* const port = manifest.port(entry.key());
         if (port && port->dtype == "int64") json::integer(entry.value(), "null: " + entry.key(), 0, MOST);
         manifest.null[entry.key()] = json::number(entry.value(), "null: " + entry.key());
     }
-    for (const Json& name : json::list(json::need(table, "labels"), "labels"))
-        manifest.labels.push_back(json::string(name, "a label"));
+    for (const Json& name : list(table, "labels", "labels")) manifest.labels.push_back(json::string(name, "a label"));
     manifest.guidance = parse_guidance(json::need(table, "guidance"));
     manifest.process = process_from_json(json::need(table, "process"));
-    for (const Json& stage : json::list(json::need(table, "stages"), "stages"))
-        manifest.stages.push_back(parse_stage(stage));
+    for (const Json& stage : list(table, "stages", "stages")) manifest.stages.push_back(parse_stage(stage));
     if (table.contains("prompts"))
-        for (const Json& prompt : json::list(table["prompts"], "prompts"))
-            manifest.prompts.push_back(parse_prompt(prompt));
-    for (const auto& entry : json::table(json::need(table, "files"), "files").items()) {
+        for (const Json& prompt : list(table, "prompts", "prompts")) manifest.prompts.push_back(parse_prompt(prompt));
+    std::int64_t bytes = 0;
+    for (const auto& entry : counted(json::table(json::need(table, "files"), "files"), "files", "files").items()) {
         json::known_keys(entry.value(), "files: " + entry.key(), {"size", "sha256"});
         const std::string where = "size of " + entry.key();
-        const std::int64_t size = json::integer(json::need(entry.value(), "size"), where, 0, INT64_MAX);
+        const std::int64_t most = limit("bundle_bytes");
+        const std::int64_t size = json::integer(json::need(entry.value(), "size"), where, 0, most);
+        if ((bytes += size) > most) refuse("files", text(bytes, " bytes in all"), text("at most ", most));
         const std::string sum = json::string(json::need(entry.value(), "sha256"), "sha256 of " + entry.key());
         manifest.files[entry.key()] = {static_cast<std::uintmax_t>(size), sum};
     }
@@ -252,7 +264,7 @@ Manifest parse_one(const Json& table) {
     if (table.contains("size")) manifest.size = json::string(table["size"], "size");
     if (table.contains("suffix")) manifest.suffix = json::string(table["suffix"], "suffix");
     if (table.contains("presets"))
-        for (const auto& entry : json::table(table["presets"], "presets").items())
+        for (const auto& entry : counted(json::table(table["presets"], "presets"), "presets", "presets").items())
             manifest.presets[entry.key()] = parse_preset(entry.value(), entry.key(), manifest.process);
     check(manifest);
     parse_engines(table, manifest);
@@ -283,7 +295,7 @@ Manifest parse_table(const Json& table) {
                       "source", "built_with", "parity", "batch_invariant", "presets", "size", "suffix", "sizes"});
     Manifest manifest = parse_one(table);
     if (table.contains("sizes"))
-        for (const Json& size : json::list(table["sizes"], "sizes")) manifest.sizes.push_back(parse_size(table, size));
+        for (const Json& size : list(table, "sizes", "sizes")) manifest.sizes.push_back(parse_size(table, size));
     check_sizes(manifest);
     return manifest;
 }

@@ -40,25 +40,29 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
     options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     require_warmable(manifest, warm, options.low_memory);
-    const std::vector<std::string> files = unchecked();
-    Checking sums(folder, manifest, files);
-    try {
+    checking(files(), [&] {
         if (!options_.low_memory)
-            for (const Stage& stage : manifest.stages) engine(stage);
-    } catch (const std::exception&) {
-        sums.finish();  // a wrong sum is the error, whatever an engine made of the file
-        throw;
-    }
-    sums.finish();
-    opened_->checked = files;
+            for (const Stage& stage : manifest.stages) opened_->engines[stage.name] = open(stage);
+    });
     dit_runtime::warm(*this, warm);
 }
 
 Pipeline::Pipeline(const Pipeline& whole, Manifest sized)
     : folder(whole.folder), manifest(std::move(sized)), options_(whole.options_), opened_(whole.opened_) {
-    const std::vector<std::string> files = unchecked();
-    check_files(folder, manifest, files);
-    opened_->checked.insert(opened_->checked.end(), files.begin(), files.end());
+    checking(files(), [] {});
+}
+
+// Compares the files' sums while the call opens them: a wrong sum is the error, whatever an engine made of the file.
+template <typename Call>
+void Pipeline::checking(const std::vector<std::string>& names, const Call& call) {
+    Checking sums(folder, manifest, names, opened_->checked);
+    try {
+        call();
+    } catch (const std::exception&) {
+        sums.finish();
+        throw;
+    }
+    sums.finish();
 }
 
 Pipeline& Pipeline::at(const std::string& size) {
@@ -75,17 +79,16 @@ void Pipeline::close() {
     opened_->engines.clear();
 }
 
-// The files that this size's engines are opened from, and whose sums were not compared yet.
-std::vector<std::string> Pipeline::unchecked() const {
+// The files that this size's engines are opened from.
+std::vector<std::string> Pipeline::files() const {
     std::vector<std::string> files;
     for (const Stage& stage : manifest.stages)
-        for (const auto& file : files_for(stage, backend(stage), options_.device))
-            if (!contains(opened_->checked, file)) files.push_back(file);
+        for (const auto& file : files_for(stage, backend(stage), options_.device)) files.push_back(file);
     return files;
 }
 
 // The folder for what backends compile of this bundle, which they make: in the user's cache, by the bundle's sums; ""
-// without a cache.
+// without a cache, or where it is somebody else's.
 Path Pipeline::cache() const {
     std::string content;
     for (const auto& [name, file] : manifest.files) content += name + " " + file.sha256 + "\n";
@@ -95,7 +98,8 @@ Path Pipeline::cache() const {
     if (!home || !*home) return {};
     Sha256 sum;
     sum.update(reinterpret_cast<const unsigned char*>(content.data()), content.size());
-    return (own ? Path(home) : Path(home) / ".cache") / "dit-run" / sum.hex().substr(0, 32);
+    const Path all = (own ? Path(home) : Path(home) / ".cache") / "dit-run", folder = all / sum.hex().substr(0, 32);
+    return is_trusted(all) && is_trusted(folder) ? folder : Path();
 }
 
 // The stage's backend. With low memory, and unless the user chose a backend or device, stages before the loop run on
@@ -140,13 +144,25 @@ bool Pipeline::batch_invariant() const {
 // The stage's engine, opened where it is not; with low memory, the others are closed first. It is the caller's turn.
 Engine& Pipeline::engine(const Stage& stage) {
     auto& engines = opened_->engines;
-    const auto open = engines.find(stage.name);
-    if (open != engines.end()) return *open->second;
+    const auto names = files_for(stage, backend(stage), options_.device);
+    if (const auto open = engines.find(stage.name); open != engines.end()) {
+        require_unwritten(folder, manifest, opened_->checked, names);
+        return *open->second;
+    }
     if (options_.low_memory) engines.clear();
+    std::unique_ptr<Engine> opened;
+    checking(names, [&] { opened = open(stage); });
+    return *(engines[stage.name] = std::move(opened));
+}
+
+// The stage's engine, of files whose sums the caller compares.
+std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
     const Backend& backend = this->backend(stage);
     std::vector<Path> paths;
-    for (const auto& file : files_for(stage, backend, options_.device)) paths.push_back(inside(folder, file));
+    const auto files = files_for(stage, backend, options_.device);
+    for (const auto& file : files) paths.push_back(inside(folder, file));
     Options options = options_;
+    options.engine_sha256 = manifest.files.at(files.at(0)).sha256;
     options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
     std::unique_ptr<Engine> opened = backend.open(paths, stage, options);
@@ -154,7 +170,7 @@ Engine& Pipeline::engine(const Stage& stage) {
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
         throw BundleError(text(folder.string(), ": ", stage.name, " has inputs ", join(opened->inputs), " and outputs ",
                                join(opened->outputs), ", expected ", join(inputs), " and ", join(outputs)));
-    return *(engines[stage.name] = std::move(opened));
+    return opened;
 }
 
 std::vector<std::uint8_t> Pipeline::images(const Request& request) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "checking.hpp"
 #include "engine.hpp"
 #include "memo.hpp"
 #include "prompts.hpp"
@@ -65,14 +66,17 @@ class Pipeline {
     struct Opened {
         Turns turns;                                             // for engines and checked, at all sizes
         std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
-        std::vector<std::string> checked;                        // files whose sums are the manifest's
+        CheckedFiles checked;                                    // files whose sums are the manifest's
         PromptMemo prompts;
     };
 
     Pipeline(const Pipeline& whole, Manifest sized);
-    std::vector<std::string> unchecked() const;
+    template <typename Call>
+    void checking(const std::vector<std::string>& names, const Call& call);
+    std::vector<std::string> files() const;
     Path cache() const;
     Engine& engine(const Stage& stage);
+    std::unique_ptr<Engine> open(const Stage& stage);
     std::map<std::string, std::vector<float>> run(const Stage& stage, const std::vector<Input>& inputs,
                                                   std::size_t rows);
 

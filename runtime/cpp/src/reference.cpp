@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "errors.hpp"
 #include "facts.hpp"
@@ -13,21 +14,67 @@ const std::uint64_t FINGERPRINT_SEED = static_cast<std::uint64_t>(constant("fing
 
 namespace {
 
-Rows conditions(const Manifest& manifest, const std::map<std::string, NpyArray>& arrays, const std::string& prefix,
-                std::size_t rows) {
+constexpr double FLOAT_MOST = std::numeric_limits<float>::max();
+
+// The arrays of an .npz file, each read once with its shape and its numbers checked.
+class CheckedArrays {
+  public:
+    CheckedArrays(const Pipeline& pipe, const std::string& name)
+        : arrays_(parse_npz(
+              read_checked(pipe.folder, pipe.manifest, name, static_cast<std::uintmax_t>(limit("reference_bytes"))))) {}
+
+    bool has(const std::string& name) const { return arrays_.count(name) != 0; }
+
+    const NpyArray& at(const std::string& name) const {
+        const auto array = arrays_.find(name);
+        if (array == arrays_.end()) throw NpyError("it lacks " + name);
+        return array->second;
+    }
+
+    // The numbers of an array of this shape.
+    template <typename T>
+    std::vector<T> read(const std::string& name, const Shape& expected) const {
+        const NpyArray& array = at(name);
+        if (array.shape != expected)
+            throw NpyError(text(name, " has shape ", shown(array.shape), ", expected ", shown(expected)));
+        try {
+            std::vector<T> values = array.as<T>();
+            if constexpr (std::is_floating_point_v<T>)
+                if (!std::all_of(values.begin(), values.end(), [](T value) { return std::abs(value) <= FLOAT_MOST; }))
+                    throw NpyError("it holds values that are not finite, or too large for float32");
+            return values;
+        } catch (const NpyError& error) {
+            throw NpyError(text(name, ": ", error.what()));
+        }
+    }
+
+    // The same of an array that may be empty.
+    template <typename T>
+    std::vector<T> read_or_none(const std::string& name, const Shape& expected) const {
+        return at(name).size() ? read<T>(name, expected) : std::vector<T>();
+    }
+
+    // The length of a list of 1 to so many numbers.
+    std::size_t length(const std::string& name, std::int64_t most) const {
+        const Shape& shape = at(name).shape;
+        if (shape.size() != 1 || shape[0] < 1 || shape[0] > most)
+            throw NpyError(text(name, " has shape ", shown(shape), ", expected [1] to [", most, "]"));
+        return static_cast<std::size_t>(shape[0]);
+    }
+
+  private:
+    const std::map<std::string, NpyArray> arrays_;
+};
+
+Rows conditions(const Manifest& manifest, const CheckedArrays& arrays, const std::string& prefix, std::size_t rows) {
     Rows condition{rows};
     for (const Port& port : manifest.conditions()) {
         const std::string name = prefix + "." + port.name;
-        const auto array = arrays.find(name);
-        if (array == arrays.end()) throw NpyError("it lacks " + name);
-        const Shape expected = with_rows(rows, port.shape);
-        if (array->second.shape != expected)
-            throw NpyError(text(name, " has shape ", shown(array->second.shape), ", expected ", shown(expected)));
-        Tensor tensor{expected};
+        Tensor tensor{with_rows(rows, port.shape)};
         if (port.dtype == "int64")
-            tensor.integers = array->second.as<std::int64_t>();
+            tensor.integers = arrays.read<std::int64_t>(name, tensor.shape);
         else
-            tensor.floats = array->second.as<float>();
+            tensor.floats = arrays.read<float>(name, tensor.shape);
         condition.arrays[port.name] = std::move(tensor);
     }
     try {
@@ -60,50 +107,53 @@ Reference load_reference(const Pipeline& pipe) {
     const Manifest& manifest = pipe.manifest;
     const std::string folder = pipe.folder.string(), name = manifest.own(REFERENCE);
     try {
-        auto arrays = parse_npz(read_bytes(inside(pipe.folder, name)));
+        const CheckedArrays arrays(pipe, name);
         std::vector<std::string> missing;
         for (const char* array : {"betas", "timesteps", "seeds", "guidance", "latents", "prediction", "conditional",
                                   "null", "variance", "fingerprint", "images"})
-            if (!arrays.count(array)) missing.push_back(array);
+            if (!arrays.has(array)) missing.push_back(array);
         if (!missing.empty()) throw NpyError("it lacks " + join(missing));
-        Reference reference = {arrays["betas"].as<double>(),
-                               arrays["timesteps"].as<double>(),
-                               arrays["seeds"].as<std::int64_t>(),
-                               arrays["guidance"].as<float>(),
-                               arrays["latents"].as<float>(),
-                               arrays["prediction"].as<float>(),
-                               arrays["conditional"].as<float>(),
-                               arrays["null"].as<float>(),
-                               arrays["variance"].as<float>(),
-                               arrays["fingerprint"].as<float>(),
-                               arrays["images"].as<std::uint8_t>(),
-                               {},
-                               {}};
-        const std::size_t steps = reference.timesteps.size(), batch = reference.batch();
-        const std::size_t each = batch * count(manifest.state().shape);
-        const auto expect = [](const char* array, std::size_t size, std::size_t expected) {
-            if (size != expected) throw NpyError(text(array, " has ", size, " numbers, expected ", expected));
-        };
-        if (steps == 0 || batch == 0) throw NpyError("it has no steps or no seeds");
+        if (arrays.has("frames") && arrays.at("frames").size()) throw NpyError("it has frames of a video");
         const std::string& solver = manifest.process.sampler.solver;
-        if (const auto each_step = static_cast<std::size_t>(evaluations(solver)); steps % each_step)
+        const std::int64_t each_step = evaluations(solver);
+        const std::int64_t most = std::min(limit("evaluations"), manifest.process.train_steps * each_step);
+        const std::size_t steps = arrays.length("timesteps", most), batch = arrays.length("seeds", limit("samples"));
+        if (steps % static_cast<std::size_t>(each_step))
             throw NpyError(text("timesteps has ", steps, " numbers, expected ", each_step, " a step of ", solver));
+        const Shape sample = with_rows(batch, manifest.state().shape);
+        const Shape run = with_rows(steps, sample), states = with_rows(steps + 1, sample);
+        const Shape& betas = arrays.at("betas").shape;
+        const Shape image = manifest.image_shape();
+        if (arrays.at("images").size() && image.empty())
+            throw BundleError(folder + ": the decoder is gone, its reference has pictures");
+        Reference reference;
+        reference.betas = arrays.read<double>("betas", {betas.empty() ? 0 : betas[0]});
+        reference.timesteps = arrays.read<double>("timesteps", {static_cast<std::int64_t>(steps)});
+        const double last = std::max(1.0, static_cast<double>(manifest.process.train_steps));
+        for (const double time : reference.timesteps)
+            if (time < 0 || time > last) throw NpyError(text("timesteps: it holds ", time, ", expected 0 to ", last));
+        reference.seeds = arrays.read<std::int64_t>("seeds", {static_cast<std::int64_t>(batch)});
+        reference.guidance = arrays.read<float>("guidance", {static_cast<std::int64_t>(batch)});
+        reference.latents = arrays.read<float>("latents", states);
+        reference.prediction = arrays.read<float>("prediction", run);
+        reference.conditional = arrays.read<float>("conditional", run);
+        reference.null =
+            manifest.mixes_guidance() ? arrays.read<float>("null", run) : arrays.read_or_none<float>("null", run);
+        reference.variance = find(manifest.step().gives, "variance") ? arrays.read<float>("variance", run)
+                                                                     : arrays.read_or_none<float>("variance", run);
+        if (!image.empty())
+            reference.images =
+                arrays.read<std::uint8_t>("images", {static_cast<std::int64_t>(batch), image[1], image[2], image[0]});
         reference.condition = conditions(manifest, arrays, "condition", batch);
-        const auto has_null = [&](const Port& port) { return arrays.count("null." + port.name) != 0; };
+        const auto has_null = [&](const Port& port) { return arrays.has("null." + port.name); };
         const std::vector<Port> ports = manifest.conditions();
         if (manifest.mixes_guidance() || std::any_of(ports.begin(), ports.end(), has_null))
             reference.negative = conditions(manifest, arrays, "null", 1);
-        expect("guidance", reference.guidance.size(), batch);
-        expect("latents", reference.latents.size(), (steps + 1) * each);
-        expect("prediction", reference.prediction.size(), steps * each);
-        expect("conditional", reference.conditional.size(), steps * each);
-        if (manifest.mixes_guidance() || !reference.null.empty()) expect("null", reference.null.size(), steps * each);
-        expect("fingerprint", reference.fingerprint.size(), fingerprinted(manifest, reference).rows * FINGERPRINTS);
-        if (!reference.variance.empty()) expect("variance", reference.variance.size(), steps * each);
-        const Shape image = manifest.image_shape();
-        if (!reference.images.empty() && image.empty())
-            throw BundleError(folder + ": the decoder is gone, its reference has pictures");
-        if (!image.empty()) expect("images", reference.images.size(), batch * count(image));
+        if (const Port* const label = lone_label(manifest); label && label->size > limit("classes") + 1)
+            throw NpyError(text("port ", label->name, " has ", label->size, " values, expected at most ",
+                                limit("classes"), " and a null"));
+        reference.fingerprint = arrays.read<float>("fingerprint", with_rows(fingerprinted(manifest, reference).rows,
+                                                                            {static_cast<std::int64_t>(FINGERPRINTS)}));
         return reference;
     } catch (const NpyError& error) {
         throw BundleError(text(folder, ": ", name, " cannot be read: ", error.what(), "; rebuild the bundle"));
@@ -145,26 +195,21 @@ std::vector<float> fingerprint(Pipeline& pipe, const Rows& conditions, double ti
 
 PromptReference load_prompts(const Pipeline& pipe) {
     try {
-        auto arrays = parse_npz(read_bytes(inside(pipe.folder, PROMPTS)));
-        const auto at = [&](const std::string& name) -> const NpyArray& {
-            const auto array = arrays.find(name);
-            if (array == arrays.end()) throw NpyError("it lacks " + name);
-            return array->second;
-        };
+        const CheckedArrays arrays(pipe, PROMPTS);
         const std::vector<Port> ports = prompt_ports(pipe.manifest);
         Arrays ids;
-        for (const Port& port : ports) ids[port.name] = {at(port.name).shape, {}, at(port.name).as<std::int64_t>()};
+        for (const Port& port : ports) {
+            const NpyArray& array = arrays.at(port.name);
+            ids[port.name] = {array.shape, {}, array.as<std::int64_t>()};
+        }
         PromptReference reference;
         reference.ids = fit(ports, ids, PROMPTS);
-        for (const TensorSpec& spec : pipe.manifest.prompt()->gives) {
-            const std::string name = "fingerprint." + spec.name;
-            const Shape expected = {static_cast<std::int64_t>(reference.ids.rows),
-                                    static_cast<std::int64_t>(FINGERPRINTS)};
-            if (at(name).shape != expected)
-                throw NpyError(text(name, " has shape ", shown(at(name).shape), ", expected ", shown(expected)));
-            reference.fingerprints[spec.name] = at(name).as<float>();
-        }
+        for (const TensorSpec& spec : pipe.manifest.prompt()->gives)
+            reference.fingerprints[spec.name] = arrays.read<float>(
+                "fingerprint." + spec.name, with_rows(reference.ids.rows, {static_cast<std::int64_t>(FINGERPRINTS)}));
         return reference;
+    } catch (const BundleError&) {
+        throw;
     } catch (const std::runtime_error& error) {  // NpyError, UsageError
         throw BundleError(
             text(pipe.folder.string(), ": ", PROMPTS, " does not fit: ", error.what(), "; rebuild the bundle"));

@@ -11,6 +11,12 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #define DIT_SHA_INSTRUCTIONS 1
+#elif defined(__aarch64__) && defined(__GNUC__) && (defined(__linux__) || defined(__APPLE__))
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+#define DIT_SHA_INSTRUCTIONS 1
 #endif
 
 namespace dit_runtime {
@@ -26,32 +32,59 @@ alignas(16) constexpr std::uint32_t K[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-std::uint32_t rotate(std::uint32_t word, int count) { return word >> count | word << (32 - count); }
+// A rotation, which compilers make one instruction of.
+inline std::uint32_t rotate(std::uint32_t word, int count) { return word >> count | word << (32 - count); }
 
-void plain_block(std::uint32_t* state, const unsigned char* bytes) {
-    std::uint32_t w[64];
-    for (int i = 0; i < 16; ++i, bytes += 4)
-        w[i] = std::uint32_t{bytes[0]} << 24 | std::uint32_t{bytes[1]} << 16 | std::uint32_t{bytes[2]} << 8 | bytes[3];
-    for (int i = 16; i < 64; ++i) {
-        const std::uint32_t low = rotate(w[i - 15], 7) ^ rotate(w[i - 15], 18) ^ w[i - 15] >> 3;
-        const std::uint32_t high = rotate(w[i - 2], 17) ^ rotate(w[i - 2], 19) ^ w[i - 2] >> 10;
-        w[i] = w[i - 16] + low + w[i - 7] + high;
-    }
-    std::uint32_t v[8];
-    std::copy(state, state + 8, v);
-    for (int i = 0; i < 64; ++i) {
-        const std::uint32_t e = rotate(v[4], 6) ^ rotate(v[4], 11) ^ rotate(v[4], 25);
-        const std::uint32_t first = v[7] + e + ((v[4] & v[5]) ^ (~v[4] & v[6])) + K[i] + w[i];
-        const std::uint32_t a = rotate(v[0], 2) ^ rotate(v[0], 13) ^ rotate(v[0], 22);
-        const std::uint32_t second = a + ((v[0] & v[1]) ^ (v[0] & v[2]) ^ (v[1] & v[2]));
-        std::copy_backward(v, v + 7, v + 8);
-        v[4] += first;
-        v[0] = first + second;
-    }
-    for (int i = 0; i < 8; ++i) state[i] += v[i];
+inline std::uint32_t big_endian(const unsigned char* bytes) {
+    return std::uint32_t{bytes[0]} << 24 | std::uint32_t{bytes[1]} << 16 | std::uint32_t{bytes[2]} << 8 | bytes[3];
 }
 
-#ifdef DIT_SHA_INSTRUCTIONS
+// Puts word i of a block, or of the 16 that the 16 before lead to, into the ring of 16 words.
+inline std::uint32_t load_word(std::uint32_t* w, const unsigned char* bytes, int i) {
+    return w[i] = big_endian(bytes + 4 * i);
+}
+inline std::uint32_t next_word(std::uint32_t* w, const unsigned char*, int i) {
+    const std::uint32_t early = w[(i + 1) & 15], late = w[(i + 14) & 15];
+    return w[i] += (rotate(early, 7) ^ rotate(early, 18) ^ early >> 3) + w[(i + 9) & 15] +
+                   (rotate(late, 17) ^ rotate(late, 19) ^ late >> 10);
+}
+
+// A round. The caller renames the eight words instead of moving them, and a & b of a round is b & c of the next.
+#define DIT_SHA_ROUND(a, b, c, d, e, f, g, h, number, word)                                         \
+    h += (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + (g ^ (e & (f ^ g))) + K[number] + (word); \
+    d += h;                                                                                         \
+    differ = a ^ b;                                                                                 \
+    h += (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + (b ^ (differ & differed));                \
+    differed = differ
+
+#define DIT_SHA_8_ROUNDS(word, first, place)                                             \
+    DIT_SHA_ROUND(a, b, c, d, e, f, g, h, first + place + 0, word(w, bytes, place + 0)); \
+    DIT_SHA_ROUND(h, a, b, c, d, e, f, g, first + place + 1, word(w, bytes, place + 1)); \
+    DIT_SHA_ROUND(g, h, a, b, c, d, e, f, first + place + 2, word(w, bytes, place + 2)); \
+    DIT_SHA_ROUND(f, g, h, a, b, c, d, e, first + place + 3, word(w, bytes, place + 3)); \
+    DIT_SHA_ROUND(e, f, g, h, a, b, c, d, first + place + 4, word(w, bytes, place + 4)); \
+    DIT_SHA_ROUND(d, e, f, g, h, a, b, c, first + place + 5, word(w, bytes, place + 5)); \
+    DIT_SHA_ROUND(c, d, e, f, g, h, a, b, first + place + 6, word(w, bytes, place + 6)); \
+    DIT_SHA_ROUND(b, c, d, e, f, g, h, a, first + place + 7, word(w, bytes, place + 7))
+
+void plain_blocks(std::uint32_t* state, const unsigned char* bytes, std::size_t count) {
+    std::uint32_t w[16];
+    for (; count; --count, bytes += 64) {
+        std::uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
+        std::uint32_t e = state[4], f = state[5], g = state[6], h = state[7];
+        std::uint32_t differ, differed = b ^ c;
+        DIT_SHA_8_ROUNDS(load_word, 0, 0);
+        DIT_SHA_8_ROUNDS(load_word, 0, 8);
+        for (int first = 16; first < 64; first += 16) {
+            DIT_SHA_8_ROUNDS(next_word, first, 0);
+            DIT_SHA_8_ROUNDS(next_word, first, 8);
+        }
+        state[0] += a, state[1] += b, state[2] += c, state[3] += d;
+        state[4] += e, state[5] += f, state[6] += g, state[7] += h;
+    }
+}
+
+#if defined(DIT_SHA_INSTRUCTIONS) && defined(__x86_64__)
 bool has_instructions() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b >> 29 & 1);
@@ -87,6 +120,37 @@ __attribute__((target("sha,sse4.1,ssse3"))) void fast_blocks(std::uint32_t* stat
     _mm_storeu_si128(reinterpret_cast<__m128i*>(state), _mm_blend_epi16(feba, dchg, 0xF0));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(state + 4), _mm_alignr_epi8(dchg, feba, 8));
 }
+#elif defined(DIT_SHA_INSTRUCTIONS)
+bool has_instructions() {
+#ifdef __linux__
+    constexpr unsigned long SHA2 = 1ul << 6;  // HWCAP_SHA2 of arm64
+    return (getauxval(AT_HWCAP) & SHA2) != 0;
+#else
+    return true;  // each of Apple's has them
+#endif
+}
+
+__attribute__((target("+crypto"))) void fast_blocks(std::uint32_t* state, const unsigned char* bytes,
+                                                    std::size_t count) {
+    uint32x4_t abcd = vld1q_u32(state), efgh = vld1q_u32(state + 4);
+    for (; count; --count, bytes += 64) {
+        const uint32x4_t first = abcd, second = efgh;
+        uint32x4_t w[16];
+        for (int i = 0; i < 16; ++i) {
+            if (i < 4)
+                w[i] = vreinterpretq_u32_u8(vrev32q_u8(vld1q_u8(bytes + 16 * i)));
+            else
+                w[i] = vsha256su1q_u32(vsha256su0q_u32(w[i - 4], w[i - 3]), w[i - 2], w[i - 1]);
+            const uint32x4_t words = vaddq_u32(w[i], vld1q_u32(K + 4 * i)), before = abcd;
+            abcd = vsha256hq_u32(abcd, efgh, words);
+            efgh = vsha256h2q_u32(efgh, before, words);
+        }
+        abcd = vaddq_u32(abcd, first);
+        efgh = vaddq_u32(efgh, second);
+    }
+    vst1q_u32(state, abcd);
+    vst1q_u32(state + 4, efgh);
+}
 #endif
 
 }  // namespace
@@ -96,7 +160,7 @@ void Sha256::blocks(const unsigned char* bytes, std::size_t count) {
     static const bool fast = has_instructions();
     if (fast && !plain) return fast_blocks(state_.data(), bytes, count);
 #endif
-    for (; count; --count, bytes += 64) plain_block(state_.data(), bytes);
+    plain_blocks(state_.data(), bytes, count);
 }
 
 void Sha256::update(const unsigned char* bytes, std::size_t size) {

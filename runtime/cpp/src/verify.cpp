@@ -73,7 +73,6 @@ void check_prompts(Pipeline& pipe, const OnFigure& on_figure) {
         throw BundleError(text(pipe.folder.string(), ": ", PROMPTS,
                                " is not in the manifest, and nothing else checks the ", stage->name,
                                " stage; rebuild the bundle"));
-    check_files(pipe.folder, pipe.manifest, {PROMPTS});
     const PromptReference reference = load_prompts(pipe);
     const double limit = TOLERANCES.at(pipe.manifest.step().precision).prediction;
     const Rows conditions = pipe.encode(reference.ids);
@@ -309,7 +308,6 @@ void check_pictures(Pipeline& pipe, const Reference& reference, const std::vecto
 }
 
 void verify_size(Pipeline& pipe, bool prompts, const OnFigure& on_figure) {
-    check_files(pipe.folder, pipe.manifest, {pipe.manifest.own(REFERENCE)});
     const Reference reference = load_reference(pipe);
     const Manifest& manifest = pipe.manifest;
     const Process& process = manifest.process;

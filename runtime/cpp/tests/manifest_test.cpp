@@ -7,6 +7,7 @@
 
 #include "bundle.hpp"
 #include "changes.hpp"
+#include "checking.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 
@@ -14,6 +15,11 @@ namespace dit_runtime {
 namespace {
 
 using Json = nlohmann::json;
+
+void check_files(const Path& folder, const Manifest& manifest, const std::vector<std::string>& names) {
+    CheckedFiles none;
+    Checking(folder, manifest, names, none).finish();
+}
 
 class ManifestTest : public ::testing::Test {
   protected:

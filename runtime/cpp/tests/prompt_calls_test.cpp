@@ -4,6 +4,7 @@
 
 #include "api.hpp"
 #include "dit/dit.hpp"
+#include "npz.hpp"
 #include "sha256.hpp"
 
 namespace {
@@ -224,6 +225,7 @@ TEST_P(Embedded, TheWeightsOfTheReferenceAreVerified) {
     const std::size_t place = content.find(from);
     ASSERT_NE(place, std::string::npos);
     content.replace(place, 8, to);
+    seal_npz(content);
     copy.write("reference.npz", content);
     copy.edit([&](nlohmann::json& table) {
         table["files"]["reference.npz"]["sha256"] = dit_runtime::sha256(copy.folder / "reference.npz");

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "api.hpp"
+#include "npz.hpp"
 #include "sha256.hpp"
 
 namespace {
@@ -111,7 +112,7 @@ TEST_P(Api, BadBundles) {
         content[content.size() - 1] ^= 1;
         copy.write("decoder.onnx", content);
     });
-    bad("does not", [&](const BundleCopy& copy) {
+    bad("not an ONNX graph", [&](const BundleCopy& copy) {
         copy.write("denoiser.onnx", "not a graph\nat all");
         seal(copy);
     });
@@ -183,6 +184,7 @@ TEST_P(Api, BadReferences) {
         std::string content = copy.bytes("reference.npz");
         for (std::size_t at = 0; (at = content.find(from, at)) != std::string::npos;)
             content.replace(at, from.size(), to);
+        seal_npz(content);
         copy.write("reference.npz", content);
     };
     bad("sha256", [&](const BundleCopy& copy) { replace(copy, "variance", "varianse"); }, false);
@@ -192,7 +194,9 @@ TEST_P(Api, BadReferences) {
         bad("reference.npz cannot be read", [&](const BundleCopy& copy) { copy.write("reference.npz", content); });
     bad("it lacks condition.labels",
         [&](const BundleCopy& copy) { replace(copy, "condition.labels", "condition.babels"); });
-    bad("fingerprint has 20 numbers, expected 24", [&](const BundleCopy& copy) { replace(copy, "(6, 4)", "(5, 4)"); });
+    bad("it has bytes after its 80 of numbers", [&](const BundleCopy& copy) { replace(copy, "(6, 4)", "(5, 4)"); });
+    bad("fingerprint has shape [4, 6], expected [6, 4]",
+        [&](const BundleCopy& copy) { replace(copy, "(6, 4)", "(4, 6)"); });
     bad("the decoder is gone", [](const BundleCopy& copy) {
         copy.edit([](Json& table) { table["stages"].erase(table["stages"].size() - 1); });
     });

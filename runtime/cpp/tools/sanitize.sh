@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The C++ tests under AddressSanitizer and UBSan, then the threads under ThreadSanitizer:
+# The C++ tests and programs under AddressSanitizer and UBSan, then the threads and programs under ThreadSanitizer:
 # `sanitize.sh CONFIGURE FOLDER JOBS`, where CONFIGURE is the cmake command without its build folder.
 set -euo pipefail
 configure=$1 folder=$2 jobs=$3
 here=$(cd "$(dirname "$0")" && pwd)
 
 build() { # NAME SANITIZERS TARGETS…
-    eval "$configure -B '$folder/cpp-$1' -DDIT_TESTS=ON -DDIT_PROGRAMS=OFF -DDIT_SANITIZE=$2 -DCMAKE_BUILD_TYPE=Debug"
+    eval "$configure -B '$folder/cpp-$1' -DDIT_TESTS=ON -DDIT_PROGRAMS=ON -DDIT_SANITIZE=$2 -DCMAKE_BUILD_TYPE=Debug"
     cmake --build "$folder/cpp-$1" --parallel "$jobs"
 }
 
-build asan address,undefined
+build asan address,undefined,float-cast-overflow
 # TBB's plain dlopen: its usual one does not go with a sanitizer.
 TBB_ENABLE_SANITIZERS=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 LSAN_OPTIONS=suppressions=$here/lsan.txt:print_suppressions=0 \
     UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir "$folder/cpp-asan" --output-on-failure
@@ -19,4 +19,8 @@ build tsan thread
 ctest --test-dir "$folder/cpp-tsan" --output-on-failure -R '^(bundle|captioned|wave|video|free)$'
 # The engines are not built with ThreadSanitizer; what they do among themselves it cannot judge.
 # Their locks are not seen, so an unlock of theirs looks like one too many.
-TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1:report_mutex_bugs=0 "$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*'
+export TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1:report_mutex_bugs=0
+"$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*'
+program=$folder/cpp-tsan/programs/dit-generate
+"$program" "$folder/cpp-tsan/test-bundle" --labels 1 2 --steps 4 -o "$folder/cpp-tsan/sample.npz"
+"$program" "$folder/cpp-tsan/test-bundle" --verify

@@ -86,9 +86,11 @@ typedef enum dit_status {
 #include "dit/request.h"
 
 /* Opens a bundle. Its manifest is checked first; the sha256 of an engine file is checked before that is opened, the one
- * of a graph while it is. A wrong sum refuses the bundle. All of this is done once: an engine that is opened later, as
- * all are with low_memory, takes its files as they are then. Options may be NULL. *model is NULL after a failure. What
- * TensorRT-RTX compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). */
+ * of a graph while it is. A wrong sum refuses the bundle. A file that has changed is checked again before an engine is
+ * opened later, as all are with low_memory; one that is written while an engine is open refuses the next call with
+ * DIT_BAD_BUNDLE, and one that is put in its place changes nothing. Options may be NULL. *model is NULL after a
+ * failure. What TensorRT-RTX compiles is kept in $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run), unless that is
+ * somebody else's. */
 DIT_API dit_status dit_model_open(const char* bundle, const dit_open_options* options, dit_model** model);
 
 /* Returns the model, with one more reference. */
