@@ -318,6 +318,14 @@ def demo(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+def test_200_mixed_requests_get_the_bits_that_they_get_alone(build: Path, demo: Path) -> None:
+    """Steps, solvers, guidance, policies, caches, labels, seeds and presets, through the batcher's C++."""
+    command = [build / "tests/unit-tests", "--gtest_filter=Batcher.TwoHundredMixedRequests"]
+    done = subprocess.run(command, env=os.environ | {"DIT_MIXED_BUNDLE": str(demo)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "[  PASSED  ] 1 test." in done.stdout, done.stdout
+
+
+@pytest.mark.slow
 def test_200_mixed_requests_have_pythons_pictures(start: Start, demo: Path) -> None:
     """dit-server's batches against Python's: the same ONNX Runtime, and so the same bits up to rounding to uint8."""
     choose = load.random.Random(1)

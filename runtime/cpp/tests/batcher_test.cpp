@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -16,22 +17,28 @@
 namespace dit_runtime {
 namespace {
 
-std::vector<Request> mixed(std::size_t count) {
+std::vector<Request> mixed(const Manifest& manifest, std::size_t count, std::int64_t most_steps) {
     std::mt19937 choose(0);
     const auto of = [&](auto list) { return list.begin()[choose() % list.size()]; };
     std::vector<Request> requests;
     for (std::size_t number = 0; number < count; ++number) {
         Request request;
-        request.labels = {static_cast<std::int64_t>(choose() % 5)};
+        request.labels = {static_cast<std::int64_t>(choose()) % manifest.classes()};
         request.seeds = {choose()};
-        request.steps = of(std::initializer_list<std::int64_t>{5, 7, 12, 20});
-        request.solver = of(std::initializer_list<const char*>{"ddim", "dpm++", "ddpm", "unipc", "euler", "deis"});
-        if (request.solver == "euler") request.solver = "";
+        request.steps = 5 + static_cast<std::int64_t>(choose()) % (most_steps - 4);
+        request.solver = of(std::initializer_list<const char*>{"", "ddim", "dpm++", "dpm++3", "unipc", "deis"});
         request.guidance = {of(std::initializer_list<float>{1, 1.5, 4, 8})};
         if (number % 5 == 0) request.cache = "taylorseer";
         if (number % 7 == 0) request.guidance_interval = {0.2, 0.8};
         if (number % 4 == 0) request.guidance_policy = "apg";
         if (number % 6 == 0) request.labels.push_back(1), request.seeds = {1, 2};
+        if (number % 8 == 0 && !manifest.presets.empty()) {
+            const auto preset =
+                std::next(manifest.presets.begin(), static_cast<std::ptrdiff_t>(number / 8 % manifest.presets.size()));
+            Request quick;
+            quick.labels = request.labels, quick.seeds = request.seeds;
+            request = with_preset(manifest, quick, preset->first);
+        }
         requests.push_back(std::move(request));
     }
     return requests;
@@ -43,28 +50,39 @@ Batcher::Settings of(std::size_t places) {
     return settings;
 }
 
-TEST(Batcher, MixedRequestsGetTheBitsThatTheyGetAlone) {
-    Pipeline alone(BUNDLE, {}), pipe(BUNDLE, {});
-    Batcher batcher(pipe, of(4));
-    const std::vector<Request> requests = mixed(24);
+// Draws mixed requests together and alone, and compares their bits.
+void compare(const std::string& bundle, std::size_t count, std::int64_t most_steps, std::size_t places) {
+    Options options;
+    options.threads = 1;
+    Pipeline alone(bundle, options), pipe(bundle, options);
+    Batcher batcher(pipe, of(places));
+    const std::vector<Request> requests = mixed(pipe.manifest, count, most_steps);
     Batcher::Tickets tickets;
+    std::size_t pictures = 0;
     for (const Request& request : requests) tickets.push_back(batcher.submit(request));
     for (std::size_t number = 0; number < requests.size(); ++number) {
         const Drawn& drawn = tickets[number]->result();
-        EXPECT_EQ(drawn.pictures, alone.images(requests[number])) << number;
+        ASSERT_EQ(drawn.pictures, alone.images(requests[number])) << number;
         EXPECT_EQ(tickets[number]->done(), tickets[number]->evaluations());
+        const Stats& stats = tickets[number]->stats();
+        EXPECT_GE(stats.batch(), 1.0);
+        EXPECT_GE(stats.total, stats.queue + stats.decode);
+        pictures += tickets[number]->count();
     }
     const Batcher::Counts counts = batcher.counts();
-    EXPECT_EQ(counts.drawn, 28u);
+    EXPECT_EQ(counts.drawn, pictures);
     EXPECT_GT(static_cast<double>(counts.samples), 1.5 * static_cast<double>(counts.calls));  // they did share calls
     EXPECT_EQ(counts.queued + counts.active, 0u);
     EXPECT_GT(counts.memo_hits, 0u);
-    for (const auto& ticket : tickets) {
-        const Stats& stats = ticket->stats();
-        EXPECT_GT(stats.calls, 0u);
-        EXPECT_GE(stats.batch(), 1.0);
-        EXPECT_GE(stats.total, stats.queue + stats.decode);
-    }
+}
+
+TEST(Batcher, MixedRequestsGetTheBitsThatTheyGetAlone) { compare(BUNDLE, 24, 20, 4); }
+
+// With DIT_MIXED_BUNDLE, a bundle whose rows do not depend on their batch: pytest -m slow tests/cpp/test_server.py.
+TEST(Batcher, TwoHundredMixedRequests) {
+    const char* const bundle = std::getenv("DIT_MIXED_BUNDLE");
+    if (!bundle) GTEST_SKIP();
+    compare(bundle, 200, 50, 8);
 }
 
 // The step stage's engine, which the test watches and holds; it fails for calls with a sample whose first number is
