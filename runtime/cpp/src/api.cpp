@@ -1,9 +1,11 @@
 // The C ABI's models and runs: checks what comes in. What describes a bundle is in api_info.cpp.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "errors.hpp"
 #include "handle.hpp"
+#include "log.hpp"
 #include "structs.hpp"
 #include "translate.hpp"
 #include "verify.hpp"
@@ -27,8 +29,21 @@ Pipeline& sized(const dit_model* model, const dit_request* request) {
     return model->pipe->at(size ? size : "");
 }
 
+// A call that the caller may watch and stop.
+Call call_of(const dit_cancellation* cancellation, bool of_bytes, dit_on_progress on_progress, void* user) {
+    Call call;
+    if (cancellation) call.cancellation = cancellation->shared;
+    if (!on_progress) return call;
+    if (!cancellation) call.cancellation = std::make_shared<Cancellation>();
+    call.progress = std::make_shared<Progress>(of_bytes, [=, own = call.cancellation](double done) {
+        if (on_progress(done, user)) own->cancel();
+    });
+    return call;
+}
+
 // From the caller's struct to what a pipeline is opened with.
 struct Opening {
+    Call call;
     Options options;
     std::vector<std::int64_t> warm;
     std::string size;
@@ -46,6 +61,15 @@ Opening opening(const dit_open_options* arguments) {
     if (from.warm) to.warm.assign(from.warm, from.warm + from.num_warm);
     if (from.size) to.size = from.size;
     if (from.manifest_sha256) to.options.manifest_sha256 = from.manifest_sha256;
+    if (from.num_settings) require(from.settings, "settings");
+    for (std::size_t index = 0; index < from.num_settings; ++index) {
+        const dit_setting& setting = from.settings[index];
+        require(setting.key, "dit_setting.key");
+        require(setting.value, "dit_setting.value");
+        to.options.settings.push_back({setting.stage ? setting.stage : "", setting.key, setting.value});
+    }
+    to.options.max_bytes = from.max_bytes;
+    to.call = call_of(from.cancellation, true, from.on_progress, from.user);
     return to;
 }
 
@@ -62,9 +86,24 @@ dit_status dit_model_open(const char* bundle, const dit_open_options* options, d
         dit::require(model, "model");
         dit::require(bundle, "bundle");
         const dit::Opening from = dit::opening(options);
+        const dit::CallScope scope(from.call);
         *model = new dit_model(std::make_unique<dit::Pipeline>(bundle, from.options, from.warm, from.size));
     });
 }
+
+dit_cancellation* dit_cancellation_new(void) {
+    try {
+        return new dit_cancellation;
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void dit_cancel(dit_cancellation* cancellation) {
+    if (cancellation) cancellation->shared->cancel();
+}
+
+void dit_cancellation_free(dit_cancellation* cancellation) { delete cancellation; }
 
 dit_model* dit_model_retain(dit_model* model) {
     if (model) model->references.fetch_add(1, std::memory_order_relaxed);
@@ -96,9 +135,22 @@ dit_status dit_model_generate_latents(dit_model* model, const dit_request* reque
     });
 }
 
-dit_status dit_model_verify(dit_model* model, dit_on_check on_check, void* user) {
+dit_status dit_model_warm(dit_model* model, const int64_t* batches, size_t num_batches, const char* size,
+                          dit_cancellation* cancellation) {
     return dit::attempt([&] {
         dit::require(model, "model");
+        if (num_batches) dit::require(batches, "batches");
+        const dit::CallScope scope(dit::call_of(cancellation, false, nullptr, nullptr));
+        model->pipe->at(size ? size : "").warm({batches, batches + num_batches});
+    });
+}
+
+dit_status dit_model_verify(dit_model* model, const dit_verify_options* options) {
+    return dit::attempt([&] {
+        dit::require(model, "model");
+        const dit_verify_options defaults = DIT_VERIFY_OPTIONS_INIT;
+        const dit_verify_options from = options ? dit::known(options, defaults, "dit_verify_options") : defaults;
+        const dit::CallScope scope(dit::call_of(from.cancellation, false, from.on_progress, from.user));
         std::string failure;
         dit::verify(*model->pipe, [&](const dit::Figure& figure) {
             if (!figure.passed() && failure.empty())
@@ -106,9 +158,9 @@ dit_status dit_model_verify(dit_model* model, dit_on_check on_check, void* user)
                     dit::text(figure.name(), " is ", figure.value, " ", figure.where, ", expected ",
                               std::isinf(figure.limit) ? dit::text("a number")
                                                        : dit::text(figure.at_least ? ">= " : "<= ", figure.limit));
-            if (on_check)
-                on_check(figure.name().c_str(), figure.value, figure.limit, figure.at_least, figure.passed(),
-                         figure.where.c_str(), user);
+            if (from.on_check)
+                from.on_check(figure.name().c_str(), figure.value, figure.limit, figure.at_least, figure.passed(),
+                              figure.where.c_str(), from.user);
         });
         if (!failure.empty()) throw dit::NotVerified(failure);
     });
@@ -156,8 +208,37 @@ dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size) {
         dit::require(pixels, "pixels");
         open.require_decoder();
         dit::require_room(size, run->run.count(), open.manifest.image_shape(), "bytes");
-        const std::vector<std::uint8_t> made = open.pictures(run->run.latents());
+        const std::vector<std::uint8_t> made = run->run.pictures();
         std::copy(made.begin(), made.end(), pixels);
+    });
+}
+
+dit_status dit_run_preview(dit_run* run, uint8_t* pixels, size_t size) {
+    return dit::guarded(run, [&] {
+        const dit::Manifest& manifest = run->run.pipe().manifest;
+        dit::require(pixels, "pixels");
+        run->run.pipe().require_decoder();
+        dit::require_room(size, run->run.count(), manifest.image_shape(), "bytes");
+        const std::vector<std::uint8_t> made = run->run.preview();
+        std::copy(made.begin(), made.end(), pixels);
+    });
+}
+
+dit_status dit_run_stats(dit_run* run, dit_stats* stats) {
+    return dit::guarded(run, [&] {
+        dit_stats filled = dit::known(stats, dit_stats DIT_STATS_INIT, "dit_stats");
+        const auto planned = run->run.planned_rows();
+        const dit::Timing& timing = run->run.timing();
+        filled.done = run->run.done();
+        filled.steps = run->run.steps();
+        filled.rows = static_cast<int64_t>(run->run.rows());
+        filled.planned_rows = planned ? static_cast<int64_t>(*planned) : -1;
+        filled.waiting = timing.waiting;
+        filled.opening = timing.opening;
+        filled.before_loop = timing.before_loop;
+        filled.in_steps = timing.steps;
+        filled.decoding = timing.end;
+        std::memcpy(stats, &filled, stats->struct_size);
     });
 }
 
@@ -166,6 +247,18 @@ void dit_run_cancel(dit_run* run) {
 }
 
 void dit_run_free(dit_run* run) { delete run; }
+
+void dit_set_log(dit_on_log on_log, dit_severity least, void* user) {
+    try {
+        dit::OnLog log;
+        if (on_log)
+            log = [=](dit::Severity severity, const std::string& line) {
+                on_log(static_cast<dit_severity>(severity), line.c_str(), user);
+            };
+        dit::set_log(std::move(log), static_cast<dit::Severity>(least));
+    } catch (...) {  // no memory: what was there stays
+    }
+}
 
 const char* dit_last_message(void) { return dit::last_message().c_str(); }
 

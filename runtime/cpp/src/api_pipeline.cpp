@@ -97,7 +97,10 @@ dit_status dit_run_new(dit_pipeline* pipe, const dit_request* request, dit_run**
 }
 
 dit_status dit_verify(dit_pipeline* pipe, dit_on_check on_check, void* user) {
-    return on_model(pipe, [&](dit_model* model) { return dit_model_verify(model, on_check, user); });
+    dit_verify_options options = DIT_VERIFY_OPTIONS_INIT;
+    options.on_check = on_check;
+    options.user = user;
+    return on_model(pipe, [&](dit_model* model) { return dit_model_verify(model, &options); });
 }
 
 const char* dit_message(const dit_pipeline* pipe) {

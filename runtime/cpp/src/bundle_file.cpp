@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "call.hpp"
 #include "errors.hpp"
 #include "manifest.hpp"
 #include "sha256.hpp"
@@ -99,6 +100,7 @@ std::string BundleFile::sha256(const std::atomic<bool>& stop) const {
         if (!part) break;
         sum.update(buffer.data(), part);
         offset += part;
+        count_bytes(part);
     }
     return sum.hex();
 }

@@ -41,7 +41,7 @@ class BundleFile {
     std::uintmax_t size() const { return static_cast<std::uintmax_t>(state()[2]); }
     Mapping map() const { return {descriptor_, static_cast<std::size_t>(size())}; }
     std::vector<unsigned char> read(std::uintmax_t most) const;  // refuses a larger file
-    // In hexadecimal; what it returns once `stop` is true is no sum.
+    // In hexadecimal; what it returns once `stop` is true is no sum. Its bytes count as the call's progress.
     std::string sha256(const std::atomic<bool>& stop) const;
 
   private:

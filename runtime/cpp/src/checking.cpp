@@ -4,6 +4,7 @@
 #include <system_error>
 #include <thread>
 
+#include "call.hpp"
 #include "errors.hpp"
 #include "external.hpp"
 #include "sha256.hpp"
@@ -62,7 +63,10 @@ Checking::Checking(const Path& folder, const Manifest& manifest, const std::vect
     const std::size_t most = std::min<std::size_t>(jobs->size(), std::max(1u, std::thread::hardware_concurrency()));
     try {
         while (workers_.size() < most)
-            workers_.push_back(std::async(std::launch::async, [this, jobs, next] { work(*jobs, *next, stop_); }));
+            workers_.push_back(std::async(std::launch::async, [this, jobs, next, call = current_call()] {
+                const CallScope scope(call);
+                work(*jobs, *next, stop_);
+            }));
     } catch (const std::system_error&) {  // no more threads here
         if (workers_.empty()) work(*jobs, *next, stop_);
     }

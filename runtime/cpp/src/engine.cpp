@@ -61,7 +61,7 @@ const Backend& choose(const Stage& stage, const Options& options) {
             if (backend.opens_onnx && contains(backend.precisions, stage.precision) &&
                 without_kernels(backend.name, stage.precision, options.device).empty())
                 return backend;
-    throw UsageError(text("backend '", name, "' is not in this library", nearest(name, known),
+    throw NoBackend(text("backend '", name, "' is not in this library", nearest(name, known),
                           "; it was built with: ", join(known)));
 }
 

@@ -12,6 +12,12 @@
 
 namespace dit_runtime {
 
+// A setting of a stage's engine; what it may be is checked by check_settings.
+struct EngineSetting {
+    std::string stage;  // its name; empty: every stage
+    std::string key, value;
+};
+
 struct Options {
     std::string backend;               // empty: the bundle's own
     std::string device;                // empty: the CPU, or the one device an engine is for
@@ -20,8 +26,12 @@ struct Options {
     std::string manifest_sha256 = {};  // that manifest.json must have; empty: any
     bool streamed = false;  // of a stage that runs once a prompt: weights are packed and widened where they are used
     Path cache;             // where a backend may keep what it compiled; empty: nowhere
-    std::string engine_sha256;  // of a stage's first file, if that is an engine: what it holds is code
-    std::size_t at_once = 0;    // rows of a stage that may run at the same time; 0: its rows do not run apart
+    std::string engine_sha256;               // of a stage's first file, if that is an engine: what it holds is code
+    std::vector<std::size_t> affinity = {};  // the CPUs of an engine's threads; empty: any
+    std::map<std::string, std::string> own = {};  // backends' own settings, by "BACKEND.KEY"
+    std::vector<EngineSetting> settings = {};     // of stages; the last of a key and stage counts
+    std::uint64_t max_bytes = 0;                  // of the files that are opened; 0: any number
+    std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart
     // What OpenVINO's device computes, "BF16" among it; nothing: ask it.
     std::optional<std::vector<std::string>> capabilities = std::nullopt;
 };
@@ -48,6 +58,9 @@ class Engine {
   public:
     virtual ~Engine() = default;
     virtual std::map<std::string, Output> run(const std::vector<Input>& inputs) = 0;
+    // Makes the run that is under way fail soon, and later ones, until `resume`. Another thread calls it.
+    virtual void stop() noexcept {}
+    virtual void resume() noexcept {}
 
     std::vector<std::string> inputs, outputs;  // names
 };
@@ -86,6 +99,18 @@ std::string refusal(const std::string& backend, const Built& built, const Gpu& h
 
 // While it loads: about the weights' size, where OpenVINO takes twice that.
 inline const char* const LEANEST = "onnxruntime";
+
+// Refuses settings that name no stage of the bundle, no key, or no value of it.
+void check_settings(const Options& options, const Manifest& manifest);
+
+// The options with the settings of a stage.
+Options options_of(const Stage& stage, const Options& options);
+
+// What `own` has for a backend, by its keys without the backend's name.
+std::map<std::string, std::string> own_settings(const std::string& backend, const Options& options);
+
+// Throws EngineMemory or DeviceLost where an engine's message is about that.
+void throw_if_grave(const std::string& message);
 
 // The backend that opens a stage, by the options' name or by the bundle's.
 const Backend& choose(const Stage& stage, const Options& options);

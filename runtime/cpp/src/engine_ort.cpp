@@ -39,9 +39,9 @@ std::vector<std::string> available() {
 }
 
 void append(OrtSessionOptions* settings, const std::string& device, const ProviderOptions& provider_options) {
+    std::vector<const char*> keys, values;
+    for (const auto& [key, value] : provider_options) keys.push_back(key.c_str()), values.push_back(value.c_str());
     if (device == "cuda") {
-        std::vector<const char*> keys, values;
-        for (const auto& [key, value] : provider_options) keys.push_back(key.c_str()), values.push_back(value.c_str());
         OrtCUDAProviderOptionsV2* options = nullptr;
         check(api().CreateCUDAProviderOptions(&options));
         OrtStatus* status = api().UpdateCUDAProviderOptions(options, keys.data(), values.data(), keys.size());
@@ -51,14 +51,38 @@ void append(OrtSessionOptions* settings, const std::string& device, const Provid
     } else if (device == "tensorrt") {
         OrtTensorRTProviderOptionsV2* options = nullptr;
         check(api().CreateTensorRTProviderOptions(&options));
-        OrtStatus* status = api().SessionOptionsAppendExecutionProvider_TensorRT_V2(settings, options);
+        OrtStatus* status = api().UpdateTensorRTProviderOptions(options, keys.data(), values.data(), keys.size());
+        if (!status) status = api().SessionOptionsAppendExecutionProvider_TensorRT_V2(settings, options);
         api().ReleaseTensorRTProviderOptions(options);
         check(status);
     } else if (device == "tensorrt-rtx") {
-        check(api().SessionOptionsAppendExecutionProvider(settings, "NvTensorRtRtx", nullptr, nullptr, 0));
+        check(api().SessionOptionsAppendExecutionProvider(settings, "NvTensorRtRtx", keys.data(), values.data(),
+                                                          keys.size()));
     } else if (device == "openvino") {
-        check(api().SessionOptionsAppendExecutionProvider_OpenVINO_V2(settings, nullptr, nullptr, 0));
+        check(
+            api().SessionOptionsAppendExecutionProvider_OpenVINO_V2(settings, keys.data(), values.data(), keys.size()));
+    } else if (!keys.empty()) {
+        throw UsageError(text("setting onnxruntime.provider.", keys[0], ": the CPU's provider takes none"));
     }
+}
+
+// What a setting's key begins with if it is the provider's, else it is the session's.
+const std::string PROVIDER = "provider.";
+
+// The threads of a session, and where they run. The thread that calls is the first of them, wherever it runs.
+void set_threads(OrtSessionOptions* settings, const Options& options) {
+    const std::vector<std::size_t>& cpus = options.affinity;
+    const int threads = options.threads ? options.threads : static_cast<int>(cpus.size());
+    if (threads) check(api().SetIntraOpNumThreads(settings, threads));
+    if (cpus.empty()) return;
+    if (static_cast<std::size_t>(threads) > cpus.size())
+        throw UsageError(
+            text("affinity has ", cpus.size(), " CPUs for ", threads, " threads; expected one each, or more"));
+    std::vector<std::string> places;  // ONNX Runtime counts from 1
+    for (int thread = 1; thread < threads; ++thread)
+        places.push_back(std::to_string(cpus[static_cast<std::size_t>(thread)] + 1));
+    if (!places.empty())
+        check(api().AddSessionConfigEntry(settings, "session.intra_op_thread_affinities", join(places, ";").c_str()));
 }
 
 // The provider's name for the user, without a GPU's number.
@@ -73,7 +97,7 @@ void require_provider(const Options& options) {
     for (const Provider& provider : PROVIDERS)
         if (contains(providers, provider.name)) here.push_back(provider.device);
     if (!contains(here, device_of(options)))
-        throw UsageError(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
+        throw NoDevice(text("device '", options.device, "' is not in this ONNX Runtime; here: ", join(here)));
 }
 
 // Settings that leave weights as they are stored.
@@ -106,8 +130,8 @@ Output read(const std::string& name, OrtValue* value) {
 const OrtApi& api() {
     static const OrtApi* const table = OrtGetApiBase()->GetApi(ORT_API_VERSION);
     if (!table)
-        throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.",
-                              ORT_API_VERSION, ", whose headers this library was built with; install a newer one"));
+        throw NoBackend(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(), " is older than 1.", ORT_API_VERSION,
+                             ", whose headers this library was built with; install a newer one"));
     return *table;
 }
 
@@ -136,7 +160,13 @@ OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOpt
     if (saturates())  // then as u8 x u8, exact, and at 0.4 of the speed also where it would not be needed
         check(api().AddSessionConfigEntry(made, "session.x64quantprecision", "1"));
     if (cuda) check(api().AddSessionConfigEntry(made, "session.record_ep_graph_assignment_info", "1"));
-    if (options.threads) check(api().SetIntraOpNumThreads(made, options.threads));
+    set_threads(made, options);
+    ProviderOptions provider_options = more;
+    for (const auto& [key, value] : own_settings("onnxruntime", options))
+        if (key.rfind(PROVIDER, 0) == 0)
+            provider_options[key.substr(PROVIDER.size())] = value;
+        else
+            check(api().AddSessionConfigEntry(made, key.c_str(), value.c_str()));
     if (options.low_memory || options.streamed) {
         check(api().DisableCpuMemArena(made));
         check(api().DisableMemPattern(made));
@@ -144,11 +174,10 @@ OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOpt
     if (options.streamed)  // so that weights stay in the file, and what is made of one goes before the next comes
         for (const auto& [name, value] : STREAMED) check(api().AddSessionConfigEntry(made, name, value));
     try {
-        ProviderOptions provider_options = more;
         if (cuda) provider_options.merge(cuda_options(gpu_number(options.device)));
         append(made, device_of(options), provider_options);
     } catch (const OrtFailure& failure) {
-        throw UsageError(text("device '", options.device, "' did not start here: ", failure.what()));
+        throw NoDevice(text("device '", options.device, "' did not start here: ", failure.what()));
     }
     OrtSession* session = nullptr;
     try {
@@ -161,6 +190,9 @@ OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOpt
     OrtMemoryInfo* memory = nullptr;
     check(api().CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
     memory_.reset(memory);
+    OrtRunOptions* running = nullptr;
+    check(api().CreateRunOptions(&running));
+    running_.reset(running);
     inputs = names(&OrtApi::SessionGetInputCount, &OrtApi::SessionGetInputName);
     outputs = names(&OrtApi::SessionGetOutputCount, &OrtApi::SessionGetOutputName);
 }
@@ -177,8 +209,8 @@ std::map<std::string, Output> OrtEngine::run(const std::vector<Input>& arrays) {
     }
     for (const auto& name : outputs) out.push_back(name.c_str());
     std::vector<OrtValue*> results(outputs.size(), nullptr);
-    OrtStatus* status =
-        api().Run(session_.get(), nullptr, in.data(), raw.data(), in.size(), out.data(), out.size(), results.data());
+    OrtStatus* status = api().Run(session_.get(), running_.get(), in.data(), raw.data(), in.size(), out.data(),
+                                  out.size(), results.data());
     std::vector<Value> owned;
     for (OrtValue* result : results) owned.emplace_back(result);
     check(status);
@@ -186,6 +218,15 @@ std::map<std::string, Output> OrtEngine::run(const std::vector<Input>& arrays) {
     for (std::size_t index = 0; index < outputs.size(); ++index)
         named[outputs[index]] = read(outputs[index], results[index]);
     return named;
+}
+
+// ONNX Runtime looks between two nodes whether it has to end. These calls cannot fail on options that are there.
+void OrtEngine::stop() noexcept {
+    if (OrtStatus* const status = api().RunOptionsSetTerminate(running_.get())) api().ReleaseStatus(status);
+}
+
+void OrtEngine::resume() noexcept {
+    if (OrtStatus* const status = api().RunOptionsUnsetTerminate(running_.get())) api().ReleaseStatus(status);
 }
 
 // The input's array, at `data` in this memory.

@@ -186,7 +186,7 @@ std::unique_ptr<Engine> open_cuda(const Path& path, const Stage& stage, const Op
             return std::make_unique<OrtCudaEngine>(path, stage, options, false);
         }
     } catch (const cuda::CudaError& error) {
-        throw UsageError(text("device '", options.device, "' did not start here: ", error.what()));
+        throw NoDevice(text("device '", options.device, "' did not start here: ", error.what()));
     }
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <mutex>
 #include <openvino/op/parameter.hpp>
 #include <openvino/op/result.hpp>
 #ifdef __linux__
@@ -61,13 +62,42 @@ void append(std::map<std::string, Output>& outputs, ov::InferRequest& request, c
     }
 }
 
+// The requests of a run that is under way, which another thread may cancel.
+class Running {
+  public:
+    void start(ov::InferRequest& request) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (stopping_) throw EngineError("cancelled");
+        if (std::find(requests_.begin(), requests_.end(), request) == requests_.end()) requests_.push_back(request);
+        request.start_async();
+    }
+    void stop() noexcept {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stopping_ = true;
+        for (ov::InferRequest& request : requests_) try {
+                request.cancel();
+            } catch (const std::exception&) {  // has ended
+            }
+    }
+    void resume() noexcept {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stopping_ = false;
+    }
+
+  private:
+    std::mutex mutex_;
+    bool stopping_ = false;
+    std::vector<ov::InferRequest> requests_;  // started so far
+};
+
 // Runs all rows in one request.
-std::map<std::string, Output> infer(ov::InferRequest& request, const std::vector<Input>& arrays,
+std::map<std::string, Output> infer(Running& running, ov::InferRequest& request, const std::vector<Input>& arrays,
                                     const std::vector<std::string>& names) {
     std::map<std::string, Output> outputs;
     try {
         for (const Input& input : arrays) request.set_tensor(input.name, view(input));
-        request.infer();
+        running.start(request);
+        request.wait();
         append(outputs, request, names);
     } catch (const ov::Exception& error) {
         throw EngineError(ov_reason(error.what()));
@@ -92,10 +122,13 @@ class OvEngine : public Engine {
     }
 
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
-        return infer(request_, arrays, outputs);
+        return infer(running_, request_, arrays, outputs);
     }
+    void stop() noexcept override { running_.stop(); }
+    void resume() noexcept override { running_.resume(); }
 
   private:
+    Running running_;
     const OvGraph graph_;  // whose core outlives what it compiled
     ov::InferRequest request_;
 };
@@ -144,8 +177,11 @@ class RowEngine : public Engine {
         met.shape[1] = static_cast<std::int64_t>(batch);
         const auto weights =
             std::find_if(arrays.begin(), arrays.end(), [](const Input& i) { return i.name == GUIDANCE; });
-        return infer(*mix_, {{meeting(), met.shape, met.values.data()}, *weights}, outputs);
+        return infer(running_, *mix_, {{meeting(), met.shape, met.values.data()}, *weights}, outputs);
     }
+
+    void stop() noexcept override { running_.stop(); }
+    void resume() noexcept override { running_.resume(); }
 
   private:
     using Row = std::map<std::string, ov::Tensor>;
@@ -255,7 +291,7 @@ class RowEngine : public Engine {
             for (std::size_t number = 0; number < asked.size(); ++number) {
                 if (number >= streams) collect(number - streams);
                 for (const auto& [name, tensor] : asked[number]) requests[number % streams].set_tensor(name, tensor);
-                requests[number % streams].start_async();
+                running_.start(requests[number % streams]);
             }
             for (std::size_t number = asked.size() - streams; number < asked.size(); ++number) collect(number);
         } catch (const ov::Exception& error) {
@@ -275,6 +311,7 @@ class RowEngine : public Engine {
         }
     };
 
+    Running running_;
     const OvGraph graph_;
     const std::shared_ptr<ov::Model> model_;  // never read again: what is compiled later is a copy of what was checked
     const std::size_t at_once_;
@@ -297,6 +334,8 @@ std::string ov_note(const std::string& precision, const Options& options) {
 }
 
 std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Stage& stage, const Options& options) {
+    if (!options.affinity.empty())
+        throw UsageError("affinity is an option of onnxruntime; OpenVINO's threads run where the process does");
     const OvGraph graph(files.at(0), stage, options);
     std::unique_ptr<Engine> engine;
     if (options.at_once)

@@ -66,7 +66,7 @@ Gpu gpu(int device) {
     int count = 0, major = 0, minor = 0;
     if (!here.driver || cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return here;
     if (device >= count)
-        throw UsageError(text("device 'cuda:", device, "' is not here; expected cuda:0 to cuda:", count - 1));
+        throw NoDevice(text("device 'cuda:", device, "' is not here; expected cuda:0 to cuda:", count - 1));
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
         here.capability = text(major, ".", minor);
@@ -105,7 +105,7 @@ class TrtEngine : public Engine {
         : device_(gpu_number(options.device)), stream_(std::make_unique<Stream>()) {
         const Path& path = files.at(0);
         runtime_.reset(nvinfer1::createInferRuntime(logger()));
-        if (!runtime_) throw UsageError(text(DIT_TENSORRT, " does not start here: ", logger().last()));
+        if (!runtime_) throw NoDevice(text(DIT_TENSORRT, " does not start here: ", logger().last()));
         if (built.version_compatible)
             runtime_->setEngineHostCodeAllowed(true);  // such a plan brings its runtime; its sha256 has been checked
         const std::vector<unsigned char> content = read_bytes(path, UINTMAX_MAX);

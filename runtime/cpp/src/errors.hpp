@@ -22,6 +22,16 @@ struct BundleError : UsageError {
     using UsageError::UsageError;
 };
 
+// The library of an engine is not here.
+struct NoBackend : UsageError {
+    using UsageError::UsageError;
+};
+
+// The engine has no such device here.
+struct NoDevice : UsageError {
+    using UsageError::UsageError;
+};
+
 // An engine gave something that no sound engine gives.
 struct EngineError : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -32,7 +42,17 @@ struct NotFinite : EngineError {
     using EngineError::EngineError;
 };
 
-// `on_step` asked to stop the run.
+// An engine has no memory left, on the host or on its device.
+struct EngineMemory : EngineError {
+    using EngineError::EngineError;
+};
+
+// A device failed, and takes no more work from this process.
+struct DeviceLost : EngineError {
+    using EngineError::EngineError;
+};
+
+// The caller asked to stop the call.
 struct Stopped : std::runtime_error {
     using std::runtime_error::runtime_error;
 };

@@ -26,6 +26,10 @@ dit_status fail(dit_status status, const char* message) noexcept {
 dit_status status_of_failure() noexcept {
     try {
         throw;
+    } catch (const NoBackend& error) {
+        return fail(DIT_NO_BACKEND, error.what());
+    } catch (const NoDevice& error) {
+        return fail(DIT_NO_DEVICE, error.what());
     } catch (const BundleError& error) {
         return fail(DIT_BAD_BUNDLE, error.what());
     } catch (const UsageError& error) {
@@ -34,6 +38,10 @@ dit_status status_of_failure() noexcept {
         return fail(DIT_BUFFER_TOO_SMALL, error.what());
     } catch (const NotVerified& error) {
         return fail(DIT_NOT_VERIFIED, error.what());
+    } catch (const EngineMemory& error) {
+        return fail(DIT_OUT_OF_MEMORY, error.what());
+    } catch (const DeviceLost& error) {
+        return fail(DIT_DEVICE_LOST, error.what());
     } catch (const EngineError& error) {
         return fail(DIT_ENGINE_FAILED, error.what());
     } catch (const Stopped& error) {

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "call.hpp"
 #include "dit/dit.h"
 #include "errors.hpp"
 #include "pipeline.hpp"
@@ -18,6 +19,10 @@ struct dit_model {
     const std::string backend;  // of the denoiser
     const std::string note;
     std::atomic<std::size_t> references{1};
+};
+
+struct dit_cancellation {
+    const std::shared_ptr<dit_runtime::Cancellation> shared = std::make_shared<dit_runtime::Cancellation>();
 };
 
 struct dit_pipeline {

@@ -23,6 +23,8 @@ class Trajectory {
                std::unique_ptr<Cache> cache = {});
 
     const Array& state() const { return solver_.x(); }
+    // The end of the path as the last step's prediction has it; empty before the first.
+    const Array& x0() const { return solver_.x0(); }
     std::size_t done() const { return done_; }
     std::size_t steps() const { return groups_.size(); }
     // The rows that the network evaluated for each sample.

@@ -49,6 +49,8 @@ class OrtEngine : public Engine {
     OrtEngine(const Path& path, const Options& options, const ProviderOptions& more = {});
 
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override;
+    void stop() noexcept override;
+    void resume() noexcept override;
 
   protected:
     static Value value(const Input& input, void* data, const OrtMemoryInfo* memory);
@@ -61,6 +63,7 @@ class OrtEngine : public Engine {
                                    decltype(OrtApi::SessionGetInputName) OrtApi::* get) const;
 
     Memory memory_;
+    RunOptions running_;
 };
 
 // Where ONNX Runtime runs a node.

@@ -60,7 +60,7 @@ OvDevice::OvDevice(const Options& options) : core(shared_core()) {
     try {
         core->get_property(name, ov::device::full_name);  // asks this device's plugin and no other
     } catch (const std::exception& error) {
-        throw UsageError(text("device '", options.device, "' is not known to OpenVINO: ", ov_reason(error.what())));
+        throw NoDevice(text("device '", options.device, "' is not known to OpenVINO: ", ov_reason(error.what())));
     }
     capabilities_ = options.capabilities ? *options.capabilities : core->get_property(name, ov::device::capabilities);
 }
@@ -75,6 +75,7 @@ OvGraph::OvGraph(const Path& path, const Stage& stage, const Options& options)
     // A CPU's threads are not tied to cores: models that are open side by side may get the same one.
     if (device.name == "CPU") settings_.insert(ov::hint::enable_cpu_pinning(false));
     if (options.threads) settings_.insert(ov::inference_num_threads(options.threads));
+    for (const auto& [key, value] : own_settings("openvino", options)) settings_[key] = value;
 }
 
 std::shared_ptr<ov::Model> OvGraph::read() const {

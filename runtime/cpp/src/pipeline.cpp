@@ -5,6 +5,7 @@
 
 #include "errors.hpp"
 #include "images.hpp"
+#include "log.hpp"
 #include "run.hpp"
 #include "sha256.hpp"
 #include "warming.hpp"
@@ -40,6 +41,7 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
     options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     require_warmable(manifest, warm, options.low_memory);
+    check_settings(options, manifest);
     checking(files(), [&] {
         if (!options_.low_memory)
             for (const Stage& stage : manifest.stages) opened_->engines[stage.name] = open(stage);
@@ -55,6 +57,7 @@ Pipeline::Pipeline(const Pipeline& whole, Manifest sized)
 // Compares the files' sums while the call opens them: a wrong sum is the error, whatever an engine made of the file.
 template <typename Call>
 void Pipeline::checking(const std::vector<std::string>& names, const Call& call) {
+    require_room(names);
     Checking sums(folder, manifest, names, opened_->checked);
     try {
         call();
@@ -83,8 +86,30 @@ void Pipeline::close() {
 std::vector<std::string> Pipeline::files() const {
     std::vector<std::string> files;
     for (const Stage& stage : manifest.stages)
-        for (const auto& file : files_for(stage, backend(stage), options_.device)) files.push_back(file);
+        for (const auto& file : files_for(stage, backend(stage), options_of(stage, options_).device))
+            files.push_back(file);
     return files;
+}
+
+// Refuses files of more bytes than the options allow; all of them count as expected progress.
+void Pipeline::require_room(const std::vector<std::string>& files) const {
+    std::uint64_t bytes = 0;
+    std::vector<std::string> counted;
+    for (const std::string& name : files) {
+        const auto file = manifest.files.find(name);
+        if (file == manifest.files.end() || contains(counted, name)) continue;
+        counted.push_back(name);
+        bytes += file->second.size;
+        if (options_.max_bytes && bytes > options_.max_bytes)
+            throw BundleError(text(folder.string(), ": its engines have ", bytes,
+                                   " bytes or more, of which max_bytes allows ", options_.max_bytes));
+    }
+    if (const auto& progress = current_call().progress; progress && progress->of_bytes) progress->expect(bytes);
+}
+
+void Pipeline::warm(const std::vector<std::int64_t>& batches) {
+    require_warmable(manifest, batches, options_.low_memory);
+    dit_runtime::warm(*this, batches);
 }
 
 // The folder for what backends compile of this bundle, which they make: in the user's cache, by the bundle's sums; ""
@@ -106,30 +131,31 @@ Path Pipeline::cache() const {
 // the one that loads in the least memory. Text encoders run where the loop does if their own backend is not here, or
 // the user chose a device, which is the loop's.
 const Backend& Pipeline::backend(const Stage& stage) const {
-    if (options_.low_memory && options_.backend.empty() && options_.device.empty() &&
+    const Options options = options_of(stage, options_);
+    if (options.low_memory && options.backend.empty() && options.device.empty() &&
         (stage.runs == PROMPT || stage.before_loop()))
         for (const Backend& known : backends())
             if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
     const Stage& step = manifest.step();
-    if (stage.runs == PROMPT && stage.backend != step.backend && options_.backend.empty()) {
+    if (stage.runs == PROMPT && stage.backend != step.backend && options.backend.empty()) {
         Stage moved = stage;
         moved.backend = step.backend;
         const auto is_own = [&stage](const Backend& known) { return known.name == stage.backend; };
-        if (!options_.device.empty() || std::none_of(backends().begin(), backends().end(), is_own))
-            return choose(moved, options_);
+        if (!options.device.empty() || std::none_of(backends().begin(), backends().end(), is_own))
+            return choose(moved, options);
     }
-    return choose(stage, options_);
+    return choose(stage, options);
 }
 
 std::string Pipeline::note() const {
     for (const Stage& stage : manifest.stages)
         if (const auto note = backend(stage).note)
-            if (const std::string line = note(stage.precision, options_); !line.empty()) return line;
+            if (const std::string line = note(stage.precision, options_of(stage, options_)); !line.empty()) return line;
     return "";
 }
 
 bool Pipeline::on_cpu(const Stage& stage) const {
-    const std::string name = backend(stage).name, device = lower(options_.device);
+    const std::string name = backend(stage).name, device = lower(options_of(stage, options_).device);
     return (name == "onnxruntime" || name == "openvino") && (device.empty() || device == "cpu");
 }
 
@@ -144,7 +170,7 @@ bool Pipeline::batch_invariant() const {
 // The stage's engine, opened where it is not; with low memory, the others are closed first. It is the caller's turn.
 Engine& Pipeline::engine(const Stage& stage) {
     auto& engines = opened_->engines;
-    const auto names = files_for(stage, backend(stage), options_.device);
+    const auto names = files_for(stage, backend(stage), options_of(stage, options_).device);
     if (const auto open = engines.find(stage.name); open != engines.end()) {
         require_unwritten(folder, manifest, opened_->checked, names);
         return *open->second;
@@ -157,26 +183,35 @@ Engine& Pipeline::engine(const Stage& stage) {
 
 // The stage's engine, of files whose sums the caller compares.
 std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
+    const Stopwatch opening(&Timing::opening);
+    const auto start = std::chrono::steady_clock::now();
     const Backend& backend = this->backend(stage);
+    Options options = options_of(stage, options_);
     std::vector<Path> paths;
-    const auto files = files_for(stage, backend, options_.device);
+    const auto files = files_for(stage, backend, options.device);
     for (const auto& file : files) paths.push_back(inside(folder, file));
-    Options options = options_;
     options.engine_sha256 = manifest.files.at(files.at(0)).sha256;
     options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
-    std::unique_ptr<Engine> opened = backend.open(paths, stage, options);
+    std::unique_ptr<Engine> opened;
+    try {
+        opened = unless_cancelled([&backend, paths, stage, options] { return backend.open(paths, stage, options); });
+    } catch (const UsageError& error) {
+        throw_if_grave(error.what());
+        throw;
+    }
     const auto inputs = names(stage.reads), outputs = names(stage.gives);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
         throw BundleError(text(folder.string(), ": ", stage.name, " has inputs ", join(opened->inputs), " and outputs ",
                                join(opened->outputs), ", expected ", join(inputs), " and ", join(outputs)));
+    log(Severity::INFO, text(stage.name, ": opened with ", backend.name, " in ",
+                             std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), " s"));
     return opened;
 }
 
 std::vector<std::uint8_t> Pipeline::images(const Request& request) {
-    Pipeline& sized = at(request.size);
-    sized.require_decoder();
-    return sized.pictures(sized.latents(request));
+    at(request.size).require_decoder();
+    return Run(*this, request).pictures();
 }
 
 std::vector<float> Pipeline::latents(const Request& request) { return Run(*this, request).latents(); }
@@ -233,16 +268,39 @@ std::vector<std::uint8_t> Pipeline::pictures(const std::vector<float>& latents) 
     return to_uint8(images, with_rows(latents.size() / count(manifest.state().shape), manifest.image_shape()));
 }
 
+// What the stage's engine gives, when it is this call's turn.
+std::map<std::string, Output> Pipeline::answer(const Stage& stage, const std::vector<Input>& inputs) {
+    const auto& cancellation = current_call().cancellation;
+    const auto cancelled = [&] { return cancellation && cancellation->cancelled(); };
+    check_cancelled();
+    const Turns::Turn turn(opened_->turns);
+    Engine& engine = this->engine(stage);
+    const Stopwatch running(stage.runs == "step"  ? &Timing::steps
+                            : stage.runs == "end" ? &Timing::end
+                                                  : &Timing::before_loop);
+    try {
+        std::map<std::string, Output> outputs;
+        {
+            const Cancellation::Hook hook(cancellation, [&engine] { engine.stop(); });
+            outputs = engine.run(inputs);
+        }
+        if (cancelled()) engine.resume();
+        return outputs;
+    } catch (const EngineError& error) {
+        if (cancelled()) {
+            engine.resume();
+            throw Stopped("cancelled");
+        }
+        const std::string message = text("the ", stage.name, " failed: ", error.what());
+        throw_if_grave(message);
+        throw EngineError(message);
+    }
+}
+
 // Runs the stage on so many rows; refuses outputs that do not have the manifest's shapes.
 std::map<std::string, std::vector<float>> Pipeline::run(const Stage& stage, const std::vector<Input>& inputs,
                                                         std::size_t rows) {
-    std::map<std::string, Output> outputs;
-    try {
-        const Turns::Turn turn(opened_->turns);
-        outputs = engine(stage).run(inputs);
-    } catch (const EngineError& error) {
-        throw EngineError(text("the ", stage.name, " failed: ", error.what()));
-    }
+    std::map<std::string, Output> outputs = answer(stage, inputs);
     std::map<std::string, std::vector<float>> tensors;
     for (const TensorSpec& spec : stage.gives) {
         const auto output = outputs.find(spec.name);

@@ -32,6 +32,8 @@ class Pipeline {
     // it is first drawn. It lives as long as this one.
     Pipeline& at(const std::string& size);
     void close();  // all engines; those that are needed open again
+    // Every stage runs at these batch sizes, and so every engine is open.
+    void warm(const std::vector<std::int64_t>& batches);
 
     std::vector<std::uint8_t> images(const Request& request);  // [N, H, W, 3]
     std::vector<float> latents(const Request& request);        // [N, *state]
@@ -79,6 +81,8 @@ class Pipeline {
     std::unique_ptr<Engine> open(const Stage& stage);
     std::map<std::string, std::vector<float>> run(const Stage& stage, const std::vector<Input>& inputs,
                                                   std::size_t rows);
+    std::map<std::string, Output> answer(const Stage& stage, const std::vector<Input>& inputs);
+    void require_room(const std::vector<std::string>& files) const;
 
     Options options_;
     std::shared_ptr<Opened> opened_ = std::make_shared<Opened>();

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "caches.hpp"
+#include "call.hpp"
 #include "condition.hpp"
 #include "solvers.hpp"
 
@@ -32,6 +34,7 @@ struct Request {
     Settings cache_settings;  // those that are not the defaults
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
     OnStep on_step;
+    std::shared_ptr<Cancellation> cancellation = {};  // stops the run too; none: that of the call which begins it
 };
 
 // A request that a bundle can answer.

@@ -43,7 +43,20 @@ Run::Run(Pipeline& pipe, const Request& request, RunStage compute, std::size_t b
       on_step_(request.on_step),
       compute_(std::move(compute)),
       budget_(budget),
-      trajectory_(start(pipe_.manifest, request, checked_)) {}
+      trajectory_(start(pipe_.manifest, request, checked_)),
+      with_others_(request.cancellation ? request.cancellation : current_call().cancellation,
+                   [own = cancellation_] { own->cancel(); }) {}
+
+template <typename Make>
+auto Run::as_own(const Make& make) {
+    const CallScope scope({cancellation_, {}, &timing_});
+    try {
+        return make();
+    } catch (const Stopped&) {
+        require_going();
+        throw;
+    }
+}
 
 bool Run::step() {
     require_going();
@@ -52,7 +65,7 @@ bool Run::step() {
         const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
             return (*ask->memo)(ask->step, first, last, ask->groups);
         };
-        tell(pipe_.denoise(ask->state, inputs, ask->weights));
+        tell(as_own([&] { return pipe_.denoise(ask->state, inputs, ask->weights); }));
     } else {
         tell();
     }
@@ -66,8 +79,10 @@ std::optional<Ask> Run::ask() {
     const auto groups = trajectory_.asks();
     if (!groups) return std::nullopt;
     if (!memo_)
-        memo_ = std::make_unique<Memo>(
-            pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative, compute_, budget_));
+        memo_ = as_own([&] {
+            return std::make_unique<Memo>(
+                pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative, compute_, budget_));
+        });
     const std::vector<float> state(this->state().begin(), this->state().end());
     const bool apart = *groups == Groups::APART;
     return Ask{trajectory_.done(), *groups, apart ? twice(state) : state,
@@ -91,8 +106,22 @@ std::vector<float> Run::latents() {
     return {state().begin(), state().end()};
 }
 
+std::vector<std::uint8_t> Run::pictures() {
+    pipe_.require_decoder();
+    const std::vector<float> latents = this->latents();
+    return as_own([&] { return pipe_.pictures(latents); });
+}
+
+std::vector<std::uint8_t> Run::preview() {
+    pipe_.require_decoder();
+    require_going();
+    const Array& x0 = trajectory_.x0();
+    if (x0.empty()) throw UsageError("there is no preview before the first step; call dit_run_step first");
+    return as_own([&] { return pipe_.pictures({x0.begin(), x0.end()}); });
+}
+
 void Run::require_going() const {
-    if (cancelled_) throw Stopped(text("stopped after step ", done(), " of ", steps()));
+    if (cancellation_->cancelled()) throw Stopped(text("stopped after step ", done(), " of ", steps()));
 }
 
 }  // namespace dit_runtime

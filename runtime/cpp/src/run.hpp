@@ -1,7 +1,6 @@
 // One trajectory, a step at a time. Mirrors dit_runtime/run.py.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -46,13 +45,18 @@ class Run {
     const Array& state() const { return trajectory_.state(); }
     // The latents after all steps, with those that are still to do.
     std::vector<float> latents();
-    // Any thread may call it: the next step throws Stopped.
-    void cancel() { cancelled_ = true; }
+    // The decoded latents after all steps, uint8 [N, H, W, 3].
+    std::vector<std::uint8_t> pictures();
+    // The decoded end of the path as the last step's prediction has it, uint8 [N, H, W, 3].
+    std::vector<std::uint8_t> preview();
+    // Any thread may call it: the step or decoding that is under way, or else the next one, throws Stopped.
+    void cancel() { cancellation_->cancel(); }
 
     Pipeline& pipe() const { return pipe_; }  // at the run's size
+    const Timing& timing() const { return timing_; }
+    int done() const { return static_cast<int>(trajectory_.done()); }
     std::size_t count() const { return checked_.condition.rows; }
     int steps() const { return static_cast<int>(checked_.timesteps.size()); }
-    int done() const { return static_cast<int>(trajectory_.done()); }
     // The rows that the network evaluated for each sample: evaluations × groups.
     std::size_t rows() const { return trajectory_.rows(); }
     // What that is when the run has ended; none where its cache decides that step by step.
@@ -60,6 +64,9 @@ class Run {
 
   private:
     void require_going() const;
+    // Makes the call as one of the run's, which its cancelling stops.
+    template <typename Make>
+    auto as_own(const Make& make);
 
     Pipeline& pipe_;
     const Checked checked_;
@@ -68,7 +75,9 @@ class Run {
     const std::size_t budget_;  // of its memo, in bytes
     Trajectory trajectory_;
     std::unique_ptr<Memo> memo_;
-    std::atomic<bool> cancelled_{false};
+    Timing timing_;
+    const std::shared_ptr<Cancellation> cancellation_ = std::make_shared<Cancellation>();
+    const Cancellation::Hook with_others_;  // the last: it may cancel at once
 };
 
 }  // namespace dit_runtime

@@ -68,7 +68,9 @@ bool Solver::asks() const { return !method_->ended(); }
 const Array& Solver::x() const { return method_->x(); }
 double Solver::t() const { return method_->level().time; }
 void Solver::send(const Prediction& prediction) {
-    method_->take(estimate(prediction_, method_->x(), prediction, method_->level()));
+    Estimate made = estimate(prediction_, method_->x(), prediction, method_->level());
+    x0_ = made.x0;
+    method_->take(std::move(made));
 }
 
 }  // namespace dit_runtime

@@ -29,10 +29,12 @@ class Solver {
     bool asks() const;       // for a prediction of (x, t); else x is the result
     const Array& x() const;  // the latents so far
     double t() const;        // the time that the network reads
+    const Array& x0() const { return x0_; }  // of the last prediction; empty before the first
     void send(const Prediction& prediction);
 
   private:
     std::string prediction_;
+    Array x0_;
     std::unique_ptr<Method> method_;
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "errors.hpp"
+#include "handle.hpp"
 #include "prompts.hpp"
 #include "structs.hpp"
 
@@ -138,6 +139,7 @@ Request translate(const Manifest& manifest, const dit_request* original) {
             throw UsageError(text("latents have ", from.latents_size, " numbers; expected ", size, ", all finite"));
         request.latents.emplace(from.latents, from.latents + size);
     }
+    if (from.cancellation) request.cancellation = from.cancellation->shared;
     if (from.on_step)
         request.on_step = [call = from.on_step, user = from.user](int step, int steps, const Array& latents) {
             return call(step, steps, latents.data(), latents.size(), user) != 0;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "call.hpp"
 #include "errors.hpp"
 #include "facts.hpp"
 #include "images.hpp"
@@ -30,6 +31,14 @@ const double NOISE_ATOL = facts().at("noise_atol").get<double>();
 const double CONTRAST = facts().at("contrast").get<double>();
 
 namespace {
+
+// Evaluations and steps of the reference's replay that are done, of those that are expected in all sizes.
+void count_steps(std::size_t steps, std::size_t expected = 0) {
+    const auto& progress = current_call().progress;
+    if (!progress || progress->of_bytes) return;
+    progress->expect(expected);
+    progress->add(steps);
+}
 
 const char* const INVARIANCE = "a row in a batch and alone, max abs difference";
 
@@ -109,6 +118,7 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
     const bool guided = pipe.manifest.mixes_guidance();
     Memo memo = pipe.memo(reference.timesteps, reference.condition, reference.negative);
     for (std::size_t step = 0; step < steps; ++step) {
+        count_steps(1);
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);
         const float* const state = &reference.latents[step * each];
         const auto denoise = [&](Groups groups) {
@@ -269,6 +279,7 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, const To
     request.guidance = reference.guidance;
     request.seeds.assign(reference.seeds.begin(), reference.seeds.end());
     request.on_step = [&](int done, int, const Array& latents) {
+        count_steps(1);
         const float* expected = &reference.latents[static_cast<std::size_t>(done) * each];
         const double error = drift(latents, expected, reference.batch(), limits.nearest);
         on_figure({"run", metric, error, limits.latents, false, next++, text("after step ", done, " of ", steps)});
@@ -318,6 +329,7 @@ void verify_size(Pipeline& pipe, bool prompts, const OnFigure& on_figure) {
                 text(stage.name, " has precision '", stage.precision, "', for which this library has no limits"));
         if (stage.before_loop()) conditioner = std::max(conditioner, TOLERANCES.at(stage.precision).conditioner);
     }
+    if (prompts) count_steps(0, 2 * reference.timesteps.size() * (1 + manifest.sizes.size()));
     if (prompts) check_prompts(pipe, on_figure);
     const Array betas = process.betas();
     const std::vector<std::size_t> wrong = differences(betas, reference.betas);

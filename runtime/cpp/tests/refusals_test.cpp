@@ -59,24 +59,31 @@ TEST_P(Api, BadRequests) {
 }
 
 TEST_P(Api, BadOptions) {
-    const auto bad = [](const char* words, dit_open_options options) {
+    const auto bad = [this](const char* words, const std::function<void(dit_open_options&)>& change,
+                            dit_status status = DIT_BAD_ARGUMENT) {
+        dit_open_options own = DIT_OPEN_OPTIONS_INIT;
+        own.backend = GetParam();
+        change(own);
         const Handle fresh(dit_new());
-        EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &options), DIT_BAD_ARGUMENT);
+        EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &own), status) << words;
         EXPECT_NE(std::string(dit_message(fresh.get())).find(words), std::string::npos) << dit_message(fresh.get());
-        options = DIT_OPEN_OPTIONS_INIT;
-        EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &options), DIT_OK) << dit_message(fresh.get());  // a second try
+        own = DIT_OPEN_OPTIONS_INIT;
+        EXPECT_EQ(dit_open(fresh.get(), BUNDLE, &own), DIT_OK) << dit_message(fresh.get());  // a second try
     };
-    bad("backend 'onyx' is not in this library", {sizeof options, "onyx", nullptr, 0, 0, nullptr, 0, nullptr, nullptr});
-    bad("device 'nowhere'", {sizeof options, GetParam(), "nowhere", 0, 0, nullptr, 0, nullptr, nullptr});
-    bad("threads is -1", {sizeof options, GetParam(), nullptr, -1, 0, nullptr, 0, nullptr, nullptr});
-    bad("struct_size is 4", {4, nullptr, nullptr, 0, 0, nullptr, 0, nullptr, nullptr});
     const int64_t none = 0, many = 99, one = 1;
-    bad("warm has 0; expected batch sizes from 1 to 3",
-        {sizeof options, GetParam(), nullptr, 0, 0, &none, 1, nullptr, nullptr});
-    bad("warm has 99", {sizeof options, GetParam(), nullptr, 0, 0, &many, 1, nullptr, nullptr});
-    bad("warm is NULL", {sizeof options, GetParam(), nullptr, 0, 0, nullptr, 1, nullptr, nullptr});
-    bad("both warm and low_memory", {sizeof options, GetParam(), nullptr, 0, 1, &one, 1, nullptr, nullptr});
-    bad("newer libdit", {sizeof options + 16, nullptr, nullptr, 0, 0, nullptr, 0, nullptr, nullptr});
+    const auto warm = [](const int64_t* batches) {
+        return [batches](dit_open_options& own) { own.warm = batches, own.num_warm = 1; };
+    };
+    bad("backend 'onyx' is not in this library", [](auto& own) { own.backend = "onyx"; }, DIT_NO_BACKEND);
+    bad("device 'nowhere'", [](auto& own) { own.device = "nowhere"; }, DIT_NO_DEVICE);
+    bad("threads is -1", [](auto& own) { own.threads = -1; });
+    bad("struct_size is 4", [](auto& own) { own.struct_size = 4; });
+    bad("newer libdit", [](auto& own) { own.struct_size += 16; });
+    bad("warm has 0; expected batch sizes from 1 to 3", warm(&none));
+    bad("warm has 99", warm(&many));
+    bad("warm is NULL", warm(nullptr));
+    bad("both warm and low_memory", [&](auto& own) { warm (&one)(own), own.low_memory = 1; });
+    bad("settings is NULL", [](auto& own) { own.num_settings = 1; });
 }
 
 // Each kind of damage on the whole way: a status and a sentence, nothing opened, and a sound bundle opens after it.
@@ -136,7 +143,7 @@ TEST_P(Api, BadBundles) {
             content.replace(at, own.size(), other);
         copy.write("denoiser.onnx", content);
     };
-    bad("denoiser.onnx", [&](const BundleCopy& copy) {
+    bad("which is no file of its stage", [&](const BundleCopy& copy) {
         location(copy, "dit-outside.dat");  // with "../", as long as denoiser.onnx.data
         seal(copy);
     });

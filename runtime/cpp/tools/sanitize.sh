@@ -20,7 +20,7 @@ ctest --test-dir "$folder/cpp-tsan" --output-on-failure -R '^(bundle|captioned|w
 # The engines are not built with ThreadSanitizer; what they do among themselves it cannot judge.
 # Their locks are not seen, so an unlock of theirs looks like one too many.
 export TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1:report_mutex_bugs=0
-"$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*'
+"$folder/cpp-tsan/tests/api-tests" --gtest_filter='Threads.*:*Model*:*Service*'
 program=$folder/cpp-tsan/programs/dit-generate
 "$program" "$folder/cpp-tsan/test-bundle" --labels 1 2 --steps 4 -o "$folder/cpp-tsan/sample.npz"
 "$program" "$folder/cpp-tsan/test-bundle" --verify

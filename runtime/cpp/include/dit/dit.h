@@ -66,7 +66,7 @@ typedef enum dit_status {
     DIT_BAD_BUNDLE = 2,       /* damaged, of another format, or it cannot run here */
     DIT_BUFFER_TOO_SMALL = 3, /* the message says how much is needed */
     DIT_ENGINE_FAILED = 4,    /* an engine gave no sound result */
-    DIT_STOPPED = 5,          /* the progress callback or dit_run_cancel asked for it */
+    DIT_STOPPED = 5,          /* a callback, dit_cancel or dit_run_cancel asked for it */
     DIT_NOT_VERIFIED = 6,     /* these engines do not draw PyTorch's pictures */
     DIT_OUT_OF_MEMORY = 7,
     DIT_BUSY = 8,         /* another call on this run has not returned */
@@ -98,6 +98,12 @@ DIT_API dit_model* dit_model_retain(dit_model* model);
 
 /* Gives up a reference; NULL is fine. */
 DIT_API void dit_model_release(dit_model* model);
+
+/* Runs every stage at these batch sizes, from 1 to max_batch, guided and not, at a size of the bundle (NULL: the
+ * model's): a later request of such a size opens and compiles nothing. Not with low_memory. The cancellation may be
+ * NULL. */
+DIT_API dit_status dit_model_warm(dit_model* model, const int64_t* batches, size_t num_batches, const char* size,
+                                  dit_cancellation* cancellation);
 
 /* Draws pictures, uint8 [count, height, width, 3]; `size` is in bytes. */
 DIT_API dit_status dit_model_generate(dit_model* model, const dit_request* request, uint8_t* pixels, size_t size);
@@ -132,8 +138,31 @@ DIT_API dit_status dit_run_rows(dit_run* run, int64_t* rows, int64_t* planned);
 /* Does what is left of the run and decodes it, uint8 [count, height, width, 3]; `size` is in bytes. */
 DIT_API dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size);
 
-/* The run's next step, or the end of the one that is under way, is DIT_STOPPED. Any thread may call it before
- * dit_run_free; NULL is fine. */
+/* Decodes the end of the path as the last step's prediction has it, uint8 [count, height, width, 3]; `size` is in
+ * bytes. The run is not changed. It takes as long as the decoding of a result. */
+DIT_API dit_status dit_run_preview(dit_run* run, uint8_t* pixels, size_t size);
+
+typedef struct dit_stats {
+    size_t struct_size;
+    int64_t done;         /* steps, of which solver heun has two for each of the request's */
+    int64_t steps;        /* in all */
+    int64_t rows;         /* as dit_run_rows */
+    int64_t planned_rows; /* as dit_run_rows */
+    /* Seconds so far: */
+    double waiting;     /* for other runs of the model */
+    double opening;     /* of engines that were not open */
+    double before_loop; /* in the stages that run once for a prompt, condition or timestep */
+    double in_steps;    /* in the step stage */
+    double decoding;    /* in the decoder, previews too */
+} dit_stats;
+
+#define DIT_STATS_INIT {sizeof(dit_stats), 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0}
+
+/* What the run has done and what it took. */
+DIT_API dit_status dit_run_stats(dit_run* run, dit_stats* stats);
+
+/* Stops the call that is under way, or else the next one: DIT_STOPPED. Any thread may call it before dit_run_free; NULL
+ * is fine. */
 DIT_API void dit_run_cancel(dit_run* run);
 
 /* NULL is fine. Not while another call on the run is inside. */
@@ -144,9 +173,28 @@ DIT_API void dit_run_free(dit_run* run);
 typedef void (*dit_on_check)(const char* name, double value, double limit, int at_least, int passed, const char* where,
                              void* user);
 
+typedef struct dit_verify_options {
+    size_t struct_size;
+    dit_on_check on_check;          /* NULL: none */
+    dit_on_progress on_progress;    /* NULL: none */
+    void* user;                     /* for both */
+    dit_cancellation* cancellation; /* NULL: none */
+} dit_verify_options;
+
+#define DIT_VERIFY_OPTIONS_INIT {sizeof(dit_verify_options), NULL, NULL, NULL, NULL}
+
 /* Replays PyTorch's reference run with the engines here: DIT_OK, or DIT_NOT_VERIFIED with the first gate that failed.
- * on_check may be NULL. */
-DIT_API dit_status dit_model_verify(dit_model* model, dit_on_check on_check, void* user);
+ * Options may be NULL. Engines of a size are closed before those of another one open, so other runs slow down. */
+DIT_API dit_status dit_model_verify(dit_model* model, const dit_verify_options* options);
+
+typedef enum dit_severity { DIT_LOG_ERROR = 0, DIT_LOG_WARNING = 1, DIT_LOG_INFO = 2, DIT_LOG_DEBUG = 3 } dit_severity;
+
+/* A line of the library, without a line break. Any thread calls it, several at the same time; it must not throw. */
+typedef void (*dit_on_log)(dit_severity severity, const char* line, void* user);
+
+/* Sends the process's lines of this severity and graver ones there; NULL: nowhere, as in the beginning. What makes a
+ * call fail is its message and not logged. An earlier on_log may be called until the calls that are inside return. */
+DIT_API void dit_set_log(dit_on_log on_log, dit_severity least, void* user);
 
 /* The sentence of the calling thread's last fallible call; "" after success. It stays until the thread's next one. */
 DIT_API const char* dit_last_message(void);

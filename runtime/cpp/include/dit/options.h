@@ -2,6 +2,41 @@
 #ifndef DIT_OPTIONS_H
 #define DIT_OPTIONS_H
 
+/* A switch that any thread may throw: each call that was made with it then returns DIT_STOPPED, within a step of the
+ * network and 20 ms, or at once where it opens, compiles or decodes. What an engine compiles then goes on in the
+ * background, until it ends, and is dropped. A switch stays thrown. */
+typedef struct dit_cancellation dit_cancellation;
+
+/* NULL where memory is short. */
+DIT_API dit_cancellation* dit_cancellation_new(void);
+
+/* Any thread may call it, before dit_cancellation_free; NULL is fine. */
+DIT_API void dit_cancel(dit_cancellation* cancellation);
+
+/* Also while calls that were made with it go on; NULL is fine. */
+DIT_API void dit_cancellation_free(dit_cancellation* cancellation);
+
+/* How much of a call is done, from 0 to 1. What is not 0 stops the call: DIT_STOPPED. Several threads call it, one at a
+ * time. It must not throw. */
+typedef int (*dit_on_progress)(double done, void* user);
+
+/* A setting of one stage's engine, or of all:
+ *
+ *     backend     as dit_open_options.backend
+ *     device      as dit_open_options.device: cpu, cuda:1, GPU, ...
+ *     threads     1 or more
+ *     affinity    CPUs of ONNX Runtime's threads, one each: 0-3,8. The thread that calls is the first of them, and runs
+ *                 where it is
+ *     cache       the folder for what TensorRT-RTX compiles; "": none
+ *     onnxruntime.KEY, onnxruntime.provider.KEY, openvino.KEY
+ *                 the backend's own: a session's config entry (session.intra_op.allow_spinning), a provider's option
+ *                 (gpu_mem_limit), a property (NUM_STREAMS). The backend refuses what it does not know */
+typedef struct dit_setting {
+    const char* stage; /* its name in manifest.json: "denoiser", "decoder", ...; NULL: every stage */
+    const char* key;
+    const char* value;
+} dit_setting;
+
 typedef struct dit_open_options {
     size_t struct_size;
     const char* backend; /* "onnxruntime", "openvino", …, or "auto"; NULL: the one that the bundle was built for */
@@ -16,8 +51,16 @@ typedef struct dit_open_options {
                          of other sizes open when they are first drawn */
     const char* manifest_sha256; /* the sum that manifest.json must have, 64 hexadecimal digits; as the manifest has the
                                     sums of all other files, the bundle is then this one. NULL: any bundle */
+    const dit_setting* settings; /* of two with one key that apply to a stage, the last counts; they come before
+                                    backend, device and threads above */
+    size_t num_settings;
+    dit_on_progress on_progress;    /* of the bytes whose sums are compared; NULL: none */
+    void* user;                     /* for on_progress */
+    dit_cancellation* cancellation; /* NULL: none */
+    uint64_t max_bytes;             /* of the files that are opened; a bundle with more is refused. 0: any number */
 } dit_open_options;
 
-#define DIT_OPEN_OPTIONS_INIT {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0, NULL, NULL}
+#define DIT_OPEN_OPTIONS_INIT \
+    {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0, NULL, NULL, NULL, 0, NULL, NULL, NULL, 0}
 
 #endif /* DIT_OPTIONS_H */

@@ -73,13 +73,14 @@ typedef struct dit_request {
                            NULL: none */
     int cache_interval; /* taylorseer evaluates each step of so many */
     int max_order;      /* of taylorseer, 0 to 2 */
-    int disable_cache_before_step; /* earlier steps are evaluated */
-    int disable_cache_after_step;  /* this step and later ones are evaluated; below 0: from the end */
-    double cache_threshold;        /* the error that easycache lets grow; below 0: its default */
-    const char* preset;            /* of the bundle (dit_preset): values for the fields above that have their _INIT
-                                      values; NULL: none */
-    const char* size;              /* one of the bundle's, as dit_size names it; its shapes are then those of the
-                                      buffers and of latents; NULL: the pipeline's */
+    int disable_cache_before_step;  /* earlier steps are evaluated */
+    int disable_cache_after_step;   /* this step and later ones are evaluated; below 0: from the end */
+    double cache_threshold;         /* the error that easycache lets grow; below 0: its default */
+    const char* preset;             /* of the bundle (dit_preset): values for the fields above that have their _INIT
+                                       values; NULL: none */
+    const char* size;               /* one of the bundle's, as dit_size names it; its shapes are then those of the
+                                       buffers and of latents; NULL: the pipeline's */
+    dit_cancellation* cancellation; /* stops the run; NULL: dit_run_cancel alone does */
 } dit_request;
 
 #define DIT_REQUEST_INIT  \
@@ -112,6 +113,7 @@ typedef struct dit_request {
      DIT_DEFAULT,         \
      DIT_DEFAULT,         \
      -1.0,                \
+     NULL,                \
      NULL,                \
      NULL}
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,6 +20,24 @@ class Error : public std::runtime_error {
     const dit_status status;
 };
 
+// A switch that any thread may throw: calls that were made with it, or a copy, then end with DIT_STOPPED.
+class Cancellation {
+  public:
+    Cancellation() : shared_(dit_cancellation_new(), dit_cancellation_free) {
+        if (!shared_) throw Error(DIT_OUT_OF_MEMORY, "out of memory");
+    }
+    void cancel() { dit_cancel(shared_.get()); }
+    dit_cancellation* get() const { return shared_.get(); }
+
+  private:
+    std::shared_ptr<dit_cancellation> shared_;
+};
+
+// As dit_setting; an empty stage means every stage.
+struct Setting {
+    std::string stage, key, value;
+};
+
 struct OpenOptions {
     std::string backend;  // empty: the bundle's own
     std::string device;   // empty: the CPU
@@ -27,6 +46,10 @@ struct OpenOptions {
     std::vector<std::int64_t> warm = {};  // batch sizes that every stage runs at before the first request
     std::string size = {};                // what requests without a size draw; empty: the bundle's first
     std::string manifest_sha256 = {};     // that manifest.json must have; empty: any
+    std::vector<Setting> settings = {};
+    std::function<bool(double done)> on_progress = {};  // as dit_on_progress; true stops the call, and so does a throw
+    Cancellation cancellation = {};
+    std::uint64_t max_bytes = 0;  // of the files that are opened; 0: any number
 };
 
 // A size of the pictures that the bundle draws.
@@ -95,6 +118,7 @@ struct Request {
     Condition condition;           // beside labels or captions or alone
     Condition negative_condition;  // what guidance leads away from: one row for all, or one a picture
     std::string size;              // one of the bundle's, by its name; empty: the pipeline's
+    Cancellation cancellation;     // of the request and its copies
 
     std::size_t count() const {
         if (captions.count) return captions.count;

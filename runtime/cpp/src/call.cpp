@@ -1,0 +1,88 @@
+#include "call.hpp"
+
+#include <algorithm>
+#include <vector>
+
+#include "errors.hpp"
+
+namespace dit_runtime {
+namespace {
+
+Call& own_call() {
+    static thread_local Call call;
+    return call;
+}
+
+// Work that no call waits for any more. When the process ends, it is waited for.
+class Left {
+  public:
+    void add(std::future<void> work) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto done = [](const std::future<void>& other) {
+            return other.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+        };
+        work_.erase(std::remove_if(work_.begin(), work_.end(), done), work_.end());
+        work_.push_back(std::move(work));
+    }
+
+  private:
+    std::mutex mutex_;
+    std::vector<std::future<void>> work_;
+};
+
+}  // namespace
+
+void Cancellation::cancel() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (cancelled_.exchange(true)) return;
+    for (const auto& stop : hooks_) stop();
+}
+
+Cancellation::Hook::Hook(std::shared_ptr<Cancellation> cancellation, std::function<void()> stop)
+    : cancellation_(std::move(cancellation)) {
+    if (!cancellation_) return;
+    const std::lock_guard<std::mutex> lock(cancellation_->mutex_);
+    if (cancellation_->cancelled()) stop();
+    place_ = cancellation_->hooks_.insert(cancellation_->hooks_.end(), std::move(stop));
+}
+
+Cancellation::Hook::~Hook() {
+    if (!cancellation_) return;
+    const std::lock_guard<std::mutex> lock(cancellation_->mutex_);
+    cancellation_->hooks_.erase(place_);
+}
+
+void Progress::add(std::uint64_t units) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    done_ += units;
+    const std::uint64_t expected = std::max<std::uint64_t>(expected_, 1);
+    report_(static_cast<double>(std::min(done_, expected)) / static_cast<double>(expected));
+}
+
+const Call& current_call() { return own_call(); }
+
+CallScope::CallScope(Call call) : before_(std::exchange(own_call(), std::move(call))) {}
+
+CallScope::~CallScope() { own_call() = std::move(before_); }
+
+void check_cancelled() {
+    const auto& cancellation = current_call().cancellation;
+    if (cancellation && cancellation->cancelled()) throw Stopped("cancelled");
+}
+
+void count_bytes(std::uint64_t bytes) {
+    check_cancelled();
+    if (const auto& progress = current_call().progress; progress && progress->of_bytes) progress->add(bytes);
+}
+
+void wait_or_leave(std::future<void> work) {
+    static Left left;
+    while (work.wait_for(std::chrono::milliseconds(5)) != std::future_status::ready) {
+        if (!current_call().cancellation->cancelled()) continue;
+        left.add(std::move(work));
+        throw Stopped("cancelled");
+    }
+    work.get();
+}
+
+}  // namespace dit_runtime
