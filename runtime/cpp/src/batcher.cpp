@@ -246,6 +246,7 @@ void Batcher::settle(Ticket& ticket, Drawn drawn, std::exception_ptr error) {
 // Encodes the prompts, and runs the stages before the loop.
 void Batcher::start(const std::shared_ptr<Ticket>& ticket) {
     const double began = clock_();
+    std::exception_ptr error;
     try {
         const RunStage compute = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
             return memo_(stage, inputs, rows);
@@ -259,10 +260,11 @@ void Batcher::start(const std::shared_ptr<Ticket>& ticket) {
         else
             finish(ticket);
     } catch (...) {
-        fail(ticket, std::current_exception());
+        error = std::current_exception();
     }
     ticket->stats_.conditions += clock_() - began;
     charge("start", 1);
+    if (error) fail(ticket, error);
 }
 
 void Batcher::step(const Tickets& tickets) {

@@ -96,10 +96,7 @@ class Scheduler {
     }
 
     // The seconds that a job would take in full batches.
-    double work(const Job& job) const {
-        const double start = job.started ? 0.0 : costs("start");
-        return start + job.weight * (job.left * costs("row") + job.samples * costs("decode"));
-    }
+    double work(const Job& job) const { return seconds(job, costs("start"), costs("row"), costs("decode")); }
 
     // By how many seconds what is ahead of a newcomer exceeds MARGIN of the time up to its deadline, or that and its
     // own work exceed all of it.
@@ -109,10 +106,12 @@ class Scheduler {
     double lateness(const Job& job) const {
         if (!job.deadline) return 0.0;
         const double due = this->due(job), deadline = *job.deadline, never = std::numeric_limits<double>::infinity();
+        const double start = costs("start"), row = costs("row"), decode = costs("decode");
         double ahead = 0.0;
         for (const auto& other : jobs)
-            if (other->due <= due || other->deadline.value_or(never) <= deadline) ahead += work(*other);
-        ahead += undecoded * costs("decode");
+            if (other->due <= due || other->deadline.value_or(never) <= deadline)
+                ahead += seconds(*other, start, row, decode);
+        ahead += undecoded * decode;
         const double time = deadline - job.arrived;
         return std::max({0.0, ahead - MARGIN * time, ahead + work(job) - time});
     }
@@ -123,6 +122,10 @@ class Scheduler {
     double undecoded = 0;  // weight of the samples that have left, and whose pictures are still to be decoded
 
   private:
+    static double seconds(const Job& job, double start, double row, double decode) {
+        return (job.started ? 0.0 : start) + job.weight * (job.left * row + job.samples * decode);
+    }
+
     // When a job is due; with a deadline so early that no more passes it than can in PASSED of its time.
     double due(const Job& job) const {
         double stretched = STRETCH * work(job);

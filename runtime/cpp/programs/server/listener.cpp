@@ -156,15 +156,26 @@ void Listener::run_posted() {
 
 void Listener::accept() {
     for (int client; (client = ::accept(socket_, nullptr, nullptr)) >= 0;) {
-        if (connections_.size() >= limits_.connections) {
+        set_nonblocking(client);
+        if (connections_.size() >= limits_.connections && !evict()) {
             ::close(client);
             continue;
         }
-        set_nonblocking(client);
         Connection& connection = connections_[++last_];
         connection.socket = client;
         connection.until = now() + limits_.silence;
     }
+}
+
+// Makes room: closes the connection that has been silent for the longest time. False where all have requests under way.
+bool Listener::evict() {
+    auto oldest = connections_.end();
+    for (auto entry = connections_.begin(); entry != connections_.end(); ++entry)
+        if (entry->second.state == State::READING || entry->second.state == State::CLOSING)
+            if (oldest == connections_.end() || entry->second.until < oldest->second.until) oldest = entry;
+    if (oldest == connections_.end()) return false;
+    close(oldest->first);
+    return true;
 }
 
 void Listener::serve(std::uint64_t id, Connection& connection, short events) {

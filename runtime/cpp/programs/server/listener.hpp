@@ -16,11 +16,12 @@
 namespace http {
 
 struct Limits {
-    std::size_t body = 64 << 10;    // bytes of a request's body
-    std::size_t connections = 500;  // at a time; a further one is closed
-    double silence = 20;            // seconds for the head and body of a request
-    double idle = 10;               // seconds between two requests
-    double unread = 30;             // seconds for which an answer may wait for its reader
+    std::size_t body = 64 << 10;  // bytes of a request's body
+    std::size_t connections =
+        500;              // at a time; a further one takes the place of the one that is silent for the longest time
+    double silence = 20;  // seconds for the head and body of a request
+    double idle = 10;     // seconds between two requests
+    double unread = 30;   // seconds for which an answer may wait for its reader
 };
 
 // What answers requests; called in the listener's thread.
@@ -70,6 +71,7 @@ class Listener {
     };
 
     void accept();
+    bool evict();
     void serve(std::uint64_t id, Connection& connection, short events);
     bool receive(std::uint64_t id, Connection& connection);
     bool parse(std::uint64_t id, Connection& connection);

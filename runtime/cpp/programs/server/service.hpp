@@ -1,24 +1,19 @@
 // The HTTP API: images and jobs as OpenAI's clients know them, health and metrics.
-// Mirrors dit_serve/app.py, guard.py, drawing.py and jobs.py; everything but Worker runs in the listener's thread.
+// Mirrors dit_serve/app.py and guard.py; all of it runs in the listener's thread.
 #pragma once
 
-#include <condition_variable>
-#include <deque>
-#include <functional>
 #include <map>
-#include <mutex>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <string>
-#include <thread>
 
+#include "drawing.hpp"
 #include "listener.hpp"
 #include "metrics.hpp"
 
 namespace server {
 
-using Json = nlohmann::json;
+inline const std::string JOBS = "/v1/jobs";
 
 struct Settings {
     double deadline = 60, job_deadline = 600;  // seconds from a request to its images, and of a job
@@ -27,54 +22,6 @@ struct Settings {
     std::size_t body = 64 << 10;     // bytes
     std::string key;                 // clients send it as "Authorization: Bearer KEY"; empty: none
     std::vector<std::string> hosts;  // what clients may call this server where there is no key
-};
-
-// A thread that does one thing after the other.
-class Worker {
-  public:
-    Worker() : thread_([this] { work(); }) {}
-    ~Worker();
-    void add(std::function<void()> task);
-
-  private:
-    void work();
-
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::deque<std::function<void()>> tasks_;
-    bool ending_ = false;
-    std::thread thread_;
-};
-
-// A ticket for each image; and a job, where nobody waits for them.
-struct Drawing {
-    std::string model;
-    std::shared_ptr<Served> served;
-    Body body;
-    std::vector<std::uint64_t> seeds;
-    dit::Batcher::Tickets tickets;
-    std::size_t ended = 0;
-    std::int64_t created = 0;
-    bool over = false;           // answered, or left by its client
-    std::uint64_t exchange = 0;  // the connection that waits; 0: a job
-    std::string job;
-
-    void cancel() {
-        for (const auto& ticket : tickets) ticket->cancel();
-    }
-    Json stats(std::size_t image) const;
-};
-
-struct Job {
-    std::string id, status = "queued";  // then running; succeeded, failed or cancelled at the end
-    std::int64_t created = 0;
-    double ended = 0;                  // by the clock; 0: it is under way
-    Json result = Json::object();      // or the error
-    std::shared_ptr<Drawing> drawing;  // while it is under way
-    int steps_done = 0, steps = 0;
-    std::uint64_t number = 0;  // of its arrival
-
-    Json describe() const;
 };
 
 class Service : public http::Host {
@@ -128,11 +75,5 @@ class Service : public http::Host {
     std::optional<double> until_;  // by the clock, when work under way is stopped; none: it is not shutting down
     std::unique_ptr<Worker> encoder_, swapper_, closer_;
 };
-
-// The error that a client gets to read; what an engine says stays in the log.
-Fault fault(std::exception_ptr error);
-
-// A line of JSON on standard error.
-void log_line(const char* level, const std::string& event, Json fields = Json::object());
 
 }  // namespace server
