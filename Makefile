@@ -154,8 +154,9 @@ goldens: $(STAMP)
 check: $(STAMP)
 	$(PYTEST) -m 'not builds and not slow and not gpu'
 
+# The soak mostly waits, beside the tests.
 test: cpp-unit browser
-	$(PYTEST)
+	$(BIN)/python -m tests.serve.soak 120 & soak=$$!; $(PYTEST); tests=$$?; wait $$soak && exit $$tests
 
 # They need an NVIDIA GPU and are skipped, with the reason, without one; tests of TensorRT also where it is not installed.
 test-gpu:

@@ -25,8 +25,8 @@ from dit_runtime.serve import Batcher
 from dit_serve.body import Limits
 from dit_serve.models import Model, Opening
 from tests.serve import load
-from tests.serve.serving import WAIT, Running, until
-from tests.serve.test_hot_swap import break_weight, digest, point, process, rename
+from tests.serve.serving import WAIT, Running, process, until
+from tests.serve.test_hot_swap import break_weight, digest, point, rename
 from tests.serve.test_server import BAD, pixels
 
 GENERATIONS = "/v1/images/generations"
@@ -47,7 +47,7 @@ def start(build: Path) -> Start:
 
 @pytest.fixture(scope="module")
 def server(start: Start, tiny: Path) -> Iterator[Running]:
-    with start(f"demo={tiny}", "--batch", "4") as (_, client, _):
+    with start(f"demo={tiny}", "--batch", "4", "--allow-batch-variance") as (_, client, _):
         yield client
 
 
@@ -83,7 +83,7 @@ def test_it_draws_the_runtimes_pictures(server: Running, tiny: Path) -> None:
 
 
 def test_models_and_metrics_are_those_of_dit_serve(server: Running, tiny: Path) -> None:
-    model = Model("demo", tiny, Opening(threads=1, places=4, verify=False))
+    model = Model("demo", tiny, Opening(threads=1, places=4, verify=False, variance=True))
     expected = model.describe()
     model.close()
     (listed,) = server.ask("GET", "/v1/models").json["data"]
@@ -128,6 +128,9 @@ def test_other_refusals(server: Running) -> None:
     assert status("POST", GENERATIONS, "x" * (Limits().body + 1)) == 413
     assert status("POST", GENERATIONS, {"prompt": "1"}, Content_Type="text/plain") == 415
     assert status("POST", GENERATIONS, {"prompt": "1"}, Host="evil.example:80") == 403
+    for origin in ("http://evil.example", "null", "http://localhost.evil.example:80"):
+        assert status("POST", GENERATIONS, {"prompt": "1"}, Origin=origin) == 403
+    assert status("POST", GENERATIONS, {"prompt": ""}, Origin=f"http://127.0.0.1:{server.port}") == 400
     assert server.ask("GET", "/healthz", X_Request_Id="mine").headers["x-request-id"] == "mine"
     assert server.ask("GET", "/healthz", X_Request_Id="<mine>").headers["x-request-id"] != "<mine>"
 
@@ -238,7 +241,11 @@ def test_clients_that_leave_leave_nothing(server: Running) -> None:
 
 
 def test_overload_is_answered(start: Start, tiny: Path) -> None:
-    with start(f"demo={tiny}", "--skip-verify", "--deadline", "2", "--batch", "2") as (_, client, _):
+    with start(f"demo={tiny}", "--skip-verify", "--deadline", "2", "--batch", "2", "--allow-batch-variance") as (
+        _,
+        client,
+        _,
+    ):
         outcomes = asyncio.run(load.opened(client.port, 400, 1, steps=(250,)))
         statuses = {outcome.status for outcome in outcomes}
         assert {200, 429} <= statuses <= {200, 429, 504}
@@ -311,6 +318,7 @@ def test_command_lines(build: Path, tiny: Path, tmp_path: Path) -> None:
     assert "NAME=FOLDER" in refused(f"a b={tiny}") and "twice" in refused(tiny, tiny)
     assert "no --pin names" in refused(tiny, "--pin", "0" * 64)
     assert "lacks its value" in refused(tiny, "--pin", "0")
+    assert "pass --allow-batch-variance too" in refused(tiny, "--batch", "2")
     (tmp_path / "key").write_text("short")
     assert "16 characters" in refused(tiny, "--api-key-file", tmp_path / "key")
     assert "nothing" in refused(tmp_path / "nothing")

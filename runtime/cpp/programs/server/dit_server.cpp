@@ -27,6 +27,7 @@ The first bundle is what a request without a model gets. A folder may be a link;
   --device NAME         as of dit-generate
   --threads N           of the engines; default: their own choice
   --batch N             most images that share a call; default: measured at the start
+  --allow-batch-variance  with --batch: also where a picture's bits depend on what shares its calls
   --deadline SECONDS    for a request; what cannot keep it gets 429; default: 60
   --job-deadline SECONDS  for a job; default: 600
   --grace SECONDS       for what is under way at SIGTERM; default: 30
@@ -120,6 +121,8 @@ Arguments parse(const std::vector<std::string>& words) {
             option->second(flag, words[index]);
         } else if (flag == "--skip-verify") {
             arguments.opening.verify = false;
+        } else if (flag == "--allow-batch-variance") {
+            arguments.opening.variance = true;
         } else if (flag == "--pin") {
             const std::size_t before = arguments.opening.pins.size();
             while (index + 1 < words.size() && is_sum(words[index + 1]))

@@ -61,6 +61,10 @@ std::shared_ptr<Served> open_bundle(const dit::Path& place, const Opening& openi
     options.manifest_sha256 = served->sha256;  // one that changes until it is read is refused
     served->pipe = std::make_unique<dit::Pipeline>(folder, options);
     require_servable(folder, served->manifest());
+    if (opening.places > 1 && !served->pipe->batch_invariant() && !opening.variance)
+        throw dit::UsageError(dit::text(folder.string(), ": --batch is ", opening.places,
+                                        ", but pictures of this bundle depend on what shares their call; leave it out, "
+                                        "or pass --allow-batch-variance too"));
     if (opening.verify || verified) require_verified(*served->pipe);
     dit::Batcher::Settings settings;
     settings.places = opening.places;
@@ -139,6 +143,7 @@ nlohmann::json Model::describe() const {
             {"solver", manifest.process.sampler.solver},
             {"presets", presets},
             {"batch_invariant", manifest.batch_invariant},
+            {"edits", false},
             {"batch", served->batcher->places()},
             {"sha256", served->sha256}};
 }

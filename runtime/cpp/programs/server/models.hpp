@@ -18,6 +18,7 @@ namespace dit = dit_runtime;
 struct Opening {
     dit::Options options;
     std::size_t places = 0;  // 0: as many samples share a call as the measured times say
+    bool variance = false;   // whether more than one may share a call where pictures depend on that
     bool verify = true;
     std::vector<std::string> pins;  // sha256 of the manifests that may be served; none: of any
 };

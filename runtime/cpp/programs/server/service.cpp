@@ -18,6 +18,15 @@ bool is_id(const std::string& word) {
     });
 }
 
+// A host's name without what is before its last slash, and without its port.
+std::string host_of(std::string name) {
+    name.erase(0, name.rfind('/') + 1);  // npos + 1 is 0
+    const std::size_t colon = name.rfind(':');
+    const bool has_port =
+        colon != std::string::npos && name.find_first_not_of("0123456789", colon + 1) == std::string::npos;
+    return has_port ? name.substr(0, colon) : name;
+}
+
 // Takes the same time wherever they differ.
 bool equal(const std::string& first, const std::string& second) {
     unsigned char different = first.size() != second.size();
@@ -63,17 +72,16 @@ Service::Exchange Service::open(const http::Request& request) {
 std::optional<http::Response> Service::refuse(const http::Head& head, std::uint64_t id) {
     const http::Request& request = head.request;
     std::optional<Fault> fault;
-    std::string host = request.header("host");
-    const std::size_t colon = host.rfind(':');
-    if (colon != std::string::npos && host.find_first_not_of("0123456789", colon + 1) == std::string::npos)
-        host.resize(colon);
     if (head.refusal)
         fault = {head.refusal, head.refusal == 431 ? "the request's head is too large" : "this is no HTTP request"};
-    else if (settings_.key.empty() && !dit::contains(settings_.hosts, host))
+    else if (settings_.key.empty() && !dit::contains(settings_.hosts, host_of(request.header("host"))))
         fault = {403, "this server has no API key, so it answers only to its own host name"};
     else if (!settings_.key.empty() && !dit::contains(OPEN, request.path) &&
              !equal(request.header("authorization"), "Bearer " + settings_.key))
         fault = {401, "no API key, or a wrong one", "", {{"WWW-Authenticate", "Bearer"}}};
+    else if (settings_.key.empty() && request.method == "POST" && request.headers.count("origin") &&
+             !dit::contains(settings_.hosts, host_of(request.header("origin"))))
+        fault = {403, "this server has no API key, so it takes nothing from pages of other origins"};
     else if (request.headers.count("transfer-encoding") || (request.method == "POST" && !head.has_length))
         fault = {411, "a body needs its length, Content-Length"};
     else if (head.length > settings_.body)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime.engines import Engines
 from dit_runtime.facts import CONSTANTS
@@ -65,3 +67,13 @@ class Sized:
         nearest = max(size for size in curve if size <= self.places)
         groups = 2 if pipe.manifest.mixes_guidance else 1
         self.row = curve[nearest] / nearest / groups  # seconds
+
+    def call(self, inputs: Mapping[str, NDArray[Any]], count: int) -> Mapping[str, NDArray[Any]]:
+        """Run the step stage on so many samples, in parts where one request has more than it takes."""
+        stage, parts = self.pipe.manifest.step, []
+        grouped = {spec.name for spec in stage.grouped}
+        for first in range(0, count, stage.max_batch):
+            some = slice(first, first + stage.max_batch)
+            part = {name: values[:, some] if name in grouped else values[some] for name, values in inputs.items()}
+            parts.append(self.pipe.engines.run(stage, part))
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
