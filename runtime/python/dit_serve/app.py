@@ -144,7 +144,7 @@ class Service:
         elif len(self.models) == 1:  # of several, the body says which
             (model,) = self.models.values()
             refused, name = _busy(model, deadline), model.name
-        if refused is None and self.waiting >= WAITING:
+        if refused is None and self.waiting >= WAITING and scope["path"] != "/v1/jobs":  # which are answered at once
             refused = Fault(429, f"{WAITING} requests wait for their images", headers=retry_after(1))
         if refused is None and scope["path"] == EDITS and self.editing >= EDITING:
             refused = Fault(429, f"{EDITING} requests with pictures are under way", headers=retry_after(1))
