@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from dit_runtime.bundle import manifest
 from tests.tamper import edit, weight
 
 LABELS = [1, 3]
+RUN = {"steps": 2, "guidance": 1, "output": "latents"}  # one row has a shape of its own without guidance
+TICK = 0.02  # seconds, of the clock by which files are dated
 
 
 @pytest.fixture
@@ -34,11 +37,11 @@ def another(folder: Path) -> Path:
 
 def test_a_file_in_anothers_place_changes_no_picture(openvino) -> None:
     with Pipeline.load(openvino, threads=2) as pipe:
-        expected = {count: pipe.sample(LABELS[:count], steps=2, output="latents") for count in (2, 1)}
+        expected = {count: pipe.sample(LABELS[:count], **RUN) for count in (2, 1)}
     with Pipeline.load(openvino, threads=2) as pipe:
         another(openvino).replace(openvino / "denoiser.onnx.data")
         for count in (2, 1):
-            assert np.array_equal(pipe.sample(LABELS[:count], steps=2, output="latents"), expected[count])
+            assert np.array_equal(pipe.sample(LABELS[:count], **RUN), expected[count])
 
 
 def test_a_file_that_is_written_is_refused_at_the_next_shape(openvino) -> None:
@@ -71,6 +74,7 @@ def test_a_file_that_changes_while_it_is_opened(bundle) -> None:
             pytest.raises(BundleError, match="was changed while it was opened"),
             manifest.checking(bundle, contract, [name]),
         ):
+            time.sleep(TICK)
             change(bundle / name)
     with manifest.checking(bundle, contract, [name]):
         pass
