@@ -132,7 +132,7 @@ cpp-sanitize: $(STAMP)
 	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
 
 # What reads files and what uses them, FUZZ_SECONDS each.
-FUZZERS := manifest verify request options
+FUZZERS := http manifest verify request options
 cpp-fuzz: $(STAMP)
 	$(CPP_SETUP) clang libclang-rt-dev
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF

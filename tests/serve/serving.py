@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,9 +102,11 @@ def running(
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], Running, list[dict]]]:
+def process(
+    *arguments: str, program: Sequence[str] = (sys.executable, "-m", "dit_serve.cli")
+) -> Iterator[tuple[subprocess.Popen[str], Running, list[dict]]]:
     """`dit-serve` as a process of its own, and the lines of its log."""
-    command = [sys.executable, "-m", "dit_serve.cli", *arguments, "--port", "0", "--threads", "1"]
+    command = [*program, *arguments, "--port", "0", "--threads", "1"]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: list[dict] = []
 

@@ -108,7 +108,7 @@ def _sample(options: argparse.Namespace) -> int:
     writers: dict[str, Callable[[Path, np.ndarray], None]] = {
         ".png": _write_png,
         ".npz": images.write_npz,
-        ".npy": np.save,
+        ".npy": images.write_npy,
         ".mp4": lambda path, videos: images.write_mp4(path, videos, options.fps),
         "": images.write_folder,
     }

@@ -68,7 +68,7 @@ class Batcher:
         self._wake = threading.Condition()
         self._closing = False
         self._charged = clock()  # until when the thread's time is in the costs
-        self._full = (0.0, 0.0, 0.0)  # a deadline, and until when its lateness is known
+        self._full = (0.0, 0.0, 0.0)  # a deadline, and until when it has that lateness
         self._thread = threading.Thread(target=self._guarded_loop, name="batcher", daemon=True)
         self._thread.start()
 
@@ -139,15 +139,15 @@ class Batcher:
     def lateness(self, deadline: float) -> float:
         """Return by how many seconds what is ahead of any request with this deadline is too much; 0: there is room.
 
-        A host asks before it reads a request. The answer is looked up again after LOOK seconds only, for where many are
-        refused the thread needs the lock, and the interpreter.
+        A host asks before it reads a request. That there is no room holds for LOOK seconds: where many are refused, the
+        thread needs the lock and the interpreter.
         """
         now = self._clock()
         with self._wake:
             known, until, late = self._full
             if deadline != known or now >= until:
                 late = self._scheduler.lateness(Job(0, 0, arrived=now, deadline=now + deadline))
-                self._full = deadline, now + LOOK, late
+                self._full = deadline, now + (LOOK if late else 0), late
         return late
 
     def close(self, drain: bool = True) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.engines import Engines
+from dit_runtime.facts import CONSTANTS
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.warming import made_up
 
-TOLERANCE = 0.1  # time a sample above the least: a larger batch must gain more to be worth its latency
+TOLERANCE: float = CONSTANTS["batch_tolerance"]  # time a sample above the least: a larger batch must gain more
 REPEATS, SECONDS = 5, 1.0  # of a batch size: the least of so many calls, or of those that fit
 
 
