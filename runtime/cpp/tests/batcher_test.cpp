@@ -233,7 +233,7 @@ TEST(Batcher, DeadlinesRefuseAndEndRequests) {
     EXPECT_THROW(held.batcher->submit(request(500), due), Overloaded);
     const auto patient = held.batcher->submit(request(2));
     seconds = 5.5;
-    held.watched->allow(100);
+    held.watched->allow(100000);
     EXPECT_THROW(late->result(), Late);
     EXPECT_FALSE(patient->result().pictures.empty());
     const Batcher::Counts counts = held.batcher->counts();
