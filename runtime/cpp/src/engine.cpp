@@ -62,7 +62,7 @@ const Backend& choose(const Stage& stage, const Options& options) {
                 without_kernels(backend.name, stage.precision, options.device).empty())
                 return backend;
     throw NoBackend(text("backend '", name, "' is not in this library", nearest(name, known),
-                          "; it was built with: ", join(known)));
+                         "; it was built with: ", join(known)));
 }
 
 namespace {
