@@ -32,7 +32,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser site lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -48,6 +48,7 @@ help:
 	@echo "make check                     the quick tests, under a minute: no bundle is built, no C++"
 	@echo "make test | test-all | lint    all tests, under 10 minutes; test-all also runs what takes minutes or gigabytes;"
 	@echo "                               WORKERS processes share the work, by default one a core"
+	@echo "make site                      the documentation in build/site/html, strict about links"
 	@echo "make test-gpu                  the tests that need an NVIDIA GPU"
 	@echo "make triton | ray              what the slow tests of Triton and of Ray need; test-all installs both"
 	@echo "make gpu-pack | gpu-check      what a GPU without a network needs, packed here; its check there (docs/gpu.md)"
@@ -130,8 +131,6 @@ cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
 	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
 
-# What reads files and what uses them, FUZZ_SECONDS each.
-FUZZERS := manifest verify request options
 # For 64-bit ARM, without engines; its unit tests run under qemu.
 cpp-aarch64: $(STAMP)
 	$(CPP_SETUP) g++-aarch64-linux-gnu qemu-user libgtest-dev
@@ -139,6 +138,8 @@ cpp-aarch64: $(STAMP)
 	cmake --build build/cpp-aarch64 --parallel $(JOBS)
 	ctest --test-dir build/cpp-aarch64 --output-on-failure
 
+# What reads files and what uses them, FUZZ_SECONDS each.
+FUZZERS := http manifest verify request options
 cpp-fuzz: $(STAMP)
 	$(CPP_SETUP) clang libclang-rt-dev
 	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF
@@ -161,8 +162,15 @@ goldens: $(STAMP)
 check: $(STAMP)
 	$(PYTEST) -m 'not builds and not slow and not gpu'
 
+# The soak mostly waits, beside the tests.
 test: cpp-unit browser
-	$(PYTEST)
+	$(BIN)/python -m tests.serve.soak 120 & soak=$$!; $(PYTEST); tests=$$?; wait $$soak && exit $$tests
+
+# The documentation site, in build/site/html. A link that leads nowhere fails it.
+site: $(STAMP)
+	PYTHONPATH=.:runtime/python $(BIN)/python docs/site/make.py build/site/pages
+	cp docs/site/zensical.toml build/site
+	cd build/site && $(CURDIR)/$(BIN)/zensical build --clean --strict
 
 # They need an NVIDIA GPU and are skipped, with the reason, without one; tests of TensorRT also where it is not installed.
 test-gpu:

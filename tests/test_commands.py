@@ -19,6 +19,7 @@ from dit_export.cli.console import sample_command
 from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Port
+from dit_runtime.files import write_file
 from dit_runtime.run import Run
 from tests.conftest import Built
 
@@ -83,7 +84,7 @@ def test_writing_a_manifest_follows_no_link(meta_copy: Path, tmp_path: Path) -> 
 def test_what_cannot_be_put_in_place_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.engine").mkdir()  # which no file takes the place of
     with pytest.raises(OSError, match="directory"):
-        manifest.write_file(tmp_path, "x.engine", b"plan")
+        write_file(tmp_path / "x.engine", b"plan")
     assert [path.name for path in tmp_path.iterdir()] == ["x.engine"]
 
 

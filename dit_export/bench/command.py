@@ -16,6 +16,7 @@ from dit_export.bundle.presets import read_presets
 from dit_export.networks.spec import MODELS, at_resolution, model
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_STEPS
+from dit_runtime.files import write_file
 from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import Process
 
@@ -61,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
     )
     result = {"command": shlex.join(["dit-export", *sys.argv[1:]]), **bench(settings, Progress())}
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_file(options.json, json.dumps(result, indent=1) + "\n")
     if options.svg:
-        options.svg.write_text(chart.svg(result), encoding="utf-8")
+        write_file(options.svg, chart.svg(result))
     print(report.table(result))
     return int(bool(result["problems"]))

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
+import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dit_export.checkpoints import Loaded
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.files import PARTIAL, sync
+
+if TYPE_CHECKING:
+    from dit_export.checkpoints import Loaded
+
+OLD = ".old-"  # in the name of a bundle that is being replaced, where the system cannot exchange two folders
+HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 class DiskFull(UsageError):
@@ -37,15 +48,22 @@ def refuse_foreign(folder: Path) -> None:
 
 @contextmanager
 def workplace(folder: Path) -> Iterator[Path]:
-    """Make a folder beside the destination, gone whatever happens; the destination is only ever a whole bundle."""
+    """Make a folder beside the destination, gone whatever happens; the destination is only ever a whole bundle.
+
+    What killed builds of the same destination left is removed first.
+    """
     refuse_foreign(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
-    work.mkdir()  # no pid in its name: a killed build's stays, and in containers pids return
+    _clean(folder)
+    work = folder.parent / f".{folder.name}{PARTIAL}{secrets.token_hex(4)}"
+    work.mkdir()  # no pid in its name: in containers pids return
+    let_go = _hold(work)
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if let_go is not None:
+            let_go()
 
 
 def put_in_place(partial: Path, folder: Path, passed: bool) -> Path:
@@ -53,9 +71,52 @@ def put_in_place(partial: Path, folder: Path, passed: bool) -> Path:
     if not passed:
         folder = folder.with_name(folder.name + ".failed")
         refuse_foreign(folder)
-    old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
-    if folder.exists():
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    if not folder.exists():
+        partial.rename(folder)
+    elif not _exchange(partial, folder):
+        old = folder.parent / f".{folder.name}{OLD}{secrets.token_hex(4)}"
         folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent)
     return folder
+
+
+def _exchange(partial: Path, folder: Path) -> bool:
+    """Let two folders change their names at once, so that there is a whole one at any time; False where none can."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(partial.absolute()), os.fsencode(folder.absolute())
+    return rename is not None and rename(HERE, names[0], HERE, names[1], EXCHANGE) == 0
+
+
+def _hold(work: Path) -> Callable[[], None] | None:
+    """Hold a folder, as a sign that its build lives, and return what lets go; None where another holds it.
+
+    The system lets go when the process ends. Where it cannot hold folders, none is held and none is cleaned.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return lambda: os.close(descriptor)
+
+
+def _clean(folder: Path) -> None:
+    """Put back the bundle that a killed build had moved away, and remove the folders that no living build holds."""
+    left = sorted(folder.parent.glob(f".{glob.escape(folder.name)}{OLD}*"))
+    if left and not folder.exists():
+        left.pop().rename(folder)
+    for path in (*left, *folder.parent.glob(f".{glob.escape(folder.name)}{PARTIAL}*")):
+        if let_go := _hold(path):
+            shutil.rmtree(path, ignore_errors=True)
+            let_go()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dit_runtime.bundle.checks import check_presets
 from dit_runtime.errors import UsageError
+from dit_runtime.files import read_json
 from dit_runtime.sampling.process import Process
 
 
 def read_presets(path: Path, process: Process) -> dict[str, Any]:
     """Read presets by name; refuse those that a bundle with this process cannot take."""
     try:
-        presets = json.loads(path.read_text(encoding="utf-8"))
+        presets = read_json(path)
         if not isinstance(presets, dict):
             raise ValueError(f"got {type(presets).__name__}, expected a table of presets by name")
         check_presets(presets, process)

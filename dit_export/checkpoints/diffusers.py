@@ -13,8 +13,9 @@ from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from dit_export.checkpoints import keys
-from dit_export.checkpoints.files import find_weights, first_line, read_json, read_weights
+from dit_export.checkpoints.files import find_weights, first_line, read_weights
 from dit_export.checkpoints.scheduler import read_scheduler_config
+from dit_export.checkpoints.schema import INDEX, read_config_json
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import ModelSpec, at_resolution
 from dit_runtime.errors import UsageError
@@ -53,9 +54,7 @@ RETIRED = {"QwenImageTransformer2DModel": ("pooled_projection_dim",)}  # fields 
 
 def class_name(folder: Path) -> Any:
     """Return the class of a config in today's diffusers, which reads PixArt's published ones as its own class."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        return None
+    config = read_config_json(folder / "config.json")
     older = config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
     return "PixArtTransformer2DModel" if older else config.get("_class_name")
 
@@ -63,7 +62,7 @@ def class_name(folder: Path) -> Any:
 def read_config(folder: Path, *classes: str, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """config.json with its class's defaults, and those of `more` fields, filled in; unknown ones are refused."""
     where = folder / "config.json"
-    name, config = class_name(folder), read_json(where)
+    name, config = class_name(folder), read_config_json(where)
     if name not in classes:
         raise UsageError(f"{where}: _class_name is {name!r}, expected {' or '.join(classes)}")
     signature = inspect.signature(getattr(diffusers, name).__init__)
@@ -83,7 +82,7 @@ def build_module(name: str, config: Mapping[str, Any], where: str) -> nn.Module:
     try:
         with no_init_weights():
             module: nn.Module = getattr(diffusers, name)(**fields)
-    except (TypeError, ValueError, ArithmeticError, LookupError, NotImplementedError) as error:
+    except Exception as error:  # what its constructors raise of a config shares no base class but this
         raise UsageError(f"{where}: {name} refuses it: {first_line(error)}") from None
     return module
 
@@ -132,7 +131,7 @@ def read_transformer(folder: Path, resolution: int | str | None = None) -> tuple
 def read_scheduler(folder: Path) -> Any:
     """Return the scheduler's config of a pipeline; None where it has none."""
     path = folder / SCHEDULER
-    return read_json(path) if path.is_file() else None
+    return read_config_json(path) if path.exists() else None
 
 
 def read_process(
@@ -147,7 +146,7 @@ def read_process(
     `flow` is what only a pipeline's code says of a flow: see `read_scheduler_config`.
     """
     config = read_scheduler(folder) if folder is not None else None
-    if config is None and folder is not None and (folder / "model_index.json").is_file():
+    if config is None and folder is not None and (folder / INDEX).is_file():
         raise UsageError(f"{folder / SCHEDULER}: not there, and {folder} is a whole pipeline that needs it")
     config = otherwise if config is None else config
     return read_scheduler_config(config, learned_variance=learned_variance, prediction=prediction, **flow)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from dit_export.checkpoints.diffusers import CLASSES, build_module, read_config, read_scheduler
-from dit_export.checkpoints.files import Renamed, check, find_weights, open_weights, read_json
+from dit_export.checkpoints.files import Renamed, check, find_weights, open_weights
+from dit_export.checkpoints.schema import read_index
 from dit_export.networks import Network
 from dit_export.networks.families import FAMILIES, family_network
 from dit_export.networks.families.family import Family
@@ -74,12 +74,3 @@ def streamed(network: Network, weights: Mapping[str, Tensor], names: Mapping[nn.
 def caption_tokens(pipeline: Path, family: Family) -> int:
     """Return how many tokens a caption has in the pipeline around a transformer."""
     return family.tokens.get(str(read_index(pipeline).get("_class_name")), family.default_tokens)
-
-
-def read_index(pipeline: Path) -> dict[str, Any]:
-    """Return the config of a pipeline; {} where the folder is none."""
-    index = pipeline / "model_index.json"
-    config = read_json(index) if index.is_file() else {}
-    if not isinstance(config, dict):
-        raise UsageError(f"{index}: expected an object, got {type(config).__name__}")
-    return config

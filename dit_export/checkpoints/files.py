@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -14,19 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_runtime.errors import UsageError
+from dit_runtime.files import read_json
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TENSORS = 1 << 14  # of one file
 LISTED = 5  # problems named in one error
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark of the bytes' order
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON: {error}") from None
 
 
 def find_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
@@ -43,8 +37,8 @@ def find_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Pa
 def shards(index: Path) -> list[Path]:
     content = read_json(index)
     table = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(table, dict):
-        raise UsageError(f"{index}: has no weight_map")
+    if not isinstance(table, dict) or not 0 < len(table) <= TENSORS:
+        raise UsageError(f"{index}: has no weight_map of at most {TENSORS} tensors")
     names = sorted({str(name) for name in table.values()})
     for name in names:
         if Path(name).name != name:
@@ -73,7 +67,7 @@ class Weights(Mapping[str, Tensor]):
         self._files: dict[str, Path] = {}
         for path in paths:
             with _open(path) as file:
-                self._files |= dict.fromkeys(file.keys(), path)
+                self._files |= dict.fromkeys(_names(file, path), path)
 
     def __getitem__(self, name: str) -> Tensor:
         with _open(self._files[name]) as file:
@@ -113,9 +107,17 @@ def _open(path: Path) -> Any:
         raise UsageError(f"{path}: damaged, or not a safetensors file: {first_line(error)}") from None
 
 
+def _names(file: Any, path: Path) -> list[str]:
+    names = list(file.keys())
+    if len(names) > TENSORS:
+        raise UsageError(f"{path}: {len(names)} tensors, expected at most {TENSORS}")
+    return names
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with _open(path) as file:
+            return {name: file.get_tensor(name) for name in _names(file, path)}
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path}: damaged, or not a safetensors file: {first_line(error)}") from None
 
@@ -133,7 +135,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
                 "save the state dict alone, or as .safetensors"
             ) from None
         raise UsageError(f"{path}: damaged, or not a weight file: {first_line(error)}") from None
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except Exception as error:  # what a damaged file raises shares no base class but this
         raise UsageError(f"{path}: damaged, or not a weight file: {first_line(error)}") from None
     for key in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -142,8 +144,14 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise UsageError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     for name, value in content.items():
+        if not isinstance(name, str):  # nothing else is shown: it may be endless
+            raise UsageError(f"{path}: a name is of type {type(name).__name__}, expected a text")
         if not isinstance(value, Tensor):
             raise UsageError(f"{path}: {name!r} is of type {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise UsageError(f"{path}: {name!r} is a tensor without values")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise UsageError(f"{path}: {name!r} has more values than its file")
     return content
 
 
@@ -161,8 +169,8 @@ def check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], 
         more = f"; and {rest} more" if rest > 0 else ""
         raise UsageError(f"{where}: the weights do not fit: {'; '.join(problems[:LISTED])}{more}")
     for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise UsageError(f"{where}: {name} is {tensor.dtype}, expected floating point")
+        if tensor.dtype not in FLOATS:
+            raise UsageError(f"{where}: {name} is {tensor.dtype}, expected floating point of 16 bits or more")
         if not tensor.isfinite().all():
             raise UsageError(f"{where}: {name} holds NaN or infinite values")
 

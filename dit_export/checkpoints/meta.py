@@ -29,7 +29,7 @@ def read_file(path: Path, recipe: Recipe) -> DiT:
 
     def shape(ours: str, rank: int) -> list[int]:
         theirs = names.get(ours, [f"block 0's {ours}"])[0]
-        if theirs not in state or state[theirs].ndim != rank:
+        if theirs not in state or state[theirs].ndim != rank or not state[theirs].numel():
             got = list(state[theirs].shape) if theirs in state else "nothing"
             raise UsageError(f"{where}: {theirs} tells the network's shape: got {got}, expected {rank} dimensions")
         return list(state[theirs].shape)

@@ -17,9 +17,10 @@ from diffusers.utils import logging
 from numpy.typing import NDArray
 
 from dit_export.checkpoints.diffusers import class_name
-from dit_export.checkpoints.families import read_index, read_module
+from dit_export.checkpoints.families import read_module
 from dit_export.checkpoints.files import first_line, sha256
 from dit_export.checkpoints.scheduler import read_scheduler_config
+from dit_export.checkpoints.schema import read_index
 from dit_export.checkpoints.text import quiet
 from dit_export.checkpoints.vae import read_vae
 from dit_export.networks import Network

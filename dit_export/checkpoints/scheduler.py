@@ -84,6 +84,7 @@ MULTISTEP_FLOW_IDLE = (
     "clip_sample_range",
     "set_alpha_to_one",
 )
+LARGEST_MU = 50
 DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 
 
@@ -116,6 +117,8 @@ def read_scheduler_config(
             f"supported: {', '.join(CLASSES)} (save one of these with from_config)"
         )
     defaulted = config.get("_use_default_values", ())  # in a live scheduler's config: what its JSON did not say
+    if not isinstance(defaulted, list | tuple):
+        raise UsageError(f"scheduler config: _use_default_values is {defaulted!r}; expected a list of fields")
     said = {key: value for key, value in config.items() if key not in defaulted and not key.startswith("_")}
     multistep_flow = name in (DPM, UNIPC) and said.get("use_flow_sigmas") is True
     predicted = "velocity" if name in (FLOW, SCM) or multistep_flow else said.get("prediction_type", "epsilon")
@@ -176,6 +179,8 @@ def _read_flow(
         if tokens is None:
             raise UsageError("use_dynamic_shifting = True needs the count of image tokens, which is not stated")
         mu, growth = own_mu(tokens, read_dynamic(said)) if own_mu else (dynamic_mu(said, tokens), 0.0)
+        if abs(mu) > LARGEST_MU:
+            raise UsageError(f"the dynamic shift's μ is {mu:g}; expected at most {LARGEST_MU} either way")
         exponential = said.get("time_shift_type", "exponential") == "exponential"
         if growth and not exponential:
             raise UsageError("time_shift_type = 'linear' is not supported where μ depends on the number of steps")

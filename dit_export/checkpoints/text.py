@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from dit_export.checkpoints.files import Place, Renamed, find_weights, first_line, open_weights, read_json, sha256
+from dit_export.checkpoints.files import Place, Renamed, find_weights, first_line, open_weights, sha256
+from dit_export.checkpoints.schema import INDEX, read_config_json, read_index
 from dit_export.networks.streaming import stream
 from dit_export.networks.text import PromptEncoder, Text, Tokens
 from dit_runtime.bundle.manifest import Prompt
@@ -72,13 +73,11 @@ def _streamed(module: nn.Module, places: Mapping[nn.Parameter, Place], folder: P
 
 def parts(folder: Path) -> dict[str, str]:
     """Return the transformers class of each text encoder and tokenizer that a pipeline has, by folder."""
-    index = folder / "model_index.json"
-    table = read_json(index) if index.is_file() else {}
     classes = {}
-    for name, entry in table.items() if isinstance(table, dict) else ():
+    for name, entry in read_index(folder).items():
         if name.startswith(("text_encoder", "tokenizer")) and isinstance(entry, list) and entry[-1]:
             if not (folder / name).is_dir():
-                raise UsageError(f"{folder / name}: not there, and {index.name} names it: {OTHERWISE}")
+                raise UsageError(f"{folder / name}: not there, and {INDEX} names it: {OTHERWISE}")
             classes[name] = str(entry[-1])
     return classes
 
@@ -117,6 +116,7 @@ def _encoder(folder: Path, kind: str) -> Encoder:
     loader = getattr(transformers, kind, None)
     if loader is None:
         raise UsageError(f"{folder}: transformers has no {kind}: {OTHERWISE}")
+    read_config_json(folder / "config.json")
     weights = open_weights(_weights(folder))
     keys = list(weights)
     numbers = {key: torch.tensor(float(number)).expand(weights[key].shape) for number, key in enumerate(keys)}
@@ -124,7 +124,7 @@ def _encoder(folder: Path, kind: str) -> Encoder:
         config = loader.config_class.from_pretrained(folder, local_files_only=True)
         options = {"dtype": torch.float32, "output_loading_info": True}
         encoder, report = loader.from_pretrained(None, config=config, state_dict=numbers, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # what transformers raises of a config shares no base class but this
         raise UsageError(f"{folder}: {kind} refuses it: {first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{folder}: the weights do not fit: {missing[0]} is missing ({len(missing)} in all)")
@@ -148,7 +148,7 @@ def _tokenizer(where: Path, kind: str) -> Any:
     loader = getattr(transformers, kind, transformers.AutoTokenizer)
     try:
         return loader.from_pretrained(where, local_files_only=True)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # nor what it raises of a tokenizer
         raise UsageError(f"{where}: {kind} refuses it: {first_line(error)}") from None
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.files import beside
 
 
 def add(commands: Any) -> None:
@@ -46,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     rows: Any
     for name, rows in arrays.items():
         file = output if name == "conditions" else output.with_name(f"{output.stem}-negative.npz")
-        np.savez(file, **rows)
+        with beside(file) as partial, partial.open("wb") as opened:
+            np.savez(opened, **rows)
         line.append(f"{flags[name]} {file}")
     print(" ".join(line))
     return 0

@@ -66,6 +66,9 @@ def sample_command(folder: Path, contract: Manifest) -> str:
     if contract.prompts:
         parts.append('--prompt "a photo of a cat"')
     named = {contract.guidance.port, LABELS if contract.classes else ""}
+    if contract.picture is not None and contract.start is not None:
+        parts.append("--image SMALL.png")
+        named.add(contract.picture.name)
     arrays = [port.name for port in contract.ports_beside_prompts if port.name not in named]
     if arrays:
         parts.append("--condition CONDITION.npz")

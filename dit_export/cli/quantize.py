@@ -13,6 +13,7 @@ from dit_export.cli.recipe import add_recipe, read_recipe
 from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.files import write_file
 from dit_runtime.progress import Progress
 
 
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     built = build(replace(recipe, precision="int8"), Progress(), SearchOptions(budget, options.tune))
     path = options.recipe or built.folder.with_name(f"{built.folder.name}.toml")
     final = Recipe(**manifest.read(built.folder).source["recipe"])
-    path.write_text(final.to_toml(), encoding="utf-8")
+    write_file(path, final.to_toml())
     code = report_built(built, options.json)
     print(
         f"in float: {', '.join(final.keep_float or []) or 'no layer'}\nrecipe: {path}",

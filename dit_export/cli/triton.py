@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--decoupled", action="store_true", help="a response for each image; gRPC streams alone")
     parser.add_argument("--threads", type=int, help="of the engines; default: their own choice")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="of a request that states none; default: 60")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="the longest of a request; default: 60")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(command=run)
 

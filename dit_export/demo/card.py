@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit_export.demo import data, losses, score, store
+from dit_runtime.files import write_file
 
 # guidance, steps; the third is the demo's default
 SETTINGS = ((1.0, 25), (2.0, 25), (4.0, 25), (8.0, 25), (4.0, 10), (4.0, 50))
@@ -87,7 +88,7 @@ def write(folder: Path = store.MODEL, count: int = 1_000, reference: int = score
             for name, row in table(demo, count, reference).items()
         ),
     )
-    (folder / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    write_file(folder / "MODEL_CARD.md", card)
 
 
 def table(demo: store.Demo, count: int, reference: int) -> dict[str, score.Score]:

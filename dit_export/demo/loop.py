@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_runtime.errors import UsageError
+from dit_runtime.files import beside
 
 M = TypeVar("M", bound=nn.Module)
 Loss = Callable[[M, torch.Generator], Tensor]
@@ -124,9 +125,8 @@ def rate_at(step: int, stage: Stage) -> float:
 def save(state: dict[str, object], path: Path) -> None:
     """Written beside its place and renamed, so an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    with beside(path) as partial:
+        torch.save(state, partial)
 
 
 class Progress:

@@ -23,6 +23,7 @@ from dit_export.verify.distribution import fit
 from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.files import beside
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 
@@ -53,7 +54,8 @@ def demo(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
     folder.mkdir(parents=True, exist_ok=True)
     export_judge(weights, folder / JUDGE)
     mu, sigma = fit(real)
-    np.savez((folder / JUDGE).with_suffix(".npz"), mu=mu, sigma=sigma)
+    with beside((folder / JUDGE).with_suffix(".npz")) as partial:
+        np.savez(partial, mu=mu, sigma=sigma)
     labels, classes = score.balanced_labels(count), len(data.CLASSES)
     columns = min(COLUMNS, count // classes)
     by_class = [column * classes + label for label in range(classes) for column in range(columns)]

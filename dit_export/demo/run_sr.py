@@ -15,6 +15,7 @@ from dit_export.demo.run import BATCH, PRECISIONS, REFERENCE, present
 from dit_export.recipe import Recipe
 from dit_export.verify.check import Built
 from dit_runtime import images
+from dit_runtime.files import beside
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.verify import Figure
@@ -67,7 +68,8 @@ def show(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
     small = low.shrink(truth.images)
     pictures = {"true": truth.images, "bicubic": low.enlarge(small)}
     own = low.condition(demo.vae, low.shrink(data.pool(data.TRAIN, CALIBRATION).images))
-    np.savez(folder / CONDITIONS, low=own.numpy())
+    with beside(folder / CONDITIONS) as partial:
+        np.savez(partial, low=own.numpy())
     built = {}
     for precision in PRECISIONS:
         name = f"demo-sr-{precision}"

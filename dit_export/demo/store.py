@@ -19,6 +19,7 @@ from dit_export.demo.data import CLASSES
 from dit_export.demo.vit import ViT, ViTSpec
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import ModelSpec
+from dit_runtime.files import beside, write_file
 
 MODEL = Path(__file__).parent / "model"
 SR = "sr"  # the folder in it of the DiT for super-resolution, which shares the autoencoder
@@ -128,10 +129,11 @@ def parameters(module: nn.Module) -> int:
 
 def _save(weights: Mapping[str, Tensor], path: Path, config: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().half().contiguous() for name, tensor in weights.items()}, path)
+    with beside(path) as partial:
+        save_file({name: tensor.detach().half().contiguous() for name, tensor in weights.items()}, partial)
     _write(config, path.parent / "config.json")
 
 
 def _write(value: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=2) + "\n")

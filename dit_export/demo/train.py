@@ -20,6 +20,7 @@ from dit_export.demo.loop import Fitted, Stage, fit, save
 from dit_export.demo.vit import ViT, ViTSpec
 from dit_export.networks.dit import DiT
 from dit_export.networks.spec import ModelSpec
+from dit_runtime.files import write_file
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def train(
         "judge": stage_figures(judge, plan.judge) | {"held_out_accuracy": accuracy(demo.judge, unseen)},
         "dit": stage_figures(fitted, plan.dit),
     }
-    (output / "training.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_file(output / "training.json", json.dumps(figures, indent=2) + "\n")
     say(json.dumps(figures))
 
 

@@ -13,6 +13,7 @@ from dit_export.demo import data, losses, low, store
 from dit_export.demo.loop import Stage, fit
 from dit_export.demo.train import cached, say, stage_figures
 from dit_export.networks.dit import DiT
+from dit_runtime.files import write_file
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def train(
     store.save_transformer(fitted.module, output)
     store.save_scheduler(output)
     figures = {"seed": seed, "pictures": plan.pictures, "dit": stage_figures(fitted, plan.stage)}
-    (output / "training.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_file(output / "training.json", json.dumps(figures, indent=2) + "\n")
     say(json.dumps(figures))
 
 

@@ -15,6 +15,7 @@ from dit_export.arrays import read_arrays
 from dit_export.graph import onnxfile
 from dit_export.precision.layers import Layer
 from dit_runtime.errors import UsageError
+from dit_runtime.files import beside
 
 TOKENS = 8  # of a picture, from which a step's sample is drawn
 END = float(np.finfo(np.float16).max)
@@ -41,7 +42,8 @@ class Calibration:
         arrays |= {f"{name}{OUTPUT}": seen.output for name, seen in self.layers.items() if seen.output is not None}
         arrays |= {f"{name}{LOWEST}": seen.lowest for name, seen in self.layers.items() if seen.lowest is not None}
         arrays["provenance"] = np.array(repr(dict(self.provenance)))
-        np.savez_compressed(path, **arrays)
+        with beside(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

@@ -22,6 +22,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import MEASURED
 from dit_runtime.errors import UsageError
+from dit_runtime.files import write_file
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.verify import REFERENCE, Figure, load_reference
@@ -97,9 +98,9 @@ def run(options: argparse.Namespace) -> int:
     pictures = f"{settings.final[0]} × {settings.final[1]} pictures"
     judged = f"{pictures} before the judge" if judge else f"{pictures}, PSNR alone: the bundle has no judge"
     title = f"{contract.model.get('name')}: rows a picture against quality"
-    svg_path.write_text(chart.svg(title, judged, scores, names), encoding="utf-8")
+    write_file(svg_path, chart.svg(title, judged, scores, names))
     if options.presets:
-        options.presets.write_text(json.dumps(presets, indent=1) + "\n", encoding="utf-8")
+        write_file(options.presets, json.dumps(presets, indent=1) + "\n")
     if not options.dry_run:
         now = manifest.read(folder)
         if fingerprint(now, judge[2] if judge else "") != results.bundle:

@@ -17,8 +17,8 @@ from dit_export.tune import gate, plans
 from dit_export.tune.gate import Limits, Score, front
 from dit_export.tune.plans import Plan, key
 from dit_export.tune.trial import Block, Trial
-from dit_runtime.bundle.manifest import write_file
 from dit_runtime.errors import UsageError
+from dit_runtime.files import read_json, write_file
 from dit_runtime.progress import Progress
 
 FORMAT = 1
@@ -50,9 +50,9 @@ class Results:
         if not path.exists():
             return cls(path, bundle)
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = read_json(path)
             format_, of, scores = table["format"], table["bundle"], table["scores"]
-        except (ValueError, TypeError, KeyError) as error:
+        except (UsageError, TypeError, KeyError) as error:
             raise UsageError(f"{path}: no results of `dit-export tune`: {error!r}; pass another --results") from None
         if format_ != FORMAT or of != bundle:
             raise UsageError(f"{path}: results of another bundle or version; pass another --results, or remove it")
@@ -64,7 +64,7 @@ class Results:
         if name not in known:
             known[name] = list(trial(plan, block))
             table = {"format": FORMAT, "bundle": self.bundle, "scores": self.scores}
-            write_file(self.path.parent, self.path.name, (json.dumps(table, indent=1) + "\n").encode())
+            write_file(self.path, json.dumps(table, indent=1) + "\n")
         return Score(*known[name])
 
 

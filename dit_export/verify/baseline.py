@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dit_export.verify.metrics import unit
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.files import read_json, write_file
 from dit_runtime.sampling.noise import Noise
 from dit_runtime.verify import TOLERANCES, Figure, Reference, jsonable, relative_error
 
@@ -110,7 +111,7 @@ def write(
     }
     parts = [f' "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in head.items()]
     text = "{\n" + ",\n".join(parts) + ',\n "metrics": [\n' + ",\n".join(lines) + "\n ]\n}\n"
-    path.write_text(text, encoding="utf-8")
+    write_file(path, text)
 
 
 def _rounded(value: float, figure: Figure) -> float | str:
@@ -119,12 +120,9 @@ def _rounded(value: float, figure: Figure) -> float | str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no baseline here; write one with --update-baseline") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not a baseline: {error}") from None
+    if not path.exists():
+        raise UsageError(f"{path}: no baseline here; write one with --update-baseline")
+    table = read_json(path)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise UsageError(f"{path}: not a baseline of format {FORMAT}; write one with --update-baseline")
     missing = [key for key in ("model", "weights", "run", "reference", "measured", "metrics") if key not in table]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
+from dit_runtime.files import write_file
 from dit_runtime.progress import Progress
 
 ONE_SIZE = (
@@ -90,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     progress.end()
     name = options.bundle.resolve().name
     if options.junit:
-        options.junit.write_text(junit.xml(name, result.checks, result.located), encoding="utf-8")
+        write_file(options.junit, junit.xml(name, result.checks, result.located))
     if options.report:
         report.write(options.report, options.bundle, report.page_of_gate(name, result))
     if not result.sensitive:

@@ -23,6 +23,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import LABELS
 from dit_runtime.errors import BundleError, UsageError
+from dit_runtime.files import write_file
 from dit_runtime.verify import Figure, Reference, Replay, relative_error, worst
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def require_place(path: Path, bundle: Path) -> bool:
 def write(path: Path, bundle: Path, page: Page) -> None:
     """The bundle's own report goes into its manifest, with its size and sha256."""
     within = require_place(path, bundle)
-    path.write_text(html(bundle, page), encoding="utf-8")
+    write_file(path, html(bundle, page))
     if within:
         files = {**page.contract.files, NAME: manifest.describe(path)}
         manifest.write(bundle, replace(page.contract, files=files))

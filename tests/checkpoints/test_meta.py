@@ -139,7 +139,7 @@ def test_labels(tmp_path, text, mark):
         ("\n".join(NAMES[1:]), "got 11 names, expected 12"),
         (json.dumps([*NAMES, "more"]), "got 13 names, expected 12"),
         (json.dumps({str(n + 1): name for n, name in enumerate(NAMES)}), "class 0 has the name None"),
-        ("[1, 2", "cannot be read as JSON"),
+        ("[1, 2", "not JSON"),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path, text, said):

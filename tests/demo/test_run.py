@@ -66,7 +66,7 @@ def test_the_judge_runs_without_pytorch(weights: Path, tmp_path: Path) -> None:
         assert np.abs(got - want.numpy()).max() <= 1e-4 * np.abs(got).max()
 
 
-@pytest.mark.parametrize("arguments", [["show"], ["score", "x"], ["judge", "x.onnx"]])
+@pytest.mark.parametrize("arguments", [["show"], ["show-sr"], ["score", "x"], ["judge", "x.onnx"]])
 def test_without_weights_it_says_how_to_make_them(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", *arguments, "--weights", "nowhere"]) == 2
     assert "dit-export demo train" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from diffusers import DiTTransformer2DModel
 
 from dit_export.bundle.build import build
 from dit_export.cli import main
+from dit_export.cli.console import sample_command
 from dit_export.demo import data, losses, low, run, score, store, train, train_sr
 from dit_export.demo.loop import Stage
 from dit_export.networks.dit import DiT
@@ -124,8 +125,12 @@ def test_a_bundle_draws_pytorchs_pictures_and_the_small_picture_matters(shipped:
         assert images.psnr(draw(rows, guidance=1.5), drawn) < 50
         assert images.psnr(draw(image=large), drawn) >= 55
         assert images.psnr(draw(image=large[0]), drawn[:1]) >= 55
+        assert pipe.sample(image=large[0], steps=1, seed=[1, 2, 3]).shape == (3, 64, 64, 3)  # each of the one picture
+        assert sample_command(built.folder, pipe.manifest).endswith(f"sample {built.folder} --image SMALL.png")
         with pytest.raises(UsageError, match="got both an image and a condition with low: pass one of them"):
             draw(rows, image=large)
+        with pytest.raises(UsageError, match="no image for low; pass one"):
+            draw()
         for option in ("strength", "mask"):
             with pytest.raises(UsageError, match=f"got {option}, but this bundle takes the image as low"):
                 draw(image=large, **{option: 0.5})

@@ -28,7 +28,7 @@ import app
 config = yaml.safe_load(open(sys.argv[1] + "/config.yaml"))
 (application,), http = config["applications"], config["http_options"]
 module, name = application["import_path"].split(":")
-arguments = application["args"] | {"bundles": {"demo": sys.argv[2]}, "threads": 1, "deadline": 5.0}
+arguments = application["args"] | {"bundles": {"demo": sys.argv[2]}, "threads": 1, "deadline": 20.0}
 ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
 serve.start(http_options=http)
 serve.run(getattr(sys.modules[module], name)(arguments), name="dit", route_prefix=application["route_prefix"])
@@ -59,7 +59,7 @@ while metric("dit_active_images") + metric("dit_queued_images") and time.monoton
     time.sleep(0.1)
 result["cancelled"] = metric("dit_cancelled_requests_total")
 with ThreadPoolExecutor(200) as pool:
-    answers = [*pool.map(lambda number: draw(n=8, num_inference_steps=250, seed=1), range(200))]
+    answers = [*pool.map(lambda number: draw(n=2, num_inference_steps=100, seed=1), range(200))]
 result["overload"] = sorted({(status, "retry-after" in headers) for status, headers, _ in answers})
 result["after"] = draw(seed=7, num_inference_steps=5)[0]
 print(json.dumps(result), flush=True)

@@ -316,3 +316,16 @@ def test_warming_and_timing_run_the_stage(prompted, monkeypatch, capsys) -> None
     assert ran[0] == "prompt"
     assert main(["bench", str(prompted), "--threads", "1", "--steps", "2", "--rounds", "1"]) == 0
     assert "prompt, a row" in capsys.readouterr().out
+
+
+def test_shards_take_prompts_in_turn(prompted, tmp_path) -> None:
+    """A picture's class is the number of its prompt; the negative is for all."""
+    words = ["--prompt", ROOF, "the cat", "--negative", "no cat", "--count", "5", "--shards", str(tmp_path / "shards")]
+    assert main(["sample", str(prompted), *words, "--steps", "2", "--batch", "5", "--seed", "3"]) == 0
+    with np.load(tmp_path / "shards/shard-00000.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [0, 1, 0, 1, 0] and arrays["seeds"].tolist() == [3, 4, 5, 6, 7]
+        drawn = arrays["arr_0"]
+    with Pipeline.load(prompted) as pipe:
+        prompts = [ROOF, "the cat", ROOF, "the cat", ROOF]
+        alone = pipe.sample(prompt=prompts, negative_prompt="no cat", seed=[3, 4, 5, 6, 7], steps=2)
+    assert np.array_equal(drawn, alone)

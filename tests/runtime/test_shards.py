@@ -80,12 +80,12 @@ def test_what_is_there_stays_and_what_is_damaged_is_drawn_again(folder, tmp_path
     with np.load(files[4]) as arrays:
         np.savez(files[4], **{**arrays, "arr_0": arrays["arr_0"][:, :, :-1]})
     kept = files[0].stat().st_mtime_ns
-    (into / "shard-00001.npz.partial-0a").write_bytes(b"killed while it wrote")
+    (into / ".shard-00001.partial-0a.npz").write_bytes(b"killed while it wrote")
     capsys.readouterr()
     assert sample(folder, into, "--json") == 0
     assert json.loads(capsys.readouterr().out)["drawn"] == 4
     assert read(into) == first and files[0].stat().st_mtime_ns == kept
-    assert not [*into.glob("*.partial-*")]
+    assert not [*into.glob("*partial-*")]
 
 
 def test_a_killed_run_goes_on(folder, tmp_path) -> None:

@@ -1,13 +1,17 @@
-"""A server on the loopback interface, in a thread of this process, and a plain client."""
+"""A server on the loopback interface, in a thread of this process or in one of its own, and a plain client."""
 
 from __future__ import annotations
 
 import http.client
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +75,9 @@ def running(
     folder: Path, settings: Settings | None = None, protocol: type = Protocol, **opening: Any
 ) -> Iterator[Running]:
     """Serve a bundle as "demo"; stop in order at the end."""
-    models = open_models({"demo": folder}, Opening(**{"threads": 1, "verify": False} | opening), lambda _: None)
+    models = open_models(
+        {"demo": folder}, Opening(**{"threads": 1, "verify": False, "variance": True} | opening), lambda _: None
+    )
     service = Service(models, settings or Settings(grace=5))
     config = uvicorn.Config(
         service.app(),
@@ -93,3 +99,41 @@ def running(
             server.should_exit = True
             thread.join(WAIT)
             assert not thread.is_alive()
+
+
+@contextmanager
+def process(
+    *arguments: str, program: Sequence[str] = (sys.executable, "-m", "dit_serve.cli")
+) -> Iterator[tuple[subprocess.Popen[str], Running, list[dict]]]:
+    """`dit-serve` as a process of its own, and the lines of its log."""
+    command = [*program, *arguments, "--port", "0", "--threads", "1"]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines: list[dict] = []
+
+    def read() -> None:
+        assert started.stderr is not None
+        for line in started.stderr:
+            lines.append(json.loads(line))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        until(lambda: any(line["event"] == "listening" for line in lines) or started.poll() is not None)
+        (url,) = [line["url"] for line in lines if line["event"] == "listening"]
+        port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url).group(1))
+        yield started, Running(Service({}, Settings()), port), lines
+    finally:
+        if started.poll() is None:
+            started.kill()
+        started.wait(WAIT)
+        reader.join(WAIT)
+        started.stderr.close()
+
+
+def resident(pid: int) -> int:
+    """Return the process's memory in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors(pid: int) -> int:
+    return len([*Path(f"/proc/{pid}/fd").iterdir()])

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dit_runtime.errors import BundleError
-from dit_serve.app import Service, Settings
+from dit_runtime.errors import BundleError, UsageError
 from dit_serve.models import Model, Opening, open_bundle
 from tests import tamper
-from tests.serve.serving import WAIT, Running, running
-from tests.serve.test_server import start, until
+from tests.serve.serving import WAIT, process, running, until
+from tests.serve.test_batcher import Watched
+from tests.serve.test_server import start
 
 
 def digest(folder: Path) -> str:
@@ -83,6 +77,34 @@ def test_no_request_fails_while_bundles_are_swapped(link: Path) -> None:
         assert server.model.swap() and server.model.swaps == {"swapped": 2}  # what is served already is left alone
 
 
+def test_an_old_bundle_that_drains_holds_up_nothing(link: Path) -> None:
+    """Neither requests nor the next swap; and it finishes what it has."""
+    with running(link) as server:
+        first = server.model.batcher
+        watched = Watched(first.pipe.engines.opened["denoiser"])
+        first.pipe.engines._opened["denoiser"] = watched
+        watched.hold()
+        answers: list[int] = []
+        drawing = threading.Thread(target=lambda: answers.append(server.draw(num_inference_steps=9).status))
+        drawing.start()
+        assert watched.entered.acquire(timeout=WAIT)
+        swaps = []
+        for version in ("v2", "v3"):
+            new = Path(shutil.copytree(link.resolve(), link.with_name(version)))
+            rename(new, version)
+            point(link, new)
+            swaps.append(threading.Thread(target=server.model.swap))
+            swaps[-1].start()
+            until(lambda new=new: server.model.served.sha256 == digest(new))
+            assert server.draw(num_inference_steps=2).status == 200
+        swaps[1].join(WAIT)
+        assert first.alive and not answers and swaps[0].is_alive()
+        watched.gate.release(10**6)
+        for thread in (drawing, swaps[0]):
+            thread.join(WAIT)
+        assert answers == [200] and not first.alive and server.model.swaps == {"swapped": 2}
+
+
 def test_a_request_that_meets_a_closing_bundle_gets_the_new_one(link: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(link) as server:
         old = server.model.batcher
@@ -128,6 +150,15 @@ def test_pins(link: Path) -> None:
         open_bundle(link.with_name("nothing"), Opening(pins=["0" * 64]))
 
 
+def test_no_shared_calls_where_pictures_depend_on_them(link: Path) -> None:
+    with pytest.raises(UsageError, match=r"--batch is 2, but pictures .* or pass --allow-batch-variance"):
+        open_bundle(link, Opening(threads=1, verify=False, places=2))
+    open_bundle(link, Opening(threads=1, verify=False, places=1)).batcher.close()
+    allowed = open_bundle(link, Opening(threads=1, verify=False, places=2, variance=True)).batcher
+    assert allowed.places == 2
+    allowed.close()
+
+
 def test_a_manifest_that_changes_while_it_is_opened(link: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def changing(pipe: object) -> None:
         rename(link.resolve(), "changed")
@@ -135,33 +166,6 @@ def test_a_manifest_that_changes_while_it_is_opened(link: Path, monkeypatch: pyt
     monkeypatch.setattr("dit_serve.models.require_servable", lambda folder, contract: changing(folder))
     with pytest.raises(BundleError, match="changed while it was opened"):
         open_bundle(link, Opening(threads=1))
-
-
-@contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], Running, list[dict]]]:
-    """`dit-serve` as a process of its own, and the lines of its log."""
-    command = [sys.executable, "-m", "dit_serve.cli", *arguments, "--port", "0", "--threads", "1"]
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    lines: list[dict] = []
-
-    def read() -> None:
-        assert started.stderr is not None
-        for line in started.stderr:
-            lines.append(json.loads(line))
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        until(lambda: any(line["event"] == "listening" for line in lines) or started.poll() is not None)
-        (url,) = [line["url"] for line in lines if line["event"] == "listening"]
-        port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/", url).group(1))
-        yield started, Running(Service({}, Settings()), port), lines
-    finally:
-        if started.poll() is None:
-            started.kill()
-        started.wait(WAIT)
-        reader.join(WAIT)
-        started.stderr.close()
 
 
 def test_signals(link: Path) -> None:

@@ -16,9 +16,9 @@ import pytest
 
 from dit_serve.app import Settings
 from tests.serve import load
-from tests.serve.serving import Running, running, until
+from tests.serve.serving import Running, process, resident, running, until
+from tests.serve.soak import soak
 from tests.serve.test_batcher import Watched
-from tests.serve.test_hot_swap import process
 
 
 def test_overload_is_answered(handmade) -> None:
@@ -48,15 +48,6 @@ def test_clients_that_leave_leave_nothing(held: tuple[Running, Watched]) -> None
     until(lambda: batcher.active == batcher.queued == 0)
     assert batcher.counts["cancelled"] > 10 and batcher.alive
     assert server.draw(num_inference_steps=2).status == 200
-
-
-def resident(pid: int) -> int:
-    """Return the process's memory in bytes."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def descriptors(pid: int) -> int:
-    return len([*Path(f"/proc/{pid}/fd").iterdir()])
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +111,6 @@ def test_leaving_silent_and_unread_clients(served: tuple[int, Running]) -> None:
 
 
 @pytest.mark.slow
-def test_soak(served: tuple[int, Running]) -> None:
-    """Mixed load with clients that leave, for SOAK_SECONDS, by default half an hour."""
-    pid, client = served
-    seconds = float(os.environ.get("SOAK_SECONDS", "1800"))
-    asyncio.run(load.closed(client.port, 8, 20, classes=20))
-    time.sleep(1)
-    before = resident(pid), descriptors(pid)
-    outcomes = asyncio.run(load.opened(client.port, 10, seconds, leaving=0.2, classes=20))
-    time.sleep(1)
-    after = resident(pid), descriptors(pid)
-    print(load.describe(f"soak, {seconds:.0f} s", outcomes, seconds))
-    print(f"memory {before[0] / 1e6:.0f} -> {after[0] / 1e6:.0f} MB, descriptors {before[1]} -> {after[1]}")
-    assert {outcome.status for outcome in outcomes} <= {0, 200, 429, 504}
-    assert after[0] - before[0] <= 50e6
-    assert after[1] <= before[1] + 2
+def test_soak(demo: Path) -> None:
+    """For SOAK_SECONDS, by default half an hour."""
+    soak(demo, float(os.environ.get("SOAK_SECONDS", "1800")), 10, 20, "--batch", "8")

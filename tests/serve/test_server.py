@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.serve.servable import require_servable
 from dit_serve import cli, models
 from dit_serve.app import Settings
-from dit_serve.body import Body, Limits
+from dit_serve.body import FILES, OF_FILES, Body, Limits
 from dit_serve.jobs import Jobs
 from dit_serve.protocol import Protocol
 from tests import tamper
@@ -135,10 +137,13 @@ def test_other_refusals(server: Running) -> None:
     assert status("POST", path, {"prompt": "1", "model": "other"}) == 404
     assert status("GET", "/v1/models/other") == status("GET", "/nowhere") == status("GET", "/v1/jobs/x") == 404
     assert status("GET", path) == 405
-    assert status("POST", "/v1/images/edits", {"prompt": "1"}) == 501
+    assert status("POST", "/v1/images/edits", {"prompt": "1"}) == 415
     assert status("POST", path, "x" * (Limits().body + 1)) == 413
     assert status("POST", path, {"prompt": "1"}, Content_Type="text/plain") == 415  # what a form of another site sends
     assert status("POST", path, {"prompt": "1"}, Host="evil.example:80") == 403
+    for origin in ("http://evil.example", "null", "http://localhost.evil.example:80"):  # forms of theirs need no leave
+        assert status("POST", path, {"prompt": "1"}, Origin=origin) == 403
+    assert status("POST", path, {"prompt": ""}, Origin=f"http://127.0.0.1:{server.port}") == 400
     for length in ("", "Content-Length: 10\r\n"):  # of a chunked body it bounds nothing
         with server.connect() as client:
             head = f"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n{length}Transfer-Encoding: chunked\r\n\r\n"
@@ -310,6 +315,44 @@ def test_a_job_is_cancelled(held: tuple[Running, Watched]) -> None:
     watched.gate.release(2)
     until(lambda: server.ask("GET", f"/v1/jobs/{job}").json["status"] == "cancelled", WAIT / 3)
     assert server.model.batcher.active == 0 and len(watched.calls) <= 2
+
+
+def test_a_job_ends_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of its other images, which are heard later, do not bring it back; no error keeps it from its end."""
+
+    async def fail_and_hear() -> list[str]:
+        job = server.service.jobs.add()
+        job.progress = [(0, 9), (0, 9)]
+        job.finish("failed", {})
+        server.service._heard(job, 1, 3, 9, None)
+        return [name async for name, _ in job.events()]
+
+    assert asyncio.run(fail_and_hear()) == ["failed"]
+    monkeypatch.setattr("dit_serve.drawing.encode", None)
+    assert [name for name, _ in events(server, start(server, num_inference_steps=2))][-1] == "failed"
+
+
+def test_what_is_under_way_has_the_grace_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the signal on, however often it comes; after it a job is stopped between two steps."""
+    with running(folder, places=2, settings=Settings(grace=5)) as server:
+        engines = server.model.batcher.pipe.engines
+        watched = Watched(engines.opened["denoiser"])
+        engines._opened["denoiser"] = watched
+        watched.hold()
+        service, job = server.service, start(server, num_inference_steps=250)
+        assert watched.entered.acquire(timeout=WAIT)
+        now = 100.0
+        monkeypatch.setattr("dit_serve.app.time", SimpleNamespace(monotonic=lambda: now))
+        service.drain()
+        now = 104.0
+        service.drain()
+        assert service._until == 105
+        now = 106.0
+        timer = threading.Timer(0.2, watched.gate.release, [2])
+        timer.start()
+    timer.join()
+    assert not server.model.batcher.alive and len(watched.calls) <= 2
+    assert service.jobs.get(job).status == "cancelled"
 
 
 def test_only_so_many_jobs_are_held() -> None:
@@ -494,4 +537,4 @@ def test_metrics_are_those_of_the_documentation(server: Running) -> None:
 def test_the_fields_of_a_body_are_those_of_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
     table = page[page.index("## Images") : page.index("## Jobs")]
-    assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*Body.__dataclass_fields__}
+    assert {*re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)} == {*Body.__dataclass_fields__, *FILES} - {*OF_FILES}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dit_export.bundle import triton
 from dit_export.cli import main
 from dit_runtime import Pipeline
+from dit_runtime.bundle import manifest
 from dit_serve.triton import TritonPythonModel
 from tests.serve import fake_triton
 from tests.serve.fake_triton import Asked, MetricFamily, words
@@ -125,11 +128,25 @@ def test_the_config_is_the_manifests(export) -> None:
     assert not [*folder.parent.glob(".*")]
 
 
+def test_the_config_of_other_bundles(handmade) -> None:
+    """Sizes, prompts and presets are asked for where a bundle has them."""
+
+    def asked_for(kind: str) -> tuple[set[str], list[int]]:
+        config = fake_triton.read(triton.config(manifest.read(handmade(kind)), "demo", False, {}))
+        return {entry["name"] for entry in config["input"]}, config["output"][0]["dims"]
+
+    always = {"prompt", "n", "seed", "num_inference_steps", "guidance_scale", "solver"}
+    assert asked_for("sizes") == (always | {"size"}, [-1, -1, -1, 3])
+    assert asked_for("prompted") == (always | {"negative_prompt"}, [-1, 32, 32, 3])
+    assert asked_for("free") == (always, [-1, 32, 32, 3])
+
+
 @pytest.mark.parametrize(
     ("request_", "words_"),
     [
         (asked("999"), "label"),
         (asked(b"\xff"), "prompt is not UTF-8"),
+        (asked("1" * 70_000), "prompt has more than 65536 values"),
         (asked(n=np.int32(9)), "n must be an integer from 1 to 8"),
         (asked(guidance_scale=np.float32(np.nan)), "guidance_scale must be one finite number"),
         (asked(num_inference_steps=np.int32(0)), "num_inference_steps must be"),
@@ -152,10 +169,11 @@ def drawing(folder, tmp_path_factory) -> Iterator[TritonPythonModel]:
 
 
 def test_limits_are_parameters(drawing) -> None:
-    ((response,), (drawn,)) = answered(
-        drawing, asked(num_inference_steps=np.int32(10)), asked(num_inference_steps=np.int32(9))
-    )
+    """The bundle's own steps are too many here, as those of a preset would be."""
+    ten, nine = asked(num_inference_steps=np.int32(10)), asked(num_inference_steps=np.int32(9))
+    ((response,), (drawn,), (default,)) = answered(drawing, ten, nine, Asked(prompt=words("1")))
     assert response.error.message == "num_inference_steps must be an integer from 1 to 9" and drawn.error is None
+    assert default.error.message == "num_inference_steps must be at most 9"
 
 
 def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
@@ -163,9 +181,11 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         batcher = model.model.batcher
         watched = Watched(batcher.pipe.engines.opened["denoiser"], RuntimeError("secret of the engine"))
         batcher.pipe.engines._opened["denoiser"] = watched
-        watched.hold()
-        leaving, late = asked(n=np.int32(3)), asked(timeout=30_000_000)
+        watched.gate = threading.Semaphore(0)
+        leaving, late = asked(timeout=10**9, n=np.int32(3)), asked(timeout=30_000_000)
         model.execute([leaving])
+        (pending,) = model._pending
+        assert all(59 < ticket.deadline - ticket.arrived <= 60 for ticket in pending.tickets)  # the server's
         assert watched.entered.acquire(timeout=WAIT)
         leaving.sender.cancelled = True
         until(lambda: all(ticket.cancelled for pending in model._pending for ticket in pending.tickets))
@@ -173,7 +193,7 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         (waiting,) = [pending for pending in model._pending if pending.sender is late.sender]
         assert 29 < waiting.tickets[0].deadline - waiting.tickets[0].arrived <= 30
         waiting.tickets[0].deadline = 0.0
-        watched.gate.release(10**6)
+        watched.gate.release(10**4)
         assert leaving.sender.final.wait(WAIT) and late.sender.final.wait(WAIT)
         assert [response.error.code for response in leaving.sender.responses] == ["cancelled"]
         assert [response.error.code for response in late.sender.responses] == ["internal"]
@@ -188,6 +208,8 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         until(lambda: values["dit_images_total"] == 1 == values["dit_failed_requests_total"])
         assert values["dit_cancelled_requests_total"] == 3 and values["dit_late_requests_total"] == 1
         assert values["dit_active_images"] == 0 and values["dit_batch_places"] >= 1
+        answered(model, asked())
+        until(lambda: values["dit_images_total"] == 2)
 
 
 def test_a_damaged_bundle_is_not_served(export) -> None:
@@ -200,7 +222,8 @@ def test_a_damaged_bundle_is_not_served(export) -> None:
         pass
 
 
-def test_what_cannot_be_written(export, handmade, capsys, tmp_path) -> None:
+def test_what_cannot_be_written(export, handmade, capsys, monkeypatch) -> None:
+    """The repository stays as it is, also where the writing itself breaks off."""
     repository = export().parent
     for words_, *command in (
         ("exists already", "--name", "demo"),
@@ -212,4 +235,6 @@ def test_what_cannot_be_written(export, handmade, capsys, tmp_path) -> None:
         assert words_ in capsys.readouterr().err
     assert main(["triton", str(handmade("captioned")), "-o", str(repository)]) == 2
     assert "a prompt does not give them" in capsys.readouterr().err
+    monkeypatch.setattr(triton, "config", lambda *arguments: "".join(1))
+    assert main(["triton", str(handmade("labels")), "-o", str(repository), "--name", "other"]) != 0
     assert [path.name for path in repository.iterdir()] == ["demo"]

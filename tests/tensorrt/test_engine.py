@@ -170,7 +170,7 @@ def test_kernels_are_kept_for_the_next_time(device, trt, plan, tmp_path) -> None
         engine = backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=cache))
         engine.close()
         assert trt.kernels == seen
-    assert [path.name for path in cache.iterdir()] == ["denoiser.tensorrt.kernels.bin"]
+    assert [path.name for path in cache.iterdir()] == ["denoiser.tensorrt.kernels.checked"]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(device, trt, plan) -> None:
@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(device, trt, plan) -> No
 
 
 def test_kernels_that_cannot_be_kept_leave_nothing(device, trt, plan, tmp_path) -> None:
-    kept = tmp_path / "cache" / "denoiser.tensorrt.kernels.bin"
+    kept = tmp_path / "cache" / "denoiser.tensorrt.kernels.checked"
     kept.mkdir(parents=True)  # which no file takes the place of
     backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=kept.parent)).close()
     assert [*kept.parent.iterdir()] == [kept]

@@ -12,14 +12,6 @@ namespace dit = dit_runtime;
 
 namespace {
 
-// Whether the build measured rows of the loop and of the decoder on the engines that run them here.
-bool measured_here(const dit::Pipeline& pipe) {
-    return std::all_of(pipe.manifest.stages.begin(), pipe.manifest.stages.end(), [&](const dit::Stage& stage) {
-        return (stage.runs != "step" && stage.runs != "end") ||
-               (pipe.on_cpu(stage) && pipe.backend(stage).name == stage.backend);
-    });
-}
-
 const dit::Manifest& manifest_of(const dit_model* model) {
     dit::require(model, "model");
     return model->pipe->manifest;
@@ -52,7 +44,7 @@ dit_status dit_model_info(const dit_model* model, dit_info* info) {
         filled.backend = model->backend.c_str();
         filled.precision = manifest.step().precision.c_str();
         filled.note = model->note.c_str();
-        filled.batch_invariant = manifest.batch_invariant && measured_here(*model->pipe);
+        filled.batch_invariant = model->pipe->batch_invariant();
         filled.steps = manifest.process.sampler.steps;
         filled.guidance = manifest.guidance.weight;
         filled.guidance_port = manifest.guidance.port.c_str();

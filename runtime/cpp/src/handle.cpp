@@ -2,6 +2,8 @@
 
 #include <new>
 
+#include "ticket.hpp"
+
 dit_model::dit_model(std::unique_ptr<dit_runtime::Pipeline> open)
     : pipe(std::move(open)), backend(pipe->backend(pipe->manifest.step()).name), note(pipe->note()) {}
 
@@ -44,6 +46,12 @@ dit_status status_of_failure() noexcept {
         return fail(DIT_ENGINE_FAILED, error.what());
     } catch (const Stopped& error) {
         return fail(DIT_STOPPED, error.what());
+    } catch (const Overloaded& error) {
+        return fail(DIT_OVERLOADED, error.what());
+    } catch (const Late& error) {
+        return fail(DIT_LATE, error.what());
+    } catch (const Closed& error) {
+        return fail(DIT_CLOSED, error.what());
     } catch (const std::bad_alloc&) {
         return fail(DIT_OUT_OF_MEMORY, "out of memory; try fewer pictures at a time, or low_memory");
     } catch (const std::length_error&) {

@@ -71,17 +71,8 @@ Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const
 }
 
 const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups) {
-    const std::size_t time = time_of_step_.at(step);
-    if (!places_.count(time)) fill(step);
-    Pairs pairs;
-    const auto negative = [&](std::size_t sample) { return condition_rows_ + (negative_rows_ == 1 ? 0 : sample); };
-    for (std::size_t sample = first; sample < last; ++sample)
-        if (groups == Groups::APART)
-            pairs.emplace_back(time, sample < condition_rows_ ? sample : negative(sample - condition_rows_));
-        else if (groups != Groups::NULLS)
-            pairs.emplace_back(time, sample);
-    if (negative_rows_ && (groups == Groups::BOTH || groups == Groups::NULLS))
-        for (std::size_t sample = first; sample < last; ++sample) pairs.emplace_back(time, negative(sample));
+    fill(step);
+    const Pairs pairs = this->pairs(step, first, last, groups);
     const bool same = first == first_ && last == last_ && groups == groups_;
     first_ = last_ = 0;  // an exception may leave half of the inputs
     const auto batch = static_cast<std::int64_t>(last - first);
@@ -97,8 +88,35 @@ const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t 
     return inputs_;
 }
 
-// Replaces the window by the timesteps from `step` on.
+void Memo::append(std::size_t step, std::size_t first, std::size_t last, Groups groups, std::size_t group,
+                  const TensorSpec& spec, Tensor& to) {
+    fill(step);
+    const Pairs all = pairs(step, first, last, groups);
+    const auto begin = all.begin() + static_cast<std::ptrdiff_t>(group * (last - first));
+    append(spec, {begin, begin + static_cast<std::ptrdiff_t>(last - first)}, to);
+}
+
+// The rows of the samples at an evaluation, group after group.
+Memo::Pairs Memo::pairs(std::size_t step, std::size_t first, std::size_t last, Groups groups) const {
+    Pairs pairs;
+    const std::size_t time = time_of_step_.at(step);
+    const auto negative = [&](std::size_t sample) { return condition_rows_ + (negative_rows_ == 1 ? 0 : sample); };
+    for (std::size_t sample = first; sample < last; ++sample)
+        if (groups == Groups::APART)
+            pairs.emplace_back(time, sample < condition_rows_ ? sample : negative(sample - condition_rows_));
+        else if (groups != Groups::NULLS)
+            pairs.emplace_back(time, sample);
+    if (negative_rows_ && (groups == Groups::BOTH || groups == Groups::NULLS))
+        for (std::size_t sample = first; sample < last; ++sample) pairs.emplace_back(time, negative(sample));
+    return pairs;
+}
+
 void Memo::fill(std::size_t step) {
+    if (!places_.count(time_of_step_.at(step))) replace_window(step);
+}
+
+// Replaces the window by the timesteps from `step` on.
+void Memo::replace_window(std::size_t step) {
     std::vector<std::size_t> times;
     for (std::size_t next = step; next < time_of_step_.size() && times.size() < window_; ++next)
         add_new(times, time_of_step_[next]);
@@ -156,26 +174,30 @@ bool Memo::timed(const std::string& tensor) const {
 
 // A tensor's rows for these pairs, [pairs, ...].
 Tensor Memo::gather(const TensorSpec& spec, const Pairs& pairs) const {
-    Tensor tensor{spec.row()};
-    const std::size_t size = count(tensor.shape);
-    tensor.shape.insert(tensor.shape.begin(), static_cast<std::int64_t>(pairs.size()));
+    Tensor tensor{with_rows(pairs.size(), spec.row())};
+    const std::size_t numbers = count(tensor.shape);
+    spec.dtype == "int64" ? tensor.integers.reserve(numbers) : tensor.floats.reserve(numbers);
+    append(spec, pairs, tensor);
+    return tensor;
+}
+
+void Memo::append(const TensorSpec& spec, const Pairs& pairs, Tensor& to) const {
+    const std::size_t size = count(spec.row());
     const Held* const source = giver(spec.name);
     const Port* const port = source ? nullptr : manifest_.port(spec.name);
-    (spec.dtype == "int64" ? tensor.integers.reserve(size * pairs.size()) : tensor.floats.reserve(size * pairs.size()));
     for (const auto& [time, row] : pairs) {
         if (source) {
             const std::size_t place = source->timed ? places_.at(time) : 0;
-            append_row(tensor.floats, source->tensors.at(spec.name).data(),
+            append_row(to.floats, source->tensors.at(spec.name).data(),
                        place * source->examples.size() + source->numbers[row], size);
         } else if (port->role == "time") {
-            tensor.floats.push_back(times_[time]);
+            to.floats.push_back(times_[time]);
         } else if (spec.dtype == "int64") {
-            append_row(tensor.integers, rows_.arrays.at(spec.name).integers.data(), row, size);
+            append_row(to.integers, rows_.arrays.at(spec.name).integers.data(), row, size);
         } else {
-            append_row(tensor.floats, rows_.arrays.at(spec.name).floats.data(), row, size);
+            append_row(to.floats, rows_.arrays.at(spec.name).floats.data(), row, size);
         }
     }
-    return tensor;
 }
 
 }  // namespace dit_runtime

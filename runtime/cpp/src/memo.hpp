@@ -32,6 +32,11 @@ class Memo {
     // call. Samples that are apart are twice as many: each one's own condition, then each one's negative. Those without
     // a timestep are stacked once for the same samples (62 MB a caption in XL/2).
     const Arrays& operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups = Groups::BOTH);
+    // Appends the rows of one tensor in one of the groups: so that runs which share a call are stacked in one copy.
+    void append(std::size_t step, std::size_t first, std::size_t last, Groups groups, std::size_t group,
+                const TensorSpec& spec, Tensor& to);
+    // Computes what an evaluation reads, unless it is there.
+    void fill(std::size_t step);
 
   private:
     using Pairs = std::vector<std::pair<std::size_t, std::size_t>>;  // a timestep's number and a row
@@ -46,11 +51,13 @@ class Memo {
         std::map<std::string, std::vector<float>> tensors;
     };
 
-    void fill(std::size_t step);
+    Pairs pairs(std::size_t step, std::size_t first, std::size_t last, Groups groups) const;
+    void replace_window(std::size_t step);
     void run(Held& held, const Pairs& pairs);
     const Held* giver(const std::string& tensor) const;
     bool timed(const std::string& tensor) const;
     Tensor gather(const TensorSpec& spec, const Pairs& pairs) const;
+    void append(const TensorSpec& spec, const Pairs& pairs, Tensor& to) const;
 
     const Manifest& manifest_;
     RunStage run_;

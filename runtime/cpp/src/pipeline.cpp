@@ -164,6 +164,14 @@ bool Pipeline::on_cpu(const Stage& stage) const {
     return (name == "onnxruntime" || name == "openvino") && (device.empty() || device == "cpu");
 }
 
+bool Pipeline::batch_invariant() const {
+    return manifest.batch_invariant &&
+           std::all_of(manifest.stages.begin(), manifest.stages.end(), [&](const Stage& stage) {
+               return (stage.runs != "step" && stage.runs != "end") ||
+                      (on_cpu(stage) && backend(stage).name == stage.backend);
+           });
+}
+
 // The stage's engine, opened where it is not; with low memory, the others are closed first. It is the caller's turn.
 Engine& Pipeline::engine(const Stage& stage) {
     auto& engines = opened_->engines;
@@ -221,8 +229,9 @@ RunStage Pipeline::runner() {
 
 Rows Pipeline::encode(const Rows& condition) { return opened_->prompts(manifest, runner(), condition); }
 
-Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative) {
-    return Memo(manifest, runner(), timesteps, encode(condition), encode(negative));
+Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunStage& compute,
+                    std::size_t budget) {
+    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative), budget);
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,

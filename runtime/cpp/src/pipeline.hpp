@@ -40,8 +40,11 @@ class Pipeline {
 
     // The rows of every condition port, those of token ids through the prompt stage.
     Rows encode(const Rows& condition);
-    // The memo of these conditions; without rows of `negative` there is no guidance. The pipeline outlives it.
-    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {});
+    // The memo of these conditions; without rows of `negative` there is no guidance. The pipeline outlives it. Stages
+    // run through `compute` where there is one.
+    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {}, const RunStage& compute = {},
+              std::size_t budget = MEMO_BYTES);
+    RunStage runner();  // of stages of any size
     // [B, *state], [B] -> prediction and, where it is learned, variance; split into what the engine takes at a time.
     Prediction denoise(const std::vector<float>& state, const Conditioned& inputs, const std::vector<float>& guidance);
     // [N, *state] -> [N, 3, H, W] in [0, 1].
@@ -54,11 +57,14 @@ class Pipeline {
     // A line for people where a stage does not compute here in its precision; else empty.
     std::string note() const;
     bool on_cpu(const Stage& stage) const;
+    // Whether the build saw on the engines that run here that a sample has the same bits in each batch.
+    bool batch_invariant() const;
 
     const Path folder;
     const Manifest manifest;
 
   private:
+    friend struct EngineDouble;  // tests put engines of their own in the place of a stage's
     struct Opened {
         Turns turns;                                             // for engines and checked, at all sizes
         std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
@@ -73,7 +79,6 @@ class Pipeline {
     Path cache() const;
     Engine& engine(const Stage& stage);
     std::unique_ptr<Engine> open(const Stage& stage);
-    RunStage runner();
     std::map<std::string, std::vector<float>> run(const Stage& stage, const std::vector<Input>& inputs,
                                                   std::size_t rows);
     std::map<std::string, Output> answer(const Stage& stage, const std::vector<Input>& inputs);

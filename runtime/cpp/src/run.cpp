@@ -37,10 +37,12 @@ Values twice(const Values& values) {
 
 }  // namespace
 
-Run::Run(Pipeline& pipe, const Request& request)
+Run::Run(Pipeline& pipe, const Request& request, RunStage compute, std::size_t budget)
     : pipe_(pipe.at(request.size)),
       checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),
+      compute_(std::move(compute)),
+      budget_(budget),
       trajectory_(start(pipe_.manifest, request, checked_)),
       with_others_(request.cancellation ? request.cancellation : current_call().cancellation,
                    [own = cancellation_] { own->cancel(); }) {}
@@ -59,24 +61,44 @@ auto Run::as_own(const Make& make) {
 bool Run::step() {
     require_going();
     if (done() == steps()) return false;
-    if (const auto groups = trajectory_.asks())
-        trajectory_.tell(as_own([&] { return denoise(*groups); }));
-    else
-        trajectory_.tell();
+    if (const auto ask = this->ask()) {
+        const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
+            return (*ask->memo)(ask->step, first, last, ask->groups);
+        };
+        tell(as_own([&] { return pipe_.denoise(ask->state, inputs, ask->weights); }));
+    } else {
+        tell();
+    }
     if (on_step_ && on_step_(done(), steps(), state())) cancel();
     require_going();
     return done() < steps();
 }
 
-Prediction Run::denoise(Groups groups) {
-    if (!memo_) memo_ = std::make_unique<Memo>(pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative));
-    const std::size_t index = trajectory_.done();
-    const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
-        return (*memo_)(index, first, last, groups);
-    };
+std::optional<Ask> Run::ask() {
+    require_going();
+    const auto groups = trajectory_.asks();
+    if (!groups) return std::nullopt;
+    if (!memo_)
+        memo_ = as_own([&] {
+            return std::make_unique<Memo>(
+                pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative, compute_, budget_));
+        });
     const std::vector<float> state(this->state().begin(), this->state().end());
-    if (groups == Groups::APART) return pipe_.denoise(twice(state), inputs, twice(checked_.weights));
-    return pipe_.denoise(state, inputs, checked_.weights);
+    const bool apart = *groups == Groups::APART;
+    return Ask{trajectory_.done(), *groups, apart ? twice(state) : state,
+               apart ? twice(checked_.weights) : checked_.weights, memo_.get()};
+}
+
+bool Run::tell(Prediction answer) {
+    require_going();
+    trajectory_.tell(std::move(answer));
+    return done() < steps();
+}
+
+bool Run::tell() {
+    require_going();
+    if (done() < steps()) trajectory_.tell();
+    return done() < steps();
 }
 
 std::vector<float> Run::latents() {

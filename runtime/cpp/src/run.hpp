@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "loops.hpp"
@@ -12,13 +13,34 @@ namespace dit_runtime {
 
 class Pipeline;
 
+// What the step stage reads for the next step of a run: B samples in G groups of conditions. Asks of one G may share a
+// call: their states, weights and answers are stacked on axis 0, what has groups on axis 1.
+struct Ask {
+    std::size_t step;  // number of the evaluation, from 0
+    Groups groups;
+    std::vector<float> state;    // (B, *state)
+    std::vector<float> weights;  // (B,)
+    Memo* memo;                  // the other inputs; it belongs to the run
+
+    std::size_t places() const { return weights.size(); }                              // B
+    std::size_t number() const { return groups == Groups::APART ? 1 : rows(groups); }  // G
+};
+
 // A run of a request that its pipeline can answer; the pipeline outlives it.
 class Run {
   public:
-    Run(Pipeline& pipe, const Request& request);
+    // `compute` runs the stages before the loop, in the place of the pipeline: a service shares what they give.
+    Run(Pipeline& pipe, const Request& request, RunStage compute = {}, std::size_t budget = MEMO_BYTES);
 
     // Goes one step; true while there is more to do. After an engine's failure it can be called again.
     bool step();
+    // What the next step needs of the network; none where it needs nothing, or none is left. A batcher calls this and
+    // `tell` in the place of `step`.
+    std::optional<Ask> ask();
+    // Goes the next step with the network's answer, or without where `ask` gave none; true while there is more to do.
+    bool tell(Prediction answer);
+    bool tell();
+
     // The latents after the steps so far, [N, *state]; with one that is the first, the noise.
     const Array& state() const { return trajectory_.state(); }
     // The latents after all steps, with those that are still to do.
@@ -42,7 +64,6 @@ class Run {
 
   private:
     void require_going() const;
-    Prediction denoise(Groups groups);
     // Makes the call as one of the run's, which its cancelling stops.
     template <typename Make>
     auto as_own(const Make& make);
@@ -50,6 +71,8 @@ class Run {
     Pipeline& pipe_;
     const Checked checked_;
     const OnStep on_step_;
+    const RunStage compute_;
+    const std::size_t budget_;  // of its memo, in bytes
     Trajectory trajectory_;
     std::unique_ptr<Memo> memo_;
     Timing timing_;

@@ -1,4 +1,5 @@
-/* dit.h as C11 sees it. */
+/* dit.h and batcher.h as C11 sees them. */
+#include <dit/batcher.h>
 #include <dit/dit.h>
 
 int main(void) {
@@ -8,6 +9,8 @@ int main(void) {
     dit_pipeline* pipe = dit_new();
     const int refused = dit_open(pipe, "/nowhere", &options) == DIT_BAD_BUNDLE &&
                         dit_get_info(pipe, &info) == DIT_BAD_ARGUMENT && request.count == 0;
+    dit_batcher_options batching = DIT_BATCHER_OPTIONS_INIT;
+    dit_batcher* batcher = NULL;
     dit_free(pipe);
-    return refused ? 0 : 1;
+    return refused && dit_batcher_new(NULL, &batching, &batcher) == DIT_BAD_ARGUMENT && !batcher ? 0 : 1;
 }

@@ -1,13 +1,16 @@
 # The tests that need an engine.
 
 # The library as a program sees it; of its insides only the sum that seals a bundle.
-add_executable(api-tests api_test.cpp captions_test.cpp model_test.cpp ports_test.cpp prompt_calls_test.cpp refusals_test.cpp
-  run_test.cpp service_test.cpp sizes_test.cpp ../src/sha256.cpp ../src/errors.cpp)
+add_executable(api-tests api_test.cpp batcher_api_test.cpp captions_test.cpp model_test.cpp ports_test.cpp
+  prompt_calls_test.cpp refusals_test.cpp run_test.cpp service_test.cpp sizes_test.cpp ../src/sha256.cpp
+  ../src/errors.cpp)
 target_include_directories(api-tests PRIVATE ../src)
 target_link_libraries(api-tests PRIVATE dit::dit GTest::gtest_main nlohmann_json::nlohmann_json Threads::Threads)
 
-add_executable(bench bench.cpp)
-target_link_libraries(bench PRIVATE dit_core ${linked})
+foreach(measurement bench cost)
+  add_executable(${measurement} ${measurement}.cpp)
+  target_link_libraries(${measurement} PRIVATE dit_core ${linked})
+endforeach()
 
 # The engines of NVIDIA GPUs, each alone with the library's other insides, on doubles of CUDA and of TensorRT.
 set(insides $<TARGET_OBJECTS:dit_core> ../src/backends_linked.cpp)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from schedulings import schedulings
 
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.caches import CACHES, make_cache
@@ -203,6 +204,7 @@ def goldens() -> dict[str, Any]:
         "beta_quantiles": {str(p): beta_quantile(np.array([p])).item() for p in (1e-9, 0.001, 0.2, 0.5, 0.7, 0.999)},
         "trajectories": trajectories(),
         "noise": noises(),
+        "schedulings": schedulings(),
         "seeds": {"seeds": seeds, "draws": [each((3, 1, 2, 9)).reshape(-1).tolist() for _ in range(2)]},
     }
 

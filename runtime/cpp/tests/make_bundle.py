@@ -200,7 +200,7 @@ def make(folder: Path, kind: str = "labels") -> None:
         sized = {"size": "32x64", "suffix": "-32x64"} | {key: own[key] for key in keys}
         table |= {"size": "32", "sizes": [sized]}
     files = {name: asdict(file) for name, file in manifest.describe_files(folder).items()}
-    manifest.write_file(folder, manifest.NAME, json.dumps(table | {"files": files}, indent=1).encode())
+    (folder / manifest.NAME).write_text(json.dumps(table | {"files": files}, indent=1))
 
 
 def make_size(folder: Path, kind: str, suffix: str = "") -> dict[str, Any]:

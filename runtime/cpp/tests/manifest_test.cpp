@@ -132,7 +132,7 @@ TEST(Ports, Refusals) {
         table["ports"][4] = table["ports"][3];
         table["ports"][4]["name"] = "pooled";
     });
-    bad("port of a picture: pooled: got condition float32 [3], expected a condition port of float32 [6]",
+    bad("port of a picture: pooled: got condition float32 [5], expected a condition port of float32 [6]",
         [](Json& table) { table["ports"][4]["picture"] = true; });
     bad("port of a picture: signal: got state float32 [6]", [](Json& table) { table["ports"][0]["picture"] = true; });
     bad("ports of a picture: got words, pooled, expected one at most", [](Json& table) {

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from dit_runtime import backends, bench, sample, verify
+from dit_runtime import backends, bench, cache, sample, verify
 from dit_runtime.backends import Options, Tuning
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
@@ -19,6 +19,8 @@ from dit_runtime.console import guarded, printable
 from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser, add_bundle, add_size, load_bundle
 from dit_runtime.progress import Progress
+
+ACTIONS = {"info": f"of at most {cache.LIMITS['cache_bytes'] / 1e9:.1f} GB", "clear": "removed"}  # of `cache`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +55,10 @@ def _parser() -> Parser:
     compiling.add_argument("--backend", default="auto", help=f"auto, {', '.join(backends.BACKENDS)}")
     add_tuning(compiling)
     compiling.set_defaults(command=_compile)
+
+    kept = commands.add_parser("cache", help="what backends compiled on this machine and keep for the next time")
+    kept.add_argument("action", choices=ACTIONS, help="what it holds, or remove all of it")
+    kept.set_defaults(command=_cache)
 
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
     add_bundle(timing)
@@ -101,6 +107,17 @@ def _info(options: argparse.Namespace) -> int:
         reason = backends.backend(name).why_unavailable() if version else None
         state = f"{version}, and cannot run here: {reason}" if reason else version
         print(f"backend {name}: {state or hint}")
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    own = cache.root()
+    if own is None or not own.is_dir() or not cache.is_own(own):
+        print("the cache is empty" if own is None or not own.exists() else f"{own}: not this user's own, and not used")
+        return 0
+    known = list(cache.entries(own)) if options.action == "info" else cache.prune(own, 0)
+    size = sum(entry.size for entry in known) / 1e6
+    print(f"{own}: {len(known)} entries, {size:.1f} MB {ACTIONS[options.action]}")
     return 0
 
 

@@ -25,13 +25,13 @@ class Worker:
     """Draws shards; Ray makes it an actor."""
 
     def __init__(self, bundle: Path, series: Series, folder: Path, options: Mapping[str, Any]) -> None:
-        self._bundle, self._job, self._folder, self._options = bundle, series, folder, options
+        self._bundle, self._series, self._folder, self._options = bundle, series, folder, options
         self._pipe: Pipeline | None = None
 
     def open(self) -> Pipeline:
         """Open the bundle where it is not open: here, because Ray reports no errors of a constructor as they are."""
         if self._pipe is None:
-            if manifest.sha256(self._bundle / manifest.NAME) != self._job.sha256:
+            if manifest.sha256(self._bundle / manifest.NAME) != self._series.sha256:
                 raise UsageError(f"{self._bundle}: another bundle than the one where the series was started")
             self._pipe = Pipeline.load(self._bundle, **self._options)
         return self._pipe
@@ -42,8 +42,8 @@ class Worker:
     def draw(self, shard: int) -> int:
         """Draw a shard, unless a worker did that died before it could say so."""
         pipe = self.open()
-        if not shards.is_whole(self._folder, self._job, shard, shards.picture_shape(pipe.manifest, self._job)):
-            shards.draw(pipe, self._job, self._folder, shard)
+        if not shards.is_whole(self._folder, self._series, shard, shards.picture_shape(pipe.manifest, self._series)):
+            shards.draw(pipe, self._series, self._folder, shard)
         return shard
 
 

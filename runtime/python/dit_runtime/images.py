@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError
+from dit_runtime.files import beside, write_file
 
 Pictures = NDArray[np.uint8]
 
@@ -45,7 +46,7 @@ def still(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
-    path.write_bytes(png(picture))
+    write_file(path, png(picture))
 
 
 def png(picture: NDArray[np.uint8]) -> bytes:
@@ -70,8 +71,13 @@ def png(picture: NDArray[np.uint8]) -> bytes:
 
 def write_npz(path: Path, pictures: Pictures) -> None:
     """Write the form that ADM's evaluation reads: `arr_0`, uint8 [N, H, W, 3]."""
-    with path.open("wb") as file:
+    with beside(path) as partial, partial.open("wb") as file:
         np.savez(file, arr_0=pictures)
+
+
+def write_npy(path: Path, latents: NDArray[Any]) -> None:
+    with beside(path) as partial, partial.open("wb") as file:
+        np.save(file, latents)
 
 
 def write_folder(path: Path, pictures: Pictures) -> None:
@@ -98,7 +104,7 @@ def write_mp4(path: Path, videos: Pictures, rate: int) -> None:
     require_mp4(path, rate)
     import av
 
-    with av.open(str(path), "w") as file:
+    with beside(path) as partial, av.open(str(partial), "w", format="mp4") as file:
         sheets = [grid(frames) for frames in videos.swapaxes(0, 1)]
         height, width, _ = sheets[0].shape
         stream = file.add_stream("libx264", rate=rate, width=width, height=height, pix_fmt="yuv420p")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime import warming
+from dit_runtime import cache, warming
 from dit_runtime.backends import CPU, Engine, Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
@@ -68,7 +67,7 @@ class Pipeline:
         folder = Path(folder)
         contract = manifest.read(folder).at(size)
         warming.require(contract, warm, low_memory)
-        options = Options(threads=threads, provider=provider, cache=_cache(contract), low_memory=low_memory)
+        options = Options(threads=threads, provider=provider, cache=cache.folder_of(contract), low_memory=low_memory)
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory
         with ExitStack() as undo:
             undo.callback(pipe.close)
@@ -122,15 +121,3 @@ def _open(engines: Engines) -> None:
         return
     for stage in stages:  # in their order: engines of a GPU share the stream of the first
         engines.open(stage)
-
-
-def _cache(contract: Manifest) -> Path | None:
-    """Return the folder of the user's cache where backends keep what they compile of this bundle."""
-    import hashlib  # here, so that importing the runtime stays quick
-
-    content = "".join(f"{name} {file.sha256}\n" for name, file in sorted(contract.files.items()))
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return None
-    return Path(home) / "dit-run" / hashlib.sha256(content.encode()).hexdigest()[:32]

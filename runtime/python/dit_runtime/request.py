@@ -201,10 +201,13 @@ class Request:
             raise UsageError("no prompt; pass at least one")
         condition, ports = _with_words(manifest, condition, self.prompt, tokenizers, negative=False)
         left_out = {manifest.guidance.port} - condition.keys()
-        if manifest.picture is not None and self.image is not None:
-            if (name := manifest.picture.name) in condition:
-                raise UsageError(f"got both an image and a condition with {name}: pass one of them")
-            left_out.add(name)
+        picture = manifest.picture.name if manifest.picture else ""
+        if picture and self.image is not None:
+            if picture in condition:
+                raise UsageError(f"got both an image and a condition with {picture}: pass one of them")
+            left_out.add(picture)
+        elif picture and manifest.start is not None and picture not in condition:
+            raise UsageError(f"no image for {picture}; pass one (dit-run: --image), or a condition with {picture}")
         return fit(condition, [port for port in ports if port.name not in left_out])
 
     def _negative(self, manifest: Manifest, tokenizers: Tokenizers | None) -> Rows:
@@ -233,12 +236,12 @@ class Request:
         image = pictures.as_pictures(self.image, height, width)
         return image, None if self.mask is None else pictures.as_mask(self.mask, height, width, manifest.state.shape)
 
-    def _count(self, *starts: NDArray[Any] | None) -> int:
-        """Return the number of samples of a network without conditions."""
-        counts = [len(start) for start in starts if start is not None and start.ndim]
-        if counts:
-            return max(1, *counts)
-        return max(1, len(self.seed)) if isinstance(self.seed, Sequence) else 1
+    def _count(self, latents: NDArray[Any] | None, *pictures: NDArray[Any] | None) -> int:
+        """Return the number of samples where no condition has rows; one picture is for all."""
+        if latents is not None and latents.ndim:
+            return max(1, len(latents))
+        counts = [len(picture) for picture in pictures if picture is not None]
+        return max(1, *counts, len(self.seed) if isinstance(self.seed, Sequence) else 1)
 
     def _weights(self, manifest: Manifest, count: int) -> NDArray[np.float32]:
         guidance = manifest.guidance.default if self.guidance is None else self.guidance

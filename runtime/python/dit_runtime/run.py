@@ -151,6 +151,11 @@ class Run:
         """The state after the last step, [B, *state]; on a device, this waits for it and brings it home."""
         return self._home()
 
+    @property
+    def last(self) -> tuple[Array, NDArray[Any]] | None:
+        """What the last step read of the state, and its prediction, guided or a cache's; of runs on the host."""
+        return self._trajectory.last
+
     def cancel(self) -> None:
         """Let the next `step()` or `result()` raise Stopped; any thread may call this."""
         self._cancelled = True

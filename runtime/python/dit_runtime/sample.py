@@ -108,7 +108,7 @@ def _sample(options: argparse.Namespace) -> int:
     writers: dict[str, Callable[[Path, np.ndarray], None]] = {
         ".png": _write_png,
         ".npz": images.write_npz,
-        ".npy": np.save,
+        ".npy": images.write_npy,
         ".mp4": lambda path, videos: images.write_mp4(path, videos, options.fps),
         "": images.write_folder,
     }
@@ -180,10 +180,9 @@ def _sample_shards(options: argparse.Namespace) -> int:
         raise UsageError("shards need both --count N and --shards DIR")
     if options.workers is not None and (options.ray is None or options.workers < 1):
         raise UsageError(f"--workers is {options.workers}; expected 1 or more, and --ray")
-    single = {"condition", "negative_condition", "latents", "image", "mask", "strength"} | (
-        {"output"} if options.output != OUTPUT else set()
-    )
-    if refused := [name for name in sorted(single) if getattr(options, name)]:
+    single = ["condition", "negative_condition", "latents", "image", "mask", "strength"]
+    single += ["output"] if options.output != OUTPUT else []
+    if refused := [name for name in single if getattr(options, name)]:
         raise UsageError(f"--{refused[0].replace('_', '-')} does not go with --shards")
     for name in ("seed", "guidance", "negative"):
         if len(getattr(options, name) or ()) > 1:

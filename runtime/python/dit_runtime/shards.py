@@ -9,8 +9,6 @@ the same.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +22,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.conditions.labels import class_number
 from dit_runtime.errors import UsageError
+from dit_runtime.files import PARTIAL, beside, write_file
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Request
 
@@ -97,7 +96,7 @@ def begin(folder: Path, series: Series) -> None:
     if not file.exists():
         if any(folder.iterdir()):
             raise UsageError(f"{folder}: holds other files, and no {NAME}; take an empty folder")
-        _write(file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_file(file, text)
         return
     try:
         old, new = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
@@ -154,13 +153,8 @@ def draw(pipe: Pipeline, series: Series, folder: Path, shard: int, report: Repor
         report(min(first + series.batch, len(numbers)), len(numbers))
     classes, seeds = np.array(series.classes(numbers)), np.array(series.seeds(numbers))
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, arr_0=np.concatenate(parts), arr_1=classes, seeds=seeds)
-            file.flush()
-            os.fsync(file.fileno())
-
-    _write(path(folder, shard), write)
+    with beside(path(folder, shard)) as partial, partial.open("wb") as file:
+        np.savez(file, arr_0=np.concatenate(parts), arr_1=classes, seeds=seeds)
 
 
 def run(pipe: Pipeline, series: Series, folder: Path, todo: Sequence[int], report: Report) -> None:
@@ -178,11 +172,5 @@ def run(pipe: Pipeline, series: Series, folder: Path, todo: Sequence[int], repor
 
 def clean(folder: Path) -> None:
     """Remove what workers left that were killed while they wrote."""
-    for left in folder.glob("*.partial-*"):
+    for left in folder.glob(f".*{PARTIAL}*"):
         left.unlink(missing_ok=True)
-
-
-def _write(file: Path, write: Callable[[Path], object]) -> None:
-    partial = file.with_name(f"{file.name}.partial-{secrets.token_hex(4)}")
-    write(partial)
-    partial.replace(file)

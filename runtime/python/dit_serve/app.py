@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Scope
 
 from dit_runtime.serve import Busy
-from dit_serve.body import OUTPUTS, Body, Limits, parse
-from dit_serve.drawing import Drawing, encode, fault
-from dit_serve.faults import Fault, retry_after
+from dit_serve.body import OUTPUTS, Body, Limits, parse, parse_edit
+from dit_serve.drawing import Drawing, encode, fault, timing
+from dit_serve.faults import Fault, answer_bug, answer_fault, answer_http, retry_after
+from dit_serve.form import parse_form
 from dit_serve.guard import LOCAL, Guard
 from dit_serve.jobs import Job, Jobs
 from dit_serve.metrics import Metrics
 from dit_serve.models import Model
 
 PAGE = Path(__file__).with_name("page.html")
+EDITS = "/v1/images/edits"
+EDITING = 4  # requests with pictures at a time: each may have as many bytes as a form, and its pixels
+LAST = 1.0  # seconds for jobs to say that they were stopped
 WAITING = 400  # requests for images at a time; more connections than that are left for others
 log = logging.getLogger("dit_serve")
 
@@ -60,7 +64,9 @@ class Service:
         self.metrics, self.jobs = Metrics(models), Jobs()
         self.draining = False
         self.waiting = 0  # requests for images that are read or drawn
+        self.editing = 0  # of those, the ones that bring pictures
         self._deadlines = {"/v1/images/generations": settings.deadline, "/v1/jobs": settings.job_deadline}
+        self._deadlines[EDITS] = settings.deadline
         self._until = math.inf  # by the clock, when work under way is stopped
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -73,7 +79,7 @@ class Service:
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.one_model),
             Route("/v1/images/generations", self.generate, methods=["POST"]),
-            Route("/v1/images/edits", self.edit, methods=["POST"]),
+            Route(EDITS, self.edit, methods=["POST"]),
         ]
         own = [
             Route("/", self.page),
@@ -82,11 +88,12 @@ class Service:
             Route("/v1/jobs/{job}", self.stop_job, methods=["DELETE"]),
             Route("/v1/jobs/{job}/events", self.follow_job),
         ]
-        handlers: Any = {Fault: _answer_fault, HTTPException: _answer_http, Exception: _answer_bug}
+        handlers: Any = {Fault: answer_fault, HTTPException: answer_http, Exception: answer_bug}
         routes += [] if replicas else own
         app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         settings = self.settings
-        return Guard(app, settings.key, settings.hosts, settings.limits.body, self._refuse)
+        forms = {EDITS: settings.limits.form}
+        return Guard(app, settings.key, settings.hosts, settings.limits.body, self._refuse, forms)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -95,11 +102,15 @@ class Service:
             loop.add_signal_handler(signal.SIGHUP, lambda: self._keep(self.swap()))
         yield
         self.drain()  # where no signal has
-        with contextlib.suppress(TimeoutError):
-            left = max(0, self._until - time.monotonic())
-            await asyncio.wait_for(asyncio.gather(*self._tasks, return_exceptions=True), left)
+        await self._wait(max(0, self._until - time.monotonic()))
         for model in self.models.values():
             await asyncio.to_thread(model.close)
+        await self._wait(LAST)
+
+    async def _wait(self, seconds: float) -> None:
+        """Let what is under way end by itself."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
 
     def drain(self) -> None:
         """Take no more requests; what is under way has the grace from now on."""
@@ -135,12 +146,14 @@ class Service:
             refused, name = _busy(model, deadline), model.name
         if refused is None and self.waiting >= WAITING:
             refused = Fault(429, f"{WAITING} requests wait for their images", headers=retry_after(1))
+        if refused is None and scope["path"] == EDITS and self.editing >= EDITING:
+            refused = Fault(429, f"{EDITING} requests with pictures are under way", headers=retry_after(1))
         if refused is not None:
             self.metrics.answer(name, refused.status, 0.0)
         return refused
 
-    def _read(self, request: Request, content: bytes) -> tuple[Model, Body]:
-        body = parse(content, self.settings.limits)
+    def _find(self, request: Request, body: Body) -> Model:
+        """Return the model that draws a body; raise a Fault where it cannot."""
         name = body.model if body.model is not None else next(iter(self.models))
         request.scope["fields"] |= {"model": name[:100], "images": body.n}
         if name not in self.models:
@@ -149,13 +162,23 @@ class Service:
         if len(self.models) > 1 and (busy := _busy(model, self._deadlines[request.scope["path"]])):
             raise busy
         model.check(body, self.settings.limits)
-        return model, body
+        return model
 
     async def generate(self, request: Request) -> Response:
+        return await self._counted(request, self._generate)
+
+    async def edit(self, request: Request) -> Response:
+        self.editing += 1
+        try:
+            return await self._counted(request, self._edit)
+        finally:
+            self.editing -= 1
+
+    async def _counted(self, request: Request, respond: Callable[[Request], Awaitable[Response]]) -> Response:
         began, code = time.monotonic(), 500
         self.waiting += 1
         try:
-            response = await self._generate(request)
+            response = await respond(request)
             code = response.status_code
             return response
         except Fault as error:
@@ -167,7 +190,16 @@ class Service:
             self.metrics.answer(model, code, time.monotonic() - began)
 
     async def _generate(self, request: Request) -> Response:
-        model, body = self._read(request, await _content(request))
+        body = parse(await _content(request), self.settings.limits)
+        return await self._draw(request, self._find(request, body), body)
+
+    async def _edit(self, request: Request) -> Response:
+        parts = parse_form(request.headers["content-type"], await _content(request))
+        body = parse_edit(parts, self.settings.limits)
+        model = self._find(request, body)
+        return await self._draw(request, model, await asyncio.to_thread(model.read, body))
+
+    async def _draw(self, request: Request, model: Model, body: Body) -> Response:
         drawing = Drawing(model, body, self.settings.deadline)
         pictures = asyncio.ensure_future(drawing.pictures())
         gone = asyncio.ensure_future(_disconnected(request))
@@ -183,9 +215,9 @@ class Service:
         request.scope["fields"] |= self._account(drawing)
         if body.response_format == "bytes":
             content = await asyncio.to_thread(encode, drawn[0], body.output_format)
-            headers = {"X-Seed": str(drawing.tickets[0].request.seed), "Server-Timing": _timing(drawing.stats(0))}
+            headers = {"X-Seed": str(drawing.tickets[0].request.seed), "Server-Timing": timing(drawing.stats(0))}
             return Response(content, media_type=OUTPUTS[body.output_format], headers=headers)
-        return JSONResponse(await drawing.answer(drawn), headers={"Server-Timing": _timing(drawing.stats(0))})
+        return JSONResponse(await drawing.answer(drawn), headers={"Server-Timing": timing(drawing.stats(0))})
 
     def _account(self, drawing: Drawing) -> dict[str, float]:
         """Count what was drawn, and return what the first image cost, for the log."""
@@ -193,15 +225,13 @@ class Service:
             self.metrics.image(drawing.model.name, ticket.stats)
         return drawing.stats(0)
 
-    async def edit(self, request: Request) -> Response:
-        raise Fault(501, "no bundle has an encoder of images yet, so none can be edited")
-
     # Jobs
 
     async def start_job(self, request: Request) -> Response:
         began, code = time.monotonic(), 202
         try:
-            model, body = self._read(request, await _content(request))
+            body = parse(await _content(request), self.settings.limits)
+            model = self._find(request, body)
             if body.response_format == "bytes":
                 raise Fault(400, "a job's images are b64_json", "response_format")
             job = self.jobs.add()
@@ -319,22 +349,3 @@ async def _disconnected(request: Request) -> None:
     """Return when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _timing(stats: Mapping[str, float]) -> str:
-    return ", ".join(f"{name[:-3]};dur={value}" for name, value in stats.items() if name.endswith("_ms"))
-
-
-async def _answer_fault(request: Request, error: Fault) -> Response:
-    if error.status == 500:
-        log.error("failed", extra={"fields": request.scope["fields"]}, exc_info=error.__cause__ or error)
-    return error.response()
-
-
-async def _answer_http(request: Request, error: HTTPException) -> Response:
-    return Fault(error.status_code, error.detail, headers=error.headers).response()
-
-
-async def _answer_bug(request: Request, error: Exception) -> Response:
-    log.error("internal error", extra={"fields": request.scope["fields"]}, exc_info=error)
-    return Fault(500, "internal error; the server's log says more under this request's id").response()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 from dit_runtime.errors import nearest
 from dit_serve.faults import Fault
+from dit_serve.form import Part
 
 OUTPUTS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 FORMS = ("b64_json", "bytes")
 MOST_WORDS = 8000  # characters of a prompt
 MOST_SEED = 2**63
+FILES = ("image", "mask")
+OF_FILES = ("files", "start")
+NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
+KINDS = {"n": int, "seed": int, "num_inference_steps": int, "guidance_scale": float, "strength": float}
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,7 @@ class Limits:
     steps: int = 250
     pixels: int = 2**24  # of all images of a request
     body: int = 64 << 10  # bytes
+    form: int = 12 << 20  # bytes of a body with pictures
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class Body:
     output_format: str = "png"
     previews: int = 0  # of a job, for each image
     user: str | None = None  # taken and not used, as in other servers
+    strength: float | None = None  # of an edit
+    files: Mapping[str, bytes] = field(default_factory=dict)  # of an edit: image, mask
+    start: Mapping[str, Any] = field(default_factory=dict)  # what they hold, as fields of the runtime's request
 
     @property
     def seeds(self) -> list[int]:
@@ -53,20 +63,56 @@ class Body:
 
 def parse(content: bytes, limits: Limits) -> Body:
     """Return a body's fields; raise Fault(400) where one is unknown, missing, or not of its type and range."""
+    return _check(_object(content), limits, hidden=("strength", *OF_FILES))
+
+
+def parse_edit(parts: Iterable[Part], limits: Limits) -> Body:
+    """Return the fields of a form's parts, where numbers are text."""
+    table: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
+    for name, content in parts:
+        if name in table or name in files:
+            raise Fault(400, f"{name} stands in the body twice; expected once", name if name in FILES else None)
+        if name in FILES:
+            files[name] = content
+        else:
+            table[name] = _number(name, content)
+    if "image" not in files:
+        raise Fault(400, "image is missing", "image")
+    if "previews" in table:
+        raise Fault(400, "an edit has no previews", "previews")
+    return replace(_check(table, limits, hidden=OF_FILES), files=files)
+
+
+def _number(name: str, content: bytes) -> Any:
+    """Return what a field of this name has as text; what is no number stays text, for its check."""
+    text = content.decode("utf-8", "replace")
+    kind = KINDS.get(name, str)
+    try:
+        return kind(text) if NUMBER.fullmatch(text) else text
+    except ValueError:
+        return text
+
+
+def _object(content: bytes) -> dict[str, Any]:
     try:
         table = json.loads(content, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise Fault(400, "the body is not JSON") from None
     if not isinstance(table, dict):
         raise Fault(400, "the body is not a JSON object")
-    known = {field.name: field for field in fields(Body)}
+    return table
+
+
+def _check(table: Mapping[str, Any], limits: Limits, hidden: Collection[str]) -> Body:
+    known = {entry.name: entry for entry in fields(Body) if entry.name not in hidden}
     values = {name: value for name, value in table.items() if value is not None}
     for name in values:
         if name not in known:
             close = nearest(name, known) if len(name) < 40 else ""
             raise Fault(400, f"the body has a field that is not known{close}; known: {', '.join(known)}")
-    for name, field in known.items():
-        if name not in values and field.default is MISSING:
+    for name, entry in known.items():
+        if name not in values and entry.default is MISSING and entry.default_factory is MISSING:
             raise Fault(400, f"{name} is missing", name)
     checks: dict[str, Callable[[Any], bool]] = {
         "prompt": lambda value: isinstance(value, str) and len(value) <= MOST_WORDS,
@@ -83,6 +129,7 @@ def parse(content: bytes, limits: Limits) -> Body:
         "output_format": OUTPUTS.__contains__,
         "previews": lambda value: _integer(value, 0, 4),
         "user": lambda value: isinstance(value, str),
+        "strength": lambda value: type(value) in (int, float) and 0 < value <= 1,
     }
     expected = {
         "prompt": f"a string of at most {MOST_WORDS} characters",
@@ -93,6 +140,7 @@ def parse(content: bytes, limits: Limits) -> Body:
         "response_format": " or ".join(FORMS),
         "output_format": ", ".join(OUTPUTS),
         "previews": "an integer from 0 to 4",
+        "strength": "a number above 0, up to 1",
     }
     for name, value in values.items():
         if not (isinstance(value, str | int | float) and checks[name](value)):

@@ -49,6 +49,11 @@ def _parser() -> Parser:
     add("--threads", type=int, help="of the engines; default: their own choice")
     add("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     add("--batch", type=int, help="most images that share a call; default: measured at the start")
+    add(
+        "--allow-batch-variance",
+        action="store_true",
+        help="let --batch be more than 1 where pictures depend on what shares their call",
+    )
     add("--deadline", type=float, default=60.0, help="seconds for a request; what cannot keep it gets 429; default: 60")
     add("--job-deadline", type=float, default=600.0, help="seconds for a job; default: 600")
     add("--grace", type=float, default=30.0, help="seconds for what is under way at SIGTERM; default: 30")

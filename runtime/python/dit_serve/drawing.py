@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -85,6 +85,11 @@ class Drawing:
 
 
 COUNTS = ("calls", "batched")
+
+
+def timing(stats: Mapping[str, float]) -> str:
+    """Return an image's cost as the header Server-Timing has it."""
+    return ", ".join(f"{name[:-3]};dur={value}" for name, value in stats.items() if name.endswith("_ms"))
 
 
 def encode(picture: NDArray[np.uint8], kind: str) -> bytes:

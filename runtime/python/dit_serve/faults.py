@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 
-from starlette.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
+log = logging.getLogger("dit_serve")
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -30,3 +34,18 @@ class Fault(Exception):
 
 def retry_after(seconds: float) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
+
+
+async def answer_fault(request: Request, error: Fault) -> Response:
+    if error.status == 500:
+        log.error("failed", extra={"fields": request.scope["fields"]}, exc_info=error.__cause__ or error)
+    return error.response()
+
+
+async def answer_http(request: Request, error: HTTPException) -> Response:
+    return Fault(error.status_code, error.detail, headers=error.headers).response()
+
+
+async def answer_bug(request: Request, error: Exception) -> Response:
+    log.error("internal error", extra={"fields": request.scope["fields"]}, exc_info=error)
+    return Fault(500, "internal error; the server's log says more under this request's id").response()

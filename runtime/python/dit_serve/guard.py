@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +18,7 @@ from dit_serve.faults import Fault
 
 OPEN = ("/", "/healthz", "/readyz")  # paths that need no key
 ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NO_FORMS: Mapping[str, int] = {}
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 log = logging.getLogger("dit_serve")
@@ -36,11 +37,14 @@ class Guard:
         hosts: Collection[str],
         most: int,
         busy: Callable[[Scope], Fault | None] = lambda _: None,
+        forms: Mapping[str, int] = NO_FORMS,
     ) -> None:
         """Without a key only `hosts` are served, so that no page of another origin reaches a server on this machine.
 
-        `busy` refuses what need not be read, because whatever it asks for cannot be had now.
+        `busy` refuses what need not be read, because whatever it asks for cannot be had now. Bodies are JSON of at
+        most so many bytes; those of the paths in `forms` are forms, of more.
         """
+        self._forms = forms
         self._app, self._key, self._hosts, self._most, self._busy = app, key, hosts, most, busy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +78,7 @@ class Guard:
             log.log(level, "request", extra={"fields": fields | line})
 
     def _refuse(self, scope: Scope, headers: Headers) -> Fault | None:
-        host = re.sub(r":\d*$", "", headers.get("host", ""))
+        host = _host(headers.get("host", ""))
         if self._key is None and host not in self._hosts:
             return Fault(403, "this server has no API key, so it answers only to its own host name")
         if self._key is not None and scope["path"] not in OPEN:
@@ -82,14 +86,23 @@ class Guard:
             if not hmac.compare_digest(sent, b"Bearer " + self._key):
                 return Fault(401, "no API key, or a wrong one", headers={"WWW-Authenticate": "Bearer"})
         if scope["method"] == "POST":
+            if self._key is None and _host(headers.get("origin", host).rpartition("/")[2]) not in self._hosts:
+                return Fault(403, "this server has no API key, so it takes nothing from pages of other origins")
             length = headers.get("content-length", "")  # of a chunked body it would say nothing
             if "transfer-encoding" in headers or not (length.isascii() and length.isdecimal()):
                 return Fault(411, "a body needs its length, Content-Length")
-            if len(length) > 12 or int(length) > self._most:
-                return Fault(413, f"the body has more than {self._most} bytes")
-            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                return Fault(415, "the body must have the type application/json")
+            most = self._forms.get(scope["path"], self._most)
+            if len(length) > 12 or int(length) > most:
+                return Fault(413, f"the body has more than {most} bytes")
+            kind = "multipart/form-data" if scope["path"] in self._forms else "application/json"
+            if headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+                return Fault(415, f"the body must have the type {kind}")
         return None
+
+
+def _host(name: str) -> str:
+    """Return a host's name without its port."""
+    return re.sub(r":\d*$", "", name)
 
 
 class JsonLines(logging.Formatter):

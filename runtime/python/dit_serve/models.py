@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.bundle.records import Manifest
 from dit_runtime.conditions.labels import class_number
 from dit_runtime.errors import BundleError, EngineError, UsageError
+from dit_runtime.picture_files import read_mask, read_picture
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.request import Request
 from dit_runtime.sampling.schedule import listed
@@ -34,6 +35,7 @@ class Opening:
     threads: int | None = None
     provider: str | None = None
     places: int | None = None  # None: as many samples share a call as the measured times say
+    variance: bool = False  # whether more than one may share a call where pictures depend on that
     verify: bool = True
     pins: Collection[str] = ()  # sha256 of the manifests that may be served; empty: of any
 
@@ -138,6 +140,20 @@ class Model:
                 if batcher is self.batcher:
                     raise
 
+    def read(self, body: Body) -> Body:
+        """Return an edit's body with what its pictures hold; raise a Fault where they cannot be read."""
+        contract = self.manifest.at(self.sizes[self.size(body)] or None)
+        if contract.start is None:
+            raise Fault(501, f"the model {self.name} has no encoder of images, so it edits none")
+        start: dict[str, Any] = {"strength": body.strength}
+        for name, read in (("image", read_picture), ("mask", read_mask)):
+            if name in body.files:
+                try:
+                    start[name] = read(body.files[name], *contract.picture_size, name)
+                except UsageError as error:
+                    raise Fault(400, str(error), name) from None
+        return replace(body, files={}, start=start)
+
     def requests(self, body: Body) -> list[Request]:
         """Return a request for each image; raise Fault(400) where the bundle does not take what the body has."""
         contract = self.manifest
@@ -147,6 +163,7 @@ class Model:
             "solver": body.solver,
             "preset": body.preset,
             "size": self.sizes[self.size(body)] or None,
+            **body.start,
         }
         if body.negative_prompt is not None and not contract.prompts:
             raise Fault(400, f"the model {self.name} takes no negative_prompt", "negative_prompt")
@@ -176,6 +193,7 @@ class Model:
             "guidance_scale": contract.guidance.default,
             "solver": sampler.solver,
             "presets": [*contract.presets],
+            "edits": contract.start is not None,
             "batch_invariant": contract.batch_invariant,
             "batch": self.batcher.places,
             "sha256": self.served.sha256,
@@ -196,6 +214,11 @@ def open_bundle(folder: Path, opening: Opening, verified: bool = False) -> Serve
         require_servable(folder, pipe.manifest)
         if manifest.sha256(folder / manifest.NAME) != digest:
             raise BundleError(f"{folder}: its manifest changed while it was opened; try again")
+        if (opening.places or 1) > 1 and not (pipe.manifest.batch_invariant or opening.variance):
+            raise UsageError(
+                f"{folder}: --batch is {opening.places}, but pictures of this bundle depend on what shares their call; "
+                "leave it out, or pass --allow-batch-variance too"
+            )
         if opening.verify or verified:
             require_verified(pipe)
         return Served(Batcher(pipe, places=opening.places), digest)

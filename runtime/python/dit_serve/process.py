@@ -27,7 +27,8 @@ log = logging.getLogger("dit_serve")
 def serve(options: argparse.Namespace, named: Mapping[str, Path], key: bytes | None) -> None:
     """Serve the bundles until SIGTERM or ctrl-c."""
     _log_as_json()
-    opening = Opening(options.threads, options.provider, options.batch, not options.skip_verify, options.pin)
+    how = options.threads, options.provider, options.batch, options.allow_batch_variance
+    opening = Opening(*how, not options.skip_verify, options.pin)
     models = open_models(named, opening, lambda line: log.info(line))
     limits = Limits(options.max_images, options.max_steps, options.max_pixels)
     settings = Settings(options.deadline, options.job_deadline, options.grace, limits, key, (*LOCAL, options.host))

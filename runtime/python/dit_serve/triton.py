@@ -80,7 +80,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 body = self._read(request)
-                tickets = self._submit(body, request.timeout() / 1e6 or self._deadline)
+                tickets = self._submit(body, min(request.timeout() / 1e6 or self._deadline, self._deadline))
             except Exception as error:
                 self._refuse(sender, error)
                 continue
@@ -102,6 +102,8 @@ class TritonPythonModel:
             if tensor is None:
                 continue
             values = np.from_dlpack(tensor).ravel()  # `as_numpy` is wrong with NumPy 2 before Triton 24.12
+            if len(values) > self._limits.body:
+                raise Fault(400, f"{name} has more than {self._limits.body} values", name)
             if values.dtype == np.uint8:
                 fields[name] = _decode(name, values.tobytes())
             elif len(values) == 1 and np.isfinite(values[0]):

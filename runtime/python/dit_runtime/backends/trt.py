@@ -26,9 +26,10 @@ from dit_runtime.backends.trt_network import (
     started,
 )
 from dit_runtime.backends.trt_preflight import preflight
-from dit_runtime.bundle.manifest import ENGINE, Stage, inside, write_file
+from dit_runtime.bundle.manifest import ENGINE, Stage, inside
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import FACTS
+from dit_runtime.files import write_file
 from dit_runtime.progress import Progress
 
 LEAST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}  # what a precision's tensor cores need
@@ -110,7 +111,7 @@ class Flavour:
             del monitor
             engine = self._inspected(trt, logger, plan, capabilities, options.tuning)
         if cache := _timing_cache(options.tuning):
-            cache.write_bytes(config.get_timing_cache().serialize())
+            write_file(cache, bytes(config.get_timing_cache().serialize()))
         major = (self._package() or ("",))[0].partition("-cu")[2]
         ampere_plus = options.tuning.hardware_compatibility_level == "ampere+"
         built = {
@@ -126,7 +127,7 @@ class Flavour:
             },
         }
         refit = stage.onnx_files if options.tuning.strip_plan else ()  # its weights are put back when it is opened
-        write_file(folder, name, plan)  # last: what fails before leaves no engine
+        write_file(folder / name, plan, follow=False)  # last: what fails before leaves no engine
         return Compiled((name, *refit), built)
 
     def _inspected(

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_runtime import cache
 from dit_runtime.backends import Options
 from dit_runtime.backends.cuda import Buffer, CudaError, Memory, Recording, Rows, Stream
 from dit_runtime.backends.trt_network import logger_of, runtime_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dit_runtime.backends.trt import Flavour
 
 DTYPES: dict[str, type[np.generic]] = {"FLOAT": np.float32, "INT64": np.int64}
-KERNELS = "kernels.bin"  # TensorRT-RTX's runtime cache
+KERNELS = "kernels.checked"  # TensorRT-RTX's runtime cache, after its sum
 SHAPES = 16  # the last used ones, which keep their contexts: two profiles of eight batch sizes
 Shapes = tuple[tuple[int, ...], ...]  # of the inputs, in their order
 
@@ -163,9 +163,8 @@ class TrtEngine:
             settings.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             if self._runtime_cache is None:
                 self._runtime_cache = settings.create_runtime_cache()
-                if self._kernels is not None:
-                    with suppress(OSError):  # there are none, or they cannot be read; another driver's are not taken
-                        self._runtime_cache.deserialize(self._kernels.read_bytes())
+                if self._kernels is not None and (kernels := cache.read(self._kernels)):
+                    self._runtime_cache.deserialize(kernels)  # another driver's are not taken
             settings.set_runtime_cache(self._runtime_cache)
             settings.set_execution_context_allocation_strategy(owned)
             context = self._engine.create_execution_context(settings)
@@ -235,16 +234,7 @@ class TrtEngine:
             del self._activations, self._stream
             self._runtime_cache = self._engine = self._runtime = None
         if kernels and self._kernels is not None:
-            with suppress(OSError):  # it only saves time
-                self._kernels.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                with NamedTemporaryFile(dir=self._kernels.parent, prefix=self._kernels.stem, delete=False) as part:
-                    try:
-                        part.write(kernels)
-                        part.flush()
-                        Path(part.name).replace(self._kernels)
-                    except BaseException:
-                        Path(part.name).unlink(missing_ok=True)
-                        raise
+            cache.write(self._kernels, kernels)
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from dit_runtime.bundle.parsing import parse
 from dit_runtime.bundle.records import FORMAT, File, Guidance, Manifest, Port, Prompt, Stage, TensorSpec
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import LIMITS
-from dit_runtime.files import read_json
+from dit_runtime.files import read_json, write_file
 from dit_runtime.npy import read_npz
 
 NAME = "manifest.json"
@@ -182,17 +182,4 @@ def describe(path: Path) -> File:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step."""
-    write_file(folder, NAME, manifest.to_json().encode())
-
-
-def write_file(folder: Path, name: str, content: bytes) -> None:
-    """Put a file into the bundle in one step, and follow no link that somebody left there."""
-    partial = folder / f"{name}.partial"
-    partial.unlink(missing_ok=True)
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-        partial.replace(folder / name)
-    except BaseException:  # a full disk, or ctrl-c
-        partial.unlink(missing_ok=True)
-        raise
+    write_file(folder / NAME, manifest.to_json(), follow=False)

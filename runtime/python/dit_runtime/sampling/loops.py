@@ -52,6 +52,7 @@ class Trajectory:
         """
         self.state, _ = next(solver)
         self.done = 0
+        self.last: tuple[Array, NDArray[Any]] | None = None  # the state that the last step read, and its prediction
         self._solver, self._timesteps, self._groups, self._mix, self._cache = solver, timesteps, groups, mix, cache
         self._keep = keep
         self._variance: NDArray[Any] | None = None  # of the last evaluation
@@ -70,6 +71,8 @@ class Trajectory:
         elif guess is None or prediction is not None:
             answer = "no prediction" if prediction is None else "a prediction"
             raise UsageError(f"{self._where}: got {answer}; ask() says what the step needs")
+        assert guess is not None
+        self.last = self.state, guess
         try:
             self.state, _ = self._solver.send((guess, self._variance))
         except StopIteration as end:

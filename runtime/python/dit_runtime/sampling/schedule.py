@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -56,14 +57,21 @@ class Step(NamedTuple):
 
 def make_schedule(process: Process, solver: str, steps: int, spacing: str | None = None) -> list[Step]:
     """Return a run's steps, noisiest first. The spacing is a name, or a list of times in words: "999, 640, 300"."""
+    require_fit(process, solver)
+    require_steps(process, steps)
+    return list(_schedule(process, solver, steps, spacing))
+
+
+@lru_cache(maxsize=32, typed=True)  # a request needs it several times, and requests are alike
+def _schedule(process: Process, solver: str, steps: int, spacing: str | None) -> tuple[Step, ...]:
     if process.kind == "flow":
         points = zip(
             flow_times(process, solver, steps, spacing).tolist(),
             sigmas(process, solver, steps, spacing).tolist(),
             strict=True,
         )
-        return [Step(*pair) for pair in pairwise(Level(time, 1 - sigma, sigma) for time, sigma in points)]
-    return _noise_steps(process, solver, steps, spacing)
+        return tuple(Step(*pair) for pair in pairwise(Level(time, 1 - sigma, sigma) for time, sigma in points))
+    return tuple(_noise_steps(process, solver, steps, spacing))
 
 
 def sigmas(process: Process, solver: str, steps: int, spacing: str | None = None) -> NDArray[np.float64]:

@@ -10,18 +10,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime import images
 from dit_runtime.conditions.memo import BUDGET, side_by_side
 from dit_runtime.errors import Stopped
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.request import Checked, Request
-from dit_runtime.sampling.guidance import Groups
-from dit_runtime.sampling.schedule import Level
+from dit_runtime.request import Request
 from dit_runtime.serve import preview
 from dit_runtime.serve.rows import Sized, measure
 from dit_runtime.serve.scheduler import Costs, Job, Scheduler
@@ -69,7 +68,7 @@ class Batcher:
         self._wake = threading.Condition()
         self._closing = False
         self._charged = clock()  # until when the thread's time is in the costs
-        self._full = (0.0, 0.0, 0.0)  # a deadline, and until when its lateness is known
+        self._full = (0.0, 0.0, 0.0)  # a deadline, and until when it has that lateness
         self._thread = threading.Thread(target=self._guarded_loop, name="batcher", daemon=True)
         self._thread.start()
 
@@ -125,7 +124,7 @@ class Batcher:
             evaluations=evaluations,
             rows=evaluations * groups,
             listener=listener,
-            previews=_previews(sized.pipe, request, checked, previews),
+            previews=preview.plan(checked, previews),
         )
         with self._wake:
             if self._closing:
@@ -140,15 +139,15 @@ class Batcher:
     def lateness(self, deadline: float) -> float:
         """Return by how many seconds what is ahead of any request with this deadline is too much; 0: there is room.
 
-        A host asks before it reads a request. The answer is looked up again after LOOK seconds only, for where many are
-        refused the thread needs the lock, and the interpreter.
+        A host asks before it reads a request. That there is no room holds for LOOK seconds: where many are refused, the
+        thread needs the lock and the interpreter.
         """
         now = self._clock()
         with self._wake:
             known, until, late = self._full
             if deadline != known or now >= until:
                 late = self._scheduler.lateness(Job(0, 0, arrived=now, deadline=now + deadline))
-                self._full = deadline, now + LOOK, late
+                self._full = deadline, now + (LOOK if late else 0), late
         return late
 
     def close(self, drain: bool = True) -> None:
@@ -228,8 +227,6 @@ class Batcher:
             self._advance(ticket, True)
             if ticket.ask is not None:
                 ticket.ask.inputs(slice(0, ticket.places))
-            else:
-                self._finish(ticket)
         except Exception as error:
             self._fail(ticket, error)
         ticket.stats.conditions += self._clock() - began
@@ -276,12 +273,11 @@ class Batcher:
 
     def _evaluate(self, tickets: Sequence[Ticket]) -> list[Answer]:
         """Return each ticket's answer, from as few calls of the step stage as its largest batch allows."""
-        pipe = tickets[0].sized.pipe
-        state = pipe.manifest.state.name
+        state = tickets[0].sized.pipe.manifest.state.name
         asks = [ticket.ask for ticket in tickets if ticket.ask]
         inputs = side_by_side([ask.inputs(slice(0, len(ask.state))) for ask in asks])
         inputs[state] = np.concatenate([ask.state for ask in asks]).astype(np.float32)
-        outputs = _call(pipe, inputs, len(inputs[state]))
+        outputs = tickets[0].sized.call(inputs, len(inputs[state]))
         predictions, variances = outputs["prediction"], outputs.get("variance")
         answers: list[Answer] = []
         first = 0
@@ -292,18 +288,9 @@ class Batcher:
 
     def _tell(self, ticket: Ticket, answer: Answer) -> None:
         """Let the run go its step; those that need no network are gone with it."""
-        run, ask = ticket.run, ticket.ask
-        assert run is not None and ask is not None
-        more = run.tell(*answer)
-        ticket.done = run.done
-        pictures = None
-        if ticket.done in ticket.previews and ask.groups is not Groups.APART:  # whose rows a policy mixes
-            pictures = preview.pictures(ticket.sized.pipe, ticket.previews[ticket.done], ask.state, answer[0])
-        self._advance(ticket, more)
-        if ticket.listener:
-            ticket.listener(run.done, ticket.evaluations, pictures)
-        if ticket.ask is None:
-            self._finish(ticket)
+        assert ticket.run is not None
+        more = ticket.run.tell(*answer)
+        self._advance(ticket, more, self._preview(ticket))
 
     def _finish(self, ticket: Ticket) -> None:
         """Let a request leave the line for the decoder's."""
@@ -312,8 +299,9 @@ class Batcher:
             self._undecoded.append(ticket)
             self._scheduler.undecoded += ticket.samples * ticket.weight
 
-    def _advance(self, ticket: Ticket, more: bool) -> None:
-        """Find what the next call of a run needs; go steps that need no network."""
+    def _advance(self, ticket: Ticket, more: bool, shown: images.Pictures | None = None) -> None:
+        """Find what the next call of a run needs, and go steps that need no network; say how far it is, and show the
+        last preview on the way."""
         run = ticket.run
         assert run is not None
         ticket.ask = None
@@ -323,7 +311,19 @@ class Batcher:
                 ticket.ask, ticket.kind, ticket.places = ask, (size, len(ask.numbers)), len(ask.state)
             else:
                 more = run.tell()
-        ticket.left = ticket.samples * max(0, ticket.rows - run.rows)
+                shown = shown if (drawn := self._preview(ticket)) is None else drawn
+        ticket.done, ticket.left = run.done, ticket.samples * max(0, ticket.rows - run.rows)
+        if ticket.listener and run.done:
+            ticket.listener(run.done, ticket.evaluations, shown)
+        if ticket.ask is None:
+            self._finish(ticket)
+
+    def _preview(self, ticket: Ticket) -> images.Pictures | None:
+        """Return the pictures that the request would have now, where some are asked for after this step."""
+        run = ticket.run
+        if run is None or run.last is None or run.done not in ticket.previews:
+            return None
+        return preview.pictures(ticket.sized.pipe, ticket.previews[run.done], *run.last)
 
     def _decode(self) -> None:
         """Decode the picture that has waited longest; where more wait than a call has samples, all but so many."""
@@ -345,22 +345,3 @@ class Batcher:
             self.counts["drawn"] += ticket.samples
             ticket.run = None
             ticket.future.set_result(result)
-
-
-def _previews(pipe: Pipeline, request: Request, checked: Checked, count: int) -> Mapping[int, Level]:
-    """Return the level of each evaluation after which a preview is drawn."""
-    if not count:
-        return {}
-    known = checked.levels
-    return {evaluation: known[evaluation - 1] for evaluation in preview.spread(count, len(known))}
-
-
-def _call(pipe: Pipeline, inputs: Mapping[str, NDArray[Any]], places: int) -> Mapping[str, NDArray[Any]]:
-    """Run the step stage, on parts where one request has more samples than it takes."""
-    stage, parts = pipe.manifest.step, []
-    grouped = {spec.name for spec in stage.grouped}
-    for first in range(0, places, stage.max_batch):
-        some = slice(first, first + stage.max_batch)
-        part = {name: values[:, some] if name in grouped else values[some] for name, values in inputs.items()}
-        parts.append(pipe.engines.run(stage, part))
-    return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

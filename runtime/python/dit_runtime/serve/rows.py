@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime.engines import Engines
+from dit_runtime.facts import CONSTANTS
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.warming import made_up
 
-TOLERANCE = 0.1  # time a sample above the least: a larger batch must gain more to be worth its latency
+TOLERANCE: float = CONSTANTS["batch_tolerance"]  # time a sample above the least: a larger batch must gain more
 REPEATS, SECONDS = 5, 1.0  # of a batch size: the least of so many calls, or of those that fit
 
 
@@ -64,3 +67,13 @@ class Sized:
         nearest = max(size for size in curve if size <= self.places)
         groups = 2 if pipe.manifest.mixes_guidance else 1
         self.row = curve[nearest] / nearest / groups  # seconds
+
+    def call(self, inputs: Mapping[str, NDArray[Any]], count: int) -> Mapping[str, NDArray[Any]]:
+        """Run the step stage on so many samples, in parts where one request has more than it takes."""
+        stage, parts = self.pipe.manifest.step, []
+        grouped = {spec.name for spec in stage.grouped}
+        for first in range(0, count, stage.max_batch):
+            some = slice(first, first + stage.max_batch)
+            part = {name: values[:, some] if name in grouped else values[some] for name, values in inputs.items()}
+            parts.append(self.pipe.engines.run(stage, part))
+        return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

@@ -14,10 +14,15 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Generic, TypeVar
 
-STRETCH = 8.0  # times its work: the latency up to which a job goes before all later ones
-MARGIN = 0.6  # of the time up to a deadline that what is ahead of a newcomer may take, by an estimate
-PASSED = 0.1  # of that time, for what comes later and goes first; the rest is for its own steps, one after the other
-FAST, SLOW = 0.3, 0.02  # weights of a new value in two running means; the larger mean counts
+from dit_runtime.facts import CONSTANTS
+
+STRETCH: float = CONSTANTS["due_stretch"]  # times its work: the latency up to which a job goes before all later ones
+# Shares of the time up to a deadline. MARGIN: for what is ahead of a newcomer, by an estimate. PASSED: for what comes
+# later and goes first; the rest is for its own steps, one after the other.
+MARGIN: float = CONSTANTS["deadline_margin"]
+PASSED: float = CONSTANTS["deadline_passed"]
+FAST: float = CONSTANTS["fast_mean"]  # weights of a new value in two running means; the larger mean counts
+SLOW: float = CONSTANTS["slow_mean"]
 
 
 @dataclass(eq=False)

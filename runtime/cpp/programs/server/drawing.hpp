@@ -1,0 +1,83 @@
+// A request for images under way, and a job. Mirrors dit_serve/drawing.py and jobs.py.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "models.hpp"
+
+namespace server {
+
+using Json = nlohmann::json;
+
+// A thread that does one thing after the other.
+class Worker {
+  public:
+    Worker() : thread_([this] { work(); }) {}
+    ~Worker();
+    void add(std::function<void()> task);
+
+  private:
+    void work();
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::deque<std::function<void()>> tasks_;
+    bool ending_ = false;
+    std::thread thread_;
+};
+
+// A ticket for each image; and a job, where nobody waits for them.
+struct Drawing {
+    std::string model;
+    std::shared_ptr<Served> served;
+    Body body;
+    std::vector<std::uint64_t> seeds;
+    dit::Batcher::Tickets tickets;
+    std::size_t ended = 0;
+    std::int64_t created = 0;
+    bool over = false;           // answered, or left by its client
+    std::uint64_t exchange = 0;  // the connection that waits; 0: a job
+    std::string job;
+
+    void cancel() {
+        for (const auto& ticket : tickets) ticket->cancel();
+    }
+    Json stats(std::size_t image) const;
+};
+
+struct Job {
+    std::string id, status = "queued";  // then running; succeeded, failed or cancelled at the end
+    std::int64_t created = 0;
+    double ended = 0;                  // by the clock; 0: it is under way
+    Json result = Json::object();      // or the error
+    std::shared_ptr<Drawing> drawing;  // while it is under way
+    int steps_done = 0, steps = 0;
+    std::uint64_t number = 0;  // of its arrival
+
+    Json describe() const;
+};
+
+// The answer to a request whose images are drawn: JSON with OpenAI's fields, each image's seed and cost; or one file.
+http::Response encode(const Drawing& drawing);
+
+// The error that a client gets to read; what an engine says stays in the log.
+Fault fault(std::exception_ptr error);
+
+// A line of JSON on standard error.
+void log_line(const char* level, const std::string& event, Json fields = Json::object());
+
+http::Response json(const Json& table, int status = 200);
+
+std::string random_id();
+
+double rounded(double value, double digits);
+
+}  // namespace server
