@@ -44,7 +44,9 @@ def layout(headers: Path) -> list[str]:
         for field in names:
             place, size = f"offsetof({name}, {field})", f"sizeof((({name}*)0)->{field})"
             lines.append(f'printf("{name} .{field} at %zu, %zu bytes\\n", {place}, {size});')
-    program = "#include <dit/dit.h>\n#include <stdio.h>\nint main(void) {\n" + "\n".join(lines) + "\n}\n"
+    included = ["dit.h", *sorted(path.name for path in headers.glob("*.h"))]
+    includes = "".join(f"#include <dit/{name}>\n" for name in included)
+    program = includes + "#include <stdio.h>\nint main(void) {\n" + "\n".join(lines) + "\n}\n"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "layout.c"), Path(folder, "layout")
         source.write_text(program)
