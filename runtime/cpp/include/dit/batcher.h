@@ -48,10 +48,10 @@ typedef void (*dit_on_ticket)(int step, int steps, int ended, void* user);
 
 typedef struct dit_submission {
     size_t struct_size;
-    double deadline;             /* seconds from now until the result must be there; 0: none */
+    double deadline;           /* seconds from now until the result must be there; 0: none */
     dit_on_ticket on_progress; /* NULL: none */
-    void* user;                  /* for on_progress; it lives until that has been called with ended 1 */
-    int latents;                 /* 1: the result is the latents, and nothing is decoded */
+    void* user;                /* for on_progress; it lives until that has been called with ended 1 */
+    int latents;               /* 1: the result is the latents, and nothing is decoded */
 } dit_submission;
 
 #define DIT_SUBMISSION_INIT {sizeof(dit_submission), 0.0, NULL, NULL, 0}
