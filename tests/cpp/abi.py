@@ -33,7 +33,7 @@ def declared(headers: Path) -> dict[str, list[str]]:
 
 
 def layout(headers: Path) -> list[str]:
-    """Return the size of each struct, the place and size of its fields, and the values of enums, as a compiler has them."""
+    """Return the sizes of structs, the places and sizes of fields, and the values of enums, as a compiler has them."""
     lines = []
     for entry, names in declared(headers).items():
         kind, name = entry.split()

@@ -119,7 +119,8 @@ def test_as_a_subproject(tmp_path):
     command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", *options]
     subprocess.run(command, check=True, capture_output=True)
     assert cached(tmp_path, "DIT_PROGRAMS") == "OFF" and cached(tmp_path, "CMAKE_BUILD_TYPE") == ""
-    targets = subprocess.run(["cmake", "--build", tmp_path / "build", "--target", "help"], capture_output=True, text=True)
+    listed = ["cmake", "--build", tmp_path / "build", "--target", "help"]
+    targets = subprocess.run(listed, capture_output=True, text=True)
     names = {line.split()[1] for line in targets.stdout.splitlines() if line.startswith("... ")}
     assert {"dit", "dit-onnxruntime"} <= names and not {"dit-generate", "example-c", "unit-tests"} & names
 
