@@ -31,7 +31,7 @@ def command(bundle: Path, into: Path, count: int, size: int) -> list[str]:
 
 
 def drawn(into: Path) -> int:
-    return len([*into.glob("*.npz")])
+    return len([*into.glob("shard-*.npz")])
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
@@ -76,7 +76,7 @@ from tests import isolated
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "include_dashboard": False}})
 machine = cluster.add_node(num_cpus=1)
 def kill():
-    while len([*Path({str(into)!r}).glob("*.npz")]) < 6:
+    while len([*Path({str(into)!r}).glob("shard-*.npz")]) < 6:
         time.sleep(0.01)
     cluster.remove_node(machine, allow_graceful=False)
     Path({str(tmp_path / "killed")!r}).touch()

@@ -32,7 +32,7 @@ def sample(bundle: Path, into: Path, *options: str, count: int = 23) -> int:
 def read(into: Path) -> dict[int, tuple[int, bytes]]:
     """Return each picture's class and bytes by its seed; a seed that is there twice is an error."""
     pictures: dict[int, tuple[int, bytes]] = {}
-    for file in sorted(into.glob("*.npz")):
+    for file in sorted(into.glob("shard-*.npz")):
         with np.load(file) as arrays:
             assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].ndim == 4
             for seed, label, picture in zip(arrays["seeds"], arrays["arr_1"], arrays["arr_0"], strict=True):
@@ -94,10 +94,10 @@ def test_a_killed_run_goes_on(folder, tmp_path) -> None:
     options = ["--count", "30", "--shard-size", "5", "--steps", "100", "--threads", "1"]
     command = [sys.executable, "-m", "dit_runtime.cli", "sample", str(folder), "--shards", str(into), *options]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    until(lambda: len([*into.glob("*.npz")]) > 1 or process.poll() is not None)
+    until(lambda: len([*into.glob("shard-*.npz")]) > 1 or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL  # before it was through
-    before = [*into.glob("*.npz")]
+    before = [*into.glob("shard-*.npz")]
     assert 1 < len(before) < 6
     assert main(["sample", str(folder), "--shards", str(into), *options]) == 0
     assert main(["sample", str(folder), "--shards", str(tmp_path / "whole"), *options]) == 0
@@ -135,7 +135,9 @@ def started(folder, tmp_path_factory) -> Path:
 
 
 def test_other_files_and_another_bundle(folder, handmade, tmp_path, started, capsys) -> None:
-    (tmp_path / "file").touch()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/.series.partial-0a.json").touch()  # killed while it began
+    assert sample(folder, tmp_path / "a", count=5) == 0
     assert sample(folder, tmp_path) == 2
     assert "holds other files" in capsys.readouterr().err
     assert sample(handmade("wide"), started, count=5) == 2

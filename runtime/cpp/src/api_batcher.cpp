@@ -79,11 +79,11 @@ dit_status dit_batcher_submit(dit_batcher* batcher, const dit_request* request, 
         if (from.deadline > 0) to.deadline = from.deadline;
         to.latents = from.latents != 0;
         auto made = std::make_unique<dit_ticket>();
-        if (from.on_progress) {
-            to.listener = [call = from.on_progress, user = from.user](int done, int evaluations) {
+        if (from.on_event) {
+            to.listener = [call = from.on_event, user = from.user](int done, int evaluations) {
                 call(done, evaluations, 0, user);
             };
-            to.ended = [call = from.on_progress, user = from.user] { call(0, 0, 1, user); };
+            to.ended = [call = from.on_event, user = from.user] { call(0, 0, 1, user); };
         }
         made->ticket = own.submit(std::move(translated), std::move(to));
         *ticket = made.release();

@@ -45,7 +45,7 @@ TEST_F(BatcherApi, DrawsTheModelsPictures) {
     dit_submission submission = DIT_SUBMISSION_INIT;
     submission.deadline = 600;
     submission.user = &progress;
-    submission.on_progress = [](int step, int, int ended, void* user) {
+    submission.on_event = [](int step, int, int ended, void* user) {
         auto& progress = *static_cast<Progress*>(user);
         ended ? ++progress.ended : progress.steps += step > 0;
     };
@@ -72,7 +72,7 @@ TEST_F(BatcherApi, DrawsTheModelsPictures) {
         EXPECT_GE(stats.batch, 1.0);
         dit_ticket_free(tickets[number]);
     }
-    EXPECT_EQ(dit_batcher_close(batcher, 1), DIT_OK);  // all calls of on_progress have returned
+    EXPECT_EQ(dit_batcher_close(batcher, 1), DIT_OK);  // all calls of on_event have returned
     EXPECT_EQ(progress.steps, 4 + 5 + 6);
     EXPECT_EQ(progress.ended, 3);
     dit_batcher_counts counts = DIT_BATCHER_COUNTS_INIT;

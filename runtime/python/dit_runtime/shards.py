@@ -94,7 +94,7 @@ def begin(folder: Path, series: Series) -> None:
     text = json.dumps(asdict(series), indent=1, ensure_ascii=False)
     file = folder / NAME
     if not file.exists():
-        if any(folder.iterdir()):
+        if any(PARTIAL not in item.name for item in folder.iterdir()):
             raise UsageError(f"{folder}: holds other files, and no {NAME}; take an empty folder")
         write_file(file, text)
         return

@@ -44,14 +44,14 @@ DIT_API dit_status dit_batcher_new(dit_model* model, const dit_batcher_options* 
 
 /* Called in the batcher's thread after each step of a request; and, with ended 1, when its result is there. It must
  * return at once, must not throw, and must not wait for a ticket. */
-typedef void (*dit_on_ticket)(int step, int steps, int ended, void* user);
+typedef void (*dit_on_event)(int step, int steps, int ended, void* user);
 
 typedef struct dit_submission {
     size_t struct_size;
-    double deadline;           /* seconds from now until the result must be there; 0: none */
-    dit_on_ticket on_progress; /* NULL: none */
-    void* user;                /* for on_progress; it lives until that has been called with ended 1 */
-    int latents;               /* 1: the result is the latents, and nothing is decoded */
+    double deadline;       /* seconds from now until the result must be there; 0: none */
+    dit_on_event on_event; /* NULL: none */
+    void* user;            /* for on_event; it lives until that has been called with ended 1 */
+    int latents;           /* 1: the result is the latents, and nothing is decoded */
 } dit_submission;
 
 #define DIT_SUBMISSION_INIT {sizeof(dit_submission), 0.0, NULL, NULL, 0}
