@@ -442,7 +442,7 @@ def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], mo
     assert b" 400 " in answer(b"{}")
     with monkeypatch.context() as patch:
         patch.setattr("dit_serve.app.WAITING", 1)
-        assert refused(answer())
+        assert refused(answer()) and b" 400 " in answer(b"{}", "/v1/jobs")
     for _ in range(400):
         batcher.costs.update("row", 1.0)
     until(lambda: batcher.lateness(30) > 150)  # it is looked up again after a while

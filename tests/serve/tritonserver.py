@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -57,7 +59,7 @@ def why_missing() -> str | None:
 
 @contextmanager
 def serving(repository: Path, work: Path, seconds: float = 90) -> Iterator[Triton]:
-    """Serve a model repository until the block ends; the server is ended by its pid."""
+    """Serve a model repository until the block ends; the server and its children are a process group."""
     server = PACKAGES / "pytriton/tritonserver"
     backend = work / "backends/python"
     shutil.copytree(server / "backends/python", backend)
@@ -77,7 +79,9 @@ def serving(repository: Path, work: Path, seconds: float = 90) -> Iterator[Trito
     }
     log = work / "triton.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         triton = Triton(process, http, grpc, metrics, log)
         end = time.monotonic() + seconds
@@ -88,11 +92,11 @@ def serving(repository: Path, work: Path, seconds: float = 90) -> Iterator[Trito
         yield triton
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a server that did not end, and the Python that it left
+        process.wait()
 
 
 def _environment(folder: Path) -> Path:

@@ -34,6 +34,8 @@ class Bytes {
     std::size_t size_;
 };
 
+constexpr std::uint32_t HEADER_MOST = 10000;  // as NumPy reads it
+
 // The value after 'key': in the header, a Python literal.
 std::string entry(const std::string& header, const std::string& key) {
     const std::size_t place = header.find("'" + key + "':");
@@ -47,6 +49,7 @@ NpyArray parse_array(const Bytes& file) {
     if (version != 1 && version != 2) throw NpyError("its version is not known; expected 1.0 or 2.0");
     const int width = version == 1 ? 2 : 4;
     const std::uint32_t length = file.number(8, width);
+    if (length > HEADER_MOST) throw NpyError(text("its header has ", length, " bytes"));
     const std::string header = file.part(8u + static_cast<unsigned>(width), length).text();
 
     NpyArray array;
@@ -106,6 +109,7 @@ std::map<std::string, NpyArray> parse_npz(const std::vector<unsigned char>& cont
     if (file.size() < 22 || file.number(end, 4) != 0x06054b50) throw NpyError("it is no .npz file, or has a comment");
     const std::uint32_t entries = file.number(end + 10, 2);
     std::uint64_t at = file.number(end + 16, 4);
+    if (at + file.number(end + 12, 4) != end) throw NpyError("its directory is not where it ends");
     std::map<std::string, NpyArray> arrays;
     std::map<std::uint64_t, std::uint64_t> taken;  // the bytes of each file, first to past the last
     for (std::uint32_t index = 0; index < entries; ++index) {
@@ -114,6 +118,7 @@ std::map<std::string, NpyArray> parse_npz(const std::vector<unsigned char>& cont
         const std::uint32_t size = file.number(at + 24, 4), name_length = file.number(at + 28, 2);
         const std::uint64_t local = file.number(at + 42, 4);
         std::string name = file.part(at + 46, name_length).text();
+        if (file.number(at + 8, 2) & 1) throw NpyError(name + " is encrypted");
         if (method != 0 || stored != size) throw NpyError(name + " is compressed; expected what np.savez writes");
         if (file.number(local, 4) != 0x04034b50) throw NpyError(name + " is not where the directory says");
         const std::uint64_t start = local + 30 + file.number(local + 26, 2) + file.number(local + 28, 2);

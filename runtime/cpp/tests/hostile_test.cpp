@@ -51,6 +51,17 @@ TEST(HostileNpz, EntriesShareNothing) {
     overlapping.replace(second + 42, 4, little(1, 4));
     overlapping.replace(1, 4, "PK\3\4");
     EXPECT_THROW(parse_npz(bytes(overlapping)), NpyError);
+    std::string locked = npz_of({one}), moved = locked;
+    locked[locked.find("PK\1\2") + 8] |= 1;
+    throws<NpyError>("is encrypted", [&] { parse_npz(bytes(locked)); });
+    moved[moved.size() - 10] ^= 1;
+    throws<NpyError>("not where it ends", [&] { parse_npz(bytes(moved)); });
+    throws<NpyError>("header has", [&] {
+        std::string header = floats({1});
+        header.insert(100, std::string(20000, ' '));
+        header.replace(8, 2, little(header.size() - 14, 2));
+        parse_npy(bytes(header));
+    });
     std::string changed = npz_of({one});
     changed[changed.find("PK\1\2") - 1] ^= 1;
     throws<NpyError>("does not have its checksum", [&] { parse_npz(bytes(changed)); });

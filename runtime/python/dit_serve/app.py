@@ -131,10 +131,7 @@ class Service:
     # What is drawn
 
     def _refuse(self, scope: Scope) -> Fault | None:
-        """Return why a request for images is refused, whatever its body says.
-
-        In overload most requests end here: it must cost little.
-        """
+        """Return why a request is refused, whatever its body says; in overload most end here: it must cost little."""
         deadline = self._deadlines.get(scope["path"]) if scope["method"] == "POST" else None
         if deadline is None:
             return None
@@ -144,7 +141,7 @@ class Service:
         elif len(self.models) == 1:  # of several, the body says which
             (model,) = self.models.values()
             refused, name = _busy(model, deadline), model.name
-        if refused is None and self.waiting >= WAITING:
+        if refused is None and self.waiting >= WAITING and scope["path"] != "/v1/jobs":  # which are answered at once
             refused = Fault(429, f"{WAITING} requests wait for their images", headers=retry_after(1))
         if refused is None and scope["path"] == EDITS and self.editing >= EDITING:
             refused = Fault(429, f"{EDITING} requests with pictures are under way", headers=retry_after(1))
