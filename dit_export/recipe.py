@@ -60,6 +60,7 @@ class Recipe(Tuning):
     synthetic: int | None = None
     latents_only: bool = False
     encoder: bool = False  # for requests that bring pictures
+    tile: int | None = None  # pixels along a tile of the VAE, where pictures are larger
     without_text_encoders: bool = False  # conditions are prompt embeddings
     max_batch: int = 8
     output: str | None = None

@@ -173,6 +173,7 @@ class Assembly:
     def decoder_layers(self) -> list[Convolution]:
         """Return the decoder's convolutions that this build may quantize."""
         here = self.recipe.precision == "int8" and self.backend in convolutions.BACKENDS and self.decoder is not None
+        here = here and self.recipe.tile is None  # a tile has the same kernels as the next
         return convolutions.find(self.graphs["decoder"]) if here else []
 
     @property

@@ -193,6 +193,8 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
     if recipe.encoder and recipe.latents_only:
         raise UsageError("got both --encoder and --latents-only, which builds no part of the VAE: pass one of them")
+    if recipe.tile is not None and recipe.latents_only:
+        raise UsageError("got both --tile and --latents-only, which builds no part of the VAE: pass one of them")
     if recipe.caption_tokens is not None and recipe.caption_tokens < 1:
         raise UsageError(f"caption-tokens {recipe.caption_tokens}; expected at least 1")
     for size in recipe.sizes:

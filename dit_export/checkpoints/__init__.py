@@ -19,7 +19,7 @@ from dit_export.checkpoints.labels import pipeline_labels, read_labels
 from dit_export.checkpoints.meta import read_file
 from dit_export.checkpoints.synthetic import synthetic_dit, synthetic_vae
 from dit_export.checkpoints.vae import read_vae
-from dit_export.networks import Network
+from dit_export.networks import Network, tiles
 from dit_export.networks import spec as specs
 from dit_export.networks.dit import DiT, dit_network, resized
 from dit_export.networks.families.family import Family
@@ -61,6 +61,13 @@ def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
 
     The network is for images of `size`, by default of the recipe's first resolution; its weights are the same at each.
     """
+    loaded = _load(recipe, size)
+    if recipe.tile is not None:
+        tiles.enable(loaded.vae, recipe.tile)
+    return loaded
+
+
+def _load(recipe: Recipe, size: int | str | None) -> Loaded:
     first = replace(recipe, resolution=recipe.sizes[0])
     recipe = first if size is None else replace(recipe, resolution=size)
     if recipe.latents_only and recipe.vae:

@@ -64,6 +64,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", action="store_true", default=None, help="build the VAE's encoder too, for pictures to start from"
     )
+    text = "decode and encode larger pictures in tiles of so many pixels, blended over their seams, to bound memory"
+    parser.add_argument("--tile", type=int, metavar="PIXELS", help=text)
     parser.add_argument(
         "--without-text-encoders", action="store_true", default=None, help="for prompt embeddings, not prompts"
     )

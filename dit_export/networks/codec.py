@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from dit_export.networks import tiles
 from dit_runtime.errors import UsageError, nearest
 
 
@@ -39,16 +40,25 @@ class KL(Decoder):
         super().__init__(vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
+        self.tiles = tiles.of_decoder(vae)
         self.scaling = float(vae.config.get("scaling_factor", 1.0))
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     def forward(self, latents: Tensor) -> Tensor:
         latents = latents / self.scaling + self.shift  # (B, C, H, W)
+        images = self.tiles(self.decode, latents) if self.tiles else self.decode(latents)
+        return (images / 2 + 0.5).clamp(0, 1)  # (B, 3, 8H, 8W)
+
+    def decode(self, latents: Tensor) -> Tensor:
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return (self.decoder(latents) / 2 + 0.5).clamp(0, 1)  # (B, 3, 8H, 8W)
+        images: Tensor = self.decoder(latents)
+        return images
 
     def expected_counts(self) -> dict[str, int]:
+        if self.tiles:  # so many times for each
+            return {}
+
         def count(*kinds: type[nn.Module]) -> int:
             return sum(isinstance(module, kinds) for module in self.modules())
 

@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from torch import Tensor, nn
 
+from dit_export.networks import tiles
 from dit_export.networks.codec import FrameConv
 from dit_runtime.errors import UsageError
 
@@ -38,17 +39,24 @@ class KL(Encoder):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.tiles = tiles.of_encoder(vae)
         self.scaling = float(vae.config.get("scaling_factor", 1.0))
         self.shift = float(vae.config.get("shift_factor") or 0.0)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        moments = self.encoder(2 * images - 1)
-        if self.quant_conv is not None:
-            moments = self.quant_conv(moments)
+        images = 2 * images - 1
+        moments = self.tiles(self.encode, images) if self.tiles else self.encode(images)
         mean, logvar = moments.chunk(2, dim=1)  # (B, C, H, W) each
         return (mean - self.shift) * self.scaling, logvar.clamp(*LOGVAR) + 2 * math.log(self.scaling)
 
+    def encode(self, images: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(images)
+        return moments if self.quant_conv is None else self.quant_conv(moments)
+
     def expected_counts(self) -> dict[str, int]:
+        if self.tiles:  # so many times for each
+            return {}
+
         def count(*kinds: type[nn.Module]) -> int:
             return sum(isinstance(module, kinds) for module in self.modules())
 

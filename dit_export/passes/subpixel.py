@@ -20,14 +20,19 @@ PLAIN = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [1, 1], "dilat
 def subpixel(graph: gs.Graph) -> int:
     """Rewrite every nearest upsampling by two that only a 3 x 3 convolution reads; return how many."""
     pairs = [(node, conv) for node in graph.nodes if node.op == "Resize" and (conv := _match(graph, node))]
+    folded: dict[str, gs.Constant] = {}  # tiles of a picture have one kernel
     for resize, conv in pairs:
         weight, *bias = conv.inputs[1:]
         kernels = np.asarray(weight.values)
+        for a in (0, 1) if f"{weight.name}_00" not in folded else ():
+            for b in (0, 1):
+                kernel = np.ascontiguousarray(_folded(_folded(kernels, 2, a), 3, b))
+                folded[f"{weight.name}_{a}{b}"] = gs.Constant(f"{weight.name}_{a}{b}", kernel)
         places = [
             layer(
                 graph,
                 "Conv",
-                [resize.inputs[0], np.ascontiguousarray(_folded(_folded(kernels, 2, a), 3, b)), *bias],
+                [resize.inputs[0], folded[f"{weight.name}_{a}{b}"], *bias],
                 f"{conv.outputs[0].name}_{a}{b}",
                 kernel_shape=[2, 2],
                 pads=[1 - a, 1 - b, a, b],

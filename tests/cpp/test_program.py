@@ -242,10 +242,14 @@ def test_goldens_are_what_python_computes_now():
     assert np.allclose(found, expected, rtol=1e-9, atol=1e-12), "run: make goldens"
 
 
+def headers() -> str:
+    return "\n".join(path.read_text() for path in sorted((CPP / "include/dit").glob("*.h")))
+
+
 def test_help_and_header_repeat_the_facts(dit_generate):
     """Neither can read facts.json where it is written down."""
     help_text = " ".join(dit_generate("--help").stdout.split())
-    header = " ".join((CPP / "include/dit/dit.h").read_text().split())
+    header = " ".join(headers().split())
     for text in (help_text, header):
         assert ", ".join(NOISE_SOLVERS) in text and ", ".join(FLOW_SOLVERS) in text and ", ".join(SPACINGS) in text
 
@@ -253,7 +257,7 @@ def test_help_and_header_repeat_the_facts(dit_generate):
 def test_only_the_c_abi_is_exported(build):
     listed = subprocess.run(["nm", "-D", "--defined-only", build / "libdit.so"], capture_output=True, text=True)
     symbols = {line.split()[-1] for line in listed.stdout.splitlines()}
-    declared = set(re.findall(r"^DIT_API .*?(dit_\w+)\(", (CPP / "include/dit/dit.h").read_text(), re.MULTILINE))
+    declared = set(re.findall(r"^DIT_API .*?(dit_\w+)\(", headers(), re.MULTILINE))
     assert symbols == declared and len(declared) > 10
 
 

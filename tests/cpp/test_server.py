@@ -27,6 +27,10 @@ from dit_serve.models import Model, Opening
 from tests.serve import load
 from tests.serve.serving import WAIT, Running, process, until
 from tests.serve.test_hot_swap import break_weight, digest, point, rename
+from tests.serve.test_load import (  # noqa: F401 - the bars of dit-serve, with this file's `served`
+    test_leaving_silent_and_unread_clients,
+    test_ten_times_what_it_can_do,
+)
 from tests.serve.test_server import BAD, pixels
 
 GENERATIONS = "/v1/images/generations"
@@ -332,6 +336,12 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo"
     assert main(["build", "--checkpoint", str(store.MODEL), "--backend", "onnxruntime", "-o", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def served(start: Start, demo: Path) -> Iterator[tuple[int, Running]]:
+    with start(f"demo={demo}", "--deadline", "5", "--batch", "8", "--skip-verify") as (started, client, _):
+        yield started.pid, client
 
 
 @pytest.mark.slow

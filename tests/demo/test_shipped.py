@@ -20,6 +20,7 @@ from dit_export.recipe import Recipe
 from dit_export.tune import gate, plans, trial
 from dit_export.verify.distribution import fit
 from dit_export.verify.features import OnnxJudge
+from dit_runtime import images
 from dit_runtime.bundle import manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -175,3 +176,16 @@ def test_a_dit_of_other_weights_is_told_apart(shipped: store.Demo, tmp_path: Pat
     with torch.no_grad():
         other.blocks[0].attn.proj.weight.mul_(1.01)
     assert compare_with_diffusers(other, store.MODEL) > 1e-5
+
+
+@pytest.mark.slow
+def test_a_round_trip(tmp_path: Path) -> None:
+    """Encoder and decoder keep what the card says of the autoencoder; a picture of another seed is another one."""
+    folder = tmp_path / "bundle"
+    recipe = Recipe(checkpoint=str(store.MODEL), encoder=True, backend="onnxruntime", output=str(folder))
+    assert build(recipe, Progress()).passed
+    pictures, others = (data.pool(seed, 100)[0] for seed in (77, 78))
+    with Pipeline.load(folder, threads=1) as pipe:
+        latents = pipe.engines.encode_pictures(images.to_unit(pictures))["mean"]
+        again = images.to_uint8(pipe.engines.decode(latents))
+    assert images.psnr(pictures, again) >= 29 > images.psnr(others, again)

@@ -184,6 +184,9 @@ def paths() -> Iterator[Damage]:
         yield Damage(f"paths: an engine at {what}", setting("stages", 1, "engines", value={"onnxruntime": [path]}))
         yield Damage(f"paths: a listed graph at {what}", graph_at(path))
     yield Damage("paths: a suffix that leaves", setting("suffix", value="/../../x"), "verify")
+    yield Damage(
+        "names: a prompt stage's backend of nothing", setting("stages", 0, "backend", value=""), "open", "prompted"
+    )
     yield Damage("paths: the manifest as a file", listing(NAME))
 
 

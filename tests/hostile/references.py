@@ -139,6 +139,7 @@ def archives() -> Iterator[Damage]:
         "survives",
     )
     yield Damage("archive: locked", edited(_locked), "verify")
+    yield Damage("archive: a directory that is too long", edited(_longer), "verify")  # the fuzzer's: a member before 0
     yield Damage("archive: a checksum", edited(_checksum), "verify")
     yield Damage(
         "archive: a name that leaves", arrays(lambda content: content.update({"../../evil": np.zeros(2)})), "fine"
@@ -153,6 +154,12 @@ def _end(entries: int, size: int) -> bytes:
 def _locked(content: bytearray) -> None:
     place = content.index(b"PK\1\2")
     content[place + 8] |= 1
+
+
+def _longer(content: bytearray) -> None:
+    (size,) = struct.unpack_from("<I", content, len(content) - 10)
+    struct.pack_into("<I", content, len(content) - 10, size + 100)
+    struct.pack_into("<I", content, len(content) - 6, len(content) - size)
 
 
 def _checksum(content: bytearray) -> None:

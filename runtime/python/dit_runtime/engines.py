@@ -92,7 +92,8 @@ class Engines:
         """Open a stage while the sums of its files are compared."""
         if self.options.low_memory:
             stage = self._lean(stage)
-        if stage.runs == "prompt" and not backends.versions()[stage.backend]:  # where the loop's backend is alone
+        if stage.runs == "prompt" and not backends.backend(stage.backend).version():
+            # Only the loop's backend is installed here.
             stage = replace(stage, backend=self.manifest.step.backend)
         module = backends.backend(backends.choose(stage.backend, stage.precision))
         names = backends.files(stage, self.options)

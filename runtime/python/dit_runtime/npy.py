@@ -35,8 +35,8 @@ def read_npz(
     With `most` bytes the file is a bundle's: stored as np.savez writes it, in BUNDLE_DTYPES. A user's may be
     compressed.
     """
-    try:
-        with open_file(path) as file:
+    with open_file(path) as file:
+        try:
             size = _size(file, most)
             _check_end(file, size)
             with zipfile.ZipFile(file) as archive:
@@ -49,21 +49,17 @@ def read_npz(
                     for member, name in names
                     if alone is None or name in alone
                 }
-    except (OSError, UsageError):
-        raise
-    except Exception as error:  # what a damaged file raises shares no base class but this
-        raise UsageError(f"{path}: not {what}: {error}") from None
+        except Exception as error:  # what a damaged file raises shares no base class but this
+            raise UsageError(f"{path}: not {what}: {error}") from None
 
 
 def read_npy(path: Path, what: str = "a .npy file of numbers") -> NDArray[Any]:
     """Return a user's array."""
-    try:
-        with open_file(path) as file:
+    with open_file(path) as file:
+        try:
             return _read(file, _size(file, None), "", None)
-    except (OSError, UsageError):
-        raise
-    except Exception as error:
-        raise UsageError(f"{path}: not {what}: {error}") from None
+        except Exception as error:
+            raise UsageError(f"{path}: not {what}: {error}") from None
 
 
 def read_condition(values: Sequence[str], option: str) -> Condition | None:

@@ -131,10 +131,7 @@ class Service:
     # What is drawn
 
     def _refuse(self, scope: Scope) -> Fault | None:
-        """Return why a request for images is refused, whatever its body says.
-
-        In overload most requests end here: it must cost little.
-        """
+        """Return why a request is refused, whatever its body says; in overload most end here: it must cost little."""
         deadline = self._deadlines.get(scope["path"]) if scope["method"] == "POST" else None
         if deadline is None:
             return None

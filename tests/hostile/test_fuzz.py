@@ -1,0 +1,43 @@
+"""Some seconds of coverage-guided fuzzing of each reader, from the files of sound bundles; FUZZ_SECONDS for more."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SECONDS = int(os.environ.get("FUZZ_SECONDS", "10"))
+SEEDS = {"manifest": "manifest.json", "npz": "reference.npz", "graph": "denoiser.onnx", "npy": None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SEEDS)
+def test_a_reader(target, handmade, tmp_path) -> None:
+    pytest.importorskip("atheris")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    if name := SEEDS[target]:
+        for kind in ("labels", "wave", "prompted", "sizes"):
+            shutil.copy(handmade(kind) / name, corpus / kind)
+    else:
+        file = io.BytesIO()
+        np.save(file, np.arange(6).reshape(2, 3))
+        (corpus / "array").write_bytes(file.getvalue())
+    limits = [f"-max_total_time={SECONDS}", "-timeout=10", "-rss_limit_mb=1024", "-max_len=65536", "-verbosity=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.hostile.fuzz",
+        target,
+        *limits,
+        f"-artifact_prefix={tmp_path}/",
+        str(corpus),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
