@@ -20,7 +20,7 @@ from dit_runtime.npy import read_npz
 
 NAME = "manifest.json"
 ENGINE = ".engine"  # what a file that a backend has compiled ends in
-GRAPH = ".onnx"
+GRAPH, ARRAYS = ".onnx", ".npz"
 State = tuple[int, ...]  # of a file
 BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
 
@@ -127,6 +127,9 @@ def checking(
     if unknown := [name for name in names if name not in manifest.files]:
         raise BundleError(f"{folder}: {unknown[0]} is not in the manifest")
     _require(folder, manifest, names)
+    for name in names:
+        if name.endswith(ARRAYS) and manifest.files[name].size > LIMITS["reference_bytes"]:
+            raise BundleError(f"{folder}: {name} has more than {LIMITS['reference_bytes']} bytes")
     states, checked = {name: state(inside(folder, name)) for name in names}, {} if checked is None else checked
     with ThreadPoolExecutor() as pool:
         changed = [name for name in names if checked.get(name) != states[name]]
