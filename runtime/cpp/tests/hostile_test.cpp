@@ -415,6 +415,7 @@ TEST(Words, AreOneLine) {
     EXPECT_EQ(one_line("\U000E0041"), "\\U000e0041");
     EXPECT_EQ(one_line(std::string("a\0b", 3)), "a\\x00b");
     EXPECT_EQ(one_line(std::string(300, 'a')), std::string(300, 'a'));
+    EXPECT_EQ(one_line(std::string(301, 'a')), std::string(197, 'a') + " … " + std::string(100, 'a'));
     EXPECT_EQ(one_line("begin" + std::string(20 << 20, 'x') + "end"),
               "begin" + std::string(192, 'x') + " … " + std::string(97, 'x') + "end");
     const std::string escapes = one_line(std::string(1000, '\x1b'));
