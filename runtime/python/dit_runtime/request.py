@@ -16,10 +16,11 @@ from dit_runtime.conditions.labels import class_number
 from dit_runtime.conditions.text import Tokenizers, Words
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.caches import SETTINGS, Cache, make_cache
+from dit_runtime.sampling.denoiser import Array
 from dit_runtime.sampling.guidance import Groups, Policy, make_policy, plan_guidance
 from dit_runtime.sampling.noise import Draw, draw
 from dit_runtime.sampling.schedule import Level, listed, make_schedule
-from dit_runtime.sampling.solvers import EVALUATIONS, Array, levels, solve
+from dit_runtime.sampling.solvers import EVALUATIONS, levels, solve
 from dit_runtime.sampling.solvers.ddpm import lacks_variance
 from dit_runtime.sampling.start import first_step
 

@@ -17,8 +17,9 @@ from dit_runtime.engines import Engines
 from dit_runtime.errors import Stopped, UsageError
 from dit_runtime.request import Request
 from dit_runtime.sampling import loops
+from dit_runtime.sampling.denoiser import Array
 from dit_runtime.sampling.guidance import Groups
-from dit_runtime.sampling.solvers import Array, linear, solve
+from dit_runtime.sampling.solvers import linear, solve
 from dit_runtime.sampling.start import Start
 
 

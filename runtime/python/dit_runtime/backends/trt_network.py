@@ -51,7 +51,7 @@ def census(trt: Any, network: Any) -> dict[str, str]:
             maker = makers.get(maker.get_input(0).name)
         if maker is not None and maker.type.name == "DEQUANTIZE":
             tensor = maker.get_input(0)
-        return TYPES.get(tensor.dtype.name, tensor.dtype.name.lower())
+        return str(TYPES.get(tensor.dtype.name, tensor.dtype.name.lower()))
 
     types = {}
     for layer in layers:
@@ -134,7 +134,7 @@ def logger_of(trt: Any) -> Any:
 def _logger(trt: Any) -> Any:
     """Make a logger that stores the last error for our own message, and prints nothing."""
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.last = ""
@@ -149,7 +149,7 @@ def _logger(trt: Any) -> Any:
 def monitor_of(trt: Any, progress: Progress, name: str) -> Any:
     """Return a monitor that moves the bar with the builder's outermost phase."""
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self._steps: dict[str, int] = {}

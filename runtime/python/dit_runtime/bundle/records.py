@@ -84,7 +84,7 @@ class Stage:
     def rows(self, inputs: Mapping[str, np.ndarray]) -> int:
         """Return how many rows these inputs are of."""
         spec, free = next((spec, free) for spec in self.reads for free in ("rows", "batch") if free in spec.shape)
-        return inputs[spec.name].shape[spec.shape.index(free)]
+        return int(inputs[spec.name].shape[spec.shape.index(free)])
 
     @property
     def grouped(self) -> tuple[TensorSpec, ...]:

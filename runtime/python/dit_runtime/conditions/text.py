@@ -91,7 +91,7 @@ def _count(encoding: Any) -> int:
     parts = [encoding, *encoding.overflowing]
     words = sum(part.special_tokens_mask.count(0) for part in parts)
     pairs = zip(encoding.special_tokens_mask, encoding.attention_mask, strict=True)
-    return words + sum(special and counted for special, counted in pairs)
+    return int(words + sum(special and counted for special, counted in pairs))
 
 
 class PromptMemo:

@@ -61,7 +61,7 @@ class TaylorSeer(Cache):
     def computes(self, step: int) -> bool:
         """Return whether the schedule evaluates the network at a step."""
         regular = (step - self._before - 1) % self.settings["cache_interval"] == 0
-        return step < self._before or regular or step >= self._after
+        return bool(step < self._before or regular or step >= self._after)
 
     def guess(self, step: int, x: Array) -> NDArray[np.float32] | None:
         if self.computes(step) or not self._factors:

@@ -23,7 +23,8 @@ def curve(name: str, first: float, last: float, steps: int) -> NDArray[np.float6
     even = np.linspace(0, 1, steps)
     if name == "karras":
         high, low = first ** (1 / RHO), last ** (1 / RHO)
-        return (high + even * (low - high)) ** RHO
+        karras: NDArray[np.float64] = (high + even * (low - high)) ** RHO
+        return karras
     if name == "exponential":
         return np.exp(np.linspace(math.log(first), math.log(last), steps))
     return last + beta_quantile(1 - even) * (first - last)

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from dit_runtime.errors import NotFinite, UsageError
 from dit_runtime.sampling.caches import Cache
+from dit_runtime.sampling.denoiser import Array
 from dit_runtime.sampling.guidance import Groups
-from dit_runtime.sampling.solvers import Array, Solver
+from dit_runtime.sampling.solvers import Solver
 
 Home = Callable[[], Array]
 Into = Callable[[Mapping[str, Any], Mapping[str, Any]], object]  # what is made of the first goes into the second

@@ -7,7 +7,7 @@ A noise process has the betas of a discrete schedule and predicts ε, v or x₀ 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -258,7 +258,7 @@ def _check_keys(where: str, table: object, known: tuple[str, ...]) -> None:
 
 def _check_fields(record: Any) -> None:
     """Check every field against its annotation and CHOICES."""
-    expected = {
+    expected: dict[str, tuple[Callable[[Any], bool], str]] = {
         "bool": (lambda value: isinstance(value, bool), "true or false"),
         "int": (is_integer, "an integer"),
         "float": (is_number, "a finite number"),

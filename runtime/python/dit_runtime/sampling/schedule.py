@@ -199,7 +199,8 @@ def _scm_points(steps: int, spacing: str | None) -> NDArray[np.float64]:
     angles = np.linspace(FIRST_ANGLE, 0, steps + 1)[:-1]
     if steps == 2:
         angles[1] = SECOND_ANGLE
-    return np.sin(angles) / (np.cos(angles) + np.sin(angles))
+    sigmas: NDArray[np.float64] = np.sin(angles) / (np.cos(angles) + np.sin(angles))
+    return sigmas
 
 
 OWN_POINTS = {"sde": _sde_points, "scm": _scm_points}  # of solvers that take no spacing

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import DEFAULT_STRENGTH
+from dit_runtime.sampling.denoiser import Array
 from dit_runtime.sampling.noise import Draw
 from dit_runtime.sampling.process import is_number
 from dit_runtime.sampling.schedule import Level
-from dit_runtime.sampling.solvers import Array
 
 CLEAN = Level(0.0, 1.0, 0.0)
 
