@@ -32,7 +32,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser site lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser site lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -131,6 +131,13 @@ cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
 	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
 
+# For 64-bit ARM, without engines; its unit tests run under qemu.
+cpp-aarch64: $(STAMP)
+	$(CPP_SETUP) g++-aarch64-linux-gnu qemu-user libgtest-dev
+	cmake --preset aarch64 -S runtime/cpp -B build/cpp-aarch64 -DDIT_PYTHON=$(CURDIR)/$(BIN)/python
+	cmake --build build/cpp-aarch64 --parallel $(JOBS)
+	ctest --test-dir build/cpp-aarch64 --output-on-failure
+
 # What reads files and what uses them, FUZZ_SECONDS each.
 FUZZERS := http manifest verify request options
 cpp-fuzz: $(STAMP)
@@ -170,7 +177,7 @@ test-gpu:
 	$(HERE) -m pytest -m gpu -rs
 
 # Where Triton or Ray cannot be installed, their tests are skipped and say so.
-test-all: cpp-unit cpp-sanitize cpp-fuzz browser
+test-all: cpp-unit cpp-sanitize cpp-aarch64 cpp-fuzz browser
 	-$(MAKE) triton ray
 	$(BIN)/python -m pytest -m ""
 

@@ -108,3 +108,26 @@ def test_setup_without_debian(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tools)})
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"setup: error: no ONNX Runtime in {tmp_path}/venv; run: make setup\n"
+
+
+def test_as_a_subproject(tmp_path):
+    """Neither programs nor examples are built, and the parent's build type stays as it is."""
+    root = files(tmp_path / "a", *HEADERS, "lib/libonnxruntime.so")
+    parent = "cmake_minimum_required(VERSION 3.22)\nproject(parent LANGUAGES C CXX)\n"
+    (tmp_path / "CMakeLists.txt").write_text(parent + f"add_subdirectory({CPP} dit)\n")
+    options = [f"-DONNXRUNTIME_ROOT={root}", "-DDIT_OPENVINO=OFF", "-DCMAKE_BUILD_TYPE="]
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", *options]
+    subprocess.run(command, check=True, capture_output=True)
+    assert cached(tmp_path, "DIT_PROGRAMS") == "OFF" and cached(tmp_path, "CMAKE_BUILD_TYPE") == ""
+    listed = ["cmake", "--build", tmp_path / "build", "--target", "help"]
+    targets = subprocess.run(listed, capture_output=True, text=True)
+    names = {line.split()[1] for line in targets.stdout.splitlines() if line.startswith("... ")}
+    assert {"dit", "dit-onnxruntime"} <= names and not {"dit-generate", "example-c", "unit-tests"} & names
+
+
+def test_the_presets(tmp_path):
+    """Each preset is one of CMake's, and its files are there."""
+    listed = subprocess.run(["cmake", "--list-presets=all", CPP], capture_output=True, text=True, cwd=CPP)
+    assert listed.returncode == 0, listed.stderr
+    assert {"release", "static", "tests", "asan", "aarch64"} <= set(re.findall(r'"(\w+)"', listed.stdout))
+    assert (CPP / "cmake/aarch64.cmake").is_file()

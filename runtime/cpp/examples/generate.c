@@ -11,23 +11,24 @@ static int show(int step, int steps, const double* latents, size_t size, void* u
 
 int main(int count, char** words) {
     if (count != 4) return fprintf(stderr, "usage: %s BUNDLE LABEL FILE.ppm\n", words[0]), 2;
-    dit_pipeline* pipe = dit_new();
+    dit_model* model = NULL;
     dit_info info = DIT_INFO_INIT;
     dit_request request = DIT_REQUEST_INIT;
     uint8_t* pixels = NULL;
     int64_t label = 0;
     size_t size = 0;
-    int failed = dit_open(pipe, words[1], NULL) || dit_get_info(pipe, &info) || dit_find_label(pipe, words[2], &label);
+    int failed = dit_model_open(words[1], NULL, &model) || dit_model_info(model, &info) ||
+                 dit_model_find_label(model, words[2], &label);
     if (!failed) {
         size = (size_t)(info.image_shape[0] * info.image_shape[1] * 3);
         pixels = malloc(size ? size : 1);
         request.labels = &label;
         request.count = 1;
         request.on_step = show;
-        failed = dit_generate(pipe, &request, pixels, size);
+        failed = dit_model_generate(model, &request, pixels, size);
     }
     if (failed) {
-        fprintf(stderr, "%s\n", dit_message(pipe));
+        fprintf(stderr, "%s\n", dit_last_message());
     } else {
         FILE* file = fopen(words[3], "wb");
         failed = !file || fprintf(file, "P6 %d %d 255\n", (int)info.image_shape[1], (int)info.image_shape[0]) < 0 ||
@@ -36,6 +37,6 @@ int main(int count, char** words) {
         fprintf(stderr, failed ? "\n%s cannot be written\n" : "\n%s\n", words[3]);
     }
     free(pixels);
-    dit_free(pipe);
+    dit_model_release(model);
     return failed ? 1 : 0;
 }

@@ -30,6 +30,11 @@ class Left {
     std::vector<std::future<void>> work_;
 };
 
+Left& left() {
+    static Left all;
+    return all;
+}
+
 }  // namespace
 
 void Cancellation::cancel() {
@@ -75,11 +80,14 @@ void count_bytes(std::uint64_t bytes) {
     if (const auto& progress = current_call().progress; progress && progress->of_bytes) progress->add(bytes);
 }
 
+void destroy_later(std::shared_ptr<void> object) {
+    left().add(std::async(std::launch::async, [object = std::move(object)]() mutable { object.reset(); }));
+}
+
 void wait_or_leave(std::future<void> work) {
-    static Left left;
     while (work.wait_for(std::chrono::milliseconds(5)) != std::future_status::ready) {
         if (!current_call().cancellation->cancelled()) continue;
-        left.add(std::move(work));
+        left().add(std::move(work));
         throw Stopped("cancelled");
     }
     work.get();

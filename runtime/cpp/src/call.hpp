@@ -113,6 +113,9 @@ class Stopwatch {
 // ends.
 void wait_or_leave(std::future<void> work);
 
+// Destroys it in the background.
+void destroy_later(std::shared_ptr<void> object);
+
 // The result of what cannot be stopped. Where the thread's call is cancelled it throws Stopped at once: what `make`
 // holds goes on in the background, and what it makes is dropped. So `make` must own all that it uses.
 template <typename Make>

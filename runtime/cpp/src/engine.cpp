@@ -8,21 +8,6 @@
 
 namespace dit_runtime {
 
-const std::vector<Backend>& backends() {
-    static const std::vector<Backend> known = {
-#ifdef DIT_ONNXRUNTIME
-        {"onnxruntime", true, precisions_of("onnxruntime"), ort_version, open_ort},
-#endif
-#ifdef DIT_OPENVINO
-        {"openvino", true, precisions_of("openvino"), ov_version, open_ov, ov_note},
-#endif
-#ifdef DIT_TENSORRT
-        {DIT_TENSORRT, false, precisions_of(DIT_TENSORRT), trt_version, open_trt},
-#endif
-    };
-    return known;
-}
-
 namespace {
 
 // Why ONNX Runtime cannot run a graph of this precision on a device; empty where it can. Mirrors refusal() in ort.py.
@@ -61,8 +46,9 @@ const Backend& choose(const Stage& stage, const Options& options) {
             if (backend.opens_onnx && contains(backend.precisions, stage.precision) &&
                 without_kernels(backend.name, stage.precision, options.device).empty())
                 return backend;
+    const std::string missing = missing_backends();
     throw NoBackend(text("backend '", name, "' is not in this library", nearest(name, known),
-                          "; it was built with: ", join(known)));
+                         "; it has: ", known.empty() ? "none" : join(known), missing.empty() ? "" : "; " + missing));
 }
 
 namespace {

@@ -75,8 +75,11 @@ struct Backend {
     std::string (*note)(const std::string& precision, const Options& options) = nullptr;
 };
 
-// The backends that this library was compiled with; the first replaces a bundle's backend that is not among them.
+// The backends that are here; the first replaces a bundle's backend that is not among them.
 const std::vector<Backend>& backends();
+
+// Why others are not here, where that is known; else empty.
+std::string missing_backends();
 
 // "cuda:1" -> 1; "cuda" and nothing are the first.
 int gpu_number(const std::string& device);
@@ -118,18 +121,13 @@ const Backend& choose(const Stage& stage, const Options& options);
 // Up to the first line break: what an engine library says is long.
 std::string first_line(const std::string& message);
 
-#ifdef DIT_ONNXRUNTIME
+// Of the backends, each in a file of its own.
 std::string ort_version();
 std::unique_ptr<Engine> open_ort(const std::vector<Path>& files, const Stage& stage, const Options& options);
-#endif
-#ifdef DIT_OPENVINO
 std::string ov_version();
 std::string ov_note(const std::string& precision, const Options& options);
 std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Stage& stage, const Options& options);
-#endif
-#ifdef DIT_TENSORRT
 std::string trt_version();
 std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Stage& stage, const Options& options);
-#endif
 
 }  // namespace dit_runtime

@@ -42,11 +42,16 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     require_warmable(manifest, warm, options.low_memory);
     check_settings(options, manifest);
-    checking(files(), [&] {
-        if (!options_.low_memory)
-            for (const Stage& stage : manifest.stages) opened_->engines[stage.name] = open(stage);
-    });
-    dit_runtime::warm(*this, warm);
+    try {
+        checking(files(), [&] {
+            if (!options_.low_memory)
+                for (const Stage& stage : manifest.stages) opened_->engines[stage.name] = open(stage);
+        });
+        dit_runtime::warm(*this, warm);
+    } catch (const Stopped&) {
+        destroy_later(std::move(opened_));  // engines take a while to close
+        throw;
+    }
 }
 
 Pipeline::Pipeline(const Pipeline& whole, Manifest sized)

@@ -26,9 +26,9 @@ class Solver {
     Solver(Solver&&) noexcept;
     Solver& operator=(Solver&&) noexcept;
 
-    bool asks() const;       // for a prediction of (x, t); else x is the result
-    const Array& x() const;  // the latents so far
-    double t() const;        // the time that the network reads
+    bool asks() const;                       // for a prediction of (x, t); else x is the result
+    const Array& x() const;                  // the latents so far
+    double t() const;                        // the time that the network reads
     const Array& x0() const { return x0_; }  // of the last prediction; empty before the first
     void send(const Prediction& prediction);
 

@@ -250,13 +250,16 @@ class Swapped : public ::testing::TestWithParam<const char*> {
 
 INSTANTIATE_TEST_SUITE_P(Engines, Swapped, ::testing::Values("onnxruntime", "openvino"));
 
-// What is compiled later, for another shape, is what was checked.
+// What is compiled later is what was checked: OpenVINO makes requests for single rows when one first comes.
 TEST_P(Swapped, AnotherFileChangesNothing) {
+    options.threads = 2;
     Pipeline before(copy.folder, options), pipe(copy.folder, options);
-    const std::vector<float> one = before.latents(request(1)), two = before.latents(request(2));
+    Request single = request(1);
+    single.guidance = {1};
+    const std::vector<float> one = before.latents(single), two = before.latents(request(2));
     put(weights, others(weights));
     EXPECT_EQ(pipe.latents(request(2)), two);
-    EXPECT_EQ(pipe.latents(request(1)), one);
+    EXPECT_EQ(pipe.latents(single), one);
     throws<BundleError>("sha256", [&] { Pipeline(copy.folder, options); });
 }
 
@@ -412,6 +415,7 @@ TEST(Words, AreOneLine) {
     EXPECT_EQ(one_line("\U000E0041"), "\\U000e0041");
     EXPECT_EQ(one_line(std::string("a\0b", 3)), "a\\x00b");
     EXPECT_EQ(one_line(std::string(300, 'a')), std::string(300, 'a'));
+    EXPECT_EQ(one_line(std::string(301, 'a')), std::string(197, 'a') + " … " + std::string(100, 'a'));
     EXPECT_EQ(one_line("begin" + std::string(20 << 20, 'x') + "end"),
               "begin" + std::string(192, 'x') + " … " + std::string(97, 'x') + "end");
     const std::string escapes = one_line(std::string(1000, '\x1b'));

@@ -12,25 +12,59 @@
  *     if (dit_model_generate(model, &request, pixels, sizeof pixels) == DIT_OK) ...
  *     dit_model_release(model);
  *
- * A dit_model is an open bundle: its manifest, weights and engines. It does not change. A dit_run is one drawing: its
- * noise, steps and conditions.
+ * Include this header alone, and link with libdit (CMake: dit::dit; pkg-config: dit). Engines are found when the first
+ * bundle is opened: libdit-NAME.so beside libdit opens ONNX Runtime, OpenVINO or TensorRT. dit_backends names those
+ * here.
+ *
+ * Objects: a dit_model is an open bundle, its manifest, weights and engines; it does not change. A dit_run is one
+ * drawing: its noise, conditions and steps. pipeline.h has a handle of older programs.
  *
  * Threads: any thread may use a model, as many as like at a time. A run is used by one thread at a time, whichever that
- * is; a call that finds another one inside returns DIT_BUSY and does nothing. dit_run_cancel may come from any thread.
- * Runs of one model take turns at its engines, call by call, in the order in which they ask: an engine fills all its
- * threads (dit_open_options.threads) with one call. So more threads draw no faster, and need no more memory.
+ * is; a call that finds another one inside returns DIT_BUSY and does nothing. dit_cancel and dit_run_cancel may come
+ * from any thread. Runs of one model take turns at its engines, call by call, in the order in which they ask: an engine
+ * fills all its threads (dit_open_options.threads) with one call. So more threads draw no faster, and need little more
+ * memory; a larger `count` does draw faster. Do not fork while a model is open.
+ *
+ * Blocking: dit_model_open takes seconds, for it reads all files, compares their sums and compiles. dit_run_step takes
+ * a call of the network, the first one also the stages before the loop. dit_run_result and dit_run_preview decode,
+ * dit_model_generate does all of that, dit_model_verify twice and more. Each of these can be cancelled. All other calls
+ * return at once.
  *
  * Ownership: a model is counted. dit_model_open gives the first reference, dit_model_retain another one, and the
- * model goes with the last dit_model_release. A run holds one until dit_run_free. Arguments stay the caller's and are
- * copied; only on_step and user of a request are used for as long as its run. Strings of a model live as long as it.
+ * model goes with the last dit_model_release. A run holds one until dit_run_free. Buffers for results are the caller's.
+ * Arguments stay the caller's and are copied; only on_step and user of a request are used for as long as its run.
+ * Strings that a model gives live as long as it.
  *
- * Errors: each fallible call returns a dit_status. dit_last_message() says in one sentence what, where, what was
- * expected and what to do; read it on the thread that made the call. Models and runs work on after any failure.
+ * Memory: a model takes about the size of its files, about twice that while OpenVINO opens them, and its engines'
+ * activations for the largest batch so far, which stay. A run takes its latents and what the stages before the loop
+ * give, up to 256 MB at a time. low_memory holds one engine at a time.
+ *
+ * Errors: each fallible call returns a dit_status. dit_last_message() then says in one sentence what, where, what was
+ * expected and what to do; read it on the thread that made the call. Models and runs work on after any failure but
+ * DIT_DEVICE_LOST. No C++ exception leaves the library. Nothing is printed.
  *
  * Lengths: each array has its length beside it, and is not read beyond it. A length that does not fit is refused.
  *
- * Versions: structs begin with their size; start from the _INIT value, which sets it. A program that was compiled with
- * an older dit.h runs with a newer library. A struct that is larger than the library knows is refused.
+ * Units: a length counts elements: numbers, or bytes of pixels. Times are seconds. Arrays are dense, the last axis
+ * first in memory. Pixels are 8-bit sRGB: red, green, blue, from the top left, rows one after the other. Latents are
+ * float, the channels first, as the network has them. Strings are UTF-8 and end in 0; paths are the system's.
+ *
+ * Defaults: start each struct from its _INIT value, which sets struct_size and means the bundle's own defaults: its
+ * solver, steps, guidance and backend, seed 0, and as many threads as the engine thinks right.
+ *
+ * Determinism: a seed gives the noise of torch.randn on every machine, up to rounding. The pictures are PyTorch's
+ * within the tolerances that dit_model_verify checks. The same request on the same engine, CPU and threads gives the
+ * same bits; dit_info.batch_invariant says whether that holds in every batch, too. Threads of the caller and other runs
+ * change nothing.
+ *
+ * Versions: until 1.0 a minor version may change this header, and the library's soname has it (libdit.so.0.1). Within
+ * one, structs only grow: a program that was compiled with an older dit.h runs with a newer library. A struct that is
+ * larger than the library knows, or of a size that it never had, is refused. Enums may get more values.
+ *
+ * Files: a bundle may come from anybody. Its sums are checked before use, nothing outside of its folder is read, and
+ * what the manifest says is held to limits; but its sums are its own, so pin it with manifest_sha256 where that
+ * matters. Only TensorRT-RTX writes: what it compiles, into $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). Nothing uses
+ * the network.
  */
 #ifndef DIT_DIT_H
 #define DIT_DIT_H
@@ -60,23 +94,25 @@ typedef struct dit_model dit_model;
 typedef struct dit_run dit_run;
 typedef struct dit_pipeline dit_pipeline; /* pipeline.h */
 
+/* What a service can do: try the same call again after ENGINE_FAILED, OUT_OF_MEMORY (with fewer pictures) and BUSY;
+ * give the sentence of a BAD_ARGUMENT to who asked; all others need another bundle, machine or version. */
 typedef enum dit_status {
     DIT_OK = 0,
     DIT_BAD_ARGUMENT = 1,     /* a label, a number, a name, NULL, a struct of another version */
-    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, or it cannot run here */
+    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, another than manifest_sha256, or it cannot run here */
     DIT_BUFFER_TOO_SMALL = 3, /* the message says how much is needed */
     DIT_ENGINE_FAILED = 4,    /* an engine gave no sound result */
     DIT_STOPPED = 5,          /* a callback, dit_cancel or dit_run_cancel asked for it */
     DIT_NOT_VERIFIED = 6,     /* these engines do not draw PyTorch's pictures */
-    DIT_OUT_OF_MEMORY = 7,
-    DIT_BUSY = 8,         /* another call on this run has not returned */
-    DIT_INTERNAL = 9,     /* a bug of this library */
-    DIT_NO_BACKEND = 10,  /* the engine library is not here, or is too old */
-    DIT_NO_DEVICE = 11,   /* the engine library has no such device here */
-    DIT_DEVICE_LOST = 12, /* the device failed; only a new model can draw, often only a new process */
-    DIT_OVERLOADED = 13,  /* a batcher has too much ahead of a request's deadline */
-    DIT_LATE = 14,        /* a request's deadline has passed */
-    DIT_CLOSED = 15       /* a batcher takes no more requests */
+    DIT_OUT_OF_MEMORY = 7,    /* of the process, or of a device */
+    DIT_BUSY = 8,             /* another call on this run has not returned */
+    DIT_INTERNAL = 9,         /* a bug of this library */
+    DIT_NO_BACKEND = 10,      /* the engine library is not here, or is too old */
+    DIT_NO_DEVICE = 11,       /* the engine library has no such device here */
+    DIT_DEVICE_LOST = 12,     /* the device failed; only a new process can draw */
+    DIT_OVERLOADED = 13,      /* a batcher has too much ahead of a request's deadline */
+    DIT_LATE = 14,            /* a request's deadline has passed */
+    DIT_CLOSED = 15           /* a batcher takes no more requests */
 } dit_status;
 
 #include "dit/options.h"
@@ -205,7 +241,7 @@ DIT_API const char* dit_status_name(dit_status status);
 /* The version of this library, "0.1.0". */
 DIT_API const char* dit_version(void);
 
-/* The engines this library was built with, "onnxruntime 1.31.0, openvino 2026.4". */
+/* The engines that are here, "onnxruntime 1.31.0, openvino 2026.4"; "" without any. It lives as long as the process. */
 DIT_API const char* dit_backends(void);
 
 #include "dit/pipeline.h"
