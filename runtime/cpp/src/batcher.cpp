@@ -334,7 +334,7 @@ std::vector<Batcher::Answer> Batcher::evaluate(const Tickets& tickets) {
     std::size_t first = 0;
     for (const Ask* ask : asks) {
         Prediction own = {cut(all.prediction, first, ask->places(), weights.size()),
-                                cut(all.variance, first, ask->places(), weights.size())};
+                          cut(all.variance, first, ask->places(), weights.size())};
         answers.emplace_back(std::move(own), nullptr);
         first += ask->places();
     }
