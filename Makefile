@@ -46,7 +46,7 @@ help:
 	@echo "make bench-gpu MODEL=XL/2      the same on an NVIDIA GPU"
 	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
 	@echo "make check                     the quick tests, under a minute: no bundle is built, no C++"
-	@echo "make test | test-all | lint    all tests, under 10 minutes; test-all also runs what takes minutes or gigabytes;"
+	@echo "make test | test-all | lint    all tests, about 15 minutes; test-all also runs what takes minutes or gigabytes;"
 	@echo "                               WORKERS processes share the work, by default one a core"
 	@echo "make site                      the documentation in build/site/html, strict about links"
 	@echo "make test-gpu                  the tests that need an NVIDIA GPU"

@@ -1,5 +1,6 @@
 """The commands that look at bundles and graphs: what they print for people and for machines."""
 
+import importlib.metadata
 import json
 import subprocess
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import dit_export.cli
 import dit_runtime.cli
 import dit_runtime.verify
+import dit_serve.cli
 from dit_export.cli.console import sample_command
 from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
@@ -32,6 +34,14 @@ def run_json(capsys: Capture, main, *arguments: str) -> dict:
     capsys.readouterr()
     assert main([*arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("main", [dit_export.cli.main, dit_runtime.cli.main, dit_serve.cli.main])
+def test_version(main, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code
+    assert capsys.readouterr().out.split()[1:] == [importlib.metadata.version("dit-export")]
 
 
 def test_info(meta: Built, capsys: Capture) -> None:

@@ -20,14 +20,13 @@ from safetensors.torch import save_file
 
 from tests.conftest import meta_state
 from tests.hostile.manifests import BIDI, ESCAPE, FORGED
-from tests.networks import tiny
+from tests.hostile.originals import CLASSES, INDEX
 
 Apply = Callable[[Path], object]
-TRANSFORMER, SCHEDULER, INDEX = "transformer/config.json", "scheduler/scheduler_config.json", "model_index.json"
+TRANSFORMER, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REMOVED = object()
 WRONG = (None, True, -1, 0, 1.5, 10**30, "x", ESCAPE, [], {}, [None], REMOVED)
-CLASSES = 10
 
 
 class Damage(NamedTuple):
@@ -35,31 +34,6 @@ class Damage(NamedTuple):
     apply: Apply  # to the checkpoint
     verdict: str = "refused"  # or "fine", or "survives": either
     kind: str = "dit"  # or pixart, a pipeline with a text encoder; or meta, a .pt of Meta's
-
-
-def make(place: Path, kind: str) -> None:
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    from tests.families import tiny as texts
-    from tests.pixart import small_vae
-
-    if kind == "meta":
-        torch.save(meta_state(), place)
-        return
-    classes = {"_class_name": "DiTPipeline", "id2label": {str(number): f"thing {number}" for number in range(CLASSES)}}
-    if kind == "dit":
-        tiny.dit(num_embeds_ada_norm=CLASSES).save_pretrained(place / "transformer")
-        DDIMScheduler().save_pretrained(place / "scheduler")
-    else:
-        tiny.pixart().save_pretrained(place / "transformer")
-        DPMSolverMultistepScheduler().save_pretrained(place / "scheduler")
-        tokenizer = texts.t5_tokenizer()
-        tokenizer.save_pretrained(place / "tokenizer")
-        texts.t5(tokenizer, width=48).save_pretrained(place / "text_encoder")
-        kinds = {"tokenizer": ["transformers", "T5Tokenizer"], "text_encoder": ["transformers", "T5EncoderModel"]}
-        classes = {"_class_name": "PixArtAlphaPipeline", **kinds}
-    small_vae(sample_size=64).save_pretrained(place / "vae")
-    (place / INDEX).write_text(json.dumps(classes))
 
 
 def setting(file: str, key: str, value: Any) -> Apply:

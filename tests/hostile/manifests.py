@@ -96,6 +96,8 @@ def texts() -> Iterator[Damage]:
     yield Damage("text: Infinity", replaced('"beta_end": 0.02', '"beta_end": Infinity'))
     yield Damage("text: a comment", replaced("{", "{ // hello\n"))
     yield Damage("text: a comma too many", replaced('"null": {', '"null": {,'))
+    sums = setting("files", "denoiser.onnx.data", "sha256", value="\ud800")
+    yield Damage("text: a half surrogate as a sum", sums, "open")
     yield Damage("text: a half surrogate as a class", setting("labels", 0, value="\ud800"), "survives")
     yield Damage(
         "text: a mark before it", lambda folder: text(b"\xef\xbb\xbf" + (folder / NAME).read_bytes())(folder), "fine"

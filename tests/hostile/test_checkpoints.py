@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dit_runtime.console import guarded
-from tests.hostile.checkpoints import CHECKPOINTS, make
+from tests.hostile.checkpoints import CHECKPOINTS
+from tests.hostile.originals import make
 from tests.hostile.test_bundles import BYTES, SECONDS, check_output, forget_peak, peak, within
 
 SAMPLED = 25

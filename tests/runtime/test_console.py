@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from dit_runtime.console import guarded, line
@@ -39,6 +42,16 @@ def test_codes(capsys, error, code, debug) -> None:
     assert lines[-1].startswith("dit-run: error: ") and (len(lines) == 1) != debug
     assert debug == any("Traceback" in text for text in lines)
     assert ("a bug" in lines[-1] and "--debug" in lines[-1] and "CONTRIBUTING.md" in lines[-1]) == (code == 70)
+
+
+def test_a_warning_is_no_second_line() -> None:
+    """In a process of its own, where nothing else looks at warnings."""
+    code = (
+        "import warnings; from dit_runtime.console import guarded; guarded('x', lambda _: warnings.warn('w') or 0, {})"
+    )
+    for options, shown in (([], False), (["--debug"], True)):
+        command = [sys.executable, "-c", code.format(options)]
+        assert ("UserWarning: w" in subprocess.run(command, capture_output=True, text=True).stderr) == shown
 
 
 def test_the_option_is_no_commands_own() -> None:

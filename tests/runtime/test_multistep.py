@@ -8,13 +8,16 @@ import pytest
 import torch
 from diffusers import DEISMultistepScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from dit_runtime.sampling.noise import Noise
 from dit_runtime.sampling.process import CURVES, SOLVERS, Process, Sampler
 from dit_runtime.sampling.schedule import make_schedule
 from tests.runtime.test_solvers import (
     LONG,
     SAMPLER,
+    SHAPE,
     SPACINGS,
     STEPWISE,
+    Model,
     compare,
     exact_levels,
     gaussian,
@@ -58,6 +61,32 @@ def test_other_multistep_solvers_are_diffusers_step_by_step(solver, scheduler, k
             limit = STEPWISE if not sde else 3e-5 if steps > 3 else 3e-4
             worst = compare(process, reference, solver, steps, kind=torch.float32 if sde else torch.float64)
             assert worst < limit, (kind, spacing, lower, final, steps)
+
+
+@pytest.mark.parametrize(
+    ("solver", "scheduler"),
+    [
+        ("dpm++", DPMSolverMultistepScheduler),
+        ("dpm++3", DPMSolverMultistepScheduler),
+        ("deis3", DEISMultistepScheduler),
+        ("unipc3", UniPCMultistepScheduler),
+    ],
+)
+@pytest.mark.parametrize("steps", [10, 20])
+def test_a_run_that_leaves_out_steps_is_diffusers(solver, scheduler, steps):
+    """As its pipelines of image-to-image start it; a run of 20 steps of which 8 are left is no short one."""
+    own = {"lower_order_final": True} | ({} if solver == "deis3" else {"final_sigmas_type": "sigma_min"})
+    reference = exact_levels(scheduler(solver_order=SOLVERS[solver]["order"], timestep_spacing="linspace", **own))
+    process = Process(sampler=Sampler(dpm_spacing="linspace", **own))
+    first = steps - 8
+    reference.set_timesteps(steps)
+    reference.sigmas = reference.sigmas.double()
+    reference.set_begin_index(first)
+    model, theirs = Model(process), torch.from_numpy(Noise(3).normal(SHAPE)).double()
+    for t, x in trajectory(process, solver, steps, first=first):
+        prediction, _ = model(theirs.numpy(), t)
+        theirs = reference.step(torch.from_numpy(prediction), int(t), theirs).prev_sample
+        assert np.abs(x - theirs.numpy()).max() < STEPWISE * max(1.0, np.abs(x).max())
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,21 @@ def test_what_becomes_rgb() -> None:
     assert np.abs(read_picture(saved(red, "JPEG"), *SIZE).astype(int) - (255, 0, 0)).max() < 4
 
 
+def test_a_cameras_jpeg_with_previews() -> None:
+    """MPO: other pictures follow the first one, which is the photograph."""
+    several = saved(of(), "MPO", save_all=True, append_images=[of(PICTURE[::-1])], quality=100)
+    np.testing.assert_array_equal(read_picture(several, *SIZE), read_picture(saved(of(), "JPEG", quality=100), *SIZE))
+
+
+def test_a_palette_with_alpha(recwarn) -> None:
+    """Its colours are read, and Pillow does not warn."""
+    palette = of().quantize(16)
+    content = saved(palette, transparency=bytes([255] * 16))
+    np.testing.assert_array_equal(read_picture(content, *SIZE), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(read_mask(content, *SIZE), np.asarray(palette.convert("RGB").convert("L")))
+    assert not recwarn.list
+
+
 def test_a_picture_is_turned() -> None:
     """Of a camera that was held upright, EXIF's 6 says so."""
     exif = Image.Exif()

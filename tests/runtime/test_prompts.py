@@ -124,6 +124,14 @@ def test_a_prompt_is_its_ids(pipe) -> None:
     assert not np.allclose(draw(pipe, prompt="a cat"), draw(pipe, prompt="a red cat"), atol=1e-3)
 
 
+def test_a_picture_comes_after_the_prompt(pipe) -> None:
+    """A network may read both; the run adds the picture's rows."""
+    state, engines = pipe.manifest.state, copy.copy(pipe.engines)
+    low = replace(state, name="low", role="condition", picture=True)
+    engines.manifest = replace(pipe.manifest, ports=(*pipe.manifest.ports, low))
+    assert engines.encode(engines.tokenizers(["a cat"])).keys() == {"captions", "mask"}
+
+
 def test_one_stage_at_a_time(prompted, pipe) -> None:
     with Pipeline.load(prompted, threads=1, low_memory=True) as lean:
         np.testing.assert_array_equal(draw(lean, prompt="a cat"), draw(pipe, prompt="a cat"))

@@ -80,6 +80,15 @@ def test_a_file_that_changes_while_it_is_opened(bundle) -> None:
         pass
 
 
+def test_another_manifest_than_was_asked_for(bundle) -> None:
+    """The sum is of the bytes that are parsed; any case of its digits will do."""
+    sum256 = manifest.sha256(bundle / "manifest.json")
+    Pipeline.load(bundle, threads=1, manifest_sha256=sum256.upper()).close()
+    edit(bundle, lambda table: table["model"].update(name="another"))
+    with pytest.raises(BundleError, match=f"expected {sum256}; this is another bundle"):
+        Pipeline.load(bundle, threads=1, manifest_sha256=sum256)
+
+
 def test_unchanged_files_are_summed_once(bundle, monkeypatch) -> None:
     contract, checked, summed = manifest.read(bundle), {}, []
     plain = manifest.sha256

@@ -43,7 +43,8 @@ def test_clients_that_leave_leave_nothing(held: tuple[Running, Watched]) -> None
     timer.start()
     outcomes = asyncio.run(load.opened(server.port, 60, 1, leaving=0.8))
     timer.join()
-    assert {outcome.status for outcome in outcomes} == {0, 200}
+    statuses = {outcome.status for outcome in outcomes}
+    assert {0, 200} <= statuses <= {0, 200, 429}  # 429: one that came after the wait, which counts as work
     batcher = server.model.batcher
     until(lambda: batcher.active == batcher.queued == 0)
     assert batcher.counts["cancelled"] > 10 and batcher.alive

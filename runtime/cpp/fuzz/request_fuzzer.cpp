@@ -12,14 +12,18 @@ namespace {
 
 constexpr int STEPS = 3;  // of a run; then it is stopped
 
+struct Free {
+    void operator()(dit_pipeline* pipe) const { dit_free(pipe); }
+};
+
 dit_pipeline* opened(std::size_t index) {
-    static std::vector<dit_pipeline*> pipes(fuzzed::bundles().size(), nullptr);
-    dit_pipeline*& pipe = pipes[index];
+    static std::vector<std::unique_ptr<dit_pipeline, Free>> pipes(fuzzed::bundles().size());
+    auto& pipe = pipes[index];
     if (!pipe) {
-        pipe = dit_new();
-        if (dit_open(pipe, fuzzed::bundles()[index]->folder.c_str(), nullptr) != DIT_OK) std::abort();
+        pipe.reset(dit_new());
+        if (dit_open(pipe.get(), fuzzed::bundles()[index]->folder.c_str(), nullptr) != DIT_OK) std::abort();
     }
-    return pipe;
+    return pipe.get();
 }
 
 // What a request points to, each in memory of its own size.

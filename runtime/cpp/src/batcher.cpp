@@ -326,17 +326,16 @@ std::vector<Batcher::Answer> Batcher::evaluate(const Tickets& tickets) {
     std::vector<float> state, weights;
     for (const auto& ticket : tickets) asks.push_back(&*ticket->ask_);
     for (const Ask* ask : asks) append(state, ask->state), append(weights, ask->weights);
-    Arrays stacked;
     const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
-        return side_by_side(pipe.manifest, asks, first, last, stacked);
+        return side_by_side(pipe.manifest, asks, first, last, stacked_);
     };
     const Prediction all = pipe.denoise(state, inputs, weights);
     std::vector<Answer> answers;
     std::size_t first = 0;
     for (const Ask* ask : asks) {
-        const Prediction own = {cut(all.prediction, first, ask->places(), weights.size()),
-                                cut(all.variance, first, ask->places(), weights.size())};
-        answers.emplace_back(own, nullptr);
+        Prediction own = {cut(all.prediction, first, ask->places(), weights.size()),
+                          cut(all.variance, first, ask->places(), weights.size())};
+        answers.emplace_back(std::move(own), nullptr);
         first += ask->places();
     }
     return answers;

@@ -91,6 +91,7 @@ class Batcher {
     Costs costs_;
     Scheduler<Ticket> scheduler_;
     std::deque<std::shared_ptr<Ticket>> undecoded_;
+    Arrays stacked_;  // inputs of the last call, whose memory the next one takes
     Counts counts_;
     mutable std::mutex mutex_;
     std::condition_variable wake_;

@@ -15,7 +15,7 @@ using json::Json;
 using json::refuse;
 
 const std::int64_t MOST = limit("size");     // of classes and rows
-const std::int64_t ROW_MOST = limit("row");  // numbers a row: of a caption of 300 tokens XL/2 has 19 million
+const std::int64_t ROW_MOST = limit("row");  // numbers a row: 257 frames of 704 x 1216 pixels have 660 million
 const std::size_t RANK_MOST = static_cast<std::size_t>(limit("rank"));
 const std::vector<std::string> ROLES = {"state", "time", "condition"};
 const std::vector<std::string> RUNS = {PROMPT, "condition", "time", "time+condition", START, "step", "update", "end"};

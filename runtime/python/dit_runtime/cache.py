@@ -36,7 +36,7 @@ def folder_of(contract: Manifest) -> Path | None:
     """Return the folder of what is compiled of a bundle."""
     content = "".join(f"{name} {file.sha256}\n" for name, file in sorted(contract.files.items()))
     own = root()
-    return own / _sum(content.encode()).hex()[:32] if own else None
+    return own / _sum(content.encode(errors="backslashreplace")).hex()[:32] if own else None
 
 
 def _sum(content: bytes) -> bytes:

@@ -17,10 +17,11 @@ from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_u
 from dit_runtime.bundle.summary import summary
 from dit_runtime.console import guarded, printable
 from dit_runtime.errors import UsageError
-from dit_runtime.options import Parser, add_bundle, add_size, load_bundle
+from dit_runtime.facts import LIMITS
+from dit_runtime.options import Parser, Version, add_bundle, add_size, load_bundle
 from dit_runtime.progress import Progress
 
-ACTIONS = {"info": f"of at most {cache.LIMITS['cache_bytes'] / 1e9:.1f} GB", "clear": "removed"}  # of `cache`
+ACTIONS = {"info": f"of at most {LIMITS['cache_bytes'] / 1e9:.1f} GB", "clear": "removed"}  # of `cache`
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
+    parser.add_argument("--version", action=Version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     drawing = commands.add_parser("sample", help="pictures from prompts, class names or numbers, or from arrays")

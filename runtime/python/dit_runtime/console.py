@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from dit_runtime.errors import EngineError, GateError, Stopped, UsageError
@@ -31,7 +32,10 @@ def guarded(program: str, command: Callable[[Sequence[str]], int], arguments: Se
     debug = DEBUG in words
     try:
         try:
-            return command([word for word in words if word != DEBUG])
+            with warnings.catch_warnings():
+                if not debug:  # a second line, of what a library thinks of a file
+                    warnings.simplefilter("ignore")
+                return command([word for word in words if word != DEBUG])
         finally:
             print(end="", flush=True)  # here, where a closed pipe is caught; else at exit
     except BrokenPipeError:

@@ -172,11 +172,12 @@ class Engines:
         return step, update if isinstance(update, Resident) else None
 
     def encode(self, rows: Rows) -> Rows:
-        """Return every condition port's rows, those of token ids through the prompt stage."""
+        """Return the condition ports' rows, those of token ids through the prompt stage, but for what is to come of a
+        picture."""
         if self._prompts is None or self.manifest.prompts[0].ids not in rows:
             return rows
         rows = rows | self._prompts(rows)
-        return {port.name: rows[port.name] for port in self.manifest.conditions}
+        return {port.name: rows[port.name] for port in self.manifest.conditions if port.name in rows}
 
     def inputs(
         self,

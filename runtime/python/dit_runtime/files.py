@@ -43,10 +43,18 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def read_text(path: Path, most: int = LIMITS["json_bytes"]) -> str:
     """Return the UTF-8 text of a file of at most so many bytes."""
+    return as_text(read_bytes(path, most), path)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
     with open_file(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise UsageError(f"{path}: more than {most} bytes")
+    return content
+
+
+def as_text(content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ def read_picture(source: Source, height: int, width: int, name: str = "", smooth
 
     It is turned as its EXIF data say; CMYK becomes RGB, 16 bits become their upper 8, and alpha is left out.
     """
-    return _read(source, name, lambda image: _resized(_eight_bits(image).convert("RGB"), height, width, smooth))
+    return _read(source, name, lambda image: _resized(_opaque(image).convert("RGB"), height, width, smooth))
 
 
 def read_mask(source: Source, height: int, width: int, name: str = "") -> NDArray[np.uint8]:
@@ -38,7 +38,7 @@ def read_mask(source: Source, height: int, width: int, name: str = "") -> NDArra
             alpha = image.convert("RGBA").getchannel("A")
             if alpha.getextrema()[0] < 255:
                 return 255 - _resized(alpha, height, width)
-        return _resized(_eight_bits(image).convert("L"), height, width)
+        return _resized(_opaque(image).convert("L"), height, width)
 
     return _read(source, name, values)
 
@@ -63,7 +63,7 @@ def _read(source: Source, name: str, values: Callable[[Any], NDArray[np.uint8]])
             width, height = image.size
             if width * height > LIMITS["pixels"]:
                 raise UsageError(f"{where}: {width} x {height} pixels; expected at most {LIMITS['pixels']} in all")
-            if getattr(image, "n_frames", 1) != 1:
+            if image.format != "MPO" and getattr(image, "n_frames", 1) != 1:  # a camera's JPEG: the others are previews
                 raise UsageError(f"{where}: an animation of {image.n_frames} frames; expected one picture")
             image.load()
             return values(ImageOps.exif_transpose(image))
@@ -76,8 +76,10 @@ def _read(source: Source, name: str, values: Callable[[Any], NDArray[np.uint8]])
         raise UsageError(f"{where}: cannot be read as a picture: {reason}") from None
 
 
-def _eight_bits(image: Any) -> Any:
-    """Return an image of 16 bits as one of 8; Pillow's own conversion clips it."""
+def _opaque(image: Any) -> Any:
+    """Return an image that Pillow converts as it should: it clips 16 bits to 8, and warns of a palette with alpha."""
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")
     if not image.mode.startswith("I"):
         return image
     return _pillow().fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dit_runtime.console import guarded
 from dit_runtime.errors import UsageError
-from dit_runtime.options import Parser
+from dit_runtime.options import Parser, Version
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -42,6 +42,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="dit-serve", description="Serve bundles over HTTP, as OpenAI's image clients ask for it.")
     add = parser.add_argument
+    add("--version", action=Version)
     add("bundles", nargs="+", metavar="[NAME=]FOLDER", help="the first is what a request without a model gets")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs --api-key-file")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")

@@ -15,28 +15,31 @@ from dit_runtime.bundle.parsing import parse
 from dit_runtime.bundle.records import FORMAT, File, Guidance, Manifest, Port, Prompt, Stage, TensorSpec
 from dit_runtime.errors import BundleError, UsageError
 from dit_runtime.facts import LIMITS
-from dit_runtime.files import read_json, write_file
+from dit_runtime.files import as_text, parse_json, read_bytes, write_file
 from dit_runtime.npy import read_npz
 
 NAME = "manifest.json"
 ENGINE = ".engine"  # what a file that a backend has compiled ends in
-GRAPH = ".onnx"
+GRAPH, ARRAYS = ".onnx", ".npz"
 State = tuple[int, ...]  # of a file
 BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": dict}  # of an engine
 
 __all__ = ["FORMAT", "File", "Guidance", "Manifest", "Port", "Prompt", "Stage", "TensorSpec"]  # and the functions below
 
 
-def read(folder: Path, engines: bool = True) -> Manifest:
+def read(folder: Path, engines: bool = True, sum256: str = "") -> Manifest:
     """Parse and check the manifest, and that each file it names is there in its size; open none of them.
 
     Without `engines`, those may be missing or damaged: they are to be made again, or given up (`lost_engines`).
+    `sum256` is the sha256 that the manifest must have; empty: any.
     """
     path = folder / NAME
     if not path.is_file() or path.is_symlink():
         raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
     try:
-        table = read_json(path, LIMITS["manifest_bytes"])
+        content = read_bytes(path, LIMITS["manifest_bytes"])
+        _require_sum(path, content, sum256)
+        table = parse_json(as_text(content, path), str(path))
     except UsageError as error:
         raise BundleError(str(error)) from None
     if not isinstance(table, dict) or not isinstance(table.get("format"), int):
@@ -52,6 +55,14 @@ def read(folder: Path, engines: bool = True) -> Manifest:
         inside(folder, name)
     _require(folder, manifest, [name for name in manifest.files if engines or not name.endswith(ENGINE)])
     return manifest
+
+
+def _require_sum(path: Path, content: bytes, expected: str) -> None:
+    import hashlib  # here, so that importing the runtime stays quick
+
+    if expected and (own := hashlib.sha256(content).hexdigest()) != expected.lower():
+        what = "this is another bundle than the one that was asked for"
+        raise BundleError(f"{path}: its sha256 is {own}, expected {expected}; {what}")
 
 
 def _require(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
@@ -116,6 +127,9 @@ def checking(
     if unknown := [name for name in names if name not in manifest.files]:
         raise BundleError(f"{folder}: {unknown[0]} is not in the manifest")
     _require(folder, manifest, names)
+    for name in names:
+        if name.endswith(ARRAYS) and manifest.files[name].size > LIMITS["reference_bytes"]:
+            raise BundleError(f"{folder}: {name} has more than {LIMITS['reference_bytes']} bytes")
     states, checked = {name: state(inside(folder, name)) for name in names}, {} if checked is None else checked
     with ThreadPoolExecutor() as pool:
         changed = [name for name in names if checked.get(name) != states[name]]

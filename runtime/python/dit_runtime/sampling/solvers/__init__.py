@@ -6,6 +6,7 @@ facts.json states each one's kinds of process, order and evaluations a step; MET
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,7 @@ EVALUATIONS: dict[str, int] = {name: facts["evaluations"] for name, facts in SOL
 # A run: yields x and the time there, is sent (prediction, variance or None), and returns the final x.
 Solver = Generator[tuple[Array, float], tuple[NDArray[Any], NDArray[Any] | None], Array]
 
+SHORT = 15  # steps: runs of fewer lower their order at the end
 LARGE = 1e6  # any clipping solver clips values of this size
 
 
@@ -77,9 +79,11 @@ def solve(
 ) -> Solver:
     """Return a run from x that draws its noise with `draw`; refuse what does not fit before the first step.
 
-    It leaves out the `first` steps.
+    It leaves out the `first` steps; whether a run is short is a matter of all of them, as in diffusers.
     """
-    schedule = make_schedule(process, solver, steps, spacing)[first:]
+    whole, sampler = make_schedule(process, solver, steps, spacing), process.sampler
+    if len(whole) >= SHORT and SOLVERS[solver].get("multistep") != "unipc":  # whose short runs are of any length
+        sampler = replace(sampler, lower_order_final=False)
     if not 0 <= eta <= 1:
         raise UsageError(f"eta is {eta!r}; expected a number from 0 (deterministic) to 1")
     if eta and solver != "ddim":
@@ -88,7 +92,7 @@ def solve(
     def exact(shape: tuple[int, ...]) -> Array:
         return draw(shape).astype(np.float64)
 
-    return _run(process, METHODS[solver](schedule, np.asarray(x, np.float64), exact, process.sampler, eta))
+    return _run(process, METHODS[solver](whole[first:], np.asarray(x, np.float64), exact, sampler, eta))
 
 
 def _run(process: Process, method: Method) -> Solver:

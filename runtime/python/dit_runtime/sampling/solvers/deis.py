@@ -15,7 +15,6 @@ def deis(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: flo
     x' = α'/α x + α' ρ (J₀ ε + J₁ E₁ + (J₂ - u₁ J₁) E₂),  J_k = ∫ uᵏ eᵘ du from 0 to -h = λ - λ' (of order 1: DDIM),
     where E₁, E₂ are the divided differences of ε over past steps and u₁ = λ - λ₁.
     """
-    short = sampler.lower_order_final and len(steps) < 15
     data: list[Array] = []  # predicted ε, newest first
     lambdas: list[float] = []
     for left, (now, after) in zip(range(len(steps) - 1, -1, -1), steps, strict=True):
@@ -24,7 +23,7 @@ def deis(steps: Sequence[Step], x: Array, draw: Draw, sampler: Sampler, eta: flo
         current = len(data)
         if after.sigma in (0, now.sigma):
             current = 1
-        elif short:
+        elif sampler.lower_order_final:
             current = min(current, left + 1)
         h = after.log_snr - lambdas[0]
         area0 = math.expm1(-h)

@@ -21,16 +21,15 @@ def dpm(
     Noisy, it is the same paper's SDE-DPM-Solver++: 2h stands for h in each φ, and
     x' = σ'/σ e⁻ʰ x + α' (φ₁ D₀ + φ₂ D₁) + σ' √(1 - e⁻²ʰ) z, with no draw where that is 0.
     """
-    short = sampler.lower_order_final and len(steps) < 15
     data: list[Array] = []  # predicted x₀, newest first
     lambdas: list[float] = []
     for left, (now, after) in zip(range(len(steps) - 1, -1, -1), steps, strict=True):
         x0, _, _ = yield x, now
         data, lambdas = [x0, *data[: order - 1]], [now.log_snr, *lambdas[: order - 1]]
         current = len(data)
-        if left == 0 and (short or sampler.euler_at_final or after.sigma in (0, now.sigma)):
+        if left == 0 and (sampler.lower_order_final or sampler.euler_at_final or after.sigma in (0, now.sigma)):
             current = 1
-        elif left == 1 and short:
+        elif left == 1 and sampler.lower_order_final:
             current = min(current, 2)
         h = after.log_snr - lambdas[0]
         width = 2 * h if noisy else h
