@@ -114,6 +114,7 @@ BAD: list[tuple[Any, str | None, str]] = [
     ({"prompt": "5"}, "prompt", "out of range"),
     ({"prompt": "9" * 5000}, "prompt", "out of range"),
     ({"prompt": ""}, "prompt", "not known"),
+    ({"prompt": "x\u202e" * 3000}, "prompt", "not known"),
     ({"prompt": "1", "solver": "x" * 50}, None, "is not known"),
 ]
 
@@ -125,7 +126,7 @@ def test_bad_bodies_are_400(server: Running, path: str, body: Any, param: str | 
     error = answer.json["error"]
     assert answer.status == error["code"] == 400 and error["type"] == "invalid_request_error"
     assert error["param"] == param and message in error["message"]
-    assert "<script>" not in error["message"]
+    assert "<script>" not in error["message"] and len(error["message"]) <= 320
 
 
 def test_other_refusals(server: Running) -> None:
