@@ -80,6 +80,7 @@ def test_what_they_ask_of_the_server() -> None:
     paths = {server[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
     routes = {route.path for route in Service({}, Settings()).app()._app.routes}
     assert paths <= routes & set(OPEN)
+    assert server["livenessProbe"]["httpGet"]["path"] == "/readyz"  # a server whose batcher has stopped starts again
     names = {family.name for family in Metrics({}).collect()}
     (metric,) = of("HorizontalPodAutoscaler")["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] in names

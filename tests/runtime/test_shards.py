@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dit_runtime import Pipeline, shards
+from dit_runtime.bundle import manifest
 from dit_runtime.cli import main
-from tests.serve.serving import until
 
 FIELDS = ("--steps", "3", "--guidance", "2")
 
@@ -88,20 +88,60 @@ def test_what_is_there_stays_and_what_is_damaged_is_drawn_again(folder, tmp_path
     assert not [*into.glob("*partial-*")]
 
 
+@pytest.mark.parametrize(("seed", "kind"), [(2**63 - 3, np.uint64), (2**64 - 5, np.uint64), (-5, np.int64)])
+def test_seeds_to_the_last(folder, tmp_path, seed, kind, capsys) -> None:
+    """Those on both sides of 2**63 too."""
+    into, first = tmp_path / "shards", ("--seed", str(seed))
+    assert sample(folder, into, *first, count=5) == 0
+    with np.load(shards.path(into, 0)) as arrays:
+        assert arrays["seeds"].dtype == kind and arrays["seeds"].tolist() == [*range(seed, seed + 5)]
+    if seed == 2**64 - 5:
+        assert sample(folder, tmp_path / "more", *first, count=6) == 2
+        assert "seeds are" in capsys.readouterr().err and not (tmp_path / "more").exists()
+
+
+def test_a_bit_of_a_file_may_be_wrong(folder, started, tmp_path) -> None:
+    """Whatever it is a bit of, the shard is whole or not."""
+    contract = manifest.read(folder)
+    series = shards.Series(**json.loads((started / shards.NAME).read_text()))
+    shape, file = shards.picture_shape(contract, series), shards.path(started, 0)
+    content = file.read_bytes()
+    assert shards.is_whole(started, series, 0, shape)
+    damaged = shards.path(tmp_path, 0)
+    whole = []
+    for place in range(len(content) - 1000, len(content), 3):  # two small arrays, and the archive's table
+        damaged.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        whole.append(shards.is_whole(tmp_path, series, 0, shape))
+    assert {*whole} == {True, False}  # the table also has times and flags that nobody reads
+
+
+TORN = """
+import os, signal, sys
+from dit_runtime import shards
+from dit_runtime.cli import main
+def torn(file, **arrays):
+    if "shard-00002" in file.name:
+        file.write(b"PK")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, **arrays)
+write, shards.np.savez = shards.np.savez, torn
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_killed_run_goes_on(folder, tmp_path) -> None:
-    """Killed with SIGKILL in the middle of a shard: none is lost, none is there twice."""
+    """Killed with SIGKILL while it writes a shard: none is lost, none is there twice."""
     into = tmp_path / "shards"
-    options = ["--count", "30", "--shard-size", "5", "--steps", "100", "--threads", "1"]
-    command = [sys.executable, "-m", "dit_runtime.cli", "sample", str(folder), "--shards", str(into), *options]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    until(lambda: len([*into.glob("shard-*.npz")]) > 1 or process.poll() is not None)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # before it was through
-    before = [*into.glob("shard-*.npz")]
-    assert 1 < len(before) < 6
+    options = ["--count", "30", "--shard-size", "5", *FIELDS, "--threads", "1"]
+    command = [sys.executable, "-c", TORN, "sample", str(folder), "--shards", str(into), *options]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len([*into.glob("shard-*.npz")]) == 2 and len([*into.glob("*partial-*")]) == 1
     assert main(["sample", str(folder), "--shards", str(into), *options]) == 0
     assert main(["sample", str(folder), "--shards", str(tmp_path / "whole"), *options]) == 0
     assert read(into) == read(tmp_path / "whole") and len(read(into)) == 30
+    assert not [*into.glob("*partial-*")]
 
 
 @pytest.mark.parametrize(

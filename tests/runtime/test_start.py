@@ -168,6 +168,9 @@ def test_a_batcher_draws_it(handmade) -> None:
         ({"image": "cat.png"}, "image is <U7; expected numbers"),
         ({"image": pictures(), "mask": np.zeros((31, 32))}, r"mask has shape \[31, 32\]; expected"),
         ({"image": pictures(), "mask": np.zeros((3, 32, 32))}, "mask has 3 pictures; expected one"),
+        ({"image": pictures(), "mask": mask().astype(np.float32)}, "mask holds float32 that are not from 0 to 1"),
+        ({"image": pictures(), "mask": mask().astype(np.int64)}, "mask holds int64 that are not from 0 to 1"),
+        ({"image": pictures(), "mask": np.full((32, 32), np.nan)}, "mask holds float64 that are not from 0 to 1"),
     ],
 )
 def test_what_is_refused(handmade, fields, words) -> None:

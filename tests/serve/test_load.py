@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +22,24 @@ from tests.serve.soak import soak
 from tests.serve.test_batcher import Watched
 
 
+class Slow:
+    """An engine whose calls take 2 ms at least: 18 images of 28 steps a second at most, on any machine."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.io, self.close = engine, engine.io, engine.close
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.002)
+        return self.engine.run(inputs)
+
+
 def test_overload_is_answered(handmade) -> None:
     """Every request is drawn, refused with Retry-After, or late; nothing stays behind."""
     with running(handmade("labels"), Settings(grace=5, deadline=1.0)) as server:
-        outcomes = asyncio.run(load.opened(server.port, 200, 1.5))
-        assert len(outcomes) > 200
+        engines = server.model.batcher.pipe.engines
+        engines._opened["denoiser"] = Slow(engines.opened["denoiser"])
+        outcomes = asyncio.run(load.opened(server.port, 150, 1.5))
+        assert len(outcomes) > 150
         statuses = {outcome.status for outcome in outcomes}
         assert {200, 429} <= statuses <= {200, 429, 504}
         assert all(outcome.retry_after == (outcome.status == 429) for outcome in outcomes)
@@ -43,7 +57,8 @@ def test_clients_that_leave_leave_nothing(held: tuple[Running, Watched]) -> None
     timer.start()
     outcomes = asyncio.run(load.opened(server.port, 60, 1, leaving=0.8))
     timer.join()
-    assert {outcome.status for outcome in outcomes} == {0, 200}
+    statuses = {outcome.status for outcome in outcomes}
+    assert {0, 200} <= statuses <= {0, 200, 429}  # 429: one that came after the wait, which counts as work
     batcher = server.model.batcher
     until(lambda: batcher.active == batcher.queued == 0)
     assert batcher.counts["cancelled"] > 10 and batcher.alive

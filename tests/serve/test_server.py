@@ -112,7 +112,9 @@ BAD: list[tuple[Any, str | None, str]] = [
     ({"prompt": "1", "output_format": "gif"}, "output_format", "png, jpeg, webp"),
     ({"prompt": "1", "negative_prompt": "x"}, "negative_prompt", "takes no negative_prompt"),
     ({"prompt": "5"}, "prompt", "out of range"),
+    ({"prompt": "9" * 5000}, "prompt", "out of range"),
     ({"prompt": ""}, "prompt", "not known"),
+    ({"prompt": "x\u202e" * 3000}, "prompt", "not known"),
     ({"prompt": "1", "solver": "x" * 50}, None, "is not known"),
 ]
 
@@ -124,7 +126,7 @@ def test_bad_bodies_are_400(server: Running, path: str, body: Any, param: str | 
     error = answer.json["error"]
     assert answer.status == error["code"] == 400 and error["type"] == "invalid_request_error"
     assert error["param"] == param and message in error["message"]
-    assert "<script>" not in error["message"]
+    assert "<script>" not in error["message"] and len(error["message"]) <= 320
 
 
 def test_other_refusals(server: Running) -> None:
@@ -295,16 +297,13 @@ def test_a_job_and_its_events(held: tuple[Running, Watched]) -> None:
 
 def test_previews_reach_who_follows(held: tuple[Running, Watched]) -> None:
     server, watched = held
-    job, stream, seen = start(server, previews=3, num_inference_steps=8), None, []
-    stream = events(server, job)
-    next(stream)
-    for _ in range(8):
-        watched.gate.release()
-        until(lambda: server.ask("GET", f"/v1/jobs/{job}").json["steps_done"] > len(watched.calls) - 2)
-        time.sleep(0.05)  # the preview is encoded beside the loop
-    seen = [table for name, table in stream if name == "preview"]
-    assert {table["number"] for table in seen} <= {2, 4, 6} and len(seen) >= 2
-    assert all(pixels(base64.b64decode(table["b64_json"])).shape == (32, 32, 3) for table in seen)
+    stream = events(server, start(server, previews=3, num_inference_steps=8))
+    for number in (2, 4, 6):
+        watched.gate.release(2)
+        table = next(table for name, table in stream if name == "preview")
+        assert table["number"] == number and pixels(base64.b64decode(table["b64_json"])).shape == (32, 32, 3)
+    watched.gate.release(2)
+    assert [name for name, _ in stream][-1] == "succeeded"
 
 
 def test_a_job_is_cancelled(held: tuple[Running, Watched]) -> None:
@@ -348,9 +347,15 @@ def test_what_is_under_way_has_the_grace_once(folder: Path, monkeypatch: pytest.
         service.drain()
         assert service._until == 105
         now = 106.0
-        timer = threading.Timer(0.2, watched.gate.release, [2])
-        timer.start()
-    timer.join()
+        (ticket,) = server.model.batcher._scheduler.jobs
+
+        def let_go() -> None:
+            until(lambda: ticket.cancelled)
+            watched.gate.release(2)
+
+        waiting = threading.Thread(target=let_go)
+        waiting.start()
+    waiting.join()
     assert not server.model.batcher.alive and len(watched.calls) <= 2
     assert service.jobs.get(job).status == "cancelled"
 
@@ -471,10 +476,16 @@ def test_too_late_is_504(folder: Path) -> None:
         watched = Watched(engines.opened["denoiser"])
         engines._opened["denoiser"] = watched
         watched.hold()
-        timer = threading.Timer(0.8, watched.gate.release, [10**6])
-        timer.start()
+
+        def let_go() -> None:
+            assert watched.entered.acquire(timeout=WAIT)
+            time.sleep(0.6)
+            watched.gate.release(10**6)
+
+        waiting = threading.Thread(target=let_go)
+        waiting.start()
         assert server.draw(num_inference_steps=4).status == 504
-        timer.join()
+        waiting.join()
 
 
 class Hasty(Protocol):

@@ -212,6 +212,23 @@ def test_a_client_that_leaves_and_one_that_waits_too_long(export) -> None:
         until(lambda: values["dit_images_total"] == 2)
 
 
+def test_an_answer_that_is_not_taken_ends_nobody_elses(export, monkeypatch, caplog) -> None:
+    """Triton raises where it cannot send; the thread that sends goes on."""
+    with loaded(export()) as model:
+        lost, tried = asked(), threading.Semaphore(0)
+
+        def refuse(*_: Any, **__: Any) -> None:
+            tried.release()
+            raise fake_triton.TritonModelException("the response sender is closed")
+
+        monkeypatch.setattr(lost.sender, "send", refuse)
+        model.execute([lost])
+        assert tried.acquire(timeout=WAIT) and tried.acquire(timeout=WAIT)  # the picture, then the error
+        ((drawn,),) = answered(model, asked())
+        assert drawn.error is None and not model._pending
+    assert "not sent" in [record.message for record in caplog.records]
+
+
 def test_a_damaged_bundle_is_not_served(export) -> None:
     model = export()
     file = model / "1/bundle/denoiser.onnx"

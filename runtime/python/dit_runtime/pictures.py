@@ -27,6 +27,8 @@ def as_pictures(values: Any, height: int, width: int) -> NDArray[np.float32]:
 def as_mask(values: Any, height: int, width: int, state: Sequence[int]) -> NDArray[np.float32]:
     """Return a mask [N, 1, h, w] of the state's cells, 1 where its first pixel is white: at least half of the way."""
     array = _in_size(values, "mask", (height, width))
+    if array.dtype != np.uint8 and not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
+        raise UsageError(f"mask holds {array.dtype} that are not from 0 to 1; expected those, or uint8")
     half = 128 if array.dtype == np.uint8 else 0.5
     cells = array[:, :: height // state[1], :: width // state[2]]
     return (cells >= half).astype(np.float32)[:, None]

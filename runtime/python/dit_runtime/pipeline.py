@@ -63,8 +63,8 @@ class Pipeline:
         first asked for.
         On a CPU this returns when the step stage is open; the others are opened in the background then. With
         `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every stage
-        runs at each of them, so that a later request of such a size compiles nothing. With `manifest_sha256` the
-        bundle is the one whose manifest.json has this sum, or is refused.
+        but the encoder of pictures runs at each of them, so that a later request of such a size compiles nothing. With
+        `manifest_sha256` the bundle is the one whose manifest.json has this sum, or is refused.
         """
         folder = Path(folder)
         contract = manifest.read(folder, sum256=manifest_sha256).at(size)

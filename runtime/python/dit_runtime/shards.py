@@ -82,6 +82,9 @@ def plan(
     numbers: Sequence[int] = [class_number(label, contract.labels, contract.classes) for label in labels]
     if not labels and not prompts and contract.classes and not contract.prompts:
         numbers = range(contract.classes)
+    last = values["seed"] + values["count"] - 1
+    if not -(2**63) <= values["seed"] <= last < 2**64:
+        raise UsageError(f"seeds are {values['seed']} to {last}; expected integers from -2**63 to 2**64 - 1")
     series = Series(manifest.sha256(folder / manifest.NAME), labels=[*numbers], prompts=[*(prompts or ())], **values)
     if not series.prompts:  # words need the tokenizers of an open bundle
         series.request(series.numbers(0)[: series.batch]).check(contract)
@@ -130,7 +133,7 @@ def is_whole(folder: Path, series: Series, shard: int, picture: Sequence[int]) -
                 classes = np.lib.format.read_array(member)
             with archive.open("seeds.npy") as member:
                 seeds = np.lib.format.read_array(member)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except Exception:  # of zipfile, of zlib or of NumPy: a damaged file may mean anything
         return False
     return (
         (*shape, kind) == (len(numbers), *picture, np.uint8)
@@ -151,10 +154,11 @@ def draw(pipe: Pipeline, series: Series, folder: Path, shard: int, report: Repor
     for first in range(0, len(numbers), series.batch):
         parts.append(pipe.run(series.request(numbers[first : first + series.batch])).result())
         report(min(first + series.batch, len(numbers)), len(numbers))
-    classes, seeds = np.array(series.classes(numbers)), np.array(series.seeds(numbers))
+    classes, seeds = np.array(series.classes(numbers)), series.seeds(numbers)
+    kind = np.uint64 if seeds[-1] >= 2**63 else np.int64  # left to itself NumPy makes float64 of both
 
     with beside(path(folder, shard)) as partial, partial.open("wb") as file:
-        np.savez(file, arr_0=np.concatenate(parts), arr_1=classes, seeds=seeds)
+        np.savez(file, arr_0=np.concatenate(parts), arr_1=classes, seeds=np.array(seeds, kind))
 
 
 def run(pipe: Pipeline, series: Series, folder: Path, todo: Sequence[int], report: Report) -> None:

@@ -17,7 +17,7 @@ from dit_runtime import images
 from dit_runtime.errors import EngineError, Stopped, UsageError
 from dit_runtime.serve import Busy, Closed, Late, Ticket
 from dit_serve.body import Body
-from dit_serve.faults import Fault, retry_after
+from dit_serve.faults import Fault, refusal, retry_after
 from dit_serve.models import Model
 
 Heard = Callable[[int, int, int, NDArray[np.uint8] | None], object]  # image, evaluations done and in all, its preview
@@ -114,7 +114,7 @@ def fault(error: Exception) -> Fault:
     if isinstance(error, Closed):
         return Fault(503, "the server is being replaced; try again", headers=retry_after(1))
     if isinstance(error, UsageError):
-        return Fault(400, str(error))
+        return refusal(error)
     if isinstance(error, Late):
         return Fault(504, str(error))
     if isinstance(error, Stopped):

@@ -10,12 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from dit_runtime.console import line
+from dit_runtime.errors import UsageError
+
 log = logging.getLogger("dit_serve")
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Fault(Exception):
-    """An error that the client gets to read; it repeats nothing of the request but names that are known here."""
+    """An error that the client gets to read."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
@@ -30,6 +33,12 @@ class Fault(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def refusal(error: UsageError, param: str | None = None) -> Fault:
+    """Return what the runtime says of a request as one line; it may repeat a word that is not known, cut where it is
+    long."""
+    return Fault(400, line(str(error)), param)
 
 
 def retry_after(seconds: float) -> dict[str, str]:

@@ -23,7 +23,7 @@ from dit_runtime.sampling.schedule import listed
 from dit_runtime.serve import Batcher, Closed, Ticket
 from dit_runtime.serve.servable import require_servable
 from dit_serve.body import Body, Limits
-from dit_serve.faults import Fault
+from dit_serve.faults import Fault, refusal
 
 log = logging.getLogger("dit_serve")
 
@@ -151,7 +151,7 @@ class Model:
                 try:
                     start[name] = read(body.files[name], *contract.picture_size, name)
                 except UsageError as error:
-                    raise Fault(400, str(error), name) from None
+                    raise refusal(error, name) from None
         return replace(body, files={}, start=start)
 
     def requests(self, body: Body) -> list[Request]:
@@ -173,7 +173,7 @@ class Model:
             try:
                 fields["labels"] = class_number(body.prompt.strip(), contract.labels, contract.classes)
             except UsageError as error:
-                raise Fault(400, str(error), "prompt") from None
+                raise refusal(error, "prompt") from None
         return [Request(seed=seed, **fields) for seed in body.seeds]
 
     def describe(self) -> dict[str, Any]:

@@ -141,7 +141,10 @@ class TritonPythonModel:
             else:
                 if drawn is None:
                     return
-                self._answer(*drawn)
+                try:
+                    self._answer(*drawn)
+                except Exception as error:  # Triton does not take an answer: others still get theirs
+                    log.error("not sent", exc_info=error)
             now = time.monotonic()
             if now - looked >= TICK:
                 looked = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from dit_runtime.errors import UsageError, nearest
@@ -10,7 +11,7 @@ from dit_runtime.sampling.process import is_integer
 
 def class_number(label: str | int, known: Sequence[str], count: int) -> int:
     """Return the class of a name ("golden retriever", one of its synonyms, or "207"), or of a number."""
-    if isinstance(label, str) and not label.removeprefix("-").isdecimal():
+    if isinstance(label, str) and not re.fullmatch("-?[0-9]+", label):
         names: dict[str, int] = {}
         for number, name in enumerate(known):  # whole names win over synonyms of others
             names.setdefault(name.strip().lower(), number)
@@ -23,7 +24,7 @@ def class_number(label: str | int, known: Sequence[str], count: int) -> int:
         return names[label.strip().lower()]
     if not isinstance(label, str) and not is_integer(label):
         raise UsageError(f"label {label!r} is no class; expected a name, or a number from 0 to {count - 1}")
-    number = int(label)
+    number = 2**63 - 1 if isinstance(label, str) and len(label) > 18 else int(label)  # which refuses 4300 digits
     if not 0 <= number < count:
         raise UsageError(f"label {number} is out of range; expected 0 to {count - 1}")
     return number
