@@ -241,8 +241,10 @@ class Velocity(nn.Module):
         super().__init__()
         self.dit = dit
 
-    def forward(self, latents: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
-        return -self.dit(latents, 1 - timesteps, **conditions)
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, labels: Tensor | None = None, low: Tensor | None = None
+    ) -> Tensor:
+        return -self.dit(latents, 1 - timesteps, labels, low)
 
 
 def dit_network(model: DiT, prediction: str = "epsilon") -> Network:
