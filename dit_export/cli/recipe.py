@@ -47,7 +47,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--conditions",
         metavar="FILE.npz",
-        help="calibration set of int8: arrays named after ports, and negative.NAME; at most 20 rows count, evenly spread",
+        help="calibration set of int8: arrays named after ports, and negative.NAME; it takes up to 20 rows, evenly",
     )
     parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: blocks.3, fc2, "decoder up"')
     parser.add_argument(
