@@ -11,6 +11,7 @@ import pytest
 from dit_serve.app import Settings
 from tests.serve.browser import Browser, chromium
 from tests.serve.serving import WAIT, running
+from tests.serve.test_load import Slow
 
 WIDTH, HEIGHT = 375, 740
 KEY = "0123456789abcdef"
@@ -55,6 +56,8 @@ def test_a_picture_on_a_phone(handmade, tmp_path: Path) -> None:
         heights = f"{shown}.map((one) => one.offsetHeight)"
         assert min(browser.evaluate(heights)) >= 44
 
+        engines = server.model.batcher.pipe.engines
+        engines._opened["denoiser"] = Slow(engines.opened["denoiser"])  # for seconds, so that it can be stopped
         for field, text in (("steps", "250"), ("n", "8")):
             browser.type(field, text)
         browser.click("draw")

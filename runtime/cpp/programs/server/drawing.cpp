@@ -141,7 +141,7 @@ Fault fault(std::exception_ptr error) {
     } catch (const dit::Closed&) {
         return {503, "the server is being replaced; try again", "", {retry_after(1)}};
     } catch (const dit::UsageError& usage) {
-        return {400, usage.what()};
+        return {400, dit::one_line(usage.what())};
     } catch (const dit::Late& late) {
         return {504, late.what()};
     } catch (const dit::Stopped&) {

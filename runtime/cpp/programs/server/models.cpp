@@ -101,7 +101,7 @@ std::vector<dit::Request> Model::requests(const Body& body, const Limits& limits
         if (served->manifest().classes())
             request.labels = {dit::class_number(served->manifest(), dit::strip(body.prompt))};
     } catch (const dit::UsageError& error) {
-        throw Fault{400, error.what(), "prompt"};
+        throw Fault{400, dit::one_line(error.what()), "prompt"};
     }
     request.size = sized->size;
     request.count = 1;
@@ -111,7 +111,7 @@ std::vector<dit::Request> Model::requests(const Body& body, const Limits& limits
     try {
         if (body.preset) request = dit::with_preset(*sized, std::move(request), *body.preset);
     } catch (const dit::UsageError& error) {
-        throw Fault{400, error.what(), "preset"};
+        throw Fault{400, dit::one_line(error.what()), "preset"};
     }
     const auto listed = static_cast<std::int64_t>(dit::listed(request.spacing).size());
     const std::int64_t steps = request.steps ? request.steps : listed ? listed : sized->process.sampler.steps;
