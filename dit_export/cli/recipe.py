@@ -47,7 +47,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--conditions",
         metavar="FILE.npz",
-        help="calibration set of int8: arrays named after ports, and negative.NAME; it takes up to 20 rows, evenly",
+        help="calibration set of int8: arrays by port name, and negative.NAME; of more rows, 20 are used",
     )
     parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: blocks.3, fc2, "decoder up"')
     parser.add_argument(
