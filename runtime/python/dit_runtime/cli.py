@@ -58,8 +58,8 @@ def _parser() -> Parser:
     add_tuning(compiling)
     compiling.set_defaults(command=_compile)
 
-    kept = commands.add_parser("cache", help="what backends compiled on this machine and keep for the next time")
-    kept.add_argument("action", choices=ACTIONS, help="what it holds, or remove all of it")
+    kept = commands.add_parser("cache", help="compiled engines and kernels that backends keep on this machine")
+    kept.add_argument("action", choices=ACTIONS, help="info: list what is kept; clear: remove all of it")
     kept.set_defaults(command=_cache)
 
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
