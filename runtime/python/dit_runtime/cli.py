@@ -59,7 +59,7 @@ def _parser() -> Parser:
     compiling.set_defaults(command=_compile)
 
     kept = commands.add_parser("cache", help="compiled engines and kernels that backends keep on this machine")
-    kept.add_argument("action", choices=ACTIONS, help="info: list what is kept; clear: remove all of it")
+    kept.add_argument("action", choices=ACTIONS, help="info: the number and size of its entries; clear: remove all")
     kept.set_defaults(command=_cache)
 
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
