@@ -58,6 +58,7 @@ def ran(tmp_path_factory) -> tuple[dict, Path]:
     return bench(settings, Progress()), folder
 
 
+@pytest.mark.slow
 def test_everyone_is_measured_and_computes_the_same(ran):
     result, _ = ran
     assert [row["name"] for row in result["rows"]] == [YARDSTICK.name, *ONLY]

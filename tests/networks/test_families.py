@@ -215,7 +215,7 @@ def rewrite(path: Path, **changes: object) -> None:
         (tiny.pixart, {"rope": True}, "PixArtTransformer2DModel has no field rope"),
         (tiny.pixart, {"num_layers": "two"}, "PixArtTransformer2DModel refuses it"),
         (tiny.sd3, {"qk_norm": "group"}, "SD3Transformer2DModel refuses it"),
-        (tiny.sd3, {"num_layers": 3}, "transformer_blocks.2.* is missing"),
+        (tiny.sd3, {"num_layers": 3}, "transformer_blocks.1.attn.to_add_out.weight is missing"),
         (tiny.sd3, {"_class_name": "StableAudioDiTModel"}, "expected .*SD3Transformer2DModel"),
         (tiny.sd3, {"sample_size": 64}, "latents of side 64; its position table ends at 32"),
         (tiny.sd3, {"sample_size": 9}, "latents of 9 x 9 do not divide into patches of 2"),

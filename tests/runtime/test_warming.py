@@ -72,7 +72,7 @@ def test_requests_have_no_new_shapes(handmade, shapes, kind) -> None:
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("warm", [(), (1, 3)], ids=["cold", "warm"])
 def test_first_requests_need_no_file(bundle, tmp_path, monkeypatch, backend, warm) -> None:
-    """To open or to compile a graph takes its file, and the bundle is gone; a cold OpenVINO needs it again."""
+    """To open or to compile a graph takes what was read of its files at first; the bundle is gone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "platform", "linux")  # where two rows run at once, and a single one by another copy
     monkeypatch.setattr(backends.backend("openvino"), "UNLIKE", tmp_path / "cpu_atom")
@@ -86,13 +86,8 @@ def test_first_requests_need_no_file(bundle, tmp_path, monkeypatch, backend, war
         assert len(pipe.engines.opened) == 3  # none is still being opened
         shutil.rmtree(bundle)
         requests = [([1], 1.0), ([2, 3, 4], 4.0), ([2], 4.0), ([1, 2, 3], 1.0)]
-        if warm or backend == "onnxruntime":
-            for labels, guidance in requests:
-                assert pipe.sample(labels, guidance=guidance, steps=2).std() > 0
-        else:
-            with pytest.raises(UsageError, match="does not open"):
-                for labels, guidance in requests:
-                    pipe.sample(labels, guidance=guidance, steps=2)
+        for labels, guidance in requests:
+            assert pipe.sample(labels, guidance=guidance, steps=2).std() > 0
 
 
 def test_warming_changes_no_picture(handmade) -> None:

@@ -156,8 +156,7 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     """Damaged engines are no obstacle, links are not followed, and only what was verified replaces."""
     victim = bundle.with_name("victim")
     victim.write_text("precious")
-    for name in ("denoiser.tensorrt-rtx.again.engine", "update.tensorrt-rtx.again.engine.partial"):
-        (bundle / name).symlink_to(victim)
+    (bundle / "denoiser.tensorrt-rtx.again.engine").symlink_to(victim)
     (bundle / "conditioner.tensorrt-rtx.engine").write_bytes(b"half of it")
     command = ["compile", str(bundle), "--backend", "tensorrt-rtx", "--compute-capability", "12.0"]
     before, contract = files(bundle), manifest.read(bundle, engines=False)
@@ -168,7 +167,7 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     assert run(capsys, *command)[0] == 1
     after = files(bundle)
     assert manifest.read(bundle, engines=False) == contract and victim.read_text() == "precious"
-    kept = {name for name in before if not name.endswith((".again.engine", ".partial"))} - {"manifest.json"}
+    kept = {name for name in before if not name.endswith(".again.engine")} - {"manifest.json"}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert kept | {"manifest.json"} == after.keys()  # nor are engines left that failed
 
