@@ -75,6 +75,27 @@ def test_a_picture_for_a_port(handmade, dit_generate, saved, tmp_path) -> None:
     assert same_latents(np.load(tmp_path / "x.npy"), expected) and not same_latents(other, expected)
 
 
+WAYS = {
+    "image": ("pictured", ["--labels", 1, 3, "--strength", 0.6]),
+    "mask": ("pictured", ["--labels", 1, 3, "--strength", 1, "--mask", "mask"]),
+    "port": ("enlarged", []),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits(handmade, dit_generate, saved, tmp_path, way) -> None:
+    """On ONNX Runtime; the encoder is as deterministic as the rest."""
+    kind, words = WAYS[way]
+    words = [saved.get(word, word) for word in words]
+    done = dit_generate(handmade(kind), "--image", saved["image"], *words, *flags(tmp_path / "x.npz"))
+    assert done.returncode == 0, done.stderr
+    fields = {"image": {"strength": 0.6}, "mask": {"strength": 1.0, "mask": WHITE}, "port": {}}[way]
+    labels = [1, 3] if way != "port" else []
+    with Pipeline.load(handmade(kind), threads=1) as pipe, np.load(tmp_path / "x.npz") as drawn:
+        expected = pipe.sample(labels, image=PICTURE, **fields, **OPTIONS | {"output": "images"})
+        np.testing.assert_array_equal(drawn["arr_0"], expected)
+
+
 @pytest.mark.parametrize("kind", ["pictured", "enlarged"])
 def test_verify_says_what_python_says(handmade, dit_generate, kind) -> None:
     with Pipeline.load(handmade(kind), threads=1) as pipe:
