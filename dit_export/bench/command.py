@@ -26,23 +26,27 @@ DEMO = Path(__file__).parents[1] / "demo" / "model" / "presets.json"
 def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
     """Gives the parser its options, and the command that takes them."""
     parser.add_argument("model", nargs="?", default="S/2", help=f"{', '.join(MODELS)}; default: S/2")
-    parser.add_argument("--device", default="cpu", help=f"{', '.join(COMPETITORS)}: where, and so by whom")
+    parser.add_argument("--device", default="cpu", help=f"{', '.join(COMPETITORS)}; each has its own competitors")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="of an image")
-    parser.add_argument("--rounds", type=int, default=7, help="in which each is timed in turn")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds, each with all competitors")
     parser.add_argument(
-        "--images", type=int, help="whole images of each; 0: derived; default: 1, but 0 where a CPU takes long"
+        "--images",
+        type=int,
+        help="whole images of each to time; 0: derive the time; default: 1, or 0 on a CPU that takes long",
     )
-    parser.add_argument("--threads", type=int, help="of everyone; default: all cores")
+    parser.add_argument("--threads", type=int, help="of each competitor; default: all cores")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help='such as compile-bf16 or "ours-*"')
-    parser.add_argument("--memory", type=float, metavar="GB", help="for all together; default: 90 %% of what is free")
     parser.add_argument(
-        "--presets", type=Path, metavar="FILE.json", help="for our pictures, of `dit-export tune`; default: the demo's"
+        "--memory", type=float, metavar="GB", help="limit for all competitors together; default: 90 %% of free memory"
+    )
+    parser.add_argument(
+        "--presets", type=Path, metavar="FILE.json", help="presets of `dit-export tune` to time; default: the demo's"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="everything that was measured")
     parser.add_argument("--svg", metavar="FILE", type=Path, help="a bar chart of the steps")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the models stand while it runs")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder for the models while it runs")
     return run
 
 

@@ -86,7 +86,7 @@ def in_a_row(step: Callable[[], object]) -> float:
 
 
 def guided(rows: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
-    """null + w (label − null), from a doubled batch of predictions."""
+    """Return null + w (label − null) of a doubled batch of predictions."""
     first, last = np.split(rows[:, :channels], 2)
     return last + np.float32(GUIDANCE) * (first - last)
 

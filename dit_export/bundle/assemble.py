@@ -188,11 +188,11 @@ class Assembly:
 
     @property
     def measures(self) -> bool:
-        """Return whether something must be measured that is not known yet."""
+        """Return whether the build needs the measuring run."""
         return (self.quantizes or self.may_overflow) and not (self.measured.calibration or self.measured.peaks)
 
     def measure(self) -> None:
-        """Run the fused fp32 graphs once, where something must be known of what they reach."""
+        """Run the fused fp32 graphs once, where int8 or half precision needs the values' ranges."""
         if self.quantizes:  # before the long work
             layers = find(self.graphs["denoiser"])
             entries, decoder_layers = self.recipe.keep_float or [], self.decoder_layers

@@ -349,7 +349,7 @@ def _make_reference(assembly: Assembly, oracle: Oracle, steps: int = MAX_STEPS) 
 
 
 def _within_gates(making: Making, built: Built) -> Built:
-    """Verify the bundle again with the fewest layers in float with which its gates pass, or say why there are none."""
+    """Verify the bundle again with the fewest float layers that pass its gates, or say why none do."""
     assembly, precision = making.assembly, making.contract.step.precision
     end = making.contract.end
     broken = [figure for figure in built.checks if end is None or not figure.stage.endswith(end.name)]

@@ -74,7 +74,7 @@ def join(folder: Path, contract: Manifest, other_folder: Path, other: Manifest) 
 
 
 def together(sizes: Mapping[str, Built]) -> Built:
-    """Return the first size's outcome with the figures of all, those of the others with the size before the stage."""
+    """Return the first size's outcome with the figures of all sizes; another size's name precedes its stages' names."""
     (_, first), *others = sizes.items()
     figures = [
         [

@@ -1,4 +1,4 @@
-"""Trace what a bundle is made of: the network, its decoder and its text encoders."""
+"""Trace the parts of a bundle: the network, its decoder and its text encoders."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def open_weights(paths: list[Path]) -> Mapping[str, Tensor]:
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of safetensors files; one that is not in use takes no memory."""
+    """The tensors of safetensors files; an unused tensor takes no memory."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._files: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""A pipeline of diffusers whose transformer has no family: it is run a few times, and what passes is sorted."""
+"""A pipeline of diffusers whose transformer has no family: run it briefly, record and sort the transformer's calls."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _tokenizer(where: Path, kind: str) -> Any:
 
 
 def _require_embeddings(models: Mapping[str, Any], name: str, folder: Path) -> None:
-    """Refuse a tokenizer with ids that the encoder of the same number has no embedding for."""
+    """Refuse a tokenizer whose largest id has no embedding in its text encoder."""
     encoder = models.get(name.replace("tokenizer", "text_encoder"))
     last = max(models[name].get_vocab().values())
     if encoder is not None and last >= (count := encoder.get_input_embeddings().num_embeddings):

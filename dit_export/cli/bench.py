@@ -8,5 +8,5 @@ from dit_export.bench import command
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="a step and a picture, by us and by what people would use instead")
+    parser = commands.add_parser("bench", help="time a step and a picture beside PyTorch, diffusers and plain exports")
     parser.set_defaults(command=command.add_options(parser))

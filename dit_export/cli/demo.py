@@ -13,7 +13,7 @@ from dit_runtime.verify import table
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("demo", help="a small DiT on shapes that it draws itself: train, build, score")
+    parser = commands.add_parser("demo", help="a small DiT on synthetic pictures of shapes: train, build, score")
     parts = parser.add_subparsers(required=True, metavar="PART")
     train = parts.add_parser("train", help="autoencoder, judge and DiT from nothing, about two hours; resumes")
     train.add_argument("output", type=Path, metavar="DIR", help="folder for the weights, as diffusers lays it out")
@@ -23,18 +23,22 @@ def add(commands: Any) -> None:
     train_sr.set_defaults(command=_train_sr)
     for part in (train, train_sr):
         part.add_argument("--seed", type=int, default=0)
-        part.add_argument("--no-resume", dest="resume", action="store_false", help="forget what an earlier run reached")
-    show = parts.add_parser("show", help="build and verify it in fp32 and int8, draw grids, let the judge score them")
+        part.add_argument(
+            "--no-resume", dest="resume", action="store_false", help="start again, without an earlier run's state"
+        )
+    show = parts.add_parser("show", help="build and verify it in fp32 and int8, draw grids, score them with the judge")
     show.set_defaults(command=_show)
-    show_sr = parts.add_parser("show-sr", help="super-resolution of 16 to 64 pixels, beside bicubic before the judge")
+    show_sr = parts.add_parser(
+        "show-sr", help="super-resolution from 16 to 64 pixels; score it and bicubic with the judge"
+    )
     show_sr.set_defaults(command=_show_sr)
     for part in (show, show_sr):
         part.add_argument("-o", "--output", type=Path, metavar="DIR", help="of the bundles; default: engines/build")
-    score = parts.add_parser("score", help="a bundle of it and PyTorch before the judge")
+    score = parts.add_parser("score", help="score a bundle of it and PyTorch with the judge")
     score.add_argument("bundle", type=Path)
     score.set_defaults(command=_score)
     for part, count in ((show, 400), (show_sr, 400), (score, 1000)):
-        part.add_argument("--count", type=int, default=count, help=f"pictures that the judge sees; default {count}")
+        part.add_argument("--count", type=int, default=count, help=f"pictures to score; default: {count}")
         part.add_argument("--json", action="store_true")
     judge = parts.add_parser("judge", help="the judge as ONNX, to score without PyTorch")
     judge.add_argument("output", type=Path, metavar="FILE.onnx")

@@ -18,10 +18,14 @@ from dit_runtime.progress import Progress
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("quantize", help="an int8 bundle whose layers were tried in turn, and its recipe")
+    parser = commands.add_parser(
+        "quantize", help="build int8 after a search for the layers to keep in float; write the recipe"
+    )
     add_recipe(parser)
-    parser.add_argument("--budget", metavar="METRIC=N", help="PSNR=35 or latent-rel-l2=0.05, at the end of runs")
-    parser.add_argument("--tune", action="store_true", help="leave in float what int8 makes no faster here")
+    parser.add_argument("--budget", metavar="METRIC=N", help="limit at the end of a run: PSNR=35 or latent-rel-l2=0.05")
+    parser.add_argument(
+        "--tune", action="store_true", help="keep layers in float that int8 does not speed up on this machine"
+    )
     parser.add_argument("--recipe", type=Path, metavar="FILE.toml", help="default: BUNDLE.toml beside the bundle")
     parser.set_defaults(command=run)
 

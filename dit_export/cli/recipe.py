@@ -14,14 +14,14 @@ from dit_runtime.sampling.process import PREDICTIONS
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint knows its own")
-    parser.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint knows its own")
+    parser.add_argument("model", nargs="?", help=f"{', '.join(MODELS)}, or a recipe.toml; a checkpoint states its own")
+    parser.add_argument("--conditioning", help=f"{', '.join(CONDITIONINGS)}; a checkpoint states its own")
     parser.add_argument(
         "--resolution",
         action="extend",
         type=lambda text: [int(size) if size.isdecimal() else size for size in text.split(",")],
-        help="of the pictures, or HEIGHTxWIDTH; 256 unless the checkpoint says otherwise. More of them, with commas or "
-        "by more flags, are sizes of one bundle, its default first",
+        help="of the pictures, or HEIGHTxWIDTH; default: the checkpoint's, or 256. Several, with commas or more "
+        "flags, are sizes of one bundle; the first is its default",
     )
     parser.add_argument("--frames", type=int, metavar="N", help="of a video; default: as the checkpoint's pipeline")
     parser.add_argument("--precision", help=", ".join(PRECISIONS))
@@ -30,7 +30,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", metavar="PATH|ID[@REVISION]", help="diffusers folder, Meta's .pt, .safetensors, id on the hub"
     )
     parser.add_argument(
-        "--pipeline", metavar="FOLDER", help="a pipeline of diffusers whose transformer has no family: it is run"
+        "--pipeline",
+        metavar="FOLDER",
+        help="a pipeline of diffusers whose transformer has no family; short runs of it are recorded",
     )
     parser.add_argument("--vae", metavar="PATH|ID[@REVISION]", help="the VAE of a checkpoint that holds none")
     parser.add_argument("--labels", metavar="FILE", help="class names: one a line, or JSON")
@@ -39,13 +41,13 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--caption-tokens", type=int, metavar="N", help="of a prompt embedding; default: as the checkpoint's pipeline"
     )
     parser.add_argument(
-        "--prediction", help=f"what the network predicts, where no scheduler says it: {', '.join(PREDICTIONS)}"
+        "--prediction", help=f"what the network predicts, for checkpoints without a scheduler: {', '.join(PREDICTIONS)}"
     )
-    parser.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate anew")
+    parser.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate again")
     parser.add_argument(
         "--conditions",
         metavar="FILE.npz",
-        help="to calibrate int8 with: arrays by port name, and negative.NAME; of more than 20 rows, 20 spread evenly",
+        help="calibration set of int8: arrays by port name, and negative.NAME; of more rows, 20 are used",
     )
     parser.add_argument("--keep-float", nargs="+", metavar="LAYER", help='int8: blocks.3, fc2, "decoder up"')
     parser.add_argument(
@@ -54,7 +56,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge",
         metavar="FILE.onnx",
-        help="a network for the bundle that looks at its pictures; FILE.npz beside it: mu and sigma of real ones",
+        help="classifier to store in the bundle; FILE.npz in its folder has mu and sigma of real pictures",
     )
     parser.add_argument(
         "--presets", metavar="FILE.json", help="for the bundle, as `dit-export tune --presets` writes them"

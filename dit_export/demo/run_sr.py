@@ -1,4 +1,4 @@
-"""`dit-export demo show-sr`: pictures of 16 pixels drawn again with 64, beside bicubic ones, before the judge."""
+"""`dit-export demo show-sr`: enlarge pictures from 16 to 64 pixels, and score them and bicubic ones with the judge."""
 
 from __future__ import annotations
 

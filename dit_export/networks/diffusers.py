@@ -96,7 +96,7 @@ def _word(key: Any) -> str:
 
 @contextmanager
 def _watched(owner: Any, name: str, note: Callable[[Mapping[str, Any], Any], None]) -> Iterator[None]:
-    """Let `note` see the arguments and the result of a method while the body runs."""
+    """Pass a method's arguments and results to `note` while the body runs."""
     method = getattr(owner, name)
     signature = inspect.signature(method)
 

@@ -46,7 +46,7 @@ Check = Callable[[Pipeline], Sequence[Figure]]  # holds where every figure keeps
 
 
 class OutOfReach(UsageError):
-    """A check that no choice of layers meets; `figure` is what breaks it."""
+    """A check that no choice of layers passes; `figure` is the figure that fails."""
 
     def __init__(self, message: str, figure: Figure) -> None:
         super().__init__(message)

@@ -39,15 +39,17 @@ def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace
         nargs="+",
         default=[],
         metavar="[PRESET:]METRIC=N",
-        help="of a preset or of all: rows, or loss against the bundle's own plan as frechet (times), agreement "
-        '(points) and psnr (dB): "fast:rows=14,frechet=1.5"',
+        help="limits of a preset or of all, against the bundle's default plan: rows, frechet (ratio), agreement "
+        '(points lost), psnr (dB lost): "fast:rows=14,frechet=1.5"',
     )
     parser.add_argument("--trials", type=int, default=usual.trials, help=f"plans to try; default {usual.trials}")
     parser.add_argument(
         "--pictures", type=int, help=f"of a plan in the first round; default {usual.pictures}, {FEW} without a judge"
     )
     parser.add_argument(
-        "--final", metavar="SEEDSxN", help="seeds and pictures of each for the last plans; default 5x2000, or 1x64"
+        "--final",
+        metavar="SEEDSxN",
+        help="seeds, and pictures for each seed, of the final round; default: 5x2000, or 1x64",
     )
     parser.add_argument("--features", type=Path, metavar="FILE.onnx", help="a judge; default: the bundle's own")
     parser.add_argument("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")

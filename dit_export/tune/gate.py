@@ -45,7 +45,7 @@ BEST = "quality"  # the preset that has as many rows as the bundle's own plan, a
 
 
 def budgets(words: Sequence[str], judged: bool) -> dict[str, Limits]:
-    """Return the limits by preset: the usual ones, changed by words such as "fast:rows=14,frechet=2" or "psnr=3"."""
+    """Return each preset's limits: the defaults, changed as "fast:rows=14,frechet=2" or "psnr=3" state."""
     limits = dict(JUDGED if judged else UNJUDGED)
     for word in words:
         name, colon, rest = word.rpartition(":")

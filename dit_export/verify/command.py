@@ -32,16 +32,20 @@ def add_options(parser: argparse.ArgumentParser, weights: bool = True) -> Callab
     Without `weights`, as for `regress`, the truth is reference.npz, and PyTorch is not asked again.
     """
     parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
-    parser.add_argument("--size", help="one of the bundle's; default: each, or with options that look at one the first")
+    parser.add_argument(
+        "--size", help="one of the bundle's; default: each, or the first with options for a single size"
+    )
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="limits from an earlier build, JSON to commit")
     parser.add_argument("--update-baseline", action="store_true", help="write the baseline from this bundle's figures")
-    parser.add_argument("--against", type=Path, metavar="BUNDLE", help="one that is right: same seeds, same network")
     parser.add_argument(
-        "--features", type=Path, metavar="FILE.onnx", help="a network with an image input, as the judge"
+        "--against", type=Path, metavar="BUNDLE", help="a correct bundle of the same network, drawn with the same seeds"
     )
+    parser.add_argument("--features", type=Path, metavar="FILE.onnx", help="the judge: a network with an image input")
     parser.add_argument("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
-    parser.add_argument("--samples", type=Path, metavar="FILE.npz", help="judge these pictures or features, draw none")
-    parser.add_argument("--count", type=int, metavar="N", help="pictures to draw for the judge; default with one: 2000")
+    parser.add_argument("--samples", type=Path, metavar="FILE.npz", help="score these pictures or features; draw none")
+    parser.add_argument(
+        "--count", type=int, metavar="N", help="pictures to draw for the judge; default, with a judge: 2000"
+    )
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     parser.add_argument("--low-memory", action="store_true", help="open one stage at a time")

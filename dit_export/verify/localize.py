@@ -144,7 +144,7 @@ class Located(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Rows that the stages before the loop are asked about, and what to call each."""
+    """Rows to compare in the stages before the loop, and a name for each row."""
 
     condition: Rows
     names: list[str]

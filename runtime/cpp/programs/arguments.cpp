@@ -21,7 +21,7 @@ Draws pictures from a bundle of dit-export.
   --labels CLASS …      names or numbers, one a picture
   --condition NAME=FILE.npy … | FILE.npz
                         arrays by port, rows first, one a picture: prompt embeddings, masks, …; of a bundle with text
-                        encoders also token ids, as `dit-run info` names them; NAME=FILE.txt has integers, a row a line
+                        encoders also token ids, under the names of `dit-run info`; NAME=FILE.txt has integers, a row a line
   --negative-condition NAME=FILE.npy … | FILE.npz
                         for guidance, as above: one row, or one a picture
   --size NAME           one of the bundle's, 512 or 512x768 for height x width; default: its first
@@ -31,7 +31,7 @@ Draws pictures from a bundle of dit-export.
   --guidance-interval LOW HIGH
                         guide the steps between these fractions of the time; others evaluate half the rows. Default: 0 1
   --guidance-policy NAME KEY=VALUE …
-                        constant, rescale, zero_star, apg, with numbers that are not the defaults
+                        constant, rescale, zero_star, apg; KEY=VALUE replaces a default
   --seed N …            one for all, or one a picture; 0
   --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3;
                         of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm, sde-dpm++1,
@@ -44,7 +44,7 @@ Draws pictures from a bundle of dit-export.
   --cache-interval N    taylorseer evaluates each step of N
   --max-order N         of taylorseer, 0 to 2
   --disable-cache-before-step STEP, --disable-cache-after-step STEP
-                        between which the cache works; after: below 0 from the end
+                        the cache works between these steps; the second, below 0, counts from the end
   --cache-threshold X   the error that easycache lets grow
   --latents FILE.npy    start from these instead of the seed's
   --image FILE.png …    start from this picture, or give it to the port that reads one; one for all or one a picture, in

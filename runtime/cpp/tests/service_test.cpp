@@ -57,10 +57,17 @@ TEST_P(Service, AThrownSwitchStopsEveryCall) {
 
 // Who waits for another run's step leaves the queue, and who is behind goes on.
 TEST_P(Service, CancellingThoseWhoWait) {
+    std::atomic<bool> thrown{false};  // the switch; who is to be stopped takes no step beyond the 100th before it is
     const auto draw = [&](dit_cancellation* with) {
         dit_request own = request;
         own.steps = 200;
         own.cancellation = with;
+        own.user = &thrown;
+        if (with)
+            own.on_step = [](int step, int, const double*, size_t, void* user) {
+                while (step >= 100 && !*static_cast<const std::atomic<bool>*>(user)) std::this_thread::yield();
+                return 0;
+            };
         std::vector<float> state(2 * NUMBERS);
         return dit_generate_latents(pipe.get(), &own, state.data(), state.size());
     };
@@ -68,6 +75,7 @@ TEST_P(Service, CancellingThoseWhoWait) {
     for (int index = 0; index < 4; ++index)
         calls.push_back(std::async(std::launch::async, draw, index % 2 ? cancellation.get() : nullptr));
     dit_cancel(cancellation.get());
+    thrown = true;
     for (std::size_t index = 0; index < 4; ++index) EXPECT_EQ(calls[index].get(), index % 2 ? DIT_STOPPED : DIT_OK);
 }
 

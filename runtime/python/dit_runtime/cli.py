@@ -58,8 +58,8 @@ def _parser() -> Parser:
     add_tuning(compiling)
     compiling.set_defaults(command=_compile)
 
-    kept = commands.add_parser("cache", help="what backends compiled on this machine and keep for the next time")
-    kept.add_argument("action", choices=ACTIONS, help="what it holds, or remove all of it")
+    kept = commands.add_parser("cache", help="compiled engines and kernels that backends keep on this machine")
+    kept.add_argument("action", choices=ACTIONS, help="info: the number and size of its entries; clear: remove all")
     kept.set_defaults(command=_cache)
 
     timing = commands.add_parser("bench", help="time each stage and a whole picture")
@@ -74,16 +74,18 @@ def _parser() -> Parser:
 
 
 def add_tuning(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("TensorRT", "how it builds, in its own words")
+    group = parser.add_argument_group("TensorRT", "options of TensorRT's builder, under its own names")
     group.add_argument("--compute-capability", nargs="+", metavar="8.9", help="GPUs to compile for; default: all known")
     group.add_argument("--builder-optimization-level", type=int, metavar="0-5")
     group.add_argument("--pool-limit", nargs="+", metavar="workspace:4G")
-    group.add_argument("--version-compatible", action="store_true", default=None, help="opens in later versions too")
+    group.add_argument(
+        "--version-compatible", action="store_true", default=None, help="engines that later versions open too"
+    )
     group.add_argument("--hardware-compatibility-level", metavar="ampere+", help="none, ampere+, sameComputeCapability")
     group.add_argument("--weight-streaming", action="store_true", default=None, help="weights larger than GPU memory")
-    group.add_argument("--strip-plan", action="store_true", default=None, help="weights stay in the ONNX form")
+    group.add_argument("--strip-plan", action="store_true", default=None, help="leave the weights in the ONNX files")
     group.add_argument("--refittable", action="store_true", default=None)
-    group.add_argument("--timing-cache", metavar="FILE", help="read, and written when done")
+    group.add_argument("--timing-cache", metavar="FILE", help="read at the start, written at the end")
 
 
 def tuning(options: argparse.Namespace) -> Tuning:

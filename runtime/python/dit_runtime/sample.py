@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--guidance-policy",
         nargs="+",
         metavar=("NAME", "KEY=VALUE"),
-        help=f"{', '.join(POLICIES)}, with numbers that are not the defaults",
+        help=f"{', '.join(POLICIES)}; KEY=VALUE replaces a default",
     )
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
     parser.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
@@ -75,11 +75,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-threshold", type=float, metavar="X", help="the error that easycache lets grow")
     parser.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
     text = "start from pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size; or"
-    text += " enlarge them, of a bundle for super-resolution"
+    text += " with a bundle for super-resolution, enlarge them"
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help=text)
-    text = f"the share of the steps that change --image; default: {DEFAULT_STRENGTH:g}"
+    text = f"share of the steps that run, from --image on; default: {DEFAULT_STRENGTH:g}"
     parser.add_argument("--strength", type=float, metavar="X", help=text)
-    text = "draw anew where it is white, or transparent if it is anywhere; the rest stays as in --image"
+    text = "redraw where it is white, or where it is transparent if it has transparent pixels; keep the rest of --image"
     parser.add_argument("--mask", type=Path, nargs="+", metavar="FILE", help=text)
     parser.add_argument(
         "-o",
@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=OUTPUT,
         help=".png (a grid), .npz, .npy (latents), .mp4 of videos, or a folder for a .png of each image or frame",
     )
-    many = parser.add_argument_group("many pictures", "as shards for a judge; a killed run goes on")
+    many = parser.add_argument_group("many pictures", "shards to score; the same command resumes a run that was killed")
     many.add_argument("--count", type=int, metavar="N", help="picture i has seed + i, and labels or prompts in turn")
     many.add_argument("--shards", type=Path, metavar="DIR", help="a .npz a shard: arr_0, arr_1 (classes), seeds")
     many.add_argument("--shard-size", type=int, metavar="N", help=f"pictures a shard; default: {shards.SIZE}")

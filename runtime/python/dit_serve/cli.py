@@ -40,10 +40,10 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="dit-serve", description="Serve bundles over HTTP, as OpenAI's image clients ask for it.")
+    parser = Parser(prog="dit-serve", description="Serve bundles over HTTP with OpenAI's images API.")
     add = parser.add_argument
     add("--version", action=Version)
-    add("bundles", nargs="+", metavar="[NAME=]FOLDER", help="the first is what a request without a model gets")
+    add("bundles", nargs="+", metavar="[NAME=]FOLDER", help="the first is the default of requests without a model")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs --api-key-file")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     add("--api-key-file", type=Path, metavar="FILE", help="clients must send this key as a bearer token")
@@ -53,15 +53,26 @@ def _parser() -> Parser:
     add(
         "--allow-batch-variance",
         action="store_true",
-        help="let --batch be more than 1 where pictures depend on what shares their call",
+        help="let --batch exceed 1 where an image depends on the others in its call",
     )
-    add("--deadline", type=float, default=60.0, help="seconds for a request; what cannot keep it gets 429; default: 60")
+    add(
+        "--deadline",
+        type=float,
+        default=60.0,
+        help="seconds for a request; one that cannot finish in time gets 429; default: 60",
+    )
     add("--job-deadline", type=float, default=600.0, help="seconds for a job; default: 600")
-    add("--grace", type=float, default=30.0, help="seconds for what is under way at SIGTERM; default: 30")
+    add("--grace", type=float, default=30.0, help="seconds to finish open requests after SIGTERM; default: 30")
     add("--max-images", type=int, default=8, help="of a request; default: 8")
     add("--max-steps", type=int, default=250, help="default: 250")
     add("--max-pixels", type=int, default=2**24, help="of a request's images in all; default: 2**24")
-    add("--pin", nargs="+", default=[], metavar="SHA256", help="serve only bundles whose manifest.json has such a sum")
+    add(
+        "--pin",
+        nargs="+",
+        default=[],
+        metavar="SHA256",
+        help="serve only bundles whose manifest.json has one of these sha256 sums",
+    )
     add("--skip-verify", action="store_true", help="start without a replay of the reference; a swap always replays it")
     return parser
 

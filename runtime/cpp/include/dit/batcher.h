@@ -15,10 +15,16 @@
  * elsewhere a call has one request, unless `places` asks for more. A request that fails hurts no other.
  *
  * Threads: any thread may make any call at any time; a batcher has one thread of its own, which calls the model's
- * engines. A batcher holds a reference of its model. Tickets are freed before their batcher.
+ * engines. A batcher holds a reference of its model. Tickets are freed before their batcher, and not while another call
+ * on them is inside.
+ *
+ * Blocking: dit_batcher_new takes seconds, and cannot be cancelled. dit_ticket_wait, dit_ticket_result and
+ * dit_ticket_latents wait for the request, dit_batcher_close for all requests in line, dit_batcher_free for the step,
+ * decoding or start of a request that is under way. dit_batcher_submit of another size than the model's waits for a
+ * call of an engine. All other calls return at once.
  *
  * Order: a request that arrives at time a with w seconds of work is due at a + 8 w, and the earliest due goes first. So
- * a short one passes a long one, and none waits for all that come later. */
+ * a short request passes a long one, and none waits for all that come later. */
 #ifndef DIT_BATCHER_H
 #define DIT_BATCHER_H
 
@@ -42,13 +48,14 @@ typedef struct dit_batcher_options {
 /* Measures the step stage at batches of 1, 2, 4, …, and starts the thread. Options may be NULL. */
 DIT_API dit_status dit_batcher_new(dit_model* model, const dit_batcher_options* options, dit_batcher** batcher);
 
-/* Called in the batcher's thread after each step of a request; and, with ended 1, when its result is there. It must
- * return at once, must not throw, and must not wait for a ticket. */
+/* Called in the batcher's thread after each step of a request. It is called once with ended 1, and step and steps 0,
+ * when the result or the failure is there. The first call may come before dit_batcher_submit returns. It must return at
+ * once, must not throw, must not wait for a ticket, and must not close or free the batcher. */
 typedef void (*dit_on_event)(int step, int steps, int ended, void* user);
 
 typedef struct dit_submission {
     size_t struct_size;
-    double deadline;       /* seconds from now until the result must be there; 0: none */
+    double deadline;       /* seconds from now until the result must be there; looked at between two calls; 0: none */
     dit_on_event on_event; /* NULL: none */
     void* user;            /* for on_event; it lives until that has been called with ended 1 */
     int latents;           /* 1: the result is the latents, and nothing is decoded */
@@ -61,8 +68,8 @@ typedef struct dit_submission {
 DIT_API dit_status dit_batcher_submit(dit_batcher* batcher, const dit_request* request,
                                       const dit_submission* submission, dit_ticket** ticket);
 
-/* By how many seconds what is ahead of any request with this deadline is too much; 0: there is room. A service asks
- * before it reads a request, and says when to come again. */
+/* Writes 0 if a request with this deadline would find room, else the seconds after which it may come again. A service
+ * calls it before it reads a request. */
 DIT_API dit_status dit_batcher_lateness(dit_batcher* batcher, double deadline, double* seconds);
 
 typedef struct dit_batcher_counts {
@@ -80,17 +87,20 @@ typedef struct dit_batcher_counts {
 
 DIT_API dit_status dit_batcher_get_counts(dit_batcher* batcher, dit_batcher_counts* counts);
 
-/* Takes no more requests, and returns when those in line are drawn, or without `drain` are stopped. */
+/* Takes no more requests. With `drain` it returns when those in line are drawn; without, when they are stopped
+ * (DIT_STOPPED). */
 DIT_API dit_status dit_batcher_close(dit_batcher* batcher, int drain);
 
-/* Stops what is in line; NULL is fine. */
+/* Closes the batcher without `drain`; NULL is fine. */
 DIT_API void dit_batcher_free(dit_batcher* batcher);
 
-/* Waits up to so many seconds, below 0 without end; *ended is 1 when the result, or what went wrong, is there. */
+/* Waits up to so many seconds, below 0 without end; *ended is 1 when the result, or what went wrong, is there, else 0.
+ * DIT_OK also for a request that failed: dit_ticket_result has its status. */
 DIT_API dit_status dit_ticket_wait(dit_ticket* ticket, double seconds, int* ended);
 
 /* Waits, and copies the pictures, uint8 [count, height, width, 3]; `size` is in bytes. What went wrong is the status:
- * DIT_LATE, DIT_STOPPED after dit_ticket_cancel, DIT_ENGINE_FAILED, … */
+ * DIT_LATE, DIT_STOPPED after dit_ticket_cancel, DIT_ENGINE_FAILED, … It may be called again, with a larger buffer too.
+ */
 DIT_API dit_status dit_ticket_result(dit_ticket* ticket, uint8_t* pixels, size_t size);
 
 /* The same for latents, float [count, state_shape]; `size` is in numbers. */

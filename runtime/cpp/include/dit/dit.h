@@ -13,41 +13,56 @@
  *     dit_model_release(model);
  *
  * Include this header alone, and link with libdit (CMake: dit::dit; pkg-config: dit). Engines are found when the first
- * bundle is opened: libdit-NAME.so beside libdit opens ONNX Runtime, OpenVINO or TensorRT. dit_backends names those
- * here.
+ * bundle is opened or dit_backends is called: libdit-NAME.so beside libdit opens ONNX Runtime, OpenVINO or TensorRT.
+ * These plugins stay loaded until the process ends.
  *
  * Objects: a dit_model is an open bundle, its manifest, weights and engines; it does not change. A dit_run is one
  * drawing: its noise, conditions and steps. pipeline.h has a handle of older programs.
  *
- * Threads: any thread may use a model, as many as like at a time. A run is used by one thread at a time, whichever that
- * is; a call that finds another one inside returns DIT_BUSY and does nothing. dit_cancel and dit_run_cancel may come
- * from any thread. Runs of one model take turns at its engines, call by call, in the order in which they ask: an engine
- * fills all its threads (dit_open_options.threads) with one call. So more threads draw no faster, and need little more
- * memory; a larger `count` does draw faster. Do not fork while a model is open.
+ * Threads: any number of threads may use a model at the same time. A run may move between threads, but takes one call
+ * at a time: a second call returns DIT_BUSY and does nothing. Any thread may call dit_cancel and dit_run_cancel. Runs
+ * of one model take turns at its engines, call by call, in the order in which they ask: an engine fills all its threads
+ * (dit_open_options.threads) with one call. So more threads draw no faster, and need little more memory; a larger
+ * `count` does draw faster. Do not fork while a model is open.
  *
  * Blocking: dit_model_open takes seconds, for it reads all files, compares their sums and compiles. dit_run_step takes
  * a call of the network, the first one also the stages before the loop. dit_run_result and dit_run_preview decode,
- * dit_model_generate does all of that, dit_model_verify twice and more. Each of these can be cancelled. All other calls
- * return at once.
+ * dit_model_generate does all of that, dit_model_verify twice and more. Each of these can be cancelled. A request of
+ * another size than the model's waits for its turn at the engines, in dit_run_begin too; the first request of a size
+ * also compares the sums of its files. All other calls return at once.
  *
- * Ownership: a model is counted. dit_model_open gives the first reference, dit_model_retain another one, and the
- * model goes with the last dit_model_release. A run holds one until dit_run_free. Buffers for results are the caller's.
+ * Callbacks: on_step and dit_on_check run on the thread that made the call, on_progress and dit_on_log on any, on_event
+ * on the batcher's. The call waits for a callback, so a slow callback slows it. Other runs of the model go on
+ * meanwhile, but not during dit_on_log. Pointers that a callback gets are valid until it returns. It must not throw,
+ * nor leave by longjmp. It may make the calls dit_cancel and dit_run_cancel, and no other on the model or run that
+ * calls it. on_progress and dit_on_check end with the call that they were passed to, on_step with dit_run_free.
+ *
+ * Ownership: a model is counted. dit_model_open gives the first reference, dit_model_retain another, and the last
+ * dit_model_release closes the model. A run holds a reference until dit_run_free. Buffers for results are the caller's.
  * Arguments stay the caller's and are copied; only on_step and user of a request are used for as long as its run.
- * Strings that a model gives live as long as it.
+ * Strings that a model gives live as long as the model.
+ *
+ * Strings: those that come from a bundle (dit_info, labels, presets, the where of a check, a line of the log) are its
+ * author's. They are valid UTF-8, and end at their first 0. They may hold line breaks and a terminal's control
+ * characters: escape them before you print them. dit_last_message alone is escaped, in one line of at most 300
+ * characters.
  *
  * Memory: a model takes about the size of its files, about twice that while OpenVINO opens them, and its engines'
  * activations for the largest batch so far, which stay. A run takes its latents and what the stages before the loop
  * give, up to 256 MB at a time. low_memory holds one engine at a time.
  *
  * Errors: each fallible call returns a dit_status. dit_last_message() then says in one sentence what, where, what was
- * expected and what to do; read it on the thread that made the call. Models and runs work on after any failure but
- * DIT_DEVICE_LOST. No C++ exception leaves the library. Nothing is printed.
+ * expected and what to do; read it on the thread that made the call. A failed call writes no result: buffers, *more and
+ * structs stay as they were, and a new handle is NULL. Models and runs work on after any failure but DIT_DEVICE_LOST,
+ * and a run not after DIT_STOPPED. No C++ exception leaves the library. Nothing is printed, with one exception: on an
+ * NVIDIA GPU an engine that records no CUDA graph writes a line to stderr.
  *
  * Lengths: each array has its length beside it, and is not read beyond it. A length that does not fit is refused.
  *
- * Units: a length counts elements: numbers, or bytes of pixels. Times are seconds. Arrays are dense, the last axis
- * first in memory. Pixels are 8-bit sRGB: red, green, blue, from the top left, rows one after the other. Latents are
- * float, the channels first, as the network has them. Strings are UTF-8 and end in 0; paths are the system's.
+ * Units: a length counts elements: numbers, or bytes of pixels. Times are seconds. Arrays are dense and row-major: the
+ * last axis varies fastest. Pixels are 8-bit sRGB: red, green, blue, row after row from the top left. Latents are
+ * float, channels first, as the network has them. Strings are UTF-8 and end in 0. A path is the system's; a relative
+ * one counts from the working directory at dit_model_open.
  *
  * Defaults: start each struct from its _INIT value, which sets struct_size and means the bundle's own defaults: its
  * solver, steps, guidance and backend, seed 0, and as many threads as the engine thinks right.
@@ -57,14 +72,17 @@
  * same bits; dit_info.batch_invariant says whether that holds in every batch, too. Threads of the caller and other runs
  * change nothing.
  *
- * Versions: until 1.0 a minor version may change this header, and the library's soname has it (libdit.so.0.1). Within
- * one, structs only grow: a program that was compiled with an older dit.h runs with a newer library. A struct that is
- * larger than the library knows, or of a size that it never had, is refused. Enums may get more values.
+ * Versions: until 1.0 a minor version may change this header, and the library's soname has it (libdit.so.0.1). Within a
+ * minor version, structs only grow: a program that was compiled with an older dit.h runs with a newer library.
+ * struct_size says which: the library reads and writes that many bytes, and later fields have their defaults. A size
+ * that the struct never had, or a larger one, is DIT_BAD_ARGUMENT. In an array of dit_array all have the first one's
+ * size; dit_setting has no size and never grows. Enums may get more values: treat an unknown status as a failure.
  *
- * Files: a bundle may come from anybody. Its sums are checked before use, nothing outside of its folder is read, and
- * what the manifest says is held to limits; but its sums are its own, so pin it with manifest_sha256 where that
- * matters. Only TensorRT-RTX writes: what it compiles, into $XDG_CACHE_HOME/dit-run (or ~/.cache/dit-run). Nothing uses
- * the network.
+ * Files: keep the folder as it is until the model is closed, because engines read from it later: for other sizes, and
+ * with low_memory for each stage. A bundle may come from anybody. Its sums are checked before use, nothing outside of
+ * its folder is read, and what the manifest says is held to limits; but its sums are its own, so pin it with
+ * manifest_sha256 where that matters. Only TensorRT-RTX writes: what it compiles, into $XDG_CACHE_HOME/dit-run (or
+ * ~/.cache/dit-run). Nothing uses the network.
  */
 #ifndef DIT_DIT_H
 #define DIT_DIT_H
@@ -129,7 +147,7 @@ typedef enum dit_status {
  * somebody else's. */
 DIT_API dit_status dit_model_open(const char* bundle, const dit_open_options* options, dit_model** model);
 
-/* Returns the model, with one more reference. */
+/* Returns the model, with one more reference; NULL for NULL. */
 DIT_API dit_model* dit_model_retain(dit_model* model);
 
 /* Gives up a reference; NULL is fine. */
@@ -197,8 +215,10 @@ typedef struct dit_stats {
 /* What the run has done and what it took. */
 DIT_API dit_status dit_run_stats(dit_run* run, dit_stats* stats);
 
-/* Stops the call that is under way, or else the next one: DIT_STOPPED. Any thread may call it before dit_run_free; NULL
- * is fine. */
+/* Stops the call that is under way, or else the next one: DIT_STOPPED. The run stays stopped: dit_run_step,
+ * dit_run_result and dit_run_preview return DIT_STOPPED from then on, while dit_run_latents, dit_run_rows and
+ * dit_run_stats still answer. A step that was interrupted does not count. Any thread may call it before dit_run_free;
+ * NULL is fine. */
 DIT_API void dit_run_cancel(dit_run* run);
 
 /* NULL is fine. Not while another call on the run is inside. */
@@ -225,20 +245,24 @@ DIT_API dit_status dit_model_verify(dit_model* model, const dit_verify_options* 
 
 typedef enum dit_severity { DIT_LOG_ERROR = 0, DIT_LOG_WARNING = 1, DIT_LOG_INFO = 2, DIT_LOG_DEBUG = 3 } dit_severity;
 
-/* A line of the library, without a line break. Any thread calls it, several at the same time; it must not throw. */
+/* A line of the library, without a line break of its own; names in it are the bundle's and not escaped. Any thread
+ * calls it, several at the same time, and other runs may wait for it: return soon. */
 typedef void (*dit_on_log)(dit_severity severity, const char* line, void* user);
 
-/* Sends the process's lines of this severity and graver ones there; NULL: nowhere, as in the beginning. What makes a
- * call fail is its message and not logged. An earlier on_log may be called until the calls that are inside return. */
+/* Sends the process's lines of this severity and graver ones there; NULL: nowhere, as in the beginning. This version
+ * logs at DIT_LOG_INFO alone, when an engine has been opened. What makes a call fail is its message and not logged; a
+ * precision that a machine computes in another one is dit_info.note. What engines log themselves is dropped. An earlier
+ * on_log may be called until the calls that are inside return. */
 DIT_API void dit_set_log(dit_on_log on_log, dit_severity least, void* user);
 
-/* The sentence of the calling thread's last fallible call; "" after success. It stays until the thread's next one. */
+/* The sentence of the calling thread's last fallible call; "" after success. It stays until the thread's next fallible
+ * call, one in a callback too. Never NULL. */
 DIT_API const char* dit_last_message(void);
 
 /* "DIT_OK" and so on. */
 DIT_API const char* dit_status_name(dit_status status);
 
-/* The version of this library, "0.1.0". */
+/* The version of this library, "0.1.0"; DIT_VERSION_MAJOR, _MINOR and _PATCH are the header's. */
 DIT_API const char* dit_version(void);
 
 /* The engines that are here, "onnxruntime 1.31.0, openvino 2026.4"; "" without any. It lives as long as the process. */

@@ -1,4 +1,5 @@
-/* What a bundle draws and what it takes. Included by dit.h. */
+/* What a bundle draws and what it takes. Included by dit.h. Its strings are the bundle's: escape them before you print
+ * them. */
 #ifndef DIT_INFO_H
 #define DIT_INFO_H
 
@@ -17,7 +18,7 @@ typedef struct dit_info {
     int64_t caption_shape[2]; /* of the port "captions": the most tokens, and numbers a token; both 0 without it */
     int state_rank;           /* of what a run changes, such as latents */
     int64_t state_shape[8];   /* its sizes, channels first */
-    const char* note;         /* a line for people where a graph does not compute here in its precision; else "" */
+    const char* note;         /* a warning for people where a graph does not compute here in its precision; else "" */
     int batch_invariant; /* 1: the build saw on these engines, on a CPU, that a sample has the same bits in each batch;
                             0: it differs, or was not measured */
     int64_t steps;       /* the bundle's default */

@@ -3,8 +3,9 @@
 #define DIT_OPTIONS_H
 
 /* A switch that any thread may throw: each call that was made with it then returns DIT_STOPPED, within a step of the
- * network and 20 ms, or at once where it opens, compiles or decodes. What an engine compiles then goes on in the
- * background, until it ends, and is dropped. A switch stays thrown. */
+ * network and 20 ms, or at once where it opens, compiles or decodes. A compilation goes on in the background until it
+ * is done, and is dropped; the process waits for it when it ends. A switch stays thrown: make a new one for the next
+ * call. */
 typedef struct dit_cancellation dit_cancellation;
 
 /* NULL where memory is short. */
@@ -13,11 +14,11 @@ DIT_API dit_cancellation* dit_cancellation_new(void);
 /* Any thread may call it, before dit_cancellation_free; NULL is fine. */
 DIT_API void dit_cancel(dit_cancellation* cancellation);
 
-/* Also while calls that were made with it go on; NULL is fine. */
+/* May come while calls that were made with it go on, which then finish; NULL is fine. */
 DIT_API void dit_cancellation_free(dit_cancellation* cancellation);
 
-/* How much of a call is done, from 0 to 1. What is not 0 stops the call: DIT_STOPPED. Several threads call it, one at a
- * time. It must not throw. */
+/* How much of a call is done, from 0 to 1. Return 0 to go on; any other number stops the call: DIT_STOPPED. Several
+ * threads call it, one at a time, and wait for it. It must not throw. */
 typedef int (*dit_on_progress)(double done, void* user);
 
 /* A setting of one stage's engine, or of all:
@@ -30,7 +31,11 @@ typedef int (*dit_on_progress)(double done, void* user);
  *     cache       the folder for what TensorRT-RTX compiles; "": none
  *     onnxruntime.KEY, onnxruntime.provider.KEY, openvino.KEY
  *                 the backend's own: a session's config entry (session.intra_op.allow_spinning), a provider's option
- *                 (gpu_mem_limit), a property (NUM_STREAMS). The backend refuses what it does not know */
+ *                 (gpu_mem_limit), a property (NUM_STREAMS). A stage of another backend ignores it. OpenVINO refuses an
+ *                 unknown property; ONNX Runtime ignores an unknown config entry
+ *
+ * Another key, or a stage that the bundle does not have, is DIT_BAD_ARGUMENT at dit_model_open. Keys of TensorRT
+ * (tensorrt.KEY) are accepted and have no effect. */
 typedef struct dit_setting {
     const char* stage; /* its name in manifest.json: "denoiser", "decoder", ...; NULL: every stage */
     const char* key;
@@ -51,7 +56,7 @@ typedef struct dit_open_options {
                          of other sizes open when they are first drawn */
     const char* manifest_sha256; /* the sum that manifest.json must have, 64 hexadecimal digits; as the manifest has the
                                     sums of all other files, the bundle is then this one. NULL: any bundle */
-    const dit_setting* settings; /* of two with one key that apply to a stage, the last counts; they come before
+    const dit_setting* settings; /* where two of the same key apply to a stage, the later counts; settings win over
                                     backend, device and threads above */
     size_t num_settings;
     dit_on_progress on_progress;    /* of the bytes whose sums are compared; NULL: none */

@@ -2,9 +2,9 @@
 #ifndef DIT_REQUEST_H
 #define DIT_REQUEST_H
 
-/* Called after each step; solver heun has two for each of the request's. What is not 0 stops the run.
- * `latents` holds the numbers of state_shape for each picture. It must not throw, and must not call the run or pipeline
- * that calls it. */
+/* Called after each step, on the thread that makes the call; solver heun has two for each of the request's. Return 0 to
+ * go on; any other number stops the run after this step: DIT_STOPPED. `latents` holds the numbers of state_shape for
+ * each picture, until the callback returns. It must not throw, and must not call the run or pipeline that calls it. */
 typedef int (*dit_on_step)(int step, int steps, const double* latents, size_t size, void* user);
 
 /* Rows for one port, or token ids or their mask for a dit_prompt. A port that another one masks takes shorter rows too;
@@ -44,7 +44,8 @@ typedef struct dit_request {
     const uint64_t* seeds; /* NULL: 0 */
     size_t num_seeds;      /* 1: one stream of noise for all, as PyTorch draws; count: one each, so that a picture does
                               not depend on its neighbours */
-    const float* guidance; /* NULL: the bundle's */
+    const float* guidance; /* weights; where all are 1, no step is guided, at half the rows, unless guidance_port
+                              takes them; NULL: the bundle's */
     size_t num_guidance;   /* 1, or count */
     int steps;             /* 0: the bundle's */
     const char* solver;    /* ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis,

@@ -1,4 +1,4 @@
-// dit-server: serves bundles over HTTP, as OpenAI's image clients ask for it. Mirrors dit_serve/cli.py and process.py.
+// dit-server: serves bundles over HTTP with OpenAI's images API. Mirrors dit_serve/cli.py and process.py.
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
@@ -16,25 +16,25 @@ namespace {
 namespace dit = dit_runtime;
 
 const char* const USAGE =
-    R"(usage: dit-server [NAME=]FOLDER … [options]: serve bundles over HTTP, as OpenAI's image clients ask for it
+    R"(usage: dit-server [NAME=]FOLDER … [options]: serve bundles over HTTP with OpenAI's images API
 
-The first bundle is what a request without a model gets. A folder may be a link; at SIGHUP it is looked at again.
+The first bundle is the default of requests without a model. A folder may be a link; at SIGHUP it is read again.
 
   --host ADDRESS        default: 127.0.0.1; any other needs --api-key-file
   --port N              default: 8000; 0: any that is free
   --api-key-file FILE   clients must send this key as a bearer token
   --backend NAME        default: the bundle's
-  --device NAME         as of dit-generate
+  --device NAME         as --provider of dit-generate
   --threads N           of the engines; default: their own choice
   --batch N             most images that share a call; default: measured at the start
-  --allow-batch-variance  with --batch: also where a picture's bits depend on what shares its calls
-  --deadline SECONDS    for a request; what cannot keep it gets 429; default: 60
+  --allow-batch-variance  let --batch exceed 1 where an image depends on the others in its call
+  --deadline SECONDS    for a request; one that cannot finish in time gets 429; default: 60
   --job-deadline SECONDS  for a job; default: 600
-  --grace SECONDS       for what is under way at SIGTERM; default: 30
+  --grace SECONDS       to finish open requests after SIGTERM; default: 30
   --max-images N        of a request; default: 8
   --max-steps N         default: 250
   --max-pixels N        of a request's images in all; default: 16777216
-  --pin SHA256 …        serve only bundles whose manifest.json has such a sum
+  --pin SHA256 …        serve only bundles whose manifest.json has one of these sha256 sums
   --skip-verify         start without a replay of the reference; a swap always replays it
   --help, --version
 )";

@@ -45,7 +45,7 @@ FLAGS = {  # of Tuning: BuilderFlag
 
 @dataclass(frozen=True)
 class Flavour:
-    """A backend of this file; its fields are the table of differences."""
+    """A backend of this file; its fields hold what differs from the other."""
 
     FLOAT_AROUND_INT8 = "fp16"
     NEEDS_TYPED_GRAPH = ("fp16", "bf16")

@@ -1,4 +1,4 @@
-"""The files that an ONNX graph reads its weights from, by its protobuf alone: the runtime has no onnx package."""
+"""Find the files that an ONNX graph reads weights from, in its protobuf; the runtime has no onnx package."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Stage:
 
     @property
     def grouped(self) -> tuple[TensorSpec, ...]:
-        """The inputs that have a group for each condition: all of a step stage but the state and guidance."""
+        """Return the inputs with an axis of groups: those of a step stage without the state and guidance."""
         return tuple(spec for spec in self.reads if spec.shape[:1] == ("groups",))
 
 

@@ -57,7 +57,7 @@ class Source(NamedTuple):
 class Memo:
     """The outputs of one stage by key, in windows of timesteps that stay below the budget.
 
-    A `whole` memo is filled once; over the budget it lives in a temporary file instead of in memory. With a `device`,
+    A `whole` memo is filled once; above the budget, a temporary file holds it instead of memory. With a `device`,
     the stage's engine writes its rows there, if it can.
     """
 

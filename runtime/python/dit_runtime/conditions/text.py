@@ -1,4 +1,4 @@
-"""Prompts: words to token ids, by each tokenizer of a bundle, and a memo of what the prompt stage makes of ids."""
+"""Prompts: words to token ids with each tokenizer of a bundle, and a memo of the prompt stage's outputs."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Method = Generator[tuple[Array, Level], Estimate, Array]
 
 
 def estimate(prediction: str, x: Array, output: NDArray[Any], variance: NDArray[Any] | None, level: Level) -> Estimate:
-    """Return x₀ and ε of a prediction: of ε, of x₀, of v = α ε - σ x₀ (Salimans & Ho 2022), or of a flow's ε - x₀."""
+    """Return x₀ and ε from a prediction of ε, x₀, v = α ε - σ x₀ (Salimans & Ho 2022) or a flow's ε - x₀."""
     _, alpha, sigma = level
     output = np.asarray(output, np.float64)
     learned = None if variance is None else np.asarray(variance, np.float64)

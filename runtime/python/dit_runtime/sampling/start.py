@@ -1,4 +1,4 @@
-"""Where a run starts from a picture's latents, and what of them it keeps: image-to-image and inpainting."""
+"""Image-to-image and inpainting: start a run from a picture's latents, and restore what a mask keeps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ CLEAN = Level(0.0, 1.0, 0.0)
 
 
 def first_step(steps: int, strength: float | None) -> int:
-    """Return how many steps a run leaves out whose start is a picture with the noise of the next one (SDEdit, Meng et
-    al. 2021, arXiv 2108.01073). Diffusers rounds in this way."""
+    """Return how many steps a run skips that starts from a noised picture (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+
+    The share is rounded as diffusers rounds it.
+    """
     share = DEFAULT_STRENGTH if strength is None else strength
     if not is_number(share) or not 0 < share <= 1:
         raise UsageError(f"strength is {strength!r}; expected a number above 0, up to 1")
