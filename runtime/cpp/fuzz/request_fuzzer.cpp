@@ -136,6 +136,19 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* bytes, std::size_t le
     request.preset = owned.word({"fast"});
     request.size = owned.word({"32", "32x64"});
     if (data.ConsumeBool()) request.struct_size = data.ConsumeIntegralInRange<std::size_t>(0, sizeof request);
+    if (data.ConsumeBool()) {
+        constexpr std::size_t side = 32;
+        request.image_size = data.PickValueInArray({std::size_t{0}, std::size_t{1}, side * side * 3, side * side * 6});
+        request.image = owned.array<uint8_t>(request.image_size, [] { return uint8_t{7}; });
+        request.num_images = owned.size();
+        request.image_height = data.PickValueInArray({std::size_t{0}, side, 2 * side, SIZE_MAX});
+        request.image_width = data.PickValueInArray({std::size_t{0}, side, 2 * side, SIZE_MAX});
+        if (data.ConsumeBool()) request.strength = number();
+        if (data.ConsumeBool()) {
+            request.mask_size = data.PickValueInArray({std::size_t{0}, std::size_t{1}, side * side, side * side * 2});
+            request.mask = owned.array<uint8_t>(request.mask_size, [] { return uint8_t{200}; });
+        }
+    }
     const std::size_t room = 8 * fuzzed::dit::count(manifest.state().shape);
     const auto numbers = std::make_unique<float[]>(room);
     dit_generate_latents(pipe, &request, numbers.get(), room);

@@ -47,6 +47,10 @@ Draws pictures from a bundle of dit-export.
                         the cache works between these steps; the second, below 0, counts from the end
   --cache-threshold X   the error that easycache lets grow
   --latents FILE.npy    start from these instead of the seed's
+  --image FILE.png …    start from this picture, or give it to the port that reads one; one for all or one a picture, in
+                        the bundle's size, of 8 bits a channel
+  --strength X          the share of the steps that change the image, above 0 and up to 1; default: 0.6
+  --mask FILE.png …     of the image's size: white, or transparent, is drawn anew; black stays as in the image
   -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
   --verify              replay PyTorch's reference with the engines here, and draw nothing
   --backend NAME        onnxruntime, openvino, tensorrt, tensorrt-rtx, auto; default: the bundle's
@@ -170,6 +174,10 @@ Arguments parse_arguments(int count, char** words) {
         {"--solver", {1, 1, word_of(arguments.request.solver)}},
         {"--spacing", {1, 1, word_of(arguments.request.spacing)}},
         {"--latents", {1, 1, word_of(arguments.latents)}},
+        {"--image", {1, any, [&](const std::string&, const Values& v) { arguments.image = v; }}},
+        {"--mask", {1, any, [&](const std::string&, const Values& v) { arguments.mask = v; }}},
+        {"--strength",
+         {1, 1, [&](const std::string& flag, const Values& v) { request.strength = number(flag, v[0]); }}},
         {"--size", {1, 1, word_of(arguments.open.size)}},
         {"--condition", {1, any, [&](const std::string&, const Values& v) { arguments.condition = v; }}},
         {"--negative-condition", {1, any, [&](const std::string&, const Values& v) { arguments.negative = v; }}},

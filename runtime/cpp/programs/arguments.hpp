@@ -14,6 +14,7 @@ struct Arguments {
     dit::Request request;                          // but for labels and what files hold
     std::string latents;                           // a .npy file to start from
     std::vector<std::string> condition, negative;  // NAME=FILE.npy, NAME=FILE.txt …, or FILE.npz
+    std::vector<std::string> image, mask;          // .png files: one, or one a picture
     std::string output = "sample.png";
     bool json = false, verify = false, help = false, version = false;
 };

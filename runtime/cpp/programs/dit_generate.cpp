@@ -12,6 +12,7 @@
 #include "arguments.hpp"
 #include "errors.hpp"
 #include "files.hpp"
+#include "picture_files.hpp"
 
 namespace {
 
@@ -120,6 +121,12 @@ int run(int count, char** words) {
     for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
     request.condition = read_condition(arguments.condition, "--condition", inputs(pipe));
     request.negative_condition = read_condition(arguments.negative, "--negative-condition", inputs(pipe));
+    if (!arguments.image.empty()) {
+        const dit::Size size = pipe.size_of(request);
+        request.image = read_pictures(arguments.image, size.height, size.width, "the bundle's size");
+    }
+    const dit::Images& image = request.image;
+    if (!arguments.mask.empty()) request.mask = read_masks(arguments.mask, image.height, image.width, "as the image");
     std::vector<std::int64_t> shape(pipe.info().state_shape, pipe.info().state_shape + pipe.info().state_rank);
     if (!arguments.latents.empty()) {
         const std::size_t rows = pipe.ports().empty() ? 0 : pipe.count(request);  // the file says how many, or must fit

@@ -37,6 +37,7 @@ std::vector<std::string> precisions_of(const std::string& backend) {
 
 std::int64_t default_steps() { return facts().at("defaults").at("steps").get<std::int64_t>(); }
 double default_guidance() { return facts().at("defaults").at("guidance").get<double>(); }
+double default_strength() { return facts().at("defaults").at("strength").get<double>(); }
 
 std::vector<std::string> multistep_solvers() {
     std::vector<std::string> names;

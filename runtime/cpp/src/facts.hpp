@@ -29,6 +29,7 @@ std::vector<std::string> precisions_of(const std::string& backend);
 // A request's values unless it has others.
 std::int64_t default_steps();
 double default_guidance();
+double default_strength();
 
 // The solvers that read predictions of earlier steps, in their order.
 std::vector<std::string> multistep_solvers();

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace dit_runtime {
 
@@ -18,14 +17,15 @@ std::vector<std::uint8_t> to_uint8(const std::vector<float>& images, const Shape
     return bytes;
 }
 
-double psnr(const std::uint8_t* first, const std::uint8_t* second, std::size_t size, double peak) {
-    double error = 0;
-    for (std::size_t i = 0; i < size; ++i) {
-        const double difference = static_cast<double>(first[i]) - second[i];
-        error += difference * difference;
+std::vector<float> to_unit(const std::vector<std::uint8_t>& pictures, const Shape& shape) {
+    std::vector<float> planes(pictures.size());
+    const auto area = static_cast<std::size_t>(shape.at(1) * shape.at(2)),
+               channels = static_cast<std::size_t>(shape.at(3));
+    for (std::size_t i = 0; i < pictures.size(); ++i) {
+        const std::size_t sample = i / (area * channels), place = i / channels % area, channel = i % channels;
+        planes[(sample * channels + channel) * area + place] = static_cast<float>(pictures[i]) / 255.0f;
     }
-    error /= static_cast<double>(size);
-    return error == 0 ? std::numeric_limits<double>::infinity() : 10 * std::log10(peak * peak / error);
+    return planes;
 }
 
 }  // namespace dit_runtime

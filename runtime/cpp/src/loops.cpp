@@ -5,12 +5,13 @@
 namespace dit_runtime {
 
 Trajectory::Trajectory(Solver solver, Array times, std::vector<std::optional<Groups>> groups, Mix mix,
-                       std::unique_ptr<Cache> cache)
+                       std::unique_ptr<Cache> cache, Keep keep)
     : solver_(std::move(solver)),
       times_(std::move(times)),
       groups_(std::move(groups)),
       mix_(std::move(mix)),
-      cache_(std::move(cache)) {
+      cache_(std::move(cache)),
+      keep_(std::move(keep)) {
     take_guess();
 }
 
@@ -44,8 +45,13 @@ void Trajectory::tell(Prediction answer) {
 void Trajectory::tell() { advance({guess_.value(), variance_}); }
 
 void Trajectory::advance(const Prediction& prediction) {
+    if (keep_) x0_ = solver_.end(state(), prediction);
     solver_.send(prediction);
     ++done_;
+    if (keep_) {
+        kept_ = solver_.x();
+        keep_(done_, kept_);
+    }
     take_guess();
 }
 

@@ -15,16 +15,21 @@ namespace dit_runtime {
 // Predictions of own conditions, then of negatives -> guided.
 using Mix = std::function<std::vector<float>(const std::vector<float>&)>;
 
+// Puts into the state, after so many evaluations, what a run must not change.
+using Keep = std::function<void(std::size_t evaluations, Array& state)>;
+
 // It says what each step needs of the network, and calls nothing.
 class Trajectory {
   public:
-    // Stands before the first step; `groups` are those of each evaluation, none where its prediction is 0.
+    // Stands before the first step; `groups` are those of each evaluation, none where its prediction is 0. `keep`
+    // changes single numbers of the state after each evaluation: solvers work number by number, so that their own state
+    // may differ there.
     Trajectory(Solver solver, Array times, std::vector<std::optional<Groups>> groups, Mix mix = {},
-               std::unique_ptr<Cache> cache = {});
+               std::unique_ptr<Cache> cache = {}, Keep keep = {});
 
-    const Array& state() const { return solver_.x(); }
+    const Array& state() const { return keep_ && done_ ? kept_ : solver_.x(); }
     // The end of the path as the last step's prediction has it; empty before the first.
-    const Array& x0() const { return solver_.x0(); }
+    const Array& x0() const { return keep_ ? x0_ : solver_.x0(); }
     std::size_t done() const { return done_; }
     std::size_t steps() const { return groups_.size(); }
     // The rows that the network evaluated for each sample.
@@ -49,6 +54,8 @@ class Trajectory {
     const std::vector<std::optional<Groups>> groups_;
     const Mix mix_;
     const std::unique_ptr<Cache> cache_;
+    const Keep keep_;
+    Array kept_, x0_;                          // the state with what is kept, and its end; only where something is
     std::vector<float> variance_;              // of the last evaluation
     std::optional<std::vector<float>> guess_;  // the next step's prediction where it needs no network
     std::size_t done_ = 0, rows_ = 0;

@@ -117,6 +117,18 @@ const Stage& Manifest::step() const { return *that_runs(stages, "step"); }
 
 const Stage* Manifest::end() const { return that_runs(stages, "end"); }
 
+const Stage* Manifest::start() const { return that_runs(stages, START); }
+
+const Port* Manifest::picture() const {
+    const auto port = std::find_if(ports.begin(), ports.end(), [](const Port& own) { return own.picture; });
+    return port == ports.end() ? nullptr : &*port;
+}
+
+Shape Manifest::picture_shape() const {
+    if (!start()) throw UsageError("this bundle takes no pictures, for it has no encoder; build it with --encoder");
+    return start()->reads.at(0).row();
+}
+
 Shape Manifest::image_shape() const { return end() ? end()->gives.at(0).row() : Shape(); }
 
 Manifest parse(const std::string& content, const std::string& where) {

@@ -163,8 +163,11 @@ struct Manifest {
     bool mixes_guidance() const;
     const Stage* prompt() const;  // NULL where no stage runs "prompt"
     const Stage& step() const;
-    const Stage* end() const;   // NULL without a decoder
-    Shape image_shape() const;  // (3, H, W); empty without a decoder
+    const Stage* end() const;     // NULL without a decoder
+    const Stage* start() const;   // NULL without an encoder of pictures
+    const Port* picture() const;  // the condition port that takes a picture's latents; NULL where there is none
+    Shape picture_shape() const;  // (3, H, W) of the pictures that a run may start from; refuses to without an encoder
+    Shape image_shape() const;    // (3, H, W); empty without a decoder
 };
 
 // Parses and checks the manifest, and that each file it names is there in its size; opens none of them. A manifest of

@@ -269,9 +269,9 @@ Manifest parse_one(const Json& table) {
     check(manifest);
     parse_engines(table, manifest);
     auto& stages = manifest.stages;
-    stages.erase(std::remove_if(stages.begin(), stages.end(),
-                                [](const Stage& stage) { return stage.runs == "update" || stage.runs == START; }),
-                 stages.end());
+    stages.erase(
+        std::remove_if(stages.begin(), stages.end(), [](const Stage& stage) { return stage.runs == "update"; }),
+        stages.end());
     return manifest;
 }
 

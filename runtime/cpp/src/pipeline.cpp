@@ -13,8 +13,8 @@
 namespace dit_runtime {
 namespace {
 
-// Rows, by when their stage runs: two of a decoder would need twice the memory for their activations.
-const std::map<std::string, std::size_t> AT_ONCE = {{"step", 2}, {"end", 1}};
+// Rows, by when their stage runs: two of a VAE would need twice the memory for their activations.
+const std::map<std::string, std::size_t> AT_ONCE = {{START, 1}, {"step", 2}, {"end", 1}};
 
 std::vector<std::string> names(const std::vector<TensorSpec>& specs) {
     std::vector<std::string> names;
@@ -45,7 +45,8 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
     try {
         checking(files(), [&] {
             if (!options_.low_memory)
-                for (const Stage& stage : manifest.stages) opened_->engines[stage.name] = open(stage);
+                for (const Stage& stage : manifest.stages)
+                    if (stage.runs != START) opened_->engines[stage.name] = open(stage);
         });
         dit_runtime::warm(*this, warm);
     } catch (const Stopped&) {
@@ -87,12 +88,14 @@ void Pipeline::close() {
     opened_->engines.clear();
 }
 
-// The files that this size's engines are opened from.
+// The files that this size's engines are opened from, but for the encoder's of pictures, which not every run needs.
 std::vector<std::string> Pipeline::files() const {
     std::vector<std::string> files;
-    for (const Stage& stage : manifest.stages)
+    for (const Stage& stage : manifest.stages) {
+        if (stage.runs == START) continue;
         for (const auto& file : files_for(stage, backend(stage), options_of(stage, options_).device))
             files.push_back(file);
+    }
     return files;
 }
 
@@ -251,6 +254,23 @@ Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned&
         append(whole.variance, part["variance"]);
     }
     return whole;
+}
+
+std::map<std::string, std::vector<float>> Pipeline::encode_pictures(const std::vector<float>& pictures) {
+    const std::size_t numbers = count(manifest.picture_shape()), samples = pictures.size() / numbers;
+    const Stage& stage = *manifest.start();
+    const std::size_t size = static_cast<std::size_t>(stage.max_batch);
+    std::map<std::string, std::vector<float>> latents;
+    for (std::size_t first = 0; first < samples; first += size) {
+        const std::size_t batch = std::min(size, samples - first);
+        const Input input = {stage.reads.at(0).name, with_rows(batch, manifest.picture_shape()),
+                             pictures.data() + first * numbers};
+        for (const auto& [name, values] : run(stage, {input}, batch)) append(latents[name], values);
+    }
+    for (const auto& entry : latents)
+        if (!all_finite(entry.second))
+            throw NotFinite(text("the ", stage.name, "'s latents hold values that are not finite"));
+    return latents;
 }
 
 std::vector<float> Pipeline::decode(const std::vector<float>& latents) {

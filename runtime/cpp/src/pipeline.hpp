@@ -47,6 +47,8 @@ class Pipeline {
     RunStage runner();  // of stages of any size
     // [B, *state], [B] -> prediction and, where it is learned, variance; split into what the engine takes at a time.
     Prediction denoise(const std::vector<float>& state, const Conditioned& inputs, const std::vector<float>& guidance);
+    // [N, 3, H, W] in [0, 1] -> mean and, where the encoder gives it, logvar of their latents, [N, *state].
+    std::map<std::string, std::vector<float>> encode_pictures(const std::vector<float>& pictures);
     // [N, *state] -> [N, 3, H, W] in [0, 1].
     std::vector<float> decode(const std::vector<float>& latents);
     // The same as uint8 [N, H, W, 3].

@@ -112,6 +112,9 @@ Reference load_reference(const Pipeline& pipe) {
         for (const char* array : {"betas", "timesteps", "seeds", "guidance", "latents", "prediction", "conditional",
                                   "null", "variance", "fingerprint", "images"})
             if (!arrays.has(array)) missing.push_back(array);
+        const std::vector<TensorSpec> latents = manifest.start() ? manifest.start()->gives : std::vector<TensorSpec>();
+        for (const TensorSpec& spec : latents)
+            if (!arrays.has("encoded." + spec.name)) missing.push_back("encoded." + spec.name);
         if (!missing.empty()) throw NpyError("it lacks " + join(missing));
         if (arrays.has("frames") && arrays.at("frames").size()) throw NpyError("it has frames of a video");
         const std::string& solver = manifest.process.sampler.solver;
@@ -144,6 +147,8 @@ Reference load_reference(const Pipeline& pipe) {
         if (!image.empty())
             reference.images =
                 arrays.read<std::uint8_t>("images", {static_cast<std::int64_t>(batch), image[1], image[2], image[0]});
+        for (const TensorSpec& spec : latents)
+            reference.encoded[spec.name] = arrays.read<float>("encoded." + spec.name, sample);
         reference.condition = conditions(manifest, arrays, "condition", batch);
         const auto has_null = [&](const Port& port) { return arrays.has("null." + port.name); };
         const std::vector<Port> ports = manifest.conditions();

@@ -8,6 +8,7 @@
 
 #include "npy.hpp"
 #include "pipeline.hpp"
+#include "start.hpp"
 
 namespace dit_runtime {
 
@@ -28,6 +29,7 @@ struct Reference {
     std::vector<float> variance;                       // (S, B, *state), or empty where it is not learned
     std::vector<float> fingerprint;                    // (F, FINGERPRINTS)
     std::vector<std::uint8_t> images;                  // (B, H, W, 3), or empty without a decoder
+    Encoded encoded;                                   // of the images: arrays encoded.NAME
     Rows condition, negative;                          // B rows and one (or none): arrays condition.NAME and null.NAME
 
     std::size_t batch() const { return seeds.size(); }

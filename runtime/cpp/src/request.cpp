@@ -5,7 +5,9 @@
 #include <sstream>
 
 #include "errors.hpp"
+#include "images.hpp"
 #include "prompts.hpp"
+#include "start.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -39,12 +41,63 @@ Rows fit_condition(const Manifest& manifest, const Request& request) {
     }
     if (manifest.prompt() && !has_prompt(manifest, arrays))
         throw UsageError(text("no prompt; pass its token ids as ", join(prompt_names(manifest))));
-    Rows condition = fit(filled_ports(manifest, arrays), arrays);
+    std::vector<Port> ports = filled_ports(manifest, arrays);
+    if (const Port* const picture = manifest.picture(); picture && request.image) {
+        if (arrays.count(picture->name))
+            throw UsageError(text("got both an image and a condition with ", picture->name, ": pass one of them"));
+        ports.erase(std::remove_if(ports.begin(), ports.end(), [](const Port& port) { return port.picture; }),
+                    ports.end());
+    } else if (picture && manifest.start() && !arrays.count(picture->name)) {
+        throw UsageError(text("no image for ", picture->name,
+                              "; pass one (dit-generate: --image), or a condition with ", picture->name));
+    }
+    Rows condition = fit(ports, arrays);
     if (condition.rows && request.count && request.count != condition.rows)
         throw UsageError(text("count is ", request.count, ", the condition has ", condition.rows, " rows"));
-    if (!condition.rows)
-        condition.rows = std::max<std::size_t>(1, request.count ? request.count : request.seeds.size());
+    if (!condition.rows && request.count) condition.rows = request.count;
+    if (!condition.rows) {
+        condition.rows = std::max<std::size_t>(1, request.seeds.size());
+        for (const auto& pictures : {request.image, request.mask})
+            if (pictures && !pictures->shape.empty())
+                condition.rows = std::max(condition.rows, static_cast<std::size_t>(pictures->shape[0]));
+    }
     return condition;
+}
+
+// Refuses pictures of another size, and as many of them as there are not samples.
+void require_size(const Pictures& pictures, const char* what, const Shape& each, std::size_t count) {
+    const Shape& shape = pictures.shape;
+    if (shape.size() != each.size() + 1 || shape[0] < 1 || !std::equal(each.begin(), each.end(), shape.begin() + 1) ||
+        pictures.bytes.size() != dit_runtime::count(shape))
+        throw UsageError(
+            text(what, " has shape ", shown(shape), "; expected ", shown(each), ", or one for each sample"));
+    if (shape[0] != 1 && static_cast<std::size_t>(shape[0]) != count)
+        throw UsageError(
+            text(what, " has ", shape[0], " pictures; expected one, or one for each of ", count, " samples"));
+}
+
+// The image and the mask as the encoder and the state take them.
+void fit_pictures(const Manifest& manifest, const Request& request, Checked& checked) {
+    const std::pair<const char*, bool> beside[] = {{"strength", request.strength.has_value()},
+                                                   {"mask", request.mask.has_value()}};
+    for (const auto& [name, stated] : beside) {
+        if (stated && !request.image) throw UsageError(text("got ", name, " without an image to start from"));
+        if (stated && manifest.picture())
+            throw UsageError(text("got ", name, ", but this bundle takes the image as ", manifest.picture()->name,
+                                  ": leave it out"));
+    }
+    if (!request.image) return;
+    if (!manifest.picture() && request.latents)
+        throw UsageError("got both an image and latents to start from: pass one of them");
+    const Shape shape = manifest.picture_shape(), &state = manifest.state().shape;
+    const std::int64_t height = shape[1], width = shape[2];
+    require_size(*request.image, "image", {height, width, 3}, checked.condition.rows);
+    checked.image = to_unit(request.image->bytes, request.image->shape);
+    if (!request.mask) return;
+    require_size(*request.mask, "mask", {height, width}, checked.condition.rows);
+    for (std::int64_t row = 0; row < request.mask->shape[0] * height; row += height / state[1])  // a cell's first pixel
+        for (std::int64_t column = 0; column < width; column += width / state[2])
+            checked.mask.push_back(request.mask->bytes[static_cast<std::size_t>(row * width + column)] >= 128);
 }
 
 std::vector<float> guidance(const Manifest& manifest, std::vector<float> numbers, std::size_t count) {
@@ -108,6 +161,7 @@ Rows fit_negative(const Manifest& manifest, const Request& request, std::size_t 
 Checked check(const Manifest& manifest, const Request& request) {
     Checked checked;
     checked.condition = fit_condition(manifest, request);
+    fit_pictures(manifest, request, checked);
     const std::size_t count = checked.condition.rows, size = count * dit_runtime::count(manifest.state().shape);
     checked.weights = guidance(manifest, request.guidance, count);
     embed_guidance(manifest, request, checked);
@@ -117,7 +171,10 @@ Checked check(const Manifest& manifest, const Request& request) {
     checked.solver = request.solver.empty() ? manifest.process.sampler.solver : request.solver;
     checked.steps = request.steps ? request.steps : static_cast<std::int64_t>(listed(request.spacing).size());
     if (!checked.steps) checked.steps = manifest.process.sampler.steps;
-    checked.timesteps = plan(manifest.process, checked.solver, checked.steps, request.spacing);
+    plan(manifest.process, checked.solver, checked.steps, request.spacing);  // refuses
+    if (!checked.image.empty() && !manifest.picture()) checked.first = first_step(checked.steps, request.strength);
+    checked.levels = levels(manifest.process, checked.solver, checked.steps, request.spacing, checked.first);
+    for (const Level& level : checked.levels) checked.timesteps.push_back(level.time);
     Solver(manifest.process, checked.solver, checked.steps, {}, draw({0}, 1), request.eta, request.spacing);  // refuses
     const std::int64_t each = evaluations(checked.solver);
     checked.groups = plan_guidance(manifest.process, checked.timesteps, each, guided, request.guidance_interval,

@@ -17,6 +17,12 @@ namespace dit_runtime {
 // Called after each step; true stops the run.
 using OnStep = std::function<bool(int step, int steps, const Array& latents)>;
 
+// Bytes of one picture for all samples, or of one each: [N, H, W, 3], or [N, H, W] of a mask.
+struct Pictures {
+    Shape shape;
+    std::vector<std::uint8_t> bytes;
+};
+
 struct Request {
     std::vector<std::int64_t> labels;        // class numbers: rows of the port "labels"
     Arrays condition;                        // by port, or by inputs of the prompt stage
@@ -33,6 +39,10 @@ struct Request {
     std::string cache;        // of outputs: taylorseer or easycache
     Settings cache_settings;  // those that are not the defaults
     std::optional<std::vector<float>> latents;  // [N, *state], instead of the seed's
+    // A picture to start from, or for the port that reads one; in the bundle's size.
+    std::optional<Pictures> image;
+    std::optional<double> strength;  // the share of the steps that change the image; none: that of facts.json
+    std::optional<Pictures> mask;    // white is drawn anew, black stays as in the image
     OnStep on_step;
     std::shared_ptr<Cancellation> cancellation = {};  // stops the run too; none: that of the call which begins it
 };
@@ -45,6 +55,10 @@ struct Checked {
     std::int64_t steps;
     Array timesteps;                            // of each evaluation
     std::vector<std::optional<Groups>> groups;  // of each evaluation; none where the prediction is 0
+    std::vector<Level> levels;                  // of each evaluation
+    std::size_t first = 0;                      // the steps that are left out, where the run starts from a picture
+    std::vector<float> image;                   // (N or 1, 3, H, W); empty: none
+    std::vector<bool> mask;                     // (N or 1, h, w) of the state: true where it is drawn anew; empty: all
 };
 
 // Refuses what this bundle does not take, before any work is done.

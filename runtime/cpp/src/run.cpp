@@ -2,30 +2,11 @@
 
 #include "errors.hpp"
 #include "pipeline.hpp"
+#include "start.hpp"
 
 namespace dit_runtime {
 
 namespace {
-
-Trajectory start(const Manifest& manifest, const Request& request, const Checked& checked) {
-    const std::size_t count = checked.condition.rows;
-    const Draw draw = dit_runtime::draw(request.seeds, count);
-    const Port& state = manifest.state();
-    const std::size_t row = dit_runtime::count(state.shape);
-    const std::vector<float> x = request.latents ? *request.latents : draw(count * row);
-    Solver solver(manifest.process, checked.solver, checked.steps, {x.begin(), x.end()}, draw, request.eta,
-                  request.spacing);
-    Mix mix;
-    if (std::shared_ptr<Policy> policy = make_policy(request.guidance_policy))
-        mix = [policy, weights = checked.weights,
-               guided = row / static_cast<std::size_t>(state.shape[0]) *
-                        static_cast<std::size_t>(manifest.guidance.channels)](const std::vector<float>& prediction) {
-            return policy->mix(prediction, weights, guided);
-        };
-    auto cache = make_cache(request.cache, request.cache_settings, static_cast<std::int64_t>(checked.timesteps.size()),
-                            evaluations(checked.solver));
-    return {std::move(solver), checked.timesteps, checked.groups, std::move(mix), std::move(cache)};
-}
 
 // Twice the values: what is apart has a sample for each condition.
 template <typename Values>
@@ -43,9 +24,52 @@ Run::Run(Pipeline& pipe, const Request& request, RunStage compute, std::size_t b
       on_step_(request.on_step),
       compute_(std::move(compute)),
       budget_(budget),
-      trajectory_(start(pipe_.manifest, request, checked_)),
       with_others_(request.cancellation ? request.cancellation : current_call().cancellation,
-                   [own = cancellation_] { own->cancel(); }) {}
+                   [own = cancellation_] { own->cancel(); }),
+      trajectory_(begin(request)) {}
+
+// The trajectory from the request's picture, its latents, or noise.
+Trajectory Run::begin(const Request& request) {
+    const Manifest& manifest = pipe_.manifest;
+    const std::size_t samples = checked_.condition.rows;
+    const Draw draw = dit_runtime::draw(request.seeds, samples);
+    const Shape& shape = manifest.state().shape;
+    const std::size_t row = dit_runtime::count(shape), size = samples * row;
+    Array x;
+    Keep keep;
+    if (!checked_.image.empty()) {
+        const CallScope scope({cancellation_, {}, &timing_});
+        const Encoded encoded = pipe_.encode_pictures(std::exchange(checked_.image, {}));
+        if (const Port* const picture = manifest.picture()) {
+            const std::vector<float>& mean = encoded.at(MEAN);
+            Tensor& latents = checked_.condition.arrays[picture->name] = {with_rows(samples, shape)};
+            while (latents.floats.size() < size) latents.floats.insert(latents.floats.end(), mean.begin(), mean.end());
+        } else {
+            const auto start = std::make_shared<const Start>(encoded, samples, shape, draw, checked_.levels);
+            x = start->at(0);
+            if (!checked_.mask.empty())
+                keep = [start, mask = checked_.mask](std::size_t evaluations, Array& state) {
+                    start->keep(evaluations, state, mask);
+                };
+        }
+    }
+    if (x.empty()) {
+        const std::vector<float> numbers = request.latents ? *request.latents : draw(size);
+        x.assign(numbers.begin(), numbers.end());
+    }
+    Solver solver(manifest.process, checked_.solver, checked_.steps, std::move(x), draw, request.eta, request.spacing,
+                  checked_.first);
+    Mix mix;
+    if (std::shared_ptr<Policy> policy = make_policy(request.guidance_policy))
+        mix = [policy, weights = checked_.weights,
+               guided = row / static_cast<std::size_t>(shape[0]) *
+                        static_cast<std::size_t>(manifest.guidance.channels)](const std::vector<float>& prediction) {
+            return policy->mix(prediction, weights, guided);
+        };
+    auto cache = make_cache(request.cache, request.cache_settings, static_cast<std::int64_t>(checked_.timesteps.size()),
+                            evaluations(checked_.solver));
+    return {std::move(solver), checked_.timesteps, checked_.groups, std::move(mix), std::move(cache), std::move(keep)};
+}
 
 template <typename Make>
 auto Run::as_own(const Make& make) {

@@ -29,7 +29,8 @@ struct Ask {
 // A run of a request that its pipeline can answer; the pipeline outlives it.
 class Run {
   public:
-    // `compute` runs the stages before the loop, in the place of the pipeline: a service shares what they give.
+    // Checks the request and encodes its picture. `compute` runs the stages before the loop, in the place of the
+    // pipeline: a service shares what they give.
     Run(Pipeline& pipe, const Request& request, RunStage compute = {}, std::size_t budget = MEMO_BYTES);
 
     // Goes one step; true while there is more to do. After an engine's failure it can be called again.
@@ -63,21 +64,22 @@ class Run {
     std::optional<std::size_t> planned_rows() const { return trajectory_.planned_rows(); }
 
   private:
+    Trajectory begin(const Request& request);
     void require_going() const;
     // Makes the call as one of the run's, which its cancelling stops.
     template <typename Make>
     auto as_own(const Make& make);
 
     Pipeline& pipe_;
-    const Checked checked_;
+    Checked checked_;
     const OnStep on_step_;
     const RunStage compute_;
     const std::size_t budget_;  // of its memo, in bytes
-    Trajectory trajectory_;
-    std::unique_ptr<Memo> memo_;
     Timing timing_;
     const std::shared_ptr<Cancellation> cancellation_ = std::make_shared<Cancellation>();
-    const Cancellation::Hook with_others_;  // the last: it may cancel at once
+    const Cancellation::Hook with_others_;  // it may cancel at once
+    Trajectory trajectory_;
+    std::unique_ptr<Memo> memo_;
 };
 
 }  // namespace dit_runtime

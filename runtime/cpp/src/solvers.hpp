@@ -17,11 +17,16 @@ std::int64_t evaluations(const std::string& solver);
 // Every time that a run's network reads, in order; (N,), or (2 N,) where a step evaluates it twice.
 Array plan(const Process& process, const std::string& solver, std::int64_t steps, const std::string& spacing = "");
 
-// A run from x_T that draws its noise with `draw`; refuses what does not fit before the first step.
+// The level at which each evaluation reads the state, of a run that leaves out the `first` steps.
+std::vector<Level> levels(const Process& process, const std::string& solver, std::int64_t steps,
+                          const std::string& spacing = "", std::size_t first = 0);
+
+// A run from x that draws its noise with `draw`; refuses what does not fit before the first step. It leaves out the
+// `first` steps; whether a run is short is a matter of all of them, as in diffusers.
 class Solver {
   public:
     Solver(const Process& process, const std::string& solver, std::int64_t steps, Array x, Draw draw, double eta = 0.0,
-           const std::string& spacing = "");
+           const std::string& spacing = "", std::size_t first = 0);
     ~Solver();
     Solver(Solver&&) noexcept;
     Solver& operator=(Solver&&) noexcept;
@@ -31,6 +36,8 @@ class Solver {
     double t() const;                        // the time that the network reads
     const Array& x0() const { return x0_; }  // of the last prediction; empty before the first
     void send(const Prediction& prediction);
+    // The end of the path from this state at the solver's level, as the prediction has it.
+    Array end(const Array& state, const Prediction& prediction) const;
 
   private:
     std::string prediction_;

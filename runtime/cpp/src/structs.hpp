@@ -28,7 +28,8 @@ inline const std::vector<std::size_t> versions<dit_info> = {
 template <>
 inline const std::vector<std::size_t> versions<dit_request> = {
     offsetof(dit_request, captions), offsetof(dit_request, arrays), offsetof(dit_request, guidance_interval),
-    offsetof(dit_request, preset),   offsetof(dit_request, size),   offsetof(dit_request, cancellation)};
+    offsetof(dit_request, preset),   offsetof(dit_request, size),   offsetof(dit_request, cancellation),
+    offsetof(dit_request, image)};
 template <>
 inline const std::vector<std::size_t> versions<dit_captions> = {offsetof(dit_captions, size),
                                                                 offsetof(dit_captions, mask_size)};

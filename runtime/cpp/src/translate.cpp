@@ -78,6 +78,35 @@ void add(const Manifest& manifest, const dit_captions* captions, const char* wha
     if (from.mask) to["mask"] = {{rows, tokens}, {from.mask, from.mask + numbers}};
 }
 
+// Refuses a length that is not that of so many pictures of the image's size, with so many numbers a place.
+void require_bytes(const char* what, std::size_t size, std::size_t count, const dit_request& from,
+                   std::size_t channels) {
+    std::size_t bytes = count;
+    for (const std::size_t factor : {from.image_height, from.image_width, channels}) {
+        if (factor && bytes > static_cast<std::size_t>(INT64_MAX) / factor)
+            throw UsageError(text(what, " is ", count, " of ", from.image_height, " x ", from.image_width,
+                                  "; no memory holds that many"));
+        bytes *= factor;
+    }
+    if (!bytes || size != bytes)
+        throw UsageError(text(what, " has ", size, " bytes; expected ", bytes, ", for ", count, " of ",
+                              from.image_height, " x ", from.image_width));
+}
+
+Pictures image_of(const dit_request& from) {
+    require_bytes("image", from.image_size, from.num_images, from, 3);
+    const Shape row = {static_cast<std::int64_t>(from.image_height), static_cast<std::int64_t>(from.image_width), 3};
+    return {with_rows(from.num_images, row), {from.image, from.image + from.image_size}};
+}
+
+// Of the image's size; one alone is as long as that of one picture.
+Pictures mask_of(const dit_request& from) {
+    const Shape row = {static_cast<std::int64_t>(from.image_height), static_cast<std::int64_t>(from.image_width)};
+    const std::size_t masks = std::max<std::size_t>(1, from.mask_size / count(row));
+    require_bytes("mask", from.mask_size, masks, from, 1);
+    return {with_rows(masks, row), {from.mask, from.mask + from.mask_size}};
+}
+
 }  // namespace
 
 dit_request counted(const dit_request* from) {
@@ -105,9 +134,17 @@ Request translate(const Manifest& manifest, const dit_request* original) {
     add(manifest, from.negative, "negative captions", request.negative);
     add(manifest, from.arrays, from.num_arrays, "arrays", request.condition);
     add(manifest, from.negative_arrays, from.num_negative_arrays, "negative_arrays", request.negative);
-    const bool free = filled_ports(manifest, {}).empty();  // nothing but guidance conditions the network
+    if (from.image) request.image = image_of(from);
+    if (from.image_size) require(from.image, "image");
+    if (from.strength != DIT_DEFAULT) request.strength = from.strength;
+    if (from.mask_size) require(from.mask, "mask");
+    if (from.mask) request.mask = from.image ? mask_of(from) : Pictures();  // which is refused
+    // Nothing but guidance and the image conditions the network.
+    const std::vector<Port> ports = filled_ports(manifest, {});
+    const bool free =
+        std::all_of(ports.begin(), ports.end(), [&](const Port& port) { return port.picture && request.image; });
     const bool others = !request.condition.empty() || free;
-    if (from.count && !others) require(from.labels, "labels");
+    if (from.count && !others && !from.image) require(from.labels, "labels");
     if (!from.count && free)
         throw UsageError("count is 0; expected how many pictures, for nothing conditions this network");
     if (from.labels) request.labels.assign(from.labels, from.labels + from.count);

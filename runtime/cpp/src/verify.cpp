@@ -18,8 +18,13 @@ std::map<std::string, Tolerances> read_tolerances() {
     std::map<std::string, Tolerances> table;
     for (const auto& entry : facts().at("tolerances").items()) {
         const auto limit = [&](const char* name) { return entry.value().at(name).get<double>(); };
-        table[entry.key()] = {limit("conditioner"), limit("prediction"), limit("guided"),
-                              limit("latents"),     limit("pictures"),   entry.value().at("nearest").get<bool>()};
+        table[entry.key()] = {limit("conditioner"),
+                              limit("prediction"),
+                              limit("guided"),
+                              limit("latents"),
+                              limit("encoded"),
+                              limit("pictures"),
+                              entry.value().at("nearest").get<bool>()};
     }
     return table;
 }
@@ -109,6 +114,36 @@ void check_before_loop(Pipeline& pipe, const Reference& reference, double limit,
                false,
                {},
                text(labels ? "label " : "condition ", place)});
+}
+
+// Encodes the reference's pictures; one figure an output, in dB by its own range.
+void check_encoder(Pipeline& pipe, const Reference& reference, const OnFigure& on_figure) {
+    const Stage* const stage = pipe.manifest.start();
+    if (!stage) return;
+    Encoded encoded;
+    std::string where;
+    try {
+        const Shape shape = pipe.manifest.picture_shape();
+        encoded =
+            pipe.encode_pictures(to_unit(reference.images, with_rows(reference.batch(), {shape[1], shape[2], 3})));
+    } catch (const EngineError& error) {
+        where = error.what();
+    }
+    for (const TensorSpec& spec : stage->gives) {
+        const std::vector<float>&expected = reference.encoded.at(spec.name), &values = encoded[spec.name];
+        const auto [least, most] = std::minmax_element(expected.begin(), expected.end());
+        const double range = static_cast<double>(*most - *least);
+        const double ratio = values.size() == expected.size()
+                                 ? psnr(values.data(), expected.data(), values.size(), range > 0 ? range : 1.0)
+                                 : std::nan("");
+        on_figure({stage->name,
+                   spec.name + " of pictures, PSNR in dB",
+                   ratio,
+                   TOLERANCES.at(stage->precision).encoded,
+                   true,
+                   {},
+                   where});
+    }
 }
 
 // Evaluates the network at the reference's latents: each step's error is the engine's own.
@@ -352,6 +387,7 @@ void verify_size(Pipeline& pipe, bool prompts, const OnFigure& on_figure) {
     on_figure({"sampler", "noise, max abs error", apart, NOISE_ATOL});
     const Tolerances& denoiser = TOLERANCES.at(manifest.step().precision);
     if (conditioner > 0) check_before_loop(pipe, reference, conditioner, on_figure);
+    check_encoder(pipe, reference, on_figure);
     teacher_forced(pipe, reference, denoiser, on_figure);
     check_step_row(pipe, reference, on_figure);
     const std::vector<float> latents = free_run(pipe, reference, denoiser, on_figure);

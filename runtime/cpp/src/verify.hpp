@@ -18,6 +18,7 @@ struct Tolerances {
     double prediction;  // one teacher-forced evaluation without guidance
     double guided;      // the same with guidance
     double latents;     // after each step of the free run
+    double encoded;     // least PSNR in dB of the encoder's outputs, by their own range
     double pictures;    // least PSNR in dB of the uint8 pictures of the free run
     bool nearest;       // the nearest sample of the free run must keep the limits; else every sample must
 };

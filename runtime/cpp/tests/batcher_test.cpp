@@ -39,6 +39,13 @@ std::vector<Request> mixed(const Manifest& manifest, std::size_t count, std::int
             quick.labels = request.labels, quick.seeds = request.seeds;
             request = with_preset(manifest, quick, preset->first);
         }
+        if (manifest.start() && number % 3 == 0) {
+            request.image = Pictures{{1, 32, 32, 3}, std::vector<std::uint8_t>(32 * 32 * 3)};
+            for (auto& byte : request.image->bytes) byte = static_cast<std::uint8_t>(choose());
+            request.strength = 0.7;
+            if (number % 2) request.mask = Pictures{{1, 32, 32}, std::vector<std::uint8_t>(32 * 32)};
+            for (std::size_t place = 0; request.mask && place < 512; ++place) request.mask->bytes[place] = 255;
+        }
         requests.push_back(std::move(request));
     }
     return requests;
@@ -75,6 +82,8 @@ void compare(const std::string& bundle, std::size_t count, std::int64_t most_ste
     EXPECT_EQ(counts.queued + counts.active, 0u);
     EXPECT_GT(counts.memo_hits, 0u);
 }
+
+TEST(Batcher, RunsThatStartFromPictures) { compare(PICTURED, 12, 12, 3); }
 
 TEST(Batcher, MixedRequestsGetTheBitsThatTheyGetAlone) { compare(BUNDLE, 24, 20, 4); }
 

@@ -38,6 +38,26 @@ def pictured(make: Maker) -> None:
     labels(make)
 
 
+def enlarged(make: Maker) -> None:
+    make.encoder()
+    make.stage(
+        "conditioner", "time+condition", ["timesteps", "low"], {"conditioning": [VECTORS, WIDTH]},
+        ("axes", np.array([1, 2])),
+        ("flat", np.array([0, -1])),
+        ("split", np.array([0, VECTORS, WIDTH])),
+        ("read", make.weight(2 * 4 * 4, VECTORS * WIDTH) / 4),
+        ("direction", 0.001 * make.weight(VECTORS, WIDTH)),
+        ("Reshape", ["low", "flat"], ["numbers"], {}),
+        ("MatMul", ["numbers", "read"], ["row"], {}),
+        ("Reshape", ["row", "split"], ["entries"], {}),
+        ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
+        ("Mul", ["times", "direction"], ["moved"], {}),
+        ("Add", ["entries", "moved"], ["conditioning"], {}),
+    )  # fmt: skip
+    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}))
+    make.decoder()
+
+
 def captioned(make: Maker) -> None:
     make.stage(
         "context", "condition", ["captions", "mask"], {"context": [5, WIDTH], "context_mask": [5]},
@@ -236,6 +256,7 @@ KINDS: dict[str, Callable[[Maker], None]] = {
     "sizes": labels,
     "wide": labels,
     "pictured": pictured,
+    "enlarged": enlarged,
     "captioned": captioned,
     "wave": wave,
     "video": video,

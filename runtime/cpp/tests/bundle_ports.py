@@ -7,9 +7,10 @@ from typing import Any
 CLASSES = 5
 
 
-def port(name: str, role: str, *shape: int, size: int = 0, masks: str = "") -> dict[str, Any]:
+def port(name: str, role: str, *shape: int, size: int = 0, masks: str = "", picture: bool = False) -> dict[str, Any]:
     dtype = "int64" if size else "float32"
-    return {"name": name, "role": role, "dtype": dtype, "shape": list(shape), "size": size, "masks": masks}
+    whole = {"name": name, "role": role, "dtype": dtype, "shape": list(shape), "size": size, "masks": masks}
+    return whole | ({"picture": True} if picture else {})
 
 
 # By kind: ports, and what guidance leads away from.
@@ -44,6 +45,11 @@ PORTS: dict[str, list[dict[str, Any]]] = {
         port("rate", "condition"),
     ],
     "free": [port("latents", "state", 2, 4, 4), port("timesteps", "time")],
+    "enlarged": [
+        port("latents", "state", 2, 4, 4),
+        port("timesteps", "time"),
+        port("low", "condition", 2, 4, 4, picture=True),
+    ],
     "prompted": [
         port("latents", "state", 2, 4, 4),
         port("timesteps", "time"),
@@ -66,6 +72,7 @@ NULL: dict[str, dict[str, float]] = {
     "wave": {"words": 0.0, "pooled": 0.0},
     "video": {"labels": 3, "rate": 0.0},
     "free": {},
+    "enlarged": {"low": 0.0},
     "prompted": {"rate": 0.0},
     "embedded": {},
 }

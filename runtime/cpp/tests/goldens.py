@@ -20,7 +20,7 @@ from dit_runtime.sampling.loops import Trajectory
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
 from dit_runtime.sampling.schedule import make_schedule, timesteps
-from dit_runtime.sampling.solvers import plan, solve
+from dit_runtime.sampling.solvers import levels, plan, solve
 
 LISTS = ("99, 60, 41.0, 7, 0", "0.9, 0.55, 0.3, 0.2, 0.01")  # of 5 times, of a noise process and of a flow
 FILE = Path(__file__).with_name("goldens.json")
@@ -129,6 +129,27 @@ def runs() -> list[dict[str, Any]]:
     return found
 
 
+def started() -> list[dict[str, Any]]:
+    """Each solver from its step 13 of 20: fewer are left than a short run has, but this one is not short."""
+    found = []
+    for name, solver in product(("defaults", "flow", "odd"), SOLVERS):
+        process = Process.from_dict(PROCESSES[name])
+        if process.kind not in SOLVERS[solver]["processes"]:
+            continue
+        noise = draw(3, SHAPE[0])
+        run = solve(process, solver, 20, noise(SHAPE), noise, first=12)
+        known = levels(process, solver, 20, first=12)
+        entry: dict[str, Any] = {"process": name, "solver": solver, "spacing": "", "steps": 20, "eta": 0.0, "first": 12}
+        found.append(entry | {"levels": [[level.time, level.alpha, level.sigma] for level in known]})
+        x, t = next(run)
+        try:
+            while True:
+                x, t = run.send(respond(x, t))
+        except StopIteration as end:
+            found[-1]["x"] = end.value.reshape(-1)[:3].tolist() + end.value.reshape(-1)[-3:].tolist()
+    return found
+
+
 WEIGHTS, CHANNELS = [3.0, 2.0], 2  # of the trajectories' samples; guided of 3 channels of 2 × 2
 PLANS: list[dict[str, Any]] = [
     {},
@@ -200,7 +221,7 @@ def goldens() -> dict[str, Any]:
         "betas": {name: Process.from_dict(table).betas[::7].tolist() for name, table in PROCESSES.items()},
         "alpha_bar": {name: Process.from_dict(table).alpha_bar[::7].tolist() for name, table in PROCESSES.items()},
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
-        "runs": runs(),
+        "runs": [*runs(), *started()],
         "beta_quantiles": {str(p): beta_quantile(np.array([p])).item() for p in (1e-9, 0.001, 0.2, 0.5, 0.7, 0.999)},
         "trajectories": trajectories(),
         "noise": noises(),

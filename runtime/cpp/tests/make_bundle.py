@@ -1,7 +1,7 @@
 """Writes a bundle of hand-made graphs, whole in every respect, without PyTorch: `make_bundle.py FOLDER [KIND]`.
 
 labels: 5 classes, a learned variance, a decoder;  captioned: captions with a mask, and no null;
-pictured: as labels, with an encoder;
+pictured: as labels, with an encoder;  enlarged: an encoder, whose latents are the only condition;
 wave: a state of rank 1, two conditions of different widths, and stages that read what others give;
 video: a state of rank 4, labels without names and a number;  free: no condition at all, and no guidance;
 prompted: two tokenizers, and a stage that makes three of the four condition ports of their ids;

@@ -30,8 +30,8 @@ using Denoise = std::function<Prediction(const Array& x, double t)>;
 
 // A whole run with a network that is called.
 Array solve(const Process& process, const std::string& solver, std::int64_t steps, Array x, const Draw& draw,
-            const Denoise& denoise, double eta = 0.0, const std::string& spacing = "") {
-    Solver run(process, solver, steps, std::move(x), draw, eta, spacing);
+            const Denoise& denoise, double eta = 0.0, const std::string& spacing = "", std::size_t first = 0) {
+    Solver run(process, solver, steps, std::move(x), draw, eta, spacing, first);
     while (run.asks()) run.send(denoise(run.x(), run.t()));
     return run.x();
 }
@@ -55,7 +55,8 @@ Array run(const Json& golden, const Denoise& denoise) {
     const Draw noise = draw({3}, 2);
     const std::vector<float> start = noise(SIZE);
     return ends(solve(process(golden["process"]), golden["solver"], golden["steps"].get<std::int64_t>(),
-                      {start.begin(), start.end()}, noise, denoise, golden["eta"], golden["spacing"]));
+                      {start.begin(), start.end()}, noise, denoise, golden["eta"], golden["spacing"],
+                      golden.value("first", std::size_t{0})));
 }
 
 TEST(Schedule, Betas) {
@@ -93,6 +94,14 @@ TEST(Solvers, EveryGoldenRun) {
             const Array asked = plan(process(golden["process"]), golden["solver"], golden["steps"].get<std::int64_t>(),
                                      golden["spacing"]);
             EXPECT_EQ(asked, golden["times"].get<Array>());
+        }
+        if (golden.contains("levels")) {
+            std::vector<Array> known;
+            for (const Level& level : levels(process(golden["process"]), golden["solver"], 20, "", golden["first"]))
+                known.push_back({level.time, level.alpha, level.sigma});
+            ASSERT_EQ(known.size(), golden["levels"].size());
+            for (std::size_t index = 0; index < known.size(); ++index)
+                EXPECT_LE(apart(known[index], golden["levels"][index].get<Array>()), RTOL);
         }
         if (golden.contains("sigmas_after")) {
             Array after;

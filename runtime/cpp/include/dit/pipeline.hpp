@@ -121,10 +121,14 @@ class Pipeline {
         return all;
     }
 
-    // The number of pictures; where nothing conditions the network, of its latents, else of its seeds.
+    // The number of pictures; where nothing but an image conditions the network, of its latents, else of its seeds or
+    // images.
     std::size_t count(const Request& request) const {
-        if (info_.num_ports > (*info_.guidance_port ? 1u : 0u)) return request.count();
-        return request.latents.empty() ? request.seeds.size() : request.latents.size() / row(request);
+        const std::size_t count = request.count();
+        const bool free = info_.num_ports == (*info_.guidance_port ? 1u : 0u);
+        if (count || (!free && request.image.pixels.empty())) return count;
+        if (!request.latents.empty()) return request.latents.size() / row(request);
+        return std::max(request.seeds.size(), request.image.count);
     }
 
     Images generate(const Request& request) const {
@@ -275,6 +279,14 @@ class Pipeline {
         to.disable_cache_after_step = request.disable_cache_after_step;
         to.cache_threshold = request.cache_threshold;
         to.cancellation = request.cancellation.get();
+        if (!request.image.pixels.empty()) to.image = request.image.pixels.data();
+        to.image_size = request.image.pixels.size();
+        to.num_images = request.image.count;
+        to.image_height = request.image.height;
+        to.image_width = request.image.width;
+        to.strength = request.strength;
+        if (!request.mask.empty()) to.mask = request.mask.data();
+        to.mask_size = request.mask.size();
         if (request.on_step) to.on_step = &Pipeline::on_step;
         to.user = &step;
         const dit_status status = generate(to);

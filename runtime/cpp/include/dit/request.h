@@ -33,7 +33,7 @@ typedef struct dit_captions {
 
 #define DIT_CAPTIONS_INIT {sizeof(dit_captions), 0, 0, NULL, NULL, 0, 0}
 
-/* An integer of a dit_request that has its default. */
+/* A number of a dit_request that has its default. */
 #define DIT_DEFAULT INT32_MIN
 
 typedef struct dit_request {
@@ -82,6 +82,17 @@ typedef struct dit_request {
     const char* size;               /* one of the bundle's, as dit_size names it; its shapes are then those of the
                                        buffers and of latents; NULL: the pipeline's */
     dit_cancellation* cancellation; /* stops the run; NULL: dit_run_cancel alone does */
+    const uint8_t* image; /* to start from, or for the port that reads a picture: RGB, rows from the top, in the size of
+                             the pictures that the bundle draws (the caller resizes); one for all pictures, or one
+                             each; NULL: none. It needs a bundle with an encoder */
+    size_t image_size;    /* bytes in image: num_images · image_height · image_width · 3 */
+    size_t num_images;    /* 1, or count */
+    size_t image_height;
+    size_t image_width;
+    double strength;     /* the share of the steps that change the image, above 0 and up to 1; DIT_DEFAULT: 0.6 */
+    const uint8_t* mask; /* a byte a place of the image, for all pictures or for each: white, 128 or more, is drawn
+                            anew, black stays as in the image; NULL: all is drawn anew */
+    size_t mask_size;    /* bytes in mask: image_height · image_width, for all or count times; 0 without one */
 } dit_request;
 
 #define DIT_REQUEST_INIT  \
@@ -116,6 +127,14 @@ typedef struct dit_request {
      -1.0,                \
      NULL,                \
      NULL,                \
-     NULL}
+     NULL,                \
+     NULL,                \
+     0,                   \
+     0,                   \
+     0,                   \
+     0,                   \
+     DIT_DEFAULT,         \
+     NULL,                \
+     0}
 
 #endif /* DIT_REQUEST_H */

@@ -95,6 +95,11 @@ struct Captions {
     std::vector<float> mask;        // [count, tokens]: 1 where a caption has a token, else 0; empty: all are tokens
 };
 
+struct Images {
+    std::vector<std::uint8_t> pixels;  // [count, height, width, 3]
+    std::size_t count = 0, height = 0, width = 0;
+};
+
 struct Request {
     std::vector<std::int64_t> labels;
     std::vector<std::uint64_t> seeds = {0};  // one stream for all, or one a label
@@ -113,12 +118,15 @@ struct Request {
     std::string preset;  // of the bundle: values for the fields above that are at their defaults; empty: none
     // Called after each step; true stops the run, and what it throws reaches the caller of generate.
     std::function<bool(int step, int steps, const double* latents, std::size_t size)> on_step;
-    Captions captions;             // instead of labels
-    Captions negative;             // of an empty text, for guidance: one for all, or one a caption
-    Condition condition;           // beside labels or captions or alone
-    Condition negative_condition;  // what guidance leads away from: one row for all, or one a picture
-    std::string size;              // one of the bundle's, by its name; empty: the pipeline's
-    Cancellation cancellation;     // of the request and its copies
+    Captions captions;               // instead of labels
+    Captions negative;               // of an empty text, for guidance: one for all, or one a caption
+    Condition condition;             // beside labels or captions or alone
+    Condition negative_condition;    // what guidance leads away from: one row for all, or one a picture
+    std::string size;                // one of the bundle's, by its name; empty: the pipeline's
+    Cancellation cancellation;       // of the request and its copies
+    Images image;                    // to start from, or for the port that reads one: one for all, or one a picture
+    double strength = DIT_DEFAULT;   // the share of the steps that change the image; DIT_DEFAULT: 0.6
+    std::vector<std::uint8_t> mask;  // a byte a place of the image, for all or for each: white is drawn anew
 
     std::size_t count() const {
         if (captions.count) return captions.count;
@@ -131,11 +139,6 @@ struct Request {
 struct Rows {
     std::int64_t done = 0;
     std::int64_t planned = 0;  // -1 where the run's cache decides step by step
-};
-
-struct Images {
-    std::vector<std::uint8_t> pixels;  // [count, height, width, 3]
-    std::size_t count = 0, height = 0, width = 0;
 };
 
 struct Check {

@@ -14,7 +14,7 @@ class Dpm : public Method {
   private:
     bool advance(const Step& step, Estimate& estimate) override {
         const auto& [now, after] = step;
-        const bool few = sampler_.lower_order_final && steps_.size() < 15;
+        const bool few = sampler_.lower_order_final;
         data_.push_front(std::move(estimate.x0));
         lambdas_.push_front(now.log_snr());
         if (data_.size() > order_) data_.pop_back(), lambdas_.pop_back();
