@@ -72,6 +72,7 @@ def test_everyone_is_measured_and_computes_the_same(ran):
     assert result["problems"] == []
 
 
+@pytest.mark.slow
 def test_ours_draws_with_each_preset(ran):
     result, _ = ran
     *others, ours = result["rows"]
@@ -84,6 +85,7 @@ def test_ours_draws_with_each_preset(ran):
     )
 
 
+@pytest.mark.slow
 def test_groups_share_the_yardstick(ran):
     """Every competitor runs alone with the yardstick where memory is short."""
     result, _ = ran
@@ -94,6 +96,7 @@ def test_groups_share_the_yardstick(ran):
     assert yardstick["step"]["times_faster"]["samples"] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_floor_was_measured_in_the_same_run(ran):
     result, _ = ran
     assert {"fp32", "bf16"} == set(result["floors"])
@@ -101,11 +104,13 @@ def test_the_floor_was_measured_in_the_same_run(ran):
     assert len(shapes) == 4 and all(len(times) == 2 * 4 for times in shapes.values())  # rounds × groups
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(ran):
     """No bundle that was never verified, no weights, no compiler's cache."""
     assert list(ran[1].iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_result_is_json_and_draws(ran):
     result, _ = ran
     again = json.loads(json.dumps(result | {"command": "dit-export bench"}))

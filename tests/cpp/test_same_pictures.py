@@ -16,7 +16,12 @@ from dit_runtime.sampling.process import FLOW_SOLVERS
 
 ENGINES = ("onnxruntime", "openvino")
 WAYS = [*((name, 1) for name in ENGINES), ("openvino", 2)]  # on two threads its two rows run at once
-FORMS = [*(("fp32", name) for name in ENGINES), *(("int8", name) for name in ENGINES), ("bf16", "openvino")]
+FORMS = [
+    *(("fp32", name) for name in ENGINES),
+    ("int8", "onnxruntime"),
+    pytest.param("int8", "openvino", marks=pytest.mark.slow),
+    pytest.param("bf16", "openvino", marks=pytest.mark.slow),
+]
 SOLVERS = ("ddim", "ddpm", "dpm++")
 STEPS = 6
 LATENTS_RTOL = 1e-5  # of the norm; the engine, its threads and the order of sums are the same

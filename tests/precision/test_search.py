@@ -219,6 +219,7 @@ def test_what_int8_makes_no_faster_stays_float(calibration, searched, monkeypatc
         SearchOptions(Budget("PSNR", 30)).check("openvino", has_decoder=False)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_recipe_that_builds_the_same(
     shared_embedders, tmp_path, one_thread, monkeypatch, capsys
 ) -> None:
