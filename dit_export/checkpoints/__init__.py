@@ -23,6 +23,7 @@ from dit_export.networks import Network, tiles
 from dit_export.networks import spec as specs
 from dit_export.networks.dit import DiT, dit_network, resized
 from dit_export.networks.families.family import Family
+from dit_export.networks.frozen import freeze_guidance
 from dit_export.networks.spec import ModelSpec
 from dit_export.networks.text import PromptEncoder
 from dit_export.recipe import Recipe
@@ -62,6 +63,8 @@ def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
     The network is for images of `size`, by default of the recipe's first resolution; its weights are the same at each.
     """
     loaded = _load(recipe, size)
+    if recipe.embedded_guidance is not None:
+        loaded = replace(loaded, network=freeze_guidance(loaded.network, recipe.embedded_guidance))
     if recipe.tile is not None:
         tiles.enable(loaded.vae, recipe.tile)
     return loaded

@@ -41,6 +41,12 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--caption-tokens", type=int, metavar="N", help="of a prompt embedding; default: as the checkpoint's pipeline"
     )
     parser.add_argument(
+        "--embedded-guidance",
+        type=float,
+        metavar="X",
+        help="freeze the weight of guidance that the network reads; requests then guide by a negative (true_cfg_scale)",
+    )
+    parser.add_argument(
         "--prediction", help=f"what the network predicts, for checkpoints without a scheduler: {', '.join(PREDICTIONS)}"
     )
     parser.add_argument("--calibration", metavar="FILE", help="of an earlier int8 build; default: calibrate again")
