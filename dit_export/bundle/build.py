@@ -103,7 +103,7 @@ def build(
             work / "first", loaded, replace(recipe, resolution=recipe.sizes[0]), backend, progress, inputs, options
         )
         calibration, sizes = made.calibration, {made.contract.size: made.built}
-        partial, contract, last = made.folder, made.contract, made.recipe
+        partial, contract, last, examples = made.folder, made.contract, made.recipe, loaded.examples
         for size in recipe.sizes[1:]:
             if not made.built.passed:
                 break
@@ -126,7 +126,7 @@ def build(
             sized = contract.at(name)
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
-        for name, arrays in loaded.examples.items():
+        for name, arrays in examples.items():
             np.savez(partial / f"{name}.npz", **arrays)
         manifest.write(partial, replace(_with_new_files(partial, contract), presets=presets))
         built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
