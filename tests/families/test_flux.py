@@ -21,6 +21,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.serve import Batcher
 from tests import tamper
 from tests.families import editing, tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
 JOINT, SINGLE, T5_TOKENS = 2, 1, 32
@@ -63,6 +64,10 @@ def square(case) -> tiny.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 def test_another_size_is_diffusers(square) -> None:
