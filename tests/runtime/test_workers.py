@@ -109,7 +109,7 @@ def test_without_ray(handmade, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     words = ["sample", str(handmade("labels")), "--count", "2", "--shards", str(tmp_path / "shards"), "--ray"]
     assert main(words) == 2
-    assert capsys.readouterr().err == "dit-run: error: --ray needs the package ray: pip install 'dit-export[ray]'\n"
+    assert capsys.readouterr().err == "dit-run: error: --ray needs the package ray: pip install 'dit-runtime[ray]'\n"
 
 
 def test_shards_that_others_do_not_see(handmade, tmp_path, capsys, monkeypatch) -> None:

@@ -198,7 +198,7 @@ def test_without_its_extra_it_says_what_to_install(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "needs the package uvicorn: pip install 'dit-export[serve]'" in done.stderr
+    assert "needs the package uvicorn: pip install 'dit-runtime[serve]'" in done.stderr
 
 
 def test_models(server: Running) -> None:

@@ -55,7 +55,7 @@ class Tokenizers:
             try:
                 from tokenizers import Tokenizer  # here, so that arrays of ids need NumPy alone
             except ImportError:
-                way = "pip install 'dit-export[text]', or pass token ids"
+                way = "pip install 'dit-runtime[text]', or pass token ids"
                 raise UsageError(f"prompts need the package tokenizers: {way}") from None
             manifest.check_files(self._folder, self._contract, [file])
             try:
