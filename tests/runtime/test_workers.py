@@ -88,7 +88,7 @@ def test_what_a_worker_says(error, kind, words) -> None:
 
 
 def test_a_worker_draws_what_is_not_there(handmade, tmp_path) -> None:
-    """What a worker before it has drawn stays; another bundle than the driver's is refused."""
+    """The pictures of a worker before it stay; another bundle than the driver's is refused."""
     bundle = handmade("labels")
     series = Series(manifest.sha256(bundle / manifest.NAME), 4, 2, labels=[1], fields={"steps": 2})
     worker = cluster.Worker(bundle, series, tmp_path, {"threads": 1})

@@ -427,7 +427,7 @@ def test_too_busy_is_429(held: tuple[Running, Watched]) -> None:
 
 
 def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the queue's seconds, and by the number of requests that wait; other paths are answered."""
+    """Its measures are the queue's seconds and the number of requests that wait; other paths are answered."""
     server, watched = held
     batcher = server.model.batcher
 

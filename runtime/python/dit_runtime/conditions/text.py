@@ -95,7 +95,7 @@ def _count(encoding: Any) -> int:
 
 
 class PromptMemo:
-    """What the prompt stage gives for the latest prompts, by their ids and masks, in so many bytes."""
+    """A memo of the prompt stage's results for the latest prompts, by their ids and masks, in so many bytes."""
 
     def __init__(self, stage: Stage, compute: Callable[..., Mapping[str, NDArray[Any]]], budget: int = BUDGET) -> None:
         """Run nothing yet; `compute` takes the stage and its inputs."""
