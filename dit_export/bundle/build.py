@@ -213,12 +213,17 @@ def _require_consistent(recipe: Recipe) -> None:
 
 
 def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
-    """Read a user's calibration or conditions; without both, take captions of ours where there are text encoders."""
+    """Read a user's calibration or conditions; without both, take captions of ours, or the recorded prompts."""
     own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
     if recipe.calibration:
         return Inputs(Calibration.load(Path(recipe.calibration).expanduser()), own)
-    if own is None and loaded.text is not None and recipe.precision in backends.QUANTIZED:
-        own = embed(loaded.network, loaded.text)
+    if own is None and recipe.precision in backends.QUANTIZED:
+        if loaded.text is not None:
+            own = embed(loaded.network, loaded.text)
+        elif recorded := loaded.examples.get("conditions"):
+            own = prompts.make_prompts(
+                loaded.network, recorded, loaded.examples.get("negative", {}), "the recorded runs"
+            )
     return Inputs(None, own)
 
 

@@ -12,7 +12,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dit_export.checkpoints import load
+from dit_export.bundle import build as building
+from dit_export.checkpoints import Loaded, load
 from dit_export.checkpoints.pipelines import read_pipeline
 from dit_export.cli import main as export
 from dit_export.recipe import Recipe
@@ -192,6 +193,11 @@ def test_the_module_of_flux(tmp_path, one_thread) -> None:
     assert all(isinstance(weight, FakeTensor) for weight in read.network.module.transformer.proj_out.parameters())
     assert read.network.weights.keys() >= {name for name, _ in read.network.module.named_parameters()}
     assert read.network.guidance_port == family.network.guidance_port
+    loaded = Loaded(read.network, None, (), read.process, {}, examples=read.examples)
+    inputs = building._read_inputs(Recipe(precision="int8"), loaded)
+    assert inputs.prompts is not None  # int8 is calibrated with what was recorded
+    for name, rows in (read.examples["conditions"] | {"guidance_scale": np.full(2, 3.5)}).items():
+        np.testing.assert_array_equal(inputs.prompts.condition[name], rows)
 
 
 @pytest.mark.slow

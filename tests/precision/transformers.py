@@ -16,7 +16,7 @@ from tests.networks import tiny
 CHANNELS, STRETCH = (5, 23, 41), (8.0, 14.0, 20.0)  # which stand out, and by how much
 NORMS = (  # linears that make shifts and scales
     r"(norm1?(_context)?|modulation(_img|_txt)?|time_embed|adaln_single)\.linear$"
-    r"|_mod\.1$|adaLN_modulation\.0$|distilled_guidance_layer\.out_proj$"
+    r"|_mod\.1$|adaLN_modulation\.0$"
 )
 MODULATED = {  # these, of as many vectors as a linear makes
     12: (0, 1, 2, 3, 6, 7, 8, 9),
@@ -25,9 +25,8 @@ MODULATED = {  # these, of as many vectors as a linear makes
     4: (0, 2),
     3: (0, 1),
     2: (0, 1),
-    1: (0,),
 }
-GATES = {12: (4, 5, 10, 11), 9: (2, 5, 8), 6: (2, 5), 4: (1, 3), 3: (2,), 2: (), 1: ()}
+GATES = {12: (4, 5, 10, 11), 9: (2, 5, 8), 6: (2, 5), 4: (1, 3), 3: (2,), 2: ()}
 
 
 class Makes(NamedTuple):
@@ -41,7 +40,7 @@ class Makes(NamedTuple):
 
 class Case(NamedTuple):
     network: Callable[[], Network]
-    readers: str  # of modulated norms
+    readers: str  # of modulated norms; "": their channels do not stand out
     makes: tuple[Makes, ...]
 
 
@@ -81,7 +80,7 @@ CASES = {
     ),
     "Chroma": Case(
         lambda: family_network(tiny.chroma(), (8, 8), tiny.TOKENS),
-        JOINT + r"|net\.0\.proj$|proj_mlp$",
+        "",  # one linear makes shifts, scales and gates
         (Makes(VALUES, OUT + r"|blocks.*proj_out$"),),
     ),
     "PixArt": Case(
@@ -129,7 +128,7 @@ def _plant(module: nn.Module, case: Case) -> None:
         assert found, pattern
         return found
 
-    for linear in matching(NORMS):
+    for linear in matching(NORMS) if case.readers else ():
         width = linear.in_features
         count = linear.out_features // width
         rows = torch.cat([index * width + channels for index in MODULATED[count]])
@@ -139,7 +138,7 @@ def _plant(module: nn.Module, case: Case) -> None:
                 parameter[index * width : (index + 1) * width] *= 0.3
     for name in [name for name in modules if name.endswith("attn2.to_q")]:
         modules[name].weight *= 0.02  # it reads the residual stream, and attends to more than one token
-    for reader in matching(case.readers):
+    for reader in matching(case.readers) if case.readers else ():
         reader.weight[:, channels] /= s.view(-1, *[1] * (reader.weight.ndim - 2))
     for makes in case.makes:
         for maker in matching(makes.maker):
