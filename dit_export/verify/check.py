@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ class Built:
     reference: Reference
     replay: Replay
     advice: str = ""  # what to do where a gate failed
+    changes: Sequence[Mapping[str, Any]] = ()  # of the recipe, that are worth a try then
 
     @property
     def passed(self) -> bool:
