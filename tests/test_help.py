@@ -132,7 +132,8 @@ ZSH = """
 zmodload zsh/zpty
 zpty z zsh -f -i
 zpty -w z "PROMPT=; autoload -Uz compinit; compinit -u -D; source '$1'; compadd() {
-  local -a o; builtin compadd -O o \\"\\$@\\"; print -r -- \\"<<\\${(j:|:)o}>>\\"; builtin compadd \\"\\$@\\" }; print rea''dy"
+  local -a o; builtin compadd -O o \\"\\$@\\"
+  print -r -- \\"<<\\${(j:|:)o}>>\\"; builtin compadd \\"\\$@\\" }; print rea''dy"
 zpty -r z out '*ready*'
 zpty -w -n z "$2"$'\\t'
 repeat 40 { zpty -rt z out && print -rn -- "$out"; sleep 0.05 }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, triton, tune, verify
 from dit_runtime import completion
 from dit_runtime.console import guarded
-from dit_runtime.options import Parser, Version, add_commands
+from dit_runtime.options import Parser, add_commands, add_version
 
 COMMANDS = {
     "build": (build.COMMAND, quantize.COMMAND, tune.COMMAND, conditions.COMMAND),
@@ -29,5 +29,5 @@ def _main(arguments: Sequence[str]) -> int:
 
 def parser() -> Parser:
     program = Parser(prog="dit-export", description="Turn a PyTorch diffusion transformer into engines that ship.")
-    program.add_argument("--version", action=Version)
+    add_version(program)
     return add_commands(program, COMMANDS)

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "conditions",
-    "write prompts as arrays, for a bundle that was built with --pipeline",
+    "write prompts as arrays, for a bundle built with --pipeline",
     add_options,
     run,
     ('conditions BUNDLE --prompt "a photo of a cat" --negative blurry -o cat.npz',),

@@ -51,8 +51,8 @@ def _add_network(add: Add) -> None:
         action="extend",
         type=lambda text: [int(size) if size.isdecimal() else size for size in text.split(",")],
         metavar="SIZE[,SIZE]",
-        help="pixels of the pictures, 512 or 512x768 for height x width; several are sizes of one bundle, whose default "
-        "is the first; default: the checkpoint's, or 256",
+        help="pixels of the pictures, 512 or 512x768 for height x width; several are sizes of one bundle, the first "
+        "its default; default: the checkpoint's, or 256",
     )
     add("--frames", type=int, metavar="N", help="frames of a video; default: as the checkpoint's pipeline")
     add("--heads", type=int, metavar="N", help="attention heads, where the checkpoint's size is in no table")

@@ -22,11 +22,11 @@ from dit_runtime.options import (
     Command,
     Known,
     Parser,
-    Version,
     add_bundle,
     add_commands,
     add_engine,
     add_size,
+    add_version,
     load_bundle,
 )
 from dit_runtime.progress import Progress
@@ -46,7 +46,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 def parser() -> Parser:
     program = Parser(prog="dit-run", description="Draw pictures from a bundle with NumPy and one engine.")
-    program.add_argument("--version", action=Version)
+    add_version(program)
     return add_commands(program, COMMANDS)
 
 
@@ -120,7 +120,7 @@ def _info(options: argparse.Namespace) -> int:
         table["bundle"] = json.loads(contract.to_json())
         lines.append(summary(options.bundle, contract))
     for name, version in table["backends"].items():
-        hint = f"not installed: pip install 'dit-export[{name}]'"
+        hint = f"not installed: pip install 'dit-runtime[{name}]'"
         reason = backends.backend(name).why_unavailable() if version else None
         state = f"{version}, and cannot run here: {reason}" if reason else version
         lines.append(f"backend {name}: {state or hint}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from dit_runtime import backends, console
 from dit_runtime.errors import UsageError, nearest
+from dit_runtime.facts import VERSION
 from dit_runtime.pipeline import Pipeline
 
 WIDTH = 100  # of a help page, on a terminal that is wider
@@ -139,17 +140,9 @@ def add_debug(parser: Parser) -> None:
     parser.add_argument(console.DEBUG, action="store_true", help="show the traceback of an error")
 
 
-class Version(argparse.Action):
-    """Prints the package's version; reading it takes milliseconds, so only who asks for it waits."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="print the version of the package")
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import version
-
-        print(f"{parser.prog} {version('dit-export')}")
-        parser.exit()
+def add_version(parser: Parser) -> None:
+    text = "print the version of the package"
+    parser.add_argument("--version", action="version", version=f"{parser.prog} {VERSION}", help=text)
 
 
 def add_bundle(parser: Parser) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dit_runtime import completion
 from dit_runtime.console import guarded
 from dit_runtime.errors import UsageError
-from dit_runtime.options import Parser, Version, add_debug, add_engine, set_examples
+from dit_runtime.options import Parser, add_debug, add_engine, add_version, set_examples
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -35,7 +35,7 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         from dit_serve.process import serve
     except ImportError as error:
-        raise UsageError(f"dit-serve needs the package {error.name}: pip install 'dit-export[serve]'") from None
+        raise UsageError(f"dit-serve needs the package {error.name}: pip install 'dit-runtime[serve]'") from None
     serve(options, named, key)
     return 0
 
@@ -58,7 +58,7 @@ def parser() -> Parser:
         action="store_true",
         help="let --batch exceed 1 where an image depends on the others in its call",
     )
-    program.add_argument("--version", action=Version)
+    add_version(program)
     text = "print a script that completes these options in a shell: bash, zsh, fish"
     program.add_argument("--completion", action=completion.Print, choices=completion.SHELLS, metavar="SHELL", help=text)
     program.add_argument("--quiet", action="store_true", help="log warnings and errors alone")
