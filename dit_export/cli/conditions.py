@@ -20,8 +20,8 @@ from dit_runtime.options import Command, Parser, add_bundle
 def add_options(parser: Parser) -> None:
     add_bundle(parser)
     group = parser.add_argument_group("prompts")
-    group.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one for each picture")
-    text = "what guidance leads away from; default: the pipeline's own"
+    group.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="a prompt for each picture")
+    text = "a prompt to lead away from; default: the pipeline's own"
     group.add_argument("--negative", default="", metavar="TEXT", help=text)
     group = parser.add_argument_group("output")
     text = "the arrays of the prompts; FILE-negative.npz gets those of the negative"

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "hoist",
-    "split an ONNX graph at what does not depend on a loop's input",
+    "move what does not depend on a loop's input out of an ONNX graph",
     add_options,
     run,
     (

@@ -55,8 +55,8 @@ def _add_network(add: Add) -> None:
         "its default; default: the checkpoint's, or 256",
     )
     add("--frames", type=int, metavar="N", help="frames of a video; default: as the checkpoint's pipeline")
-    add("--heads", type=int, metavar="N", help="attention heads, where the checkpoint's size is in no table")
-    text = "length of a prompt embedding; default: as the checkpoint's pipeline"
+    add("--heads", type=int, metavar="N", help="attention heads, for a checkpoint whose width is not one of MODEL's")
+    text = "tokens of a prompt embedding; default: as the checkpoint's pipeline"
     add("--caption-tokens", type=int, metavar="N", help=text)
     names = tuple(PREDICTIONS)
     text = f"what the network predicts, for a checkpoint without a scheduler: {', '.join(names)}"
@@ -71,18 +71,18 @@ def _add_parts(add: Add) -> None:
     add("--latents-only", action="store_true", default=None, help=text)
     text = "build the VAE's encoder too, for pictures to start from"
     add("--encoder", action="store_true", default=None, help=text)
-    text = "pixels along a tile: the VAE takes larger pictures in tiles, to bound memory"
+    text = "decode and encode larger pictures in tiles of N pixels a side, in less memory"
     add("--tile", type=int, metavar="N", help=text)
 
 
 def _add_quantization(add: Add) -> None:
     text = "the calibration of an earlier int8 build; default: calibrate again"
     add("--calibration", metavar="FILE.npz", help=text)
-    text = "conditions to calibrate int8 with: arrays by port, and negative.NAME; of more than 20 rows, 20 are used"
+    text = "arrays to calibrate int8 with, named as the ports, and negative.NAME; at most 20 rows are used"
     add("--conditions", metavar="FILE.npz", help=text)
     text = 'layers that int8 and fp8 leave in float: blocks.3, fc2, "decoder up"'
     add("--keep-float", nargs="+", metavar="LAYER", help=text)
-    text = "fail where a gate of int8 or fp8 needs more layers in float; default: keep the fewest"
+    text = "fail if int8 or fp8 misses its gates; default: keep the fewest layers in float that pass"
     add("--strict", action="store_true", default=None, help=text)
 
 

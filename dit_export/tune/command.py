@@ -48,14 +48,19 @@ def add_options(parser: Parser) -> None:
     text = "seeds of the final round, and pictures for each; default: 5x2000, or 1x64 without a judge"
     add("--final", metavar="NxN", help=text)
     add = parser.add_argument_group("judge").add_argument
-    text = "a network with an image input, and --real; default: the bundle's own"
+    text = "a network with an image input; needs --real; default: the bundle's own"
     add("--features", type=Path, metavar="FILE.onnx", help=text)
     add("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
     add_engine(parser, low_memory=False)
     add = parser.add_argument_group("output").add_argument
     text = "every score, from which a later search goes on; default: BUNDLE.tune.json"
     add("--results", type=Path, metavar="FILE.json", help=text)
-    add("--svg", type=Path, metavar="FILE.svg", help="the front as a chart; default: BUNDLE.tune.svg")
+    add(
+        "--svg",
+        type=Path,
+        metavar="FILE.svg",
+        help="a chart of the plans that no other beats; default: BUNDLE.tune.svg",
+    )
     add("--presets", type=Path, metavar="FILE.json", help="write the presets to this file too, for a recipe")
     add("--dry-run", action="store_true", help="write no presets into the bundle")
 

@@ -34,18 +34,16 @@ def add_options(parser: Parser, weights: bool = True) -> None:
     add_bundle(parser)
     parser.set_defaults(weights=weights)
     group = parser.add_argument_group("what is compared")
-    add_size(group, "default: all; with a baseline, another bundle, a judge, a file to write or --json the first")
+    add_size(group, "default: all, or the first with --baseline, --against, a judge, a file to write or --json")
     add = group.add_argument
     if weights:
         text = "compare with reference.npz alone; the default with --baseline, --against and --samples"
         add("--no-weights", dest="weights", action="store_false", help=text)
     add("--baseline", type=Path, metavar="FILE.json", help="the figures of an earlier build, with their limits")
     add("--update-baseline", action="store_true", help="write the baseline from this bundle's figures")
-    text = "a correct bundle of the same network, which draws the same seeds"
+    text = "another bundle of the same network, taken as correct: the first tensor that differs is named"
     add("--against", type=Path, metavar="BUNDLE", help=text)
-    add = parser.add_argument_group(
-        "judge", "A network that looks at many pictures; a bundle may hold one."
-    ).add_argument
+    add = parser.add_argument_group("judge", "A network that scores many pictures; a bundle may hold one.").add_argument
     add("--features", type=Path, metavar="FILE.onnx", help="another judge: a network with an image input")
     add("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
     add("--samples", type=Path, metavar="FILE.npz", help="score these pictures or features; draw none")

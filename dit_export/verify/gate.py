@@ -26,6 +26,7 @@ from dit_runtime.verify import (
     Replay,
     jsonable,
     load_reference,
+    outcome,
     prompt_figures,
     replay,
     tolerances,
@@ -56,7 +57,7 @@ class Settings:
     low_memory: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     contract: Manifest
     reference: Reference
@@ -66,6 +67,9 @@ class Result:
     sound: bool  # whether all tolerances hold; a baseline has limits of its own
     located: list[str]  # where the failure first shows, in words
     taps: list[tuple[str, float]]
+
+    def __repr__(self) -> str:
+        return f"<Result of {self.contract.title}: {outcome(self.checks)}>"
 
     @property
     def passed(self) -> bool:

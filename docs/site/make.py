@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Pages of the root by their names on the site.
 PAGES = {"README.md": "index", "ARCHITECTURE.md": "architecture", "CONTRIBUTING.md": "contributing"}
 PAGES |= {"CHANGELOG.md": "changes"}
-LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".h": "c", ".hpp": "cpp", ".yaml": "yaml"}
+LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml"}
+LANGUAGES |= {".c": "c", ".h": "c", ".hpp": "cpp"}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)(#[^)]*)?\)")
 
 

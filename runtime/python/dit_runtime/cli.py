@@ -262,7 +262,7 @@ COMMANDS = {
         ),
         Command(
             "cache",
-            "show or remove what backends keep on this machine",
+            "show or remove compiled files that backends keep on this machine",
             _cache_options,
             _cache,
             ("cache info", "cache clear"),

@@ -151,7 +151,7 @@ def add_bundle(parser: Parser) -> None:
 
 def add_engine(parser: Parser, low_memory: bool = True) -> Any:
     group = parser.add_argument_group("engine")
-    group.add_argument("--threads", type=int, metavar="N", help="threads of an engine; default: its own choice")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of an engine; default: the engine's choice")
     group.add_argument(
         "--provider", type=Known(("cpu", "cuda")), metavar="NAME", help="ONNX Runtime's provider: cpu, cuda, cuda:N"
     )

@@ -33,7 +33,9 @@ def add_options(parser: Parser) -> None:
     add_bundle(parser)
     _add_what(parser)
     _add_how(parser.add_argument_group("sampling", "Each of these wins over --preset."))
-    _add_cache(parser.add_argument_group("output cache", "Predictions of earlier steps in the place of evaluations."))
+    _add_cache(
+        parser.add_argument_group("output cache", "Predict from earlier steps instead of evaluating the network.")
+    )
     _add_start(parser.add_argument_group("start", "Start from latents or pictures in the place of the seed's noise."))
     _add_shards(
         parser.add_argument_group("many pictures", "Shards to score. The same command resumes a run that stopped.")
@@ -54,9 +56,9 @@ def add_options(parser: Parser) -> None:
 
 def _add_what(parser: Parser) -> None:
     add = parser.add_argument_group("what to draw").add_argument
-    add("--prompt", nargs="+", metavar="TEXT", help="one for each picture")
-    add("--negative", nargs="+", metavar="TEXT", help="what guidance leads away from: one for all, or one a picture")
-    add("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one for each picture")
+    add("--prompt", nargs="+", metavar="TEXT", help="a prompt for each picture")
+    add("--negative", nargs="+", metavar="TEXT", help="a prompt to lead away from, for all or for each")
+    add("--labels", nargs="+", default=[], metavar="CLASS", help="a class for each picture, by name or number")
     add(
         "--condition",
         nargs="+",
@@ -64,9 +66,16 @@ def _add_what(parser: Parser) -> None:
         metavar="NAME=FILE.npy",
         help="arrays by port, rows first, a picture a row; or one FILE.npz of them",
     )
-    text = "what guidance leads away from, as --condition: one row, or one a picture"
+    text = "arrays to lead away from, in the form of --condition: one row, or one a picture"
     add("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help=text)
-    add("--seed", type=int, nargs="+", default=[0], metavar="N", help="one for all, or one a picture; default: 0")
+    add(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="a seed for all pictures, or one for each; default: 0",
+    )
 
 
 def _add_how(group: Any) -> None:
@@ -96,7 +105,7 @@ def _add_cache(group: Any) -> None:
     add("--disable-cache-before-step", type=int, metavar="N", help="evaluate all steps before this one")
     text = "evaluate this step and all after it; below 0: counted from the end"
     add("--disable-cache-after-step", type=int, metavar="N", help=text)
-    add("--cache-threshold", type=float, metavar="X", help="the error that easycache lets grow")
+    add("--cache-threshold", type=float, metavar="X", help="error up to which easycache reuses a prediction")
 
 
 def _add_start(group: Any) -> None:
@@ -104,9 +113,9 @@ def _add_start(group: Any) -> None:
     add("--latents", type=Path, metavar="FILE.npy", help="the state to start from")
     text = "pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size; a bundle for "
     add("--image", type=Path, nargs="+", metavar="FILE", help=text + "super-resolution enlarges them")
-    text = f"share of the steps that run on --image; default: {DEFAULT_STRENGTH:g}"
+    text = f"share of the steps that are run, from --image on; default: {DEFAULT_STRENGTH:g}"
     add("--strength", type=float, metavar="X", help=text)
-    text = "redraw the image where this picture is white; a picture with transparent pixels: where it is transparent"
+    text = "redraw --image where this picture is white, or where it is transparent if it has transparent pixels"
     add("--mask", type=Path, nargs="+", metavar="FILE", help=text)
 
 

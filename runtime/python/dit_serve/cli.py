@@ -52,7 +52,9 @@ def parser() -> Parser:
     _add_requests(program.add_argument_group("requests").add_argument)
     _add_safety(program.add_argument_group("what is served").add_argument)
     group = add_engine(program, low_memory=False)
-    group.add_argument("--batch", type=int, metavar="N", help="most images in a call; default: measured at the start")
+    group.add_argument(
+        "--batch", type=int, metavar="N", help="largest number of images in a call; default: measured at the start"
+    )
     group.add_argument(
         "--allow-batch-variance",
         action="store_true",
@@ -98,7 +100,7 @@ def _add_requests(add: Callable[..., object]) -> None:
 
 
 def _add_safety(add: Callable[..., object]) -> None:
-    text = "serve only bundles whose manifest.json has one of these sums"
+    text = "serve only bundles whose manifest.json has one of these sha256"
     add("--pin", nargs="+", default=[], metavar="SHA256", help=text)
     text = "start without a replay of the reference; a swap always replays it"
     add("--skip-verify", action="store_true", help=text)
