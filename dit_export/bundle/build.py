@@ -177,7 +177,7 @@ def _make(
         built = replace(built, advice=text, changes=[{"without_text_encoders": True}])
     elif not built.passed and recipe.precision in backends.QUANTIZED:
         built = _within_gates(making, built)
-    elif not built.passed and built.sensitive:
+    elif not built.passed and built.sensitive and recipe.precision != "fp32":
         built = replace(built, changes=wider(backend, recipe.precision))
     invariant = batch_invariant(making.contract, built.checks)
     contract = replace(making.contract, parity=summary(built), batch_invariant=invariant)

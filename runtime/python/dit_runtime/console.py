@@ -83,7 +83,7 @@ def answer(options: argparse.Namespace, table: Mapping[str, Any], text: str, bri
 
 def print_json(table: Mapping[str, Any]) -> None:
     """Print an object; JSON knows no NaN and no ∞, whose texts stand for them."""
-    print(json.dumps(_finite(table), indent=1, ensure_ascii=False, allow_nan=False), flush=True)
+    print(json.dumps(_finite(table), indent=1, allow_nan=False), flush=True)  # in ASCII: no terminal obeys it
 
 
 def _finite(value: Any) -> Any:
