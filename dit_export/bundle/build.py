@@ -88,12 +88,12 @@ def build(
     with progress.stage("weights"):
         loaded = loaded or load(recipe)
         _require_one_negative(loaded)
-        inputs = _read_inputs(recipe, loaded)
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
         _require_pictures(recipe, loaded)
         presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
+    inputs = _read_inputs(recipe, loaded, progress)
     if loaded.note:
         progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
@@ -213,13 +213,14 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"got both {both}: pass one of them")
 
 
-def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
+def _read_inputs(recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
     """Read a user's calibration or conditions; without both, take captions of ours where there are text encoders."""
     own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
     if recipe.calibration:
         return Inputs(Calibration.load(Path(recipe.calibration).expanduser()), own)
     if own is None and loaded.text is not None and recipe.precision in backends.QUANTIZED:
-        own = embed(loaded.network, loaded.text)
+        with progress.stage("calibration: captions of ours through the text encoders"):
+            own = embed(loaded.network, loaded.text)
     return Inputs(None, own)
 
 
