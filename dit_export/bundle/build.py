@@ -68,11 +68,12 @@ def build(
 ) -> Built:
     """Build and verify a bundle; `loaded` is a network of the caller's own instead of the recipe's checkpoint.
 
-    Several sizes are built one after the other; each has the calibration of the first, and keeps in float what those
-    before it do.
+    Several sizes are built one after the other. All use the first size's calibration. Layers that stay float at one
+    size stay float at the sizes after it.
 
-    An int8 or fp8 build whose gates fail keeps in float the fewest layers with which they pass, unless the recipe is
-    strict. With `options` it also searches before. The manifest's recipe names what stays float.
+    If the gates of an int8 or fp8 build fail, it is repeated with the fewest float layers that pass, unless the recipe
+    is strict. With `options`, the search of `dit-export quantize` comes first. The manifest's recipe names the
+    float layers.
     """
     _require_consistent(recipe)
     if loaded is not None and recipe.sizes[1:]:
