@@ -1,7 +1,7 @@
 """Refuse pickles of weights that PyTorch's restricted reader would hash or show without end.
 
-Sixty tuples of two references each have 2^60 parts. Python hashes all of them where such a tuple is a key, and shows all
-of them in an error message. The opcodes say how large a tuple is before it exists.
+Sixty tuples of two references each have 2^60 parts. Python hashes all of them where such a tuple is a key, and shows
+all of them in an error message. The opcodes say how large a tuple is before it exists.
 """
 
 from __future__ import annotations
