@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 from typing import Any
 
@@ -19,6 +20,7 @@ from dit_export.cli import main as export
 from dit_export.recipe import Recipe
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
+from dit_runtime.progress import Progress
 from tests.families import pipelines, tiny
 from tests.families.pipelines import GUIDANCE, SEED, STEPS, Case, build
 from tests.families.test_flux import T5_TOKENS
@@ -194,7 +196,7 @@ def test_the_module_of_flux(tmp_path, one_thread) -> None:
     assert read.network.weights.keys() >= {name for name, _ in read.network.module.named_parameters()}
     assert read.network.guidance_port == family.network.guidance_port
     loaded = Loaded(read.network, None, (), read.process, {}, examples=read.examples)
-    inputs = building._read_inputs(Recipe(precision="int8"), loaded)
+    inputs = building._read_inputs(Recipe(precision="int8"), loaded, Progress(io.StringIO()))
     assert inputs.prompts is not None  # int8 is calibrated with what was recorded
     for name, rows in (read.examples["conditions"] | {"guidance_scale": np.full(2, 3.5)}).items():
         np.testing.assert_array_equal(inputs.prompts.condition[name], rows)
