@@ -95,7 +95,7 @@ families-table: $(STAMP)
 
 BENCH = $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') \
 	$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
-	$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
+	$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--results '$(JSON)') $(if $(SVG),--svg '$(SVG)')
 
 bench: $(STAMP)
 	@$(BIN)/dit-export bench $(BENCH)
