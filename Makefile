@@ -34,7 +34,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu benchmarks gpu-pack gpu-check cpp cpp-build cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test-build test test-all test-gpu browser site lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu benchmarks gpu-pack gpu-check cpp cpp-build cpp-unit cpp-test cpp-sanitize cpp-static cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test-build test test-all test-gpu browser site lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -143,7 +143,16 @@ cpp-test: cpp-unit browser
 
 cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
-	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
+	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS) $(CURDIR)/$(BIN)/python
+
+# libdit.a with its engines, and a program that needs no libdit beside it.
+cpp-static: $(STAMP)
+	$(CPP_SETUP)
+	$(CPP_CONFIGURE) --preset static -B build/cpp-static
+	cmake --build build/cpp-static --parallel $(JOBS) --target dit-generate
+	$(BIN)/python runtime/cpp/tests/make_bundle.py build/cpp-static/bundle
+	build/cpp-static/programs/dit-generate build/cpp-static/bundle --verify
+	! readelf -d build/cpp-static/programs/dit-generate | grep -q 'NEEDED.*libdit'
 
 # For 64-bit ARM, without engines; its unit tests run under qemu.
 cpp-aarch64: $(STAMP)
@@ -201,7 +210,7 @@ test-gpu:
 	$(HERE) -m pytest -m gpu -rs
 
 # Where Triton or Ray cannot be installed, their tests are skipped and say so.
-test-all: cpp-unit cpp-sanitize cpp-aarch64 cpp-fuzz browser
+test-all: cpp-unit cpp-sanitize cpp-static cpp-aarch64 cpp-fuzz browser
 	-$(MAKE) triton ray
 	$(BIN)/python -m pytest -m ""
 
