@@ -94,7 +94,7 @@ def test_layers_and_their_divisors(family: Family) -> None:
     bare = [group for group in groups if not group.places]
     assert {kind(group.layers[0].name) for group in bare} == NOT_DIVIDED.get(family.name, set())
     partly = [group for group in groups if 0 < len(group.channels) < len(group.layers[0].matrix)]
-    assert [kind(group.layers[0].name) for group in partly] == (["proj_out"] if family.name == "FLUX.1" else [])
+    assert [kind(group.layers[0].name) for group in partly] == (["proj_out"] if family.name in ("FLUX.1", "Chroma") else [])
     assert sum(len(group.channels) for group in partly) in (0, 64)  # attention's channels, beside those of a GELU
 
 
