@@ -34,6 +34,7 @@ NOT_DIVIDED = {  # kinds of layers that read what nothing linear makes alone
     "Qwen-Image": {"img_mlp.net.2", "txt_mlp.net.2"},
     "CogView4": {"ff.net.2"},
 }
+JOINED = {"FLUX.1", "Chroma"}  # an attention and a GELU, along the channels that proj_out reads
 FAST = {"FLUX.1", "Sana", "Lumina 2"}  # what the others have is in these, or in test_makers.py
 QKV, ADDED = {"attn.to_q", "attn.to_k", "attn.to_v"}, {"attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"}
 OUT = {"attn.to_out.0", "attn.to_add_out"}
@@ -94,7 +95,7 @@ def test_layers_and_their_divisors(family: Family) -> None:
     bare = [group for group in groups if not group.places]
     assert {kind(group.layers[0].name) for group in bare} == NOT_DIVIDED.get(family.name, set())
     partly = [group for group in groups if 0 < len(group.channels) < len(group.layers[0].matrix)]
-    assert [kind(group.layers[0].name) for group in partly] == (["proj_out"] if family.name in ("FLUX.1", "Chroma") else [])
+    assert [kind(group.layers[0].name) for group in partly] == ["proj_out"] * (family.name in JOINED)
     assert sum(len(group.channels) for group in partly) in (0, 64)  # attention's channels, beside those of a GELU
 
 
