@@ -16,7 +16,7 @@ struct Arguments {
     std::vector<std::string> condition, negative;  // NAME=FILE.npy, NAME=FILE.txt …, or FILE.npz
     std::vector<std::string> image, mask;          // .png files: one, or one a picture
     std::string output = "sample.png";
-    bool json = false, verify = false, help = false, version = false;
+    bool json = false, quiet = false, verify = false, help = false, version = false;
 };
 
 extern const char* const USAGE;
