@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, triton, tune, verify
+from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, sign, triton, tune, verify
 from dit_runtime.console import guarded
 from dit_runtime.options import Parser, Version
 
 # Each adds its parser and names its function.
-COMMANDS = (build, conditions, quantize, tune, verify, inspect, hoist, bench, demo, triton)
+COMMANDS = (build, conditions, quantize, tune, verify, inspect, hoist, bench, demo, triton, sign)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

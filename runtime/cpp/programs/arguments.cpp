@@ -58,6 +58,7 @@ Draws pictures from a bundle of dit-export.
                         (also: --device)
   --threads N           of the engine; default: its own choice
   --low-memory          one engine in memory at a time
+  --public-key FILE     open the bundle only if the owner of this Ed25519 key has signed it
   --json                for machines, on standard output
   --version, --help
 )";
@@ -186,6 +187,7 @@ Arguments parse_arguments(int count, char** words) {
         {"--output", {1, 1, word_of(arguments.output)}},
         {"--backend", {1, 1, word_of(arguments.open.backend)}},
         {"--device", {1, 1, word_of(arguments.open.device)}},
+        {"--public-key", {1, 1, [&](const std::string&, const Values& v) { arguments.public_key = v[0]; }}},
         {"--low-memory", {0, 0, on(arguments.open.low_memory)}},
         {"--json", {0, 0, on(arguments.json)}},
         {"--verify", {0, 0, on(arguments.verify)}},

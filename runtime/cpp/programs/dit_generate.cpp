@@ -13,6 +13,7 @@
 #include "errors.hpp"
 #include "files.hpp"
 #include "picture_files.hpp"
+#include "public_key.hpp"
 
 namespace {
 
@@ -113,6 +114,7 @@ int run(int count, char** words) {
     if (arguments.help) return std::fputs(USAGE, stdout) < 0;
     if (arguments.version) return std::printf("dit-generate %s (%s)\n", dit_version(), dit_backends()) < 0;
     const std::string kind = suffix(arguments.output);
+    if (arguments.public_key) arguments.open.public_key = read_public_key(*arguments.public_key);
     dit::Pipeline pipe(arguments.bundle, arguments.open);
     if (*pipe.info().note) std::cerr << dit_runtime::one_line("note: " + std::string(pipe.info().note)) << '\n';
     if (arguments.verify) return verify(pipe, arguments.json);

@@ -171,8 +171,9 @@ struct Manifest {
 };
 
 // Parses and checks the manifest, and that each file it names is there in its size; opens none of them. A manifest of
-// another sum than `sha256` is not parsed; empty: any is.
-Manifest read(const Path& folder, const std::string& sha256 = {});
+// another sum than `sha256`, or that the owner of the public key did not sign, is not parsed; empty: any is.
+Manifest read(const Path& folder, const std::string& sha256 = {},
+              const std::optional<std::vector<unsigned char>>& public_key = std::nullopt);
 
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);

@@ -20,7 +20,8 @@ template <typename Struct>
 const std::vector<std::size_t> versions = {};
 template <>
 inline const std::vector<std::size_t> versions<dit_open_options> = {
-    offsetof(dit_open_options, warm), offsetof(dit_open_options, size), offsetof(dit_open_options, manifest_sha256)};
+    offsetof(dit_open_options, warm), offsetof(dit_open_options, size), offsetof(dit_open_options, manifest_sha256),
+    offsetof(dit_open_options, public_key)};
 template <>
 inline const std::vector<std::size_t> versions<dit_info> = {
     offsetof(dit_info, caption_shape),   offsetof(dit_info, state_rank), offsetof(dit_info, note),

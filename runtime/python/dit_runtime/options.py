@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dit_runtime import backends
+from dit_runtime.bundle.signature import read_key
 from dit_runtime.console import DEBUG
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
@@ -42,7 +43,17 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
     parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
     parser.add_argument("--low-memory", action="store_true", help="open one stage at a time, while it is needed")
+    add_public_key(parser)
     parser.add_argument("--json", action="store_true", help="for machines, on standard output")
+
+
+def add_public_key(parser: argparse.ArgumentParser) -> None:
+    text = "open the bundle only if the owner of this Ed25519 key has signed it"
+    parser.add_argument("--public-key", type=read_public_key, metavar="FILE", help=text)
+
+
+def read_public_key(file: str) -> bytes:
+    return read_key(Path(file))
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +61,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 
 
 def load_bundle(options: argparse.Namespace, size: str | None = None) -> Pipeline:
-    names = ("threads", "provider", "low_memory")
+    names = ("threads", "provider", "low_memory", "public_key")
     pipe = Pipeline.load(options.bundle, size=size, **{name: getattr(options, name) for name in names})
     lines = [backends.note(stage.backend, stage.precision) for stage in pipe.manifest.stages]
     for line in dict.fromkeys(lines):

@@ -188,7 +188,7 @@ def _sample_shards(options: argparse.Namespace) -> int:
         if len(getattr(options, name) or ()) > 1:
             raise UsageError(f"--{name} has several values; expected one for all shards")
     fields = {name: value for name, value in _fields(options).items() if value is not None}
-    contract = manifest.read(options.bundle)
+    contract = manifest.read(options.bundle, public_key=options.public_key)
     series = shards.plan(
         options.bundle,
         contract,
@@ -205,7 +205,7 @@ def _sample_shards(options: argparse.Namespace) -> int:
     progress = Progress()
     counted = Counted(progress, "pictures")
     if todo and options.ray is not None:
-        opening = {name: getattr(options, name) for name in ("threads", "provider", "low_memory")}
+        opening = {name: getattr(options, name) for name in ("threads", "provider", "low_memory", "public_key")}
         cluster.run(
             options.bundle,
             series,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dit_runtime.console import guarded
 from dit_runtime.errors import UsageError
-from dit_runtime.options import Parser, Version
+from dit_runtime.options import Parser, Version, add_public_key
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -73,6 +73,7 @@ def _parser() -> Parser:
         metavar="SHA256",
         help="serve only bundles whose manifest.json has one of these sha256 sums",
     )
+    add_public_key(parser)
     add("--skip-verify", action="store_true", help="start without a replay of the reference; a swap always replays it")
     return parser
 

@@ -81,7 +81,8 @@
  * Files: keep the folder as it is until the model is closed, because engines read from it later: for other sizes, and
  * with low_memory for each stage. A bundle may come from anybody. Its sums are checked before use, nothing outside of
  * its folder is read, and what the manifest says is held to limits; but its sums are its own, so pin it with
- * manifest_sha256 where that matters. Only TensorRT-RTX writes: what it compiles, into $XDG_CACHE_HOME/dit-run (or
+ * manifest_sha256 or public_key where that matters. Only TensorRT-RTX writes: what it compiles, into
+ * $XDG_CACHE_HOME/dit-run (or
  * ~/.cache/dit-run). Nothing uses the network.
  */
 #ifndef DIT_DIT_H
@@ -117,7 +118,8 @@ typedef struct dit_pipeline dit_pipeline; /* pipeline.h */
 typedef enum dit_status {
     DIT_OK = 0,
     DIT_BAD_ARGUMENT = 1,     /* a label, a number, a name, NULL, a struct of another version */
-    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, another than manifest_sha256, or it cannot run here */
+    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, another than manifest_sha256, not signed by
+                                 public_key, or it cannot run here */
     DIT_BUFFER_TOO_SMALL = 3, /* the message says how much is needed */
     DIT_ENGINE_FAILED = 4,    /* an engine gave no sound result */
     DIT_STOPPED = 5,          /* a callback, dit_cancel or dit_run_cancel asked for it */

@@ -30,6 +30,9 @@ class Pipeline {
         from.num_warm = options.warm.size();
         if (!options.size.empty()) from.size = options.size.c_str();
         if (!options.manifest_sha256.empty()) from.manifest_sha256 = options.manifest_sha256.c_str();
+        const std::uint8_t none = 0;
+        if (options.public_key) from.public_key = options.public_key->empty() ? &none : options.public_key->data();
+        if (options.public_key) from.public_key_size = options.public_key->size();
         std::vector<dit_setting> settings;
         for (const Setting& setting : options.settings)
             settings.push_back(

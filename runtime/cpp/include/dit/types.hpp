@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -46,6 +47,7 @@ struct OpenOptions {
     std::vector<std::int64_t> warm = {};  // batch sizes that every stage runs at before the first request
     std::string size = {};                // what requests without a size draw; empty: the bundle's first
     std::string manifest_sha256 = {};     // that manifest.json must have; empty: any
+    std::optional<std::vector<std::uint8_t>> public_key = {};  // of 32 bytes, of who must have signed; none: nobody
     std::vector<Setting> settings = {};
     std::function<bool(double done)> on_progress = {};  // as dit_on_progress; true stops the call, and so does a throw
     Cancellation cancellation = {};
