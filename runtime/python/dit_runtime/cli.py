@@ -12,13 +12,13 @@ from typing import Any
 
 from dit_runtime import backends, bench, cache, sample, verify
 from dit_runtime.backends import Options, Tuning
-from dit_runtime.bundle import manifest
+from dit_runtime.bundle import manifest, signature
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
 from dit_runtime.console import guarded, printable
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import LIMITS
-from dit_runtime.options import Parser, Version, add_bundle, add_size, load_bundle
+from dit_runtime.options import Parser, add_bundle, add_public_key, add_size, add_version, load_bundle
 from dit_runtime.progress import Progress
 
 ACTIONS = {"info": f"of at most {LIMITS['cache_bytes'] / 1e9:.1f} GB", "clear": "removed"}  # of `cache`
@@ -36,7 +36,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
-    parser.add_argument("--version", action=Version)
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     drawing = commands.add_parser("sample", help="pictures from prompts, class names or numbers, or from arrays")
@@ -45,6 +45,7 @@ def _parser() -> Parser:
 
     info = commands.add_parser("info", help="what a bundle holds, and which backends are here")
     info.add_argument("bundle", type=Path, nargs="?")
+    add_public_key(info)
     info.add_argument("--json", action="store_true")
     info.set_defaults(command=_info)
 
@@ -98,16 +99,17 @@ def tuning(options: argparse.Namespace) -> Tuning:
 
 def _info(options: argparse.Namespace) -> int:
     table: dict[str, Any] = {"backends": backends.versions()}
-    contract = manifest.read(options.bundle) if options.bundle else None
+    contract = manifest.read(options.bundle, public_key=options.public_key) if options.bundle else None
     if contract:
         table["bundle"] = json.loads(contract.to_json())
+        table["signed_by"] = signature.describe(options.bundle, manifest.read_content(options.bundle))[0] or None
     if options.json:
         print(json.dumps(table, indent=1))
         return 0
     if contract:
         print(printable(summary(options.bundle, contract)))
     for name, version in table["backends"].items():
-        hint = f"not installed: pip install 'dit-export[{name}]'"
+        hint = f"not installed: pip install 'dit-runtime[{name}]'"
         reason = backends.backend(name).why_unavailable() if version else None
         state = f"{version}, and cannot run here: {reason}" if reason else version
         print(f"backend {name}: {state or hint}")
@@ -150,7 +152,8 @@ def report(figures: list[verify.Figure], as_json: bool) -> int:
 
 def _compile(options: argparse.Namespace) -> int:
     folder = options.bundle
-    contract = manifest.read(folder, engines=False)
+    contract = manifest.read(folder, engines=False, public_key=options.public_key)
+    options.public_key = None  # which signed the manifest that is replaced
     for stage in contract.stages if options.provider else ():
         name = backends.choose(options.backend, stage.precision)
         if reason := backends.refusal(name, stage.precision, options.provider):
