@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from dit_export.bundle import signing
+from dit_export.cli import main as dit_export
 from dit_runtime import BundleError, Pipeline, UsageError
 from dit_runtime.bundle import ed25519, manifest, signature
+from dit_runtime.cli import main as dit_run
+from dit_serve.models import Opening, open_bundle
 from tests.tamper import edit
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +85,7 @@ def test_a_bundle_that_is_signed(bundle, key) -> None:
     assert signing.sign_bundle(bundle, key) == public(key)
     Pipeline.load(bundle, threads=1, public_key=public(key)).close()
     line = (bundle / signature.NAME).read_bytes()
-    (script,) = re.findall(r"```sh\n(hex\(\).*?)```", (ROOT / "docs/target.md").read_text(), re.DOTALL)
+    (script,) = re.findall(r"```bash\n(hex\(\).*?)```", (ROOT / "docs/target.md").read_text(), re.DOTALL)
     bundle.rename(bundle.with_name("first-bundle")).joinpath(signature.NAME).unlink()
     subprocess.run(["sh", "-c", script], check=True, cwd=bundle.parent)
     bundle = bundle.with_name("first-bundle")
@@ -94,8 +97,6 @@ def test_a_bundle_that_is_signed(bundle, key) -> None:
 
 def test_who_must_have_signed(bundle, key, tmp_path) -> None:
     """A refusal comes before any file but the manifest is looked at."""
-
-
 
     def refused(match: str, public_key: bytes = public(key), error: type[UsageError] = BundleError) -> None:
         with pytest.raises(UsageError, match=match) as raised:
@@ -141,3 +142,41 @@ def test_a_manifest_that_is_written_again(bundle, key) -> None:
         manifest.read(bundle, public_key=public(key))
     manifest.write(bundle, contract)
     manifest.read(bundle, public_key=public(key))
+
+
+def test_the_commands(bundle, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def said(program, *words: str, code: int = 0) -> str:
+        assert program(words) == code, capsys.readouterr()
+        output = capsys.readouterr()
+        return output.err if code else output.out
+
+    assert "signed     no\n" in said(dit_run, "info", "bundle")
+    assert said(dit_export, "sign", "--new-key", "key.pem").splitlines()[1] == (
+        "public key: key.pem.pub, which --public-key takes"
+    )
+    asked = ("--public-key", "key.pem.pub")
+    assert "not signed" in said(dit_run, "sample", "bundle", "--labels", "1", *asked, code=2)
+    key = public(Path("key.pem")).hex()
+    assert said(dit_export, "sign", "bundle", "--key", "key.pem") == f"bundle: signed by {key}\n"
+    assert f"signed     by the key {key}\n" in said(dit_run, "info", "bundle", *asked)
+    assert json.loads(said(dit_run, "info", "bundle", "--json"))["signed_by"] == key
+    drawn = ("--labels", "1", "--steps", "2", *asked)
+    said(dit_run, "sample", "bundle", "-o", "x.png", *drawn)
+    said(dit_run, "sample", "bundle", "--count", "2", "--shards", "shards", *drawn)
+    assert json.loads(said(dit_run, "verify", "bundle", "--json", *asked))["passed"]
+    opening = Opening(threads=1, places=1, verify=False, public_key=bytes.fromhex(key))
+    open_bundle(bundle, opening).batcher.close()
+    edit(bundle, lambda table: table["model"].update(name="another"))
+    assert "signed     no: bundle/manifest.sig: not the signature of this" in said(dit_run, "info", "bundle")
+    for words in (["info", "bundle"], ["verify", "bundle"], ["compile", "bundle"], ["bench", "bundle"]):
+        assert "not the signature" in said(dit_run, *words, *asked, code=2)
+    assert "not the signature" in said(
+        dit_run, "sample", "bundle", "--count", "3", "--shards", "others", *drawn, code=2
+    )
+    with pytest.raises(BundleError, match="not the signature"):
+        open_bundle(bundle, opening)
+    assert "no file" in said(dit_run, "info", "bundle", "--public-key", "", code=2)
+    for words in ([], ["bundle"], ["--key", "key.pem"], ["bundle", "--new-key", "b.pem"]):
+        said(dit_export, "sign", *words, code=2)
