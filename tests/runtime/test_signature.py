@@ -49,6 +49,18 @@ def test_vectors(vector) -> None:
         assert signing.public_key(secret) == key and signing.sign(secret, message) == sign
 
 
+def test_a_point_has_one_encoding() -> None:
+    known = [y for y in range(19) if ed25519.decode(y.to_bytes(32, "little"))]
+    assert len(known) > 5
+    for y in range(19):
+        for sign in (0, 1 << 255):
+            assert ed25519.decode((ed25519.P + y | sign).to_bytes(32, "little")) is None
+    for y in (1, ed25519.P - 1):  # x = 0
+        assert (
+            ed25519.decode(y.to_bytes(32, "little")) and ed25519.decode((y | 1 << 255).to_bytes(32, "little")) is None
+        )
+
+
 def test_keys_are_openssls(key, tmp_path) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     own = subprocess.run(["openssl", "pkey", "-in", key, "-pubout"], check=True, capture_output=True, text=True).stdout
@@ -90,8 +102,9 @@ def test_a_bundle_that_is_signed(bundle, key) -> None:
     subprocess.run(["sh", "-c", script], check=True, cwd=bundle.parent)
     bundle = bundle.with_name("first-bundle")
     assert (bundle / signature.NAME).read_bytes() == line
-    (bundle / "denoiser.onnx.data").write_bytes(b"damaged")
-    with pytest.raises(BundleError, match=r"denoiser.onnx.data has 7 bytes"):
+    weights = bundle / "denoiser.onnx.data"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(BundleError, match=r"denoiser.onnx.data does not have the sha256"):
         signing.sign_bundle(bundle, key)
 
 
