@@ -51,7 +51,7 @@ Draws pictures from a bundle of dit-export.
                         the bundle's size, of 8 bits a channel
   --strength X          the share of the steps that change the image, above 0 and up to 1; default: 0.6
   --mask FILE.png …     of the image's size: white, or transparent, is drawn anew; black stays as in the image
-  -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
+  -o, --output FILE     .png (a grid), .npz, .npy (latents), or a folder for a .png of each image or frame; sample.png
   --verify              replay PyTorch's reference with the engines here, and draw nothing
   --backend NAME        onnxruntime, openvino, tensorrt, tensorrt-rtx, auto; default: the bundle's
   --provider NAME       device: of ONNX Runtime cpu, cuda, …; of OpenVINO CPU, GPU, …; of both TensorRTs cuda, cuda:1, …

@@ -101,8 +101,9 @@ std::vector<dit::Port> inputs(dit::Pipeline& pipe) {
 
 std::string suffix(const std::string& path) {
     const std::string ending = std::filesystem::path(path).extension().string();
-    if (ending != ".png" && ending != ".npz" && ending != ".npy")
-        throw std::invalid_argument("output " + path + ": expected a name that ends in .png, .npz, .npy");
+    if (!ending.empty() && ending != ".png" && ending != ".npz" && ending != ".npy")
+        throw std::invalid_argument("output " + path +
+                                    ": expected a name that ends in .png, .npz, .npy, or a folder for PNGs");
     const std::filesystem::path folder = std::filesystem::path(path).parent_path();
     if (!folder.empty() && !std::filesystem::is_directory(folder))
         throw std::invalid_argument("output " + path + ": the folder " + folder.string() + " does not exist");
@@ -146,8 +147,9 @@ int run(int count, char** words) {
             write_npy(arguments.output, run.latents(), shape);
         } else {
             const dit::Images images = run.result();
-            (kind == ".png" ? write_png : write_npz)(arguments.output, images);
+            (kind == ".png" ? write_png : kind == ".npz" ? write_npz : write_folder)(arguments.output, images);
             shape = {samples, pipe.info().image_shape[0], pipe.info().image_shape[1], 3};
+            if (images.frames) shape.insert(shape.begin() + 1, pipe.info().frames);
         }
         rows = run.rows().done;
     }

@@ -132,6 +132,11 @@ Shape Manifest::picture_shape() const {
 
 Shape Manifest::image_shape() const { return end() ? end()->gives.at(0).row() : Shape(); }
 
+std::int64_t Manifest::frames() const {
+    const Shape shape = image_shape();
+    return shape.size() == 4 ? shape[1] : 0;
+}
+
 Manifest parse(const std::string& content, const std::string& where) {
     json::Json table;
     try {

@@ -167,7 +167,8 @@ struct Manifest {
     const Stage* start() const;   // NULL without an encoder of pictures
     const Port* picture() const;  // the condition port that takes a picture's latents; NULL where there is none
     Shape picture_shape() const;  // (3, H, W) of the pictures that a run may start from; refuses to without an encoder
-    Shape image_shape() const;    // (3, H, W); empty without a decoder
+    Shape image_shape() const;    // (3, H, W), of videos (3, F, H, W); empty without a decoder
+    std::int64_t frames() const;  // of a video; 0 where pictures are drawn, and without a decoder
 };
 
 // Parses and checks the manifest, and that each file it names is there in its size; opens none of them. A manifest of

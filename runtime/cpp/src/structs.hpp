@@ -25,7 +25,10 @@ inline const std::vector<std::size_t> versions<dit_open_options> = {
 template <>
 inline const std::vector<std::size_t> versions<dit_info> = {
     offsetof(dit_info, caption_shape),   offsetof(dit_info, state_rank), offsetof(dit_info, note),
-    offsetof(dit_info, batch_invariant), offsetof(dit_info, steps),      offsetof(dit_info, num_sizes)};
+    offsetof(dit_info, batch_invariant), offsetof(dit_info, steps),      offsetof(dit_info, num_sizes),
+    offsetof(dit_info, frames)};
+template <>
+inline const std::vector<std::size_t> versions<dit_size> = {offsetof(dit_size, frames)};
 template <>
 inline const std::vector<std::size_t> versions<dit_request> = {
     offsetof(dit_request, captions), offsetof(dit_request, arrays), offsetof(dit_request, guidance_interval),

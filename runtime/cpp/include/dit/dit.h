@@ -161,7 +161,7 @@ DIT_API void dit_model_release(dit_model* model);
 DIT_API dit_status dit_model_warm(dit_model* model, const int64_t* batches, size_t num_batches, const char* size,
                                   dit_cancellation* cancellation);
 
-/* Draws pictures, uint8 [count, height, width, 3]; `size` is in bytes. */
+/* Draws pictures, uint8 [count, height, width, 3], or videos, [count, frames, height, width, 3]; `size` is in bytes. */
 DIT_API dit_status dit_model_generate(dit_model* model, const dit_request* request, uint8_t* pixels, size_t size);
 
 /* Samples without decoding, float [count, state_shape]; `size` is in numbers. */
@@ -191,11 +191,11 @@ DIT_API dit_status dit_run_latents(dit_run* run, float* latents, size_t size);
  * of a cache. *planned is what that is when the run has ended, -1 where its cache decides that step by step. */
 DIT_API dit_status dit_run_rows(dit_run* run, int64_t* rows, int64_t* planned);
 
-/* Does what is left of the run and decodes it, uint8 [count, height, width, 3]; `size` is in bytes. */
+/* Does what is left of the run and decodes it, as dit_model_generate; `size` is in bytes. */
 DIT_API dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size);
 
-/* Decodes the end of the path as the last step's prediction has it, uint8 [count, height, width, 3]; `size` is in
- * bytes. The run is not changed. It takes as long as the decoding of a result. */
+/* Decodes the end of the path as the last step's prediction has it, as dit_model_generate; `size` is in bytes. The run
+ * is not changed. It takes as long as the decoding of a result. */
 DIT_API dit_status dit_run_preview(dit_run* run, uint8_t* pixels, size_t size);
 
 typedef struct dit_stats {

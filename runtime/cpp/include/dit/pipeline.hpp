@@ -83,7 +83,8 @@ class Pipeline {
             all.push_back({size.name,
                            {size.state_shape, size.state_shape + size.state_rank},
                            static_cast<std::size_t>(size.image_shape[0]),
-                           static_cast<std::size_t>(size.image_shape[1])});
+                           static_cast<std::size_t>(size.image_shape[1]),
+                           static_cast<std::size_t>(size.frames)});
         }
         return all;
     }
@@ -222,7 +223,8 @@ class Pipeline {
         images.count = count;
         images.height = size.height;
         images.width = size.width;
-        images.pixels.resize(count * images.height * images.width * 3);
+        images.frames = size.frames;
+        images.pixels.resize(count * std::max(images.frames, std::size_t{1}) * images.height * images.width * 3);
         return images;
     }
 

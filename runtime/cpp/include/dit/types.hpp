@@ -59,6 +59,7 @@ struct Size {
     std::string name;                 // "512", or "512x768" for height x width
     std::vector<std::int64_t> state;  // the shape of what a run changes, channels first
     std::size_t height, width;        // of pictures; 0 without a decoder
+    std::size_t frames;               // of a video; 0 where the bundle draws pictures
 };
 
 // Rows for a port: floats, or integers.
@@ -98,8 +99,9 @@ struct Captions {
 };
 
 struct Images {
-    std::vector<std::uint8_t> pixels;  // [count, height, width, 3]
+    std::vector<std::uint8_t> pixels;  // [count, height, width, 3], of videos [count, frames, height, width, 3]
     std::size_t count = 0, height = 0, width = 0;
+    std::size_t frames = 0;  // of a video; 0: pictures
 };
 
 struct Request {
