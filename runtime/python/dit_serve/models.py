@@ -210,8 +210,7 @@ def open_bundle(folder: Path, opening: Opening, verified: bool = False) -> Serve
     digest = manifest.sha256(folder / manifest.NAME) if (folder / manifest.NAME).is_file() else ""
     if opening.pins and digest not in opening.pins:
         raise BundleError(f"{folder}: its manifest has the sha256 {digest or 'of no file'}, which no --pin names")
-    how = {"threads": opening.threads, "provider": opening.provider, "public_key": opening.public_key}
-    pipe = Pipeline.load(folder, **how)
+    pipe = Pipeline.load(folder, threads=opening.threads, provider=opening.provider, public_key=opening.public_key)
     try:
         require_servable(folder, pipe.manifest)
         if manifest.sha256(folder / manifest.NAME) != digest:
