@@ -163,8 +163,7 @@ void write_npz(const std::string& path, const dit::Images& images) {
     const auto size = [](std::size_t length) { return static_cast<std::int64_t>(length); };
     dit_runtime::Shape shape = {size(images.count), size(images.height), size(images.width), 3};
     if (images.frames) shape.insert(shape.begin() + 1, size(images.frames));
-    const std::string body =
-        dit_runtime::npy_bytes("|u1", shape, images.pixels.data(), images.pixels.size());
+    const std::string body = dit_runtime::npy_bytes("|u1", shape, images.pixels.data(), images.pixels.size());
     if (body.size() >= 0xFFFFFFFFu) throw std::invalid_argument(path + ": more than 4 GB do not fit into one .npz");
     const auto sum = crc32_z(0, reinterpret_cast<const Bytef*>(body.data()), body.size());
     // Version, flags, method, time, date, sum, sizes, length of the name and of what follows it.

@@ -22,7 +22,8 @@ template <typename Struct>
 void fill_images(const dit::Manifest& manifest, Struct& to) {
     const dit::Shape image = manifest.image_shape();  // (3, H, W) or (3, F, H, W)
     to.frames = manifest.frames();
-    for (std::size_t axis = 0; axis < 2; ++axis) to.image_shape[axis] = image.empty() ? 0 : image.end()[static_cast<std::ptrdiff_t>(axis) - 2];
+    for (std::size_t axis = 0; axis < 2; ++axis)
+        to.image_shape[axis] = image.empty() ? 0 : image.end()[static_cast<std::ptrdiff_t>(axis) - 2];
     to.image_shape[2] = image.empty() ? 0 : image[0];
 }
 
@@ -37,8 +38,7 @@ dit_status dit_model_info(const dit_model* model, dit_info* info) {
         const dit::Shape& state = manifest.state().shape;
         filled.num_classes = manifest.classes();
         filled.has_labels = !manifest.labels.empty();
-        for (std::size_t axis = 0; axis < 3; ++axis)
-            filled.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
+        for (std::size_t axis = 0; axis < 3; ++axis) filled.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
         fill_images(manifest, filled);
         const dit::Port* const captions = manifest.port("captions");
         for (std::size_t axis = 0; axis < 2; ++axis)

@@ -100,8 +100,8 @@ std::vector<std::uint8_t> Reference::shown(std::vector<std::uint8_t> pictures, c
     std::vector<std::uint8_t> chosen;
     for (std::size_t video = 0; video < pictures.size() / (all * frame); ++video)
         for (const std::int64_t number : frames) {
-            const auto first = pictures.begin() + static_cast<std::ptrdiff_t>(
-                                                      (video * all + static_cast<std::size_t>(number)) * frame);
+            const auto first = pictures.begin() +
+                               static_cast<std::ptrdiff_t>((video * all + static_cast<std::size_t>(number)) * frame);
             chosen.insert(chosen.end(), first, first + static_cast<std::ptrdiff_t>(frame));
         }
     return chosen;
