@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
+from dit_runtime.console import answer
 from dit_runtime.errors import UsageError
+from dit_runtime.options import Command, Parser
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("sign", help="sign a bundle with an Ed25519 key, or make a key pair")
-    parser.add_argument("bundle", type=Path, nargs="?")
-    key = parser.add_mutually_exclusive_group(required=True)
-    key.add_argument("--key", type=Path, metavar="FILE", help="the secret key: PEM, not encrypted")
-    key.add_argument("--new-key", type=Path, metavar="FILE", help="write a new secret key, and FILE.pub")
-    parser.add_argument("--json", action="store_true")
-    parser.set_defaults(command=run)
+def add_options(parser: Parser) -> None:
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder with a manifest.json")
+    group = parser.add_argument_group("key")
+    key = group.add_mutually_exclusive_group(required=True)
+    key.add_argument("--key", type=Path, metavar="FILE", help="the secret Ed25519 key: PEM, not encrypted")
+    key.add_argument(
+        "--new-key", type=Path, metavar="FILE", help="write a new secret key, and its public key, FILE.pub"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,5 +32,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         key = signing.sign_bundle(options.bundle, options.key)
         table, text = {"key": key.hex(), "bundle": str(options.bundle)}, f"{options.bundle}: signed by {key.hex()}"
-    print(json.dumps(table) if options.json else text)
+    answer(options, table, text, brief=key.hex())
     return 0
+
+
+COMMAND = Command(
+    "sign",
+    "sign a bundle, or make a key pair for it",
+    add_options,
+    run,
+    ("sign --new-key key.pem  # once", "sign BUNDLE --key key.pem"),
+)
