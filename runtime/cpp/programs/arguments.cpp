@@ -79,7 +79,8 @@ start:
                             if it has transparent pixels
 
 output:
-  -o, --output FILE         .png (a grid), .npz or .npy (latents); default: sample.png
+  -o, --output FILE         .png (a grid), .npz, .npy (latents), or a folder for a .png of each image
+                            or frame; default: sample.png
   --verify                  draw nothing; replay PyTorch's reference run with the engines here
 
 engine:
@@ -90,6 +91,9 @@ engine:
                             TensorRT: cuda:N
   --threads N               threads of an engine; default: the engine's choice
   --low-memory              keep one stage in memory at a time
+
+safety:
+  --public-key FILE         open a bundle only if the owner of this Ed25519 key has signed it
 
 general:
   -h, --help                print this page
@@ -227,6 +231,7 @@ Arguments parse_arguments(int count, char** words) {
         {"--output", {1, 1, word_of(arguments.output)}},
         {"--backend", {1, 1, word_of(arguments.open.backend)}},
         {"--device", {1, 1, word_of(arguments.open.device)}},
+        {"--public-key", {1, 1, [&](const std::string&, const Values& v) { arguments.public_key = v[0]; }}},
         {"--low-memory", {0, 0, on(arguments.open.low_memory)}},
         {"--json", {0, 0, on(arguments.json)}},
         {"--quiet", {0, 0, on(arguments.quiet)}},

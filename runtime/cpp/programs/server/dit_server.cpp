@@ -8,6 +8,7 @@
 #include <sstream>
 
 #include "../exit_code.hpp"
+#include "../public_key.hpp"
 #include "dit/dit.h"
 #include "errors.hpp"
 #include "service.hpp"
@@ -41,6 +42,7 @@ requests:
 
 what is served:
   --pin SHA256 …            serve only bundles whose manifest.json has one of these sha256
+  --public-key FILE         open a bundle only if the owner of this Ed25519 key has signed it
   --skip-verify             start without a replay of the reference; a swap always replays it
 
 engine:
@@ -123,6 +125,10 @@ Arguments parse(const std::vector<std::string>& words) {
         {"--port", whole(arguments.port, 0, 65535)},
         {"--api-key-file",
          [&](const std::string&, const std::string& path) { arguments.settings.key = read_key(path); }},
+        {"--public-key",
+         [&](const std::string&, const std::string& path) {
+             arguments.opening.options.public_key = read_public_key(path);
+         }},
         {"--backend", word(arguments.opening.options.backend)},
         {"--device", word(arguments.opening.options.device)},
         {"--provider", word(arguments.opening.options.device)},
