@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <list>
 
 #include "errors.hpp"
 #include "images.hpp"
@@ -201,6 +202,10 @@ std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
     options.engine_sha256 = manifest.files.at(files.at(0)).sha256;
     options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
+    const std::string place = text(backend.name, " ", options.device);
+    for (const auto& entry : opened_->engines)
+        if (const auto* const other = dynamic_cast<Resident*>(entry.second.get()))
+            if (entry.second->place == place) options.stream = other->stream();
     std::unique_ptr<Engine> opened;
     try {
         opened = unless_cancelled([&backend, paths, stage, options] { return backend.open(paths, stage, options); });
@@ -208,6 +213,7 @@ std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
         throw_if_grave(error.what());
         throw;
     }
+    opened->place = place;
     const auto inputs = names(stage.reads), outputs = names(stage.gives);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
         throw BundleError(text(folder.string(), ": ", stage.name, " has inputs ", join(opened->inputs), " and outputs ",
@@ -233,8 +239,61 @@ RunStage Pipeline::runner() {
 Rows Pipeline::encode(const Rows& condition) { return opened_->prompts(manifest, runner(), condition); }
 
 Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunStage& compute,
-                    std::size_t budget) {
-    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative), budget);
+                    std::size_t budget, const std::optional<Device>& device) {
+    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative), budget, device);
+}
+
+template <typename Call>
+auto Pipeline::with_resident(const Stage& stage, const Call& call) {
+    const Turns::Turn turn(opened_->turns);
+    return call(dynamic_cast<Resident*>(&engine(stage)));
+}
+
+std::optional<Device> Pipeline::device() {
+    if (options_.low_memory) return std::nullopt;
+    const std::shared_ptr<void> stream =
+        with_resident(manifest.step(), [](Resident* engine) { return engine ? engine->stream() : nullptr; });
+    if (!stream) return std::nullopt;
+    const auto joins = [this, stream](const Stage& stage) {
+        return with_resident(stage, [&](Resident* engine) { return engine && engine->stream() == stream; });
+    };
+    // No engine may be recording its work meanwhile, when an array is made or given back.
+    const auto make = [this](const auto& call) {
+        DeviceRows rows;
+        try {
+            rows = with_resident(manifest.step(), [&](Resident* engine) { return call(*engine); });
+        } catch (const EngineError& error) {
+            throw_if_grave(error.what());
+            throw;
+        }
+        const auto give_back = [opened = opened_, memory = rows.memory](DeviceMemory*) mutable {
+            const CallScope scope({});  // it is given back whether or not the call is cancelled
+            const Turns::Turn turn(opened->turns);
+            memory.reset();
+        };
+        rows.memory = std::shared_ptr<DeviceMemory>(rows.memory.get(), give_back);
+        return rows;
+    };
+    const auto put = [make](const Input& values) {
+        return make([&](Resident& engine) { return engine.put(values); });
+    };
+    const auto empty = [make](const Shape& shape, bool integers) {
+        return make([&](Resident& engine) { return engine.empty(shape, integers); });
+    };
+    const auto home = [this](const DeviceRows& rows) {
+        const Turns::Turn turn(opened_->turns);
+        const Stopwatch waiting(&Timing::steps);  // for what is queued
+        return rows.home();
+    };
+    const auto run = [this](const Stage& stage, const std::vector<Input>& inputs, const Into& into) {
+        answer(stage, inputs, &into);
+    };
+    return Device{put, empty, home, joins, run};
+}
+
+bool Pipeline::updates_on_device() {
+    const auto device = manifest.update ? this->device() : std::nullopt;
+    return device && device->joins(*manifest.update);
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,
@@ -293,13 +352,24 @@ std::vector<std::uint8_t> Pipeline::pictures(const std::vector<float>& latents) 
     return to_uint8(images, with_rows(latents.size() / count(manifest.state().shape), manifest.image_shape()));
 }
 
-// What the stage's engine gives, when it is this call's turn.
-std::map<std::string, Output> Pipeline::answer(const Stage& stage, const std::vector<Input>& inputs) {
+// What the stage's engine gives, when it is this call's turn; with `into`, its outputs go there and none is returned.
+std::map<std::string, Output> Pipeline::answer(const Stage& stage, std::vector<Input> inputs, const Into* into) {
     const auto& cancellation = current_call().cancellation;
     const auto cancelled = [&] { return cancellation && cancellation->cancelled(); };
     check_cancelled();
     const Turns::Turn turn(opened_->turns);
     Engine& engine = this->engine(stage);
+    Resident* const resident = dynamic_cast<Resident*>(&engine);
+    const auto own = [&](const DeviceRows& rows) { return resident && rows.memory->stream() == resident->stream(); };
+    std::list<std::vector<unsigned char>> home;  // of arrays on a device that is not this engine's
+    for (Input& input : inputs) {
+        if (!input.device || own(*input.device)) continue;
+        input.data = home.emplace_back(input.bytes()).data();
+        input.device->memory->download(home.back().data(), input.device->stretches());
+        input.device = nullptr;
+    }
+    if (into && !std::all_of(into->begin(), into->end(), [&](const auto& entry) { return own(entry.second); }))
+        throw EngineError(text("the ", stage.name, "'s engine is not the one that this run's arrays are with"));
     const Stopwatch running(stage.runs == "step"  ? &Timing::steps
                             : stage.runs == "end" ? &Timing::end
                                                   : &Timing::before_loop);
@@ -307,7 +377,10 @@ std::map<std::string, Output> Pipeline::answer(const Stage& stage, const std::ve
         std::map<std::string, Output> outputs;
         {
             const Cancellation::Hook hook(cancellation, [&engine] { engine.stop(); });
-            outputs = engine.run(inputs);
+            if (into)
+                resident->run_into(inputs, *into);
+            else
+                outputs = engine.run(inputs);
         }
         if (cancelled()) engine.resume();
         return outputs;

@@ -17,7 +17,7 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorStreamCaptureUnsupported = 900
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 constexpr unsigned cudaStreamNonBlocking = 1;
@@ -140,7 +140,7 @@ inline cudaError_t cudaMemcpyAsync(void* into, const void* from, std::size_t byt
     cuda.own(stream->device);
     cuda.copies.push_back({kind, bytes});
     const auto host = cuda.memory.find(kind == cudaMemcpyHostToDevice ? const_cast<void*>(from) : into);
-    cuda.pageable += host == cuda.memory.end() || !host->second.pinned;
+    if (kind != cudaMemcpyDeviceToDevice) cuda.pageable += host == cuda.memory.end() || !host->second.pinned;
     later(stream, [=] { std::memcpy(into, from, bytes); });
     return cudaSuccess;
 }
