@@ -16,6 +16,8 @@ from dit_serve import cli
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deploy/docker").glob("*ockerfile"))
+DEVELOPMENT = ROOT / "deploy/docker/dev.Dockerfile"
+SERVERS = [file for file in FILES if file != DEVELOPMENT]
 
 
 def lint(file: Path) -> subprocess.CompletedProcess[str]:
@@ -31,12 +33,13 @@ def copied(file: Path) -> list[str]:
 
 
 def build(folder: Path, names: list[str]) -> subprocess.CompletedProcess[str]:
-    """Build the project's wheel from these files and folders alone."""
+    """Build the runtime's wheel from these files and folders alone."""
     for name in names:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, folder / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    return subprocess.run([*command, "-w", str(folder / "wheel"), str(folder)], capture_output=True, text=True)
+    places = ["-w", str(folder / "wheel"), str(folder / "runtime")]
+    return subprocess.run([*command, *places], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -51,18 +54,29 @@ def test_the_linter_finds_faults(tmp_path) -> None:
     assert {"DL3007", "DL3008"} <= set(re.findall(r"DL\d+", lint(file).stdout))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", SERVERS, ids=lambda file: file.name)
 def test_what_they_install(file) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (named,) = re.findall(r"'\.\[(.*?)\]'", file.read_text())
+    extras = tomllib.loads((ROOT / "runtime/pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (named,) = re.findall(r"'\./runtime\[(.*?)\]'", file.read_text())
     assert set(named.split(",")) <= extras.keys()
     assert "serve" in named and "--constraint constraints.txt" in file.read_text()
 
 
+def test_a_machine_to_develop_on_has_what_make_needs() -> None:
+    """Debian's packages that setup.sh and its callers in the Makefile name, and the browser."""
+    setup = (ROOT / "runtime/cpp/tools/setup.sh").read_text()
+    (installs,) = re.findall(r"^for package in (.*) \"\$@\"", setup, re.MULTILINE)
+    callers = re.findall(r"\$\(CPP_SETUP\) (.+)", (ROOT / "Makefile").read_text())
+    needed = {"chromium", "git", *installs.split(), *" ".join(callers).split()}
+    assert {"cmake", "clang", "libgtest-dev"} <= needed <= set(re.findall(r"[\w+-]+", DEVELOPMENT.read_text()))
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == DEVELOPMENT
+
+
 def test_what_they_copy_makes_the_package(tmp_path) -> None:
     """A wheel is built from it, and .dockerignore lets all of it through."""
-    names = copied(FILES[0])
-    assert all(set(names) <= set(copied(file)) for file in FILES)
+    names = copied(SERVERS[0])
+    assert all(set(names) <= set(copied(file)) for file in SERVERS)
     done = build(tmp_path, names)
     assert done.returncode == 0, done.stderr
     assert [path.suffix for path in (tmp_path / "wheel").iterdir()] == [".whl"]
