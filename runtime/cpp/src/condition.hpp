@@ -14,10 +14,10 @@ namespace dit_runtime {
 
 // Rows of one port, or of one tensor that a stage gives.
 struct Tensor {
-    Shape shape;                              // (N, ...)
-    std::vector<float> floats = {};           // of float32
-    std::vector<std::int64_t> integers = {};  // of int64, else empty
-    std::uint64_t version = 0;                // as an Input's
+    Shape shape;                                    // (N, ...)
+    std::vector<float> floats = {};                 // of float32
+    std::vector<std::int64_t> integers = {};        // of int64, else empty
+    std::uint64_t version = 0;                      // as an Input's
     std::shared_ptr<const DeviceRows> device = {};  // where the values are, in the place of all above
 
     std::size_t rows() const { return static_cast<std::size_t>(shape.at(0)); }

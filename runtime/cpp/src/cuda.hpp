@@ -141,8 +141,8 @@ class Memory : public DeviceMemory {
     std::unique_ptr<Pinned> staging_;
 };
 
-// What an engine reads or writes: memory of the device, which never moves, and pinned memory of the host for arrays that
-// cross.
+// What an engine reads or writes: memory of the device, which never moves, and pinned memory of the host for arrays
+// that cross.
 class Buffer {
   public:
     explicit Buffer(std::size_t bytes) : size(bytes) { check(cudaMalloc(&device, bytes), "cudaMalloc"); }

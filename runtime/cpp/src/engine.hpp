@@ -43,8 +43,8 @@ struct Input {
     std::string name;
     Shape shape;
     const void* data;
-    bool integers = false;      // int64, else float32
-    std::uint64_t version = 0;  // inputs of one version and name have the same values; 0: of no version
+    bool integers = false;               // int64, else float32
+    std::uint64_t version = 0;           // inputs of one version and name have the same values; 0: of no version
     const DeviceRows* device = nullptr;  // where the values are, in the place of `data`; only a Resident takes them
 
     std::size_t bytes() const { return count(shape) * (integers ? sizeof(std::int64_t) : sizeof(float)); }

@@ -35,8 +35,8 @@ struct Bound {
     bool recorded = false;
 };
 
-// A shape's inputs and outputs have addresses of their own, so that its work on them can be recorded as a CUDA graph. The
-// first base's stream outlives the session.
+// A shape's inputs and outputs have addresses of their own, so that its work on them can be recorded as a CUDA graph.
+// The first base's stream outlives the session.
 class OrtCudaEngine : public cuda::DeviceEngine, public OrtEngine {
   public:
     OrtCudaEngine(const Path& path, const Stage& stage, const Options& options, bool records)

@@ -180,8 +180,8 @@ void Memo::fill_device(Held& held, const Pairs& pairs) {
     for (std::size_t first = 0; first < pairs.size(); first += size) {
         const std::size_t last = std::min(first + size, pairs.size());
         const auto begin = pairs.begin();
-        const std::vector<Tensor> tensors = read(
-            stage, {begin + static_cast<std::ptrdiff_t>(first), begin + static_cast<std::ptrdiff_t>(last)});
+        const std::vector<Tensor> tensors =
+            read(stage, {begin + static_cast<std::ptrdiff_t>(first), begin + static_cast<std::ptrdiff_t>(last)});
         Into into;
         for (const auto& [name, rows] : held.resident) into.emplace(name, rows.slice(first, last));
         device_->run(stage, inputs_of(stage, tensors), into);

@@ -71,7 +71,7 @@ class Memo {
     RunStage run_;
     std::optional<Device> device_;
     std::map<std::string, DeviceRows> sent_;  // what no stage before the loop gives, and no step changes
-    Rows rows_;  // condition, then negative
+    Rows rows_;                               // condition, then negative
     std::size_t condition_rows_, negative_rows_;
     std::vector<float> times_;  // distinct, ascending
     std::vector<std::size_t> time_of_step_;

@@ -72,7 +72,8 @@ Trajectory Run::begin(const Request& request) {
         };
     auto cache = make_cache(request.cache, request.cache_settings, static_cast<std::int64_t>(checked_.timesteps.size()),
                             evaluations(checked_.solver));
-    const bool skips = std::any_of(checked_.groups.begin(), checked_.groups.end(), [](const auto& own) { return !own; });
+    const bool skips =
+        std::any_of(checked_.groups.begin(), checked_.groups.end(), [](const auto& own) { return !own; });
     on_host_ = compute_ || mix || cache || keep || skips || evaluations(checked_.solver) > 1;
     return {std::move(solver), checked_.timesteps, checked_.groups, std::move(mix), std::move(cache), std::move(keep)};
 }
@@ -114,8 +115,7 @@ std::unique_ptr<MatrixLoop> Run::begin_on_device() {
     const auto matrices = linear(manifest.process, checked_.solver, checked_.steps, eta_, spacing_, checked_.first);
     if (!matrices) return nullptr;
     const Device device = *pipe_.device();
-    if (manifest.mixes_guidance())
-        weights_ = device.put({GUIDANCE, with_rows(count(), {}), checked_.weights.data()});
+    if (manifest.mixes_guidance()) weights_ = device.put({GUIDANCE, with_rows(count(), {}), checked_.weights.data()});
     const auto inputs = [this, &memo = memo(device)](std::size_t step, std::size_t first, std::size_t last) {
         std::vector<Input> inputs;
         for (const auto& [name, tensor] : memo(step, first, last, *checked_.groups[step]))
