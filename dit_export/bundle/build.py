@@ -68,11 +68,12 @@ def build(
 ) -> Built:
     """Build and verify a bundle; `loaded` is a network of the caller's own instead of the recipe's checkpoint.
 
-    Several sizes are built one after the other; each has the calibration of the first, and keeps in float what those
-    before it do.
+    Several sizes are built one after the other. All use the first size's calibration. Layers that stay float at one
+    size stay float at the sizes after it.
 
-    An int8 or fp8 build whose gates fail keeps in float the fewest layers with which they pass, unless the recipe is
-    strict. With `options` it also searches before. The manifest's recipe names what stays float.
+    If the gates of an int8 or fp8 build fail, it is repeated with the fewest float layers that pass, unless the recipe
+    is strict. With `options`, the search of `dit-export quantize` comes first. The manifest's recipe names the
+    float layers.
     """
     _require_consistent(recipe)
     if loaded is not None and recipe.sizes[1:]:
@@ -87,12 +88,12 @@ def build(
     with progress.stage("weights"):
         loaded = loaded or load(recipe)
         _require_one_negative(loaded)
-        inputs = _read_inputs(recipe, loaded)
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
         _require_pictures(recipe, loaded)
         presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
+    inputs = _read_inputs(recipe, loaded, progress)
     if loaded.note:
         progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
@@ -212,13 +213,14 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"got both {both}: pass one of them")
 
 
-def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
+def _read_inputs(recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
     """Read a user's calibration or conditions; without both, take captions of ours where there are text encoders."""
     own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
     if recipe.calibration:
         return Inputs(Calibration.load(Path(recipe.calibration).expanduser()), own)
     if own is None and loaded.text is not None and recipe.precision in backends.QUANTIZED:
-        own = embed(loaded.network, loaded.text)
+        with progress.stage("calibration: captions of ours through the text encoders"):
+            own = embed(loaded.network, loaded.text)
     return Inputs(None, own)
 
 
