@@ -246,14 +246,16 @@ def test_only_a_wheel_of_the_pinned_version_is_taken(tmp_path, monkeypatch) -> N
 @pytest.mark.parametrize("engine", [b"", pack.ENGINE])
 def test_a_program_without_the_engine_of_gpus_is_refused(tmp_path, monkeypatch, engine) -> None:
     library = tmp_path / "libdit.so.1.2"
-    library.write_bytes(b"symbols " + engine)
+    library.write_bytes(b"symbols")
+    (tmp_path / "libdit-onnxruntime.so").write_bytes(b"symbols " + engine)  # a plugin, which ldd does not know
     (tmp_path / "programs").mkdir()
     (tmp_path / "programs" / "dit-generate").write_bytes(b"program")
     listed = f"\tlibdit.so.1 => {library} (0x1)\n\tlibc.so.6 => /lib/libc.so.6 (0x2)\n\t/lib64/ld-linux (0x3)\n"
     monkeypatch.setattr(pack.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed))
     if engine:
         pack.copy_program(tmp_path, tmp_path / "packed")
-        assert {path.name for path in (tmp_path / "packed").iterdir()} == {"dit-generate", "libdit.so.1"}
+        packed = {path.name for path in (tmp_path / "packed").iterdir()}
+        assert packed == {"dit-generate", "libdit.so.1", "libdit-onnxruntime.so"}
     else:
         with pytest.raises(UsageError, match="built without CUDA_ROOT"):
             pack.copy_program(tmp_path, tmp_path / "packed")
