@@ -34,7 +34,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu benchmarks gpu-pack gpu-check cpp cpp-build cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser site lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu benchmarks gpu-pack gpu-check cpp cpp-build cpp-unit cpp-test cpp-sanitize cpp-static cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test-build test test-all test-gpu browser site lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -143,7 +143,16 @@ cpp-test: cpp-unit browser
 
 cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
-	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
+	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS) $(CURDIR)/$(BIN)/python
+
+# libdit.a with its engines, and a program that needs no libdit beside it.
+cpp-static: $(STAMP)
+	$(CPP_SETUP)
+	$(CPP_CONFIGURE) --preset static -B build/cpp-static
+	cmake --build build/cpp-static --parallel $(JOBS) --target dit-generate
+	$(BIN)/python runtime/cpp/tests/make_bundle.py build/cpp-static/bundle
+	build/cpp-static/programs/dit-generate build/cpp-static/bundle --verify
+	! readelf -d build/cpp-static/programs/dit-generate | grep -q 'NEEDED.*libdit'
 
 # For 64-bit ARM, without engines; its unit tests run under qemu.
 cpp-aarch64: $(STAMP)
@@ -152,15 +161,24 @@ cpp-aarch64: $(STAMP)
 	cmake --build build/cpp-aarch64 --parallel $(JOBS)
 	ctest --test-dir build/cpp-aarch64 --output-on-failure
 
-# What reads files and what uses them, FUZZ_SECONDS each.
+# What reads files and what uses them, FUZZ_SECONDS each; `make test` fuzzes the readers.
 FUZZERS := http manifest verify request options
-cpp-fuzz: $(STAMP)
+READERS := http manifest
+FUZZ := build/cpp-fuzz
+fuzz = for kind in $(1); do mkdir -p $(FUZZ)/corpus/$$kind && $(FUZZ)/fuzz/$$kind-fuzzer \
+	-max_total_time=$(or $(FUZZ_SECONDS),15) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1 \
+	-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus/$$kind runtime/cpp/fuzz/corpus || exit 1; done
+fuzzers = CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(FUZZ) -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF && \
+	cmake --build $(FUZZ) --parallel $(JOBS) --target $(1:=-fuzzer)
+
+cpp-fuzz: $(ENGINES)
 	$(CPP_SETUP) clang libclang-rt-dev
-	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF
-	cmake --build build/cpp-fuzz --parallel $(JOBS) --target $(FUZZERS:=-fuzzer)
-	for kind in $(FUZZERS); do mkdir -p build/cpp-fuzz/corpus/$$kind && build/cpp-fuzz/fuzz/$$kind-fuzzer \
-		-max_total_time=$(or $(FUZZ_SECONDS),15) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1 \
-		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus/$$kind runtime/cpp/fuzz/corpus || exit 1; done
+	$(call fuzzers,$(FUZZERS))
+	$(call fuzz,$(FUZZERS))
+
+test-build: cpp-build
+	$(CPP_SETUP) clang libclang-rt-dev
+	$(call fuzzers,$(READERS))
 
 # Whether the TensorRT engine compiles against the public headers, where they are at hand; it needs no GPU.
 cpp-tensorrt:
@@ -177,8 +195,8 @@ check: $(STAMP)
 	$(PYTEST) -m 'not builds and not slow and not gpu'
 
 # The soak mostly waits, beside the tests.
-test: cpp-build $(STAMP) browser
-	$(CTEST) & unit=$$!; $(BIN)/python -m tests.serve.soak 120 & soak=$$!; \
+test: test-build $(STAMP) browser
+	($(CTEST) && $(call fuzz,$(READERS))) & unit=$$!; $(BIN)/python -m tests.serve.soak 120 & soak=$$!; \
 		$(PYTEST); tests=$$?; wait $$unit && wait $$soak && exit $$tests
 
 # The documentation site, in build/site/html. A link that leads nowhere fails it.
@@ -192,7 +210,7 @@ test-gpu:
 	$(HERE) -m pytest -m gpu -rs
 
 # Where Triton or Ray cannot be installed, their tests are skipped and say so.
-test-all: cpp-unit cpp-sanitize cpp-aarch64 cpp-fuzz browser
+test-all: cpp-unit cpp-sanitize cpp-static cpp-aarch64 cpp-fuzz browser
 	-$(MAKE) triton ray
 	$(BIN)/python -m pytest -m ""
 

@@ -10,7 +10,7 @@ import pickletools
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO
+from typing import IO, Any
 
 PARTS = 10_000  # of a tuple, tuples in it included
 OPCODES = 1 << 20  # 60 a tensor is usual
@@ -36,7 +36,7 @@ def require_bounded(path: Path) -> None:
 def _require_bounded(stream: IO[bytes]) -> None:
     stack: list[int] = []  # the parts of each value
     outer: list[list[int]] = []  # the stacks below each mark
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if number == OPCODES:
             raise UnpicklingError(f"more than {OPCODES} opcodes")

@@ -1,4 +1,4 @@
-"""The C++ library as `make cpp` builds it."""
+"""The C++ library as `make cpp` builds it, or in the folder that DIT_CPP_BUILD names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.handmade import module
 from tests.once import once
 
-BUILD = Path(__file__).parents[2] / "build/cpp"
+BUILD = Path(os.environ.get("DIT_CPP_BUILD", Path(__file__).parents[2] / "build/cpp"))
 
 
 @pytest.fixture(scope="session")
