@@ -94,7 +94,7 @@ class TestElsewhere(Elsewhere):
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "inpainting"])
 def test_from_pictures(case, masked) -> None:
     pipelines = editing.Pipelines(QwenImageImg2ImgPipeline, QwenImageInpaintPipeline)
-    editing.accept(editing.Edit(case, pipelines, masked), strength=0.6, count=2)
+    editing.accept(editing.Edit(case, pipelines, masked), editing.SAME, strength=0.6, count=2)
 
 
 @pytest.mark.slow
