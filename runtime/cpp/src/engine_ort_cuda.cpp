@@ -1,7 +1,6 @@
 // ONNX Runtime's CUDA provider on memory of the GPU that never moves, so that a step can be replayed as a CUDA graph.
 // Mirrors dit_runtime/backends/ort_cuda.py.
 #include <algorithm>
-#include <iostream>
 #include <string>
 #include <utility>
 
@@ -17,8 +16,8 @@ using cuda::Stream;
 
 using Shapes = std::map<std::string, Shape>;  // of the inputs
 
-void say_without(const std::string& reason) {
-    std::cerr << "no CUDA graph of ONNX Runtime's work, it runs without: " << reason << '\n';
+void log_without(Log* log, const std::string& reason) {
+    log(Severity::WARNING, "no CUDA graph of ONNX Runtime's work, it runs without: " + reason);
 }
 
 // Shapes that keep their memory: with and without guidance, at eight batch sizes. What is recorded keeps it to the end,
@@ -48,6 +47,7 @@ class OrtCudaEngine : Started, public OrtEngine {
         : OrtEngine(path, options,
                     {{"user_compute_stream", text(reinterpret_cast<std::uintptr_t>(stream->handle))},
                      {"enable_cuda_graph", records ? "1" : "0"}}),
+          log_(options.log),
           number_(gpu_number(options.device)),
           stage_(stage),
           plain_(run_settings("-1")),
@@ -149,7 +149,7 @@ class OrtCudaEngine : Started, public OrtEngine {
                 recordings_ += !std::exchange(bound.recorded, true);
             } catch (const OrtFailure& error) {
                 if (bound.recorded) throw;
-                say_without(error.what());
+                log_without(log_, error.what());
                 records_ = false;
                 run(plain_);
             }
@@ -163,6 +163,7 @@ class OrtCudaEngine : Started, public OrtEngine {
         stream.reset();
     }
 
+    Log* const log_;
     const int number_;
     const Stage stage_;
     const RunOptions plain_;
@@ -182,7 +183,7 @@ std::unique_ptr<Engine> open_cuda(const Path& path, const Stage& stage, const Op
             return std::make_unique<OrtCudaEngine>(path, stage, options, true);
         } catch (const BundleError& error) {
             if (std::string(error.what()).find("graph capture") == std::string::npos) throw;
-            say_without(error.what());
+            log_without(options.log, error.what());
             return std::make_unique<OrtCudaEngine>(path, stage, options, false);
         }
     } catch (const cuda::CudaError& error) {

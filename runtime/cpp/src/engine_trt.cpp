@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
-#include <iostream>
 #include <mutex>
 #include <random>
 
@@ -102,7 +101,7 @@ struct Execution {
 class TrtEngine : public Engine {
   public:
     TrtEngine(const std::vector<Path>& files, const Built& built, const Options& options, const std::string& command)
-        : device_(gpu_number(options.device)), stream_(std::make_unique<Stream>()) {
+        : log_(options.log), device_(gpu_number(options.device)), stream_(std::make_unique<Stream>()) {
         const Path& path = files.at(0);
         runtime_.reset(nvinfer1::createInferRuntime(logger()));
         if (!runtime_) throw NoDevice(text(DIT_TENSORRT, " does not start here: ", logger().last()));
@@ -217,7 +216,8 @@ class TrtEngine : public Engine {
         try {
             execution.recording = std::make_unique<Recording>(*stream_, [&] { execute(*execution.context); });
         } catch (const EngineError& error) {
-            std::cerr << "no CUDA graph of " << DIT_TENSORRT << "'s work, it runs without: " << error.what() << '\n';
+            log_(Severity::WARNING,
+                 text("no CUDA graph of ", DIT_TENSORRT, "'s work, it runs without: ", error.what()));
             records_ = false;
         }
     }
@@ -356,6 +356,7 @@ class TrtEngine : public Engine {
         stream_.reset();
     }
 
+    Log* const log_;
     const int device_;
     Path kernels_;  // empty: they are not kept
     // What is named first is destroyed last.
