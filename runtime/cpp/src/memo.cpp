@@ -16,10 +16,8 @@ void add_new(std::vector<T>& values, const T& value) {
     if (std::find(values.begin(), values.end(), value) == values.end()) values.push_back(value);
 }
 
-template <typename T>
-void append_row(std::vector<T>& to, const T* values, std::size_t row, std::size_t size) {
-    to.insert(to.end(), values + row * size, values + (row + 1) * size);
-}
+std::vector<float>& values_of(Tensor& tensor, const float*) { return tensor.floats; }
+std::vector<std::int64_t>& values_of(Tensor& tensor, const std::int64_t*) { return tensor.integers; }
 
 // No other input of this process has it.
 std::uint64_t new_version() {
@@ -88,12 +86,16 @@ const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t 
     return inputs_;
 }
 
-void Memo::append(std::size_t step, std::size_t first, std::size_t last, Groups groups, std::size_t group,
-                  const TensorSpec& spec, Tensor& to) {
+void Memo::write(std::size_t step, std::size_t first, std::size_t last, Groups groups, const TensorSpec& spec,
+                 Tensor& to, std::size_t begin, std::size_t batch) {
     fill(step);
-    const Pairs all = pairs(step, first, last, groups);
-    const auto begin = all.begin() + static_cast<std::ptrdiff_t>(group * (last - first));
-    append(spec, {begin, begin + static_cast<std::ptrdiff_t>(last - first)}, to);
+    const std::size_t samples = last - first;
+    std::size_t number = 0;  // samples of a group, then those of the next
+    each_row(spec, pairs(step, first, last, groups), [&](const auto* row, std::size_t size) {
+        const std::size_t place = number / samples * batch + begin + number % samples;
+        std::copy(row, row + size, values_of(to, row).data() + place * size);
+        ++number;
+    });
 }
 
 // The rows of the samples at an evaluation, group after group.
@@ -177,26 +179,29 @@ Tensor Memo::gather(const TensorSpec& spec, const Pairs& pairs) const {
     Tensor tensor{with_rows(pairs.size(), spec.row())};
     const std::size_t numbers = count(tensor.shape);
     spec.dtype == "int64" ? tensor.integers.reserve(numbers) : tensor.floats.reserve(numbers);
-    append(spec, pairs, tensor);
+    each_row(spec, pairs, [&](const auto* row, std::size_t size) {
+        auto& values = values_of(tensor, row);
+        values.insert(values.end(), row, row + size);
+    });
     return tensor;
 }
 
-void Memo::append(const TensorSpec& spec, const Pairs& pairs, Tensor& to) const {
+// Calls `take` with each pair's row of a tensor and the row's length.
+template <typename Take>
+void Memo::each_row(const TensorSpec& spec, const Pairs& pairs, const Take& take) const {
     const std::size_t size = count(spec.row());
-    const Held* const source = giver(spec.name);
-    const Port* const port = source ? nullptr : manifest_.port(spec.name);
-    for (const auto& [time, row] : pairs) {
-        if (source) {
+    if (const Held* const source = giver(spec.name)) {
+        const float* const rows = source->tensors.at(spec.name).data();
+        for (const auto& [time, row] : pairs) {
             const std::size_t place = source->timed ? places_.at(time) : 0;
-            append_row(to.floats, source->tensors.at(spec.name).data(),
-                       place * source->examples.size() + source->numbers[row], size);
-        } else if (port->role == "time") {
-            to.floats.push_back(times_[time]);
-        } else if (spec.dtype == "int64") {
-            append_row(to.integers, rows_.arrays.at(spec.name).integers.data(), row, size);
-        } else {
-            append_row(to.floats, rows_.arrays.at(spec.name).floats.data(), row, size);
+            take(rows + (place * source->examples.size() + source->numbers[row]) * size, size);
         }
+    } else if (manifest_.port(spec.name)->role == "time") {
+        for (const auto& [time, row] : pairs) take(&times_[time], 1);
+    } else if (const Tensor& tensor = rows_.arrays.at(spec.name); spec.dtype == "int64") {
+        for (const auto& [time, row] : pairs) take(tensor.integers.data() + row * size, size);
+    } else {
+        for (const auto& [time, row] : pairs) take(tensor.floats.data() + row * size, size);
     }
 }
 

@@ -32,9 +32,10 @@ class Memo {
     // call. Samples that are apart are twice as many: each one's own condition, then each one's negative. Those without
     // a timestep are stacked once for the same samples (62 MB a caption in XL/2).
     const Arrays& operator()(std::size_t step, std::size_t first, std::size_t last, Groups groups = Groups::BOTH);
-    // Appends the rows of one tensor in one of the groups: so that runs which share a call are stacked in one copy.
-    void append(std::size_t step, std::size_t first, std::size_t last, Groups groups, std::size_t group,
-                const TensorSpec& spec, Tensor& to);
+    // Writes the rows of one tensor into [G, `batch`, ...], from sample `begin` on: so that runs which share a call are
+    // stacked in one copy.
+    void write(std::size_t step, std::size_t first, std::size_t last, Groups groups, const TensorSpec& spec, Tensor& to,
+               std::size_t begin, std::size_t batch);
     // Computes what an evaluation reads, unless it is there.
     void fill(std::size_t step);
 
@@ -57,7 +58,8 @@ class Memo {
     const Held* giver(const std::string& tensor) const;
     bool timed(const std::string& tensor) const;
     Tensor gather(const TensorSpec& spec, const Pairs& pairs) const;
-    void append(const TensorSpec& spec, const Pairs& pairs, Tensor& to) const;
+    template <typename Take>
+    void each_row(const TensorSpec& spec, const Pairs& pairs, const Take& take) const;
 
     const Manifest& manifest_;
     RunStage run_;

@@ -70,6 +70,7 @@ class Pipeline {
     struct Opened {
         Turns turns;                                             // for engines and checked, at all sizes
         std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
+        std::map<std::string, std::vector<std::string>> files;   // that each was opened from
         CheckedFiles checked;                                    // files whose sums are the manifest's
         PromptMemo prompts;
     };
