@@ -55,10 +55,10 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml runtime/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[export,onnxruntime,openvino,tensorrt-rtx,serve,dev]"
+		--editable "./runtime[onnxruntime,openvino,tensorrt-rtx,serve]" --editable ".[export,dev]"
 	@touch $@
 
 # Triton's server from a wheel of NVIDIA's, which would bring NumPy 1, and its client, which would bring an older ml_dtypes:
@@ -71,7 +71,7 @@ build/triton/.installed: tests/serve/triton.txt $(STAMP)
 	@touch $@
 
 ray: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ray-serve]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "./runtime[ray-serve]"
 
 demo: $(STAMP)
 	@$(BIN)/dit-export demo show

@@ -1,6 +1,5 @@
 """The commands that look at bundles and graphs: what they print for people and for machines."""
 
-import importlib.metadata
 import json
 import subprocess
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import dit_export.cli
+import dit_runtime
 import dit_runtime.cli
 import dit_runtime.verify
 import dit_serve.cli
@@ -41,7 +41,7 @@ def test_version(main, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert not ended.value.code
-    assert capsys.readouterr().out.split()[1:] == [importlib.metadata.version("dit-export")]
+    assert capsys.readouterr().out.split()[1:] == [dit_runtime.__version__]
 
 
 def test_info(meta: Built, capsys: Capture) -> None:

@@ -60,7 +60,7 @@ def folder(handmade, tmp_path) -> Path:
 
 @pytest.mark.parametrize("times", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_any_time(handmade, tmp_path, times) -> None:
-    """By SIGKILL, from the first copied file to the last removed one; a bundle that is whole is old or new."""
+    """SIGKILL comes from the first copied file to the last removed one; a bundle that is whole is old or new."""
     command = [sys.executable, "-c", KILLER, str(handmade("labels")), str(tmp_path / "there" / "bundle"), str(times)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
@@ -77,7 +77,7 @@ def test_where_folders_cannot_be_exchanged(folder, handmade, monkeypatch) -> Non
 
 
 def test_a_bundle_that_was_moved_away_comes_back(folder) -> None:
-    """Of a build that was killed between two renames."""
+    """A build was killed between two renames."""
     contract = manifest.read(folder)
     folder.rename(folder.with_name(".bundle.old-0a"))
     with pytest.raises(KeyboardInterrupt), place.workplace(folder):

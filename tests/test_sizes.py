@@ -77,7 +77,7 @@ def test_tensors_of_the_same_content_stand_once(handmade, tmp_path) -> None:
 
 
 def test_a_stage_of_other_weights_is_another_stage(handmade, tmp_path) -> None:
-    """What a stage reads and gives may be the same at both sizes, and its numbers not."""
+    """A stage may read and give the same at both sizes, and its numbers not."""
 
     def change(folder: Path) -> None:
         model = onnx.load(folder / "conditioner.onnx")

@@ -4,10 +4,9 @@
 FROM nvcr.io/nvidia/tritonserver:25.10-py3
 ENV APIS=model-repository,shared-memory,trace,logging
 WORKDIR /source
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY dit_export dit_export
+COPY constraints.txt ./
 COPY runtime runtime
-RUN pip install --no-cache-dir --constraint constraints.txt '.[serve,text,openvino,onnxruntime]'
+RUN pip install --no-cache-dir --constraint constraints.txt './runtime[serve,text,openvino,onnxruntime]'
 # triton-server, a user of that image
 USER 1000:1000
 EXPOSE 8000 8001 8002

@@ -10,11 +10,12 @@ from typing import Any
 
 from dit_runtime.backends import cuda
 from dit_runtime.backends.trt import RTX, TENSORRT
+from dit_runtime.facts import VERSION
 
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm")
 PACKAGES = (
-    *("dit-export", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),
+    *("torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "numpy"),
     *TENSORRT.packages,
     *RTX.packages,
 )
@@ -46,7 +47,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    found = {"dit-export": VERSION}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -54,7 +54,7 @@ Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
 
 
 class Inputs(NamedTuple):
-    """What int8 and fp8 are calibrated with."""
+    """The calibration or the prompts that int8 and fp8 take their ranges from."""
 
     calibration: Calibration | None = None
     prompts: Prompts | None = None

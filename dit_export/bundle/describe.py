@@ -15,12 +15,13 @@ from dit_export.recipe import Recipe
 from dit_runtime import backends
 from dit_runtime.bundle.manifest import Guidance, Manifest, Stage, TensorSpec
 from dit_runtime.bundle.records import size_name
+from dit_runtime.facts import VERSION
 
 # Rows a call. XL/2 has 31 MB a caption and 0.8 MB a (timestep, label); the VAE's activations for 512 px are hundreds of
 # MB, and a batch gains it nothing on a CPU. Videos are decoded alone: each has those of all its frames, and a CPU's
 # convolutions in three dimensions round otherwise in a batch.
 ROWS = {"prompt": 8, "condition": 8, "time": 64, "time+condition": 64, "start": 1, "end": 2}
-TOOLS = ("dit-export", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
+TOOLS = ("torch", "onnx", "onnxscript", "onnx-graphsurgeon", "diffusers", "numpy")
 
 
 class Written(NamedTuple):
@@ -91,7 +92,8 @@ def _gives_videos(gives: Sequence[TensorSpec]) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    versions = {name: here for name, here in backends.versions().items() if here is not None}
+    versions = {"dit-export": VERSION}
+    versions |= {name: here for name, here in backends.versions().items() if here is not None}
     for name in TOOLS:
         try:
             versions[name] = version(name)

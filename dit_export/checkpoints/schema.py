@@ -1,4 +1,4 @@
-"""What the JSON of a checkpoint may hold: plain values within ranges, before any class is built of them."""
+"""The schema of a checkpoint's JSON: plain values within ranges, before any class is built of them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, triton, tune, verify
 from dit_runtime.console import guarded
-from dit_runtime.options import Parser, Version
+from dit_runtime.options import Parser, add_version
 
 # Each adds its parser and names its function.
 COMMANDS = (build, conditions, quantize, tune, verify, inspect, hoist, bench, demo, triton)
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="dit-export", description="Turn a PyTorch diffusion transformer into engines that ship.")
-    parser.add_argument("--version", action=Version)
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

@@ -39,7 +39,7 @@ class Runs(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What a transformer reads for one of guidance's predictions, and gives; all with a row for each sample."""
+    """The arguments and results of a transformer for one of guidance's predictions, with a row for each sample."""
 
     inputs: Mapping[str, Any]
     output: Tensor

@@ -55,7 +55,7 @@ class OnnxJudge:
         try:
             import onnxruntime as ort
         except ImportError:
-            raise UsageError("--features needs onnxruntime: pip install 'dit-export[onnxruntime]'") from None
+            raise UsageError("--features needs onnxruntime: pip install 'dit-runtime[onnxruntime]'") from None
         if not path.is_file():
             raise UsageError(f"{path}: no such file; expected an ONNX network with an image input")
         settings = ort.SessionOptions()

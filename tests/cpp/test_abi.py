@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+import dit_runtime
 from tests.cpp import abi
 
 ADVICE = "an incompatible change raises the minor version in dit.h; then: python -m tests.cpp.abi > runtime/cpp/abi.txt"
@@ -33,7 +34,7 @@ def test_a_moved_field_is_noticed(tmp_path):
 
 def test_the_soname_has_the_minor_version(build):
     dynamic = subprocess.run(["readelf", "-d", build / "libdit.so"], check=True, capture_output=True, text=True).stdout
-    assert "[libdit.so.0.1]" in dynamic
+    assert "[libdit.so.0.2]" in dynamic
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
@@ -52,7 +53,7 @@ def test_libdit_runs_without_an_engine(build, dit_generate, tiny, tmp_path, name
 
     assert name in version()
     (moved / f"libdit-{name}.so").write_bytes(b"\x7fELF, cut short")
-    assert f"{name} " not in version() and version().startswith("dit-generate 0.1.0 (")
+    assert f"{name} " not in version() and version().startswith(f"dit-generate {dit_runtime.__version__} (")
     asked = [command[0], tiny, "--labels", "1", "--backend", name, "-o", tmp_path / "a.npy"]
     done = subprocess.run(asked, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and f"libdit-{name}.so: " in done.stderr and done.stderr.count("\n") == 1

@@ -31,12 +31,13 @@ def copied(file: Path) -> list[str]:
 
 
 def build(folder: Path, names: list[str]) -> subprocess.CompletedProcess[str]:
-    """Build the project's wheel from these files and folders alone."""
+    """Build the runtime's wheel from these files and folders alone."""
     for name in names:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         copy(ROOT / name, folder / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    return subprocess.run([*command, "-w", str(folder / "wheel"), str(folder)], capture_output=True, text=True)
+    places = ["-w", str(folder / "wheel"), str(folder / "runtime")]
+    return subprocess.run([*command, *places], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -53,8 +54,8 @@ def test_the_linter_finds_faults(tmp_path) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_what_they_install(file) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    (named,) = re.findall(r"'\.\[(.*?)\]'", file.read_text())
+    extras = tomllib.loads((ROOT / "runtime/pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (named,) = re.findall(r"'\./runtime\[(.*?)\]'", file.read_text())
     assert set(named.split(",")) <= extras.keys()
     assert "serve" in named and "--constraint constraints.txt" in file.read_text()
 

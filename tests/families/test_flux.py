@@ -89,7 +89,7 @@ def test_schnell_is_diffusers(tmp_path, one_thread) -> None:
 
 @pytest.fixture(scope="module")
 def editable(tmp_path_factory, one_thread) -> dict[str, tiny.Case]:
-    """By the pipeline's name for guidance: as an input of the network, and of two predictions."""
+    """Cases by the pipeline's name for guidance: an input of the network, and a weight of two predictions."""
     folder, shift = tmp_path_factory.mktemp("editable"), {"shift": 3.0, "use_dynamic_shifting": True}
     with one_thread():
         dev = make_case(make_pipeline(**shift), folder / "dev", encoder=True, negative=None)

@@ -95,7 +95,7 @@ def test_what_overflows_stays_fp32(checkpoint, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_a_gate_that_fails_leaves_fp32(checkpoint, tmp_path, monkeypatch) -> None:
-    """What was measured is withheld, so that the encoders overflow in fp16."""
+    """The measured ranges are withheld, so that the encoders overflow in fp16."""
     monkeypatch.setattr(assemble, "measure_prompts", lambda *_: {})
     built, contract, said = build(checkpoint, tmp_path / "fp16", "onnxruntime", "fp16")
     assert (contract.prompt.precision, contract.step.precision) == ("fp32", "fp16")

@@ -17,7 +17,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where the packs were unpacked, and on what the steps run."""
+    """The folder of the unpacked packs, and the device on which the steps run."""
 
     work: Path
     dry: bool = False

@@ -68,7 +68,7 @@ def packed(tmp_path, shared_embedders, one_thread) -> Path:
 
 
 def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
-    """With only those packages that the machine with a GPU has."""
+    """The check has only those packages that the machine with a GPU has."""
     site = tmp_path / "work" / "site"
     site.mkdir(parents=True)
     (site / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))")
@@ -96,7 +96,7 @@ def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
 
 
 def test_a_step_that_dies_or_hangs_loses_nothing(tmp_path, monkeypatch) -> None:
-    """What it wrote stays, and the next step runs."""
+    """The output of a step that dies stays, and the next step runs."""
     steps = {
         "dies": "import os; print('{}', file=open(OUT, 'a')); os.abort()",
         "hangs": "import time; time.sleep(60)",

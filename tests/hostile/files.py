@@ -116,7 +116,7 @@ def redrawn(change: Callable[[onnx.ModelProto], object], name: str = GRAPH) -> A
 
 
 def entry(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
-    """What an entry of the weights' external data says."""
+    """An entry of the weights' external data."""
 
     def change(model: onnx.ModelProto) -> None:
         for weight in model.graph.initializer:

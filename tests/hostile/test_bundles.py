@@ -146,7 +146,7 @@ def test_every_value_of_every_kind(kind, handmade, tmp_path, capfd) -> None:
 
 @pytest.mark.slow
 def test_every_value_of_every_kind_in_a_run(handmade, tmp_path, monkeypatch, capfd) -> None:
-    """What a manifest may say and its files do not bear out."""
+    """Values that a manifest may have and its files do not bear out."""
     folder = Path(shutil.copytree(handmade("labels"), tmp_path / "bundle"))
     monkeypatch.chdir(tmp_path)
     wrong = []

@@ -75,7 +75,7 @@ def test_an_encoder_is_diffusers(make) -> None:
 
 
 def test_a_qwen_image_encoder() -> None:
-    """Of one frame, with the statistics of each channel."""
+    """It encodes one frame, with the statistics of each channel."""
     vae = qwen()
     with torch.no_grad():
         got = sample(*make_encoder(vae)(pictures()))

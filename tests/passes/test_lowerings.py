@@ -132,7 +132,7 @@ def test_group_norm_of_a_group_that_is_far_from_zero(run: Run) -> None:
 
 
 def test_group_norm_of_a_picture_is_the_same_in_a_batch(run: Run) -> None:
-    """With channels last, as ONNX Runtime lays them beside int8 convolutions."""
+    """Channels are last, as ONNX Runtime lays them beside int8 convolutions."""
     graph = empty(x=["n", 16, 16, 32])
     graph.opset = 21
     first = layer(graph, "Transpose", graph.inputs, ["n", 32, 16, 16], perm=[0, 3, 1, 2])
@@ -347,7 +347,7 @@ def test_integer_products_of_a_row_do_not_depend_on_its_batch(run: Run) -> None:
 
 
 def test_an_integer_product_needs_no_bias(run: Run) -> None:
-    """What is added may be no bias: here it is a number for each token."""
+    """The addend may be no bias: here it is a number for each token."""
     graph, x = quantized(bias=False), normal(3, 5, 96)
     graph.outputs = [layer(graph, "Add", [graph.outputs[0], normal(5, 24)], ["n", 5, 24])]
     (expected,) = run(graph.copy(), {"x": x})

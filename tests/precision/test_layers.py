@@ -70,7 +70,7 @@ def test_taps_of_any_rank(shape: tuple[int, ...], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_others_read_too_is_not_smoothed(shared: bool) -> None:
-    """What embed gives can be divided in its weight; a GELU in nothing."""
+    """The output of embed can be divided in its weight; that of a GELU in nothing."""
     graph, rng = mlp((6,)), np.random.default_rng(2)
     if shared:
         residual = onnxfile.layer(graph, "Neg", [graph.nodes[0].outputs[0]], "residual")

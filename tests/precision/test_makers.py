@@ -1,4 +1,4 @@
-"""What can be divided in the place of a layer's input, on handmade graphs; each near-miss divides nothing."""
+"""Places that can be divided instead of a layer's input, on handmade graphs; each near-miss divides nothing."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def a_part_of_the_tokens(make: Builder) -> list[gs.Variable]:
 
 
 def moved_for_others(make: Builder) -> list[gs.Variable]:
-    """What another node reads is no longer the norm itself."""
+    """Another node reads the moved norm, no longer the norm itself."""
     moved = make.add("Reshape", make.shape(), modulated(make), np.array([-1, TOKENS, CHANNELS]))
     return [make.add("Add", make.shape(), make.linear("layer", moved), moved)]
 

@@ -131,7 +131,7 @@ def test_the_worst_are_kept_and_no_more_than_needed(calibration, searched) -> No
 
 
 def test_fewer_tokens_stay_float_first() -> None:
-    """Of two layers with one error, that of the prompt's 4 tokens costs less in float than that of the image's 16."""
+    """Two layers have one error; that of the prompt's 4 tokens costs less in float than that of the image's 16."""
 
     def layer(name: str, tokens: int) -> Layer:
         x = gs.Variable("x", np.float32, ["rows", tokens, 8])
@@ -182,7 +182,7 @@ def test_budgets_that_are_none(text, wrong) -> None:
 
 
 def test_a_budget_in_decibels_counts_the_decoder(calibration, opened, monkeypatch) -> None:
-    """With the latents of fp32, the bundle's decoder alone is what ends at a distance."""
+    """The latents are those of fp32, so the bundle's decoder alone ends at a distance."""
     with opened(calibration, "onnxruntime") as tried:
         tried._decode = lambda latents: np.full((len(latents), 3, 16, 16), 0.5, np.float32)
         monkeypatch.setattr(tried._others.engines, "decode", lambda latents: tried._decode(latents) + 0.1)

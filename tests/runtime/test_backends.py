@@ -157,7 +157,7 @@ def test_mapped_weights_are_given_back(tmp_path) -> None:
 def test_the_cpu_decides_what_floats_are_computed_in(
     bundle, capsys, monkeypatch, precision, here, floats, words
 ) -> None:
-    """Where it has no bf16, that would be emulated, at a fifth of the speed."""
+    """A CPU without bf16 would emulate it, at a fifth of the speed."""
     module = backends.backend("openvino")
     monkeypatch.setattr(module, "capabilities", lambda: here)
     contract = manifest.read(on(bundle, "openvino"))

@@ -175,7 +175,7 @@ def test_a_cache_starts_anew_where_guidance_changes(flow) -> None:
 
 
 def test_a_policy_and_a_cache(flow) -> None:
-    """What is cached is what the policy made; a step of prediction 0 is no history."""
+    """The cache holds what the policy made; a step of prediction 0 is no history."""
     fields = {"steps": STEPS, "guidance": 3.0, "seed": 3, "guidance_policy": "zero_star", "output": "latents"}
     run = flow.run(Request([1], cache="taylorseer", cache_interval=3, **fields))
     run.result()

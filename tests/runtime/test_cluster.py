@@ -64,7 +64,7 @@ def test_two_thousand_pictures_and_a_killed_worker(handmade, tmp_path, start) ->
 
 
 def test_a_killed_machine(handmade, tmp_path, start) -> None:
-    """Of two machines of a cluster one dies; then all of them do, and another run goes on."""
+    """One of two machines of a cluster dies; then all of them do, and another run goes on."""
     bundle, into = handmade("labels"), tmp_path / "ray"
     words = command(bundle, into, 1000, 25)
     script = f"""

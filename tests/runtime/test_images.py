@@ -47,7 +47,7 @@ def test_a_folder_has_a_png_for_each_picture_or_frame(tmp_path) -> None:
     assert (tmp_path / "pictures" / "03.png").read_bytes() == images.png(VIDEOS[0, 3])
 
 
-PYAV = r"needs PyAV: pip install 'dit-export[video]', or pass -o FOLDER for PNGs"
+PYAV = r"needs PyAV: pip install 'dit-runtime[video]', or pass -o FOLDER for PNGs"
 
 
 def test_an_mp4_without_pyav_names_the_extra(tmp_path, monkeypatch) -> None:

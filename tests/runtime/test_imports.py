@@ -1,4 +1,4 @@
-"""The runtime needs NumPy alone: proved with an import blocker, and in an environment that holds nothing else."""
+"""The runtime needs NumPy alone: proved with an import blocker; `test_packages.py` installs it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
-from importlib.metadata import Distribution, distribution
 from pathlib import Path
-
-import pytest
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "runtime" / "python" / "dit_runtime"
@@ -115,56 +110,3 @@ def test_the_toolchains_table_needs_no_torch(tmp_path):
         + "import dit_export.recipe, dit_export.networks.spec, dit_export.cli"
     )
     assert python(code, tmp_path) == ""
-
-
-def installed(name: str) -> Iterator[Distribution]:
-    """Yield an installed distribution and all that it requires here; a marker that asks for an extra is not met."""
-    waiting, seen = [name], set()
-    while waiting:
-        one = distribution(waiting.pop())
-        if one.name not in seen:
-            seen.add(one.name)
-            yield one
-            asked = map(Requirement, one.requires or ())
-            waiting += [need.name for need in asked if need.marker is None or need.marker.evaluate({"extra": ""})]
-
-
-@pytest.fixture(scope="module", params=["offline", pytest.param("registry", marks=pytest.mark.slow)])
-def bare(request, tmp_path_factory) -> Path:
-    """The bin folder of an environment that holds this project, onnxruntime and what that brings, and nothing else.
-
-    Offline, links to what is installed here stand for what pip would fetch; the project is built and installed by pip
-    either way.
-    """
-    folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False)
-    pip, online = [sys.executable, "-m", "pip"], os.environ | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
-    online.pop("PIP_NO_INDEX", None)
-    install = [*pip, "--python", str(folder / "bin" / "python"), "install", "--quiet"]
-    if request.param == "registry":
-        subprocess.run([*install, "numpy", "onnxruntime"], check=True, cwd=folder, env=online)
-        subprocess.run([*install, "--no-deps", str(ROOT)], check=True, cwd=folder, env=online)
-        return folder / "bin"
-    (packages,) = folder.glob("lib/python3*/site-packages")
-    for one in installed("onnxruntime"):
-        for top in {file.parts[0] for file in one.files} - {"..", "__pycache__"}:
-            (packages / top).symlink_to(one.locate_file(top))
-    wheel = [*pip, "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(folder), str(ROOT)]
-    subprocess.run(wheel, check=True, cwd=folder)
-    (built,) = folder.glob("*.whl")
-    subprocess.run([*install, "--no-deps", "--no-index", str(built)], check=True, cwd=folder)
-    return folder / "bin"
-
-
-def test_verify_where_only_onnxruntime_is_installed(bare, handmade, tmp_path):
-    """The promise to a target device, kept by the package as it is installed, not by this source tree."""
-    code = f"import importlib.util; print([name for name in {FOREIGN!r} if importlib.util.find_spec(name)])"
-    found = subprocess.run(
-        [bare / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
-    assert found.strip() == "['onnxruntime', 'dit_export']"
-    done = subprocess.run(
-        [bare / "dit-run", "verify", handmade("labels")], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("verified\n")

@@ -100,7 +100,7 @@ def test_a_run_that_leaves_out_steps_is_diffusers(solver, scheduler, steps):
     ],
 )
 def test_error_of_predictors_with_correctors_and_of_deis(solver, low, high):
-    """With a spread where the error does not change its sign on the way."""
+    """The spread is one where the error does not change its sign on the way."""
     errors = [ode_error(solver, steps, 0.1) for steps in (40, 80, 160)]
     for coarse, fine in pairwise(errors):
         assert low < np.log2(coarse / fine) < high

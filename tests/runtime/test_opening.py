@@ -72,7 +72,7 @@ def test_an_error_does_not_wait_for_its_stage(bundle, gate) -> None:
 
 
 def test_closing_closes_what_is_still_opening(bundle, gate, monkeypatch) -> None:
-    """What waits for the stage that is being opened is not opened first, only to be closed."""
+    """A stage that waits for the one being opened is not opened first, only to be closed."""
     event, opened, closed = gate("conditioner"), [], []
     module = backends.backend("onnxruntime")
     held, real = module.open, module.OrtEngine.close

@@ -415,7 +415,7 @@ def test_any_gpu(engine, runtime, device) -> None:
 
 @pytest.fixture
 def ends(runtime, monkeypatch) -> list[str]:
-    """What has gone, in its order."""
+    """Everything that has gone, in its order."""
     gone: list[str] = []
 
     def noted(kind, make):

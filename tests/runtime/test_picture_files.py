@@ -108,7 +108,7 @@ def test_a_palette_with_alpha(recwarn) -> None:
 
 
 def test_a_picture_is_turned() -> None:
-    """Of a camera that was held upright, EXIF's 6 says so."""
+    """EXIF's 6 says that the camera was held upright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = np.rot90(PICTURE, -1)

@@ -67,7 +67,7 @@ def test_a_policy_mixes_as_diffusers_does(words, name, numbers, weight) -> None:
 
 @pytest.mark.parametrize("name", MIXES)
 def test_each_sample_is_mixed_alone(name) -> None:
-    """By its own weight; 1 is the own prediction to the bit, and unguided channels are it too."""
+    """Each has its own weight; 1 is the own prediction to the bit, and so are unguided channels."""
     own, away = np.split(Noise(1).normal((6, 4, 5, 3)), 2)
     own[0] = 2.0  # without a deviation, which rescaling divides by
     weights = np.array([1.0, 2.0, 5.0])

@@ -103,7 +103,7 @@ def test_files_of_a_size_are_checked_when_it_opens(copied) -> None:
 
 
 def test_each_size_is_verified_and_compiled(copied, capsys) -> None:
-    """What is wrong with one size shows in its figures alone; `compile` keeps an outcome for each size."""
+    """An error of one size shows in its figures alone; `compile` keeps an outcome for each size."""
     bundle = copied("sizes")
     table = json.loads((bundle / manifest.NAME).read_text())
     for stage in (*table["stages"], *table["sizes"][0]["stages"]):

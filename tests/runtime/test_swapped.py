@@ -63,7 +63,7 @@ def test_in_low_memory_each_opening_compares(bundle, backend) -> None:
 
 
 def test_a_file_that_changes_while_it_is_opened(bundle) -> None:
-    """By content, by another file in its place, and by one that is put back: the numbers of a file tell."""
+    """New content, another file in its place, or one that is put back: the numbers of a file tell."""
     contract, name = manifest.read(bundle), "denoiser.onnx.data"
     for change in (
         lambda path: path.write_bytes(path.read_bytes()),

@@ -167,7 +167,7 @@ def test_swapped_guidance(bundle, verify):
 
 @pytest.mark.parametrize(("graph", "output"), [("denoiser", "prediction"), ("decoder", "images")])
 def test_a_row_that_depends_on_its_batch(bundle, verify, graph, output):
-    """By a few ulps, as by a kernel that sums in another order: far below all other limits."""
+    """It differs by a few ulps, as with a kernel that sums in another order: far below all other limits."""
     leak(bundle, graph, output)
     code, failed = verify()
     name = f"{graph}: a row in a batch and alone, max abs difference"

@@ -88,7 +88,7 @@ def test_what_a_worker_says(error, kind, words) -> None:
 
 
 def test_a_worker_draws_what_is_not_there(handmade, tmp_path) -> None:
-    """What a worker before it has drawn stays; another bundle than the driver's is refused."""
+    """The pictures of a worker before it stay; another bundle than the driver's is refused."""
     bundle = handmade("labels")
     series = Series(manifest.sha256(bundle / manifest.NAME), 4, 2, labels=[1], fields={"steps": 2})
     worker = cluster.Worker(bundle, series, tmp_path, {"threads": 1})
@@ -109,7 +109,7 @@ def test_without_ray(handmade, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     words = ["sample", str(handmade("labels")), "--count", "2", "--shards", str(tmp_path / "shards"), "--ray"]
     assert main(words) == 2
-    assert capsys.readouterr().err == "dit-run: error: --ray needs the package ray: pip install 'dit-export[ray]'\n"
+    assert capsys.readouterr().err == "dit-run: error: --ray needs the package ray: pip install 'dit-runtime[ray]'\n"
 
 
 def test_shards_that_others_do_not_see(handmade, tmp_path, capsys, monkeypatch) -> None:

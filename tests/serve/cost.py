@@ -1,4 +1,4 @@
-"""What batching saves and what the batcher itself takes, in processor time: `python -m tests.serve.cost BUNDLE`.
+"""Measure what batching saves and what the batcher takes, in processor time: `python -m tests.serve.cost BUNDLE`.
 
 Engines have one thread. Other work on the machine does not count in processor time, though its caches do.
 """

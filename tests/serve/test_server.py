@@ -198,7 +198,7 @@ def test_without_its_extra_it_says_what_to_install(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "needs the package uvicorn: pip install 'dit-export[serve]'" in done.stderr
+    assert "needs the package uvicorn: pip install 'dit-runtime[serve]'" in done.stderr
 
 
 def test_models(server: Running) -> None:
@@ -441,7 +441,7 @@ def test_too_busy_is_429(held: tuple[Running, Watched]) -> None:
 
 
 def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the queue's seconds, and by the number of requests that wait; other paths are answered."""
+    """Its measures are the queue's seconds and the number of requests that wait; other paths are answered."""
     server, watched = held
     batcher = server.model.batcher
 

@@ -32,7 +32,7 @@ END = "<!-- end of the table -->"
 
 @dataclass(frozen=True)
 class Row:
-    """What the cut does to one network; bytes are those of fp32."""
+    """The effect of the cut on one network; bytes are those of fp32."""
 
     parameters: int
     early: int  # bytes of weights that work once a prompt

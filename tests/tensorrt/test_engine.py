@@ -86,7 +86,7 @@ def test_each_shape_is_recorded_once(device, trt, plan) -> None:
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
 def test_only_the_shapes_used_last_have_a_context(device, trt, plan, name, monkeypatch) -> None:
-    """What goes is not in use any more: the fake fails work whose context is gone."""
+    """A context that goes is not in use any more: the fake fails work whose context is gone."""
     monkeypatch.setattr(trt_engine, "SHAPES", 2)
     engine = backend(name).open([plan], Options(built=BUILT))
     targets = {count: engine.put(np.zeros((count, 3), np.float32)) for count in (1, 2, 3)}

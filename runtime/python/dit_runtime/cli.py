@@ -18,7 +18,7 @@ from dit_runtime.bundle.summary import summary
 from dit_runtime.console import guarded, printable
 from dit_runtime.errors import UsageError
 from dit_runtime.facts import LIMITS
-from dit_runtime.options import Parser, Version, add_bundle, add_size, load_bundle
+from dit_runtime.options import Parser, add_bundle, add_size, add_version, load_bundle
 from dit_runtime.progress import Progress
 
 ACTIONS = {"info": f"of at most {LIMITS['cache_bytes'] / 1e9:.1f} GB", "clear": "removed"}  # of `cache`
@@ -36,7 +36,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="dit-run", description="Sample from a bundle with NumPy and one engine.")
-    parser.add_argument("--version", action=Version)
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     drawing = commands.add_parser("sample", help="pictures from prompts, class names or numbers, or from arrays")
@@ -107,7 +107,7 @@ def _info(options: argparse.Namespace) -> int:
     if contract:
         print(printable(summary(options.bundle, contract)))
     for name, version in table["backends"].items():
-        hint = f"not installed: pip install 'dit-export[{name}]'"
+        hint = f"not installed: pip install 'dit-runtime[{name}]'"
         reason = backends.backend(name).why_unavailable() if version else None
         state = f"{version}, and cannot run here: {reason}" if reason else version
         print(f"backend {name}: {state or hint}")

@@ -63,7 +63,7 @@ def run(
     try:
         import ray
     except ImportError:
-        raise UsageError("--ray needs the package ray: pip install 'dit-export[ray]'") from None
+        raise UsageError("--ray needs the package ray: pip install 'dit-runtime[ray]'") from None
     _require_listener(address)
     try:
         ray.init(address=address, include_dashboard=False, logging_level="warning", log_to_driver=False)

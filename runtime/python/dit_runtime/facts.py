@@ -11,6 +11,7 @@ _PACKAGED = Path(__file__).with_name(_NAME)
 _SOURCE = Path(__file__).parents[2] / _NAME
 
 FACTS: dict[str, Any] = json.loads((_PACKAGED if _PACKAGED.is_file() else _SOURCE).read_text(encoding="utf-8"))
+VERSION: str = FACTS["version"]
 DEFAULT_STEPS: int = FACTS["defaults"]["steps"]
 DEFAULT_GUIDANCE: float = FACTS["defaults"]["guidance"]
 DEFAULT_STRENGTH: float = FACTS["defaults"]["strength"]

@@ -96,7 +96,7 @@ def require_mp4(path: Path, rate: int) -> None:
     try:
         import av  # noqa: F401
     except ImportError:
-        raise UsageError(f"{path}: needs PyAV: pip install 'dit-export[video]', or pass -o FOLDER for PNGs") from None
+        raise UsageError(f"{path}: needs PyAV: pip install 'dit-runtime[video]', or pass -o FOLDER for PNGs") from None
 
 
 def write_mp4(path: Path, videos: Pictures, rate: int) -> None:

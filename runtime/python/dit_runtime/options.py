@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dit_runtime import backends
 from dit_runtime.console import DEBUG
 from dit_runtime.errors import UsageError
+from dit_runtime.facts import VERSION
 from dit_runtime.pipeline import Pipeline
 
 
@@ -24,17 +24,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-class Version(argparse.Action):
-    """Prints the package's version; reading it takes milliseconds, so only who asks for it waits."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="the version of the package")
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import version
-
-        print(f"{parser.prog} {version('dit-export')}")
-        parser.exit()
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}", help="the version of the package")
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:

@@ -94,7 +94,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise UsageError("reading pictures needs Pillow: pip install 'dit-export[images]'") from None
+        raise UsageError("reading pictures needs Pillow: pip install 'dit-runtime[images]'") from None
     # Of sizes beyond the limit above, which are refused in one line.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     return Image

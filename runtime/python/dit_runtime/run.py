@@ -24,7 +24,7 @@ from dit_runtime.sampling.start import Start
 
 
 class Ask(NamedTuple):
-    """What the step stage reads for the next step of a run: B samples in G groups of conditions.
+    """The input of the step stage for the next step of a run: B samples in G groups of conditions.
 
     Asks of one G may share a call: their states, weights and answers are stacked on axis 0, what has groups on axis 1.
     """
@@ -154,7 +154,7 @@ class Run:
 
     @property
     def last(self) -> tuple[Array, NDArray[Any]] | None:
-        """What the last step read of the state, and its prediction, guided or a cache's; of runs on the host."""
+        """Return the state that the last step read, and its prediction, guided or a cache's; of runs on the host."""
         return self._trajectory.last
 
     def cancel(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dit_runtime.console import guarded
 from dit_runtime.errors import UsageError
-from dit_runtime.options import Parser, Version
+from dit_runtime.options import Parser, add_version
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -34,7 +34,7 @@ def _main(arguments: Sequence[str]) -> int:
     try:
         from dit_serve.process import serve
     except ImportError as error:
-        raise UsageError(f"dit-serve needs the package {error.name}: pip install 'dit-export[serve]'") from None
+        raise UsageError(f"dit-serve needs the package {error.name}: pip install 'dit-runtime[serve]'") from None
     serve(options, named, key)
     return 0
 
@@ -42,7 +42,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="dit-serve", description="Serve bundles over HTTP with OpenAI's images API.")
     add = parser.add_argument
-    add("--version", action=Version)
+    add_version(parser)
     add("bundles", nargs="+", metavar="[NAME=]FOLDER", help="the first is the default of requests without a model")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1; any other needs --api-key-file")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")

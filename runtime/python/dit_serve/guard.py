@@ -1,4 +1,4 @@
-"""What every request passes before its body is read, and what is logged of it after its answer."""
+"""Check every request before its body is read, and log it after its answer."""
 
 from __future__ import annotations
 

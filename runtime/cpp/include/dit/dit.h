@@ -73,7 +73,7 @@
  * same bits; dit_info.batch_invariant says whether that holds in every batch, too. Threads of the caller and other runs
  * change nothing.
  *
- * Versions: until 1.0 a minor version may change this header, and the library's soname has it (libdit.so.0.1). Within a
+ * Versions: until 1.0 a minor version may change this header, and the library's soname has it (libdit.so.0.2). Within a
  * minor version, structs only grow: a program that was compiled with an older dit.h runs with a newer library.
  * struct_size says which: the library reads and writes that many bytes, and later fields have their defaults. A size
  * that the struct never had, or a larger one, is DIT_BAD_ARGUMENT. In an array of dit_array all have the first one's
@@ -92,7 +92,7 @@
 #include <stdint.h>
 
 #define DIT_VERSION_MAJOR 0
-#define DIT_VERSION_MINOR 1
+#define DIT_VERSION_MINOR 2
 #define DIT_VERSION_PATCH 0
 
 #if defined(_WIN32)
@@ -264,7 +264,7 @@ DIT_API const char* dit_last_message(void);
 /* "DIT_OK" and so on. */
 DIT_API const char* dit_status_name(dit_status status);
 
-/* The version of this library, "0.1.0"; DIT_VERSION_MAJOR, _MINOR and _PATCH are the header's. */
+/* The version of this library, "0.2.0"; DIT_VERSION_MAJOR, _MINOR and _PATCH are the header's. */
 DIT_API const char* dit_version(void);
 
 /* The engines that are here, "onnxruntime 1.31.0, openvino 2026.4"; "" without any. It lives as long as the process. */

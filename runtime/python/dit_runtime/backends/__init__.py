@@ -180,10 +180,10 @@ def choose(name: str, precision: str = "fp32") -> str:
         here = [known for known in able if installed[known]]
         name = next((known for known in here if backend(known).why_unavailable() is None), here[0] if here else "")
         if not name:
-            extras = " or ".join(f"'dit-export[{known}]'" for known in able)
+            extras = " or ".join(f"'dit-runtime[{known}]'" for known in able)
             raise UsageError(f"no backend for {precision} is installed: pip install {extras}")
     elif backend(name) and installed[name] is None:
-        raise UsageError(f"backend {name!r} is not installed: pip install 'dit-export[{name}]'")
+        raise UsageError(f"backend {name!r} is not installed: pip install 'dit-runtime[{name}]'")
     elif name not in able:
         raise UsageError(f"backend {name!r} has no {precision}; it has {', '.join(backend(name).PRECISIONS)}")
     return name

@@ -52,7 +52,7 @@ def load() -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise UsageError("onnxruntime is not installed: pip install 'dit-export[onnxruntime]'") from None
+        raise UsageError("onnxruntime is not installed: pip install 'dit-runtime[onnxruntime]'") from None
     return onnxruntime
 
 

@@ -237,7 +237,7 @@ def why_without(ort: Any) -> str | None:
     """Return what to install where the module onnxruntime was built without the provider."""
     if PROVIDER in ort.get_available_providers():
         return None
-    return "is not in this onnxruntime: pip uninstall onnxruntime; pip install 'dit-export[onnxruntime-gpu]'"
+    return "is not in this onnxruntime: pip uninstall onnxruntime; pip install 'dit-runtime[onnxruntime-gpu]'"
 
 
 def preload(ort: Any) -> None:

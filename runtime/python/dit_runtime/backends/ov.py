@@ -82,7 +82,7 @@ def _openvino() -> Any:
     try:
         import openvino
     except ImportError:
-        raise UsageError("openvino is not installed: pip install 'dit-export[openvino]'") from None
+        raise UsageError("openvino is not installed: pip install 'dit-runtime[openvino]'") from None
     return openvino
 
 

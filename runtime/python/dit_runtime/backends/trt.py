@@ -160,7 +160,7 @@ class Flavour:
     def _refusal(self, built: Mapping[str, Any]) -> str | None:
         """Return why an engine that was built so cannot be opened here, from the manifest alone."""
         if (here := self.version()) is None:
-            return f"{self.name} is not installed: pip install 'dit-export[{self.name}]'"
+            return f"{self.name} is not installed: pip install 'dit-runtime[{self.name}]'"
         if not _opens(here, str(built.get("version")), "version_compatible" in built.get("tuning", {})):
             return f"built by {self.name} {built.get('version')}, and here is {here}"
         return cuda.why_unavailable(int(built.get("cuda", 0))) or _outside(
@@ -173,7 +173,7 @@ class Flavour:
         try:
             trt = import_module(self.module)
         except ImportError:
-            raise UsageError(f"{self.name} is not installed: pip install 'dit-export[{self.name}]'") from None
+            raise UsageError(f"{self.name} is not installed: pip install 'dit-runtime[{self.name}]'") from None
         if _numbers(version or trt.__version__) < self.oldest:
             least = ".".join(map(str, self.oldest))
             raise UsageError(f"{self.name} {version} is too old; expected {least} or later")

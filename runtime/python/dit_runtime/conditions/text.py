@@ -55,7 +55,7 @@ class Tokenizers:
             try:
                 from tokenizers import Tokenizer  # here, so that arrays of ids need NumPy alone
             except ImportError:
-                way = "pip install 'dit-export[text]', or pass token ids"
+                way = "pip install 'dit-runtime[text]', or pass token ids"
                 raise UsageError(f"prompts need the package tokenizers: {way}") from None
             manifest.check_files(self._folder, self._contract, [file])
             try:
@@ -95,7 +95,7 @@ def _count(encoding: Any) -> int:
 
 
 class PromptMemo:
-    """What the prompt stage gives for the latest prompts, by their ids and masks, in so many bytes."""
+    """A memo of the prompt stage's results for the latest prompts, by their ids and masks, in so many bytes."""
 
     def __init__(self, stage: Stage, compute: Callable[..., Mapping[str, NDArray[Any]]], budget: int = BUDGET) -> None:
         """Run nothing yet; `compute` takes the stage and its inputs."""

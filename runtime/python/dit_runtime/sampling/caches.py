@@ -6,6 +6,7 @@ A cache holds guided predictions, so it starts anew where guidance begins, ends 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ SETTINGS = tuple(dict.fromkeys(key for settings in CACHES.values() for key in se
 GREATEST_ORDER = 2
 
 
-class Cache:
+class Cache(ABC):
     """A run's cache; steps are computed before the step `before`, and from the step `after` on."""
 
     def __init__(self, settings: Mapping[str, Any], steps: int) -> None:
@@ -31,16 +32,17 @@ class Cache:
         self._before, self._after = settings["disable_cache_before_step"], after if after >= 0 else steps + after
         self.clear()
 
+    @abstractmethod
     def clear(self) -> None:
         """Forget all predictions."""
 
+    @abstractmethod
     def guess(self, step: int, x: Array) -> NDArray[np.float32] | None:
         """Return the prediction at x; None where the network must be evaluated. Called once a step, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, step: int, x: Array, prediction: NDArray[Any]) -> None:
         """Take the network's prediction at x."""
-        raise NotImplementedError
 
     def count_rows(self, groups: Sequence[Groups | None]) -> int | None:
         """Return the rows that a run evaluates for each sample; None where that is not known beforehand."""

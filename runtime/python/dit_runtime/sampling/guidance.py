@@ -7,6 +7,7 @@ mixed by itself, in float64. Linear guidance, c + (w - 1) (c - u), is the networ
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -40,7 +41,7 @@ class Groups(Enum):
         return 1 if self is Groups.OWN else 2
 
 
-class Policy:
+class Policy(ABC):
     """A mix of two predictions on the host."""
 
     def __init__(self, numbers: Mapping[str, float]) -> None:
@@ -58,9 +59,9 @@ class Policy:
             mixed = np.where(w == 1, c, self.guide(c, u, w)).astype(np.float32)
         return np.concatenate([mixed, own[:, channels:]], axis=1)
 
+    @abstractmethod
     def guide(self, c: Array, u: Array, w: Array) -> Array:
         """Return the guided prediction; w is (B, 1, …)."""
-        raise NotImplementedError
 
 
 class Rescale(Policy):

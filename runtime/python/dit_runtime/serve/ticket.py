@@ -59,7 +59,7 @@ class Stats:
 
 @dataclass(eq=False, kw_only=True)
 class Ticket(Job):
-    """What `Batcher.submit` returns."""
+    """A handle on a submitted request, as `Batcher.submit` returns it."""
 
     request: Request
     sized: Sized
