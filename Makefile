@@ -32,7 +32,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser site lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu benchmarks gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser site lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -44,6 +44,7 @@ help:
 	@echo "make bench MODEL=S/2           side by side with what people would use instead; also RESOLUTION, BATCH, ROUNDS,"
 	@echo "                               THREADS, ONLY, JSON, SVG"
 	@echo "make bench-gpu MODEL=XL/2      the same on an NVIDIA GPU"
+	@echo "make benchmarks                docs/benchmarks.md's tables and chart, from the results in docs/benchmarks"
 	@echo "make cpp | cpp-test            the C++ library and its programs in build/cpp; its tests"
 	@echo "make check                     the quick tests, under a minute: no bundle is built, no C++"
 	@echo "make test | test-all | lint    all tests, about 15 minutes; test-all also runs what takes minutes or gigabytes;"
@@ -92,6 +93,10 @@ BENCH = $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)
 
 bench: $(STAMP)
 	@$(BIN)/dit-export bench $(BENCH)
+
+# The tables and the chart of docs/benchmarks.md, from the results in docs/benchmarks.
+benchmarks: $(STAMP)
+	PYTHONPATH=.:runtime/python $(BIN)/python -m dit_export.bench.history docs
 
 bench-gpu:
 	@$(HERE) -m dit_export.cli bench --device cuda $(BENCH)

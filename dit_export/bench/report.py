@@ -77,7 +77,7 @@ def notes(result: dict[str, Any]) -> list[str]:
             + _reading(floor)
         )
     for row in rows:
-        if row["kind"] == "ours" and (plain := against_plain(row, rows)):
+        if row["kind"] == "ours" and (plain := row.get("times_plain") or against_plain(row, rows)):
             lines.append(f"{row['title']}: {plain:.2f}× the plain export on the same backend")
     if result["groups"] > 1:
         lines.append(

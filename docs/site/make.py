@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README.md": "index", "ARCHITECTURE.md": "architecture", "CONTRIBUTING.md": "contributing"}
 PAGES |= {"CHANGELOG.md": "changes"}
 COMMANDS = {"dit-export": dit_export, "dit-run": dit_run, "dit-serve": dit_serve}
-LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".h": "c", ".hpp": "cpp", ".yaml": "yaml"}
+LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml"}
+LANGUAGES |= {".c": "c", ".h": "c", ".hpp": "cpp"}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)(#[^)]*)?\)")
 
 

@@ -16,6 +16,8 @@ from dit_serve import cli
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "deploy/docker").glob("*ockerfile"))
+DEVELOPMENT = ROOT / "deploy/docker/dev.Dockerfile"
+SERVERS = [file for file in FILES if file != DEVELOPMENT]
 
 
 def lint(file: Path) -> subprocess.CompletedProcess[str]:
@@ -52,7 +54,7 @@ def test_the_linter_finds_faults(tmp_path) -> None:
     assert {"DL3007", "DL3008"} <= set(re.findall(r"DL\d+", lint(file).stdout))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", SERVERS, ids=lambda file: file.name)
 def test_what_they_install(file) -> None:
     extras = tomllib.loads((ROOT / "runtime/pyproject.toml").read_text())["project"]["optional-dependencies"]
     (named,) = re.findall(r"'\./runtime\[(.*?)\]'", file.read_text())
@@ -60,10 +62,21 @@ def test_what_they_install(file) -> None:
     assert "serve" in named and "--constraint constraints.txt" in file.read_text()
 
 
+def test_a_machine_to_develop_on_has_what_make_needs() -> None:
+    """Debian's packages that setup.sh and its callers in the Makefile name, and the browser."""
+    setup = (ROOT / "runtime/cpp/tools/setup.sh").read_text()
+    (installs,) = re.findall(r"^for package in (.*) \"\$@\"", setup, re.MULTILINE)
+    callers = re.findall(r"\$\(CPP_SETUP\) (.+)", (ROOT / "Makefile").read_text())
+    needed = {"chromium", "git", *installs.split(), *" ".join(callers).split()}
+    assert {"cmake", "clang", "libgtest-dev"} <= needed <= set(re.findall(r"[\w+-]+", DEVELOPMENT.read_text()))
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == DEVELOPMENT
+
+
 def test_what_they_copy_makes_the_package(tmp_path) -> None:
     """A wheel is built from it, and .dockerignore lets all of it through."""
-    names = copied(FILES[0])
-    assert all(set(names) <= set(copied(file)) for file in FILES)
+    names = copied(SERVERS[0])
+    assert all(set(names) <= set(copied(file)) for file in SERVERS)
     done = build(tmp_path, names)
     assert done.returncode == 0, done.stderr
     assert [path.suffix for path in (tmp_path / "wheel").iterdir()] == [".whl"]
