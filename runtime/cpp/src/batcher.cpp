@@ -244,7 +244,7 @@ void Batcher::start(const std::shared_ptr<Ticket>& ticket) {
     const double began = clock_();
     std::exception_ptr error;
     try {
-        const RunStage compute = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
+        const RunRows compute = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
             return memo_(stage, inputs, rows);
         };
         ticket->run_ = std::make_unique<Run>(ticket->sized_->pipe, ticket->request_, compute,

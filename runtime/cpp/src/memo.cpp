@@ -27,7 +27,19 @@ std::uint64_t new_version() {
 
 }  // namespace
 
-Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition, const Rows& negative,
+RunRows in_rows(RunStage run) {
+    return [run = std::move(run)](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
+        std::map<std::string, std::vector<SharedRow>> tensors;
+        for (auto& [name, values] : run(stage, inputs, rows)) {
+            const auto whole = std::make_shared<const std::vector<float>>(std::move(values));
+            for (std::size_t row = 0; row < rows; ++row)
+                tensors[name].emplace_back(whole, whole->data() + whole->size() / rows * row);
+        }
+        return tensors;
+    };
+}
+
+Memo::Memo(const Manifest& manifest, RunRows run, const Array& timesteps, const Rows& condition, const Rows& negative,
            std::size_t budget)
     : manifest_(manifest),
       run_(std::move(run)),
@@ -143,7 +155,6 @@ void Memo::replace_window(std::size_t step) {
 // Runs the stage for these pairs, as many at a time as it takes.
 void Memo::run(Held& held, const Pairs& pairs) {
     const Stage& stage = *held.stage;
-    for (const TensorSpec& spec : stage.gives) held.tensors[spec.name].reserve(pairs.size() * count(spec.row()));
     const auto size = static_cast<std::size_t>(stage.max_batch);
     for (std::size_t first = 0; first < pairs.size(); first += size) {
         const auto begin = pairs.begin() + static_cast<std::ptrdiff_t>(first);
@@ -155,8 +166,8 @@ void Memo::run(Held& held, const Pairs& pairs) {
             inputs.push_back(tensors[index].input(stage.reads[index].name));
         const auto answer = run_(stage, inputs, part.size());
         for (const TensorSpec& spec : stage.gives) {
-            const std::vector<float>& rows = answer.at(spec.name);
-            std::vector<float>& all = held.tensors[spec.name];
+            const std::vector<SharedRow>& rows = answer.at(spec.name);
+            std::vector<SharedRow>& all = held.tensors[spec.name];
             all.insert(all.end(), rows.begin(), rows.end());
         }
     }
@@ -191,10 +202,10 @@ template <typename Take>
 void Memo::each_row(const TensorSpec& spec, const Pairs& pairs, const Take& take) const {
     const std::size_t size = count(spec.row());
     if (const Held* const source = giver(spec.name)) {
-        const float* const rows = source->tensors.at(spec.name).data();
+        const std::vector<SharedRow>& rows = source->tensors.at(spec.name);
         for (const auto& [time, row] : pairs) {
             const std::size_t place = source->timed ? places_.at(time) : 0;
-            take(rows + (place * source->examples.size() + source->numbers[row]) * size, size);
+            take(rows[place * source->examples.size() + source->numbers[row]].get(), size);
         }
     } else if (manifest_.port(spec.name)->role == "time") {
         for (const auto& [time, row] : pairs) take(&times_[time], 1);

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -17,6 +18,16 @@ namespace dit_runtime {
 using RunStage = std::function<std::map<std::string, std::vector<float>>(
     const Stage& stage, const std::vector<Input>& inputs, std::size_t rows)>;
 
+// A row of a tensor that a stage gave; several runs may hold it.
+using SharedRow = std::shared_ptr<const float>;
+
+// A stage's tensors for so many rows, by name, each row by itself.
+using RunRows = std::function<std::map<std::string, std::vector<SharedRow>>(
+    const Stage& stage, const std::vector<Input>& inputs, std::size_t rows)>;
+
+// The rows of a call are parts of one array.
+RunRows in_rows(RunStage run);
+
 extern const std::size_t MEMO_BYTES;  // as facts.json has it; of XL/2's 783 kB a (t, label) that is 342
 
 // The step's inputs for a run's evaluations, in windows of timesteps that stay below the budget. What depends on no
@@ -25,8 +36,11 @@ class Memo {
   public:
     // `negative` is what guidance leads away from: no row without guidance, one for all, or one for each of
     // `condition`.
-    Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition,
+    Memo(const Manifest& manifest, RunRows run, const Array& timesteps, const Rows& condition,
          const Rows& negative = {}, std::size_t budget = MEMO_BYTES);
+    Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition,
+         const Rows& negative = {}, std::size_t budget = MEMO_BYTES)
+        : Memo(manifest, in_rows(std::move(run)), timesteps, condition, negative, budget) {}
 
     // [G, B, ...] for the samples from `first` to before `last` at an evaluation, by tensor; they stay until the next
     // call. Samples that are apart are twice as many: each one's own condition, then each one's negative. Those without
@@ -49,7 +63,7 @@ class Memo {
         std::vector<std::string> ports;     // the condition ports that it depends on
         std::vector<std::size_t> numbers;   // of each row's value among the distinct ones
         std::vector<std::size_t> examples;  // by number: a row that has the value
-        std::map<std::string, std::vector<float>> tensors;
+        std::map<std::string, std::vector<SharedRow>> tensors;
     };
 
     Pairs pairs(std::size_t step, std::size_t first, std::size_t last, Groups groups) const;
@@ -62,7 +76,7 @@ class Memo {
     void each_row(const TensorSpec& spec, const Pairs& pairs, const Take& take) const;
 
     const Manifest& manifest_;
-    RunStage run_;
+    RunRows run_;
     Rows rows_;  // condition, then negative
     std::size_t condition_rows_, negative_rows_;
     std::vector<float> times_;  // distinct, ascending

@@ -234,9 +234,10 @@ RunStage Pipeline::runner() {
 
 Rows Pipeline::encode(const Rows& condition) { return opened_->prompts(manifest, runner(), condition); }
 
-Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunStage& compute,
+Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunRows& compute,
                     std::size_t budget) {
-    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative), budget);
+    return Memo(manifest, compute ? compute : in_rows(runner()), timesteps, encode(condition), encode(negative),
+                budget);
 }
 
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,

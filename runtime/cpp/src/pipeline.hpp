@@ -42,7 +42,7 @@ class Pipeline {
     Rows encode(const Rows& condition);
     // The memo of these conditions; without rows of `negative` there is no guidance. The pipeline outlives it. Stages
     // run through `compute` where there is one.
-    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {}, const RunStage& compute = {},
+    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {}, const RunRows& compute = {},
               std::size_t budget = MEMO_BYTES);
     RunStage runner();  // of stages of any size
     // [B, *state], [B] -> prediction and, where it is learned, variance; split into what the engine takes at a time.
