@@ -265,7 +265,7 @@ def transformer_folder(path: Path) -> Path:
 
 
 def named(name: str, path: Path) -> dict[str, Any]:
-    """Return a path, or a hub id with its revision: the cache names a snapshot's folder by its commit."""
+    """Return a checkpoint's origin: its path, or its hub id and the commit, after which the hub names its folder."""
     return {"path": name} if Path(name).expanduser() == path else {"hub": name.partition("@")[0], "revision": path.name}
 
 

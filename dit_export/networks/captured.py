@@ -306,7 +306,7 @@ class Captured:
         return 1.0 if run is self.runs.unguided else self.runs.weight
 
     def mix(self, rule: nn.Module, predictions: Sequence[Tensor], run: Recording) -> Tensor:
-        """Return what a rule of guidance makes of the predictions of a step's groups."""
+        """Mix a step's predictions by a rule of guidance; return a single one unchanged."""
         if len(predictions) == 1:
             return predictions[0]
         own, away = predictions[self.conditional], predictions[1 - self.conditional]

@@ -1,4 +1,4 @@
-"""The C++ library as `make cpp` builds it."""
+"""The C++ library as `make cpp` builds it, or in the folder that DIT_CPP_BUILD names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.handmade import module
 from tests.once import once
 from tests.serve.serving import process
 
-BUILD = Path(__file__).parents[2] / "build/cpp"
+BUILD = Path(os.environ.get("DIT_CPP_BUILD", Path(__file__).parents[2] / "build/cpp"))
 
 
 @pytest.fixture(scope="session")

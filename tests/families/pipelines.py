@@ -1,4 +1,4 @@
-"""Tiny pipelines of classes that have no family, and the comparison of their latents with a bundle's."""
+"""Tiny pipelines that are built without a family, and the comparison of their latents with a bundle's."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from dit_export.recipe import Recipe
 from dit_export.verify import text
 from dit_runtime import Pipeline
 from dit_runtime.bundle import manifest
+from dit_runtime.progress import Progress
 from dit_runtime.sampling.process import Process
 from dit_runtime.verify import Figure
 
@@ -106,5 +107,5 @@ def test_captions_of_ours_calibrate(handmade) -> None:
     loaded = Loaded(network, None, (), Process(), {}, encoder)
     (captions,) = [port.shape for port in network.conditions if port.name == "captions"]
     for precision, count in (("int8", len(CAPTIONS)), ("fp8", len(CAPTIONS)), ("bf16", None)):
-        taken = _read_inputs(Recipe(precision=precision), loaded).prompts
+        taken = _read_inputs(Recipe(precision=precision), loaded, Progress()).prompts
         assert (taken and taken.condition["captions"].shape) == (count and (count, *captions))

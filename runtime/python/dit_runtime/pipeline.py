@@ -32,6 +32,9 @@ class Pipeline:
         self.folder = folder
         self.engines = Engines(folder, contract, engines, options or Options())
 
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.folder.name}: {self.manifest.title}>"
+
     @property
     def manifest(self) -> Manifest:
         return self.engines.manifest
