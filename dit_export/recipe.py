@@ -53,6 +53,7 @@ class Recipe(Tuning):
     labels: str | None = None
     heads: int | None = None
     caption_tokens: int | None = None  # of a prompt embedding; None: as many as the checkpoint's pipeline makes
+    embedded_guidance: float | None = None  # a constant for the network's own; requests guide by two predictions
     prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
     calibration: str | None = None
     conditions: str | None = None  # to calibrate with: an .npz with arrays by port name, and `negative.NAME`
@@ -77,7 +78,7 @@ class Recipe(Tuning):
         known = [field.name for field in fields(cls)]
         kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
         kinds = {name: "list" if kind in ("list[str]", "tuple[str, ...]") else kind for name, kind in kinds.items()}
-        kinds["resolution"] = "int | str | list"
+        kinds |= {"resolution": "int | str | list", "embedded_guidance": "int | float"}
         names = [key.replace("-", "_") for key in table]
         for key, name in zip(table, names, strict=True):
             if name not in known:

@@ -104,7 +104,7 @@ def build(
             work / "first", loaded, replace(recipe, resolution=recipe.sizes[0]), backend, progress, inputs, options
         )
         calibration, sizes = made.calibration, {made.contract.size: made.built}
-        partial, contract, last = made.folder, made.contract, made.recipe
+        partial, contract, last, examples = made.folder, made.contract, made.recipe, loaded.examples
         for size in recipe.sizes[1:]:
             if not made.built.passed:
                 break
@@ -127,7 +127,7 @@ def build(
             sized = contract.at(name)
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
-        for name, arrays in loaded.examples.items():
+        for name, arrays in examples.items():
             np.savez(partial / f"{name}.npz", **arrays)
         manifest.write(partial, replace(_with_new_files(partial, contract), presets=presets))
         built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
@@ -215,13 +215,18 @@ def _require_consistent(recipe: Recipe) -> None:
 
 
 def _read_inputs(recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
-    """Read a user's calibration or conditions; without both, take captions of ours where there are text encoders."""
+    """Read a user's calibration or conditions; without both, take captions of ours, or the recorded prompts."""
     own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
     if recipe.calibration:
         return Inputs(Calibration.load(Path(recipe.calibration).expanduser()), own)
-    if own is None and loaded.text is not None and recipe.precision in backends.QUANTIZED:
-        with progress.stage("calibration: captions of ours through the text encoders"):
-            own = embed(loaded.network, loaded.text)
+    if own is None and recipe.precision in backends.QUANTIZED:
+        if loaded.text is not None:
+            with progress.stage("calibration: captions of ours through the text encoders"):
+                own = embed(loaded.network, loaded.text)
+        elif recorded := loaded.examples.get("conditions"):
+            own = prompts.make_prompts(
+                loaded.network, recorded, loaded.examples.get("negative", {}), "the recorded runs"
+            )
     return Inputs(None, own)
 
 

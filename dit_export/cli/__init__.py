@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, triton, tune, verify
+from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, sign, triton, tune, verify
 from dit_runtime import completion
 from dit_runtime.console import guarded
 from dit_runtime.options import Parser, add_commands, add_version
@@ -13,7 +13,7 @@ COMMANDS = {
     "build": (build.COMMAND, quantize.COMMAND, tune.COMMAND, conditions.COMMAND),
     "prove": (verify.COMMAND, verify.REGRESS),
     "look": (inspect.COMMAND, hoist.COMMAND, bench.COMMAND),
-    "more": (demo.COMMAND, triton.COMMAND, completion.COMMAND),
+    "more": (demo.COMMAND, sign.COMMAND, triton.COMMAND, completion.COMMAND),
 }
 
 

@@ -58,6 +58,8 @@ def _add_network(add: Add) -> None:
     add("--heads", type=int, metavar="N", help="attention heads, for a checkpoint whose width is not one of MODEL's")
     text = "tokens of a prompt embedding; default: as the checkpoint's pipeline"
     add("--caption-tokens", type=int, metavar="N", help=text)
+    text = "a constant for the weight of guidance that the network reads; then negative prompts guide (true_cfg_scale)"
+    add("--embedded-guidance", type=float, metavar="X", help=text)
     names = tuple(PREDICTIONS)
     text = f"what the network predicts, for a checkpoint without a scheduler: {', '.join(names)}"
     add("--prediction", type=Known(names), metavar="NAME", help=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class Edit:
             ).images
         if latents.ndim == 3:  # packed
             latents = pipeline._unpack_latents(latents, case.call["height"], case.call["width"], 8)
-        return latents.numpy()
+        return latents.reshape(len(latents), *latents.shape[-3:]).numpy()  # without an axis of one frame
 
     def ours(
         self, strength: float, guidance: float = tiny.GUIDANCE, count: int = 1, **request: Any
@@ -81,6 +82,26 @@ class Edit:
     def distance(self, **call: Any) -> float:
         """Return the least PSNR of a sample."""
         return least(self.ours(**call), self.theirs(**call))
+
+
+def accept_encoder(case: tiny.Case, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Compare the latents of pictures with diffusers', where no pipeline of diffusers starts from them.
+
+    `encode` takes images in [-1, 1]. A run that a black mask keeps ends at these latents; without a mask, a run depends
+    on its picture.
+    """
+    edit = Edit(case, Pipelines(None, None), True)
+    rows = torch.from_numpy(edit.pictures).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        expected = encode(2 * rows - 1).numpy()
+    with Pipeline.load(case.bundle, threads=1) as pipe:
+        got = pipe.engines.encode_pictures(rows.numpy())
+    assert got.keys() == {"mean"} and least(got["mean"], expected) >= SAME
+    assert least(got["mean"][::-1], expected) < ANOTHER
+    black = np.zeros_like(edit.mask)
+    assert least(edit.ours(0.6, count=3, mask=black), expected) >= SAME
+    drawn = [edit.ours(0.6, mask=None, image=picture) for picture in edit.pictures[:2]]
+    assert least(*drawn) < ANOTHER and least(drawn[0], expected[:1]) < ANOTHER
 
 
 def least(got: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -101,6 +101,24 @@ def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
     assert np.isfinite(run(graph, {"x": inputs["x"] / 2})[0]).all()
 
 
+def test_an_output_that_a_product_makes_stays_fp32(run: Run) -> None:
+    """As the pooled prompt of a projection; a reader inside the graph takes the narrow tensor."""
+    names = ("x", "y", "z")
+    x, y, z = (gs.Variable(name, dtype=np.float32, shape=["n", 4]) for name in names)
+    weight = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    nodes = [
+        gs.Node("MatMul", "first", {}, [x, gs.Constant("w", weight)], [y]),
+        gs.Node("MatMul", "second", {}, [y, gs.Constant("v", weight.T)], [z]),
+    ]
+    graph, value = gs.Graph(nodes, [x], [y, z], opset=23, ir_version=10), np.ones((2, 4), np.float32)
+    assert cast_to_half(graph, "fp16") == 2
+    assert [output.name for output in graph.outputs] == ["y", "z"]
+    assert onnxfile.census(graph)["Cast"] == 3  # of x, and of both outputs
+    for output, expected in zip(run(graph, {"x": value}), (value @ weight, value @ weight @ weight.T), strict=True):
+        assert output.dtype == np.float32
+        assert 0 < np.abs(output - expected).max() < 2e-2
+
+
 @pytest.mark.parametrize(
     ("precision", "kind", "low", "high"), [("bf16", None, 1e-3, 3e-2), ("fp16", "fp8", 5e-3, 1e-1)]
 )

@@ -51,13 +51,14 @@ Draws pictures from a bundle of dit-export.
                         the bundle's size, of 8 bits a channel
   --strength X          the share of the steps that change the image, above 0 and up to 1; default: 0.6
   --mask FILE.png …     of the image's size: white, or transparent, is drawn anew; black stays as in the image
-  -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
+  -o, --output FILE     .png (a grid), .npz, .npy (latents), or a folder for a .png of each image or frame; sample.png
   --verify              replay PyTorch's reference with the engines here, and draw nothing
   --backend NAME        onnxruntime, openvino, tensorrt, tensorrt-rtx, auto; default: the bundle's
   --provider NAME       device: of ONNX Runtime cpu, cuda, …; of OpenVINO CPU, GPU, …; of both TensorRTs cuda, cuda:1, …
                         (also: --device)
   --threads N           of the engine; default: its own choice
   --low-memory          one engine in memory at a time
+  --public-key FILE     open the bundle only if the owner of this Ed25519 key has signed it
   --json                for machines, on standard output
   --version, --help
 )";
@@ -186,6 +187,7 @@ Arguments parse_arguments(int count, char** words) {
         {"--output", {1, 1, word_of(arguments.output)}},
         {"--backend", {1, 1, word_of(arguments.open.backend)}},
         {"--device", {1, 1, word_of(arguments.open.device)}},
+        {"--public-key", {1, 1, [&](const std::string&, const Values& v) { arguments.public_key = v[0]; }}},
         {"--low-memory", {0, 0, on(arguments.open.low_memory)}},
         {"--json", {0, 0, on(arguments.json)}},
         {"--verify", {0, 0, on(arguments.verify)}},

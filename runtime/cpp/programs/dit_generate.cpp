@@ -13,6 +13,7 @@
 #include "errors.hpp"
 #include "files.hpp"
 #include "picture_files.hpp"
+#include "public_key.hpp"
 
 namespace {
 
@@ -100,8 +101,9 @@ std::vector<dit::Port> inputs(dit::Pipeline& pipe) {
 
 std::string suffix(const std::string& path) {
     const std::string ending = std::filesystem::path(path).extension().string();
-    if (ending != ".png" && ending != ".npz" && ending != ".npy")
-        throw std::invalid_argument("output " + path + ": expected a name that ends in .png, .npz, .npy");
+    if (!ending.empty() && ending != ".png" && ending != ".npz" && ending != ".npy")
+        throw std::invalid_argument("output " + path +
+                                    ": expected a name that ends in .png, .npz, .npy, or a folder for PNGs");
     const std::filesystem::path folder = std::filesystem::path(path).parent_path();
     if (!folder.empty() && !std::filesystem::is_directory(folder))
         throw std::invalid_argument("output " + path + ": the folder " + folder.string() + " does not exist");
@@ -113,6 +115,7 @@ int run(int count, char** words) {
     if (arguments.help) return std::fputs(USAGE, stdout) < 0;
     if (arguments.version) return std::printf("dit-generate %s (%s)\n", dit_version(), dit_backends()) < 0;
     const std::string kind = suffix(arguments.output);
+    if (arguments.public_key) arguments.open.public_key = read_public_key(*arguments.public_key);
     dit::Pipeline pipe(arguments.bundle, arguments.open);
     if (*pipe.info().note) std::cerr << dit_runtime::one_line("note: " + std::string(pipe.info().note)) << '\n';
     if (arguments.verify) return verify(pipe, arguments.json);
@@ -144,8 +147,9 @@ int run(int count, char** words) {
             write_npy(arguments.output, run.latents(), shape);
         } else {
             const dit::Images images = run.result();
-            (kind == ".png" ? write_png : write_npz)(arguments.output, images);
+            (kind == ".png" ? write_png : kind == ".npz" ? write_npz : write_folder)(arguments.output, images);
             shape = {samples, pipe.info().image_shape[0], pipe.info().image_shape[1], 3};
+            if (images.frames) shape.insert(shape.begin() + 1, pipe.info().frames);
         }
         rows = run.rows().done;
     }

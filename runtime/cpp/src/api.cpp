@@ -61,6 +61,8 @@ Opening opening(const dit_open_options* arguments) {
     if (from.warm) to.warm.assign(from.warm, from.warm + from.num_warm);
     if (from.size) to.size = from.size;
     if (from.manifest_sha256) to.options.manifest_sha256 = from.manifest_sha256;
+    if (from.public_key_size) require(from.public_key, "public_key");
+    if (from.public_key) to.options.public_key.emplace(from.public_key, from.public_key + from.public_key_size);
     if (from.num_settings) require(from.settings, "settings");
     for (std::size_t index = 0; index < from.num_settings; ++index) {
         const dit_setting& setting = from.settings[index];

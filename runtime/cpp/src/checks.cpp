@@ -251,8 +251,9 @@ void check_end(const Manifest& manifest, const Stage& stage) {
     const Port& state = manifest.state();
     check_names(stage, stage.reads, "reads", {{state.name, with_free({"batch"}, state.shape)}});
     const Shape row = stage.gives.empty() ? Shape() : stage.gives[0].row();
-    if (row.size() != 3 || row[0] != 3)
-        refuse(text("stage ", stage.name, " gives the shape"), dit_runtime::shown(row), "[3, height, width] a row");
+    if ((row.size() != 3 && row.size() != 4) || row[0] != 3)
+        refuse(text("stage ", stage.name, " gives the shape"), dit_runtime::shown(row),
+               "[3, height, width] a row, or frames before the height");
     check_names(stage, stage.gives, "gives", {{"images", with_free({"batch"}, row)}});
 }
 

@@ -25,6 +25,7 @@ struct Options {
     int threads = 0;                   // 0: as many as the backend thinks right
     bool low_memory = false;           // one engine at a time, smaller buffers
     std::string manifest_sha256 = {};  // that manifest.json must have; empty: any
+    std::optional<std::vector<unsigned char>> public_key = std::nullopt;  // of who must have signed it; none: nobody
     bool streamed = false;  // of a stage that runs once a prompt: weights are packed and widened where they are used
     Path cache;             // where a backend may keep what it compiled; empty: nowhere
     std::string engine_sha256;               // of a stage's first file, if that is an engine: what it holds is code

@@ -167,12 +167,14 @@ struct Manifest {
     const Stage* start() const;   // NULL without an encoder of pictures
     const Port* picture() const;  // the condition port that takes a picture's latents; NULL where there is none
     Shape picture_shape() const;  // (3, H, W) of the pictures that a run may start from; refuses to without an encoder
-    Shape image_shape() const;    // (3, H, W); empty without a decoder
+    Shape image_shape() const;    // (3, H, W), of videos (3, F, H, W); empty without a decoder
+    std::int64_t frames() const;  // of a video; 0 where pictures are drawn, and without a decoder
 };
 
 // Parses and checks the manifest, and that each file it names is there in its size; opens none of them. A manifest of
-// another sum than `sha256` is not parsed; empty: any is.
-Manifest read(const Path& folder, const std::string& sha256 = {});
+// another sum than `sha256`, or that the owner of the public key did not sign, is not parsed; empty: any is.
+Manifest read(const Path& folder, const std::string& sha256 = {},
+              const std::optional<std::vector<unsigned char>>& public_key = std::nullopt);
 
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);

@@ -36,7 +36,7 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<std::int64_t>& warm,
                    const std::string& size)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)),
-      manifest(read(where, options.manifest_sha256).at(size)),
+      manifest(read(where, options.manifest_sha256, options.public_key).at(size)),
       options_(options) {
     options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));

@@ -330,10 +330,10 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, const To
 
 void check_pictures(Pipeline& pipe, const Reference& reference, const std::vector<float>& latents, double limit,
                     bool nearest, const OnFigure& on_figure) {
-    const std::size_t batch = reference.batch(), numbers = count(pipe.manifest.image_shape());
+    const std::size_t batch = reference.batch(), numbers = reference.images.size() / batch;
     std::vector<std::uint8_t> pictures;
     try {
-        pictures = pipe.pictures(latents);
+        pictures = reference.shown(pipe.pictures(latents), pipe.manifest.image_shape());
     } catch (const EngineError& error) {
         return on_figure({"run", "pictures, PSNR in dB", std::nan(""), limit, true, {}, error.what()});
     }

@@ -212,6 +212,27 @@ TEST_P(Api, TheManifestThatWasAskedFor) {
     }
 }
 
+TEST_P(Api, TheKeyThatMustHaveSigned) {
+    const std::vector<std::uint8_t> key(32, 1);
+    const auto open = [&](const std::uint8_t* bytes, std::size_t size) {
+        pipe.reset(dit_new());
+        options.public_key = bytes;
+        options.public_key_size = size;
+        return dit_open(pipe.get(), BUNDLE, &options);
+    };
+    refused(open(key.data(), 32), DIT_BAD_BUNDLE, "not signed");
+    refused(open(key.data(), 31), DIT_BAD_ARGUMENT, "public_key has 31 bytes; expected 32");
+    refused(open(key.data(), 0), DIT_BAD_ARGUMENT, "public_key has 0 bytes; expected 32");
+    refused(open(nullptr, 32), DIT_BAD_ARGUMENT, "public_key is NULL");
+    EXPECT_EQ(open(nullptr, 0), DIT_OK) << dit_message(pipe.get());
+    dit::OpenOptions face;
+    EXPECT_NO_THROW(dit::Pipeline(BUNDLE, face));
+    for (const std::size_t size : {0u, 32u}) {  // an empty key is none that signed
+        face.public_key.emplace(size, std::uint8_t{1});
+        EXPECT_THROW(dit::Pipeline(BUNDLE, face), dit::Error);
+    }
+}
+
 TEST(Face, ExceptionsOfTheCallerReachTheCaller) {
     dit::Pipeline pipe(BUNDLE);
     dit::Request request;

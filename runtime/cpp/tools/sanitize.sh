@@ -10,8 +10,11 @@ build() { # NAME SANITIZERS TARGETS…
     cmake --build "$folder/cpp-$1" --parallel "$jobs"
 }
 
-serve() { # NAME: dit-server with the clients of its tests, which load it, leave, swap its bundle and let it drain
-    DIT_CPP_BUILD=$(realpath "$folder/cpp-$1") "$python" -m pytest tests/cpp/test_server.py
+# dit-server with the clients of its tests, which load it, leave, swap its bundle and let it drain: `serve NAME`. One test
+# wants an answer within two seconds, which a sanitizer takes.
+serve() {
+    DIT_CPP_BUILD=$(realpath "$folder/cpp-$1") "$python" -m pytest tests/cpp/test_server.py \
+        --deselect tests/cpp/test_server.py::test_overload_is_answered
 }
 
 build asan address,undefined,float-cast-overflow

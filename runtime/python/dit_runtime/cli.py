@@ -12,7 +12,7 @@ from typing import Any
 
 from dit_runtime import advice, backends, bench, cache, completion, sample, verify
 from dit_runtime.backends import Options, Tuning
-from dit_runtime.bundle import manifest
+from dit_runtime.bundle import manifest, signature
 from dit_runtime.bundle.compiling import compile_stages, provider, remove, why_unavailable
 from dit_runtime.bundle.summary import summary
 from dit_runtime.console import answer, guarded
@@ -25,6 +25,7 @@ from dit_runtime.options import (
     add_bundle,
     add_commands,
     add_engine,
+    add_public_key,
     add_size,
     add_version,
     load_bundle,
@@ -52,16 +53,19 @@ def parser() -> Parser:
 
 def _info_options(parser: Parser) -> None:
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder with a manifest.json")
+    add_public_key(parser.add_argument_group("safety").add_argument)
 
 
 def _verify_options(parser: Parser) -> None:
     add_bundle(parser)
     add_engine(parser)
+    add_public_key(parser.add_argument_group("safety").add_argument)
 
 
 def _compile_options(parser: Parser) -> None:
     add_bundle(parser)
     add_engine(parser)
+    add_public_key(parser.add_argument_group("safety").add_argument)
     add_backend(parser.add_argument_group("backend"), default="auto")
     add_tuning(parser)
 
@@ -75,6 +79,7 @@ def _cache_options(parser: Parser) -> None:
 def _bench_options(parser: Parser) -> None:
     add_bundle(parser)
     add_engine(parser)
+    add_public_key(parser.add_argument_group("safety").add_argument)
     group = parser.add_argument_group("request")
     add_size(group)
     group.add_argument("--batch", type=int, default=1, metavar="N", help="pictures in a batch; default: 1")
@@ -114,10 +119,11 @@ def tuning(options: argparse.Namespace) -> Tuning:
 
 def _info(options: argparse.Namespace) -> int:
     table: dict[str, Any] = {"backends": backends.versions()}
-    contract = manifest.read(options.bundle) if options.bundle else None
+    contract = manifest.read(options.bundle, public_key=options.public_key) if options.bundle else None
     lines = []
     if contract:
         table["bundle"] = json.loads(contract.to_json())
+        table["signed_by"] = signature.describe(options.bundle, manifest.read_content(options.bundle))[0] or None
         lines.append(summary(options.bundle, contract))
     for name, version in table["backends"].items():
         hint = f"not installed: pip install 'dit-runtime[{name}]'"
@@ -172,7 +178,8 @@ def report(options: argparse.Namespace, figures: list[verify.Figure], commands: 
 
 def _compile(options: argparse.Namespace) -> int:
     folder = options.bundle
-    contract = manifest.read(folder, engines=False)
+    contract = manifest.read(folder, engines=False, public_key=options.public_key)
+    options.public_key = None  # which signed the manifest that is replaced
     for stage in contract.stages if options.provider else ():
         name = backends.choose(options.backend, stage.precision)
         if reason := backends.refusal(name, stage.precision, options.provider):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dit_runtime import backends, console
+from dit_runtime.bundle.signature import read_key
 from dit_runtime.errors import UsageError, nearest
 from dit_runtime.facts import VERSION
 from dit_runtime.pipeline import Pipeline
@@ -160,13 +161,22 @@ def add_engine(parser: Parser, low_memory: bool = True) -> Any:
     return group
 
 
+def add_public_key(add: Callable[..., object]) -> None:
+    text = "open a bundle only if the owner of this Ed25519 key has signed it"
+    add("--public-key", type=read_public_key, metavar="FILE", help=text)
+
+
+def read_public_key(file: str) -> bytes:
+    return read_key(Path(file))
+
+
 def add_size(parser: Any, rest: str = "default: its first") -> None:
     text = f"one of the bundle's sizes, 512 or 512x768 for height x width; {rest}"
     parser.add_argument("--size", metavar="SIZE", help=text)
 
 
 def load_bundle(options: argparse.Namespace, size: str | None = None) -> Pipeline:
-    names = ("threads", "provider", "low_memory")
+    names = ("threads", "provider", "low_memory", "public_key")
     pipe = Pipeline.load(options.bundle, size=size, **{name: getattr(options, name) for name in names})
     lines = [backends.note(stage.backend, stage.precision) for stage in pipe.manifest.stages]
     for line in dict.fromkeys(lines):

@@ -18,7 +18,7 @@ from dit_runtime.console import answer
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.facts import DEFAULT_STRENGTH
 from dit_runtime.npy import read_array, read_condition
-from dit_runtime.options import Known, Parser, add_bundle, add_engine, add_size, load_bundle
+from dit_runtime.options import Known, Parser, add_bundle, add_engine, add_public_key, add_size, load_bundle
 from dit_runtime.picture_files import read_mask, read_picture
 from dit_runtime.progress import Counted, Progress
 from dit_runtime.request import Request
@@ -52,6 +52,7 @@ def add_options(parser: Parser) -> None:
     )
     group.add_argument("--fps", type=int, default=25, metavar="N", help="frames a second of an .mp4; default: 25")
     add_engine(parser)
+    add_public_key(parser.add_argument_group("safety").add_argument)
 
 
 def _add_what(parser: Parser) -> None:
@@ -218,7 +219,7 @@ def _sample_shards(options: argparse.Namespace) -> int:
         if len(getattr(options, name) or ()) > 1:
             raise UsageError(f"--{name} has several values; expected one for all shards")
     fields = {name: value for name, value in _fields(options).items() if value is not None}
-    contract = manifest.read(options.bundle)
+    contract = manifest.read(options.bundle, public_key=options.public_key)
     series = shards.plan(
         options.bundle,
         contract,
@@ -235,7 +236,7 @@ def _sample_shards(options: argparse.Namespace) -> int:
     progress = Progress(quiet=options.quiet)
     counted = Counted(progress, "pictures")
     if todo and options.ray is not None:
-        opening = {name: getattr(options, name) for name in ("threads", "provider", "low_memory")}
+        opening = {name: getattr(options, name) for name in ("threads", "provider", "low_memory", "public_key")}
         cluster.run(
             options.bundle,
             series,

@@ -11,7 +11,7 @@ from pathlib import Path
 from dit_runtime import completion
 from dit_runtime.console import guarded
 from dit_runtime.errors import UsageError
-from dit_runtime.options import Parser, add_debug, add_engine, add_version, set_examples
+from dit_runtime.options import Parser, add_debug, add_engine, add_public_key, add_version, set_examples
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -102,6 +102,7 @@ def _add_requests(add: Callable[..., object]) -> None:
 def _add_safety(add: Callable[..., object]) -> None:
     text = "serve only bundles whose manifest.json has one of these sha256"
     add("--pin", nargs="+", default=[], metavar="SHA256", help=text)
+    add_public_key(add)
     text = "start without a replay of the reference; a swap always replays it"
     add("--skip-verify", action="store_true", help=text)
 

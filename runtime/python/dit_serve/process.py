@@ -28,7 +28,7 @@ def serve(options: argparse.Namespace, named: Mapping[str, Path], key: bytes | N
     """Serve the bundles until SIGTERM or ctrl-c."""
     _log_as_json(logging.WARNING if options.quiet else logging.INFO)
     how = options.threads, options.provider, options.batch, options.allow_batch_variance
-    opening = Opening(*how, not options.skip_verify, options.pin)
+    opening = Opening(*how, not options.skip_verify, options.pin, options.public_key)
     models = open_models(named, opening, lambda line: log.info(line))
     limits = Limits(options.max_images, options.max_steps, options.max_pixels)
     settings = Settings(options.deadline, options.job_deadline, options.grace, limits, key, (*LOCAL, options.host))

@@ -82,7 +82,8 @@
  * Files: keep the folder as it is until the model is closed, because engines read from it later: for other sizes, and
  * with low_memory for each stage. A bundle may come from anybody. Its sums are checked before use, nothing outside of
  * its folder is read, and what the manifest says is held to limits; but its sums are its own, so pin it with
- * manifest_sha256 where that matters. Only TensorRT-RTX writes: what it compiles, into $XDG_CACHE_HOME/dit-run (or
+ * manifest_sha256 or public_key where that matters. Only TensorRT-RTX writes: what it compiles, into
+ * $XDG_CACHE_HOME/dit-run (or
  * ~/.cache/dit-run). Nothing uses the network.
  */
 #ifndef DIT_DIT_H
@@ -118,7 +119,8 @@ typedef struct dit_pipeline dit_pipeline; /* pipeline.h */
 typedef enum dit_status {
     DIT_OK = 0,
     DIT_BAD_ARGUMENT = 1,     /* a label, a number, a name, NULL, a struct of another version */
-    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, another than manifest_sha256, or it cannot run here */
+    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, another than manifest_sha256, not signed by
+                                 public_key, or it cannot run here */
     DIT_BUFFER_TOO_SMALL = 3, /* the message says how much is needed */
     DIT_ENGINE_FAILED = 4,    /* an engine gave no sound result */
     DIT_STOPPED = 5,          /* a callback, dit_cancel or dit_run_cancel asked for it */
@@ -160,7 +162,7 @@ DIT_API void dit_model_release(dit_model* model);
 DIT_API dit_status dit_model_warm(dit_model* model, const int64_t* batches, size_t num_batches, const char* size,
                                   dit_cancellation* cancellation);
 
-/* Draws pictures, uint8 [count, height, width, 3]; `size` is in bytes. */
+/* Draws pictures, uint8 [count, height, width, 3], or videos, [count, frames, height, width, 3]; `size` is in bytes. */
 DIT_API dit_status dit_model_generate(dit_model* model, const dit_request* request, uint8_t* pixels, size_t size);
 
 /* Samples without decoding, float [count, state_shape]; `size` is in numbers. */
@@ -190,11 +192,11 @@ DIT_API dit_status dit_run_latents(dit_run* run, float* latents, size_t size);
  * of a cache. *planned is what that is when the run has ended, -1 where its cache decides that step by step. */
 DIT_API dit_status dit_run_rows(dit_run* run, int64_t* rows, int64_t* planned);
 
-/* Does what is left of the run and decodes it, uint8 [count, height, width, 3]; `size` is in bytes. */
+/* Does what is left of the run and decodes it, as dit_model_generate; `size` is in bytes. */
 DIT_API dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size);
 
-/* Decodes the end of the path as the last step's prediction has it, uint8 [count, height, width, 3]; `size` is in
- * bytes. The run is not changed. It takes as long as the decoding of a result. */
+/* Decodes the end of the path as the last step's prediction has it, as dit_model_generate; `size` is in bytes. The run
+ * is not changed. It takes as long as the decoding of a result. */
 DIT_API dit_status dit_run_preview(dit_run* run, uint8_t* pixels, size_t size);
 
 typedef struct dit_stats {

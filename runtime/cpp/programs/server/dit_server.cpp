@@ -7,6 +7,7 @@
 #include <map>
 #include <sstream>
 
+#include "../public_key.hpp"
 #include "dit/dit.h"
 #include "errors.hpp"
 #include "service.hpp"
@@ -35,6 +36,7 @@ The first bundle is the default of requests without a model. A folder may be a l
   --max-steps N         default: 250
   --max-pixels N        of a request's images in all; default: 16777216
   --pin SHA256 …        serve only bundles whose manifest.json has one of these sha256 sums
+  --public-key FILE     serve only bundles that the owner of this Ed25519 key has signed
   --skip-verify         start without a replay of the reference; a swap always replays it
   --help, --version
 )";
@@ -99,6 +101,10 @@ Arguments parse(const std::vector<std::string>& words) {
         {"--port", whole(arguments.port, 0, 65535)},
         {"--api-key-file",
          [&](const std::string&, const std::string& path) { arguments.settings.key = read_key(path); }},
+        {"--public-key",
+         [&](const std::string&, const std::string& path) {
+             arguments.opening.options.public_key = read_public_key(path);
+         }},
         {"--backend", word(arguments.opening.options.backend)},
         {"--device", word(arguments.opening.options.device)},
         {"--threads", whole(arguments.opening.options.threads, 1, 4096)},

@@ -13,7 +13,7 @@ namespace {
 // Refuses bundles whose requests a label cannot state, and those that draw no images.
 void require_servable(const dit::Path& folder, const dit::Manifest& manifest) {
     if (!manifest.end()) throw dit::BundleError(dit::text(folder.string(), ": this bundle has no decoder"));
-    if (manifest.image_shape().size() != 3)
+    if (manifest.frames())
         throw dit::BundleError(dit::text(folder.string(), ": this bundle draws videos, and servers serve images"));
     if (manifest.prompt())
         throw dit::BundleError(
