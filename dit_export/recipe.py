@@ -105,7 +105,7 @@ class Recipe(Tuning):
 
     @property
     def names_weights(self) -> bool:
-        """Whether the recipe alone builds the bundle, without a network of the caller's."""
+        """Return whether the recipe alone builds the bundle, without a network of the caller's."""
         return bool(self.model or self.checkpoint or self.pipeline)
 
     def command(self, **changes: Any) -> str:

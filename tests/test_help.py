@@ -19,6 +19,7 @@ from dit_runtime.completion import script
 from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser
 
+CPP = Path(__file__).parents[1] / "runtime/cpp/programs"
 PROGRAMS = {"dit-export": dit_export.cli, "dit-run": dit_runtime.cli, "dit-serve": dit_serve.cli}
 NOUNS = {
     "ACTION": "info or clear",
@@ -117,6 +118,53 @@ def test_a_mistake_names_the_page_to_read(program: str, words: list[str], said: 
     with pytest.raises(UsageError) as refused:
         PROGRAMS[program].parser().parse_args(words)
     assert said in str(refused.value)
+
+
+def usage(name: str) -> str:
+    """Return the page of a C++ program, from its source."""
+    return re.search(r'R"\((usage: .*?)\)";', (CPP / name).read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def options_of(page: str) -> dict[str, str]:
+    """Return the group of each option of a page, by how it is written there."""
+    group, options = "", {}
+    for line in page.splitlines():
+        if re.fullmatch(r"[\w ]+:", line):
+            group = line[:-1]
+        elif group != "examples" and (option := re.match(r"  (\S.*?)(?:  |$)", line)) and line.startswith("  -"):
+            options[option[1]] = group
+    return options
+
+
+@pytest.mark.parametrize(
+    ("file", "twin", "own"),
+    [
+        ("arguments.cpp", "dit-run sample", {"--verify", "--backend NAME", "--version"}),
+        ("server/dit_server.cpp", "dit-serve", {"--backend NAME"}),
+    ],
+)
+def test_a_program_in_cpp_has_the_page_of_its_twin(
+    file: str, twin: str, own: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same options in the same groups, with the same nouns; it has fewer of them, and some of its own."""
+    monkeypatch.setenv("COLUMNS", "100")
+    page, python = usage(file), options_of(ALL[twin].format_help())
+    options = {
+        name.replace("--provider, --device", "--provider").replace("FILE.png", "FILE"): group
+        for name, group in options_of(page).items()
+    }
+    assert len(options) > 15 and options.keys() - own <= python.keys()
+    assert {name: group for name, group in options.items() if name not in own}.items() <= python.items()
+    assert max(map(len, page.splitlines())) <= 110
+    program = page.split()[1]
+    examples = page.partition("examples:\n")[2].splitlines()
+    assert 1 <= len(examples) <= 3 and all(
+        example.startswith(f"  {program} BUNDLE") or "=BUNDLE" in example for example in examples
+    )
+    known = {flag for name in options_of(page) for flag in re.findall(r"--?[a-z][a-z-]*", name)}
+    assert {word for example in examples for word in example.split() if re.match("--?[a-z]", word)} <= known
+    source = (CPP / file).read_text(encoding="utf-8").partition("(usage: ")[2].partition(')";')[2]
+    assert {flag for flag in known if f'"{flag}"' in source} == known  # the parser takes what the page has
 
 
 BASH = """

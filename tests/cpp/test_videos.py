@@ -1,4 +1,4 @@
-"""Videos in C++: Python's frames, from a hand-made bundle and from a tiny LTX-Video."""
+"""Videos in C++: Python's frames of a hand-made bundle; those of LTX-Video are a test of its family."""
 
 from __future__ import annotations
 
@@ -88,25 +88,3 @@ def test_servers_serve_images(video, build) -> None:
     server = [build / "programs/dit-server", video, "--port", "0", "--skip-verify"]
     done = subprocess.run(server, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "this bundle draws videos, and servers serve images" in done.stderr
-
-
-@pytest.mark.slow  # it builds the bundle
-def test_ltx_video(dit_generate, tmp_path, one_thread) -> None:
-    """Ids of a prompt become the frames that Python draws of its words, and PyTorch's reference is replayed."""
-    from tests.families import test_ltx as ltx
-    from tests.families import tiny as families
-
-    size = f"{ltx.HEIGHT}x{ltx.WIDTH}"
-    with one_thread():
-        fields = {"caption_tokens": ltx.TOKENS, "resolution": size, "frames": ltx.FRAMES}
-        bundle = families.build(ltx.make_pipeline(), tmp_path, **fields)
-    with load(bundle, "onnxruntime") as pipe:
-        expected = pipe.sample(prompt=families.PROMPT, negative_prompt="", steps=STEPS)
-        words = [pipe.engines.tokenizers([text], negative) for text, negative in ((families.PROMPT, False), ("", True))]
-    flags = [*condition_flags(tmp_path, *words), "--steps", STEPS]
-    assert dit_generate(bundle, *flags, "-o", tmp_path / "frames").returncode == 0
-    files = sorted((tmp_path / "frames").iterdir())
-    assert len(files) == ltx.FRAMES
-    assert same_pictures(pictures(files, ltx.HEIGHT, ltx.WIDTH)[None], expected)
-    done = dit_generate(bundle, "--verify")
-    assert done.returncode == 0, done.stdout + done.stderr

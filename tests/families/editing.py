@@ -68,7 +68,7 @@ class Edit:
             ).images
         if latents.ndim == 3:  # packed
             latents = pipeline._unpack_latents(latents, case.call["height"], case.call["width"], 8)
-        return latents.reshape(len(latents), *latents.shape[-3:]).numpy()  # without an axis of one frame
+        return (latents[:, :, 0] if latents.ndim == 5 else latents).numpy()  # of one frame
 
     def ours(
         self, strength: float, guidance: float = tiny.GUIDANCE, count: int = 1, **request: Any

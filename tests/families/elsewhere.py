@@ -36,10 +36,6 @@ SEEDS = [SEED + row for row in range(len(PROMPTS))]
 
 
 class Elsewhere:
-    """A module whose C++ library does not draw its bundle sets `in_cpp`."""
-
-    in_cpp = True
-
     @pytest.mark.slow
     def test_openvino_is_diffusers(self, case: Case, tmp_path: Path) -> None:
         tiny.accept(replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle")))
@@ -63,8 +59,6 @@ class Elsewhere:
         self, case: Case, dit_generate: Callable[..., CompletedProcess[str]], tmp_path: Path
     ) -> None:
         """C++ draws Python's latents from the ids of the words, on both engines, with guidance and without."""
-        if not self.in_cpp:
-            pytest.skip("libdit does not draw it")
         file = tmp_path / "x.npy"
         for engine in ENGINES:
             with load(case.bundle, engine) as pipe:

@@ -71,8 +71,6 @@ def test_a_prompt_is_diffusers(case) -> None:
 class TestElsewhere(Elsewhere):
     """On OpenVINO, without PyTorch, in C++."""
 
-    in_cpp = False
-
 
 @pytest.mark.slow
 def test_what_leaves_the_loop(case) -> None:

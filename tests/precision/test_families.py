@@ -31,7 +31,8 @@ NOT_DIVIDED = {  # kinds of layers that read what nothing linear makes alone
     "Chroma": {"ff.net.2", "ff_context.net.2"},
     "PixArt": {"attn2.to_q", "ff.net.2"},
     "LTX-Video": {"attn2.to_q", "ff.net.2"},
-    "Qwen-Image": {"img_mlp.net.2", "txt_mlp.net.2"},
+    # At this size the values of the first block's text are made before the loop, and others join them in it.
+    "Qwen-Image": {"img_mlp.net.2", "txt_mlp.net.2", "attn.to_out.0"},
     "CogView4": {"ff.net.2"},
 }
 JOINED = {"FLUX.1", "Chroma"}  # an attention and a GELU, along the channels that proj_out reads

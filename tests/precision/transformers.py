@@ -136,6 +136,9 @@ def _plant(module: nn.Module, case: Case) -> None:
             parameter[rows] *= s.repeat(len(MODULATED[count])).view(-1, *[1] * (parameter.ndim - 1))
             for index in GATES[count]:  # a branch adds less than it reads, as in a trained network
                 parameter[index * width : (index + 1) * width] *= 0.3
+    for name in [name for name in modules if name.endswith("distilled_guidance_layer.out_proj")]:
+        modules[name].weight *= 0.3  # gates among them, as above
+        modules[name].bias *= 0.3
     for name in [name for name in modules if name.endswith("attn2.to_q")]:
         modules[name].weight *= 0.02  # it reads the residual stream, and attends to more than one token
     for reader in matching(case.readers) if case.readers else ():

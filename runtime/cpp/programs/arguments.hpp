@@ -18,7 +18,7 @@ struct Arguments {
     std::vector<std::string> image, mask;          // .png files: one, or one a picture
     std::optional<std::string> public_key;         // a .pem file
     std::string output = "sample.png";
-    bool json = false, verify = false, help = false, version = false;
+    bool json = false, quiet = false, verify = false, help = false, version = false;
 };
 
 extern const char* const USAGE;

@@ -114,7 +114,7 @@ def _named(bundles: Sequence[str]) -> dict[str, Path]:
         if not sign:
             name, folder = Path(text).resolve().name, text
         if not NAME.fullmatch(name) or name in named:
-            raise UsageError(f"bundle {text!r}: expected NAME=FOLDER, each name once, of letters, digits, and . _ -")
+            raise UsageError(f"bundle {text!r}: expected NAME=BUNDLE, each name once, of letters, digits, and . _ -")
         named[name] = Path(folder)
     return named
 
