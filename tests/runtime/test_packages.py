@@ -190,6 +190,8 @@ def test_the_toolchain_starts_beside_it(bare: Path, wheels: Wheels, tmp_path: Pa
     for arguments in ("--version",), ("regress", "--help"):
         done = run(bare / "python", "-m", "dit_export.cli", *arguments, PYTHONPATH=str(tmp_path))
         assert done.returncode == 0 and "dit-export" in done.stdout, done.stderr
+    done = run(bare / "python", "-m", "dit_export.cli", "inspect", wheels.dit_export, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.endswith("pip install 'dit-export[export]'\n"), done.stderr
 
 
 @pytest.mark.slow

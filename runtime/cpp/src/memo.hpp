@@ -5,12 +5,14 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "condition.hpp"
 #include "guidance.hpp"
+#include "resident.hpp"
 
 namespace dit_runtime {
 
@@ -35,12 +37,12 @@ extern const std::size_t MEMO_BYTES;  // as facts.json has it; of XL/2's 783 kB 
 class Memo {
   public:
     // `negative` is what guidance leads away from: no row without guidance, one for all, or one for each of
-    // `condition`.
+    // `condition`. With a device, the inputs of the step are there; engines that can write there do.
     Memo(const Manifest& manifest, RunRows run, const Array& timesteps, const Rows& condition,
-         const Rows& negative = {}, std::size_t budget = MEMO_BYTES);
+         const Rows& negative = {}, std::size_t budget = MEMO_BYTES, std::optional<Device> device = {});
     Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition,
-         const Rows& negative = {}, std::size_t budget = MEMO_BYTES)
-        : Memo(manifest, in_rows(std::move(run)), timesteps, condition, negative, budget) {}
+         const Rows& negative = {}, std::size_t budget = MEMO_BYTES, std::optional<Device> device = {})
+        : Memo(manifest, in_rows(std::move(run)), timesteps, condition, negative, budget, std::move(device)) {}
 
     // [G, B, ...] for the samples from `first` to before `last` at an evaluation, by tensor; they stay until the next
     // call. Samples that are apart are twice as many: each one's own condition, then each one's negative. Those without
@@ -64,20 +66,28 @@ class Memo {
         std::vector<std::size_t> numbers;   // of each row's value among the distinct ones
         std::vector<std::size_t> examples;  // by number: a row that has the value
         std::map<std::string, std::vector<SharedRow>> tensors;
+        std::map<std::string, DeviceRows> resident;  // those of them that are on the device instead
     };
 
     Pairs pairs(std::size_t step, std::size_t first, std::size_t last, Groups groups) const;
     void replace_window(std::size_t step);
     void run(Held& held, const Pairs& pairs);
+    void fill_device(Held& held, const Pairs& pairs);
+    std::vector<Tensor> read(const Stage& stage, const Pairs& pairs) const;
     const Held* giver(const std::string& tensor) const;
     bool timed(const std::string& tensor) const;
     Tensor gather(const TensorSpec& spec, const Pairs& pairs) const;
+    Tensor choose(const TensorSpec& spec, const Pairs& pairs);
+    const DeviceRows& send(const TensorSpec& spec);
+    std::size_t place(const Held& source, std::size_t time, std::size_t row) const;
     template <typename Take>
     void each_row(const TensorSpec& spec, const Pairs& pairs, const Take& take) const;
 
     const Manifest& manifest_;
     RunRows run_;
-    Rows rows_;  // condition, then negative
+    std::optional<Device> device_;
+    std::map<std::string, DeviceRows> sent_;  // what no stage before the loop gives, and no step changes
+    Rows rows_;                               // condition, then negative
     std::size_t condition_rows_, negative_rows_;
     std::vector<float> times_;  // distinct, ascending
     std::vector<std::size_t> time_of_step_;

@@ -273,9 +273,12 @@ Manifest parse_one(const Json& table) {
     check(manifest);
     parse_engines(table, manifest);
     auto& stages = manifest.stages;
-    stages.erase(
-        std::remove_if(stages.begin(), stages.end(), [](const Stage& stage) { return stage.runs == "update"; }),
-        stages.end());
+    const auto update =
+        std::find_if(stages.begin(), stages.end(), [](const Stage& stage) { return stage.runs == "update"; });
+    if (update != stages.end()) {
+        manifest.update = std::move(*update);
+        stages.erase(update);
+    }
     return manifest;
 }
 

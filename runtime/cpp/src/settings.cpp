@@ -74,6 +74,7 @@ void apply(const EngineSetting& setting, Options& options) {
 void check_settings(const Options& options, const Manifest& manifest) {
     std::vector<std::string> names;
     for (const Stage& stage : manifest.stages) names.push_back(stage.name);
+    if (manifest.update) names.push_back(manifest.update->name);
     for (const EngineSetting& setting : options.settings) {
         if (!setting.stage.empty() && !contains(names, setting.stage))
             throw UsageError(text("setting ", setting.key, ": this bundle has no stage '", setting.stage, "'",

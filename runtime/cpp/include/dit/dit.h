@@ -182,7 +182,8 @@ DIT_API dit_status dit_model_generate_latents(dit_model* model, const dit_reques
 DIT_API dit_status dit_run_begin(dit_model* model, const dit_request* request, dit_run** run);
 
 /* Goes one step; *more is then 1 while there is more to do, else 0. After DIT_ENGINE_FAILED the same step
- * can be tried again. */
+ * can be tried again. On an NVIDIA GPU it may only queue the step: dit_run_latents, _result and _preview wait for it,
+ * a cancelled run waits for what is queued, and values that are not finite are found there (DIT_ENGINE_FAILED). */
 DIT_API dit_status dit_run_step(dit_run* run, int* more);
 
 /* The state after the steps so far, float [count, state_shape]; `size` is in numbers. */
