@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dit_export.cli import bench, build, conditions, demo, hoist, inspect, quantize, sign, triton, tune, verify
 from dit_runtime import completion
 from dit_runtime.console import guarded
+from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser, add_commands, add_version
 
 COMMANDS = {
@@ -23,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    result: int = options.command(options)
+    try:
+        result: int = options.command(options)
+    except ModuleNotFoundError as error:  # the gate's commands run without these packages
+        if (error.name or "dit").startswith("dit"):
+            raise
+        raise UsageError(f"this needs the package {error.name}: pip install 'dit-export[export]'") from error
     return result
 
 

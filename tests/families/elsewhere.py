@@ -62,7 +62,7 @@ class Elsewhere:
         file = tmp_path / "x.npy"
         for engine in ENGINES:
             with load(case.bundle, engine) as pipe:
-                away = None if case.negative is None else pipe.engines.tokenizers([case.negative], True)
+                away = pipe.engines.tokenizers([case.negative or ""], True) if pipe.manifest.mixes_guidance else None
                 flags = condition_flags(tmp_path, pipe.engines.tokenizers([*PROMPTS], False), away)
                 words = {"prompt": [*PROMPTS], "negative_prompt": case.negative, "steps": STEPS, "seed": SEEDS}
                 for guidance in (GUIDANCE, 1.0):

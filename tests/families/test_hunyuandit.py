@@ -11,7 +11,7 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.networks.families import family_network
-from dit_export.networks.families.hunyuandit import HUNYUAN_DIT
+from dit_export.networks.families.hunyuandit import HUNYUAN_DIT, span
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from tests.families import pipelines
@@ -74,6 +74,11 @@ def test_a_wrapper_is_diffusers(sized) -> None:
     others = tiny.inputs(network, 3, seed=1, span=1000.0)
     for port in network.ports:
         assert tiny.distance(tiny.run(network, values | {port.name: others[port.name]}), expected) > 0.01, port.name
+
+
+@pytest.mark.parametrize("grid", [(64, 64), (48, 64), (80, 48), (5, 7), (7, 6)])
+def test_positions_span_a_square(grid) -> None:
+    assert span(grid, 32) == get_resize_crop_region_for_grid(grid, 32)
 
 
 def test_captions_have_the_length_of_the_tables() -> None:

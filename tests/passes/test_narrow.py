@@ -16,7 +16,8 @@ from dit_export.precision.half import PRODUCTS, TYPES, Rounded, cast_to_half, fp
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
-from dit_export.precision.twin import twin
+from dit_export.precision.twin import half_form, twin
+from dit_runtime.bundle.manifest import Stage
 from tests.passes.conftest import Run, fuse_dit
 
 HALF = np.dtype(np.float16)
@@ -83,6 +84,22 @@ def test_the_twin_rounds_what_the_typed_graph_holds(typed: gs.Graph, run: Run, i
     assert not [tensor.name for tensor in onnxfile.constants(typed) if tensor.values.dtype == HALF]
     (got, _) = run(typed, inputs)
     assert np.linalg.norm(got - near) / np.linalg.norm(near) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "forms", "expected"),
+    [
+        ("onnxruntime", "fp16", ("onnxruntime", "onnxruntime-cuda"), "decoder.onnxruntime.onnx"),
+        ("onnxruntime", "bf16", ("onnxruntime", "onnxruntime-cuda"), "decoder.onnxruntime-cuda.onnx"),
+        ("onnxruntime", "bf16", (), "decoder.onnx"),
+        ("tensorrt", "bf16", (), "decoder.onnx"),
+    ],
+)
+def test_the_form_that_computes_in_half_has_the_twin(backend, precision, forms, expected) -> None:
+    """A CPU's provider refuses bf16, so that only CUDA's opens it."""
+    engines = {form: (f"decoder.{form}.onnx", "decoder.onnx.data") for form in forms}
+    engines |= {"tensorrt": ("decoder.engine",)}
+    assert half_form(Stage("decoder", "end", (), (), "decoder.onnx", 8, precision, backend, engines)) == expected
 
 
 def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:

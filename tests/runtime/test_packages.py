@@ -6,9 +6,9 @@ import email
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import venv
 import zipfile
@@ -44,8 +44,7 @@ def wheels(tmp_path_factory) -> Wheels:
         folder = tmp_path_factory.mktemp(name)
         build = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder), "--target"]
         subprocess.run([*build, "sdist"], check=True, cwd=source, capture_output=True)
-        with tarfile.open(folder / f"{name}-{__version__}.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
+        shutil.unpack_archive(folder / f"{name}-{__version__}.tar.gz", folder)
         subprocess.run([*build, "wheel"], check=True, cwd=folder / f"{name}-{__version__}", capture_output=True)
         built.append(folder / f"{name}-{__version__}-py3-none-any.whl")
     return Wheels(*built)
@@ -190,6 +189,8 @@ def test_the_toolchain_starts_beside_it(bare: Path, wheels: Wheels, tmp_path: Pa
     for arguments in ("--version",), ("regress", "--help"):
         done = run(bare / "python", "-m", "dit_export.cli", *arguments, PYTHONPATH=str(tmp_path))
         assert done.returncode == 0 and "dit-export" in done.stdout, done.stderr
+    done = run(bare / "python", "-m", "dit_export.cli", "inspect", wheels.dit_export, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.endswith("pip install 'dit-export[export]'\n"), done.stderr
 
 
 @pytest.mark.slow

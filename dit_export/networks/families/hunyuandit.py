@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import HunyuanDiTAttentionPool, get_2d_rotary_pos_embed
-from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
 from dit_export.networks import Network
@@ -21,6 +20,7 @@ from dit_runtime.errors import UsageError
 BERT_TOKENS, T5_TOKENS = 77, 256  # the pipeline's, whatever the prompt
 ORIGINAL = (1024, 1024)  # the pipeline's original_size
 BASE = 512 // PIXELS  # positions span the latents of 512 px, at every size
+Corner = tuple[int, ...]
 
 
 class Pool(nn.Module):
@@ -40,6 +40,13 @@ class Pool(nn.Module):
         return pool.c_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1))
 
 
+def span(grid: tuple[int, int], side: int) -> tuple[Corner, Corner]:
+    """Return the first and the last corner of the positions of a grid, which fits into a square and is centred."""
+    sides = [round(side / max(grid) * count) for count in grid]
+    first = tuple(round((side - own) / 2) for own in sides)
+    return first, tuple(start + own for start, own in zip(first, sides, strict=True))
+
+
 class HunyuanDiTNoise(nn.Module):
     """Name the inputs of HunyuanDiT2DModel; the style, the sizes and the positions of the image are constants."""
 
@@ -55,8 +62,8 @@ class HunyuanDiTNoise(nn.Module):
             transformer.time_extra_emb.pooler = Pool(transformer.time_extra_emb.pooler)
         patch = transformer.config.patch_size
         grid = size[0] // patch, size[1] // patch
-        region = get_resize_crop_region_for_grid(grid, BASE // patch)
-        cos, sin = get_2d_rotary_pos_embed(transformer.inner_dim // transformer.num_heads, region, grid)
+        corners = span(grid, BASE // patch)
+        cos, sin = get_2d_rotary_pos_embed(transformer.inner_dim // transformer.num_heads, corners, grid)
         pixels = (PIXELS * size[0], PIXELS * size[1])
         self.register_buffer("sizes", torch.tensor([[*ORIGINAL, *pixels, 0, 0]]).float(), persistent=False)
         self.register_buffer("style", torch.zeros(1, dtype=torch.long), persistent=False)

@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "log.hpp"
 #include "manifest.hpp"
+#include "resident.hpp"
 
 namespace dit_runtime {
 
@@ -32,9 +34,11 @@ struct Options {
     std::map<std::string, std::string> own = {};  // backends' own settings, by "BACKEND.KEY"
     std::vector<EngineSetting> settings = {};     // of stages; the last of a key and stage counts
     std::uint64_t max_bytes = 0;                  // of the files that are opened; 0: any number
+    Log* log = dit_runtime::log;                  // the library's own, for engines in plugins
     std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart
     // What OpenVINO's device computes, "BF16" among it; nothing: ask it.
     std::optional<std::vector<std::string>> capabilities = std::nullopt;
+    std::shared_ptr<void> stream = {};  // of an open engine of the same backend and device, to work in order with
 };
 
 // An array that goes in; it belongs to the caller.
@@ -42,8 +46,9 @@ struct Input {
     std::string name;
     Shape shape;
     const void* data;
-    bool integers = false;      // int64, else float32
-    std::uint64_t version = 0;  // inputs of one version and name have the same values; 0: of no version
+    bool integers = false;               // int64, else float32
+    std::uint64_t version = 0;           // inputs of one version and name have the same values; 0: of no version
+    const DeviceRows* device = nullptr;  // where the values are, in the place of `data`; only a Resident takes them
 
     std::size_t bytes() const { return count(shape) * (integers ? sizeof(std::int64_t) : sizeof(float)); }
 };
@@ -64,6 +69,7 @@ class Engine {
     virtual void resume() noexcept {}
 
     std::vector<std::string> inputs, outputs;  // names
+    std::string place;                         // the backend and device that it was opened with
 };
 
 struct Backend {

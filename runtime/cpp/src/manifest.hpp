@@ -138,7 +138,8 @@ struct Manifest {
     std::vector<std::string> labels;     // class names of the port "labels"; empty where they are unknown
     Guidance guidance;
     Process process;
-    std::vector<Stage> stages;    // in the order of running, but for "update": here solvers step on the host
+    std::vector<Stage> stages;    // in the order of running, but for "update"
+    std::optional<Stage> update;  // for runs whose state stays on a device
     std::vector<Prompt> prompts;  // what the stage reads that runs "prompt"
     std::map<std::string, File> files;
     bool batch_invariant = false;  // verification saw that a sample has the same bits in each batch

@@ -151,7 +151,7 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
     const std::size_t steps = reference.timesteps.size();
     const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
     const bool guided = pipe.manifest.mixes_guidance();
-    Memo memo = pipe.memo(reference.timesteps, reference.condition, reference.negative);
+    Memo memo = pipe.memo(reference.timesteps, reference.condition, reference.negative, {}, MEMO_BYTES, pipe.device());
     for (std::size_t step = 0; step < steps; ++step) {
         count_steps(1);
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);

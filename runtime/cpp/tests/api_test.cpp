@@ -220,10 +220,14 @@ TEST_P(Api, TheKeyThatMustHaveSigned) {
         options.public_key_size = size;
         return dit_open(pipe.get(), BUNDLE, &options);
     };
-    refused(open(key.data(), 32), DIT_BAD_BUNDLE, "not signed");
-    refused(open(key.data(), 31), DIT_BAD_ARGUMENT, "public_key has 31 bytes; expected 32");
-    refused(open(key.data(), 0), DIT_BAD_ARGUMENT, "public_key has 0 bytes; expected 32");
-    refused(open(nullptr, 32), DIT_BAD_ARGUMENT, "public_key is NULL");
+    const auto refuses = [&](const std::uint8_t* bytes, std::size_t size, dit_status status, const char* words) {
+        EXPECT_STREQ(dit_status_name(open(bytes, size)), dit_status_name(status));
+        EXPECT_NE(std::string(dit_last_message()).find(words), std::string::npos) << dit_last_message();
+    };
+    refuses(key.data(), 32, DIT_BAD_BUNDLE, "not signed");
+    refuses(key.data(), 31, DIT_BAD_ARGUMENT, "public_key has 31 bytes; expected 32");
+    refuses(key.data(), 0, DIT_BAD_ARGUMENT, "public_key has 0 bytes; expected 32");
+    refuses(nullptr, 32, DIT_BAD_ARGUMENT, "public_key is NULL");
     EXPECT_EQ(open(nullptr, 0), DIT_OK) << dit_message(pipe.get());
     dit::OpenOptions face;
     EXPECT_NO_THROW(dit::Pipeline(BUNDLE, face));
