@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "errors.hpp"
+#include "facts.hpp"
 #include "images.hpp"
 #include "log.hpp"
 #include "run.hpp"
@@ -146,7 +147,8 @@ const Backend& Pipeline::backend(const Stage& stage) const {
         for (const Backend& known : backends())
             if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
     const Stage& step = manifest.step();
-    if (stage.runs == PROMPT && stage.backend != step.backend && options.backend.empty()) {
+    if (stage.runs == PROMPT && stage.backend != step.backend && options.backend.empty() &&
+        contains(fact_names("precisions"), stage.backend)) {
         Stage moved = stage;
         moved.backend = step.backend;
         const auto is_own = [&stage](const Backend& known) { return known.name == stage.backend; };
