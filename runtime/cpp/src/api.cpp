@@ -161,8 +161,8 @@ dit_status dit_model_verify(dit_model* model, const dit_verify_options* options)
                               std::isinf(figure.limit) ? dit::text("a number")
                                                        : dit::text(figure.at_least ? ">= " : "<= ", figure.limit));
             if (from.on_check)
-                from.on_check(figure.name().c_str(), figure.value, figure.limit, figure.at_least, figure.passed(),
-                              figure.where.c_str(), from.user);
+                from.on_check(dit::one_line(figure.name()).c_str(), figure.value, figure.limit, figure.at_least,
+                              figure.passed(), dit::one_line(figure.where).c_str(), from.user);
         });
         if (!failure.empty()) throw dit::NotVerified(failure);
     });

@@ -1,7 +1,6 @@
 // ONNX Runtime's CUDA provider on memory of the GPU that never moves, so that a step can be replayed as a CUDA graph.
 // Mirrors dit_runtime/backends/ort_cuda.py.
 #include <algorithm>
-#include <iostream>
 #include <string>
 #include <utility>
 
@@ -16,8 +15,8 @@ using cuda::Device;
 
 using Shapes = std::map<std::string, Shape>;  // of the inputs
 
-void say_without(const std::string& reason) {
-    std::cerr << "no CUDA graph of ONNX Runtime's work, it runs without: " << reason << '\n';
+void log_without(Log* log, const std::string& reason) {
+    log(Severity::WARNING, "no CUDA graph of ONNX Runtime's work, it runs without: " + reason);
 }
 
 // Shapes that keep their memory: with and without guidance, at eight batch sizes. What is recorded keeps it to the end,
@@ -44,6 +43,7 @@ class OrtCudaEngine : public cuda::DeviceEngine, public OrtEngine {
           OrtEngine(path, options,
                     {{"user_compute_stream", text(reinterpret_cast<std::uintptr_t>(stream_->handle))},
                      {"enable_cuda_graph", records ? "1" : "0"}}),
+          log_(options.log),
           stage_(stage),
           plain_(run_settings("-1")),
           records_(records) {
@@ -158,7 +158,7 @@ class OrtCudaEngine : public cuda::DeviceEngine, public OrtEngine {
                 recordings_ += !std::exchange(bound.recorded, true);
             } catch (const OrtFailure& error) {
                 if (bound.recorded) throw;
-                say_without(error.what());
+                log_without(log_, error.what());
                 records_ = false;
                 run(plain_);
             }
@@ -171,6 +171,7 @@ class OrtCudaEngine : public cuda::DeviceEngine, public OrtEngine {
         bound_.clear();
     }
 
+    Log* const log_;
     const Stage stage_;
     const RunOptions plain_;
     Memory memory_;
@@ -189,7 +190,7 @@ std::unique_ptr<Engine> open_cuda(const Path& path, const Stage& stage, const Op
             return std::make_unique<OrtCudaEngine>(path, stage, options, true);
         } catch (const BundleError& error) {
             if (std::string(error.what()).find("graph capture") == std::string::npos) throw;
-            say_without(error.what());
+            log_without(options.log, error.what());
             return std::make_unique<OrtCudaEngine>(path, stage, options, false);
         }
     } catch (const cuda::CudaError& error) {

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
-#include <iostream>
 #include <mutex>
 #include <random>
 
@@ -101,7 +100,7 @@ struct Execution {
 class TrtEngine : public cuda::DeviceEngine, public Engine {
   public:
     TrtEngine(const std::vector<Path>& files, const Built& built, const Options& options, const std::string& command)
-        : DeviceEngine(options) {
+        : DeviceEngine(options), log_(options.log) {
         const Path& path = files.at(0);
         runtime_.reset(nvinfer1::createInferRuntime(logger()));
         if (!runtime_) throw NoDevice(text(DIT_TENSORRT, " does not start here: ", logger().last()));
@@ -232,7 +231,8 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
         try {
             execution.recording = std::make_unique<Recording>(*stream_, [&] { execute(*execution.context); });
         } catch (const EngineError& error) {
-            std::cerr << "no CUDA graph of " << DIT_TENSORRT << "'s work, it runs without: " << error.what() << '\n';
+            log_(Severity::WARNING,
+                 text("no CUDA graph of ", DIT_TENSORRT, "'s work, it runs without: ", error.what()));
             records_ = false;
         }
     }
@@ -370,6 +370,7 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
         runtime_.reset();
     }
 
+    Log* const log_;
     Path kernels_;  // empty: they are not kept
     // What is named first is destroyed last.
     std::unique_ptr<nvinfer1::IRuntime> runtime_;

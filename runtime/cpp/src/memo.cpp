@@ -16,10 +16,8 @@ void add_new(std::vector<T>& values, const T& value) {
     if (std::find(values.begin(), values.end(), value) == values.end()) values.push_back(value);
 }
 
-template <typename T>
-void append_row(std::vector<T>& to, const T* values, std::size_t row, std::size_t size) {
-    to.insert(to.end(), values + row * size, values + (row + 1) * size);
-}
+std::vector<float>& values_of(Tensor& tensor, const float*) { return tensor.floats; }
+std::vector<std::int64_t>& values_of(Tensor& tensor, const std::int64_t*) { return tensor.integers; }
 
 std::vector<Input> inputs_of(const Stage& stage, const std::vector<Tensor>& tensors) {
     std::vector<Input> inputs;
@@ -36,7 +34,19 @@ std::uint64_t new_version() {
 
 }  // namespace
 
-Memo::Memo(const Manifest& manifest, RunStage run, const Array& timesteps, const Rows& condition, const Rows& negative,
+RunRows in_rows(RunStage run) {
+    return [run = std::move(run)](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
+        std::map<std::string, std::vector<SharedRow>> tensors;
+        for (auto& [name, values] : run(stage, inputs, rows)) {
+            const auto whole = std::make_shared<const std::vector<float>>(std::move(values));
+            for (std::size_t row = 0; row < rows; ++row)
+                tensors[name].emplace_back(whole, whole->data() + whole->size() / rows * row);
+        }
+        return tensors;
+    };
+}
+
+Memo::Memo(const Manifest& manifest, RunRows run, const Array& timesteps, const Rows& condition, const Rows& negative,
            std::size_t budget, std::optional<Device> device)
     : manifest_(manifest),
       run_(std::move(run)),
@@ -96,12 +106,16 @@ const Arrays& Memo::operator()(std::size_t step, std::size_t first, std::size_t 
     return inputs_;
 }
 
-void Memo::append(std::size_t step, std::size_t first, std::size_t last, Groups groups, std::size_t group,
-                  const TensorSpec& spec, Tensor& to) {
+void Memo::write(std::size_t step, std::size_t first, std::size_t last, Groups groups, const TensorSpec& spec,
+                 Tensor& to, std::size_t begin, std::size_t batch) {
     fill(step);
-    const Pairs all = pairs(step, first, last, groups);
-    const auto begin = all.begin() + static_cast<std::ptrdiff_t>(group * (last - first));
-    append(spec, {begin, begin + static_cast<std::ptrdiff_t>(last - first)}, to);
+    const std::size_t samples = last - first;
+    std::size_t number = 0;  // samples of a group, then those of the next
+    each_row(spec, pairs(step, first, last, groups), [&](const auto* row, std::size_t size) {
+        const std::size_t place = number / samples * batch + begin + number % samples;
+        std::copy(row, row + size, values_of(to, row).data() + place * size);
+        ++number;
+    });
 }
 
 // The rows of the samples at an evaluation, group after group.
@@ -150,7 +164,6 @@ void Memo::replace_window(std::size_t step) {
 void Memo::run(Held& held, const Pairs& pairs) {
     const Stage& stage = *held.stage;
     if (device_ && device_->joins(stage)) return fill_device(held, pairs);
-    for (const TensorSpec& spec : stage.gives) held.tensors[spec.name].reserve(pairs.size() * count(spec.row()));
     const auto size = static_cast<std::size_t>(stage.max_batch);
     for (std::size_t first = 0; first < pairs.size(); first += size) {
         const auto begin = pairs.begin() + static_cast<std::ptrdiff_t>(first);
@@ -158,14 +171,16 @@ void Memo::run(Held& held, const Pairs& pairs) {
         const std::vector<Tensor> tensors = read(stage, part);
         const auto answer = run_(stage, inputs_of(stage, tensors), part.size());
         for (const TensorSpec& spec : stage.gives) {
-            const std::vector<float>& rows = answer.at(spec.name);
-            std::vector<float>& all = held.tensors[spec.name];
+            const std::vector<SharedRow>& rows = answer.at(spec.name);
+            std::vector<SharedRow>& all = held.tensors[spec.name];
             all.insert(all.end(), rows.begin(), rows.end());
         }
     }
     if (!device_) return;
     for (const TensorSpec& spec : stage.gives) {
-        const std::vector<float>& rows = held.tensors.at(spec.name);
+        std::vector<float> rows;
+        for (const SharedRow& row : held.tensors.at(spec.name))
+            rows.insert(rows.end(), row.get(), row.get() + count(spec.row()));
         held.resident.emplace(spec.name, device_->put({spec.name, with_rows(pairs.size(), spec.row()), rows.data()}));
     }
     held.tensors.clear();
@@ -225,7 +240,10 @@ Tensor Memo::gather(const TensorSpec& spec, const Pairs& pairs) const {
     }
     const std::size_t numbers = count(tensor.shape);
     spec.dtype == "int64" ? tensor.integers.reserve(numbers) : tensor.floats.reserve(numbers);
-    append(spec, pairs, tensor);
+    each_row(spec, pairs, [&](const auto* row, std::size_t size) {
+        auto& values = values_of(tensor, row);
+        values.insert(values.end(), row, row + size);
+    });
     return tensor;
 }
 
@@ -257,20 +275,19 @@ const DeviceRows& Memo::send(const TensorSpec& spec) {
     return sent_.emplace(spec.name, device_->put(all.input(spec.name))).first->second;
 }
 
-void Memo::append(const TensorSpec& spec, const Pairs& pairs, Tensor& to) const {
+// Calls `take` with each pair's row of a tensor and the row's length.
+template <typename Take>
+void Memo::each_row(const TensorSpec& spec, const Pairs& pairs, const Take& take) const {
     const std::size_t size = count(spec.row());
-    const Held* const source = giver(spec.name);
-    const Port* const port = source ? nullptr : manifest_.port(spec.name);
-    for (const auto& [time, row] : pairs) {
-        if (source) {
-            append_row(to.floats, source->tensors.at(spec.name).data(), place(*source, time, row), size);
-        } else if (port->role == "time") {
-            to.floats.push_back(times_[time]);
-        } else if (spec.dtype == "int64") {
-            append_row(to.integers, rows_.arrays.at(spec.name).integers.data(), row, size);
-        } else {
-            append_row(to.floats, rows_.arrays.at(spec.name).floats.data(), row, size);
-        }
+    if (const Held* const source = giver(spec.name)) {
+        const std::vector<SharedRow>& rows = source->tensors.at(spec.name);
+        for (const auto& [time, row] : pairs) take(rows[place(*source, time, row)].get(), size);
+    } else if (manifest_.port(spec.name)->role == "time") {
+        for (const auto& [time, row] : pairs) take(&times_[time], 1);
+    } else if (const Tensor& tensor = rows_.arrays.at(spec.name); spec.dtype == "int64") {
+        for (const auto& [time, row] : pairs) take(tensor.integers.data() + row * size, size);
+    } else {
+        for (const auto& [time, row] : pairs) take(tensor.floats.data() + row * size, size);
     }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "errors.hpp"
+#include "facts.hpp"
 #include "images.hpp"
 #include "log.hpp"
 #include "run.hpp"
@@ -43,6 +44,7 @@ Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<
     require_warmable(manifest, warm, options.low_memory);
     check_settings(options, manifest);
     try {
+        unless_cancelled([] { return backends().size(); });  // their libraries take a while to load
         checking(files(), [&] {
             if (!options_.low_memory)
                 for (const Stage& stage : manifest.stages)
@@ -145,7 +147,8 @@ const Backend& Pipeline::backend(const Stage& stage) const {
         for (const Backend& known : backends())
             if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
     const Stage& step = manifest.step();
-    if (stage.runs == PROMPT && stage.backend != step.backend && options.backend.empty()) {
+    if (stage.runs == PROMPT && stage.backend != step.backend && options.backend.empty() &&
+        contains(fact_names("precisions"), stage.backend)) {
         Stage moved = stage;
         moved.backend = step.backend;
         const auto is_own = [&stage](const Backend& known) { return known.name == stage.backend; };
@@ -178,12 +181,12 @@ bool Pipeline::batch_invariant() const {
 // The stage's engine, opened where it is not; with low memory, the others are closed first. It is the caller's turn.
 Engine& Pipeline::engine(const Stage& stage) {
     auto& engines = opened_->engines;
-    const auto names = files_for(stage, backend(stage), options_of(stage, options_).device);
     if (const auto open = engines.find(stage.name); open != engines.end()) {
-        require_unwritten(folder, manifest, opened_->checked, names);
+        require_unwritten(folder, manifest, opened_->checked, opened_->files.at(stage.name));
         return *open->second;
     }
     if (options_.low_memory) engines.clear();
+    const auto names = files_for(stage, backend(stage), options_of(stage, options_).device);
     std::unique_ptr<Engine> opened;
     checking(names, [&] { opened = open(stage); });
     return *(engines[stage.name] = std::move(opened));
@@ -198,6 +201,7 @@ std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
     std::vector<Path> paths;
     const auto files = files_for(stage, backend, options.device);
     for (const auto& file : files) paths.push_back(inside(folder, file));
+    opened_->files[stage.name] = files;
     options.engine_sha256 = manifest.files.at(files.at(0)).sha256;
     options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
@@ -250,6 +254,7 @@ Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned&
         for (const auto& [name, tensor] : inputs(first, last)) all.push_back(tensor.input(name));
         if (manifest.mixes_guidance()) all.push_back({GUIDANCE, with_rows(batch, {}), guidance.data() + first});
         auto part = run(stage, all, batch);
+        if (batch == samples) return {std::move(part["prediction"]), std::move(part["variance"])};
         append(whole.prediction, part["prediction"]);
         append(whole.variance, part["variance"]);
     }

@@ -43,7 +43,7 @@ class Pipeline {
     Rows encode(const Rows& condition);
     // The memo of these conditions; without rows of `negative` there is no guidance. The pipeline outlives it. Stages
     // run through `compute` where there is one, and what the step reads is on the device where there is one.
-    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {}, const RunStage& compute = {},
+    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {}, const RunRows& compute = {},
               std::size_t budget = MEMO_BYTES, const std::optional<Device>& device = {});
     // The memory of the step's engine, where arrays can stay there.
     std::optional<Device> device();
@@ -75,6 +75,7 @@ class Pipeline {
     struct Opened {
         Turns turns;                                             // for engines and checked, at all sizes
         std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
+        std::map<std::string, std::vector<std::string>> files;   // that each was opened from
         CheckedFiles checked;                                    // files whose sums are the manifest's
         PromptMemo prompts;
     };

@@ -21,9 +21,10 @@ auto with_graver_errors(const Call& call) {
 
 }  // namespace
 
-Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunStage& compute,
+Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunRows& compute,
                     std::size_t budget, const std::optional<Device>& device) {
-    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative), budget, device);
+    return Memo(manifest, compute ? compute : in_rows(runner()), timesteps, encode(condition), encode(negative), budget,
+                device);
 }
 
 template <typename Call>

@@ -20,7 +20,7 @@ Values twice(const Values& values) {
 
 }  // namespace
 
-Run::Run(Pipeline& pipe, const Request& request, RunStage compute, std::size_t budget)
+Run::Run(Pipeline& pipe, const Request& request, RunRows compute, std::size_t budget)
     : pipe_(pipe.at(request.size)),
       checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),

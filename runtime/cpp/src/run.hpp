@@ -31,7 +31,7 @@ class Run {
   public:
     // Checks the request and encodes its picture. `compute` runs the stages before the loop, in the place of the
     // pipeline: a service shares what they give.
-    Run(Pipeline& pipe, const Request& request, RunStage compute = {}, std::size_t budget = MEMO_BYTES);
+    Run(Pipeline& pipe, const Request& request, RunRows compute = {}, std::size_t budget = MEMO_BYTES);
 
     // Goes one step; true while there is more to do. After an engine's failure it can be called again. On a device a
     // step is queued; who looks at the state waits for it.
@@ -76,7 +76,7 @@ class Run {
     Pipeline& pipe_;
     Checked checked_;
     const OnStep on_step_;
-    const RunStage compute_;
+    const RunRows compute_;
     const std::size_t budget_;  // of its memo, in bytes
     Timing timing_;
     const std::shared_ptr<Cancellation> cancellation_ = std::make_shared<Cancellation>();

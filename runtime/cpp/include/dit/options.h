@@ -34,8 +34,8 @@ typedef int (*dit_on_progress)(double done, void* user);
  *                 (gpu_mem_limit), a property (NUM_STREAMS). A stage of another backend ignores it. OpenVINO refuses an
  *                 unknown property; ONNX Runtime ignores an unknown config entry
  *
- * Another key, or a stage that the bundle does not have, is DIT_BAD_ARGUMENT at dit_model_open. Keys of TensorRT
- * (tensorrt.KEY) are accepted and have no effect. */
+ * Another key, one of TensorRT (tensorrt.KEY), or a stage that the bundle does not have, is DIT_BAD_ARGUMENT at
+ * dit_model_open. */
 typedef struct dit_setting {
     const char* stage; /* its name in manifest.json: "denoiser", "decoder", ...; NULL: every stage */
     const char* key;

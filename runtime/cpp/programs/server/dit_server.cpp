@@ -191,7 +191,6 @@ void serve(const Arguments& arguments) {
                                            " samples share a call"));
     }
     http::Limits limits;
-    limits.body = arguments.settings.body;
     server::Service service(std::move(models), arguments.settings);
     http::Listener listener(service, arguments.host, arguments.port, limits);
     const std::string host =
