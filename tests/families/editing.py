@@ -101,7 +101,8 @@ def accept_encoder(case: tiny.Case, encode: Callable[[torch.Tensor], torch.Tenso
     black = np.zeros_like(edit.mask)
     assert least(edit.ours(0.6, count=3, mask=black), expected) >= SAME
     drawn = [edit.ours(0.6, mask=None, image=picture) for picture in edit.pictures[:2]]
-    assert least(*drawn) < ANOTHER and least(drawn[0], expected[:1]) < SAME
+    assert least(drawn[0], expected[:1]) < ANOTHER
+    assert least(*drawn) < SAME  # little of a picture is left where a shift starts a run at large σ
 
 
 def least(got: NDArray[Any], expected: NDArray[Any]) -> float:
