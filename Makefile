@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ENGINES := $(VENV)/.engines
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 MODEL ?=
 RECIPE ?=
@@ -32,7 +34,7 @@ JOBS ?= $(shell nproc)
 WORKERS ?= $(JOBS)
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
-.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu benchmarks gpu-pack gpu-check cpp cpp-unit cpp-test cpp-sanitize cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test test-all test-gpu browser site lint format clean
+.PHONY: help setup triton ray demo demo-sr engine families-table bench bench-gpu benchmarks gpu-pack gpu-check cpp cpp-build cpp-unit cpp-test cpp-sanitize cpp-static cpp-aarch64 cpp-fuzz cpp-tensorrt goldens check test-build test test-all test-gpu browser site lint format clean
 
 help:
 	@echo "make setup                     a virtual environment in .venv with everything pinned"
@@ -56,10 +58,14 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml runtime/pyproject.toml constraints.txt
+# What the C++ library needs of Python comes first: `make --jobs` compiles while the rest is installed.
+$(ENGINES): constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable "./runtime[onnxruntime,openvino,tensorrt-rtx,serve]" --editable ".[export,dev]"
+	$(PIP) onnxruntime openvino
+	@touch $@
+
+$(STAMP): pyproject.toml runtime/pyproject.toml constraints.txt $(ENGINES)
+	$(PIP) --editable "./runtime[onnxruntime,openvino,tensorrt-rtx,serve]" --editable ".[export,dev]"
 	@touch $@
 
 # Triton's server from a wheel of NVIDIA's, which would bring NumPy 1, and its client, which would bring an older ml_dtypes:
@@ -72,7 +78,7 @@ build/triton/.installed: tests/serve/triton.txt $(STAMP)
 	@touch $@
 
 ray: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "./runtime[ray-serve]"
+	$(PIP) --editable "./runtime[ray-serve]"
 
 demo: $(STAMP)
 	@$(BIN)/dit-export demo show
@@ -89,7 +95,7 @@ families-table: $(STAMP)
 
 BENCH = $(if $(MODEL),'$(MODEL)') $(if $(RESOLUTION),--resolution '$(RESOLUTION)') \
 	$(if $(BATCH),--batch '$(BATCH)') $(if $(ROUNDS),--rounds '$(ROUNDS)') $(if $(THREADS),--threads '$(THREADS)') \
-	$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--json '$(JSON)') $(if $(SVG),--svg '$(SVG)')
+	$(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)')) $(if $(JSON),--results '$(JSON)') $(if $(SVG),--svg '$(SVG)')
 
 bench: $(STAMP)
 	@$(BIN)/dit-export bench $(BENCH)
@@ -115,26 +121,38 @@ gpu-pack: $(STAMP)
 gpu-check:
 	@$(if $(filter-out 0,$(DRY)),$(HERE) -m pytest tests/gpu,$(HERE) -m tests.gpu.check $(GPU))
 
-cpp: $(STAMP)
+cpp: $(ENGINES)
 	$(CPP_SETUP)
 	$(CPP_CONFIGURE) -B $(CPP) -DDIT_PROGRAMS=ON
 	cmake --build $(CPP) --parallel $(JOBS)
 	@echo "$(CPP)/programs/dit-generate BUNDLE --labels 207 360 -o sample.png"
 
 # The library's own tests; those that compare it with Python are pytest's.
-cpp-unit: $(STAMP)
+CTEST = ctest --test-dir $(CPP) --output-on-failure --parallel $(JOBS)
+cpp-unit: cpp-build $(STAMP)
+	$(CTEST)
+
+cpp-build: $(ENGINES)
 	$(CPP_SETUP) libgtest-dev
 	runtime/cpp/tools/cuda.sh $(VENV) $(CPP_CUDA)
 	$(CPP_CONFIGURE) -B $(CPP) -DDIT_PROGRAMS=ON -DDIT_TESTS=ON -DCUDA_TEST_ROOT='$(CPP_CUDA)'
 	cmake --build $(CPP) --parallel $(JOBS)
-	ctest --test-dir $(CPP) --output-on-failure
 
 cpp-test: cpp-unit browser
 	$(PYTEST) tests/cpp
 
 cpp-sanitize: $(STAMP)
 	$(CPP_SETUP) libgtest-dev
-	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS)
+	runtime/cpp/tools/sanitize.sh "$(CPP_CONFIGURE)" build $(JOBS) $(CURDIR)/$(BIN)/python
+
+# libdit.a with its engines, and a program that needs no libdit beside it.
+cpp-static: $(STAMP)
+	$(CPP_SETUP)
+	$(CPP_CONFIGURE) --preset static -B build/cpp-static
+	cmake --build build/cpp-static --parallel $(JOBS) --target dit-generate
+	$(BIN)/python runtime/cpp/tests/make_bundle.py build/cpp-static/bundle
+	build/cpp-static/programs/dit-generate build/cpp-static/bundle --verify
+	! readelf -d build/cpp-static/programs/dit-generate | grep -q 'NEEDED.*libdit'
 
 # For 64-bit ARM, without engines; its unit tests run under qemu.
 cpp-aarch64: $(STAMP)
@@ -143,15 +161,24 @@ cpp-aarch64: $(STAMP)
 	cmake --build build/cpp-aarch64 --parallel $(JOBS)
 	ctest --test-dir build/cpp-aarch64 --output-on-failure
 
-# What reads files and what uses them, FUZZ_SECONDS each.
+# What reads files and what uses them, FUZZ_SECONDS each; `make test` fuzzes the readers.
 FUZZERS := http manifest verify request options
-cpp-fuzz: $(STAMP)
+READERS := http manifest
+FUZZ := build/cpp-fuzz
+fuzz = for kind in $(1); do mkdir -p $(FUZZ)/corpus/$$kind && $(FUZZ)/fuzz/$$kind-fuzzer \
+	-max_total_time=$(or $(FUZZ_SECONDS),15) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1 \
+	-artifact_prefix=$(FUZZ)/ $(FUZZ)/corpus/$$kind runtime/cpp/fuzz/corpus || exit 1; done
+fuzzers = CC=clang CXX=clang++ $(CPP_CONFIGURE) -B $(FUZZ) -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF && \
+	cmake --build $(FUZZ) --parallel $(JOBS) --target $(1:=-fuzzer)
+
+cpp-fuzz: $(ENGINES)
 	$(CPP_SETUP) clang libclang-rt-dev
-	CC=clang CXX=clang++ $(CPP_CONFIGURE) -B build/cpp-fuzz -DDIT_FUZZ=ON -DDIT_PROGRAMS=OFF -DDIT_OPENVINO=OFF
-	cmake --build build/cpp-fuzz --parallel $(JOBS) --target $(FUZZERS:=-fuzzer)
-	for kind in $(FUZZERS); do mkdir -p build/cpp-fuzz/corpus/$$kind && build/cpp-fuzz/fuzz/$$kind-fuzzer \
-		-max_total_time=$(or $(FUZZ_SECONDS),15) -max_len=8192 -timeout=10 -rss_limit_mb=1024 -verbosity=0 -print_final_stats=1 \
-		-artifact_prefix=build/cpp-fuzz/ build/cpp-fuzz/corpus/$$kind runtime/cpp/fuzz/corpus || exit 1; done
+	$(call fuzzers,$(FUZZERS))
+	$(call fuzz,$(FUZZERS))
+
+test-build: cpp-build
+	$(CPP_SETUP) clang libclang-rt-dev
+	$(call fuzzers,$(READERS))
 
 # Whether the TensorRT engine compiles against the public headers, where they are at hand; it needs no GPU.
 cpp-tensorrt:
@@ -168,8 +195,9 @@ check: $(STAMP)
 	$(PYTEST) -m 'not builds and not slow and not gpu'
 
 # The soak mostly waits, beside the tests.
-test: cpp-unit browser
-	$(BIN)/python -m tests.serve.soak 120 & soak=$$!; $(PYTEST); tests=$$?; wait $$soak && exit $$tests
+test: test-build $(STAMP) browser
+	($(CTEST) && $(call fuzz,$(READERS))) & unit=$$!; $(BIN)/python -m tests.serve.soak 120 & soak=$$!; \
+		$(PYTEST); tests=$$?; wait $$unit && wait $$soak && exit $$tests
 
 # The documentation site, in build/site/html. A link that leads nowhere fails it.
 site: $(STAMP)
@@ -182,7 +210,7 @@ test-gpu:
 	$(HERE) -m pytest -m gpu -rs
 
 # Where Triton or Ray cannot be installed, their tests are skipped and say so.
-test-all: cpp-unit cpp-sanitize cpp-aarch64 cpp-fuzz browser
+test-all: cpp-unit cpp-sanitize cpp-static cpp-aarch64 cpp-fuzz browser
 	-$(MAKE) triton ray
 	$(BIN)/python -m pytest -m ""
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dit_runtime import backends
 from dit_runtime.backends import Tuning
 from dit_runtime.errors import UsageError, nearest
 from dit_runtime.facts import FACTS
 
 PRECISIONS = tuple(FACTS["tolerances"])
+QUANTIZED_ONLY = ("keep_float", "calibration", "conditions", "strict")  # fields of a recipe
 PIXELS = 8  # image pixels along a cell of the latents, where neither a network nor a VAE states another number
 
 
@@ -50,6 +53,7 @@ class Recipe(Tuning):
     labels: str | None = None
     heads: int | None = None
     caption_tokens: int | None = None  # of a prompt embedding; None: as many as the checkpoint's pipeline makes
+    embedded_guidance: float | None = None  # a constant for the network's own; requests guide by two predictions
     prediction: str | None = None  # where neither a scheduler nor a key tells; the weights alone do not
     calibration: str | None = None
     conditions: str | None = None  # to calibrate with: an .npz with arrays by port name, and `negative.NAME`
@@ -74,7 +78,7 @@ class Recipe(Tuning):
         known = [field.name for field in fields(cls)]
         kinds = {field.name: str(field.type).removesuffix(" | None") for field in fields(cls)}
         kinds = {name: "list" if kind in ("list[str]", "tuple[str, ...]") else kind for name, kind in kinds.items()}
-        kinds["resolution"] = "int | str | list"
+        kinds |= {"resolution": "int | str | list", "embedded_guidance": "int | float"}
         names = [key.replace("-", "_") for key in table]
         for key, name in zip(table, names, strict=True):
             if name not in known:
@@ -98,3 +102,28 @@ class Recipe(Tuning):
         """Return the values that differ from the defaults, as TOML that `from_toml` reads."""
         given, default = asdict(self), asdict(Recipe())
         return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in given.items() if v != default[k])
+
+    @property
+    def names_weights(self) -> bool:
+        """Return whether the recipe alone builds the bundle, without a network of the caller's."""
+        return bool(self.model or self.checkpoint or self.pipeline)
+
+    def command(self, **changes: Any) -> str:
+        """Return the command that builds this recipe with these changes."""
+        recipe, default = replace(self, **changes), Recipe()
+        words = ["dit-export", "build", *([recipe.model] if recipe.model else [])]
+        for name, value in vars(recipe).items():
+            if name == "model" or value == getattr(default, name):
+                continue
+            words.append("-o" if name == "output" else f"--{name.replace('_', '-')}")
+            if name == "resolution" and isinstance(value, list | tuple):
+                words.append(",".join(map(str, value)))
+            elif value is not True:
+                words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
+        return shlex.join(words)
+
+
+def wider(backend: str, *failed: str) -> list[dict[str, Any]]:
+    """Return the changes of a recipe to each float precision of a backend, but those that `failed`."""
+    names = [name for name in backends.backend(backend).PRECISIONS if name not in (*backends.QUANTIZED, *failed)]
+    return [dict.fromkeys(QUANTIZED_ONLY) | {"strict": False, "precision": name} for name in names]

@@ -58,6 +58,7 @@ BUILD = [
     (["S/8", "--synthetic", "--caption-tokens", "0"], ["caption-tokens 0", "at least 1"]),
     (["S/8", "--synthetic", "--caption-tokens", "-3"], ["caption-tokens -3", "at least 1"]),
     (["S/8", "--synthetic", "--caption-tokens", "20"], ["caption-tokens 20", "no captions"]),
+    (["S/8", "--synthetic", "--embedded-guidance", "3.5"], ["embedded-guidance 3.5", "no weight of guidance"]),
     (["S/8", "--synthetic", "--resolution", "100"], ["100"]),
     (["S/8", "--synthetic", "--resolution", "big"], ["resolution big", "512x256"]),
     (["S/8", "--synthetic", "--resolution", "257"], ["257"]),

@@ -40,7 +40,9 @@ def test_a_failed_gate_replaces_nothing(
 
     assert (meta_copy / "manifest.json").read_bytes() == before
     failed = meta_copy.with_name(meta_copy.name + ".failed")
-    assert f"the bundle that failed: {failed}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the bundle that failed: {failed}\nits report: {failed}/report.html\n" in said
+    assert "next:" not in said  # no precision is wider than fp32
     parity = json.loads((failed / "parity.json").read_text())
     assert {check["name"] for check in parity["checks"] if not check["passed"]} == {"run: latents, rel-L2"}
     assert not manifest.read(failed).parity["passed"]

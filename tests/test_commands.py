@@ -119,7 +119,7 @@ def test_bench_times_each_graph(meta: Built, capsys: Capture) -> None:
     arguments = ["bench", str(meta.bundle), "--rounds", "2", "--steps", "2", "--batch", "3"]
     capsys.readouterr()
     assert dit_runtime.cli.main([*arguments, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["timings"]
     assert {"denoiser, a guided step", "latents, 2 guided steps", "the host's loop itself, 2 guided steps"} <= {
         row["name"] for row in rows
     }

@@ -67,6 +67,14 @@ def test_killed_at_any_time(handmade, tmp_path, times) -> None:
     assert int(done.stdout) > 1, "all builds were killed before they ended"
 
 
+@pytest.mark.slow
+def test_builds_killed_at_any_time(tmp_path) -> None:
+    """About 20 minutes of a quiet core."""
+    command = [sys.executable, "-m", "tests.killed_builds", str(tmp_path / "there" / "bundle"), "200"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-600:] + done.stderr[-2000:]
+
+
 def test_where_folders_cannot_be_exchanged(folder, handmade, monkeypatch) -> None:
     monkeypatch.setattr(place, "_exchange", lambda *_: False)
     with place.workplace(folder) as work:

@@ -17,6 +17,7 @@ from typing import Any
 
 from dit_export.bench import chart, report
 from dit_runtime.errors import UsageError
+from dit_runtime.files import write_file
 
 Result = dict[str, Any]
 PLACE = re.compile(r"(<!-- ([\w.-]+\.json) -->\n```text\n)(.*?)(^```$)", re.MULTILINE | re.DOTALL)
@@ -97,8 +98,8 @@ def _series(results: list[Result]) -> dict[str, list[tuple[date, float]]]:
 def write(docs: Path) -> None:
     results = read(docs / "benchmarks")
     text = docs / "benchmarks.md"
-    text.write_text(page(text.read_text(encoding="utf-8"), results), encoding="utf-8")
-    (docs / "benchmarks.svg").write_text(svg(results), encoding="utf-8")
+    write_file(text, page(text.read_text(encoding="utf-8"), results))
+    write_file(docs / "benchmarks.svg", svg(results))
 
 
 if __name__ == "__main__":

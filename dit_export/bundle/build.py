@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -28,7 +28,7 @@ from dit_export.precision.budget import SearchOptions
 from dit_export.precision.calibrate import Calibration
 from dit_export.precision.captions import embed
 from dit_export.precision.search import Found, OutOfReach, Search, first_broken
-from dit_export.recipe import PRECISIONS, Recipe, latent_size
+from dit_export.recipe import PRECISIONS, QUANTIZED_ONLY, Recipe, latent_size, wider
 from dit_export.verify import features, report, traced
 from dit_export.verify.check import Built, check, compare, summary
 from dit_export.verify.metrics import PROOF, sentence
@@ -68,11 +68,12 @@ def build(
 ) -> Built:
     """Build and verify a bundle; `loaded` is a network of the caller's own instead of the recipe's checkpoint.
 
-    Several sizes are built one after the other; each has the calibration of the first, and keeps in float what those
-    before it do.
+    Several sizes are built one after the other. All use the first size's calibration. Layers that stay float at one
+    size stay float at the sizes after it.
 
-    An int8 or fp8 build whose gates fail keeps in float the fewest layers with which they pass, unless the recipe is
-    strict. With `options` it also searches before. The manifest's recipe names what stays float.
+    If the gates of an int8 or fp8 build fail, it is repeated with the fewest float layers that pass, unless the recipe
+    is strict. With `options`, the search of `dit-export quantize` comes first. The manifest's recipe names the
+    float layers.
     """
     _require_consistent(recipe)
     if loaded is not None and recipe.sizes[1:]:
@@ -103,7 +104,7 @@ def build(
             work / "first", loaded, replace(recipe, resolution=recipe.sizes[0]), backend, progress, inputs, options
         )
         calibration, sizes = made.calibration, {made.contract.size: made.built}
-        partial, contract, last = made.folder, made.contract, made.recipe
+        partial, contract, last, examples = made.folder, made.contract, made.recipe, loaded.examples
         for size in recipe.sizes[1:]:
             if not made.built.passed:
                 break
@@ -126,7 +127,7 @@ def build(
             sized = contract.at(name)
             text = report.html(partial, report.page(folder.name, sized, built))
             (partial / sized.own(report.NAME)).write_text(text, encoding="utf-8")
-        for name, arrays in loaded.examples.items():
+        for name, arrays in examples.items():
             np.savez(partial / f"{name}.npz", **arrays)
         manifest.write(partial, replace(_with_new_files(partial, contract), presets=presets))
         built = replace(together(sizes), folder=put_in_place(partial, folder, made.built.passed))
@@ -174,9 +175,11 @@ def _make(
         broken = first_failure(making.contract, built.checks)
     if broken:
         text = "the text encoders fail in fp32, too: pass --without-text-encoders to build for prompt embeddings"
-        built = replace(built, advice=text)
+        built = replace(built, advice=text, changes=[{"without_text_encoders": True}])
     elif not built.passed and recipe.precision in backends.QUANTIZED:
         built = _within_gates(making, built)
+    elif not built.passed and built.sensitive and recipe.precision != "fp32":
+        built = replace(built, changes=wider(backend, recipe.precision))
     invariant = batch_invariant(making.contract, built.checks)
     contract = replace(making.contract, parity=summary(built), batch_invariant=invariant)
     return Made(partial, contract, making.assembly.recipe, built, making.assembly.measured.calibration)
@@ -202,8 +205,7 @@ def _require_consistent(recipe: Recipe) -> None:
             latent_size(size)
     if len({size_name(str(size)) for size in recipe.sizes}) < len(recipe.sizes) or not recipe.sizes:
         raise UsageError(f"resolution {recipe.resolution}; expected one or more, each once")
-    quantized_only = ("keep_float", "calibration", "conditions", "strict")
-    for name in () if recipe.precision in backends.QUANTIZED else quantized_only:
+    for name in () if recipe.precision in backends.QUANTIZED else QUANTIZED_ONLY:
         if value := getattr(recipe, name):
             option = name.replace("_", "-")
             raise UsageError(f"{option} {value} is for int8 and fp8; this build is {recipe.precision}")
@@ -213,13 +215,18 @@ def _require_consistent(recipe: Recipe) -> None:
 
 
 def _read_inputs(recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
-    """Read a user's calibration or conditions; without both, take captions of ours where there are text encoders."""
+    """Read a user's calibration or conditions; without both, take captions of ours, or the recorded prompts."""
     own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
     if recipe.calibration:
         return Inputs(Calibration.load(Path(recipe.calibration).expanduser()), own)
-    if own is None and loaded.text is not None and recipe.precision in backends.QUANTIZED:
-        with progress.stage("calibration: captions of ours through the text encoders"):
-            own = embed(loaded.network, loaded.text)
+    if own is None and recipe.precision in backends.QUANTIZED:
+        if loaded.text is not None:
+            with progress.stage("calibration: captions of ours through the text encoders"):
+                own = embed(loaded.network, loaded.text)
+        elif recorded := loaded.examples.get("conditions"):
+            own = prompts.make_prompts(
+                loaded.network, recorded, loaded.examples.get("negative", {}), "the recorded runs"
+            )
     return Inputs(None, own)
 
 
@@ -355,13 +362,15 @@ def _within_gates(making: Making, built: Built) -> Built:
     end = making.contract.end
     broken = [figure for figure in built.checks if end is None or not figure.stage.endswith(end.name)]
     if end is not None and all(figure.passed for figure in broken):
+        changes = wider(assembly.backend, end.precision)
         text = f"only the decoder fails, which is in {end.precision}: "
         if end.precision == "int8":
             text += "keep it in float with --keep-float decoder, or "
-        return replace(built, advice=text + _wider(assembly.backend, end.precision))
+            changes = [{"keep_float": [*(assembly.recipe.keep_float or []), "decoder"]}, *changes]
+        return replace(built, advice=text + _said(changes), changes=changes)
     if assembly.recipe.strict:
         text = "strict: no layer was tried in float; without --strict the build keeps the fewest that the gates need"
-        return replace(built, advice=text)
+        return replace(built, advice=text, changes=[{"strict": False}])
 
     def gates(pipe: Pipeline) -> Sequence[Figure]:
         return compare({"": pipe}, built.reference, assembly.loaded, None, Progress(io.StringIO())).checks
@@ -372,7 +381,12 @@ def _within_gates(making: Making, built: Built) -> Built:
         found = making.search(lambda search, fixed: search.meet(gates, f"{precision}'s gate", fixed, known))
     except OutOfReach as error:
         making.assembly = assembly
-        return replace(built, advice=f"{error}\n{_other_ways(error.figure, assembly.backend)}")
+        if error.figure.stage == PROOF:
+            text = "these weights hardly react to their inputs: no precision passes; check the checkpoint"
+            return replace(built, advice=f"{error}\n{text}")
+        changes = wider(assembly.backend)
+        text = f"{_said(changes)}, or more of your own --conditions to calibrate with"
+        return replace(built, advice=f"{error}\n{text}", changes=changes)
     except DiskFull as error:
         text = "a search for the layers that must stay in float needs this room: make it, and build again"
         return replace(built, advice=f"{error}\n{text}")
@@ -381,19 +395,14 @@ def _within_gates(making: Making, built: Built) -> Built:
         return again
     if found.cost:
         text = f"with {', '.join(found.keep)} in float a gate still fails: {sentence(first_broken(again.checks))}"
-        return replace(again, advice=f"{text}\n{_wider(assembly.backend)}")
+        changes = wider(assembly.backend)
+        return replace(again, advice=f"{text}\n{_said(changes)}", changes=changes)
     around = making.contract.end.precision if making.contract.end else "float"
     text = f"{precision} passes in fp32; what fails is {around} around it"
-    return replace(again, advice=f"{text}\n{_wider(assembly.backend, around)}")
+    changes = wider(assembly.backend, around)
+    return replace(again, advice=f"{text}\n{_said(changes)}", changes=changes)
 
 
-def _other_ways(figure: Figure, backend: str) -> str:
-    if figure.stage == PROOF:
-        return "these weights hardly react to their inputs: no precision passes; check the checkpoint"
-    return f"{_wider(backend)}, or more of your own --conditions to calibrate with"
-
-
-def _wider(backend: str, *failed: str) -> str:
-    """Name the float precisions to build in, but those that `failed`."""
-    names = [name for name in backends.backend(backend).PRECISIONS if name not in (*backends.QUANTIZED, *failed)]
+def _said(changes: Sequence[Mapping[str, Any]]) -> str:
+    names = [change["precision"] for change in changes if "precision" in change]
     return f"try {' or '.join(f'--precision {name}' for name in names)}"

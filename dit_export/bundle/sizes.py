@@ -49,7 +49,7 @@ def load_again(recipe: Recipe, size: int | str | None, first: Loaded) -> Loaded:
 def join(folder: Path, contract: Manifest, other_folder: Path, other: Manifest) -> Manifest:
     """Move a bundle of another size into a bundle; return the manifest of both.
 
-    A stage whose graphs are those of the first size is that stage; any other has the size behind its name.
+    A stage with the same graphs as in the first size is stored once; any other has the size at the end of its name.
     """
     for key in ("null", "labels", "guidance"):
         if getattr(other, key) != getattr(contract, key):

@@ -14,7 +14,7 @@ from dit_export.checkpoints import keys
 from dit_export.checkpoints.diffusers import CLASSES, class_name, read_process, read_transformer
 from dit_export.checkpoints.families import caption_tokens, read_family
 from dit_export.checkpoints.files import sha256
-from dit_export.checkpoints.hub import locate
+from dit_export.checkpoints.hub import resolve_path
 from dit_export.checkpoints.labels import pipeline_labels, read_labels
 from dit_export.checkpoints.meta import read_file
 from dit_export.checkpoints.synthetic import synthetic_dit, synthetic_vae
@@ -23,6 +23,7 @@ from dit_export.networks import Network, tiles
 from dit_export.networks import spec as specs
 from dit_export.networks.dit import DiT, dit_network, resized
 from dit_export.networks.families.family import Family
+from dit_export.networks.frozen import freeze_guidance
 from dit_export.networks.spec import ModelSpec
 from dit_export.networks.text import PromptEncoder
 from dit_export.recipe import Recipe
@@ -62,6 +63,8 @@ def load(recipe: Recipe, size: int | str | None = None) -> Loaded:
     The network is for images of `size`, by default of the recipe's first resolution; its weights are the same at each.
     """
     loaded = _load(recipe, size)
+    if recipe.embedded_guidance is not None:
+        loaded = replace(loaded, network=freeze_guidance(loaded.network, recipe.embedded_guidance))
     if recipe.tile is not None:
         tiles.enable(loaded.vae, recipe.tile)
     return loaded
@@ -79,7 +82,7 @@ def _load(recipe: Recipe, size: int | str | None) -> Loaded:
     checkpoint = recipe.checkpoint or public_checkpoint(first)
     parts = ["", "transformer/"] + ([] if recipe.latents_only or recipe.vae else ["vae/"])
     parts += [] if recipe.without_text_encoders else ["text_encoder*/", "tokenizer*/"]
-    path = locate(checkpoint, tuple(parts), OTHERWISE)
+    path = resolve_path(checkpoint, tuple(parts), OTHERWISE)
     source = named(checkpoint, path)
     loaded, files = load_file(path, recipe) if path.is_file() else load_folder(path, recipe)
     agree(loaded.network, recipe, checkpoint)
@@ -233,7 +236,7 @@ def load_vae(recipe: Recipe, checkpoint: Path | None, network: Network) -> tuple
     if recipe.latents_only:
         return None, {}
     if recipe.vae:
-        path = locate(recipe.vae, ("", "vae/"), "pass --vae PATH, or --latents-only to build no decoder")
+        path = resolve_path(recipe.vae, ("", "vae/"), "pass --vae PATH, or --latents-only to build no decoder")
         if path.is_file():
             raise UsageError(f"{recipe.vae}: a file, expected a folder with config.json or the id of one on the hub")
         source = named(recipe.vae, path)
@@ -265,7 +268,7 @@ def transformer_folder(path: Path) -> Path:
 
 
 def named(name: str, path: Path) -> dict[str, Any]:
-    """Return a path, or a hub id with its revision: the cache names a snapshot's folder by its commit."""
+    """Return a checkpoint's origin: its path, or its hub id and the commit, after which the hub names its folder."""
     return {"path": name} if Path(name).expanduser() == path else {"hub": name.partition("@")[0], "revision": path.name}
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dit_export.checkpoints.pickles import require_bounded
 from dit_runtime.errors import UsageError
 from dit_runtime.files import read_json
 
@@ -125,6 +126,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """A .pt or .bin: a state dict, or one under `ema` (preferred) or `model` as training scripts save it."""
     try:
+        require_bounded(path)
         # Meta's training script keeps its arguments beside the weights; a Namespace only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -18,8 +18,11 @@ NAMES = ("model_index.json", "scheduler/scheduler_config.json")
 STEM = "diffusion_pytorch_model"
 
 
-def locate(name: str, parts: tuple[str, ...], instead: str) -> Path:
-    """`parts`: the folders of the repository that are needed; `instead`: what to pass when it cannot be fetched."""
+def resolve_path(name: str, parts: tuple[str, ...], instead: str) -> Path:
+    """Return a path that exists, or the folder of a repository on the hub, of which `parts` are the folders needed.
+
+    `instead` says what to pass where it cannot be fetched.
+    """
     path = Path(name).expanduser()
     if path.exists():
         return path

@@ -130,7 +130,7 @@ def without_variance(model: DiT) -> DiT:
 
 
 def write(model: DiT, table: dict[str, str]) -> dict[str, Tensor]:
-    """The reverse of `read`: a state dict that the other code loads."""
+    """Return a state dict with the other code's names: the reverse of `read`."""
     ours = model.state_dict()
     theirs = {}
     for name, parts in expand(table, model.spec.depth).items():

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dit_export.checkpoints.diffusers import class_name
 from dit_export.checkpoints.families import read_module
-from dit_export.checkpoints.files import first_line, sha256
+from dit_export.checkpoints.files import Renamed, first_line, sha256
 from dit_export.checkpoints.scheduler import read_scheduler_config
 from dit_export.checkpoints.schema import read_index
 from dit_export.checkpoints.text import quiet
@@ -28,6 +28,7 @@ from dit_export.networks.caller import network
 from dit_export.networks.captured import CLOSE, WEIGHT, Captured, Runs, distance
 from dit_export.networks.codec import CODECS, make_decoder
 from dit_export.networks.diffusers import Recording, record
+from dit_export.networks.streaming import stream
 from dit_export.recipe import Recipe, latent_size
 from dit_runtime.errors import UsageError
 from dit_runtime.images import psnr
@@ -191,7 +192,7 @@ def read_pipeline(folder: Path, recipe: Recipe) -> Read:
     process = fit_process(pipeline, captured)
     steps = default_of(pipeline, "num_inference_steps") or process.sampler.steps
     process = replace(process, sampler=replace(process.sampler, steps=steps))
-    made = network(captured, process, float(default_of(pipeline, WEIGHT) or 1.0))
+    made = streamed_network(folder, captured, process, float(default_of(pipeline, WEIGHT) or 1.0))
     config = {key: value for key, value in pipeline.transformer.config.items() if not key.startswith("_")}
     sizes = {"resolution": recipe.resolution, "frames": recipe.frames}
     model: dict[str, Any] = {"name": type(pipeline.transformer).__name__, "pipeline": type(pipeline).__name__}
@@ -214,6 +215,22 @@ def read_pipeline(folder: Path, recipe: Recipe) -> Read:
         if name.endswith(("guidance_scale", "cfg_scale")):
             note = "; ".join(filter(None, (note, f"{name} stays at its default")))
     return Read(made, process, vae, files, condition_arrays(captured), note)
+
+
+def streamed_network(folder: Path, captured: Captured, process: Process, guidance: float) -> Network:
+    """Return the captured transformer as a Network that reads its weights where they are used.
+
+    A class whose parts read weights of other parts gives no values so; its weights stay in memory.
+    """
+    place = folder / "transformer"
+    transformer, weights, _ = read_module(place, class_name(place))
+    names = [name for name, _ in transformer.named_parameters(remove_duplicate=False)]
+    stream(transformer.eval(), weights)
+    try:
+        made = network(replace(captured, transformer=transformer), process, guidance)
+    except Exception:  # whatever a class makes of fakes; a network that is refused is refused again
+        return network(captured, process, guidance)
+    return replace(made, weights=Renamed({f"transformer.{name}": (weights, name) for name in names}))
 
 
 def _read_decoder(folder: Path, captured: Captured) -> tuple[Any, list[Path]]:

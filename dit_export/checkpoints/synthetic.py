@@ -192,7 +192,7 @@ def outlying_values(made: nn.Linear, proj: nn.Linear, channels: Tensor, random: 
 def fill_patches(
     patches: nn.Conv2d, positions: Tensor, grid: tuple[int, int], sinks: Tensor, random: Generator
 ) -> Tensor:
-    """Latents in directions orthogonal to the positions and to what centring removes; returns all of these."""
+    """Fill in patches whose tokens are orthogonal to positions and mean; return a basis of these three."""
     width = patches.out_channels
     columns, rows = positions[0, : grid[1]].clone(), positions[0, :: grid[1]].clone()
     columns[:, width // 2 :], rows[:, : width // 2] = 0, 0

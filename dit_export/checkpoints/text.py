@@ -95,7 +95,7 @@ def quiet() -> Iterator[None]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return what decides on an encoder or a tokenizer: its weights in one format, or all files."""
+    """Return an encoder's config and weights, or all files of a tokenizer."""
     if folder.name.startswith("tokenizer"):
         return sorted(path for path in folder.iterdir() if path.is_file())
     return [folder / "config.json", *_weights(folder)]

@@ -18,7 +18,7 @@ COUNTER = "num_batches_tracked"  # of a batch norm: a whole number that no decod
 
 
 def read_vae(folder: Path, channels: int, pixels: int = PIXELS) -> tuple[Any, list[Path]]:
-    """Read a VAE whose latents are the network's: so many channels, and so many image pixels along a cell.
+    """Read a VAE and return its files; refuse other latents than those of `channels` and of `pixels` along a cell.
 
     `folder` is the VAE's own, or a pipeline's with vae/ in it.
     """

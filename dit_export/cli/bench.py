@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dit_export.bench import command
+from dit_runtime.options import Command
 
-
-def add(commands: Any) -> None:
-    parser = commands.add_parser("bench", help="time a step and a picture beside PyTorch, diffusers and plain exports")
-    parser.set_defaults(command=command.add_options(parser))
+COMMAND = Command(
+    "bench",
+    "time a step and a picture next to PyTorch and plain exports",
+    command.add_options,
+    command.run,
+    (
+        "bench S/2 --rounds 11",
+        "bench XL/2 --only eager-fp32 'ours-*' --results bench.json --svg bench.svg",
+    ),
+)

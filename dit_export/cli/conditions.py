@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.bundle import manifest
+from dit_runtime.console import answer
 from dit_runtime.errors import UsageError
 from dit_runtime.files import beside
+from dit_runtime.options import Command, Parser, add_bundle
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("conditions", help="prompts -> arrays for a bundle that was built with --pipeline")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="default: the pipeline's own")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE.npz", help="FILE-negative.npz is made beside it"
-    )
-    parser.set_defaults(command=run)
+def add_options(parser: Parser) -> None:
+    add_bundle(parser)
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="a prompt for each picture")
+    text = "a prompt to lead away from; default: the pipeline's own"
+    group.add_argument("--negative", default="", metavar="TEXT", help=text)
+    group = parser.add_argument_group("output")
+    text = "the arrays of the prompts; FILE-negative.npz gets those of the negative"
+    group.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.npz", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,12 +46,22 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(str(recipe.pipeline)).expanduser()
     arrays = record_conditions(folder, recipe, options.prompt, options.negative, contract.source["sha256"])
     flags = {"conditions": "--condition", "negative": "--negative-condition"}
-    line = [f"dit-run sample {options.bundle}"]
+    line, files = [f"dit-run sample {shlex.quote(str(options.bundle))}"], {}
     rows: Any
     for name, rows in arrays.items():
         file = output if name == "conditions" else output.with_name(f"{output.stem}-negative.npz")
         with beside(file) as partial, partial.open("wb") as opened:
             np.savez(opened, **rows)
-        line.append(f"{flags[name]} {file}")
-    print(" ".join(line))
+        line.append(f"{flags[name]} {shlex.quote(str(file))}")
+        files[name] = str(file)
+    answer(options, {"output": files, "next": [" ".join(line)]}, " ".join(line), brief="\n".join(files.values()))
     return 0
+
+
+COMMAND = Command(
+    "conditions",
+    "write prompts as arrays, for a bundle built with --pipeline",
+    add_options,
+    run,
+    ('conditions BUNDLE --prompt "a photo of a cat" --negative blurry -o cat.npz',),
+)

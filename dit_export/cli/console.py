@@ -2,60 +2,87 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dit_export.recipe import Recipe
+from dit_runtime import advice
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import provider, targets, why_unavailable
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import LABELS
-from dit_runtime.cli import report
+from dit_runtime.console import answer, note
+from dit_runtime.verify import table as checks
 
 if TYPE_CHECKING:
     from dit_export.verify.check import Built
 
+Lines = Sequence[str]
 
-def report_built(built: Built, as_json: bool) -> int:
-    """Print the verdict of a build and the next command; return the exit code."""
+
+def report_built(
+    options: argparse.Namespace, built: Built, recipe: Recipe, more: Mapping[str, Any] | None = None, lines: Lines = ()
+) -> int:
+    """Print the verdict of a build and the next command; return the exit code.
+
+    `more` goes into the JSON, and `lines` are printed to people.
+    """
+    warn_insensitive(options, built)
+    table: dict[str, Any] = {"passed": built.passed, "bundle": str(built.folder), **(more or {})}
+    table["checks"] = [figure.to_dict() for figure in built.checks]
+    if not built.passed:
+        table["next"] = [recipe.command(**changes) for changes in built.changes]
+        failed = [figure for figure in built.checks if not figure.passed]
+        rest = ["FAILED: this bundle does not draw PyTorch's pictures", f"the bundle that failed: {built.folder}"]
+        rest += [built.advice] if built.advice else []
+        rest += [f"its report: {built.folder}/report.html", *advice.lines(table["next"])]
+        answer(options, table, "\n".join([checks(built.checks), *rest]), "\n".join([checks(failed), *rest]))
+        return 1
+    contract = manifest.read(built.folder)
+    table["next"] = [sample_command(built.folder, contract)]
+    said = [checks(built.checks), "verified", *_about(contract), f"bundle: {built.folder}"]
+    said.append(f"sample: {table['next'][0]}")
+    if reason := why_unavailable(contract):
+        said += [
+            f"verified through its rounding twins, for it does not run here: {reason}",
+            f"it runs on {targets(contract)}; there, prove it: {dit_run()} verify {built.folder}{provider(contract)}",
+        ]
+    answer(options, table, "\n".join([*said, *lines]), brief=str(built.folder))
+    return 0
+
+
+def _about(contract: Manifest) -> Iterator[str]:
+    """Say what of the network is in the bundle's precision, and what stayed in float."""
     from dit_export.verify.metrics import kept_in_float, text_in_fp32
 
-    code = report_checks(built, as_json)
-    out = sys.stderr if as_json else sys.stdout
-    if code:
-        print(f"the bundle that failed: {built.folder}" + (f"\n{built.advice}" if built.advice else ""), file=out)
-        return code
-    contract = manifest.read(built.folder)
     if share := contract.built_with.get("quantized"):
-        print(f"{contract.step.precision}: {share:.0%} of the weights that every step multiplies with", file=out)
+        yield f"{contract.step.precision}: {share:.0%} of the weights that every step multiplies with"
     if cost := contract.built_with.get("kept_float"):
-        print(*kept_in_float(cost, contract.step.precision), sep="\n", file=out)
+        yield from kept_in_float(cost, contract.step.precision)
     if line := text_in_fp32(contract):
-        print(line, file=out)
+        yield line
     if layers := contract.built_with.get("convolutions"):
         count, kept = layers["quantized"], f"; in float: {', '.join(layers['kept'])}" if layers["kept"] else ""
         near = "" if layers["psnr"] is None else f", {layers['psnr']} dB to fp32"
-        print(f"decoder: {count} convolutions in int8{near}{kept}", file=out)
-    print(f"bundle: {built.folder}\nsample: {sample_command(built.folder, contract)}", file=out)
-    if reason := why_unavailable(contract):
-        print(
-            f"verified through its rounding twins, for it does not run here: {reason}\n"
-            f"it runs on {targets(contract)}; there, prove it: {dit_run()} verify {built.folder}{provider(contract)}",
-            file=out,
-        )
-    return code
+        yield f"decoder: {count} convolutions in int8{near}{kept}"
 
 
-def report_checks(built: Built, as_json: bool) -> int:
-    """Print the checks, and a warning where parity on these weights proves little; return the exit code."""
+def verdict(options: argparse.Namespace, built: Built) -> list[str]:
+    """Return the checks of one of several builds, and warn where they prove little."""
+    warn_insensitive(options, built)
+    return [checks(built.checks), "verified" if built.passed else f"FAILED: {built.folder}/report.html shows where"]
+
+
+def warn_insensitive(options: argparse.Namespace, built: Built) -> None:
     from dit_export.verify.metrics import insensitive
 
-    code = report(built.checks, as_json)
     if not built.sensitive:
-        print(insensitive(built.folder, built.proof), file=sys.stderr)
-    return code
+        note(options, insensitive(built.folder, built.proof))
 
 
 def sample_command(folder: Path, contract: Manifest) -> str:

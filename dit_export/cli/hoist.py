@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
+from dit_runtime.console import answer
 from dit_runtime.errors import UsageError
+from dit_runtime.options import Command, Parser
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("hoist", help="split any ONNX graph at what does not depend on a loop's input")
-    parser.add_argument("path", type=Path, metavar="MODEL.onnx")
-    parser.add_argument("--loop-input", nargs="+", required=True, metavar="NAME", help="what changes every step")
-    parser.add_argument(
-        "--step-input", nargs="+", default=[], metavar="NAME", help="what changes every step, known before the loop"
-    )
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: MODEL-hoisted beside the model")
-    parser.add_argument("--json", action="store_true")
-    parser.set_defaults(command=run)
+def add_options(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, metavar="FILE.onnx", help="the network of one step of a loop")
+    group = parser.add_argument_group("inputs")
+    group.add_argument("--loop-input", nargs="+", required=True, metavar="NAME", help="inputs that each step changes")
+    text = "inputs that change at every step and are known before the loop, such as the timestep"
+    group.add_argument("--step-input", nargs="+", default=[], metavar="NAME", help=text)
+    group = parser.add_argument_group("output")
+    text = "folder for invariant.onnx and loop.onnx; default: FILE-hoisted next to the file"
+    group.add_argument("-o", "--output", type=Path, metavar="FOLDER", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,11 +38,21 @@ def run(options: argparse.Namespace) -> int:
     for name, graph in (("invariant", hoisted.invariant), ("loop", hoisted.loop)):
         onnxfile.save(graph, folder / f"{name}.onnx")
         weights[name] = onnxfile.weight_bytes(graph)
-    if options.json:
-        print(json.dumps({"folder": str(folder), "weight_bytes": weights, **hoisted.to_dict()}))
-        return 0
-    print(f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}")
+    lines = [f"{len(hoisted.frontier)} tensors cross from {folder / 'invariant.onnx'} to {folder / 'loop.onnx'}"]
     for name, size in weights.items():
-        print(f"{name}: {size / 1e6:.1f} MB of weights ({size / max(1, sum(weights.values())):.0%})")
-    print(hoisted.table())
+        lines.append(f"{name}: {size / 1e6:.1f} MB of weights ({size / max(1, sum(weights.values())):.0%})")
+    table = {"folder": str(folder), "weight_bytes": weights, **hoisted.to_dict()}
+    answer(options, table, "\n".join([*lines, hoisted.table()]), brief=str(folder))
     return 0
+
+
+COMMAND = Command(
+    "hoist",
+    "move what does not depend on a loop's input out of an ONNX graph",
+    add_options,
+    run,
+    (
+        "hoist denoiser.onnx --loop-input latents",
+        "hoist unet.onnx --loop-input sample --step-input timestep -o hoisted",
+    ),
+)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
+
+from dit_runtime.console import answer
+from dit_runtime.options import Command, Parser
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("inspect", help="what a bundle or an ONNX file holds")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--json", action="store_true")
-    parser.set_defaults(command=run)
+def add_options(parser: Parser) -> None:
+    parser.add_argument("path", type=Path, metavar="BUNDLE|FILE.onnx", help="a bundle's folder, or an ONNX file")
 
 
 def run(options: argparse.Namespace) -> int:
     from dit_export.graph.inspection import describe, table
 
     tables = describe(options.path)
-    print(json.dumps(tables, indent=1) if options.json else table(tables))
+    answer(options, tables, table(tables))
     return 0
+
+
+COMMAND = Command(
+    "inspect",
+    "show inputs, outputs, ops and weights of a bundle or an ONNX file",
+    add_options,
+    run,
+    ("inspect BUNDLE", "inspect BUNDLE/denoiser.onnx --json"),
+)

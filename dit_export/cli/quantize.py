@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dit_export.cli.console import report_built
 from dit_export.cli.recipe import add_recipe, read_recipe
@@ -14,20 +12,19 @@ from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.files import write_file
+from dit_runtime.options import Command, Parser
 from dit_runtime.progress import Progress
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "quantize", help="build int8 after a search for the layers to keep in float; write the recipe"
-    )
+def add_options(parser: Parser) -> None:
     add_recipe(parser)
-    parser.add_argument("--budget", metavar="METRIC=N", help="limit at the end of a run: PSNR=35 or latent-rel-l2=0.05")
-    parser.add_argument(
-        "--tune", action="store_true", help="keep layers in float that int8 does not speed up on this machine"
-    )
-    parser.add_argument("--recipe", type=Path, metavar="FILE.toml", help="default: BUNDLE.toml beside the bundle")
-    parser.set_defaults(command=run)
+    group = parser.add_argument_group("search")
+    text = "limit of the error at the end of a run: PSNR=35 or latent-rel-l2=0.05"
+    group.add_argument("--budget", metavar="NAME=X", help=text)
+    text = "keep layers in float that int8 does not speed up on this machine"
+    group.add_argument("--tune", action="store_true", help=text)
+    text = "where to write the recipe that builds it again; default: BUNDLE.toml next to the bundle"
+    group.add_argument("--recipe", type=Path, metavar="FILE.toml", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,13 +37,22 @@ def run(options: argparse.Namespace) -> int:
     budget = Budget.parse(options.budget) if options.budget else None
     if options.recipe and not options.recipe.parent.is_dir():
         raise UsageError(f"{options.recipe}: the folder {options.recipe.parent} does not exist")
-    built = build(replace(recipe, precision="int8"), Progress(), SearchOptions(budget, options.tune))
+    built = build(replace(recipe, precision="int8"), Progress(quiet=options.quiet), SearchOptions(budget, options.tune))
     path = options.recipe or built.folder.with_name(f"{built.folder.name}.toml")
     final = Recipe(**manifest.read(built.folder).source["recipe"])
     write_file(path, final.to_toml())
-    code = report_built(built, options.json)
-    print(
-        f"in float: {', '.join(final.keep_float or []) or 'no layer'}\nrecipe: {path}",
-        file=sys.stderr if options.json else sys.stdout,
-    )
-    return code
+    more = {"recipe": str(path), "keep_float": final.keep_float or []}
+    lines = [f"in float: {', '.join(final.keep_float or []) or 'no layer'}", f"recipe: {path}"]
+    return report_built(options, built, replace(recipe, precision="int8"), more, lines)
+
+
+COMMAND = Command(
+    "quantize",
+    "build int8 with the fewest layers in float; write the recipe",
+    add_options,
+    run,
+    (
+        "quantize --checkpoint my-dit.pt --budget PSNR=35 -o my-int8",
+        "quantize recipe.toml --tune --backend openvino",
+    ),
+)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
-from typing import Any
 
+from dit_runtime.console import answer
 from dit_runtime.errors import UsageError
+from dit_runtime.options import Command, Parser, add_bundle, add_engine
 
 
-def add(commands: Any) -> None:
-    parser = commands.add_parser("triton", help="a bundle as a model repository of Triton Inference Server")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="REPO", help="the model repository")
-    parser.add_argument("--name", help="of the model; default: the bundle's folder")
-    parser.add_argument("--decoupled", action="store_true", help="a response for each image; gRPC streams alone")
-    parser.add_argument("--threads", type=int, help="of the engines; default: their own choice")
-    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="the longest of a request; default: 60")
-    parser.add_argument("--json", action="store_true")
-    parser.set_defaults(command=run)
+def add_options(parser: Parser) -> None:
+    add_bundle(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument("--name", metavar="NAME", help="name of the model; default: the bundle's folder")
+    text = "send a response for each image; clients then need gRPC streams"
+    group.add_argument("--decoupled", action="store_true", help=text)
+    group.add_argument("--deadline", type=float, metavar="SECONDS", help="longest time for a request; default: 60")
+    add_engine(parser, low_memory=False)
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the model repository")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,8 +31,15 @@ def run(options: argparse.Namespace) -> int:
     parameters = {name: getattr(options, name) for name in ("threads", "provider", "deadline")}
     name = options.name or options.bundle.resolve().name
     folder = triton.write(options.bundle, options.output, name, options.decoupled, parameters)
-    if options.json:
-        print(json.dumps({"folder": str(folder), "name": name}))
-    else:
-        print(f"model: {folder}\nserve: tritonserver --model-repository={options.output}")
+    text = f"model: {folder}\nserve: tritonserver --model-repository={options.output}"
+    answer(options, {"folder": str(folder), "name": name}, text, brief=str(folder))
     return 0
+
+
+COMMAND = Command(
+    "triton",
+    "write a bundle as a model repository of Triton Inference Server",
+    add_options,
+    run,
+    ("triton BUNDLE -o repository --name dit",),
+)

@@ -1,12 +1,17 @@
-"""`dit-export tune`: presets that ask the network least for pictures of a given quality."""
+"""`dit-export tune`: presets with the fewest evaluations for pictures of a given quality."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from dit_export.tune import command
+from dit_runtime.options import Command
 
-
-def add(commands: Any) -> None:
-    parser = commands.add_parser("tune", help="search solver, steps, spacing, guidance and cache; write presets")
-    parser.set_defaults(command=command.add_options(parser))
+COMMAND = Command(
+    "tune",
+    "search solver, steps, spacing, guidance and cache; write presets",
+    command.add_options,
+    command.run,
+    (
+        "tune BUNDLE",
+        "tune BUNDLE --budget balanced:rows=20 fast:rows=14,frechet=2 --presets presets.json",
+    ),
+)

@@ -1,14 +1,30 @@
-"""`dit-export verify`: a bundle against PyTorch, a baseline or another bundle; `regress` is an alias."""
+"""`dit-export verify`: a bundle against PyTorch, a baseline or another bundle; `regress`: without the weights."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from dit_export.verify import command
+from dit_runtime.options import Command
 
-
-def add(commands: Any) -> None:
-    verify = commands.add_parser("verify", help="a bundle against PyTorch, or within the limits of a baseline, for CI")
-    verify.set_defaults(command=command.add_options(verify))
-    regress = commands.add_parser("regress", help="verify against reference.npz, without the weights")
-    regress.set_defaults(command=command.add_options(regress, weights=False))
+COMMAND = Command(
+    "verify",
+    "compare a bundle with PyTorch, a baseline or another bundle",
+    command.add_options,
+    command.run,
+    (
+        "verify BUNDLE --report report.html",
+        "verify BUNDLE --baseline baseline.json --junit figures.xml  # for CI",
+        "verify BUNDLE --against CORRECT-BUNDLE  # names the first tensor that differs",
+    ),
+)
+REGRESS = Command(
+    "regress",
+    "verify a bundle by its recorded reference, without the weights",
+    partial(command.add_options, weights=False),
+    command.run,
+    (
+        "regress BUNDLE --report report.html",
+        "regress BUNDLE --baseline baseline.json --update-baseline",
+    ),
+)

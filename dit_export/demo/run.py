@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def present(weights: Path | None, part: str = "") -> Path:
     """Return the folder of the weights; refuse one without them, or without those of a part."""
     folder = weights or store.MODEL
     if not (folder / "model_index.json").is_file():
-        raise UsageError(f"{folder}: no demo weights here; make them with `dit-export demo train DIR`")
+        raise UsageError(f"{folder}: no demo weights here; make them with `dit-export demo train FOLDER`")
     if not (folder / part / "transformer" / "config.json").is_file():
         raise UsageError(f"{folder}: no weights of {part} here; make them with `dit-export demo train-sr {folder}`")
     return folder
@@ -135,5 +135,5 @@ def table(scores: dict[str, Score]) -> str:
     return "\n".join(lines)
 
 
-def to_json(scores: dict[str, Score]) -> str:
-    return json.dumps({name: asdict(row) for name, row in scores.items()}, indent=1)
+def to_dict(scores: dict[str, Score]) -> dict[str, Any]:
+    return {name: asdict(row) for name, row in scores.items()}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,9 +107,10 @@ def sheet(small: Pictures, *large: Pictures) -> Pictures:
     return images.grid(examples.reshape(-1, *blocks.shape[1:]), COLUMNS * examples.shape[1])
 
 
-def to_json(shown: Shown) -> str:
+def to_dict(shown: Shown) -> dict[str, Any]:
     rows = {name: asdict(row) for name, row in shown.rows.items()}
-    return json.dumps({"rows": rows, "verdict": [figure.to_dict() for figure in shown.verdict]}, indent=1)
+    verdict = [figure.to_dict() for figure in shown.verdict]
+    return {"passed": shown.passed, "rows": rows, "verdict": verdict}
 
 
 def table(rows: dict[str, Row]) -> str:

@@ -51,8 +51,14 @@ class Caller(nn.Module):
         def forward(**inputs: Tensor) -> Tensor:
             return self.call(inputs)
 
-        # The tracer names inputs by the signature, which only the ports can say.
-        parameters = [inspect.Parameter(port.name, inspect.Parameter.KEYWORD_ONLY) for port in ports]
+        # The tracer names inputs by the signature, which only the ports can say. A frozen weight is no input.
+        optional = {conditions.get(self.weight): None}
+        parameters = [
+            inspect.Parameter(
+                port.name, inspect.Parameter.KEYWORD_ONLY, default=optional.get(port.name, inspect.Parameter.empty)
+            )
+            for port in ports
+        ]
         forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         self.forward = forward
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit_export.networks import rules
 from dit_export.networks.diffusers import Recording, Step
-from dit_export.networks.strides import Indices, Strides, locate, strides
+from dit_export.networks.strides import Indices, Strides, find_places, strides
 from dit_runtime.bundle.records import GUIDANCE, PACKS, RESERVED, Port
 from dit_runtime.errors import UsageError
 
@@ -224,7 +224,7 @@ class Captured:
         for run in (self.runs.first, self.runs.seed):
             rows.append(next(draw for draw in run.draws if draw.numel() == size).flatten())
         target = _pair([run.steps[0].sample for run in (self.runs.first, self.runs.seed)])
-        indices = locate(target, _pair(rows))
+        indices = find_places(target, _pair(rows))
         if indices is None or len(np.unique(indices)) != size:
             raise UsageError("the first state is not its noise in another order: refused")
         return indices
@@ -236,7 +236,9 @@ class Captured:
     def _place(self, name: str) -> Indices | None:
         """Return where each element of an argument is in the scheduler's state; None where one is not there."""
         runs = self.runs.first, self.runs.seed
-        return locate(_pair([self.own(run).inputs[name] for run in runs]), _pair([run.steps[0].sample for run in runs]))
+        return find_places(
+            _pair([self.own(run).inputs[name] for run in runs]), _pair([run.steps[0].sample for run in runs])
+        )
 
     @cached_property
     def state_view(self) -> Strides:
@@ -254,7 +256,7 @@ class Captured:
             raise UsageError("unknown guidance: with a weight of 1 the transformer still predicts twice")
         outputs = [self.own(run, step).output for step in (0, 1)]
         for sign in (1.0, -1.0):
-            places = locate(_pair([sign * run.steps[step].prediction for step in (0, 1)]), _pair(outputs))
+            places = find_places(_pair([sign * run.steps[step].prediction for step in (0, 1)]), _pair(outputs))
             if places is not None:
                 shape = tuple(outputs[0].shape[1:])
                 return self._view(places[np.argsort(self.order)], shape, self.shape, "the result"), sign
@@ -306,7 +308,7 @@ class Captured:
         return 1.0 if run is self.runs.unguided else self.runs.weight
 
     def mix(self, rule: nn.Module, predictions: Sequence[Tensor], run: Recording) -> Tensor:
-        """Return what a rule of guidance makes of the predictions of a step's groups."""
+        """Mix a step's predictions by a rule of guidance; return a single one unchanged."""
         if len(predictions) == 1:
             return predictions[0]
         own, away = predictions[self.conditional], predictions[1 - self.conditional]

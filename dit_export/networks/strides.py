@@ -44,7 +44,7 @@ def identity(shape: tuple[int, ...]) -> Strides:
     return Strides(((math.prod(shape), 1),), 0, shape, shape)
 
 
-def locate(target: NDArray[np.float32], source: NDArray[np.float32]) -> Indices | None:
+def find_places(target: NDArray[np.float32], source: NDArray[np.float32]) -> Indices | None:
     """Return where each element of `target` (2, N) is in `source` (2, M), by its values in both rows; or None.
 
     An index is refused where two elements of the source have the same values.

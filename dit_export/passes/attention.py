@@ -1,6 +1,9 @@
 """Attention in its plain form: softmax((q / √d) kᵀ + mask) v as two products and a softmax.
 
 q is scaled before the product: in fp16 the scores would else end at 65504 before they are scaled.
+
+In half precision the softmax reads and gives fp32. ONNX Runtime has no other on a CPU: it would write out the function,
+whose ReduceSum adds in an order that depends on where a row lies in memory, and so on the batch.
 """
 
 from __future__ import annotations
@@ -8,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
+from onnx.helper import np_dtype_to_tensor_dtype
 
 from dit_export.graph.onnxfile import layer
 
@@ -21,7 +26,7 @@ def plain_attention(graph: gs.Graph) -> int:
 
     A mask is one of numbers that broadcasts to the scores: (B or 1, heads or 1, T or 1, L).
     """
-    return _decompose_all(graph, [node for node in graph.nodes if is_plain(node)])
+    return _decompose_all(graph, [node for node in graph.nodes if is_plain(node)], fp32_softmax=True)
 
 
 def masked_attention(graph: gs.Graph) -> int:
@@ -29,9 +34,9 @@ def masked_attention(graph: gs.Graph) -> int:
     return _decompose_all(graph, [node for node in graph.nodes if is_plain(node) and _has_mask_of_one_row(node)])
 
 
-def _decompose_all(graph: gs.Graph, attentions: Sequence[gs.Node]) -> int:
+def _decompose_all(graph: gs.Graph, attentions: Sequence[gs.Node], fp32_softmax: bool = False) -> int:
     for attention in attentions:
-        decompose(graph, attention)
+        decompose(graph, attention, fp32_softmax)
     graph.cleanup().toposort()
     return len(attentions)
 
@@ -41,8 +46,9 @@ def _has_mask_of_one_row(node: gs.Node) -> bool:
     return mask is not None and not mask.is_empty() and mask.shape[-2] == 1 != node.inputs[0].shape[-2]
 
 
-def decompose(graph: gs.Graph, attention: gs.Node) -> None:
+def decompose(graph: gs.Graph, attention: gs.Node, fp32_softmax: bool = False) -> None:
     q, k, v, *mask = attention.inputs
+    narrow = fp32_softmax and q.dtype != np.float32
     (out,) = attention.outputs
     attention.outputs.clear()
     scale = np.array(attention.attrs.get("scale", q.shape[-1] ** -0.5), q.dtype)
@@ -55,7 +61,11 @@ def decompose(graph: gs.Graph, attention: gs.Node) -> None:
         scores = layer(graph, "Mul", [scores, scale], scores_of(out))
     if mask and not mask[0].is_empty():
         scores = layer(graph, "Add", [scores, *mask], f"{out.name}_masked")
-    weights = layer(graph, "Softmax", [scores], f"{out.name}_weights", axis=-1)
+    if narrow:
+        scores = layer(graph, "Cast", [scores], f"{out.name}_scores_wide", to=onnx.TensorProto.FLOAT)
+    weights = layer(graph, "Softmax", [scores], f"{out.name}_{'softmax' if narrow else 'weights'}", axis=-1)
+    if narrow:
+        weights = layer(graph, "Cast", [weights], f"{out.name}_weights", to=np_dtype_to_tensor_dtype(np.dtype(v.dtype)))
     layer(graph, "MatMul", [weights, v], out)
 
 

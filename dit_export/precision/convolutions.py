@@ -245,7 +245,7 @@ def passes(backend: str, layers: Sequence[Convolution], chosen: Mapping[str, Cho
 
 
 def divide_apart(graph: gs.Graph) -> int:
-    """Take the divisors out of Q's steps, where a kernel for steps a channel is slow; return how many."""
+    """Give each Q one step behind a Mul, since kernels with a step a channel are slow; return how many changed."""
     matches = [node for node in graph.nodes if node.op == "QuantizeLinear" and node.inputs[1].values.ndim]
     for node in matches:
         x, steps, _ = node.inputs

@@ -72,8 +72,16 @@ def cast_to_half(graph: gs.Graph, precision: str, overflows: Collection[str] = (
             for output in node.outputs:
                 held.add(id(output))
                 output.dtype = tensor_dtype_to_np_dtype(narrow_type)
-    if wrong := [output.name for output in graph.outputs if id(output) in held]:
-        raise RuntimeError(f"output {wrong[0]!r} would be {precision}; expected fp32")
+    for output in graph.outputs:
+        if id(output) in held:  # as the pooled prompt that a projection gives
+            inner = gs.Variable(f"{output.name}_inner", output.dtype, output.shape)
+            for node in (*output.inputs, *output.outputs):
+                for tensors in (node.inputs, node.outputs):
+                    for index, tensor in enumerate(tensors):
+                        if tensor is output:
+                            tensors[index] = inner
+            layer(graph, "Cast", [inner], output, to=wide_type)
+            output.dtype = tensor_dtype_to_np_dtype(wide_type)
     graph.cleanup()
     return count
 

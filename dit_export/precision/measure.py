@@ -78,8 +78,8 @@ def measure(
 ) -> Measured:
     """Run the fp32 bundle in `folder` once, with taps on its `graphs`, and return what they recorded.
 
-    `layers` asks for the statistics of the denoiser's, `convolutions` for the decoder's, `half` for the largest
-    magnitudes; `own` are a user's prompts.
+    `layers` asks for statistics of the denoiser's layers, `convolutions` for those of the decoder's convolutions, and
+    `half` for the largest magnitudes of all graphs. `own` holds a user's prompts.
     """
     contract, rng = manifest.read(folder), np.random.default_rng(plan.seed)
     stages = [contract.step] + ([contract.end] if (half or convolutions) and contract.end else [])

@@ -35,16 +35,21 @@ def read(path: Path, network: Network) -> Prompts:
         raise UsageError(f"{path}: unknown array {unknown[0]!r}; known: {', '.join(known)}")
     negative = {name.removeprefix(NEGATIVE): rows for name, rows in arrays.items() if name.startswith(NEGATIVE)}
     condition = {name: rows for name, rows in arrays.items() if not name.startswith(NEGATIVE)}
+    return make_prompts(network, condition, negative, f"{path}")
+
+
+def make_prompts(network: Network, condition: Condition, negative: Condition, where: str) -> Prompts:
+    """Check arrays against a network's ports; without negative ones take the fixtures'. Errors begin with `where`."""
     try:
         null = null_condition(network.conditions, network.null, negative) if negative else fixtures.null(network)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{where}: {error}") from None
     count = len(next(iter(null.values())))
     if count != 1:
-        raise UsageError(f"{path}: {count} negative conditions; expected one")
+        raise UsageError(f"{where}: {count} negative conditions; expected one")
     weight = network.guidance_port
     ports = [port for port in network.conditions if port.name != weight or weight in condition]
-    rows = fit(condition, ports, f"{path}")
+    rows = fit(condition, ports, where)
     if weight and weight not in rows:
         count = max((len(values) for values in rows.values()), default=1)
         rows[weight] = np.full(count, network.guidance, np.float32)

@@ -22,9 +22,9 @@ from dit_export.graph.onnxfile import constants, layer
 from dit_export.passes.attention import plain_attention
 from dit_export.precision.half import TYPES, Rounded
 from dit_runtime import backends
-from dit_runtime.backends import PORTABLE_BACKEND, Engine, Options
+from dit_runtime.backends import PORTABLE_BACKEND, PROVIDER_FORMS, Engine, Options
 from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.manifest import Manifest, Stage
 from dit_runtime.pipeline import Pipeline
 
 
@@ -43,9 +43,8 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
     with tempfile.TemporaryDirectory(prefix="dit-twin-") as temporary:
         for stage in contract.stages:
             files = [manifest.inside(folder, file) for file in stage.onnx_files]
-            half, form = types[stage.name], stage.onnx
-            if half:  # the form that its backend opens, if it is ONNX
-                form = next((file for file in stage.files if file.endswith(".onnx")), form)
+            half = types[stage.name]
+            form = half_form(stage) if half else stage.onnx
             graph = onnxfile.load(manifest.inside(folder, form))
             if half:
                 twin(graph, tensor_dtype_to_np_dtype(TYPES[half]))
@@ -56,6 +55,14 @@ def twins(folder: Path, contract: Manifest, always: bool = False) -> Iterator[Pi
             engines[stage.name] = module.open(files, Options(streamed=stage.runs == "prompt"))
         with Pipeline(folder, contract, engines) as rounded:
             yield rounded
+
+
+def half_form(stage: Stage) -> str:
+    """Return the form that a provider opens which computes in the stage's precision, if it is ONNX."""
+    others = (provider for name, provider in PROVIDER_FORMS.values() if name == stage.backend)
+    able = [own for own in (None, *others) if not backends.refusal(stage.backend, stage.precision, own)]
+    files = backends.files(stage, Options(provider=able[0]))
+    return next((file for file in files if file.endswith(".onnx")), stage.onnx)
 
 
 def twin(graph: gs.Graph, dtype: np.dtype) -> int:

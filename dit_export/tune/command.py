@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +18,14 @@ from dit_export.tune.plans import INTERVAL
 from dit_export.tune.search import Results, Search, Settings
 from dit_export.tune.trial import NEAR, Trial
 from dit_export.verify.features import FEWEST, OnnxJudge, own_judge, read_real
+from dit_runtime import advice
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import MEASURED
+from dit_runtime.console import answer
 from dit_runtime.errors import UsageError
 from dit_runtime.files import write_file
+from dit_runtime.options import Parser, add_bundle, add_engine
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
 from dit_runtime.verify import REFERENCE, Figure, load_reference
@@ -30,42 +33,41 @@ from dit_runtime.verify import REFERENCE, Figure, load_reference
 FEW, FINAL = 8, (1, NEAR)  # without a judge: pictures of a plan, at first and in the last round
 
 
-def add_options(parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    """Give the parser the options of the search; return the function that runs it."""
+def add_options(parser: Parser) -> None:
     usual = Settings()
-    parser.add_argument("bundle", type=Path, help="folder with a manifest.json")
-    parser.add_argument(
-        "--budget",
-        nargs="+",
-        default=[],
-        metavar="[PRESET:]METRIC=N",
-        help="limits of a preset or of all, against the bundle's default plan: rows, frechet (ratio), agreement "
-        '(points lost), psnr (dB lost): "fast:rows=14,frechet=1.5"',
+    add_bundle(parser)
+    add = parser.add_argument_group("search").add_argument
+    text = (
+        "limits of a preset or of all, against the bundle's default plan: rows, frechet (ratio), agreement "
+        '(points lost), psnr (dB lost): "fast:rows=14,frechet=1.5"'
     )
-    parser.add_argument("--trials", type=int, default=usual.trials, help=f"plans to try; default {usual.trials}")
-    parser.add_argument(
-        "--pictures", type=int, help=f"of a plan in the first round; default {usual.pictures}, {FEW} without a judge"
+    add("--budget", nargs="+", default=[], metavar="[NAME:]KEY=X", help=text)
+    add("--trials", type=int, default=usual.trials, metavar="N", help=f"plans to try; default: {usual.trials}")
+    text = f"pictures of a plan in the first round; default: {usual.pictures}, or {FEW} without a judge"
+    add("--pictures", type=int, metavar="N", help=text)
+    text = "seeds of the final round, and pictures for each; default: 5x2000, or 1x64 without a judge"
+    add("--final", metavar="NxN", help=text)
+    add = parser.add_argument_group("judge").add_argument
+    text = "a network with an image input; needs --real; default: the bundle's own"
+    add("--features", type=Path, metavar="FILE.onnx", help=text)
+    add("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
+    add_engine(parser, low_memory=False)
+    add = parser.add_argument_group("output").add_argument
+    text = "every score, from which a later search goes on; default: BUNDLE.tune.json"
+    add("--results", type=Path, metavar="FILE.json", help=text)
+    add(
+        "--svg",
+        type=Path,
+        metavar="FILE.svg",
+        help="a chart of the plans that no other beats; default: BUNDLE.tune.svg",
     )
-    parser.add_argument(
-        "--final",
-        metavar="SEEDSxN",
-        help="seeds, and pictures for each seed, of the final round; default: 5x2000, or 1x64",
-    )
-    parser.add_argument("--features", type=Path, metavar="FILE.onnx", help="a judge; default: the bundle's own")
-    parser.add_argument("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
-    parser.add_argument("--results", type=Path, metavar="FILE.json", help="every score; default: BUNDLE.tune.json")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="the front as a chart; default: BUNDLE.tune.svg")
-    parser.add_argument("--presets", type=Path, metavar="FILE.json", help="write the presets there too, for a recipe")
-    parser.add_argument("--dry-run", action="store_true", help="leave the manifest as it is")
-    parser.add_argument("--threads", type=int, help="of the engine; default: its own choice")
-    parser.add_argument("--provider", help="ONNX Runtime's execution provider: cpu, cuda, cuda:N")
-    parser.add_argument("--json", action="store_true", help="for machines, on standard output")
-    return run
+    add("--presets", type=Path, metavar="FILE.json", help="write the presets to this file too, for a recipe")
+    add("--dry-run", action="store_true", help="write no presets into the bundle")
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 1 where no plan keeps the limits of a preset."""
-    folder, progress = options.bundle, Progress()
+    folder, progress = options.bundle, Progress(quiet=options.quiet)
     contract = manifest.read(folder)
     contract.require_end()
     judge = _judge(options, contract)
@@ -108,14 +110,27 @@ def run(options: argparse.Namespace) -> int:
         if fingerprint(now, judge[2] if judge else "") != results.bundle:
             raise UsageError(f"{folder}: its files changed while it was tuned; tune it again")
         manifest.write(folder, replace(now, presets={**now.presets, **presets}))
-    if options.json:
-        print(json.dumps({"presets": presets, "plans": _rows(scores, names), "refused": [*refused]}, indent=1))
-    else:
-        print(judged, table(scores, names), sep="\n")
-        print(f"results {results_path}, chart {svg_path}" + ("" if options.dry_run else f", presets in {folder}"))
-    for name, verdict in refused.items():
-        print(f"{name}: no plan keeps its limits; the nearest: {failed(verdict)}", file=sys.stderr)
+    commands = []
+    for name, _verdict in refused.items():
+        if words := gate.reachable(name, limits[name], scores, base, unrelated):
+            commands.append(_again(options, words))
+    told = {"presets": presets, "plans": _rows(scores, names), "refused": [*refused], "next": commands}
+    lines = [judged, table(scores, names)]
+    lines.append(f"results {results_path}, chart {svg_path}" + ("" if options.dry_run else f", presets in {folder}"))
+    failures = [f"FAILED {name}: no plan keeps its limits; the nearest: {failed(best[name][1])}" for name in refused]
+    failures += advice.lines(commands)
+    answer(options, told, "\n".join([*lines, *failures]), "\n".join(failures))
     return int(bool(refused))
+
+
+def _again(options: argparse.Namespace, budget: str) -> str:
+    """Return the search with one more budget, which goes on from the scores of this one."""
+    words = ["dit-export", "tune", str(options.bundle), "--budget", *options.budget, budget]
+    for name in ("trials", "pictures", "final", "features", "real", "threads", "provider", "results", "svg", "presets"):
+        value = getattr(options, name)
+        if value is not None and value != getattr(Settings(), name, None):
+            words += [f"--{name}", str(value)]
+    return shlex.join([*words, *(["--dry-run"] if options.dry_run else [])])
 
 
 def _judge(options: argparse.Namespace, contract: Manifest) -> tuple[OnnxJudge, Any, str] | None:

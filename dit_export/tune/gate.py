@@ -41,6 +41,12 @@ JUDGED = {
     "fast": Limits(frechet=1.5, agreement=1.5),
 }
 UNJUDGED = {"quality": Limits(psnr=0.0), "balanced": Limits(psnr=3.0), "fast": Limits(psnr=6.0)}
+METRICS = {  # of figures -> the limit's name
+    "PSNR in dB to the long run": "psnr",
+    "rows a picture": "rows",
+    "Fréchet distance": "frechet",
+    "judge's agreement, share": "agreement",
+}
 BEST = "quality"  # the preset that has as many rows as the bundle's own plan, and the best quality
 
 
@@ -104,6 +110,22 @@ def ranked(
         return (broken, score.quality, score.rows) if spends else (broken, score.rows, score.quality)
 
     return [(key, verdicts[key]) for key in sorted(scores, key=order)]
+
+
+def reachable(preset: str, limits: Limits, scores: Mapping[str, Score], base: Score, unrelated: float) -> str:
+    """Return the budget that the plan nearest to the limits keeps; "" where no budget accepts that plan."""
+    key, verdict = ranked(preset, limits, scores, base, unrelated)[0]
+    score = scores[key]
+    lost = {"rows": score.rows, "psnr": base.psnr - score.psnr}
+    if score.frechet is not None and base.frechet:
+        lost["frechet"] = score.frechet / base.frechet
+    if score.agreement is not None and base.agreement is not None:
+        lost["agreement"] = 100 * (base.agreement - score.agreement)
+    broken = {METRICS[figure.metric] for figure in verdict if not figure.passed}
+    values = {name: math.ceil(1000 * lost[name]) / 1000 for name in broken if math.isfinite(lost.get(name, math.nan))}
+    if not all(figure.passed for figure in figures(preset, limits._replace(**values), score, base, unrelated)):
+        return ""
+    return f"{preset}:{','.join(f'{name}={values[name]:g}' for name in Limits._fields if name in values)}"
 
 
 def _excess(figure: Figure) -> float:

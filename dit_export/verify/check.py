@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,10 @@ from dit_runtime.bundle.compiling import why_unavailable
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
-from dit_runtime.verify import Figure, Reference, Replay, load_reference, replay
+from dit_runtime.verify import Figure, Reference, Replay, load_reference, outcome, replay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Built:
     folder: Path
     proof: list[Figure]
@@ -33,6 +33,10 @@ class Built:
     reference: Reference
     replay: Replay
     advice: str = ""  # what to do where a gate failed
+    changes: Sequence[Mapping[str, Any]] = ()  # of the recipe, that are worth a try then
+
+    def __repr__(self) -> str:
+        return f"<Built {self.folder}: {outcome(self.checks)}>"
 
     @property
     def passed(self) -> bool:

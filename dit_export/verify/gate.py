@@ -26,6 +26,7 @@ from dit_runtime.verify import (
     Replay,
     jsonable,
     load_reference,
+    outcome,
     prompt_figures,
     replay,
     tolerances,
@@ -56,15 +57,19 @@ class Settings:
     low_memory: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     contract: Manifest
     reference: Reference
     replay: Replay
     checks: list[Figure]
     proof: list[Figure]  # empty where no weights were loaded
+    sound: bool  # whether all tolerances hold; a baseline has limits of its own
     located: list[str]  # where the failure first shows, in words
     taps: list[tuple[str, float]]
+
+    def __repr__(self) -> str:
+        return f"<Result of {self.contract.title}: {outcome(self.checks)}>"
 
     @property
     def passed(self) -> bool:
@@ -82,6 +87,7 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         return {
             "passed": self.passed,
+            "sensitive": self.sensitive,
             "first": None if self.first is None else self.first.to_dict(),
             "located": self.located,
             "taps": [{"name": name, "error": jsonable(error)} for name, error in self.taps],
@@ -126,10 +132,11 @@ def gate(settings: Settings, progress: Progress) -> Result:
             answers, checks, proven = built.replay, built.checks, built.proof
         judged, asked = _distribution(settings, pipe, other, reference, (table or {}).get("measured", {}), progress)
         checks = checks + judged
+        sound = all(figure.passed for figure in checks)
         if table is not None and settings.baseline is not None:
             checks = baseline.apply(settings.baseline, table, reference, checks)
         located, taps = _locate(settings, pipe, other, loaded, reference, answers, checks, progress)
-    result = Result(contract, reference, answers, checks, proven, located, taps)
+    result = Result(contract, reference, answers, checks, proven, sound, located, taps)
     if settings.update and settings.baseline is not None and result.passed:  # what fails already is no baseline
         baseline.write(settings.baseline, contract, reference, checks, asked)
     return result

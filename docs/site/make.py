@@ -5,9 +5,7 @@ Guides are the files of `docs/` and of the root. The reference comes from the co
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 import json
 import os
 import re
@@ -16,16 +14,15 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import dit_runtime
-from dit_export.cli import main as dit_export
-from dit_runtime.cli import main as dit_run
-from dit_serve.cli import main as dit_serve
+import dit_export.cli
+import dit_runtime.cli
+import dit_serve.cli
+from dit_runtime.options import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 # Pages of the root by their names on the site.
 PAGES = {"README.md": "index", "ARCHITECTURE.md": "architecture", "CONTRIBUTING.md": "contributing"}
 PAGES |= {"CHANGELOG.md": "changes"}
-COMMANDS = {"dit-export": dit_export, "dit-run": dit_run, "dit-serve": dit_serve}
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml"}
 LANGUAGES |= {".c": "c", ".h": "c", ".hpp": "cpp"}
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)#\s]+)(#[^)]*)?\)")
@@ -73,18 +70,15 @@ class _Links:
 
 def cli() -> Iterator[str]:
     yield "# Command line"
-    for program, main in COMMANDS.items():
-        text = _help(main)
-        yield from (f"\n## {program}\n", *_fenced(text))
-        for command in re.findall(r"^ {4}([a-z-]+)(?: {2}|$)", text, re.MULTILINE):
-            yield from (f"\n### {program} {command}\n", *_fenced(_help(main, command)))
+    os.environ["COLUMNS"] = "102"
+    for program in (dit_export.cli, dit_runtime.cli, dit_serve.cli):
+        yield from _pages(program.parser(), "##")
 
 
-def _help(main: Callable[[list[str]], object], *command: str) -> str:
-    os.environ["COLUMNS"] = "100"
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        main([*command, "--help"])
-    return out.getvalue()
+def _pages(parser: Parser, level: str) -> Iterator[str]:
+    yield from (f"\n{level} {parser.prog}\n", *_fenced(parser.format_help()))
+    for inner in parser.commands.values():
+        yield from _pages(inner, "###")
 
 
 def python() -> Iterator[str]:

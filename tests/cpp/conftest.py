@@ -1,18 +1,22 @@
-"""The C++ library as `make cpp` builds it."""
+"""The C++ library as `make cpp` builds it, or in the folder that DIT_CPP_BUILD names."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.handmade import module
 from tests.once import once
+from tests.serve.serving import process
 
-BUILD = Path(__file__).parents[2] / "build/cpp"
+BUILD = Path(os.environ.get("DIT_CPP_BUILD", Path(__file__).parents[2] / "build/cpp"))
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +32,12 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "bundle"
     module("make_bundle").make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def start(build: Path) -> Callable[..., AbstractContextManager[Any]]:
+    """Runs `dit-server`: `tests.serve.serving.process`."""
+    return partial(process, program=[str(build / "programs/dit-server")])
 
 
 @pytest.fixture

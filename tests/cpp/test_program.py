@@ -32,7 +32,7 @@ CONSUMER = Path(__file__).with_name("consumer")
         (["BUNDLE"], "no labels; pass at least one class name or number"),
         ([], "no bundle"),
         (["BUNDLE", "--labels"], "--labels needs a value"),
-        (["BUNDLE", "--labels", "1", "--step", "3"], "unknown flag --step"),
+        (["BUNDLE", "--labels", "1", "--step", "3"], "unrecognized argument --step"),
         (["BUNDLE", "--labels", "1", "--steps", "x"], "--steps is 'x'; expected an integer"),
         (["BUNDLE", "--labels", "1", "--steps", "0"], "--steps is '0'"),
         (["BUNDLE", "--labels", "1", "--guidance", "nan"], "finite"),
@@ -75,6 +75,17 @@ def test_a_mistake_is_one_line(tiny, dit_generate, monkeypatch, listing, argumen
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("dit-generate: error: ")
     assert said in done.stderr
     assert listing(tiny) == before
+
+
+def test_a_mistake_for_machines(dit_generate):
+    done = dit_generate("nowhere", "--labels", "1", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert (done.returncode, error["kind"], error["exit_code"]) == (2, "refused", 2)
+    assert done.stderr == f"dit-generate: error: {error['message']}\n" and "no manifest.json" in error["message"]
+
+
+def test_quiet(tiny, dit_generate):
+    assert dit_generate(tiny, "--verify", "--quiet").stdout == ""
 
 
 def test_a_bundle_without_a_decoder(meta, dit_generate, tmp_path):
@@ -158,6 +169,7 @@ def test_verify_says_what_python_says(tiny, dit_generate, tmp_path):
     done = dit_generate(bundle, "--verify", "--json")
     said = json.loads(done.stdout)
     assert done.returncode == 1 and said["passed"] is False
+    assert said["next"] == [f"dit-export regress {bundle} --report report.html"]
     for found, check in zip(said["checks"], expected, strict=True):
         assert found.keys() <= check.keys()
         value, wanted = found.pop("value"), check.pop("value")

@@ -13,7 +13,7 @@ from dit_runtime.cli import main
 from dit_runtime.conditions.condition import Condition
 from tests import tamper
 from tests.cpp.test_conditions import condition_flags
-from tests.cpp.test_same_pictures import ENGINES, load, same_latents, same_pictures
+from tests.cpp.test_same_pictures import ENGINES, load, same_latents
 from tests.handmade import module
 
 STEPS = 3
@@ -167,36 +167,3 @@ def test_a_reference_of_prompts_that_does_not_fit(prompted, dit_generate, tmp_pa
     assert main(["verify", str(bundle), "--threads", "1"]) == done.returncode == 2
     for line in (done.stderr.splitlines()[-1], capsys.readouterr().err.strip()):
         assert "prompts.npz" in line and words in line and line.endswith("rebuild the bundle"), line
-
-
-@pytest.mark.slow  # it builds the bundle
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_pipelines_of_diffusers(dit_generate, tmp_path, one_thread, family) -> None:
-    """Ids of three prompts of different lengths become the pictures that Python draws of the words.
-
-    SD3 has two CLIPs and T5, and a negative prompt; FLUX.1-dev has CLIP and T5, and takes the guidance itself.
-    """
-    from tests.families import test_flux, test_sd3, tiny
-
-    with one_thread():
-        if family == "sd3":
-            tokens = {"caption_tokens": 77 + test_sd3.T5_TOKENS}
-            bundle = tiny.build(test_sd3.make_pipeline(), tmp_path, **tokens)
-        else:
-            bundle = test_flux.make_case(test_flux.make_pipeline(), tmp_path).bundle
-    options = {"steps": tiny.STEPS, "guidance": tiny.GUIDANCE, "seed": tiny.SEED}
-    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
-    prompts, negative = [*tiny.PROMPTS], tiny.NEGATIVE if family == "sd3" else None
-    for engine in ENGINES:
-        with load(bundle, engine) as pipe:
-            flags = condition_flags(tmp_path, ids(pipe, prompts), ids(pipe, [negative], True) if negative else None)
-            words = {"prompt": prompts, "negative_prompt": negative, **options}
-            latents, pictures = pipe.sample(**words, output="latents"), pipe.sample(**words)
-            other = pipe.sample(**words | {"prompt": [tiny.OTHER, *prompts[1:]]}, output="latents")
-        for name in ("x.npy", "x.npz"):
-            done = dit_generate(bundle, *flags, *arguments, "--backend", engine, "-o", tmp_path / name)
-            assert done.returncode == 0, done.stderr
-        assert same_latents(np.load(tmp_path / "x.npy"), latents), engine
-        assert not same_latents(np.load(tmp_path / "x.npy"), other)
-        assert same_pictures(np.load(tmp_path / "x.npz")["arr_0"], pictures)
-    assert dit_generate(bundle, "--verify").returncode == 0

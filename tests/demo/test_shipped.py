@@ -1,6 +1,7 @@
 """The weights that ship: what the model card claims, seen again on fewer pictures, and a score that can fall."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,16 +38,6 @@ def shipped() -> store.Demo:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shipped") / "bundle"
-    built = build(
-        Recipe(checkpoint=str(store.MODEL), max_batch=50, backend="onnxruntime", output=str(folder)), Progress()
-    )
-    assert built.passed and built.sensitive
-    return built.folder
-
-
-@pytest.fixture(scope="module")
 def reference(shipped: store.Demo) -> score.Floats:
     return score.reference_features(shipped.judge, 1_000)
 
@@ -68,14 +59,14 @@ BAD = {"cache": "taylorseer", "cache_interval": 5, "max_order": 2, "disable_cach
 
 
 def test_the_tuner_refuses_a_plan_that_guesses_too_far(
-    bundle: Path, reference: score.Floats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    demo_fp32: Path, reference: score.Floats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parabolas over five steps, from the first step on: the judge sees other shapes, few rows notwithstanding."""
     monkeypatch.setattr(trial, "NEAR", 8)
     run.export_judge(None, tmp_path / "judge.onnx")
-    with Pipeline.load(bundle) as pipe:
+    with Pipeline.load(demo_fp32) as pipe:
         judge = OnnxJudge(tmp_path / "judge.onnx")
-        trying = trial.Trial(pipe, load_reference(bundle, pipe.manifest), judge, fit(reference), lambda *_: None)
+        trying = trial.Trial(pipe, load_reference(demo_fp32, pipe.manifest), judge, fit(reference), lambda *_: None)
         usual, block = plans.default(pipe.manifest), trial.Block(0, 100)
         scores = {"usual": trying(usual, block), "bad": trying({**usual, **BAD}, block)}
         assert scores["bad"].rows < 0.5 * scores["usual"].rows
@@ -89,10 +80,10 @@ def test_the_tuner_refuses_a_plan_that_guesses_too_far(
 ROWS = {"balanced": 20, "fast": 14}  # at most
 
 
-def test_its_presets_are_what_was_accepted(bundle: Path) -> None:
-    presets = read_presets(store.MODEL / run.PRESETS, manifest.read(bundle).process)
+def test_its_presets_are_what_was_accepted(demo_fp32: Path) -> None:
+    presets = read_presets(store.MODEL / run.PRESETS, manifest.read(demo_fp32).process)
     assert presets.keys() == {"balanced", "fast"}
-    with Pipeline.load(bundle) as pipe:
+    with Pipeline.load(demo_fp32) as pipe:
         wide = replace(pipe.manifest, presets=presets)
         for name, preset in presets.items():
             limits, measured = gate.JUDGED[name]._replace(rows=ROWS[name]), preset["measured"]
@@ -129,13 +120,14 @@ def test_the_judge_knows_what_it_has_not_seen(shipped: store.Demo) -> None:
 
 
 def test_a_bundle_scores_as_pytorch_and_a_broken_one_worse(
-    shipped: store.Demo, bundle: Path, reference: score.Floats, drawn: score.Score
+    shipped: store.Demo, demo_fp32: Path, reference: score.Floats, drawn: score.Score, tmp_path: Path
 ) -> None:
-    sound = score_of(bundle, shipped, reference)
+    sound = score_of(demo_fp32, shipped, reference)
     assert sound.accuracy.low <= drawn.accuracy.value <= sound.accuracy.high
     assert sound.frechet.low <= drawn.frechet.value <= sound.frechet.high
     assert sound.accuracy.value >= 0.965  # the card's 1,000 pictures say 0.995; six deviations of 200 are 0.03
 
+    bundle = Path(shutil.copytree(demo_fp32, tmp_path / "bundle"))
     swap_gain_and_shift(bundle, block=2)
     broken = score_of(bundle, shipped, reference)
     assert broken.accuracy.high < sound.accuracy.low

@@ -41,15 +41,10 @@ def sample(pipe: Pipeline, labels: Sequence[int], solver: str, steps: int, eta: 
     return pipe.sample(labels, steps=steps, guidance=run.GUIDANCE, seed=1, solver=solver, eta=eta)
 
 
-@pytest.fixture(scope="module")
-def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_demo(tmp_path_factory.mktemp("solvers"), "fp32")
-
-
 @pytest.mark.parametrize(("solver", "steps", "eta"), USUAL)
-def test_every_solver_draws_the_asked_class(fp32: Path, solver: str, steps: int, eta: float) -> None:
+def test_every_solver_draws_the_asked_class(demo_fp32: Path, solver: str, steps: int, eta: float) -> None:
     labels = score.balanced_labels(FEW)
-    with Pipeline.load(fp32) as pipe:
+    with Pipeline.load(demo_fp32) as pipe:
         pictures = sample(pipe, labels, solver, FEWER_STEPS.get(steps, steps), eta)
     assert agreement([pictures], labels) >= LEAST_OF_FEW
 

@@ -89,7 +89,7 @@ def test_what_it_starts() -> None:
     text = (ROOT / "deploy/docker/Dockerfile").read_text()
     (entry,), (words,) = (re.findall(rf"^{name} (\[.*\])$", text, re.MULTILINE) for name in ("ENTRYPOINT", "CMD"))
     program, *arguments = json.loads(entry)
-    options = cli._parser().parse_args([*arguments, *json.loads(words)])
+    options = cli.parser().parse_args([*arguments, *json.loads(words)])
     assert program == "dit-serve" and options.api_key_file and options.port == 8000
     assert cli._named(options.bundles) == {"bundle": Path("/bundles/bundle")}
     assert re.search(r"^USER \d+:\d+$", text, re.MULTILINE) and "127.0.0.1:8000/readyz" in text

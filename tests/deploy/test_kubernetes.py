@@ -63,13 +63,13 @@ def test_containers_have_no_rights() -> None:
 def test_what_they_start() -> None:
     """Programs of ours with options that they know, and folders that are mounted."""
     (server,), (job,) = (pod["containers"] for pod in pods())
-    options = cli._parser().parse_args(server["args"])
+    options = cli.parser().parse_args(server["args"])
     assert cli._named(options.bundles) == {"bundle": Path("/bundles/bundle")}
     assert (
         options.grace + server["lifecycle"]["preStop"]["sleep"]["seconds"] < pods()[0]["terminationGracePeriodSeconds"]
     )
     assert job["command"] == ["dit-run"]
-    options = runtime._parser().parse_args(job["args"])
+    options = runtime.parser().parse_args(job["args"])
     places = {mount["mountPath"] for mount in job["volumeMounts"]}
     assert {str(options.bundle.parent), str(options.shards.parent)} < places and options.count == 50000
 

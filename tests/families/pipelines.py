@@ -1,4 +1,4 @@
-"""Tiny pipelines of classes that have no family, and the comparison of their latents with a bundle's."""
+"""Tiny pipelines that are built without a family, and the comparison of their latents with a bundle's."""
 
 from __future__ import annotations
 
@@ -132,6 +132,7 @@ class Case:
     pipeline: Any
     bundle: Path
     call: Mapping[str, Any] = field(default_factory=dict)
+    size: str | None = None  # of a bundle with several
 
     def theirs(self, prompt: Any = PROMPT, seed: Any = SEED, **options: Any) -> NDArray[np.float32]:
         """Return the final state (N, …)."""
@@ -148,7 +149,7 @@ class Case:
         away = self.bundle / "negative.npz"
         options = {"negative": dict(np.load(away))} if away.exists() else {}
         options |= {"seed": seed, "guidance": guidance, "steps": STEPS, "output": "latents"}
-        with Pipeline.load(self.bundle, threads=1) as pipe:
+        with Pipeline.load(self.bundle, threads=1, size=self.size) as pipe:
             return pipe.sample(condition=condition, **options)
 
 

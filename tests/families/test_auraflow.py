@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import transformers
 from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
@@ -12,6 +10,7 @@ from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from tests.families import tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import auraflow, randomize
 
 TOKENS = 96
@@ -44,10 +43,8 @@ def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
-@pytest.mark.slow
-def test_openvino_draws_it(case, tmp_path) -> None:
-    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
-    assert min(tiny.distances(moved.ours(), case.theirs())) >= tiny.SAME
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 @pytest.mark.slow

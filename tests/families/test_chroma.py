@@ -9,6 +9,7 @@ from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler
 from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
 from tests.families import tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import TOKENS, chroma, distance, inputs, run
 
 JOINT, SINGLE, T5_TOKENS = 1, 1, 72
@@ -36,6 +37,10 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
 @pytest.mark.slow
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.schedule import flow_times, sigmas
 from tests.families import tiny as families
+from tests.families.elsewhere import Elsewhere
 from tests.families.test_lumina2 import with_lengths
 from tests.networks import tiny
 
@@ -93,9 +93,8 @@ def test_prompts_of_one_length_in_one_call(case) -> None:
     assert min(families.distances(case.ours(prompts), expected)) >= families.SAME
 
 
-def test_openvino_draws_it(case, tmp_path) -> None:
-    moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
-    assert min(families.distances(moved.ours(), case.theirs())) >= families.SAME
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 def test_what_leaves_the_loop(case) -> None:

@@ -21,6 +21,7 @@ from dit_runtime.errors import UsageError
 from dit_runtime.serve import Batcher
 from tests import tamper
 from tests.families import editing, tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import TOKENS, distance, flux, inputs, run
 
 JOINT, SINGLE, T5_TOKENS = 2, 1, 32
@@ -65,6 +66,10 @@ def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
+
+
 def test_another_size_is_diffusers(square) -> None:
     tiny.accept(square)
 
@@ -85,6 +90,22 @@ def test_schnell_is_diffusers(tmp_path, one_thread) -> None:
     tiny.accept(case)
     contract = manifest.read(case.bundle)
     assert (contract.guidance.default, contract.process.sampler.steps) == (1.0, 4) and contract.mixes_guidance
+
+
+@pytest.mark.slow
+def test_true_guidance_is_diffusers(tmp_path, one_thread) -> None:
+    """dev with its embedded weight frozen: a negative prompt leads away, by the weight of two predictions."""
+    pipeline = make_pipeline(shift=3.0, use_dynamic_shifting=True)
+    call = {"height": 64, "width": 96, "max_sequence_length": T5_TOKENS, "guidance_scale": 2.0}
+    with one_thread():
+        options = {"caption_tokens": T5_TOKENS, "resolution": WIDE, "embedded_guidance": 2.0}
+        bundle = tiny.build(pipeline, tmp_path, **options)
+        case = tiny.Case(pipeline, bundle, call, weight="true_cfg_scale")
+        tiny.accept(case)
+        other = replace(case, call=call | {"guidance_scale": 4.0})
+        assert max(tiny.distances(case.ours(), other.theirs())) < tiny.ANOTHER
+    contract = manifest.read(bundle)
+    assert contract.mixes_guidance and not contract.guidance.port and contract.guidance.default == 1.0
 
 
 @pytest.fixture(scope="module")

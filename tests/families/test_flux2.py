@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from dit_runtime.sampling.process import Process
 from dit_runtime.sampling.schedule import sigmas
-from tests.families import tiny
+from tests.families import editing, tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import distance, inputs, randomize, run
 from tests.networks.tiny import flux2 as tiny_flux2
 
@@ -75,7 +75,8 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
     pipeline, call = make_pipeline(), {"max_sequence_length": TOKENS, "text_encoder_out_layers": LAYERS}
     with one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(flux2, "LAYERS", LAYERS)  # the encoder is too small for klein's
-        bundle = tiny.build(pipeline, tmp_path_factory.mktemp("flux2"), caption_tokens=TOKENS, resolution="64x96")
+        folder = tmp_path_factory.mktemp("flux2")
+        bundle = tiny.build(pipeline, folder, caption_tokens=TOKENS, resolution="64x96", encoder=True)
 
     return tiny.Case(pipeline, bundle, {"height": 64, "width": 96} | call, negative=None)
 
@@ -85,10 +86,13 @@ def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
+
+
 @pytest.mark.slow
-def test_openvino_draws_it(case, tmp_path) -> None:
-    moved = replace(case, bundle=tiny.on_backend("openvino", case.bundle, tmp_path / "bundle"))
-    assert min(tiny.distances(moved.ours(), case.theirs())) >= tiny.SAME
+def test_a_picture_becomes_latents(case) -> None:
+    editing.accept_encoder(case, lambda images: case.pipeline._encode_vae_image(images, None))
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from tests.families import tiny as families
+from tests.families.elsewhere import Elsewhere
 from tests.networks import tiny
 
 TOKENS, SIZE = 20, (8, 12)
@@ -70,12 +70,8 @@ def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
 
 
-@pytest.mark.slow
-def test_openvino_draws_it(case, tmp_path) -> None:
-    moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
-    expected = case.theirs(families.PROMPTS)
-    assert min(families.distances(moved.ours(families.PROMPTS), expected)) >= families.SAME
-    assert max(families.distances(moved.ours(families.PROMPTS, seed=families.SEED + 9), expected)) < families.ANOTHER
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 @pytest.mark.slow

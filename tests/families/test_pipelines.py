@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from torch._subclasses.fake_tensor import FakeTensor
 
-from dit_export.checkpoints import load
+from dit_export.bundle import build as building
+from dit_export.checkpoints import Loaded, load
 from dit_export.checkpoints.pipelines import read_pipeline
 from dit_export.cli import main as export
 from dit_export.recipe import Recipe
 from dit_runtime import Pipeline, UsageError
 from dit_runtime.bundle import manifest
+from dit_runtime.progress import Progress
 from tests.families import pipelines, tiny
 from tests.families.pipelines import GUIDANCE, SEED, STEPS, Case, build
 from tests.families.test_flux import T5_TOKENS
 from tests.families.test_flux import make_pipeline as flux_pipeline
 from tests.families.test_sd3 import make_pipeline as sd3_pipeline
+
+INT8 = 20.0  # dB of latents
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +133,47 @@ def test_other_classes(tmp_path, one_thread, make, frames, shape) -> None:
     pipelines.accept(Case(pipeline, bundle, {"num_frames": frames} if frames else {}))
 
 
+HUNYUAN: dict[str, Any] = {"use_resolution_binning": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "call", "recipe", "least"),
+    [
+        (pipelines.hunyuan_dit, HUNYUAN, {"backend": "openvino"}, tiny.SAME),
+        (pipelines.hunyuan_dit, HUNYUAN, {"precision": "int8"}, INT8),
+        (pipelines.cogview3, {}, {"precision": "int8", "backend": "openvino"}, INT8),
+        (pipelines.wan, {"num_frames": 5}, {"precision": "int8"}, INT8),
+    ],
+)
+def test_backends_and_precisions(tmp_path, one_thread, make, call, recipe, least) -> None:
+    pipeline = make()
+    with one_thread():
+        case = Case(pipeline, build(pipeline, tmp_path, frames=call.get("num_frames"), **recipe), call)
+        expected = case.theirs()
+        got = pipelines.distance(case.ours(), expected)
+        assert got >= least
+        for other in (case.ours(slice(1, 2)), case.ours(seed=SEED + 9)):
+            assert pipelines.distance(other, expected) < got - 6
+    if recipe.get("precision") == "int8":
+        assert got < tiny.SAME and manifest.read(case.bundle).built_with["quantized"] >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "call", "backend"),
+    [(pipelines.hunyuan_dit, HUNYUAN, "onnxruntime"), (pipelines.wan, {"num_frames": 5}, "openvino")],
+)
+def test_several_sizes(tmp_path, one_thread, make, call, backend) -> None:
+    """Each draws what the pipeline draws at it, from the same conditions."""
+    pipeline, sizes = make(), [64, "64x96"]
+    with one_thread():
+        bundle = build(pipeline, tmp_path, frames=call.get("num_frames"), resolution=sizes, backend=backend)
+        for size, width in (("64", 64), ("64x96", 96)):
+            pipelines.accept(Case(pipeline, bundle, {**call, "width": width}, size))
+    assert manifest.read(bundle).size_names == ("64", "64x96")
+
+
 def test_the_module_of_flux(tmp_path, one_thread) -> None:
     """Packed latents, a dynamic shift and embedded guidance: the same bits as the family's."""
     flux_pipeline(use_dynamic_shifting=True, shift=3.0).save_pretrained(tmp_path)
@@ -143,7 +192,31 @@ def test_the_module_of_flux(tmp_path, one_thread) -> None:
         words = {"captions": captions, "pooled": pooled, "guidance_scale": weight}
         assert torch.equal(got, family.network.module(latents=state, timesteps=time, **words))
     assert read.process.shift == family.process.shift != 1 and read.vae is not None
+    assert all(isinstance(weight, FakeTensor) for weight in read.network.module.transformer.proj_out.parameters())
+    assert read.network.weights.keys() >= {name for name, _ in read.network.module.named_parameters()}
     assert read.network.guidance_port == family.network.guidance_port
+    loaded = Loaded(read.network, None, (), read.process, {}, examples=read.examples)
+    inputs = building._read_inputs(Recipe(precision="int8"), loaded, Progress(io.StringIO()))
+    assert inputs.prompts is not None  # int8 is calibrated with what was recorded
+    for name, rows in (read.examples["conditions"] | {"guidance_scale": np.full(2, 3.5)}).items():
+        np.testing.assert_array_equal(inputs.prompts.condition[name], rows)
+
+
+@pytest.mark.slow
+def test_a_part_that_reads_the_weights_of_another(tmp_path, one_thread, monkeypatch) -> None:
+    """They are not there when they are read, so all weights stay in memory."""
+    right = FluxTransformer2DModel.forward
+
+    def reads_more(self: Any, **inputs: Any) -> tuple[torch.Tensor]:
+        return (right(self, **inputs)[0] * (1 + 0 * self.proj_out.weight.sum()),)
+
+    reads_more.__signature__ = inspect.signature(right)  # type: ignore[attr-defined]
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", reads_more)
+    flux_pipeline(shift=3.0).save_pretrained(tmp_path)
+    with one_thread():
+        network = read_pipeline(tmp_path, Recipe(resolution=64, caption_tokens=T5_TOKENS)).network
+    assert network.weights == {}
+    assert not any(isinstance(weight, FakeTensor) for weight in network.module.parameters())
 
 
 @pytest.mark.slow

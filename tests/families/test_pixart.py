@@ -6,6 +6,7 @@ import pytest
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline
 
 from tests.families import tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import pixart
 
 TOKENS = 40
@@ -29,6 +30,10 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 def test_small_letters(case) -> None:

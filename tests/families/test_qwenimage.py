@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
     QwenImagePipeline,
 )
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -16,7 +16,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from dit_export.networks.codec import make_decoder
 from dit_export.networks.families import family_network
 from dit_runtime.bundle import manifest
+from tests.families import editing
 from tests.families import tiny as families
+from tests.families.elsewhere import Elsewhere
 from tests.networks import tiny
 from tests.networks.tiny import TOKENS, randomize
 
@@ -75,7 +77,7 @@ def make_pipeline() -> QwenImagePipeline:
 def case(tmp_path_factory, one_thread) -> families.Case:
     pipeline, folder = make_pipeline(), tmp_path_factory.mktemp("qwenimage")
     with one_thread():
-        bundle = families.build(pipeline, folder, caption_tokens=CAPTION, resolution=8 * SIDE)
+        bundle = families.build(pipeline, folder, caption_tokens=CAPTION, resolution=8 * SIDE, encoder=True)
     return families.Case(pipeline, bundle, {"height": 8 * SIDE, "width": 8 * SIDE}, weight="true_cfg_scale")
 
 
@@ -84,12 +86,15 @@ def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
 
 
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
+
+
 @pytest.mark.slow
-def test_openvino_draws_it(case, tmp_path) -> None:
-    moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
-    expected = case.theirs(families.PROMPTS)
-    assert min(families.distances(moved.ours(families.PROMPTS), expected)) >= families.SAME
-    assert max(families.distances(moved.ours(families.PROMPTS, seed=families.SEED + 9), expected)) < families.ANOTHER
+@pytest.mark.parametrize("masked", [False, True], ids=["image", "inpainting"])
+def test_from_pictures(case, masked) -> None:
+    pipelines = editing.Pipelines(QwenImageImg2ImgPipeline, QwenImageInpaintPipeline)
+    editing.accept(editing.Edit(case, pipelines, masked), editing.SAME, strength=0.6, count=2)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,8 @@ from dit_export.networks.families.sana import EXTRA, instruction
 from dit_export.recipe import Recipe
 from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
-from tests.families import tiny
+from tests.families import editing, tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks import tiny as networks
 
 TOKENS, BLOCKS = 80, 2
@@ -67,28 +67,22 @@ def make_pipeline(sprint: bool = False) -> Any:
 CALL = {"height": 128, "width": 128, "max_sequence_length": TOKENS, "use_resolution_binning": False}
 
 
-def make_case(folder: Path, **recipe: Any) -> tiny.Case:
-    pipeline = make_pipeline()
-    return tiny.Case(pipeline, tiny.build(pipeline, folder, caption_tokens=TOKENS, **recipe), CALL)
-
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")  # its np.array(tensor)
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory, one_thread) -> tiny.Case:
+    pipeline = make_pipeline()
     with one_thread():
-        return make_case(tmp_path_factory.mktemp("sana"))
+        return tiny.Case(pipeline, tiny.build(pipeline, tmp_path_factory.mktemp("sana"), caption_tokens=TOKENS), CALL)
 
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
 
 
-@pytest.mark.slow
-def test_a_prompt_is_diffusers_on_openvino(tmp_path, one_thread) -> None:
-    with one_thread():
-        tiny.accept(make_case(tmp_path, backend="openvino"))
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 @pytest.mark.slow
@@ -96,11 +90,12 @@ def test_sprint_is_diffusers(tmp_path, one_thread) -> None:
     """The weight is an input, and a run of two steps has an angle of its own."""
     pipeline = make_pipeline(sprint=True)
     with one_thread():
-        bundle = tiny.build(pipeline, tmp_path, caption_tokens=TOKENS)
+        bundle = tiny.build(pipeline, tmp_path, caption_tokens=TOKENS, encoder=True)
         tiny.accept(tiny.Case(pipeline, bundle, CALL | {"intermediate_timesteps": None}, negative=None))
         two, contract = tiny.Case(pipeline, bundle, CALL, negative=None), manifest.read(bundle)
         assert min(tiny.distances(two.ours(steps=2), two.theirs(steps=2))) >= tiny.SAME
         assert max(tiny.distances(two.ours(steps=1), two.theirs(steps=2))) < tiny.ANOTHER
+        editing.accept_encoder(two, lambda images: 0.41407 * pipeline.vae.encode(images).latent)
     assert (contract.process.sampler.solver, contract.process.sampler.steps) == ("scm", 2)
     assert (contract.guidance.port, contract.guidance.default) == ("guidance_scale", 4.5)
 

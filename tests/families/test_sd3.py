@@ -27,6 +27,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.cli import main as run
 from tests import tamper
 from tests.families import editing, tiny
+from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import SD3_5, sd3
 
 T5_TOKENS, WIDTH, POOLED, BLOCKS, SIDE = 32, 64, 48, 3, 8
@@ -59,6 +60,10 @@ def case(tmp_path_factory, one_thread) -> tiny.Case:
 
 def test_a_prompt_is_diffusers(case) -> None:
     tiny.accept(case)
+
+
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 def test_a_negative_prompt(case) -> None:

@@ -195,7 +195,7 @@ def build_demo(folder: Path, precisions: Iterable[str]) -> list[Path]:
 
 
 def copy_program(build: Path, target: Path) -> None:
-    """Copy dit-generate with the libraries that a machine without build tools may lack."""
+    """Copy dit-generate with libdit's plugins, and the libraries that a machine without build tools may lack."""
     program = build / "programs" / "dit-generate"
     if not program.is_file():
         raise UsageError(f"{program}: no C++ program here; `make gpu-pack` builds it")
@@ -204,6 +204,7 @@ def copy_program(build: Path, target: Path) -> None:
     libraries = {
         name: Path(path.split()[0]).resolve() for name, path in pairs if name.startswith(("libdit.", "libpng", "libz."))
     }
+    libraries |= {path.name: path for path in build.glob("libdit-*.so")}  # opened at run time, from beside libdit
     if not any(ENGINE in path.read_bytes() for path in (program, *libraries.values())):
         raise UsageError(f"{program}: built without CUDA_ROOT, so its arrays cannot stay on a GPU; run `make gpu-pack`")
     target.mkdir()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_export.bench.competitors import Job
+from dit_runtime import backends
+from dit_runtime.bundle import manifest
 
 Row = dict[str, Any]  # of gpu.jsonl
 
@@ -26,10 +28,17 @@ class Place:
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
-    def bundle(self, name: str) -> Path:
+    def folder(self, name: str) -> Path:
         if not (self.work / name).is_dir():
             raise Skipped(f"{name} is not in the packs that were unpacked")
         return self.work / name
+
+    def bundle(self, name: str) -> Path:
+        folder = self.folder(name)
+        step = manifest.read(folder).step
+        if reason := backends.refusal(step.backend, step.precision, self.device):
+            raise Skipped(reason)
+        return folder
 
     def job(self, batch: int) -> Job:
         if not (self.work / "job.json").is_file():

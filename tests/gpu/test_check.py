@@ -26,6 +26,7 @@ from tests.gpu import check, pack, steps
 from tests.gpu.check import Step
 from tests.gpu.place import Place, Skipped
 from tests.gpu.steps import cut, stored
+from tests.tamper import edit
 from tests.tensorrt.fakes import TensorRT
 
 ABSENT = ["diffusers", "onnx_graphsurgeon", "openvino", "tensorrt", "tensorrt_rtx", "modelopt"]
@@ -47,6 +48,10 @@ DRY = (
 )
 
 
+def step_of(table: dict[str, Any]) -> dict[str, Any]:
+    return next(stage for stage in table["stages"] if stage["runs"] == "step")
+
+
 @pytest.fixture
 def packed(tmp_path, shared_embedders, one_thread) -> Path:
     """Packs of a tiny network and of a bundle that was verified."""
@@ -57,12 +62,14 @@ def packed(tmp_path, shared_embedders, one_thread) -> Path:
     with one_thread():
         bundles = pack.write_graphs(folder, job, ["fp32", "fp16"], Progress())
     demo = shutil.copytree(shared_embedders.bundle, folder / "demo-fp32")
+    for_gpus = shutil.copytree(demo, folder / "demo-bf16")
+    edit(for_gpus, lambda table: step_of(table).update(precision="bf16"))
     (folder / "program").mkdir()
     program = folder / "program" / "dit-generate"
     program.write_text('#!/bin/sh\necho "$*" >&2\ntest "$2 $3" = "--device cpu"\n')
     program.chmod(0o755)
     pack.write_pack(packs / "first.tar.xz", folder, [folder / "job.json", *bundles])
-    pack.write_pack(packs / "second.tar.xz", folder, [Path(demo), program.parent])
+    pack.write_pack(packs / "second.tar.xz", folder, [Path(demo), Path(for_gpus), program.parent])
     assert (packs / "first.tar.xz").stat().st_size < 200_000  # graphs alone; the weights are 1 MB
     return packs
 
@@ -88,9 +95,17 @@ def test_a_dry_run_goes_every_way_of_a_cpu(packed, tmp_path) -> None:
     (verified,) = [row for row in rows if row["step"] == "demo-fp32" and "checks" in row]
     assert verified["checks"] > 5 and verified["failed"] == []
     program = [
-        (row.get("mode", "verify"), row["passed"]) for row in rows if row["step"] == "program" and "end" not in row
+        (row["bundle"], row.get("mode", "verify"), row.get("passed", row.get("skipped")))
+        for row in rows
+        if row["step"] == "program" and "end" not in row
     ]
-    assert program == [("verify", True), ("open and draw", True)]
+    no_kernels = "bf16 has no kernels in ONNX Runtime's CPU provider; use provider cuda"
+    assert program == [
+        ("demo-bf16", "verify", no_kernels),
+        ("demo-fp32", "verify", True),
+        ("demo-fp32", "open and draw", True),
+    ]
+    assert next(end["why"] for end in ends if end["step"] == "demo-bf16") == no_kernels
     assert {row["precision"] for row in rows if "floor_ms" in row} == {"fp32", "bf16"}
     assert "ort-fp32" in check.table(rows) and "graph fp32 8" in check.table(rows)
 
@@ -148,7 +163,8 @@ def test_what_does_not_fit_in_time_is_not_started(tmp_path) -> None:
     assert {end["end"] for end in ends} == {"not started"} and len(ends) == len(check.STEPS)
 
 
-def test_a_program_that_draws_nothing_fails(tmp_path) -> None:
+def test_a_program_that_draws_nothing_fails(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Place, "bundle", Place.folder)  # there is none in it
     for name in ("program", "demo-fp32"):
         (tmp_path / name).mkdir()
     binary = tmp_path / "program" / "dit-generate"
@@ -230,14 +246,16 @@ def test_only_a_wheel_of_the_pinned_version_is_taken(tmp_path, monkeypatch) -> N
 @pytest.mark.parametrize("engine", [b"", pack.ENGINE])
 def test_a_program_without_the_engine_of_gpus_is_refused(tmp_path, monkeypatch, engine) -> None:
     library = tmp_path / "libdit.so.1.2"
-    library.write_bytes(b"symbols " + engine)
+    library.write_bytes(b"symbols")
+    (tmp_path / "libdit-onnxruntime.so").write_bytes(b"symbols " + engine)  # a plugin, which ldd does not know
     (tmp_path / "programs").mkdir()
     (tmp_path / "programs" / "dit-generate").write_bytes(b"program")
     listed = f"\tlibdit.so.1 => {library} (0x1)\n\tlibc.so.6 => /lib/libc.so.6 (0x2)\n\t/lib64/ld-linux (0x3)\n"
     monkeypatch.setattr(pack.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=listed))
     if engine:
         pack.copy_program(tmp_path, tmp_path / "packed")
-        assert {path.name for path in (tmp_path / "packed").iterdir()} == {"dit-generate", "libdit.so.1"}
+        packed = {path.name for path in (tmp_path / "packed").iterdir()}
+        assert packed == {"dit-generate", "libdit.so.1", "libdit-onnxruntime.so"}
     else:
         with pytest.raises(UsageError, match="built without CUDA_ROOT"):
             pack.copy_program(tmp_path, tmp_path / "packed")

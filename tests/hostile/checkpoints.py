@@ -298,12 +298,19 @@ def pickles() -> Iterator[Damage]:
             "refused",
             "meta",
         )
+    doubled = b"\x80\x02)q\0" + b"h\0h\0\x86q\0" * 60  # a tuple of 2^60 parts
     contents = {
         "text": b"hello",
         "a pickle of many lists": b"\x80\x02" + b"]" * 1_000_000 + b".",
         "a pickle without an end": b"\x80\x02}q\0" * 1000,
         "a text of 2^40 bytes": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 40),
         "a memo of 2^31": b"\x80\x02]r" + struct.pack("<I", 2**31) + b".",
+        "a key of 2^60 parts": doubled + b"}h\0K\x01s.",
+        "a set of 2^60 parts": doubled + b"c__builtin__\nset\n]h\0a\x85R.",
+        "a function of 2^60 parts": doubled + b")R.",
+        "a class of 2^60 parts": doubled + b")\x81.",
+        "a list as a function": b"\x80\x02])R.",
+        "a key of a million tuples in each other": b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",
         "an empty zip": b"PK\5\6" + bytes(18),
     }
     for name, content in contents.items():

@@ -147,6 +147,20 @@ def hidden_location(where: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
+def addressed(folder: Path) -> None:
+    """Weights at a number in the engine's memory, which is how engines read this location; a file of it is listed."""
+    place = "*/_ORT_MEM_ADDR_/*"
+    (folder / place).parent.mkdir(parents=True)
+    shutil.copy(folder / WEIGHTS, folder / place)
+
+    def change(table: dict) -> None:
+        table["files"][place] = table["files"][WEIGHTS]
+        table["stages"][1]["shared"] = [place]
+
+    edit(folder, change)
+    redrawn(entry("location", place))(folder)
+
+
 def external() -> Iterator[Damage]:
     locations = (
         "../outside.data",
@@ -176,6 +190,7 @@ def external() -> Iterator[Damage]:
             redrawn(entry("location", place))(folder)
 
         yield Damage(f"external: weights at {location!r}", apply, "open")
+    yield Damage("external: weights at an address", addressed, "open")
     for where in ("constant", "subgraph", "function", "sparse"):
         yield Damage(f"external: a {where} of weights outside", redrawn(hidden_location(where)), "open")
     for key, values in {

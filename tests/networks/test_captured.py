@@ -13,7 +13,7 @@ from dit_export.checkpoints.pipelines import condition_arrays, fit_process, run
 from dit_export.networks import Network
 from dit_export.networks.caller import Caller, network
 from dit_export.networks.captured import Captured
-from dit_export.networks.strides import locate, strides
+from dit_export.networks.strides import find_places, strides
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
@@ -189,7 +189,7 @@ VIEWS = {
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_are_found(name: str) -> None:
     view, rows = VIEWS[name], torch.randn(2, 6, 8, 4)
-    places = locate(view(rows).flatten(1).numpy(), rows.flatten(1).numpy())
+    places = find_places(view(rows).flatten(1).numpy(), rows.flatten(1).numpy())
     assert places is not None
     found = strides(places, (6, 8, 4), tuple(view(rows).shape[1:]))
     other = torch.randn(3, 6, 8, 4)
@@ -199,7 +199,7 @@ def test_views_are_found(name: str) -> None:
 def test_what_is_no_view() -> None:
     rows = torch.randn(2, 64)
     shuffled = torch.from_numpy(np.random.default_rng(0).permutation(64))
-    places = locate(rows[:, shuffled].numpy(), rows.numpy())
+    places = find_places(rows[:, shuffled].numpy(), rows.numpy())
     assert places is not None and strides(places, (64,), (64,)) is None
-    assert locate((rows + 1e-6).numpy(), rows.numpy()) is None  # another value
-    assert locate(rows.numpy(), torch.cat([rows, rows[:, :1]], 1).numpy()) is None  # two places for one
+    assert find_places((rows + 1e-6).numpy(), rows.numpy()) is None  # another value
+    assert find_places(rows.numpy(), torch.cat([rows, rows[:, :1]], 1).numpy()) is None  # two places for one

@@ -31,6 +31,7 @@ FAMILIES = {  # and sizes of latents
     "cogview4": (tiny.cogview4, (8, 12)),
     "flux": (tiny.flux, (8, 12)),
     "flux2": (tiny.flux2, (8, 12)),
+    "hunyuandit": (tiny.hunyuan_dit, (8, 12)),
     "ltx": (tiny.ltx, (2, 4, 6)),
     "lumina2": (tiny.lumina2, (8, 12)),
     "pixart": (tiny.pixart, (8, 12)),

@@ -12,6 +12,7 @@ from diffusers import (
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
@@ -93,6 +94,14 @@ def ltx(**config: Any) -> LTXVideoTransformer3DModel:
     return randomize(
         LTXVideoTransformer3DModel(**fields | {"cross_attention_dim": 64, "caption_channels": 48} | config)
     )
+
+
+def hunyuan_dit(**config: Any) -> HunyuanDiT2DModel:
+    """Four blocks, the last of which has a skip; captions of 4 and 28 tokens."""
+    fields = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 4, "in_channels": 4, "patch_size": 2}
+    widths = {"hidden_size": 64, "cross_attention_dim": 32, "cross_attention_dim_t5": 64, "pooled_projection_dim": 16}
+    sizes = {"sample_size": 8, "mlp_ratio": 2.0, "text_len": 4, "text_len_t5": 28}
+    return randomize(HunyuanDiT2DModel(**fields | widths | sizes | config))
 
 
 def cogview4(**config: Any) -> CogView4Transformer2DModel:

@@ -20,6 +20,7 @@ from dit_export.passes.group_norm import group_norm
 from dit_export.passes.integer_products import integer_products
 from dit_export.passes.qkv import split_qkv
 from dit_export.passes.subpixel import subpixel
+from dit_export.precision.half import cast_to_half
 from tests.passes.conftest import Run, fuse_dit
 from tests.passes.test_hoist import empty, layer
 
@@ -181,6 +182,20 @@ def test_a_mask_is_added_to_the_scores(run: Run, shape: tuple[int, ...]) -> None
     np.testing.assert_allclose(run(graph, inputs)[0], expected, rtol=0, atol=1e-5)
     inputs["mask"][-1] = 0
     assert np.abs(run(graph, inputs)[0] - expected).max() > 0.1
+
+
+def test_half_precision_does_not_depend_on_the_batch(run: Run) -> None:
+    """125 scores in fp32 are no multiple of 16 bytes, so rows of a batch lie otherwise than a row alone."""
+    shape = ["n", 2, 125, 8]
+    q, k, v, out = (gs.Variable(name, dtype=np.float32, shape=shape) for name in ("q", "k", "v", "out"))
+    node = gs.Node("Attention", "attention", {}, [q, k, v], [out])
+    graph = gs.Graph([node], [q, k, v], [out], opset=23, ir_version=10)
+    assert cast_to_half(graph, "fp16") == plain_attention(graph) == 1
+    values = {name: 3 * normal(4, 2, 125, 8) for name in "qkv"}
+    whole = run(graph, values)[0]
+    for row in range(4):
+        (alone,) = run(graph, {name: rows[row : row + 1] for name, rows in values.items()})
+        np.testing.assert_array_equal(whole[row : row + 1], alone)
 
 
 def test_other_attention_stays() -> None:

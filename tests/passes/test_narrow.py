@@ -16,7 +16,8 @@ from dit_export.precision.half import PRODUCTS, TYPES, Rounded, cast_to_half, fp
 from dit_export.precision.layers import find
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Chosen
-from dit_export.precision.twin import twin
+from dit_export.precision.twin import half_form, twin
+from dit_runtime.bundle.manifest import Stage
 from tests.passes.conftest import Run, fuse_dit
 
 HALF = np.dtype(np.float16)
@@ -85,6 +86,22 @@ def test_the_twin_rounds_what_the_typed_graph_holds(typed: gs.Graph, run: Run, i
     assert np.linalg.norm(got - near) / np.linalg.norm(near) < 5e-3
 
 
+@pytest.mark.parametrize(
+    ("backend", "precision", "forms", "expected"),
+    [
+        ("onnxruntime", "fp16", ("onnxruntime", "onnxruntime-cuda"), "decoder.onnxruntime.onnx"),
+        ("onnxruntime", "bf16", ("onnxruntime", "onnxruntime-cuda"), "decoder.onnxruntime-cuda.onnx"),
+        ("onnxruntime", "bf16", (), "decoder.onnx"),
+        ("tensorrt", "bf16", (), "decoder.onnx"),
+    ],
+)
+def test_the_form_that_computes_in_half_has_the_twin(backend, precision, forms, expected) -> None:
+    """A CPU's provider refuses bf16, so that only CUDA's opens it."""
+    engines = {form: (f"decoder.{form}.onnx", "decoder.onnx.data") for form in forms}
+    engines |= {"tensorrt": ("decoder.engine",)}
+    assert half_form(Stage("decoder", "end", (), (), "decoder.onnx", 8, precision, backend, engines)) == expected
+
+
 def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
     """300 x 300 is beyond fp16: a CPU's fp16 product hides it, the twin does not."""
     x = gs.Variable("x", dtype=np.float32, shape=["n", 4])
@@ -99,6 +116,24 @@ def test_an_overflow_shows_in_the_twin_alone(run: Run) -> None:
     twin(graph, HALF)
     assert np.isinf(run(graph, inputs)[0]).all()
     assert np.isfinite(run(graph, {"x": inputs["x"] / 2})[0]).all()
+
+
+def test_an_output_that_a_product_makes_stays_fp32(run: Run) -> None:
+    """As the pooled prompt of a projection; a reader inside the graph takes the narrow tensor."""
+    names = ("x", "y", "z")
+    x, y, z = (gs.Variable(name, dtype=np.float32, shape=["n", 4]) for name in names)
+    weight = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    nodes = [
+        gs.Node("MatMul", "first", {}, [x, gs.Constant("w", weight)], [y]),
+        gs.Node("MatMul", "second", {}, [y, gs.Constant("v", weight.T)], [z]),
+    ]
+    graph, value = gs.Graph(nodes, [x], [y, z], opset=23, ir_version=10), np.ones((2, 4), np.float32)
+    assert cast_to_half(graph, "fp16") == 2
+    assert [output.name for output in graph.outputs] == ["y", "z"]
+    assert onnxfile.census(graph)["Cast"] == 3  # of x, and of both outputs
+    for output, expected in zip(run(graph, {"x": value}), (value @ weight, value @ weight @ weight.T), strict=True):
+        assert output.dtype == np.float32
+        assert 0 < np.abs(output - expected).max() < 2e-2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
 from itertools import chain, repeat
@@ -18,7 +20,8 @@ import dit_runtime.verify
 from dit_export.bundle import build
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.diffusers import read_process
-from dit_export.cli import main
+from dit_export.cli import main, parser
+from dit_export.cli.recipe import read_recipe
 from dit_export.graph import onnxfile
 from dit_export.networks import Network
 from dit_export.precision import search
@@ -132,6 +135,9 @@ def test_a_gate_that_float_breaks_too(run, monkeypatch) -> None:
     monkeypatch.setitem(dit_runtime.verify.TOLERANCES, "int8", none)
     code, text = run()
     assert code == 1 and "does not hold on onnxruntime even with every layer in float: run: latents, rel-L2" in text
+    commands = re.findall("^next: dit-export (.*)$", text, re.MULTILINE)
+    recipes = [read_recipe(parser().parse_args(shlex.split(command))) for command in commands]
+    assert {recipe.precision for recipe in recipes} == {"fp32", "fp16", "bf16"} and recipes[0].latents_only
 
 
 def test_two_searches_leave_one_record(run, tmp_path, monkeypatch) -> None:
@@ -178,3 +184,5 @@ def test_a_decoder_that_fails_alone(kind, advice) -> None:
     checks = [Figure("denoiser", "prediction", 0.1, 0.5), Figure("decoder", "PSNR", 30.0, 40.0, at_least=True)]
     built = build._within_gates(making, Built(Path(), [], checks, None, None))
     assert not built.passed and advice in built.advice and "--precision fp16" in built.advice
+    kept = [change["keep_float"] for change in built.changes if change.get("keep_float")]
+    assert kept == ([["decoder"]] if kind == "int8" else [])

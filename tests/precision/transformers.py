@@ -14,9 +14,19 @@ from dit_export.networks.families import family_network
 from tests.networks import tiny
 
 CHANNELS, STRETCH = (5, 23, 41), (8.0, 14.0, 20.0)  # which stand out, and by how much
-NORMS = r"(norm1?(_context)?|modulation(_img|_txt)?|time_embed)\.linear$"  # linears that make shifts and scales
-MODULATED = {6: (0, 1, 3, 4), 4: (0, 2), 3: (0, 1)}  # these, of as many vectors as a linear makes
-GATES = {6: (2, 5), 4: (1, 3), 3: (2,)}
+NORMS = (  # linears that make shifts and scales
+    r"(norm1?(_context)?|modulation(_img|_txt)?|time_embed|adaln_single)\.linear$"
+    r"|_mod\.1$|adaLN_modulation\.0$"
+)
+MODULATED = {  # these, of as many vectors as a linear makes
+    12: (0, 1, 2, 3, 6, 7, 8, 9),
+    9: (0, 1, 3, 4, 6, 7),
+    6: (0, 1, 3, 4),
+    4: (0, 2),
+    3: (0, 1),
+    2: (0, 1),
+}
+GATES = {12: (4, 5, 10, 11), 9: (2, 5, 8), 6: (2, 5), 4: (1, 3), 3: (2,), 2: ()}
 
 
 class Makes(NamedTuple):
@@ -30,7 +40,7 @@ class Makes(NamedTuple):
 
 class Case(NamedTuple):
     network: Callable[[], Network]
-    readers: str  # of modulated norms
+    readers: str  # of modulated norms; "": their channels do not stand out
     makes: tuple[Makes, ...]
 
 
@@ -63,6 +73,41 @@ CASES = {
         JOINT + r"|feed_forward\.linear_[13]$",
         (Makes(VALUES, OUT, shared=HEADS), Makes(r"\.linear_3$", r"feed_forward\.linear_2$")),
     ),
+    "SD3.5": Case(
+        lambda: family_network(tiny.sd3(**tiny.SD3_5), (8, 8), tiny.TOKENS),
+        JOINT + r"|net\.0\.proj$",
+        (Makes(VALUES, OUT),),
+    ),
+    "Chroma": Case(
+        lambda: family_network(tiny.chroma(), (8, 8), tiny.TOKENS),
+        "",  # one linear makes shifts, scales and gates
+        (Makes(VALUES, OUT + r"|blocks.*proj_out$"),),
+    ),
+    "PixArt": Case(
+        lambda: family_network(tiny.pixart(), (8, 8), tiny.TOKENS),
+        r"attn1\.to_[qkv]$|net\.0\.proj$",
+        (Makes(VALUES, OUT),),
+    ),
+    "LTX-Video": Case(
+        lambda: family_network(tiny.ltx(), (2, 4, 4), tiny.TOKENS),
+        r"attn1\.to_[qkv]$|net\.0\.proj$",
+        (Makes(VALUES, OUT),),
+    ),
+    "Qwen-Image": Case(
+        lambda: family_network(tiny.qwen_image(num_layers=3), (8, 8), tiny.TOKENS),
+        JOINT + r"|net\.0\.proj$",
+        (Makes(VALUES, OUT),),
+    ),
+    "Z-Image": Case(
+        lambda: family_network(tiny.z_image(), (8, 8), 32),
+        r"attention\.to_[qkv]$|feed_forward\.w[13]$",
+        (Makes(VALUES, OUT), Makes(r"\.w3$", r"\.w2$")),
+    ),
+    "CogView4": Case(
+        lambda: family_network(tiny.cogview4(), (8, 8), 16),
+        JOINT + r"|net\.0\.proj$",
+        (Makes(VALUES, OUT),),
+    ),
 }
 
 
@@ -83,7 +128,7 @@ def _plant(module: nn.Module, case: Case) -> None:
         assert found, pattern
         return found
 
-    for linear in matching(NORMS):
+    for linear in matching(NORMS) if case.readers else ():
         width = linear.in_features
         count = linear.out_features // width
         rows = torch.cat([index * width + channels for index in MODULATED[count]])
@@ -91,9 +136,12 @@ def _plant(module: nn.Module, case: Case) -> None:
             parameter[rows] *= s.repeat(len(MODULATED[count])).view(-1, *[1] * (parameter.ndim - 1))
             for index in GATES[count]:  # a branch adds less than it reads, as in a trained network
                 parameter[index * width : (index + 1) * width] *= 0.3
+    for name in [name for name in modules if name.endswith("distilled_guidance_layer.out_proj")]:
+        modules[name].weight *= 0.3  # gates among them, as above
+        modules[name].bias *= 0.3
     for name in [name for name in modules if name.endswith("attn2.to_q")]:
         modules[name].weight *= 0.02  # it reads the residual stream, and attends to more than one token
-    for reader in matching(case.readers):
+    for reader in matching(case.readers) if case.readers else ():
         reader.weight[:, channels] /= s.view(-1, *[1] * (reader.weight.ndim - 2))
     for makes in case.makes:
         for maker in matching(makes.maker):

@@ -17,6 +17,7 @@ from dit_runtime import BundleError
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.summary import summary
 from dit_runtime.cli import main
+from tests.hostile.files import addressed
 
 COMMANDS = {
     "sample": ["--labels", "1", "-o", "x.npy", "--steps", "2"],
@@ -183,6 +184,11 @@ def test_a_graph_whose_weights_are_outside(refused, bundle, location):
     onnx.save(model, path)
     edit(bundle, files=files(bundle) | {OPENED: described(path)})
     refused(OPENED, commands=("sample", "verify", "bench"))
+
+
+def test_a_graph_whose_weights_are_at_an_address(refused, bundle):
+    addressed(bundle)
+    refused("which is no file of its stage", commands=("sample", "verify", "bench"))
 
 
 def test_a_graph_that_is_no_onnx(refused, bundle):

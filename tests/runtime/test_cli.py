@@ -138,7 +138,7 @@ def test_a_bundle_in_a_few_lines(handmade) -> None:
 @pytest.mark.parametrize("kind", ["labels", "captioned", "wave", "video", "free"])
 def test_every_kind_is_timed(handmade, capsys, kind) -> None:
     assert main(["bench", str(handmade(kind)), "--steps", "2", "--rounds", "1", "--batch", "2", "--json"]) == 0
-    names = [row["name"] for row in json.loads(capsys.readouterr().out)]
+    names = [row["name"] for row in json.loads(capsys.readouterr().out)["timings"]]
     contract = manifest.read(handmade(kind))
     assert {f"{stage.name}, a row" for stage in contract.before_loop} <= {*names}
     assert ("denoiser, a guided step" in names) == contract.mixes_guidance

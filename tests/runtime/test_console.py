@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 
-from dit_runtime.console import guarded, line
+from dit_runtime.console import answer, coloured, guarded, line, note
 from dit_runtime.errors import BundleError, EngineError, GateError, Stopped, UsageError
 from dit_runtime.facts import LIMITS
+from dit_runtime.progress import Counted, Progress
 
 MOST = LIMITS["message"]
 CODES = [
@@ -79,3 +84,55 @@ def test_a_long_line_keeps_its_ends() -> None:
     assert len(cut) == MOST and cut.startswith("start x") and cut.endswith("x end") and " … " in cut
     assert line("x" * MOST) == "x" * MOST
     assert len(line("\x1b" * MOST)) == MOST
+
+
+@pytest.mark.parametrize(("error", "code"), CODES, ids=lambda value: type(value).__name__)
+def test_an_error_for_machines(capsys, error, code) -> None:
+    assert guarded("dit-run", raising(error), ["info", "--json"]) == code
+    printed = capsys.readouterr()
+    table = json.loads(printed.out)["error"]
+    assert table["exit_code"] == code
+    assert table["kind"] == {1: "failed", 2: "refused", 70: "bug", 130: "interrupted"}[code]
+    assert printed.err == f"dit-run: error: {table['message']}\n"
+
+
+def test_nothing_but_the_object_is_on_standard_output(capsys) -> None:
+    def command(words: list[str]) -> int:
+        options = Namespace(json="--json" in words, quiet="--quiet" in words)
+        progress = Progress(quiet=options.quiet)
+        with progress.stage("work"):
+            note(options, "note: slow")
+            Counted(progress, "things")(5, 10)
+        answer(options, {"psnr": [math.inf, math.nan, 1.5]}, "a table\nof it", brief="path")
+        return 0
+
+    assert guarded("dit-run", command, ["--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"psnr": ["inf", "nan", 1.5]}
+    assert [text.partition(":")[0] for text in printed.err.splitlines()] == ["note", "5 of 10 things", "work"]
+    assert guarded("dit-run", command, ["--json", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    assert guarded("dit-run", command, ["--quiet"]) == 0
+    assert capsys.readouterr() == ("path\n", "")
+    assert guarded("dit-run", command, []) == 0
+    assert capsys.readouterr().out == "a table\nof it\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_and_bars_need_a_terminal_that_wants_them(monkeypatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    text = "FAILED x: verified; FAILEDx"
+    assert coloured(text, Terminal()) == "\x1b[31mFAILED\x1b[0m x: \x1b[32mverified\x1b[0m; FAILEDx"
+    assert coloured(text, io.StringIO()) == text
+    assert Progress(Terminal()).shown and not Progress(Terminal(), quiet=True).shown
+    monkeypatch.setenv("TERM", "dumb")
+    assert coloured(text, Terminal()) == text and not Progress(Terminal()).shown
+    monkeypatch.setenv("TERM", "xterm")
+    for value, plain in (("1", True), ("", False)):
+        monkeypatch.setenv("NO_COLOR", value)
+        assert (coloured(text, Terminal()) == text) == plain and Progress(Terminal()).shown

@@ -117,6 +117,8 @@ TIME = {"name": "timesteps", "dtype": "float32", "shape": ["rows"]}
         (("ports", 0, "shape", 1), 1 << 25, "expected sizes of 1 to 16777216"),
         (("ports", 0, "shape"), [1] * 9, "got [1, 1, 1, 1, 1, 1, 1, 1, 1] a row, expected at most 1073741824"),
         (("ports", 0, "shape"), [2, 1 << 24, 64], "a row, expected at most 1073741824 numbers in 8 dimensions"),
+        (("ports", 0, "shape"), [5, 1 << 24], "port 0 (latents): got [5, 16777216] a row, expected at most 268435456"),
+        (("ports", 2, "shape"), [3, 1 << 24], "port 2 (labels): got [3, 16777216] a row, expected at most 268435456"),
         (("ports", 2, "size"), 0, "size: got 0, expected 1 to 16777216 values"),
         (("ports", 2, "size"), 1 << 25, "size: got 33554432, expected 1 to 16777216 values"),
         (("ports", 0, "size"), 3, "size: got 3, expected 0, for it is float32"),
@@ -283,7 +285,7 @@ def test_the_schema_has_the_limits_of_the_facts() -> None:
     assert parts["noise"]["properties"]["sampler"]["properties"]["steps_offset"]["maximum"] == limits["steps"]
     rank, free = parts["port"]["properties"]["shape"]["maxItems"], 2  # "groups" and "batch"
     assert rank == limits["rank"] == parts["tensor"]["properties"]["shape"]["maxItems"] - free
-    for words in ("row", "classes", "bundle_bytes", "manifest_bytes"):
+    for words in ("row", "port_bytes", "classes", "bundle_bytes", "manifest_bytes"):
         assert f"at most {limits[words]}" in SCHEMA["description"]
     tables = (SCHEMA["properties"], parts["of_a_size"]["properties"], parts["stage"]["properties"])
     counted = {key: part for table in tables for key, part in table.items() if part.get("type") in ("array", "object")}

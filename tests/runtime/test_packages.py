@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import email
+import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import venv
 import zipfile
@@ -16,10 +17,12 @@ from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
 from dit_runtime import __version__
+from dit_runtime.images import write_png
 from tests.once import once
 from tests.runtime.test_imports import FOREIGN
 
@@ -41,8 +44,7 @@ def wheels(tmp_path_factory) -> Wheels:
         folder = tmp_path_factory.mktemp(name)
         build = [sys.executable, "-m", "hatchling", "build", "--directory", str(folder), "--target"]
         subprocess.run([*build, "sdist"], check=True, cwd=source, capture_output=True)
-        with tarfile.open(folder / f"{name}-{__version__}.tar.gz") as archive:
-            archive.extractall(folder, filter="data")
+        shutil.unpack_archive(folder / f"{name}-{__version__}.tar.gz", folder)
         subprocess.run([*build, "wheel"], check=True, cwd=folder / f"{name}-{__version__}", capture_output=True)
         built.append(folder / f"{name}-{__version__}-py3-none-any.whl")
     return Wheels(*built)
@@ -104,46 +106,53 @@ def installed(name: str) -> Iterator[Distribution]:
             waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
 
 
-def oldest(*extras: str) -> list[str]:
-    """Return the oldest versions that the runtime's pyproject.toml admits."""
-    project = tomllib.loads((ROOT / "runtime/pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    return [line.replace(">=", "==") for line in lines]
+def empty(folder: Path) -> list[str]:
+    """Make an environment without pip, and return the command that installs into it."""
+    venv.create(folder, with_pip=False)
+    return [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
 
 
-@pytest.fixture(
-    scope="module", params=["offline", *(pytest.param(way, marks=pytest.mark.slow) for way in ("registry", "oldest"))]
-)
+ONLINE = {name: value for name, value in os.environ.items() if name != "PIP_NO_INDEX"}
+
+
+@pytest.fixture(scope="module", params=["offline", pytest.param("registry", marks=pytest.mark.slow)])
 def bare(request, wheels: Wheels, tmp_path_factory) -> Path:
     """The bin folder of an environment that holds dit-runtime, onnxruntime and what that brings, and nothing else.
 
     Offline, links to what is installed here stand for what pip would fetch.
     """
     folder = tmp_path_factory.mktemp("bare")
-    venv.create(folder, with_pip=False)
-    install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
-    online = {name: value for name, value in os.environ.items() if name != "PIP_NO_INDEX"}
-    if request.param == "offline":
-        (packages,) = folder.glob("lib/python3*/site-packages")
-        for one in installed("onnxruntime"):
-            for top in {file.parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
-                (packages / top).symlink_to(one.locate_file(top))
-        subprocess.run([*install, "--no-deps", "--no-index", str(wheels.dit_runtime)], check=True, cwd=folder)
-    elif request.param == "registry":  # pip builds the source, isolated
+    install = empty(folder)
+    if request.param == "registry":  # pip builds the source, isolated
         constraints = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
         command = [*install, f"{ROOT / 'runtime'}[onnxruntime]"]
-        subprocess.run(command, check=True, cwd=folder, env=online | constraints)
-    else:
-        command = [*install, *oldest("onnxruntime", "openvino", "text", "images"), str(wheels.dit_runtime)]
-        subprocess.run(command, check=True, cwd=folder, env=online)
+        subprocess.run(command, check=True, cwd=folder, env=ONLINE | constraints)
+        return folder / "bin"
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    for one in installed("onnxruntime"):
+        for top in {file.parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
+            (packages / top).symlink_to(one.locate_file(top))
+    subprocess.run([*install, "--no-deps", "--no-index", str(wheels.dit_runtime)], check=True, cwd=folder)
     return folder / "bin"
 
 
-def run(program: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [program, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=program.parent, env=os.environ | {"PYTHONPATH": ""} | environment
-    )
+@pytest.fixture(scope="module")
+def dated(wheels: Wheels, tmp_path_factory) -> Path:
+    """The bin folder of an environment with the oldest versions that runtime/pyproject.toml admits."""
+    folder = tmp_path_factory.mktemp("dated")
+    project = tomllib.loads((ROOT / "runtime/pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][name] for name in ("onnxruntime", "openvino", "text", "images")]
+    oldest = [line.replace(">=", "==") for line in [*project["dependencies"], *itertools.chain(*extras)]]
+    command = [*empty(folder), *oldest, str(wheels.dit_runtime)]
+    subprocess.run(command, check=True, cwd=folder, env=ONLINE)
+    return folder / "bin"
+
+
+def run(
+    program: Path, *arguments: object, at: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command, variables = [program, *map(str, arguments)], os.environ | {"PYTHONPATH": ""} | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=at or program.parent, env=variables)
 
 
 def test_nothing_else_is_installed(bare: Path) -> None:
@@ -180,3 +189,25 @@ def test_the_toolchain_starts_beside_it(bare: Path, wheels: Wheels, tmp_path: Pa
     for arguments in ("--version",), ("regress", "--help"):
         done = run(bare / "python", "-m", "dit_export.cli", *arguments, PYTHONPATH=str(tmp_path))
         assert done.returncode == 0 and "dit-export" in done.stdout, done.stderr
+    done = run(bare / "python", "-m", "dit_export.cli", "inspect", wheels.dit_export, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.endswith("pip install 'dit-export[export]'\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "precision"), [(name, kind) for name in ("onnxruntime", "openvino") for kind in ("fp32", "int8")]
+)
+def test_the_oldest_versions_verify(dated: Path, narrow, backend: str, precision: str) -> None:
+    done = run(dated / "dit-run", "verify", narrow(precision, backend))
+    assert done.returncode == 0 and done.stdout.endswith("verified\n"), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_read_words_and_pictures(dated: Path, handmade, tmp_path: Path) -> None:
+    write_png(tmp_path / "in.png", np.full((32, 32, 3), 99, np.uint8))
+    np.save(tmp_path / "rate.npy", np.ones(1, np.float32))
+    words = ["--prompt", "a red star", "--condition", "rate=rate.npy"]
+    for kind, options in (("prompted", words), ("pictured", ["--labels", "1", "--image", "in.png"])):
+        output = tmp_path / f"{kind}.npy"
+        done = run(dated / "dit-run", "sample", handmade(kind), *options, "--steps", 2, "-o", output, at=tmp_path)
+        assert done.returncode == 0 and output.is_file(), done.stderr

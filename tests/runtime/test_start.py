@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dit_runtime import Pipeline, Request, UsageError, verify
 from dit_runtime.backends import ort
 from dit_runtime.bundle import manifest
+from dit_runtime.bundle.parsing import parse
 from dit_runtime.errors import EngineError
 from dit_runtime.images import to_unit
 from dit_runtime.sampling.noise import Noise
@@ -181,6 +183,14 @@ def test_what_is_refused(handmade, fields, words) -> None:
 def test_without_an_encoder(handmade) -> None:
     with pytest.raises(UsageError, match="takes no pictures, for it has no encoder; build it with --encoder"):
         Request([1, 2], image=pictures(), **OPTIONS).check(manifest.read(handmade("labels")))
+
+
+def test_an_encoder_needs_a_decoder(handmade) -> None:
+    """Its pictures in the reference are those of the decoder: verification would have none."""
+    table = json.loads((handmade("pictured") / manifest.NAME).read_text(encoding="utf-8"))
+    table["stages"] = [stage for stage in table["stages"] if stage["runs"] != "end"]
+    with pytest.raises(ValueError, match="stage encoder: got no stage that runs 'end', expected one"):
+        parse(table)
 
 
 def test_latents_that_are_not_finite(pipe, monkeypatch) -> None:

@@ -6,6 +6,7 @@ A closed loop measures what the server can do; an open loop, with Poisson arriva
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import sys
@@ -23,12 +24,14 @@ class Outcome(NamedTuple):
     status: int  # 0: no answer
     seconds: float
     retry_after: bool
+    body: str = ""  # what was asked for
+    picture: str = ""  # the sha256 of the first image's file
 
 
-def body(choose: random.Random, classes: int = 5, steps: tuple[int, ...] = STEPS) -> dict[str, Any]:
+def body(choose: random.Random, classes: int = 5, steps: tuple[int, ...] = STEPS, seeds: int = 10**6) -> dict[str, Any]:
     return {
         "prompt": str(choose.randrange(classes)),
-        "seed": choose.randrange(10**6),
+        "seed": choose.randrange(seeds),
         "num_inference_steps": choose.choice(steps),
         "guidance_scale": choose.choice([1.0, 2.0, 4.0]),
     }
@@ -46,8 +49,10 @@ async def ask(port: int, table: dict[str, Any], leave_after: float | None = None
         with suppress(TimeoutError):
             answer = await asyncio.wait_for(reader.read(), leave_after)
             status = int(answer[9:12] or 0)
-            retry = b"retry-after" in answer.partition(b"\r\n\r\n")[0].lower()
-            return Outcome(status, time.monotonic() - began, retry)
+            head, _, drawn = answer.partition(b"\r\n\r\n")
+            picture = json.loads(drawn)["data"][0]["b64_json"].encode() if status == 200 else b""
+            digest = hashlib.sha256(picture).hexdigest() if picture else ""
+            return Outcome(status, time.monotonic() - began, b"retry-after" in head.lower(), content.decode(), digest)
         return Outcome(0, time.monotonic() - began, False)
     except OSError:
         return Outcome(0, time.monotonic() - began, False)

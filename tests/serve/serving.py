@@ -23,6 +23,7 @@ from dit_serve.models import Model, Opening, open_models
 from dit_serve.protocol import Protocol
 
 WAIT = 60  # seconds for what takes a fraction of one
+SERVE = (sys.executable, "-m", "dit_serve.cli")
 
 
 class Answer(NamedTuple):
@@ -103,7 +104,7 @@ def running(
 
 @contextmanager
 def process(
-    *arguments: str, program: Sequence[str] = (sys.executable, "-m", "dit_serve.cli")
+    *arguments: str, program: Sequence[str] = SERVE
 ) -> Iterator[tuple[subprocess.Popen[str], Running, list[dict]]]:
     """`dit-serve` as a process of its own, and the lines of its log."""
     command = [*program, *arguments, "--port", "0", "--threads", "1"]

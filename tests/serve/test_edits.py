@@ -77,50 +77,50 @@ def test_openais_client_edits(server: Running, pictured: Path) -> None:
     assert client.models.list().data[0].edits is True
 
 
-@pytest.mark.parametrize(
-    ("parts", "words", "param"),
-    [
-        ([("prompt", b"1")], "image is missing", "image"),
-        ([("image", png(PICTURE))], "prompt is missing", "prompt"),
-        ([("image", png(PICTURE)[:-30]), ("prompt", b"1")], "image: cannot be read as a picture", "image"),
-        ([("image", png(PICTURE)), ("mask", b"?"), ("prompt", b"1")], "mask: not a picture in PNG", "mask"),
-        (
-            [("image", png(PICTURE)), ("image[]", png(PICTURE)), ("prompt", b"1")],
-            "image stands in the body twice",
-            "image",
-        ),
-        ([("image", png(PICTURE)), ("prompt", b"1"), ("n", b"1e9")], "n must be an integer", "n"),
-        ([("image", png(PICTURE)), ("prompt", b"1"), ("n", b"9" * 4000)], "n must be an integer", "n"),
-        ([("image", png(PICTURE)), ("prompt", b"1"), ("strength", b"0")], "strength must be a number", "strength"),
-        ([("image", png(PICTURE)), ("prompt", b"1"), ("strength", b"nan")], "strength must be a number", "strength"),
-        ([("image", png(PICTURE)), ("prompt", b"1"), ("colour", b"red")], "a field that is not known", None),
-        ([("image", png(PICTURE)), ("prompt", b"1"), ("start", b"{}")], "a field that is not known", None),
-        ([("image", png(PICTURE)), ("prompt", b"1"), ("previews", b"2")], "an edit has no previews", "previews"),
-        ([("image", png(PICTURE)), ("prompt", b"\xff\xfe")], "is not known", None),
-        ([("x", b"")] * (MOST_PARTS + 1), f"more than {MOST_PARTS} parts", None),
-        ([('im"age', b"")], "no name that is known", None),
-    ],
-)
+BAD_FORMS = [
+    ([("prompt", b"1")], "image is missing", "image"),
+    ([("image", png(PICTURE))], "prompt is missing", "prompt"),
+    ([("image", png(PICTURE)[:-30]), ("prompt", b"1")], "image: cannot be read as a picture", "image"),
+    ([("image", png(PICTURE)), ("mask", b"?"), ("prompt", b"1")], "mask: not a picture in PNG", "mask"),
+    (
+        [("image", png(PICTURE)), ("image[]", png(PICTURE)), ("prompt", b"1")],
+        "image stands in the body twice",
+        "image",
+    ),
+    ([("image", png(PICTURE)), ("prompt", b"1"), ("n", b"1e9")], "n must be an integer", "n"),
+    ([("image", png(PICTURE)), ("prompt", b"1"), ("n", b"9" * 4000)], "n must be an integer", "n"),
+    ([("image", png(PICTURE)), ("prompt", b"1"), ("strength", b"0")], "strength must be a number", "strength"),
+    ([("image", png(PICTURE)), ("prompt", b"1"), ("strength", b"nan")], "strength must be a number", "strength"),
+    ([("image", png(PICTURE)), ("prompt", b"1"), ("colour", b"red")], "a field that is not known", None),
+    ([("image", png(PICTURE)), ("prompt", b"1"), ("start", b"{}")], "a field that is not known", None),
+    ([("image", png(PICTURE)), ("prompt", b"1"), ("previews", b"2")], "an edit has no previews", "previews"),
+    ([("image", png(PICTURE)), ("prompt", b"\xff\xfe")], "is not known", None),
+    ([("x", b"")] * (MOST_PARTS + 1), f"more than {MOST_PARTS} parts", None),
+    ([('im"age', b"")], "no name that is known", None),
+]
+
+
+@pytest.mark.parametrize(("parts", "words", "param"), BAD_FORMS)
 def test_bad_forms_are_400(server: Running, parts: list[tuple[str, bytes]], words: str, param: str | None) -> None:
     answer = send(server, form(*parts))
     assert answer.status == 400 and words in answer.json["error"]["message"]
     assert param is None or answer.json["error"]["param"] == param
 
 
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (b"", KIND),
-        (form(("prompt", b"1"), end=b""), KIND),
-        (form(("prompt", b"1"))[:-9], KIND),
-        (b"before\r\n" + form(("prompt", b"1")), KIND),
-        (b"--xYz\r\n\r\n1\r\n--xYz--\r\n", KIND),
-        (b'--xYz\r\nContent-Disposition: form-data; name="prompt"\r\n--xYz--\r\n', KIND),
-        (b"--xYz\r\n" + b"A: b\r\n" * 1000 + b'Content-Disposition: form-data; name="n"\r\n\r\n1\r\n--xYz--\r\n', KIND),
-        (form(("prompt", b"1")), "multipart/form-data"),
-        (form(("prompt", b"1")), "multipart/form-data; boundary="),
-    ],
-)
+DAMAGED_FORMS = [
+    (b"", KIND),
+    (form(("prompt", b"1"), end=b""), KIND),
+    (form(("prompt", b"1"))[:-9], KIND),
+    (b"before\r\n" + form(("prompt", b"1")), KIND),
+    (b"--xYz\r\n\r\n1\r\n--xYz--\r\n", KIND),
+    (b'--xYz\r\nContent-Disposition: form-data; name="prompt"\r\n--xYz--\r\n', KIND),
+    (b"--xYz\r\n" + b"A: b\r\n" * 1000 + b'Content-Disposition: form-data; name="n"\r\n\r\n1\r\n--xYz--\r\n', KIND),
+    (form(("prompt", b"1")), "multipart/form-data"),
+    (form(("prompt", b"1")), "multipart/form-data; boundary="),
+]
+
+
+@pytest.mark.parametrize(("content", "kind"), DAMAGED_FORMS)
 def test_damaged_forms_are_400(server: Running, content: bytes, kind: str) -> None:
     with pytest.raises(Fault) as error:
         parse_form(kind, content)

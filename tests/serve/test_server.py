@@ -375,6 +375,20 @@ def test_only_so_many_jobs_are_held() -> None:
         jobs.get(third.id)
 
 
+def test_the_images_of_jobs_are_bounded() -> None:
+    """Those that ended first go; the last one stays, whatever it has, and so do those without images."""
+    jobs = Jobs(most_bytes=100)
+    drawn = [jobs.add() for _ in range(4)]
+    jobs.finish(failed := jobs.add(), "failed", {"error": {}})
+    for job in (drawn[1], drawn[0], drawn[2]):
+        jobs.finish(job, "succeeded", {"data": [{"b64_json": "x" * 25}] * 2})
+    with pytest.raises(Exception, match="no job has this id"):
+        jobs.get(drawn[1].id)
+    assert [jobs.get(job.id) for job in (failed, drawn[0], drawn[2])]
+    jobs.finish(drawn[3], "succeeded", {"data": [{"b64_json": "x" * 101}]})
+    assert list(jobs._jobs) == [drawn[3].id, failed.id]
+
+
 def test_a_client_that_leaves_frees_its_place(held: tuple[Running, Watched]) -> None:
     server, watched = held
     body = json.dumps({"prompt": "1", "num_inference_steps": 50})
@@ -460,6 +474,7 @@ def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], mo
 
 
 def test_of_several_models_one_is_full(held: tuple[Running, Watched], folder: Path) -> None:
+    """The body says which; where all are full, a request is refused by its head."""
     server, watched = held
     (other,) = models.open_models({"other": folder}, models.Opening(threads=1, verify=False), lambda _: None).values()
     server.service.models["other"] = other
@@ -467,6 +482,16 @@ def test_of_several_models_one_is_full(held: tuple[Running, Watched], folder: Pa
     server.model.batcher.submit(Request(1, steps=9))
     assert server.draw(num_inference_steps=2).status == 429
     assert server.draw(num_inference_steps=2, model="other").status == 200
+    batchers = server.model.batcher, other.batcher
+    for batcher in batchers:
+        batcher.costs.update("decode", 1e6)
+        batcher._scheduler.undecoded = 1.0
+    head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with server.connect() as client:
+        client.sendall(f"{head}Content-Length: 2\r\n\r\n".encode())
+        assert client.recv(10000).startswith(b"HTTP/1.1 429")
+    for batcher in batchers:
+        batcher._scheduler.undecoded = 0.0
     watched.gate.release(10**6)
 
 

@@ -29,6 +29,7 @@ MEDIUM = {"num_attention_heads": 24, "num_layers": 24, "caption_projection_dim":
 LARGE = {"num_attention_heads": 38, "num_layers": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
 DUAL = {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))}
 SIGMA = {"caption_channels": 4096, "use_additional_conditions": False, "interpolation_scale": 2}
+HUNYUAN = {"attention_head_dim": 88, "hidden_size": 1408, "num_layers": 40, "in_channels": 4, "patch_size": 2}
 KLEIN = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
 
 NETWORKS: dict[str, Callable[[], Network]] = {
@@ -45,5 +46,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "Lumina2, 1024 px": partial(family, "Lumina2Transformer2DModel", SQUARE, cap_feat_dim=2304),
     "Sana-1.6B, 1024 px": partial(family, "SanaTransformer2DModel"),
     "AuraFlow, 1024 px": partial(family, "AuraFlowTransformer2DModel", SQUARE),
+    "Hunyuan-DiT 1.2, 1024 px": partial(
+        family, "HunyuanDiT2DModel", SQUARE, **HUNYUAN, mlp_ratio=4.3637, use_style_cond_and_image_meta_size=False
+    ),
     "LTX-2B, 768x512 px": partial(family, "LTXVideoTransformer3DModel"),
 }

@@ -6,6 +6,7 @@ The full TensorRT's library cannot be installed everywhere, but its public bindi
 from __future__ import annotations
 
 import ast
+import ctypes
 import re
 from importlib.metadata import files, version
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from dit_runtime.backends import cuda, trt, trt_engine, trt_network
+
+CPP = Path(__file__).parents[2] / "runtime" / "cpp" / "src" / "engine_trt.cpp"
 
 # What of TensorRT the sources hold in their hands, by the names that they give it.
 HELD = {"trt", "builder", "network", "parser", "config", "profile", "layer", "maker", "tensor", "logger", "context"}
@@ -62,6 +65,19 @@ def test_the_full_tensorrt_has_every_name_but_those_of_rtx() -> None:
     content = Path(str(binary.locate())).read_bytes()
     missing = {name for name in used() if f"{name}\0".encode() not in content}
     assert missing == RTX_ONLY
+
+
+def test_the_library_exports_what_cpp_links() -> None:
+    """The C functions behind NvInferRuntime.h, which no package has; all other calls go through virtual tables."""
+    import tensorrt_rtx_libs
+
+    called = set(re.findall(r"\b(getInferLib\w+|createInfer\w+)\(", CPP.read_text()))
+    assert called == {"createInferRuntime", *(f"getInferLib{part}Version" for part in ("Major", "Minor", "Patch"))}
+    (library,) = Path(tensorrt_rtx_libs.__path__[0]).glob("libtensorrt_rtx.so.*")
+    exported = ctypes.CDLL(str(library))
+    names = {f"{name}_INTERNAL" if name.startswith("create") else name for name in called}
+    assert [name for name in names if not hasattr(exported, name)] == []
+    assert not hasattr(exported, "createInferRuntime_INTERNAL_V2")
 
 
 def test_cuda_bindings_has_every_name() -> None:

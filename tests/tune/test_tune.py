@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -165,9 +167,13 @@ def test_the_command_writes_presets(bundle: Path, capsys: pytest.CaptureFixture[
 
 def test_a_budget_that_no_plan_keeps(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", str(bundle), *QUICK, "--budget", "fast:rows=1"]) == 1
-    assert "fast: no plan keeps its limits; the nearest: " in (said := capsys.readouterr().err)
+    said = capsys.readouterr().out
+    assert "FAILED fast: no plan keeps its limits; the nearest: " in said
     assert "rows a picture" in said and "expected at most 1" in said
+    (command,) = re.findall("^next: dit-export (.*)$", said, re.MULTILINE)
     assert manifest.read(bundle).presets.keys() == {"quick", "lean", "quality", "balanced"}
+    assert main(shlex.split(command)) == 0  # the budget that it names is one that a plan keeps
+    assert manifest.read(bundle).presets["fast"]["measured"]["limits"]["rows"] > 1
 
 
 def test_presets_from_a_file(tmp_path: Path) -> None:

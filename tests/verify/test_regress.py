@@ -234,9 +234,11 @@ def test_table_and_junit(meta_copy, baseline, tmp_path, capsys):
     junit = tmp_path / "junit.xml"
     arguments = ["--threads", "1", "--baseline", str(baseline), "--junit", str(junit)]
     assert main(["regress", str(meta_copy), *arguments]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith("FAILED denoiser: prediction, rel-L2, step 1 of 10, t = 900: ")
-    assert lines[-1].startswith("denoiser: first moved: blocks.1.attn ")
+    *_, failed, moved, following = capsys.readouterr().out.splitlines()
+    assert failed.startswith("FAILED denoiser: prediction, rel-L2, step 1 of 10, t = 900: ")
+    assert moved.startswith("denoiser: first moved: blocks.1.attn ")
+    named = f"regress {meta_copy} --baseline {baseline} --threads 1 --report report.html"
+    assert following == f"next: dit-export {named}"  # no baseline takes what fails its tolerances
     root = ElementTree.parse(junit).getroot()
     suites = {suite.get("name"): suite for suite in root}
     assert list(suites) == ["reference", "sampler", "conditioner", "denoiser", "run"]

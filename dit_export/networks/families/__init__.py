@@ -11,6 +11,7 @@ from dit_export.networks.families.chroma import CHROMA
 from dit_export.networks.families.cogview4 import COGVIEW4
 from dit_export.networks.families.flux import FLUX
 from dit_export.networks.families.flux2 import FLUX2
+from dit_export.networks.families.hunyuandit import HUNYUAN_DIT
 from dit_export.networks.families.ltx import LTX
 from dit_export.networks.families.lumina2 import LUMINA2
 from dit_export.networks.families.pixart import PIXART
@@ -21,10 +22,8 @@ from dit_export.networks.families.zimage import Z_IMAGE
 from dit_export.recipe import resolution_name
 from dit_runtime.errors import UsageError, nearest
 
-FAMILIES = {
-    family.name: family
-    for family in (AURAFLOW, CHROMA, COGVIEW4, FLUX, FLUX2, LTX, LUMINA2, PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE)
-}
+_ALL = (AURAFLOW, CHROMA, COGVIEW4, FLUX, FLUX2, HUNYUAN_DIT, LTX, LUMINA2, PIXART, QWEN_IMAGE, SANA, SD3, Z_IMAGE)
+FAMILIES = {family.name: family for family in _ALL}
 
 
 def family_network(transformer: Any, size: tuple[int, ...] | None = None, tokens: int | None = None) -> Network:

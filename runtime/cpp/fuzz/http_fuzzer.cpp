@@ -1,5 +1,5 @@
-// Reads what a client of dit-server sends: a head in HTTP, and the body of a request for images. However the bytes come
-// in pieces, the head is the same; a body is read or refused with 400.
+// Reads what a client of dit-server sends: a head in HTTP, and the body of a request for images, as JSON and as a form.
+// However the bytes come in pieces, the head is the same; a body is read or refused with 400.
 #include <cstdlib>
 
 #include "../programs/server/body.hpp"
@@ -23,6 +23,13 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* data, std::size_t siz
         const server::Body body = server::parse(std::string(bytes.substr(head.bytes)), server::Limits());
         if (body.n < 1 || body.n > 8 || body.prompt.size() > 4 * 8000 || body.seeds().size() != std::size_t(body.n))
             std::abort();
+    } catch (const server::Fault& fault) {
+        if (fault.status != 400 || fault.body().empty()) std::abort();
+    }
+    const std::string type = head.bytes ? head.request.header("content-type") : "multipart/form-data; boundary=x";
+    try {
+        const server::Body body = server::parse_edit(type, std::string(bytes.substr(head.bytes)), server::Limits());
+        if (body.n < 1 || body.n > 8 || !body.files.count("image")) std::abort();
     } catch (const server::Fault& fault) {
         if (fault.status != 400 || fault.body().empty()) std::abort();
     }

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <fstream>
 
 #include "../programs/arguments.hpp"
 #include "bundles.hpp"
@@ -11,23 +12,11 @@
 namespace {
 
 void parse(FuzzedDataProvider& data) {
-    static const char* const flags[] = {"--labels",
-                                        "--guidance",
-                                        "--seed",
-                                        "--guidance-interval",
-                                        "--guidance-policy",
-                                        "--cache",
-                                        "--cache-interval",
-                                        "--steps",
-                                        "--threads",
-                                        "--eta",
-                                        "--size",
-                                        "--condition",
-                                        "--output",
-                                        "--backend",
-                                        "--low-memory",
-                                        "--verify",
-                                        "bundle"};
+    static const char* const flags[] = {"--labels",          "--guidance", "--seed",           "--guidance-interval",
+                                        "--guidance-policy", "--cache",    "--cache-interval", "--steps",
+                                        "--threads",         "--eta",      "--size",           "--condition",
+                                        "--output",          "--backend",  "--low-memory",     "--verify",
+                                        "--public-key",      "bundle"};
     std::vector<std::string> words = {"dit-generate"};
     while (data.remaining_bytes() && words.size() < 20)
         words.push_back(data.ConsumeBool() ? data.PickValueInArray(flags) : data.ConsumeRandomLengthString(20));
@@ -62,6 +51,22 @@ extern "C" int LLVMFuzzerTestOneInput(const unsigned char* bytes, std::size_t le
     options.warm = warm.get();
     options.num_warm = count;
     options.size = data.ConsumeBool() ? size.c_str() : nullptr;
+    const std::vector<uint8_t> key = data.ConsumeBytes<uint8_t>(data.ConsumeIntegralInRange<std::size_t>(0, 33));
+    if (!key.empty()) {
+        const std::string hex = "0123456789abcdef";
+        std::string line = data.ConsumeRandomLengthString(210);
+        if (line.empty()) {  // of the right form, and by this key
+            line = "ed25519 ";
+            for (std::size_t byte = 0; byte < 96; ++byte) {
+                const uint8_t own = byte < 32 ? key[byte % key.size()] : data.ConsumeIntegral<uint8_t>();
+                line += {hex[own >> 4], hex[own & 15]};
+                if (byte == 31 || byte == 95) line += byte == 31 ? ' ' : '\n';
+            }
+        }
+        std::ofstream(folder + "/manifest.sig", std::ios::binary) << line;
+        options.public_key = key.data();
+        options.public_key_size = key.size();
+    }
     if (data.ConsumeBool()) options.struct_size = data.ConsumeIntegralInRange<std::size_t>(0, sizeof options + 9);
     dit_pipeline* const pipe = dit_new();
     const dit_status status = dit_open(pipe, folder.c_str(), &options);

@@ -12,54 +12,99 @@
 #include "errors.hpp"
 
 const char* const USAGE =
-    R"(usage: dit-generate BUNDLE --labels CLASS … [-o FILE] [options]
-       dit-generate BUNDLE --condition NAME=FILE.npy … [--negative-condition NAME=FILE.npy …] [-o FILE] [options]
-       dit-generate BUNDLE --verify
+    R"(usage: dit-generate BUNDLE [OPTION …]
 
-Draws pictures from a bundle of dit-export.
+Draw pictures from a bundle, as `dit-run sample` does, or verify it.
 
-  --labels CLASS …      names or numbers, one a picture
-  --condition NAME=FILE.npy … | FILE.npz
-                        arrays by port, rows first, one a picture: prompt embeddings, masks, …; of a bundle with text
-                        encoders also token ids, under the names of `dit-run info`; NAME=FILE.txt has integers, a row a line
-  --negative-condition NAME=FILE.npy … | FILE.npz
-                        for guidance, as above: one row, or one a picture
-  --size NAME           one of the bundle's, 512 or 512x768 for height x width; default: its first
-  --preset NAME         values for the options below, as `dit-run info` lists them; yours win
-  --steps N             default: the bundle's
-  --guidance W …        one, or one a picture; default: the bundle's (also: --cfg-scale)
+arguments:
+  BUNDLE                    folder with a manifest.json
+
+what to draw:
+  --labels CLASS …          a class for each picture, by name or number
+  --condition NAME=FILE.npy …
+                            arrays by port, rows first, a picture a row; or one FILE.npz of them;
+                            for text encoders token ids, by the names of `dit-run info`;
+                            NAME=FILE.txt has integers, a row a line
+  --negative-condition NAME=FILE.npy …
+                            arrays to lead away from, in the form of --condition: one row, or one
+                            a picture
+  --seed N …                a seed for all pictures, or one for each; default: 0
+
+sampling:
+  Each of these wins over --preset.
+
+  --size SIZE               one of the bundle's sizes, 512 or 512x768 for height x width; default:
+                            its first
+  --preset NAME             a plan of the bundle: `dit-run info` lists them
+  --steps N                 default: the bundle's
+  --solver NAME             of a noise schedule ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1,
+                            sde-dpm++, unipc1, unipc, unipc3, deis, deis3; of a velocity dpm++1,
+                            dpm++, dpm++3, euler, heun, sde, scm, sde-dpm++1, sde-dpm++, unipc1,
+                            unipc, unipc3, deis, deis3; default: the bundle's
+  --eta X                   noise of ddim, 0 to 1; default: 0
+  --spacing NAME            spacing of the timesteps: of a noise schedule stride, respaced,
+                            leading, trailing, linspace, karras, exponential, beta; of a velocity
+                            trailing, linspace, discrete, integer, karras, exponential, beta; or
+                            the times themselves: 999,640,300; default: the bundle's
+  --guidance, --cfg-scale X …
+                            weight of guidance: one, or one a picture; default: the bundle's
   --guidance-interval LOW HIGH
-                        guide the steps between these fractions of the time; others evaluate half the rows. Default: 0 1
-  --guidance-policy NAME KEY=VALUE …
-                        constant, rescale, zero_star, apg; KEY=VALUE replaces a default
-  --seed N …            one for all, or one a picture; 0
-  --solver NAME         ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1, sde-dpm++, unipc1, unipc, unipc3, deis, deis3;
-                        of a model that predicts a velocity dpm++1, dpm++, dpm++3, euler, heun, sde, scm, sde-dpm++1,
-                        sde-dpm++, unipc1, unipc, unipc3, deis, deis3; default: the bundle's
-  --eta X               noise of ddim, 0 to 1
-  --spacing NAME        stride, respaced, leading, trailing, linspace, karras, exponential, beta; of a velocity trailing,
-                        linspace, discrete, integer, karras, exponential, beta; or the times themselves: 999,640,300;
-                        default: the bundle's
-  --cache NAME          of outputs: taylorseer, easycache, which decides for all pictures at once; default: none
-  --cache-interval N    taylorseer evaluates each step of N
-  --max-order N         of taylorseer, 0 to 2
-  --disable-cache-before-step STEP, --disable-cache-after-step STEP
-                        the cache works between these steps; the second, below 0, counts from the end
-  --cache-threshold X   the error that easycache lets grow
-  --latents FILE.npy    start from these instead of the seed's
-  --image FILE.png …    start from this picture, or give it to the port that reads one; one for all or one a picture, in
-                        the bundle's size, of 8 bits a channel
-  --strength X          the share of the steps that change the image, above 0 and up to 1; default: 0.6
-  --mask FILE.png …     of the image's size: white, or transparent, is drawn anew; black stays as in the image
-  -o, --output FILE     .png (a grid), .npz or .npy (latents); sample.png
-  --verify              replay PyTorch's reference with the engines here, and draw nothing
-  --backend NAME        onnxruntime, openvino, tensorrt, tensorrt-rtx, auto; default: the bundle's
-  --provider NAME       device: of ONNX Runtime cpu, cuda, …; of OpenVINO CPU, GPU, …; of both TensorRTs cuda, cuda:1, …
-                        (also: --device)
-  --threads N           of the engine; default: its own choice
-  --low-memory          one engine in memory at a time
-  --json                for machines, on standard output
-  --version, --help
+                            guide the steps between these fractions of the time; others evaluate
+                            half the rows; default: 0 1
+  --guidance-policy NAME [KEY=VALUE …]
+                            constant, rescale, zero_star, apg; KEY=VALUE replaces a default;
+                            default: the network's own rule
+
+output cache:
+  Predict from earlier steps instead of evaluating the network.
+
+  --cache NAME              taylorseer, easycache (which decides for all pictures at once);
+                            default: none
+  --cache-interval N        taylorseer evaluates every Nth step
+  --max-order N             order of taylorseer's series, 0 to 2
+  --disable-cache-before-step N
+                            evaluate all steps before this one
+  --disable-cache-after-step N
+                            evaluate this step and all after it; below 0: counted from the end
+  --cache-threshold X       error up to which easycache reuses a prediction
+
+start:
+  Start from latents or pictures in the place of the seed's noise.
+
+  --latents FILE.npy        the state to start from
+  --image FILE.png …        pictures of the bundle's size and 8 bits a channel, one for all or one
+                            a picture; a bundle for super-resolution enlarges them
+  --strength X              share of the steps that are run, from --image on; default: 0.6
+  --mask FILE.png …         redraw --image where this picture is white, or where it is transparent
+                            if it has transparent pixels
+
+output:
+  -o, --output FILE         .png (a grid), .npz, .npy (latents), or a folder for a .png of each image
+                            or frame; default: sample.png
+  --verify                  draw nothing; replay PyTorch's reference run with the engines here
+
+engine:
+  --backend NAME            auto, tensorrt, tensorrt-rtx, openvino, onnxruntime; default: the
+                            bundle's
+  --provider, --device NAME
+                            device of ONNX Runtime: cpu, cuda, cuda:N; of OpenVINO: CPU, GPU; of
+                            TensorRT: cuda:N
+  --threads N               threads of an engine; default: the engine's choice
+  --low-memory              keep one stage in memory at a time
+
+safety:
+  --public-key FILE         open a bundle only if the owner of this Ed25519 key has signed it
+
+general:
+  -h, --help                print this page
+  --version                 print the version of the package
+  --quiet                   print no progress, no notes and no tables of what passed
+  --json                    print one JSON object on standard output, for errors too
+
+examples:
+  dit-generate BUNDLE --labels 207 360 --seed 42 -o sample.png
+  dit-generate BUNDLE --condition captions=cat.npy mask=cat-mask.npy --negative-condition empty.npz --steps 20
+  dit-generate BUNDLE --verify --json
 )";
 
 namespace {
@@ -186,8 +231,10 @@ Arguments parse_arguments(int count, char** words) {
         {"--output", {1, 1, word_of(arguments.output)}},
         {"--backend", {1, 1, word_of(arguments.open.backend)}},
         {"--device", {1, 1, word_of(arguments.open.device)}},
+        {"--public-key", {1, 1, [&](const std::string&, const Values& v) { arguments.public_key = v[0]; }}},
         {"--low-memory", {0, 0, on(arguments.open.low_memory)}},
         {"--json", {0, 0, on(arguments.json)}},
+        {"--quiet", {0, 0, on(arguments.quiet)}},
         {"--verify", {0, 0, on(arguments.verify)}},
         {"--help", {0, 0, on(arguments.help)}},
         {"--version", {0, 0, on(arguments.version)}},
@@ -200,13 +247,15 @@ Arguments parse_arguments(int count, char** words) {
     for (int at = 1; at < count;) {
         const std::string word = words[at++];
         if (!is_flag(word)) {
-            if (!arguments.bundle.empty()) throw std::invalid_argument("'" + word + "' is too much; see --help");
+            if (!arguments.bundle.empty())
+                throw std::invalid_argument("'" + word + "' is too much; see dit-generate --help");
             arguments.bundle = word;
             continue;
         }
         const std::size_t equals = word.find('=');
         const std::string name = word.substr(0, equals);
-        if (!flags.count(name)) throw std::invalid_argument("unknown flag " + name + "; see --help");
+        if (!flags.count(name))
+            throw std::invalid_argument("unrecognized argument " + name + "; see dit-generate --help");
         const Flag& flag = flags.at(name);
         Values values;
         if (equals != std::string::npos) values.push_back(word.substr(equals + 1));
@@ -214,10 +263,11 @@ Arguments parse_arguments(int count, char** words) {
                !is_flag(words[at]))
             values.push_back(words[at++]);
         if (static_cast<int>(values.size()) < flag.least || static_cast<int>(values.size()) > flag.most)
-            throw std::invalid_argument(name + (flag.most ? " needs a value" : " takes no value") + "; see --help");
+            throw std::invalid_argument(name + (flag.most ? " needs a value" : " takes no value") +
+                                        "; see dit-generate --help");
         flag.take(name, values);
     }
     if (arguments.help || arguments.version) return arguments;
-    if (arguments.bundle.empty()) throw std::invalid_argument("no bundle; see --help");
+    if (arguments.bundle.empty()) throw std::invalid_argument("no bundle; see dit-generate --help");
     return arguments;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,8 +16,9 @@ struct Arguments {
     std::string latents;                           // a .npy file to start from
     std::vector<std::string> condition, negative;  // NAME=FILE.npy, NAME=FILE.txt …, or FILE.npz
     std::vector<std::string> image, mask;          // .png files: one, or one a picture
+    std::optional<std::string> public_key;         // a .pem file
     std::string output = "sample.png";
-    bool json = false, verify = false, help = false, version = false;
+    bool json = false, quiet = false, verify = false, help = false, version = false;
 };
 
 extern const char* const USAGE;

@@ -2,23 +2,29 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cctype>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <iostream>
 #include <stdexcept>
 
 #include "arguments.hpp"
 #include "errors.hpp"
+#include "exit_code.hpp"
 #include "files.hpp"
 #include "picture_files.hpp"
+#include "public_key.hpp"
 
 namespace {
 
 // A bar on a terminal, nothing in a pipe.
 class Progress {
   public:
+    explicit Progress(bool quiet) : terminal_(!quiet && isatty(STDERR_FILENO) != 0 && !is_dumb()) {}
     bool step(int done, int total) {
         if (!terminal_) return false;
         const auto elapsed = std::chrono::steady_clock::now() - start_;
@@ -34,7 +40,11 @@ class Progress {
     }
 
   private:
-    const bool terminal_ = isatty(STDERR_FILENO) != 0;
+    static bool is_dumb() {
+        const char* const term = std::getenv("TERM");
+        return term && std::string(term) == "dumb";
+    }
+    const bool terminal_;
     const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
@@ -55,7 +65,16 @@ std::string json_number(double number) {
     return digits;
 }
 
-int verify(dit::Pipeline& pipe, bool json) {
+// The word as a shell takes it.
+std::string quoted(const std::string& word) {
+    const auto plain = [](unsigned char letter) { return std::isalnum(letter) || std::strchr("_@%+=:,./-", letter); };
+    if (!word.empty() && std::all_of(word.begin(), word.end(), plain)) return word;
+    std::string text = "'";
+    for (const char letter : word) text += letter == '\'' ? "'\\''" : std::string(1, letter);
+    return text + "'";
+}
+
+int verify(dit::Pipeline& pipe, const std::string& bundle, bool json, bool quiet) {
     std::vector<dit::Check> checks;
     const bool passed = pipe.verify([&](const dit::Check& check) {
         checks.push_back(check);
@@ -76,6 +95,8 @@ int verify(dit::Pipeline& pipe, bool json) {
                 json_text(check.name.substr(colon + 2)).c_str(), json_number(check.value).c_str(),
                 std::isinf(check.limit) ? "null" : json_number(check.limit).c_str(), check.at_least ? "true" : "false",
                 json_text(check.where).c_str(), check.passed ? "true" : "false");
+        else if (quiet && check.passed)
+            continue;
         else if (std::isinf(check.limit))
             std::printf("%-*s %10.3g  %-11s %-6s  %s\n", static_cast<int>(width), check.name.c_str(), check.value, "",
                         check.passed ? "ok" : "FAILED", check.where.c_str());
@@ -84,7 +105,14 @@ int verify(dit::Pipeline& pipe, bool json) {
                         check.at_least ? ">=" : "<=", check.limit, check.passed ? "ok" : "FAILED", check.where.c_str());
         first = false;
     }
-    std::puts(json ? "]}" : passed ? "verified" : "FAILED: these engines do not draw PyTorch's pictures");
+    const std::string following = "dit-export regress " + quoted(bundle) + " --report report.html";
+    if (json)
+        std::printf("]%s}\n", passed ? "" : (", \"next\": [" + json_text(following) + "]").c_str());
+    else if (!passed)
+        std::printf("FAILED: these engines do not draw PyTorch's pictures\nnext: %s\n",
+                    dit_runtime::printable(following).c_str());
+    else if (!quiet)
+        std::puts("verified");
     return passed ? 0 : 1;
 }
 
@@ -100,8 +128,9 @@ std::vector<dit::Port> inputs(dit::Pipeline& pipe) {
 
 std::string suffix(const std::string& path) {
     const std::string ending = std::filesystem::path(path).extension().string();
-    if (ending != ".png" && ending != ".npz" && ending != ".npy")
-        throw std::invalid_argument("output " + path + ": expected a name that ends in .png, .npz, .npy");
+    if (!ending.empty() && ending != ".png" && ending != ".npz" && ending != ".npy")
+        throw std::invalid_argument("output " + path +
+                                    ": expected a name that ends in .png, .npz, .npy, or a folder for PNGs");
     const std::filesystem::path folder = std::filesystem::path(path).parent_path();
     if (!folder.empty() && !std::filesystem::is_directory(folder))
         throw std::invalid_argument("output " + path + ": the folder " + folder.string() + " does not exist");
@@ -113,9 +142,11 @@ int run(int count, char** words) {
     if (arguments.help) return std::fputs(USAGE, stdout) < 0;
     if (arguments.version) return std::printf("dit-generate %s (%s)\n", dit_version(), dit_backends()) < 0;
     const std::string kind = suffix(arguments.output);
+    if (arguments.public_key) arguments.open.public_key = read_public_key(*arguments.public_key);
     dit::Pipeline pipe(arguments.bundle, arguments.open);
-    if (*pipe.info().note) std::cerr << dit_runtime::one_line("note: " + std::string(pipe.info().note)) << '\n';
-    if (arguments.verify) return verify(pipe, arguments.json);
+    if (*pipe.info().note && !arguments.quiet)
+        std::cerr << dit_runtime::one_line("note: " + std::string(pipe.info().note)) << '\n';
+    if (arguments.verify) return verify(pipe, arguments.bundle, arguments.json, arguments.quiet);
 
     dit::Request& request = arguments.request;
     for (const auto& label : arguments.labels) request.labels.push_back(pipe.find_label(label));
@@ -136,7 +167,7 @@ int run(int count, char** words) {
     shape.insert(shape.begin(), samples);
     std::int64_t rows = 0;
     {
-        Progress progress;
+        Progress progress(arguments.quiet);
         request.on_step = [&](int step, int steps, const double*, std::size_t) { return progress.step(step, steps); };
         dit::Run run = pipe.run(request);
         if (kind == ".npy") {
@@ -144,8 +175,9 @@ int run(int count, char** words) {
             write_npy(arguments.output, run.latents(), shape);
         } else {
             const dit::Images images = run.result();
-            (kind == ".png" ? write_png : write_npz)(arguments.output, images);
+            (kind == ".png" ? write_png : kind == ".npz" ? write_npz : write_folder)(arguments.output, images);
             shape = {samples, pipe.info().image_shape[0], pipe.info().image_shape[1], 3};
+            if (images.frames) shape.insert(shape.begin() + 1, pipe.info().frames);
         }
         rows = run.rows().done;
     }
@@ -156,19 +188,24 @@ int run(int count, char** words) {
                        sizes.c_str(), static_cast<long long>(rows)) < 0;
 }
 
+int code_of(const std::exception& error) {
+    const auto* const of_library = dynamic_cast<const dit::Error*>(&error);
+    if (!of_library) return exit_code(error);
+    if (of_library->status == DIT_STOPPED || of_library->status == DIT_NOT_VERIFIED) return FAILED;
+    return of_library->status == DIT_INTERNAL ? BUG : REFUSED;
+}
+
 }  // namespace
 
-int main(int count, char** words) {
-    std::string message;
-    int code = 2;
-    try {
-        return run(count, words);
-    } catch (const dit::Error& error) {
-        message = error.what();
-        if (error.status == DIT_STOPPED) code = 1;
-    } catch (const std::exception& error) {
-        message = error.what();
-    }
+int main(int count, char** words) try { return run(count, words); } catch (const std::exception& error) {
+    const int code = code_of(error);
+    const std::string message = dit_runtime::one_line((code == BUG ? "a bug: " : "") + std::string(error.what()));
     std::cerr << dit_runtime::one_line("dit-generate: error: " + message) << '\n';
+    if (std::find(words, words + count, std::string("--json")) != words + count)
+        std::printf("{\"error\": {\"kind\": \"%s\", \"message\": %s, \"exit_code\": %d}}\n",
+                    code == FAILED    ? "failed"
+                    : code == REFUSED ? "refused"
+                                      : "bug",
+                    json_text(message).c_str(), code);
     return code;
 }

@@ -107,6 +107,18 @@ void require_shape(const dit::Port& port, const std::vector<dit::Port>& ports, c
             dit_runtime::text(where, " has shape [", join(shape), "]; expected [", dit_runtime::join(sizes), "]"));
 }
 
+// RGB pixels as a PNG.
+void write_pixels(const std::string& path, const std::uint8_t* pixels, std::size_t width, std::size_t height) {
+    png_image png;
+    std::memset(&png, 0, sizeof png);
+    png.version = PNG_IMAGE_VERSION;
+    png.width = static_cast<png_uint_32>(width);
+    png.height = static_cast<png_uint_32>(height);
+    png.format = PNG_FORMAT_RGB;
+    if (!png_image_write_to_file(&png, path.c_str(), 0, pixels, 0, nullptr))
+        throw std::invalid_argument(path + ": cannot be written: " + png.message);
+}
+
 std::string little(std::uint64_t value, int width) {
     std::string bytes;
     for (int index = 0; index < width; ++index) bytes += static_cast<char>(value >> (8 * index));
@@ -116,30 +128,42 @@ std::string little(std::uint64_t value, int width) {
 }  // namespace
 
 void write_png(const std::string& path, const dit::Images& images) {
-    const std::size_t columns = static_cast<std::size_t>(std::ceil(std::sqrt(static_cast<double>(images.count))));
-    const std::size_t rows = (images.count + columns - 1) / columns, line = images.width * 3;
+    const std::size_t square = static_cast<std::size_t>(std::ceil(std::sqrt(static_cast<double>(images.count))));
+    const std::size_t columns = images.frames ? images.frames : square;
+    const std::size_t count = images.count * std::max(images.frames, std::size_t{1});
+    const std::size_t rows = (count + columns - 1) / columns, line = images.width * 3;
     std::vector<std::uint8_t> sheet(rows * images.height * columns * line, 0);
-    for (std::size_t index = 0; index < images.count * images.height; ++index) {
+    for (std::size_t index = 0; index < count * images.height; ++index) {
         const std::size_t picture = index / images.height, y = index % images.height;
         const std::size_t place = (picture / columns * images.height + y) * columns + picture % columns;
         std::memcpy(&sheet[place * line], &images.pixels[index * line], line);
     }
-    png_image png;
-    std::memset(&png, 0, sizeof png);
-    png.version = PNG_IMAGE_VERSION;
-    png.width = static_cast<png_uint_32>(columns * images.width);
-    png.height = static_cast<png_uint_32>(rows * images.height);
-    png.format = PNG_FORMAT_RGB;
-    if (!png_image_write_to_file(&png, path.c_str(), 0, sheet.data(), 0, nullptr))
-        throw std::invalid_argument(path + ": cannot be written: " + png.message);
+    write_pixels(path, sheet.data(), columns * images.width, rows * images.height);
+}
+
+void write_folder(const std::string& path, const dit::Images& images) {
+    std::error_code failure;
+    std::filesystem::create_directory(path, failure);
+    if (!std::filesystem::is_directory(path)) throw std::invalid_argument(path + ": no folder, and none can be made");
+    const auto name = [](std::size_t number, std::size_t count) {
+        const std::string digits = std::to_string(number);
+        return std::string(std::to_string(count - 1).size() - digits.size(), '0') + digits;
+    };
+    const std::size_t frames = std::max(images.frames, std::size_t{1}), size = images.height * images.width * 3;
+    for (std::size_t index = 0; index < images.count * frames; ++index) {
+        std::string file = name(index / frames, images.count);
+        if (images.frames) file += "-" + name(index % frames, frames);
+        write_pixels((std::filesystem::path(path) / (file + ".png")).string(), &images.pixels[index * size],
+                     images.width, images.height);
+    }
 }
 
 void write_npz(const std::string& path, const dit::Images& images) {
     const std::string name = "arr_0.npy";
     const auto size = [](std::size_t length) { return static_cast<std::int64_t>(length); };
-    const std::string body =
-        dit_runtime::npy_bytes("|u1", {size(images.count), size(images.height), size(images.width), 3},
-                               images.pixels.data(), images.pixels.size());
+    dit_runtime::Shape shape = {size(images.count), size(images.height), size(images.width), 3};
+    if (images.frames) shape.insert(shape.begin() + 1, size(images.frames));
+    const std::string body = dit_runtime::npy_bytes("|u1", shape, images.pixels.data(), images.pixels.size());
     if (body.size() >= 0xFFFFFFFFu) throw std::invalid_argument(path + ": more than 4 GB do not fit into one .npz");
     const auto sum = crc32_z(0, reinterpret_cast<const Bytef*>(body.data()), body.size());
     // Version, flags, method, time, date, sum, sizes, length of the name and of what follows it.

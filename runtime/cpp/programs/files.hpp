@@ -7,10 +7,13 @@
 
 #include "dit/dit.hpp"
 
-// All pictures in one, as near to a square as can be.
+// All pictures in one, as near to a square as can be; of videos a row each, of all frames.
 void write_png(const std::string& path, const dit::Images& images);
 
-// The form ADM's evaluation reads: `arr_0`, uint8 [N, H, W, 3].
+// A PNG for each picture, 0.png …, or for each frame of each video, 0-0.png …, with zeros before a number.
+void write_folder(const std::string& path, const dit::Images& images);
+
+// The form ADM's evaluation reads: `arr_0`, uint8 [N, H, W, 3], of videos [N, F, H, W, 3].
 void write_npz(const std::string& path, const dit::Images& images);
 
 void write_npy(const std::string& path, const std::vector<float>& values, const std::vector<std::int64_t>& shape);

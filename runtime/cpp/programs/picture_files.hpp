@@ -1,5 +1,4 @@
-// Pictures from PNG files of 8 bits a channel, checked before they are decoded. Mirrors dit_runtime/picture_files.py,
-// but for other formats and for resizing.
+// The pictures and masks that dit-generate takes, from PNG files.
 #pragma once
 
 #include <string>

@@ -61,6 +61,8 @@ Opening opening(const dit_open_options* arguments) {
     if (from.warm) to.warm.assign(from.warm, from.warm + from.num_warm);
     if (from.size) to.size = from.size;
     if (from.manifest_sha256) to.options.manifest_sha256 = from.manifest_sha256;
+    if (from.public_key_size) require(from.public_key, "public_key");
+    if (from.public_key) to.options.public_key.emplace(from.public_key, from.public_key + from.public_key_size);
     if (from.num_settings) require(from.settings, "settings");
     for (std::size_t index = 0; index < from.num_settings; ++index) {
         const dit_setting& setting = from.settings[index];
@@ -159,8 +161,8 @@ dit_status dit_model_verify(dit_model* model, const dit_verify_options* options)
                               std::isinf(figure.limit) ? dit::text("a number")
                                                        : dit::text(figure.at_least ? ">= " : "<= ", figure.limit));
             if (from.on_check)
-                from.on_check(figure.name().c_str(), figure.value, figure.limit, figure.at_least, figure.passed(),
-                              figure.where.c_str(), from.user);
+                from.on_check(dit::one_line(figure.name()).c_str(), figure.value, figure.limit, figure.at_least,
+                              figure.passed(), dit::one_line(figure.where).c_str(), from.user);
         });
         if (!failure.empty()) throw dit::NotVerified(failure);
     });

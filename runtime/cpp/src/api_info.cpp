@@ -17,6 +17,16 @@ const dit::Manifest& manifest_of(const dit_model* model) {
     return model->pipe->manifest;
 }
 
+// What a manifest's pictures are, for a dit_info or dit_size.
+template <typename Struct>
+void fill_images(const dit::Manifest& manifest, Struct& to) {
+    const dit::Shape image = manifest.image_shape();  // (3, H, W) or (3, F, H, W)
+    to.frames = manifest.frames();
+    for (std::size_t axis = 0; axis < 2; ++axis)
+        to.image_shape[axis] = image.empty() ? 0 : image.end()[static_cast<std::ptrdiff_t>(axis) - 2];
+    to.image_shape[2] = image.empty() ? 0 : image[0];
+}
+
 }  // namespace
 
 extern "C" {
@@ -25,13 +35,11 @@ dit_status dit_model_info(const dit_model* model, dit_info* info) {
     return dit::attempt([&] {
         dit_info filled = dit::known(info, dit_info DIT_INFO_INIT, "dit_info");
         const dit::Manifest& manifest = manifest_of(model);
-        const dit::Shape image = manifest.image_shape(), &state = manifest.state().shape;
+        const dit::Shape& state = manifest.state().shape;
         filled.num_classes = manifest.classes();
         filled.has_labels = !manifest.labels.empty();
-        for (std::size_t axis = 0; axis < 3; ++axis) {
-            filled.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
-            filled.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
-        }
+        for (std::size_t axis = 0; axis < 3; ++axis) filled.latent_shape[axis] = state.size() == 3 ? state[axis] : 0;
+        fill_images(manifest, filled);
         const dit::Port* const captions = manifest.port("captions");
         for (std::size_t axis = 0; axis < 2; ++axis)
             filled.caption_shape[axis] = captions && captions->shape.size() == 2 ? captions->shape[axis] : 0;
@@ -81,12 +89,11 @@ dit_status dit_model_size(const dit_model* model, size_t index, dit_size* size) 
         const std::size_t count = 1 + first.sizes.size();
         if (index >= count) throw dit::UsageError(dit::text("size ", index, " is not there; this bundle has ", count));
         const dit::Manifest& from = index ? first.sizes[index - 1] : first;
-        const dit::Shape image = from.image_shape(), &state = from.state().shape;
+        const dit::Shape& state = from.state().shape;
         filled.name = from.size.c_str();
         filled.state_rank = static_cast<int>(state.size());
         std::copy(state.begin(), state.end(), filled.state_shape);
-        for (std::size_t axis = 0; axis < 3; ++axis)
-            filled.image_shape[axis] = image.empty() ? 0 : image[(axis + 1) % 3];
+        fill_images(from, filled);
         std::memcpy(size, &filled, size->struct_size);
     });
 }

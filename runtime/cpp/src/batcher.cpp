@@ -18,19 +18,15 @@ const Arrays& side_by_side(const Manifest& manifest, const std::vector<Ask*>& as
     for (const TensorSpec& spec : manifest.step().reads) {
         if (!spec.starts("groups")) continue;
         Tensor& tensor = stacked[spec.name];
-        tensor.floats.clear(), tensor.integers.clear();
         tensor.shape = with_rows(samples, spec.row());
         tensor.shape.insert(tensor.shape.begin(), static_cast<std::int64_t>(groups));
-        spec.dtype == "int64" ? tensor.integers.reserve(count(tensor.shape))
-                              : tensor.floats.reserve(count(tensor.shape));
-        for (std::size_t group = 0; group < groups; ++group) {
-            std::size_t begin = 0;  // of the ask's samples among all
-            for (Ask* ask : asks) {
-                const std::size_t low = std::max(first, begin), high = std::min(last, begin + ask->places());
-                if (low < high)
-                    ask->memo->append(ask->step, low - begin, high - begin, ask->groups, group, spec, tensor);
-                begin += ask->places();
-            }
+        spec.dtype == "int64" ? tensor.integers.resize(count(tensor.shape)) : tensor.floats.resize(count(tensor.shape));
+        std::size_t begin = 0;  // of the ask's samples among all
+        for (Ask* ask : asks) {
+            const std::size_t low = std::max(first, begin), high = std::min(last, begin + ask->places());
+            if (low < high)
+                ask->memo->write(ask->step, low - begin, high - begin, ask->groups, spec, tensor, low - first, samples);
+            begin += ask->places();
         }
     }
     return stacked;
@@ -248,7 +244,7 @@ void Batcher::start(const std::shared_ptr<Ticket>& ticket) {
     const double began = clock_();
     std::exception_ptr error;
     try {
-        const RunStage compute = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
+        const RunRows compute = [this](const Stage& stage, const std::vector<Input>& inputs, std::size_t rows) {
             return memo_(stage, inputs, rows);
         };
         ticket->run_ = std::make_unique<Run>(ticket->sized_->pipe, ticket->request_, compute,
@@ -329,8 +325,12 @@ std::vector<Batcher::Answer> Batcher::evaluate(const Tickets& tickets) {
     const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
         return side_by_side(pipe.manifest, asks, first, last, stacked_);
     };
-    const Prediction all = pipe.denoise(state, inputs, weights);
+    Prediction all = pipe.denoise(state, inputs, weights);
     std::vector<Answer> answers;
+    if (asks.size() == 1) {
+        answers.emplace_back(std::move(all), nullptr);
+        return answers;
+    }
     std::size_t first = 0;
     for (const Ask* ask : asks) {
         Prediction own = {cut(all.prediction, first, ask->places(), weights.size()),

@@ -204,7 +204,9 @@ void check_start(const Manifest& manifest, const Stage& stage) {
     if (!whole || row[1] % state[1] || row[2] % state[2])
         refuse(text("stage ", stage.name, " reads the shape"), dit_runtime::shown(row),
                "[3, height, width] a row, multiples of a state [channels, height, width]");
-    if (manifest.end() && !manifest.end()->gives.empty() && manifest.image_shape() != row)
+    if (!manifest.end())
+        refuse(text("stage ", stage.name), "no stage that runs 'end'", "one, which gives its pictures");
+    if (!manifest.end()->gives.empty() && manifest.image_shape() != row)
         refuse(text("stage ", stage.name, " reads the shape"), dit_runtime::shown(row),
                text(dit_runtime::shown(manifest.image_shape()), ", as ", manifest.end()->name));
     check_names(stage, stage.reads, "reads", {{"images", with_free({"batch"}, row)}});
@@ -249,8 +251,9 @@ void check_end(const Manifest& manifest, const Stage& stage) {
     const Port& state = manifest.state();
     check_names(stage, stage.reads, "reads", {{state.name, with_free({"batch"}, state.shape)}});
     const Shape row = stage.gives.empty() ? Shape() : stage.gives[0].row();
-    if (row.size() != 3 || row[0] != 3)
-        refuse(text("stage ", stage.name, " gives the shape"), dit_runtime::shown(row), "[3, height, width] a row");
+    if ((row.size() != 3 && row.size() != 4) || row[0] != 3)
+        refuse(text("stage ", stage.name, " gives the shape"), dit_runtime::shown(row),
+               "[3, height, width] a row, or frames before the height");
     check_names(stage, stage.gives, "gives", {{"images", with_free({"batch"}, row)}});
 }
 

@@ -14,17 +14,21 @@ namespace dit_runtime {
 
 // Rows of one port, or of one tensor that a stage gives.
 struct Tensor {
-    Shape shape;                              // (N, ...)
-    std::vector<float> floats = {};           // of float32
-    std::vector<std::int64_t> integers = {};  // of int64, else empty
-    std::uint64_t version = 0;                // as an Input's
+    Shape shape;                                    // (N, ...)
+    std::vector<float> floats = {};                 // of float32
+    std::vector<std::int64_t> integers = {};        // of int64, else empty
+    std::uint64_t version = 0;                      // as an Input's
+    std::shared_ptr<const DeviceRows> device = {};  // where the values are, in the place of all above
 
     std::size_t rows() const { return static_cast<std::size_t>(shape.at(0)); }
     std::size_t row_size() const { return count(shape) / rows(); }
     bool is_integer() const { return !integers.empty(); }
     std::size_t item_size() const { return is_integer() ? sizeof(std::int64_t) : sizeof(float); }
     const unsigned char* data() const;
-    Input input(const std::string& name) const { return {name, shape, data(), is_integer(), version}; }
+    Input input(const std::string& name) const {
+        if (device) return {name, shape, nullptr, device->integers, version, device.get()};
+        return {name, shape, data(), is_integer(), version};
+    }
 };
 
 using Arrays = std::map<std::string, Tensor>;  // by port

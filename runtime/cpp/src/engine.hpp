@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "log.hpp"
 #include "manifest.hpp"
+#include "resident.hpp"
 
 namespace dit_runtime {
 
@@ -24,6 +26,7 @@ struct Options {
     int threads = 0;                   // 0: as many as the backend thinks right
     bool low_memory = false;           // one engine at a time, smaller buffers
     std::string manifest_sha256 = {};  // that manifest.json must have; empty: any
+    std::optional<std::vector<unsigned char>> public_key = std::nullopt;  // of who must have signed it; none: nobody
     bool streamed = false;  // of a stage that runs once a prompt: weights are packed and widened where they are used
     Path cache;             // where a backend may keep what it compiled; empty: nowhere
     std::string engine_sha256;               // of a stage's first file, if that is an engine: what it holds is code
@@ -31,9 +34,11 @@ struct Options {
     std::map<std::string, std::string> own = {};  // backends' own settings, by "BACKEND.KEY"
     std::vector<EngineSetting> settings = {};     // of stages; the last of a key and stage counts
     std::uint64_t max_bytes = 0;                  // of the files that are opened; 0: any number
+    Log* log = dit_runtime::log;                  // the library's own, for engines in plugins
     std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart
     // What OpenVINO's device computes, "BF16" among it; nothing: ask it.
     std::optional<std::vector<std::string>> capabilities = std::nullopt;
+    std::shared_ptr<void> stream = {};  // of an open engine of the same backend and device, to work in order with
 };
 
 // An array that goes in; it belongs to the caller.
@@ -41,8 +46,9 @@ struct Input {
     std::string name;
     Shape shape;
     const void* data;
-    bool integers = false;      // int64, else float32
-    std::uint64_t version = 0;  // inputs of one version and name have the same values; 0: of no version
+    bool integers = false;               // int64, else float32
+    std::uint64_t version = 0;           // inputs of one version and name have the same values; 0: of no version
+    const DeviceRows* device = nullptr;  // where the values are, in the place of `data`; only a Resident takes them
 
     std::size_t bytes() const { return count(shape) * (integers ? sizeof(std::int64_t) : sizeof(float)); }
 };
@@ -63,6 +69,7 @@ class Engine {
     virtual void resume() noexcept {}
 
     std::vector<std::string> inputs, outputs;  // names
+    std::string place;                         // the backend and device that it was opened with
 };
 
 struct Backend {

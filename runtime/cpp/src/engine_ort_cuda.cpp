@@ -1,7 +1,6 @@
 // ONNX Runtime's CUDA provider on memory of the GPU that never moves, so that a step can be replayed as a CUDA graph.
 // Mirrors dit_runtime/backends/ort_cuda.py.
 #include <algorithm>
-#include <iostream>
 #include <string>
 #include <utility>
 
@@ -13,12 +12,11 @@ namespace {
 
 using cuda::Buffer;
 using cuda::Device;
-using cuda::Stream;
 
 using Shapes = std::map<std::string, Shape>;  // of the inputs
 
-void say_without(const std::string& reason) {
-    std::cerr << "no CUDA graph of ONNX Runtime's work, it runs without: " << reason << '\n';
+void log_without(Log* log, const std::string& reason) {
+    log(Severity::WARNING, "no CUDA graph of ONNX Runtime's work, it runs without: " + reason);
 }
 
 // Shapes that keep their memory: with and without guidance, at eight batch sizes. What is recorded keeps it to the end,
@@ -36,19 +34,16 @@ struct Bound {
     bool recorded = false;
 };
 
-// A base before the session, whose stream outlives it.
-struct Started {
-    std::unique_ptr<Stream> stream = std::make_unique<Stream>();
-};
-
 // A shape's inputs and outputs have addresses of their own, so that its work on them can be recorded as a CUDA graph.
-class OrtCudaEngine : Started, public OrtEngine {
+// The first base's stream outlives the session.
+class OrtCudaEngine : public cuda::DeviceEngine, public OrtEngine {
   public:
     OrtCudaEngine(const Path& path, const Stage& stage, const Options& options, bool records)
-        : OrtEngine(path, options,
-                    {{"user_compute_stream", text(reinterpret_cast<std::uintptr_t>(stream->handle))},
+        : DeviceEngine(options),
+          OrtEngine(path, options,
+                    {{"user_compute_stream", text(reinterpret_cast<std::uintptr_t>(stream_->handle))},
                      {"enable_cuda_graph", records ? "1" : "0"}}),
-          number_(gpu_number(options.device)),
+          log_(options.log),
           stage_(stage),
           plain_(run_settings("-1")),
           records_(records) {
@@ -60,7 +55,7 @@ class OrtCudaEngine : Started, public OrtEngine {
     ~OrtCudaEngine() override {
         try {
             const Device here(number_);
-            stream->wait();
+            stream_->wait();
             close();
         } catch (const EngineError&) {  // the device is gone
             close();
@@ -69,20 +64,31 @@ class OrtCudaEngine : Started, public OrtEngine {
 
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
         const Device here(number_);  // a pipeline may move between threads
-        stream->wait();              // for what a run that failed has left
+        stream_->wait();             // for what a run that failed has left
         Bound& bound = prepare(arrays);
-        for (const Input& input : arrays) bound.buffers.at(input.name).upload(input, *stream);
+        for (const Input& input : arrays) bound.buffers.at(input.name).upload(input, *stream_);
         enqueue(bound);
         std::map<std::string, const float*> views;
         for (const Input& output : bound.outputs)
-            views[output.name] = bound.buffers.at(output.name).download(output.bytes(), *stream);
-        stream->wait();
+            views[output.name] = bound.buffers.at(output.name).download(output.bytes(), *stream_);
+        stream_->wait();
         std::map<std::string, Output> named;
         for (const Input& output : bound.outputs) {
             const float* const numbers = views.at(output.name);
             named[output.name] = {output.shape, {numbers, numbers + count(output.shape)}};
         }
         return named;
+    }
+
+    void run_into(const std::vector<Input>& arrays, const Into& into) override {
+        const Device here(number_);
+        wait_for_host(arrays);
+        Bound& bound = prepare(arrays);
+        for (const Input& output : bound.outputs)
+            if (into.count(output.name)) require_shape(output.name, output.shape, into.at(output.name));
+        for (const Input& input : arrays) bound.buffers.at(input.name).upload(input, *stream_);
+        enqueue(bound);
+        for (const auto& [name, rows] : into) bound.buffers.at(name).fill(rows, *stream_);
     }
 
   private:
@@ -104,7 +110,10 @@ class OrtCudaEngine : Started, public OrtEngine {
             const auto oldest = std::min_element(bound_.begin(), bound_.end(), [&](const auto& one, const auto& other) {
                 return age(one) < age(other);
             });
-            if (bound_.size() >= SHAPES && !oldest->second->recorded) bound_.erase(oldest);
+            if (bound_.size() >= SHAPES && !oldest->second->recorded) {
+                stream_->wait();  // for what is queued there
+                bound_.erase(oldest);
+            }
             bound_.emplace(shapes, bind(arrays, shapes));
         }
         Bound& bound = *bound_.at(shapes);
@@ -149,7 +158,7 @@ class OrtCudaEngine : Started, public OrtEngine {
                 recordings_ += !std::exchange(bound.recorded, true);
             } catch (const OrtFailure& error) {
                 if (bound.recorded) throw;
-                say_without(error.what());
+                log_without(log_, error.what());
                 records_ = false;
                 run(plain_);
             }
@@ -160,10 +169,9 @@ class OrtCudaEngine : Started, public OrtEngine {
     void close() {
         session_.reset();  // what it has recorded reads and writes the memory
         bound_.clear();
-        stream.reset();
     }
 
-    const int number_;
+    Log* const log_;
     const Stage stage_;
     const RunOptions plain_;
     Memory memory_;
@@ -182,7 +190,7 @@ std::unique_ptr<Engine> open_cuda(const Path& path, const Stage& stage, const Op
             return std::make_unique<OrtCudaEngine>(path, stage, options, true);
         } catch (const BundleError& error) {
             if (std::string(error.what()).find("graph capture") == std::string::npos) throw;
-            say_without(error.what());
+            log_without(options.log, error.what());
             return std::make_unique<OrtCudaEngine>(path, stage, options, false);
         }
     } catch (const cuda::CudaError& error) {

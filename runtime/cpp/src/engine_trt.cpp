@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
-#include <iostream>
 #include <mutex>
 #include <random>
 
@@ -19,7 +18,6 @@ namespace {
 using cuda::Buffer;
 using cuda::Device;
 using cuda::Recording;
-using cuda::Stream;
 
 constexpr const char* KERNELS = ".kernels.bin";  // TensorRT-RTX's runtime cache
 constexpr std::size_t SHAPES = 16;  // the last used ones, which keep their contexts: two profiles of eight batch sizes
@@ -99,10 +97,10 @@ struct Execution {
 };
 
 // The contexts of an engine by shape, the buffers that they are bound to, and the stream that they run in.
-class TrtEngine : public Engine {
+class TrtEngine : public cuda::DeviceEngine, public Engine {
   public:
     TrtEngine(const std::vector<Path>& files, const Built& built, const Options& options, const std::string& command)
-        : device_(gpu_number(options.device)), stream_(std::make_unique<Stream>()) {
+        : DeviceEngine(options), log_(options.log) {
         const Path& path = files.at(0);
         runtime_.reset(nvinfer1::createInferRuntime(logger()));
         if (!runtime_) throw NoDevice(text(DIT_TENSORRT, " does not start here: ", logger().last()));
@@ -133,7 +131,7 @@ class TrtEngine : public Engine {
 
     ~TrtEngine() override {
         try {
-            const Device here(device_);
+            const Device here(number_);
             stream_->wait();
             keep_kernels();
             close();
@@ -143,18 +141,10 @@ class TrtEngine : public Engine {
     }
 
     std::map<std::string, Output> run(const std::vector<Input>& arrays) override {
-        const Device here(device_);  // a pipeline may move between threads
+        const Device here(number_);  // a pipeline may move between threads
         stream_->wait();             // for what a run that failed has left
-        std::map<std::string, Shape> given;
-        for (const Input& input : arrays) given[input.name] = input.shape;
-        std::vector<Shape> shapes;
-        for (const auto& name : inputs) shapes.push_back(given.at(name));
-        Execution& execution = prepare(shapes);
-        for (const Input& input : arrays) {
-            if (is_integer(input.name) != input.integers)
-                throw EngineError(text(input.name, " has another type in this engine than in the bundle's signature"));
-            buffers_.at(input.name).upload(input, *stream_);
-        }
+        Execution& execution = prepare(arrays);
+        upload(arrays);
         enqueue(execution);
         std::map<std::string, const float*> views;
         for (const auto& [name, shape] : execution.outputs)
@@ -166,14 +156,38 @@ class TrtEngine : public Engine {
         return named;
     }
 
+    void run_into(const std::vector<Input>& arrays, const Into& into) override {
+        const Device here(number_);
+        wait_for_host(arrays);
+        Execution& execution = prepare(arrays);
+        for (const auto& [name, rows] : into) require_shape(name, execution.outputs.at(name), rows);
+        upload(arrays);
+        enqueue(execution);
+        for (const auto& [name, rows] : into) buffers_.at(name).fill(rows, *stream_);
+    }
+
   private:
-    // The execution of these shapes; a new one takes the place of the one not used for longest.
-    Execution& prepare(const std::vector<Shape>& shapes) {
+    void upload(const std::vector<Input>& arrays) {
+        for (const Input& input : arrays) {
+            if (is_integer(input.name) != input.integers)
+                throw EngineError(text(input.name, " has another type in this engine than in the bundle's signature"));
+            buffers_.at(input.name).upload(input, *stream_);
+        }
+    }
+
+    // The execution of these arrays' shapes; a new one takes the place of the one not used for longest.
+    Execution& prepare(const std::vector<Input>& arrays) {
+        std::map<std::string, Shape> given;
+        for (const Input& input : arrays) given[input.name] = input.shape;
+        std::vector<Shape> shapes;
+        for (const auto& name : inputs) shapes.push_back(given.at(name));
         if (!executions_.count(shapes)) {
-            if (executions_.size() >= SHAPES)
+            if (executions_.size() >= SHAPES) {
+                stream_->wait();  // for what is queued there
                 executions_.erase(std::min_element(
                     executions_.begin(), executions_.end(),
                     [](const auto& one, const auto& other) { return one.second.used < other.second.used; }));
+            }
             Execution made = this->execution(profile(shapes), shapes);
             bind(*made.context);
             executions_.emplace(shapes, std::move(made));
@@ -217,7 +231,8 @@ class TrtEngine : public Engine {
         try {
             execution.recording = std::make_unique<Recording>(*stream_, [&] { execute(*execution.context); });
         } catch (const EngineError& error) {
-            std::cerr << "no CUDA graph of " << DIT_TENSORRT << "'s work, it runs without: " << error.what() << '\n';
+            log_(Severity::WARNING,
+                 text("no CUDA graph of ", DIT_TENSORRT, "'s work, it runs without: ", error.what()));
             records_ = false;
         }
     }
@@ -353,13 +368,11 @@ class TrtEngine : public Engine {
 #endif
         engine_.reset();
         runtime_.reset();
-        stream_.reset();
     }
 
-    const int device_;
+    Log* const log_;
     Path kernels_;  // empty: they are not kept
     // What is named first is destroyed last.
-    std::unique_ptr<Stream> stream_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
 #ifdef TRT_MAJOR_RTX
@@ -394,7 +407,7 @@ std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Stage& st
     if (!reason.empty()) throw BundleError(text(path.string(), ": cannot run here: ", reason, command));
     if (files.size() > 1)  // its weights are in the ONNX form
         throw BundleError(text(path.string(), ": built with --strip-plan, which libdit does not refit", command));
-    const Device here(device);
+    const cuda::Device here(device);
     try {
         return std::make_unique<TrtEngine>(files, built, options, command);
     } catch (const NpyError& error) {

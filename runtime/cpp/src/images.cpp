@@ -8,7 +8,7 @@ namespace dit_runtime {
 std::vector<std::uint8_t> to_uint8(const std::vector<float>& images, const Shape& shape) {
     std::vector<std::uint8_t> bytes(images.size());
     const std::size_t planes = static_cast<std::size_t>(shape.at(1));
-    const std::size_t area = static_cast<std::size_t>(shape.at(2) * shape.at(3));
+    const std::size_t area = count({shape.begin() + 2, shape.end()});
     for (std::size_t i = 0; i < images.size(); ++i) {
         const std::size_t sample = i / (planes * area), plane = i / area % planes, place = i % area;
         const double level = static_cast<double>(std::clamp(images[i], 0.0f, 1.0f));

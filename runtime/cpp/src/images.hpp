@@ -10,7 +10,7 @@
 
 namespace dit_runtime {
 
-// [N, 3, H, W] in [0, 1] -> uint8 [N, H, W, 3] by round-half-even(255 x).
+// [N, 3, H, W] or [N, 3, F, H, W] in [0, 1] -> uint8 with channels last, by round-half-even(255 x).
 std::vector<std::uint8_t> to_uint8(const std::vector<float>& images, const Shape& shape);
 
 // Its inverse: uint8 [N, H, W, 3] -> [N, 3, H, W] in [0, 1].

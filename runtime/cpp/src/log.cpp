@@ -1,5 +1,7 @@
 #include "log.hpp"
 
+#include "errors.hpp"
+
 #include <memory>
 #include <mutex>
 
@@ -28,7 +30,7 @@ void log(Severity severity, const std::string& line) {
         const std::lock_guard<std::mutex> lock(mutex);
         sink = current;
     }
-    if (sink && severity <= sink->least) sink->on_log(severity, line);
+    if (sink && severity <= sink->least) sink->on_log(severity, one_line(line));
 }
 
 }  // namespace dit_runtime

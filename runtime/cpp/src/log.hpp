@@ -1,4 +1,4 @@
-// What the library says to those who listen; nothing is printed.
+// The lines that the library writes for the program's log; nothing is printed.
 #pragma once
 
 #include <functional>
@@ -11,9 +11,10 @@ enum class Severity { ERROR, WARNING, INFO, DEBUG };
 // Any thread calls it, several at the same time; it must not throw.
 using OnLog = std::function<void(Severity severity, const std::string& line)>;
 
-// Lines of this severity and graver ones go there; an empty function: nowhere.
+// Lines of this severity and graver ones go there, each as one printable line; an empty function: nowhere.
 void set_log(OnLog on_log, Severity least);
 
-void log(Severity severity, const std::string& line);
+using Log = void(Severity severity, const std::string& line);
+Log log;
 
 }  // namespace dit_runtime

@@ -1,4 +1,7 @@
-// The sampling loop with the solver on the host. Mirrors dit_runtime/sampling/loops.py.
+// The sampling loop: with the solver on the host, or as its matrices where the state can stay with the engine. Mirrors
+// dit_runtime/sampling/loops.py.
+//
+// A step that an engine failed in can be gone again in both.
 #pragma once
 
 #include <functional>
@@ -8,6 +11,7 @@
 #include <vector>
 
 #include "caches.hpp"
+#include "engine.hpp"
 #include "solvers.hpp"
 
 namespace dit_runtime {
@@ -59,6 +63,42 @@ class Trajectory {
     std::vector<float> variance_;              // of the last evaluation
     std::optional<std::vector<float>> guess_;  // the next step's prediction where it needs no network
     std::size_t done_ = 0, rows_ = 0;
+};
+
+// The loop of the solver's matrices. It goes `size` samples at once; the host queues each step and waits for none that
+// nobody looks at.
+class MatrixLoop {
+  public:
+    // What the network reads but the state, of samples from `first` to before `last` at an evaluation; it stays until
+    // the next call.
+    using Inputs = std::function<std::vector<Input>(std::size_t step, std::size_t first, std::size_t last)>;
+
+    // `step` and `update` are the stages that run there; x is of so many samples.
+    MatrixLoop(const std::vector<Matrix>& matrices, Device device, Stage step, Stage update, const std::string& state,
+               const Array& x, const Shape& shape, Inputs inputs);
+
+    void advance();
+    std::size_t done() const { return done_; }
+    const Array& state();  // brings it home
+    Array x0() const;      // of the last prediction, where a step is one evaluation; empty before the first
+
+  private:
+    struct Part {
+        std::size_t first, last;  // samples
+        DeviceRows state, previous, prediction;
+        std::size_t updated = 0;  // steps; more than those done where a later part failed
+    };
+
+    Array home(DeviceRows Part::* rows) const;
+
+    const Device device_;
+    const Stage step_, update_;
+    const std::string name_;  // of the state
+    const Inputs inputs_;
+    std::vector<Part> parts_;
+    DeviceRows coefficients_;
+    std::size_t done_ = 0;
+    Array home_;  // empty: not of this step
 };
 
 }  // namespace dit_runtime

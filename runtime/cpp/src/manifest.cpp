@@ -6,6 +6,7 @@
 #include "facts.hpp"
 #include "parsing.hpp"
 #include "sha256.hpp"
+#include "signature.hpp"
 
 namespace dit_runtime {
 
@@ -131,6 +132,11 @@ Shape Manifest::picture_shape() const {
 
 Shape Manifest::image_shape() const { return end() ? end()->gives.at(0).row() : Shape(); }
 
+std::int64_t Manifest::frames() const {
+    const Shape shape = image_shape();
+    return shape.size() == 4 ? shape[1] : 0;
+}
+
 Manifest parse(const std::string& content, const std::string& where) {
     json::Json table;
     try {
@@ -168,7 +174,8 @@ void require_sum(const std::string& content, const std::string& sha256, const Pa
 
 }  // namespace
 
-Manifest read(const Path& folder, const std::string& sha256) {
+Manifest read(const Path& folder, const std::string& sha256,
+              const std::optional<std::vector<unsigned char>>& public_key) {
     const Path path = folder / MANIFEST;
     std::error_code failure;
     if (!std::filesystem::is_regular_file(path, failure) || std::filesystem::is_symlink(path, failure))
@@ -177,6 +184,7 @@ Manifest read(const Path& folder, const std::string& sha256) {
     const auto bytes = BundleFile(folder, MANIFEST).read(static_cast<std::uintmax_t>(limit("manifest_bytes")));
     const std::string content(bytes.begin(), bytes.end());
     require_sum(content, sha256, path);
+    if (public_key) require_signed(folder, content, *public_key);
     Manifest manifest = parse(content, path.string());
     for (const auto& [name, file] : manifest.files) {
         const Path location = inside(folder, name);

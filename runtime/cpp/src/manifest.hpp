@@ -138,7 +138,8 @@ struct Manifest {
     std::vector<std::string> labels;     // class names of the port "labels"; empty where they are unknown
     Guidance guidance;
     Process process;
-    std::vector<Stage> stages;    // in the order of running, but for "update": here solvers step on the host
+    std::vector<Stage> stages;    // in the order of running, but for "update"
+    std::optional<Stage> update;  // for runs whose state stays on a device
     std::vector<Prompt> prompts;  // what the stage reads that runs "prompt"
     std::map<std::string, File> files;
     bool batch_invariant = false;  // verification saw that a sample has the same bits in each batch
@@ -167,12 +168,14 @@ struct Manifest {
     const Stage* start() const;   // NULL without an encoder of pictures
     const Port* picture() const;  // the condition port that takes a picture's latents; NULL where there is none
     Shape picture_shape() const;  // (3, H, W) of the pictures that a run may start from; refuses to without an encoder
-    Shape image_shape() const;    // (3, H, W); empty without a decoder
+    Shape image_shape() const;    // (3, H, W), of videos (3, F, H, W); empty without a decoder
+    std::int64_t frames() const;  // of a video; 0 where pictures are drawn, and without a decoder
 };
 
 // Parses and checks the manifest, and that each file it names is there in its size; opens none of them. A manifest of
-// another sum than `sha256` is not parsed; empty: any is.
-Manifest read(const Path& folder, const std::string& sha256 = {});
+// another sum than `sha256`, or that the owner of the public key did not sign, is not parsed; empty: any is.
+Manifest read(const Path& folder, const std::string& sha256 = {},
+              const std::optional<std::vector<unsigned char>>& public_key = std::nullopt);
 
 // The same for the text alone: what it says, and no file is looked for. `where` begins each message.
 Manifest parse(const std::string& content, const std::string& where);

@@ -16,6 +16,7 @@ using json::refuse;
 
 const std::int64_t MOST = limit("size");     // of classes and rows
 const std::int64_t ROW_MOST = limit("row");  // numbers a row: 257 frames of 704 x 1216 pixels have 660 million
+const std::int64_t PORT_MOST = limit("port_bytes");
 const std::size_t RANK_MOST = static_cast<std::size_t>(limit("rank"));
 const std::vector<std::string> ROLES = {"state", "time", "condition"};
 const std::vector<std::string> RUNS = {PROMPT, "condition", "time", "time+condition", START, "step", "update", "end"};
@@ -62,6 +63,9 @@ Port parse_port(const Json& table) {
     for (const Json& size : json::list(json::need(table, "shape"), where + ": shape"))
         port.shape.push_back(json::integer(size, where + ": shape", 1, MOST));
     require_row(where, port.shape);
+    const std::size_t bytes = count(port.shape) * (port.dtype == "int64" ? sizeof(std::int64_t) : sizeof(float));
+    if (bytes > static_cast<std::size_t>(PORT_MOST))
+        refuse(where, text(shown(port.shape), " a row"), text("at most ", PORT_MOST, " bytes"));
     if (table.contains("size")) port.size = json::integer(table["size"], where + ": size", 0, MOST);
     if (table.contains("masks")) port.masks = json::string(table["masks"], where + ": masks");
     if (table.contains("picture")) port.picture = json::boolean(table["picture"], where + ": picture");
@@ -269,9 +273,12 @@ Manifest parse_one(const Json& table) {
     check(manifest);
     parse_engines(table, manifest);
     auto& stages = manifest.stages;
-    stages.erase(
-        std::remove_if(stages.begin(), stages.end(), [](const Stage& stage) { return stage.runs == "update"; }),
-        stages.end());
+    const auto update =
+        std::find_if(stages.begin(), stages.end(), [](const Stage& stage) { return stage.runs == "update"; });
+    if (update != stages.end()) {
+        manifest.update = std::move(*update);
+        stages.erase(update);
+    }
     return manifest;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "errors.hpp"
+#include "facts.hpp"
 #include "images.hpp"
 #include "log.hpp"
 #include "run.hpp"
@@ -36,13 +37,14 @@ void append(std::vector<float>& to, const std::vector<float>& values) {
 Pipeline::Pipeline(const Path& where, const Options& options, const std::vector<std::int64_t>& warm,
                    const std::string& size)
     : folder(std::filesystem::absolute(where.empty() ? Path(".") : where)),
-      manifest(read(where, options.manifest_sha256).at(size)),
+      manifest(read(where, options.manifest_sha256, options.public_key).at(size)),
       options_(options) {
     options_.cache = cache();
     if (options.threads < 0) throw UsageError(text("threads is ", options.threads, "; expected 1 or more, or 0"));
     require_warmable(manifest, warm, options.low_memory);
     check_settings(options, manifest);
     try {
+        unless_cancelled([] { return backends().size(); });  // their libraries take a while to load
         checking(files(), [&] {
             if (!options_.low_memory)
                 for (const Stage& stage : manifest.stages)
@@ -145,7 +147,8 @@ const Backend& Pipeline::backend(const Stage& stage) const {
         for (const Backend& known : backends())
             if (known.name == LEANEST && contains(known.precisions, stage.precision)) return known;
     const Stage& step = manifest.step();
-    if (stage.runs == PROMPT && stage.backend != step.backend && options.backend.empty()) {
+    if (stage.runs == PROMPT && stage.backend != step.backend && options.backend.empty() &&
+        contains(fact_names("precisions"), stage.backend)) {
         Stage moved = stage;
         moved.backend = step.backend;
         const auto is_own = [&stage](const Backend& known) { return known.name == stage.backend; };
@@ -178,12 +181,12 @@ bool Pipeline::batch_invariant() const {
 // The stage's engine, opened where it is not; with low memory, the others are closed first. It is the caller's turn.
 Engine& Pipeline::engine(const Stage& stage) {
     auto& engines = opened_->engines;
-    const auto names = files_for(stage, backend(stage), options_of(stage, options_).device);
     if (const auto open = engines.find(stage.name); open != engines.end()) {
-        require_unwritten(folder, manifest, opened_->checked, names);
+        require_unwritten(folder, manifest, opened_->checked, opened_->files.at(stage.name));
         return *open->second;
     }
     if (options_.low_memory) engines.clear();
+    const auto names = files_for(stage, backend(stage), options_of(stage, options_).device);
     std::unique_ptr<Engine> opened;
     checking(names, [&] { opened = open(stage); });
     return *(engines[stage.name] = std::move(opened));
@@ -198,9 +201,14 @@ std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
     std::vector<Path> paths;
     const auto files = files_for(stage, backend, options.device);
     for (const auto& file : files) paths.push_back(inside(folder, file));
+    opened_->files[stage.name] = files;
     options.engine_sha256 = manifest.files.at(files.at(0)).sha256;
     options.streamed = stage.runs == PROMPT && stage.precision == "fp32" && !on_cuda(options.device);
     if (const auto rows = AT_ONCE.find(stage.runs); rows != AT_ONCE.end()) options.at_once = rows->second;
+    const std::string place = text(backend.name, " ", options.device);
+    for (const auto& entry : opened_->engines)
+        if (const auto* const other = dynamic_cast<Resident*>(entry.second.get()))
+            if (entry.second->place == place) options.stream = other->stream();
     std::unique_ptr<Engine> opened;
     try {
         opened = unless_cancelled([&backend, paths, stage, options] { return backend.open(paths, stage, options); });
@@ -208,6 +216,7 @@ std::unique_ptr<Engine> Pipeline::open(const Stage& stage) {
         throw_if_grave(error.what());
         throw;
     }
+    opened->place = place;
     const auto inputs = names(stage.reads), outputs = names(stage.gives);
     if (sorted(opened->inputs) != sorted(inputs) || sorted(opened->outputs) != sorted(outputs))
         throw BundleError(text(folder.string(), ": ", stage.name, " has inputs ", join(opened->inputs), " and outputs ",
@@ -232,11 +241,6 @@ RunStage Pipeline::runner() {
 
 Rows Pipeline::encode(const Rows& condition) { return opened_->prompts(manifest, runner(), condition); }
 
-Memo Pipeline::memo(const Array& timesteps, const Rows& condition, const Rows& negative, const RunStage& compute,
-                    std::size_t budget) {
-    return Memo(manifest, compute ? compute : runner(), timesteps, encode(condition), encode(negative), budget);
-}
-
 Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned& inputs,
                              const std::vector<float>& guidance) {
     const Stage& stage = manifest.step();
@@ -250,6 +254,7 @@ Prediction Pipeline::denoise(const std::vector<float>& state, const Conditioned&
         for (const auto& [name, tensor] : inputs(first, last)) all.push_back(tensor.input(name));
         if (manifest.mixes_guidance()) all.push_back({GUIDANCE, with_rows(batch, {}), guidance.data() + first});
         auto part = run(stage, all, batch);
+        if (batch == samples) return {std::move(part["prediction"]), std::move(part["variance"])};
         append(whole.prediction, part["prediction"]);
         append(whole.variance, part["variance"]);
     }
@@ -291,53 +296,6 @@ std::vector<float> Pipeline::decode(const std::vector<float>& latents) {
 std::vector<std::uint8_t> Pipeline::pictures(const std::vector<float>& latents) {
     const std::vector<float> images = decode(latents);
     return to_uint8(images, with_rows(latents.size() / count(manifest.state().shape), manifest.image_shape()));
-}
-
-// What the stage's engine gives, when it is this call's turn.
-std::map<std::string, Output> Pipeline::answer(const Stage& stage, const std::vector<Input>& inputs) {
-    const auto& cancellation = current_call().cancellation;
-    const auto cancelled = [&] { return cancellation && cancellation->cancelled(); };
-    check_cancelled();
-    const Turns::Turn turn(opened_->turns);
-    Engine& engine = this->engine(stage);
-    const Stopwatch running(stage.runs == "step"  ? &Timing::steps
-                            : stage.runs == "end" ? &Timing::end
-                                                  : &Timing::before_loop);
-    try {
-        std::map<std::string, Output> outputs;
-        {
-            const Cancellation::Hook hook(cancellation, [&engine] { engine.stop(); });
-            outputs = engine.run(inputs);
-        }
-        if (cancelled()) engine.resume();
-        return outputs;
-    } catch (const EngineError& error) {
-        if (cancelled()) {
-            engine.resume();
-            throw Stopped("cancelled");
-        }
-        const std::string message = text("the ", stage.name, " failed: ", error.what());
-        throw_if_grave(message);
-        throw EngineError(message);
-    }
-}
-
-// Runs the stage on so many rows; refuses outputs that do not have the manifest's shapes.
-std::map<std::string, std::vector<float>> Pipeline::run(const Stage& stage, const std::vector<Input>& inputs,
-                                                        std::size_t rows) {
-    std::map<std::string, Output> outputs = answer(stage, inputs);
-    std::map<std::string, std::vector<float>> tensors;
-    for (const TensorSpec& spec : stage.gives) {
-        const auto output = outputs.find(spec.name);
-        if (output == outputs.end())
-            throw BundleError(text(folder.string(), ": ", stage.name, " has no output ", spec.name));
-        const Shape expected = with_rows(rows, spec.row());
-        if (output->second.shape != expected)
-            throw EngineError(text("the ", stage.name, "'s ", spec.name, " has shape ", shown(output->second.shape),
-                                   ", expected ", shown(expected)));
-        tensors[spec.name] = std::move(output->second.values);
-    }
-    return tensors;
 }
 
 void Pipeline::require_decoder() const {

@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,9 +42,13 @@ class Pipeline {
     // The rows of every condition port, those of token ids through the prompt stage.
     Rows encode(const Rows& condition);
     // The memo of these conditions; without rows of `negative` there is no guidance. The pipeline outlives it. Stages
-    // run through `compute` where there is one.
-    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {}, const RunStage& compute = {},
-              std::size_t budget = MEMO_BYTES);
+    // run through `compute` where there is one, and what the step reads is on the device where there is one.
+    Memo memo(const Array& timesteps, const Rows& condition, const Rows& negative = {}, const RunRows& compute = {},
+              std::size_t budget = MEMO_BYTES, const std::optional<Device>& device = {});
+    // The memory of the step's engine, where arrays can stay there.
+    std::optional<Device> device();
+    // Whether the update's engine is there, too.
+    bool updates_on_device();
     RunStage runner();  // of stages of any size
     // [B, *state], [B] -> prediction and, where it is learned, variance; split into what the engine takes at a time.
     Prediction denoise(const std::vector<float>& state, const Conditioned& inputs, const std::vector<float>& guidance);
@@ -70,6 +75,7 @@ class Pipeline {
     struct Opened {
         Turns turns;                                             // for engines and checked, at all sizes
         std::map<std::string, std::unique_ptr<Engine>> engines;  // by stage
+        std::map<std::string, std::vector<std::string>> files;   // that each was opened from
         CheckedFiles checked;                                    // files whose sums are the manifest's
         PromptMemo prompts;
     };
@@ -83,7 +89,10 @@ class Pipeline {
     std::unique_ptr<Engine> open(const Stage& stage);
     std::map<std::string, std::vector<float>> run(const Stage& stage, const std::vector<Input>& inputs,
                                                   std::size_t rows);
-    std::map<std::string, Output> answer(const Stage& stage, const std::vector<Input>& inputs);
+    std::map<std::string, Output> answer(const Stage& stage, std::vector<Input> inputs, const Into* into = nullptr);
+    // Calls it with the engine, where arrays can stay with that, and NULL elsewhere.
+    template <typename Call>
+    auto with_resident(const Stage& stage, const Call& call);
     void require_room(const std::vector<std::string>& files) const;
 
     Options options_;

@@ -94,6 +94,19 @@ const Port* lone_label(const Manifest& manifest) {
 
 }  // namespace
 
+std::vector<std::uint8_t> Reference::shown(std::vector<std::uint8_t> pictures, const Shape& shape) const {
+    if (frames.empty()) return pictures;
+    const std::size_t all = static_cast<std::size_t>(shape.at(1)), frame = count(shape) / all;
+    std::vector<std::uint8_t> chosen;
+    for (std::size_t video = 0; video < pictures.size() / (all * frame); ++video)
+        for (const std::int64_t number : frames) {
+            const auto first = pictures.begin() +
+                               static_cast<std::ptrdiff_t>((video * all + static_cast<std::size_t>(number)) * frame);
+            chosen.insert(chosen.end(), first, first + static_cast<std::ptrdiff_t>(frame));
+        }
+    return chosen;
+}
+
 Rows fingerprinted(const Manifest& manifest, const Reference& reference) {
     const Port* const label = lone_label(manifest);
     if (manifest.conditions().empty()) return {reference.batch() + 1};
@@ -116,7 +129,6 @@ Reference load_reference(const Pipeline& pipe) {
         for (const TensorSpec& spec : latents)
             if (!arrays.has("encoded." + spec.name)) missing.push_back("encoded." + spec.name);
         if (!missing.empty()) throw NpyError("it lacks " + join(missing));
-        if (arrays.has("frames") && arrays.at("frames").size()) throw NpyError("it has frames of a video");
         const std::string& solver = manifest.process.sampler.solver;
         const std::int64_t each_step = evaluations(solver);
         const std::int64_t most = std::min(limit("evaluations"), manifest.process.train_steps * each_step);
@@ -144,9 +156,19 @@ Reference load_reference(const Pipeline& pipe) {
             manifest.mixes_guidance() ? arrays.read<float>("null", run) : arrays.read_or_none<float>("null", run);
         reference.variance = find(manifest.step().gives, "variance") ? arrays.read<float>("variance", run)
                                                                      : arrays.read_or_none<float>("variance", run);
-        if (!image.empty())
-            reference.images =
-                arrays.read<std::uint8_t>("images", {static_cast<std::int64_t>(batch), image[1], image[2], image[0]});
+        if (!image.empty()) {
+            Shape pictures(image.begin() + 1, image.end());
+            if (arrays.has("frames") && arrays.at("frames").size()) {
+                const Shape& frames = arrays.at("frames").shape;
+                reference.frames = arrays.read<std::int64_t>("frames", {frames.empty() ? 0 : frames[0]});
+                for (const std::int64_t frame : reference.frames)
+                    if (frame < 0 || frame >= manifest.frames())
+                        throw NpyError(text("frames hold ", frame, ", expected numbers of a video's frames"));
+                pictures[0] = static_cast<std::int64_t>(reference.frames.size());
+            }
+            pictures.push_back(image[0]);
+            reference.images = arrays.read<std::uint8_t>("images", with_rows(batch, pictures));
+        }
         for (const TensorSpec& spec : latents)
             reference.encoded[spec.name] = arrays.read<float>("encoded." + spec.name, sample);
         reference.condition = conditions(manifest, arrays, "condition", batch);

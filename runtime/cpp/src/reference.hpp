@@ -28,11 +28,14 @@ struct Reference {
     std::vector<float> prediction, conditional, null;  // (S, B, *state); null may be empty where nothing mixes guidance
     std::vector<float> variance;                       // (S, B, *state), or empty where it is not learned
     std::vector<float> fingerprint;                    // (F, FINGERPRINTS)
-    std::vector<std::uint8_t> images;                  // (B, H, W, 3), or empty without a decoder
-    Encoded encoded;                                   // of the images: arrays encoded.NAME
-    Rows condition, negative;                          // B rows and one (or none): arrays condition.NAME and null.NAME
+    std::vector<std::uint8_t> images;  // (B, H, W, 3), of videos (B, F, H, W, 3), or empty without a decoder
+    std::vector<std::int64_t> frames;  // (F,) of the videos, those that `images` has; empty: all
+    Encoded encoded;                   // of the images: arrays encoded.NAME
+    Rows condition, negative;          // B rows and one (or none): arrays condition.NAME and null.NAME
 
     std::size_t batch() const { return seeds.size(); }
+    // What `images` has of pictures or videos, whose shape is (3, H, W) or (3, F, H, W).
+    std::vector<std::uint8_t> shown(std::vector<std::uint8_t> pictures, const Shape& shape) const;
 };
 
 Reference load_reference(const Pipeline& pipe);

@@ -1,5 +1,7 @@
 #include "run.hpp"
 
+#include <algorithm>
+
 #include "errors.hpp"
 #include "pipeline.hpp"
 #include "start.hpp"
@@ -18,7 +20,7 @@ Values twice(const Values& values) {
 
 }  // namespace
 
-Run::Run(Pipeline& pipe, const Request& request, RunStage compute, std::size_t budget)
+Run::Run(Pipeline& pipe, const Request& request, RunRows compute, std::size_t budget)
     : pipe_(pipe.at(request.size)),
       checked_(check(pipe_.manifest, request)),
       on_step_(request.on_step),
@@ -26,6 +28,8 @@ Run::Run(Pipeline& pipe, const Request& request, RunStage compute, std::size_t b
       budget_(budget),
       with_others_(request.cancellation ? request.cancellation : current_call().cancellation,
                    [own = cancellation_] { own->cancel(); }),
+      eta_(request.eta),
+      spacing_(request.spacing),
       trajectory_(begin(request)) {}
 
 // The trajectory from the request's picture, its latents, or noise.
@@ -68,11 +72,14 @@ Trajectory Run::begin(const Request& request) {
         };
     auto cache = make_cache(request.cache, request.cache_settings, static_cast<std::int64_t>(checked_.timesteps.size()),
                             evaluations(checked_.solver));
+    const bool skips =
+        std::any_of(checked_.groups.begin(), checked_.groups.end(), [](const auto& own) { return !own; });
+    on_host_ = compute_ || mix || cache || keep || skips || evaluations(checked_.solver) > 1;
     return {std::move(solver), checked_.timesteps, checked_.groups, std::move(mix), std::move(cache), std::move(keep)};
 }
 
 template <typename Make>
-auto Run::as_own(const Make& make) {
+decltype(auto) Run::as_own(const Make& make) {
     const CallScope scope({cancellation_, {}, &timing_});
     try {
         return make();
@@ -85,7 +92,10 @@ auto Run::as_own(const Make& make) {
 bool Run::step() {
     require_going();
     if (done() == steps()) return false;
-    if (const auto ask = this->ask()) {
+    if (!done() && !loop_) loop_ = as_own([&] { return begin_on_device(); });
+    if (loop_) {
+        as_own([&] { loop_->advance(); });
+    } else if (const auto ask = this->ask()) {
         const auto inputs = [&](std::size_t first, std::size_t last) -> const Arrays& {
             return (*ask->memo)(ask->step, first, last, ask->groups);
         };
@@ -98,19 +108,48 @@ bool Run::step() {
     return done() < steps();
 }
 
+// The loop on the device where all that the run needs can be there; else NULL.
+std::unique_ptr<MatrixLoop> Run::begin_on_device() {
+    const Manifest& manifest = pipe_.manifest;
+    if (on_host_ || !pipe_.updates_on_device()) return nullptr;
+    const auto matrices = linear(manifest.process, checked_.solver, checked_.steps, eta_, spacing_, checked_.first);
+    if (!matrices) return nullptr;
+    const Device device = *pipe_.device();
+    if (manifest.mixes_guidance()) weights_ = device.put({GUIDANCE, with_rows(count(), {}), checked_.weights.data()});
+    const auto inputs = [this, &memo = memo(device)](std::size_t step, std::size_t first, std::size_t last) {
+        std::vector<Input> inputs;
+        for (const auto& [name, tensor] : memo(step, first, last, *checked_.groups[step]))
+            inputs.push_back(tensor.input(name));
+        if (weights_.memory) {
+            chosen_ = weights_.slice(first, last);
+            inputs.push_back({GUIDANCE, chosen_.shape(), nullptr});
+            inputs.back().device = &chosen_;
+        }
+        return inputs;
+    };
+    return std::make_unique<MatrixLoop>(*matrices, device, manifest.step(), *manifest.update, manifest.state().name,
+                                        trajectory_.state(), manifest.state().shape, inputs);
+}
+
+// What the step reads, made when the run first needs it.
+Memo& Run::memo(const std::optional<Device>& device) {
+    if (!memo_)
+        memo_ = as_own([&] {
+            return std::make_unique<Memo>(
+                pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative, compute_, budget_, device));
+        });
+    return *memo_;
+}
+
 std::optional<Ask> Run::ask() {
     require_going();
     const auto groups = trajectory_.asks();
     if (!groups) return std::nullopt;
-    if (!memo_)
-        memo_ = as_own([&] {
-            return std::make_unique<Memo>(
-                pipe_.memo(checked_.timesteps, checked_.condition, checked_.negative, compute_, budget_));
-        });
+    Memo& memo = this->memo(compute_ || memo_ ? std::nullopt : pipe_.device());
     const std::vector<float> state(this->state().begin(), this->state().end());
     const bool apart = *groups == Groups::APART;
     return Ask{trajectory_.done(), *groups, apart ? twice(state) : state,
-               apart ? twice(checked_.weights) : checked_.weights, memo_.get()};
+               apart ? twice(checked_.weights) : checked_.weights, &memo};
 }
 
 bool Run::tell(Prediction answer) {
@@ -123,6 +162,19 @@ bool Run::tell() {
     require_going();
     if (done() < steps()) trajectory_.tell();
     return done() < steps();
+}
+
+const Array& Run::state() {
+    if (!loop_) return trajectory_.state();
+    const CallScope scope({{}, {}, &timing_});  // also of a run that was cancelled
+    return loop_->state();
+}
+
+std::size_t Run::rows() const {
+    if (!loop_) return trajectory_.rows();
+    std::size_t total = 0;
+    for (std::size_t step = 0; step < loop_->done(); ++step) total += dit_runtime::rows(*checked_.groups[step]);
+    return total;
 }
 
 std::vector<float> Run::latents() {
@@ -139,7 +191,7 @@ std::vector<std::uint8_t> Run::pictures() {
 std::vector<std::uint8_t> Run::preview() {
     pipe_.require_decoder();
     require_going();
-    const Array& x0 = trajectory_.x0();
+    const Array x0 = loop_ ? as_own([&] { return loop_->x0(); }) : trajectory_.x0();
     if (x0.empty()) throw UsageError("there is no preview before the first step; call dit_run_step first");
     return as_own([&] { return pipe_.pictures({x0.begin(), x0.end()}); });
 }

@@ -31,9 +31,10 @@ class Run {
   public:
     // Checks the request and encodes its picture. `compute` runs the stages before the loop, in the place of the
     // pipeline: a service shares what they give.
-    Run(Pipeline& pipe, const Request& request, RunStage compute = {}, std::size_t budget = MEMO_BYTES);
+    Run(Pipeline& pipe, const Request& request, RunRows compute = {}, std::size_t budget = MEMO_BYTES);
 
-    // Goes one step; true while there is more to do. After an engine's failure it can be called again.
+    // Goes one step; true while there is more to do. After an engine's failure it can be called again. On a device a
+    // step is queued; who looks at the state waits for it.
     bool step();
     // What the next step needs of the network; none where it needs nothing, or none is left. A batcher calls this and
     // `tell` in the place of `step`.
@@ -43,7 +44,7 @@ class Run {
     bool tell();
 
     // The latents after the steps so far, [N, *state]; with one that is the first, the noise.
-    const Array& state() const { return trajectory_.state(); }
+    const Array& state();
     // The latents after all steps, with those that are still to do.
     std::vector<float> latents();
     // The decoded latents after all steps, uint8 [N, H, W, 3].
@@ -55,31 +56,38 @@ class Run {
 
     Pipeline& pipe() const { return pipe_; }  // at the run's size
     const Timing& timing() const { return timing_; }
-    int done() const { return static_cast<int>(trajectory_.done()); }
+    int done() const { return static_cast<int>(loop_ ? loop_->done() : trajectory_.done()); }
     std::size_t count() const { return checked_.condition.rows; }
     int steps() const { return static_cast<int>(checked_.timesteps.size()); }
     // The rows that the network evaluated for each sample: evaluations × groups.
-    std::size_t rows() const { return trajectory_.rows(); }
+    std::size_t rows() const;
     // What that is when the run has ended; none where its cache decides that step by step.
     std::optional<std::size_t> planned_rows() const { return trajectory_.planned_rows(); }
 
   private:
     Trajectory begin(const Request& request);
+    std::unique_ptr<MatrixLoop> begin_on_device();
+    Memo& memo(const std::optional<Device>& device);
     void require_going() const;
     // Makes the call as one of the run's, which its cancelling stops.
     template <typename Make>
-    auto as_own(const Make& make);
+    decltype(auto) as_own(const Make& make);
 
     Pipeline& pipe_;
     Checked checked_;
     const OnStep on_step_;
-    const RunStage compute_;
+    const RunRows compute_;
     const std::size_t budget_;  // of its memo, in bytes
     Timing timing_;
     const std::shared_ptr<Cancellation> cancellation_ = std::make_shared<Cancellation>();
     const Cancellation::Hook with_others_;  // it may cancel at once
+    const double eta_;
+    const std::string spacing_;
+    bool on_host_ = true;  // what the request asks for needs each prediction there
     Trajectory trajectory_;
     std::unique_ptr<Memo> memo_;
+    DeviceRows weights_, chosen_;       // of guidance, on a device: all, and those of the last samples
+    std::unique_ptr<MatrixLoop> loop_;  // on a device, in the place of the trajectory
 };
 
 }  // namespace dit_runtime

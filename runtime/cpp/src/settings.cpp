@@ -35,10 +35,16 @@ std::vector<std::size_t> cpus(const std::string& list) {
     return numbers;
 }
 
-// The backend whose own setting this is; empty: it is none.
-std::string owner(const std::string& key) {
+// Backends that take settings of their own, as BACKEND.KEY.
+const std::vector<std::string> OWNERS = {"onnxruntime", "openvino"};
+
+bool is_own(const std::string& key) {
     const std::string name = key.substr(0, key.find('.'));
-    return name != key && facts().at("precisions").contains(name) ? name : "";
+    if (name == key || !facts().at("precisions").contains(name)) return false;
+    if (!contains(OWNERS, name))
+        throw UsageError(text("setting '", key, "': ", name, " has no settings of its own, for its engines were built ",
+                              "with theirs; leave it out"));
+    return true;
 }
 
 void apply(const EngineSetting& setting, Options& options) {
@@ -55,11 +61,11 @@ void apply(const EngineSetting& setting, Options& options) {
         const auto threads = integer(value);
         if (!threads || !*threads) throw UsageError(text("setting threads is '", value, "'; expected 1 or more"));
         options.threads = static_cast<int>(*threads);
-    } else if (!owner(key).empty()) {
+    } else if (is_own(key)) {
         options.own[key] = value;
     } else {
-        throw UsageError(text("setting '", key, "' is not known", nearest(key, KEYS), "; known: ", join(KEYS),
-                              ", and a backend's own as BACKEND.KEY"));
+        throw UsageError(text("setting '", key, "' is not known", nearest(key, KEYS), "; known: ", join(KEYS), ", and ",
+                              join(OWNERS, ".KEY, "), ".KEY"));
     }
 }
 
@@ -68,6 +74,7 @@ void apply(const EngineSetting& setting, Options& options) {
 void check_settings(const Options& options, const Manifest& manifest) {
     std::vector<std::string> names;
     for (const Stage& stage : manifest.stages) names.push_back(stage.name);
+    if (manifest.update) names.push_back(manifest.update->name);
     for (const EngineSetting& setting : options.settings) {
         if (!setting.stage.empty() && !contains(names, setting.stage))
             throw UsageError(text("setting ", setting.key, ": this bundle has no stage '", setting.stage, "'",

@@ -42,8 +42,9 @@ std::vector<Input> take(const std::vector<Input>& inputs, std::size_t rows, cons
 
 }  // namespace
 
-std::map<std::string, std::vector<float>> SharedMemo::operator()(const Stage& stage, const std::vector<Input>& inputs,
-                                                                 std::size_t rows) {
+std::map<std::string, std::vector<SharedRow>> SharedMemo::operator()(const Stage& stage,
+                                                                     const std::vector<Input>& inputs,
+                                                                     std::size_t rows) {
     std::vector<std::string> keys, missing;
     std::vector<std::size_t> first;  // the row of each that is missing
     for (std::size_t row = 0; row < rows; ++row) {
@@ -65,26 +66,24 @@ std::map<std::string, std::vector<float>> SharedMemo::operator()(const Stage& st
                 const std::vector<float>& all = outputs.at(spec.name);
                 const std::size_t size = all.size() / missing.size();
                 const auto begin = all.begin() + static_cast<std::ptrdiff_t>(number * size);
-                own.emplace_back(begin, begin + static_cast<std::ptrdiff_t>(size));
-                bytes_ += size * sizeof(float);
+                const auto row =
+                    std::make_shared<const std::vector<float>>(begin, begin + static_cast<std::ptrdiff_t>(size));
+                own.tensors.emplace_back(row, row->data());
+                own.bytes += size * sizeof(float);
             }
+            bytes_ += own.bytes;
             places_[missing[number]] = rows_.insert(rows_.end(), {missing[number], std::move(own)});
         }
     }
-    std::map<std::string, std::vector<float>> joined;
-    for (std::size_t number = 0; number < stage.gives.size(); ++number) {
-        std::vector<float>& all = joined[stage.gives[number].name];
-        for (const std::string& key : keys) {
-            const std::vector<float>& row = places_.at(key)->second[number];
-            if (all.empty()) all.reserve(row.size() * rows);
-            all.insert(all.end(), row.begin(), row.end());
-        }
-    }
+    std::map<std::string, std::vector<SharedRow>> shared;
+    for (std::size_t number = 0; number < stage.gives.size(); ++number)
+        for (const std::string& key : keys)
+            shared[stage.gives[number].name].push_back(places_.at(key)->second.tensors[number]);
     for (; bytes_ > budget_ && !rows_.empty(); rows_.pop_front()) {
-        for (const std::vector<float>& values : rows_.front().second) bytes_ -= values.size() * sizeof(float);
+        bytes_ -= rows_.front().second.bytes;
         places_.erase(rows_.front().first);
     }
-    return joined;
+    return shared;
 }
 
 }  // namespace dit_runtime

@@ -21,15 +21,18 @@ class SharedMemo {
     explicit SharedMemo(RunStage compute, std::size_t budget = MEMO_BYTES)
         : compute_(std::move(compute)), budget_(budget) {}
 
-    // The stage's outputs.
-    std::map<std::string, std::vector<float>> operator()(const Stage& stage, const std::vector<Input>& inputs,
-                                                         std::size_t rows);
+    // The stage's outputs. Who holds a row shares its memory, also when it has gone from here.
+    std::map<std::string, std::vector<SharedRow>> operator()(const Stage& stage, const std::vector<Input>& inputs,
+                                                             std::size_t rows);
 
     std::size_t bytes() const { return bytes_; }
     std::atomic<std::size_t> hits{0}, misses{0};
 
   private:
-    using Outputs = std::vector<std::vector<float>>;  // of a row, in the stage's order
+    struct Outputs {  // of a row, in the stage's order
+        std::vector<SharedRow> tensors;
+        std::size_t bytes = 0;
+    };
     using Kept = std::list<std::pair<std::string, Outputs>>;
 
     const RunStage compute_;

@@ -1,8 +1,11 @@
 // A run of a solver: it waits for each prediction of the network. Mirrors dit_runtime/sampling/solvers/__init__.py.
 #pragma once
 
+#include <array>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "denoiser.hpp"
 #include "noise.hpp"
@@ -44,5 +47,15 @@ class Solver {
     Array x0_;
     std::unique_ptr<Method> method_;
 };
+
+using Matrix = std::array<std::array<double, 3>, 2>;
+
+// A run as a matrix M an evaluation, (memory', x') = M (x, prediction, memory).
+//
+// The memory is the last x₀, or the last velocity of a solver that evaluates twice a step. Whether there are such
+// matrices, and which, comes from the solver alone: it steps a few numbers, and where three coefficients do not
+// explain all that it makes of them (it clips, draws noise or looks further back), there are none.
+std::optional<std::vector<Matrix>> linear(const Process& process, const std::string& solver, std::int64_t steps,
+                                          double eta = 0.0, const std::string& spacing = "", std::size_t first = 0);
 
 }  // namespace dit_runtime

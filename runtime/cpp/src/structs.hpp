@@ -20,11 +20,15 @@ template <typename Struct>
 const std::vector<std::size_t> versions = {};
 template <>
 inline const std::vector<std::size_t> versions<dit_open_options> = {
-    offsetof(dit_open_options, warm), offsetof(dit_open_options, size), offsetof(dit_open_options, manifest_sha256)};
+    offsetof(dit_open_options, warm), offsetof(dit_open_options, size), offsetof(dit_open_options, manifest_sha256),
+    offsetof(dit_open_options, public_key)};
 template <>
 inline const std::vector<std::size_t> versions<dit_info> = {
     offsetof(dit_info, caption_shape),   offsetof(dit_info, state_rank), offsetof(dit_info, note),
-    offsetof(dit_info, batch_invariant), offsetof(dit_info, steps),      offsetof(dit_info, num_sizes)};
+    offsetof(dit_info, batch_invariant), offsetof(dit_info, steps),      offsetof(dit_info, num_sizes),
+    offsetof(dit_info, frames)};
+template <>
+inline const std::vector<std::size_t> versions<dit_size> = {offsetof(dit_size, frames)};
 template <>
 inline const std::vector<std::size_t> versions<dit_request> = {
     offsetof(dit_request, captions), offsetof(dit_request, arrays), offsetof(dit_request, guidance_interval),

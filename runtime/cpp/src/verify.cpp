@@ -151,7 +151,7 @@ void teacher_forced(Pipeline& pipe, const Reference& reference, const Tolerances
     const std::size_t steps = reference.timesteps.size();
     const std::size_t each = reference.batch() * count(pipe.manifest.state().shape);
     const bool guided = pipe.manifest.mixes_guidance();
-    Memo memo = pipe.memo(reference.timesteps, reference.condition, reference.negative);
+    Memo memo = pipe.memo(reference.timesteps, reference.condition, reference.negative, {}, MEMO_BYTES, pipe.device());
     for (std::size_t step = 0; step < steps; ++step) {
         count_steps(1);
         const std::string where = text("step ", step + 1, " of ", steps, ", t = ", reference.timesteps[step]);
@@ -330,10 +330,10 @@ std::vector<float> free_run(Pipeline& pipe, const Reference& reference, const To
 
 void check_pictures(Pipeline& pipe, const Reference& reference, const std::vector<float>& latents, double limit,
                     bool nearest, const OnFigure& on_figure) {
-    const std::size_t batch = reference.batch(), numbers = count(pipe.manifest.image_shape());
+    const std::size_t batch = reference.batch(), numbers = reference.images.size() / batch;
     std::vector<std::uint8_t> pictures;
     try {
-        pictures = pipe.pictures(latents);
+        pictures = reference.shown(pipe.pictures(latents), pipe.manifest.image_shape());
     } catch (const EngineError& error) {
         return on_figure({"run", "pictures, PSNR in dB", std::nan(""), limit, true, {}, error.what()});
     }

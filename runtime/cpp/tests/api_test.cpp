@@ -212,6 +212,31 @@ TEST_P(Api, TheManifestThatWasAskedFor) {
     }
 }
 
+TEST_P(Api, TheKeyThatMustHaveSigned) {
+    const std::vector<std::uint8_t> key(32, 1);
+    const auto open = [&](const std::uint8_t* bytes, std::size_t size) {
+        pipe.reset(dit_new());
+        options.public_key = bytes;
+        options.public_key_size = size;
+        return dit_open(pipe.get(), BUNDLE, &options);
+    };
+    const auto refuses = [&](const std::uint8_t* bytes, std::size_t size, dit_status status, const char* words) {
+        EXPECT_STREQ(dit_status_name(open(bytes, size)), dit_status_name(status));
+        EXPECT_NE(std::string(dit_last_message()).find(words), std::string::npos) << dit_last_message();
+    };
+    refuses(key.data(), 32, DIT_BAD_BUNDLE, "not signed");
+    refuses(key.data(), 31, DIT_BAD_ARGUMENT, "public_key has 31 bytes; expected 32");
+    refuses(key.data(), 0, DIT_BAD_ARGUMENT, "public_key has 0 bytes; expected 32");
+    refuses(nullptr, 32, DIT_BAD_ARGUMENT, "public_key is NULL");
+    EXPECT_EQ(open(nullptr, 0), DIT_OK) << dit_message(pipe.get());
+    dit::OpenOptions face;
+    EXPECT_NO_THROW(dit::Pipeline(BUNDLE, face));
+    for (const std::size_t size : {0u, 32u}) {  // an empty key is none that signed
+        face.public_key.emplace(size, std::uint8_t{1});
+        EXPECT_THROW(dit::Pipeline(BUNDLE, face), dit::Error);
+    }
+}
+
 TEST(Face, ExceptionsOfTheCallerReachTheCaller) {
     dit::Pipeline pipe(BUNDLE);
     dit::Request request;

@@ -318,13 +318,21 @@ TEST(SharedMemo, ComputesARowOnceAndForgetsTheOldest) {
             return std::map<std::string, std::vector<float>>{{"rows", values}};
         },
         3 * 2 * sizeof(float));
-    const auto ask = [&](std::vector<std::int64_t> labels) {
+    const auto rows = [&](std::vector<std::int64_t> labels) {
         return memo(stage, {{"labels", {static_cast<std::int64_t>(labels.size())}, labels.data(), true}}, labels.size())
             .at("rows");
     };
+    const auto ask = [&](const std::vector<std::int64_t>& labels) {
+        std::vector<float> values;
+        for (const SharedRow& row : rows(labels)) values.insert(values.end(), row.get(), row.get() + 2);
+        return values;
+    };
     EXPECT_EQ(ask({4, 5, 4}), (std::vector<float>{4, 0.5f, 5, 0.5f, 4, 0.5f}));
+    const SharedRow kept = rows({4}).front();
+    EXPECT_EQ(kept, rows({4}).front());  // no copy
     EXPECT_EQ(ask({5, 6}), (std::vector<float>{5, 0.5f, 6, 0.5f}));
-    EXPECT_EQ(ask({7}).front(), 7.0f);  // 4 is forgotten
+    EXPECT_EQ(ask({7}).front(), 7.0f);  // 4 is forgotten here, and stays with its holder
+    EXPECT_EQ(*kept, 4.0f);
     EXPECT_EQ(ask({5, 6, 7}).front(), 5.0f);
     EXPECT_EQ(calls, (std::vector<std::size_t>{2, 1, 1}));
     EXPECT_EQ(ask({4}).front(), 4.0f);

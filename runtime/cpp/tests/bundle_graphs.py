@@ -116,15 +116,15 @@ class Maker:
         self._save("encoder", "start", [pictures], latents, parts)
 
     def decoder(self) -> None:
-        channels, height, width = self.state["shape"]
+        channels, *frames, height, width = self.state["shape"]  # of a video it makes two frames of each
         parts = (
-            ("colours", self.weight(3, channels, 1, 1)),
-            ("scales", np.array([1, 1, 8, 8], np.float32)),
+            ("colours", self.weight(3, channels, *(1 for _ in frames), 1, 1)),
+            ("scales", np.array([1, 1, *(2 for _ in frames), 8, 8], np.float32)),
             ("Conv", [self.state["name"], "colours"], ["small"], {}),
             ("Sigmoid", ["small"], ["levels"], {}),
             ("Resize", ["levels", "", "scales"], ["images"], {"mode": "nearest"}),
         )
-        pictures = tensor("images", "float32", "batch", 3, 8 * height, 8 * width)
+        pictures = tensor("images", "float32", "batch", 3, *(2 * number for number in frames), 8 * height, 8 * width)
         self._save("decoder", "end", [self._spec(self.state["name"], "batch")], [pictures], parts)
 
     def _spec(self, name: str, *free: str) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def video(make: Maker) -> None:
         ("Add", ["some", "more"], ["conditioning"], {}),
     )  # fmt: skip
     make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}))
+    make.decoder()
 
 
 def free(make: Maker) -> None:

@@ -1,8 +1,9 @@
-// What the batcher itself takes, in processor time of a sample and step: `cost BUNDLE`, the twin of
-// tests/serve/cost.py.
+// What the batcher itself takes, in processor time of a sample and step: `cost BUNDLE [ROUNDS]`, the twin of
+// tests/serve/cost.py. More rounds are for a profile: `perf record cost BUNDLE 200`.
 //
 // Its engines are there at once with zeros, so that all time is the library's: requests, solvers, stacking, scheduling.
 #include <array>
+#include <cstdlib>
 #include <ctime>
 #include <iostream>
 #include <random>
@@ -78,7 +79,8 @@ double draw(dit::Batcher& batcher) {
 }  // namespace
 
 int main(int count, char** words) try {
-    if (count < 2) throw std::runtime_error("usage: cost BUNDLE");
+    if (count < 2) throw std::runtime_error("usage: cost BUNDLE [ROUNDS]");
+    const int rounds = count > 2 ? std::atoi(words[2]) : 1;
     for (const std::size_t places : {1, 8}) {
         dit::Options options;
         options.threads = 1;
@@ -92,7 +94,8 @@ int main(int count, char** words) try {
         dit::EngineDouble::free(pipe, *pipe.manifest.end());
         const std::size_t before = batcher.counts().samples;
         const double began = processor_time(CLOCK_PROCESS_CPUTIME_ID), own = processor_time(CLOCK_THREAD_CPUTIME_ID);
-        const double beside = draw(batcher);
+        double beside = 0;
+        for (int round = 0; round < rounds; ++round) beside += draw(batcher);
         const double whole = processor_time(CLOCK_PROCESS_CPUTIME_ID) - began;
         const double stepping = whole - beside - (processor_time(CLOCK_THREAD_CPUTIME_ID) - own);
         const auto samples = static_cast<double>(batcher.counts().samples - before);

@@ -7,6 +7,8 @@ add_executable(api-tests api_test.cpp batcher_api_test.cpp captions_test.cpp mod
 target_include_directories(api-tests PRIVATE ../src)
 target_link_libraries(api-tests PRIVATE dit::dit GTest::gtest_main nlohmann_json::nlohmann_json Threads::Threads)
 
+add_executable(cancel cancel.cpp)
+target_link_libraries(cancel PRIVATE dit::dit Threads::Threads)
 foreach(measurement bench cost)
   add_executable(${measurement} ${measurement}.cpp)
   target_link_libraries(${measurement} PRIVATE dit_core ${linked})
@@ -24,7 +26,8 @@ target_compile_definitions(tensorrt-rtx-tests PRIVATE DOUBLE_OF_RTX)
 if(ONNXRuntime_FOUND)
   add_library(ort_insides OBJECT ../src/engine_ort.cpp ../src/ort_placement.cpp ../src/backends_linked.cpp)
   set(ort_insides $<TARGET_OBJECTS:ort_insides> $<TARGET_OBJECTS:dit_core>)
-  add_executable(ort-cuda-tests ort_cuda_test.cpp ../src/engine_ort_cuda.cpp ${ort_insides})
+  add_executable(ort-cuda-tests ort_cuda_test.cpp device_loop_test.cpp doubles/ort_double.cpp ../src/engine_ort_cuda.cpp
+    ${ort_insides})
   list(APPEND device_tests ort-cuda-tests)
   # CUDA's own headers and static runtime: the engine links with them, and says that there is no GPU.
   find_path(CUDA_TEST_INCLUDE_DIR cuda_runtime_api.h HINTS "${CUDA_ROOT}" "${CUDA_TEST_ROOT}" PATH_SUFFIXES include)

@@ -120,6 +120,7 @@ TEST(Images, Rounding) {
     const auto exact = [](float level) { return static_cast<int>(std::nearbyint(static_cast<double>(level) * 255)); };
     EXPECT_EQ(planes, (std::vector<int>{exact(levels[0]), exact(levels[1]), exact(levels[2]), 0, 255, 255}));
     EXPECT_EQ(to_uint8({0.5f, 0.5f, 0.5f}, {1, 3, 1, 1})[0], 128);  // 127.5 is a tie
+    EXPECT_EQ(to_uint8(levels, {1, 3, 1, 1, 2}), bytes_of);         // a frame of two pixels
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ from dit_runtime.sampling.loops import Trajectory
 from dit_runtime.sampling.noise import Noise, draw
 from dit_runtime.sampling.process import SOLVERS, SPACINGS, Process
 from dit_runtime.sampling.schedule import make_schedule, timesteps
-from dit_runtime.sampling.solvers import levels, plan, solve
+from dit_runtime.sampling.solvers import levels, linear, plan, solve
 
 LISTS = ("99, 60, 41.0, 7, 0", "0.9, 0.55, 0.3, 0.2, 0.01")  # of 5 times, of a noise process and of a flow
 FILE = Path(__file__).with_name("goldens.json")
@@ -150,6 +150,19 @@ def started() -> list[dict[str, Any]]:
     return found
 
 
+def matrices() -> list[dict[str, Any]]:
+    """Each solver's run as matrices, three of them, or that it is none; also one that begins late."""
+    found = []
+    for name, solver, first in product(PROCESSES, SOLVERS, (0, 12)):
+        process = Process.from_dict(PROCESSES[name])
+        if process.kind not in SOLVERS[solver]["processes"] or process.train_steps < 20:
+            continue
+        made = linear(process, solver, 20, first=first)
+        chosen = None if made is None else made[[0, 1, -1]].reshape(-1).tolist()
+        found.append({"process": name, "solver": solver, "first": first, "matrices": chosen})
+    return found
+
+
 WEIGHTS, CHANNELS = [3.0, 2.0], 2  # of the trajectories' samples; guided of 3 channels of 2 × 2
 PLANS: list[dict[str, Any]] = [
     {},
@@ -222,6 +235,7 @@ def goldens() -> dict[str, Any]:
         "alpha_bar": {name: Process.from_dict(table).alpha_bar[::7].tolist() for name, table in PROCESSES.items()},
         "every_step": {spacing: timesteps(full, "ddim", 250, spacing).tolist() for spacing in SPACINGS},
         "runs": [*runs(), *started()],
+        "matrices": matrices(),
         "beta_quantiles": {str(p): beta_quantile(np.array([p])).item() for p in (1e-9, 0.001, 0.2, 0.5, 0.7, 0.999)},
         "trajectories": trajectories(),
         "noise": noises(),

@@ -3,7 +3,8 @@
 labels: 5 classes, a learned variance, a decoder;  captioned: captions with a mask, and no null;
 pictured: as labels, with an encoder;  enlarged: an encoder, whose latents are the only condition;
 wave: a state of rank 1, two conditions of different widths, and stages that read what others give;
-video: a state of rank 4, labels without names and a number;  free: no condition at all, and no guidance;
+video: a state of rank 4, labels without names and a number, and a decoder of frames, of which the reference has some;
+free: no condition at all, and no guidance;
 prompted: two tokenizers, and a stage that makes three of the four condition ports of their ids;
 sizes: as labels, with a second size that has graphs of its own;
 embedded: a port takes the weight of guidance, with defaults of the bundle's own.
@@ -168,6 +169,8 @@ def reference(folder: Path, kind: str, table: dict[str, Any], suffix: str) -> No
     pictures = np.empty(0, np.uint8)
     if "decoder" in graphs.stages:
         pictures = images.to_uint8(graphs.run("decoder", {graphs.ports["state"]: states[-1]})["images"])
+    shown = np.array([0, 3, 4] if kind == "video" else [], np.int64)
+    pictures = pictures[:, shown] if shown.size else pictures
     encoded = {}
     if "encoder" in graphs.stages:
         encoded = graphs.run("encoder", {"images": images.to_unit(pictures)})
@@ -180,6 +183,7 @@ def reference(folder: Path, kind: str, table: dict[str, Any], suffix: str) -> No
         latents=np.stack(states),
         fingerprint=fingerprint(graphs, times[STEPS // 2], own, null),
         images=pictures,
+        frames=shown,
         **{name: np.stack(values) if values else np.empty(0, np.float32) for name, values in run.items()},
         **{f"condition.{name}": array for name, array in own.items()},
         **{f"null.{name}": array for name, array in null.items()},

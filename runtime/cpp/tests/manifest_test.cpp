@@ -1,6 +1,7 @@
 // Manifests and the files they name.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -107,6 +108,14 @@ TEST(Ports, OfEachKind) {
     EXPECT_FALSE(changed_manifest(FREE, same).mixes_guidance());
 }
 
+TEST(Stages, AnEncoderNeedsADecoder) {
+    refused_change(PICTURED, "stage encoder: got no stage that runs 'end', expected one", [](Json& table) {
+        Json& stages = table["stages"];
+        const auto decodes = [](const Json& stage) { return stage["runs"] == "end"; };
+        stages.erase(std::find_if(stages.begin(), stages.end(), decodes));
+    });
+}
+
 TEST(Ports, Refusals) {
     const auto bad = [](const char* words, const std::function<void(Json&)>& change) {
         refused_change(WAVE, words, change);
@@ -117,6 +126,9 @@ TEST(Ports, Refusals) {
     bad("time ports: got 0", [](Json& table) { table["ports"][1]["role"] = "condition"; });
     bad("rank 1 or more", [](Json& table) { table["ports"][0]["shape"] = Json::array(); });
     bad("rank 0", [](Json& table) { table["ports"][1]["shape"] = {1}; });
+    bad("at most 268435456 bytes", [](Json& table) { table["ports"][0]["shape"] = {5, 1 << 24}; });
+    bad("at most 268435456 bytes",
+        [](Json& table) { table["ports"][4].update({{"dtype", "int64"}, {"size", 2}, {"shape", {3, 1 << 24}}}); });
     bad("role: got prompt", [](Json& table) { table["ports"][4]["role"] = "prompt"; });
     bad("dtype: got float16", [](Json& table) { table["ports"][4]["dtype"] = "float16"; });
     bad("size: got 0, expected 1 or more", [](Json& table) { table["ports"][4]["dtype"] = "int64"; });

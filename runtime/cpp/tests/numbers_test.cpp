@@ -26,6 +26,9 @@ constexpr double RTOL = 1e-12;
 // Noise is rounded to float: an ulp of values up to 5.
 constexpr double NOISE_RTOL = 1e-7;
 
+// Each language finds them from numbers of its own, by least squares; a state has 24 bits.
+constexpr double MATRIX_RTOL = 1e-9;
+
 using Denoise = std::function<Prediction(const Array& x, double t)>;
 
 // A whole run with a network that is called.
@@ -115,6 +118,24 @@ TEST(Solvers, EveryGoldenRun) {
     }
     EXPECT_GT(replayed, 200);
     EXPECT_GT(refused, 5);
+}
+
+TEST(Solvers, AsMatrices) {
+    int linear_ones = 0, others = 0;
+    for (const Json& golden : goldens()["matrices"]) {
+        SCOPED_TRACE(golden.dump());
+        const auto matrices = linear(process(golden["process"]), golden["solver"], 20, 0.0, "", golden["first"]);
+        ASSERT_EQ(matrices.has_value(), !golden["matrices"].is_null());
+        ++(matrices ? linear_ones : others);
+        if (!matrices) continue;
+        Array chosen;
+        for (const Matrix& matrix : {matrices->at(0), matrices->at(1), matrices->back()})
+            for (const auto& row : matrix) chosen.insert(chosen.end(), row.begin(), row.end());
+        EXPECT_LE(apart(chosen, golden["matrices"].get<Array>()), MATRIX_RTOL);
+    }
+    EXPECT_GT(linear_ones, 50);
+    EXPECT_GT(others, 50);
+    EXPECT_FALSE(linear(process("defaults"), "ddim", 20, 0.7));  // it draws
 }
 
 // A run can be stepped from outside: it asks where the plan says, and stands still until an answer is sent.

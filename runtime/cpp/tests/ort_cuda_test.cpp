@@ -1,153 +1,24 @@
-// The engine of ONNX Runtime's CUDA provider on doubles of that provider and of CUDA: graphs run on the CPU, in memory
-// that the test calls the GPU's. No GPU has run it. Mirrors tests/runtime/test_ort_cuda.py.
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
-#include <gtest/gtest.h>
-
+// The engine of ONNX Runtime's CUDA provider on doubles of that provider and of CUDA. No GPU has run it. Mirrors
+// tests/runtime/test_ort_cuda.py; device_loop_test.cpp has the loop.
 #include <algorithm>
-#include <cstddef>
-#include <map>
-#include <set>
+#include <cmath>
 
-#include "ort.hpp"
-#include "pipeline.hpp"
+#include "ort_double.hpp"
 #include "verify.hpp"
-
-namespace {
-
-using Place = std::pair<const char*, const char*>;  // provider, operator
-
-// What the tests ask for, and what was done.
-struct Provider {
-    bool starts = true, captures = true, records = true, old = false;
-    bool places = true;  // else the library itself says where nodes run
-    std::vector<Place> placements = {{"CUDAExecutionProvider", "MatMul"}, {"CPUExecutionProvider", "Gather"}};
-    std::vector<std::map<std::string, std::string>> options;  // by session
-    std::map<const OrtSession*, cudaStream_t> streams;
-    std::vector<int> memory;  // numbers of the GPUs
-    std::map<const OrtRunOptions*, std::string> graphs;
-    std::map<const OrtIoBinding*, std::vector<std::string>> runs;  // the graph of each, by binding
-    std::vector<const Place*> pointers = {};
-};
-Provider provider;
-
-// The library's own functions.
-const OrtApi& real() {
-    static const auto base =
-        reinterpret_cast<const OrtApiBase* (*)()>(dlsym(dlopen(ONNXRUNTIME, RTLD_NOW), "OrtGetApiBase"))();
-    return *base->GetApi(ORT_API_VERSION);
-}
-
-OrtStatus* failure(const char* message) { return real().CreateStatus(ORT_FAIL, message); }
-
-const OrtApi* ORT_API_CALL doubled(std::uint32_t version) NO_EXCEPTION {
-    constexpr std::size_t ENTRIES = 414, PLACE = 407;  // of version 24, and of the first that says where nodes run
-    static const void* table[ENTRIES];
-    std::memcpy(table, &real(), sizeof(table));
-    auto& api = reinterpret_cast<OrtApi&>(table);
-    api.GetAvailableProviders = [](char*** names, int* length) noexcept -> OrtStatus* {
-        static char cuda[] = "CUDAExecutionProvider", cpu[] = "CPUExecutionProvider";
-        static char* all[] = {cuda, cpu};
-        return *names = all, *length = 2, nullptr;
-    };
-    api.ReleaseAvailableProviders = [](char**, int) noexcept -> OrtStatus* { return nullptr; };
-    api.CreateCUDAProviderOptions = [](OrtCUDAProviderOptionsV2** made) noexcept -> OrtStatus* {
-        provider.options.emplace_back();
-        return *made = reinterpret_cast<OrtCUDAProviderOptionsV2*>(&provider), nullptr;
-    };
-    api.UpdateCUDAProviderOptions = [](OrtCUDAProviderOptionsV2*, const char* const* keys, const char* const* values,
-                                       std::size_t length) noexcept -> OrtStatus* {
-        for (std::size_t index = 0; index < length; ++index) provider.options.back()[keys[index]] = values[index];
-        return nullptr;
-    };
-    api.ReleaseCUDAProviderOptions = [](OrtCUDAProviderOptionsV2*) noexcept {};
-    api.SessionOptionsAppendExecutionProvider_CUDA_V2 = [](OrtSessionOptions*,
-                                                           const OrtCUDAProviderOptionsV2*) noexcept -> OrtStatus* {
-        return provider.starts ? nullptr : failure("libcudnn.so.9: no such file");
-    };
-    api.CreateSession = [](const OrtEnv* environment, const char* path, const OrtSessionOptions* settings,
-                           OrtSession** made) noexcept -> OrtStatus* {
-        if (provider.options.empty()) return real().CreateSession(environment, path, settings, made);
-        auto& options = provider.options.back();
-        if (!provider.captures && options["enable_cuda_graph"] == "1")
-            return failure("This session cannot use the graph capture feature as requested");
-        OrtStatus* const status = real().CreateSession(environment, path, settings, made);
-        if (!status)
-            provider.streams[*made] = reinterpret_cast<cudaStream_t>(std::stoull(options["user_compute_stream"]));
-        return status;
-    };
-    api.CreateMemoryInfo = [](const char* name, OrtAllocatorType type, int number, OrtMemType kind,
-                              OrtMemoryInfo** made) noexcept -> OrtStatus* {
-        if (name != std::string("Cuda")) return failure(name);
-        provider.memory.push_back(number);
-        return real().CreateMemoryInfo("Cpu", type, 0, kind, made);
-    };
-    api.AddRunConfigEntry = [](OrtRunOptions* settings, const char* key, const char* value) noexcept -> OrtStatus* {
-        if (key == std::string("gpu_graph_id")) provider.graphs[settings] = value;
-        return real().AddRunConfigEntry(settings, key, value);
-    };
-    api.RunWithBinding = [](OrtSession* session, const OrtRunOptions* settings,
-                            const OrtIoBinding* binding) noexcept -> OrtStatus* {
-        CudaDouble::here().finish(provider.streams.at(session));
-        const std::string& graph = provider.graphs.at(settings);
-        provider.runs[binding].push_back(graph);
-        if (!provider.records && graph != "-1") return failure("it cannot be captured");
-        return real().RunWithBinding(session, settings, binding);
-    };
-    if (!provider.places) return &api;
-    const auto patch = [&](std::size_t place, auto* function) { table[place] = reinterpret_cast<void*>(function); };
-    patch(
-        PLACE, +[](const OrtSession*, const Place* const** parts, std::size_t* length) -> OrtStatus* {
-            provider.pointers.clear();
-            for (const Place& place : provider.placements) provider.pointers.push_back(&place);
-            return *parts = provider.pointers.data(), *length = provider.pointers.size(), nullptr;
-        });
-    patch(PLACE + 1, +[](const Place* part, const char** name) -> OrtStatus* { return *name = part->first, nullptr; });
-    patch(
-        PLACE + 2, +[](const Place* part, const Place* const** nodes, std::size_t* length) -> OrtStatus* {
-            static thread_local const Place* node;
-            return node = part, *nodes = &node, *length = 1, nullptr;
-        });
-    patch(PLACE + 5, +[](const Place* node, const char** name) -> OrtStatus* { return *name = node->second, nullptr; });
-    return version == 24 && provider.old ? nullptr : &api;
-}
-
-const char* ORT_API_CALL version_string() NO_EXCEPTION { return "1.31.1"; }
-
-}  // namespace
-
-// In the place of the library's.
-extern "C" const OrtApiBase* ORT_API_CALL OrtGetApiBase() NO_EXCEPTION {
-    static const OrtApiBase base = {doubled, version_string};
-    return &base;
-}
 
 namespace dit_runtime {
 namespace {
 
-class OrtCuda : public testing::Test {
+class OrtCuda : public OnDoubles {
   protected:
-    void SetUp() override {
-        CudaDouble::here() = {};
-        provider = {};
-    }
-    void TearDown() override {
-        EXPECT_TRUE(CudaDouble::here().memory.empty());
-        EXPECT_TRUE(CudaDouble::here().objects.empty());
-        EXPECT_EQ(CudaDouble::here().foreign, 0);
-        EXPECT_EQ(CudaDouble::here().pageable, 0);
-        EXPECT_EQ(CudaDouble::current(), 0);
-    }
-
-    // All figures of a bundle's verification.
+    // All figures of a bundle's verification; those of a whole run only to five digits, for the loop on a device is
+    // float32.
     static std::vector<double> figures(const char* bundle, const char* device) {
-        Options options;
-        options.backend = "onnxruntime", options.device = device, options.threads = 1;
-        Pipeline pipe(bundle, options);
+        Pipeline pipe(bundle, options_for(device));
         std::vector<double> values;
         verify(pipe, [&](const Figure& figure) {
             EXPECT_TRUE(figure.passed()) << figure.name() << ": " << figure.value;
-            values.push_back(figure.value);
+            values.push_back(figure.stage == "run" ? std::round(1e5 * figure.value) : figure.value);
         });
         return values;
     }
@@ -217,27 +88,6 @@ TEST_F(OrtCuda, AFewShapesKeepTheirMemory) {
     EXPECT_LE(arrays, 17 * (engine->inputs.size() + engine->outputs.size()));
 }
 
-TEST_F(OrtCuda, WhatStaysIsSentOnce) {
-    Options options;
-    options.backend = "onnxruntime", options.device = "cuda";
-    Pipeline pipe(CAPTIONED, options);
-    const auto sent = [&](std::int64_t steps) {
-        Request request;
-        request.steps = steps;
-        request.condition["captions"] = {{1, 5, 3}, std::vector<float>(15, 0.5f)};
-        request.negative["captions"] = {{1, 5, 3}, std::vector<float>(15, 0.25f)};
-        CudaDouble::here().copies.clear();
-        pipe.latents(request);
-        std::map<std::size_t, int> sizes;
-        for (const auto& [kind, bytes] : CudaDouble::here().copies) sizes[bytes] += kind == cudaMemcpyHostToDevice;
-        return sizes;
-    };
-    const TensorSpec& context = *find(pipe.manifest.step().reads, "context");  // it depends on no timestep
-    const std::size_t bytes = 2 * count(context.row()) * sizeof(float);
-    EXPECT_EQ(sent(2)[bytes], 1);
-    EXPECT_EQ(sent(6)[bytes], 1);  // another run has another
-}
-
 TEST_F(OrtCuda, TheProvidersOptions) {
     open("cuda:1");
     ASSERT_EQ(provider.options.size(), 1u);
@@ -279,9 +129,11 @@ TEST_F(OrtCuda, WhatCannotBeCapturedRuns) {
     for (bool Provider::* const able : {&Provider::captures, &Provider::records}) {
         provider = {};
         provider.*able = false;
-        testing::internal::CaptureStderr();
+        std::string lines;
+        set_log([&](Severity, const std::string& line) { lines += line; }, Severity::WARNING);
         const std::vector<double> values = figures(BUNDLE, "cuda");
-        EXPECT_EQ(testing::internal::GetCapturedStderr().rfind("no CUDA graph of ONNX Runtime's work", 0), 0u);
+        set_log({}, Severity::WARNING);
+        EXPECT_EQ(lines.rfind("no CUDA graph of ONNX Runtime's work", 0), 0u) << lines;
         provider = {};
         EXPECT_EQ(values, figures(BUNDLE, "cpu"));
     }

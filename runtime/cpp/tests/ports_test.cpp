@@ -163,6 +163,15 @@ TEST(Face, ConditionsByPort) {
     request.negative_condition["labels"] = {1, {}, {1}};
     EXPECT_NE(video.generate_latents(request), first);
     EXPECT_TRUE(video.verify());
+    const dit::Images frames = video.generate(request);
+    EXPECT_EQ(video.info().frames, 6);
+    EXPECT_EQ(wave.info().frames, 0);
+    EXPECT_EQ(video.info().image_shape[0] + video.info().image_shape[1] + video.info().image_shape[2], 32 + 32 + 3);
+    EXPECT_EQ(frames.frames, 6u);
+    EXPECT_EQ(frames.pixels.size(), 2u * 6 * 32 * 32 * 3);
+    dit_size size = DIT_SIZE_INIT;
+    ASSERT_EQ(dit_model_size(video.get(), 0, &size), DIT_OK);
+    EXPECT_EQ(size.frames, 6);
     EXPECT_THROW(wave.generate_latents(request), dit::Error);
 }
 

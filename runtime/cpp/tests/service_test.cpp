@@ -162,6 +162,30 @@ TEST_P(Service, LogLines) {
     EXPECT_EQ(lines, 3);
 }
 
+// A bundle's names reach callbacks as printable characters alone.
+TEST_P(Service, CallbacksGetEscapedStrings) {
+    static std::string lines;
+    lines.clear();
+    const BundleCopy copy(BUNDLE);
+    copy.edit([](nlohmann::json& table) {
+        for (nlohmann::json& stage : table["stages"])
+            stage["name"] = "\x1b[2J\n" + stage["name"].get<std::string>() + std::string(400, 'x');
+    });
+    dit_set_log([](dit_severity, const char* line, void*) { lines += std::string(line) + "|"; }, DIT_LOG_INFO, nullptr);
+    dit_model* model = nullptr;
+    ASSERT_EQ(dit_model_open(copy.folder.c_str(), &options, &model), DIT_OK) << dit_last_message();
+    dit_set_log(nullptr, DIT_LOG_INFO, nullptr);
+    dit_verify_options verify = DIT_VERIFY_OPTIONS_INIT;
+    verify.on_check = [](const char* name, double, double, int, int, const char* where, void*) {
+        EXPECT_LE(std::string(name).size(), 310u);
+        lines += std::string(name) + where + "|";
+    };
+    EXPECT_EQ(dit_model_verify(model, &verify), DIT_OK) << dit_last_message();
+    dit_model_release(model);
+    EXPECT_NE(lines.find("\\x1b[2J"), std::string::npos) << lines;
+    for (const char letter : lines) EXPECT_GE(static_cast<unsigned char>(letter), 0x20) << lines;
+}
+
 // Every stage may have its own device and threads; what is not known is refused before any file is opened.
 TEST_P(Service, Settings) {
     const std::vector<float> expected = latents();
@@ -186,6 +210,8 @@ TEST_P(Service, Settings) {
     bad({"denoser", "threads", "1"}, DIT_BAD_ARGUMENT, "no stage 'denoser' (did you mean \"denoiser\"?)");
     bad({nullptr, "thread", "1"}, DIT_BAD_ARGUMENT, "setting 'thread' is not known (did you mean \"threads\"?)");
     bad({nullptr, "nobody.threads", "1"}, DIT_BAD_ARGUMENT, "setting 'nobody.threads' is not known");
+    for (const char* key : {"tensorrt.x", "tensorrt-rtx.x"})
+        bad({nullptr, key, "1"}, DIT_BAD_ARGUMENT, "has no settings of its own");
     for (const char* value : {"0", "-1", "x", "", "999999"})
         bad({nullptr, "threads", value}, DIT_BAD_ARGUMENT, "1 or more");
     for (const char* value : {"", "1-", "3-1", "a", "1,,2"})

@@ -103,6 +103,32 @@ TEST_F(Trt, ARunThatFailsCanBeTriedAgain) {
     }
 }
 
+TEST_F(Trt, ArraysStayOnTheDevice) {
+    const auto engine = open("cuda:1");
+    auto& resident = dynamic_cast<Resident&>(*engine);
+    Values numbers = {1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4};
+    const DeviceRows x = resident.put({"x", {4, 3}, numbers.data()});
+    const DeviceRows table = resident.put({"table", {6, 2}, numbers.data()});
+    std::fill(numbers.begin(), numbers.end(), 99.f);  // they are the caller's again
+    const DeviceRows y = resident.empty({4, 3}, false);
+    const auto input = [](const char* name, const DeviceRows& rows) {
+        Input made{name, rows.shape(), nullptr};
+        made.device = &rows;
+        return made;
+    };
+    const DeviceRows chosen = x.take({3, 1}, {2}), wide = table.take({1, 5}, {1, 2});  // the tables' rows of 1 and 4
+    CudaDouble::here().copies.clear();
+    for (int step = 0; step < 4; ++step)
+        resident.run_into({input("x", chosen), input("table", wide)}, {{"y", y.slice(1, 3)}});
+    for (const auto& copy : CudaDouble::here().copies) EXPECT_EQ(copy.kind, cudaMemcpyDeviceToDevice);
+    EXPECT_EQ(y.slice(1, 3).home(), (Values{9, 9, 9, 8, 8, 8}));
+    EXPECT_THROW(resident.run_into({input("x", chosen), input("table", wide)}, {{"y", y.slice(1, 2)}}), EngineError);
+    Options options;
+    options.device = "cuda:1", options.stream = resident.stream();
+    const auto other = open_trt({folder_ / "step.engine"}, stage_, options);
+    EXPECT_EQ(dynamic_cast<Resident&>(*other).stream(), resident.stream());
+}
+
 TEST_F(Trt, TheCallersDeviceStays) {
     for (const int device : {0, 1}) {
         auto engine = open("cuda:" + std::to_string(device));
@@ -194,9 +220,11 @@ TEST_F(Trt, WhatCannotBeCapturedRuns) {
     run_all(*open());
     stage_.built[DIT_TENSORRT].weight_streaming = false;
     CudaDouble::here().captures = false;
-    testing::internal::CaptureStderr();
+    std::string lines;
+    set_log([&](Severity, const std::string& line) { lines += line + "\n"; }, Severity::WARNING);
     run_all(*open());
-    EXPECT_EQ(testing::internal::GetCapturedStderr(),
+    set_log({}, Severity::WARNING);
+    EXPECT_EQ(lines,
               "no CUDA graph of tensorrt's work, it runs without: cudaStreamBeginCapture: cudaErrorOfTheDouble\n");
 }
 #endif

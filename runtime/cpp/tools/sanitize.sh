@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The C++ tests and programs under AddressSanitizer and UBSan, then the threads and programs under ThreadSanitizer:
-# `sanitize.sh CONFIGURE FOLDER JOBS`, where CONFIGURE is the cmake command without its build folder.
+# `sanitize.sh CONFIGURE FOLDER JOBS PYTHON`, where CONFIGURE is the cmake command without its build folder.
 set -euo pipefail
-configure=$1 folder=$2 jobs=$3
+configure=$1 folder=$2 jobs=$3 python=$4
 here=$(cd "$(dirname "$0")" && pwd)
 
 build() { # NAME SANITIZERS TARGETS…
@@ -10,10 +10,20 @@ build() { # NAME SANITIZERS TARGETS…
     cmake --build "$folder/cpp-$1" --parallel "$jobs"
 }
 
+# dit-server with the clients of its tests, which load it, leave, swap its bundle and let it drain. One test
+# wants an answer within two seconds, which a sanitizer takes; the other sends signals, and ThreadSanitizer holds back those
+# that reach a thread of an engine.
+serve() { # NAME OPTIONS…
+    DIT_CPP_BUILD=$(realpath "$folder/cpp-$1") "$python" -m pytest tests/cpp/test_server.py \
+        --deselect tests/cpp/test_server.py::test_overload_is_answered "${@:2}"
+}
+
 build asan address,undefined,float-cast-overflow
 # TBB's plain dlopen: its usual one does not go with a sanitizer.
-TBB_ENABLE_SANITIZERS=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 LSAN_OPTIONS=suppressions=$here/lsan.txt:print_suppressions=0 \
-    UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir "$folder/cpp-asan" --output-on-failure
+export TBB_ENABLE_SANITIZERS=1 ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1
+export LSAN_OPTIONS=suppressions=$here/lsan.txt:print_suppressions=0
+ctest --test-dir "$folder/cpp-asan" --output-on-failure
+serve asan
 
 build tsan thread
 ctest --test-dir "$folder/cpp-tsan" --output-on-failure -R '^(bundle|captioned|wave|video|free)$'
@@ -24,3 +34,4 @@ export TSAN_OPTIONS=suppressions=$here/tsan.txt:halt_on_error=1:report_mutex_bug
 program=$folder/cpp-tsan/programs/dit-generate
 "$program" "$folder/cpp-tsan/test-bundle" --labels 1 2 --steps 4 -o "$folder/cpp-tsan/sample.npz"
 "$program" "$folder/cpp-tsan/test-bundle" --verify
+serve tsan --deselect tests/cpp/test_server.py::test_swaps_and_signals

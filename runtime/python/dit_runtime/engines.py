@@ -138,7 +138,7 @@ class Engines:
         return replace(settings, beside=self._beside(stage))
 
     def _beside(self, stage: Stage) -> Resident | None:
-        """Return an open engine of the same backend whose arrays stay with it: all of them work in one order."""
+        """Return an open `Resident` engine of the same backend, whose stream a new one shares; None without one."""
         stages = (other for size in self.manifest.each_size for other in size.stages)
         same = {other.name for other in stages if other.backend == stage.backend}
         engines = (engine for name, engine in self._opened.items() if name in same)

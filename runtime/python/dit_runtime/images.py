@@ -45,6 +45,31 @@ def still(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return grid(picture) if picture.ndim == 4 else picture
 
 
+class Picture:
+    """A picture that notebooks show; `show` makes it of any number of them."""
+
+    def __init__(self, pixels: NDArray[np.uint8], what: str) -> None:
+        self.pixels, self._what = pixels, what
+
+    def __repr__(self) -> str:
+        return f"<{self._what}>"
+
+    def _repr_png_(self) -> bytes:
+        return png(self.pixels)
+
+
+def show(pictures: Pictures, columns: int | None = None) -> Picture:
+    """Return what a notebook shows of pictures [N, H, W, 3], of one [H, W, 3], or of videos [N, F, H, W, 3]: a grid."""
+    array = np.asarray(pictures)
+    if array.dtype != np.uint8 or array.ndim not in (3, 4, 5) or array.shape[-1] != 3 or not array.size:
+        raise UsageError(f"got {array.dtype} {[*array.shape]}; expected uint8 pictures, with 3 channels last")
+    array = array[None] if array.ndim == 3 else array
+    height, width = array.shape[-3:-1]
+    kind = "picture" if array.ndim == 4 else "video"
+    what = f"{len(array)} {kind}{'s' if len(array) > 1 else ''} of {height} x {width} pixels"
+    return Picture(grid(array, columns), what)
+
+
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:
     write_file(path, png(picture))
 

@@ -97,7 +97,7 @@ def _size(file: IO[bytes], most: int | None) -> int:
 
 
 def _check_end(file: IO[bytes], size: int) -> None:
-    """Refuse a directory that would take more memory than the file is worth, before zipfile reads it."""
+    """Refuse a zip file with too large a directory before zipfile reads it into memory."""
     tail = max(0, size - END - LOCATOR)
     file.seek(tail)
     end = file.read()[-END - LOCATOR :]

@@ -32,6 +32,9 @@ class Pipeline:
         self.folder = folder
         self.engines = Engines(folder, contract, engines, options or Options())
 
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.folder.name}: {self.manifest.title}>"
+
     @property
     def manifest(self) -> Manifest:
         return self.engines.manifest
@@ -56,6 +59,7 @@ class Pipeline:
         low_memory: bool = False,
         warm: Sequence[int] = (),
         manifest_sha256: str = "",
+        public_key: bytes | None = None,
     ) -> Pipeline:
         """Open a bundle; its manifest, and the sha256 of each file that is opened, are checked.
 
@@ -64,10 +68,11 @@ class Pipeline:
         On a CPU this returns when the step stage is open; the others are opened in the background then. With
         `low_memory` only one stage is open at a time, and only while it is needed. `warm` has batch sizes: every stage
         but the encoder of pictures runs at each of them, so that a later request of such a size compiles nothing. With
-        `manifest_sha256` the bundle is the one whose manifest.json has this sum, or is refused.
+        `manifest_sha256` the bundle is the one whose manifest.json has this sum, or is refused. With `public_key`, the
+        32 bytes of an Ed25519 key, the bundle is one that the key's owner has signed, or is refused.
         """
         folder = Path(folder)
-        contract = manifest.read(folder, sum256=manifest_sha256).at(size)
+        contract = manifest.read(folder, sum256=manifest_sha256, public_key=public_key).at(size)
         warming.require(contract, warm, low_memory)
         options = Options(threads=threads, provider=provider, cache=cache.folder_of(contract), low_memory=low_memory)
         pipe = cls(folder.absolute(), contract, {}, options)  # stages may be opened later, from another directory

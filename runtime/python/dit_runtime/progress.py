@@ -1,4 +1,4 @@
-"""Progress of long work, on standard error: a bar on a terminal, a plain line for each stage elsewhere."""
+"""Progress of long work, on standard error: a bar on a terminal, a plain line for each stage elsewhere; or nothing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from dit_runtime.console import is_terminal
+
 BAR = 24
 
 
 class Progress:
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self.shown = self._stream.isatty()  # whether there is a bar
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._stream, self._quiet = stream or sys.stderr, quiet
+        self.shown = is_terminal(self._stream) and not quiet  # whether there is a bar
         self._start = time.monotonic()
 
     @contextmanager
@@ -48,6 +50,8 @@ class Progress:
             self._write("\r\x1b[K")
 
     def _write(self, text: str) -> None:
+        if self._quiet:
+            return
         self._stream.write(text)
         self._stream.flush()
 

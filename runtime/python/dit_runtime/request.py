@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ from dit_runtime.sampling.solvers.ddpm import lacks_variance
 from dit_runtime.sampling.start import first_step
 
 OUTPUTS = ("images", "latents")
+SHORT = reprlib.Repr()  # of a request's fields
+SHORT.maxstring = SHORT.maxother = 100
 
 
 class Checked(NamedTuple):
@@ -49,7 +52,7 @@ class Checked(NamedTuple):
     mask: NDArray[np.float32] | None  # (samples or 1, 1, h, w) of the state: 1 where it is drawn anew, else 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Request:
     """One picture for each label, prompt or row of the condition; the same for the same seed.
 
@@ -90,6 +93,16 @@ class Request:
     preset: str | None = None  # of the bundle: values for the fields above that the request leaves at their defaults
     size: str | int | None = None  # one of the bundle's: 512, or "512x768" for height x width; None: the pipeline's
     output: str = "images"  # uint8 [N, H, W, 3], videos [N, F, H, W, 3]; or "latents": the final state, float32
+
+    def __repr__(self) -> str:
+        """Return what the request states; of an array its shape and type."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        stated = [
+            f"{name}={_shown(value)}"
+            for name, value in values.items()
+            if isinstance(value, np.ndarray) or value != getattr(Request, name)
+        ]
+        return f"Request({', '.join(stated)})"
 
     def check(self, manifest: Manifest, tokenizers: Tokenizers | None = None) -> Checked:
         """Validate everything against the manifest, and return the values that a run needs.
@@ -317,3 +330,12 @@ def _require_mixing(manifest: Manifest, **fields: Any) -> None:
             port = manifest.guidance.port
             why = f"takes its guidance as {port}" if port else "has no guidance"
             raise UsageError(f"{name} is {value!r}, but this bundle {why}; leave it out")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"<{value.dtype} {[*value.shape]}>"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_shown(inner)}" for name, inner in value.items()) + "}"
+    text: str = SHORT.repr(value)
+    return text

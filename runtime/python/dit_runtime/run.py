@@ -94,6 +94,9 @@ class Run:
             grouped = lambda number, samples: inputs(number, samples, planned[number])  # noqa: E731
             self._advance = loops.with_matrices(matrices, device, x, grouped, contract.step.max_batch)
 
+    def __repr__(self) -> str:
+        return f"<Run after step {self.done} of {self.steps}: {self.rows} rows a sample>"
+
     @property
     def planned_rows(self) -> int | None:
         """Return what `rows` is when the run has ended; None where its cache decides that step by step."""

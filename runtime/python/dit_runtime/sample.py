@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,11 @@ from numpy.typing import NDArray
 from dit_runtime import cluster, images, shards
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.console import answer
 from dit_runtime.errors import GateError, UsageError
 from dit_runtime.facts import DEFAULT_STRENGTH
 from dit_runtime.npy import read_array, read_condition
-from dit_runtime.options import add_bundle, add_size, load_bundle
+from dit_runtime.options import Known, Parser, add_bundle, add_engine, add_public_key, add_size, load_bundle
 from dit_runtime.picture_files import read_mask, read_picture
 from dit_runtime.progress import Counted, Progress
 from dit_runtime.request import Request
@@ -29,74 +29,107 @@ from dit_runtime.sampling.process import FLOW_SPACINGS, SOLVERS, SPACINGS
 OUTPUT = Path("sample.png")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     add_bundle(parser)
-    parser.add_argument("--labels", nargs="+", default=[], metavar="CLASS", help="names or numbers, one a picture")
-    parser.add_argument(
+    _add_what(parser)
+    _add_how(parser.add_argument_group("sampling", "Each of these wins over --preset."))
+    _add_cache(
+        parser.add_argument_group("output cache", "Predict from earlier steps instead of evaluating the network.")
+    )
+    _add_start(parser.add_argument_group("start", "Start from latents or pictures in the place of the seed's noise."))
+    _add_shards(
+        parser.add_argument_group("many pictures", "Shards to score. The same command resumes a run that stopped.")
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        metavar="FILE",
+        help=".png (a grid), .npz, .npy (latents), .mp4 of videos, or a folder for a .png of each image or frame; "
+        f"default: {OUTPUT}",
+    )
+    group.add_argument("--fps", type=int, default=25, metavar="N", help="frames a second of an .mp4; default: 25")
+    add_engine(parser)
+    add_public_key(parser.add_argument_group("safety").add_argument)
+
+
+def _add_what(parser: Parser) -> None:
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--prompt", nargs="+", metavar="TEXT", help="a prompt for each picture")
+    add("--negative", nargs="+", metavar="TEXT", help="a prompt to lead away from, for all or for each")
+    add("--labels", nargs="+", default=[], metavar="CLASS", help="a class for each picture, by name or number")
+    add(
         "--condition",
         nargs="+",
         default=[],
         metavar="NAME=FILE.npy",
         help="arrays by port, rows first, a picture a row; or one FILE.npz of them",
     )
-    parser.add_argument("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help="for guidance")
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one a picture")
-    parser.add_argument("--negative", nargs="+", metavar="TEXT", help="one for all, or one a picture; default: none")
-    add_size(parser)
-    parser.add_argument("--preset", help="values for the options below, as `dit-run info` lists them; yours win")
-    parser.add_argument("--steps", type=int, help="default: the bundle's")
-    parser.add_argument(
-        "--guidance", "--cfg-scale", type=float, nargs="+", help="one, or one a picture; default: the bundle's"
-    )
-    parser.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide the steps between these fractions of the time; others evaluate half the rows. Default: 0 1",
-    )
-    parser.add_argument(
-        "--guidance-policy",
+    text = "arrays to lead away from, in the form of --condition: one row, or one a picture"
+    add("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help=text)
+    add(
+        "--seed",
+        type=int,
         nargs="+",
-        metavar=("NAME", "KEY=VALUE"),
-        help=f"{', '.join(POLICIES)}; KEY=VALUE replaces a default",
+        default=[0],
+        metavar="N",
+        help="a seed for all pictures, or one for each; default: 0",
     )
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one for all, or one a picture")
-    parser.add_argument("--solver", help=f"{', '.join(SOLVERS)}; default: the bundle's")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1")
-    spacings = ", ".join(dict.fromkeys(SPACINGS + FLOW_SPACINGS))
-    parser.add_argument("--spacing", help=f"of the timesteps: {spacings}; or the times themselves: 999,640,300")
-    text = f"of outputs: {', '.join(CACHES)}, which decides for all pictures of a request at once; default: none"
-    parser.add_argument("--cache", help=text)
-    parser.add_argument("--cache-interval", type=int, metavar="N", help="taylorseer evaluates each step of N")
-    parser.add_argument("--max-order", type=int, metavar="N", help="of taylorseer, 0 to 2")
-    parser.add_argument("--disable-cache-before-step", type=int, metavar="STEP")
-    parser.add_argument("--disable-cache-after-step", type=int, metavar="STEP", help="below 0: from the end")
-    parser.add_argument("--cache-threshold", type=float, metavar="X", help="the error that easycache lets grow")
-    parser.add_argument("--latents", type=Path, metavar="FILE.npy", help="start from these instead of the seed's")
-    text = "start from pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size; or"
-    text += " with a bundle for super-resolution, enlarge them"
-    parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help=text)
-    text = f"share of the steps that run, from --image on; default: {DEFAULT_STRENGTH:g}"
-    parser.add_argument("--strength", type=float, metavar="X", help=text)
-    text = "redraw where it is white, or where it is transparent if it has transparent pixels; keep the rest of --image"
-    parser.add_argument("--mask", type=Path, nargs="+", metavar="FILE", help=text)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=OUTPUT,
-        help=".png (a grid), .npz, .npy (latents), .mp4 of videos, or a folder for a .png of each image or frame",
-    )
-    many = parser.add_argument_group("many pictures", "shards to score; the same command resumes a run that was killed")
-    many.add_argument("--count", type=int, metavar="N", help="picture i has seed + i, and labels or prompts in turn")
-    many.add_argument("--shards", type=Path, metavar="DIR", help="a .npz a shard: arr_0, arr_1 (classes), seeds")
-    many.add_argument("--shard-size", type=int, metavar="N", help=f"pictures a shard; default: {shards.SIZE}")
-    many.add_argument("--batch", type=int, metavar="N", help=f"pictures a call; default: {shards.BATCH}")
+
+
+def _add_how(group: Any) -> None:
+    add = group.add_argument
+    add_size(group)
+    add("--preset", metavar="NAME", help="a plan of the bundle: `dit-run info` lists them")
+    add("--steps", type=int, metavar="N", help="default: the bundle's")
+    add("--solver", type=Known(SOLVERS), metavar="NAME", help=f"{', '.join(SOLVERS)}; default: the bundle's")
+    add("--eta", type=float, default=0.0, metavar="X", help="noise of ddim, 0 to 1; default: 0")
+    names = tuple(dict.fromkeys(SPACINGS + FLOW_SPACINGS))
+    text = f"spacing of the timesteps: {', '.join(names)}; or the times themselves: 999,640,300; default: the bundle's"
+    add("--spacing", type=Known(names), metavar="NAME", help=text)
+    text = "weight of guidance: one, or one a picture; default: the bundle's"
+    add("--guidance", "--cfg-scale", type=float, nargs="+", metavar="X", help=text)
+    text = "guide the steps between these fractions of the time; others evaluate half the rows; default: 0 1"
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    text = f"{', '.join(POLICIES)}; KEY=VALUE replaces a default; default: the network's own rule"
+    add("--guidance-policy", nargs="+", metavar=("NAME", "KEY=VALUE"), type=Known(POLICIES), help=text)
+
+
+def _add_cache(group: Any) -> None:
+    add = group.add_argument
+    text = f"{', '.join(CACHES)} (which decides for all pictures at once); default: none"
+    add("--cache", type=Known(CACHES), metavar="NAME", help=text)
+    add("--cache-interval", type=int, metavar="N", help="taylorseer evaluates every Nth step")
+    add("--max-order", type=int, metavar="N", help="order of taylorseer's series, 0 to 2")
+    add("--disable-cache-before-step", type=int, metavar="N", help="evaluate all steps before this one")
+    text = "evaluate this step and all after it; below 0: counted from the end"
+    add("--disable-cache-after-step", type=int, metavar="N", help=text)
+    add("--cache-threshold", type=float, metavar="X", help="error up to which easycache reuses a prediction")
+
+
+def _add_start(group: Any) -> None:
+    add = group.add_argument
+    add("--latents", type=Path, metavar="FILE.npy", help="the state to start from")
+    text = "pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size; a bundle for "
+    add("--image", type=Path, nargs="+", metavar="FILE", help=text + "super-resolution enlarges them")
+    text = f"share of the steps that are run, from --image on; default: {DEFAULT_STRENGTH:g}"
+    add("--strength", type=float, metavar="X", help=text)
+    text = "redraw --image where this picture is white, or where it is transparent if it has transparent pixels"
+    add("--mask", type=Path, nargs="+", metavar="FILE", help=text)
+
+
+def _add_shards(group: Any) -> None:
+    add = group.add_argument
+    text = "pictures in all; number i has seed + i, and labels or prompts in turn"
+    add("--count", type=int, metavar="N", help=text)
+    add("--shards", type=Path, metavar="FOLDER", help="an .npz for each shard: arr_0, arr_1 (classes), seeds")
+    add("--shard-size", type=int, metavar="N", help=f"pictures in a shard; default: {shards.SIZE}")
+    add("--batch", type=int, metavar="N", help=f"pictures in a call; default: {shards.BATCH}")
     text = "draw on a Ray cluster; without ADDRESS the one of RAY_ADDRESS, or a new one of this machine"
-    many.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=text)
-    many.add_argument("--workers", type=int, metavar="N", help="of the cluster; default: one a machine, or one a GPU")
-    parser.add_argument("--fps", type=int, default=25, help="frames a second of .mp4")
+    add("--ray", nargs="?", const="", metavar="ADDRESS", help=text)
+    add("--workers", type=int, metavar="N", help="workers of the cluster; default: one a machine, or one a GPU")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -122,7 +155,7 @@ def _sample(options: argparse.Namespace) -> int:
     latents = read_array(options.latents) if options.latents else None
     condition = read_condition(options.condition, "--condition")
     negative = read_condition(options.negative_condition, "--negative-condition")
-    progress = Progress()
+    progress = Progress(quiet=options.quiet)
     with load_bundle(options, options.size) as pipe:
         if options.output.suffix == ".mp4" and len(pipe.manifest.require_end().gives[0].shape) == 4:
             raise UsageError(f"output {options.output}: this bundle draws images, no videos; take .png")
@@ -146,10 +179,8 @@ def _sample(options: argparse.Namespace) -> int:
         result = trajectory.result()
     progress.end()
     writers[options.output.suffix](options.output, result)
-    if options.json:
-        print(json.dumps({"output": str(options.output), "shape": list(result.shape), "rows": trajectory.rows}))
-    else:
-        print(options.output)
+    table = {"output": str(options.output), "shape": list(result.shape), "rows": trajectory.rows}
+    answer(options, table, str(options.output))
     return 0
 
 
@@ -188,7 +219,7 @@ def _sample_shards(options: argparse.Namespace) -> int:
         if len(getattr(options, name) or ()) > 1:
             raise UsageError(f"--{name} has several values; expected one for all shards")
     fields = {name: value for name, value in _fields(options).items() if value is not None}
-    contract = manifest.read(options.bundle)
+    contract = manifest.read(options.bundle, public_key=options.public_key)
     series = shards.plan(
         options.bundle,
         contract,
@@ -202,10 +233,10 @@ def _sample_shards(options: argparse.Namespace) -> int:
     )
     shards.begin(options.shards, series)
     todo = shards.missing(options.shards, series, shape := shards.picture_shape(contract, series))
-    progress = Progress()
+    progress = Progress(quiet=options.quiet)
     counted = Counted(progress, "pictures")
     if todo and options.ray is not None:
-        opening = {name: getattr(options, name) for name in ("threads", "provider", "low_memory")}
+        opening = {name: getattr(options, name) for name in ("threads", "provider", "low_memory", "public_key")}
         cluster.run(
             options.bundle,
             series,
@@ -223,11 +254,8 @@ def _sample_shards(options: argparse.Namespace) -> int:
     if lost := shards.missing(options.shards, series, shape):
         raise GateError(f"{options.shards}: {len(lost)} shards that were drawn are not here: is it a shared folder?")
     shards.clean(options.shards)
-    if options.json:
-        table = {"output": str(options.shards), "count": series.count, "shards": len(series.shards), "drawn": len(todo)}
-        print(json.dumps(table))
-    else:
-        print(options.shards)
+    table = {"output": str(options.shards), "count": series.count, "shards": len(series.shards), "drawn": len(todo)}
+    answer(options, table, str(options.shards))
     return 0
 
 

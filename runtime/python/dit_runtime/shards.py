@@ -175,6 +175,6 @@ def run(pipe: Pipeline, series: Series, folder: Path, todo: Sequence[int], repor
 
 
 def clean(folder: Path) -> None:
-    """Remove what workers left that were killed while they wrote."""
+    """Remove the partial files of workers that were killed."""
     for left in folder.glob(f".*{PARTIAL}*"):
         left.unlink(missing_ok=True)

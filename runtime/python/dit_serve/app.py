@@ -138,9 +138,9 @@ class Service:
         refused, name = None, ""
         if self.draining:
             refused = Fault(503, "the server is shutting down", headers={"Retry-After": "1", "Connection": "close"})
-        elif len(self.models) == 1:  # of several, the body says which
-            (model,) = self.models.values()
-            refused, name = _busy(model, deadline), model.name
+        else:  # which of several models, only the body says: there is no room where none of them has any
+            name = next(iter(self.models)) if len(self.models) == 1 else ""
+            refused = _busy(self.models.values(), deadline)
         if refused is None and self.waiting >= WAITING and scope["path"] != "/v1/jobs":  # which are answered at once
             refused = Fault(429, f"{WAITING} requests wait for their images", headers=retry_after(1))
         if refused is None and scope["path"] == EDITS and self.editing >= EDITING:
@@ -156,7 +156,7 @@ class Service:
         if name not in self.models:
             raise Fault(404, f"this server has no such model; it has {', '.join(self.models)}", "model")
         model = self.models[name]
-        if len(self.models) > 1 and (busy := _busy(model, self._deadlines[request.scope["path"]])):
+        if len(self.models) > 1 and (busy := _busy([model], self._deadlines[request.scope["path"]])):
             raise busy
         model.check(body, self.settings.limits)
         return model
@@ -267,14 +267,15 @@ class Service:
             pictures = await drawing.pictures()
             answer = await drawing.answer(pictures)
             fields |= self._account(drawing)
-            job.finish("succeeded", answer)
+            self.jobs.finish(job, "succeeded", answer)
         except Fault as error:
             if error.status >= 500:
                 log.error("job failed", extra={"fields": fields}, exc_info=error.__cause__)
-            job.finish("cancelled" if error.status == 499 else "failed", error.body)
+            self.jobs.finish(job, "cancelled" if error.status == 499 else "failed", error.body)
         except Exception as error:  # of the library that encodes, for one
             log.error("job failed", extra={"fields": fields}, exc_info=error)
-            job.finish("failed", Fault(500, "internal error; the server's log says more under this job's id").body)
+            bug = Fault(500, "internal error; the server's log says more under this job's id")
+            self.jobs.finish(job, "failed", bug.body)
         log.info("job ended", extra={"fields": fields | {"status": job.status}})
 
     async def show_job(self, request: Request) -> Response:
@@ -326,12 +327,13 @@ class Service:
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 
-def _busy(model: Model, deadline: float) -> Fault | None:
-    """Return the refusal of a request, whatever it asks for, where the model has too much to do."""
-    late = model.batcher.lateness(deadline)
+def _busy(models: Collection[Model], deadline: float) -> Fault | None:
+    """Return the refusal of a request, whatever it asks for, where each of the models has too much to do."""
+    late = min(model.batcher.lateness(deadline) for model in models)
     if late <= 0:
         return None
-    model.batcher.counts["refused"] += 1
+    if len(models) == 1:  # else nobody knows whose request it was
+        next(iter(models)).batcher.counts["refused"] += 1
     return fault(Busy(late))
 
 

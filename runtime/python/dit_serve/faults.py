@@ -36,8 +36,7 @@ class Fault(Exception):
 
 
 def refusal(error: UsageError, param: str | None = None) -> Fault:
-    """Return what the runtime says of a request as one line; it may repeat a word that is not known, cut where it is
-    long."""
+    """Turn the runtime's error into a response 400 with a message of one line, which is cut if it is too long."""
     return Fault(400, line(str(error)), param)
 
 

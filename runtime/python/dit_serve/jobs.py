@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from dit_runtime.facts import LIMITS
 from dit_serve.faults import Fault
 
 KEPT = 600.0  # seconds that a finished job's images stay
@@ -26,6 +27,7 @@ class Job:
         self.result: dict[str, Any] = {}
         self.cancel: Callable[[], object] = lambda: None
         self.ended = 0.0  # monotonic
+        self.bytes = 0  # of its finished images, as text
         self._changed = asyncio.Event()
 
     def change(self, status: str | None = None) -> None:
@@ -36,6 +38,7 @@ class Job:
 
     def finish(self, status: str, result: dict[str, Any]) -> None:
         self.result, self.ended = result, time.monotonic()
+        self.bytes = sum(len(image["b64_json"]) for image in result.get("data", []))
         self.previews.clear()
         self.change(status)
 
@@ -74,9 +77,9 @@ class Job:
 
 
 class Jobs:
-    def __init__(self, kept: float = KEPT, most: int = MOST) -> None:
+    def __init__(self, kept: float = KEPT, most: int = MOST, most_bytes: int = LIMITS["job_bytes"]) -> None:
         self._jobs: dict[str, Job] = {}  # the oldest first
-        self._kept, self._most = kept, most
+        self._kept, self._most, self._most_bytes = kept, most, most_bytes
 
     def add(self) -> Job:
         """Make room, and take a job; raise Fault(429) where all that are here are under way."""
@@ -91,6 +94,16 @@ class Jobs:
         job = Job()
         self._jobs[job.id] = job
         return job
+
+    def finish(self, job: Job, status: str, result: dict[str, Any]) -> None:
+        """End a job; forget those that ended first while all finished images have too many bytes.
+
+        The last one stays.
+        """
+        job.finish(status, result)
+        drawn = sorted((job for job in self._jobs.values() if job.bytes), key=lambda job: job.ended)
+        while len(drawn) > 1 and sum(job.bytes for job in drawn) > self._most_bytes:
+            self.forget(drawn.pop(0))
 
     def get(self, name: str) -> Job:
         job = self._jobs.get(name)

@@ -38,6 +38,7 @@ class Opening:
     variance: bool = False  # whether more than one may share a call where pictures depend on that
     verify: bool = True
     pins: Collection[str] = ()  # sha256 of the manifests that may be served; empty: of any
+    public_key: bytes | None = None  # of who must have signed a bundle; None: nobody
 
 
 @dataclass
@@ -209,7 +210,7 @@ def open_bundle(folder: Path, opening: Opening, verified: bool = False) -> Serve
     digest = manifest.sha256(folder / manifest.NAME) if (folder / manifest.NAME).is_file() else ""
     if opening.pins and digest not in opening.pins:
         raise BundleError(f"{folder}: its manifest has the sha256 {digest or 'of no file'}, which no --pin names")
-    pipe = Pipeline.load(folder, threads=opening.threads, provider=opening.provider)
+    pipe = Pipeline.load(folder, threads=opening.threads, provider=opening.provider, public_key=opening.public_key)
     try:
         require_servable(folder, pipe.manifest)
         if manifest.sha256(folder / manifest.NAME) != digest:

@@ -26,9 +26,9 @@ log = logging.getLogger("dit_serve")
 
 def serve(options: argparse.Namespace, named: Mapping[str, Path], key: bytes | None) -> None:
     """Serve the bundles until SIGTERM or ctrl-c."""
-    _log_as_json()
+    _log_as_json(logging.WARNING if options.quiet else logging.INFO)
     how = options.threads, options.provider, options.batch, options.allow_batch_variance
-    opening = Opening(*how, not options.skip_verify, options.pin)
+    opening = Opening(*how, not options.skip_verify, options.pin, options.public_key)
     models = open_models(named, opening, lambda line: log.info(line))
     limits = Limits(options.max_images, options.max_steps, options.max_pixels)
     settings = Settings(options.deadline, options.job_deadline, options.grace, limits, key, (*LOCAL, options.host))
@@ -68,10 +68,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _log_as_json() -> None:
+def _log_as_json(least: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("dit_serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+    for name, level in (("dit_serve", least), ("uvicorn.error", logging.WARNING)):
         logger: Any = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

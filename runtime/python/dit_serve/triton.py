@@ -131,7 +131,7 @@ class TritonPythonModel:
         self._drawn.put((pending, image, future))
 
     def _loop(self) -> None:
-        """Send what is drawn, drop the requests whose clients have left, and update the metrics."""
+        """Send finished images, drop requests whose clients have left, and update the metrics."""
         looked = scraped = time.monotonic()
         while True:
             try:

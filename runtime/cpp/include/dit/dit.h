@@ -32,19 +32,21 @@
  * also compares the sums of its files. All other calls return at once.
  *
  * Callbacks: on_step and dit_on_check run on the thread that made the call, on_progress and dit_on_log on any, on_event
- * on the batcher's. The call waits for a callback, so a slow callback slows it. Other runs of the model go on
- * meanwhile, but not during dit_on_log. Pointers that a callback gets are valid until it returns. It must not throw,
- * nor leave by longjmp. It may make the calls dit_cancel and dit_run_cancel, and no other on the model or run that
- * calls it. on_progress and dit_on_check end with the call that they were passed to, on_step with dit_run_free.
+ * on the batcher's. The call waits for a callback, so a slow callback slows it, and the call of one that never returns
+ * does not return: there is no timeout, and no dit_cancel helps. Other runs of the model go on meanwhile, but not
+ * during dit_on_log; during on_event, no request of the batcher does. Pointers that a callback gets are valid until it
+ * returns. It must not throw, nor leave by longjmp. It may make the calls dit_cancel and dit_run_cancel, and no other
+ * on the model or run that calls it. on_progress and dit_on_check end with the call that they were passed to, on_step
+ * with dit_run_free.
  *
  * Ownership: a model is counted. dit_model_open gives the first reference, dit_model_retain another, and the last
  * dit_model_release closes the model. A run holds a reference until dit_run_free. Buffers for results are the caller's.
  * Arguments stay the caller's and are copied; only on_step and user of a request are used for as long as its run.
  * Strings that a model gives live as long as the model.
  *
- * Strings: those that come from a bundle (dit_info, labels, presets, the where of a check, a line of the log) are its
- * author's. They are valid UTF-8, and end at their first 0. They may hold line breaks and a terminal's control
- * characters: escape them before you print them. dit_last_message alone is escaped, in one line of at most 300
+ * Strings: those that come from a bundle (dit_info, labels, presets, sizes, ports) are its author's. They are valid
+ * UTF-8, and end at their first 0. They may hold line breaks and a terminal's control characters: escape them before
+ * you print them. dit_last_message and the strings that callbacks get are escaped, each one line of at most 300
  * characters.
  *
  * Memory: a model takes about the size of its files, about twice that while OpenVINO opens them, and its engines'
@@ -54,8 +56,7 @@
  * Errors: each fallible call returns a dit_status. dit_last_message() then says in one sentence what, where, what was
  * expected and what to do; read it on the thread that made the call. A failed call writes no result: buffers, *more and
  * structs stay as they were, and a new handle is NULL. Models and runs work on after any failure but DIT_DEVICE_LOST,
- * and a run not after DIT_STOPPED. No C++ exception leaves the library. Nothing is printed, with one exception: on an
- * NVIDIA GPU an engine that records no CUDA graph writes a line to stderr.
+ * and a run not after DIT_STOPPED. No C++ exception leaves the library. Nothing is printed.
  *
  * Lengths: each array has its length beside it, and is not read beyond it. A length that does not fit is refused.
  *
@@ -81,7 +82,8 @@
  * Files: keep the folder as it is until the model is closed, because engines read from it later: for other sizes, and
  * with low_memory for each stage. A bundle may come from anybody. Its sums are checked before use, nothing outside of
  * its folder is read, and what the manifest says is held to limits; but its sums are its own, so pin it with
- * manifest_sha256 where that matters. Only TensorRT-RTX writes: what it compiles, into $XDG_CACHE_HOME/dit-run (or
+ * manifest_sha256 or public_key where that matters. Only TensorRT-RTX writes: what it compiles, into
+ * $XDG_CACHE_HOME/dit-run (or
  * ~/.cache/dit-run). Nothing uses the network.
  */
 #ifndef DIT_DIT_H
@@ -117,7 +119,8 @@ typedef struct dit_pipeline dit_pipeline; /* pipeline.h */
 typedef enum dit_status {
     DIT_OK = 0,
     DIT_BAD_ARGUMENT = 1,     /* a label, a number, a name, NULL, a struct of another version */
-    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, another than manifest_sha256, or it cannot run here */
+    DIT_BAD_BUNDLE = 2,       /* damaged, of another format, another than manifest_sha256, not signed by
+                                 public_key, or it cannot run here */
     DIT_BUFFER_TOO_SMALL = 3, /* the message says how much is needed */
     DIT_ENGINE_FAILED = 4,    /* an engine gave no sound result */
     DIT_STOPPED = 5,          /* a callback, dit_cancel or dit_run_cancel asked for it */
@@ -159,7 +162,7 @@ DIT_API void dit_model_release(dit_model* model);
 DIT_API dit_status dit_model_warm(dit_model* model, const int64_t* batches, size_t num_batches, const char* size,
                                   dit_cancellation* cancellation);
 
-/* Draws pictures, uint8 [count, height, width, 3]; `size` is in bytes. */
+/* Draws pictures, uint8 [count, height, width, 3], or videos, [count, frames, height, width, 3]; `size` is in bytes. */
 DIT_API dit_status dit_model_generate(dit_model* model, const dit_request* request, uint8_t* pixels, size_t size);
 
 /* Samples without decoding, float [count, state_shape]; `size` is in numbers. */
@@ -179,7 +182,8 @@ DIT_API dit_status dit_model_generate_latents(dit_model* model, const dit_reques
 DIT_API dit_status dit_run_begin(dit_model* model, const dit_request* request, dit_run** run);
 
 /* Goes one step; *more is then 1 while there is more to do, else 0. After DIT_ENGINE_FAILED the same step
- * can be tried again. */
+ * can be tried again. On an NVIDIA GPU it may only queue the step: dit_run_latents, _result and _preview wait for it,
+ * a cancelled run waits for what is queued, and values that are not finite are found there (DIT_ENGINE_FAILED). */
 DIT_API dit_status dit_run_step(dit_run* run, int* more);
 
 /* The state after the steps so far, float [count, state_shape]; `size` is in numbers. */
@@ -189,11 +193,11 @@ DIT_API dit_status dit_run_latents(dit_run* run, float* latents, size_t size);
  * of a cache. *planned is what that is when the run has ended, -1 where its cache decides that step by step. */
 DIT_API dit_status dit_run_rows(dit_run* run, int64_t* rows, int64_t* planned);
 
-/* Does what is left of the run and decodes it, uint8 [count, height, width, 3]; `size` is in bytes. */
+/* Does what is left of the run and decodes it, as dit_model_generate; `size` is in bytes. */
 DIT_API dit_status dit_run_result(dit_run* run, uint8_t* pixels, size_t size);
 
-/* Decodes the end of the path as the last step's prediction has it, uint8 [count, height, width, 3]; `size` is in
- * bytes. The run is not changed. It takes as long as the decoding of a result. */
+/* Decodes the end of the path as the last step's prediction has it, as dit_model_generate; `size` is in bytes. The run
+ * is not changed. It takes as long as the decoding of a result. */
 DIT_API dit_status dit_run_preview(dit_run* run, uint8_t* pixels, size_t size);
 
 typedef struct dit_stats {
@@ -245,12 +249,13 @@ DIT_API dit_status dit_model_verify(dit_model* model, const dit_verify_options* 
 
 typedef enum dit_severity { DIT_LOG_ERROR = 0, DIT_LOG_WARNING = 1, DIT_LOG_INFO = 2, DIT_LOG_DEBUG = 3 } dit_severity;
 
-/* A line of the library, without a line break of its own; names in it are the bundle's and not escaped. Any thread
- * calls it, several at the same time, and other runs may wait for it: return soon. */
+/* A line of the library, without a line break. Any thread calls it, several at the same time, and other runs may wait
+ * for it: return soon. */
 typedef void (*dit_on_log)(dit_severity severity, const char* line, void* user);
 
 /* Sends the process's lines of this severity and graver ones there; NULL: nowhere, as in the beginning. This version
- * logs at DIT_LOG_INFO alone, when an engine has been opened. What makes a call fail is its message and not logged; a
+ * logs at DIT_LOG_INFO when an engine has been opened, and at DIT_LOG_WARNING when an engine on an NVIDIA GPU runs
+ * without a CUDA graph, and so slower. What makes a call fail is its message and not logged; a
  * precision that a machine computes in another one is dit_info.note. What engines log themselves is dropped. An earlier
  * on_log may be called until the calls that are inside return. */
 DIT_API void dit_set_log(dit_on_log on_log, dit_severity least, void* user);

@@ -29,11 +29,12 @@ typedef struct dit_info {
     size_t num_ports;          /* that condition the network: dit_model_port */
     size_t num_prompts;        /* tokenizers that a prompt goes through: dit_model_prompt; 0 without text encoders */
     size_t num_presets;        /* dit_model_preset */
+    int64_t frames;            /* of a video; 0 where the bundle draws pictures, and without a decoder */
 } dit_info;
 
 #define DIT_INFO_INIT                                                                                     \
     {sizeof(dit_info),         0,    0, {0, 0, 0}, {0, 0, 0}, 0,    0, NULL, NULL, NULL, NULL, {0, 0}, 0, \
-     {0, 0, 0, 0, 0, 0, 0, 0}, NULL, 0, 0,         0.0,       NULL, 0, 0,    0,    0}
+     {0, 0, 0, 0, 0, 0, 0, 0}, NULL, 0, 0,         0.0,       NULL, 0, 0,    0,    0,    0}
 
 /* A size of the pictures that the bundle draws. dit_info has the shapes of the one that requests without a size draw.
  */
@@ -43,9 +44,10 @@ typedef struct dit_size {
     int state_rank;         /* of what a run changes */
     int64_t state_shape[8]; /* its sizes, channels first */
     int64_t image_shape[3]; /* height, width, 3; all 0 without a decoder */
+    int64_t frames;         /* of a video; 0 where the bundle draws pictures, and without a decoder */
 } dit_size;
 
-#define DIT_SIZE_INIT {sizeof(dit_size), NULL, 0, {0, 0, 0, 0, 0, 0, 0, 0}, {0, 0, 0}}
+#define DIT_SIZE_INIT {sizeof(dit_size), NULL, 0, {0, 0, 0, 0, 0, 0, 0, 0}, {0, 0, 0}, 0}
 
 typedef enum dit_dtype { DIT_FLOAT32 = 0, DIT_INT64 = 1 } dit_dtype;
 

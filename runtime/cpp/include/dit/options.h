@@ -34,8 +34,8 @@ typedef int (*dit_on_progress)(double done, void* user);
  *                 (gpu_mem_limit), a property (NUM_STREAMS). A stage of another backend ignores it. OpenVINO refuses an
  *                 unknown property; ONNX Runtime ignores an unknown config entry
  *
- * Another key, or a stage that the bundle does not have, is DIT_BAD_ARGUMENT at dit_model_open. Keys of TensorRT
- * (tensorrt.KEY) are accepted and have no effect. */
+ * Another key, one of TensorRT (tensorrt.KEY), or a stage that the bundle does not have, is DIT_BAD_ARGUMENT at
+ * dit_model_open. */
 typedef struct dit_setting {
     const char* stage; /* its name in manifest.json: "denoiser", "decoder", ...; NULL: every stage */
     const char* key;
@@ -63,9 +63,12 @@ typedef struct dit_open_options {
     void* user;                     /* for on_progress */
     dit_cancellation* cancellation; /* NULL: none */
     uint64_t max_bytes;             /* of the files that are opened; a bundle with more is refused. 0: any number */
+    const uint8_t* public_key; /* an Ed25519 key: a bundle that its owner has not signed (dit-export sign) is refused
+                                  before any file but manifest.json is read. NULL: any bundle */
+    size_t public_key_size;    /* 32 */
 } dit_open_options;
 
 #define DIT_OPEN_OPTIONS_INIT \
-    {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0, NULL, NULL, NULL, 0, NULL, NULL, NULL, 0}
+    {sizeof(dit_open_options), NULL, NULL, 0, 0, NULL, 0, NULL, NULL, NULL, 0, NULL, NULL, NULL, 0, NULL, 0}
 
 #endif /* DIT_OPTIONS_H */

@@ -30,6 +30,9 @@ class Pipeline {
         from.num_warm = options.warm.size();
         if (!options.size.empty()) from.size = options.size.c_str();
         if (!options.manifest_sha256.empty()) from.manifest_sha256 = options.manifest_sha256.c_str();
+        const std::uint8_t none = 0;
+        if (options.public_key) from.public_key = options.public_key->empty() ? &none : options.public_key->data();
+        if (options.public_key) from.public_key_size = options.public_key->size();
         std::vector<dit_setting> settings;
         for (const Setting& setting : options.settings)
             settings.push_back(
@@ -80,7 +83,8 @@ class Pipeline {
             all.push_back({size.name,
                            {size.state_shape, size.state_shape + size.state_rank},
                            static_cast<std::size_t>(size.image_shape[0]),
-                           static_cast<std::size_t>(size.image_shape[1])});
+                           static_cast<std::size_t>(size.image_shape[1]),
+                           static_cast<std::size_t>(size.frames)});
         }
         return all;
     }
@@ -219,7 +223,8 @@ class Pipeline {
         images.count = count;
         images.height = size.height;
         images.width = size.width;
-        images.pixels.resize(count * images.height * images.width * 3);
+        images.frames = size.frames;
+        images.pixels.resize(count * std::max(images.frames, std::size_t{1}) * images.height * images.width * 3);
         return images;
     }
 

@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -46,6 +47,7 @@ struct OpenOptions {
     std::vector<std::int64_t> warm = {};  // batch sizes that every stage runs at before the first request
     std::string size = {};                // what requests without a size draw; empty: the bundle's first
     std::string manifest_sha256 = {};     // that manifest.json must have; empty: any
+    std::optional<std::vector<std::uint8_t>> public_key = {};  // of 32 bytes, of who must have signed; none: nobody
     std::vector<Setting> settings = {};
     std::function<bool(double done)> on_progress = {};  // as dit_on_progress; true stops the call, and so does a throw
     Cancellation cancellation = {};
@@ -57,6 +59,7 @@ struct Size {
     std::string name;                 // "512", or "512x768" for height x width
     std::vector<std::int64_t> state;  // the shape of what a run changes, channels first
     std::size_t height, width;        // of pictures; 0 without a decoder
+    std::size_t frames;               // of a video; 0 where the bundle draws pictures
 };
 
 // Rows for a port: floats, or integers.
@@ -96,8 +99,9 @@ struct Captions {
 };
 
 struct Images {
-    std::vector<std::uint8_t> pixels;  // [count, height, width, 3]
+    std::vector<std::uint8_t> pixels;  // [count, height, width, 3], of videos [count, frames, height, width, 3]
     std::size_t count = 0, height = 0, width = 0;
+    std::size_t frames = 0;  // of a video; 0: pictures
 };
 
 struct Request {

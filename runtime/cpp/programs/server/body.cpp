@@ -1,12 +1,14 @@
 #include "body.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "errors.hpp"
+#include "form.hpp"
 
 namespace server {
 namespace {
@@ -75,10 +77,12 @@ std::vector<std::uint64_t> Body::seeds() const {
     return seeds;
 }
 
-Body parse(const std::string& content, const Limits& limits) {
-    const Json table = Json::parse(content, nullptr, false);
-    if (table.is_discarded()) throw Fault{400, "the body is not JSON"};
-    if (!table.is_object()) throw Fault{400, "the body is not a JSON object"};
+namespace {
+
+const std::vector<std::string> FILES = {"image", "mask"};
+
+// The fields of a table, which has `strength` where it is an edit's.
+Body check(const Json& table, const Limits& limits, bool is_edit) {
     Body body;
     std::int64_t seed = 0, previews = 0;
     std::string output, user, negative;
@@ -90,7 +94,11 @@ Body parse(const std::string& content, const Limits& limits) {
         if (value.is_number()) body.guidance_scale = value.get<double>();
         return value.is_number() && *body.guidance_scale >= 0 && *body.guidance_scale <= 100;
     };
-    const std::vector<Field> fields = {
+    const auto strength = [&](const Json& value) {
+        if (value.is_number()) body.strength = value.get<double>();
+        return value.is_number() && *body.strength > 0 && *body.strength <= 1;
+    };
+    std::vector<Field> fields = {
         {"prompt", "a string of at most 8000 characters", prompt},
         {"model", "a string", words(body.model)},
         {"n", dit_runtime::text("an integer from 1 to ", limits.images), integer(body.n, 1, most(limits.images))},
@@ -107,6 +115,7 @@ Body parse(const std::string& content, const Limits& limits) {
         {"previews", "0: dit-server draws none", integer(previews, 0, 0)},
         {"user", "a string", words(user)},
     };
+    if (is_edit) fields.push_back({"strength", "a number above 0, up to 1", strength});
     std::vector<std::string> known;
     for (const Field& field : fields) known.push_back(field.name);
     for (const auto& [name, value] : table.items())
@@ -123,6 +132,48 @@ Body parse(const std::string& content, const Limits& limits) {
     if (table.contains("seed") && !table["seed"].is_null()) body.seed = static_cast<std::uint64_t>(seed);
     if (body.response_format == "bytes" && body.n != 1)
         throw Fault{400, "response_format bytes has one image: n must be 1", "n"};
+    return body;
+}
+
+// What a field of this name has as text; what is no number stays text, for its check.
+Json number_of(const std::string& name, const std::string& text) {
+    if (dit_runtime::contains({"n", "seed", "num_inference_steps"}, name)) {
+        std::uint64_t value = 0;
+        const char* const end = text.data() + text.size();
+        if (const auto [last, error] = std::from_chars(text.data(), end, value); error == std::errc() && last == end)
+            return value;
+    } else if (dit_runtime::contains({"guidance_scale", "strength"}, name) &&
+               text.find_first_not_of("0123456789.-") == std::string::npos) {
+        if (const auto value = dit_runtime::number(text)) return *value;
+    }
+    return text;
+}
+
+}  // namespace
+
+Body parse(const std::string& content, const Limits& limits) {
+    const Json table = Json::parse(content, nullptr, false);
+    if (table.is_discarded()) throw Fault{400, "the body is not JSON"};
+    if (!table.is_object()) throw Fault{400, "the body is not a JSON object"};
+    return check(table, limits, false);
+}
+
+Body parse_edit(const std::string& type, const std::string& content, const Limits& limits) {
+    Json table = Json::object();
+    std::map<std::string, std::string> files;
+    for (const auto& [name, value] : parse_form(type, content)) {
+        const bool is_file = dit_runtime::contains(FILES, name);
+        if (table.contains(name) || files.count(name))
+            throw Fault{400, name + " stands in the body twice; expected once", is_file ? name : ""};
+        if (is_file)
+            files[name] = value;
+        else
+            table[name] = number_of(name, std::string(value));
+    }
+    if (!files.count("image")) throw Fault{400, "image is missing", "image"};
+    if (table.contains("previews")) throw Fault{400, "an edit has no previews", "previews"};
+    Body body = check(table, limits, true);
+    body.files = std::move(files);
     return body;
 }
 

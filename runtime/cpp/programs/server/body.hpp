@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "http.hpp"
+#include "request.hpp"
 
 namespace server {
 
@@ -27,6 +29,8 @@ std::pair<std::string, std::string> retry_after(double seconds);
 struct Limits {
     std::int64_t images = 8, steps = 250;
     std::int64_t pixels = 1 << 24;  // of all images of a request
+    std::size_t body = 64 << 10;    // bytes
+    std::size_t form = 12 << 20;    // bytes of a body with pictures
 };
 
 // Names and meanings are those of OpenAI's API, and of the extensions that image servers have in common.
@@ -38,11 +42,16 @@ struct Body {
     std::optional<std::int64_t> num_inference_steps;
     std::optional<double> guidance_scale;
     std::string response_format = "b64_json";
+    std::optional<double> strength;                    // of an edit
+    std::map<std::string, std::string> files;          // of an edit: image, mask
+    std::optional<dit_runtime::Pictures> image, mask;  // what they hold
 
     std::vector<std::uint64_t> seeds() const;  // each image's: they follow one another
 };
 
 // A body's fields; throws Fault(400) where one is unknown, missing, or not of its type and range.
 Body parse(const std::string& content, const Limits& limits);
+// The same of a form whose Content-Type is `type`, where numbers are text.
+Body parse_edit(const std::string& type, const std::string& content, const Limits& limits);
 
 }  // namespace server

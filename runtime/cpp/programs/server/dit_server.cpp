@@ -7,6 +7,8 @@
 #include <map>
 #include <sstream>
 
+#include "../exit_code.hpp"
+#include "../public_key.hpp"
 #include "dit/dit.h"
 #include "errors.hpp"
 #include "service.hpp"
@@ -16,27 +18,51 @@ namespace {
 namespace dit = dit_runtime;
 
 const char* const USAGE =
-    R"(usage: dit-server [NAME=]FOLDER … [options]: serve bundles over HTTP with OpenAI's images API
+    R"(usage: dit-server [NAME=]BUNDLE … [OPTION …]
 
-The first bundle is the default of requests without a model. A folder may be a link; at SIGHUP it is read again.
+Serve bundles over HTTP with OpenAI's images API, as `dit-serve` does.
 
-  --host ADDRESS        default: 127.0.0.1; any other needs --api-key-file
-  --port N              default: 8000; 0: any that is free
-  --api-key-file FILE   clients must send this key as a bearer token
-  --backend NAME        default: the bundle's
-  --device NAME         as --provider of dit-generate
-  --threads N           of the engines; default: their own choice
-  --batch N             most images that share a call; default: measured at the start
-  --allow-batch-variance  let --batch exceed 1 where an image depends on the others in its call
-  --deadline SECONDS    for a request; one that cannot finish in time gets 429; default: 60
-  --job-deadline SECONDS  for a job; default: 600
-  --grace SECONDS       to finish open requests after SIGTERM; default: 30
-  --max-images N        of a request; default: 8
-  --max-steps N         default: 250
-  --max-pixels N        of a request's images in all; default: 16777216
-  --pin SHA256 …        serve only bundles whose manifest.json has one of these sha256 sums
-  --skip-verify         start without a replay of the reference; a swap always replays it
-  --help, --version
+arguments:
+  [NAME=]BUNDLE             folders of bundles, or links to them, read again at SIGHUP; the first
+                            is the default of requests without a model
+
+network:
+  --host ADDRESS            default: 127.0.0.1; any other needs --api-key-file
+  --port N                  default: 8000; 0: any that is free
+  --api-key-file FILE       clients must send this key as a bearer token
+
+requests:
+  --deadline SECONDS        longest time for a request; one that cannot finish in time gets 429;
+                            default: 60
+  --job-deadline SECONDS    longest time for a job; default: 600
+  --grace SECONDS           time to finish open requests after SIGTERM; default: 30
+  --max-images N            images of a request; default: 8
+  --max-steps N             steps of a request; default: 250
+  --max-pixels N            pixels of a request's images in all; default: 16777216
+
+what is served:
+  --pin SHA256 …            serve only bundles whose manifest.json has one of these sha256
+  --public-key FILE         open a bundle only if the owner of this Ed25519 key has signed it
+  --skip-verify             start without a replay of the reference; a swap always replays it
+
+engine:
+  --backend NAME            auto, tensorrt, tensorrt-rtx, openvino, onnxruntime; default: the
+                            bundle's
+  --provider, --device NAME
+                            device of ONNX Runtime: cpu, cuda, cuda:N; of OpenVINO: CPU, GPU; of
+                            TensorRT: cuda:N
+  --threads N               threads of an engine; default: the engine's choice
+  --batch N                 largest number of images in a call; default: measured at the start
+  --allow-batch-variance    let --batch exceed 1 where an image depends on the others in its call
+
+general:
+  -h, --help                print this page
+  --version                 print the version of the package
+
+examples:
+  dit-server BUNDLE
+  dit-server fast=BUNDLE exact=OTHER-BUNDLE --port 8080
+  dit-server BUNDLE --host 0.0.0.0 --api-key-file KEY --deadline 20
 )";
 
 std::string version() { return dit::text(DIT_VERSION_MAJOR, ".", DIT_VERSION_MINOR, ".", DIT_VERSION_PATCH); }
@@ -99,8 +125,13 @@ Arguments parse(const std::vector<std::string>& words) {
         {"--port", whole(arguments.port, 0, 65535)},
         {"--api-key-file",
          [&](const std::string&, const std::string& path) { arguments.settings.key = read_key(path); }},
+        {"--public-key",
+         [&](const std::string&, const std::string& path) {
+             arguments.opening.options.public_key = read_public_key(path);
+         }},
         {"--backend", word(arguments.opening.options.backend)},
         {"--device", word(arguments.opening.options.device)},
+        {"--provider", word(arguments.opening.options.device)},
         {"--threads", whole(arguments.opening.options.threads, 1, 4096)},
         {"--batch", whole(arguments.opening.places, 1, 4096)},
         {"--deadline", real(arguments.settings.deadline, second, ages)},
@@ -130,7 +161,7 @@ Arguments parse(const std::vector<std::string>& words) {
             if (arguments.opening.pins.size() == before)
                 throw dit::UsageError("--pin lacks its value; expected 64 hexadecimal digits, in lower case");
         } else if (flag.rfind("-", 0) == 0) {
-            throw dit::UsageError("unknown option " + flag + "; see dit-server --help");
+            throw dit::UsageError("unrecognized argument " + flag + "; see dit-server --help");
         } else {
             const std::size_t sign = flag.find('=');
             const bool named = sign != std::string::npos;
@@ -140,7 +171,7 @@ Arguments parse(const std::vector<std::string>& words) {
             for (const auto& other : arguments.bundles)
                 if (other.first == name) throw dit::UsageError("bundle '" + name + "' is there twice");
             if (!is_name(name))
-                throw dit::UsageError("bundle '" + flag + "': expected NAME=FOLDER, of letters, digits, and . _ -");
+                throw dit::UsageError("bundle '" + flag + "': expected NAME=BUNDLE, of letters, digits, and . _ -");
             arguments.bundles.emplace_back(name, folder);
         }
     }
@@ -160,7 +191,6 @@ void serve(const Arguments& arguments) {
                                            " samples share a call"));
     }
     http::Limits limits;
-    limits.body = arguments.settings.body;
     server::Service service(std::move(models), arguments.settings);
     http::Listener listener(service, arguments.host, arguments.port, limits);
     const std::string host =
@@ -173,11 +203,13 @@ void serve(const Arguments& arguments) {
 
 int main(int count, char** words) try {
     const std::vector<std::string> all(words + 1, words + count);
-    if (dit::contains(all, "--help")) return std::cout << USAGE, 0;
+    if (dit::contains(all, "--help") || dit::contains(all, "-h")) return std::cout << USAGE, 0;
     if (dit::contains(all, "--version")) return std::cout << "dit-server " << version() << '\n', 0;
     serve(parse(all));
     return 0;
 } catch (const std::exception& error) {
-    std::cerr << "dit-server: error: " << error.what() << '\n';
-    return 2;
+    const int code = exit_code(error);
+    const std::string message = (code == BUG ? "a bug: " : "") + std::string(error.what());
+    std::cerr << dit::one_line("dit-server: error: " + message) << '\n';
+    return code;
 }

@@ -102,20 +102,6 @@ Json Drawing::stats(std::size_t image) const {
             {"batch", rounded(stats.batch(), 100)}};
 }
 
-Json Job::describe() const {
-    int done = steps_done;
-    if (drawing)
-        for (const auto& ticket : drawing->tickets) done += ticket->done();
-    Json table = {{"id", id},           {"object", "image.job"},
-                  {"created", created}, {"status", status == "queued" && done ? "running" : status},
-                  {"steps_done", done}, {"steps", steps}};
-    if (status == "succeeded")
-        table["result"] = result;
-    else
-        table.update(result);
-    return table;
-}
-
 void log_line(const char* level, const std::string& event, Json fields) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     const std::time_t seconds = std::chrono::duration_cast<std::chrono::seconds>(now).count();

@@ -1,4 +1,4 @@
-// A request for images under way, and a job. Mirrors dit_serve/drawing.py and jobs.py.
+// A request for images under way. Mirrors dit_serve/drawing.py.
 #pragma once
 
 #include <condition_variable>
@@ -34,7 +34,7 @@ class Worker {
     std::thread thread_;
 };
 
-// A ticket for each image; and a job, where nobody waits for them.
+// A ticket for each image.
 struct Drawing {
     std::string model;
     std::shared_ptr<Served> served;
@@ -51,18 +51,6 @@ struct Drawing {
         for (const auto& ticket : tickets) ticket->cancel();
     }
     Json stats(std::size_t image) const;
-};
-
-struct Job {
-    std::string id, status = "queued";  // then running; succeeded, failed or cancelled at the end
-    std::int64_t created = 0;
-    double ended = 0;                  // by the clock; 0: it is under way
-    Json result = Json::object();      // or the error
-    std::shared_ptr<Drawing> drawing;  // while it is under way
-    int steps_done = 0, steps = 0;
-    std::uint64_t number = 0;  // of its arrival
-
-    Json describe() const;
 };
 
 // The answer to a request whose images are drawn: JSON with OpenAI's fields, each image's seed and cost; or one file.

@@ -235,8 +235,10 @@ bool Listener::parse(std::uint64_t id, Connection& connection) {
         return true;
     }
     Request request = connection.head.request;
-    request.body = connection.in.substr(head.bytes, head.length);
-    connection.in.erase(0, head.bytes + head.length);
+    std::string rest = connection.in.substr(head.bytes + head.length);
+    connection.in.resize(head.bytes + head.length);
+    request.body = std::move(connection.in.erase(0, head.bytes));
+    connection.in = std::move(rest);
     connection.state = State::WAITING;
     connection.until = std::numeric_limits<double>::infinity();
     host_.ask(std::move(request), id);

@@ -16,7 +16,6 @@
 namespace http {
 
 struct Limits {
-    std::size_t body = 64 << 10;  // bytes of a request's body
     std::size_t connections =
         500;              // at a time; a further one takes the place of the one that is silent for the longest time
     double silence = 20;  // seconds for the head and body of a request

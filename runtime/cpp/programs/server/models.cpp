@@ -13,6 +13,8 @@ namespace {
 // Refuses bundles whose requests a label cannot state, and those that draw no images.
 void require_servable(const dit::Path& folder, const dit::Manifest& manifest) {
     if (!manifest.end()) throw dit::BundleError(dit::text(folder.string(), ": this bundle has no decoder"));
+    if (manifest.frames())
+        throw dit::BundleError(dit::text(folder.string(), ": this bundle draws videos, and servers serve images"));
     if (manifest.prompt())
         throw dit::BundleError(
             dit::text(folder.string(), ": this bundle takes prompts, and libdit has no tokenizer; take dit-serve"));
@@ -80,19 +82,26 @@ std::shared_ptr<Served> Model::look(const Served& current) const {
     return open_bundle(folder, opening_, true);
 }
 
-std::vector<dit::Request> Model::requests(const Body& body, const Limits& limits) const {
-    const dit::Manifest* sized = &served->manifest();
-    if (body.size && *body.size != "auto") {
-        std::vector<std::string> known;
-        sized = nullptr;
-        for (const auto& [name, manifest] : served->sizes()) {
-            known.push_back(name);
-            if (name == *body.size) sized = manifest;
-        }
-        if (!sized)
-            throw Fault{400, dit::text("size must be auto or ", dit::join(known, " or "), " for the model ", name),
-                        "size"};
+const dit::Manifest& Model::sized(const Body& body) const {
+    if (!body.size || *body.size == "auto") return served->manifest();
+    std::vector<std::string> known;
+    for (const auto& [size, manifest] : served->sizes()) {
+        if (size == *body.size) return *manifest;
+        known.push_back(size);
     }
+    throw Fault{400, dit::text("size must be auto or ", dit::join(known, " or "), " for the model ", name), "size"};
+}
+
+std::pair<std::size_t, std::size_t> Model::picture_size(const Body& body) const {
+    const dit::Manifest& manifest = sized(body);
+    if (!manifest.start())
+        throw Fault{501, dit::text("the model ", name, " has no encoder of images, so it edits none")};
+    const dit::Shape shape = manifest.picture_shape();  // (3, H, W)
+    return {static_cast<std::size_t>(shape[1]), static_cast<std::size_t>(shape[2])};
+}
+
+std::vector<dit::Request> Model::requests(const Body& body, const Limits& limits) const {
+    const dit::Manifest* const sized = &this->sized(body);
     const dit::Shape shape = sized->image_shape();
     if (shape[1] * shape[2] * body.n > limits.pixels)
         throw Fault{400, dit::text("n images have more than ", limits.pixels, " pixels in all"), "n"};
@@ -108,6 +117,9 @@ std::vector<dit::Request> Model::requests(const Body& body, const Limits& limits
     request.steps = body.num_inference_steps.value_or(0);
     if (body.guidance_scale) request.guidance = {static_cast<float>(*body.guidance_scale)};
     request.solver = body.solver.value_or("");
+    request.image = body.image;
+    request.mask = body.mask;
+    request.strength = body.strength;
     try {
         if (body.preset) request = dit::with_preset(*sized, std::move(request), *body.preset);
     } catch (const dit::UsageError& error) {
@@ -143,7 +155,7 @@ nlohmann::json Model::describe() const {
             {"solver", manifest.process.sampler.solver},
             {"presets", presets},
             {"batch_invariant", manifest.batch_invariant},
-            {"edits", false},
+            {"edits", manifest.start() != nullptr},
             {"batch", served->batcher->places()},
             {"sha256", served->sha256}};
 }

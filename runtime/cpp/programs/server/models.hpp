@@ -51,6 +51,8 @@ class Model {
     // more; else NULL. Throws as open_bundle does.
     std::shared_ptr<Served> look(const Served& current) const;
 
+    // Height and width of the pictures that an edit brings; throws Fault(501) where the bundle takes none.
+    std::pair<std::size_t, std::size_t> picture_size(const Body& body) const;
     // A request for each image; throws Fault(400) where the bundle does not take what the body has, or it is too much.
     std::vector<dit::Request> requests(const Body& body, const Limits& limits) const;
     nlohmann::json describe() const;  // as /v1/models lists it
@@ -62,6 +64,8 @@ class Model {
     std::string refusal;                   // why the last swap failed
 
   private:
+    const dit::Manifest& sized(const Body& body) const;  // at the body's size
+
     const Opening opening_;
 };
 

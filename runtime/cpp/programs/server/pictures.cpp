@@ -5,7 +5,12 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "errors.hpp"
+#include "png_files.hpp"
+
 namespace server {
+
+namespace dit = dit_runtime;
 
 std::string png(const std::uint8_t* pixels, std::size_t height, std::size_t width) {
     png_image image;
@@ -20,6 +25,25 @@ std::string png(const std::uint8_t* pixels, std::size_t height, std::size_t widt
         throw std::runtime_error(std::string("no PNG: ") + image.message);
     bytes.resize(size);
     return bytes;
+}
+
+void read_files(Body& body, std::size_t height, std::size_t width) {
+    const auto read = [&](const std::string& name, bool is_mask) -> std::optional<dit::Pictures> {
+        const auto file = body.files.find(name);
+        if (file == body.files.end()) return std::nullopt;
+        const auto* const bytes = reinterpret_cast<const unsigned char*>(file->second.data());
+        try {
+            const Png png = read_png(bytes, file->second.size(), name, height, width, "the bundle's size");
+            const dit::Shape shape = {1, static_cast<std::int64_t>(height), static_cast<std::int64_t>(width)};
+            if (is_mask) return dit::Pictures{shape, png.mask()};
+            return dit::Pictures{{shape[0], shape[1], shape[2], 3}, png.colours()};
+        } catch (const std::invalid_argument& error) {
+            throw Fault{400, dit::one_line(error.what()), name};
+        }
+    };
+    body.image = read("image", false);
+    body.mask = read("mask", true);
+    body.files.clear();
 }
 
 std::string base64(const std::string& bytes) {

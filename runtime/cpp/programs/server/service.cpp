@@ -11,6 +11,7 @@ namespace {
 
 const std::vector<std::string> OPEN = {"/healthz", "/readyz"};  // paths that need no key
 const std::string GENERATIONS = "/v1/images/generations";
+constexpr std::ptrdiff_t EDITING = 4;  // requests with pictures at a time: each may have as many bytes as a form
 
 bool is_id(const std::string& word) {
     return !word.empty() && word.size() <= 64 && std::all_of(word.begin(), word.end(), [](unsigned char letter) {
@@ -71,6 +72,9 @@ Service::Exchange Service::open(const http::Request& request) {
 
 std::optional<http::Response> Service::refuse(const http::Head& head, std::uint64_t id) {
     const http::Request& request = head.request;
+    const bool is_edit = request.method == "POST" && request.path == EDITS;
+    const std::size_t most = is_edit ? settings_.limits.form : settings_.limits.body;
+    const auto edits = [](const auto& entry) { return entry.second.method == "POST" && entry.second.path == EDITS; };
     std::optional<Fault> fault;
     if (head.refusal)
         fault = {head.refusal, head.refusal == 431 ? "the request's head is too large" : "this is no HTTP request"};
@@ -84,12 +88,15 @@ std::optional<http::Response> Service::refuse(const http::Head& head, std::uint6
         fault = {403, "this server has no API key, so it takes nothing from pages of other origins"};
     else if (request.headers.count("transfer-encoding") || (request.method == "POST" && !head.has_length))
         fault = {411, "a body needs its length, Content-Length"};
-    else if (head.length > settings_.body)
-        fault = {413, dit::text("the body has more than ", settings_.body, " bytes")};
+    else if (head.length > most)
+        fault = {413, dit::text("the body has more than ", most, " bytes")};
     else if (request.method == "POST") {
         const std::string type = request.header("content-type");
-        if (dit::lower(dit::strip(type.substr(0, type.find(';')))) != "application/json")
-            fault = {415, "the body must have the type application/json"};
+        const std::string expected = is_edit ? "multipart/form-data" : "application/json";
+        if (dit::lower(dit::strip(type.substr(0, type.find(';')))) != expected)
+            fault = {415, "the body must have the type " + expected};
+        else if (is_edit && std::count_if(exchanges_.begin(), exchanges_.end(), edits) >= EDITING)
+            fault = {429, dit::text(EDITING, " requests with pictures are under way"), "", {retry_after(1)}};
     }
     Exchange& exchange = exchanges_[id] = open(request);
     if (!fault) return std::nullopt;
@@ -155,7 +162,8 @@ std::optional<http::Response> Service::route(const http::Request& request, std::
     };
     if (path == GENERATIONS) {
         only({"POST"});
-        exchange.drawing = draw(request, exchange, false);
+        require_room(exchange);
+        exchange.drawing = draw(parse(request.body, settings_.limits), exchange, false);
         exchange.drawing->exchange = id;
         return std::nullopt;
     }
@@ -165,15 +173,19 @@ std::optional<http::Response> Service::route(const http::Request& request, std::
     }
     if (const std::string name = behind(JOBS + "/"); !name.empty()) {
         only({"GET", "DELETE"});
-        Job& job = find_job(name);
+        Job& job = jobs_.get(name);
         if (method == "GET") return json(job.describe());
         if (job.drawing)
             job.drawing->cancel();
         else
-            jobs_.erase(name);
+            jobs_.forget(name);
         return json({{"id", name}, {"object", "image.job"}, {"deleted", true}});
     }
-    if (path == "/v1/images/edits") throw Fault{501, "dit-server edits no images"};
+    if (path == EDITS) {
+        only({"POST"});
+        edit(request, id);
+        return std::nullopt;
+    }
     if (path == "/v1/models") {
         only({"GET"});
         Json data = Json::array();

@@ -7,19 +7,18 @@
 #include <set>
 #include <string>
 
-#include "drawing.hpp"
+#include "jobs.hpp"
 #include "listener.hpp"
 #include "metrics.hpp"
 
 namespace server {
 
-inline const std::string JOBS = "/v1/jobs";
+inline const std::string JOBS = "/v1/jobs", EDITS = "/v1/images/edits";
 
 struct Settings {
     double deadline = 60, job_deadline = 600;  // seconds from a request to its images, and of a job
     double grace = 30;                         // seconds that work under way gets after SIGTERM
     Limits limits;
-    std::size_t body = 64 << 10;     // bytes
     std::string key;                 // clients send it as "Authorization: Bearer KEY"; empty: none
     std::vector<std::string> hosts;  // what clients may call this server where there is no key
 };
@@ -55,11 +54,12 @@ class Service : public http::Host {
     void answer(std::uint64_t id, http::Response response);
     void log(Exchange& exchange, int status);
     Model& model(const std::optional<std::string>& name);
-    std::shared_ptr<Drawing> draw(const http::Request& request, Exchange& exchange, bool is_job);
+    void require_room(Exchange& exchange);
+    std::shared_ptr<Drawing> draw(Body body, Exchange& exchange, bool is_job);
+    void edit(const http::Request& request, std::uint64_t id);
     void end(const std::shared_ptr<Drawing>& drawing, std::size_t image);
     void finish(const std::shared_ptr<Drawing>& drawing, http::Response response);
     http::Response start_job(const http::Request& request, Exchange& exchange);
-    Job& find_job(const std::string& id);
     void swap();
 
     Models models_;
@@ -67,8 +67,7 @@ class Service : public http::Host {
     Metrics metrics_;
     http::Listener* listener_ = nullptr;
     std::map<std::uint64_t, Exchange> exchanges_;  // by connection
-    std::map<std::string, Job> jobs_;
-    std::uint64_t jobs_made_ = 0;
+    Jobs jobs_;
     std::set<std::shared_ptr<Drawing>> drawings_;  // under way
     std::vector<std::shared_ptr<Served>> old_;     // bundles that finish what they have
     bool swapping_ = false, swap_again_ = false;

@@ -3,22 +3,47 @@
 #include <ctime>
 
 #include "errors.hpp"
+#include "pictures.hpp"
 #include "service.hpp"
 
 namespace server {
-namespace {
-
-constexpr double KEPT = 600;            // seconds that a finished job's images stay
-constexpr std::size_t MOST_JOBS = 256;  // finished ones included
-
-}  // namespace
-
-// Puts the images in line, all of them or none.
-std::shared_ptr<Drawing> Service::draw(const http::Request& request, Exchange& exchange, bool is_job) {
+// Counts a request for images; refuses it where the server is shutting down.
+void Service::require_room(Exchange& exchange) {
     exchange.counted = true;
     if (until_) throw Fault{503, "the server is shutting down", "", {retry_after(1)}};
+}
+
+// Decodes an edit's pictures in the encoder's thread, then puts its images in line.
+void Service::edit(const http::Request& request, std::uint64_t id) {
+    require_room(exchanges_.at(id));
+    const auto body =
+        std::make_shared<Body>(parse_edit(request.header("content-type"), request.body, settings_.limits));
+    const auto [height, width] = model(body->model).picture_size(*body);
+    encoder_->add([this, id, body, height = height, width = width] {
+        std::exception_ptr error;
+        try {
+            read_files(*body, height, width);
+        } catch (...) {
+            error = std::current_exception();
+        }
+        listener_->post([this, id, body, error] {
+            const auto entry = exchanges_.find(id);
+            if (entry == exchanges_.end()) return;  // its client has left
+            try {
+                if (error) std::rethrow_exception(error);
+                entry->second.drawing = draw(std::move(*body), entry->second, false);
+                entry->second.drawing->exchange = id;
+            } catch (...) {
+                answer(id, fault(std::current_exception()).response());
+            }
+        });
+    });
+}
+
+// Puts the images in line, all of them or none.
+std::shared_ptr<Drawing> Service::draw(Body fields, Exchange& exchange, bool is_job) {
     const auto drawing = std::make_shared<Drawing>();
-    drawing->body = parse(request.body, settings_.limits);
+    drawing->body = std::move(fields);
     const Body& body = drawing->body;
     Model& model = this->model(body.model);
     exchange.model = drawing->model = model.name;
@@ -83,53 +108,30 @@ void Service::finish(const std::shared_ptr<Drawing>& drawing, http::Response res
         if (exchange != exchanges_.end() && response.status == 200) exchange->second.fields.update(drawing->stats(0));
         return answer(drawing->exchange, std::move(response));
     }
-    const auto entry = jobs_.find(drawing->job);
-    if (entry == jobs_.end()) return;
-    Job& job = entry->second;
-    for (const auto& ticket : drawing->tickets) job.steps_done += ticket->done();
-    job.status = response.status == 200 ? "succeeded" : response.status == 499 ? "cancelled" : "failed";
-    job.result = Json::parse(response.body);
-    job.drawing.reset();
-    job.ended = dit::now();
-    Json fields = {{"job", job.id}, {"model", drawing->model}, {"status", job.status}};
+    Job& job = jobs_.get(drawing->job);
+    const char* const status = response.status == 200 ? "succeeded" : response.status == 499 ? "cancelled" : "failed";
+    Json fields = {{"job", job.id}, {"model", drawing->model}, {"status", status}};
     if (response.status == 200) fields.update(drawing->stats(0));
+    jobs_.finish(job, status, Json::parse(response.body));
     log_line("info", "job ended", std::move(fields));
 }
 
-// Makes room, and takes a job; throws Fault(429) where all that are here are under way.
+// Takes a job; throws Fault(429) where all that are here are under way.
 http::Response Service::start_job(const http::Request& request, Exchange& exchange) {
-    const double now = dit::now();
-    auto oldest = jobs_.end();
-    for (auto job = jobs_.begin(); job != jobs_.end();) {
-        const bool ended = !job->second.drawing;
-        if (ended && now - job->second.ended > KEPT) {
-            job = jobs_.erase(job);
-            continue;
-        }
-        if (ended && (oldest == jobs_.end() || job->second.number < oldest->second.number)) oldest = job;
-        ++job;
+    require_room(exchange);
+    Body body = parse(request.body, settings_.limits);
+    Job& job = jobs_.add();
+    try {
+        job.drawing = draw(std::move(body), exchange, true);
+    } catch (...) {
+        jobs_.forget(job.id);
+        throw;
     }
-    if (jobs_.size() >= MOST_JOBS && oldest == jobs_.end())
-        throw Fault{429, dit::text(MOST_JOBS, " jobs are under way"), "", {retry_after(5)}};
-    const std::shared_ptr<Drawing> drawing = draw(request, exchange, true);
-    if (jobs_.size() >= MOST_JOBS) jobs_.erase(oldest);
-    Job job;
-    job.id = drawing->job = random_id();
-    job.created = drawing->created;
-    job.number = ++jobs_made_;
-    job.drawing = drawing;
-    for (const auto& ticket : drawing->tickets) job.steps += ticket->evaluations();
+    job.drawing->job = job.id;
+    for (const auto& ticket : job.drawing->tickets) job.steps += ticket->evaluations();
     http::Response response = json(job.describe(), 202);
     response.headers.emplace_back("Location", JOBS + "/" + job.id);
-    jobs_.emplace(job.id, std::move(job));
     return response;
-}
-
-Job& Service::find_job(const std::string& id) {
-    const auto job = jobs_.find(id);
-    if (job == jobs_.end() || (!job->second.drawing && dit::now() - job->second.ended > KEPT))
-        throw Fault{404, "no job has this id; finished jobs are forgotten after a while"};
-    return job->second;
 }
 
 // Serves what the bundles' folders hold now: each is opened and verified beside the old one, which goes on drawing and

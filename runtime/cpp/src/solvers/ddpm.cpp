@@ -16,13 +16,11 @@ Array deviation(const Sampler& sampler, const Array& variance, double beta, doub
     if (kind == "fixed_large") return {std::sqrt(beta)};
     require_variance(sampler, !variance.empty());
     Array values = variance;
+    const bool learned = kind == "learned";
+    const double most = std::log(beta), least = std::log(small);
     for (double& value : values) {
-        if (kind == "learned") {
-            value = std::sqrt(value);
-            continue;
-        }
         const double fraction = (value + 1) / 2;
-        value = std::exp(0.5 * (fraction * std::log(beta) + (1 - fraction) * std::log(small)));
+        value = learned ? std::sqrt(value) : std::exp(0.5 * (fraction * most + (1 - fraction) * least));
     }
     return values;
 }

@@ -29,17 +29,25 @@ class Dpm : public Method {
         const double phi1 = -std::expm1(-width), phi2 = 1 - phi1 / width;
         const double of_x = after.sigma / now.sigma * (noisy_ ? std::exp(-h) : 1.0);
         const double weight = sampler_.solver_type == "heun" ? phi2 : phi1 / 2;
-        for (std::size_t i = 0; i < x_.size(); ++i) {
-            double sum = phi1 * data_[0][i];
-            const double first = current > 1 ? (data_[0][i] - data_[1][i]) * (h / (lambdas_[0] - lambdas_[1])) : 0;
-            if (current == 2) sum = sum + weight * first;
-            if (current == 3) {
-                const double second = (data_[1][i] - data_[2][i]) * (h / (lambdas_[1] - lambdas_[2]));
-                const double bend = (first - second) * (h / (lambdas_[0] - lambdas_[2]));
-                const double slope = first + bend * ((lambdas_[0] - lambdas_[1]) / h);
-                sum = sum + phi2 * slope + (0.5 - phi2 / h) * bend;
+        const auto of = [&](std::size_t from, std::size_t to) { return h / (lambdas_[from] - lambdas_[to]); };
+        const double alpha = after.alpha, *const d0 = data_[0].data();
+        double* const x = x_.data();
+        if (current == 1) {
+            for (std::size_t i = 0; i < x_.size(); ++i) x[i] = of_x * x[i] + alpha * (phi1 * d0[i]);
+        } else if (current == 2) {
+            const double *const d1 = data_[1].data(), of_first = of(0, 1);
+            for (std::size_t i = 0; i < x_.size(); ++i)
+                x[i] = of_x * x[i] + alpha * (phi1 * d0[i] + weight * ((d0[i] - d1[i]) * of_first));
+        } else {
+            const double *const d1 = data_[1].data(), *const d2 = data_[2].data();
+            const double of_first = of(0, 1), of_second = of(1, 2), of_bend = of(0, 2);
+            const double back = (lambdas_[0] - lambdas_[1]) / h, of_bent = 0.5 - phi2 / h;
+            for (std::size_t i = 0; i < x_.size(); ++i) {
+                const double first = (d0[i] - d1[i]) * of_first;
+                const double bend = (first - (d1[i] - d2[i]) * of_second) * of_bend;
+                const double slope = first + bend * back;
+                x[i] = of_x * x[i] + alpha * (phi1 * d0[i] + phi2 * slope + of_bent * bend);
             }
-            x_[i] = of_x * x_[i] + after.alpha * sum;
         }
         const double deviation = noisy_ ? after.sigma * std::sqrt(phi1) : 0.0;
         if (deviation > 0) add_noise(deviation);

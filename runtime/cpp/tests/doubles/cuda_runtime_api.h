@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <stdexcept>
 #include <utility>
@@ -17,7 +18,7 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorStreamCaptureUnsupported = 900
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 constexpr unsigned cudaStreamNonBlocking = 1;
@@ -53,6 +54,7 @@ struct CudaDouble {
     int foreign = 0;                // calls for a thing of one device while another was current
     int instantiated = 0, launches = 0;
 
+    bool pinned(const void* place) const;
     void own(int device);
     void finish(cudaStream_t stream);
     static CudaDouble& here() {
@@ -64,6 +66,14 @@ struct CudaDouble {
         return device;
     }
 };
+
+// Whether it lies in pinned memory.
+inline bool CudaDouble::pinned(const void* place) const {
+    const auto next = memory.upper_bound(const_cast<void*>(place));
+    if (next == memory.begin()) return false;
+    const auto& [begin, block] = *std::prev(next);
+    return block.pinned && static_cast<const char*>(place) < static_cast<const char*>(begin) + block.bytes;
+}
 
 inline void CudaDouble::own(int device) { foreign += device != current(); }
 
@@ -139,8 +149,7 @@ inline cudaError_t cudaMemcpyAsync(void* into, const void* from, std::size_t byt
     CudaDouble& cuda = CudaDouble::here();
     cuda.own(stream->device);
     cuda.copies.push_back({kind, bytes});
-    const auto host = cuda.memory.find(kind == cudaMemcpyHostToDevice ? const_cast<void*>(from) : into);
-    cuda.pageable += host == cuda.memory.end() || !host->second.pinned;
+    cuda.pageable += kind != cudaMemcpyDeviceToDevice && !cuda.pinned(kind == cudaMemcpyHostToDevice ? from : into);
     later(stream, [=] { std::memcpy(into, from, bytes); });
     return cudaSuccess;
 }

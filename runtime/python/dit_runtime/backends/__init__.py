@@ -124,7 +124,7 @@ def refusal(name: str, precision: str, provider: str | None = None) -> str | Non
 
 
 def typed(name: str, precision: str) -> str | None:
-    """Return the narrow type that a graph must be in for a backend to compute in it; None where it stays fp32."""
+    """Return the 16-bit type that a backend needs its graph in for a precision; None where the graph stays fp32."""
     inner = backend(name).FLOAT_AROUND_INT8 if precision in QUANTIZED else precision
     return inner if inner in backend(name).NEEDS_TYPED_GRAPH else None
 

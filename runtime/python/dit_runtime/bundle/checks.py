@@ -39,6 +39,8 @@ def _check_port(port: Port, where: str) -> None:
     expect(port.dtype in DTYPES, f"{where}: dtype", port.dtype, f"one of {', '.join(DTYPES)}")
     expect(all(is_size(size) for size in port.shape), f"{where}: shape", list(port.shape), SIZES)
     check_row(port.shape, where)
+    most, size = LIMITS["port_bytes"], 8 if port.dtype == "int64" else 4
+    expect(size * math.prod(port.shape) <= most, where, f"{[*port.shape]} a row", f"at most {most} bytes")
     if port.dtype == "int64":
         expect(is_size(port.size), f"{where}: size", port.size, f"1 to {LIMITS['size']} values")
     else:
@@ -186,6 +188,7 @@ def _check_start(manifest: Manifest, stage: Stage, sources: Sources) -> None:
     cells = whole and all(side % cell == 0 for side, cell in zip(sides, state[1:], strict=True))
     forms = '["batch", 3, height, width], multiples of a state [channels, height, width]'
     expect(cells, f"stage {stage.name} reads the shape", list(shape), forms)
+    expect(manifest.end is not None, f"stage {stage.name}", "no stage that runs 'end'", "one, which gives its pictures")
     if manifest.end is not None and manifest.end.gives:
         end = manifest.end.gives[0].shape
         expect(shape == end, f"stage {stage.name} reads the shape", list(shape), f"{list(end)}, as {manifest.end.name}")

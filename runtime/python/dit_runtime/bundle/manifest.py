@@ -10,6 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from dit_runtime.bundle import signature
 from dit_runtime.bundle.external import locations
 from dit_runtime.bundle.parsing import parse
 from dit_runtime.bundle.records import FORMAT, File, Guidance, Manifest, Port, Prompt, Stage, TensorSpec
@@ -27,18 +28,17 @@ BUILT = {"version": str, "cuda": int, "compute_capabilities": list, "tuning": di
 __all__ = ["FORMAT", "File", "Guidance", "Manifest", "Port", "Prompt", "Stage", "TensorSpec"]  # and the functions below
 
 
-def read(folder: Path, engines: bool = True, sum256: str = "") -> Manifest:
+def read(folder: Path, engines: bool = True, sum256: str = "", public_key: bytes | None = None) -> Manifest:
     """Parse and check the manifest, and that each file it names is there in its size; open none of them.
 
     Without `engines`, those may be missing or damaged: they are to be made again, or given up (`lost_engines`).
-    `sum256` is the sha256 that the manifest must have; empty: any.
+    `sum256` is the sha256 that the manifest must have; empty: any. `public_key` is the key that must have signed it.
     """
-    path = folder / NAME
-    if not path.is_file() or path.is_symlink():
-        raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
+    path, content = folder / NAME, read_content(folder)
+    _require_sum(path, content, sum256)
+    if public_key is not None:
+        signature.require_signed(folder, content, public_key)
     try:
-        content = read_bytes(path, LIMITS["manifest_bytes"])
-        _require_sum(path, content, sum256)
         table = parse_json(as_text(content, path), str(path))
     except UsageError as error:
         raise BundleError(str(error)) from None
@@ -55,6 +55,17 @@ def read(folder: Path, engines: bool = True, sum256: str = "") -> Manifest:
         inside(folder, name)
     _require(folder, manifest, [name for name in manifest.files if engines or not name.endswith(ENGINE)])
     return manifest
+
+
+def read_content(folder: Path) -> bytes:
+    """Return the manifest as its file has it."""
+    path = folder / NAME
+    if not path.is_file() or path.is_symlink():
+        raise BundleError(f"{folder}: no {NAME} here; expected a bundle, as `dit-export build` writes it")
+    try:
+        return read_bytes(path, LIMITS["manifest_bytes"])
+    except UsageError as error:
+        raise BundleError(str(error)) from None
 
 
 def _require_sum(path: Path, content: bytes, expected: str) -> None:
@@ -158,7 +169,8 @@ def _require_listed(folder: Path, graph: str, names: Collection[str]) -> None:
     """Refuse a graph that reads files whose sums are not compared with its own."""
     place = PurePosixPath(graph).parent
     for location in locations(inside(folder, graph)):
-        if str(place / location) not in names:
+        # With a star in it, engines read a place of their memory and not the file.
+        if str(place / location) not in names or "*" in location:
             raise BundleError(f"{folder}: {graph} reads {location!r}, which is no file of its stage; refused")
 
 
@@ -195,5 +207,5 @@ def describe(path: Path) -> File:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest in one step."""
+    """Replace the manifest in one step; a signature of the old one is then of another manifest, and is refused."""
     write_file(folder / NAME, manifest.to_json(), follow=False)

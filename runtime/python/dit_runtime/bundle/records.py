@@ -173,7 +173,7 @@ def size_name(size: str | int) -> str:
     return height if width == height else str(size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Manifest(WithPorts):
     model: Mapping[str, Any]  # for people: name, resolution, …
     ports: tuple[Port, ...]
@@ -193,6 +193,16 @@ class Manifest(WithPorts):
     suffix: str = ""
     sizes: tuple[Size, ...] = ()  # the others
     format: int = FORMAT
+
+    def __repr__(self) -> str:
+        return f"<Manifest of {self.title}>"
+
+    @property
+    def title(self) -> str:
+        """Return the network, its sizes and its engine, in a line for people."""
+        sizes = ", ".join(self.size_names) or self.model.get("resolution")
+        step = self.step
+        return f"{self.model.get('name')} at {sizes} px, {step.precision} on {step.backend}"
 
     def at(self, size: str | int | None) -> Manifest:
         """Return the manifest of a size of the bundle, which then is the one that requests without a size draw."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime import backends
+from dit_runtime.bundle import manifest, signature
 from dit_runtime.bundle.records import MEASURED, Manifest, Port, Prompt
 
 PER = {
@@ -47,6 +48,7 @@ def summary(folder: Path, contract: Manifest) -> str:
     lines.append(f"batch      a sample {depends} on the others of its batch")
     origin = [f"{key} {contract.source[key]}" for key in ("kind", "path", "hub", "seed") if key in contract.source]
     lines.append(f"weights    {', '.join(origin)}")
+    lines.append(f"signed     {signature.describe(folder, manifest.read_content(folder))[1]}")
     return "\n".join(lines)
 
 

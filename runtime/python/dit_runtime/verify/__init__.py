@@ -1,6 +1,6 @@
 """Replays reference.npz, PyTorch's own answer, with NumPy and the engines alone, and judges what they give."""
 
-from dit_runtime.verify.figures import Figure, jsonable, summary, table, worst
+from dit_runtime.verify.figures import Figure, jsonable, outcome, summary, table, worst
 from dit_runtime.verify.judge import (
     INVARIANCE,
     NOISE_ATOL,
@@ -36,6 +36,7 @@ __all__ = [
     "judge",
     "latents_psnr",
     "load_reference",
+    "outcome",
     "prompt_figures",
     "relative_error",
     "replay",

@@ -56,6 +56,12 @@ def summary(proof: str, figures: Sequence[Figure]) -> dict[str, Any]:
     return {"proof": proof, "passed": all(figure.passed for figure in figures), "worst": values}
 
 
+def outcome(figures: Sequence[Figure]) -> str:
+    """Return how many figures keep their limits, in words."""
+    failed = [figure for figure in figures if not figure.passed]
+    return f"{len(failed)} of {len(figures)} checks failed" if failed else f"{len(figures)} checks passed"
+
+
 def table(figures: Sequence[Figure]) -> str:
     """Return the table that a person reads."""
     rows = worst(figures)

@@ -109,7 +109,12 @@ def _check_shapes(contract: Manifest, reference: Reference) -> None:
     if contract.end is not None:
         sizes = [int(size) for size in contract.end.gives[0].shape[2:]]
         if (frames := reference.frames).size:
-            if len(sizes) != 3 or frames.dtype.kind not in "iu" or not ((frames >= 0) & (frames < sizes[0])).all():
+            if (
+                len(sizes) != 3
+                or frames.ndim != 1
+                or frames.dtype.kind not in "iu"
+                or not ((frames >= 0) & (frames < sizes[0])).all()
+            ):
                 raise UsageError(f"frames are {frames.tolist()}, expected numbers of a video's frames")
             sizes[0] = frames.size
         shapes["images"] = batch, *sizes, 3
