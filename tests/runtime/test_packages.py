@@ -205,10 +205,9 @@ def test_the_oldest_versions_verify(dated: Path, narrow, backend: str, precision
 @pytest.mark.slow
 def test_the_oldest_versions_read_words_and_pictures(dated: Path, handmade, tmp_path: Path) -> None:
     write_png(tmp_path / "in.png", np.full((32, 32, 3), 99, np.uint8))
-    for kind, options in (
-        ("prompted", ["--prompt", "a red star"]),
-        ("pictured", ["--labels", "1", "--image", "in.png"]),
-    ):
+    np.save(tmp_path / "rate.npy", np.ones(1, np.float32))
+    words = ["--prompt", "a red star", "--condition", "rate=rate.npy"]
+    for kind, options in (("prompted", words), ("pictured", ["--labels", "1", "--image", "in.png"])):
         output = tmp_path / f"{kind}.npy"
         done = run(dated / "dit-run", "sample", handmade(kind), *options, "--steps", 2, "-o", output, at=tmp_path)
         assert done.returncode == 0 and output.is_file(), done.stderr
