@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from dit_export.bundle.assemble import Assembly, Inputs
+from dit_export.bundle.assemble import NO_INPUTS, Assembly, Inputs
 from dit_export.bundle.place import DiskFull, put_in_place, refuse_foreign, require_disk, workplace
 from dit_export.bundle.presets import read_presets
 from dit_export.bundle.sizes import join, load_again, together
@@ -88,12 +88,13 @@ def build(
     with progress.stage("weights"):
         loaded = loaded or load(recipe)
         _require_one_negative(loaded)
+        inputs = _read_inputs(recipe, loaded)
         if options is not None:
             options.check(backend, loaded.vae is not None)
         _require_judge(recipe, loaded)
         _require_pictures(recipe, loaded)
         presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
-    inputs = _read_inputs(recipe, loaded, progress)
+    inputs = _with_prompts(inputs, recipe, loaded, progress)
     if loaded.note:
         progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
@@ -214,20 +215,24 @@ def _require_consistent(recipe: Recipe) -> None:
         raise UsageError(f"got both {both}: pass one of them")
 
 
-def _read_inputs(recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
-    """Read a user's calibration or conditions; without both, take captions of ours, or the recorded prompts."""
+def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
+    """Read a user's calibration or conditions."""
+    calibration = Calibration.load(Path(recipe.calibration).expanduser()) if recipe.calibration else None
     own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
-    if recipe.calibration:
-        return Inputs(Calibration.load(Path(recipe.calibration).expanduser()), own)
-    if own is None and recipe.precision in backends.QUANTIZED:
-        if loaded.text is not None:
-            with progress.stage("calibration: captions of ours through the text encoders"):
-                own = embed(loaded.network, loaded.text)
-        elif recorded := loaded.examples.get("conditions"):
-            own = prompts.make_prompts(
-                loaded.network, recorded, loaded.examples.get("negative", {}), "the recorded runs"
-            )
-    return Inputs(None, own)
+    return Inputs(calibration, own)
+
+
+def _with_prompts(inputs: Inputs, recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
+    """Where int8 or fp8 has nothing of a user's to calibrate with, take captions of ours, or the recorded prompts."""
+    if inputs != NO_INPUTS or recipe.precision not in backends.QUANTIZED:
+        return inputs
+    if loaded.text is not None:
+        with progress.stage("calibration: captions of ours through the text encoders"):
+            return Inputs(prompts=embed(loaded.network, loaded.text))
+    if recorded := loaded.examples.get("conditions"):
+        away = loaded.examples.get("negative", {})
+        return Inputs(prompts=prompts.make_prompts(loaded.network, recorded, away, "the recorded runs"))
+    return inputs
 
 
 def _require_one_negative(loaded: Loaded) -> None:
