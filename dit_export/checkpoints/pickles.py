@@ -30,7 +30,8 @@ def require_bounded(path: Path) -> None:
     else:
         with path.open("rb") as file:
             for _ in range(LEGACY):
-                _require_bounded(file)
+                if file.peek(1):
+                    _require_bounded(file)
 
 
 def _require_bounded(stream: IO[bytes]) -> None:

@@ -60,7 +60,7 @@ CONSUMER = Path(__file__).with_name("consumer")
         (["BUNDLE", "--condition", "labels=a.npy", "labels=b.npy"], "a.npy: not a .npy file of numbers"),
         (["BUNDLE", "--condition", "labels=", "x=y"], "--condition 'labels='; expected NAME=FILE.npy, each name once"),
         (["BUNDLE", "--labels", "1", "--negative-condition", "nowhere.npz"], "nowhere.npz: not a .npz file of numbers"),
-        (["BUNDLE", "--labels", "1", "--condition", "reference.npz"], "unknown port"),
+        (["BUNDLE", "--labels", "1", "--condition", "reference.npz"], "not a condition"),
         (["BUNDLE", "BUNDLE", "--labels", "1"], "is too much"),
         (["BUNDLE", "--prompt", "a cat"], "--prompt: this program has no tokenizer; pass token ids with --condition"),
         (["BUNDLE", "--labels", "1", "--negative", "blurry"], "pass token ids with --negative-condition"),
@@ -275,7 +275,7 @@ def test_only_the_c_abi_is_exported(build):
 
 def test_a_small_library(build, tmp_path):
     subprocess.run(["strip", "-o", tmp_path / "libdit.so", build / "libdit.so"], check=True)
-    assert (tmp_path / "libdit.so").stat().st_size < 6 << 18
+    assert (tmp_path / "libdit.so").stat().st_size < 7 << 18
 
 
 @pytest.fixture(scope="module")

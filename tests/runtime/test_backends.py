@@ -205,10 +205,10 @@ def test_auto_takes_the_first_that_can(monkeypatch) -> None:
     monkeypatch.setattr(backends.backend("openvino"), "version", lambda: None)
     assert backends.choose("auto") == "onnxruntime"
     monkeypatch.setattr(Flavour, "version", lambda self: None)
-    extras = r"'dit-export\[tensorrt\]' or 'dit-export\[tensorrt-rtx\]' or 'dit-export\[openvino\]'"
+    extras = r"'dit-runtime\[tensorrt\]' or 'dit-runtime\[tensorrt-rtx\]' or 'dit-runtime\[openvino\]'"
     with pytest.raises(UsageError, match=f"no backend for bf16 is installed: pip install {extras}"):
         backends.choose("auto", "bf16")
-    with pytest.raises(UsageError, match=r"not installed: pip install 'dit-export\[openvino\]'"):
+    with pytest.raises(UsageError, match=r"not installed: pip install 'dit-runtime\[openvino\]'"):
         backends.choose("openvino")
 
 

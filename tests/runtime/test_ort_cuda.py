@@ -503,7 +503,7 @@ def test_why_the_provider_does_not_start(engine, runtime, device, tmp_path) -> N
     with pytest.raises(UsageError, match="provider 'cuda' cannot run here: no NVIDIA GPU"):
         engine()
     runtime.available = ["CPUExecutionProvider"]
-    with pytest.raises(UsageError, match=r"is not in this onnxruntime: .*pip install 'dit-export\[onnxruntime-gpu\]'"):
+    with pytest.raises(UsageError, match=r"is not in this onnxruntime: .*pip install 'dit-runtime\[onnxruntime-gpu\]'"):
         engine()
 
 

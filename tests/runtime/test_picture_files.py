@@ -179,7 +179,7 @@ def test_a_name_stands_in_the_message(tmp_path) -> None:
 
 def test_without_pillow(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(UsageError, match=r"reading pictures needs Pillow: pip install 'dit-export\[images\]'"):
+    with pytest.raises(UsageError, match=r"reading pictures needs Pillow: pip install 'dit-runtime\[images\]'"):
         read_picture(png(PICTURE), *SIZE)
 
 

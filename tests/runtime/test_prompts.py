@@ -220,7 +220,7 @@ def _prompts() -> dict:
 def test_tokenizers_may_be_missing(pipe, monkeypatch) -> None:
     """Arrays of ids need NumPy alone, with a negative of their own."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UsageError, match=r"pip install 'dit-export\[text\]', or pass token ids"):
+    with pytest.raises(UsageError, match=r"pip install 'dit-runtime\[text\]', or pass token ids"):
         draw(pipe, prompt="a cat")
     draw(pipe, condition=IDS, negative=IDS)
     draw(pipe, condition=IDS, guidance=1.0)

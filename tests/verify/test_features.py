@@ -184,7 +184,8 @@ def test_a_bundle_brings_its_judge(shared_embedders, tmp_path, capsys):
     np.savez(bundle / "judge.npz", mu=mean, sigma=covariance)
     name_judge(bundle, features="judge.onnx", real="judge.npz")
     assert main(command) == 0
-    assert "to real pictures, Fréchet distance" in capsys.readouterr().out
+    metrics = {row["metric"] for row in json.loads(capsys.readouterr().out)["checks"]}
+    assert "to real pictures, Fréchet distance" in metrics
     with (bundle / "judge.npz").open("r+b") as file:
         file.seek(100)
         file.write(b"damaged")
