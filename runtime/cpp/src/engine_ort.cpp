@@ -90,6 +90,17 @@ std::string device_of(const Options& options) {
     return on_cuda(options.device) ? "cuda" : options.device.empty() ? "cpu" : lower(options.device);
 }
 
+// The environment of all sessions, until the process ends: ONNX Runtime frees its last one outside its lock, and one
+// that is made meanwhile is refused.
+OrtEnv* environment() {
+    static OrtEnv* const only = [] {
+        OrtEnv* made = nullptr;
+        check(api().CreateEnv(ORT_LOGGING_LEVEL_FATAL, "dit", &made));
+        return made;
+    }();
+    return only;
+}
+
 // Refuses a device that this ONNX Runtime does not have, before any is touched.
 void require_provider(const Options& options) {
     std::vector<std::string> here;
@@ -151,9 +162,6 @@ ProviderOptions cuda_options(int device) {
 
 OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOptions& more) {
     const bool cuda = on_cuda(options.device);
-    OrtEnv* environment = nullptr;
-    check(api().CreateEnv(ORT_LOGGING_LEVEL_FATAL, "dit", &environment));
-    environment_.reset(environment);
     OrtSessionOptions* made = nullptr;
     check(api().CreateSessionOptions(&made));
     const Settings settings(made);
@@ -181,7 +189,7 @@ OrtEngine::OrtEngine(const Path& path, const Options& options, const ProviderOpt
     }
     OrtSession* session = nullptr;
     try {
-        check(api().CreateSession(environment, path.c_str(), made, &session));
+        check(api().CreateSession(environment(), path.c_str(), made, &session));
     } catch (const OrtFailure& failure) {
         throw BundleError(text(path.string(), ": ONNX Runtime does not open it: ", failure.what()));
     }

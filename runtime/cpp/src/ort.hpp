@@ -27,7 +27,6 @@ struct Release {
     void operator()(T* pointer) const { (api().*release)(pointer); }
 };
 
-using Environment = std::unique_ptr<OrtEnv, Release<OrtEnv, &OrtApi::ReleaseEnv>>;
 using Settings = std::unique_ptr<OrtSessionOptions, Release<OrtSessionOptions, &OrtApi::ReleaseSessionOptions>>;
 using Session = std::unique_ptr<OrtSession, Release<OrtSession, &OrtApi::ReleaseSession>>;
 using Memory = std::unique_ptr<OrtMemoryInfo, Release<OrtMemoryInfo, &OrtApi::ReleaseMemoryInfo>>;
@@ -55,7 +54,6 @@ class OrtEngine : public Engine {
   protected:
     static Value value(const Input& input, void* data, const OrtMemoryInfo* memory);
 
-    Environment environment_;  // outlives the session
     Session session_;
 
   private:

@@ -6,6 +6,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <future>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -134,6 +135,19 @@ TEST(Refusal, PrecisionsWithoutKernels) {
     EXPECT_EQ(chosen("int8", "cuda"),
               "int8 has no kernels in ONNX Runtime's CUDA provider; build fp16, or use device cpu");
     EXPECT_EQ(chosen("int8", "cpu"), "onnxruntime");
+}
+
+TEST(Engines, AreMadeWhileTheLastOneIsFreed) {
+    const Manifest manifest = read(BUNDLE);
+    const Backend& backend = backends()[0];
+    if (backend.name != "onnxruntime") GTEST_SKIP() << "built without ONNX Runtime";
+    const auto make = [&] {
+        for (int time = 0; time < 400; ++time)
+            backend.open({Path(BUNDLE) / manifest.step().onnx}, manifest.step(), Options{});
+    };
+    auto other = std::async(std::launch::async, make);
+    EXPECT_NO_THROW(make());
+    EXPECT_NO_THROW(other.get());
 }
 
 // NULL where this library does not have it.

@@ -158,7 +158,7 @@ TEST_F(OrtCuda, WhatDoesNotFitLeavesNothing) {
 TEST(Placement, ONNXRuntimeSaysIt) {
     OrtEnv* environment = nullptr;
     ort::check(real().CreateEnv(ORT_LOGGING_LEVEL_ERROR, "test", &environment));
-    const ort::Environment owned(environment);
+    const std::unique_ptr<OrtEnv, ort::Release<OrtEnv, &OrtApi::ReleaseEnv>> owned(environment);
     OrtSessionOptions* settings = nullptr;
     ort::check(real().CreateSessionOptions(&settings));
     const ort::Settings kept(settings);
