@@ -16,6 +16,7 @@ from dit_runtime.progress import Progress
 SPEC = ModelSpec(depth=2, hidden=48, heads=3, patch=2, latent_size=8, num_classes=10)
 
 
+@pytest.mark.slow
 def test_the_conditionings_are_timed_in_turn(tmp_path, monkeypatch, one_thread) -> None:
     asked = []
     monkeypatch.setattr(conditionings, "in_a_row", lambda step: asked.append(step()) or float(len(asked)))

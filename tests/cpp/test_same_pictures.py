@@ -92,7 +92,7 @@ def test_the_same_pictures(shared_embedders, narrow, dit_generate, tmp_path, pre
             assert not same_pictures(np.load(file)["arr_0"], np.roll(expected, 1, axis=2))
 
 
-@pytest.mark.parametrize(("precision", "threads"), [("fp32", 2), ("int8", 2)])
+@pytest.mark.parametrize(("precision", "threads"), [("fp32", 2), pytest.param("int8", 2, marks=pytest.mark.slow)])
 def test_latents_are_the_same_in_any_batch(shared_embedders, narrow, dit_generate, tmp_path, precision, threads):
     """OpenVINO gives a row the same bits in a batch of three as alone, guided with a weight of its own or not."""
     bundle = shared_embedders.bundle if precision == "fp32" else narrow(precision, "openvino")

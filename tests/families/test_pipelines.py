@@ -196,7 +196,7 @@ def test_the_module_of_flux(tmp_path, one_thread) -> None:
     assert read.network.weights.keys() >= {name for name, _ in read.network.module.named_parameters()}
     assert read.network.guidance_port == family.network.guidance_port
     loaded = Loaded(read.network, None, (), read.process, {}, examples=read.examples)
-    inputs = building._read_inputs(Recipe(precision="int8"), loaded, Progress(io.StringIO()))
+    inputs = building._with_prompts(building.NO_INPUTS, Recipe(precision="int8"), loaded, Progress(io.StringIO()))
     assert inputs.prompts is not None  # int8 is calibrated with what was recorded
     for name, rows in (read.examples["conditions"] | {"guidance_scale": np.full(2, 3.5)}).items():
         np.testing.assert_array_equal(inputs.prompts.condition[name], rows)

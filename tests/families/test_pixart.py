@@ -9,6 +9,8 @@ from tests.families import tiny
 from tests.families.elsewhere import Elsewhere
 from tests.networks.tiny import pixart
 
+pytestmark = pytest.mark.slow  # tests/test_pixart.py builds PixArt by default
+
 TOKENS = 40
 
 
