@@ -1,4 +1,4 @@
-"""What the programs say of themselves: pages of help, their nouns and examples, and completion in three shells."""
+"""The programs' words about themselves: pages of help, their nouns and examples, and completion in three shells."""
 
 from __future__ import annotations
 

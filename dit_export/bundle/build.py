@@ -223,7 +223,7 @@ def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
 
 
 def _with_prompts(inputs: Inputs, recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
-    """Where int8 or fp8 has nothing of a user's to calibrate with, take captions of ours, or the recorded prompts."""
+    """Take captions of ours, or the recorded prompts, where int8 or fp8 has nothing of a user's to calibrate with."""
     if inputs != NO_INPUTS or recipe.precision not in backends.QUANTIZED:
         return inputs
     if loaded.text is not None:

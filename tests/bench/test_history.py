@@ -31,7 +31,7 @@ def test_a_result_without_a_place_is_refused() -> None:
 
 
 def test_a_chart_has_a_point_a_form_and_day(tmp_path: Path) -> None:
-    """Of results that have a note it has none; a day's last result replaces the others."""
+    """Results that have a note give none; a day's last result replaces the others."""
     first = json.loads((DOCS / "benchmarks/2026-11-28-xl-2.json").read_text(encoding="utf-8"))
     later = copy.deepcopy(first) | {"date": "2026-12-05"}
     later["rows"] = [row for row in later["rows"] if row["name"] == "ours-openvino-int8"]

@@ -1,4 +1,4 @@
-"""What each family's bundle must also do: draw on OpenVINO, without PyTorch, and in C++.
+"""Tests that each family's bundle must also pass: it draws on OpenVINO, without PyTorch, and in C++.
 
 The test module of a family makes a subclass; the tests use the module's own fixture `case`.
 """

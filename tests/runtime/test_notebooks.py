@@ -1,4 +1,4 @@
-"""What a notebook shows: a line for each object, and pictures."""
+"""The output of a notebook: a line for each object, and pictures."""
 
 from __future__ import annotations
 

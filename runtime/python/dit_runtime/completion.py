@@ -29,7 +29,7 @@ class Option(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What may follow the words of a command."""
+    """The words that may follow those of a command."""
 
     words: tuple[str, ...]  # "demo", "show"
     text: str

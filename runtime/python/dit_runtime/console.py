@@ -1,4 +1,4 @@
-"""What commands print, for people and for machines, and the one boundary where errors become a line and an exit code.
+"""The output of commands, for people and machines, and the one boundary where errors become a line and an exit code.
 
 Standard output has what was asked for; progress, notes and errors go to standard error. A terminal gets text escaped.
 """
