@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from torch import nn
 
 from dit_export.cli import main
 from dit_export.networks import Network, fixtures
+from dit_export.precision import captions
 from dit_export.precision.measure import Plan
 from dit_export.precision.prompts import read
 from dit_runtime.bundle.manifest import Port
@@ -41,6 +44,14 @@ def test_all_captions_are_seen(captioned, tmp_path) -> None:
         layers = captioned.calibrate(Plan(pictures=12, steps=2), prompts).layers
         largest.append(layers["transformer_blocks.0.attn2.to_out.0"].largest.max())
     assert largest[1] > 3 * largest[0]
+
+
+def test_fewer_captions_of_many_tokens() -> None:
+    lengths = (77, 512), (77, 1024), (1356,)
+    texts = [SimpleNamespace(prompts=[SimpleNamespace(tokens=length) for length in some]) for some in lengths]
+    chosen = [captions.choose(text) for text in texts]
+    assert chosen[0] == captions.CAPTIONS and [len(some) for some in chosen] == [20, 10, 7]
+    assert len({len(caption) // 20 for caption in chosen[2]}) > 3  # short and long
 
 
 def test_a_file_of_conditions(captioned, bundle, tmp_path) -> None:
