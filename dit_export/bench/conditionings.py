@@ -21,7 +21,7 @@ from dit_export.bench.floor import flops, step_bytes
 from dit_export.bench.machine import available_memory
 from dit_export.bench.report import time
 from dit_export.bench.subject import GUIDANCE, in_a_row
-from dit_export.bundle.assemble import build_scratch_bundle
+from dit_export.bundle.scratch import build_scratch_bundle
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.synthetic import synthetic_dit
 from dit_export.networks.dit import dit_network

@@ -15,7 +15,8 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepSche
 from safetensors.torch import save_file
 
 from dit_export.bench.competitors import Competitor, Job, choose
-from dit_export.bundle.assemble import build_scratch_bundle, trace_graphs
+from dit_export.bundle.scratch import build_scratch_bundle
+from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded, keys
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
 from dit_export.graph import DECODER, NETWORK

@@ -7,11 +7,10 @@ Nothing here proves that the result is right; `build.py` does.
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dit_export.bundle.describe import Written, describe
-from dit_export.bundle.tracing import trace_graphs
+from dit_export.bundle.inputs import NO_INPUTS, Inputs
 from dit_export.checkpoints import Loaded
 from dit_export.graph import DECODER, ENCODER, NETWORK, PROMPT, RULE, onnxfile
 from dit_export.networks.codec import Decoder
@@ -30,13 +29,11 @@ from dit_export.passes.stages import Pack
 from dit_export.passes.subpixel import subpixel
 from dit_export.passes.update import update
 from dit_export.precision import attention, convolutions
-from dit_export.precision.calibrate import Calibration
 from dit_export.precision.convolutions import Convolution, FloatConvolutions
 from dit_export.precision.half import ENDS, cast_to_half, find_overflows, fp32_products
 from dit_export.precision.layers import ATTENTION, coverage, find, named
 from dit_export.precision.layers import DECODER as DECODER_LAYERS
 from dit_export.precision.measure import PEAKS_PLAN, Measured, Plan, measure, measure_prompts
-from dit_export.precision.prompts import Prompts
 from dit_export.precision.qdq import quantize
 from dit_export.precision.smooth import Smoothed, pack_divisors, smooth
 from dit_export.precision.stored import own_types, store_half
@@ -51,16 +48,6 @@ from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 
 Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
-
-
-class Inputs(NamedTuple):
-    """The calibration or the prompts that int8 and fp8 take their ranges from."""
-
-    calibration: Calibration | None = None
-    prompts: Prompts | None = None
-
-
-NO_INPUTS = Inputs()
 
 
 @dataclass
@@ -373,30 +360,6 @@ class Assembly:
             fewer |= dict.fromkeys(("quantize_convolutions", "divide_apart"), len(kept))
             fewer["quantize_outputs"] = sum(map(convolutions.kernels, kept))
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
-
-
-def build_scratch_bundle(
-    folder: Path,
-    loaded: Loaded,
-    decoder: Decoder | None,
-    recipe: Recipe,
-    progress: Progress,
-    traced: Path | None = None,
-    inputs: Inputs = NO_INPUTS,
-) -> Manifest:
-    """Write a bundle without a reference and without a proof: to measure, never to ship."""
-    folder.mkdir()
-    plain = traced or folder.with_name(f"{folder.name}.traced")
-    if not plain.exists():
-        trace_graphs(plain, loaded, decoder, progress)
-    backend = backends.choose(recipe.backend, recipe.precision)
-    plan = Plan(pictures=1, steps=4, batch=1)
-    contract = Assembly(folder, plain, loaded, decoder, recipe, backend, progress, inputs=inputs, plan=plan).run()
-    if traced is None:
-        shutil.rmtree(plain)
-    contract = replace(contract, files=manifest.describe_files(folder))
-    manifest.write(folder, contract)
-    return contract
 
 
 Step = tuple[str, Callable[[Assembly], None], Callable[[Assembly], bool]]  # the last: whether it is still to be done

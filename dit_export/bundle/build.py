@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from dit_export.bundle.assemble import NO_INPUTS, Assembly, Inputs
+from dit_export.bundle.assemble import Assembly
+from dit_export.bundle.inputs import Inputs, read_inputs, require_consistent, with_prompts
 from dit_export.bundle.place import DiskFull, put_in_place, refuse_foreign, require_disk, workplace
 from dit_export.bundle.presets import read_presets
 from dit_export.bundle.sizes import join, load_again, together
@@ -23,13 +24,11 @@ from dit_export.graph.oracle import Oracle
 from dit_export.networks.codec import make_decoder
 from dit_export.networks.encoding import make_encoder
 from dit_export.networks.spec import ModelSpec
-from dit_export.precision import prompts
 from dit_export.precision.budget import SearchOptions
 from dit_export.precision.calibrate import Calibration
-from dit_export.precision.captions import embed
 from dit_export.precision.search import Found, OutOfReach, Search, first_broken
-from dit_export.recipe import PRECISIONS, QUANTIZED_ONLY, Recipe, latent_size, wider
-from dit_export.verify import features, report, traced
+from dit_export.recipe import Recipe, wider
+from dit_export.verify import report, traced
 from dit_export.verify.check import Built, check, compare, summary
 from dit_export.verify.metrics import PROOF, sentence
 from dit_export.verify.reference import LEAST_STEPS, MAX_STEPS, make_reference, save_reference
@@ -39,7 +38,6 @@ from dit_runtime.backends import Options
 from dit_runtime.bundle import manifest
 from dit_runtime.bundle.compiling import compile_stages
 from dit_runtime.bundle.manifest import Manifest
-from dit_runtime.bundle.records import size_name
 from dit_runtime.errors import UsageError
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.progress import Progress
@@ -75,7 +73,7 @@ def build(
     is strict. With `options`, the search of `dit-export quantize` comes first. The manifest's recipe names the
     float layers.
     """
-    _require_consistent(recipe)
+    require_consistent(recipe)
     if loaded is not None and recipe.sizes[1:]:
         raise UsageError(f"resolution {recipe.resolution}; expected one, for this network is the caller's own")
     output = Path(recipe.output).expanduser() if recipe.output else None
@@ -87,14 +85,11 @@ def build(
         progress.say(line)
     with progress.stage("weights"):
         loaded = loaded or load(recipe)
-        _require_one_negative(loaded)
-        inputs = _read_inputs(recipe, loaded)
+        inputs = read_inputs(recipe, loaded)
         if options is not None:
             options.check(backend, loaded.vae is not None)
-        _require_judge(recipe, loaded)
-        _require_pictures(recipe, loaded)
         presets = read_presets(Path(recipe.presets).expanduser(), loaded.process) if recipe.presets else {}
-    inputs = _with_prompts(inputs, recipe, loaded, progress)
+    inputs = with_prompts(inputs, recipe, loaded, progress)
     if loaded.note:
         progress.say(loaded.note)
     folder = output or default_folder(loaded, recipe, backend)
@@ -188,78 +183,6 @@ def _make(
 
 def _with_new_files(folder: Path, contract: Manifest) -> Manifest:
     return replace(contract, files={**contract.files, **manifest.describe_files(folder, skip=contract.files)})
-
-
-def _require_consistent(recipe: Recipe) -> None:
-    if recipe.precision not in PRECISIONS:
-        raise UsageError(f"precision {recipe.precision!r} is not known; known: {', '.join(PRECISIONS)}")
-    if recipe.max_batch < 1:
-        raise UsageError(f"max-batch {recipe.max_batch}; expected at least 1")
-    if recipe.encoder and recipe.latents_only:
-        raise UsageError("got both --encoder and --latents-only, which builds no part of the VAE: pass one of them")
-    if recipe.tile is not None and recipe.latents_only:
-        raise UsageError("got both --tile and --latents-only, which builds no part of the VAE: pass one of them")
-    if recipe.caption_tokens is not None and recipe.caption_tokens < 1:
-        raise UsageError(f"caption-tokens {recipe.caption_tokens}; expected at least 1")
-    for size in recipe.sizes:
-        if size is not None:
-            latent_size(size)
-    if len({size_name(str(size)) for size in recipe.sizes}) < len(recipe.sizes) or not recipe.sizes:
-        raise UsageError(f"resolution {recipe.resolution}; expected one or more, each once")
-    for name in () if recipe.precision in backends.QUANTIZED else QUANTIZED_ONLY:
-        if value := getattr(recipe, name):
-            option = name.replace("_", "-")
-            raise UsageError(f"{option} {value} is for int8 and fp8; this build is {recipe.precision}")
-    if recipe.calibration and recipe.conditions:
-        both = f"a calibration ({recipe.calibration}) and conditions to calibrate with ({recipe.conditions})"
-        raise UsageError(f"got both {both}: pass one of them")
-
-
-def _read_inputs(recipe: Recipe, loaded: Loaded) -> Inputs:
-    """Read a user's calibration or conditions."""
-    calibration = Calibration.load(Path(recipe.calibration).expanduser()) if recipe.calibration else None
-    own = prompts.read(Path(recipe.conditions).expanduser(), loaded.network) if recipe.conditions else None
-    return Inputs(calibration, own)
-
-
-def _with_prompts(inputs: Inputs, recipe: Recipe, loaded: Loaded, progress: Progress) -> Inputs:
-    """Take captions of ours, or the recorded prompts, where int8 or fp8 has nothing of a user's to calibrate with."""
-    if inputs != NO_INPUTS or recipe.precision not in backends.QUANTIZED:
-        return inputs
-    if loaded.text is not None:
-        with progress.stage("calibration: captions of ours through the text encoders"):
-            return Inputs(prompts=embed(loaded.network, loaded.text))
-    if recorded := loaded.examples.get("conditions"):
-        away = loaded.examples.get("negative", {})
-        return Inputs(prompts=prompts.make_prompts(loaded.network, recorded, away, "the recorded runs"))
-    return inputs
-
-
-def _require_one_negative(loaded: Loaded) -> None:
-    """Refuse constants for ports that the text encoders fill: a negative prompt stands in their place."""
-    both = [name for name in loaded.network.null if loaded.text is not None and name in loaded.text.gives]
-    if both:
-        raise UsageError(f"null has a constant for {both[0]}, which the text encoders give: leave it out of null")
-
-
-def _require_judge(recipe: Recipe, loaded: Loaded) -> None:
-    """Refuse a judge that does not open, or has nothing to look at."""
-    if recipe.judge is None:
-        return
-    if loaded.vae is None:
-        raise UsageError(f"judge {recipe.judge} looks at pictures, and there is no decoder")
-    path = Path(recipe.judge).expanduser()
-    judge, real = features.OnnxJudge(path), path.with_suffix(".npz")
-    if real.exists():
-        features.read_real(real, judge)
-
-
-def _require_pictures(recipe: Recipe, loaded: Loaded) -> None:
-    """Refuse an encoder where no picture becomes the state."""
-    if recipe.encoder and (loaded.vae is None or len(loaded.network.state.shape) != 3):
-        state = f"a state of shape {[*loaded.network.state.shape]}"
-        why = state if loaded.vae is not None else "no VAE"
-        raise UsageError(f"encoder: this network has {why}, and an encoder makes [channels, height, width] of pictures")
 
 
 def _with_judge(partial: Path, contract: Manifest, recipe: Recipe) -> Manifest:

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from dit_export.bundle.assemble import NO_INPUTS, Assembly, Inputs, build_scratch_bundle, trace_graphs
+from dit_export.bundle.assemble import Assembly
+from dit_export.bundle.inputs import NO_INPUTS, Inputs
+from dit_export.bundle.scratch import build_scratch_bundle
+from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import load
 from dit_export.demo import run, score, store
 from dit_export.networks.codec import make_decoder

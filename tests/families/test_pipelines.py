@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dit_export.bundle import build as building
+from dit_export.bundle.inputs import NO_INPUTS, with_prompts
 from dit_export.checkpoints import Loaded, load
 from dit_export.checkpoints.pipelines import read_pipeline
 from dit_export.cli import main as export
@@ -196,7 +196,7 @@ def test_the_module_of_flux(tmp_path, one_thread) -> None:
     assert read.network.weights.keys() >= {name for name, _ in read.network.module.named_parameters()}
     assert read.network.guidance_port == family.network.guidance_port
     loaded = Loaded(read.network, None, (), read.process, {}, examples=read.examples)
-    inputs = building._with_prompts(building.NO_INPUTS, Recipe(precision="int8"), loaded, Progress(io.StringIO()))
+    inputs = with_prompts(NO_INPUTS, Recipe(precision="int8"), loaded, Progress(io.StringIO()))
     assert inputs.prompts is not None  # int8 is calibrated with what was recorded
     for name, rows in (read.examples["conditions"] | {"guidance_scale": np.full(2, 3.5)}).items():
         np.testing.assert_array_equal(inputs.prompts.condition[name], rows)

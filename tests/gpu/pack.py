@@ -26,7 +26,8 @@ import onnx
 from onnx import TensorProto
 
 from dit_export.bench.competitors import Job
-from dit_export.bundle.assemble import build_scratch_bundle, trace_graphs
+from dit_export.bundle.scratch import build_scratch_bundle
+from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_dit, synthetic_vae
 from dit_export.cli import main as dit_export

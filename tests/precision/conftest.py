@@ -14,7 +14,9 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from dit_export.bundle.assemble import Assembly, Inputs, trace_graphs
+from dit_export.bundle.assemble import Assembly
+from dit_export.bundle.inputs import Inputs
+from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.diffusers import read_process
 from dit_export.checkpoints.synthetic import synthetic_dit

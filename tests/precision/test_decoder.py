@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dit_export.bundle import assemble
-from dit_export.bundle.assemble import Assembly, Inputs
+from dit_export.bundle.assemble import Assembly
+from dit_export.bundle.inputs import Inputs
 from dit_export.checkpoints import Loaded
 from dit_export.checkpoints.diffusers import read_process
 from dit_export.checkpoints.synthetic import SD_VAE, synthetic_vae

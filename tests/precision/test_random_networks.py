@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 
 from dit_export.bundle import build
-from dit_export.bundle.assemble import Assembly, build_scratch_bundle, trace_graphs
+from dit_export.bundle.assemble import Assembly
+from dit_export.bundle.scratch import build_scratch_bundle
+from dit_export.bundle.tracing import trace_graphs
 from dit_export.checkpoints import Loaded
 from dit_export.graph.oracle import Oracle
 from dit_export.networks import fixtures

@@ -13,8 +13,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from dit_export.bundle.assemble import NO_INPUTS
-from dit_export.bundle.build import _with_prompts
+from dit_export.bundle.inputs import NO_INPUTS, with_prompts
 from dit_export.checkpoints import Loaded
 from dit_export.networks import Network, fixtures
 from dit_export.networks.text import PromptEncoder
@@ -108,5 +107,5 @@ def test_captions_of_ours_calibrate(handmade) -> None:
     loaded = Loaded(network, None, (), Process(), {}, encoder)
     (captions,) = [port.shape for port in network.conditions if port.name == "captions"]
     for precision, count in (("int8", len(CAPTIONS)), ("fp8", len(CAPTIONS)), ("bf16", None)):
-        taken = _with_prompts(NO_INPUTS, Recipe(precision=precision), loaded, Progress()).prompts
+        taken = with_prompts(NO_INPUTS, Recipe(precision=precision), loaded, Progress()).prompts
         assert (taken and taken.condition["captions"].shape) == (count and (count, *captions))
