@@ -15,9 +15,8 @@ import pytest
 from dit_runtime.errors import BundleError, UsageError
 from dit_serve.models import Model, Opening, open_bundle
 from tests import tamper
-from tests.serve.serving import WAIT, process, running, until
-from tests.serve.test_batcher import Watched
-from tests.serve.test_server import start
+from tests.serve.serving import WAIT, process, running, start, until
+from tests.serve.watched import Watched
 
 
 def digest(folder: Path) -> str:
