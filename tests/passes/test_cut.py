@@ -13,14 +13,9 @@ from dit_export.passes.cut import STEPS
 from dit_export.passes.hoist import hoist
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run
-from tests.passes.test_hoist import empty, layer
+from tests.passes.graphs import empty, layer, normal
 
 WIDTH, TOKENS = 64, 12
-RNG = np.random.default_rng(0)
-
-
-def normal(*shape: int) -> np.ndarray:
-    return RNG.normal(size=shape).astype(np.float32)
 
 
 def joined(product: int = WIDTH) -> gs.Graph:

@@ -11,6 +11,7 @@ from dit_export.networks.spec import CONDITIONINGS, with_conditioning
 from dit_export.passes.hoist import hoist
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import SMALL, Run, ports_of, random_inputs, sensitive
+from tests.passes.graphs import empty, layer
 
 DEPTH = SMALL.depth
 CROSSING = {
@@ -19,23 +20,6 @@ CROSSING = {
     "in-context": 1,  # both tokens at once
     "cross-attention": 2 * DEPTH,  # keys and values
 }
-
-
-def layer(
-    graph: gs.Graph, op: str, inputs: list, shape: list, dtype: type = np.float32, **attrs: object
-) -> gs.Variable:
-    """One node with one output; arrays become constants."""
-    tensors = [
-        gs.Constant(f"c{len(graph.nodes)}_{i}", t) if isinstance(t, np.ndarray) else t for i, t in enumerate(inputs)
-    ]
-    output = gs.Variable(f"{op.lower()}{len(graph.nodes)}", dtype=dtype, shape=shape)
-    graph.nodes.append(gs.Node(op, attrs=attrs, inputs=tensors, outputs=[output]))
-    return output
-
-
-def empty(**inputs: list) -> gs.Graph:
-    variables = [gs.Variable(name, dtype=np.float32, shape=shape) for name, shape in inputs.items()]
-    return gs.Graph(inputs=variables, opset=20, ir_version=10)
 
 
 @pytest.mark.parametrize("conditioning", list(CONDITIONINGS))

@@ -16,7 +16,7 @@ from dit_export.passes.stages import SPLIT, Stage, split_stages
 from dit_runtime.bundle.manifest import Port, TensorSpec
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run, random_inputs, sensitive
-from tests.passes.test_hoist import empty, layer
+from tests.passes.graphs import empty, layer
 from tests.rules import linear
 
 DEPTH, WIDTH, TOKENS = 2, 64, 10
