@@ -24,7 +24,7 @@ from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 from tests.once import once
-from tests.tensorrt.fakes import Cuda
+from tests.tensorrt.fake_cuda import Cuda
 
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8)
 ONLY = ("eager-bf16", "diffusers-fp32", "plain-onnxruntime-fp32", "ours-onnxruntime-fp32")

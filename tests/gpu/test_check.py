@@ -27,7 +27,7 @@ from tests.gpu.check import Step
 from tests.gpu.place import Place, Skipped
 from tests.gpu.steps import cut, stored
 from tests.tamper import edit
-from tests.tensorrt.fakes import TensorRT
+from tests.tensorrt.fake_tensorrt import TensorRT
 
 ABSENT = ["diffusers", "onnx_graphsurgeon", "openvino", "tensorrt", "tensorrt_rtx", "modelopt"]
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8, num_classes=10)

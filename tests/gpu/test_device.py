@@ -14,17 +14,17 @@ from dit_runtime.backends.trt import Flavour
 from dit_runtime.sampling import loops
 from tests.gpu import double
 from tests.gpu.double import MOST, WIDTH, TensorRT
-from tests.tensorrt import fakes
+from tests.tensorrt.fake_cuda import Cuda
 
 SAMPLES, STEPS, CONDITIONS = 5, 6, 4
 FLAVOURS = ["tensorrt", "tensorrt-rtx"]
 
 
 @pytest.fixture(params=["fake", pytest.param("cuda", marks=pytest.mark.gpu)])
-def driver(request, monkeypatch) -> fakes.Cuda | None:
+def driver(request, monkeypatch) -> Cuda | None:
     """None: the one of this machine."""
     if request.param == "fake":
-        fake = fakes.Cuda()
+        fake = Cuda()
         monkeypatch.setattr(cuda, "runtime", lambda: fake)
         return fake
     if reason := cuda.why_unavailable():

@@ -20,7 +20,7 @@ from dit_runtime.facts import FACTS
 from dit_runtime.verify import Figure
 from tests.conftest import HEADS
 from tests.tamper import edit
-from tests.tensorrt.fakes import Cuda
+from tests.tensorrt.fake_cuda import Cuda
 
 
 def run(capsys, *command: str) -> tuple[int, str]:

@@ -19,7 +19,8 @@ from dit_runtime.backends.trt_engine import TrtEngine
 from dit_runtime.sampling import loops
 from dit_runtime.sampling.noise import Noise
 from tests.tamper import edit, seal
-from tests.tensorrt.fakes import Cuda, TensorRT
+from tests.tensorrt.fake_cuda import Cuda
+from tests.tensorrt.fake_tensorrt import TensorRT
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.9"], "tuning": {}}
 LABELS = [1, 3, 0, 4, 3]  # more than the three rows that an engine takes

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import onnxruntime
 
 from dit_runtime.backends import ort_cuda
-from tests.tensorrt.fakes import Cuda
+from tests.tensorrt.fake_cuda import Cuda
 
 
 class Status(IntEnum):
