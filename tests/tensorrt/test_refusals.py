@@ -1,4 +1,4 @@
-"""What is refused before an engine is compiled, opened or run, with a driver, a GPU and a TensorRT that are fakes."""
+"""Refusals before an engine is compiled, opened or run, with a driver, a GPU and a TensorRT that are fakes."""
 
 from __future__ import annotations
 
