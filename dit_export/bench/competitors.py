@@ -155,9 +155,9 @@ def activations(spec: ModelSpec, batch: int) -> float:
 def memory(competitor: Competitor, spec: ModelSpec, batch: int) -> float:
     """An estimate, in bytes; resident memory peaks higher by mapped files, which the system can take back."""
     weights = 4 * (18 * spec.depth * spec.hidden**2 + spec.num_classes * spec.hidden) + DECODER_WEIGHTS
-    kept = activations(spec, batch) if competitor.engine else 0.0
+    buffers = activations(spec, batch) if competitor.engine else 0.0
     compiler = COMPILER if competitor.kind in COMPILERS else 0.0
-    return BASE[competitor.library] + compiler + WEIGHTS[competitor.library] * weights + kept
+    return BASE[competitor.library] + compiler + WEIGHTS[competitor.library] * weights + buffers
 
 
 def groups(competitors: Sequence[Competitor], spec: ModelSpec, batch: int, budget: float) -> list[list[Competitor]]:

@@ -328,9 +328,9 @@ class Assembly:
             expected |= {"quantize": quantized, "integer_products": products}
         fewer = {"cast_to_half": islands, "quantize_attention": attentions}
         if self.convolutions is not None:
-            kept = self.convolutions.kept
-            fewer |= dict.fromkeys(("quantize_convolutions", "divide_apart"), len(kept))
-            fewer["quantize_outputs"] = sum(map(convolutions.kernels, kept))
+            in_float = self.convolutions.kept
+            fewer |= dict.fromkeys(("quantize_convolutions", "divide_apart"), len(in_float))
+            fewer["quantize_outputs"] = sum(map(convolutions.kernels, in_float))
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
 
 

@@ -35,8 +35,8 @@ class Tiles(NamedTuple):
                     tile = _blend(row[-1], tile, self.overlap, -1)
                 row.append(tile)
             rows.append(row)
-        kept = [torch.cat([tile[:, :, : self.kept, : self.kept] for tile in row], -1) for row in rows]
-        return torch.cat(kept, -2)
+        strips = [torch.cat([tile[:, :, : self.kept, : self.kept] for tile in row], -1) for row in rows]
+        return torch.cat(strips, -2)
 
 
 def _blend(before: Tensor, tile: Tensor, overlap: int, axis: int) -> Tensor:

@@ -114,12 +114,12 @@ def run(options: argparse.Namespace) -> int:
     for name, _verdict in refused.items():
         if words := gate.reachable(name, limits[name], scores, base, unrelated):
             commands.append(_again(options, words))
-    told = {"presets": presets, "plans": _rows(scores, names), "refused": [*refused], "next": commands}
+    answers = {"presets": presets, "plans": _rows(scores, names), "refused": [*refused], "next": commands}
     lines = [judged, table(scores, names)]
     lines.append(f"results {results_path}, chart {svg_path}" + ("" if options.dry_run else f", presets in {folder}"))
     failures = [f"FAILED {name}: no plan keeps its limits; the nearest: {failed(best[name][1])}" for name in refused]
     failures += advice.lines(commands)
-    answer(options, told, "\n".join([*lines, *failures]), "\n".join(failures))
+    answer(options, answers, "\n".join([*lines, *failures]), "\n".join(failures))
     return int(bool(refused))
 
 
