@@ -259,7 +259,7 @@ def _int8(values: np.ndarray, kind: Any) -> np.ndarray:
 def _model(
     nodes: list[tuple[str, list[str], str]], constants: Mapping[str, Any], given: Any, made: Any, shape: Shape
 ) -> bytes:
-    """A small ONNX graph from x (M, K) to y (M, N)."""
+    """Return a small ONNX graph from x (M, K) to y (M, N)."""
     from onnx import helper, numpy_helper
 
     m, k, n = shape
