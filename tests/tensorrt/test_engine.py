@@ -20,7 +20,7 @@ from dit_runtime.backends.trt_network import logger_of
 from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.errors import BundleError, EngineError
 from dit_runtime.progress import Progress
-from tests.tensorrt.fakes import Context, Cuda, TensorRT, Unset
+from tests.tensorrt.fakes import Context, Cuda, Engine, TensorRT, Unset
 
 BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
 
@@ -403,4 +403,16 @@ def test_an_engine_that_tensorrt_itself_refuses(device, trt, plan) -> None:
     trt.opens = False
     with pytest.raises(BundleError, match="open it: the plan is of another GPU; on the target, make it with: dit-run"):
         backend("tensorrt").open([plan], Options(built=BUILT))
+    assert device.open == {}
+
+
+def test_an_input_of_one_shape_is_in_no_profile(device, trt, plan, monkeypatch) -> None:
+    """TensorRT has no bounds for it: those of the engine itself hold, in each profile."""
+    monkeypatch.setattr(Engine, "get_tensor_shape", lambda self, name: (3, 3))
+    monkeypatch.setattr(Engine, "get_tensor_profile_shape", lambda self, name, profile: [Unset()] * 3)
+    engine = backend("tensorrt").open([plan], Options(built=BUILT))
+    np.testing.assert_array_equal(engine.run({"x": rows(3)})["y"], 2 * rows(3))
+    with pytest.raises(UsageError, match=r"no profile of this engine takes x \[2, 3\]"):
+        engine.run({"x": rows(2)})
+    engine.close()
     assert device.open == {}
