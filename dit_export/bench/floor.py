@@ -263,7 +263,7 @@ def _model(
     output_type: Any,
     shape: Shape,
 ) -> bytes:
-    """A small ONNX graph from x (M, K) to y (M, N)."""
+    """Return a small ONNX graph from x (M, K) to y (M, N)."""
     from onnx import helper, numpy_helper
 
     m, k, n = shape

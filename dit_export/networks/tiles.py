@@ -51,7 +51,7 @@ def _blend(before: Tensor, tile: Tensor, overlap: int, axis: int) -> Tensor:
 
 
 def enable(vae: Any, side: int) -> None:
-    """Let a VAE work on tiles of so many pixels, with diffusers' own switch."""
+    """Make a VAE work on tiles of `side` pixels, with diffusers' own switch."""
     if type(vae).__name__ != "AutoencoderKL":
         raise UsageError(f"tile {side}: {type(vae).__name__} has no tiles here; AutoencoderKL has")
     cell = 2 ** (len(vae.config.block_out_channels) - 1)

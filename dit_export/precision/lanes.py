@@ -90,7 +90,7 @@ def before(lanes: Lanes, node: gs.Node) -> Lanes | None:
 
 
 def _reshaped(lanes: Lanes, source: gs.Tensor) -> Lanes | None:
-    """Return the channels before a Reshape, where axes that hold nothing but channels become such axes."""
+    """Return the channels before a Reshape, or None where it mixes axes of channels with others."""
     before, after = list(source.shape), list(lanes.tensor.shape)
     wide = [index for index, axis in enumerate(lanes.axes) if after[axis] != 1]
     axes, rows = [lanes.axes[index] for index in wide], [lanes.at[index] for index in wide]

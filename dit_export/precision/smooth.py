@@ -165,7 +165,7 @@ def smooth(stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibrat
 
 
 def _part(readers: Sequence[Layer], calibration: Calibration) -> Part:
-    """Return what was seen of a tensor, and the weights of all layers that read it."""
+    """Return the calibration's statistics of a tensor, and the weights of all layers that read it."""
     statistics, matrices = calibration.layers[readers[0].name], [layer.matrix for layer in readers]
     if len(statistics.largest) != len(matrices[0]):
         got, expected = len(statistics.largest), len(matrices[0])

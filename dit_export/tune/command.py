@@ -38,8 +38,8 @@ def add_options(parser: Parser) -> None:
     add_bundle(parser)
     add = parser.add_argument_group("search").add_argument
     text = (
-        "limits of a preset or of all, against the bundle's default plan: rows, frechet (ratio), agreement "
-        '(points lost), psnr (dB lost): "fast:rows=14,frechet=1.5"'
+        "limits of the preset NAME, or of all presets, against the bundle's default plan: rows, frechet (ratio), "
+        'agreement (points lost), psnr (dB lost); such as "fast:rows=14,frechet=1.5"'
     )
     add("--budget", nargs="+", default=[], metavar="[NAME:]KEY=X", help=text)
     add("--trials", type=int, default=usual.trials, metavar="N", help=f"plans to try; default: {usual.trials}")
@@ -53,7 +53,7 @@ def add_options(parser: Parser) -> None:
     add("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
     add_engine(parser, low_memory=False)
     add = parser.add_argument_group("output").add_argument
-    text = "every score, from which a later search goes on; default: BUNDLE.tune.json"
+    text = "all scores; a later search continues from them; default: BUNDLE.tune.json"
     add("--results", type=Path, metavar="FILE.json", help=text)
     add(
         "--svg",

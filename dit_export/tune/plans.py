@@ -48,9 +48,9 @@ def first(contract: Manifest) -> Iterator[Plan]:
 
 
 def neighbours(plan: Plan, contract: Manifest, times: Sequence[float]) -> dict[str, list[Plan]]:
-    """Return the plans one change away, by what changes; some of them may not fit the bundle.
+    """Return the plans that differ from this one in one setting, by its name; some may not fit the bundle.
 
-    `times` are those that the plan's network reads.
+    `times` are the timesteps of the plan.
     """
     kind = contract.process.kind
     solvers = [name for name, facts in SOLVERS.items() if kind in facts["processes"]]

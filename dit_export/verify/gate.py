@@ -143,7 +143,7 @@ def gate(settings: Settings, progress: Progress) -> Result:
 
 
 def _load(contract: Manifest, folder: Path, progress: Progress) -> Loaded:
-    """PyTorch's network with the weights that the bundle was built from."""
+    """Load PyTorch's network with the weights that the bundle was built from."""
     from dit_export.checkpoints import load_source
 
     with progress.stage("weights"):

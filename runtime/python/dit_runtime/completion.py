@@ -60,7 +60,7 @@ def _option(action: argparse.Action) -> Option:
 
 
 def script(parser: Parser, shell: str) -> str:
-    """Return what the shell sources, or autoloads from a file."""
+    """Return the script that completes a program's commands in a shell; the shell sources or autoloads it."""
     write = {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]
     return "\n".join(write(parser.prog, list(pages(parser)))) + "\n"
 
