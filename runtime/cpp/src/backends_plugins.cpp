@@ -10,7 +10,7 @@
 namespace dit_runtime {
 namespace {
 
-struct Found {
+struct Plugins {
     std::vector<Backend> backends;
     std::vector<std::string> missing;  // why a plugin that is there does not open
 };
@@ -24,12 +24,12 @@ Path folder() {
 }
 
 // Adds a backend's plugin. It stays open until the process ends, for engines leave threads of their own behind.
-void add(const std::string& name, Found& found) {
+void add(const std::string& name, Plugins& plugins) {
     const Path path = folder() / ("libdit-" + name + ".so");
     std::error_code failure;
     if (!std::filesystem::exists(path, failure)) return;
     const auto refuse = [&](const std::string& reason) {
-        found.missing.push_back(path.filename().string() + ": " + reason);
+        plugins.missing.push_back(path.filename().string() + ": " + reason);
     };
     void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (!library) {
@@ -39,23 +39,23 @@ void add(const std::string& name, Found& found) {
     const auto get = reinterpret_cast<decltype(&dit_plugin)>(dlsym(library, "dit_plugin"));
     const Plugin* const plugin = get ? get() : nullptr;
     if (!plugin || std::string(plugin->build) != PLUGIN_BUILD) return refuse("it is of another version of libdit");
-    found.backends.insert(found.backends.end(), plugin->backends->begin(), plugin->backends->end());
+    plugins.backends.insert(plugins.backends.end(), plugin->backends->begin(), plugin->backends->end());
 }
 
-const Found& found() {
-    static const Found all = [] {
-        Found found;
+const Plugins& plugins() {
+    static const Plugins all = [] {
+        Plugins plugins;
         // In an order that has the backend first which takes the place of those that are missing.
-        for (const char* name : {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}) add(name, found);
-        return found;
+        for (const char* name : {"onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"}) add(name, plugins);
+        return plugins;
     }();
     return all;
 }
 
 }  // namespace
 
-const std::vector<Backend>& backends() { return found().backends; }
+const std::vector<Backend>& backends() { return plugins().backends; }
 
-std::string missing_backends() { return join(found().missing, "; "); }
+std::string missing_backends() { return join(plugins().missing, "; "); }
 
 }  // namespace dit_runtime

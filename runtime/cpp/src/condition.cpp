@@ -204,10 +204,10 @@ std::vector<std::size_t> unique_rows(const Rows& condition, const std::vector<st
     for (const std::string& port : ports) {
         const Tensor& tensor = condition.arrays.at(port);
         const std::size_t size = tensor.row_size() * tensor.item_size();
-        std::map<std::pair<std::size_t, std::string_view>, std::size_t> seen;
+        std::map<std::pair<std::size_t, std::string_view>, std::size_t> distinct;
         for (std::size_t row = 0; row < condition.rows; ++row) {
             const auto* const bytes = reinterpret_cast<const char*>(tensor.data()) + row * size;
-            numbers[row] = seen.insert({{numbers[row], {bytes, size}}, seen.size()}).first->second;
+            numbers[row] = distinct.insert({{numbers[row], {bytes, size}}, distinct.size()}).first->second;
         }
     }
     return numbers;

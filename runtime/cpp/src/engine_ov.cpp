@@ -209,11 +209,11 @@ class RowEngine : public Engine {
                 if (output.get_names().count(meeting())) met = output;
         if (!met || !contains(inputs, GUIDANCE)) return model;
         try {
-            const auto given =
+            const auto parameter =
                 std::make_shared<ov::op::v0::Parameter>(met->get_element_type(), met->get_partial_shape());
-            for (auto reader : met->get_target_inputs()) reader.replace_source_output(given->output(0));
-            given->output(0).set_names({meeting()});
-            ov::ParameterVector mixing = {given}, own;
+            for (auto reader : met->get_target_inputs()) reader.replace_source_output(parameter->output(0));
+            parameter->output(0).set_names({meeting()});
+            ov::ParameterVector mixing = {parameter}, own;
             for (const auto& port : model->get_parameters())
                 (port->output(0).get_names().count(GUIDANCE) ? mixing : own).push_back(port);
             const auto mix = std::make_shared<ov::Model>(model->get_results(), mixing);

@@ -1,12 +1,8 @@
 // TensorRT and TensorRT-RTX, whose runtimes have one API: opens an engine file that was made on or for this GPU.
 // Mirrors dit_runtime/backends/trt_engine.py.
-#include <NvInferRuntime.h>
+#include "trt.hpp"
 
 #include <algorithm>
-#include <filesystem>
-#include <fstream>
-#include <mutex>
-#include <random>
 
 #include "cuda.hpp"
 #include "npy.hpp"
@@ -22,67 +18,6 @@ using cuda::Recording;
 constexpr const char* KERNELS = ".kernels.bin";  // TensorRT-RTX's runtime cache
 constexpr std::size_t SHAPES = 16;  // the last used ones, which keep their contexts: two profiles of eight batch sizes
 constexpr auto OWNED = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
-
-// Keeps the last error for our own message; the rest is not ours to print.
-class Logger : public nvinfer1::ILogger {
-  public:
-    void log(Severity severity, const char* message) noexcept override {
-        if (severity > Severity::kERROR) return;
-        try {
-            const std::lock_guard<std::mutex> lock(mutex_);
-            last_ = first_line(message);
-        } catch (...) {  // no memory for it: the one before stays
-        }
-    }
-
-    std::string last() const {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        return last_.empty() ? "it does not say why" : last_;
-    }
-
-    void clear() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        last_.clear();
-    }
-
-  private:
-    mutable std::mutex mutex_;
-    std::string last_;
-};
-
-// TensorRT keeps the first logger that a process gives it: one for all engines, never destroyed.
-Logger& logger() {
-    static Logger* const logger = new Logger;
-    return *logger;
-}
-
-// The driver and the GPU here; one that a failed call leaves unset makes `refusal` name it.
-Gpu gpu(int device) {
-    Gpu here;
-    here.version = trt_version();
-    if (cudaDriverGetVersion(&here.driver) != cudaSuccess) here.driver = 0;
-    int count = 0, major = 0, minor = 0;
-    if (!here.driver || cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return here;
-    if (device >= count)
-        throw NoDevice(text("device 'cuda:", device, "' is not here; expected cuda:0 to cuda:", count - 1));
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
-        here.capability = text(major, ".", minor);
-    return here;
-}
-
-Shape shape_of(const nvinfer1::Dims& sizes) { return {sizes.d, sizes.d + std::max(sizes.nbDims, 0)}; }
-
-bool contains_negative(const Shape& shape) {
-    return std::any_of(shape.begin(), shape.end(), [](std::int64_t size) { return size < 0; });
-}
-
-nvinfer1::Dims dims(const Shape& shape) {
-    nvinfer1::Dims sizes{};
-    sizes.nbDims = static_cast<std::int32_t>(shape.size());
-    std::copy(shape.begin(), shape.end(), sizes.d);
-    return sizes;
-}
 
 // A context of one shape, and its CUDA graph.
 //
@@ -102,8 +37,8 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
     TrtEngine(const std::vector<Path>& files, const Built& built, const Options& options, const std::string& command)
         : DeviceEngine(options), log_(options.log) {
         const Path& path = files.at(0);
-        runtime_.reset(nvinfer1::createInferRuntime(logger()));
-        if (!runtime_) throw NoDevice(text(DIT_TENSORRT, " does not start here: ", logger().last()));
+        runtime_.reset(nvinfer1::createInferRuntime(trt::logger()));
+        if (!runtime_) throw NoDevice(text(DIT_TENSORRT, " does not start here: ", trt::logger().last()));
         if (built.version_compatible)
             runtime_->setEngineHostCodeAllowed(true);  // such a plan brings its runtime; its sha256 has been checked
         const std::vector<unsigned char> content = read_bytes(path, UINTMAX_MAX);
@@ -113,7 +48,8 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
             throw BundleError(path.string() + ": does not have the sha256 of its manifest; refused");
         engine_.reset(runtime_->deserializeCudaEngine(content.data(), content.size()));
         if (!engine_)
-            throw BundleError(text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", logger().last(), command));
+            throw BundleError(
+                text(path.string(), ": ", DIT_TENSORRT, " does not open it: ", trt::logger().last(), command));
         if (built.weight_streaming && engine_->getStreamableWeightsSize() > 0)
             engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget());
         records_ = CAPTURES && !built.weight_streaming;  // each run then waits for weights, which no CUDA graph can
@@ -177,10 +113,10 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
 
     // The execution of these arrays' shapes; a new one takes the place of the one not used for longest.
     Execution& prepare(const std::vector<Input>& arrays) {
-        std::map<std::string, Shape> given;
-        for (const Input& input : arrays) given[input.name] = input.shape;
+        std::map<std::string, Shape> shapes_by_name;
+        for (const Input& input : arrays) shapes_by_name[input.name] = input.shape;
         std::vector<Shape> shapes;
-        for (const auto& name : inputs) shapes.push_back(given.at(name));
+        for (const auto& name : inputs) shapes.push_back(shapes_by_name.at(name));
         if (!executions_.count(shapes)) {
             if (executions_.size() >= SHAPES) {
                 stream_->wait();  // for what is queued there
@@ -239,28 +175,28 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
 
     void execute(nvinfer1::IExecutionContext& context) const {
         if (!context.enqueueV3(stream_->handle))
-            throw EngineError(text(DIT_TENSORRT, " does not run: ", logger().last()));
+            throw EngineError(text(DIT_TENSORRT, " does not run: ", trt::logger().last()));
     }
 
     // Makes a context of a profile for these shapes; nothing is bound to it yet.
     Execution execution(std::int32_t profile, const std::vector<Shape>& shapes) {
         std::unique_ptr<nvinfer1::IExecutionContext> context = create_context();
-        if (!context) throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", logger().last()));
+        if (!context) throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", trt::logger().last()));
         context->setNvtxVerbosity(nvinfer1::ProfilingVerbosity::kNONE);  // the build's detail makes each run slower
         if (!context->setOptimizationProfileAsync(profile, stream_->handle))
-            throw EngineError(text(DIT_TENSORRT, " does not set profile ", profile, ": ", logger().last()));
+            throw EngineError(text(DIT_TENSORRT, " does not set profile ", profile, ": ", trt::logger().last()));
         stream_->wait();
         for (std::size_t index = 0; index < shapes.size(); ++index)
-            if (!context->setInputShape(inputs[index].c_str(), dims(shapes[index])))
+            if (!context->setInputShape(inputs[index].c_str(), trt::dims(shapes[index])))
                 throw EngineError(text(DIT_TENSORRT, " does not take ", inputs[index], " ", shown(shapes[index]), ": ",
-                                       logger().last()));
+                                       trt::logger().last()));
         context->setDeviceMemoryV2(activations_->device, static_cast<std::int64_t>(activations_->size));
         std::map<std::string, Shape> made;
         for (const auto& name : outputs) {
             const nvinfer1::Dims sizes = context->getTensorShape(name.c_str());
-            made[name] = shape_of(sizes);
-            if (sizes.nbDims < 0 || contains_negative(made[name]))
-                throw EngineError(text(DIT_TENSORRT, " does not know the shape of ", name, ": ", logger().last()));
+            made[name] = trt::shape_of(sizes);
+            if (sizes.nbDims < 0 || trt::contains_negative(made[name]))
+                throw EngineError(text(DIT_TENSORRT, " does not know the shape of ", name, ": ", trt::logger().last()));
         }
         return {std::move(context), std::move(made)};
     }
@@ -268,45 +204,27 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
 #ifdef TRT_MAJOR_RTX
     static constexpr bool CAPTURES = false;  // it captures graphs by itself
 
+    void keep_kernels() const {
+        const std::unique_ptr<nvinfer1::IHostMemory> content(kernels_.empty() ? nullptr : runtime_cache_->serialize());
+        if (content && content->size()) trt::write_kernels(kernels_, content->data(), content->size());
+    }
+
     std::unique_ptr<nvinfer1::IExecutionContext> create_context() {
         if (!settings_) {
             settings_.reset(engine_->createRuntimeConfig());
-            if (!settings_) throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", logger().last()));
+            if (!settings_)
+                throw UsageError(text(DIT_TENSORRT, " has no memory for this engine: ", trt::logger().last()));
             settings_->setExecutionContextAllocationStrategy(OWNED);
             settings_->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE);
             // Lazily, a shape's first runs would go by other kernels than its later ones, to other bits.
             settings_->setDynamicShapesKernelSpecializationStrategy(
                 nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
             runtime_cache_.reset(settings_->createRuntimeCache());
-            const std::vector<unsigned char> content = kept_kernels();
+            const std::vector<unsigned char> content = trt::read_kernels(kernels_);
             if (!content.empty()) runtime_cache_->deserialize(content.data(), content.size());  // a driver's own alone
             settings_->setRuntimeCache(*runtime_cache_);
         }
         return std::unique_ptr<nvinfer1::IExecutionContext>(engine_->createExecutionContext(settings_.get()));
-    }
-
-    std::vector<unsigned char> kept_kernels() const {
-        try {
-            return read_bytes(kernels_);
-        } catch (const NpyError&) {  // there are none, or they cannot be read
-            return {};
-        }
-    }
-
-    // Writes what was compiled for this GPU, for the next one that opens this engine.
-    void keep_kernels() const {
-        const std::unique_ptr<nvinfer1::IHostMemory> content(kernels_.empty() ? nullptr : runtime_cache_->serialize());
-        if (!content || !content->size()) return;
-        std::error_code failure;
-        if (std::filesystem::create_directories(kernels_.parent_path(), failure))
-            std::filesystem::permissions(kernels_.parent_path(), std::filesystem::perms::owner_all, failure);
-        Path part = kernels_;
-        part += text(".", std::random_device{}());  // another process may write its own
-        std::ofstream file(part, std::ios::binary);
-        file.write(static_cast<const char*>(content->data()), static_cast<std::streamsize>(content->size()));
-        file.close();
-        if (file) std::filesystem::rename(part, kernels_, failure);
-        if (!file || failure) std::filesystem::remove(part, failure);  // a disk may be full
     }
 #else
     static constexpr bool CAPTURES = true;
@@ -320,9 +238,9 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
 
     // An input's smallest or largest shape; a static one is in no profile.
     Shape bound(const std::string& name, std::int32_t profile, nvinfer1::OptProfileSelector end) const {
-        const Shape shape = shape_of(engine_->getTensorShape(name.c_str()));
-        if (!contains_negative(shape)) return shape;
-        return shape_of(engine_->getProfileShape(name.c_str(), profile, end));
+        const Shape shape = trt::shape_of(engine_->getTensorShape(name.c_str()));
+        if (!trt::contains_negative(shape)) return shape;
+        return trt::shape_of(engine_->getProfileShape(name.c_str(), profile, end));
     }
 
     // Allocates each tensor for its largest shape in any profile; the executions that say so are kept.
@@ -346,7 +264,7 @@ class TrtEngine : public cuda::DeviceEngine, public Engine {
     void bind(nvinfer1::IExecutionContext& context) {
         for (auto& [name, buffer] : buffers_)
             if (!context.setTensorAddress(name.c_str(), buffer.device))
-                throw EngineError(text(DIT_TENSORRT, " does not bind ", name, ": ", logger().last()));
+                throw EngineError(text(DIT_TENSORRT, " does not bind ", name, ": ", trt::logger().last()));
     }
 
     bool is_integer(const std::string& name) const {
@@ -394,14 +312,14 @@ std::string trt_version() {
 }
 
 std::unique_ptr<Engine> open_trt(const std::vector<Path>& files, const Stage& stage, const Options& options) {
-    logger().clear();  // what another engine did is not why this one fails
+    trt::logger().clear();  // what another engine did is not why this one fails
     const Path& path = files.at(0);
     if (options.threads)
         throw UsageError(text("threads is an option of the CPU's backends; this stage runs on ", DIT_TENSORRT));
     const auto own = stage.built.find(DIT_TENSORRT);
     const Built built = own == stage.built.end() ? Built{} : own->second;
     const int device = gpu_number(options.device);
-    const std::string reason = refusal(DIT_TENSORRT, built, gpu(device));
+    const std::string reason = refusal(DIT_TENSORRT, built, trt::gpu(device));
     const std::string command = text("; on the target, make it with: dit-run compile ", path.parent_path().string(),
                                      " --backend ", DIT_TENSORRT);
     if (!reason.empty()) throw BundleError(text(path.string(), ": cannot run here: ", reason, command));

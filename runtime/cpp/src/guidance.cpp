@@ -164,8 +164,8 @@ std::vector<std::optional<Groups>> plan_guidance(const Process& process, const A
             text("guidance_interval is (", low, ", ", high, "); expected two fractions of the time, low <= high"));
     const Words parsed = parse(words);
     std::size_t zeros = 0;
-    if (const auto found = parsed.numbers.find("zero_init_steps"); found != parsed.numbers.end())
-        zeros = static_cast<std::size_t>(found->second) * static_cast<std::size_t>(evaluations);
+    if (const auto entry = parsed.numbers.find("zero_init_steps"); entry != parsed.numbers.end())
+        zeros = static_cast<std::size_t>(entry->second) * static_cast<std::size_t>(evaluations);
     if (zeros && process.kind() != "flow") {
         if (parsed.names("zero_init_steps"))
             throw UsageError("zero_init_steps needs a model that predicts a velocity; take 0");

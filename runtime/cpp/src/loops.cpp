@@ -51,8 +51,8 @@ void Trajectory::advance(const Prediction& prediction) {
     solver_.send(prediction);
     ++done_;
     if (keep_) {
-        kept_ = solver_.x();
-        keep_(done_, kept_);
+        restored_ = solver_.x();
+        keep_(done_, restored_);
     }
     take_guess();
 }

@@ -31,7 +31,7 @@ class Trajectory {
     Trajectory(Solver solver, Array times, std::vector<std::optional<Groups>> groups, Mix mix = {},
                std::unique_ptr<Cache> cache = {}, Keep keep = {});
 
-    const Array& state() const { return keep_ && done_ ? kept_ : solver_.x(); }
+    const Array& state() const { return keep_ && done_ ? restored_ : solver_.x(); }
     // The end of the path as the last step's prediction has it; empty before the first.
     const Array& x0() const { return keep_ ? x0_ : solver_.x0(); }
     std::size_t done() const { return done_; }
@@ -59,7 +59,7 @@ class Trajectory {
     const Mix mix_;
     const std::unique_ptr<Cache> cache_;
     const Keep keep_;
-    Array kept_, x0_;                          // the state with what is kept, and its end; only where something is
+    Array restored_, x0_;                      // the state with what is kept, and its end; only where something is
     std::vector<float> variance_;              // of the last evaluation
     std::optional<std::vector<float>> guess_;  // the next step's prediction where it needs no network
     std::size_t done_ = 0, rows_ = 0;

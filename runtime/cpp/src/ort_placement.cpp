@@ -32,9 +32,9 @@ Functions functions() {
     if (!table)
         throw UsageError(text("ONNX Runtime ", OrtGetApiBase()->GetVersionString(),
                               " does not say where its nodes run; device cuda needs 1.", VERSION, " or later"));
-    Functions found;
-    std::memcpy(&found, reinterpret_cast<const char*>(table) + PLACE * sizeof(void*), sizeof(found));
-    return found;
+    Functions functions;
+    std::memcpy(&functions, reinterpret_cast<const char*>(table) + PLACE * sizeof(void*), sizeof(functions));
+    return functions;
 }
 
 template <typename T>

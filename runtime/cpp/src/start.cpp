@@ -25,8 +25,8 @@ Start::Start(const Encoded& encoded, std::size_t samples, const Shape& state, co
     const std::vector<float>& mean = encoded.at(MEAN);
     const std::size_t size = samples * row_;
     for (std::size_t i = 0; i < size; ++i) latents_.push_back(static_cast<double>(mean[i % mean.size()]));
-    if (const auto found = encoded.find(LOGVAR); found != encoded.end()) {
-        const std::vector<float>&logvar = found->second, z = draw(size);
+    if (const auto entry = encoded.find(LOGVAR); entry != encoded.end()) {
+        const std::vector<float>&logvar = entry->second, z = draw(size);
         for (std::size_t i = 0; i < size; ++i)
             latents_[i] += std::exp(0.5 * static_cast<double>(logvar[i % logvar.size()])) * static_cast<double>(z[i]);
     }

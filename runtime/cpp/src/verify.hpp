@@ -1,5 +1,5 @@
-// Replays reference.npz, PyTorch's own answer, with the engines alone. Mirrors
-// dit_runtime/verify/judge.py and replay.py.
+// Replays reference.npz, PyTorch's own answer, with the engines alone. Mirrors dit_runtime/verify/judge.py; replay.hpp
+// has the recorded run.
 #pragma once
 
 #include <functional>

@@ -1,9 +1,9 @@
 # The tests that need an engine.
 
 # The library as a program sees it; of its insides only the sum that seals a bundle.
-add_executable(api-tests api_test.cpp batcher_api_test.cpp captions_test.cpp model_test.cpp pictures_test.cpp
-  ports_test.cpp  prompt_calls_test.cpp refusals_test.cpp run_test.cpp service_test.cpp sizes_test.cpp ../src/sha256.cpp
-  ../src/errors.cpp)
+add_executable(api-tests api_test.cpp batcher_api_test.cpp captions_test.cpp model_test.cpp open_test.cpp
+  pictures_test.cpp ports_test.cpp prompt_calls_test.cpp refusals_test.cpp run_test.cpp service_test.cpp sizes_test.cpp
+  ../src/sha256.cpp ../src/errors.cpp)
 target_include_directories(api-tests PRIVATE ../src)
 target_link_libraries(api-tests PRIVATE dit::dit GTest::gtest_main nlohmann_json::nlohmann_json Threads::Threads)
 

@@ -39,23 +39,23 @@ Manifest pairs(std::int64_t max_batch = 8) {
     return manifest;
 }
 
-struct Seen {
+struct Calls {
     std::vector<std::pair<float, std::int64_t>> pairs;
     std::size_t largest = 0, held = 0;
 };
 
 // Rows that tell which (t, label) they are for.
-Seen run(std::size_t steps, const std::vector<std::int64_t>& labels, const std::vector<std::int64_t>& null,
-         std::size_t budget) {
-    Seen seen;
+Calls run(std::size_t steps, const std::vector<std::int64_t>& labels, const std::vector<std::int64_t>& null,
+          std::size_t budget) {
+    Calls calls;
     const Manifest manifest = pairs();
     const RunStage conditioner = [&](const Stage&, const std::vector<Input>& inputs, std::size_t count) {
         const auto* times = static_cast<const float*>(inputs.at(0).data);
         const auto* ids = static_cast<const std::int64_t*>(inputs.at(1).data);
-        seen.largest = std::max(seen.largest, count);
+        calls.largest = std::max(calls.largest, count);
         Floats rows;
         for (std::size_t index = 0; index < count; ++index) {
-            seen.pairs.emplace_back(times[index], ids[index]);
+            calls.pairs.emplace_back(times[index], ids[index]);
             for (std::size_t i = 0; i < ROW; ++i) rows.push_back(i % 2 ? static_cast<float>(ids[index]) : times[index]);
         }
         return std::map<std::string, Floats>{{"rows", rows}};
@@ -66,7 +66,7 @@ Seen run(std::size_t steps, const std::vector<std::int64_t>& labels, const std::
     for (std::size_t step = 0; step < steps; ++step)
         for (std::size_t first = 0; first < labels.size(); first += 3) {  // as a batch is split
             const std::size_t last = std::min(first + 3, labels.size()), own = last - first;
-            const std::size_t before = seen.pairs.size();
+            const std::size_t before = calls.pairs.size();
             const Tensor& tensor = memo(step, first, last).at("rows");
             const auto groups = static_cast<std::int64_t>(null.empty() ? 1 : 2);
             EXPECT_EQ(tensor.shape, (Shape{groups, static_cast<std::int64_t>(own), std::int64_t{ROW}}));
@@ -76,9 +76,9 @@ Seen run(std::size_t steps, const std::vector<std::int64_t>& labels, const std::
                 EXPECT_EQ(tensor.floats[row * ROW], times[step]);
                 EXPECT_EQ(tensor.floats[row * ROW + 1], static_cast<float>(expected));
             }
-            seen.held = std::max(seen.held, (seen.pairs.size() - before) * ROW * sizeof(float));  // a whole window
+            calls.held = std::max(calls.held, (calls.pairs.size() - before) * ROW * sizeof(float));  // a whole window
         }
-    return seen;
+    return calls;
 }
 
 TEST(Memo, StaysWithinItsBudget) {
@@ -87,19 +87,19 @@ TEST(Memo, StaysWithinItsBudget) {
             std::vector<std::int64_t> labels;
             for (std::size_t label = 0; label < count; ++label) labels.push_back(static_cast<std::int64_t>(label));
             const std::size_t distinct = count + guided, budget = 4 * ROW * distinct * 3 + 5;  // three steps and a bit
-            const Seen seen =
+            const Calls calls =
                 run(20, labels, guided ? std::vector<std::int64_t>{99} : std::vector<std::int64_t>(), budget);
-            EXPECT_LE(seen.held, budget);
-            EXPECT_EQ(seen.pairs.size(), 20 * distinct);  // each pair once: nothing is made again or in vain
-            EXPECT_EQ(std::set(seen.pairs.begin(), seen.pairs.end()).size(), 20 * distinct);
-            EXPECT_LE(seen.largest, 8u);
+            EXPECT_LE(calls.held, budget);
+            EXPECT_EQ(calls.pairs.size(), 20 * distinct);  // each pair once: nothing is made again or in vain
+            EXPECT_EQ(std::set(calls.pairs.begin(), calls.pairs.end()).size(), 20 * distinct);
+            EXPECT_LE(calls.largest, 8u);
         }
 }
 
 TEST(Memo, AStepLargerThanTheBudgetIsStillMade) {
-    const Seen seen = run(4, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, {99}, 1);
-    EXPECT_EQ(seen.held, 11 * ROW * 4);
-    EXPECT_EQ(seen.pairs.size(), 44u);
+    const Calls calls = run(4, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9}, {99}, 1);
+    EXPECT_EQ(calls.held, 11 * ROW * 4);
+    EXPECT_EQ(calls.pairs.size(), 44u);
 }
 
 TEST(Memo, EqualRowsAreMadeOnce) {

@@ -161,7 +161,7 @@ TEST(Placement, ONNXRuntimeSaysIt) {
     const std::unique_ptr<OrtEnv, ort::Release<OrtEnv, &OrtApi::ReleaseEnv>> owned(environment);
     OrtSessionOptions* settings = nullptr;
     ort::check(real().CreateSessionOptions(&settings));
-    const ort::Settings kept(settings);
+    const ort::Settings owned_settings(settings);
     ort::check(real().AddSessionConfigEntry(settings, "session.record_ep_graph_assignment_info", "1"));
     OrtSession* session = nullptr;
     ort::check(real().CreateSession(environment, (Path(BUNDLE) / "denoiser.onnx").c_str(), settings, &session));

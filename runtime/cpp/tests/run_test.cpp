@@ -246,14 +246,14 @@ TEST(Face, ARunIsStepped) {
     dit::Request request;
     request.labels = {1, 3};
     request.steps = 3;
-    int seen = 0;
-    request.on_step = [&](int, int, const double*, std::size_t) { return ++seen == 99; };
+    int steps = 0;
+    request.on_step = [&](int, int, const double*, std::size_t) { return ++steps == 99; };
     dit::Run run = pipe.run(request);
     EXPECT_TRUE(run.step());
     dit::Run moved = std::move(run);
     EXPECT_TRUE(moved.step());
     EXPECT_FALSE(moved.step());
-    EXPECT_EQ(seen, 3);
+    EXPECT_EQ(steps, 3);
     EXPECT_EQ(moved.latents(), pipe.generate_latents(request));
     EXPECT_EQ(moved.rows().done, 6);
     EXPECT_EQ(moved.rows().planned, 6);

@@ -80,36 +80,36 @@ TEST_P(Service, CancellingThoseWhoWait) {
 }
 
 TEST_P(Service, Progress) {
-    struct Seen {
+    struct Reports {
         double last = 0;
         int calls = 0, stop_at = 0;
-    } seen;
+    } reports;
     const dit_on_progress on_progress = [](double done, void* user) {
-        Seen& seen = *static_cast<Seen*>(user);
-        EXPECT_GE(done, seen.last);
+        Reports& reports = *static_cast<Reports*>(user);
+        EXPECT_GE(done, reports.last);
         EXPECT_LE(done, 1);
-        seen.last = done;
-        return ++seen.calls == seen.stop_at ? 1 : 0;
+        reports.last = done;
+        return ++reports.calls == reports.stop_at ? 1 : 0;
     };
     options.on_progress = on_progress;
-    options.user = &seen;
+    options.user = &reports;
     open();
-    EXPECT_EQ(seen.last, 1);
-    EXPECT_GE(seen.calls, 5);  // files
-    seen = {0, 0, 1};
+    EXPECT_EQ(reports.last, 1);
+    EXPECT_GE(reports.calls, 5);  // files
+    reports = {0, 0, 1};
     EXPECT_EQ(status_of_open(), DIT_STOPPED) << dit_last_message();
-    seen = {};
+    reports = {};
     open();
     dit_verify_options verify = DIT_VERIFY_OPTIONS_INIT;
     verify.on_progress = on_progress;
-    verify.user = &seen;
-    seen = {};
+    verify.user = &reports;
+    reports = {};
     EXPECT_EQ(dit_model_verify(dit_get_model(pipe.get()), &verify), DIT_OK) << dit_last_message();
-    EXPECT_EQ(seen.last, 1);
-    EXPECT_GE(seen.calls, 8);
-    seen = {0, 0, 3};
+    EXPECT_EQ(reports.last, 1);
+    EXPECT_GE(reports.calls, 8);
+    reports = {0, 0, 3};
     EXPECT_EQ(dit_model_verify(dit_get_model(pipe.get()), &verify), DIT_STOPPED);
-    EXPECT_EQ(seen.calls, 3);
+    EXPECT_EQ(reports.calls, 3);
 }
 
 TEST_P(Service, StatsAndPreviews) {

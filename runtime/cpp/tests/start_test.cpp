@@ -97,18 +97,18 @@ TEST(Start, ATrajectoryKeeps) {
     const Process process;
     const Array times = plan(process, "ddim", 3);
     const Keep keep = [](std::size_t evaluations, Array& state) { state[1] = static_cast<double>(evaluations); };
-    Trajectory kept({process, "ddim", 3, {0.5, 0.5}, draw({0}, 1)}, times, {3, Groups::OWN}, {}, {}, keep);
+    Trajectory masked({process, "ddim", 3, {0.5, 0.5}, draw({0}, 1)}, times, {3, Groups::OWN}, {}, {}, keep);
     Trajectory free({process, "ddim", 3, {0.5, 0.5}, draw({0}, 1)}, times, {3, Groups::OWN});
     const std::vector<Level> known = levels(process, "ddim", 3);
-    EXPECT_EQ(kept.state(), (Array{0.5, 0.5}));
+    EXPECT_EQ(masked.state(), (Array{0.5, 0.5}));
     for (std::size_t step = 0; step < 3; ++step) {
         const Prediction answer = {{0.25f, 0.125f}, {}};
-        const double before = kept.state()[1], level = known[step].sigma;
-        kept.tell(answer);
+        const double before = masked.state()[1], level = known[step].sigma;
+        masked.tell(answer);
         free.tell(answer);
-        EXPECT_EQ(kept.state()[0], free.state()[0]);
-        EXPECT_EQ(kept.state()[1], static_cast<double>(step + 1));
-        EXPECT_DOUBLE_EQ(kept.x0()[1], (before - level * 0.125) / known[step].alpha);
+        EXPECT_EQ(masked.state()[0], free.state()[0]);
+        EXPECT_EQ(masked.state()[1], static_cast<double>(step + 1));
+        EXPECT_DOUBLE_EQ(masked.x0()[1], (before - level * 0.125) / known[step].alpha);
     }
 }
 
