@@ -200,8 +200,8 @@ def complete(shell: str, text: str, *words: str, file: Path) -> set[str]:
         command = ["zsh", "-f", "-c", ZSH, "zsh", str(file), " ".join(words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent, timeout=60)
     assert done.returncode == 0 and (shell == "zsh" or not done.stderr), done.stderr
-    found = re.findall("<<(.*?)>>", done.stdout) if shell == "zsh" else done.stdout.split("\n")
-    return {word for line in found for word in line.split("|")} - {""}
+    lines = re.findall("<<(.*?)>>", done.stdout) if shell == "zsh" else done.stdout.split("\n")
+    return {word for line in lines for word in line.split("|")} - {""}
 
 
 CASES = [

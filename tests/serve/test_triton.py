@@ -23,7 +23,7 @@ from dit_serve.triton import TritonPythonModel
 from tests.serve import fake_triton
 from tests.serve.fake_triton import Asked, MetricFamily, words
 from tests.serve.serving import until
-from tests.serve.test_batcher import Watched
+from tests.serve.watched import Watched
 
 WAIT = 60
 

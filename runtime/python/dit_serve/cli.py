@@ -78,8 +78,9 @@ def parser() -> Parser:
 
 
 def _add_network(add: Callable[..., object]) -> None:
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1; any other needs --api-key-file")
-    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free")
+    text = "where to listen; default: 127.0.0.1; any other needs --api-key-file"
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
+    add("--port", type=int, default=8000, metavar="N", help="0: any that is free; default: 8000")
     add("--api-key-file", type=Path, metavar="FILE", help="clients must send this key as a bearer token")
 
 

@@ -27,8 +27,8 @@ arguments:
                             is the default of requests without a model
 
 network:
-  --host ADDRESS            default: 127.0.0.1; any other needs --api-key-file
-  --port N                  default: 8000; 0: any that is free
+  --host ADDRESS            where to listen; default: 127.0.0.1; any other needs --api-key-file
+  --port N                  0: any that is free; default: 8000
   --api-key-file FILE       clients must send this key as a bearer token
 
 requests:
