@@ -1,8 +1,8 @@
 complete -c dit-server -f
 complete -c dit-server -s h -l help -d 'print this page'
 complete -c dit-server -f -a '(__fish_complete_directories)' -d 'folders of bundles, or links to them, read again at SIGHUP'
-complete -c dit-server -l host -r -d 'default'
-complete -c dit-server -l port -r -d 'default'
+complete -c dit-server -l host -r -d 'where to listen'
+complete -c dit-server -l port -r -d '0'
 complete -c dit-server -l api-key-file -r -F -d 'clients must send this key as a bearer token'
 complete -c dit-server -l deadline -r -d 'longest time for a request'
 complete -c dit-server -l job-deadline -r -d 'longest time for a job'
