@@ -100,8 +100,8 @@ class Recipe(Tuning):
 
     def to_toml(self) -> str:
         """Return the values that differ from the defaults, as TOML that `from_toml` reads."""
-        given, default = asdict(self), asdict(Recipe())
-        return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in given.items() if v != default[k])
+        values, default = asdict(self), asdict(Recipe())
+        return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values.items() if v != default[k])
 
     @property
     def names_weights(self) -> bool:

@@ -40,15 +40,15 @@ def add_options(parser: Parser) -> None:
     names = tuple(COMPETITORS)
     text = f"{', '.join(names)}; each has contenders of its own; default: cpu"
     add("--device", type=Known(names), default="cpu", metavar="NAME", help=text)
-    text = 'names or patterns, such as compile-bf16 or "ours-*"; default: all'
+    text = 'time only these names or patterns, such as compile-bf16 or "ours-*"; default: all'
     add("--only", nargs="+", default=(), metavar="NAME", help=text)
     add("--threads", type=int, metavar="N", help="threads of each contender; default: all cores")
     text = "limit in GB for all contenders together; default: 90 %% of free memory"
     add("--memory", type=float, metavar="X", help=text)
     add = parser.add_argument_group("output").add_argument
-    add("--results", type=Path, metavar="FILE.json", help="everything that was measured")
-    add("--svg", type=Path, metavar="FILE.svg", help="a bar chart of the steps")
-    add("-o", "--output", type=Path, metavar="FOLDER", help="folder for the models while it runs")
+    add("--results", type=Path, metavar="FILE.json", help="write all measurements")
+    add("--svg", type=Path, metavar="FILE.svg", help="write a bar chart of the steps' times")
+    add("-o", "--output", type=Path, metavar="FOLDER", help="where to keep the models while it runs")
 
 
 def run(options: argparse.Namespace) -> int:

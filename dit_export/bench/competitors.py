@@ -1,4 +1,4 @@
-"""Who is compared, and what all of them are asked to do."""
+"""The contenders of a benchmark, and the work that each of them times."""
 
 from __future__ import annotations
 
@@ -153,15 +153,15 @@ def activations(spec: ModelSpec, batch: int) -> float:
 
 
 def memory(competitor: Competitor, spec: ModelSpec, batch: int) -> float:
-    """An estimate, in bytes; resident memory peaks higher by mapped files, which the system can take back."""
+    """Return an estimate in bytes; resident memory peaks higher by mapped files, which the system can take back."""
     weights = 4 * (18 * spec.depth * spec.hidden**2 + spec.num_classes * spec.hidden) + DECODER_WEIGHTS
-    kept = activations(spec, batch) if competitor.engine else 0.0
+    buffers = activations(spec, batch) if competitor.engine else 0.0
     compiler = COMPILER if competitor.kind in COMPILERS else 0.0
-    return BASE[competitor.library] + compiler + WEIGHTS[competitor.library] * weights + kept
+    return BASE[competitor.library] + compiler + WEIGHTS[competitor.library] * weights + buffers
 
 
 def groups(competitors: Sequence[Competitor], spec: ModelSpec, batch: int, budget: float) -> list[list[Competitor]]:
-    """In their order, as many together as fit beside the yardstick, which stays through all groups."""
+    """Return groups of contenders, in their order, that fit into memory with the yardstick, which runs with each."""
     left = budget - memory(YARDSTICK, spec, batch) - activations(spec, batch)
     made: list[list[Competitor]] = []
     used = left

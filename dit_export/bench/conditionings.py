@@ -58,11 +58,11 @@ def denoiser(spec: ModelSpec, folder: Path, backend: str, progress: Progress) ->
 def inputs(stage: Stage) -> dict[str, np.ndarray]:
     """Noise of the shapes of one guided picture: the time of a step does not depend on what is in them."""
     random, free = np.random.default_rng(0), {"groups": 2, "batch": 1}
-    found = {}
+    arrays = {}
     for tensor in stage.reads:
         shape = [free[size] if isinstance(size, str) else size for size in tensor.shape]
-        found[tensor.name] = random.standard_normal(shape, np.float32)
-    return found | {"guidance": np.full(1, GUIDANCE, np.float32)}
+        arrays[tensor.name] = random.standard_normal(shape, np.float32)
+    return arrays | {"guidance": np.full(1, GUIDANCE, np.float32)}
 
 
 def measure(
@@ -85,11 +85,11 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     with progress.stage(f"{rounds} rounds of {', '.join(ready)}"):
         for number in range(rounds + 1):
-            for name, (engine, given) in ready.items():
+            for name, (engine, arrays) in ready.items():
                 if number:
-                    seconds[name].append(in_a_row(partial(engine.run, given)))
+                    seconds[name].append(in_a_row(partial(engine.run, arrays)))
                 else:
-                    engine.run(given)  # compiles, or touches the weights
+                    engine.run(arrays)  # compiles, or touches the weights
             progress.step(number, rounds, "step")
     for engine, _ in ready.values():
         engine.close()

@@ -66,10 +66,10 @@ def floor(
 ) -> dict[str, Any]:
     """Seconds of a step, and what they come from."""
     work, size = step_flops(spec, batch), step_bytes(spec, precision)
-    found = {"step": work / rate, "flops": work, "flops_per_second": rate, "library": library}
+    roofline = {"step": work / rate, "flops": work, "flops_per_second": rate, "library": library}
     if bandwidth is None:
-        return found
-    return found | {"step": max(work / rate, size / bandwidth), "bytes": size, "bytes_per_second": bandwidth}
+        return roofline
+    return roofline | {"step": max(work / rate, size / bandwidth), "bytes": size, "bytes_per_second": bandwidth}
 
 
 def gemm_shapes(spec: ModelSpec, batch: int) -> list[Shape]:
@@ -84,16 +84,16 @@ def rates(seconds: Mapping[str, Mapping[str, Mapping[str, list[float]]]]) -> dic
     A narrow precision may always be computed in a wider one, so it takes the wider one's rate where that is faster;
     it has a floor only where something as narrow was timed.
     """
-    found: dict[str, tuple[float, str]] = {}
+    speeds: dict[str, tuple[float, str]] = {}
     for library, precisions in seconds.items():
         for precision, shapes in precisions.items():
             for shape, times in shapes.items():
                 m, k, n = map(int, shape.split("x"))
-                found[precision] = max(found.get(precision, (0.0, "")), (2 * m * k * n / min(times), library))
+                speeds[precision] = max(speeds.get(precision, (0.0, "")), (2 * m * k * n / min(times), library))
     fastest = {}
     for precision, bits in BITS.items():
-        as_wide = [rate for other, rate in found.items() if BITS[other] >= bits]
-        if any(BITS[other] == bits for other in found):
+        as_wide = [rate for other, rate in speeds.items() if BITS[other] >= bits]
+        if any(BITS[other] == bits for other in speeds):
             fastest[precision] = max(as_wide)
     return fastest
 
@@ -257,13 +257,17 @@ def _int8(values: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def _model(
-    nodes: list[tuple[str, list[str], str]], constants: Mapping[str, Any], given: Any, made: Any, shape: Shape
+    nodes: list[tuple[str, list[str], str]],
+    constants: Mapping[str, Any],
+    input_type: Any,
+    output_type: Any,
+    shape: Shape,
 ) -> bytes:
-    """A small ONNX graph from x (M, K) to y (M, N)."""
+    """Return a small ONNX graph from x (M, K) to y (M, N)."""
     from onnx import helper, numpy_helper
 
     m, k, n = shape
-    kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in (given, made)]
+    kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(kind)) for kind in (input_type, output_type)]
     graph = helper.make_graph(
         [helper.make_node(op, inputs, [output]) for op, inputs, output in nodes],
         "gemm",

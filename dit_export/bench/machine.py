@@ -47,13 +47,13 @@ def _gpu() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    found = {"dit-export": VERSION}
+    installed = {"dit-export": VERSION}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def usable_cores() -> int:
@@ -73,9 +73,9 @@ def available_memory() -> float:
 
 def _table(path: Path) -> dict[str, str]:
     """The first value of each key."""
-    found: dict[str, str] = {}
+    table: dict[str, str] = {}
     if path.is_file():
         for line in path.read_text(errors="replace").splitlines():
             key, _, value = line.partition(":")
-            found.setdefault(key.strip(), value.strip())
-    return found
+            table.setdefault(key.strip(), value.strip())
+    return table

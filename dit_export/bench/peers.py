@@ -77,10 +77,10 @@ class Eager(Subject):
         weights = torch.from_numpy(matrices.astype(np.float32)).to(job.device)  # (steps, 2, 3)
         x, _, labels = self.inputs(self.latents, 0.0)
         times = torch.from_numpy(plan(job.process, SOLVER, job.steps).astype(np.float32)).to(job.device)
-        kept = torch.zeros_like(x)
+        previous = torch.zeros_like(x)
         for step in range(job.steps):
             prediction = self.network(x, times[step].expand(len(labels)), labels)
-            kept, x = torch.einsum("ij,jbchw->ibchw", weights[step], torch.stack([x, prediction, kept]))
+            previous, x = torch.einsum("ij,jbchw->ibchw", weights[step], torch.stack([x, prediction, previous]))
         return np.asarray(x.cpu().numpy())
 
 

@@ -271,19 +271,19 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 def problems(rows: Sequence[dict[str, Any]], floors: dict[str, dict[str, Any]]) -> list[str]:
     """Return the reasons why a run is invalid: a floor above a measurement, or a competitor that computes something
     else."""
-    found = []
+    reasons = []
     for row in rows:
         least = row["step"]["least"]
         bound = floors.get(row["precision"], {"step": 0.0})["step"]
         if least < bound:
-            found.append(
+            reasons.append(
                 f"{row['name']}: a step of {1e3 * least:.2f} ms is below the floor of {1e3 * bound:.2f} ms: "
                 "the floor's FLOPs or rates are wrong"
             )
         limit = AGREE.get(row["precision"], AGREE_NARROW)
         if not row["error"] <= limit:
-            found.append(
+            reasons.append(
                 f"{row['name']}: its prediction is {row['error']:.1e} away from {YARDSTICK.title}'s, expected "
                 f"{limit:.0e} at most: it computes something else"
             )
-    return found
+    return reasons

@@ -7,7 +7,7 @@ Nothing here proves that the result is right; `build.py` does.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import onnx_graphsurgeon as gs
 import torch
 from numpy.typing import NDArray
 
+from dit_export.bundle import forms
 from dit_export.bundle.describe import Written, describe
+from dit_export.bundle.forms import Lowerings
 from dit_export.bundle.inputs import NO_INPUTS, Inputs
 from dit_export.checkpoints import Loaded
 from dit_export.graph import DECODER, ENCODER, NETWORK, PROMPT, RULE, onnxfile
@@ -40,14 +42,11 @@ from dit_export.precision.stored import own_types, store_half
 from dit_export.recipe import Recipe
 from dit_export.verify.parity import DECODER_PSNR
 from dit_runtime import backends
-from dit_runtime.backends import PORTABLE_BACKEND, PROVIDER_FORMS, QUANTIZED
-from dit_runtime.bundle import manifest
-from dit_runtime.bundle.manifest import File, Manifest
+from dit_runtime.backends import QUANTIZED
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.records import BEFORE_LOOP
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
-
-Lowerings = Mapping[str, Sequence[Callable[[gs.Graph], int]]]
 
 
 @dataclass
@@ -142,12 +141,6 @@ class Assembly:
             self.graphs["decoder"], self.runs["decoder"] = decoder, "end"
         gc.collect()  # graphs are cycles, and the plain ones would keep what is read of their weights in memory
 
-    def _save(self, name: str, graph: gs.Graph) -> None:
-        """Write a graph in its present form; it is two files, with weights or without."""
-        files = onnxfile.save(graph, self.folder / f"{name}.onnx")
-        if len(files) == 1:
-            (self.folder / onnxfile.data_name(files[0])).touch()
-
     @property
     def quantizes(self) -> bool:
         return self.recipe.precision in QUANTIZED
@@ -195,7 +188,7 @@ class Assembly:
         calibration = self.inputs.calibration
         taps = self.quantizes and calibration is None
         if taps or self.may_overflow:
-            self._write_fp32()
+            forms.write_fp32(self.folder, self.loaded, self.graphs, self.runs, self.recipe.max_batch)
             plan = self.plan or (Plan() if taps else PEAKS_PLAN)
             network, prompts = self.loaded.network, self.inputs.prompts
 
@@ -210,17 +203,6 @@ class Assembly:
             graph = self._prompt()["prompt"]
             store_half(graph, {}, "bf16")
             self.measured.peaks["prompt"] = measure_prompts(graph, self.folder, text)
-
-    def _write_fp32(self) -> None:
-        """Write the fused graphs and a manifest without checksums, which nothing but the next steps reads."""
-        for name, graph in self.graphs.items():
-            self._save(name, graph)
-        written = {name: Written("fp32") for name in self.graphs}
-        recipe = Recipe(backend=PORTABLE_BACKEND, max_batch=self.recipe.max_batch)
-        contract = describe(self.loaded, recipe, PORTABLE_BACKEND, self.graphs, self.runs, written)
-        files = [file for stage in contract.stages for file in stage.onnx_files]
-        sizes = {file: File((self.folder / file).stat().st_size, "") for file in files}
-        manifest.write(self.folder, replace(contract, files=sizes))
 
     def smooth(self) -> None:
         """Fold the divisors into the fused graphs; they are the same whatever stays float."""
@@ -315,19 +297,9 @@ class Assembly:
             counts["cast_to_half"] = cast_to_half(graph, half, overflows)
         if self.runs[name] == "prompt":
             counts["store_half"] = self._store_half(graph, half)
-        self._save(name, graph)
-        engines = {}
-        for form, passes in lowerings.items():
-            backend, provider = PROVIDER_FORMS.get(form, (form, None))
-            able = precision in backends.backend(backend).PRECISIONS and not backends.refusal(
-                backend, precision, provider
-            )
-            if able and backends.typed(backend, precision) == half:
-                lowered = graph.copy()
-                fired = {rewrite.__name__: rewrite(lowered) for rewrite in passes}
-                counts |= fired
-                if any(fired.values()):
-                    engines[form] = onnxfile.save(lowered, self.folder / f"{name}.{form}.onnx")
+        forms.save(graph, self.folder, name)
+        engines, fired = forms.save_lowered(graph, self.folder, name, precision, half, lowerings)
+        counts |= fired
         require(counts, self._expected(name, len(islands)), self.misses)
         return Written(precision, engines, counts, tuple(node.name for node in islands), overflows)
 
@@ -356,9 +328,9 @@ class Assembly:
             expected |= {"quantize": quantized, "integer_products": products}
         fewer = {"cast_to_half": islands, "quantize_attention": attentions}
         if self.convolutions is not None:
-            kept = self.convolutions.kept
-            fewer |= dict.fromkeys(("quantize_convolutions", "divide_apart"), len(kept))
-            fewer["quantize_outputs"] = sum(map(convolutions.kernels, kept))
+            in_float = self.convolutions.kept
+            fewer |= dict.fromkeys(("quantize_convolutions", "divide_apart"), len(in_float))
+            fewer["quantize_outputs"] = sum(map(convolutions.kernels, in_float))
         return {key: count - fewer.get(key, 0) for key, count in expected.items()}
 
 

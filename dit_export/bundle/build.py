@@ -204,7 +204,7 @@ class Making:
 
     assembly: Assembly
     contract: Manifest = field(init=False)
-    found: Found | None = None  # by all searches so far
+    searched: Found | None = None  # by all searches so far
 
     def write(self) -> None:
         assembly = self.assembly
@@ -226,15 +226,15 @@ class Making:
             first.progress.stage("search: layers in turn"),
             Search(folder, self.contract, smoothed, first.loaded.network, tick, first.decode) as search,
         ):
-            found = look(search, fixed)
-        self.found = both = found if self.found is None else self.found.then(found)
-        self.assembly.recipe = replace(first.recipe, keep_float=found.keep or None)
+            outcome = look(search, fixed)
+        self.searched = both = outcome if self.searched is None else self.searched.then(outcome)
+        self.assembly.recipe = replace(first.recipe, keep_float=outcome.keep or None)
         self.write()
         if both.cost:
             self.contract = replace(self.contract, built_with={**self.contract.built_with, "kept_float": both.cost})
         table = [layer._asdict() for layer in both.layers]
         (folder / report.SENSITIVITY).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        return found
+        return outcome
 
     def with_text_in_fp32(self, broken: Figure) -> Built:
         """Write the text encoders again in fp32, and verify the bundle with them."""
@@ -306,7 +306,7 @@ def _within_gates(making: Making, built: Built) -> Built:
     known = broken if assembly.backend in backends.CPU else ()  # elsewhere the portable graphs are searched
 
     try:
-        found = making.search(lambda search, fixed: search.meet(gates, f"{precision}'s gate", fixed, known))
+        outcome = making.search(lambda search, fixed: search.meet(gates, f"{precision}'s gate", fixed, known))
     except OutOfReach as error:
         making.assembly = assembly
         if error.figure.stage == PROOF:
@@ -321,8 +321,8 @@ def _within_gates(making: Making, built: Built) -> Built:
     again = making.verify()
     if again.passed:
         return again
-    if found.cost:
-        text = f"with {', '.join(found.keep)} in float a gate still fails: {sentence(first_broken(again.checks))}"
+    if outcome.cost:
+        text = f"with {', '.join(outcome.keep)} in float a gate still fails: {sentence(first_broken(again.checks))}"
         changes = wider(assembly.backend)
         return replace(again, advice=f"{text}\n{_said(changes)}", changes=changes)
     around = making.contract.end.precision if making.contract.end else "float"

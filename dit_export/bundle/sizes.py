@@ -101,10 +101,10 @@ def _load(folder: Path, name: str) -> ModelProto | None:
 
 
 def _share(folder: Path, known: Iterable[Stage], source: Path, models: Mapping[str, ModelProto], data: str) -> None:
-    """Let graphs refer to tensors of the known stages; write those that these lack to the file `data` of the folder."""
+    """Point the graphs to equal tensors of the known stages; append all other tensors to the file `data`."""
     here = [_load(folder, name) for stage in known for name in _graphs(stage)]
-    found = {place for model in here if model is not None for _, place in _external(model)}
-    places = {_sum(folder, place): place for place in sorted(found)}  # by the content's sum
+    stored = {place for model in here if model is not None for _, place in _external(model)}
+    places = {_sum(folder, place): place for place in sorted(stored)}  # by the content's sum
     sums: dict[Place, str] = {}  # the forms of a stage have most tensors in common
     for model in models.values():
         for tensor, place in _external(model):

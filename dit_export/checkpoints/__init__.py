@@ -207,7 +207,7 @@ def recipe_of(contract: Manifest, folder: Path) -> Recipe:
 
 
 def load_synthetic(recipe: Recipe, made_for: Any) -> Loaded:
-    """Make up weights for images of the resolution `made_for`, and return them at the recipe's."""
+    """Make random weights for images of the resolution `made_for`, and resize the network to the recipe's."""
     if recipe.checkpoint:
         raise UsageError(f"got both a checkpoint ({recipe.checkpoint}) and --synthetic: pass one of them")
     if recipe.model is None:
@@ -268,7 +268,7 @@ def transformer_folder(path: Path) -> Path:
 
 
 def named(name: str, path: Path) -> dict[str, Any]:
-    """Return a checkpoint's origin: its path, or its hub id and the commit, after which the hub names its folder."""
+    """Return a checkpoint's origin: its path, or its hub id and the commit, which is its folder's name in the cache."""
     return {"path": name} if Path(name).expanduser() == path else {"hub": name.partition("@")[0], "revision": path.name}
 
 

@@ -1,4 +1,4 @@
-"""A bare file of weights (.pt, .bin, .safetensors) in either dialect: the shapes tell the network."""
+"""Files of weights alone (.pt, .bin, .safetensors), with Meta's names or diffusers'; their shapes give the network."""
 
 from __future__ import annotations
 

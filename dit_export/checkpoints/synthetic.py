@@ -218,16 +218,16 @@ def fill_final(model: DiT, basis: Tensor, span: float, random: Generator) -> Non
 
     latents = torch.randn(len(PROBES), *spec.latent_shape, generator=random).repeat(2, 1, 1, 1)
     labels = torch.randperm(spec.num_classes, generator=random)[: len(latents)]  # the second half: other labels
-    seen: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    activations: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _, inputs: activations.append(inputs[0]))
     model(latents, span * torch.tensor(PROBES).repeat(2), labels)
     hook.remove()
     tokens = F.unfold(latents, spec.patch, stride=spec.patch).transpose(1, 2)  # (N, T, C·p·p)
-    passed = seen[0] @ inverse.flatten(0, 2).T  # (N, T, C·p·p)
+    passed = activations[0] @ inverse.flatten(0, 2).T  # (N, T, C·p·p)
     inverse *= PASS * tokens.square().sum() / (passed * tokens).sum()
-    change = torch.sub(*seen[0].chunk(2))  # what another label changes, (N/2, T, D)
+    change = torch.sub(*activations[0].chunk(2))  # what another label changes, (N/2, T, D)
     heard, leaked = F.linear(change, linear.weight), change @ inverse.flatten(0, 2).T
-    noise = F.linear(seen[0], linear.weight).std()
+    noise = F.linear(activations[0], linear.weight).std()
 
     rows = linear.weight.unflatten(0, (spec.patch, spec.patch, -1))  # (p, q, C_out, D)
     wanted = ((LABEL * PASS) ** 2 - leaked.square().mean()).clamp(min=0)

@@ -67,9 +67,9 @@ def _about(contract: Manifest) -> Iterator[str]:
     if line := text_in_fp32(contract):
         yield line
     if layers := contract.built_with.get("convolutions"):
-        count, kept = layers["quantized"], f"; in float: {', '.join(layers['kept'])}" if layers["kept"] else ""
+        count, in_float = layers["quantized"], f"; in float: {', '.join(layers['kept'])}" if layers["kept"] else ""
         near = "" if layers["psnr"] is None else f", {layers['psnr']} dB to fp32"
-        yield f"decoder: {count} convolutions in int8{near}{kept}"
+        yield f"decoder: {count} convolutions in int8{near}{in_float}"
 
 
 def verdict(options: argparse.Namespace, built: Built) -> list[str]:

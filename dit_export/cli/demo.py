@@ -39,7 +39,7 @@ def _train_options(parser: Parser) -> None:
 
 def _train_sr_options(parser: Parser) -> None:
     parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="folder of the weights; sr/ in it gets the new ones"
+        "folder", type=Path, metavar="FOLDER", help="folder of the demo's weights; the new ones go to sr/ in it"
     )
     _add_training(parser)
 
@@ -57,9 +57,8 @@ def _score_options(parser: Parser) -> None:
 
 
 def _judge_options(parser: Parser) -> None:
-    parser.add_argument(
-        "output", type=Path, metavar="FILE.onnx", help="the network, images in, logits and features out"
-    )
+    text = "where to write the judge: images in, logits and features out"
+    parser.add_argument("output", type=Path, metavar="FILE.onnx", help=text)
     _add_weights(parser)
 
 

@@ -35,11 +35,11 @@ def add_recipe(parser: Parser) -> None:
 def _add_weights(add: Add) -> None:
     text = "folder of diffusers, Meta's .pt, .safetensors, or ID[@REVISION] on the hub"
     add("--checkpoint", metavar="CHECKPOINT", help=text)
-    text = "folder of a diffusers pipeline whose transformer has no family here; the build records short runs of it"
+    text = "folder of a diffusers pipeline of a class that --checkpoint lacks; the build records short runs of it"
     add("--pipeline", metavar="FOLDER", help=text)
     add("--vae", metavar="CHECKPOINT", help="the VAE, for a checkpoint without one")
     add("--labels", metavar="FILE", help="class names: one a line, or JSON")
-    add("--synthetic", type=int, nargs="?", const=0, metavar="N", help="take random weights of this seed; default: 0")
+    add("--synthetic", type=int, nargs="?", const=0, metavar="N", help="take random weights; N is the seed, else 0")
 
 
 def _add_network(add: Add) -> None:
@@ -51,14 +51,14 @@ def _add_network(add: Add) -> None:
         action="extend",
         type=lambda text: [int(size) if size.isdecimal() else size for size in text.split(",")],
         metavar="SIZE[,SIZE]",
-        help="pixels of the pictures, 512 or 512x768 for height x width; several are sizes of one bundle, the first "
-        "its default; default: the checkpoint's, or 256",
+        help="pixels of the pictures: 512, or 512x768 for height x width; a bundle can have several sizes, and draws "
+        "the first unless a request names another; default: the checkpoint's, or 256",
     )
     add("--frames", type=int, metavar="N", help="frames of a video; default: as the checkpoint's pipeline")
     add("--heads", type=int, metavar="N", help="attention heads, for a checkpoint whose width is not one of MODEL's")
     text = "tokens of a prompt embedding; default: as the checkpoint's pipeline"
     add("--caption-tokens", type=int, metavar="N", help=text)
-    text = "a constant for the weight of guidance that the network reads; then negative prompts guide (true_cfg_scale)"
+    text = "freeze the weight that a network with embedded guidance reads; guidance then mixes two predictions"
     add("--embedded-guidance", type=float, metavar="X", help=text)
     names = tuple(PREDICTIONS)
     text = f"what the network predicts, for a checkpoint without a scheduler: {', '.join(names)}"
@@ -80,7 +80,7 @@ def _add_parts(add: Add) -> None:
 def _add_quantization(add: Add) -> None:
     text = "the calibration of an earlier int8 build; default: calibrate again"
     add("--calibration", metavar="FILE.npz", help=text)
-    text = "arrays to calibrate int8 with, named as the ports, and negative.NAME; at most 20 rows are used"
+    text = "conditions to calibrate int8 with: arrays named as the ports, or negative.PORT; at most 20 rows are used"
     add("--conditions", metavar="FILE.npz", help=text)
     text = 'layers that int8 and fp8 leave in float: blocks.3, fc2, "decoder up"'
     add("--keep-float", nargs="+", metavar="LAYER", help=text)

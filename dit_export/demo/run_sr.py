@@ -47,9 +47,9 @@ class Shown:
         bicubic = self.rows["bicubic"].score.frechet.value
         figures = []
         for name in self.built:
-            seen = self.rows[name].score
-            share = seen.frechet.value / bicubic
-            figures.append(Figure(name, "judge's agreement, share", seen.accuracy.value, AGREEMENT, at_least=True))
+            measured = self.rows[name].score
+            share = measured.frechet.value / bicubic
+            figures.append(Figure(name, "judge's agreement, share", measured.accuracy.value, AGREEMENT, at_least=True))
             figures.append(Figure(name, "Fréchet distance, share of bicubic's", share, FRECHET))
         return figures
 
@@ -88,8 +88,10 @@ def show(weights: Path | None, folder: Path, count: int, progress: Progress) -> 
     judged = {}
     for name, each in pictures.items():
         with progress.stage(f"{name} before the judge"):
-            seen = score.score(np.array_split(each, -(-count // low.CHUNK)), truth.labels.tolist(), demo.judge, real)
-            judged[name] = Row(seen, mean_psnr(each, truth.images))
+            measured = score.score(
+                np.array_split(each, -(-count // low.CHUNK)), truth.labels.tolist(), demo.judge, real
+            )
+            judged[name] = Row(measured, mean_psnr(each, truth.images))
     grid = folder / "demo-sr-grid.png"
     images.write_png(grid, sheet(small, pictures["bicubic"], pictures[name], truth.images))
     return Shown(built, judged, grid)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dit_export.networks import Network, rules
+from dit_export.networks import Network, mixing, rules
 from dit_export.networks.captured import CLOSE, Captured, Group, distance, port_name
 from dit_export.networks.diffusers import Recording
 from dit_runtime.bundle.records import Port
@@ -38,7 +38,7 @@ class Caller(nn.Module):
         self.state, self.time = (port.name for port in ports[:2])
         self.conditions, self.times = dict(conditions), dict(times)
         self.state_argument, self.state_view = captured.sorted.state, captured.state_view
-        self.weight, self.factor = captured.sorted.weight, captured.weight_factor()
+        self.weight, self.factor = captured.sorted.weight, mixing.weight_factor(captured)
         self.prediction_view, self.sign = captured.prediction_view
         self.nesting = captured.runs.first.steps[0].calls[0].nesting
         self.rowed = captured.rowed
@@ -104,17 +104,19 @@ def network(captured: Captured, process: Process, guidance: float) -> Network:
         time = torch.full((len(state),), float(_plan(process, run)[step]))
         inputs = {ports[0].name: state, ports[1].name: time}
         for argument, name in names.items():
-            is_weight = argument == captured.sorted.weight
-            inputs[name] = torch.full_like(time, captured.weight(run)) if is_weight else group.inputs[argument].float()
+            if argument == captured.sorted.weight:
+                inputs[name] = torch.full_like(time, mixing.weight_of(captured, run))
+            else:
+                inputs[name] = group.inputs[argument].float()
         with torch.no_grad():
             prediction: Tensor = caller(**inputs)
         return prediction
 
-    rule = captured.rule(lambda group: predict(captured.runs.first, 0, group))
+    rule = mixing.find_rule(captured, lambda group: predict(captured.runs.first, 0, group))
     for run in captured.runs.recordings:
         for number, step in enumerate(run.steps):
             predictions = [predict(run, number, group) for group in captured.groups(step)]
-            error = distance(captured.mix(rule, predictions, run), captured.drawn(step.prediction))
+            error = distance(mixing.mix(captured, rule, predictions, run), captured.drawn(step.prediction))
             if not error <= CLOSE:
                 what = f"step {number + 1} of {len(run.steps)} of seeds {run.seeds} is not repeated"
                 raise UsageError(f"{what} by the arguments as they were sorted: relative L2 {error:.2g}: refused")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,9 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from dit_export.networks import rules
 from dit_export.networks.diffusers import Recording, Step
 from dit_export.networks.strides import Indices, Strides, find_places, strides
 from dit_runtime.bundle.records import GUIDANCE, PACKS, RESERVED, Port
@@ -292,42 +290,6 @@ class Captured:
             if name not in moving and not same:
                 what = f"{name} is a constant of the bundle, and another one for this prompt"
                 raise UsageError(f"{what}; build it again with more --caption-tokens")
-
-    def weight_factor(self) -> float:
-        """Return what the transformer reads of a weight of guidance of 1."""
-        name, runs = self.sorted.weight, self.runs
-        if not name:
-            return 1.0
-        at_one, other = (float(self.own(run).inputs[name].unique()) for run in (runs.unguided, runs.first))
-        if not math.isclose(other, at_one * runs.weight, rel_tol=CLOSE):
-            what = f"{name} is {at_one:g} at a weight of guidance of 1 and {other:g} at {runs.weight:g}"
-            raise UsageError(f"unknown guidance: {what}; expected a multiple of it")
-        return at_one
-
-    def weight(self, run: Recording) -> float:
-        return 1.0 if run is self.runs.unguided else self.runs.weight
-
-    def mix(self, rule: nn.Module, predictions: Sequence[Tensor], run: Recording) -> Tensor:
-        """Mix a step's predictions by a rule of guidance; return a single one unchanged."""
-        if len(predictions) == 1:
-            return predictions[0]
-        own, away = predictions[self.conditional], predictions[1 - self.conditional]
-        mixed: Tensor = rule(own, away, torch.full((len(own), *[1] * (own.ndim - 1)), self.weight(run)))
-        return mixed
-
-    def rule(self, predict: Callable[[Group], Tensor]) -> nn.Module:
-        """Return the rule by which the first step's predictions are mixed."""
-        first, shape = self.runs.first, self.shape[1:]
-        predictions = [predict(group) for group in self.groups(first.steps[0])]
-        mixed = self.drawn(first.steps[0].prediction)
-        patches = [(side,) * len(shape) for side in (1, 2) if not any(size % side for size in shape)]
-        for rule in (rules.Linear(), *(rules.Renormalized(*patch) for patch in patches)):
-            if distance(self.mix(rule, predictions, first), mixed) <= CLOSE:
-                return rule
-        raise UsageError(
-            f"unknown guidance: what the scheduler takes at a weight of {self.runs.weight:g} is neither the linear nor "
-            "the renormalized mixture of both predictions"
-        )
 
 
 def port_name(argument: str) -> str:

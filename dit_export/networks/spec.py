@@ -94,7 +94,7 @@ class ModelSpec:
 
     @property
     def resolution(self) -> int | str:
-        """As people write it: 256, or 512x256 for height x width."""
+        """Return it as people write it: 256, or 512x256 for height x width."""
         return resolution_name(self.latent_shape[1:])
 
     @property

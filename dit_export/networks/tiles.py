@@ -35,8 +35,8 @@ class Tiles(NamedTuple):
                     tile = _blend(row[-1], tile, self.overlap, -1)
                 row.append(tile)
             rows.append(row)
-        kept = [torch.cat([tile[:, :, : self.kept, : self.kept] for tile in row], -1) for row in rows]
-        return torch.cat(kept, -2)
+        strips = [torch.cat([tile[:, :, : self.kept, : self.kept] for tile in row], -1) for row in rows]
+        return torch.cat(strips, -2)
 
 
 def _blend(before: Tensor, tile: Tensor, overlap: int, axis: int) -> Tensor:
@@ -51,7 +51,7 @@ def _blend(before: Tensor, tile: Tensor, overlap: int, axis: int) -> Tensor:
 
 
 def enable(vae: Any, side: int) -> None:
-    """Let a VAE work on tiles of so many pixels, with diffusers' own switch."""
+    """Make a VAE work on tiles of `side` pixels, with diffusers' own switch."""
     if type(vae).__name__ != "AutoencoderKL":
         raise UsageError(f"tile {side}: {type(vae).__name__} has no tiles here; AutoencoderKL has")
     cell = 2 ** (len(vae.config.block_out_channels) - 1)

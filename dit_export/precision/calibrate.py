@@ -37,10 +37,10 @@ class Calibration:
     provenance: Mapping[str, Any]
 
     def save(self, path: Path) -> None:
-        arrays: dict[str, Any] = {f"{name}{LARGEST}": seen.largest for name, seen in self.layers.items()}
-        arrays |= {f"{name}{SAMPLE}": seen.sample.astype(np.float16) for name, seen in self.layers.items()}
-        arrays |= {f"{name}{OUTPUT}": seen.output for name, seen in self.layers.items() if seen.output is not None}
-        arrays |= {f"{name}{LOWEST}": seen.lowest for name, seen in self.layers.items() if seen.lowest is not None}
+        arrays: dict[str, Any] = {f"{name}{LARGEST}": layer.largest for name, layer in self.layers.items()}
+        arrays |= {f"{name}{SAMPLE}": layer.sample.astype(np.float16) for name, layer in self.layers.items()}
+        arrays |= {f"{name}{OUTPUT}": layer.output for name, layer in self.layers.items() if layer.output is not None}
+        arrays |= {f"{name}{LOWEST}": layer.lowest for name, layer in self.layers.items() if layer.lowest is not None}
         arrays["provenance"] = np.array(repr(dict(self.provenance)))
         with beside(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)

@@ -154,24 +154,24 @@ def choose(layers: Sequence[Convolution], calibration: Calibration) -> dict[str,
         raise UsageError(f"the calibration has no {missing[0]}; it was made for another decoder: calibrate anew")
     chosen = {}
     for layer in layers:
-        seen, channels = calibration.layers[layer.name], layer.weights[0].shape[1]
-        if seen.lowest is None or seen.output is None or seen.largest.shape != (channels,):
+        statistics, channels = calibration.layers[layer.name], layer.weights[0].shape[1]
+        if statistics.lowest is None or statistics.output is None or statistics.largest.shape != (channels,):
             raise UsageError(f"the calibration's {layer.name} is of another decoder, expected {channels} channels")
-        chosen[layer.name] = _choose(seen, layer.weights)
+        chosen[layer.name] = _choose(statistics, layer.weights)
     return chosen
 
 
-def _choose(seen: LayerStatistics, weights: Sequence[Floats]) -> Choice:
+def _choose(statistics: LayerStatistics, weights: Sequence[Floats]) -> Choice:
     """Try each alpha, with the kernel's places as outputs of their own: rows are pixels."""
-    assert seen.lowest is not None and seen.output is not None
-    rows = seen.sample  # (rows, K)
+    assert statistics.lowest is not None and statistics.output is not None
+    rows = statistics.sample  # (rows, K)
     exact, best = rows @ _flat(weights), None
-    outputs = (HEADROOM * np.maximum(seen.output, 1e-12) / LEVELS).astype(np.float32)
+    outputs = (HEADROOM * np.maximum(statistics.output, 1e-12) / LEVELS).astype(np.float32)
     scale = float(np.linalg.norm(exact)) or 1.0
     for alpha in ALPHAS:
-        s = choose_divisors(seen.largest, _flat(weights), alpha)
+        s = choose_divisors(statistics.largest, _flat(weights), alpha)
         scaled = _flat([_stored(weight, s).astype(np.float32) * _steps(weight, s) for weight in weights])
-        low, high = float(min((seen.lowest / s).min(), 0)), float((seen.largest / s).max()) or 1.0
+        low, high = float(min((statistics.lowest / s).min(), 0)), float((statistics.largest / s).max()) or 1.0
         step = HEADROOM * (high - low) / (2 * LEVELS + 1)  # and nothing is cut off: rare pictures would pay for it
         zero = round(-low * HEADROOM / step)
         grid = (np.clip(np.rint(rows / s / step) + zero, 0, 2 * LEVELS + 1) - zero) * step
@@ -312,5 +312,5 @@ def fewest_in_float(
             return values[count] >= limit
 
         count = fewest(len(order), holds)
-    kept = [name for name in chosen if name in fixed or name in order[:count]]
-    return FloatConvolutions(kept, len(chosen) - len(kept), round(values[count], 2))
+    in_float = [name for name in chosen if name in fixed or name in order[:count]]
+    return FloatConvolutions(in_float, len(chosen) - len(in_float), round(values[count], 2))

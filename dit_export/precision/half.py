@@ -124,7 +124,7 @@ def _is_narrow(node: gs.Node, held: set[int], overflows: Collection[str]) -> boo
 
 
 def _touches(node: gs.Node, overflows: Collection[str]) -> bool:
-    """Return whether a node reads or makes one of the tensors, also through Q and DQ or in its plain form."""
+    """Return whether a node reads or makes one of the tensors, quantized or not; an Attention makes scores too."""
     if not overflows:
         return False
     names = {_source(tensor).name for tensor in (*node.inputs, *node.outputs)}

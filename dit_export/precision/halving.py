@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def fewest(most: int, holds: Callable[[int], bool]) -> int:
-    """Return the least count that holds; none is known to break, and `most` counts as holding."""
+    """Return the least count for which `holds` is true. It is taken to be false for 0 and true for `most`."""
     low, high = 0, most
     while high - low > 1:
         middle = (low + high) // 2

@@ -90,11 +90,11 @@ def before(lanes: Lanes, node: gs.Node) -> Lanes | None:
 
 
 def _reshaped(lanes: Lanes, source: gs.Tensor) -> Lanes | None:
-    """Return the channels before a Reshape, where axes that hold nothing but channels become such axes."""
+    """Return the channels before a Reshape, or None where it mixes axes of channels with others."""
     before, after = list(source.shape), list(lanes.tensor.shape)
     wide = [index for index, axis in enumerate(lanes.axes) if after[axis] != 1]
     axes, rows = [lanes.axes[index] for index in wide], [lanes.at[index] for index in wide]
-    found: list[int] = []
+    channel_axes: list[int] = []
     at: list[Ints] = []
     runs = _runs(before, after)
     while axes:
@@ -103,9 +103,9 @@ def _reshaped(lanes: Lanes, source: gs.Tensor) -> Lanes | None:
             return None
         flat = np.ravel_multi_index(rows[: len(new)], [after[axis] for axis in new])
         at += np.unravel_index(flat, [before[axis] for axis in old])
-        found += old
+        channel_axes += old
         axes, rows = axes[len(new) :], rows[len(new) :]
-    return lanes._replace(tensor=source, axes=tuple(found), at=np.array(at)) if found else None
+    return lanes._replace(tensor=source, axes=tuple(channel_axes), at=np.array(at)) if channel_axes else None
 
 
 def _runs(before: Sequence[int | str], after: Sequence[int | str]) -> list[tuple[list[int], list[int]]]:

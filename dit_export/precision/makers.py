@@ -185,9 +185,9 @@ def _operand(lanes: Lanes, node: gs.Node, index: int) -> list[Place] | None:
     return _places(lanes._replace(tensor=tensor, axes=axes), {id(node)})
 
 
-def _all(found: Sequence[list[Place] | None]) -> list[Place] | None:
-    places = [place for part in found if part is not None for place in part]
-    return places if None not in found else None
+def _all(parts: Sequence[list[Place] | None]) -> list[Place] | None:
+    places = [place for part in parts if part is not None for place in part]
+    return places if None not in parts else None
 
 
 def _repeats(node: gs.Node) -> bool:
@@ -206,8 +206,8 @@ def _product(lanes: Lanes, node: gs.Node) -> list[Place] | None:
     if _repeats(node):
         return None
     sizes = [np.prod([size for size in tensor.shape or () if isinstance(size, int)]) for tensor in node.inputs]
-    found = (_operand(lanes, node, index) for index in np.argsort(sizes, kind="stable"))
-    return next((places for places in found if places), None)
+    operands = (_operand(lanes, node, index) for index in np.argsort(sizes, kind="stable"))
+    return next((places for places in operands if places), None)
 
 
 def _first(lanes: Lanes, node: gs.Node) -> list[Place] | None:

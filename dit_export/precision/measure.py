@@ -122,7 +122,7 @@ def measure(
             pipe.engines.decode(rng.normal(size=(plan.batch, *contract.state.shape)))
     calibration = None
     if layers:
-        statistics = {name: seen for recorder in recorders.values() for name, seen in recorder.statistics().items()}
+        statistics = {name: layer for recorder in recorders.values() for name, layer in recorder.statistics().items()}
         calibration = Calibration(statistics, {"plan": str(plan)})
     return Measured(calibration, {stage.name: recorders[stage.name].peaks() for stage in stages} if half else {})
 

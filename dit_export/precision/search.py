@@ -198,7 +198,7 @@ class Search:
         return Found([*keep, *order[:high]], layers, cost)
 
     def _cost(
-        self, kept: list[str], in_float: list[str], before: Sequence[Figure], after: Sequence[Figure]
+        self, names: list[str], in_float: list[str], before: Sequence[Figure], after: Sequence[Figure]
     ) -> dict[str, Any]:
         """Return what these layers in float changed: the figures that broke, and the time of a guided step."""
         now = {figure.name: figure for figure in worst(after)}
@@ -212,9 +212,9 @@ class Search:
             }
             for figure in broken
         ]
-        cost: dict[str, Any] = {"layers": kept, "of": len(self.names), "gates": gates}
+        cost: dict[str, Any] = {"layers": names, "of": len(self.names), "gates": gates}
         if self._form == self._backend:
-            already = [name for name in in_float if name not in kept]
+            already = [name for name in in_float if name not in names]
             with self._opened(in_float, self._kind) as mixed, self._opened(already, self._kind) as quantized:
                 cost["step_time"] = round(_ratio(self._step(mixed), self._step(quantized)), 3)
         return cost
@@ -269,16 +269,16 @@ class Search:
 
     def _trajectory(self, pipe: Pipeline) -> list[Latents]:
         """Return the latents after each step of a run of the sampler itself."""
-        seen: list[Latents] = []
+        states: list[Latents] = []
         pipe.sample(
             condition=self._condition,
             negative=self._null if self._contract.without_null else None,
             steps=STEPS,
             seed=[SEED + index for index in range(SAMPLES)],
             output="latents",
-            on_step=lambda done, steps, x: seen.append(x.astype(np.float32)),
+            on_step=lambda done, steps, x: states.append(x.astype(np.float32)),
         )
-        return seen
+        return states
 
     def _ends_within(self, budget: Budget) -> Check:
         """Return the check of how far whole runs end from those in fp32."""

@@ -53,7 +53,7 @@ class Smoothed(NamedTuple):
 class Part(NamedTuple):
     """A tensor that layers read."""
 
-    seen: LayerStatistics
+    statistics: LayerStatistics
     matrices: Sequence[Floats]  # the layers' weights, (K, N) each; a large network's are memory maps
 
     @property
@@ -66,13 +66,13 @@ def choose(parts: Sequence[Part], channels: Ints, ties: Ints) -> list[Chosen]:
 
     The parts share the divisors. These are 1 but for `channels`, and equal where `ties` has one number for several.
     """
-    largest = np.max([part.seen.largest for part in parts], axis=0)
+    largest = np.max([part.statistics.largest for part in parts], axis=0)
     columns = np.max([np.abs(weight).max(axis=1) for part in parts for weight in part.matrices], axis=0)
     candidates, tried = [*_candidates(largest, columns, channels, ties)], []
     for part in parts:
         weight = part.weight
-        exact = part.seen.sample @ weight
-        tried.append([_grid(part.seen, weight, exact, *candidate) for candidate in candidates])
+        exact = part.statistics.sample @ weight
+        tried.append([_grid(part.statistics, weight, exact, *candidate) for candidate in candidates])
     best = np.argmin([sum(choice.error**2 for choice in choices) for choices in zip(*tried, strict=True)])
     return [choices[best] for choices in tried]
 
@@ -99,11 +99,11 @@ def _tied(values: Floats, ties: Ints) -> Floats:
     return most[ties]
 
 
-def _grid(seen: LayerStatistics, weight: Floats, exact: Floats, alpha: float, divisors: Floats) -> Chosen:
+def _grid(statistics: LayerStatistics, weight: Floats, exact: Floats, alpha: float, divisors: Floats) -> Chosen:
     """Return the step of least error for these divisors."""
     scale = float(np.linalg.norm(exact)) or 1.0
-    sample, scaled = seen.sample / divisors, fake_weight(weight * divisors[:, None])
-    largest = float((seen.largest / divisors).max()) or 1.0
+    sample, scaled = statistics.sample / divisors, fake_weight(weight * divisors[:, None])
+    largest = float((statistics.largest / divisors).max()) or 1.0
     choices = []
     for shrink in SHRINKS:
         step = HEADROOM * shrink * largest / LEVELS
@@ -144,7 +144,7 @@ def smooth(stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibrat
     chosen: dict[str, Chosen] = {}
     for group in grouped(layers):
         parts = [_part(readers, calibration) for readers in group.inputs]
-        choices = choose(parts, group.channels, _ties(group, len(parts[0].seen.largest)))
+        choices = choose(parts, group.channels, _ties(group, len(parts[0].statistics.largest)))
         for readers, choice in zip(group.inputs, choices, strict=True):
             chosen |= {layer.name: choice for layer in readers}
         divisors = choices[0].divisors
@@ -165,12 +165,12 @@ def smooth(stages: Sequence[gs.Graph], denoiser: gs.Graph, calibration: Calibrat
 
 
 def _part(readers: Sequence[Layer], calibration: Calibration) -> Part:
-    """Return what was seen of a tensor, and the weights of all layers that read it."""
-    seen, matrices = calibration.layers[readers[0].name], [layer.matrix for layer in readers]
-    if len(seen.largest) != len(matrices[0]):
-        got, expected = len(seen.largest), len(matrices[0])
+    """Return the calibration's statistics of a tensor, and the weights of all layers that read it."""
+    statistics, matrices = calibration.layers[readers[0].name], [layer.matrix for layer in readers]
+    if len(statistics.largest) != len(matrices[0]):
+        got, expected = len(statistics.largest), len(matrices[0])
         raise UsageError(f"the calibration's {readers[0].name} has {got} channels, expected {expected}")
-    return Part(seen, matrices)
+    return Part(statistics, matrices)
 
 
 def _ties(group: Group, count: int) -> Ints:

@@ -38,8 +38,8 @@ def add_options(parser: Parser) -> None:
     add_bundle(parser)
     add = parser.add_argument_group("search").add_argument
     text = (
-        "limits of a preset or of all, against the bundle's default plan: rows, frechet (ratio), agreement "
-        '(points lost), psnr (dB lost): "fast:rows=14,frechet=1.5"'
+        "limits of the preset NAME, or of all presets, against the bundle's default plan: rows, frechet (ratio), "
+        'agreement (points lost), psnr (dB lost); such as "fast:rows=14,frechet=1.5"'
     )
     add("--budget", nargs="+", default=[], metavar="[NAME:]KEY=X", help=text)
     add("--trials", type=int, default=usual.trials, metavar="N", help=f"plans to try; default: {usual.trials}")
@@ -53,7 +53,7 @@ def add_options(parser: Parser) -> None:
     add("--real", type=Path, metavar="FILE.npz", help="real pictures, their features, or mu and sigma")
     add_engine(parser, low_memory=False)
     add = parser.add_argument_group("output").add_argument
-    text = "every score, from which a later search goes on; default: BUNDLE.tune.json"
+    text = "all scores; a later search continues from them; default: BUNDLE.tune.json"
     add("--results", type=Path, metavar="FILE.json", help=text)
     add(
         "--svg",
@@ -114,12 +114,12 @@ def run(options: argparse.Namespace) -> int:
     for name, _verdict in refused.items():
         if words := gate.reachable(name, limits[name], scores, base, unrelated):
             commands.append(_again(options, words))
-    told = {"presets": presets, "plans": _rows(scores, names), "refused": [*refused], "next": commands}
+    answers = {"presets": presets, "plans": _rows(scores, names), "refused": [*refused], "next": commands}
     lines = [judged, table(scores, names)]
     lines.append(f"results {results_path}, chart {svg_path}" + ("" if options.dry_run else f", presets in {folder}"))
     failures = [f"FAILED {name}: no plan keeps its limits; the nearest: {failed(best[name][1])}" for name in refused]
     failures += advice.lines(commands)
-    answer(options, told, "\n".join([*lines, *failures]), "\n".join(failures))
+    answer(options, answers, "\n".join([*lines, *failures]), "\n".join(failures))
     return int(bool(refused))
 
 

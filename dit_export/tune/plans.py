@@ -48,30 +48,30 @@ def first(contract: Manifest) -> Iterator[Plan]:
 
 
 def neighbours(plan: Plan, contract: Manifest, times: Sequence[float]) -> dict[str, list[Plan]]:
-    """Return the plans one change away, by what changes; some of them may not fit the bundle.
+    """Return the plans that differ from this one in one setting, by its name; some may not fit the bundle.
 
-    `times` are those that the plan's network reads.
+    `times` are the timesteps of the plan.
     """
     kind = contract.process.kind
     solvers = [name for name, facts in SOLVERS.items() if kind in facts["processes"]]
     named = {name: value for name, value in plan.items() if name != "spacing" or value in FACTS["spacings"][kind]}
-    found: dict[str, list[Plan]] = {
+    changes: dict[str, list[Plan]] = {
         "steps": [{**named, "steps": plan["steps"] + move} for move in MOVES if plan["steps"] + move >= FEWEST],
         "solver": [{**plan, "solver": name} for name in solvers if name != plan["solver"]],
         "spacing": [{**plan, "spacing": name} for name in FACTS["spacings"][kind] if name != plan.get("spacing")],
     }
     if kind == "noise":  # of a flow, σ that are listed are not shifted
-        found["times"] = [
+        changes["times"] = [
             {**plan, "steps": len(other), "spacing": ", ".join(f"{time:.0f}" for time in other)}
             for other in _times(times)
         ]
     if contract.mixes_guidance:
-        found[INTERVAL] = list(_intervals(plan))
+        changes[INTERVAL] = list(_intervals(plan))
         weight = plan.get("guidance", contract.guidance.default)
-        found["guidance"] = [{**plan, "guidance": round(factor * weight, 2)} for factor in WEIGHTS]
+        changes["guidance"] = [{**plan, "guidance": round(factor * weight, 2)} for factor in WEIGHTS]
     without = {name: value for name, value in plan.items() if name not in CACHE_FIELDS}
-    found["cache"] = [other for other in (without, *({**without, **cache} for cache in CACHES)) if other != plan]
-    return {name: plans for name, plans in found.items() if plans}
+    changes["cache"] = [other for other in (without, *({**without, **cache} for cache in CACHES)) if other != plan]
+    return {name: plans for name, plans in changes.items() if plans}
 
 
 def _times(times: Sequence[float]) -> Iterator[list[float]]:

@@ -129,7 +129,7 @@ class Search:
 
     def _children(self, scores: dict[str, Score], rng: random.Random) -> list[str]:
         parents = front(scores)
-        found: dict[str, None] = {}
+        children: dict[str, None] = {}
         most = max(score.rows for score in scores.values())
         for _ in range(ATTEMPTS * CHILDREN):
             plan: Plan = json.loads(rng.choice(parents))
@@ -137,10 +137,10 @@ class Search:
                 changes = plans.neighbours(plan, self.trial.pipe.manifest, self.trial.times(plan))
                 plan = rng.choice(changes[rng.choice(sorted(changes))])
             fitting = self.trial.fit(plan)
-            if fitting is None or key(fitting) in scores or key(fitting) in found:
+            if fitting is None or key(fitting) in scores or key(fitting) in children:
                 continue
             if self.trial.rows(fitting) <= most:
-                found[key(fitting)] = None
-            if len(found) == CHILDREN:
+                children[key(fitting)] = None
+            if len(children) == CHILDREN:
                 break
-        return list(found)
+        return list(children)

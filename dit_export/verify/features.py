@@ -160,12 +160,12 @@ def _joined(parts: list[Judged]) -> Judged:
     return Judged(np.concatenate([part.features for part in parts]), np.concatenate(logits) if logits else None)
 
 
-def figures(seen: Seen, other: Judged | None, real: Gaussian | None, classes: int) -> list[Figure]:
+def figures(ours: Seen, other: Judged | None, real: Gaussian | None, classes: int) -> list[Figure]:
     """Return agreement, Fréchet distance and Inception Score; another bundle's figures set their limits."""
-    where = f"{len(seen.judged.features)} pictures"
+    where = f"{len(ours.judged.features)} pictures"
 
     def measure(judged: Judged) -> Iterator[Figure]:
-        logits, labels = judged.logits, seen.labels
+        logits, labels = judged.logits, ours.labels
         if logits is not None and labels is not None and logits.shape[1] == classes:
             agreement = float((logits.argmax(1) == labels).mean())
             yield Figure("run", "judge's agreement, share", agreement, at_least=True, where=where)
@@ -176,10 +176,10 @@ def figures(seen: Seen, other: Judged | None, real: Gaussian | None, classes: in
             yield Figure("run", "Inception, score", inception_score(logits), at_least=True, where=where)
 
     limits = {} if other is None else {same.metric: LIMITS[unit(same)](same) for same in measure(other)}
-    measured = [replace(figure, limit=limits.get(figure.metric)) for figure in measure(seen.judged)]
-    if seen.psnr:
-        finite = np.minimum(seen.psnr, 100.0)  # equal pictures are ∞ dB
-        for metric, value in (("PSNR in dB", finite.mean()), ("SSIM", np.mean(seen.ssim))):
+    measured = [replace(figure, limit=limits.get(figure.metric)) for figure in measure(ours.judged)]
+    if ours.psnr:
+        finite = np.minimum(ours.psnr, 100.0)  # equal pictures are ∞ dB
+        for metric, value in (("PSNR in dB", finite.mean()), ("SSIM", np.mean(ours.ssim))):
             measured.append(Figure("run", f"same seed, mean, {metric}", float(value), at_least=True, where=where))
     return measured
 

@@ -143,7 +143,7 @@ def gate(settings: Settings, progress: Progress) -> Result:
 
 
 def _load(contract: Manifest, folder: Path, progress: Progress) -> Loaded:
-    """PyTorch's network with the weights that the bundle was built from."""
+    """Load PyTorch's network with the weights that the bundle was built from."""
     from dit_export.checkpoints import load_source
 
     with progress.stage("weights"):
@@ -183,8 +183,8 @@ def _distribution(
     if settings.real is not None:
         real = features.read_real(settings.real, judge)
     if settings.samples is not None:
-        seen, theirs = features.read_samples(settings.samples, judge), None
-        features.require_width(seen.judged, real)
+        ours, theirs = features.read_samples(settings.samples, judge), None
+        features.require_width(ours.judged, real)
     elif judge is None:
         raise UsageError(f"{count} pictures need a network that looks at them: pass --features FILE.onnx")
     else:
@@ -200,9 +200,9 @@ def _distribution(
         draw = features.plan_draw(contract, reference, count)
         with progress.stage(f"verify: {count} pictures before the judge"):
             tick = lambda done, total: progress.step(done, total, "pictures")  # noqa: E731
-            seen, theirs = features.look(judge, pipe, draw, other, tick)
+            ours, theirs = features.look(judge, pipe, draw, other, tick)
     asked = {"judge": name} | ({"count": count} if settings.samples is None else {})
-    return features.figures(seen, theirs, real, contract.classes), asked
+    return features.figures(ours, theirs, real, contract.classes), asked
 
 
 def _locate(

@@ -14,9 +14,9 @@ def xml(name: str, figures: Sequence[Figure], located: Sequence[str]) -> str:
     for stage in dict.fromkeys(figure.stage for figure in figures):
         same = [figure for figure in figures if figure.stage == stage]
         suite = ElementTree.SubElement(root, "testsuite", _counts(same) | {"name": stage})
-        seen: dict[str, int] = {}
+        numbers: dict[str, int] = {}
         for figure in same:  # a case has the same name in every run, so that CI can follow it
-            seen[figure.metric] = number = seen.get(figure.metric, 0) + 1
+            numbers[figure.metric] = number = numbers.get(figure.metric, 0) + 1
             place = f"number {number}" if figure.step is None else f"step {figure.step}"
             title = f"{figure.metric}, {place}"
             case = ElementTree.SubElement(suite, "testcase", {"classname": f"{name}.{stage}", "name": title})

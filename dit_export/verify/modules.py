@@ -30,26 +30,26 @@ def branch(total: Node, x: Node, state: Node) -> str:
 
 def descendants(node: Node) -> dict[Node, None]:
     """Return all nodes that depend on this one, itself included."""
-    seen, stack = {node: None}, [node]
+    reached, stack = {node: None}, [node]
     while stack:
         for user in stack.pop().users:
-            if user not in seen:
-                seen[user] = None
+            if user not in reached:
+                reached[user] = None
                 stack.append(user)
-    return seen
+    return reached
 
 
 def _child(outer: Node, start: list[Node], among: Mapping[Node, None] | None = None) -> str:
     """Search backwards, the nearest nodes first, for one that a child of the outer node's module made."""
     own = path(outer)
     prefix = f"{own}." if own else ""
-    level, seen = start, set(start)
+    level, visited = start, set(start)
     while level:
         for node in level:
             place = path(node)
             if place != own and place.startswith(prefix):
                 return prefix + place[len(prefix) :].partition(".")[0]
         level = [term for node in level if path(node) == own for term in node.all_input_nodes]
-        level = [term for term in dict.fromkeys(level) if term not in seen and (among is None or term in among)]
-        seen.update(level)
+        level = [term for term in dict.fromkeys(level) if term not in visited and (among is None or term in among)]
+        visited.update(level)
     return ""

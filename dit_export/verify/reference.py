@@ -74,13 +74,13 @@ def make_reference(
         return np.asarray(torch.cat(rows).numpy())
 
     run = solve(process, solver, steps, draw(()), draw)
-    seen, guided, answers = [], [], []
+    states, guided, answers = [], [], []
     state, t = next(run)
     for step in range(evaluations):
         x = state.astype(np.float32)
         answer = evaluate(network, x, np.full(len(seeds), t, np.float32), condition, null)
         mixed = guide(network, answer.conditional, answer.null, weights)
-        seen.append(x)
+        states.append(x)
         guided.append(mixed)
         answers.append(answer)
         on_step(step + 1, evaluations)
@@ -88,12 +88,12 @@ def make_reference(
             state, t = run.send((mixed, answer.variance if network.learned_variance else None))
         except StopIteration as end:
             state = end.value
-    seen.append(state.astype(np.float32))
+    states.append(state.astype(np.float32))
 
     pictures, frames = np.empty(0, np.uint8), np.empty(0, np.int64)
     if decoder is not None:
         with torch.no_grad():
-            decoded = [decoder(torch.from_numpy(latents[None])) for latents in seen[-1]]
+            decoded = [decoder(torch.from_numpy(latents[None])) for latents in states[-1]]
         pictures = images.to_uint8(torch.cat(decoded).numpy())
         frames = choose_frames(pictures)
     reference = Reference(
@@ -101,7 +101,7 @@ def make_reference(
         timesteps=timesteps,
         seeds=np.array(seeds, np.int64),
         guidance=weights,
-        latents=np.stack(seen),
+        latents=np.stack(states),
         prediction=np.stack(guided),
         conditional=np.stack([answer.conditional for answer in answers]),
         null=np.stack([answer.null for answer in answers]) if condition else np.empty(0, np.float32),

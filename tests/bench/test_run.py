@@ -24,7 +24,7 @@ from dit_runtime.backends import cuda
 from dit_runtime.errors import UsageError
 from dit_runtime.progress import Progress
 from tests.once import once
-from tests.tensorrt.fakes import Cuda
+from tests.tensorrt.fake_cuda import Cuda
 
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8)
 ONLY = ("eager-bf16", "diffusers-fp32", "plain-onnxruntime-fp32", "ours-onnxruntime-fp32")
@@ -194,8 +194,8 @@ def test_a_gpu_is_described(monkeypatch):
 
     monkeypatch.setattr(cuda, "runtime", Known)
     assert "gpu" not in describe()
-    found = describe("cuda")["gpu"]
-    assert found == {
+    gpu = describe("cuda")["gpu"]
+    assert gpu == {
         "name": "GPU of a test",
         "memory_bytes": 24 << 30,
         "compute_capability": "8.9",

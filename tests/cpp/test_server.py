@@ -23,9 +23,9 @@ from dit_runtime import Pipeline
 from dit_serve.body import Limits
 from dit_serve.models import Model, Opening
 from tests.serve import load
-from tests.serve.serving import WAIT, Running, until
+from tests.serve.serving import WAIT, Running, pixels, until
 from tests.serve.test_hot_swap import break_weight, digest, point, rename
-from tests.serve.test_server import BAD, pixels
+from tests.serve.test_server import BAD
 
 GENERATIONS = "/v1/images/generations"
 Start = Callable[..., AbstractContextManager[tuple[subprocess.Popen[str], Running, list[dict]]]]

@@ -15,13 +15,12 @@ from dit_runtime import Pipeline, Request
 from dit_runtime.serve import Batcher
 from tests.cpp.test_server import GENERATIONS, Start
 from tests.serve import load
-from tests.serve.serving import Running
+from tests.serve.serving import Running, pixels
 from tests.serve.soak import soak
 from tests.serve.test_load import (  # noqa: F401 - the bars of dit-serve, with this file's `served`
     test_leaving_silent_and_unread_clients,
     test_ten_times_what_it_can_do,
 )
-from tests.serve.test_server import pixels
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.tensorrt import fakes
+from tests.tensorrt import fake_tensorrt
+from tests.tensorrt.fake_cuda import Cuda
 
 WIDTH, MOST = 6, 3  # numbers a state has, and samples that an engine takes
 THREADS = 128
@@ -81,10 +82,10 @@ NETWORKS = {
 }
 
 
-class TensorRT(fakes.TensorRT):
+class TensorRT(fake_tensorrt.TensorRT):
     """The module; a plan is the name of a network."""
 
-    def __init__(self, driver: fakes.Cuda | None) -> None:
+    def __init__(self, driver: Cuda | None) -> None:
         super().__init__(driver)  # type: ignore[arg-type]  # None: the kernels are CUDA's own
         self.enqueued = 0
 
@@ -94,7 +95,7 @@ class TensorRT(fakes.TensorRT):
         return runtime
 
 
-class Engine(fakes.Engine):
+class Engine(fake_tensorrt.Engine):
     streamable_weights_size = 0
 
     def __init__(self, trt: TensorRT, network: Network) -> None:
@@ -119,7 +120,7 @@ class Engine(fakes.Engine):
         return Context(self)
 
 
-class Context(fakes.Context):
+class Context(fake_tensorrt.Context):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine.trt)
         self.engine, self.shapes = engine, {}

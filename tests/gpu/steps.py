@@ -198,7 +198,7 @@ def program(place: Place) -> Iterator[Row]:
         except Skipped as reason:
             yield {"bundle": name, "skipped": str(reason)}
             continue
-        command = [str(binary), str(folder), "--device", place.device]
+        command = [str(binary), str(folder), "--provider", place.device]
         done = subprocess.run([*command, "--verify", "--json"], capture_output=True, text=True, env=environment)
         print(done.stderr, file=sys.stderr)
         row = {"bundle": folder.name, "returncode": done.returncode, "passed": done.returncode == 0}

@@ -27,7 +27,7 @@ from tests.gpu.check import Step
 from tests.gpu.place import Place, Skipped
 from tests.gpu.steps import cut, stored
 from tests.tamper import edit
-from tests.tensorrt.fakes import TensorRT
+from tests.tensorrt.fake_tensorrt import TensorRT
 
 ABSENT = ["diffusers", "onnx_graphsurgeon", "openvino", "tensorrt", "tensorrt_rtx", "modelopt"]
 TINY = ModelSpec(depth=2, hidden=64, heads=2, patch=2, latent_size=8, num_classes=10)
@@ -66,7 +66,7 @@ def packed(tmp_path, shared_embedders, one_thread) -> Path:
     edit(for_gpus, lambda table: step_of(table).update(precision="bf16"))
     (folder / "program").mkdir()
     program = folder / "program" / "dit-generate"
-    program.write_text('#!/bin/sh\necho "$*" >&2\ntest "$2 $3" = "--device cpu"\n')
+    program.write_text('#!/bin/sh\necho "$*" >&2\ntest "$2 $3" = "--provider cpu"\n')
     program.chmod(0o755)
     pack.write_pack(packs / "first.tar.xz", folder, [folder / "job.json", *bundles])
     pack.write_pack(packs / "second.tar.xz", folder, [Path(demo), Path(for_gpus), program.parent])

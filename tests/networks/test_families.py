@@ -8,16 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SanaTransformer2DModel,
+)
 from torch import Tensor, nn
 
 from dit_export.checkpoints import load
 from dit_export.checkpoints.diffusers import class_name, read_config
 from dit_export.networks import Network
-from dit_export.networks.families import family_network
+from dit_export.networks.families import FAMILIES, family_network
 from dit_export.recipe import Recipe
 from dit_runtime.bundle.manifest import Port
 from dit_runtime.errors import UsageError
+from examples import family as skeleton
 from tests.networks import tiny
 from tests.networks.tiny import TOKENS
 from tests.pixart import small_vae
@@ -73,6 +79,29 @@ def test_every_port_matters(name) -> None:
     for port in network.ports:
         other = tiny.run(network, values | {port.name: others[port.name]})
         assert tiny.distance(other, expected) > 0.01, port.name
+
+
+class MyTransformer2DModel(SanaTransformer2DModel):
+    """A class that only the skeleton knows."""
+
+
+def test_the_skeleton_is_a_family(monkeypatch) -> None:
+    """It makes Sana's network of Sana's weights, and a prompt stage whose outputs fit the ports."""
+    monkeypatch.setitem(FAMILIES, skeleton.MINE.name, skeleton.MINE)
+    sana = tiny.sana()
+    mine = MyTransformer2DModel(**{key: value for key, value in sana.config.items() if not key.startswith("_")})
+    mine.load_state_dict(sana.state_dict())
+    network, expected = family_network(mine, None, TOKENS), family_network(sana, None, TOKENS)
+    values = tiny.inputs(network, 2)
+    assert torch.equal(tiny.run(network, values), tiny.run(expected, values))
+    assert (network.ports, network.guidance, network.pixels) == (expected.ports, expected.guidance, expected.pixels)
+    text = skeleton.MINE.text
+    ids = torch.arange(2 * TOKENS).view(2, TOKENS)
+    encoder = nn.Embedding(2 * TOKENS, 48)
+    module = text.module({"text_encoder": lambda rows, attention_mask: [encoder(rows)]}, mine, TOKENS)
+    rows = module(ids, **{text.prompts[0].mask: torch.ones_like(ids)})
+    shapes = {port.name: (2, *port.shape) for port in network.conditions}
+    assert {name: tuple(row.shape) for name, row in zip(text.gives, rows, strict=True)} == shapes
 
 
 def test_a_size_is_a_constant() -> None:

@@ -6,7 +6,7 @@ from dit_export.graph import onnxfile
 from dit_export.passes.gains import fold_gains
 from dit_export.passes.hoist import hoist
 from tests.passes.conftest import Run
-from tests.passes.test_hoist import empty, layer
+from tests.passes.graphs import empty, layer
 
 
 def test_every_gain_folds_and_the_vectors_stay(plain: gs.Graph, run: Run) -> None:

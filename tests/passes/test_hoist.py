@@ -11,6 +11,7 @@ from dit_export.networks.spec import CONDITIONINGS, with_conditioning
 from dit_export.passes.hoist import hoist
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import SMALL, Run, ports_of, random_inputs, sensitive
+from tests.passes.graphs import empty, layer
 
 DEPTH = SMALL.depth
 CROSSING = {
@@ -19,23 +20,6 @@ CROSSING = {
     "in-context": 1,  # both tokens at once
     "cross-attention": 2 * DEPTH,  # keys and values
 }
-
-
-def layer(
-    graph: gs.Graph, op: str, inputs: list, shape: list, dtype: type = np.float32, **attrs: object
-) -> gs.Variable:
-    """One node with one output; arrays become constants."""
-    tensors = [
-        gs.Constant(f"c{len(graph.nodes)}_{i}", t) if isinstance(t, np.ndarray) else t for i, t in enumerate(inputs)
-    ]
-    output = gs.Variable(f"{op.lower()}{len(graph.nodes)}", dtype=dtype, shape=shape)
-    graph.nodes.append(gs.Node(op, attrs=attrs, inputs=tensors, outputs=[output]))
-    return output
-
-
-def empty(**inputs: list) -> gs.Graph:
-    variables = [gs.Variable(name, dtype=np.float32, shape=shape) for name, shape in inputs.items()]
-    return gs.Graph(inputs=variables, opset=20, ir_version=10)
 
 
 @pytest.mark.parametrize("conditioning", list(CONDITIONINGS))
@@ -141,14 +125,14 @@ def test_row_counts_bind_no_work_to_the_loop(run: Run, counted: str) -> None:
     weight = np.arange(16, dtype=np.float32).reshape(4, 4)
     product = layer(graph, "MatMul", [keys, weight], ["n", 4, 4])
     graph.outputs = [layer(graph, "Mul", [queries, product], ["n", 4, 4])]
-    given = {name: np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32) for name in ("x", "c")}
-    (whole,) = run(graph, given)
+    arrays = {name: np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32) for name in ("x", "c")}
+    (whole,) = run(graph, arrays)
 
     hoisted = hoist(graph, ["x"])
     assert hoisted.frontier == (product.name,)
     assert not {"MatMul", "Tanh"} & set(onnxfile.census(hoisted.loop))
-    (crossed,) = run(hoisted.invariant, {"c": given["c"]})
-    (again,) = run(hoisted.loop, {"x": given["x"], product.name: crossed})
+    (crossed,) = run(hoisted.invariant, {"c": arrays["c"]})
+    (again,) = run(hoisted.loop, {"x": arrays["x"], product.name: crossed})
     np.testing.assert_array_equal(again, whole)
 
 
@@ -172,12 +156,12 @@ def test_other_sizes_are_not_taken_for_row_counts(run: Run) -> None:
     scale = layer(graph, "Cast", [width], [1], to=1)
     product = layer(graph, "MatMul", [c, np.ones((7, 4), np.float32)], ["n", 4])
     graph.outputs = [layer(graph, "Add", [product, layer(graph, "Mul", [x, scale], ["n", 4])], ["n", 4])]
-    given = {name: np.random.default_rng(1).normal(size=(3, n)).astype(np.float32) for name, n in (("x", 4), ("c", 7))}
-    (whole,) = run(graph, given)
+    arrays = {name: np.random.default_rng(1).normal(size=(3, n)).astype(np.float32) for name, n in (("x", 4), ("c", 7))}
+    (whole,) = run(graph, arrays)
     hoisted = hoist(graph, ["x"])
     assert hoisted.frontier == (product.name,) and hoisted.cut.direct == ("c",)
-    (crossed,) = run(hoisted.invariant, {"c": given["c"]})
-    (again,) = run(hoisted.loop, {**given, product.name: crossed})
+    (crossed,) = run(hoisted.invariant, {"c": arrays["c"]})
+    (again,) = run(hoisted.loop, {**arrays, product.name: crossed})
     np.testing.assert_array_equal(again, whole)
 
 

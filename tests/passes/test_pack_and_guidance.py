@@ -11,7 +11,7 @@ from dit_export.passes.guidance import guide, share_rows
 from dit_export.passes.pack import Pack, give, plan, take
 from dit_runtime.errors import UsageError
 from tests.passes.conftest import Run, fuse_dit
-from tests.passes.test_hoist import empty, layer
+from tests.passes.graphs import empty, layer
 from tests.rules import linear
 
 TOLERANCE = 2e-5  # of the largest value: fp32 sums in another order through two blocks; measured 1e-6

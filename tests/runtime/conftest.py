@@ -39,3 +39,9 @@ def opened(handmade):
     yield open_
     for pipe in pipes:
         pipe.close()
+
+
+@pytest.fixture
+def pipe(opened) -> Pipeline:
+    """The open bundle that takes labels."""
+    return opened("labels")

@@ -10,7 +10,7 @@ from dit_runtime.sampling.caches import CACHES, KINDS
 from dit_runtime.sampling.noise import Noise
 from dit_runtime.sampling.solvers import plan, solve
 from tests.runtime.test_loops import of_process
-from tests.runtime.test_pipeline import _wrapped, failing
+from tests.runtime.watched import failing, watch_denoiser
 
 TOLERANCE = 1e-5  # of the norm; the judges count in float32
 STEPS = 12
@@ -188,7 +188,7 @@ def test_a_policy_and_a_cache(flow) -> None:
 @pytest.mark.parametrize("cache", [{"cache": "taylorseer"}, {"cache": "easycache", "cache_threshold": 0.3}])
 def test_a_step_that_failed_can_be_tried_again(flow, cache) -> None:
     request = Request([1], steps=STEPS, guidance=3.0, seed=3, output="latents", **cache)
-    run, failed = _wrapped(flow, failing(6)).run(request), 0
+    run, failed = watch_denoiser(flow, failing(6)).run(request), 0
     while run.done < run.steps:
         try:
             run.step()

@@ -1,4 +1,4 @@
-"""Tests around the solver: batches and seeds, guidance, conditions of every kind, stepping and stopping."""
+"""Tests around the solver: batches and seeds, guidance, conditions of every kind, stepping."""
 
 from __future__ import annotations
 
@@ -8,24 +8,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from dit_runtime import EngineError, Pipeline, Request, Stopped, UsageError
+from dit_runtime import Pipeline, Request, UsageError
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.sampling.noise import Noise
+from tests.runtime.watched import LABELS, WatchedEngine, latents, watch_denoiser, with_stage
 
 NULL, MAX_BATCH, SHAPE = 5, 3, (2, 4, 4)  # of the hand-made bundle that takes labels
-LABELS = [3, 0, 4, 4, 1, 2, 3]
 # Rows of a batch are independent but for the order in which a kernel sums them, over the steps of a run: measured
 # 1e-6; a row that took its neighbour's label, guidance or noise is off by 1e-1.
 SPLIT_RTOL = 2e-5
-
-
-@pytest.fixture
-def pipe(opened) -> Pipeline:
-    return opened("labels")
-
-
-def latents(pipe, labels, **options):
-    return pipe.sample(labels, **{"steps": 5, "guidance": 3.0, "output": "latents"} | options)
 
 
 def far(first, second) -> float:
@@ -35,7 +26,7 @@ def far(first, second) -> float:
 def test_more_labels_than_a_batch_one_stream(pipe):
     """An int seed is one stream for the whole run, as in PyTorch, however the engine's batch splits it."""
     sizes = []
-    record = _wrapped(pipe, lambda inputs: sizes.append(len(inputs["latents"])))
+    record = watch_denoiser(pipe, lambda inputs: sizes.append(len(inputs["latents"])))
     split = latents(record, LABELS, seed=3)
     assert sizes == [MAX_BATCH, MAX_BATCH, 1] * 5
     whole = with_stage(pipe, "denoiser", max_batch=100)
@@ -47,7 +38,7 @@ def test_more_labels_than_a_batch_one_stream(pipe):
 def test_each_stage_gets_no_more_than_it_takes(pipe):
     """Whoever asks, a profile of TensorRT ends at max_batch."""
     sizes = []
-    engine = _Engine(pipe.engines.opened["conditioner"], lambda inputs: sizes.append(len(inputs["labels"])))
+    engine = WatchedEngine(pipe.engines.opened["conditioner"], lambda inputs: sizes.append(len(inputs["labels"])))
     narrow = with_stage(pipe, "conditioner", {"conditioner": engine}, max_batch=2)
     expected = latents(pipe, LABELS, seed=3)
     assert np.array_equal(latents(narrow, LABELS, seed=3), expected)
@@ -85,14 +76,14 @@ def test_guidance_per_sample(pipe):
 @pytest.mark.parametrize("solver", ["ddim", "unipc", "deis3"])
 def test_times_of_a_request(pipe, solver):
     """A list in words or numbers is one and the same run, and its count is the steps."""
-    seen = []
-    watch = lambda step, steps, _: seen.append((step, steps))  # noqa: E731
+    steps_done = []
+    watch = lambda step, steps, _: steps_done.append((step, steps))  # noqa: E731
 
     def drawn(spacing, steps=None, **options):
         return latents(pipe, [3], solver=solver, spacing=spacing, steps=steps, **options)
 
     words = drawn("999, 640, 300", on_step=watch)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert steps_done == [(1, 3), (2, 3), (3, 3)]
     np.testing.assert_array_equal(drawn((999, 640.0, np.int64(300))), words)
     assert far(drawn("999, 640, 301", steps=3), words) > 1e-6
     for spacing, message in [
@@ -132,29 +123,22 @@ def test_guidance_below_one_is_none_in_a_batch_too(pipe):
 )
 def test_when_the_null_rows_are_needed(pipe, up_to_one_, guidance, groups):
     """Meta's dialect leaves them out at exactly 1, diffusers' up to 1; else half of the work would be in vain."""
-    seen, asked = set(), set()
-    record = _wrapped(pipe, lambda inputs: seen.add(inputs["conditioning"].shape[0]), up_to_one(pipe, up_to_one_))
+    counts, asked = set(), set()
+    record = watch_denoiser(
+        pipe, lambda inputs: counts.add(inputs["conditioning"].shape[0]), up_to_one(pipe, up_to_one_)
+    )
     conditioner = pipe.engines.opened["conditioner"]
-    record.engines.opened["conditioner"] = _Engine(conditioner, lambda i: asked.update(i["labels"].tolist()))
+    record.engines.opened["conditioner"] = WatchedEngine(conditioner, lambda i: asked.update(i["labels"].tolist()))
     latents(record, [1, 2], guidance=guidance, steps=2)
-    assert seen == {groups} and asked == {1, 2, NULL} - ({NULL} if groups == 1 else set())
+    assert counts == {groups} and asked == {1, 2, NULL} - ({NULL} if groups == 1 else set())
 
 
 def test_on_step(pipe):
-    seen = []
-    final = latents(pipe, [1], on_step=lambda step, steps, x: seen.append((step, steps, x.copy())))
-    assert [entry[:2] for entry in seen] == [(step, 5) for step in range(1, 6)]
-    assert np.array_equal(seen[-1][2].astype(np.float32), final)
-    assert all(far(a[2], b[2]) > 1e-4 for a, b in pairwise(seen))
-
-
-def test_on_step_stops_the_run(pipe):
-    calls = []
-    record = _wrapped(pipe, lambda _: calls.append(1))
-    with pytest.raises(Stopped, match="2 of 5"):
-        latents(record, [1], on_step=lambda step, *_: step == 2)
-    assert len(calls) == 2
-    assert len(latents(pipe, [1], on_step=lambda *_: 1)) == 1  # only True itself stops: a count returned does not
+    events = []
+    final = latents(pipe, [1], on_step=lambda step, steps, x: events.append((step, steps, x.copy())))
+    assert [entry[:2] for entry in events] == [(step, 5) for step in range(1, 6)]
+    assert np.array_equal(events[-1][2].astype(np.float32), final)
+    assert all(far(a[2], b[2]) > 1e-4 for a, b in pairwise(events))
 
 
 def test_latents_of_the_users_own(pipe):
@@ -228,8 +212,8 @@ def test_a_negative_for_each_sample(opened):
     together = pipe.sample(condition={"captions": own}, negative={"captions": away}, seed=[1, 2, 3, 4], **options)
     for number in range(4):
         rows = slice(number, number + 1)
-        given = {"condition": {"captions": own[rows]}, "negative": {"captions": away[rows]}}
-        assert far(together[number], pipe.sample(seed=[number + 1], **given, **options)[0]) < SPLIT_RTOL
+        conditions = {"condition": {"captions": own[rows]}, "negative": {"captions": away[rows]}}
+        assert far(together[number], pipe.sample(seed=[number + 1], **conditions, **options)[0]) < SPLIT_RTOL
     shared = pipe.sample(condition={"captions": own}, negative={"captions": away[:1]}, seed=[1, 2, 3, 4], **options)
     assert far(shared[0], together[0]) < SPLIT_RTOL and far(shared[1], together[1]) > 0.01
 
@@ -265,122 +249,11 @@ def test_guidance_changes_nothing_where_the_network_has_none(opened):
     assert np.array_equal(pipe.sample(guidance=9.0, steps=3), pipe.sample(guidance=1.0, steps=3))
 
 
-def test_a_run_that_is_cancelled(pipe):
-    run = pipe.run(Request([1], steps=5))
-    assert run.step() and run.step() and (run.done, run.steps) == (2, 5)
-    state = run.state
-    run.cancel()
-    for more in (run.step, run.result, run.step):
-        with pytest.raises(Stopped, match="stopped after step 2 of 5"):
-            more()
-    assert np.array_equal(run.state, state) and run.done == 2
-
-
 def test_a_run_begins_with_its_noise(pipe):
     run = pipe.run(Request([1, 2], steps=2, seed=3, output="latents"))
     assert np.array_equal(run.state, Noise(3).normal((2, *SHAPE)))
     assert run.step() and not run.step() and not run.step()  # no more than its steps
     assert np.array_equal(run.result(), run.state.astype(np.float32))
-
-
-def failing(which: int):
-    """Fail in one call of an engine, and in no other."""
-    calls = []
-
-    def look(inputs) -> None:
-        calls.append(1)
-        if len(calls) == which:
-            raise RuntimeError("out of memory")
-
-    return look
-
-
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm++"])
-def test_a_step_that_failed_can_be_tried_again(pipe, solver):
-    """In a batch of two parts, so that the first part of a step succeeds before the second fails."""
-    request = Request(LABELS[:5], steps=5, seed=3, solver=solver, output="latents")
-    run = _wrapped(pipe, failing(4)).run(request)
-    assert run.step()
-    state = run.state
-    with pytest.raises(EngineError, match="the denoiser's engine failed: out of memory"):
-        run.step()
-    assert run.done == 1 and np.array_equal(run.state, state)
-    assert np.array_equal(run.result(), pipe.run(request).result())
-
-
-@pytest.mark.parametrize("which", [1, 2])
-def test_a_stage_before_the_loop_that_failed_runs_again(pipe, which):
-    request = Request(LABELS, steps=3, output="latents")
-    engine = _Engine(pipe.engines.opened["conditioner"], failing(which))
-    run = with_stage(pipe, "conditioner", {"conditioner": engine}, max_batch=2).run(request)
-    with pytest.raises(EngineError, match="the conditioner's engine failed: out of memory"):
-        run.step()
-    assert np.array_equal(run.result(), pipe.run(request).result())
-
-
-def test_an_output_of_another_shape_is_refused(pipe):
-    """Else NumPy would stretch it over the batch."""
-    engine = pipe.engines.opened["denoiser"]
-    small = _Engine(engine, lambda _: None, lambda outputs: outputs | {"prediction": np.zeros((1, 1, 1, 1))})
-    broken = Pipeline(pipe.folder, pipe.manifest, pipe.engines.opened | {"denoiser": small})
-    words = r"the denoiser's prediction has shape \[1, 1, 1, 1\], expected \[2, 2, 4, 4\]"
-    with pytest.raises(EngineError, match=words):
-        latents(broken, [1, 2])
-    engine = pipe.engines.opened["conditioner"]
-    short = _Engine(engine, lambda _: None, lambda outputs: {"conditioning": outputs["conditioning"][:1]})
-    broken = Pipeline(pipe.folder, pipe.manifest, pipe.engines.opened | {"conditioner": short})
-    with pytest.raises(EngineError, match=r"the conditioner's conditioning has shape \[1, 2, 8\], expected \["):
-        latents(broken, [1, 2])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("step", [1, 4])
-def test_a_prediction_that_is_not_finite_names_the_step(pipe, value, step):
-    calls = []
-
-    def spoil(outputs):
-        calls.append(1)
-        if len(calls) == step:
-            outputs["prediction"][0, 0, 0, 0] = value
-        return outputs
-
-    engine = _Engine(pipe.engines.opened["denoiser"], lambda _: None, spoil)
-    broken = Pipeline(pipe.folder, pipe.manifest, pipe.engines.opened | {"denoiser": engine})
-    with pytest.raises(EngineError, match=f"step {step} "):
-        latents(broken, [1])
-    assert len(calls) == step
-
-
-def test_an_engine_that_fails_is_named(pipe):
-    def fail(inputs):
-        raise RuntimeError("out of memory\nand where in its source")
-
-    engine = _Engine(pipe.engines.opened["denoiser"], fail)
-    broken = Pipeline(pipe.folder, pipe.manifest, pipe.engines.opened | {"denoiser": engine})
-    with pytest.raises(EngineError, match=r"^the denoiser's engine failed: out of memory$"):
-        latents(broken, [1])
-
-
-class _Engine:
-    """An engine with an eye on what goes in and a hand on what comes out."""
-
-    def __init__(self, engine, look, change=lambda outputs: outputs) -> None:
-        self.engine, self.look, self.change = engine, look, change
-
-    def run(self, inputs):
-        self.look(inputs)
-        return self.change(self.engine.run(inputs))
-
-
-def _wrapped(pipe: Pipeline, look, contract: Manifest | None = None) -> Pipeline:
-    engines = pipe.engines.opened | {"denoiser": _Engine(pipe.engines.opened["denoiser"], look)}
-    return Pipeline(pipe.folder, contract or pipe.manifest, engines)
-
-
-def with_stage(pipe: Pipeline, name: str, engines: dict | None = None, **changes) -> Pipeline:
-    stages = (replace(stage, **changes) if stage.name == name else stage for stage in pipe.manifest.stages)
-    contract = replace(pipe.manifest, stages=tuple(stages))
-    return Pipeline(pipe.folder, contract, pipe.engines.opened | (engines or {}))
 
 
 def up_to_one(pipe: Pipeline, value: bool) -> Manifest:

@@ -10,7 +10,7 @@ from dit_runtime.sampling.guidance import MIXES, POLICIES, make_policy
 from dit_runtime.sampling.noise import Noise
 from dit_runtime.warming import made_up
 from tests.runtime.test_loops import of_process
-from tests.runtime.test_pipeline import _wrapped, failing
+from tests.runtime.watched import failing, watch_denoiser
 
 TOLERANCE = 1e-5  # of the norm; diffusers mixes in float32
 STEPS = 6
@@ -143,7 +143,7 @@ def test_a_step_that_failed_can_be_tried_again(opened) -> None:
     """Momentum is taken once: two samples, apart, are two calls of the engine, and the second one fails."""
     pipe = opened("labels")
     request = Request([1, 2], steps=4, guidance=3.0, guidance_policy="apg", seed=3, output="latents")
-    run = _wrapped(pipe, failing(4)).run(request)
+    run = watch_denoiser(pipe, failing(4)).run(request)
     assert run.step()
     with pytest.raises(EngineError, match="out of memory"):
         run.step()

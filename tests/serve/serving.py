@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import re
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import uvicorn
+from PIL import Image
 
 from dit_serve.app import Service, Settings
 from dit_serve.models import Model, Opening, open_models
@@ -62,6 +65,29 @@ class Running(NamedTuple):
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT)
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def start(server: Running, **fields: Any) -> str:
+    """Start a job and return its id."""
+    answer = server.ask("POST", "/v1/jobs", {"prompt": "1", **fields})
+    assert (answer.status, answer.headers["location"]) == (202, f"/v1/jobs/{answer.json['id']}")
+    return answer.json["id"]
+
+
+def events(server: Running, job: str) -> Iterator[tuple[str, Any]]:
+    with server.connect() as client:
+        client.sendall(f"GET /v1/jobs/{job}/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        lines = client.makefile("r", encoding="utf-8")
+        name = ""
+        for line in lines:
+            if line.startswith("event: "):
+                name = line[7:].strip()
+            if line.startswith("data: "):
+                yield name, json.loads(line[6:])
 
 
 def until(condition, seconds: float = WAIT) -> None:

@@ -19,7 +19,7 @@ from dit_serve.app import Settings
 from tests.serve import load
 from tests.serve.serving import Running, process, resident, running, until
 from tests.serve.soak import soak
-from tests.serve.test_batcher import Watched
+from tests.serve.watched import Watched
 
 
 class Slow:

@@ -1,4 +1,4 @@
-"""How many samples share a call, from a measured curve."""
+"""The number of samples that share a call, from a measured curve."""
 
 from __future__ import annotations
 

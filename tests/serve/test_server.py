@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
-import json
-import logging
 import re
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,30 +17,17 @@ import openai
 import pytest
 from PIL import Image
 
-from dit_runtime import EngineError, Pipeline, Request
+from dit_runtime import Pipeline, Request
 from dit_runtime.bundle.manifest import Manifest, TensorSpec
 from dit_runtime.errors import UsageError
 from dit_runtime.serve.servable import require_servable
 from dit_serve import cli, models
 from dit_serve.app import Settings
 from dit_serve.body import FILES, OF_FILES, Body, Limits
-from dit_serve.jobs import Jobs
-from dit_serve.protocol import Protocol
 from tests import tamper
-from tests.serve.serving import WAIT, Running, running, until
-from tests.serve.test_batcher import POISON, Watched
+from tests.serve.serving import Running, pixels, running
 
 SIZE = "32x32"
-
-
-@pytest.fixture(scope="module")
-def server(folder) -> Iterator[Running]:
-    with running(folder) as started:
-        yield started
-
-
-def pixels(content: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def test_openais_client_draws_the_runtimes_pictures(server: Running, folder: Path) -> None:
@@ -60,7 +38,7 @@ def test_openais_client_draws_the_runtimes_pictures(server: Running, folder: Pat
         expected = pipe.sample(["bee", "bee"], seed=[7, 8], steps=4, guidance=3.0, solver="ddim")
     for image, picture in zip(answer.data, expected, strict=True):
         difference = np.abs(pixels(base64.b64decode(image.b64_json)).astype(int) - picture)
-        assert difference.max() <= 1  # this bundle's sums depend on the batch; test_batcher.py compares bits
+        assert difference.max() <= 1  # this bundle's sums depend on the batch; test_batched_pictures.py compares bits
     assert [image.seed for image in answer.data] == [7, 8]
     assert [model.id for model in client.models.list().data] == ["demo"]
     with pytest.raises(openai.BadRequestError, match="class 'bees' is not known"):
@@ -255,305 +233,6 @@ def test_words(handmade, monkeypatch: pytest.MonkeyPatch) -> None:
         assert cat.status == 200 and cat.body == again.body != dog.body and other.body != cat.body
         long = server.draw("cat " * 50)
         assert long.status == 400 and "is too long" in long.json["error"]["message"]
-
-
-def events(server: Running, job: str) -> Iterator[tuple[str, Any]]:
-    with server.connect() as client:
-        client.sendall(f"GET /v1/jobs/{job}/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        lines = client.makefile("r", encoding="utf-8")
-        name = ""
-        for line in lines:
-            if line.startswith("event: "):
-                name = line[7:].strip()
-            if line.startswith("data: "):
-                yield name, json.loads(line[6:])
-
-
-def start(server: Running, **fields: Any) -> str:
-    answer = server.ask("POST", "/v1/jobs", {"prompt": "1", **fields})
-    assert (answer.status, answer.headers["location"]) == (202, f"/v1/jobs/{answer.json['id']}")
-    return answer.json["id"]
-
-
-def test_a_job_and_its_events(held: tuple[Running, Watched]) -> None:
-    server, watched = held
-    job = start(server, n=2, previews=1, num_inference_steps=4, seed=3)
-    assert server.ask("GET", f"/v1/jobs/{job}").json["status"] == "queued"
-    stream = events(server, job)
-    name, table = next(stream)
-    assert (name, table["steps_done"], table["steps"]) == ("progress", 0, 8)
-    watched.gate.release(10**6)
-    rest = [*stream]
-    assert rest[-1][0] == "succeeded" and {name for name, _ in rest[:-1]} <= {"progress", "preview"}
-    counts = [table["steps_done"] for name, table in rest if name == "progress"]
-    assert counts == sorted(counts)
-    shown = server.ask("GET", f"/v1/jobs/{job}").json
-    assert shown == rest[-1][1] and shown["steps_done"] == 8
-    assert [image["seed"] for image in shown["result"]["data"]] == [3, 4]
-    assert [*events(server, job)] == [("succeeded", shown)]
-    assert server.ask("DELETE", f"/v1/jobs/{job}").json["deleted"]
-    assert server.ask("GET", f"/v1/jobs/{job}").status == 404
-
-
-def test_previews_reach_who_follows(held: tuple[Running, Watched]) -> None:
-    server, watched = held
-    stream = events(server, start(server, previews=3, num_inference_steps=8))
-    for number in (2, 4, 6):
-        watched.gate.release(2)
-        table = next(table for name, table in stream if name == "preview")
-        assert table["number"] == number and pixels(base64.b64decode(table["b64_json"])).shape == (32, 32, 3)
-    watched.gate.release(2)
-    assert [name for name, _ in stream][-1] == "succeeded"
-
-
-def test_a_job_is_cancelled(held: tuple[Running, Watched]) -> None:
-    server, watched = held
-    job = start(server, num_inference_steps=50)
-    assert watched.entered.acquire(timeout=WAIT)
-    assert server.ask("DELETE", f"/v1/jobs/{job}").status == 200
-    watched.gate.release(2)
-    until(lambda: server.ask("GET", f"/v1/jobs/{job}").json["status"] == "cancelled", WAIT / 3)
-    assert server.model.batcher.active == 0 and len(watched.calls) <= 2
-
-
-def test_a_job_ends_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of its other images, which are heard later, do not bring it back; no error keeps it from its end."""
-
-    async def fail_and_hear() -> list[str]:
-        job = server.service.jobs.add()
-        job.progress = [(0, 9), (0, 9)]
-        job.finish("failed", {})
-        server.service._heard(job, 1, 3, 9, None)
-        return [name async for name, _ in job.events()]
-
-    assert asyncio.run(fail_and_hear()) == ["failed"]
-    monkeypatch.setattr("dit_serve.drawing.encode", None)
-    assert [name for name, _ in events(server, start(server, num_inference_steps=2))][-1] == "failed"
-
-
-def test_what_is_under_way_has_the_grace_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the signal on, however often it comes; after it a job is stopped between two steps."""
-    with running(folder, places=2, settings=Settings(grace=5)) as server:
-        engines = server.model.batcher.pipe.engines
-        watched = Watched(engines.opened["denoiser"])
-        engines._opened["denoiser"] = watched
-        watched.hold()
-        service, job = server.service, start(server, num_inference_steps=250)
-        assert watched.entered.acquire(timeout=WAIT)
-        now = 100.0
-        monkeypatch.setattr("dit_serve.app.time", SimpleNamespace(monotonic=lambda: now))
-        service.drain()
-        now = 104.0
-        service.drain()
-        assert service._until == 105
-        now = 106.0
-        (ticket,) = server.model.batcher._scheduler.jobs
-
-        def let_go() -> None:
-            until(lambda: ticket.cancelled)
-            watched.gate.release(2)
-
-        waiting = threading.Thread(target=let_go)
-        waiting.start()
-    waiting.join()
-    assert not server.model.batcher.alive and len(watched.calls) <= 2
-    assert service.jobs.get(job).status == "cancelled"
-
-
-def test_only_so_many_jobs_are_held() -> None:
-    jobs = Jobs(kept=1000, most=2)
-    first, _ = jobs.add(), jobs.add()
-    with pytest.raises(Exception, match="2 jobs are under way"):
-        jobs.add()
-    first.finish("succeeded", {})
-    third = jobs.add()
-    with pytest.raises(Exception, match="no job has this id"):
-        jobs.get(first.id)
-    third.finish("succeeded", {})
-    third.ended -= 1001
-    with pytest.raises(Exception, match="no job has this id"):
-        jobs.get(third.id)
-
-
-def test_the_images_of_jobs_are_bounded() -> None:
-    """Those that ended first go; the last one stays, whatever it has, and so do those without images."""
-    jobs = Jobs(most_bytes=100)
-    drawn = [jobs.add() for _ in range(4)]
-    jobs.finish(failed := jobs.add(), "failed", {"error": {}})
-    for job in (drawn[1], drawn[0], drawn[2]):
-        jobs.finish(job, "succeeded", {"data": [{"b64_json": "x" * 25}] * 2})
-    with pytest.raises(Exception, match="no job has this id"):
-        jobs.get(drawn[1].id)
-    assert [jobs.get(job.id) for job in (failed, drawn[0], drawn[2])]
-    jobs.finish(drawn[3], "succeeded", {"data": [{"b64_json": "x" * 101}]})
-    assert list(jobs._jobs) == [drawn[3].id, failed.id]
-
-
-def test_a_client_that_leaves_frees_its_place(held: tuple[Running, Watched]) -> None:
-    server, watched = held
-    body = json.dumps({"prompt": "1", "num_inference_steps": 50})
-    head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with server.connect() as client:
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        assert watched.entered.acquire(timeout=WAIT)
-    until(lambda: server.ask("GET", "/metrics").body.count(b'code="499"'))
-    watched.gate.release(2)  # at most the call under way and one more
-    until(lambda: server.model.batcher.active == 0, WAIT / 3)  # the gate gives up after WAIT
-    assert len(watched.calls) <= 2
-    watched.gate.release(10**6)
-    assert server.draw(num_inference_steps=2).status == 200
-
-
-def test_an_engine_that_fails_is_500_and_keeps_its_words(
-    held: tuple[Running, Watched], caplog: pytest.LogCaptureFixture
-) -> None:
-    server, watched = held
-    watched.gate.release(10**6)
-    with caplog.at_level(logging.ERROR, "dit_serve"):
-        answer = server.ask(
-            "POST", "/v1/images/generations", {"prompt": "1", "guidance_scale": POISON}, X_Request_Id="mine-1"
-        )
-    assert answer.status == 500 and b"secret" not in answer.body and answer.headers["x-request-id"] == "mine-1"
-    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
-    assert record.fields["id"] == "mine-1" and isinstance(record.exc_info[1], EngineError)
-    job = start(server, guidance_scale=POISON)
-    until(lambda: server.ask("GET", f"/v1/jobs/{job}").json["status"] == "failed")
-    assert server.ask("GET", f"/v1/jobs/{job}").json["error"]["code"] == 500
-    assert server.ask("GET", "/readyz").status == 200
-
-
-def test_too_busy_is_429(held: tuple[Running, Watched]) -> None:
-    server, watched = held
-    batcher = server.model.batcher
-    for _ in range(400):
-        batcher.costs.update("row", 1.0)
-    waiting = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 8})
-    waiting.start()
-    assert watched.entered.acquire(timeout=WAIT)
-    answer = server.draw(num_inference_steps=12)  # 16 s of work ahead, 24 s of its own, 30 s in all
-    assert answer.status == 429 and 10 <= int(answer.headers["retry-after"]) <= 11
-    assert answer.json["error"]["type"] == "rate_limit_error"
-    assert server.draw(num_inference_steps=3, n=2).status == 429  # there is room for one of them
-    watched.gate.release(10**6)
-    waiting.join(WAIT)
-    until(lambda: batcher.active == batcher.queued == 0)
-    assert (batcher.counts["drawn"], batcher.counts["refused"], batcher.counts["cancelled"]) == (1, 2, 1)
-
-
-def test_a_full_server_refuses_before_it_reads(held: tuple[Running, Watched], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its measures are the queue's seconds and the number of requests that wait; other paths are answered."""
-    server, watched = held
-    batcher = server.model.batcher
-
-    def answer(body: bytes = b"", path: str = "/v1/images/generations") -> bytes:
-        with server.connect() as client:
-            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
-            client.sendall(f"{head}\r\n".encode() + body)
-            return client.recv(10000).lower()
-
-    def refused(text: bytes) -> bool:
-        parts = (b"http/1.1 429", b"\r\nretry-after: ", b"\r\nx-request-id: ")
-        return all(part in text for part in parts)
-
-    waiting = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 100})
-    waiting.start()
-    assert watched.entered.acquire(timeout=WAIT)
-    assert b" 400 " in answer(b"{}")
-    with monkeypatch.context() as patch:
-        patch.setattr("dit_serve.app.WAITING", 1)
-        assert refused(answer()) and b" 400 " in answer(b"{}", "/v1/jobs")
-    for _ in range(400):
-        batcher.costs.update("row", 1.0)
-    until(lambda: batcher.lateness(30) > 150)  # it is looked up again after a while
-    assert batcher.lateness(600) == 0 and b" 400 " in answer(b"{}", "/v1/jobs")  # whose deadline is 600 s
-    assert refused(answer()) and server.ask("GET", "/healthz").status == server.ask("GET", "/v1/models").status == 200
-    assert batcher.counts["refused"] == 1
-    assert b'dit_requests_total{code="429",model="demo"} 2.0' in server.ask("GET", "/metrics").body
-    watched.gate.release(10**6)
-    waiting.join(WAIT)
-
-
-def test_of_several_models_one_is_full(held: tuple[Running, Watched], folder: Path) -> None:
-    """The body says which; where all are full, a request is refused by its head."""
-    server, watched = held
-    (other,) = models.open_models({"other": folder}, models.Opening(threads=1, verify=False), lambda _: None).values()
-    server.service.models["other"] = other
-    server.model.batcher.costs.update("row", 1e6)
-    server.model.batcher.submit(Request(1, steps=9))
-    assert server.draw(num_inference_steps=2).status == 429
-    assert server.draw(num_inference_steps=2, model="other").status == 200
-    batchers = server.model.batcher, other.batcher
-    for batcher in batchers:
-        batcher.costs.update("decode", 1e6)
-        batcher._scheduler.undecoded = 1.0
-    head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with server.connect() as client:
-        client.sendall(f"{head}Content-Length: 2\r\n\r\n".encode())
-        assert client.recv(10000).startswith(b"HTTP/1.1 429")
-    for batcher in batchers:
-        batcher._scheduler.undecoded = 0.0
-    watched.gate.release(10**6)
-
-
-def test_too_late_is_504(folder: Path) -> None:
-    with running(folder, Settings(grace=5, deadline=0.5)) as server:
-        engines = server.model.batcher.pipe.engines
-        watched = Watched(engines.opened["denoiser"])
-        engines._opened["denoiser"] = watched
-        watched.hold()
-
-        def let_go() -> None:
-            assert watched.entered.acquire(timeout=WAIT)
-            time.sleep(0.6)
-            watched.gate.release(10**6)
-
-        waiting = threading.Thread(target=let_go)
-        waiting.start()
-        assert server.draw(num_inference_steps=4).status == 504
-        waiting.join()
-
-
-class Hasty(Protocol):
-    silence, unread = 0.3, 0.3
-
-
-def test_silent_clients_are_let_go(folder: Path) -> None:
-    with running(folder, protocol=Hasty) as server:
-        clients = [server.connect() for _ in range(6)]
-        clients[1].sendall(b"POST /v1/images/gen")
-        clients[2].sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\n")
-        head = b"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"
-        clients[3].sendall(b"POST /v1/jobs HTTP/1.1\r\n" + head)
-        clients[4].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        received = b""
-        while b'"ok"}' not in received:
-            received += clients[4].recv(1000)
-        clients[4].sendall(b"GET /healthz HT")  # the head of a further request
-        assert server.draw(num_inference_steps=2).status == 200  # others are served meanwhile
-        for client in clients[:5]:
-            client.settimeout(WAIT)
-            with suppress(ConnectionResetError):
-                assert client.recv(1000) == b""
-        for client in clients:
-            client.close()
-
-
-def test_an_answer_that_is_not_read_is_given_up(folder: Path) -> None:
-    with running(folder, Settings(grace=5), protocol=Hasty) as server:
-        tables = {"id": "x" * 3_000_000}
-        server.service.models["demo"].describe = lambda: tables  # an answer that no socket's buffer holds
-        client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", server.port))
-        client.sendall(b"GET /v1/models/demo HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        client.settimeout(WAIT)
-        time.sleep(1)
-        received = 0
-        with suppress(ConnectionResetError):
-            while part := client.recv(1 << 16):
-                received += len(part)
-        assert received < 3_000_000
-        client.close()
 
 
 def test_metrics_are_those_of_the_documentation(server: Running) -> None:

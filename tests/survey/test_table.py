@@ -30,6 +30,10 @@ VECTORS = {
     "Z-Image, 1024 px": 4 * (30 + 2) + 1,
     "Lumina2, 1024 px": 4 * (26 + 2) + 1,
     "Sana-1.6B, 1024 px": 6 * 20 + 2,
+    "Chroma, 1024 px": 12 * 19 + 3 * 38 + 2,
+    "AuraFlow, 1024 px": 12 * 4 + 6 * 32 + 2,
+    "Hunyuan-DiT 1.2, 1024 px": 40 + 2,
+    "LTX-2B, 768x512 px": 6 * 28 + 2,
 }
 LINES = {line.split(" | ")[0].removeprefix("| "): line for line in PAGE.read_text().splitlines() if " x " in line}
 SECONDS, GIGABYTES = 600, 8

@@ -1,53 +1,20 @@
-"""The engine at work and what it refuses, with a driver, a GPU and a TensorRT that are fakes."""
+"""The engine at work, with a driver, a GPU and a TensorRT that are fakes."""
 
 from __future__ import annotations
 
 import gc
-import os
-import re
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from dit_runtime import UsageError
 from dit_runtime.backends import Options, Tuning, backend, cuda, trt_engine
-from dit_runtime.backends import trt as trt_backend
-from dit_runtime.backends.trt import Flavour
 from dit_runtime.backends.trt_network import logger_of
-from dit_runtime.bundle.manifest import Stage, TensorSpec
 from dit_runtime.errors import BundleError, EngineError
-from dit_runtime.progress import Progress
-from tests.tensorrt.fakes import Context, Cuda, Engine, TensorRT, Unset
-
-BUILT = {"version": "1.7.1", "cuda": 13, "compute_capabilities": ["8.6", "8.9"], "tuning": {}}
-
-
-@pytest.fixture
-def device(monkeypatch) -> Cuda:
-    fake = Cuda()
-    monkeypatch.setattr(cuda, "runtime", lambda: fake)
-    return fake
-
-
-@pytest.fixture
-def trt(device, monkeypatch) -> TensorRT:
-    fake = TensorRT(device)
-    monkeypatch.setattr(Flavour, "load", lambda self: fake)
-    monkeypatch.setattr(Flavour, "version", lambda self: "1.7.1")
-    return fake
-
-
-@pytest.fixture
-def plan(tmp_path) -> Path:
-    (tmp_path / "denoiser.tensorrt.engine").write_bytes(b"plan")
-    return tmp_path / "denoiser.tensorrt.engine"
-
-
-def rows(count: int) -> np.ndarray:
-    return np.arange(3 * count, dtype=np.float32).reshape(count, 3)
+from tests.tensorrt.conftest import BUILT, rows
+from tests.tensorrt.fake_tensorrt import Engine, Unset
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
@@ -56,10 +23,10 @@ def test_every_shape_of_both_profiles(device, trt, plan, name) -> None:
     assert engine.io == (("x",), ("y",))
     engine.run({"x": rows(1)})  # which takes the host's memory
     held = set(device.open)
-    kept = []
+    results = []
     for count in (1, 3, 4, 5, 8, 8, 8, 1, 8):
-        kept.append((count, engine.run({"x": rows(count)})["y"]))
-    for count, y in kept:  # what came out is not overwritten by what comes later
+        results.append((count, engine.run({"x": rows(count)})["y"]))
+    for count, y in results:  # what came out is not overwritten by what comes later
         np.testing.assert_array_equal(y, 2 * rows(count))
     if name == "tensorrt-rtx":
         assert set(device.open) == held  # no memory is taken in a run, only before
@@ -166,10 +133,10 @@ def test_a_recording_that_fails_leaves_nothing(device, instantiates, reason) -> 
 
 def test_kernels_are_kept_for_the_next_time(device, trt, plan, tmp_path) -> None:
     cache = tmp_path / "cache"
-    for seen in ([], [b"kernels"]):
+    for kernels in ([], [b"kernels"]):
         engine = backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=cache))
         engine.close()
-        assert trt.kernels == seen
+        assert trt.kernels == kernels
     assert [path.name for path in cache.iterdir()] == ["denoiser.tensorrt.kernels.checked"]
 
 
@@ -181,10 +148,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(device, trt, plan) -> No
 
 
 def test_kernels_that_cannot_be_kept_leave_nothing(device, trt, plan, tmp_path) -> None:
-    kept = tmp_path / "cache" / "denoiser.tensorrt.kernels.checked"
-    kept.mkdir(parents=True)  # which no file takes the place of
-    backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=kept.parent)).close()
-    assert [*kept.parent.iterdir()] == [kept]
+    file = tmp_path / "cache" / "denoiser.tensorrt.kernels.checked"
+    file.mkdir(parents=True)  # which no file takes the place of
+    backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=file.parent)).close()
+    assert [*file.parent.iterdir()] == [file]
 
 
 def test_kernels_of_a_shape_are_its_own_from_the_first_run_on(device, trt, plan) -> None:
@@ -202,31 +169,6 @@ def test_memory_that_runs_out_is_one_line_and_given_back(device, trt, plan, name
         assert device.open == {}
     device.room = 5
     backend(name).open([plan], Options(built=BUILT)).run({"x": rows(2)})
-
-
-@pytest.mark.parametrize(
-    ("call", "told"),
-    [
-        ("create_execution_context", "has no memory for this engine"),
-        ("set_optimization_profile_async", "does not set profile 0"),
-        ("set_input_shape", r"does not take x \[4, 3\]"),
-        ("set_tensor_address", "does not bind x"),
-        ("execute_async_v3", "does not run"),
-    ],
-)
-def test_a_context_that_says_no(device, trt, plan, call, told) -> None:
-    trt.refuses = call
-    with pytest.raises((EngineError, UsageError), match=f"^tensorrt {told}: {call} is not today's$"):
-        backend("tensorrt").open([plan], Options(built=BUILT)).run({"x": rows(2)})
-    gc.collect()
-    assert device.open == {}
-
-
-@pytest.mark.parametrize("shape", [(-1, 3), Unset()], ids=["of a free size", "of no answer"])
-def test_an_output_of_unknown_shape_is_refused(device, trt, plan, monkeypatch, shape) -> None:
-    monkeypatch.setattr(Context, "get_tensor_shape", lambda self, name: shape)
-    with pytest.raises(EngineError, match=r"^tensorrt does not know the shape of y: "):
-        backend("tensorrt").open([plan], Options(built=BUILT))
 
 
 def test_what_a_plan_was_built_with_is_done_for_it(device, trt, plan) -> None:
@@ -256,108 +198,6 @@ def test_a_stripped_plan_takes_its_weights_from_the_onnx_form(device, trt, plan)
     trt.refuses = "refit_cuda_engine"
     with pytest.raises(BundleError, match=r"not those of denoiser\.onnx: refit_cuda_engine is not today's"):
         backend("tensorrt").open([plan, Path("denoiser.onnx")], Options(built=BUILT))
-
-
-@pytest.mark.parametrize(("made", "taken"), [(None, True), ("cache", False), ("cache", True)])
-def test_a_timing_cache_that_does_not_fit_is_refused(made, taken) -> None:
-    spec = TensorSpec("x", "float32", ("batch", 3))
-    stage, builder = Stage("denoiser", "step", (spec,), (spec,), "denoiser.onnx"), MagicMock()
-    config = builder.create_builder_config.return_value
-    config.create_timing_cache.return_value, config.set_timing_cache.return_value = made, taken
-
-    def configure() -> Any:
-        return backend("tensorrt")._configure(MagicMock(), builder, None, stage, Tuning(timing_cache="of-another"), ())
-
-    if made and taken:
-        assert configure() is config
-    else:
-        with pytest.raises(UsageError, match="timing-cache of-another: tensorrt does not take it"):
-            configure()
-
-
-def test_a_gpu_without_room_for_the_weights_is_refused_before_the_work(device, trt, tmp_path) -> None:
-    spec = TensorSpec("x", "float32", ("batch", 3))
-    stage = Stage("denoiser", "step", (spec,), (spec,), "denoiser.onnx", precision="fp16")
-    for file, size in zip(stage.onnx_files, (1 << 20, 400 << 20), strict=True):
-        (tmp_path / file).touch()
-        os.truncate(tmp_path / file, size)  # a hole, on most file systems
-    device.free = 300 << 20
-
-    def compile_(**tuning: Any) -> None:
-        backend("tensorrt").compile(tmp_path, stage, Options(precision="fp16", tuning=Tuning(**tuning)), Progress())
-
-    with pytest.raises(UsageError, match=r"0\.3 GB of GPU memory free, expected 0\.4 GB to compile this graph"):
-        compile_()
-    for free, tuning in ((402 << 20, {}), (0, {"weight_streaming": True})):  # of which the GPU holds a part
-        device.free = free
-        with pytest.raises(AttributeError, match="Builder"):  # the work, which the fake has not
-            compile_(**tuning)
-
-
-@pytest.mark.parametrize(("version", "taken"), [("10.13.3.9", False), ("10.14.1.48", True), ("11.4.0.106", True)])
-def test_a_tensorrt_whose_parser_lacks_attention_is_too_old(monkeypatch, version, taken) -> None:
-    module = object()
-    monkeypatch.setattr(trt_backend, "import_module", lambda name: module)
-    monkeypatch.setattr(Flavour, "version", lambda self: version)
-    if taken:
-        assert backend("tensorrt").load() is module
-    else:
-        with pytest.raises(UsageError, match=r"tensorrt 10\.13\.3\.9 is too old; expected 10\.14 or later"):
-            backend("tensorrt").load()
-
-
-def test_a_timing_cache_needs_a_folder_before_the_work(device, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert backend("tensorrt").targets("fp16", Tuning(timing_cache="~/trt.cache")) == ("8.9",)
-    with pytest.raises(UsageError, match=f"the folder {tmp_path}/nowhere does not exist"):
-        backend("tensorrt").targets("fp16", Tuning(timing_cache="~/nowhere/trt.cache"))
-
-
-def test_a_runtime_that_does_not_start(device, trt, plan) -> None:
-    trt.starts = False
-    with pytest.raises(UsageError, match=r"tensorrt does not start here: .*returned nullptr"):
-        backend("tensorrt").open([plan], Options(built=BUILT))
-
-
-@pytest.mark.parametrize(
-    ("change", "built", "reason"),
-    [
-        ({"driver": 0}, {}, "no NVIDIA driver"),
-        ({"devices": 0}, {}, "no NVIDIA GPU"),
-        ({"driver": 12080}, {}, "the NVIDIA driver has CUDA 12, expected 13"),
-        ({"capability": "9.0"}, {}, "compute capability 9.0 here, and the engine is for 8.6, 8.9"),
-        (
-            {"capability": "7.5"},
-            {"compute_capabilities": ["8.0+"]},
-            "compute capability 7.5 here, and the engine is for",
-        ),
-        ({}, {"version": "1.7.0"}, "built by tensorrt-rtx 1.7.0, and here is 1.7.1"),
-        ({}, {"version": "1.8.0", "tuning": {"version_compatible": True}}, "built by tensorrt-rtx 1.8.0"),
-        ({}, {"version": "0.9", "tuning": {"version_compatible": True}}, "built by tensorrt-rtx 0.9"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_refused_before_it_is_deserialized(device, trt, plan, change, built, reason) -> None:
-    vars(device).update(change)
-    trt.Runtime = None  # which would be called
-    with pytest.raises(
-        BundleError, match=f"cannot run here: {re.escape(reason)}.*dit-run compile .* --backend tensorrt-rtx"
-    ) as told:
-        backend("tensorrt-rtx").open([plan], Options(built={**BUILT, **built}))
-    assert "\n" not in str(told.value)
-
-
-@pytest.mark.parametrize(
-    ("capability", "built"),
-    [
-        ("8.6", {}),
-        ("12.0", {"compute_capabilities": ["8.0+"]}),
-        ("8.9", {"version": "1.6", "tuning": {"version_compatible": True}}),
-    ],
-)
-def test_what_is_not_refused(device, trt, plan, capability, built) -> None:
-    device.capability = capability
-    backend("tensorrt-rtx").open([plan], Options(built={**BUILT, **built})).close()
 
 
 def made(datatype: str, *nodes: str, key: str = "Format/Datatype") -> dict:
@@ -397,13 +237,6 @@ def test_an_engine_is_inspected_where_it_can_be_opened(device, trt) -> None:
     assert inspect("8.9") == {}
     device.devices = 0
     assert inspect("8.9") == {}
-
-
-def test_an_engine_that_tensorrt_itself_refuses(device, trt, plan) -> None:
-    trt.opens = False
-    with pytest.raises(BundleError, match="open it: the plan is of another GPU; on the target, make it with: dit-run"):
-        backend("tensorrt").open([plan], Options(built=BUILT))
-    assert device.open == {}
 
 
 def test_an_input_of_one_shape_is_in_no_profile(device, trt, plan, monkeypatch) -> None:

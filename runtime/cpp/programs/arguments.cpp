@@ -22,12 +22,12 @@ arguments:
 what to draw:
   --labels CLASS …          a class for each picture, by name or number
   --condition NAME=FILE.npy …
-                            arrays by port, rows first, a picture a row; or one FILE.npz of them;
-                            for text encoders token ids, by the names of `dit-run info`;
-                            NAME=FILE.txt has integers, a row a line
+                            an array for each port, with a row for each picture; or FILE.npz, which
+                            has all of them. FILE.txt holds integers, a line for each row. Of a bundle
+                            with text encoders, ports are token ids: `dit-run info` lists their names
   --negative-condition NAME=FILE.npy …
-                            arrays to lead away from, in the form of --condition: one row, or one
-                            a picture
+                            what to lead away from, in the form of --condition: a row for all
+                            pictures, or one for each
   --seed N …                a seed for all pictures, or one for each; default: 0
 
 sampling:
@@ -36,7 +36,7 @@ sampling:
   --size SIZE               one of the bundle's sizes, 512 or 512x768 for height x width; default:
                             its first
   --preset NAME             a plan of the bundle: `dit-run info` lists them
-  --steps N                 default: the bundle's
+  --steps N                 steps of a run; default: the bundle's
   --solver NAME             of a noise schedule ddpm, ddim, dpm++1, dpm++, dpm++3, sde-dpm++1,
                             sde-dpm++, unipc1, unipc, unipc3, deis, deis3; of a velocity dpm++1,
                             dpm++, dpm++3, euler, heun, sde, scm, sde-dpm++1, sde-dpm++, unipc1,
@@ -47,7 +47,8 @@ sampling:
                             trailing, linspace, discrete, integer, karras, exponential, beta; or
                             the times themselves: 999,640,300; default: the bundle's
   --guidance, --cfg-scale X …
-                            weight of guidance: one, or one a picture; default: the bundle's
+                            weight of guidance: one for all pictures, or one for each; default: the
+                            bundle's
   --guidance-interval LOW HIGH
                             guide the steps between these fractions of the time; others evaluate
                             half the rows; default: 0 1
@@ -72,9 +73,9 @@ start:
   Start from latents or pictures in the place of the seed's noise.
 
   --latents FILE.npy        the state to start from
-  --image FILE.png …        pictures of the bundle's size and 8 bits a channel, one for all or one
-                            a picture; a bundle for super-resolution enlarges them
-  --strength X              share of the steps that are run, from --image on; default: 0.6
+  --image FILE.png …        files of the bundle's size and 8 bits a channel to start from, one for
+                            all pictures or one for each; a bundle for super-resolution enlarges them
+  --strength X              share of the steps that change --image; default: 0.6
   --mask FILE.png …         redraw --image where this picture is white, or where it is transparent
                             if it has transparent pixels
 

@@ -39,21 +39,21 @@ class Maker:
 
     def stage(self, name: str, runs: str, reads: list[str], gives: dict[str, list[int]], *parts: tuple) -> None:
         """Before the loop: all tensors have rows."""
-        self.shapes |= {given: ("float32", shape) for given, shape in gives.items()}
+        self.shapes |= {output: ("float32", shape) for output, shape in gives.items()}
         self._save(
             name, runs, [self._spec(read, "rows") for read in reads], [self._spec(g, "rows") for g in gives], parts
         )
 
-    def step(self, reads: list[str], *told: tuple, variance: bool = False) -> None:
-        """tanh(gain · x + shift), where `told` gives a row's vectors [groups, batch, 2, WIDTH]; guidance mixes it."""
+    def step(self, reads: list[str], *vectors: tuple, variance: bool = False) -> None:
+        """tanh(gain · x + shift), where `vectors` gives a row's [groups, batch, 2, WIDTH]; guidance mixes it."""
         state, shape = self.state["name"], self.state["shape"]
         parts = [
-            *told,
+            *vectors,
             ("mixed", self.weight(WIDTH, math.prod(shape)) / 3),
             ("shape", np.array([0, 0, *shape])),
             *((name, np.array(value)) for name, value in (("zero", 0), ("one", 1))),
-            ("Gather", ["told", "zero"], ["gains"], {"axis": 2}),
-            ("Gather", ["told", "one"], ["shifts"], {"axis": 2}),
+            ("Gather", ["vectors", "zero"], ["gains"], {"axis": 2}),
+            ("Gather", ["vectors", "one"], ["shifts"], {"axis": 2}),
             ("MatMul", ["gains", "mixed"], ["gain"], {}),
             ("MatMul", ["shifts", "mixed"], ["shift"], {}),
             ("Reshape", ["gain", "shape"], ["gain_map"], {}),
@@ -78,8 +78,8 @@ class Maker:
         gives = ["prediction", "variance"][: 1 + variance]
         guidance = [tensor("guidance", "float32", "batch")] if self.guided else []
         grouped = [self._spec(name, "groups", "batch") for name in reads]
-        given = [tensor(name, "float32", "batch", *shape) for name in gives]
-        self._save("denoiser", "step", [self._spec(state, "batch"), *grouped, *guidance], given, parts)
+        outputs = [tensor(name, "float32", "batch", *shape) for name in gives]
+        self._save("denoiser", "step", [self._spec(state, "batch"), *grouped, *guidance], outputs, parts)
 
     def update(self) -> None:
         """(kept, next) = M (state, prediction, previous)."""

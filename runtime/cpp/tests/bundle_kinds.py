@@ -28,7 +28,7 @@ def labels(make: Maker) -> None:
         ("Add", ["entries", "moved"], ["all"], {}),
         ("Add", ["all", "nothing"], ["conditioning"], {}),
     )  # fmt: skip
-    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}), variance=True)
+    make.step(["conditioning"], ("Identity", ["conditioning"], ["vectors"], {}), variance=True)
     make.update()
     make.decoder()
 
@@ -54,7 +54,7 @@ def enlarged(make: Maker) -> None:
         ("Mul", ["times", "direction"], ["moved"], {}),
         ("Add", ["entries", "moved"], ["conditioning"], {}),
     )  # fmt: skip
-    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}))
+    make.step(["conditioning"], ("Identity", ["conditioning"], ["vectors"], {}))
     make.decoder()
 
 
@@ -82,7 +82,7 @@ def captioned(make: Maker) -> None:
         ("Softmax", ["context_mask"], ["shares"], {"axis": -1}),
         ("Unsqueeze", ["shares", "row"], ["weights"], {}),
         ("MatMul", ["weights", "context"], ["mean"], {}),
-        ("Add", ["modulation", "mean"], ["told"], {}),
+        ("Add", ["modulation", "mean"], ["vectors"], {}),
         variance=True,
     )
     make.decoder()
@@ -133,7 +133,7 @@ def wave(make: Maker) -> None:
         ("MatMul", ["weights", "context"], ["sums"], {}),
         ("Unsqueeze", ["modulation", "row"], ["slow"], {}),
         ("Add", ["conditioning", "sums"], ["some"], {}),
-        ("Add", ["some", "slow"], ["told"], {}),
+        ("Add", ["some", "slow"], ["vectors"], {}),
     )
 
 
@@ -151,7 +151,7 @@ def video(make: Maker) -> None:
         ("Add", ["entries", "moved"], ["some"], {}),
         ("Add", ["some", "more"], ["conditioning"], {}),
     )  # fmt: skip
-    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}))
+    make.step(["conditioning"], ("Identity", ["conditioning"], ["vectors"], {}))
     make.decoder()
 
 
@@ -163,7 +163,7 @@ def free(make: Maker) -> None:
         ("Unsqueeze", ["timesteps", "axes"], ["times"], {}),
         ("Mul", ["times", "direction"], ["modulation"], {}),
     )  # fmt: skip
-    make.step(["modulation"], ("Identity", ["modulation"], ["told"], {}))
+    make.step(["modulation"], ("Identity", ["modulation"], ["vectors"], {}))
     make.decoder()
 
 
@@ -208,7 +208,7 @@ def prompted(make: Maker) -> None:
         ("Softmax", ["context_mask"], ["shares"], {"axis": -1}),
         ("Unsqueeze", ["shares", "row"], ["weights"], {}),
         ("MatMul", ["weights", "context"], ["mean"], {}),
-        ("Add", ["conditioning", "mean"], ["told"], {}),
+        ("Add", ["conditioning", "mean"], ["vectors"], {}),
     )
     make.decoder()
 
@@ -248,7 +248,7 @@ def embedded(make: Maker) -> None:
         ("Add", ["entries", "moved"], ["some"], {}),
         ("Add", ["some", "more"], ["conditioning"], {}),
     )  # fmt: skip
-    make.step(["conditioning"], ("Identity", ["conditioning"], ["told"], {}))
+    make.step(["conditioning"], ("Identity", ["conditioning"], ["vectors"], {}))
     make.decoder()
 
 

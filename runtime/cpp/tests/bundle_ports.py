@@ -1,4 +1,4 @@
-"""What the networks of make_bundle.py take, by kind: ports, constants of guidance, and tokenizers."""
+"""Inputs of make_bundle.py's networks, by kind: ports, constants of guidance, and tokenizers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 // Runs whose state and conditioning stay on a GPU, on doubles of ONNX Runtime's CUDA provider and of CUDA. No GPU has
-// run them. Mirrors tests/runtime/test_ort_cuda.py.
+// run them. Mirrors tests/runtime/ort_cuda/test_loop.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

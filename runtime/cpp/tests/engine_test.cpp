@@ -1,5 +1,5 @@
-// Refusals before an engine is opened, which mirror those in tests/tensorrt/test_engine.py; and the rows of OpenVINO's
-// engine, which mirror tests/runtime/test_backends.py.
+// Refusals before an engine is opened, which mirror those in tests/tensorrt/test_refusals.py; and the rows of
+// OpenVINO's engine, which mirror tests/runtime/test_backends.py.
 #include "engine.hpp"
 
 #include <gtest/gtest.h>

@@ -92,7 +92,7 @@ def respond(x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
 
 def runs() -> list[dict[str, Any]]:
     """Each solver with each process, spacing and a few numbers of steps: the result, or that it is refused."""
-    found = []
+    entries = []
     spacings = ("", *SPACINGS, "discrete", "integer", *LISTS)
     for name, solver, spacing, steps in product(PROCESSES, SOLVERS, spacings, (1, 5, 20)):
         if spacing and name not in ("defaults", "odd", "shifted"):
@@ -110,7 +110,7 @@ def runs() -> list[dict[str, Any]]:
                 "steps": steps,
                 "eta": eta,
             }
-            found.append(entry)
+            entries.append(entry)
             try:
                 asked = plan(process, solver, steps, spacing or None)
             except UsageError:
@@ -126,12 +126,12 @@ def runs() -> list[dict[str, Any]]:
                     x, t = run.send(respond(x, t))
             except StopIteration as end:
                 entry["x"] = end.value.reshape(-1)[:3].tolist() + end.value.reshape(-1)[-3:].tolist()
-    return found
+    return entries
 
 
 def started() -> list[dict[str, Any]]:
     """Each solver from its step 13 of 20: fewer are left than a short run has, but this one is not short."""
-    found = []
+    entries = []
     for name, solver in product(("defaults", "flow", "odd"), SOLVERS):
         process = Process.from_dict(PROCESSES[name])
         if process.kind not in SOLVERS[solver]["processes"]:
@@ -140,27 +140,27 @@ def started() -> list[dict[str, Any]]:
         run = solve(process, solver, 20, noise(SHAPE), noise, first=12)
         known = levels(process, solver, 20, first=12)
         entry: dict[str, Any] = {"process": name, "solver": solver, "spacing": "", "steps": 20, "eta": 0.0, "first": 12}
-        found.append(entry | {"levels": [[level.time, level.alpha, level.sigma] for level in known]})
+        entries.append(entry | {"levels": [[level.time, level.alpha, level.sigma] for level in known]})
         x, t = next(run)
         try:
             while True:
                 x, t = run.send(respond(x, t))
         except StopIteration as end:
-            found[-1]["x"] = end.value.reshape(-1)[:3].tolist() + end.value.reshape(-1)[-3:].tolist()
-    return found
+            entries[-1]["x"] = end.value.reshape(-1)[:3].tolist() + end.value.reshape(-1)[-3:].tolist()
+    return entries
 
 
 def matrices() -> list[dict[str, Any]]:
     """Each solver's run as matrices, three of them, or that it is none; also one that begins late."""
-    found = []
+    entries = []
     for name, solver, first in product(PROCESSES, SOLVERS, (0, 12)):
         process = Process.from_dict(PROCESSES[name])
         if process.kind not in SOLVERS[solver]["processes"] or process.train_steps < 20:
             continue
         made = linear(process, solver, 20, first=first)
         chosen = None if made is None else made[[0, 1, -1]].reshape(-1).tolist()
-        found.append({"process": name, "solver": solver, "first": first, "matrices": chosen})
-    return found
+        entries.append({"process": name, "solver": solver, "first": first, "matrices": chosen})
+    return entries
 
 
 WEIGHTS, CHANNELS = [3.0, 2.0], 2  # of the trajectories' samples; guided of 3 channels of 2 × 2
@@ -197,7 +197,7 @@ def evaluate(x: np.ndarray, t: float, groups: Groups) -> tuple[np.ndarray, np.nd
 
 def trajectories() -> list[dict[str, Any]]:
     """Each policy and cache with a solver of each kind of process: the result, and the rows of each sample."""
-    found = []
+    entries = []
     for (name, solver), plan_ in product([("defaults", "ddpm"), ("odd", "dpm++"), ("flow", "euler")], PLANS):
         process, steps, noise = Process.from_dict(PROCESSES[name]), 16, draw(3, 2)
         settings, words, times = plan_.get("settings", {}), plan_.get("policy"), plan(process, solver, steps)
@@ -211,18 +211,18 @@ def trajectories() -> list[dict[str, Any]]:
             run.tell(*(None, None) if now is None else evaluate(run.state, times[run.done], now))
         x = run.state.reshape(-1)
         entry = {"process": name, "solver": solver, "steps": steps, **plan_}
-        found.append(entry | {"rows": [0 if now is None else now.rows for now in asked], "x": x.tolist()})
-    return found
+        entries.append(entry | {"rows": [0 if now is None else now.rows for now in asked], "x": x.tolist()})
+    return entries
 
 
 def noises() -> list[dict[str, Any]]:
-    found = []
+    entries = []
     for seed in (0, 42, 2**32 + 7, 2**64 - 1):
         stream, draws = Noise(seed), []
         for size in (1, 3, 15, 16, 17, 40, 2, 64):
             draws.append({"size": size, "values": stream.normal((size,)).tolist()})
-        found.append({"seed": seed, "bits": Noise(seed).bits(4).tolist(), "draws": draws})
-    return found
+        entries.append({"seed": seed, "bits": Noise(seed).bits(4).tolist(), "draws": draws})
+    return entries
 
 
 def goldens() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-// Which jobs of dit-server stay, by number, age and bytes; the twin of two tests in tests/serve/test_server.py.
+// Which jobs of dit-server stay, by number, age and bytes; the twin of two tests in tests/serve/test_jobs.py.
 #include <gtest/gtest.h>
 
 #include "jobs.hpp"

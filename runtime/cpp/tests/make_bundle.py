@@ -69,15 +69,15 @@ class Graphs:
 
     def before(self, t: float, condition: Rows, rows: int) -> Rows:
         """Return what the step may read, row by row: ports, and all outputs of stages before the loop."""
-        found: list[Rows] = []
+        values_by_row: list[Rows] = []
         for row in range(rows):
             values = {name: array[row : row + 1] for name, array in condition.items()}
             values[self.ports["time"]] = np.array([t], np.float32)
             for name, stage in self.stages.items():
                 if stage["runs"] in BEFORE:
                     values |= self.run(name, values)
-            found.append(values)
-        return {name: np.concatenate([values[name] for values in found]) for name in found[0]}
+            values_by_row.append(values)
+        return {name: np.concatenate([values[name] for values in values_by_row]) for name in values_by_row[0]}
 
     def denoise(self, x: NDArray[np.float32], guidance: NDArray[np.float32], *groups: Rows) -> Rows:
         """Guided where there are two groups: their own, and what guidance leads away from."""
@@ -89,14 +89,14 @@ class Graphs:
 def prompts(kind: str, rows: int, seed: int) -> Rows:
     """Return token ids and their masks, with fewer tokens in each further row."""
     random = np.random.default_rng(seed)
-    found: Rows = {}
+    ids: Rows = {}
     for prompt in PROMPTS.get(kind, ()):
         tokens = prompt["tokens"]
         mask = np.tri(rows, tokens, tokens - rows, dtype=np.int64)[::-1]
-        found[prompt["ids"]] = random.integers(1, prompt["size"], (rows, tokens)) * mask
+        ids[prompt["ids"]] = random.integers(1, prompt["size"], (rows, tokens)) * mask
         if "mask" in prompt:
-            found[prompt["mask"]] = mask
-    return found
+            ids[prompt["mask"]] = mask
+    return ids
 
 
 def conditions(kind: str) -> tuple[Rows, Rows]:

@@ -1,5 +1,5 @@
 // The engine of ONNX Runtime's CUDA provider on doubles of that provider and of CUDA. No GPU has run it. Mirrors
-// tests/runtime/test_ort_cuda.py; device_loop_test.cpp has the loop.
+// tests/runtime/ort_cuda/test_engine.py; device_loop_test.cpp has the loop.
 #include <algorithm>
 #include <cmath>
 

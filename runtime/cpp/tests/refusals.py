@@ -46,7 +46,7 @@ def change(table: dict[str, Any], place: str, odd: Any) -> dict[str, Any]:
 
 def refused(bundle: Path, within: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
     good = json.loads((bundle / manifest.NAME).read_text(encoding="utf-8"))
-    found = []
+    refusals = []
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(shutil.copytree(bundle, Path(folder) / "bundle"))
         for place in filter(lambda place: place.startswith(within), places(good)):
@@ -55,10 +55,10 @@ def refused(bundle: Path, within: tuple[str, ...] = ("",)) -> list[dict[str, Any
                 try:
                     manifest.read(copied)
                 except BundleError:
-                    found.append({"place": place} | ({} if odd is REMOVED else {"value": odd}))
-    return found
+                    refusals.append({"place": place} | ({} if odd is REMOVED else {"value": odd}))
+    return refusals
 
 
 if __name__ == "__main__":
-    found = refused(Path(sys.argv[1]), tuple(sys.argv[3:]) or ("",))
-    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+    refusals = refused(Path(sys.argv[1]), tuple(sys.argv[3:]) or ("",))
+    Path(sys.argv[2]).write_text(json.dumps(refusals), encoding="utf-8")

@@ -84,7 +84,7 @@ def _bench_options(parser: Parser) -> None:
     add_size(group)
     group.add_argument("--batch", type=int, default=1, metavar="N", help="pictures in a batch; default: 1")
     group.add_argument("--preset", metavar="NAME", help="a preset of the bundle; default: none")
-    group.add_argument("--steps", type=int, metavar="N", help="default: the bundle's")
+    group.add_argument("--steps", type=int, metavar="N", help="steps of a run; default: the bundle's")
     group.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each stage; default: 7")
 
 

@@ -60,7 +60,7 @@ def _option(action: argparse.Action) -> Option:
 
 
 def script(parser: Parser, shell: str) -> str:
-    """Return what the shell sources, or autoloads from a file."""
+    """Return the script that completes a program's commands in a shell; the shell sources or autoloads it."""
     write = {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]
     return "\n".join(write(parser.prog, list(pages(parser)))) + "\n"
 
@@ -182,11 +182,11 @@ def _quoted(text: str) -> str:
 def _fish(program: str, known: list[Page]) -> Iterator[str]:
     yield f"complete -c {program} -f"
     for page in known:
-        seen = [f"__fish_seen_subcommand_from {word}" for word in page.words]
+        conditions = [f"__fish_seen_subcommand_from {word}" for word in page.words]
         inner = " ".join(name for name, _ in page.commands)
         if inner:
-            seen.append(f"not __fish_seen_subcommand_from {inner}" if seen else "__fish_use_subcommand")
-        start = f"complete -c {program}" + (f" -n '{'; and '.join(seen)}'" if seen else "")
+            conditions.append(f"not __fish_seen_subcommand_from {inner}" if conditions else "__fish_use_subcommand")
+        start = f"complete -c {program}" + (f" -n '{'; and '.join(conditions)}'" if conditions else "")
         for name, text in page.commands:
             yield f"{start} -a {name} -d {_fish_quoted(text)}"
         for option in page.options:

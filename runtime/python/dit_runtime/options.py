@@ -130,7 +130,7 @@ def set_examples(parser: Parser, examples: Sequence[str]) -> None:
 
 
 def add_general(parser: Parser) -> None:
-    """Add what all commands have."""
+    """Add the options that all commands have."""
     add = parser.add_argument
     add("--quiet", action="store_true", help="print no progress, no notes and no tables of what passed")
     add(console.JSON, action="store_true", help="print one JSON object on standard output, for errors too")

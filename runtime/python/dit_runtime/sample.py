@@ -58,16 +58,16 @@ def add_options(parser: Parser) -> None:
 def _add_what(parser: Parser) -> None:
     add = parser.add_argument_group("what to draw").add_argument
     add("--prompt", nargs="+", metavar="TEXT", help="a prompt for each picture")
-    add("--negative", nargs="+", metavar="TEXT", help="a prompt to lead away from, for all or for each")
+    add("--negative", nargs="+", metavar="TEXT", help="prompts to lead away from: one for all, or one for each")
     add("--labels", nargs="+", default=[], metavar="CLASS", help="a class for each picture, by name or number")
     add(
         "--condition",
         nargs="+",
         default=[],
         metavar="NAME=FILE.npy",
-        help="arrays by port, rows first, a picture a row; or one FILE.npz of them",
+        help="an array for each port, with a row for each picture; or FILE.npz, which has all of them",
     )
-    text = "arrays to lead away from, in the form of --condition: one row, or one a picture"
+    text = "what to lead away from, in the form of --condition: a row for all pictures, or one for each"
     add("--negative-condition", nargs="+", default=[], metavar="NAME=FILE.npy", help=text)
     add(
         "--seed",
@@ -83,13 +83,13 @@ def _add_how(group: Any) -> None:
     add = group.add_argument
     add_size(group)
     add("--preset", metavar="NAME", help="a plan of the bundle: `dit-run info` lists them")
-    add("--steps", type=int, metavar="N", help="default: the bundle's")
+    add("--steps", type=int, metavar="N", help="steps of a run; default: the bundle's")
     add("--solver", type=Known(SOLVERS), metavar="NAME", help=f"{', '.join(SOLVERS)}; default: the bundle's")
     add("--eta", type=float, default=0.0, metavar="X", help="noise of ddim, 0 to 1; default: 0")
     names = tuple(dict.fromkeys(SPACINGS + FLOW_SPACINGS))
     text = f"spacing of the timesteps: {', '.join(names)}; or the times themselves: 999,640,300; default: the bundle's"
     add("--spacing", type=Known(names), metavar="NAME", help=text)
-    text = "weight of guidance: one, or one a picture; default: the bundle's"
+    text = "weight of guidance: one for all pictures, or one for each; default: the bundle's"
     add("--guidance", "--cfg-scale", type=float, nargs="+", metavar="X", help=text)
     text = "guide the steps between these fractions of the time; others evaluate half the rows; default: 0 1"
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
@@ -112,9 +112,9 @@ def _add_cache(group: Any) -> None:
 def _add_start(group: Any) -> None:
     add = group.add_argument
     add("--latents", type=Path, metavar="FILE.npy", help="the state to start from")
-    text = "pictures in PNG, JPEG or WebP, one for all or one a picture, stretched to the bundle's size; a bundle for "
-    add("--image", type=Path, nargs="+", metavar="FILE", help=text + "super-resolution enlarges them")
-    text = f"share of the steps that are run, from --image on; default: {DEFAULT_STRENGTH:g}"
+    text = "PNG, JPEG or WebP files to start from: one for all pictures, or one for each; stretched to the bundle's "
+    add("--image", type=Path, nargs="+", metavar="FILE", help=text + "size; super-resolution enlarges them")
+    text = f"share of the steps that change --image; default: {DEFAULT_STRENGTH:g}"
     add("--strength", type=float, metavar="X", help=text)
     text = "redraw --image where this picture is white, or where it is transparent if it has transparent pixels"
     add("--mask", type=Path, nargs="+", metavar="FILE", help=text)
@@ -122,7 +122,7 @@ def _add_start(group: Any) -> None:
 
 def _add_shards(group: Any) -> None:
     add = group.add_argument
-    text = "pictures in all; number i has seed + i, and labels or prompts in turn"
+    text = "pictures in all; picture i has the seed --seed + i, and labels or prompts take turns"
     add("--count", type=int, metavar="N", help=text)
     add("--shards", type=Path, metavar="FOLDER", help="an .npz for each shard: arr_0, arr_1 (classes), seeds")
     add("--shard-size", type=int, metavar="N", help=f"pictures in a shard; default: {shards.SIZE}")

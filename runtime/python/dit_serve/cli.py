@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dit_runtime import completion
-from dit_runtime.console import guarded
+from dit_runtime.console import JSON, guarded
 from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser, add_debug, add_engine, add_public_key, add_version, set_examples
 
@@ -64,6 +64,7 @@ def parser() -> Parser:
     text = "print a script that completes these options in a shell: bash, zsh, fish"
     program.add_argument("--completion", action=completion.Print, choices=completion.SHELLS, metavar="SHELL", help=text)
     program.add_argument("--quiet", action="store_true", help="log warnings and errors alone")
+    program.add_argument(JSON, action="store_true", help="print an error as a JSON object on standard output, too")
     add_debug(program)
     set_examples(
         program,
@@ -77,8 +78,9 @@ def parser() -> Parser:
 
 
 def _add_network(add: Callable[..., object]) -> None:
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1; any other needs --api-key-file")
-    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free")
+    text = "where to listen; default: 127.0.0.1; any other needs --api-key-file"
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
+    add("--port", type=int, default=8000, metavar="N", help="0: any that is free; default: 8000")
     add("--api-key-file", type=Path, metavar="FILE", help="clients must send this key as a bearer token")
 
 

@@ -39,10 +39,10 @@ class Guard:
         busy: Callable[[Scope], Fault | None] = lambda _: None,
         forms: Mapping[str, int] = NO_FORMS,
     ) -> None:
-        """Without a key only `hosts` are served, so that no page of another origin reaches a server on this machine.
+        """Serve only `hosts` where there is no key, so that no page of another origin reaches a server on this machine.
 
-        `busy` refuses what need not be read, because whatever it asks for cannot be had now. Bodies are JSON of at
-        most so many bytes; those of the paths in `forms` are forms, of more.
+        `busy` refuses a request before its body is read, where no model has room. Bodies are JSON of at most `most`
+        bytes; those of the paths in `forms` are forms, each with its own limit.
         """
         self._forms = forms
         self._app, self._key, self._hosts, self._most, self._busy = app, key, hosts, most, busy

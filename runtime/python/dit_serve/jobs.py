@@ -56,13 +56,13 @@ class Job:
 
     async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         """Yield what is new until the end. Who reads slowly gets the latest state, not all states."""
-        seen: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         shown: list[tuple[int, int]] | None = None
         while True:
             changed = self._changed
             for image, (number, preview) in sorted(self.previews.items()):
-                if seen.get(image) != number:
-                    seen[image] = number
+                if numbers.get(image) != number:
+                    numbers[image] = number
                     yield "preview", {"image": image, "number": number, "b64_json": preview}
             if self.ended:
                 yield self.status, self.describe()

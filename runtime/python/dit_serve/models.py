@@ -30,7 +30,7 @@ log = logging.getLogger("dit_serve")
 
 @dataclass(frozen=True)
 class Opening:
-    """How bundles are opened."""
+    """The options with which bundles are opened."""
 
     threads: int | None = None
     provider: str | None = None

@@ -1,5 +1,5 @@
 // A CUDA runtime that is not here, as far as it is used: memory is the host's, and what a stream is given waits until
-// somebody waits for the stream. Mirrors tests/tensorrt/fakes.py.
+// somebody waits for the stream. Mirrors tests/tensorrt/fake_cuda.py.
 #pragma once
 
 #include <cstdlib>

@@ -182,14 +182,14 @@ class RowEngine(OvEngine):
             return model
         from openvino import Model, opset13
 
-        given = opset13.parameter(meeting.get_partial_shape(), meeting.get_element_type())
+        parameter = opset13.parameter(meeting.get_partial_shape(), meeting.get_element_type())
         for reader in meeting.get_target_inputs():
-            reader.replace_source_output(given.output(0))
-        given.output(0).set_names({MEETING})
+            reader.replace_source_output(parameter.output(0))
+        parameter.output(0).set_names({MEETING})
         ports = {port.any_name: port.get_node() for port in model.inputs}
         weights = ports.pop(GUIDANCE)
         if self._mix is None:
-            mix = Model(model.get_results(), [given, weights])
+            mix = Model(model.get_results(), [parameter, weights])
             (self._mix,) = self._compile(mix, INFERENCE_PRECISION_HINT="f32")
         return Model([opset13.result(meeting)], [*ports.values()])
 

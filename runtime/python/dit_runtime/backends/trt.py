@@ -118,7 +118,9 @@ class Flavour:
             "version": self.version(),
             "cuda": int(major) if major.isdecimal() else 0,  # which the driver must have
             "compute_capabilities": ["8.0+"] if ampere_plus else list(capabilities),
-            "tuning": _given(replace(options.tuning, timing_cache=None)),  # a path of this machine, of no use elsewhere
+            "tuning": _non_defaults(
+                replace(options.tuning, timing_cache=None)
+            ),  # a path of this machine, of no use elsewhere
             "census": {
                 "of": "engine" if engine else "network",
                 "products": dict(Counter(types.values())),
@@ -184,7 +186,7 @@ class Flavour:
         if tuning.hardware_compatibility_level not in HARDWARE:
             level = tuning.hardware_compatibility_level
             raise UsageError(f"hardware-compatibility-level {level!r} is not known; known: {', '.join(HARDWARE)}")
-        for field in _given(tuning):
+        for field in _non_defaults(tuning):
             if field not in self.tuning:
                 flags = ", ".join("--" + name.replace("_", "-") for name in self.tuning)
                 raise UsageError(f"{self.name} has no --{field.replace('_', '-')}; it has {flags}")
@@ -263,7 +265,7 @@ RTX = Flavour(
 )
 
 
-def _given(tuning: Tuning) -> dict[str, Any]:
+def _non_defaults(tuning: Tuning) -> dict[str, Any]:
     """Return the options that are not their defaults."""
     return {key: value for key, value in asdict(tuning).items() if value != asdict(Tuning())[key]}
 

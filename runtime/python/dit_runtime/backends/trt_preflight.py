@@ -1,4 +1,4 @@
-"""Whether there is room to compile a graph, from its bytes alone."""
+"""A check of memory and disk before a graph is compiled, from the graph's bytes alone."""
 
 from __future__ import annotations
 

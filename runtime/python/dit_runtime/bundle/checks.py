@@ -48,7 +48,7 @@ def _check_port(port: Port, where: str) -> None:
 
 
 def check_count(key: str, entries: Sized, where: str) -> None:
-    """Refuse more entries than the limit of this name, if there is one."""
+    """Refuse more entries than `limits` in facts.json allows for the key, if it names it."""
     most = LIMITS.get(key, len(entries))
     expect(len(entries) <= most, where, f"{len(entries)} entries", f"at most {most}")
 

@@ -269,8 +269,8 @@ class Manifest(WithPorts):
     @property
     def ports_beside_prompts(self) -> tuple[Port, ...]:
         """Return the condition ports that the prompt stage does not give."""
-        given = {spec.name for spec in self.prompt.gives} if self.prompt else set()
-        return tuple(port for port in self.conditions if port.name not in given)
+        from_prompts = {spec.name for spec in self.prompt.gives} if self.prompt else set()
+        return tuple(port for port in self.conditions if port.name not in from_prompts)
 
     @property
     def before_loop(self) -> tuple[Stage, ...]:

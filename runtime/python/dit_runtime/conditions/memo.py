@@ -35,7 +35,7 @@ def always(time: int) -> range:
 
 
 class Source(NamedTuple):
-    """A tensor by the numbers of timesteps and those of condition rows."""
+    """The rows of a tensor, by the indices of their timesteps and of their conditions."""
 
     at: Callable[[int | Numbers, Numbers], Any]  # rows of any shape R, and timesteps of one window -> [*R, *row]
     timed: bool  # whether it depends on the timestep

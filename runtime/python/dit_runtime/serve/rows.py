@@ -1,4 +1,4 @@
-"""How many samples one call of the step stage should have, from its measured time at each batch size."""
+"""The choice of the samples in a call of the step stage, from its measured time at each batch size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which requests share the next call of the step stage, and whether another one can be finished in time.
+"""The choice of the requests that share the next call of the step stage, and the refusal of those too late to finish.
 
 Nothing here runs an engine or reads a clock; the batcher does both.
 

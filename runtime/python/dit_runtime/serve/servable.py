@@ -1,4 +1,4 @@
-"""Which bundles a server of images can serve."""
+"""The check that a server of images can serve a bundle."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run the engines on the inputs of reference.npz and compare.
 
-The reference holds one sampling run in fp32. Per step the engine is asked the same question as PyTorch was
-(teacher-forced: its error is the engine's own), then it runs freely from the same noise to the same pictures.
+The reference holds one sampling run in fp32. In each step the engine gets the input that
+PyTorch had, so its error is its own. Then it runs freely, from the same noise to the pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Answer(NamedTuple):
 
 
 class Invariance(NamedTuple):
-    """How a row that runs alone differs from the same row in a batch of other rows."""
+    """The difference between a row that runs alone and the same row in a batch of other rows."""
 
     stage: str
     difference: float  # largest, absolute; NaN where the stage failed

@@ -45,8 +45,8 @@ def dpm(
             bend = (first - second) * (h / (lambdas[0] - lambdas[2]))
             slope = first + bend * ((lambdas[0] - lambdas[1]) / h)
             step = step + phi2 * slope + (0.5 - phi2 / h) * bend
-        kept = math.exp(-h) if noisy else 1.0
-        x = after.sigma / now.sigma * kept * x + after.alpha * step
+        decay = math.exp(-h) if noisy else 1.0
+        x = after.sigma / now.sigma * decay * x + after.alpha * step
         deviation = after.sigma * math.sqrt(phi1) if noisy else 0.0
         if deviation > 0:
             x = x + deviation * draw(x.shape)
