@@ -127,10 +127,10 @@ def test_quantize_makes_no_other_precision_of_a_recipe(refused, tmp_path):
 
 def test_what_an_int8_build_needs_is_asked_before_it_starts(refused, meta, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--precision", "int8"]
-    refused(export, "quantize", *given, "--budget", "PSNR=30", said=("PSNR=30", "no decoder"))
-    refused(export, "build", *given, "--conditions", "c.npy", said=("c.npy", "no such file"))
-    refused(export, "build", *given, "--calibration", "~/c.npz", said=(str(tmp_path / "c.npz"), "calibration"))
+    options = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--precision", "int8"]
+    refused(export, "quantize", *options, "--budget", "PSNR=30", said=("PSNR=30", "no decoder"))
+    refused(export, "build", *options, "--conditions", "c.npy", said=("c.npy", "no such file"))
+    refused(export, "build", *options, "--calibration", "~/c.npz", said=(str(tmp_path / "c.npz"), "calibration"))
 
 
 def test_an_output_folder_that_is_no_bundle(refused, tmp_path, monkeypatch):
@@ -192,25 +192,25 @@ def test_code_in_a_checkpoint_does_not_run(refused, tmp_path, form):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint(refused, tmp_path, suffix, kept):
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint(refused, tmp_path, suffix, share):
     file = tmp_path / f"short{suffix}"
     save_file(meta_state(), file) if suffix == ".safetensors" else torch.save(meta_state(), file)
-    os.truncate(file, int(kept * file.stat().st_size))
+    os.truncate(file, int(share * file.stat().st_size))
     said = (f"short{suffix}: damaged, or not a",)
     refused(export, "build", "--checkpoint", file, "--heads", 4, "--latents-only", said=said)
 
 
 def test_weights_that_do_not_fit(refused, tmp_path):
     """Missing, extra and misshapen keys: at most five by name, the rest counted."""
-    given = ["--checkpoint", tmp_path / "odd.pt", "--heads", 4, "--latents-only"]
+    options = ["--checkpoint", tmp_path / "odd.pt", "--heads", 4, "--latents-only"]
     state = meta_state() | {"blocks.1.attn.qkv.bias": torch.zeros(7)}
     del state["final_layer.linear.bias"]
     torch.save(state, tmp_path / "odd.pt")
     said = ("final_layer.linear.bias is missing", "blocks.1.attn.qkv.bias is [7], expected [192]")
-    refused(export, "build", *given, said=said)
+    refused(export, "build", *options, said=said)
     torch.save(state | {f"extra.{n}": torch.zeros(1) for n in range(20)}, tmp_path / "odd.pt")
-    assert refused(export, "build", *given, said=(said[0], "17 more")).count("extra.") == 4
+    assert refused(export, "build", *options, said=(said[0], "17 more")).count("extra.") == 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -317,5 +317,5 @@ def test_as_a_program(tmp_path, meta, program):
 
 
 def test_no_label_file(refused, meta):
-    given = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--labels", "none.txt"]
-    refused(export, "build", *given, said=("none.txt",))
+    options = ["--checkpoint", meta.checkpoint, "--heads", 4, "--latents-only", "--labels", "none.txt"]
+    refused(export, "build", *options, said=("none.txt",))

@@ -129,11 +129,11 @@ def test_bench_times_each_graph(meta: Built, capsys: Capture) -> None:
 def test_no_step_is_waited_for_where_nobody_watches(
     meta: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, state = [], Run.state
-    monkeypatch.setattr(Run, "state", property(lambda run: seen.append(run.done) or state.fget(run)))
+    steps, state = [], Run.state
+    monkeypatch.setattr(Run, "state", property(lambda run: steps.append(run.done) or state.fget(run)))
     arguments = ["--labels", "1", "--steps", "2", "-o", str(tmp_path / "x.npy")]
     assert dit_runtime.cli.main(["sample", str(meta.bundle), *arguments]) == 0
-    assert seen == [2]  # of the last step alone is the state brought home
+    assert steps == [2]  # of the last step alone is the state brought home
 
 
 def test_verify_against_pytorch_knows_its_weights(

@@ -32,14 +32,14 @@ def build(*options: object) -> int:
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory, one_thread) -> dict:
     """conditioning -> PyTorch's network, build options, and the bundle in fp32."""
-    found = {}
+    built = {}
     for way in WAYS:
         folder = tmp_path_factory.mktemp(way)
         with one_thread():
             model, options = save(way, folder / "checkpoint")
             assert build(*options, "--backend", "onnxruntime", "--max-batch", 4, "-o", folder / "bundle") == 0
-        found[way] = model, options, folder / "bundle"
-    return found
+        built[way] = model, options, folder / "bundle"
+    return built
 
 
 def stage(contract: manifest.Manifest) -> manifest.Stage:

@@ -31,10 +31,10 @@ def test_constant_nodes_become_constants(tmp_path: Path, monkeypatch: pytest.Mon
         patch.setattr(gs.Node, "__eq__", None)  # nodes are never compared: of thousands, each with each takes minutes
         graph = onnxfile.load(tmp_path / "model.onnx")
     assert onnxfile.census(graph) == {"Mul": 1, "Add": 1, "Reshape": 1}
-    found = {tensor.name: tensor.values for tensor in onnxfile.constants(graph)}
+    arrays = {tensor.name: tensor.values for tensor in onnxfile.constants(graph)}
     for name, values in {"factor": FLOATS, "step": np.float32(0.25), "shape": np.array([2, 1])}.items():
-        np.testing.assert_array_equal(found[name], values)
-        assert found[name].dtype == values.dtype
+        np.testing.assert_array_equal(arrays[name], values)
+        assert arrays[name].dtype == values.dtype
     onnxfile.save(graph, tmp_path / "again.onnx")  # the checker takes it
 
 

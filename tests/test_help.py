@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import shlex
 import shutil
@@ -199,8 +200,8 @@ def complete(shell: str, text: str, *words: str, file: Path) -> set[str]:
         command = ["zsh", "-f", "-c", ZSH, "zsh", str(file), " ".join(words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=file.parent, timeout=60)
     assert done.returncode == 0 and (shell == "zsh" or not done.stderr), done.stderr
-    found = re.findall("<<(.*?)>>", done.stdout) if shell == "zsh" else done.stdout.split("\n")
-    return {word for line in found for word in line.split("|")} - {""}
+    lines = re.findall("<<(.*?)>>", done.stdout) if shell == "zsh" else done.stdout.split("\n")
+    return {word for line in lines for word in line.split("|")} - {""}
 
 
 CASES = [
@@ -213,6 +214,10 @@ CASES = [
     (["dit-export", "demo", "score", "--cou"], {"--count"}, {"--output"}),
     (["dit-export", "build", "--precision", "f"], {"fp16", "fp8"}, {"int8"}),
     (["dit-serve", "--dead"], {"--deadline"}, {"--port"}),
+    (["dit-generate", "--solver", "uni"], {"unipc", "unipc3"}, {"deis"}),
+    (["dit-generate", "--json", "--latents", "la"], {"latents.npy"}, {"--latents"}),
+    (["dit-server", "--backend", "tens"], {"tensorrt", "tensorrt-rtx"}, {"openvino"}),
+    (["dit-server", "--job"], {"--job-deadline"}, {"--deadline"}),
 ]
 
 
@@ -222,9 +227,18 @@ def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
         pytest.skip(f"needs {shell}")
     (tmp_path / "latents.npy").touch()
     texts = {name: script(cli.parser(), shell) for name, cli in PROGRAMS.items()}
+    texts |= {file.stem.lstrip("_"): file.read_text() for file in (CPP / "completion" / shell).iterdir()}
     for words, offered, not_offered in CASES:
         got = complete(shell, texts[words[0]], *words, file=tmp_path / f"_{words[0]}")
         assert offered <= got and not not_offered & got, (words, got)
+
+
+def test_the_scripts_of_the_programs_in_cpp_are_those_of_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(CPP.parent / "tools")
+    scripts = dict(importlib.import_module("completion").scripts())
+    assert scripts.keys() == {*(CPP / "completion").glob("*/*")} and len(scripts) == 6
+    for path, text in scripts.items():
+        assert path.read_text(encoding="utf-8") == text, "run runtime/cpp/tools/completion.py"
 
 
 def test_the_script_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

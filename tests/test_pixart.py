@@ -102,11 +102,11 @@ def test_a_run_is_diffusers(pixart, transformer) -> None:
         transformer.transformer_blocks[1].attn2.to_v.bias,
         transformer.transformer_blocks[2].scale_shift_table,
     ):
-        kept = part.detach().clone()
+        original = part.detach().clone()
         with torch.no_grad():
             part.view(-1)[7] += 3
         assert compare(checkpoint, transformer, bundle) > 10 * TOLERANCE
-        part.data.copy_(kept)
+        part.data.copy_(original)
 
 
 def test_a_picture_is_diffusers(pixart, transformer) -> None:

@@ -24,9 +24,9 @@ def build(checkpoint: Path, bundle: Path, *options: str) -> int:
 def test_a_bundle_in_a_narrow_precision(narrow, capsys, precision, backend) -> None:
     bundle = narrow(precision, backend)
     contract = manifest.read(bundle)
-    found = {stage.name: (stage.precision, stage.backend) for stage in contract.stages}
-    assert found["denoiser"] == found["decoder"] == (precision, backend)
-    assert found["conditioner"][0] == "fp32"
+    precisions = {stage.name: (stage.precision, stage.backend) for stage in contract.stages}
+    assert precisions["denoiser"] == precisions["decoder"] == (precision, backend)
+    assert precisions["conditioner"][0] == "fp32"
     checks = json.loads((bundle / "parity.json").read_text())["checks"]
     twins = {check["name"] for check in checks if check["name"].startswith("twin: ")}
     wanted = {"twin: denoiser: prediction, rel-L2", "twin: run: pictures, PSNR in dB"}
@@ -47,14 +47,14 @@ def test_a_tensor_near_the_end_of_fp16_stays_wide(meta, tmp_path, capsys, one_th
     options = ["--heads", "4", "--latents-only", "--backend", "onnxruntime", "--precision", "fp16"]
     with one_thread():
         assert build(tmp_path / "hot.pt", tmp_path / "wide", *options) == 0
-        found = manifest.read(tmp_path / "wide").built_with
-        (peak,) = {round(peak, -4) for peak in found["wide"]["denoiser"].values()}  # behind the bias, behind the GELU
+        facts = manifest.read(tmp_path / "wide").built_with
+        (peak,) = {round(peak, -4) for peak in facts["wide"]["denoiser"].values()}  # behind the bias, behind the GELU
         assert (
             peak == 4e5
-            and found["passes"]["denoiser"]["cast_to_half"] == 5 * 2 + 2 - 1
-            and found["islands"]["denoiser"]
+            and facts["passes"]["denoiser"]["cast_to_half"] == 5 * 2 + 2 - 1
+            and facts["islands"]["denoiser"]
         )
-        name = next(iter(found["wide"]["denoiser"]))
+        name = next(iter(facts["wide"]["denoiser"]))
         assert name in (tmp_path / "wide" / "report.html").read_text()
         monkeypatch.setattr(dit_export.bundle.assemble, "find_overflows", lambda *_: {})
         assert build(tmp_path / "hot.pt", tmp_path / "narrow", *options) == 1

@@ -30,9 +30,16 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
-def write(bundle: Path, repository: Path, name: str, decoupled: bool, parameters: Mapping[str, object]) -> Path:
+def write(
+    bundle: Path,
+    repository: Path,
+    name: str,
+    decoupled: bool,
+    parameters: Mapping[str, object],
+    public_key: bytes | None = None,
+) -> Path:
     """Write the model's folder into a repository, with a copy of the bundle; a reader never sees half of it."""
-    contract = manifest.read(bundle)
+    contract = manifest.read(bundle, public_key=public_key)
     require_servable(bundle, contract)
     folder = repository / name
     if not NAME.fullmatch(name):

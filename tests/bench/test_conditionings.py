@@ -27,8 +27,8 @@ def test_the_conditionings_are_timed_in_turn(tmp_path, monkeypatch, one_thread) 
     assert all({*answer} == {"prediction", "variance"} for answer in asked)
     hoisted = {way: cost.gmac - cost.in_loop for way, cost in costs.items()}
     assert hoisted["adaln-zero"] > 3 * hoisted["in-context"] > 0 and min(cost.in_loop for cost in costs.values()) > 0
-    kept = {file.name.split(".")[0] for file in tmp_path.glob("*/*")}
-    assert kept == {"denoiser"} and not [*tmp_path.glob("*.traced")]  # XL/2's would be 5 times 4 GB
+    stages = {file.name.split(".")[0] for file in tmp_path.glob("*/*")}
+    assert stages == {"denoiser"} and not [*tmp_path.glob("*.traced")]  # XL/2's would be 5 times 4 GB
 
 
 def test_what_memory_does_not_hold_is_not_begun(tmp_path, monkeypatch) -> None:

@@ -194,8 +194,8 @@ def test_a_gpu_is_described(monkeypatch):
 
     monkeypatch.setattr(cuda, "runtime", Known)
     assert "gpu" not in describe()
-    found = describe("cuda")["gpu"]
-    assert found == {
+    gpu = describe("cuda")["gpu"]
+    assert gpu == {
         "name": "GPU of a test",
         "memory_bytes": 24 << 30,
         "compute_capability": "8.9",

@@ -83,8 +83,8 @@ def test_a_dynamic_shift_that_cannot_be_made_is_refused(fields, message):
 
 def multistep_flow(cls=DPMSolverMultistepScheduler, **fields):
     """As Sana's: flow_prediction on flow sigmas, and what is left of the noise schedule of the class."""
-    given = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-    return config(cls.__name__, **given | fields)
+    defaults = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    return config(cls.__name__, **defaults | fields)
 
 
 def test_a_multistep_flow_is_sanas():
@@ -128,11 +128,11 @@ def test_what_a_multistep_flow_cannot_honour_is_refused(fields, message):
 
 
 def test_a_consistency_scheduler_is_a_flow():
-    given = config("SCMScheduler", num_train_timesteps=1000, prediction_type="trigflow", sigma_data=0.5)
-    flow = read_scheduler_config(given)
+    settings = config("SCMScheduler", num_train_timesteps=1000, prediction_type="trigflow", sigma_data=0.5)
+    flow = read_scheduler_config(settings)
     assert flow == Process(prediction="velocity", sampler=Sampler(solver="scm"))
     with pytest.raises(UsageError, match=r"prediction_type = 'sample' is not supported .supported: trigflow"):
-        read_scheduler_config(given | {"prediction_type": "sample"})
+        read_scheduler_config(settings | {"prediction_type": "sample"})
 
 
 def test_a_flow_predicts_a_velocity():

@@ -45,12 +45,12 @@ def config(cls="DDIMScheduler", **fields):
     return {"_class_name": cls, **fields}
 
 
-def in_words(given):
+def in_words(settings):
     """The config with diffusers' defaults that we do not take over replaced: the fields of which it says nothing."""
-    cannot_clip = given["_class_name"].endswith("MultistepScheduler")
+    cannot_clip = settings["_class_name"].endswith("MultistepScheduler")
     own = {"clip_sample": False, "variance_type": "learned_range"}
-    said = {key: value for key, value in given.items() if value is not None and not (cannot_clip and key in own)}
-    return given | own | {key: value for key, value in said.items() if key in own}
+    said = {key: value for key, value in settings.items() if value is not None and not (cannot_clip and key in own)}
+    return settings | own | {key: value for key, value in said.items() if key in own}
 
 
 def check(process, live):
@@ -80,7 +80,7 @@ def check(process, live):
 
 @pytest.mark.parametrize("other", CLASSES)
 @pytest.mark.parametrize(
-    "given",
+    "settings",
     [
         DIT_XL_2_256,
         *(config(cls.__name__) for cls in CLASSES),
@@ -101,8 +101,8 @@ def check(process, live):
         saved(DDIMScheduler(timestep_spacing="trailing")),
     ],
 )
-def test_every_solver_gets_what_from_config_would_give_it(given, other):
-    check(read_scheduler_config(given), other.from_config(in_words(given)))
+def test_every_solver_gets_what_from_config_would_give_it(settings, other):
+    check(read_scheduler_config(settings), other.from_config(in_words(settings)))
 
 
 def test_the_solver_is_the_configs():
@@ -110,26 +110,26 @@ def test_the_solver_is_the_configs():
     assert read_scheduler_config(config("DDIMScheduler")).sampler.solver == "ddim"
     for cls, solvers in MULTISTEP.items():
         for order, solver in enumerate(solvers, 1):
-            given = config(cls.__name__, solver_order=order)
-            assert read_scheduler_config(given).sampler.solver == solver
+            settings = config(cls.__name__, solver_order=order)
+            assert read_scheduler_config(settings).sampler.solver == solver
     for order, solver in ((1, "sde-dpm++1"), (2, "sde-dpm++")):
-        given = config("DPMSolverMultistepScheduler", solver_order=order, algorithm_type="sde-dpmsolver++")
-        assert read_scheduler_config(given).sampler.solver == solver
+        settings = config("DPMSolverMultistepScheduler", solver_order=order, algorithm_type="sde-dpmsolver++")
+        assert read_scheduler_config(settings).sampler.solver == solver
     with pytest.raises(UsageError, match=r"solver_order = 3 is not supported with sde-dpm\+\+ \(supported: 1, 2\)"):
-        read_scheduler_config(given | {"solver_order": 3})
+        read_scheduler_config(settings | {"solver_order": 3})
 
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_a_curve_is_that_of_the_multistep_solvers(curve):
     """diffusers' DDIM and DDPM have none."""
-    given = config("UniPCMultistepScheduler", **{f"use_{curve}_sigmas": True}, timestep_spacing="trailing")
-    process = read_scheduler_config(given)
+    settings = config("UniPCMultistepScheduler", **{f"use_{curve}_sigmas": True}, timestep_spacing="trailing")
+    process = read_scheduler_config(settings)
     assert (process.sampler.dpm_spacing, process.sampler.ddim_spacing) == (curve, "trailing")
     for cls in CLASSES:
-        check(process, cls.from_config(in_words(given)))
+        check(process, cls.from_config(in_words(settings)))
     other = "beta" if curve == "karras" else "karras"
     with pytest.raises(UsageError, match="are both True; expected one at most"):
-        read_scheduler_config(given | {f"use_{other}_sigmas": True})
+        read_scheduler_config(settings | {f"use_{other}_sigmas": True})
     flow = read_scheduler_config(config(FLOW, **{f"use_{curve}_sigmas": True}), spacing="trailing")
     assert (flow.sampler.flow_spacing, flow.sampler.flow_curve) == ("trailing", curve)
 
@@ -161,9 +161,9 @@ def test_latents_are_clipped_only_where_the_config_says_so(cls):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_learned_variance_is_used_unless_the_config_says_another(cls):
-    for given in (config(cls.__name__), config(cls.__name__, variance_type=None)):
-        assert read_scheduler_config(given).sampler.variance == "learned_range"
-        assert read_scheduler_config(given, learned_variance=False).sampler.variance == "fixed_small"
+    for settings in (config(cls.__name__), config(cls.__name__, variance_type=None)):
+        assert read_scheduler_config(settings).sampler.variance == "learned_range"
+        assert read_scheduler_config(settings, learned_variance=False).sampler.variance == "fixed_small"
     assert read_scheduler_config(config(cls.__name__, variance_type="fixed_small")).sampler.variance == "fixed_small"
 
 
@@ -181,26 +181,26 @@ def test_without_a_config_it_is_metas_way():
 
 
 def test_a_prediction_that_is_asked_for_agrees_with_the_config():
-    given = config("DDIMScheduler", prediction_type="v_prediction")
-    assert read_scheduler_config(given, prediction="v_prediction").prediction == "v_prediction"
-    for asked, found, said in (("velocity", given, "v_prediction"), ("sample", config(), "epsilon")):
+    settings = config("DDIMScheduler", prediction_type="v_prediction")
+    assert read_scheduler_config(settings, prediction="v_prediction").prediction == "v_prediction"
+    for asked, stored, said in (("velocity", settings, "v_prediction"), ("sample", config(), "epsilon")):
         with pytest.raises(
             UsageError, match=f"prediction '{asked}' was asked for, but the scheduler config says '{said}'"
         ):
-            read_scheduler_config(found, prediction=asked)
+            read_scheduler_config(stored, prediction=asked)
     assert read_scheduler_config(None, prediction="sample").prediction == "sample"
 
 
 def test_logarithmic_variances_are_the_plain_ones():
     for kind in ("fixed_small", "fixed_large"):
-        given = config("DDPMScheduler", variance_type=f"{kind}_log")
-        assert read_scheduler_config(given).sampler.variance == kind
+        settings = config("DDPMScheduler", variance_type=f"{kind}_log")
+        assert read_scheduler_config(settings).sampler.variance == kind
 
 
 def test_trained_betas_and_infinite_clip():
-    given = config("DPMSolverMultistepScheduler", num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3])
-    given = json.loads(json.dumps(given | {"lambda_min_clipped": float("-inf")}))
-    process = read_scheduler_config(given)
+    settings = config("DPMSolverMultistepScheduler", num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3])
+    settings = json.loads(json.dumps(settings | {"lambda_min_clipped": float("-inf")}))
+    process = read_scheduler_config(settings)
     assert process.trained_betas == (0.1, 0.2, 0.3) and process.sampler.lambda_min_clipped is None
 
 

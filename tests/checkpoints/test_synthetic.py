@@ -109,11 +109,11 @@ def test_outlier_channels(small):
         return error
 
     layers = [layer for block in model.blocks for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1)]
-    seen = []
-    hooks = [layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in layers]
+    activations = []
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: activations.append(inputs[0])) for layer in layers]
     expected = run()
     [each.remove() for each in hooks]
-    for layer, inputs in zip(layers, seen, strict=True):
+    for layer, inputs in zip(layers, activations, strict=True):
         size = inputs.square().mean((0, 1)).sqrt()
         count = (size > 5 * size[size > 0].median()).sum().item()
         assert 1 <= count <= 12, layer

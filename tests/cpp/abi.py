@@ -25,11 +25,11 @@ def declared(headers: Path) -> dict[str, list[str]]:
     """Return the fields of each struct, and the values of each enum, that the C headers define."""
     source = "\n".join(path.read_text() for path in sorted(headers.glob("*.h")))
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
-    found = {}
+    definitions = {}
     for kind, body, name in re.findall(r"typedef (struct|enum) \w+ \{(.*?)\} (\w+);", source, re.DOTALL):
         names = FIELD.findall(body) if kind == "struct" else re.findall(r"(\w+) = ", body)
-        found[f"{kind} {name}"] = names
-    return found
+        definitions[f"{kind} {name}"] = names
+    return definitions
 
 
 def layout(headers: Path) -> list[str]:

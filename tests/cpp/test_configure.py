@@ -36,8 +36,8 @@ def configure(tmp_path) -> Configure:
     files(tmp_path / "cuda", *CUDA)
     options = ["-DDIT_OPENVINO=OFF", "-DDIT_PROGRAMS=OFF", "-DCUDA_ROOT=cuda"]
 
-    def run(*given: str, **environment: str) -> str:
-        command = ["cmake", "-S", CPP, "-B", tmp_path / "build", *options, *given]
+    def run(*flags: str, **environment: str) -> str:
+        command = ["cmake", "-S", CPP, "-B", tmp_path / "build", *options, *flags]
         clean = {name: value for name, value in os.environ.items() if not name.endswith("_ROOT")}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean | environment)
         assert done.returncode == 0, done.stderr

@@ -24,9 +24,9 @@ def test_goldens_are_what_python_computes_now():
     numbers = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
     now, committed = goldens.text(), goldens.FILE.read_text(encoding="utf-8")
     assert numbers.sub("", now) == numbers.sub("", committed), "run: make goldens"
-    found, expected = (np.array([float(word) for word in numbers.findall(text)]) for text in (now, committed))
+    computed, expected = (np.array([float(word) for word in numbers.findall(text)]) for text in (now, committed))
     # Another processor's exp and log differ by an ulp.
-    assert np.allclose(found, expected, rtol=1e-9, atol=1e-12), "run: make goldens"
+    assert np.allclose(computed, expected, rtol=1e-9, atol=1e-12), "run: make goldens"
 
 
 def headers() -> str:
@@ -83,14 +83,14 @@ def test_an_outside_project_finds_the_package(installed, tiny, tmp_path, languag
 
 def test_pkg_config(installed, tiny, tmp_path):
     (folder,) = {path.parent for path in installed.rglob("dit.pc")}
-    found = subprocess.run(
+    flags = subprocess.run(
         ["pkg-config", "--cflags", "--libs", "dit"],
         env=os.environ | {"PKG_CONFIG_PATH": str(folder)},
         capture_output=True,
         text=True,
         check=True,
     ).stdout.split()
-    command = ["cc", "-std=c11", CONSUMER / "main.c", "-o", tmp_path / "consumer", *found]
+    command = ["cc", "-std=c11", CONSUMER / "main.c", "-o", tmp_path / "consumer", *flags]
     subprocess.run([*command, f"-Wl,-rpath,{folder.parent}"], check=True)
     assert subprocess.run([tmp_path / "consumer", tiny], capture_output=True, text=True).stdout == "drawn\n"
 

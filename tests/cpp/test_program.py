@@ -40,7 +40,7 @@ from tests.tamper import leak
         (["BUNDLE", "--labels", "1", "--cache-interval", "2"], "got cache_interval without a cache"),
         (["BUNDLE", "--labels", "1", "--seed", str(2**64)], "2**64 - 1"),
         (["BUNDLE", "--labels", "1", "--seed", "1", "2"], "2 seeds for 1 samples"),
-        (["BUNDLE", "--labels", "anz"], 'did you mean "ant"'),
+        (["BUNDLE", "--labels", "anz"], 'did you mean "ant"?); the bundle has ant, bee, cat, …'),
         (["BUNDLE", "--labels", "5"], "label 5 is out of range; expected 0 to 4"),
         (["BUNDLE", "--labels", "-1"], "label -1 is out of range"),
         (["BUNDLE", "--labels", "1", "--preset", "quack"], 'did you mean "quick"'),
@@ -166,10 +166,10 @@ def test_verify_says_what_python_says(tiny, dit_generate, tmp_path):
     said = json.loads(done.stdout)
     assert done.returncode == 1 and said["passed"] is False
     assert said["next"] == [f"dit-export regress {bundle} --report report.html"]
-    for found, check in zip(said["checks"], expected, strict=True):
-        assert found.keys() <= check.keys()
-        value, wanted = found.pop("value"), check.pop("value")
-        assert found.items() <= check.items()
+    for figure, check in zip(said["checks"], expected, strict=True):
+        assert figure.keys() <= check.keys()
+        value, wanted = figure.pop("value"), check.pop("value")
+        assert figure.items() <= check.items()
         # Sums in another order: errors are some 1e-7.
         assert value == wanted if isinstance(wanted, str) else value == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     assert [check["metric"] for check in said["checks"]].count(verify.INVARIANCE) == 2

@@ -58,8 +58,8 @@ def test_the_same_latents(request, dit_generate, tmp_path, network, solvers, eng
     with load(bundle, engine, threads) as pipe:
         for solver, guidance, batch in product(solvers, (1.0, 4.0), (1, 3)):
             labels, file = [7, 2, 11][:batch], tmp_path / "x.npy"
-            given = [*flags(labels, guidance, solver, 5), "--backend", engine, "-o", file, "--json"]
-            done = dit_generate(bundle, *given, threads=threads)
+            arguments = [*flags(labels, guidance, solver, 5), "--backend", engine, "-o", file, "--json"]
+            done = dit_generate(bundle, *arguments, threads=threads)
             assert done.returncode == 0, done.stderr
             expected = pipe.sample(labels, steps=STEPS, guidance=guidance, solver=solver, seed=5, output="latents")
             assert same_latents(np.load(file), expected), (solver, guidance, batch)

@@ -32,7 +32,7 @@ COUNT, SEEDS = 2_000, (1, 2, 3, 4, 5)  # so near to zero, the distance of 2,000 
 SHORT = Plan(pictures=1, steps=2, batch=1)  # no trajectory: two timesteps of one class
 
 
-class Seen(NamedTuple):
+class Quality(NamedTuple):
     """Means over the seeds."""
 
     agreement: float
@@ -55,13 +55,13 @@ def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with Pipeline.load(tmp_path / name) as pipe:
             return [run.sample(pipe, labels, seed=seed) for seed in seeds]
 
-    def seen(runs: list[np.ndarray]) -> Seen:
+    def quality(runs: list[np.ndarray]) -> Quality:
         rows = []
         for pictures, theirs in zip(runs, exact, strict=False):
             result = score.score(np.split(pictures, range(250, COUNT, 250)), labels, judge, real)
             ratios = [min(images.psnr(*pair), 100.0) for pair in zip(pictures, theirs, strict=True)]
             rows.append((result.accuracy.value, result.frechet.value, np.mean(ratios)))
-        return Seen(*np.mean(rows, axis=0).tolist())
+        return Quality(*np.mean(rows, axis=0).tolist())
 
     def calibrate(name: str, plan: Plan) -> Calibration:
         (tmp_path / name).mkdir()
@@ -75,10 +75,10 @@ def test_int8_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exact = drawn("fp32", SEEDS, base)
     whole, short = calibrate("looked", Plan()), calibrate("glanced", SHORT)
 
-    def int8(name: str, calibration: Calibration, seeds: Sequence[int] = SEEDS[:1]) -> Seen:
-        return seen(drawn(name, seeds, replace(base, precision="int8"), Inputs(calibration)))
+    def int8(name: str, calibration: Calibration, seeds: Sequence[int] = SEEDS[:1]) -> Quality:
+        return quality(drawn(name, seeds, replace(base, precision="int8"), Inputs(calibration)))
 
-    table = {"fp32": seen(exact), "int8": int8("int8", whole, SEEDS)}
+    table = {"fp32": quality(exact), "int8": int8("int8", whole, SEEDS)}
     table["calibrated at two timesteps, first seed"] = int8("short", short)
     monkeypatch.setattr(smooth, "ALPHAS", (0.0,))
     table["not smoothed, first seed"] = int8("plain", whole)

@@ -50,8 +50,8 @@ def test_dropped_conditions_are_the_constant() -> None:
     dropped = torch.tensor([True, False, True])
     pictures, labels = torch.ones(3, 2, 4, 4), torch.tensor([3, 4, 5])
     assert losses.without(pictures, dropped, 0.0).mean((1, 2, 3)).tolist() == [0, 1, 0]
-    kept = losses.without(labels, dropped, 20)
-    assert kept.tolist() == [20, 4, 20] and kept.dtype == torch.int64
+    replaced = losses.without(labels, dropped, 20)
+    assert replaced.tolist() == [20, 4, 20] and replaced.dtype == torch.int64
 
 
 def test_it_trains_into_the_demos_folder(tmp_path: Path) -> None:

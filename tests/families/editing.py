@@ -127,5 +127,5 @@ def accept(edit: Edit, another_image: float = ANOTHER, **call: Any) -> None:
         assert least(edit.ours(**call | change), expected) < limit, change.keys()
     if edit.masked:  # the last step puts the picture's own latents back
         cells = edit.mask[::8, ::8] < 128
-        kept = edit.ours(**call)[:, :, cells]
-        assert np.array_equal(kept, edit.ours(**call | {"guidance": 1.5})[:, :, cells])
+        outside = edit.ours(**call)[:, :, cells]
+        assert np.array_equal(outside, edit.ours(**call | {"guidance": 1.5})[:, :, cells])

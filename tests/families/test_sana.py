@@ -132,9 +132,9 @@ def test_a_size_in_pixels(tmp_path) -> None:
 def test_what_leaves_the_loop(case) -> None:
     """Six vectors a block and two at the end change with the time; each block's keys and values with the prompt."""
     contract = manifest.read(case.bundle)
-    given = {stage.runs: [tensor.shape[1:] for tensor in stage.gives] for stage in contract.stages}
-    assert given["time"] == [(6 * BLOCKS + 2, 64)]
-    assert sum(shape[0] for shape in given["condition"] if shape[-1] == 64) == 2 * BLOCKS * TOKENS
+    shapes = {stage.runs: [tensor.shape[1:] for tensor in stage.gives] for stage in contract.stages}
+    assert shapes["time"] == [(6 * BLOCKS + 2, 64)]
+    assert sum(shape[0] for shape in shapes["condition"] if shape[-1] == 64) == 2 * BLOCKS * TOKENS
     assert (
         contract.guidance.default == 4.5
         and contract.process.sampler.steps == 20

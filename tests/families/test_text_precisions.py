@@ -111,7 +111,7 @@ def test_a_gate_that_fails_leaves_fp32(checkpoint, tmp_path, monkeypatch) -> Non
 def test_encoders_that_fail_in_fp32_start_no_search(checkpoint, tmp_path, monkeypatch) -> None:
     """Layers of the transformer are not what fails."""
     right = text.encode
-    monkeypatch.setattr(text, "encode", lambda *given: {name: 2 * rows for name, rows in right(*given).items()})
+    monkeypatch.setattr(text, "encode", lambda *arguments: {name: 2 * rows for name, rows in right(*arguments).items()})
     monkeypatch.setattr(building.Making, "search", lambda *_: pytest.fail("layers of the transformer were searched"))
     recipe = Recipe(
         checkpoint=str(checkpoint),

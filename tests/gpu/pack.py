@@ -108,17 +108,17 @@ def fetch_wheel(folder: Path) -> Path:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     wanted = f"onnxruntime-gpu=={pins['onnxruntime']}"
     pattern = f"onnxruntime_gpu-{pins['onnxruntime']}-cp{PYTHON}-*.whl"
-    found = sorted(folder.glob(pattern))
-    if not found:
+    wheels = sorted(folder.glob(pattern))
+    if not wheels:
         folder.mkdir(parents=True, exist_ok=True)
         platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27)]
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += [f"--python-version={PYTHON}", "--implementation=cp", *platforms, "-d", str(folder), wanted]
         done = subprocess.run(command, stdout=sys.stderr)
-        found = sorted(folder.glob(pattern))
-        if done.returncode or not found:
+        wheels = sorted(folder.glob(pattern))
+        if done.returncode or not wheels:
             raise UsageError(f"{wanted} for CPython {PYTHON} cannot be downloaded here, so there is no pack")
-    return found[-1]
+    return wheels[-1]
 
 
 def unpack_wheel(wheel: Path, site: Path) -> None:

@@ -64,13 +64,13 @@ def inputs(rows: int, groups: int, seed: int = 0) -> dict[str, NDArray]:
 def test_both_profiles_at_every_shape(opened, flavour) -> None:
     """Each three times, of other numbers: set up, recorded, replayed."""
     engine = opened(flavour, "step")
-    kept = []
+    results = []
     for rows, groups in ((1, 1), (3, 2), (3, 1), (2, 2), (3, 2), (1, 1)):
         for seed in range(3):
-            given = inputs(rows, groups, seed)
-            kept.append((given, engine.run(given)["prediction"]))
-    for given, got in kept:  # after all runs: what came out is not overwritten
-        np.testing.assert_array_equal(got, double.step(given)["prediction"])
+            feeds = inputs(rows, groups, seed)
+            results.append((feeds, engine.run(feeds)["prediction"]))
+    for feeds, got in results:  # after all runs: what came out is not overwritten
+        np.testing.assert_array_equal(got, double.step(feeds)["prediction"])
     engine.close()
 
 
@@ -78,8 +78,8 @@ def test_a_shape_that_stays_is_replayed(opened, trt) -> None:
     engine = opened("tensorrt", "step")
     enqueued = []
     for seed in range(6):
-        given = inputs(MOST, 2, seed)
-        np.testing.assert_array_equal(engine.run(given)["prediction"], double.step(given)["prediction"])
+        feeds = inputs(MOST, 2, seed)
+        np.testing.assert_array_equal(engine.run(feeds)["prediction"], double.step(feeds)["prediction"])
         enqueued.append(trt.enqueued)
     assert enqueued[2:] == [enqueued[1]] * 4  # two runs set up and record, the others launch what was recorded
     engine.close()
@@ -91,11 +91,11 @@ class Host:
     def put(self, values: NDArray) -> NDArray:
         return values.copy()
 
-    def denoise(self, given: dict, into: dict) -> None:
-        into["prediction"][...] = double.step(given)["prediction"]
+    def denoise(self, feeds: dict, into: dict) -> None:
+        into["prediction"][...] = double.step(feeds)["prediction"]
 
-    def update(self, given: dict, into: dict) -> None:
-        made = double.update(given)  # before any is written: the next state is the state's array
+    def update(self, feeds: dict, into: dict) -> None:
+        made = double.update(feeds)  # before any is written: the next state is the state's array
         for name, target in into.items():
             target[...] = made[name]
 
@@ -111,11 +111,11 @@ def sampled(put, denoise, update, groups: Sequence[int]) -> NDArray[np.float64]:
     labels = put(np.arange(SAMPLES))
     which = random.integers(0, CONDITIONS, (max(groups), SAMPLES))
 
-    def given(step: int, samples: slice) -> dict:
+    def step_inputs(step: int, samples: slice) -> dict:
         rows = table[CONDITIONS * step + which[: groups[step % len(groups)], samples]]
         return {"conditioning": rows, "guidance": guidance[samples], "labels": labels[samples]}
 
-    advance = loops.with_matrices(matrices, loops.Device(put, denoise, update, "latents"), x, given, 2)
+    advance = loops.with_matrices(matrices, loops.Device(put, denoise, update, "latents"), x, step_inputs, 2)
     for step in range(STEPS):
         home = advance(step)
         if step == 2:

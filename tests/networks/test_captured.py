@@ -191,9 +191,9 @@ def test_views_are_found(name: str) -> None:
     view, rows = VIEWS[name], torch.randn(2, 6, 8, 4)
     places = find_places(view(rows).flatten(1).numpy(), rows.flatten(1).numpy())
     assert places is not None
-    found = strides(places, (6, 8, 4), tuple(view(rows).shape[1:]))
+    recovered = strides(places, (6, 8, 4), tuple(view(rows).shape[1:]))
     other = torch.randn(3, 6, 8, 4)
-    assert found is not None and torch.equal(found(other), view(other))
+    assert recovered is not None and torch.equal(recovered(other), view(other))
 
 
 def test_what_is_no_view() -> None:

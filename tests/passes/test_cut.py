@@ -82,11 +82,11 @@ def test_booleans_are_computed_where_they_are_needed(run: Run) -> None:
     """One mask for what is made once and for what is made every step: it runs in both, and does not cross."""
     graph = empty(x=["n", 8], c=["n", 8], mask=["n", 8])
     x, c, mask = graph.inputs
-    seen = layer(graph, "Greater", [mask, np.array(0.5, np.float32)], ["n", 8], np.bool_)
+    visible = layer(graph, "Greater", [mask, np.array(0.5, np.float32)], ["n", 8], np.bool_)
     zero = np.array(0, np.float32)
-    masked = layer(graph, "Where", [seen, c, zero], ["n", 8])
+    masked = layer(graph, "Where", [visible, c, zero], ["n", 8])
     product = layer(graph, "MatMul", [masked, normal(8, 8)], ["n", 8])
-    graph.outputs = [layer(graph, "Add", [layer(graph, "Where", [seen, x, zero], ["n", 8]), product], ["n", 8])]
+    graph.outputs = [layer(graph, "Add", [layer(graph, "Where", [visible, x, zero], ["n", 8]), product], ["n", 8])]
     inputs = {"x": normal(3, 8), "c": normal(3, 8), "mask": (normal(3, 8) > 0).astype(np.float32)}
     (whole,) = run(graph, inputs)
     hoisted = hoist(graph, ["x"])

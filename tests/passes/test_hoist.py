@@ -125,14 +125,14 @@ def test_row_counts_bind_no_work_to_the_loop(run: Run, counted: str) -> None:
     weight = np.arange(16, dtype=np.float32).reshape(4, 4)
     product = layer(graph, "MatMul", [keys, weight], ["n", 4, 4])
     graph.outputs = [layer(graph, "Mul", [queries, product], ["n", 4, 4])]
-    given = {name: np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32) for name in ("x", "c")}
-    (whole,) = run(graph, given)
+    arrays = {name: np.random.default_rng(1).normal(size=(3, 16)).astype(np.float32) for name in ("x", "c")}
+    (whole,) = run(graph, arrays)
 
     hoisted = hoist(graph, ["x"])
     assert hoisted.frontier == (product.name,)
     assert not {"MatMul", "Tanh"} & set(onnxfile.census(hoisted.loop))
-    (crossed,) = run(hoisted.invariant, {"c": given["c"]})
-    (again,) = run(hoisted.loop, {"x": given["x"], product.name: crossed})
+    (crossed,) = run(hoisted.invariant, {"c": arrays["c"]})
+    (again,) = run(hoisted.loop, {"x": arrays["x"], product.name: crossed})
     np.testing.assert_array_equal(again, whole)
 
 
@@ -156,12 +156,12 @@ def test_other_sizes_are_not_taken_for_row_counts(run: Run) -> None:
     scale = layer(graph, "Cast", [width], [1], to=1)
     product = layer(graph, "MatMul", [c, np.ones((7, 4), np.float32)], ["n", 4])
     graph.outputs = [layer(graph, "Add", [product, layer(graph, "Mul", [x, scale], ["n", 4])], ["n", 4])]
-    given = {name: np.random.default_rng(1).normal(size=(3, n)).astype(np.float32) for name, n in (("x", 4), ("c", 7))}
-    (whole,) = run(graph, given)
+    arrays = {name: np.random.default_rng(1).normal(size=(3, n)).astype(np.float32) for name, n in (("x", 4), ("c", 7))}
+    (whole,) = run(graph, arrays)
     hoisted = hoist(graph, ["x"])
     assert hoisted.frontier == (product.name,) and hoisted.cut.direct == ("c",)
-    (crossed,) = run(hoisted.invariant, {"c": given["c"]})
-    (again,) = run(hoisted.loop, {**given, product.name: crossed})
+    (crossed,) = run(hoisted.invariant, {"c": arrays["c"]})
+    (again,) = run(hoisted.loop, {**arrays, product.name: crossed})
     np.testing.assert_array_equal(again, whole)
 
 

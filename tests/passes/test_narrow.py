@@ -191,12 +191,12 @@ def test_what_touches_a_wide_tensor_stays_fp32(typed: gs.Graph, plain_path, smal
 
 def test_everything_that_would_be_narrow_is_half_tensors(plain: gs.Graph, small_dit: DiT) -> None:
     denoiser = fuse_dit(plain, small_dit.spec).denoiser
-    seen = {tensor.name for tensor in half_tensors(denoiser)}
+    halves = {tensor.name for tensor in half_tensors(denoiser)}
     for node in denoiser.nodes:
         if node.op in PRODUCTS:
             tensors = (*node.inputs, *node.outputs)
-            assert {tensor.name for tensor in tensors if isinstance(tensor, gs.Variable) and tensor.name} <= seen
-    assert all(node.outputs[0].name not in seen for node in denoiser.nodes if node.op == "LayerNormalization")
+            assert {tensor.name for tensor in tensors if isinstance(tensor, gs.Variable) and tensor.name} <= halves
+    assert all(node.outputs[0].name not in halves for node in denoiser.nodes if node.op == "LayerNormalization")
 
 
 def test_scores_are_scaled_before_they_are_stored(run: Run, tmp_path: Path) -> None:

@@ -117,11 +117,11 @@ def test_the_fused_mmdit_is_guided_pytorch(mmdit: nn.Module, traced: Path, run: 
     assert fused.counts["fold_gains"] == 4 * DEPTH and fused.counts["guide"] == 1
     inputs, weights = random_inputs(MMDIT), np.array([1, 4, 2.5], np.float32)
     away = inputs | {name: random_inputs(MMDIT, seed=1)[name] for name in ("captions", "pooled")}
-    groups = [run_stages(fused.stages, given, run) for given in (inputs, away)]
+    groups = [run_stages(fused.stages, arrays, run) for arrays in (inputs, away)]
     names = [pack.name for stage in fused.stages for pack in stage.packs]
-    given = {name: np.stack([group[name] for group in groups]) for name in names}
-    given |= {"latents": inputs["latents"], "guidance": weights}
-    (out,) = run(fused.denoiser, feeds(fused.denoiser, given))
+    arrays = {name: np.stack([group[name] for group in groups]) for name in names}
+    arrays |= {"latents": inputs["latents"], "guidance": weights}
+    (out,) = run(fused.denoiser, feeds(fused.denoiser, arrays))
 
     with torch.no_grad():
         own, null = (
@@ -158,8 +158,8 @@ def test_a_condition_is_projected_once_where_that_is_worth_it(worth: bool, run: 
     (whole,) = run(graph, inputs)
     stages, denoiser, _ = split_stages(graph, ports)
     context, conditioner = stages
-    given = [tensor.name for tensor in conditioner.graph.inputs]
-    assert given == (["time", "context_1"] if worth else ["time", "pooled"])
+    names = [tensor.name for tensor in conditioner.graph.inputs]
+    assert names == (["time", "context_1"] if worth else ["time", "pooled"])
     # What the conditioner reads travels apart from what the denoiser reads.
     assert [pack.name for pack in context.packs] == ["context", "context_1"][: 1 + worth]
     assert [tensor.name for tensor in denoiser.inputs] == ["x", "context", "conditioning"]
@@ -170,8 +170,8 @@ def test_a_condition_is_projected_once_where_that_is_worth_it(worth: bool, run: 
 def test_a_port_that_the_loop_reads_keeps_its_name(run: Run) -> None:
     graph = empty(x=["n", 4, 8], time=["n", 1, 8], mask=["n", 4])
     x, time, mask = graph.inputs
-    seen = layer(graph, "Greater", [mask, np.array(0.5, np.float32)], ["n", 4], np.bool_)
-    wide = layer(graph, "Unsqueeze", [seen, np.array([2])], ["n", 4, 1], np.bool_)
+    visible = layer(graph, "Greater", [mask, np.array(0.5, np.float32)], ["n", 4], np.bool_)
+    wide = layer(graph, "Unsqueeze", [visible, np.array([2])], ["n", 4, 1], np.bool_)
     scaled = layer(graph, "Mul", [x, layer(graph, "Exp", [time], ["n", 1, 8])], ["n", 4, 8])
     graph.outputs = [layer(graph, "Where", [wide, scaled, x], ["n", 4, 8])]
     ports = (
@@ -190,8 +190,8 @@ def test_a_port_that_the_loop_reads_keeps_its_name(run: Run) -> None:
     (stage,) = fused.stages
     assert (stage.name, stage.runs) == ("modulation", "time")
     x, time, masks = np.ones((2, 4, 8)), np.ones((2, 1, 8)), np.array([[[1, 0, 1, 0]] * 2, [[1, 1, 0, 0]] * 2])
-    (given,) = run(stage.graph, {"time": time.astype(np.float32)})
-    inputs = {"x": x, "mask": masks, "modulation": np.stack([given] * 2), "guidance": np.array([1.0, 3.0])}
+    (modulation,) = run(stage.graph, {"time": time.astype(np.float32)})
+    inputs = {"x": x, "mask": masks, "modulation": np.stack([modulation] * 2), "guidance": np.array([1.0, 3.0])}
     (out,) = run(fused.denoiser, {name: value.astype(np.float32) for name, value in inputs.items()})
     own, null = (np.where(mask[:, :, None] > 0, np.e, 1.0) for mask in masks)
     expected = null + np.array([1, 3])[:, None, None] * (own - null) + 0 * x

@@ -47,7 +47,7 @@ Ask = Callable[[Scratch, Pipeline], list[Question]]
 def run(bundle: Scratch, pipe: Pipeline) -> list[Question]:
     """Return the network's inputs at each step of a guided run."""
     shape = (1, *bundle.network.state.shape)
-    seen = [np.random.default_rng(11).normal(size=shape).astype(np.float32)]
+    states = [np.random.default_rng(11).normal(size=shape).astype(np.float32)]
     times = plan(pipe.manifest.process, pipe.manifest.process.sampler.solver, STEPS)
     own, null = ({name: rows[part : part + 1] for name, rows in bundle.rows().items()} for part in (0, 1))
     pipe.sample(
@@ -55,11 +55,11 @@ def run(bundle: Scratch, pipe: Pipeline) -> list[Question]:
         negative=null,
         steps=STEPS,
         guidance=GUIDANCE,
-        latents=seen[0],
+        latents=states[0],
         output="latents",
-        on_step=lambda done, steps, x: seen.append(x.astype(np.float32)),
+        on_step=lambda done, steps, x: states.append(x.astype(np.float32)),
     )
-    return [Question(x, float(t)) for x, t in zip(seen[:-1], times, strict=True)]
+    return [Question(x, float(t)) for x, t in zip(states[:-1], times, strict=True)]
 
 
 def noise(bundle: Scratch, pipe: Pipeline) -> list[Question]:
@@ -72,14 +72,14 @@ def noise(bundle: Scratch, pipe: Pipeline) -> list[Question]:
 
 def answers(bundle: Scratch, pipe: Pipeline, questions: Sequence[Question]) -> list[tuple[np.ndarray, ...]]:
     """Return, per question, the conditional row, the null row, and both mixed."""
-    rows, found = bundle.rows(), []
+    rows, predictions = bundle.rows(), []
     own, null = ({name: values[part : part + 1] for name, values in rows.items()} for part in (0, 1))
     for latents, time in questions:
         alone = pipe.engines.inputs(np.array([time]), rows, None, np.ones(2, np.float32))
         mixed = pipe.engines.inputs(np.array([time]), own, null, np.full(1, GUIDANCE, np.float32))
         both = pipe.engines.denoise(latents.repeat(2, axis=0), alone, 0)[0]
-        found.append((both[:1], both[1:], pipe.engines.denoise(latents, mixed, 0)[0]))
-    return found
+        predictions.append((both[:1], both[1:], pipe.engines.denoise(latents, mixed, 0)[0]))
+    return predictions
 
 
 def errors(bundle: Scratch, calibration: Calibration, folder: Path, backend: str, smoothing: bool, ask: Ask) -> Errors:

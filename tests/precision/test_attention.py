@@ -29,8 +29,8 @@ def prediction(bundle: Scratch, denoiser: gs.Graph, folder: Path) -> np.ndarray:
 def test_scores_on_their_grids(bundle, calibration, tmp_path) -> None:
     graph = bundle.graphs()["denoiser"]
     before, expected = onnxfile.census(graph), prediction(bundle, graph.copy(), tmp_path)
-    kept = named(find(graph), ["blocks.1.attn.attention"])
-    grids = attention.steps(graph, calibration, kept)
+    in_float = named(find(graph), ["blocks.1.attn.attention"])
+    grids = attention.steps(graph, calibration, in_float)
     rewrite, *others = attention.passes("openvino", grids)
     assert tuple(others) == LOWERINGS["openvino"]
     assert rewrite(graph) == 2
@@ -76,6 +76,6 @@ def test_q_and_k_of_layers_of_their_own(captioned, captioned_calibration) -> Non
 
 
 def test_a_calibration_that_did_not_look_there(bundle, calibration) -> None:
-    blind = {name: replace(seen, output=None) for name, seen in calibration.layers.items()}
+    blind = {name: replace(layer, output=None) for name, layer in calibration.layers.items()}
     with pytest.raises(UsageError, match="calibrate anew"):
         attention.steps(bundle.graphs()["denoiser"], Calibration(blind, {}), [])

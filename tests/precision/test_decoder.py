@@ -156,11 +156,11 @@ def test_calibration_on_disk(fused, tmp_path) -> None:
     fused.calibration.save(tmp_path / "c.npz")
     loaded = Calibration.load(tmp_path / "c.npz")
     for layer in convolutions.find(fused.graph):
-        seen = loaded.layers[layer.name]
-        assert seen.lowest is not None and -0.3 < seen.lowest.min() < 0 if "conv" in layer.name else True
-        assert np.abs(seen.sample).max() <= seen.largest.max() * 1.001
+        statistics = loaded.layers[layer.name]
+        assert statistics.lowest is not None and -0.3 < statistics.lowest.min() < 0 if "conv" in layer.name else True
+        assert np.abs(statistics.sample).max() <= statistics.largest.max() * 1.001
     assert convolutions.choose(convolutions.find(fused.graph), loaded).keys() == fused.choose().keys()
-    without = Calibration({name: seen for name, seen in loaded.layers.items() if "conv 3" not in name}, {})
+    without = Calibration({name: statistics for name, statistics in loaded.layers.items() if "conv 3" not in name}, {})
     with pytest.raises(UsageError, match="no decoder conv 3"):
         convolutions.choose(convolutions.find(fused.graph), without)
 

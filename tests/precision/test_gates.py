@@ -184,5 +184,5 @@ def test_a_decoder_that_fails_alone(kind, advice) -> None:
     checks = [Figure("denoiser", "prediction", 0.1, 0.5), Figure("decoder", "PSNR", 30.0, 40.0, at_least=True)]
     built = build._within_gates(making, Built(Path(), [], checks, None, None))
     assert not built.passed and advice in built.advice and "--precision fp16" in built.advice
-    kept = [change["keep_float"] for change in built.changes if change.get("keep_float")]
-    assert kept == ([["decoder"]] if kind == "int8" else [])
+    in_float = [change["keep_float"] for change in built.changes if change.get("keep_float")]
+    assert in_float == ([["decoder"]] if kind == "int8" else [])

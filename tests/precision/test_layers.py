@@ -80,7 +80,7 @@ def test_what_others_read_too_is_not_smoothed(shared: bool) -> None:
     samples = {name: rng.normal(size=(32, size)).astype(np.float32) for name, size in sizes.items()}
     for rows in samples.values():
         rows[:, 3] *= 50
-    seen = {name: LayerStatistics(np.abs(rows).max(axis=0), rows) for name, rows in samples.items()}
-    chosen = smooth([], graph, Calibration(seen, {}))
+    statistics = {name: LayerStatistics(np.abs(rows).max(axis=0), rows) for name, rows in samples.items()}
+    chosen = smooth([], graph, Calibration(statistics, {}))
     assert [choice.alpha > 0 for choice in chosen.values()] == [not shared, False]
     assert quantize(graph, chosen) == 2

@@ -59,16 +59,16 @@ def test_a_file_of_conditions(captioned, bundle, tmp_path) -> None:
     own, mask, empty = rng.standard_normal((2, 7, CHANNELS)), np.tri(2, 7, 4), rng.standard_normal((1, 3, CHANNELS))
     negative = {"negative.captions": empty, "negative.mask": np.tri(1, 3)}
     np.savez(tmp_path / "all.npz", captions=own, mask=mask, **negative)
-    found = read(tmp_path / "all.npz", network)
-    assert found.condition["captions"].shape == (2, TOKENS, CHANNELS)
-    assert found.condition["mask"].sum(axis=1).tolist() == [5, 6] and found.negative["mask"].sum() == 1
+    conditions = read(tmp_path / "all.npz", network)
+    assert conditions.condition["captions"].shape == (2, TOKENS, CHANNELS)
+    assert conditions.condition["mask"].sum(axis=1).tolist() == [5, 6] and conditions.negative["mask"].sum() == 1
     np.savez(tmp_path / "some.npz", captions=own)
-    found = read(tmp_path / "some.npz", network)
-    assert found.condition["mask"].sum(axis=1).tolist() == [7, 7]
-    np.testing.assert_array_equal(found.negative["captions"], fixtures.null(network)["captions"])
+    conditions = read(tmp_path / "some.npz", network)
+    assert conditions.condition["mask"].sum(axis=1).tolist() == [7, 7]
+    np.testing.assert_array_equal(conditions.negative["captions"], fixtures.null(network)["captions"])
     np.savez(tmp_path / "labels.npz", labels=np.arange(3))
-    found = read(tmp_path / "labels.npz", bundle.network)
-    assert found.condition["labels"].tolist() == [0, 1, 2] and found.negative["labels"].tolist() == [10]
+    conditions = read(tmp_path / "labels.npz", bundle.network)
+    assert conditions.condition["labels"].tolist() == [0, 1, 2] and conditions.negative["labels"].tolist() == [10]
 
     ports = [Port("a", "condition", "float32", (2,)), Port("b", "condition", "float32", (3,))]
     ports += [Port("x", "state", "float32", (4,)), Port("t", "time", "float32", ())]

@@ -68,11 +68,11 @@ def test_the_layers_are_found_by_structure(bundle, captioned) -> None:
 
 def test_calibration_looks_on_and_changes_nothing(bundle, calibration) -> None:
     again = bundle.calibrate(PLAN)
-    for name, seen in calibration.layers.items():
-        np.testing.assert_array_equal(seen.largest, again.layers[name].largest)  # seeded
-        np.testing.assert_array_equal(seen.sample, again.layers[name].sample)
-        assert (np.abs(seen.sample).max(axis=0) <= seen.largest * 1.001).all()  # the sample is kept in float16
-        assert 100 < len(seen.sample) <= 256
+    for name, layer in calibration.layers.items():
+        np.testing.assert_array_equal(layer.largest, again.layers[name].largest)  # seeded
+        np.testing.assert_array_equal(layer.sample, again.layers[name].sample)
+        assert (np.abs(layer.sample).max(axis=0) <= layer.largest * 1.001).all()  # the sample is kept in float16
+        assert 100 < len(layer.sample) <= 256
     outlying = calibration.layers["blocks.1.mlp.fc1"].largest
     assert outlying.max() > 5 * np.median(outlying)
 
@@ -158,10 +158,10 @@ def test_the_trajectory_is_what_calibration_is_for(bundle, calibration, tmp_path
     short = bundle.calibrate(Plan(pictures=1, steps=2, batch=1))
     every = [{"labels": np.array([label, SPEC.null_label])} for label in range(SPEC.num_classes)]
     expected, worst = [predictions(bundle, bundle.graphs(), tmp_path, rows) for rows in every], []
-    for seen in (short, calibration):
+    for measured in (short, calibration):
         graphs = bundle.graphs()
         conditioner, denoiser = graphs.values()
-        quantize(denoiser, smooth([conditioner], denoiser, seen))
+        quantize(denoiser, smooth([conditioner], denoiser, measured))
         got = [predictions(bundle, graphs, tmp_path, rows) for rows in every]
         worst.append(max(error(*pair) for part in zip(got, expected, strict=True) for pair in zip(*part, strict=True)))
     assert worst[1] < 0.9 * worst[0]
@@ -191,10 +191,10 @@ def test_choose_prefers_less_error() -> None:
     rng = np.random.default_rng(0)
     sample = rng.normal(size=(64, 32)).astype(np.float32)
     sample[:, 3] *= 50
-    seen = LayerStatistics(np.abs(sample).max(axis=0), sample)
+    statistics = LayerStatistics(np.abs(sample).max(axis=0), sample)
     weight = rng.normal(size=(32, 16)).astype(np.float32)
     none, every = np.empty(0, np.int64), np.arange(32)
-    (plain,), (smoothed,) = (choose([Part(seen, [weight])], channels, every) for channels in (none, every))
+    (plain,), (smoothed,) = (choose([Part(statistics, [weight])], channels, every) for channels in (none, every))
     assert smoothed.error < 0.5 * plain.error and smoothed.divisors[3] == smoothed.divisors.max()
 
 
@@ -228,9 +228,9 @@ def test_an_int8_bundle(shared_embedders, narrow, tmp_path, capsys, one_thread, 
     assert contract.built_with["quantized"] == inner / (inner + HIDDEN * 8 * PATCH**2)
     assert main(["verify", str(bundle)]) == 0
 
-    seen = bundle.with_name(f"{bundle.name}.calibration.npz")
+    file = bundle.with_name(f"{bundle.name}.calibration.npz")
     with one_thread():
-        again = ["--calibration", str(seen), "-o", str(tmp_path / "again"), "--max-batch", "2"]
+        again = ["--calibration", str(file), "-o", str(tmp_path / "again"), "--max-batch", "2"]
         assert main(["build", *options, *again]) == 0
     for name in ("conditioner.onnx", "denoiser.onnx"):
         first, second = (

@@ -90,11 +90,11 @@ class Row(NamedTuple):
 def measure(drawn: Traced, backend: str, folder: Path) -> Row:
     """Build in int8; time its guided step on one thread, against those in fp32 and with all layers in int8."""
     built = build_int8(drawn, backend, folder / "built")
-    kept = manifest.read(built.folder).built_with.get("kept_float", {})
+    in_float = manifest.read(built.folder).built_with.get("kept_float", {})
     ratios = []
     with Pipeline.load(built.folder, threads=1) as pipe:
         step = guided_step(pipe, drawn.loaded)
-        for precision in ("fp32", "int8") if kept else ("fp32",):
+        for precision in ("fp32", "int8") if in_float else ("fp32",):
             other, recipe = folder / precision, Recipe(precision=precision, backend=backend, max_batch=4)
             build_scratch_bundle(other, drawn.loaded, drawn.decoder, recipe, Progress(io.StringIO()), drawn.plain)
             with Pipeline.load(other, threads=1) as plain:
@@ -103,10 +103,10 @@ def measure(drawn: Traced, backend: str, folder: Path) -> Row:
     answers, truth = built.replay, built.reference
     return Row(
         built.passed,
-        len(kept.get("layers", [])),
-        kept.get("of", 0),
+        len(in_float.get("layers", [])),
+        in_float.get("of", 0),
         round(ratios[0], 2),
-        round(1 / ratios[-1], 2) if kept else 1.0,
+        round(1 / ratios[-1], 2) if in_float else 1.0,
         round(max(answer.error for answer in answers.answers if answer.name in ALONE), 4),
         tuple(round(relative_error(*pair), 4) for pair in zip(answers.latents[-1], truth.latents[-1], strict=True)),
     )

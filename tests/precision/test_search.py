@@ -59,9 +59,9 @@ def searched(opened):
     return run
 
 
-def values(found: Found) -> list[float]:
+def values(outcome: Found) -> list[float]:
     """Return the values with which the budget held."""
-    reasons = dict.fromkeys(entry.why for entry in found.layers if " holds: " in entry.why)
+    reasons = dict.fromkeys(entry.why for entry in outcome.layers if " holds: " in entry.why)
     return [float(text.split(": ")[1]) for text in reasons]
 
 
@@ -104,14 +104,14 @@ def test_the_layer_that_int8_ruins_is_the_one_kept(calibration, searched) -> Non
     usual = searched(calibration, "tensorrt", SearchOptions(Budget("latent-rel-l2", 10.0)))
     assert usual.keep == []
     limit = 1.5 * values(usual)[0]
-    seen = calibration.layers[RUINED]
-    misled = replace(calibration, layers={**calibration.layers, RUINED: replace(seen, largest=100 * seen.largest)})
-    found = searched(misled, "tensorrt", SearchOptions(Budget("latent-rel-l2", limit)))
-    assert found.keep == [RUINED]
-    errors = {entry.layer: entry.error for entry in found.layers}
+    layer = calibration.layers[RUINED]
+    misled = replace(calibration, layers={**calibration.layers, RUINED: replace(layer, largest=100 * layer.largest)})
+    outcome = searched(misled, "tensorrt", SearchOptions(Budget("latent-rel-l2", limit)))
+    assert outcome.keep == [RUINED]
+    errors = {entry.layer: entry.error for entry in outcome.layers}
     assert errors.pop(RUINED) > 2 * max(errors.values())
-    (why,) = [entry.why for entry in found.layers if entry.kept]
-    ((gate,),) = [found.cost["gates"]]
+    (why,) = [entry.why for entry in outcome.layers if entry.kept]
+    ((gate,),) = [outcome.cost["gates"]]
     assert gate["after"] <= limit < gate["before"] and "with it in int8" in why
 
 
@@ -121,13 +121,13 @@ def test_the_worst_are_kept_and_no_more_than_needed(calibration, searched) -> No
     free = searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 10.0)), fixed)
     assert free.keep == [*fixed]
     # Far below: on busy machines the same run differs by a tenth, for one rounding that falls otherwise moves the rest.
-    found = searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 0.7 * values(free)[0])), fixed)
-    assert found.keep[0] == "blocks.0.attn.proj" and 2 <= len(found.keep) < len(found.layers)
-    by_error = sorted(found.layers, key=lambda entry: -entry.error)
+    outcome = searched(calibration, "onnxruntime", SearchOptions(Budget("latent-rel-l2", 0.7 * values(free)[0])), fixed)
+    assert outcome.keep[0] == "blocks.0.attn.proj" and 2 <= len(outcome.keep) < len(outcome.layers)
+    by_error = sorted(outcome.layers, key=lambda entry: -entry.error)
     worst = [entry.layer for entry in by_error if entry.layer != "blocks.0.attn.proj"]
-    assert found.keep[1:] == worst[: len(found.keep) - 1]
-    assert {entry.layer for entry in found.layers if entry.kept} == set(found.keep)
-    assert next(entry.why for entry in found.layers if entry.layer == "blocks.0.attn.proj") == "the recipe keeps it"
+    assert outcome.keep[1:] == worst[: len(outcome.keep) - 1]
+    assert {entry.layer for entry in outcome.layers if entry.kept} == set(outcome.keep)
+    assert next(entry.why for entry in outcome.layers if entry.layer == "blocks.0.attn.proj") == "the recipe keeps it"
 
 
 def test_fewer_tokens_stay_float_first() -> None:
@@ -156,8 +156,8 @@ def test_fewer_tokens_stay_float_first() -> None:
     for needed, keep in (({"image worse"}, ["image worse"]), ({"text"}, ["image worse", "text"])):
         tried.clear()
 
-        def check(kept: list[str], needed: set[str] = needed) -> list[Figure]:
-            return [Figure("run", "error", float(not needed <= {*kept}), 0.5)]
+        def check(in_float: list[str], needed: set[str] = needed) -> list[Figure]:
+            return [Figure("run", "error", float(not needed <= {*in_float}), 0.5)]
 
         assert Stub()._least(check, "budget", [], {}).keep == keep
         assert [*errors] in tried
@@ -208,10 +208,10 @@ def test_what_int8_makes_no_faster_stays_float(calibration, searched, monkeypatc
     """The figures are given: what is measured differs from machine to machine."""
     ratios = iter([1.5, 0.9, 0.8, 1.01, 1.2])
     monkeypatch.setattr(search, "_ratio", lambda slow, fast: (slow(), fast()) and next(ratios))
-    found = searched(calibration, "openvino", SearchOptions(tune=True))
-    assert found.keep == ["attn.qkv", "mlp.fc2"]
-    assert {entry.layer for entry in found.layers if entry.kept} == {
-        f"blocks.{n}.{kind}" for n in range(3) for kind in found.keep
+    outcome = searched(calibration, "openvino", SearchOptions(tune=True))
+    assert outcome.keep == ["attn.qkv", "mlp.fc2"]
+    assert {entry.layer for entry in outcome.layers if entry.kept} == {
+        f"blocks.{n}.{kind}" for n in range(3) for kind in outcome.keep
     }
     with pytest.raises(UsageError, match="cannot time tensorrt"):
         SearchOptions(tune=True).check("tensorrt", has_decoder=True)

@@ -48,5 +48,5 @@ def test_a_seed_for_each_picture(tokens: Scratch, monkeypatch: pytest.MonkeyPatc
 def test_it_can_be_timed(tokens: Scratch, tmp_path: Path) -> None:
     calibration = tokens.calibrate(Plan(pictures=2, steps=2))
     with open_search(tmp_path / "search", tokens, calibration, "onnxruntime") as search:
-        found = search.run(SearchOptions(tune=True), [])
-    assert [entry.layer for entry in found.layers] == ["mlp.0", "mlp.2"]
+        outcome = search.run(SearchOptions(tune=True), [])
+    assert [entry.layer for entry in outcome.layers] == ["mlp.0", "mlp.2"]

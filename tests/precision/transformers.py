@@ -120,13 +120,13 @@ def network(name: str) -> Network:
 
 @torch.no_grad()
 def _plant(module: nn.Module, case: Case) -> None:
-    modules = {name: found for name, found in module.named_modules() if isinstance(found, nn.Linear | nn.Conv2d)}
+    modules = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     channels, s = torch.tensor(CHANNELS), torch.tensor(STRETCH)
 
     def matching(pattern: str) -> list[Any]:
-        found = [module for name, module in modules.items() if re.search(pattern, name)]
-        assert found, pattern
-        return found
+        layers = [module for name, module in modules.items() if re.search(pattern, name)]
+        assert layers, pattern
+        return layers
 
     for linear in matching(NORMS) if case.readers else ():
         width = linear.in_features

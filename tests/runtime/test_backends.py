@@ -89,32 +89,32 @@ def test_products_do_not_saturate_where_there_is_no_vnni(bundle, tmp_path, monke
 def asked(pipe: Pipeline, batches: Sequence[int]) -> list[np.ndarray]:
     """Return what the step stage answers to the first samples of one set, for each batch with guidance and without."""
     noise = np.random.default_rng(3).normal(size=(3, *pipe.manifest.state.shape))
-    labels, weights, found = np.array([2, 0, 4]), np.array([4, 1.5, 7], np.float32), []
+    labels, weights, predictions = np.array([2, 0, 4]), np.array([4, 1.5, 7], np.float32), []
     for batch in batches:
         for negative in ({"labels": np.array([5])}, None):
             inputs = pipe.engines.inputs(np.array([300.0]), {"labels": labels[:batch]}, negative, weights[:batch])
-            found.append(pipe.engines.denoise(noise[:batch], inputs, 0)[0])
-    return found
+            predictions.append(pipe.engines.denoise(noise[:batch], inputs, 0)[0])
+    return predictions
 
 
 @pytest.mark.parametrize("threads, streams", [(1, 1), (2, 2), (3, 1)])
 def test_a_row_on_openvino_is_the_same_in_any_batch(bundle, tmp_path, monkeypatch, threads, streams) -> None:
     """Two rows run at once where each can have half of the threads, of cores that are alike. A row's bits depend
     neither on its batch nor on the threads, nor on what ran before."""
-    module, seen = backends.backend("openvino"), []
+    module, settings = backends.backend("openvino"), []
     compile_ = module.OvEngine._compile
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(module, "UNLIKE", tmp_path / "cpu_atom")
     monkeypatch.setattr(
-        module.OvEngine, "_compile", lambda self, *model, **how: seen.append(how) or compile_(self, *model, **how)
+        module.OvEngine, "_compile", lambda self, *model, **how: settings.append(how) or compile_(self, *model, **how)
     )
     on(bundle, "openvino")
     with Pipeline.load(bundle, threads=1) as pipe:
         alone, alone_unguided = asked(pipe, [1])
-    seen.clear()
+    settings.clear()
     with Pipeline.load(bundle, threads=threads) as pipe:
         guided, unguided, *_, again, again_unguided = asked(pipe, [3, 2, 1])
-    assert max(how.get("NUM_STREAMS", 1) for how in seen) == streams
+    assert max(how.get("NUM_STREAMS", 1) for how in settings) == streams
     for one, whole in ((again, guided), (alone, guided), (again_unguided, unguided), (alone_unguided, unguided)):
         np.testing.assert_array_equal(one, whole[:1])
     assert np.abs(guided - unguided).max() > 1e-3

@@ -111,11 +111,11 @@ def test_no_manifest(refused, bundle):
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
+    ("version", "said"),
     [(3, "upgrade"), (99, "upgrade"), (1, "rebuild"), ("2", "format"), (None, "format"), (2.5, "format")],
 )
-def test_another_format(refused, bundle, found, said):
-    edit(bundle, format=found, something="that format 2 does not know")
+def test_another_format(refused, bundle, version, said):
+    edit(bundle, format=version, something="that format 2 does not know")
     refused("manifest.json", said, "expected 2")
 
 

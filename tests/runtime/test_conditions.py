@@ -95,7 +95,7 @@ def test_labels_by_name_and_number(contract) -> None:
     rows = checked(contract("labels"), labels=labels).condition
     np.testing.assert_array_equal(rows["labels"], [0, 1, 1, 3, 3, 4, 4, 3, 1])
     assert rows["labels"].dtype == np.int64 and checked(contract("labels"), labels="elk").samples == 1
-    with pytest.raises(UsageError, match='did you mean "hound"'):
+    with pytest.raises(UsageError, match=r'did you mean "hound"\?\); the bundle has ant, bee, cat, …'):
         checked(contract("labels"), labels=["hounds"])
 
 
@@ -143,8 +143,8 @@ def test_what_guidance_leads_away_from(contract) -> None:
 def test_negative_rows_are_one_or_one_each(contract) -> None:
     own = {"captions": captions(3)}
     for rows in (1, 3):
-        found = checked(contract("captioned"), condition=own, negative={"captions": captions(rows)})
-        assert len(found.negative["captions"]) == rows
+        request = checked(contract("captioned"), condition=own, negative={"captions": captions(rows)})
+        assert len(request.negative["captions"]) == rows
     with pytest.raises(UsageError, match="negative has 2 rows; expected one, or one for each of 3 samples"):
         checked(contract("captioned"), condition=own, negative={"captions": captions(2)})
     with pytest.raises(UsageError, match="negative: captions has shape"):
@@ -160,8 +160,8 @@ def test_negative_rows_are_one_or_one_each(contract) -> None:
     ids=str,
 )
 def test_samples_without_any_condition(contract, options, samples) -> None:
-    found = checked(contract("free"), **options)
-    assert found.samples == samples and found.condition == {} and found.negative is None
+    request = checked(contract("free"), **options)
+    assert request.samples == samples and request.condition == {} and request.negative is None
 
 
 def test_distinct_rows_are_told_apart_by_all_their_bytes() -> None:

@@ -60,9 +60,9 @@ def test_a_warning_is_no_second_line() -> None:
 
 
 def test_the_option_is_no_commands_own() -> None:
-    seen: list[str] = []
-    assert guarded("dit-run", lambda words: seen.extend(words) or 0, ["info", "--debug", "x"]) == 0
-    assert seen == ["info", "x"]
+    arguments: list[str] = []
+    assert guarded("dit-run", lambda words: arguments.extend(words) or 0, ["info", "--debug", "x"]) == 0
+    assert arguments == ["info", "x"]
 
 
 @pytest.mark.parametrize(

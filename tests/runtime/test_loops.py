@@ -78,10 +78,10 @@ def test_the_matrices_are_the_solver(prediction, solver, steps) -> None:
     for kind in ("midpoint", "heun"):
         process = Process(prediction=prediction, sampler=Sampler(solver=solver, solver_type=kind))
         matrices = linear(process, solver, steps)
-        kept = np.zeros(64)
+        previous = np.zeros(64)
         asked = 0
         for matrix, (x, output, after) in zip(matrices, states(process, solver, steps), strict=True):
-            kept, made = matrix @ np.stack([x, output, kept])
+            previous, made = matrix @ np.stack([x, output, previous])
             # Both in float64; what is kept at α = 0.006 is a difference of numbers 156 times as large. Measured 4e-14.
             assert np.linalg.norm(made - after) <= 1e-11 * np.linalg.norm(after)
             asked += 1
@@ -150,18 +150,18 @@ def of_process(folder, prediction: str, solver: str):
 def test_both_loops_draw_the_same(bundle, stays, prediction, solver) -> None:
     """25 steps from one noise, each compared; more samples than a batch, with a last one that is smaller."""
     of_process(bundle, prediction, solver)
-    seen: dict[str, list[np.ndarray]] = {}
+    runs: dict[str, list[np.ndarray]] = {}
     for kind in ("solver", "matrices"):
         if kind == "matrices":
             stays()
-        seen[kind] = steps = []
+        runs[kind] = steps = []
         with Pipeline.load(bundle, threads=1) as pipe:
             options = {"steps": 25, "guidance": [3.0, 1.0, 2.0, 4.0, 5.0], "solver": solver, "seed": 2}
             watch = lambda step, total, x, steps=steps: steps.append(x)  # noqa: E731
             final = pipe.sample([1, 3, 0, 4, 3], **options, output="latents", on_step=watch)
         np.testing.assert_array_equal(final, steps[-1].astype(np.float32))
-    assert len(seen["solver"]) == len(seen["matrices"]) == (50 if solver == "heun" else 25) and Host.uploads > 0
-    errors = [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in zip(seen["solver"], seen["matrices"], strict=True)]
+    assert len(runs["solver"]) == len(runs["matrices"]) == (50 if solver == "heun" else 25) and Host.uploads > 0
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in zip(runs["solver"], runs["matrices"], strict=True)]
     assert errors[0] <= STEPWISE and max(errors) <= WHOLE and max(errors) > 0  # not the same loop twice
 
 
@@ -197,11 +197,11 @@ def test_each_step_alone(bundle, stays) -> None:
     matrices = linear(contract.process, "dpm++", 25)
     run = solve(contract.process, "dpm++", 25, Noise(0).normal(shape), no_noise)
     x, _ = next(run)
-    kept = np.zeros(shape, np.float32)
+    previous = np.zeros(shape, np.float32)
     missed = []
     for index, wave in enumerate(Noise(1).normal((25, *shape))):
         prediction = (0.8 * x + 0.3 * wave).astype(np.float32)
-        states = {"latents": x.astype(np.float32), "prediction": prediction, "previous": kept}
+        states = {"latents": x.astype(np.float32), "prediction": prediction, "previous": previous}
         try:
             after, _ = run.send((prediction, None))
         except StopIteration as end:
@@ -211,7 +211,7 @@ def test_each_step_alone(bundle, stays) -> None:
         )
         assert np.linalg.norm(made["next"] - after) <= STEPWISE * np.linalg.norm(after)
         missed.append(np.linalg.norm(other["next"] - after) / np.linalg.norm(after))
-        x, kept = after, made["kept"]
+        x, previous = after, made["kept"]
     assert min(missed) > 100 * STEPWISE
 
 

@@ -159,17 +159,17 @@ def test_each_stage_runs_once_per_what_it_depends_on(opened, budget, whole) -> N
     groups = np.array([[0, 1, 2], [3, 3, 3]])
     weights = np.ones(3, np.float32)
     inputs = StepInputs(pipe.manifest, counted, times, rows, groups, weights, budget=budget, whole=whole)
-    found = [inputs(step, slice(0, 3)) for step in range(4)]
+    arrays = [inputs(step, slice(0, 3)) for step in range(4)]
     assert counted.rows["context"] == 3  # words 0 and 1 are equal
     assert counted.rows["summary"] == 3  # of words and pooled together: 0 and 1 are equal
     assert counted.rows["conditioner"] == 3 * 3
     assert counted.rows["modulation"] == 3 or (budget == 1 and not whole and counted.rows["modulation"] <= 6)
-    assert found[0]["conditioning"].shape == (2, 3, 2, 8) and found[0]["words_mask"].shape == (2, 3, 3)
+    assert arrays[0]["conditioning"].shape == (2, 3, 2, 8) and arrays[0]["words_mask"].shape == (2, 3, 3)
     for name in ("conditioning", "modulation"):  # of time
-        np.testing.assert_array_equal(found[1][name], found[2][name])
-        assert np.abs(found[0][name] - found[1][name]).max() > 1e-4
+        np.testing.assert_array_equal(arrays[1][name], arrays[2][name])
+        assert np.abs(arrays[0][name] - arrays[1][name]).max() > 1e-4
     for name in ("context", "words_mask", "guidance"):
-        assert found[0][name] is found[3][name]
+        assert arrays[0][name] is arrays[3][name]
 
 
 def by_hand(pipe, time: float, rows: dict[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
@@ -187,35 +187,35 @@ def test_the_rows_are_those_of_their_samples(opened) -> None:
     inputs = StepInputs(pipe.manifest, pipe.engines.run, times, rows, groups, np.ones(5, np.float32), budget=1)
     for step, time in enumerate(times):
         for samples in (slice(0, 3), slice(3, 6)):
-            found = inputs(step, samples)
+            arrays = inputs(step, samples)
             for place, row in enumerate(groups[0][samples]):
                 for group, number in enumerate((row, 5)):
                     for name, values in by_hand(pipe, time, rows, number).items():
-                        if name in found:
-                            np.testing.assert_allclose(found[name][group, place], values[0], rtol=1e-5, atol=1e-6)
+                        if name in arrays:
+                            np.testing.assert_allclose(arrays[name][group, place], values[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
 def stacks(monkeypatch) -> list[tuple[str, int]]:
     """The names and numbers of rows of what does not change with the step, each time that it is stacked."""
-    found: list[tuple[str, int]] = []
+    calls: list[tuple[str, int]] = []
     call = StepInputs.__call__
 
     def counted(self, step, samples, groups):
         before = self._held[1]
         values = call(self, step, samples, groups)
         if self._held[1] is not before:
-            found.append((step, samples.start))
+            calls.append((step, samples.start))
         return values
 
     monkeypatch.setattr(StepInputs, "__call__", counted)
-    return found
+    return calls
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_a_run_that_fits_the_engine_stacks_once(opened, stacks, monkeypatch, guidance) -> None:
     pipe = opened("captioned")
-    kept = draw(pipe, 3, guidance=guidance)
+    latents = draw(pipe, 3, guidance=guidance)
     assert stacks == [(0, 0)]
     call = StepInputs.__call__
 
@@ -224,7 +224,7 @@ def test_a_run_that_fits_the_engine_stacks_once(opened, stacks, monkeypatch, gui
         return call(self, step, samples, groups)
 
     monkeypatch.setattr(StepInputs, "__call__", forgetful)
-    np.testing.assert_array_equal(draw(pipe, 3, guidance=guidance), kept)
+    np.testing.assert_array_equal(draw(pipe, 3, guidance=guidance), latents)
     assert len(stacks) == 1 + 4
 
 

@@ -96,11 +96,11 @@ def test_one_version_everywhere() -> None:
 
 def installed(name: str) -> Iterator[Distribution]:
     """Yield an installed distribution and all that it requires here; a marker that asks for an extra is not met."""
-    waiting, seen = [name], set()
+    waiting, names = [name], set()
     while waiting:
         one = distribution(waiting.pop())
-        if one.name not in seen:
-            seen.add(one.name)
+        if one.name not in names:
+            names.add(one.name)
             yield one
             needs = map(Requirement, one.requires or ())
             waiting += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]

@@ -76,14 +76,14 @@ def test_guidance_per_sample(pipe):
 @pytest.mark.parametrize("solver", ["ddim", "unipc", "deis3"])
 def test_times_of_a_request(pipe, solver):
     """A list in words or numbers is one and the same run, and its count is the steps."""
-    seen = []
-    watch = lambda step, steps, _: seen.append((step, steps))  # noqa: E731
+    steps_done = []
+    watch = lambda step, steps, _: steps_done.append((step, steps))  # noqa: E731
 
     def drawn(spacing, steps=None, **options):
         return latents(pipe, [3], solver=solver, spacing=spacing, steps=steps, **options)
 
     words = drawn("999, 640, 300", on_step=watch)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert steps_done == [(1, 3), (2, 3), (3, 3)]
     np.testing.assert_array_equal(drawn((999, 640.0, np.int64(300))), words)
     assert far(drawn("999, 640, 301", steps=3), words) > 1e-6
     for spacing, message in [
@@ -123,20 +123,22 @@ def test_guidance_below_one_is_none_in_a_batch_too(pipe):
 )
 def test_when_the_null_rows_are_needed(pipe, up_to_one_, guidance, groups):
     """Meta's dialect leaves them out at exactly 1, diffusers' up to 1; else half of the work would be in vain."""
-    seen, asked = set(), set()
-    record = watch_denoiser(pipe, lambda inputs: seen.add(inputs["conditioning"].shape[0]), up_to_one(pipe, up_to_one_))
+    counts, asked = set(), set()
+    record = watch_denoiser(
+        pipe, lambda inputs: counts.add(inputs["conditioning"].shape[0]), up_to_one(pipe, up_to_one_)
+    )
     conditioner = pipe.engines.opened["conditioner"]
     record.engines.opened["conditioner"] = WatchedEngine(conditioner, lambda i: asked.update(i["labels"].tolist()))
     latents(record, [1, 2], guidance=guidance, steps=2)
-    assert seen == {groups} and asked == {1, 2, NULL} - ({NULL} if groups == 1 else set())
+    assert counts == {groups} and asked == {1, 2, NULL} - ({NULL} if groups == 1 else set())
 
 
 def test_on_step(pipe):
-    seen = []
-    final = latents(pipe, [1], on_step=lambda step, steps, x: seen.append((step, steps, x.copy())))
-    assert [entry[:2] for entry in seen] == [(step, 5) for step in range(1, 6)]
-    assert np.array_equal(seen[-1][2].astype(np.float32), final)
-    assert all(far(a[2], b[2]) > 1e-4 for a, b in pairwise(seen))
+    events = []
+    final = latents(pipe, [1], on_step=lambda step, steps, x: events.append((step, steps, x.copy())))
+    assert [entry[:2] for entry in events] == [(step, 5) for step in range(1, 6)]
+    assert np.array_equal(events[-1][2].astype(np.float32), final)
+    assert all(far(a[2], b[2]) > 1e-4 for a, b in pairwise(events))
 
 
 def test_latents_of_the_users_own(pipe):
@@ -210,8 +212,8 @@ def test_a_negative_for_each_sample(opened):
     together = pipe.sample(condition={"captions": own}, negative={"captions": away}, seed=[1, 2, 3, 4], **options)
     for number in range(4):
         rows = slice(number, number + 1)
-        given = {"condition": {"captions": own[rows]}, "negative": {"captions": away[rows]}}
-        assert far(together[number], pipe.sample(seed=[number + 1], **given, **options)[0]) < SPLIT_RTOL
+        conditions = {"condition": {"captions": own[rows]}, "negative": {"captions": away[rows]}}
+        assert far(together[number], pipe.sample(seed=[number + 1], **conditions, **options)[0]) < SPLIT_RTOL
     shared = pipe.sample(condition={"captions": own}, negative={"captions": away[:1]}, seed=[1, 2, 3, 4], **options)
     assert far(shared[0], together[0]) < SPLIT_RTOL and far(shared[1], together[1]) > 0.01
 

@@ -79,12 +79,12 @@ def test_what_is_there_stays_and_what_is_damaged_is_drawn_again(folder, tmp_path
     files[3].write_bytes(files[0].read_bytes())  # another's
     with np.load(files[4]) as arrays:
         np.savez(files[4], **{**arrays, "arr_0": arrays["arr_0"][:, :, :-1]})
-    kept = files[0].stat().st_mtime_ns
+    written = files[0].stat().st_mtime_ns
     (into / ".shard-00001.partial-0a.npz").write_bytes(b"killed while it wrote")
     capsys.readouterr()
     assert sample(folder, into, "--json") == 0
     assert json.loads(capsys.readouterr().out)["drawn"] == 4
-    assert read(into) == first and files[0].stat().st_mtime_ns == kept
+    assert read(into) == first and files[0].stat().st_mtime_ns == written
     assert not [*into.glob("*partial-*")]
 
 

@@ -150,8 +150,8 @@ def test_the_cosine_schedule_is_diffusers(solver):
 def improved_ddpm(steps, seed, *, strided, eta=None):
     """Improved DDPM's respaced sampling: p_sample with a learned range, or ddim_sample where eta is given."""
     base = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    kept = np.arange(0, 1000, 1000 // steps) if strided else np.round(np.linspace(0, 999, steps)).astype(int)
-    betas = 1 - base[kept] / np.append(1.0, base[kept][:-1])
+    places = np.arange(0, 1000, 1000 // steps) if strided else np.round(np.linspace(0, 999, steps)).astype(int)
+    betas = 1 - base[places] / np.append(1.0, base[places][:-1])
     abar = np.cumprod(1 - betas)
     prev = np.append(1.0, abar[:-1])
     posterior = betas * (1 - prev) / (1 - abar)
@@ -159,7 +159,7 @@ def improved_ddpm(steps, seed, *, strided, eta=None):
     noise, model = Noise(seed), Model(Process())
     x = noise.normal(SHAPE).astype(np.float64)
     for i in reversed(range(steps)):
-        eps, v = model(x, float(kept[i]))
+        eps, v = model(x, float(places[i]))
         x0 = np.sqrt(1 / abar[i]) * x - np.sqrt(1 / abar[i] - 1) * eps
         z = noise.normal(SHAPE) if i and eta != 0 else 0.0
         if eta is None:

@@ -132,15 +132,15 @@ def test_a_batcher_draws_it(handmade) -> None:
             level = request.check(pipe.manifest).levels[run.done - 1]
             previews[run.done] = preview.pictures(pipe, level, ask.state, answer[0])
         expected = run.result()
-    seen = []
+    events = []
     batcher = Batcher(Pipeline.load(handmade("pictured"), threads=1))
     try:
-        ticket = batcher.submit(request, listener=lambda *row: seen.append(row), previews=2)
+        ticket = batcher.submit(request, listener=lambda *row: events.append(row), previews=2)
         np.testing.assert_array_equal(ticket.future.result(60), expected)
     finally:
         batcher.close()
-    assert [row[:2] for row in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    drawn_at = {row[0]: row[2] for row in seen if row[2] is not None}
+    assert [row[:2] for row in events] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    drawn_at = {row[0]: row[2] for row in events if row[2] is not None}
     assert drawn_at.keys() == {1, 2}
     for done, pictures_there in drawn_at.items():
         np.testing.assert_array_equal(pictures_there, previews[done])

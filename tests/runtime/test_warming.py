@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.fixture
 def shapes(monkeypatch) -> Shapes:
     """Record the shapes that opened engines run at, by stage: of the loop and of the decoder, their inputs' shapes."""
-    seen: Shapes = set()
+    recorded: Shapes = set()
     module = backends.backend("onnxruntime")
     open_ = module.open
 
@@ -44,11 +44,11 @@ def shapes(monkeypatch) -> Shapes:
 
         def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             if self.stage in STEP_OR_END:
-                seen.update((f"{self.stage} {name}", values.shape) for name, values in inputs.items())
+                recorded.update((f"{self.stage} {name}", values.shape) for name, values in inputs.items())
             return self.engine.run(inputs)
 
     monkeypatch.setattr(module, "open", Watched)
-    return seen
+    return recorded
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

@@ -111,9 +111,9 @@ def test_a_request_that_meets_a_closing_bundle_gets_the_new_one(link: Path, monk
         rename(new, "v2")
         point(link, new)
         assert server.model.swap() and not old.alive
-        seen = iter([old])
-        monkeypatch.setattr(Model, "batcher", property(lambda model: next(seen, model.served.batcher)))
-        assert server.draw(num_inference_steps=2).status == 200 and next(seen, None) is None
+        batchers = iter([old])
+        monkeypatch.setattr(Model, "batcher", property(lambda model: next(batchers, model.served.batcher)))
+        assert server.draw(num_inference_steps=2).status == 200 and next(batchers, None) is None
 
 
 def test_one_wrong_weight_never_serves_a_picture(link: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,12 @@ from tests.serve.watched import Serve
 def test_stages_before_the_loop_run_once_a_row(serve: Serve) -> None:
     batcher, _ = serve()
     first = batcher.submit(Request(1, steps=4, guidance=3.0, seed=1)).result(WAIT)
-    seen = batcher.memo.misses
-    assert seen == 2 * 4  # the label and what guidance leads away from, at each timestep
+    misses = batcher.memo.misses
+    assert misses == 2 * 4  # the label and what guidance leads away from, at each timestep
     again = batcher.submit(Request(1, steps=4, guidance=3.0, seed=1)).result(WAIT)
-    assert batcher.memo.misses == seen and batcher.memo.hits == 2 * 4 and np.array_equal(first, again)
+    assert batcher.memo.misses == misses and batcher.memo.hits == 2 * 4 and np.array_equal(first, again)
     batcher.submit(Request(2, steps=4, guidance=3.0)).result(WAIT)
-    assert batcher.memo.misses == seen + 4
+    assert batcher.memo.misses == misses + 4
 
 
 def test_a_run_that_has_ended_holds_no_memory(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dit_export.bundle import triton
+from dit_export.bundle import signing, triton
 from dit_export.cli import main
 from dit_runtime import Pipeline
-from dit_runtime.bundle import manifest
+from dit_runtime.bundle import manifest, signature
 from dit_serve.triton import TritonPythonModel
 from tests.serve import fake_triton
 from tests.serve.fake_triton import Asked, MetricFamily, words
@@ -236,6 +237,28 @@ def test_a_damaged_bundle_is_not_served(export) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.raises(fake_triton.TritonModelException, match=r"denoiser\.onnx"), loaded(model):
+        pass
+
+
+def test_a_public_key(folder, tmp_path, capsys) -> None:
+    """No model is written of a bundle that the key's owner has not signed, or loaded whose signature is gone."""
+    key, signed = tmp_path / "key.pem", tmp_path / "signed"
+    signing.new_key(key)
+    shutil.copytree(folder, signed)
+    words_ = "-o", str(tmp_path / "repository"), "--name", "demo", "--public-key", f"{key}.pub"
+    assert main(["triton", str(signed), *words_]) == 2 and "not signed" in capsys.readouterr().err
+    signing.sign_bundle(signed, key)
+    assert main(["triton", str(signed), *words_]) == 0
+    model = tmp_path / "repository/demo"
+    with loaded(model) as instance:
+        ((drawn,),) = answered(instance, asked())
+        assert drawn.error is None
+    (model / "1/bundle" / signature.NAME).unlink()
+    with pytest.raises(fake_triton.TritonModelException, match="not signed"), loaded(model):
+        pass
+    refused = pytest.raises(fake_triton.TritonModelException, match="public_key is no")
+    odd = {"public_key": {"string_value": "key.pem.pub"}}
+    with refused, loaded(model, lambda config: config["parameters"].update(odd)):
         pass
 
 

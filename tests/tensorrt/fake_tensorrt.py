@@ -282,8 +282,8 @@ class OnnxContext(Context):
     def get_tensor_shape(self, name):
         known = {
             symbol: size
-            for given, shape in self.shapes.items()
-            for symbol, size in zip(self.engine.inputs[given].shape, shape, strict=True)
+            for input_name, shape in self.shapes.items()
+            for symbol, size in zip(self.engine.inputs[input_name].shape, shape, strict=True)
         }
         return tuple(known.get(size, size) for size in self.engine.outputs[name].shape)
 

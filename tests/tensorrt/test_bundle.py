@@ -94,9 +94,9 @@ def test_what_a_build_leaves(meta, tmp_path, one_thread) -> None:
     "command", [["verify"], ["sample", "--labels", "1", "-o", "x.npy"], ["bench"]], ids=lambda c: c[0]
 )
 def test_without_a_driver(built, capsys, command) -> None:
-    code, told = run(capsys, command[0], str(built), *command[1:])
-    assert code == 2 and "conditioner.tensorrt-rtx.engine: cannot run here: " in told
-    assert f"dit-run compile {built} --backend tensorrt-rtx" in told and told.count("\n") == 1
+    code, output = run(capsys, command[0], str(built), *command[1:])
+    assert code == 2 and "conditioner.tensorrt-rtx.engine: cannot run here: " in output
+    assert f"dit-run compile {built} --backend tensorrt-rtx" in output and output.count("\n") == 1
 
 
 def test_a_flipped_byte_is_seen_first(bundle, capsys) -> None:
@@ -104,8 +104,8 @@ def test_a_flipped_byte_is_seen_first(bundle, capsys) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    code, told = run(capsys, "verify", str(bundle))
-    assert code == 2 and "conditioner.tensorrt-rtx.engine does not have the sha256 of its manifest" in told
+    code, output = run(capsys, "verify", str(bundle))
+    assert code == 2 and "conditioner.tensorrt-rtx.engine does not have the sha256 of its manifest" in output
 
 
 @pytest.mark.parametrize("version", ["1.6.0", "2.0"])
@@ -116,14 +116,14 @@ def test_another_version(bundle, capsys, monkeypatch, version) -> None:
         table["built_with"]["engines"]["tensorrt-rtx"]["conditioner"]["version"] = version
 
     edit(bundle, change)
-    code, told = run(capsys, "verify", str(bundle))
-    assert code == 2 and f"built by tensorrt-rtx {version}, and here is 1.7" in told
+    code, output = run(capsys, "verify", str(bundle))
+    assert code == 2 and f"built by tensorrt-rtx {version}, and here is 1.7" in output
 
 
 def test_another_gpu(built, capsys, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "runtime", lambda: Cuda("9.0"))
-    code, told = run(capsys, "verify", str(built))
-    assert code == 2 and "compute capability 9.0 here, and the engine is for 8.6, 8.9" in told
+    code, output = run(capsys, "verify", str(built))
+    assert code == 2 and "compute capability 9.0 here, and the engine is for 8.6, 8.9" in output
 
 
 @pytest.mark.parametrize("wrong", [3, [], {"version": 3}, {"compute_capabilities": "8.9"}, {"tuning": None}], ids=str)
@@ -132,14 +132,14 @@ def test_a_malformed_record_of_an_engine(bundle, capsys, wrong) -> None:
         table["built_with"]["engines"]["tensorrt-rtx"]["conditioner"] = wrong
 
     edit(bundle, change)
-    code, told = run(capsys, "verify", str(bundle))
-    assert (code == 2 and "cannot run here" in told) or "built_with says" in told
+    code, output = run(capsys, "verify", str(bundle))
+    assert (code == 2 and "cannot run here" in output) or "built_with says" in output
 
 
 def test_compiled_again_on_the_target(plain, capsys) -> None:
     """A bundle that was built for another backend is compiled from its ONNX."""
-    code, told = run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
-    assert code == 0 and told.startswith("compiled and not verified: ")
+    code, output = run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx", "--compute-capability", "12.0")
+    assert code == 0 and output.startswith("compiled and not verified: ")
     contract = manifest.read(plain)
     assert contract.step.files == ("denoiser.tensorrt-rtx.engine",)
     built = contract.built_with["engines"]["tensorrt-rtx"]["denoiser"]
@@ -167,9 +167,9 @@ def test_compiled_again_beside_what_works(bundle, capsys, monkeypatch) -> None:
     assert run(capsys, *command)[0] == 1
     after = files(bundle)
     assert manifest.read(bundle, engines=False) == contract and victim.read_text() == "precious"
-    kept = {name for name in before if not name.endswith(".again.engine")} - {"manifest.json"}
-    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
-    assert kept | {"manifest.json"} == after.keys()  # nor are engines left that failed
+    unchanged = {name for name in before if not name.endswith(".again.engine")} - {"manifest.json"}
+    assert {name: after[name] for name in unchanged} == {name: before[name] for name in unchanged}
+    assert unchanged | {"manifest.json"} == after.keys()  # nor are engines left that failed
 
     monkeypatch.setattr(dit_runtime.cli, "_figures", lambda options: [replace(wrong[0], value=1e-5)])
     for turn, name in (("again", "denoiser.tensorrt-rtx.again.engine"), ("back", "denoiser.tensorrt-rtx.engine")):
@@ -206,15 +206,15 @@ def test_a_disk_that_is_full_at_the_end(bundle, capsys, monkeypatch) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(manifest, "write", full)
-    code, told = run(capsys, "compile", str(bundle), "--backend", "tensorrt-rtx")
-    assert code == 2 and "No space left" in told
+    code, output = run(capsys, "compile", str(bundle), "--backend", "tensorrt-rtx")
+    assert code == 2 and "No space left" in output
     assert files(bundle) == before
 
 
 def test_what_was_not_verified_does_not_say_that_it_was(plain, capsys) -> None:
     command = ["compile", str(plain), "--backend", "tensorrt-rtx", "--json"]
-    code, told = run(capsys, *command)
-    assert code == 0 and json.loads(told)["passed"] is None
+    code, output = run(capsys, *command)
+    assert code == 0 and json.loads(output)["passed"] is None
     assert manifest.read(plain).parity == {"proof": "sensitive"}  # of the weights, which are the same
     assert "parity     not verified, proof: sensitive" in run(capsys, "info", str(plain))[1]
 
@@ -235,7 +235,7 @@ def test_an_engine_of_another_backend_is_no_obstacle(plain, capsys, damage) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reason"),
     [
         (["openvino", "--compute-capability", "8.9", "--strip-plan"], "the options of TensorRT were given"),
         (["tensorrt-rtx", "--threads", "4"], "threads and provider are options of the CPU's backends"),
@@ -243,10 +243,10 @@ def test_an_engine_of_another_backend_is_no_obstacle(plain, capsys, damage) -> N
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )
-def test_options_of_another_backend_are_refused(plain, capsys, options, told) -> None:
+def test_options_of_another_backend_are_refused(plain, capsys, options, reason) -> None:
     before = files(plain)
     code, error = run(capsys, "compile", str(plain), "--backend", *options)
-    assert code == 2 and told in error and files(plain) == before
+    assert code == 2 and reason in error and files(plain) == before
 
 
 def test_a_bundle_of_another_precision_is_not_compiled(plain, capsys) -> None:
@@ -256,17 +256,17 @@ def test_a_bundle_of_another_precision_is_not_compiled(plain, capsys) -> None:
         next(stage for stage in table["stages"] if stage["name"] == "denoiser")["precision"] = "bf16"
 
     edit(plain, change)
-    code, told = run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx")
-    assert code == 1 and "denoiser: 2 of 2 products are not in bf16" in told
+    code, output = run(capsys, "compile", str(plain), "--backend", "tensorrt-rtx")
+    assert code == 1 and "denoiser: 2 of 2 products are not in bf16" in output
     assert manifest.read(plain).step.backend == "onnxruntime"
 
 
 def test_the_options_are_refused_before_the_work(meta, tmp_path, capsys) -> None:
     command = ["build", "--checkpoint", str(meta.checkpoint), "--precision", "fp8", "-o", str(tmp_path / "x")]
-    for options, told in (
+    for options, reason in (
         (["--backend", "tensorrt-rtx", "--compute-capability", "8.6"], "compute capability 8.6 has no fp8"),
         (["--backend", "tensorrt-rtx", "--version-compatible"], "tensorrt-rtx has no --version-compatible"),
         (["--backend", "onnxruntime", "--precision", "fp16", "--refittable"], "options of TensorRT were given"),
     ):
         assert main([*command, *options]) == 2
-        assert told in capsys.readouterr().err
+        assert reason in capsys.readouterr().err

@@ -111,12 +111,12 @@ def test_what_is_kept_wide_is_an_island(small, tmp_path) -> None:
     plain = denoiser(small, SMALL, "fp32")
     attention = next(node for node in plain.nodes if node.op == "Attention")
     wide = (attention.inputs[0].name, attention.outputs[0].name)
-    (kept,) = (node.name for node in fp32_products(plain, wide))
+    (island,) = (node.name for node in fp32_products(plain, wide))
     contract = save(denoiser(small, SMALL, "fp16", wide), tmp_path, "fp16")
     with pytest.raises(GateError, match="1 of 7 products are not in fp16"):
         compile_(contract, tmp_path)
-    census = compile_(contract, tmp_path, islands=(kept,)).built["census"]
-    assert census == {"of": "network", "products": {"fp16": 6, "fp32": 1}, "islands": [kept]}
+    census = compile_(contract, tmp_path, islands=(island,)).built["census"]
+    assert census == {"of": "network", "products": {"fp16": 6, "fp32": 1}, "islands": [island]}
 
 
 @pytest.mark.parametrize(("precision", "width"), [("fp32", 72), ("fp16", 512)])

@@ -23,10 +23,10 @@ def test_every_shape_of_both_profiles(device, trt, plan, name) -> None:
     assert engine.io == (("x",), ("y",))
     engine.run({"x": rows(1)})  # which takes the host's memory
     held = set(device.open)
-    kept = []
+    results = []
     for count in (1, 3, 4, 5, 8, 8, 8, 1, 8):
-        kept.append((count, engine.run({"x": rows(count)})["y"]))
-    for count, y in kept:  # what came out is not overwritten by what comes later
+        results.append((count, engine.run({"x": rows(count)})["y"]))
+    for count, y in results:  # what came out is not overwritten by what comes later
         np.testing.assert_array_equal(y, 2 * rows(count))
     if name == "tensorrt-rtx":
         assert set(device.open) == held  # no memory is taken in a run, only before
@@ -133,10 +133,10 @@ def test_a_recording_that_fails_leaves_nothing(device, instantiates, reason) -> 
 
 def test_kernels_are_kept_for_the_next_time(device, trt, plan, tmp_path) -> None:
     cache = tmp_path / "cache"
-    for seen in ([], [b"kernels"]):
+    for kernels in ([], [b"kernels"]):
         engine = backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=cache))
         engine.close()
-        assert trt.kernels == seen
+        assert trt.kernels == kernels
     assert [path.name for path in cache.iterdir()] == ["denoiser.tensorrt.kernels.checked"]
 
 
@@ -148,10 +148,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(device, trt, plan) -> No
 
 
 def test_kernels_that_cannot_be_kept_leave_nothing(device, trt, plan, tmp_path) -> None:
-    kept = tmp_path / "cache" / "denoiser.tensorrt.kernels.checked"
-    kept.mkdir(parents=True)  # which no file takes the place of
-    backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=kept.parent)).close()
-    assert [*kept.parent.iterdir()] == [kept]
+    file = tmp_path / "cache" / "denoiser.tensorrt.kernels.checked"
+    file.mkdir(parents=True)  # which no file takes the place of
+    backend("tensorrt-rtx").open([plan], Options(built=BUILT, cache=file.parent)).close()
+    assert [*file.parent.iterdir()] == [file]
 
 
 def test_kernels_of_a_shape_are_its_own_from_the_first_run_on(device, trt, plan) -> None:

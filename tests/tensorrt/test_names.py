@@ -31,12 +31,12 @@ BY_NAME |= {"DEQUANTIZE", "WORKSPACE", *trt_engine.DTYPES}
 
 
 def used() -> set[str]:
-    found = set(BY_NAME)
+    names = set(BY_NAME)
     for module in (trt, trt_network, trt_engine):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if isinstance(node, ast.Attribute) and _is_held(node.value):
-                found.add(node.attr)
-    return found - OURS
+                names.add(node.attr)
+    return names - OURS
 
 
 def _is_held(node: ast.expr) -> bool:

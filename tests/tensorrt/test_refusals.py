@@ -22,7 +22,7 @@ from tests.tensorrt.fake_tensorrt import Context, Unset
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "reason"),
     [
         ("create_execution_context", "has no memory for this engine"),
         ("set_optimization_profile_async", "does not set profile 0"),
@@ -31,9 +31,9 @@ from tests.tensorrt.fake_tensorrt import Context, Unset
         ("execute_async_v3", "does not run"),
     ],
 )
-def test_a_context_that_says_no(device, trt, plan, call, told) -> None:
+def test_a_context_that_says_no(device, trt, plan, call, reason) -> None:
     trt.refuses = call
-    with pytest.raises((EngineError, UsageError), match=f"^tensorrt {told}: {call} is not today's$"):
+    with pytest.raises((EngineError, UsageError), match=f"^tensorrt {reason}: {call} is not today's$"):
         backend("tensorrt").open([plan], Options(built=BUILT)).run({"x": rows(2)})
     gc.collect()
     assert device.open == {}
@@ -130,9 +130,9 @@ def test_refused_before_it_is_deserialized(device, trt, plan, change, built, rea
     trt.Runtime = None  # which would be called
     with pytest.raises(
         BundleError, match=f"cannot run here: {re.escape(reason)}.*dit-run compile .* --backend tensorrt-rtx"
-    ) as told:
+    ) as refused:
         backend("tensorrt-rtx").open([plan], Options(built={**BUILT, **built}))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_matrix_that_forgets_is_seen(handmade, pipe, monkeypatch) -> None:
     with Pipeline.load(handmade("labels"), threads=1) as other:
         expected = other.sample(LABELS, **OPTIONS, solver="dpm++")
     linear = run_module.linear
-    monkeypatch.setattr(run_module, "linear", lambda *given, **how: linear(*given, **how) * [1, 1, 0])
+    monkeypatch.setattr(run_module, "linear", lambda *arguments, **how: linear(*arguments, **how) * [1, 1, 0])
     assert far(pipe.sample(LABELS, **OPTIONS, solver="dpm++"), expected) > 100 * FREE_RUN
 
 
@@ -175,8 +175,8 @@ def test_what_is_queued_is_not_overtaken(pipe, monkeypatch) -> None:
                 patch.setattr(cuda.Stream, "wait", lambda self: None)
             for number, target in enumerate(targets, 1):
                 update.run(rows | {"coefficients": np.full((2, 3), number, np.float32)}, {"next": target})
-        found = [float(np.asarray(target).mean()) for target in targets]
-        assert (found == [3.0, 6.0]) is expected
+        means = [float(np.asarray(target).mean()) for target in targets]
+        assert (means == [3.0, 6.0]) is expected
 
 
 def test_everything_is_given_back(pipe, device) -> None:

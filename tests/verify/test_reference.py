@@ -45,10 +45,10 @@ def test_a_large_video_has_one_sample_and_some_frames(shape, pictures, samples, 
 
 def test_frames_of_a_video_are_compared_with_the_same_ones(tmp_path):
     videos = np.arange(2 * 5 * 3, dtype=np.uint8).reshape(2, 5, 1, 1, 3)
-    kept = reference(images=videos[:, [0, 4]], frames=np.array([0, 4]))
-    np.testing.assert_array_equal(kept.shown(videos), kept.images)
+    frames = reference(images=videos[:, [0, 4]], frames=np.array([0, 4]))
+    np.testing.assert_array_equal(frames.shown(videos), frames.images)
     np.testing.assert_array_equal(reference().shown(videos), videos)
-    save_reference(tmp_path, kept, (), {})
+    save_reference(tmp_path, frames, (), {})
     with np.load(tmp_path / "reference.npz") as arrays:
         assert arrays["frames"].tolist() == [0, 4]
 

@@ -114,9 +114,9 @@ def built(shared_embedders) -> Path:
 @pytest.mark.parametrize("page", ["built", "failed"])
 def test_a_browser_shows_it(request, tmp_path, page, width):
     path = request.getfixturevalue(page)
-    found = probe(path, tmp_path, width)
-    assert found["pictures"] == [64] * 6  # two samples: PyTorch's, ours, the difference; of 64 pixels each
-    assert min(found["sizes"]) > 90 and found["wide"] == 0  # to be seen, and nothing to scroll sideways
+    measured = probe(path, tmp_path, width)
+    assert measured["pictures"] == [64] * 6  # two samples: PyTorch's, ours, the difference; of 64 pixels each
+    assert min(measured["sizes"]) > 90 and measured["wide"] == 0  # to be seen, and nothing to scroll sideways
     light, dark = (screenshot(path, tmp_path, width, scheme) for scheme in SCHEMES)
     assert light.shape == dark.shape == (HEIGHT, width, 3)
     assert light[:4].mean() > 240 and dark[:4].mean() < 40
@@ -131,8 +131,8 @@ def test_the_browser_tests_can_fail(failed, tmp_path):
     text = failed.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
     broken.write_text(re.sub(r"(data:image/png;base64,).{40}", r"\1AAAA", text, count=1))
-    found = probe(broken, tmp_path, 390)
-    assert found["pictures"] == [0] + [64] * 5
+    measured = probe(broken, tmp_path, 390)
+    assert measured["pictures"] == [0] + [64] * 5
     broken.write_text(text.replace("<header>", '<div style="width: 900px">wide</div><script>boom()</script><header>'))
     assert probe(broken, tmp_path, 390)["wide"] > 0
     assert console(chromium(broken, tmp_path, "--dump-dom"))  # the policy refuses the script, and says so

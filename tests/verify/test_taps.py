@@ -57,10 +57,10 @@ def build(branch: str) -> gs.Graph:
     return graph
 
 
-@pytest.mark.parametrize(("branch", "found"), [("residual", 1), ("copied", 1), ("other", 0), ("twice", 0)])
-def test_what_is_a_residual_sum(branch, found):
+@pytest.mark.parametrize(("branch", "count"), [("residual", 1), ("copied", 1), ("other", 0), ("twice", 0)])
+def test_what_is_a_residual_sum(branch, count):
     """Not a sum of two inputs' ways, and not x + a · x, as modulation and guidance are."""
-    assert len(residual_sums(build(branch))) == found
+    assert len(residual_sums(build(branch))) == count
 
 
 def test_names_of_places():

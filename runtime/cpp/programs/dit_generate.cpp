@@ -13,8 +13,8 @@
 #include <stdexcept>
 
 #include "arguments.hpp"
+#include "console.hpp"
 #include "errors.hpp"
-#include "exit_code.hpp"
 #include "files.hpp"
 #include "picture_files.hpp"
 #include "public_key.hpp"
@@ -47,15 +47,6 @@ class Progress {
     const bool terminal_;
     const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
-
-std::string json_text(const std::string& text) {
-    std::string json = "\"";
-    for (const char letter : dit_runtime::printable(text)) {
-        if (letter == '"' || letter == '\\') json += '\\';
-        if (static_cast<unsigned char>(letter) >= 0x20) json += letter;
-    }
-    return json + "\"";
-}
 
 // As `dit-run verify --json` says it: JSON knows no NaN.
 std::string json_number(double number) {
@@ -198,14 +189,5 @@ int code_of(const std::exception& error) {
 }  // namespace
 
 int main(int count, char** words) try { return run(count, words); } catch (const std::exception& error) {
-    const int code = code_of(error);
-    const std::string message = dit_runtime::one_line((code == BUG ? "a bug: " : "") + std::string(error.what()));
-    std::cerr << dit_runtime::one_line("dit-generate: error: " + message) << '\n';
-    if (std::find(words, words + count, std::string("--json")) != words + count)
-        std::printf("{\"error\": {\"kind\": \"%s\", \"message\": %s, \"exit_code\": %d}}\n",
-                    code == FAILED    ? "failed"
-                    : code == REFUSED ? "refused"
-                                      : "bug",
-                    json_text(message).c_str(), code);
-    return code;
+    return report("dit-generate", error, code_of(error), count, words);
 }

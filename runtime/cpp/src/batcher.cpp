@@ -115,6 +115,11 @@ double Batcher::lateness(double deadline) const {
     return scheduler_.lateness(any);
 }
 
+void Batcher::count_refused() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++counts_.refused;
+}
+
 void Batcher::close(bool drain) {
     {
         const std::lock_guard<std::mutex> lock(mutex_);

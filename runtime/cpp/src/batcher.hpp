@@ -55,6 +55,7 @@ class Batcher {
     std::shared_ptr<Ticket> submit(Request request) { return submit(std::move(request), Submission()); }
     // By how many seconds what is ahead of any request with this deadline is too much; 0: there is room.
     double lateness(double deadline) const;
+    void count_refused();  // a request that its host refused for that
     // Finishes what is in line, or without `drain` stops it; then the thread has ended.
     void close(bool drain = true);
 

@@ -13,9 +13,10 @@ Call& own_call() {
     return call;
 }
 
-// Work that no call waits for any more. When the process ends, it is waited for.
+// Work that no call waits for any more.
 class Left {
   public:
+    ~Left() { wait(); }
     void add(std::future<void> work) {
         const std::lock_guard<std::mutex> lock(mutex_);
         const auto done = [](const std::future<void>& other) {
@@ -23,6 +24,10 @@ class Left {
         };
         work_.erase(std::remove_if(work_.begin(), work_.end(), done), work_.end());
         work_.push_back(std::move(work));
+    }
+    void wait() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        work_.clear();
     }
 
   private:
@@ -34,6 +39,14 @@ Left& left() {
     static Left all;
     return all;
 }
+
+// A thread's objects are destroyed before any static one. This is made in the thread that loads the library, which is
+// the main thread of most programs.
+struct AtEnd {
+    ~AtEnd() { left().wait(); }
+};
+thread_local AtEnd at_end;
+[[maybe_unused]] const AtEnd* const made = (static_cast<void>(left()), &at_end);
 
 }  // namespace
 
@@ -80,14 +93,16 @@ void count_bytes(std::uint64_t bytes) {
     if (const auto& progress = current_call().progress; progress && progress->of_bytes) progress->add(bytes);
 }
 
+void leave(std::future<void> work) { left().add(std::move(work)); }
+
 void destroy_later(std::shared_ptr<void> object) {
-    left().add(std::async(std::launch::async, [object = std::move(object)]() mutable { object.reset(); }));
+    leave(std::async(std::launch::async, [object = std::move(object)]() mutable { object.reset(); }));
 }
 
 void wait_or_leave(std::future<void> work) {
     while (work.wait_for(std::chrono::milliseconds(5)) != std::future_status::ready) {
         if (!current_call().cancellation->cancelled()) continue;
-        left().add(std::move(work));
+        current_call().leave(std::move(work));
         throw Stopped("cancelled");
     }
     work.get();

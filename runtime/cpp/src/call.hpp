@@ -65,10 +65,15 @@ class Progress {
     std::uint64_t done_ = 0;
 };
 
+// Goes on with work that no call waits for any more. The process waits for it when the main thread ends it, before any
+// static object is destroyed, for an engine library makes such objects whenever it works.
+void leave(std::future<void> work);
+
 struct Call {
     std::shared_ptr<Cancellation> cancellation = {};
     std::shared_ptr<Progress> progress = {};
     Timing* timing = nullptr;
+    void (*leave)(std::future<void> work) = dit_runtime::leave;  // in plugins libdit's
 };
 
 // The calling thread's call.
@@ -109,20 +114,24 @@ class Stopwatch {
     const Clock::time_point start_ = Clock::now();
 };
 
-// Waits until the work is done or the thread's call is cancelled; work that goes on is waited for when the process
-// ends.
+// Waits until the work is done, or the thread's call is cancelled and leaves it.
 void wait_or_leave(std::future<void> work);
 
 // Destroys it in the background.
 void destroy_later(std::shared_ptr<void> object);
 
 // The result of what cannot be stopped. Where the thread's call is cancelled it throws Stopped at once: what `make`
-// holds goes on in the background, and what it makes is dropped. So `make` must own all that it uses.
+// holds goes on in the background, and what it makes is dropped there. So `make` must own all that it uses.
 template <typename Make>
 auto unless_cancelled(Make make) {
     if (!current_call().cancellation) return make();
-    const auto made = std::make_shared<decltype(make())>();
-    wait_or_leave(std::async(std::launch::async, [made, make = std::move(make)] { *made = make(); }));
+    using Made = decltype(make());
+    const auto made = std::make_shared<Made>();
+    wait_or_leave(std::async(std::launch::async, [place = std::weak_ptr<Made>(made), make = std::move(make)]() mutable {
+        const Make own = std::move(make);  // an engine takes a while to close: not in the thread of a later call
+        Made result = own();
+        if (const auto awaited = place.lock()) *awaited = std::move(result);
+    }));
     return std::move(*made);
 }
 

@@ -12,6 +12,8 @@
 namespace dit_runtime {
 namespace {
 
+constexpr std::size_t BLOCK = 1 << 20;  // bytes between two looks at whether the call is cancelled
+
 // A sum to be made.
 struct Job {
     std::shared_ptr<const BundleFile> file;
@@ -134,7 +136,10 @@ std::vector<unsigned char> read_checked(const Path& folder, const Manifest& mani
     require_known(folder, manifest, name);
     const std::vector<unsigned char> content = BundleFile(folder, name).read(most);
     Sha256 sum;
-    sum.update(content.data(), content.size());
+    for (std::size_t at = 0; at < content.size(); at += BLOCK) {
+        check_cancelled();
+        sum.update(content.data() + at, std::min(BLOCK, content.size() - at));
+    }
     require_sum(folder, manifest, name, sum.hex());
     return content;
 }

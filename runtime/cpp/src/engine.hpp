@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "call.hpp"
 #include "log.hpp"
 #include "manifest.hpp"
 #include "resident.hpp"
@@ -31,10 +32,11 @@ struct Options {
     Path cache;             // where a backend may keep what it compiled; empty: nowhere
     std::string engine_sha256;               // of a stage's first file, if that is an engine: what it holds is code
     std::vector<std::size_t> affinity = {};  // the CPUs of an engine's threads; empty: any
-    std::map<std::string, std::string> own = {};  // backends' own settings, by "BACKEND.KEY"
-    std::vector<EngineSetting> settings = {};     // of stages; the last of a key and stage counts
-    std::uint64_t max_bytes = 0;                  // of the files that are opened; 0: any number
-    Log* log = dit_runtime::log;                  // the library's own, for engines in plugins
+    std::map<std::string, std::string> own = {};       // backends' own settings, by "BACKEND.KEY"
+    std::vector<EngineSetting> settings = {};          // of stages; the last of a key and stage counts
+    std::uint64_t max_bytes = 0;                       // of the files that are opened; 0: any number
+    Log* log = dit_runtime::log;                       // the library's own, for engines in plugins
+    decltype(Call::leave) leave = dit_runtime::leave;  // the same
     std::size_t at_once = 0;  // rows of a stage that may run at the same time; 0: its rows do not run apart
     // What OpenVINO's device computes, "BF16" among it; nothing: ask it.
     std::optional<std::vector<std::string>> capabilities = std::nullopt;

@@ -17,6 +17,7 @@
 #include "errors.hpp"
 #include "facts.hpp"
 #include "ov_graph.hpp"
+#include "ov_running.hpp"
 
 namespace dit_runtime {
 namespace {
@@ -62,34 +63,6 @@ void append(std::map<std::string, Output>& outputs, ov::InferRequest& request, c
     }
 }
 
-// The requests of a run that is under way, which another thread may cancel.
-class Running {
-  public:
-    void start(ov::InferRequest& request) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (stopping_) throw EngineError("cancelled");
-        if (std::find(requests_.begin(), requests_.end(), request) == requests_.end()) requests_.push_back(request);
-        request.start_async();
-    }
-    void stop() noexcept {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        stopping_ = true;
-        for (ov::InferRequest& request : requests_) try {
-                request.cancel();
-            } catch (const std::exception&) {  // has ended
-            }
-    }
-    void resume() noexcept {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        stopping_ = false;
-    }
-
-  private:
-    std::mutex mutex_;
-    bool stopping_ = false;
-    std::vector<ov::InferRequest> requests_;  // started so far
-};
-
 // Runs all rows in one request.
 std::map<std::string, Output> infer(Running& running, ov::InferRequest& request, const std::vector<Input>& arrays,
                                     const std::vector<std::string>& names) {
@@ -114,7 +87,7 @@ std::vector<std::string> names(const std::vector<ov::Output<ov::Node>>& ports) {
 // A stage whose rows run in one call, any number of them.
 class OvEngine : public Engine {
   public:
-    explicit OvEngine(const OvGraph& graph) : graph_(graph) {
+    OvEngine(const OvGraph& graph, const Options& options) : graph_(graph), running_(options) {
         const auto model = graph_.read();
         inputs = names(model->inputs());
         outputs = names(model->outputs());
@@ -128,8 +101,8 @@ class OvEngine : public Engine {
     void resume() noexcept override { running_.resume(); }
 
   private:
-    Running running_;
     const OvGraph graph_;  // whose core outlives what it compiled
+    Running running_;
     ov::InferRequest request_;
 };
 
@@ -138,7 +111,7 @@ class OvEngine : public Engine {
 class RowEngine : public Engine {
   public:
     RowEngine(const OvGraph& graph, const Stage& stage, const Options& options)
-        : graph_(graph), model_(graph.read()), at_once_(rows_at_once(graph, options)) {
+        : graph_(graph), running_(options), model_(graph.read()), at_once_(rows_at_once(graph, options)) {
         for (const TensorSpec& spec : stage.reads)
             if (spec.starts("groups")) grouped_.push_back(spec.name);
         inputs = names(model_->inputs());
@@ -233,14 +206,17 @@ class RowEngine : public Engine {
         std::map<std::string, ov::PartialShape> fixed;
         for (const auto& [name, shape] : shapes)
             fixed[name] = ov::PartialShape(std::vector<ov::Dimension>(shape.begin(), shape.end()));
-        try {
-            rows->reshape(fixed);
-        } catch (const std::bad_alloc&) {
-            throw;
-        } catch (const std::exception& error) {
-            throw graph_.not_compiled(error);
-        }
-        return made = graph_.compile(rows, graph_.type, streams);
+        const auto make = [graph = graph_, rows, fixed, streams] {
+            try {
+                rows->reshape(fixed);
+            } catch (const std::bad_alloc&) {
+                throw;
+            } catch (const std::exception& error) {
+                throw graph.not_compiled(error);
+            }
+            return graph.compile(rows, graph.type, streams);
+        };
+        return made = model ? make() : running_.make(make);  // where it opens, its caller may leave
     }
 
     // One sample; where groups run apart, one of its groups too.
@@ -311,8 +287,8 @@ class RowEngine : public Engine {
         }
     };
 
-    Running running_;
     const OvGraph graph_;
+    Running running_;
     const std::shared_ptr<ov::Model> model_;  // never read again: what is compiled later is a copy of what was checked
     const std::size_t at_once_;
     std::vector<std::string> grouped_, row_outputs_;
@@ -341,7 +317,7 @@ std::unique_ptr<Engine> open_ov(const std::vector<Path>& files, const Stage& sta
     if (options.at_once)
         engine = std::make_unique<RowEngine>(graph, stage, options);
     else
-        engine = std::make_unique<OvEngine>(graph);
+        engine = std::make_unique<OvEngine>(graph, options);
     return engine;
 }
 

@@ -63,7 +63,8 @@ double Noise::next() {
 
 Draw draw(const std::vector<std::uint64_t>& seeds, std::size_t batch) {
     if (seeds.size() != 1 && seeds.size() != batch)
-        throw UsageError(text(seeds.size(), " seeds for ", batch, " samples; expected one seed, or one a sample"));
+        throw UsageError(text(seeds.size(), " seeds for ", batch,
+                              " samples; expected one seed, or one a sample: give each picture its prompt or label"));
     const auto streams = std::make_shared<std::vector<Noise>>(seeds.begin(), seeds.end());
     return [streams](std::size_t size) {
         std::vector<float> values;

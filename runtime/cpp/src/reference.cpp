@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "call.hpp"
 #include "errors.hpp"
 #include "facts.hpp"
 
@@ -20,8 +21,10 @@ constexpr double FLOAT_MOST = std::numeric_limits<float>::max();
 class CheckedArrays {
   public:
     CheckedArrays(const Pipeline& pipe, const std::string& name)
-        : arrays_(parse_npz(
-              read_checked(pipe.folder, pipe.manifest, name, static_cast<std::uintmax_t>(limit("reference_bytes"))))) {}
+        : arrays_(unless_cancelled([content = read_checked(pipe.folder, pipe.manifest, name,
+                                                           static_cast<std::uintmax_t>(limit("reference_bytes")))] {
+              return parse_npz(content);
+          })) {}
 
     bool has(const std::string& name) const { return arrays_.count(name) != 0; }
 
@@ -244,7 +247,8 @@ PromptReference load_prompts(const Pipeline& pipe) {
 }
 
 Projection::Projection(std::size_t width)
-    : width_(width), directions_(Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS)) {}
+    : width_(width),
+      directions_(unless_cancelled([width] { return Noise(FINGERPRINT_SEED).normal(width * FINGERPRINTS); })) {}
 
 std::vector<float> Projection::operator()(const std::vector<float>& values, std::size_t rows) const {
     std::vector<float> prints;

@@ -7,8 +7,10 @@ add_executable(api-tests api_test.cpp batcher_api_test.cpp captions_test.cpp mod
 target_include_directories(api-tests PRIVATE ../src)
 target_link_libraries(api-tests PRIVATE dit::dit GTest::gtest_main nlohmann_json::nlohmann_json Threads::Threads)
 
-add_executable(cancel cancel.cpp)
-target_link_libraries(cancel PRIVATE dit::dit Threads::Threads)
+foreach(measurement cancel threads)
+  add_executable(${measurement} ${measurement}.cpp)
+  target_link_libraries(${measurement} PRIVATE dit::dit Threads::Threads)
+endforeach()
 foreach(measurement bench cost)
   add_executable(${measurement} ${measurement}.cpp)
   target_link_libraries(${measurement} PRIVATE dit_core ${linked})

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dit_runtime import completion
-from dit_runtime.console import guarded
+from dit_runtime.console import JSON, guarded
 from dit_runtime.errors import UsageError
 from dit_runtime.options import Parser, add_debug, add_engine, add_public_key, add_version, set_examples
 
@@ -64,6 +64,7 @@ def parser() -> Parser:
     text = "print a script that completes these options in a shell: bash, zsh, fish"
     program.add_argument("--completion", action=completion.Print, choices=completion.SHELLS, metavar="SHELL", help=text)
     program.add_argument("--quiet", action="store_true", help="log warnings and errors alone")
+    program.add_argument(JSON, action="store_true", help="print an error as a JSON object on standard output, too")
     add_debug(program)
     set_examples(
         program,

@@ -64,7 +64,8 @@ class TritonPythonModel:
         threads, provider = values.get("threads"), values.get("provider")
         folder = Path(args["model_repository"], args["model_version"], "bundle")
         try:
-            self.model = Model(args["model_name"], folder, Opening(int(threads) if threads else None, provider))
+            opening = Opening(int(threads) if threads else None, provider, public_key=_key(values.get("public_key")))
+            self.model = Model(args["model_name"], folder, opening)
         except (UsageError, EngineError, OSError) as error:
             raise backend.TritonModelException(str(error)) from None
         self._pending: set[Pending] = set()  # the thread's own, but for what `execute` adds
@@ -189,6 +190,13 @@ class TritonPythonModel:
         code = getattr(backend.TritonError, CODES.get(answer.status, "INTERNAL"))
         response = backend.InferenceResponse(error=backend.TritonError(answer.message, code))
         sender.send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _key(digits: str | None) -> bytes | None:
+    try:
+        return None if digits is None else bytes.fromhex(digits)
+    except ValueError:
+        raise UsageError("public_key is no hexadecimal number") from None
 
 
 def _without_capsules(event: sys.UnraisableHookArgs) -> None:

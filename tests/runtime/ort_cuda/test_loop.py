@@ -40,8 +40,8 @@ def test_the_bits_of_the_host(on_gpu, stays, monkeypatch, kind, window) -> None:
         monkeypatch.setitem(Memo.__init__.__kwdefaults__, "budget", window)
     steps: dict[str, list[np.ndarray]] = {"host": [], "gpu": []}
     with stays(kind) as pipe:
-        pipe.sample(**request(kind), on_step=lambda *seen: steps["host"].append(seen[2]))
-    on_gpu(kind).sample(**request(kind), on_step=lambda *seen: steps["gpu"].append(seen[2]))
+        pipe.sample(**request(kind), on_step=lambda *event: steps["host"].append(event[2]))
+    on_gpu(kind).sample(**request(kind), on_step=lambda *event: steps["gpu"].append(event[2]))
     assert len(steps["host"]) == len(steps["gpu"]) > 24
     for mine, theirs in zip(steps["gpu"], steps["host"], strict=True):
         np.testing.assert_array_equal(mine, theirs)

@@ -4,8 +4,8 @@
 
 /* A switch that any thread may throw: each call that was made with it then returns DIT_STOPPED, within a step of the
  * network and 20 ms, or at once where it opens, compiles or decodes. A compilation goes on in the background until it
- * is done, and is dropped; the process waits for it when it ends. A switch stays thrown: make a new one for the next
- * call. */
+ * is done, and is dropped; the process waits for it when its main thread ends it, if that thread loaded the library. A
+ * switch stays thrown: make a new one for the next call. */
 typedef struct dit_cancellation dit_cancellation;
 
 /* NULL where memory is short. */

@@ -7,7 +7,7 @@
 #include <map>
 #include <sstream>
 
-#include "../exit_code.hpp"
+#include "../console.hpp"
 #include "../public_key.hpp"
 #include "dit/dit.h"
 #include "errors.hpp"
@@ -58,6 +58,8 @@ engine:
 general:
   -h, --help                print this page
   --version                 print the version of the package
+  --quiet                   log warnings and errors alone
+  --json                    print an error as a JSON object on standard output, too
 
 examples:
   dit-server BUNDLE
@@ -154,6 +156,10 @@ Arguments parse(const std::vector<std::string>& words) {
             arguments.opening.verify = false;
         } else if (flag == "--allow-batch-variance") {
             arguments.opening.variance = true;
+        } else if (flag == "--quiet") {
+            server::quiet_log();
+        } else if (flag == "--json") {
+            continue;  // `report` looks for it
         } else if (flag == "--pin") {
             const std::size_t before = arguments.opening.pins.size();
             while (index + 1 < words.size() && is_sum(words[index + 1]))
@@ -208,8 +214,5 @@ int main(int count, char** words) try {
     serve(parse(all));
     return 0;
 } catch (const std::exception& error) {
-    const int code = exit_code(error);
-    const std::string message = (code == BUG ? "a bug: " : "") + std::string(error.what());
-    std::cerr << dit::one_line("dit-server: error: " + message) << '\n';
-    return code;
+    return report("dit-server", error, exit_code(error), count, words);
 }

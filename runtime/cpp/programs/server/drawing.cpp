@@ -1,5 +1,6 @@
 #include "drawing.hpp"
 
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <ctime>
@@ -11,6 +12,8 @@
 
 namespace server {
 namespace {
+
+std::atomic<bool> is_quiet{false};
 
 std::string dumped(const Json& table) { return table.dump(-1, ' ', false, Json::error_handler_t::replace); }
 
@@ -102,7 +105,10 @@ Json Drawing::stats(std::size_t image) const {
             {"batch", rounded(stats.batch(), 100)}};
 }
 
+void quiet_log() { is_quiet = true; }
+
 void log_line(const char* level, const std::string& event, Json fields) {
+    if (is_quiet && std::string(level) == "info") return;
     const auto now = std::chrono::system_clock::now().time_since_epoch();
     const std::time_t seconds = std::chrono::duration_cast<std::chrono::seconds>(now).count();
     char when[80];

@@ -59,6 +59,9 @@ http::Response encode(const Drawing& drawing);
 // The error that a client gets to read; what an engine says stays in the log.
 Fault fault(std::exception_ptr error);
 
+// From now on leaves out lines of the level "info".
+void quiet_log();
+
 // A line of JSON on standard error.
 void log_line(const char* level, const std::string& event, Json fields = Json::object());
 

@@ -10,8 +10,6 @@ namespace server {
 namespace {
 
 const std::vector<std::string> OPEN = {"/healthz", "/readyz"};  // paths that need no key
-const std::string GENERATIONS = "/v1/images/generations";
-constexpr std::ptrdiff_t EDITING = 4;  // requests with pictures at a time: each may have as many bytes as a form
 
 bool is_id(const std::string& word) {
     return !word.empty() && word.size() <= 64 && std::all_of(word.begin(), word.end(), [](unsigned char letter) {
@@ -74,7 +72,6 @@ std::optional<http::Response> Service::refuse(const http::Head& head, std::uint6
     const http::Request& request = head.request;
     const bool is_edit = request.method == "POST" && request.path == EDITS;
     const std::size_t most = is_edit ? settings_.limits.form : settings_.limits.body;
-    const auto edits = [](const auto& entry) { return entry.second.method == "POST" && entry.second.path == EDITS; };
     std::optional<Fault> fault;
     if (head.refusal)
         fault = {head.refusal, head.refusal == 431 ? "the request's head is too large" : "this is no HTTP request"};
@@ -95,10 +92,11 @@ std::optional<http::Response> Service::refuse(const http::Head& head, std::uint6
         const std::string expected = is_edit ? "multipart/form-data" : "application/json";
         if (dit::lower(dit::strip(type.substr(0, type.find(';')))) != expected)
             fault = {415, "the body must have the type " + expected};
-        else if (is_edit && std::count_if(exchanges_.begin(), exchanges_.end(), edits) >= EDITING)
-            fault = {429, dit::text(EDITING, " requests with pictures are under way"), "", {retry_after(1)}};
     }
+    const bool draws = request.method == "POST" && dit::contains({GENERATIONS, EDITS, JOBS}, request.path);
+    if (!fault && draws) fault = busy(request);
     Exchange& exchange = exchanges_[id] = open(request);
+    exchange.counted = draws;
     if (!fault) return std::nullopt;
     http::Response response = fault->response();
     response.headers.emplace_back("X-Request-Id", exchange.id);
@@ -162,7 +160,6 @@ std::optional<http::Response> Service::route(const http::Request& request, std::
     };
     if (path == GENERATIONS) {
         only({"POST"});
-        require_room(exchange);
         exchange.drawing = draw(parse(request.body, settings_.limits), exchange, false);
         exchange.drawing->exchange = id;
         return std::nullopt;

@@ -13,7 +13,7 @@
 
 namespace server {
 
-inline const std::string JOBS = "/v1/jobs", EDITS = "/v1/images/edits";
+inline const std::string GENERATIONS = "/v1/images/generations", JOBS = "/v1/jobs", EDITS = "/v1/images/edits";
 
 struct Settings {
     double deadline = 60, job_deadline = 600;  // seconds from a request to its images, and of a job
@@ -53,8 +53,9 @@ class Service : public http::Host {
     http::Response ready() const;
     void answer(std::uint64_t id, http::Response response);
     void log(Exchange& exchange, int status);
+    std::optional<Fault> busy(const http::Request& request);
     Model& model(const std::optional<std::string>& name);
-    void require_room(Exchange& exchange);
+    Model& model_with_room(const std::optional<std::string>& name, double deadline);
     std::shared_ptr<Drawing> draw(Body body, Exchange& exchange, bool is_job);
     void edit(const http::Request& request, std::uint64_t id);
     void end(const std::shared_ptr<Drawing>& drawing, std::size_t image);

@@ -1,24 +1,68 @@
 // What a service draws: requests that wait for it, jobs, and the bundles that draw.
 #include <algorithm>
 #include <ctime>
+#include <limits>
 
 #include "errors.hpp"
 #include "pictures.hpp"
 #include "service.hpp"
 
 namespace server {
-// Counts a request for images; refuses it where the server is shutting down.
-void Service::require_room(Exchange& exchange) {
-    exchange.counted = true;
-    if (until_) throw Fault{503, "the server is shutting down", "", {retry_after(1)}};
+namespace {
+
+constexpr std::ptrdiff_t EDITING = 4;    // requests with pictures at a time: each may have as many bytes as a form
+constexpr std::ptrdiff_t WAITING = 400;  // requests for images at a time; more connections than that are for others
+
+// Why a request is refused, whatever it asks for, where each of the models has too much to do.
+std::optional<Fault> refusal(const std::vector<Model*>& models, double deadline) {
+    double late = std::numeric_limits<double>::infinity();
+    for (const Model* const model : models) late = std::min(late, model->served->batcher->lateness(deadline));
+    if (late <= 0) return std::nullopt;
+    if (models.size() == 1) models[0]->served->batcher->count_refused();  // else nobody knows whose request it was
+    return fault(std::make_exception_ptr(dit::Overloaded(late)));
+}
+
+}  // namespace
+
+// Why a request for images is refused, whatever its body says; in overload most end here: it must cost little.
+std::optional<Fault> Service::busy(const http::Request& request) {
+    const auto under_way = [this](const std::vector<std::string>& paths) {
+        return std::count_if(exchanges_.begin(), exchanges_.end(), [&](const auto& entry) {
+            return entry.second.method == "POST" && dit::contains(paths, entry.second.path);
+        });
+    };
+    const bool is_job = request.path == JOBS;
+    std::optional<Fault> fault;
+    std::string name;
+    if (until_) {
+        fault = {503, "the server is shutting down", "", {retry_after(1)}};
+    } else {  // which of several models, only the body says: there is no room where none of them has any
+        std::vector<Model*> all;
+        for (const auto& each : models_) all.push_back(each.get());
+        if (all.size() == 1) name = all[0]->name;
+        fault = refusal(all, is_job ? settings_.job_deadline : settings_.deadline);
+    }
+    if (!fault && !is_job && under_way({GENERATIONS, EDITS}) >= WAITING)  // jobs are answered at once
+        fault = {429, dit::text(WAITING, " requests wait for their images"), "", {retry_after(1)}};
+    if (!fault && request.path == EDITS && under_way({EDITS}) >= EDITING)
+        fault = {429, dit::text(EDITING, " requests with pictures are under way"), "", {retry_after(1)}};
+    if (fault) metrics_.answer(name, fault->status, 0);
+    return fault;
+}
+
+// The model that draws a body; throws Fault where it has too much to do.
+Model& Service::model_with_room(const std::optional<std::string>& name, double deadline) {
+    Model& model = this->model(name);
+    if (models_.size() > 1)
+        if (auto fault = refusal({&model}, deadline)) throw *fault;
+    return model;
 }
 
 // Decodes an edit's pictures in the encoder's thread, then puts its images in line.
 void Service::edit(const http::Request& request, std::uint64_t id) {
-    require_room(exchanges_.at(id));
     const auto body =
         std::make_shared<Body>(parse_edit(request.header("content-type"), request.body, settings_.limits));
-    const auto [height, width] = model(body->model).picture_size(*body);
+    const auto [height, width] = model_with_room(body->model, settings_.deadline).picture_size(*body);
     encoder_->add([this, id, body, height = height, width = width] {
         std::exception_ptr error;
         try {
@@ -45,7 +89,8 @@ std::shared_ptr<Drawing> Service::draw(Body fields, Exchange& exchange, bool is_
     const auto drawing = std::make_shared<Drawing>();
     drawing->body = std::move(fields);
     const Body& body = drawing->body;
-    Model& model = this->model(body.model);
+    const double deadline = is_job ? settings_.job_deadline : settings_.deadline;
+    Model& model = model_with_room(body.model, deadline);
     exchange.model = drawing->model = model.name;
     exchange.fields.update(Json{{"model", model.name}, {"images", body.n}});
     if (is_job && body.response_format == "bytes") throw Fault{400, "a job's images are b64_json", "response_format"};
@@ -54,7 +99,7 @@ std::shared_ptr<Drawing> Service::draw(Body fields, Exchange& exchange, bool is_
     try {
         for (dit::Request& each : model.requests(body, settings_.limits)) {
             dit::Batcher::Submission submission;
-            submission.deadline = is_job ? settings_.job_deadline : settings_.deadline;
+            submission.deadline = deadline;
             submission.ended = [this, drawing, image = drawing->tickets.size()] {
                 listener_->post([this, drawing, image] { end(drawing, image); });
             };
@@ -118,7 +163,6 @@ void Service::finish(const std::shared_ptr<Drawing>& drawing, http::Response res
 
 // Takes a job; throws Fault(429) where all that are here are under way.
 http::Response Service::start_job(const http::Request& request, Exchange& exchange) {
-    require_room(exchange);
     Body body = parse(request.body, settings_.limits);
     Job& job = jobs_.add();
     try {

@@ -67,7 +67,8 @@ def draw(seeds: int | Sequence[int], batch: int) -> Draw:
     """
     if isinstance(seeds, Sequence) and not isinstance(seeds, str):
         if len(seeds) != batch:
-            raise UsageError(f"{len(seeds)} seeds for {batch} samples; expected one seed, or one a sample")
+            expected = "one seed, or one a sample: give each picture its prompt or label"
+            raise UsageError(f"{len(seeds)} seeds for {batch} samples; expected {expected}")
         streams = [Noise(seed) for seed in seeds]
         return lambda shape: np.concatenate([stream.normal((1, *shape[1:])) for stream in streams])
     return Noise(seeds).normal
