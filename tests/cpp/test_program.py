@@ -40,7 +40,7 @@ from tests.tamper import leak
         (["BUNDLE", "--labels", "1", "--cache-interval", "2"], "got cache_interval without a cache"),
         (["BUNDLE", "--labels", "1", "--seed", str(2**64)], "2**64 - 1"),
         (["BUNDLE", "--labels", "1", "--seed", "1", "2"], "2 seeds for 1 samples"),
-        (["BUNDLE", "--labels", "anz"], 'did you mean "ant"'),
+        (["BUNDLE", "--labels", "anz"], 'did you mean "ant"?); the bundle has ant, bee, cat, …'),
         (["BUNDLE", "--labels", "5"], "label 5 is out of range; expected 0 to 4"),
         (["BUNDLE", "--labels", "-1"], "label -1 is out of range"),
         (["BUNDLE", "--labels", "1", "--preset", "quack"], 'did you mean "quick"'),

@@ -230,9 +230,13 @@ std::int64_t class_number(const Manifest& manifest, const std::string& label) {
             known.push_back(strip(synonym));
         }
     }
-    throw UsageError(
-        text("class '", label, "' is not known",
-             labels.empty() ? text(": this bundle has no names, only 0 to ", classes - 1) : nearest(label, known)));
+    const std::string refusal = text("class '", label, "' is not known");
+    if (labels.empty()) throw UsageError(text(refusal, ": this bundle has no names, only 0 to ", classes - 1));
+    std::vector<std::string> some;
+    for (std::size_t number = 0; number < labels.size() && number < 3; ++number)
+        some.push_back(labels[number].substr(0, labels[number].find(',')));
+    if (labels.size() > 3) some.push_back("…");
+    throw UsageError(text(refusal, nearest(label, known), "; the bundle has ", join(some)));
 }
 
 }  // namespace dit_runtime

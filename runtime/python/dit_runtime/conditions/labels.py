@@ -19,8 +19,10 @@ def class_number(label: str | int, known: Sequence[str], count: int) -> int:
             for synonym in name.split(","):
                 names.setdefault(synonym.strip().lower(), number)
         if label.strip().lower() not in names:
-            close = nearest(label, names) if names else f": this bundle has no names, only 0 to {count - 1}"
-            raise UsageError(f"class {label!r} is not known{close}")
+            if not names:
+                raise UsageError(f"class {label!r} is not known: this bundle has no names, only 0 to {count - 1}")
+            some = ", ".join([name.partition(",")[0] for name in known[:3]] + ["…"] * (len(known) > 3))
+            raise UsageError(f"class {label!r} is not known{nearest(label, names)}; the bundle has {some}")
         return names[label.strip().lower()]
     if not isinstance(label, str) and not is_integer(label):
         raise UsageError(f"label {label!r} is no class; expected a name, or a number from 0 to {count - 1}")
