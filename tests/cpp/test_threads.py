@@ -1,4 +1,4 @@
-"""Threads that draw with one model of libdit share its weights and activations; calls that are cancelled at any time."""
+"""Threads that draw with one model of libdit share its weights and activations; and calls that are cancelled."""
 
 from __future__ import annotations
 
