@@ -1,8 +1,8 @@
 """Costs of the conditionings: GMAC beside the measured time of a guided step, of made-up weights in fp32.
 
-`python -m dit_export.bench.conditionings S/8 B/4 XL/2 --threads 2` prints the table of docs/checkpoints.md. All ways of
-a size are open together and asked in turn, so that what else the machine does hits all of them; a time is the least of
-the rounds.
+`python -m dit_export.bench.conditionings S/8 B/4 XL/2 --threads 2` prints the table of docs/checkpoints.md. All
+conditionings of a size are open together and take turns, so that other work of the machine slows all of them. A time
+is the least of the rounds.
 """
 
 from __future__ import annotations

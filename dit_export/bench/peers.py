@@ -85,7 +85,7 @@ class Eager(Subject):
 
 
 class Graphed(Eager):
-    """Eager code whose launches were captured once, so that Python launches nothing in a step."""
+    """Eager code in a CUDA graph: its launches are captured once, and Python launches nothing in a step."""
 
     def __init__(self, competitor: Competitor, job: Job, folder: Path) -> None:
         super().__init__(competitor, job, folder)

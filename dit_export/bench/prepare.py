@@ -1,4 +1,4 @@
-"""The files that competitors open, of one set of made-up weights; a process of its own, so its memory is nobody's."""
+"""The files that contenders open, all with the same random weights. It is a process, so no contender has its memory."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from dit_runtime.bundle.records import BEFORE_LOOP, Stage
 
 @contextmanager
 def portable(folder: Path, stage: Stage) -> Iterator[Stage]:
-    """Yield the stage as ONNX Runtime's CPU opens it; what it needs for that is a file of the folder meanwhile."""
+    """Yield the stage in a form for ONNX Runtime's CPU. A graph made for it is removed from the folder at the end."""
     form = replace(stage, backend=PORTABLE_BACKEND, engines={})
     opened = stage.runs in (*BEFORE_LOOP, "end")  # a search opens no other stage as it is
     graph = onnxfile.load(folder / stage.onnx) if opened else None

@@ -1,7 +1,7 @@
 """Weights of text encoders in 16 bits: stored so, and cast to fp32 where an fp32 graph uses them.
 
-The casts stand first. ONNX Runtime then runs each as late as it can, and has one weight in fp32 at a time. Rows of a
-table are cast after they are looked up. Vectors, and what is no weight of a product or a table, stay as they are.
+The casts are the first nodes: ONNX Runtime then runs each as late as it can, and has one weight in fp32 at a time.
+Rows of a table are cast after they are looked up. Vectors and constants of other ops stay fp32.
 fp16 ends at 65504, which no weight reaches, and has three bits more than bf16.
 """
 

@@ -25,6 +25,8 @@ from tests.tensorrt.graphs import save
 
 pytestmark = pytest.mark.slow
 NETWORKS: dict[str, Callable[[], Network]] = {
+    "pixart": lambda: family_network(tiny.pixart(use_additional_conditions=False), (8, 12), tiny.TOKENS),
+    "sd3.5": lambda: family_network(tiny.sd3(**tiny.SD3_5), (8, 12), tiny.TOKENS),
     "flux": lambda: family_network(tiny.flux(num_single_layers=2), (8, 12), tiny.TOKENS),
     "auraflow": lambda: family_network(tiny.auraflow(), (8, 12), tiny.TOKENS),
     "cogview4": lambda: family_network(tiny.cogview4(), (8, 12), 64),

@@ -76,7 +76,7 @@ def open(files: Sequence[Path], options: Options) -> Engine:
 
 
 def _openvino() -> Any:
-    """Import OpenVINO without what it reports to its makers, which also writes into the user's home."""
+    """Import OpenVINO without its telemetry, which also writes into the user's home."""
     modules: dict[str, Any] = sys.modules
     modules.setdefault("openvino_telemetry", None)
     try:

@@ -199,7 +199,7 @@ class TrtEngine:
         return [tuple(bound) for bound in self._engine.get_tensor_profile_shape(name, profile)]
 
     def _allocate(self) -> dict[str, Buffer]:
-        """Allocate each tensor for its largest shape in any profile; the executions that say so are kept."""
+        """Allocate each tensor for its largest shape in any profile, and keep the profiles' largest executions."""
         largest: dict[str, tuple[int, ...]] = {}
         for profile, bounds in enumerate(self._bounds):
             most = tuple(bound[-1] for bound in bounds)
