@@ -1,4 +1,4 @@
-"""Threads that draw with one model of libdit share its weights and activations; meanwhile it says what it is."""
+"""Threads that draw with one model of libdit share its weights and activations; and calls that are cancelled."""
 
 from __future__ import annotations
 
@@ -32,3 +32,11 @@ def test_four_threads_share_a_model(build, small, engine) -> None:
 
     one = most_resident(1)
     assert one > 150e6 and most_resident(4) <= 1.05 * one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_may_end_while_a_cancelled_call_compiles(build, tiny, engine) -> None:
+    """Where a process ends with a signal, so does the program with 1."""
+    done = subprocess.run([build / "tests/cancel", tiny, engine, "1"], capture_output=True, text=True)
+    assert done.returncode == 0 and "open, engines not loaded: " in done.stdout, done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
@@ -16,6 +14,7 @@ from dit_runtime.bundle import manifest
 from dit_runtime.errors import UsageError
 from tests.families import pipelines
 from tests.families import tiny as families
+from tests.families.elsewhere import Elsewhere
 from tests.networks import tiny
 
 TOKENS = 32  # of both captions
@@ -35,13 +34,8 @@ def test_a_prompt_is_diffusers(case) -> None:
     families.accept(case)
 
 
-@pytest.mark.slow
-def test_openvino_draws_it(case, tmp_path) -> None:
-    moved = replace(case, bundle=families.on_backend("openvino", case.bundle, tmp_path / "bundle"))
-    expected = case.theirs(families.PROMPTS)
-    assert min(families.distances(moved.ours(families.PROMPTS), expected)) >= families.SAME
-    assert max(families.distances(moved.ours(families.PROMPTS, seed=families.SEED + 9), expected)) < families.ANOTHER
-    assert min(families.distances(moved.ours(guidance=1.0), case.theirs(guidance=1.0))) >= families.SAME
+class TestElsewhere(Elsewhere):
+    """On OpenVINO, without PyTorch, in C++."""
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ void throw_if_grave(const std::string& message) {
                            [&](const char* part) { return words.find(part) != std::string::npos; });
     };
     if (says({"failed to allocate memory", "out of memory", "bad_alloc", "could not allocate", "memoryallocation",
-              "available memory of"}))
+              "available memory of", "cannot allocate memory", "can't alloc", "resource temporarily unavailable"}))
         throw EngineMemory(message + "; try fewer pictures at a time, or low_memory");
     if (says({"device lost", "device removed", "cudaerrorillegaladdress", "cudaerrorlaunchfailure", "cudaerrorecc",
               "unspecified launch failure", "illegal memory access", "cudaerrordevicesunavailable"}))

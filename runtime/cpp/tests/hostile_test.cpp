@@ -199,5 +199,12 @@ TEST(Words, NumbersDoNotFollowTheLocale) {
     for (const char* word : {"", "1,5", "1 ", " 1", "+-1", "1x", "0x10", "--1"}) EXPECT_FALSE(number(word)) << word;
 }
 
+// What glibc, Xbyak and a failing thread say: OpenVINO repeats it as a failure to compile.
+TEST(Words, ShortMemoryIsNoDamagedBundle) {
+    for (const char* const words : {"Cannot allocate memory", "can't alloc", "Resource temporarily unavailable"})
+        EXPECT_THROW(throw_if_grave(text("x.onnx: OpenVINO does not compile it: ", words)), EngineMemory) << words;
+    EXPECT_NO_THROW(throw_if_grave("x.onnx: OpenVINO does not compile it: op Foo is not known"));
+}
+
 }  // namespace
 }  // namespace dit_runtime
