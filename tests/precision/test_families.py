@@ -34,6 +34,7 @@ NOT_DIVIDED = {  # kinds of layers that read what nothing linear makes alone
     # At this size the values of the first block's text are made before the loop, and others join them in it.
     "Qwen-Image": {"img_mlp.net.2", "txt_mlp.net.2", "attn.to_out.0"},
     "CogView4": {"ff.net.2", "ff.net.2-2"},  # both streams read the weights
+    "Hunyuan-DiT": {"ff.net.2"},
 }
 JOINED = {"FLUX.1", "Chroma"}  # an attention and a GELU, along the channels that proj_out reads
 FAST = {"FLUX.1", "Sana", "Lumina 2"}  # what the others have is in these, or in test_makers.py

@@ -25,8 +25,9 @@ MODULATED = {  # these, of as many vectors as a linear makes
     4: (0, 2),
     3: (0, 1),
     2: (0, 1),
+    1: (0,),
 }
-GATES = {12: (4, 5, 10, 11), 9: (2, 5, 8), 6: (2, 5), 4: (1, 3), 3: (2,), 2: ()}
+GATES = {12: (4, 5, 10, 11), 9: (2, 5, 8), 6: (2, 5), 4: (1, 3), 3: (2,), 2: (), 1: ()}
 
 
 class Makes(NamedTuple):
@@ -106,6 +107,11 @@ CASES = {
     "CogView4": Case(
         lambda: family_network(tiny.cogview4(), (8, 8), 16),
         JOINT + r"|net\.0\.proj$",
+        (Makes(VALUES, OUT),),
+    ),
+    "Hunyuan-DiT": Case(
+        lambda: family_network(tiny.hunyuan_dit(), (8, 8), 32),
+        r"attn1\.to_[qkv]$",
         (Makes(VALUES, OUT),),
     ),
 }

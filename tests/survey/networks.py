@@ -45,7 +45,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "Z-Image, 1024 px": partial(family, "ZImageTransformer2DModel"),
     "Lumina2, 1024 px": partial(family, "Lumina2Transformer2DModel", SQUARE, cap_feat_dim=2304),
     "Sana-1.6B, 1024 px": partial(family, "SanaTransformer2DModel"),
-    "AuraFlow, 1024 px": partial(family, "AuraFlowTransformer2DModel", SQUARE),
+    "AuraFlow, 1024 px": partial(family, "AuraFlowTransformer2DModel", SQUARE, pos_embed_max_size=96**2),
     "Hunyuan-DiT 1.2, 1024 px": partial(
         family, "HunyuanDiT2DModel", SQUARE, **HUNYUAN, mlp_ratio=4.3637, use_style_cond_and_image_meta_size=False
     ),
