@@ -108,7 +108,7 @@ def write_line(page: str, name: str, line: str) -> str:
 def main(names: list[str]) -> None:
     if names[:1] == ["--row"]:
         row = asdict(survey(NETWORKS[names[1]]()))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
         print(json.dumps(row | {"seconds": time.process_time(), "peak": peak}))
         return
     for name in names or NETWORKS:
