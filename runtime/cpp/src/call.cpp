@@ -1,6 +1,7 @@
 #include "call.hpp"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "errors.hpp"
@@ -26,11 +27,15 @@ class Left {
         work_.push_back(std::move(work));
     }
     void wait() {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        work_.clear();
+        for (std::vector<std::future<void>> last; !(last = taken()).empty();) last.clear();  // which may leave more
     }
 
   private:
+    std::vector<std::future<void>> taken() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return std::exchange(work_, {});
+    }
+
     std::mutex mutex_;
     std::vector<std::future<void>> work_;
 };
