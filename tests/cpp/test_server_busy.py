@@ -46,6 +46,7 @@ def answer_to_a_head(server: Running) -> bytes:
         return b""
 
 
+@pytest.mark.slow
 def test_a_full_server_refuses_before_it_reads(start: Start, tiny: Path) -> None:
     """Its measure is the seconds of the queue; other paths are answered."""
     shared = ("--batch", "2", "--allow-batch-variance")
