@@ -37,6 +37,6 @@ def test_four_threads_share_a_model(build, small, engine) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_process_may_end_while_a_cancelled_call_compiles(build, tiny, engine) -> None:
-    """Where a process ends with a signal, so does the program with 1."""
+    """The program exits with 1 if a process ends with a signal."""
     done = subprocess.run([build / "tests/cancel", tiny, engine, "1"], capture_output=True, text=True)
     assert done.returncode == 0 and "open, engines not loaded: " in done.stdout, done.stderr

@@ -90,7 +90,7 @@ def test_what_is_there_stays_and_what_is_damaged_is_drawn_again(folder, tmp_path
 
 @pytest.mark.parametrize(("seed", "kind"), [(2**63 - 3, np.uint64), (2**64 - 5, np.uint64), (-5, np.int64)])
 def test_seeds_to_the_last(folder, tmp_path, seed, kind, capsys) -> None:
-    """Those on both sides of 2**63 too."""
+    """Seeds on both sides of 2**63 too."""
     into, first = tmp_path / "shards", ("--seed", str(seed))
     assert sample(folder, into, *first, count=5) == 0
     with np.load(shards.path(into, 0)) as arrays:

@@ -117,7 +117,7 @@ def test_only_so_many_jobs_are_held() -> None:
 
 
 def test_the_images_of_jobs_are_bounded() -> None:
-    """Those that ended first go; the last one stays, whatever it has, and so do those without images."""
+    """Jobs that ended first go; the last one stays, whatever it has, and so do jobs without images."""
     jobs = Jobs(most_bytes=100)
     drawn = [jobs.add() for _ in range(4)]
     jobs.finish(failed := jobs.add(), "failed", {"error": {}})

@@ -76,7 +76,7 @@ def test_every_precision(s2, tmp_path, precision, products) -> None:
 
 
 def test_turing_has_no_fp32_products(small, tmp_path) -> None:
-    """Which the conditioner and the update of every bundle are: TensorRT-RTX names 7.5, and we do not."""
+    """The conditioner and the update of every bundle multiply in fp32: TensorRT-RTX names 7.5, and we do not."""
     (conditioner,) = fuse_network(small, dit(SMALL)).stages
     stage = save(conditioner.graph, tmp_path, "fp32", conditioner.name, conditioner.runs)
     with pytest.raises(BundleError, match="FP32 GEMM is not supported"):

@@ -41,7 +41,7 @@ def test_libraries_of_python_packages(monkeypatch, tmp_path, capsys) -> None:
 
 @pytest.fixture
 def distributions(monkeypatch, tmp_path):
-    """Which packages claim which folder, and which folder `import onnxruntime` takes."""
+    """Packages by the folder that each claims, and the folder that `import onnxruntime` takes."""
 
     def say(taken: str, **claims: str) -> None:
         def distribution(name: str) -> SimpleNamespace:
